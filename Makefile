@@ -1,0 +1,32 @@
+# Every target sets up .venv by itself, so each works on a fresh machine that has Python 3.11-3.13 and make.
+PYTHON ?= python3
+BACKBONE ?= opt
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.offramp-ready
+
+.PHONY: demo test lint check clean
+
+demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
+	$(BIN)/offramp demo --backbone $(BACKBONE)
+
+test: $(READY)  ## the whole suite, without a network
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:  ## everything that make and the tools left behind; other folders under runs/ stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp instead of the folder: a venv whose install failed half-way is set up again.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
+	touch $@

@@ -1,0 +1,207 @@
+"""Stage 2: teach the tongue. Projection and language model learn to caption and to answer.
+
+The eyes are frozen, so their features are computed once for a pool of training scenes. Plain next-token
+training on the answers alone: nothing here knows of early exits. A training text carries several
+questions; the last token of every answer is taught to predict </s> although the text goes on with the
+next question, so one pass teaches all rounds and `generate` still stops after each answer.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from build import EOS, PAD, QUERIES, WIDTH, build_model, build_tokenizer
+from common import Log, load, optimiser, rate, save
+from evaluate import quick
+from see import Eyes, pixels
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2ForConditionalGeneration
+
+from offramp import world
+
+IGNORE = -100
+Row = tuple[list[int], list[int]]  # token ids, label of each position (OPT) or of the decoder (T5)
+
+
+@torch.no_grad()
+def pool(eyes: Eyes, work: Path, size: int, damage: float = 0.25) -> np.ndarray:
+    """Query states of the first `size` training scenes, float16 [size, Q, D], computed once."""
+    path = work / f"features-{size}.npy"
+    if not path.exists():
+        eyes.eval()
+        states = np.empty((size, QUERIES, WIDTH), dtype=np.float16)
+        for start in range(0, size, 250):
+            scenes = list(world.scenes("train", min(250, size - start), start))
+            states[start : start + len(scenes)] = eyes.features(pixels(scenes, damage))[1].numpy()
+        fresh = path.with_suffix(".new.npy")
+        np.save(fresh, states)
+        fresh.rename(path)
+    return np.load(path)
+
+
+class Texts:
+    """Makes token ids and labels for one backbone."""
+
+    def __init__(self, backbone: str) -> None:
+        self.tokenizer = build_tokenizer(backbone)
+        self.vocab_size = len(self.tokenizer)
+        self.chunk = lru_cache(maxsize=None)(self._chunk)
+
+    def _chunk(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without specials; a text splits at spaces, so whole words can be remembered."""
+        return [i for chunk in text.split() for i in self.chunk(chunk)]
+
+    def rounds(self, turns: list[world.QA]) -> Row:
+        """OPT: `</s> prompt answer prompt answer ...` with a label for every answer token and its end."""
+        ids, labels = [EOS], [IGNORE]
+        for prompt, answer in turns:
+            asked, said = self.ids(prompt), self.ids(answer)
+            ids += asked + said
+            labels += [IGNORE] * (len(asked) - 1) + said + [EOS]
+        return ids, labels
+
+    def turn(self, turns: list[world.QA]) -> Row:
+        """T5: encoder ids of all rounds, decoder labels of the last answer."""
+        prompt, answer = turns[-1]
+        history = " ".join(f"{p} {a}" for p, a in turns[:-1])
+        return self.ids(f"{history} {prompt}") + [EOS], self.ids(answer) + [EOS]
+
+
+def asked(turns: list[world.QA]) -> list[world.QA]:
+    return [(world.question_prompt(q), a) for q, a in turns]
+
+
+def captions(texts: Texts, backbone: str, scenes: list[world.Scene]) -> list[Row]:
+    make = texts.rounds if backbone == "opt" else texts.turn
+    return [make([(world.CAPTION_PROMPT, world.caption(s))]) for s in scenes]
+
+
+def answers(
+    texts: Texts, backbone: str, scenes: list[world.Scene], rng: np.random.Generator
+) -> list[Row]:
+    """Two thirds unrelated questions, one third dialogues."""
+    rows = []
+    for i, scene in enumerate(scenes):
+        if i % 3 == 0:
+            turns = world.dialogue(scene, 5)
+            if backbone == "t5":
+                turns = turns[: int(rng.integers(1, 6))]
+        else:
+            found = world.questions(scene, 12)
+            count = 5 if backbone == "opt" else 1
+            turns = [found[j] for j in rng.permutation(len(found))[:count]]
+        rows.append((texts.rounds if backbone == "opt" else texts.turn)(asked(turns)))
+    return rows
+
+
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), value)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
+
+
+def loss(model: Blip2ForConditionalGeneration, states: Tensor, rows: list[Row]) -> Tensor:
+    """Mean cross-entropy of the answer tokens; `states` are query states [B, Q, D]."""
+    language = model.language_model
+    ids, labels = padded([r[0] for r in rows], PAD), padded([r[1] for r in rows], IGNORE)
+    seen = model.language_projection(states)
+    inputs = torch.cat([seen, model.get_input_embeddings()(ids)], dim=1)  # [B, Q + T, D]
+    if language.config.is_encoder_decoder:
+        mask = torch.cat([torch.ones(seen.shape[:2], dtype=torch.long), (ids != PAD).long()], dim=1)
+        return language(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+    hidden = language.model.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[
+        :, QUERIES:
+    ]
+    taught = labels != IGNORE  # pads come last, so causal attention needs no mask
+    return F.cross_entropy(language.lm_head(hidden[taught]), labels[taught])
+
+
+def batches(
+    backbone: str, states: np.ndarray, first: int, steps: int, size: int, seed: int
+) -> Iterator[list[tuple[Tensor, list[Row]]]]:
+    """For every step a caption batch and a question batch, each of `size` scenes or a multiple."""
+    texts = Texts(backbone)
+    questions = size if backbone == "opt" else 3 * size
+    for step in range(first, steps):
+        rng = np.random.default_rng((seed, step))
+        parts = []
+        for count, kind in ((size, "captions"), (questions, "answers")):
+            index = rng.choice(len(states), size=count, replace=False)
+            scenes = [world.scene("train", int(i)) for i in index]
+            rows = (
+                captions(texts, backbone, scenes)
+                if kind == "captions"
+                else answers(texts, backbone, scenes, rng)
+            )
+            parts.append((torch.from_numpy(states[index]).float(), rows))
+        yield parts
+
+
+def fresh_model(backbone: str, eyes: Eyes) -> Blip2ForConditionalGeneration:
+    """A new BLIP-2 that sees with the trained eyes, frozen."""
+    model = build_model(backbone, Texts(backbone).vocab_size)
+    model.vision_model.load_state_dict(eyes.vision_model.state_dict())
+    model.qformer.load_state_dict(eyes.qformer.state_dict())
+    model.query_tokens.data.copy_(eyes.query_tokens.data)
+    for part in (model.vision_model, model.qformer):
+        part.requires_grad_(False)
+    model.query_tokens.requires_grad_(False)
+    return model
+
+
+def train(
+    backbone: str,
+    eyes: Eyes,
+    states: np.ndarray,
+    work: Path,
+    steps: int,
+    size: int = 32,
+    peak: float = 1e-3,
+    seed: int = 0,
+) -> Blip2ForConditionalGeneration:
+    """Train projection and language model, or go on from the last checkpoint."""
+    torch.manual_seed(seed + 1)
+    log, path = Log(work / f"speak-{backbone}.jsonl"), work / f"speak-{backbone}.pt"
+    model = fresh_model(backbone, eyes)
+    optim = optimiser(model, peak)
+    first, spent, state = 0, 0.0, load(path)
+    if state:
+        model.load_state_dict(state["model"])
+        optim.load_state_dict(state["optim"])
+        first, spent = state["step"], state["seconds"]
+    saved = started = time.monotonic()
+    for step, parts in enumerate(batches(backbone, states, first, steps, size, seed), start=first):
+        for group in optim.param_groups:
+            group["lr"] = peak * rate(step, steps)
+        optim.zero_grad()
+        values = []
+        for seen, rows in parts:
+            value = loss(model, seen, rows)
+            value.backward()
+            values.append(value.item())
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optim.step()
+        if step % 50 == 0:
+            log(stage=backbone, step=step, caption_loss=values[0], answer_loss=values[1])
+        last = step == steps - 1
+        if last or time.monotonic() - saved > 180:
+            save(
+                {
+                    "model": model.state_dict(),
+                    "optim": optim.state_dict(),
+                    "step": step + 1,
+                    "seconds": spent + time.monotonic() - started,
+                },
+                path,
+            )
+            log(stage=backbone, step=step + 1, **quick(model, backbone))
+            saved = time.monotonic()
+    return model

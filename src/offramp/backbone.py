@@ -1,0 +1,452 @@
+"""The frozen vision-language model: where its language decoder is, and how to drive it layer by layer.
+
+This is the one place that knows Hugging Face model classes, and it knows them as *data*: a
+`Family` says where the decoder stack, its layers, its final norm and the LM head are. Everything
+else works on any family.
+
+Nothing of the user's model is ever patched. A `view` is a chain of shallow twins of the modules
+from the root down to the decoder layers; the twins share every parameter and buffer with the
+original, and the twin stack's layers are thin wrappers that ask a *driver* what to do. Each
+generation has a view and a driver of its own, so two of them cannot meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
+
+# ---------------------------------------------------------------------------------------------
+# Families, as data
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its language decoder. Paths are dotted, from the VLM.
+
+    stack: the module whose `forward` loops over the decoder layers.
+    layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
+    head: the LM head.
+    hidden_scale: factor on the normed state before the head, from the text config (T5 ties).
+    causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
+        features join between layers (Qwen3-VL); the prompt then always runs at full depth.
+    """
+
+    stack: str
+    layers: str = "layers"
+    norm: str | None = "norm"
+    head: str = "lm_head"
+    hidden_scale: Callable[[Any], float] | None = None
+    causal_prompt: bool = True
+
+    def inside(self, prefix: str) -> Family:
+        """The same family, held by a larger model under `prefix`."""
+        return Family(
+            f"{prefix}.{self.stack}",
+            self.layers,
+            self.norm,
+            f"{prefix}.{self.head}",
+            self.hidden_scale,
+            self.causal_prompt,
+        )
+
+
+def _t5_scale(config: Any) -> float:
+    tied = getattr(config, "scale_decoder_outputs", getattr(config, "tie_word_embeddings", False))
+    return float(config.d_model) ** -0.5 if tied else 1.0
+
+
+TEXT_FAMILIES: dict[str, Family] = {
+    "opt": Family("model.decoder", norm="final_layer_norm"),
+    "llama": Family("model"),
+    "t5": Family("decoder", layers="block", norm="final_layer_norm", hidden_scale=_t5_scale),
+}
+"""Language models that a wrapper such as BLIP-2 holds whole, by `model_type`."""
+
+FAMILIES: dict[str, Family | str] = {
+    "blip-2": "language_model",  # a string: the text model under that name, from TEXT_FAMILIES
+    "instructblip": "language_model",
+    "llava": Family("model.language_model"),
+    "llava_next": Family("model.language_model"),
+    "idefics3": Family("model.text_model"),
+    "smolvlm": Family("model.text_model"),
+    "qwen2_vl": Family("model.language_model"),
+    "qwen2_5_vl": Family("model.language_model"),
+    "qwen3_vl": Family("model.language_model", causal_prompt=False),
+    "paligemma": Family("model.language_model", causal_prompt=False),
+    "gemma3": Family("model.language_model", causal_prompt=False),
+    "internvl": Family("model.language_model"),
+    "florence2": Family("model.language_model.decoder", norm=None),
+}
+"""Vision-language models by `config.model_type`."""
+
+
+def register_backbone(model_type: str, family: Family) -> None:
+    """Teach the library another family; see `docs/backbones.md`. Replaces an earlier entry."""
+    FAMILIES[model_type] = family
+
+
+def _family_of(config: Any) -> Family:
+    model_type = getattr(config, "model_type", type(config).__name__)
+    family = FAMILIES.get(model_type)
+    if isinstance(family, str):
+        text_type = config.get_text_config().model_type
+        if text_type not in TEXT_FAMILIES:
+            raise UnsupportedBackboneError(
+                f"{model_type} around the language model {text_type!r} is not known; known inside "
+                f"it are {', '.join(sorted(TEXT_FAMILIES))}.",
+                f"Add it: offramp.backbone.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
+                "norm=..., head=...); docs/backbones.md shows how to find the paths.",
+            )
+        return TEXT_FAMILIES[text_type].inside(family)
+    if family is None:
+        raise UnsupportedBackboneError(
+            f"Backbone family {model_type!r} is not known.",
+            f"{did_you_mean(model_type, FAMILIES)} To add it: offramp.register_backbone({model_type!r}, Family(stack='path.to.the."
+            "decoder', head='lm_head')); docs/backbones.md shows how to find the paths.",
+        )
+    return family
+
+
+# ---------------------------------------------------------------------------------------------
+# Views: the model, with somebody else deciding what each layer does
+# ---------------------------------------------------------------------------------------------
+
+
+class Driver(Protocol):
+    """Decides, call by call, what happens at a decoder layer."""
+
+    def layer(
+        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> Any:
+        """The output of layer `index` (0-based) for `hidden` [B, T, D]."""
+        ...
+
+
+class _LayerView(nn.Module):
+    """Stands where a decoder layer stood in the twin stack and hands its calls to the driver."""
+
+    def __init__(self, index: int, layer: nn.Module, driver: Driver) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the view owns neither the layer nor its parameters.
+        self.__dict__.update(_index=index, _layer=layer, _driver=driver)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)  # e.g. attention_type, read by some stacks
+
+    def __call__(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
+        return self._driver.layer(self._index, self._layer, hidden, args, kw)
+
+
+class _HeadView(nn.Module):
+    """The LM head, always applied to a 2-D row.
+
+    A frozen half-precision head on a slice `h[:, -1:]` takes torch's batched path on CPU, which
+    copies the whole weight: 14 to 40 times slower than the same rows as a matrix.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_head"] = head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_head"], name)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if hidden.dim() == 3 and hidden.shape[1] == 1:
+            return self._head(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
+        return self._head(hidden)  # type: ignore[no-any-return]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._forward_pre_hooks = type(module._forward_pre_hooks)(module._forward_pre_hooks)
+    twin._forward_pre_hooks_with_kwargs = type(module._forward_pre_hooks_with_kwargs)(
+        module._forward_pre_hooks_with_kwargs
+    )
+    return twin
+
+
+def _graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
+    """Hang `leaf` at `path` below the twin `root`, making twins of what lies between."""
+    *between, last = path.split(".")
+    node = root
+    for name in between:
+        child = node._modules[name]
+        assert child is not None
+        if "_is_twin" not in child.__dict__:
+            child = _twin(child)
+            child.__dict__["_is_twin"] = True
+            node._modules[name] = child
+        node = child
+    node._modules[last] = leaf
+
+
+# ---------------------------------------------------------------------------------------------
+# The backbone
+# ---------------------------------------------------------------------------------------------
+
+
+class Backbone:
+    """A frozen VLM with its decoder laid open. Not an `nn.Module`: it is held, never trained.
+
+    Depth d means d decoder layers run, 1..`depth`; the state at depth d is the input of layer d
+    (0-based), and the state at full depth is what the final norm reads.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str = "", revision: str | None = None) -> None:
+        """Raise `UnsupportedBackboneError` where the decoder cannot be found or driven."""
+        model = _unwrap_peft(model)
+        self.model: Any = model
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.revision = revision
+        self.family = _family_of(model.config)
+        self.stack = self._find(self.family.stack)
+        self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
+        self.norm = self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
+        self.head = self._find(self.family.head)
+        self.text_config: Any = self.stack.config
+        self._check_drivable()
+        model.eval()
+        model.requires_grad_(False)  # HF resets it on load
+        scale = self.family.hidden_scale
+        self._scale = scale(self.text_config) if scale else 1.0
+        self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+        **kwargs: Any,
+    ) -> Backbone:
+        """Load a hub name or a folder. Raise `InputError` where there is no such model."""
+        from transformers import AutoModelForImageTextToText
+
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                str(name), revision=revision, dtype=dtype, **kwargs
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"No vision-language model could be loaded from {str(name)!r}: "
+                f"{str(error).strip().splitlines()[0]}",
+                "Give a folder written by save_pretrained, or a hub name such as "
+                "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
+            ) from error
+        return cls(model.to(device), name=str(name), revision=revision)
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """Width D of the decoder's states."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows V of the LM head."""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.text_config, "is_encoder_decoder", False))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.layers.parameters()).dtype  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this backbone from another: its shape and a sample of the decoder's weights.
+
+        The sample is read through bfloat16, so that the same checkpoint in another precision has
+        (nearly) the same one; `same_backbone` allows for the rounding.
+        """
+        tensors = [*self.layers.parameters(), *(self.norm.parameters() if self.norm else ())]
+        sample = [
+            flat[:: max(1, flat.numel() // 8)][:8].to(torch.bfloat16).view(torch.int16).tolist()
+            for flat in (t.detach().flatten().cpu() for t in tensors[:: max(1, len(tensors) // 32)])
+        ]
+        return {
+            "model_type": self.model.config.model_type,
+            "layers": self.depth,
+            "width": self.width,
+            "vocabulary": self.vocabulary,
+            "tensors": len(tensors),
+            "weights": [value for row in sample for value in row],
+        }
+
+    # -- reading states ---------------------------------------------------------------------
+
+    def read(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of final-normed states [..., D], as the model itself computes them."""
+        rows = normed.reshape(-1, normed.shape[-1])
+        logits = self.head(rows * self._scale if self._scale != 1.0 else rows)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits.view(*normed.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The final norm, where the family has one."""
+        return self.norm(hidden) if self.norm is not None else hidden  # type: ignore[no-any-return]
+
+    # -- driving ----------------------------------------------------------------------------
+
+    def view(self, driver: Driver) -> View:
+        """A view of the whole VLM whose decoder layers ask `driver`."""
+        return View(self, driver)
+
+    def skip(self, index: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
+        """What layer `index` would return if it left `hidden` [B, T, D] as it is.
+
+        T5's layers hand the attention biases on, from block 0, which computes the relative one:
+        a skipped block must do the same.
+        """
+        if self.family.layers != "block":
+            return hidden
+        _, bias, _, _, cross_bias = args[:5]
+        attention = self.layers[index].layer[0].SelfAttention
+        if bias is None and attention.has_relative_attention_bias:
+            cache = kw.get("cache", kw.get("past_key_values"))
+            past = cache.get_seq_length() if cache is not None else 0
+            new = hidden.shape[1]
+            bias = attention.compute_bias(new, past + new, hidden.device, past)
+        return hidden, bias, cross_bias
+
+    def _find(self, path: str) -> Any:
+        node = self.model
+        for name in path.split("."):
+            if not hasattr(node, name):
+                raise UnsupportedBackboneError(
+                    f"{type(self.model).__name__} has no {path!r} ({type(node).__name__} has no "
+                    f"{name!r}).",
+                    "Correct the paths with offramp.register_backbone; docs/backbones.md shows how "
+                    "to find them.",
+                )
+            node = getattr(node, name)
+        return node
+
+    def _check_drivable(self) -> None:
+        if not isinstance(self.layers, nn.ModuleList) or len(self.layers) < 2:
+            raise UnsupportedBackboneError(
+                f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
+                "Point the family at the decoder stack; see docs/backbones.md.",
+            )
+        if getattr(self.stack, "project_out", None) is not None:
+            raise UnsupportedBackboneError(
+                "This OPT projects its states to another width before the LM head.",
+                "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
+            )
+        for path in ("", *_prefixes(self.family.stack)):
+            node = self._find(path) if path else self.model
+            if hasattr(node, "_hf_hook"):  # its patched forward would run past our twin
+                raise UnsupportedBackboneError(
+                    "The model's layers are offloaded or sharded by accelerate hooks.",
+                    "Load it without device_map, on one device.",
+                )
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    names = path.split(".")
+    return (".".join(names[: i + 1]) for i in range(len(names)))
+
+
+def _unwrap_peft(model: nn.Module) -> nn.Module:
+    """The base model of a LoRA-wrapped one: LoRA lives inside the layers, so nothing is lost."""
+    unwrap = getattr(model, "get_base_model", None)
+    if unwrap is None:
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedBackboneError(
+            "A prompt-learning PEFT adapter changes the input, outside the layers.",
+            "Use an adapter that lives in the layers (LoRA and its kin), or merge it.",
+        )
+    return unwrap()  # type: ignore[no-any-return]
+
+
+def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """None where two fingerprints are of one backbone, else the difference in words."""
+    for key in ("model_type", "layers", "width", "vocabulary", "tensors"):
+        if saved.get(key) != now.get(key):
+            return f"{key} is {now.get(key)}, not {saved.get(key)}"
+    pairs = list(zip(saved["weights"], now["weights"], strict=False))
+    equal = sum(a == b for a, b in pairs) / max(1, len(pairs))
+    if len(saved["weights"]) != len(now["weights"]) or equal < 0.9:
+        return f"the decoder's weights differ ({equal:.0%} of a sample agree)"
+    return None
+
+
+class View:
+    """A VLM seen through a driver: run the model whole, or its decoder stack alone."""
+
+    def __init__(self, backbone: Backbone, driver: Driver) -> None:
+        family = backbone.family
+        root = _twin(backbone.model)
+        layers = nn.ModuleList(
+            _LayerView(i, layer, driver) for i, layer in enumerate(backbone.layers)
+        )
+        _graft(root, f"{family.stack}.{family.layers}", layers)
+        _graft(root, family.head, _HeadView(backbone.head))
+        self.model: Any = root
+        self.stack: Any = root.get_submodule(family.stack)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[dict[str, Any]]]:
+        """Collect the keyword arguments with which the stack is called."""
+        calls: list[dict[str, Any]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
+            assert not args, "decoder stacks are called with keywords"
+            calls.append(dict(kw))
+
+        handle = self.stack.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
+    layer = sum(p.numel() * p.element_size() for p in backbone.layers[-1].parameters())
+    return {
+        "name": backbone.name,
+        "model_type": backbone.model.config.model_type,
+        "text_model_type": backbone.text_config.model_type,
+        "encoder_decoder": backbone.is_encoder_decoder,
+        "layers": backbone.depth,
+        "width": backbone.width,
+        "vocabulary": backbone.vocabulary,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "exit_bytes": layer,
+    }
+
+
+def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    """One line of JSON, stable, for digests."""
+    return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))

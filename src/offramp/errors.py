@@ -1,0 +1,70 @@
+"""Errors a user can act on: one line says what is wrong, the next says what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OfframpError(Exception):
+    """Base of every error that offramp raises on purpose.
+
+    `str(error)` is exactly two lines: the problem, then the remedy. Each subclass also inherits the
+    builtin that fits, so that `except ValueError` works for callers who do not know offramp.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem = _one_line(problem)
+        self.remedy = _one_line(remedy)
+        super().__init__(f"{self.problem}\n{self.remedy}")
+
+    def __str__(self) -> str:
+        # Written out because builtins such as OSError print their arguments in their own way.
+        return f"{self.problem}\n{self.remedy}"
+
+    def __reduce__(self) -> tuple[type["OfframpError"], tuple[str, str]]:
+        # `args` holds the joined text, which is not what the constructor takes: without this an
+        # error could not come back from a worker process.
+        return type(self), (self.problem, self.remedy)
+
+
+class InputError(OfframpError, ValueError):
+    """An argument or option has a value that cannot be used."""
+
+
+class DataError(OfframpError, ValueError):
+    """A data set, a row of it or an image cannot be used."""
+
+
+class AdapterError(OfframpError, ValueError):
+    """A saved set of exits is damaged or does not fit the backbone."""
+
+
+class UnsupportedBackboneError(OfframpError, TypeError):
+    """The model is of a kind that offramp does not know how to run."""
+
+
+class TrainingError(OfframpError, RuntimeError):
+    """Training cannot go on."""
+
+
+class StorageError(OfframpError, OSError):
+    """A file cannot be read or written; a file that was to be replaced is as it was."""
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """A remedy that names the closest allowed words, if any is close, and all of them.
+
+    `did_you_mean("tt5", ["opt", "t5"])` is `"Did you mean 't5'? Allowed: opt, t5."`; `""` when
+    nothing is allowed.
+    """
+    names = list(allowed)
+    if not names:
+        return ""
+    # Compared in lower case, answered as written: 'OPT' should find 'opt'.
+    written = {name.lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(word.lower(), written, n=1)
+    question = f"Did you mean {written[close[0]]!r}? " if close else ""
+    return f"{question}Allowed: {', '.join(names)}."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())

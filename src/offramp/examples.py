@@ -1,0 +1,225 @@
+"""One example, its picture as pixels, and what is done with many: splits and digests."""
+
+import contextlib
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from offramp.errors import DataError, InputError
+from offramp.records import digest_file, digest_rows
+
+
+class EncodedImage(Protocol):
+    """An image file that is not a file of its own, such as a cell of a data set."""
+
+    def read(self) -> bytes:
+        """The encoded image, as its file would hold it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture, one prompt, and the answers that count as right.
+
+    Args:
+        image: a file, a picture in memory, or something whose `read()` gives a file's bytes.
+        prompt: what the backbone is asked; may be empty, which some backbones caption best with.
+        answers: any of them is right; empty means unlabelled.
+        key: names the example in digests; the same on every machine.
+        group: names the picture; examples that share it never land in different splits. Empty
+            means that `split_examples` tells pictures apart by path or, in memory, by pixels.
+    """
+
+    image: Path | Image.Image | EncodedImage
+    prompt: str
+    answers: tuple[str, ...]
+    key: str
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not isinstance(self.image, Path | Image.Image) and not hasattr(self.image, "read"):
+            wrong.append(f"image is a {type(self.image).__name__}, not a Path or a PIL image")
+        if not isinstance(self.prompt, str):
+            wrong.append(f"prompt is a {type(self.prompt).__name__}, not a str")
+        # A str would pass as a sequence of one-letter answers.
+        if not isinstance(self.answers, tuple):
+            wrong.append(f"answers is a {type(self.answers).__name__}, not a tuple of str")
+        elif not all(isinstance(answer, str) and answer.strip() for answer in self.answers):
+            wrong.append("answers holds something empty or not a str")
+        if not isinstance(self.key, str) or not self.key:
+            wrong.append("key is not a name")
+        if wrong:
+            raise InputError(
+                f"This example cannot be used: {'; '.join(wrong)}.",
+                "Write Example(Path('dog.jpg'), 'Caption:', ('a dog',), key='dog').",
+            )
+
+    def open_image(self) -> Image.Image:
+        """The picture as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
+
+        Raises:
+            DataError: the image is missing, damaged, too large (Pillow's `MAX_IMAGE_PIXELS`) or of
+                a kind without an agreed range, such as floating point.
+        """
+        name = str(self.image) if isinstance(self.image, Path) else f"The image of {self.key!r}"
+        try:
+            if isinstance(self.image, Image.Image):
+                return _to_rgb(self.image, name)
+            source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image.read())
+            with warnings.catch_warnings():
+                # `_to_rgb` refuses at this limit, where Pillow only warns.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(source)
+            with picture:
+                return _to_rgb(picture, name)
+        except DataError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise _too_large(name) from error
+        except FileNotFoundError as error:
+            raise DataError(f"{name} does not exist.", "Correct the path in the data.") from error
+        except Exception as error:  # decoders of damaged files raise nearly every builtin
+            unknown = isinstance(error, UnidentifiedImageError)
+            raise DataError(
+                f"{name} is not a readable image: {'unknown format' if unknown else error}.",
+                "Replace the file with a whole copy, or remove its rows from the data.",
+            ) from error
+
+
+def split_examples(
+    examples: Sequence[Example], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Example]]:
+    """Split by picture: all examples of one picture land in the same split.
+
+    Args:
+        fractions: share of the *pictures* for each split, in (0, 1], summing to at most 1; what is
+            left over is left out.
+        seed: same pictures, fractions and seed, same splits, whatever the order of `examples`.
+
+    Returns:
+        The examples of each split, in the order they came in.
+
+    Raises:
+        InputError: the fractions cannot be used.
+        DataError: there are too few pictures to give every split one.
+    """
+    total = math.fsum(fractions.values())
+    # Written so that NaN fails too; the margin lets 0.7 + 0.2 + 0.1 be 1.
+    if not fractions or not all(0 < f <= 1 for f in fractions.values()) or not total <= 1 + 1e-9:
+        raise InputError(
+            f"These fractions cannot be used: {dict(fractions)}.",
+            "Give each split a share above 0, with a sum of at most 1.",
+        )
+    group_of = [_group(example) for example in examples]
+    # Ranks from a hash, not from a generator: no version of Python or numpy changes them.
+    groups = sorted(set(group_of), key=lambda group: _hash(f"{seed}:{group}".encode()))
+    home: dict[str, str] = {}
+    share = 0.0
+    for name, fraction in fractions.items():
+        start, share = round(share * len(groups)), share + fraction
+        members = groups[start : round(share * len(groups))]
+        if not members:
+            raise DataError(
+                f"{len(groups)} pictures are too few to give split {name!r} a share of {fraction}.",
+                "Bring more pictures or give it a larger share.",
+            )
+        home.update(dict.fromkeys(members, name))
+    splits: dict[str, list[Example]] = {name: [] for name in fractions}
+    for example, group in zip(examples, group_of, strict=True):
+        if group in home:
+            splits[home[group]].append(example)
+    return splits
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """SHA-256 over keys, prompts, answers and the images' content; where files lie does not count.
+
+    Raises:
+        StorageError: an image file cannot be read.
+    """
+    seen: dict[Path, str] = {}
+
+    def content(image: Path | Image.Image | EncodedImage) -> str:
+        # A file is read once, however many questions are asked about it.
+        if not isinstance(image, Path):
+            return content_digest(image)
+        if image not in seen:
+            seen[image] = content_digest(image)
+        return seen[image]
+
+    def rows() -> Iterator[list[Any]]:
+        for example in examples:
+            yield [example.key, example.prompt, example.answers, content(example.image)]
+
+    return digest_rows(rows())
+
+
+def content_digest(image: Path | Image.Image | EncodedImage) -> str:
+    """SHA-256 of a picture: of its file's bytes, or of its pixels if it has no file.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    if isinstance(image, Path):
+        return digest_file(image)
+    if isinstance(image, Image.Image):
+        return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
+    return _hash(image.read())
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and picture.width * picture.height > limit:
+        raise _too_large(name)
+    picture.load()
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the pixels
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise _no_range(name, "floating-point pixels")
+    if picture.mode.startswith("I"):
+        return _from_16_bits(picture, name)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_16_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255."""
+    pixels = np.asarray(picture).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise _no_range(name, "pixels of more than 16 bits")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _no_range(name: str, what: str) -> DataError:
+    return DataError(
+        f"{name} has {what}, whose black and white are not known.",
+        "Save it with 8 or 16 bits a channel.",
+    )
+
+
+def _too_large(name: str) -> DataError:
+    return DataError(
+        f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels.",
+        "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust where it comes from.",
+    )
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _group(example: Example) -> str:
+    if not example.group and isinstance(example.image, Path):
+        return str(example.image.resolve())
+    return example.group or content_digest(example.image)

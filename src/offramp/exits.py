@@ -1,0 +1,88 @@
+"""Exits: one decoder layer each, at a few depths, read by the backbone's own norm and LM head.
+
+An exit at depth d takes the state after d decoder layers and gives an estimate of the state after
+all of them. It is a copy of the layer that would have run next, so it takes that layer's mask,
+positions and cross-attention as they come, in any family, and its own keys and values live in the
+same cache, behind the backbone's (entries L, L+1, ...).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone
+from offramp.errors import InputError
+
+
+def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
+    """Depths for `exits` exits on a decoder of `layers` layers: a quarter, then evenly to 3/4.
+
+    Early and few: an exit costs a layer and a head whether it fires or not, and what it can save
+    shrinks with depth.
+    """
+    if not 1 <= exits < layers:
+        raise InputError(
+            f"{exits} exits were asked for on {layers} decoder layers.",
+            f"Ask for 1 to {layers - 1}.",
+        )
+    first, last = max(1, round(layers / 4)), max(1, round(3 * layers / 4))
+    step = (last - first) / max(1, exits - 1)
+    depths = sorted({round(first + i * step) for i in range(exits)})
+    return tuple(depths)
+
+
+def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
+    """`depths` sorted; raise `InputError` if one is repeated or outside 1..layers-1."""
+    wrong = [d for d in depths if not isinstance(d, int) or not 1 <= d < layers]
+    if wrong or not depths:
+        raise InputError(
+            f"Exit depths {list(depths)} do not fit {layers} decoder layers.",
+            f"Give whole numbers from 1 to {layers - 1}, e.g. {list(propose_depths(layers))}.",
+        )
+    if len(set(depths)) != len(depths):
+        raise InputError(
+            f"Exit depths {list(depths)} repeat a depth.", "Give each depth once."
+        )
+    return tuple(sorted(depths))
+
+
+class Exits(nn.ModuleDict):
+    """Trained exits by depth. `state_dict` keys start with the depth; nothing is shared."""
+
+    def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
+        """Copy-initialise an exit at each depth from the backbone's next layer."""
+        self.depths = check_depths(depths, backbone.depth)
+        super().__init__(
+            {
+                str(depth): _copy_layer(backbone.layers[depth], backbone.depth + slot)
+                for slot, depth in enumerate(self.depths)
+            }
+        )
+        self.requires_grad_(True)
+        self.eval()  # dropout off: the layers are frozen kin, and resuming must be exact
+
+    def at(self, depth: int) -> nn.Module:
+        """The exit at `depth`."""
+        return self[str(depth)]
+
+    def run(self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
+        """The estimate [B, T, D] of the final state, before the final norm."""
+        return first(self[str(depth)](hidden, *args, **kw))
+
+
+def first(output: Any) -> Tensor:
+    """The hidden state of a layer's output, which in some families is a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _copy_layer(layer: nn.Module, slot: int) -> nn.Module:
+    """A deep copy whose attention writes to cache entry `slot`."""
+    twin = copy.deepcopy(layer)
+    for module in twin.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = slot  # type: ignore[assignment]
+    return twin

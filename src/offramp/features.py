@@ -1,0 +1,356 @@
+"""The frozen backbone's states on prompts and answers: computed once, read by every epoch.
+
+A `Batch` holds what the exits need and no more: the states that enter each exit, over the prompt
+(its keys and values) and over the answer, and the final states that teach. The answer is teacher-
+forced in one pass after the prompt has been read exactly as generation reads it, so a family's own
+masks and positions hold in training too.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone, View
+from offramp.config import CACHES
+from offramp.decode import generate
+from offramp.encode import Encoder
+from offramp.errors import InputError
+from offramp.examples import Example
+from offramp.exits import Exits
+from offramp.reading import Reading, without_inputs
+from offramp.records import write_atomic
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An example with the answer ids it is trained on, and whether a person wrote them."""
+
+    example: Example
+    ids: tuple[int, ...]
+    labelled: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frozen states of B answered examples.
+
+    prompt, answer: by depth, states entering the exit [B, P, D] and [B, A-1, D]; the state that
+        predicts the first answer token is the prompt's last.
+    teacher: final-normed states [B, A, D] at the positions that predict the answer.
+    targets, mask: answer ids and which of them count [B, A]; pads never do.
+    labelled: rows [B] whose answer a person wrote.
+    prompt_kw, answer_kw: the stack's other arguments (masks, positions, encoder states).
+    keys: the examples' keys, for error messages.
+    """
+
+    prompt: dict[int, Tensor]
+    answer: dict[int, Tensor]
+    teacher: Tensor
+    targets: Tensor
+    mask: Tensor
+    labelled: Tensor
+    prompt_kw: dict[str, Any]
+    answer_kw: dict[str, Any]
+    keys: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all tensors hold."""
+        return sum(t.numel() * t.element_size() for t in _tensors(self.__dict__))
+
+    def entries(self, depth: int) -> Tensor:
+        """States entering the exit at `depth` at the predicting positions [B, A, D]."""
+        return torch.cat([self.prompt[depth][:, -1:], self.answer[depth]], 1)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+class _Record:
+    """A driver that runs every layer and notes the states at some depths."""
+
+    def __init__(self, depths: Sequence[int]) -> None:
+        self.depths = frozenset(depths)
+        self.states: dict[int, Tensor] = {}
+
+    def layer(
+        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> Any:
+        if index in self.depths:
+            self.states[index] = hidden
+        return layer(hidden, *args, **kw)
+
+
+@torch.no_grad()  # not inference_mode: training saves these states for its backward pass
+def record(
+    encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]
+) -> Batch:
+    """Run the frozen backbone over prompts and answers and keep the states at `depths`."""
+    backbone = encoder.backbone
+    ids, mask = encoder.pad([row.ids for row in rows])
+    driver = _Record(depths)
+    view = View(backbone, driver)
+    found: list[Batch] = []
+
+    def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
+        for name in ("logits_processor", "stopping_criteria"):
+            kw.pop(name, None)
+        final: list[Tensor] = []
+        handle = view.stack.register_forward_hook(
+            lambda _m, _a, out: final.append(out.last_hidden_state)
+        )
+        try:
+            reading = Reading(view, model, input_ids, kw)
+            prompt, driver.states = driver.states, {}
+            answer_kw = reading.advance(ids.shape[1] - 1)
+            if ids.shape[1] > 1:
+                view.stack(input_ids=ids[:, :-1], **answer_kw)
+                teacher = torch.cat([final[0][:, -1:], final[1]], 1)
+            else:
+                teacher = final[0][:, -1:]
+                driver.states = {d: s[:, :0] for d, s in prompt.items()}
+        finally:
+            handle.remove()
+        found.append(
+            Batch(
+                prompt,
+                driver.states,
+                teacher,
+                ids,
+                mask,
+                torch.tensor([row.labelled for row in rows], device=ids.device),
+                _plain(without_inputs(reading.prefill)),
+                _plain(without_inputs(answer_kw)),
+                tuple(row.example.key for row in rows),
+            )
+        )
+        return input_ids
+
+    view.model.generate(
+        **encoder.prompts([row.example for row in rows]), custom_generate=read, max_new_tokens=1
+    )
+    return found[0]
+
+
+def _plain(kw: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that can be kept: tensors, numbers, dicts of them; deep visual features not."""
+    keep = (Tensor, int, float, bool, str, type(None))
+    return {
+        name: _plain(value) if isinstance(value, dict) else value
+        for name, value in kw.items()
+        if isinstance(value, (*keep, dict))
+    }
+
+
+class _Replay:
+    """A driver that runs the exits, each on its recorded states, and skips the backbone."""
+
+    def __init__(self, backbone: Backbone, exits: Exits, entries: Mapping[int, Tensor]) -> None:
+        self.backbone, self.exits, self.entries = backbone, exits, entries
+        self.states: dict[int, Tensor] = {}
+
+    def layer(
+        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> Any:
+        if index in self.entries:
+            self.states[index] = self.exits.run(index, self.entries[index], args, kw)
+        return self.backbone.skip(index, hidden, args, kw)
+
+
+def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, Tensor]:
+    """Final-normed exit states [B, A, D] by depth, at the positions that predict the answer.
+
+    Differentiable in the exits. Two calls of the stack with every backbone layer skipped: one lays
+    down the exits' keys and values over the prompt, the next runs them over the answer.
+    """
+    cache = _exit_cache(backbone, exits)
+    parts: list[dict[int, Tensor]] = []
+    for entries, kw in ((batch.prompt, batch.prompt_kw), (batch.answer, batch.answer_kw)):
+        some = next(iter(entries.values()))
+        if some.shape[1] == 0:
+            continue
+        driver = _Replay(backbone, exits, entries)
+        View(backbone, driver).stack(inputs_embeds=some, cache=cache, use_cache=True, **kw)
+        parts.append(driver.states)
+    prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
+    return {
+        d: backbone.finish(torch.cat([s[:, -1:], *([answer[d]] if answer else [])], 1))
+        for d, s in prompt.items()
+    }
+
+
+def _exit_cache(backbone: Backbone, exits: Exits) -> Any:
+    """An empty cache with the exits' entries; the backbone's entries point at them for lengths."""
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+    def half() -> Any:
+        blank = DynamicCache(config=backbone.text_config).layers
+        own = [copy.deepcopy(blank[depth]) for depth in exits.depths]
+
+        def kin(index: int) -> Any:
+            return next((e for e in own if type(e) is type(blank[index])), own[0])
+
+        return Cache(layers=[kin(i) for i in range(backbone.depth)] + own)
+
+    return EncoderDecoderCache(half(), half()) if backbone.is_encoder_decoder else half()
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache of batches
+# ---------------------------------------------------------------------------------------------
+
+
+
+def group(rows: Sequence[Answered], batch_size: int) -> list[list[Answered]]:
+    """Batches of rows of like length, so that little is padded. Deterministic."""
+    ordered = sorted(rows, key=lambda r: (len(r.example.prompt.split()), len(r.ids), r.example.key))
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+class FeatureStore:
+    """Recorded batches, in memory, on disk, or recomputed each time they are read."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Answered],
+        depths: Sequence[int],
+        *,
+        batch_size: int,
+        cache: str = "auto",
+        folder: Path | None = None,
+        memory_bytes: int = 4 << 30,
+    ) -> None:
+        """Record the first batch, from which `nbytes` is estimated; `fill` records the others."""
+        if cache not in CACHES:
+            raise InputError(
+                f"Feature cache {cache!r} is not known.", f"Use one of {', '.join(CACHES)}."
+            )
+        self._encoder, self._depths, self._folder = encoder, tuple(depths), folder
+        self._groups = group(rows, batch_size)
+        probe = self._groups[len(self._groups) // 2]
+        self.nbytes = int(record(encoder, probe, depths).nbytes / len(probe) * len(rows))
+        self.kind = self._choose(cache, memory_bytes)
+        self._batches: list[Batch] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def _choose(self, cache: str, memory_bytes: int) -> str:
+        if cache != "auto":
+            kind = cache
+        elif self.nbytes <= memory_bytes:
+            kind = "memory"
+        else:
+            kind = "disk" if self._folder is not None else "stream"
+        if kind != "disk":
+            return kind
+        if self._folder is None:
+            raise InputError("A disk cache needs a folder.", "Name one, or use cache='memory'.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if self.nbytes > 0.9 * free:
+            if cache == "auto":
+                return "stream"
+            raise InputError(
+                f"The features need about {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+                f"free at {self._folder}.",
+                "Use cache='stream', fewer examples, or another folder.",
+            )
+        return kind
+
+    def fill(self, progress: Any = iter) -> None:
+        """Record all batches, unless they are streamed. `progress` wraps the iterable."""
+        for index in progress(range(len(self))) if self.kind != "stream" else ():
+            if self.kind == "memory":
+                self._batches.append(record(self._encoder, self._groups[index], self._depths))
+            elif not self._file(index).exists():
+                batch = record(self._encoder, self._groups[index], self._depths)
+                _save(batch, self._file(index))
+
+    def __getitem__(self, index: int) -> Batch:
+        if self.kind == "memory":
+            return self._batches[index]
+        if self.kind == "disk":
+            return _load(self._file(index), self._encoder.backbone.device)
+        return record(self._encoder, self._groups[index], self._depths)
+
+    def _file(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"batch-{index:06d}.pt"
+
+
+def _save(batch: Batch, path: Path) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(batch.__dict__, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _load(path: Path, device: torch.device) -> Batch:
+    return Batch(**torch.load(path, map_location=device, weights_only=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers the model writes itself
+# ---------------------------------------------------------------------------------------------
+
+
+def self_written(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    min_confidence: float = 0.0,
+    progress: Any = iter,
+) -> list[Answered]:
+    """Greedy answers of the full model, those below `min_confidence` dropped.
+
+    Confidence is the geometric mean of the probabilities the full model gave its own tokens.
+    """
+    written: list[Answered] = []
+    for start in progress(range(0, len(examples), batch_size)):
+        some = examples[start : start + batch_size]
+        confidence = _Confidence()
+        result = generate(
+            encoder.backbone,
+            encoder.prompts(some),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=[confidence],
+        )
+        live = result.depths > 0
+        for row, example in enumerate(some):
+            ids = result.new_tokens[row][live[row]].tolist()
+            if confidence.of(row, len(ids)) >= min_confidence:
+                written.append(Answered(example, tuple(ids), labelled=False))
+    return written
+
+
+class _Confidence:
+    """A logits processor that changes nothing and notes the largest log-probability of each row."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        self._steps.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+    def of(self, row: int, tokens: int) -> float:
+        return float(torch.stack(self._steps)[:tokens, row].mean().exp())

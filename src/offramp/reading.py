@@ -1,0 +1,49 @@
+"""A prompt that the backbone has read, and the arguments every later call of its stack takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import View
+
+_STATIC = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask")
+
+
+class Reading:
+    """Runs the prefill of a prepared generation and keeps what the steps after it repeat."""
+
+    def __init__(self, view: View, model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Run the prompt. `ids` and `model_kwargs` are what HF's `generate` prepared for `model`."""
+        with view.recording() as calls:
+            inputs = model.prepare_inputs_for_generation(
+                ids, is_first_iteration=True, next_sequence_length=None, **model_kwargs
+            )
+            self.logits: Tensor = model(**inputs, return_dict=True).logits[:, -1]
+        self.prefill: dict[str, Any] = calls[-1]
+        self._static = {n: self.prefill[n] for n in _STATIC if self.prefill.get(n) is not None}
+        self._static |= {"use_cache": True, "return_dict": True}
+        self._positions: Tensor | None = self.prefill.get("position_ids")
+        mask = model_kwargs.get("attention_mask")
+        self._mask: Tensor | None = None if "encoder_hidden_states" in self._static else mask
+
+    def advance(self, tokens: int) -> dict[str, Any]:
+        """Arguments for the stack's next call, on `tokens` new tokens for each row."""
+        kw = dict(self._static)
+        if self._positions is not None:
+            ahead = torch.arange(1, tokens + 1, device=self._positions.device)
+            self._positions = self._positions[..., -1:] + ahead
+            kw["position_ids"] = self._positions
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), tokens)], 1)
+            kw["attention_mask"] = self._mask
+        return kw
+
+
+def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
+    """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
+    dropped = ("input_ids", "inputs_embeds", "cache", "past_key_values", "use_cache")
+    return {name: value for name, value in kw.items() if name not in dropped}

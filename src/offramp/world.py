@@ -1,0 +1,577 @@
+"""A procedural world of coloured shapes whose captions, questions and answers are exactly right.
+
+Early exits are judged by what a model says, so the reference must be beyond doubt: a scene is drawn
+from a seed, and its picture, caption, questions, answers and dialogues all follow from the scene.
+Some tokens are easy (grammar, articles), some are hard (colours, places, counts, relations), which is
+what makes a per-token depth worth choosing. Splits use disjoint seeds; numpy and Pillow only.
+
+Two scenes of different splits can show the same few objects (there are only some thousand one-object
+scenes), but never the same pixels: shades, jitter and background gradient come from the seed as well.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import cos, pi, sin
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+IMAGE_SIZE = 72  # pixels per side
+GRID = 3  # cells per side
+CELL = IMAGE_SIZE // GRID  # pixels
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIZES = ("small", "large")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+COUNTS = ("zero", "one", "two", "three", "four")
+PALETTE = {
+    "red": (215, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (235, 215, 50),
+    "purple": (130, 50, 170),
+    "orange": (240, 140, 40),
+    "cyan": (70, 205, 215),
+    "pink": (245, 140, 190),
+}
+COLORS = tuple(PALETTE)
+BACKDROPS = {
+    "black": (25, 25, 28),
+    "gray": (125, 125, 125),
+    "white": (232, 232, 230),
+    "brown": (100, 70, 45),
+}
+BACKGROUNDS = tuple(BACKDROPS)
+RADII = {"small": (4.2, 5.2), "large": (8.0, 9.6)}  # pixels
+COUNT_WEIGHTS = (0.2, 0.3, 0.3, 0.2)  # of one to four objects
+CORRUPTIONS = ("noise", "blur", "contrast")
+SEVERITIES = (1, 2, 3)
+
+SPLITS = ("train", "validation", "calibration", "test")
+SPLIT_SPAN = 10_000_000  # scenes a split may hold; keeps the seeds of two splits apart
+
+CAPTION_PROMPT = "Caption:"
+
+T = TypeVar("T")
+QA = tuple[str, str]  # question, answer
+Fact = tuple[str, str]  # place (or "count", "background"), attribute
+Maker = Callable[[np.random.Generator, "Scene"], QA | None]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; `place` counts the grid cells in reading order, 0 to 8."""
+
+    shape: str
+    color: str
+    size: str
+    place: int
+
+    @property
+    def row(self) -> int:
+        return self.place // GRID
+
+    @property
+    def column(self) -> int:
+        return self.place % GRID
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: objects in reading order, a background, and the seed of all the rest."""
+
+    objects: tuple[Thing, ...]
+    background: str
+    seed: int
+
+
+def place_name(place: int) -> str:
+    """The two words that name a grid cell, such as "top left"."""
+    return f"{ROWS[place // GRID]} {COLUMNS[place % GRID]}"
+
+
+def scene(split: str, index: int) -> Scene:
+    """The scene number `index` of a split; the same arguments always give the same scene."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if not 0 <= index < SPLIT_SPAN:
+        raise ValueError(f"scene index {index} is outside 0..{SPLIT_SPAN - 1}")
+    return _scene_from_seed(SPLITS.index(split) * SPLIT_SPAN + index)
+
+
+def scenes(split: str, n: int, start: int = 0) -> Iterator[Scene]:
+    """The scenes `start` to `start + n - 1` of a split."""
+    return (scene(split, index) for index in range(start, start + n))
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    """One stream per purpose, so that asking more questions never changes the picture."""
+    return np.random.default_rng((seed, sum(map(ord, purpose))))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _scene_from_seed(seed: int) -> Scene:
+    rng = _rng(seed, "layout")
+    count = 1 + int(rng.choice(len(COUNT_WEIGHTS), p=COUNT_WEIGHTS))
+    places = sorted(int(p) for p in rng.choice(GRID * GRID, size=count, replace=False))
+    # A scene draws from a few shapes and colours only: repeats make counting and naming non-trivial.
+    shapes = [SHAPES[i] for i in rng.choice(len(SHAPES), size=3, replace=False)]
+    colors = [COLORS[i] for i in rng.choice(len(COLORS), size=4, replace=False)]
+    objects = tuple(
+        Thing(_pick(rng, shapes), _pick(rng, colors), _pick(rng, SIZES), p) for p in places
+    )
+    return Scene(objects, _pick(rng, BACKGROUNDS), seed)
+
+
+# ---------------------------------------------------------------- pictures
+
+_OVERSAMPLE = 4
+
+
+def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
+    """Polygon corners of a shape of radius `r` around (x, y)."""
+    if shape == "square":
+        unit = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+    elif shape == "triangle":
+        unit = [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)]
+    elif shape == "diamond":
+        unit = [(0.0, -1.1), (0.85, 0.0), (0.0, 1.1), (-0.85, 0.0)]
+    elif shape == "cross":
+        a = 0.36
+        unit = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+        unit += [(-u, -v) for u, v in unit]
+    else:  # star
+        turns = [(i, 1.1 if i % 2 == 0 else 0.45) for i in range(10)]
+        unit = [(d * sin(pi * i / 5), -d * cos(pi * i / 5)) for i, d in turns]
+    return [(x + r * u, y + r * v) for u, v in unit]
+
+
+def _shade(
+    rng: np.random.Generator, anchor: tuple[int, int, int], spread: int
+) -> tuple[int, int, int]:
+    red, green, blue = (int(np.clip(c + rng.integers(-spread, spread + 1), 0, 255)) for c in anchor)
+    return red, green, blue
+
+
+def _backdrop(rng: np.random.Generator, background: str, side: int) -> Image.Image:
+    """A background with a slight linear gradient in a random direction."""
+    angle = rng.uniform(0, 2 * pi)
+    axis = np.linspace(-0.5, 0.5, side)
+    slope = 22 * (np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None])
+    base = np.array(_shade(rng, BACKDROPS[background], 10))
+    return Image.fromarray(np.clip(base + slope[:, :, None], 0, 255).astype(np.uint8))
+
+
+def render(scene: Scene) -> Image.Image:
+    """The picture of a scene: RGB, `IMAGE_SIZE` pixels square, anti-aliased."""
+    rng = _rng(scene.seed, "pixels")
+    image = _backdrop(rng, scene.background, IMAGE_SIZE).resize((IMAGE_SIZE * _OVERSAMPLE,) * 2)
+    draw = ImageDraw.Draw(image)
+    for thing in scene.objects:
+        r = rng.uniform(*RADII[thing.size])
+        x, y = (CELL * (i + 0.5) + rng.uniform(-1.3, 1.3) for i in (thing.column, thing.row))
+        x, y, r = x * _OVERSAMPLE, y * _OVERSAMPLE, r * _OVERSAMPLE
+        fill = _shade(rng, PALETTE[thing.color], 12)
+        if thing.shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        else:
+            draw.polygon(_outline(thing.shape, x, y, r), fill=fill)
+    return image.reduce(_OVERSAMPLE)
+
+
+def corrupt(image: Image.Image, kind: str, severity: int, seed: int) -> Image.Image:
+    """A damaged copy of `image`, same size; severity 1 is mild and 3 is strong."""
+    if kind not in CORRUPTIONS or severity not in SEVERITIES:
+        raise ValueError(
+            f"no corruption {kind!r} of severity {severity!r}; kinds are {', '.join(CORRUPTIONS)}, severities 1 to 3"
+        )
+    level = severity - 1
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur((0.7, 1.3, 2.2)[level]))
+    pixels = np.asarray(image, dtype=np.float32)
+    if kind == "noise":
+        pixels = pixels + _rng(seed, "noise").normal(0, (12, 28, 50)[level], pixels.shape)
+    else:
+        mean = pixels.mean(axis=(0, 1), keepdims=True)
+        pixels = mean + (pixels - mean) * (0.6, 0.35, 0.18)[level]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- captions
+
+
+def caption(scene: Scene) -> str:
+    """One sentence that states every object, in reading order, with all its attributes."""
+    parts = [f"a {t.size} {t.color} {t.shape} at {place_name(t.place)}" for t in scene.objects]
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    noun = "object" if len(parts) == 1 else "objects"
+    return f"{COUNTS[len(parts)]} {noun} on {scene.background}: {listed}."
+
+
+def _any(words: Sequence[str]) -> str:
+    return f"({'|'.join(words)})"
+
+
+_OBJECT = re.compile(
+    rf"\ba {_any(SIZES)} {_any(COLORS)} {_any(SHAPES)} at "
+    rf"{_any([f'{row} {column}' for row in ROWS for column in COLUMNS])}"
+)
+_OPENING = re.compile(rf"^{_any(COUNTS)} objects? on {_any(BACKGROUNDS)}:")
+
+
+def scene_facts(scene: Scene) -> set[Fact]:
+    """Everything a caption should state, as (place, attribute) pairs."""
+    facts = {("count", COUNTS[len(scene.objects)]), ("background", scene.background)}
+    for thing in scene.objects:
+        facts |= {(place_name(thing.place), a) for a in (thing.size, thing.color, thing.shape)}
+    return facts
+
+
+def caption_attributes(text: str) -> set[Fact]:
+    """What a caption claims, true or not, as (place, attribute) pairs; unreadable parts claim nothing."""
+    text = _normal(text)
+    facts: set[Fact] = set()
+    opening = _OPENING.match(text)
+    if opening:
+        facts |= {("count", opening[1]), ("background", opening[2])}
+    for size, color, shape, place in _OBJECT.findall(text):
+        facts |= {(place, size), (place, color), (place, shape)}
+    return facts
+
+
+def caption_correct(text: str, scene: Scene) -> bool:
+    """Whether a caption states exactly this scene: nothing wrong, missing, invented or unreadable."""
+    rest, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
+    readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", rest) is not None
+    return (
+        readable
+        and objects == len(scene.objects)
+        and caption_attributes(text) == scene_facts(scene)
+    )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+# ---------------------------------------------------------------- questions
+
+RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+    "left of": lambda a, b: a.column < b.column,
+    "right of": lambda a, b: a.column > b.column,
+    "above": lambda a, b: a.row < b.row,
+    "below": lambda a, b: a.row > b.row,
+}
+
+
+def question_prompt(question: str) -> str:
+    """The prompt that asks one question."""
+    return f"Question: {question} Answer:"
+
+
+def dialogue_prompt(history: Sequence[QA], question: str) -> str:
+    """The prompt that asks a question after earlier rounds (BLIP-2's convention)."""
+    return " ".join([*(f"{question_prompt(q)} {a}" for q, a in history), question_prompt(question)])
+
+
+def answer_correct(text: str, answer: str) -> bool:
+    """Whether a generated answer is the reference, up to case, spaces and a final full stop."""
+    return _normal(text).rstrip(" .") == _normal(answer)
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun.startswith("o") else f"a {noun}"
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _names(scene: Scene, thing: Thing, hide: str = "") -> list[str]:
+    """Noun phrases that fit this object and no other, none of which gives away the attribute `hide`."""
+    phrases = {
+        "{shape}": hide != "shape",
+        "{color} object": hide != "color",
+        "{color} {shape}": hide not in ("color", "shape"),
+        "{size} {color} {shape}": hide not in ("size", "color", "shape"),
+    }
+    unique = []
+    for phrase in (p for p, allowed in phrases.items() if allowed):
+        said = [phrase.format(**vars(t)) for t in scene.objects]
+        if said.count(phrase.format(**vars(thing))) == 1:
+            unique.append(phrase.format(**vars(thing)))
+    return unique
+
+
+def _name(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
+    names = _names(scene, thing, hide)
+    return f"the {_pick(rng, names)}" if names else None
+
+
+def _ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> QA | None:
+    thing = _pick(rng, scene.objects)
+    name = _name(rng, scene, thing, hide=attribute)
+    if name is None or rng.random() < 0.4:
+        name = f"the object at the {place_name(thing.place)}"
+    return f"what {attribute} is {name}?", str(getattr(thing, attribute))
+
+
+def _ask_color(rng: np.random.Generator, scene: Scene) -> QA | None:
+    return _ask_attribute(rng, scene, "color")
+
+
+def _ask_shape(rng: np.random.Generator, scene: Scene) -> QA | None:
+    return _ask_attribute(rng, scene, "shape")
+
+
+def _ask_size(rng: np.random.Generator, scene: Scene) -> QA | None:
+    return _ask_attribute(rng, scene, "size")
+
+
+def _ask_background(rng: np.random.Generator, scene: Scene) -> QA | None:
+    return "what color is the background?", scene.background
+
+
+def _ask_where(rng: np.random.Generator, scene: Scene) -> QA | None:
+    thing = _pick(rng, scene.objects)
+    name = _name(rng, scene, thing)
+    return (f"where is {name}?", place_name(thing.place)) if name else None
+
+
+def _ask_what(rng: np.random.Generator, scene: Scene) -> QA | None:
+    if rng.random() < 0.2:
+        free = sorted(set(range(GRID * GRID)) - {t.place for t in scene.objects})
+        return f"what is at the {place_name(_pick(rng, free))}?", "nothing"
+    thing = _pick(rng, scene.objects)
+    return (
+        f"what is at the {place_name(thing.place)}?",
+        f"a {thing.size} {thing.color} {thing.shape}",
+    )
+
+
+def _ask_count(rng: np.random.Generator, scene: Scene) -> QA | None:
+    attribute = _pick(rng, ("any", "shape", "shape", "color", "color", "size"))
+    if attribute == "any":
+        return "how many objects are there?", COUNTS[len(scene.objects)]
+    options = {"shape": SHAPES, "color": COLORS, "size": SIZES}[attribute]
+    shown = [str(getattr(t, attribute)) for t in scene.objects]
+    value = _pick(rng, shown if rng.random() < 0.75 else options)
+    noun = _plural(value) if attribute == "shape" else f"{value} objects"
+    return f"how many {noun} are there?", COUNTS[shown.count(value)]
+
+
+def _ask_exists(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pairs = {(t.color, t.shape) for t in scene.objects}
+    if rng.random() < 0.5:
+        color, shape = _pick(rng, sorted(pairs))
+    else:  # hard negatives: at least one of the two attributes is in the picture
+        thing = _pick(rng, scene.objects)
+        color, shape = (
+            (thing.color, _pick(rng, SHAPES))
+            if rng.random() < 0.5
+            else (_pick(rng, COLORS), thing.shape)
+        )
+    return f"is there {_a(f'{color} {shape}')}?", _yes((color, shape) in pairs)
+
+
+def _two_names(
+    rng: np.random.Generator, scene: Scene, hide: str = ""
+) -> tuple[Thing, str, Thing, str] | None:
+    if len(scene.objects) < 2:
+        return None
+    i, j = (int(k) for k in rng.choice(len(scene.objects), size=2, replace=False))
+    a, b = scene.objects[i], scene.objects[j]
+    name_a, name_b = _name(rng, scene, a, hide), _name(rng, scene, b, hide)
+    return (a, name_a, b, name_b) if name_a and name_b else None
+
+
+def _relation(rng: np.random.Generator, a: Thing, b: Thing) -> tuple[str, bool]:
+    """A relation that holds half of the time."""
+    truth = bool(rng.random() < 0.5)
+    return _pick(rng, [word for word, holds in RELATIONS.items() if holds(a, b) == truth]), truth
+
+
+def _ask_relation(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene)
+    if pair is None:
+        return None
+    a, name_a, b, name_b = pair
+    word, truth = _relation(rng, a, b)
+    return f"is {name_a} {word} {name_b}?", _yes(truth)
+
+
+def _ask_larger(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene, hide="size")
+    if pair is None or pair[0].size == pair[2].size:
+        return None
+    a, name_a, _, name_b = pair
+    word = _pick(rng, ("larger", "smaller"))
+    first = (a.size == "large") == (word == "larger")
+    return f"which is {word}, {name_a} or {name_b}?", name_a if first else name_b
+
+
+def _ask_same(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene, hide="size")
+    if pair is None:
+        return None
+    a, name_a, b, name_b = pair
+    return f"are {name_a} and {name_b} the same size?", _yes(a.size == b.size)
+
+
+def _ask_more(rng: np.random.Generator, scene: Scene) -> QA | None:
+    shown = [t.shape for t in scene.objects]
+    first, second = _pick(rng, shown), _pick(rng, SHAPES)
+    if first == second:
+        return None
+    if rng.random() < 0.5:
+        first, second = second, first
+    truth = shown.count(first) > shown.count(second)
+    return f"are there more {_plural(first)} than {_plural(second)}?", _yes(truth)
+
+
+QUESTIONS: dict[str, Maker] = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "size": _ask_size,
+    "background": _ask_background,
+    "where": _ask_where,
+    "what": _ask_what,
+    "count": _ask_count,
+    "exists": _ask_exists,
+    "relation": _ask_relation,
+    "larger": _ask_larger,
+    "same": _ask_same,
+    "more": _ask_more,
+}
+
+_KIND_PATTERNS = {
+    "follow_up": r"\bit\b",
+    "background": r"background",
+    "color": r"^what color",
+    "shape": r"^what shape",
+    "size": r"^what size",
+    "where": r"^where",
+    "what": r"^what is at",
+    "count": r"^how many",
+    "exists": r"^is there",
+    "relation": r"^is the",
+    "larger": r"^which is",
+    "same": r"^are the ",
+    "more": r"^are there more",
+}
+
+
+def question_kind(question: str) -> str:
+    """The kind of a question of this world: a key of `QUESTIONS`, or "follow_up" if it says "it"."""
+    for kind, pattern in _KIND_PATTERNS.items():
+        if re.search(pattern, question):
+            return kind
+    raise ValueError(f"not a question of this world: {question!r}")
+
+
+def questions(scene: Scene, n: int) -> list[QA]:
+    """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows."""
+    rng = _rng(scene.seed, "questions")
+    found: dict[str, str] = {}
+    for _ in range(
+        4
+    ):  # a kind may fail on a scene (nothing to compare), so go round more than once
+        for i in rng.permutation(len(QUESTIONS)):
+            made = list(QUESTIONS.values())[i](rng, scene)
+            if made and len(found) < n:
+                found.setdefault(*made)
+    return list(found.items())
+
+
+# ---------------------------------------------------------------- dialogues
+
+
+def _opening(rng: np.random.Generator, scene: Scene, thing: Thing) -> tuple[str, str, set[str]]:
+    """A first turn about `thing`: question, answer, and the attributes both give away."""
+    at = f"the object at the {place_name(thing.place)}"
+    options = [
+        (f"what {a} is {at}?", str(getattr(thing, a)), {a, "place"})
+        for a in ("color", "shape", "size")
+    ]
+    names = [n for n in _names(scene, thing) if thing.size not in n.split()]
+    if names:
+        name = _pick(rng, names)
+        known = {a for a in ("color", "shape") if str(getattr(thing, a)) in name.split()}
+        options += [(f"where is the {name}?", place_name(thing.place), known | {"place"})]
+        options += [(f"what size is the {name}?", thing.size, known | {"size"})]
+    return _pick(rng, options)
+
+
+def _follow_up(rng: np.random.Generator, scene: Scene, thing: Thing, known: set[str]) -> QA | None:
+    """A turn that says "it"; adds what it reveals to `known`."""
+    left = [a for a in ("color", "shape", "size", "place", "relation") if a not in known]
+    if not left:
+        return None
+    attribute = _pick(rng, left)
+    known.add(attribute)
+    if attribute == "place":
+        return "where is it?", place_name(thing.place)
+    if attribute != "relation":
+        return f"what {attribute} is it?", str(getattr(thing, attribute))
+    others = [(t, _name(rng, scene, t)) for t in scene.objects if t != thing]
+    named = [(t, name) for t, name in others if name]
+    if not named:
+        return _follow_up(rng, scene, thing, known)
+    other, name = _pick(rng, named)
+    word, truth = _relation(rng, thing, other)
+    return f"is it {word} {name}?", _yes(truth)
+
+
+def dialogue(scene: Scene, rounds: int) -> list[QA]:
+    """`rounds` turns about one picture; later turns may say "it" for the object spoken of last."""
+    rng = _rng(scene.seed, "dialogue")
+    turns: list[QA] = []
+    thing, known = scene.objects[0], {"color", "shape", "size", "place", "relation"}
+    while len(turns) < rounds:
+        turn: QA | None
+        if turns and rng.random() < 0.2:  # an aside about no single object: "it" stays what it was
+            turn = _pick(rng, (_ask_count, _ask_background))(rng, scene)
+        else:
+            turn = _follow_up(rng, scene, thing, known)
+        if turn is None:
+            thing = _pick(rng, [t for t in scene.objects if t != thing] or scene.objects)
+            question, answer, known = _opening(rng, scene, thing)
+            turn = question, answer
+        if turn not in turns[-3:]:
+            turns.append(turn)
+    return turns
+
+
+@cache
+def vocabulary() -> list[str]:
+    """Every word and mark that prompts, captions, questions and answers are made of, sorted."""
+    text = [
+        CAPTION_PROMPT,
+        question_prompt("what is there a an the same larger smaller , or which where"),
+    ]
+    text += [
+        *SHAPES,
+        *map(_plural, SHAPES),
+        *SIZES,
+        *ROWS,
+        *COLUMNS,
+        *COUNTS,
+        *COLORS,
+        *BACKGROUNDS,
+        *RELATIONS,
+    ]
+    text += [
+        "how many more than are objects object on color shape size background it at and yes no nothing . ?"
+    ]
+    return sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(text))))

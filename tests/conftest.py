@@ -1,0 +1,49 @@
+"""What every test shares: one thread, no network, fixed seeds, models built once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import families
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@cache
+def _backbone(name: str, dtype: torch.dtype) -> Any:
+    from offramp.backbone import Backbone
+
+    return Backbone(families.build(name, dtype))
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Callable[..., Any]:
+    """`backbone(name, dtype=float32)`: the tiny backbone of a family. Shared: never change it."""
+    return lambda name, dtype=torch.float32: _backbone(name, dtype)
+
+
+@pytest.fixture(scope="session")
+def batch() -> Callable[..., dict[str, Any]]:
+    """`batch(name, rows, dtype=float32)`: inputs for a family's model."""
+
+    def inputs(name: str, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        given = families.KINDS[name].inputs(rows)
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+
+    return inputs
