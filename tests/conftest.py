@@ -26,21 +26,42 @@ def seeded() -> None:
 
 
 @cache
-def _backbone(name: str, dtype: torch.dtype) -> Any:
+def _backbone(name: str, dtype: torch.dtype, wide: float | None) -> Any:
     from offramp.backbone import Backbone
 
-    return Backbone(families.build(name, dtype))
+    return Backbone(families.build(name, dtype, wide=wide))
+
+
+@cache
+def _exits(name: str, dtype: torch.dtype, wide: float | None, depths: tuple[int, ...]) -> Any:
+    from offramp.exits import Exits
+
+    exits = Exits(_backbone(name, dtype, wide), depths)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():  # no longer copies, as after some training
+        for parameter in exits.parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            parameter.add_((0.03 * noise).to(parameter.dtype))
+    return exits
 
 
 @pytest.fixture(scope="session")
 def backbone() -> Callable[..., Any]:
-    """`backbone(name, dtype=float32)`: the tiny backbone of a family. Shared: never change it."""
-    return lambda name, dtype=torch.float32: _backbone(name, dtype)
+    """`backbone(name)`: the tiny backbone of a family. Shared: never change it."""
+    return lambda name, dtype=torch.float32, wide=None: _backbone(name, dtype, wide)
+
+
+@pytest.fixture(scope="session")
+def exits() -> Callable[..., Any]:
+    """`exits(name)`: exits on the backbone of the same arguments. Shared: never change them."""
+    return lambda name, dtype=torch.float32, wide=None, depths=None: _exits(
+        name, dtype, wide, depths or families.depths(name)
+    )
 
 
 @pytest.fixture(scope="session")
 def batch() -> Callable[..., dict[str, Any]]:
-    """`batch(name, rows, dtype=float32)`: inputs for a family's model."""
+    """`batch(name, rows)`: inputs for a family's model."""
 
     def inputs(name: str, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         given = families.KINDS[name].inputs(rows)

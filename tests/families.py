@@ -66,16 +66,19 @@ class Kind:
         return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The tiny model of a family, with weights drawn from `seed`."""
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, wide: float | None = None
+) -> Any:
+    """The tiny model of a family, with weights drawn from `seed`; `wide` overrides its scale."""
     kind = KINDS[name]
+    wide = kind.wide if wide is None else wide
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = kind.build()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, kind.wide)
+                parameter.normal_(0.0, wide)
             elif path.endswith("bias"):
                 parameter.normal_(0.0, 0.05)
         # Faint, or a tied head would only repeat the last token.
@@ -523,4 +526,13 @@ KINDS: dict[str, Kind] = {
 }
 
 NAMES = tuple(KINDS)
+WORDLESS = [BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO]
+"""Never said, where outputs go back in as a prompt: an image token there would want an image."""
+
+
+def depths(name: str) -> tuple[int, ...]:
+    """Two exits; in Gemma 3 at a full and a sliding layer, with no full layer above the second."""
+    return (2, 7) if name == "gemma3" else (2, 4)
+
+
 CAUSAL_PROMPT = tuple(n for n in NAMES if n not in ("qwen3-vl", "paligemma", "paligemma2", "gemma3"))

@@ -18,18 +18,18 @@ class Probe:
 
     def __init__(self, backbone: Backbone, exits: Exits | None = None) -> None:
         self.backbone, self.exits = backbone, exits
-        self.states: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}  # by depth, before visual features join
+        self.estimates: dict[int, Tensor] = {}  # what the exits make of the state at their depth
         self.logits: dict[int, Tensor] = {}
 
     def layer(
         self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
     ) -> Any:
-        self.states[index] = hidden
         if self.exits is not None and index in self.exits.depths:
-            state = self.exits.run(index, hidden, args, kw)
+            state = self.estimates[index] = self.exits.run(index, hidden, args, kw)
             self.logits[index] = self.backbone.read(self.backbone.finish(state))
         out = layer(hidden, *args, **kw)
-        self.states[index + 1] = out[0] if isinstance(out, tuple) else out
+        self.outputs[index + 1] = out[0] if isinstance(out, tuple) else out
         return out
 
 

@@ -1,4 +1,4 @@
-"""Builders of the tiny BLIP-2: tokenizer, processor, configurations. Plain transformers classes only."""
+"""Builders of the tiny BLIP-2: tokenizer, processor, configurations; nothing custom."""
 
 import copy
 import shutil
@@ -132,8 +132,8 @@ def text_config(backbone: str, vocab_size: int) -> OPTConfig | T5Config:
         d_ff=4 * WIDTH,
         num_layers=4,
         num_decoder_layers=DECODER_LAYERS,
-        # `generate` sizes its cache by `decoder_layers` where there is one, else by the encoder's depth,
-        # which is too short here.
+        # `generate` sizes its cache by `decoder_layers` where there is one, else by the depth of
+        # the encoder, which is too little here.
         decoder_layers=DECODER_LAYERS,
         num_heads=HEADS,
         dropout_rate=0.0,
@@ -185,6 +185,7 @@ def export(model: Blip2ForConditionalGeneration, backbone: str, folder: Path) ->
     build_processor(backbone).save_pretrained(fresh)
     config = fresh / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    (fresh / "model.safetensors").chmod(0o644)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

@@ -1,4 +1,4 @@
-"""What both training stages share: schedule, atomic checkpoints, a log of one JSON object a line."""
+"""What both training stages share: schedule, atomic checkpoints, a log of JSON lines."""
 
 import json
 import math

@@ -95,7 +95,7 @@ def dialogue_scores(
     scenes: list[world.Scene],
     rounds: int,
 ) -> tuple[float, dict[str, float]]:
-    """Accuracy of dialogue turns, overall and by turn; the history holds the model's own answers."""
+    """Accuracy of dialogue turns, overall and by turn; history is the model's own answers."""
     talks = [world.dialogue(s, rounds) for s in scenes]
     histories: list[list[world.QA]] = [[] for _ in scenes]
     turns: dict[str, float] = {}

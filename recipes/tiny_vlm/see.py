@@ -1,8 +1,8 @@
 """Stage 1: teach the eyes. ViT and Q-Former learn what is where from the exact ground truth.
 
-Trained jointly with a language model from scratch, a Q-Former of this size stays blind for thousands of
-steps. So query i first learns to report grid cell i (shape, colour, size, or empty) and the last query
-the background. The heads are thrown away; the features stay.
+Trained jointly with a language model from scratch, a Q-Former this small stays blind for thousands
+of steps. So query i first learns to report grid cell i (shape, colour, size, or empty) and the last
+query the background. The heads are thrown away; the features stay.
 """
 
 import time
@@ -28,14 +28,14 @@ CLASSES = {
 
 
 class Eyes(nn.Module):
-    """The visual half of the BLIP-2 with two sets of reading heads, one per cell, one for the background."""
+    """The visual half of the BLIP-2, with two sets of heads that read cells and background."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vision_model = Blip2VisionModel(vision_config())
         self.qformer = Blip2QFormerModel(qformer_config())
         self.query_tokens = nn.Parameter(torch.randn(1, QUERIES, WIDTH))
-        # The second set reads the ViT directly: a short path for the gradient while the Q-Former is blind.
+        # The second set reads the ViT: a short path for gradients while the Q-Former is blind.
         self.heads = nn.ModuleList(nn.Linear(WIDTH, sum(CLASSES.values())) for _ in range(2))
         self.background = nn.ModuleList(nn.Linear(WIDTH, len(world.BACKGROUNDS)) for _ in range(2))
 
@@ -76,7 +76,7 @@ def targets(scene: world.Scene) -> np.ndarray:
 
 
 def pixels(scenes: list[world.Scene], damage: float = 0.0) -> Tensor:
-    """Pictures as [B, 3, S, S] in [-1, 1], as the processor makes them; a share `damage` is corrupted."""
+    """Pictures as [B, 3, S, S] in [-1, 1], like the processor's; a share `damage` is corrupted."""
     images = []
     for scene in scenes:
         image = world.render(scene)

@@ -1,9 +1,9 @@
 """Stage 2: teach the tongue. Projection and language model learn to caption and to answer.
 
-The eyes are frozen, so their features are computed once for a pool of training scenes. Plain next-token
-training on the answers alone: nothing here knows of early exits. A training text carries several
-questions; the last token of every answer is taught to predict </s> although the text goes on with the
-next question, so one pass teaches all rounds and `generate` still stops after each answer.
+The eyes are frozen, so their features are computed once for a pool of training scenes. Plain
+next-token training on the answers alone: nothing here knows of early exits. A training text carries
+several questions; the last token of an answer is taught to predict </s> although the text goes on
+with the next question, so one pass teaches all rounds and `generate` still stops after each answer.
 """
 
 import time
@@ -59,7 +59,7 @@ class Texts:
         return [i for chunk in text.split() for i in self.chunk(chunk)]
 
     def rounds(self, turns: list[world.QA]) -> Row:
-        """OPT: `</s> prompt answer prompt answer ...` with a label for every answer token and its end."""
+        """OPT: `</s> prompt answer prompt answer ...`, labels for answers and their ends."""
         ids, labels = [EOS], [IGNORE]
         for prompt, answer in turns:
             asked, said = self.ids(prompt), self.ids(answer)
@@ -71,7 +71,7 @@ class Texts:
         """T5: encoder ids of all rounds, decoder labels of the last answer."""
         prompt, answer = turns[-1]
         history = " ".join(f"{p} {a}" for p, a in turns[:-1])
-        return self.ids(f"{history} {prompt}") + [EOS], self.ids(answer) + [EOS]
+        return [*self.ids(f"{history} {prompt}"), EOS], [*self.ids(answer), EOS]
 
 
 def asked(turns: list[world.QA]) -> list[world.QA]:

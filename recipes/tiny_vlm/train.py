@@ -2,8 +2,9 @@
 
     python recipes/tiny_vlm/train.py --backbone opt --work-dir build/tiny_vlm
 
-Runs what is not done yet: eyes (shared by both backbones), features, language, export, record. Stop it at
-any time and run it again; it goes on from checkpoints that are never more than a few minutes old.
+Runs what is not done yet: eyes (shared by both backbones), features, language, export, record. Stop
+it at any time and run it again; it goes on from checkpoints, which are
+never more than a few minutes old.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import transformers
 from build import build_model, build_tokenizer, export
 from common import load
 from evaluate import full
-from see import accuracy
 from see import train as train_eyes
 from speak import pool
 from speak import train as train_language

@@ -10,18 +10,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.backbone import Backbone, same_backbone
 from offramp.decode import FULL, Generation, Policy, generate
 from offramp.discriminator import build_discriminators
-from offramp.errors import AdapterError, InputError
+from offramp.errors import AdapterError, DataError, StorageError
 from offramp.exits import Exits
 from offramp.records import atomic_folder, read_json, write_json
 from offramp.scores import check_thresholds
@@ -76,15 +77,15 @@ class Adapter:
         Raises:
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
-        from safetensors.torch import save_file
-
         check_thresholds(dict(self.policy.thresholds), self.exits.depths)
         with atomic_folder(folder) as staging:
-            save_file(_contiguous(self.exits.state_dict()), staging / EXITS)
+            _write(self.exits, staging / EXITS)
             if self.discriminators is not None:
-                save_file(_contiguous(self.discriminators.state_dict()), staging / DISCRIMINATORS)
+                _write(self.discriminators, staging / DISCRIMINATORS)
             write_json(staging / CONFIG, self._config())
             (staging / CARD).write_text(model_card(self), encoding="utf-8")
+        if self.discriminators is None:  # an earlier adapter's would not fit these exits
+            (Path(folder) / DISCRIMINATORS).unlink(missing_ok=True)
 
     def _config(self) -> dict[str, Any]:
         conditional = None
@@ -114,18 +115,7 @@ class Adapter:
                 that differs from this one (the text says in what).
         """
         folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise AdapterError(
-                f"{folder} holds no adapter ({CONFIG} is missing).",
-                "Give the folder that `offramp train --out` wrote.",
-            )
-        config = read_json(folder / CONFIG)
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            found = config.get("format") if isinstance(config, dict) else None
-            raise AdapterError(
-                f"{folder} has adapter format {found!r}; this version reads format {FORMAT}.",
-                "Train the exits again, or install the version of offramp that wrote it.",
-            )
+        config = _read_config(folder)
         try:
             saved = config["backbone"]
             difference = same_backbone(saved["fingerprint"], backbone.fingerprint())
@@ -139,24 +129,24 @@ class Adapter:
             _fill(exits, folder / EXITS)
             exits.to(backbone.device, backbone.dtype).requires_grad_(False)
             discriminators = None
-            if (folder / DISCRIMINATORS).is_file():
+            conditional = config["conditional_discriminators"]
+            if conditional is not None and (folder / DISCRIMINATORS).is_file():
                 discriminators = build_discriminators(
-                    backbone.width,
-                    exits.depths,
-                    conditional=bool(config["conditional_discriminators"]),
+                    backbone.width, exits.depths, conditional=bool(conditional)
                 )
                 _fill(discriminators, folder / DISCRIMINATORS)
                 discriminators.to(backbone.device).requires_grad_(False)
             policy = policy_from_json(config["policy"])
             check_thresholds(dict(policy.thresholds), exits.depths)
-        except (KeyError, TypeError, InputError) as error:
+            provenance, metrics = dict(config["provenance"]), dict(config["metrics"])
+        except AdapterError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(
                 f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}).",
                 "Train the exits again, or restore the folder.",
             ) from error
-        return cls(
-            backbone, exits, policy, discriminators, config["provenance"], config["metrics"]
-        )
+        return cls(backbone, exits, policy, discriminators, provenance, metrics)
 
     # -- hub ----------------------------------------------------------------------------------
 
@@ -222,8 +212,7 @@ def model_card(adapter: Adapter) -> str:
     )
     return f"""---
 library_name: offramp
-base_model: {backbone.name}
-tags: [early-exit, vision-language]
+{_base_model(backbone.name)}tags: [early-exit, vision-language]
 ---
 # Early exits for {backbone.name}
 
@@ -253,8 +242,41 @@ answer = adapter.generate(processor(images=image, text=prompt, return_tensors="p
 """
 
 
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _base_model(name: str) -> str:
+    """The card's line on the backbone; the hub refuses a card that names a local folder there."""
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return f"base_model: {name}\n" if is_hub_name else ""
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(
+            f"{folder} holds no adapter ({CONFIG} is missing).",
+            "Give the folder that `offramp train --out` wrote.",
+        )
+    try:
+        config = read_json(folder / CONFIG)
+    except (DataError, StorageError) as error:
+        raise AdapterError(error.problem, "Restore the folder, or train the exits again.") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise AdapterError(
+            f"{folder} has adapter format {found!r}; this version reads format {FORMAT}.",
+            "Train the exits again, or install the version of offramp that wrote it.",
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def _write(module: nn.Module, path: Path) -> None:
+    """The module's tensors as safetensors; an OSError where they do not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # safetensors has its own error for a full disk
+        raise OSError(str(error)) from error
 
 
 def _fill(module: nn.Module, path: Path) -> None:

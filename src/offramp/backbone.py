@@ -168,14 +168,21 @@ class _HeadView(nn.Module):
         return self._head(hidden)  # type: ignore[no-any-return]
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def _twin(module: nn.Module) -> nn.Module:
     """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
-    twin._forward_pre_hooks = type(module._forward_pre_hooks)(module._forward_pre_hooks)
-    twin._forward_pre_hooks_with_kwargs = type(module._forward_pre_hooks_with_kwargs)(
-        module._forward_pre_hooks_with_kwargs
-    )
+    for table in _HOOKS:  # a hook on the twin must not show on the original
+        twin.__dict__[table] = copy.copy(module.__dict__[table])
     return twin
 
 

@@ -72,6 +72,10 @@ class TrainConfig:
             *((f"{n} must be above 0", not getattr(self, n) > 0) for n in (*positive, *rates)),
             *((f"{n} must not be negative", not w >= 0) for n, w in weights.items()),
             ("every loss weight is 0", not any(weights.values())),
+            (
+                "the unsupervised regime needs distillation or the adversarial term",
+                self.regime == "unsupervised" and not (self.distillation or self.adversarial),
+            ),
             ("labelled_fraction must be in (0, 1)", not 0 < self.labelled_fraction < 1),
             ("min_confidence must be in [0, 1]", not 0 <= self.min_confidence <= 1),
             ("validation_fraction must be in (0, 1)", not 0 < self.validation_fraction < 1),

@@ -16,9 +16,7 @@ propagate: the state at the exit is projected to the keys and values of every sk
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,12 +107,22 @@ class Judge:
         self._score = SCORES.get(score)
         self._discriminators = discriminators
 
-    def __call__(self, depth: int, state: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] and score [B] of exit state [B, D], entered with `entry` [B, D]."""
+    def __call__(
+        self,
+        depth: int,
+        state: Tensor,
+        entry: Tensor,
+        constrain: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and score [B] of exit state [B, D], entered with `entry` [B, D].
+
+        The score is confidence in what may be said, so it reads the logits under `constrain`. The
+        logits come back as they are: the loop constrains them once, whatever depth they are from.
+        """
         normed = self._backbone.finish(state)
         logits = self._backbone.read(normed)
         if self._score is not None:
-            return logits, self._score(logits)
+            return logits, self._score(logits if constrain is None else constrain(logits))
         assert self._discriminators is not None
         judged = self._discriminators[str(depth)](normed.float(), entry.float())
         return logits, judged.sigmoid()
@@ -144,7 +152,7 @@ class Run:
         self._judge = Judge(backbone, policy.score, discriminators) if self.thresholds else None
         # per generation
         self.cache: Any = None
-        self.constrain: Callable[[Tensor], Tensor] = lambda logits: logits
+        self.constrain: Callable[[Tensor], Tensor] | None = None
         self.unfinished: Tensor | None = None
         self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
             d: [] for d in self.thresholds
@@ -175,6 +183,11 @@ class Run:
         self._open = torch.ones(rows, dtype=torch.bool, device=device)
         if self.unfinished is not None:
             self._open &= self.unfinished
+
+    def prompt_stands_at(self, positions: Tensor | None) -> None:
+        """The prompt's position ids, known after the prefill, for a prompt that waits at an exit."""
+        for depth, waiting in self._waiting.items():
+            self._waiting[depth] = [(state, positions) for state, _ in waiting]
 
     def call(self, **kw: Any) -> Tensor:
         """Run the stack for the new token, catching up those who wait if it must go deeper.
@@ -240,11 +253,7 @@ class Run:
         """Let confident rows leave at `depth`; True once no unfinished row is left."""
         assert self._judge is not None and self._open is not None
         assert self.depths is not None and self.scores is not None
-        logits, score = self._judge(depth, state, entry)
-        if (constrained := self.constrain(logits)) is not logits:
-            logits = constrained
-            if self.policy.score in SCORES:  # confidence in what may be said, not in what may not
-                score = SCORES[self.policy.score](logits)
+        logits, score = self._judge(depth, state, entry, self.constrain)
         if len(score) == 1:  # the common case, in one transfer and no masks
             self.scores = score
             if float(score) < self.thresholds[depth]:
@@ -347,10 +356,6 @@ def _cache_name(kw: Mapping[str, Any]) -> str:
     return "past_key_values" if "past_key_values" in kw else "cache"  # renamed in transformers 5.24
 
 
-def _cache_of(kw: Mapping[str, Any]) -> Any:
-    return kw.get(_cache_name(kw))
-
-
 def _check_cache(halves: list[Any]) -> None:
     from transformers.cache_utils import DynamicCache
 
@@ -383,7 +388,8 @@ def _loop(run: Run, trace: list[tuple[Tensor, Tensor, Tensor]], streamer: Any) -
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        _check_config(generation_config, model_kwargs)
+        # The model's own defaults may ask for what the caller did not.
+        _check_options(lambda name: getattr(generation_config, name, None))
         run.constrain = _constraints(logits_processor, lambda: input_ids)
         eos = any(hasattr(c, "eos_token_id") for c in stopping_criteria)
         pad = generation_config._pad_token_tensor
@@ -423,7 +429,6 @@ def _logits_of_steps(
     """Yield the next-token logits [B, V], step after step, for as long as the caller asks."""
     backbone = run.backbone
     run.adopt(model_kwargs["cache"] if "cache" in model_kwargs else model_kwargs["past_key_values"])
-    mask = model_kwargs.get("attention_mask")
     rows = len(ids())
     check = bool(run.thresholds) and (
         backbone.is_encoder_decoder or (run.policy.exit_in_prefill and backbone.family.causal_prompt)
@@ -438,15 +443,16 @@ def _logits_of_steps(
 
     kw = _decode_arguments(calls[-1])
     positions = calls[-1].get("position_ids")
-    two_dimensional = kw.get("attention_mask") is not None or (
-        not backbone.is_encoder_decoder and mask is not None
-    )
+    run.prompt_stands_at(positions)
+    # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one, from
+    # which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
+    mask = (calls[-1] if backbone.is_encoder_decoder else model_kwargs).get("attention_mask")
     while True:
         tokens = ids()[:, -1:]
         if positions is not None:
             positions = positions[..., -1:] + 1
             kw["position_ids"] = positions
-        if two_dimensional:
+        if mask is not None:
             mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
             kw["attention_mask"] = mask
         run.begin(check=True, rows=rows)
@@ -467,39 +473,62 @@ def _decode_arguments(prefill: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "use_cache": True, "return_dict": True}
 
 
-def _constraints(processors: Any, ids: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+def _constraints(
+    processors: Any, ids: Callable[[], Tensor]
+) -> Callable[[Tensor], Tensor] | None:
     """The processors that say what may come (minimum length, repetition penalty, the user's own),
     without the warpers that only shape sampling (temperature, top-k, top-p, ...)."""
     hard = type(processors)(p for p in processors if not type(p).__name__.endswith("Warper"))
     if not hard:
-        return lambda logits: logits
-    return lambda logits: hard(ids(), logits.float())
+        return None
+    # A copy: a processor may write into what it is given.
+    return lambda logits: hard(ids(), logits.to(torch.float32, copy=True))
 
 
-def _check_config(config: Any, model_kwargs: Mapping[str, Any]) -> None:
+def _always(_: Any) -> bool:
+    return True
+
+
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "assistant_early_exit": _always,
+    "assistant_model": _always,
+    "cache": _always,
+    "cache_implementation": lambda name: name != "dynamic",
+    "cache_params": _always,
+    "constraints": _always,
+    "custom_generate": _always,
+    "dola_layers": _always,
+    "force_words_ids": _always,
+    "guidance_scale": lambda scale: scale != 1,
+    "negative_prompt_attention_mask": _always,
+    "negative_prompt_ids": _always,
+    "num_beam_groups": lambda groups: groups > 1,
+    "num_beams": lambda beams: beams > 1,
+    "past_key_values": _always,
+    "penalty_alpha": bool,
+    "prefill_chunk_size": _always,
+    "prompt_lookup_num_tokens": bool,
+    "return_dict_in_generate": bool,
+    "stop_strings": _always,
+    "synced_gpus": bool,
+    "token_healing": bool,
+    "use_cache": lambda yes: not yes,
+    "use_mtp": bool,
+}
+"""Options that the loop does not do, and the values (other than None) that ask for them."""
+
+
+def _check_options(wanted: Callable[[str], Any]) -> None:
     """Refuse what the loop does not do, rather than ignore it."""
-    wanted = {
-        "num_beams": (config.num_beams or 1) > 1,
-        "return_dict_in_generate": bool(config.return_dict_in_generate),
-        "guidance_scale": config.guidance_scale is not None and config.guidance_scale != 1,
-        "penalty_alpha": bool(config.penalty_alpha),
-        "dola_layers": config.dola_layers is not None,
-        "prompt_lookup_num_tokens": bool(config.prompt_lookup_num_tokens),
-        "assistant_early_exit": config.assistant_early_exit is not None,
-        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
-        "prefill_chunk_size": config.prefill_chunk_size is not None,
-        "use_cache=False": model_kwargs.get("use_cache") is False,
-    }
-    refused = [name for name, yes in wanted.items() if yes]
+    asked = {name: wanted(name) for name in _UNSUPPORTED}
+    refused = [n for n, value in asked.items() if value is not None and _UNSUPPORTED[n](value)]
     if refused:
         raise InputError(
             f"Generation option {', '.join(refused)} is not supported with early exits.",
-            "Use greedy decoding or sampling with the default cache; for the rest call the "
-            "model's own generate.",
+            "Use greedy decoding or sampling with the default cache (num_beams=1 where the model's "
+            "own defaults ask for beams, a StopStringCriteria for stop_strings); for the rest call "
+            "the model's own generate.",
         )
-
-
-_REFUSED = ("assistant_model", "custom_generate", "synced_gpus", "negative_prompt_ids")
 
 
 def generate(
@@ -519,13 +548,11 @@ def generate(
     stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
     search, assisted and contrastive decoding, static or quantised caches.
     """
-    refused = [name for name in _REFUSED if options.get(name) is not None]
-    if refused:
-        raise InputError(
-            f"Generation option {', '.join(refused)} is not supported with early exits.",
-            "Leave it out, or call the model's own generate.",
-        )
-    _check_inputs(backbone, inputs)
+    # Before HF sees them, which would refuse some in other words and build caches for others.
+    config = options.get("generation_config")
+    asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
+    _check_options(lambda name: asked.get(name, getattr(config, name, None)))
+    _check_inputs(inputs)
     run = Run(backbone, exits, policy, discriminators)
     trace: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.inference_mode():
@@ -543,7 +570,7 @@ def generate(
     )
 
 
-def _check_inputs(backbone: Backbone, inputs: Mapping[str, Any]) -> None:
+def _check_inputs(inputs: Mapping[str, Any]) -> None:
     images = [name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None]
     if not images:
         raise InputError(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.backbone import Backbone
-from offramp.errors import InputError
+from offramp.errors import DataError, InputError
 from offramp.examples import Example
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
+# What a processor adds behind the text it is given, by the start of its class name.
+_ADDS_BEHIND = {"PaliGemma": "\n"}
 
 
 class Encoder:
@@ -31,15 +33,12 @@ class Encoder:
         self.tokenizer = tokenizer
         if not backbone.is_encoder_decoder:
             tokenizer.padding_side = "left"
-        config = backbone.model.generation_config
-        text = getattr(getattr(backbone.model, "language_model", None), "generation_config", config)
-        eos = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
-        self.eos: int = eos[0] if isinstance(eos, list) else (eos or tokenizer.eos_token_id)
+        self.eos = _end_token(backbone, tokenizer)
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `generate` takes for these examples, padded to one batch, on the backbone's device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
-        images = [example.open_image() for example in examples]
+        images: list[Any] = [example.open_image() for example in examples]
         if not type(self.processor).__name__.startswith(_PLACES_IMAGE):
             images = [[image] for image in images]  # one picture for each text
         batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
@@ -67,8 +66,8 @@ class Encoder:
     def answer_ids(self, prompt: str, answer: str) -> list[int]:
         """The ids generation would have to write after `prompt`, end token included.
 
-        Tokenised together with the prompt where that leaves the prompt's own ids as they were, so
-        that a leading space lands as the tokenizer wants it.
+        Tokenised together with the text that stands before it, where that leaves the ids of that
+        text as they were, so that a leading space lands as the tokenizer wants it.
         """
 
         def ids(text: str) -> list[int]:
@@ -77,9 +76,33 @@ class Encoder:
         answer = answer.strip()
         if self.backbone.is_encoder_decoder:
             return [*ids(answer), self.eos]
-        before, both = ids(prompt), ids(f"{prompt} {answer}".strip())
-        tail = both[len(before) :] if both[: len(before)] == before else ids(f" {answer}")
+        text = self.prompt_text(prompt) + self._added_behind()
+        gap = "" if not text or text[-1].isspace() else " "
+        before, both = ids(text), ids(text + gap + answer)
+        tail = both[len(before) :] if both[: len(before)] == before else ids(gap + answer)
         return [*tail, self.eos]
+
+    def check_room(self, prompts: Mapping[str, Any], tokens: int, key: str) -> None:
+        """Raise `DataError` where `tokens` answer tokens run past the learned positions.
+
+        The last token is never read, so it needs none. Rotary and relative positions have no end.
+        """
+        if not isinstance(getattr(self.backbone.stack, "embed_positions", None), nn.Embedding):
+            return
+        limit = int(self.backbone.text_config.max_position_embeddings)
+        start = 1 if self.backbone.is_encoder_decoder else int(
+            prompts["attention_mask"].sum(1).max()
+        )
+        if start + tokens - 1 > limit:
+            raise DataError(
+                f"A prompt of {start} tokens and an answer of {tokens} (example {key!r}) are "
+                f"longer than the backbone's {limit} positions.",
+                "Shorten the prompt or the answer, or lower --max-new-tokens.",
+            )
+
+    def _added_behind(self) -> str:
+        name = type(self.processor).__name__
+        return next((text for start, text in _ADDS_BEHIND.items() if name.startswith(start)), "")
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-padded ids [B, A] and their mask [B, A]."""
@@ -92,3 +115,18 @@ class Encoder:
         """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
+
+
+def _end_token(backbone: Backbone, tokenizer: Any) -> int:
+    """The id that ends an answer: as generation is configured, else as the tokenizer says."""
+    model = backbone.model
+    configs = (model, getattr(model, "language_model", None))
+    settings = [getattr(m, "generation_config", None) for m in configs]
+    named = [getattr(c, "eos_token_id", None) for c in settings] + [tokenizer.eos_token_id]
+    found = next((eos for eos in named if eos is not None), None)  # 0 is an id too
+    if found is None:
+        raise InputError(
+            "Neither the backbone's generation config nor the tokenizer names an end token.",
+            "Set tokenizer.eos_token, so that answers can end.",
+        )
+    return int(found[0] if isinstance(found, list) else found)

@@ -30,14 +30,16 @@ def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
             f"Ask for 1 to {layers - 1}.",
         )
     first, last = max(1, round(layers / 4)), max(1, round(3 * layers / 4))
+    if last - first + 1 < exits:  # too many for the middle half
+        first, last = 1, layers - 1
     step = (last - first) / max(1, exits - 1)
-    depths = sorted({round(first + i * step) for i in range(exits)})
-    return tuple(depths)
+    return tuple(round(first + i * step) for i in range(exits))
 
 
 def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
     """`depths` sorted; raise `InputError` if one is repeated or outside 1..layers-1."""
-    wrong = [d for d in depths if not isinstance(d, int) or not 1 <= d < layers]
+    # True is an int to Python, and would silently be depth 1.
+    wrong = [d for d in depths if type(d) is not int or not 1 <= d < layers]
     if wrong or not depths:
         raise InputError(
             f"Exit depths {list(depths)} do not fit {layers} decoder layers.",

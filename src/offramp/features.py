@@ -9,6 +9,7 @@ masks and positions hold in training too.
 from __future__ import annotations
 
 import copy
+import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,24 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone, View
+from offramp.answers import Answered
+from offramp.backbone import Backbone, View, dump_fingerprint
 from offramp.config import CACHES
-from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.errors import InputError
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.reading import Reading, without_inputs
-from offramp.records import write_atomic
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An example with the answer ids it is trained on, and whether a person wrote them."""
-
-    example: Example
-    ids: tuple[int, ...]
-    labelled: bool
+from offramp.examples import examples_digest
+from offramp.exits import Exits, first
+from offramp.reading import Reading, cache_name, without_inputs
+from offramp.records import digest_rows, write_atomic
 
 
 @dataclass(frozen=True)
@@ -63,8 +55,9 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all tensors hold."""
-        return sum(t.numel() * t.element_size() for t in _tensors(self.__dict__))
+        """Bytes that all tensors hold; what two of them share counts once."""
+        held = {s.data_ptr(): s.nbytes() for t in _tensors(self.__dict__) for s in [_storage(t)]}
+        return sum(held.values())
 
     def entries(self, depth: int) -> Tensor:
         """States entering the exit at `depth` at the predicting positions [B, A, D]."""
@@ -79,56 +72,69 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-class _Record:
-    """A driver that runs every layer and notes the states at some depths."""
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
-    def __init__(self, depths: Sequence[int]) -> None:
-        self.depths = frozenset(depths)
+
+class _Record:
+    """A driver that runs every layer, and notes the states at some depths and the last one."""
+
+    def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
+        self.depths, self.last = frozenset(depths), backbone.depth - 1
         self.states: dict[int, Tensor] = {}
+        self.final: Tensor | None = None
 
     def layer(
         self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
     ) -> Any:
         if index in self.depths:
             self.states[index] = hidden
-        return layer(hidden, *args, **kw)
+        out = layer(hidden, *args, **kw)
+        if index == self.last:
+            self.final = first(out)
+        return out
+
+    def take(self) -> tuple[dict[int, Tensor], Tensor]:
+        """The states by depth and the final one [B, T, D] of the last call of the stack."""
+        assert self.final is not None
+        (states, self.states), (final, self.final) = (self.states, {}), (self.final, None)
+        return states, final
 
 
 @torch.no_grad()  # not inference_mode: training saves these states for its backward pass
-def record(
-    encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]
-) -> Batch:
-    """Run the frozen backbone over prompts and answers and keep the states at `depths`."""
+def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) -> Batch:
+    """Run the frozen backbone over prompts and answers and keep the states at `depths`.
+
+    Raises:
+        DataError: prompt and answer are longer than the backbone's positions.
+    """
     backbone = encoder.backbone
     ids, mask = encoder.pad([row.ids for row in rows])
-    driver = _Record(depths)
+    prompts = encoder.prompts([row.example for row in rows])
+    longest = max(rows, key=lambda row: len(row.ids))
+    encoder.check_room(prompts, len(longest.ids), longest.example.key)
+    driver = _Record(backbone, depths)
     view = View(backbone, driver)
     found: list[Batch] = []
 
     def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
         for name in ("logits_processor", "stopping_criteria"):
             kw.pop(name, None)
-        final: list[Tensor] = []
-        handle = view.stack.register_forward_hook(
-            lambda _m, _a, out: final.append(out.last_hidden_state)
-        )
-        try:
-            reading = Reading(view, model, input_ids, kw)
-            prompt, driver.states = driver.states, {}
-            answer_kw = reading.advance(ids.shape[1] - 1)
-            if ids.shape[1] > 1:
-                view.stack(input_ids=ids[:, :-1], **answer_kw)
-                teacher = torch.cat([final[0][:, -1:], final[1]], 1)
-            else:
-                teacher = final[0][:, -1:]
-                driver.states = {d: s[:, :0] for d, s in prompt.items()}
-        finally:
-            handle.remove()
+        reading = Reading(view, model, input_ids, kw)
+        prompt, final = driver.take()
+        # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
+        final = final[:, -1:].clone()
+        answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
+        answer_kw = reading.advance(ids.shape[1] - 1)
+        if ids.shape[1] > 1:
+            view.stack(input_ids=ids[:, :-1], **answer_kw)
+            answer, rest = driver.take()
+            final = torch.cat([final, rest], 1)
         found.append(
             Batch(
                 prompt,
-                driver.states,
-                teacher,
+                answer,
+                backbone.finish(final),
                 ids,
                 mask,
                 torch.tensor([row.labelled for row in rows], device=ids.device),
@@ -139,9 +145,7 @@ def record(
         )
         return input_ids
 
-    view.model.generate(
-        **encoder.prompts([row.example for row in rows]), custom_generate=read, max_new_tokens=1
-    )
+    view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
     return found[0]
 
 
@@ -183,7 +187,8 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
         if some.shape[1] == 0:
             continue
         driver = _Replay(backbone, exits, entries)
-        View(backbone, driver).stack(inputs_embeds=some, cache=cache, use_cache=True, **kw)
+        stack = View(backbone, driver).stack
+        stack(inputs_embeds=some, use_cache=True, **{cache_name(stack): cache}, **kw)
         parts.append(driver.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {
@@ -213,7 +218,6 @@ def _exit_cache(backbone: Backbone, exits: Exits) -> Any:
 # ---------------------------------------------------------------------------------------------
 
 
-
 def group(rows: Sequence[Answered], batch_size: int) -> list[list[Answered]]:
     """Batches of rows of like length, so that little is padded. Deterministic."""
     ordered = sorted(rows, key=lambda r: (len(r.example.prompt.split()), len(r.ids), r.example.key))
@@ -241,10 +245,14 @@ class FeatureStore:
             )
         self._encoder, self._depths, self._folder = encoder, tuple(depths), folder
         self._groups = group(rows, batch_size)
+        self._batches: list[Batch] = []
+        self._place: Path | None = None
         probe = self._groups[len(self._groups) // 2]
         self.nbytes = int(record(encoder, probe, depths).nbytes / len(probe) * len(rows))
         self.kind = self._choose(cache, memory_bytes)
-        self._batches: list[Batch] = []
+        if self.kind == "disk":
+            assert folder is not None
+            self._place = folder / self._digest()[:16]
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -288,14 +296,31 @@ class FeatureStore:
             return _load(self._file(index), self._encoder.backbone.device)
         return record(self._encoder, self._groups[index], self._depths)
 
+    def clear(self) -> None:
+        """Let go of all batches, on disk too."""
+        self._batches.clear()
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)
+
     def _file(self, index: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"batch-{index:06d}.pt"
+        assert self._place is not None
+        return self._place / f"batch-{index:06d}.pt"
+
+    def _digest(self) -> str:
+        """What the states depend on: files of another run in the same folder are not taken up."""
+        backbone = self._encoder.backbone
+        rows = [row for some in self._groups for row in some]
+        made_of = [
+            dump_fingerprint(backbone.fingerprint()),
+            str(backbone.dtype),
+            self._depths,
+            examples_digest(row.example for row in rows),
+            [[[row.ids, row.labelled] for row in some] for some in self._groups],
+        ]
+        return digest_rows(made_of)
 
 
 def _save(batch: Batch, path: Path) -> None:
-    import io
-
     buffer = io.BytesIO()
     torch.save(batch.__dict__, buffer)
     write_atomic(path, buffer.getvalue())
@@ -303,54 +328,3 @@ def _save(batch: Batch, path: Path) -> None:
 
 def _load(path: Path, device: torch.device) -> Batch:
     return Batch(**torch.load(path, map_location=device, weights_only=True))
-
-
-# ---------------------------------------------------------------------------------------------
-# Answers the model writes itself
-# ---------------------------------------------------------------------------------------------
-
-
-def self_written(
-    encoder: Encoder,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    min_confidence: float = 0.0,
-    progress: Any = iter,
-) -> list[Answered]:
-    """Greedy answers of the full model, those below `min_confidence` dropped.
-
-    Confidence is the geometric mean of the probabilities the full model gave its own tokens.
-    """
-    written: list[Answered] = []
-    for start in progress(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        confidence = _Confidence()
-        result = generate(
-            encoder.backbone,
-            encoder.prompts(some),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=[confidence],
-        )
-        live = result.depths > 0
-        for row, example in enumerate(some):
-            ids = result.new_tokens[row][live[row]].tolist()
-            if confidence.of(row, len(ids)) >= min_confidence:
-                written.append(Answered(example, tuple(ids), labelled=False))
-    return written
-
-
-class _Confidence:
-    """A logits processor that changes nothing and notes the largest log-probability of each row."""
-
-    def __init__(self) -> None:
-        self._steps: list[Tensor] = []
-
-    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        self._steps.append(scores.float().log_softmax(-1).amax(-1))
-        return scores
-
-    def of(self, row: int, tokens: int) -> float:
-        return float(torch.stack(self._steps)[:tokens, row].mean().exp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,3 +48,9 @@ def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
     """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
     dropped = ("input_ids", "inputs_embeds", "cache", "past_key_values", "use_cache")
     return {name: value for name, value in kw.items() if name not in dropped}
+
+
+def cache_name(stack: Any) -> str:
+    """The stack's argument for the KV cache; transformers 5.24 renamed `past_key_values`."""
+    known = inspect.signature(type(stack).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"

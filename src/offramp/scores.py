@@ -45,10 +45,10 @@ SCORE_NAMES = (*SCORES, "discriminator")
 
 
 def check_score(name: str) -> str:
-    """`name`, or `InputError` with the names there are."""
-    if name not in SCORE_NAMES:
+    """`name`, or `InputError` with the names there are, those added to `SCORES` since among them."""
+    if name not in SCORES and name != "discriminator":
         raise InputError(
-            f"Score {name!r} is not known.", did_you_mean(name, SCORE_NAMES)
+            f"Score {name!r} is not known.", did_you_mean(str(name), (*SCORES, "discriminator"))
         )
     return name
 
@@ -64,11 +64,19 @@ def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> d
             f"Thresholds name depths {wrong}, where no exit stands.",
             f"Exits stand at {list(depths)}.",
         )
-    on = {d: float(t) for d, t in sorted(thresholds.items()) if t is not None}
-    off = {d: t for d, t in on.items() if not 0.0 <= t <= 1.0}
+    on = {d: _number(t) for d, t in sorted(thresholds.items()) if t is not None}
+    off = {d: thresholds[d] for d, t in on.items() if not 0.0 <= t <= 1.0}
     if off:
         raise InputError(
             f"Thresholds {off} are outside [0, 1].",
             "Give numbers from 0 (always leave) to 1, or None to switch an exit off.",
         )
     return on
+
+
+def _number(value: object) -> float:
+    """`value` as a float, NaN where it is no number, which is in no range."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan

@@ -7,12 +7,12 @@ each reads its own share of the batches and gradients are averaged.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.backbone import Backbone
+from offramp.answers import Answered, answers_of
+from offramp.backbone import Backbone, dump_fingerprint
+from offramp.checkpoint import (
+    HISTORY,
+    Progress,
+    load_state,
+    save_state,
+    trim_history,
+    undisturbed,
+)
 from offramp.config import TrainConfig
 from offramp.discriminator import build_discriminators
 from offramp.encode import Encoder
 from offramp.errors import DataError, TrainingError
 from offramp.examples import Example, examples_digest, split_examples
 from offramp.exits import Exits, propose_depths
-from offramp.features import Answered, Batch, FeatureStore, exit_features, self_written
+from offramp.features import Batch, FeatureStore, exit_features
 from offramp.losses import LOSSES, Terms, discriminator_loss, masked_mean
-from offramp.records import JsonlLog, provenance, write_atomic
+from offramp.records import JsonlLog, provenance
 
 log = logging.getLogger(__name__)
 
-STATE, HISTORY, FEATURES = "training/state.pt", "training/log.jsonl", "training/features"
+FEATURES = "training/features"
 
 
 def train(
@@ -50,21 +59,15 @@ def train(
 ) -> Adapter:
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
+    Ctrl-C leaves a checkpoint; `resume` goes on from the last one as if nothing had happened.
+
     Raises:
-        DataError: too few examples, or no labels where the regime needs them.
+        DataError: too few examples, no labels where the regime needs them, or an answer longer
+            than the backbone's positions.
         TrainingError: a loss that is not finite (the last good adapter and checkpoint stay), or a
             checkpoint that cannot be resumed with this configuration and data.
     """
     return Trainer(backbone, processor, examples, config, Path(out), command).run(resume)
-
-
-@dataclass
-class Progress:
-    """How far a run is: everything that resuming needs besides tensors."""
-
-    step: int = 0
-    best: float = -1.0
-    stale: int = 0  # validations since the best
 
 
 class Trainer:
@@ -79,57 +82,84 @@ class Trainer:
         out: Path,
         command: Sequence[str] = (),
     ) -> None:
-        torch.manual_seed(config.seed)
+        self.examples = list(examples)
+        if not self.examples:
+            raise DataError("There are no examples to train on.", "Check the data's path and split.")
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
         self.encoder = Encoder(backbone, processor)
         self.exits = Exits(backbone, config.depths or propose_depths(backbone.depth))
         self.exits.to(torch.float32)
-        self.discriminators = build_discriminators(
-            backbone.width, self.exits.depths, conditional=config.conditional
-        ).to(backbone.device)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(config.seed)
+            self.discriminators = self._new_discriminators()
         self.generator_steps = torch.optim.AdamW(
             self.exits.parameters(), lr=config.learning_rate, weight_decay=0.01
         )
         self.discriminator_steps = torch.optim.AdamW(
-            self.discriminators.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
+            self.discriminators.parameters(),
+            lr=config.discriminator_learning_rate,
+            betas=(0.5, 0.9),
         )
-        self.examples = list(examples)
-        self.digest = examples_digest(self.examples)
-        self.provenance = provenance(config.seed, list(command) or sys.argv, self.digest)
+        digest = examples_digest(self.examples)
+        self.provenance = provenance(config.seed, list(command) or sys.argv, digest)
+        self.made_of = {
+            **asdict(config),
+            "examples": digest,
+            "backbone": dump_fingerprint(backbone.fingerprint()),
+            "number of processes": self.accelerator.num_processes,
+        }
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, dict[str, Tensor]] = {}
         self.agreement: dict[str, float] = {}
 
     # -- the run ------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> Adapter:
         """Train to the last step, or until validation stops improving."""
-        restored = resume and self._restore()
-        if restored and self._is_over():
-            return self._best_adapter()
-        train_store, validation = self._stores()
-        self._say(f"{len(train_store)} batches, exits at {list(self.exits.depths)}")
-        with JsonlLog(self.out / HISTORY) as history, self._bar() as bar:
-            if not restored:
-                self._validate(validation, history)
-            while not self._is_over():
+        if resume:
+            self._restore()
+        if not self._is_over():
+            stores = self._stores()
+            with self._history() as history:
+                try:
+                    self._follow(*stores, history)
+                except KeyboardInterrupt:
+                    if self.accelerator.is_main_process:
+                        self._checkpoint()
+                    raise
+            for store in stores:
+                store.clear()
+        return self._best_adapter()
+
+    def _follow(
+        self, train_store: FeatureStore, validation: FeatureStore, history: JsonlLog | None
+    ) -> None:
+        with self._bar() as bar:
+            while True:
+                if self._is_due():
+                    self._validate(validation, history)
+                    bar.set_postfix(best_agreement=f"{self.progress.best:.4f}")
+                if self._is_over():
+                    return
                 step = self.progress.step
                 batch = train_store[self._order(step, len(train_store))]
-                terms = self._step(batch, step)
-                self.progress.step += 1
+                with undisturbed():
+                    terms = self._step(batch, step)
+                    if history is not None:
+                        history.append({"step": step, **terms})
+                    self.progress.step += 1
                 bar.update()
-                if self.accelerator.is_main_process:
-                    history.append({"step": step, **terms})
-                if self.progress.step % self.config.evaluate_every == 0 or self._is_over():
-                    self._validate(validation, history)
-                    bar.set_postfix(agreement=f"{self._mean_agreement():.4f}")
-        return self._best_adapter()
+
+    def _is_due(self) -> bool:
+        step = self.progress.step
+        now = step % self.config.evaluate_every == 0 or step >= self.config.steps
+        return now and self.progress.validated < step
 
     def _is_over(self) -> bool:
         patience = self.config.patience
         stopped = patience is not None and self.progress.stale >= patience
-        return stopped or self.progress.step >= self.config.steps
+        return not self._is_due() and (stopped or self.progress.step >= self.config.steps)
 
     def _order(self, step: int, batches: int) -> int:
         """The batch of a step: a fresh permutation each epoch, a function of the seed alone."""
@@ -141,6 +171,21 @@ class Trainer:
         """One generator and one discriminator step; the logged terms by depth."""
         self._set_rate(step)
         scene = self._look(batch)
+        loss, report = self._generator_loss(scene)
+        report["loss"] = self._agreed(loss)
+        self._check_finite("loss", report["loss"], batch, step)
+        self.generator_steps.zero_grad()
+        self.accelerator.backward(loss)
+        self._average(self.exits)
+        norm = float(nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0))
+        self._check_finite("gradient's norm", norm, batch, step)
+        self.generator_steps.step()
+        if self.config.adversarial:
+            report |= self._discriminate(batch, scene, step)
+        return report
+
+    def _generator_loss(self, scene: Mapping[int, Terms]) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum over terms and depths, and each term by itself, unweighted."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
         for depth, terms in scene.items():
@@ -148,25 +193,26 @@ class Trainer:
                 weight = getattr(self.config, name)
                 if not weight:
                     continue
-                counted = terms.labelled if name == "cross_entropy" else torch.ones_like(terms.labelled)
+                everything = torch.ones_like(terms.labelled)
+                counted = terms.labelled if name == "cross_entropy" else everything
                 value = masked_mean(term(terms), counted)
                 report[f"{name}/{depth}"] = float(value)
                 loss = loss + weight * value
-        report["loss"] = float(loss)
-        if not math.isfinite(report["loss"]):
+        return loss, report
+
+    def _agreed(self, loss: Tensor) -> float:
+        """The mean over processes: one that is not finite stops them all, none waits for ever."""
+        return float(self.accelerator.reduce(loss.detach().clone(), "mean"))
+
+    def _check_finite(self, what: str, value: float, batch: Batch, step: int) -> None:
+        if not math.isfinite(value):
+            more = ", ..." if len(batch.keys) > 4 else ""
             raise TrainingError(
-                f"The loss is {report['loss']} at step {step}, on the batch of examples "
-                f"{', '.join(batch.keys[:4])}, ...",
-                f"The last good adapter is in {self.out}; lower the learning rate and resume.",
+                f"The {what} is {value} at step {step}, on the batch of examples "
+                f"{', '.join(batch.keys[:4])}{more}.",
+                f"The last good adapter is in {self.out}; lower the learning rate, or look at "
+                "these examples.",
             )
-        self.generator_steps.zero_grad()
-        self.accelerator.backward(loss)
-        self._average(self.exits)
-        nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0)
-        self.generator_steps.step()
-        if self.config.adversarial:
-            report |= self._discriminate(batch, scene)
-        return report
 
     def _look(self, batch: Batch) -> dict[int, Terms]:
         """Exits and final layer side by side, answer tokens only, by depth."""
@@ -198,8 +244,9 @@ class Trainer:
         entries = batch.entries(depth)[batch.mask].float()
         return self.discriminators[str(depth)](features.float(), entries)  # type: ignore[no-any-return]
 
-    def _discriminate(self, batch: Batch, scene: Mapping[int, Terms]) -> dict[str, float]:
-        self.discriminator_steps.zero_grad()
+    def _discriminate(
+        self, batch: Batch, scene: Mapping[int, Terms], step: int
+    ) -> dict[str, float]:
         report = {}
         loss = torch.zeros((), device=self.backbone.device)
         for depth, terms in scene.items():
@@ -208,6 +255,8 @@ class Trainer:
             value = discriminator_loss(real, fake).mean()
             report[f"discriminator/{depth}"] = float(value)
             loss = loss + value
+        self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
+        self.discriminator_steps.zero_grad()  # also of what the generator's loss left there
         self.accelerator.backward(loss)
         self._average(self.discriminators)
         self.discriminator_steps.step()
@@ -230,165 +279,152 @@ class Trainer:
     # -- data ---------------------------------------------------------------------------------
 
     def _stores(self) -> tuple[FeatureStore, FeatureStore]:
+        held_out = self.config.validation_fraction
         parts = split_examples(
-            self.examples,
-            {
-                "train": 1 - self.config.validation_fraction,
-                "validation": self.config.validation_fraction,
-            },
-            self.config.seed,
+            self.examples, {"train": 1 - held_out, "validation": held_out}, self.config.seed
         )
-        if not parts["train"] or not parts["validation"]:
-            raise DataError(
-                f"{len(self.examples)} examples are too few to hold some out for validation.",
-                "Give examples of at least two different images.",
-            )
-        stores = []
-        for name, part in parts.items():
-            rows = self._mine(self._answered(part))
-            store = FeatureStore(
-                self.encoder,
-                rows,
-                self.exits.depths,
-                batch_size=self.config.batch_size,
-                cache=self.config.cache,
-                folder=self.out / FEATURES / f"{name}-{self.accelerator.process_index}",
-            )
-            self._say(f"{name}: {len(rows)} answers, states of about {store.nbytes / 1e6:.0f} MB "
-                      f"({store.kind})")  # fmt: skip
-            store.fill(self._each(f"{name} states"))
-            stores.append(store)
-        return stores[0], stores[1]
+        return self._store("train", parts["train"]), self._store("validation", parts["validation"])
 
-    def _answered(self, examples: Sequence[Example]) -> list[Answered]:
-        """The answers of the regime: from the data, or written by the frozen model."""
-        regime = self.config.regime
-        labelled: list[Example] = []
-        if regime == "supervised":
-            labelled = list(examples)
-        elif regime == "mixed":
-            labelled = list(examples[:: max(1, round(1 / self.config.labelled_fraction))])
-        if missing := next((e for e in labelled if not e.answers), None):
+    def _store(self, name: str, examples: Sequence[Example]) -> FeatureStore:
+        rows = self._rows(examples)
+        store = FeatureStore(
+            self.encoder,
+            rows,
+            self.exits.depths,
+            batch_size=self.config.batch_size,
+            cache=self.config.cache,
+            folder=self.out / FEATURES / f"{name}-{self.accelerator.process_index}",
+        )
+        size = f"{store.nbytes / 1e6:.0f} MB ({store.kind})"
+        self._say(f"{name}: {len(rows)} answers in {len(store)} batches, states of about {size}")
+        store.fill(self._each(f"{name} states"))
+        return store
+
+    def _rows(self, examples: Sequence[Example]) -> list[Answered]:
+        """This process's answers; all have as many, so that no process waits for ever."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if len(examples) < world:
             raise DataError(
-                f"Example {missing.key} has no answer, and the {regime} regime needs one.",
-                "Add answers, or use --regime unsupervised.",
+                f"{len(examples)} examples are fewer than the {world} processes.",
+                "Give more examples, a larger --validation-fraction, or fewer processes.",
             )
-        rows = [
-            Answered(e, tuple(self.encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
-            for e in labelled
-        ]
-        chosen = {e.key for e in labelled}
-        rest = [e for e in examples if e.key not in chosen]
-        if rest:
-            pseudo = regime == "pseudo"
-            written = self_written(
-                self.encoder,
-                rest,
-                batch_size=max(self.config.batch_size, 16),
-                max_new_tokens=self.config.max_new_tokens,
-                min_confidence=self.config.min_confidence if pseudo else 0.0,
-                progress=self._each("writing answers"),
-            )
-            rows += [Answered(r.example, r.ids, labelled=pseudo) for r in written]
-        if not rows:
+        rows = answers_of(
+            self.encoder,
+            examples,
+            self.config,
+            share=slice(rank, None, world),
+            progress=self._each("writing answers"),
+        )
+        count = torch.tensor([len(rows)], device=self.backbone.device)
+        fewest = int(self.accelerator.gather(count).min())
+        if not fewest:
             raise DataError(
                 f"No answer reached the confidence {self.config.min_confidence}.",
                 "Lower --min-confidence, or use --regime unsupervised.",
             )
-        return rows
-
-    def _mine(self, rows: list[Answered]) -> list[Answered]:
-        """This process's share; all shares have one length, so that no process waits for ever."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        share = rows[rank::world][: len(rows) // world] if world > 1 else rows
-        if not share:
-            raise DataError(
-                f"{len(rows)} examples are fewer than the {world} processes.",
-                "Give more examples, or fewer processes.",
-            )
-        return share
+        return rows[:fewest]
 
     # -- validation, checkpoints ----------------------------------------------------------------
 
+    def _validate(self, store: FeatureStore, history: JsonlLog | None) -> None:
+        """Measure agreement; keep the best exits, and checkpoint."""
+        agreement = self._agreement(store)
+        mean = sum(agreement.values()) / len(agreement)
+        with undisturbed():
+            now = self.progress
+            now.validated = now.step
+            better = mean > now.best
+            if better:
+                now.best, now.best_step, now.stale = mean, now.step, 0
+                self.agreement, self.best = agreement, self._copies()
+            else:
+                now.stale += 1
+            if history is not None:
+                if better:
+                    self._best_adapter().save(self.out)
+                history.append({"step": now.step, "agreement": agreement})
+                self._checkpoint()
+
     @torch.no_grad()
-    def _validate(self, store: FeatureStore, history: JsonlLog) -> None:
-        """Agreement with the final layer by depth; keep the best exits, and checkpoint."""
-        counts = torch.zeros(len(self.exits.depths) + 1, dtype=torch.float64)
+    def _agreement(self, store: FeatureStore) -> dict[str, float]:
+        """Share of answer tokens on which exit and final layer agree, by depth, all processes'."""
+        counts = torch.zeros(len(self.exits.depths) + 1, device=self.backbone.device)
         for index in range(len(store)):
             batch = store[index]
             teacher = self.backbone.read(batch.teacher[batch.mask]).argmax(-1)
             counts[-1] += len(teacher)
             for slot, states in enumerate(self._exit_features(batch).values()):
-                same = self.backbone.read(states[batch.mask]).argmax(-1) == teacher
-                counts[slot] += same.sum().cpu()
-        counts = self.accelerator.reduce(counts.to(self.backbone.device), "sum").cpu()
-        agreement = {
-            str(d): float(counts[i] / counts[-1]) for i, d in enumerate(self.exits.depths)
-        }
-        mean = sum(agreement.values()) / len(agreement)
-        if mean > self.progress.best:
-            self.progress.best, self.progress.stale = mean, 0
-            self.agreement = agreement
-            self.best = {n: t.detach().clone() for n, t in self.exits.state_dict().items()}
-        else:
-            self.progress.stale += 1
-        if self.accelerator.is_main_process:
-            history.append({"step": self.progress.step, "agreement": agreement})
-            self._best_adapter().save(self.out)
-            self._checkpoint()
+                said = self.backbone.read(states[batch.mask]).argmax(-1)
+                counts[slot] += (said == teacher).sum()
+        *same, tokens = self.accelerator.reduce(counts, "sum").tolist()
+        return {str(d): n / tokens for d, n in zip(self.exits.depths, same, strict=True)}
 
-    def _mean_agreement(self) -> float:
-        return self.progress.best
+    def _new_discriminators(self) -> nn.ModuleDict:
+        some = build_discriminators(
+            self.backbone.width, self.exits.depths, conditional=self.config.conditional
+        )
+        return some.to(self.backbone.device)
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        """The exits as they are, and the discriminators that belong to them."""
+        parts = {"exits": self.exits, "discriminators": self.discriminators}
+        return {
+            part: {n: t.detach().clone() for n, t in module.state_dict().items()}
+            for part, module in parts.items()
+        }
 
     def _best_adapter(self) -> Adapter:
         exits = Exits(self.backbone, self.exits.depths)
-        exits.load_state_dict(self.best)
+        exits.load_state_dict(self.best["exits"])
         exits.to(self.backbone.device, self.backbone.dtype).requires_grad_(False)
+        discriminators = None
+        if self.config.adversarial:
+            discriminators = self._new_discriminators().requires_grad_(False)
+            discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,
             exits,
-            discriminators=self.discriminators if self.config.adversarial else None,
+            discriminators=discriminators,
             provenance={**self.provenance, "config": asdict(self.config)},
-            metrics={"agreement": self.agreement, "step": self.progress.step},
+            metrics={"agreement": self.agreement, "step": self.progress.best_step},
         )
 
     def _checkpoint(self) -> None:
         state = {
             "progress": asdict(self.progress),
-            "config": asdict(self.config),
-            "digest": self.digest,
             "agreement": self.agreement,
-            "exits": self.exits.state_dict(),
             "best": self.best,
-            "discriminators": self.discriminators.state_dict(),
-            "generator_steps": self.generator_steps.state_dict(),
-            "discriminator_steps": self.discriminator_steps.state_dict(),
+            **{name: part.state_dict() for name, part in self._moving().items()},
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.out / STATE, buffer.getvalue())
+        save_state(self.out, self.made_of, state)
 
-    def _restore(self) -> bool:
-        """Take up the checkpoint in `out`; False where there is none."""
-        path = self.out / STATE
-        if not path.exists():
-            return False
-        state = torch.load(path, map_location=self.backbone.device, weights_only=True)
-        now = {**asdict(self.config), "digest": self.digest}
-        then = {**state["config"], "digest": state["digest"]}
-        changed = [n for n in now if now[n] != then.get(n)]
-        if changed:
-            raise TrainingError(
-                f"The checkpoint in {self.out} was made with other {', '.join(changed)}.",
-                "Resume with the same options and data, or train into another folder.",
-            )
+    def _restore(self) -> None:
+        """Take up the checkpoint in `out`, if there is one."""
+        state = load_state(self.out, self.made_of, self.backbone.device)
+        if state is None:
+            return
         self.progress = Progress(**state["progress"])
         self.best, self.agreement = state["best"], state["agreement"]
-        self.exits.load_state_dict(state["exits"])
-        self.discriminators.load_state_dict(state["discriminators"])
-        self.generator_steps.load_state_dict(state["generator_steps"])
-        self.discriminator_steps.load_state_dict(state["discriminator_steps"])
-        return True
+        for name, part in self._moving().items():
+            part.load_state_dict(state[name])
+
+    def _moving(self) -> dict[str, Any]:
+        return {
+            "exits": self.exits,
+            "discriminators": self.discriminators,
+            "generator_steps": self.generator_steps,
+            "discriminator_steps": self.discriminator_steps,
+        }
+
+    @contextmanager
+    def _history(self) -> Iterator[JsonlLog | None]:
+        """The log, for the process that writes it."""
+        if not self.accelerator.is_main_process:
+            yield None
+            return
+        trim_history(self.out, self.progress)
+        with JsonlLog(self.out / HISTORY) as history:
+            yield history
 
     # -- telling ------------------------------------------------------------------------------
 
@@ -400,7 +436,7 @@ class Trainer:
         quiet = not self.accelerator.is_main_process
         return lambda things: tqdm(things, title, disable=quiet or None, leave=False)
 
-    def _bar(self) -> tqdm[Any]:
+    def _bar(self) -> Any:
         quiet = not self.accelerator.is_main_process
         return tqdm(
             total=self.config.steps, initial=self.progress.step, desc="train", disable=quiet or None

@@ -2,17 +2,17 @@
 
 Early exits are judged by what a model says, so the reference must be beyond doubt: a scene is drawn
 from a seed, and its picture, caption, questions, answers and dialogues all follow from the scene.
-Some tokens are easy (grammar, articles), some are hard (colours, places, counts, relations), which is
-what makes a per-token depth worth choosing. Splits use disjoint seeds; numpy and Pillow only.
+Some tokens are easy (grammar, articles), some are hard (colours, places, counts, relations), which
+is what makes a per-token depth worth choosing. Splits use disjoint seeds; numpy and Pillow only.
 
-Two scenes of different splits can show the same few objects (there are only some thousand one-object
-scenes), but never the same pixels: shades, jitter and background gradient come from the seed as well.
+Two scenes of different splits can show the same few objects (there are only some thousand scenes of
+one object), but never the same pixels: shades, jitter and gradient come from the seed as well.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from math import cos, pi, sin
 from typing import TypeVar
 
@@ -82,11 +82,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: objects in reading order, a background, and the seed of all the rest."""
+    """What a picture shows: objects in reading order, a background, and the seed of the rest."""
 
     objects: tuple[Thing, ...]
     background: str
     seed: int
+
+
+def _looks(thing: Thing) -> str:
+    return f"{thing.size} {thing.color} {thing.shape}"
 
 
 def place_name(place: int) -> str:
@@ -121,7 +125,7 @@ def _scene_from_seed(seed: int) -> Scene:
     rng = _rng(seed, "layout")
     count = 1 + int(rng.choice(len(COUNT_WEIGHTS), p=COUNT_WEIGHTS))
     places = sorted(int(p) for p in rng.choice(GRID * GRID, size=count, replace=False))
-    # A scene draws from a few shapes and colours only: repeats make counting and naming non-trivial.
+    # Few shapes and colours per scene: repeats make counting and naming non-trivial.
     shapes = [SHAPES[i] for i in rng.choice(len(SHAPES), size=3, replace=False)]
     colors = [COLORS[i] for i in rng.choice(len(COLORS), size=4, replace=False)]
     objects = tuple(
@@ -190,12 +194,13 @@ def corrupt(image: Image.Image, kind: str, severity: int, seed: int) -> Image.Im
     """A damaged copy of `image`, same size; severity 1 is mild and 3 is strong."""
     if kind not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(
-            f"no corruption {kind!r} of severity {severity!r}; kinds are {', '.join(CORRUPTIONS)}, severities 1 to 3"
+            f"no corruption {kind!r} of severity {severity!r}; "
+            f"kinds are {', '.join(CORRUPTIONS)}, severities 1 to 3"
         )
     level = severity - 1
     if kind == "blur":
         return image.filter(ImageFilter.GaussianBlur((0.7, 1.3, 2.2)[level]))
-    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float64)
     if kind == "noise":
         pixels = pixels + _rng(seed, "noise").normal(0, (12, 28, 50)[level], pixels.shape)
     else:
@@ -209,7 +214,7 @@ def corrupt(image: Image.Image, kind: str, severity: int, seed: int) -> Image.Im
 
 def caption(scene: Scene) -> str:
     """One sentence that states every object, in reading order, with all its attributes."""
-    parts = [f"a {t.size} {t.color} {t.shape} at {place_name(t.place)}" for t in scene.objects]
+    parts = [f"a {_looks(t)} at {place_name(t.place)}" for t in scene.objects]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     noun = "object" if len(parts) == 1 else "objects"
     return f"{COUNTS[len(parts)]} {noun} on {scene.background}: {listed}."
@@ -235,7 +240,7 @@ def scene_facts(scene: Scene) -> set[Fact]:
 
 
 def caption_attributes(text: str) -> set[Fact]:
-    """What a caption claims, true or not, as (place, attribute) pairs; unreadable parts claim nothing."""
+    """What a caption claims, true or not, as (place, attribute) pairs; noise claims nothing."""
     text = _normal(text)
     facts: set[Fact] = set()
     opening = _OPENING.match(text)
@@ -247,7 +252,7 @@ def caption_attributes(text: str) -> set[Fact]:
 
 
 def caption_correct(text: str, scene: Scene) -> bool:
-    """Whether a caption states exactly this scene: nothing wrong, missing, invented or unreadable."""
+    """Whether a caption states exactly this scene: nothing wrong, missing or unreadable."""
     rest, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
     readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", rest) is not None
     return (
@@ -299,7 +304,7 @@ def _yes(truth: bool) -> str:
 
 
 def _names(scene: Scene, thing: Thing, hide: str = "") -> list[str]:
-    """Noun phrases that fit this object and no other, none of which gives away the attribute `hide`."""
+    """Noun phrases that fit only this object and do not give away the attribute `hide`."""
     phrases = {
         "{shape}": hide != "shape",
         "{color} object": hide != "color",
@@ -327,18 +332,6 @@ def _ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> QA
     return f"what {attribute} is {name}?", str(getattr(thing, attribute))
 
 
-def _ask_color(rng: np.random.Generator, scene: Scene) -> QA | None:
-    return _ask_attribute(rng, scene, "color")
-
-
-def _ask_shape(rng: np.random.Generator, scene: Scene) -> QA | None:
-    return _ask_attribute(rng, scene, "shape")
-
-
-def _ask_size(rng: np.random.Generator, scene: Scene) -> QA | None:
-    return _ask_attribute(rng, scene, "size")
-
-
 def _ask_background(rng: np.random.Generator, scene: Scene) -> QA | None:
     return "what color is the background?", scene.background
 
@@ -354,10 +347,7 @@ def _ask_what(rng: np.random.Generator, scene: Scene) -> QA | None:
         free = sorted(set(range(GRID * GRID)) - {t.place for t in scene.objects})
         return f"what is at the {place_name(_pick(rng, free))}?", "nothing"
     thing = _pick(rng, scene.objects)
-    return (
-        f"what is at the {place_name(thing.place)}?",
-        f"a {thing.size} {thing.color} {thing.shape}",
-    )
+    return f"what is at the {place_name(thing.place)}?", f"a {_looks(thing)}"
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene) -> QA | None:
@@ -377,11 +367,11 @@ def _ask_exists(rng: np.random.Generator, scene: Scene) -> QA | None:
         color, shape = _pick(rng, sorted(pairs))
     else:  # hard negatives: at least one of the two attributes is in the picture
         thing = _pick(rng, scene.objects)
-        color, shape = (
-            (thing.color, _pick(rng, SHAPES))
-            if rng.random() < 0.5
-            else (_pick(rng, COLORS), thing.shape)
-        )
+        color, shape = thing.color, thing.shape
+        if rng.random() < 0.5:
+            shape = _pick(rng, SHAPES)
+        else:
+            color = _pick(rng, COLORS)
     return f"is there {_a(f'{color} {shape}')}?", _yes((color, shape) in pairs)
 
 
@@ -441,9 +431,9 @@ def _ask_more(rng: np.random.Generator, scene: Scene) -> QA | None:
 
 
 QUESTIONS: dict[str, Maker] = {
-    "color": _ask_color,
-    "shape": _ask_shape,
-    "size": _ask_size,
+    "color": partial(_ask_attribute, attribute="color"),
+    "shape": partial(_ask_attribute, attribute="shape"),
+    "size": partial(_ask_attribute, attribute="size"),
     "background": _ask_background,
     "where": _ask_where,
     "what": _ask_what,
@@ -473,7 +463,7 @@ _KIND_PATTERNS = {
 
 
 def question_kind(question: str) -> str:
-    """The kind of a question of this world: a key of `QUESTIONS`, or "follow_up" if it says "it"."""
+    """The kind of a question: a key of `QUESTIONS`, or "follow_up" if it says "it"."""
     for kind, pattern in _KIND_PATTERNS.items():
         if re.search(pattern, question):
             return kind
@@ -484,9 +474,7 @@ def questions(scene: Scene, n: int) -> list[QA]:
     """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows."""
     rng = _rng(scene.seed, "questions")
     found: dict[str, str] = {}
-    for _ in range(
-        4
-    ):  # a kind may fail on a scene (nothing to compare), so go round more than once
+    for _ in range(4):  # rounds: a kind may fail on a scene that has nothing to compare
         for i in rng.permutation(len(QUESTIONS)):
             made = list(QUESTIONS.values())[i](rng, scene)
             if made and len(found) < n:
@@ -553,14 +541,9 @@ def dialogue(scene: Scene, rounds: int) -> list[QA]:
     return turns
 
 
-@cache
 def vocabulary() -> list[str]:
     """Every word and mark that prompts, captions, questions and answers are made of, sorted."""
-    text = [
-        CAPTION_PROMPT,
-        question_prompt("what is there a an the same larger smaller , or which where"),
-    ]
-    text += [
+    words = (
         *SHAPES,
         *map(_plural, SHAPES),
         *SIZES,
@@ -569,9 +552,10 @@ def vocabulary() -> list[str]:
         *COUNTS,
         *COLORS,
         *BACKGROUNDS,
-        *RELATIONS,
-    ]
-    text += [
-        "how many more than are objects object on color shape size background it at and yes no nothing . ?"
-    ]
-    return sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(text))))
+    )
+    grammar = (
+        "what where which how many is are there a an the it of and or , . : ? object objects",
+        "shape color size background same larger smaller more than at on yes no nothing",
+    )
+    text = " ".join((CAPTION_PROMPT, question_prompt(""), *words, *RELATIONS, *grammar))
+    return sorted(set(re.findall(r"\w+|[^\w\s]", text)))

@@ -1,0 +1,235 @@
+"""The first run: exits for a tiny VLM, trained, calibrated and raced against the full model.
+
+Four sets of pictures that no two steps share: `train` for the exits (no labels: the model writes
+the answers), `calibration` for the threshold, `test` for quality and speed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter, policy_to_json
+from offramp.backbone import Backbone
+from offramp.calibrate import Calibration, answer_ids, calibrate
+from offramp.config import TrainConfig
+from offramp.decode import FULL, Policy, generate
+from offramp.encode import Encoder
+from offramp.measure import Timing, Way, race, speedup
+from offramp.records import provenance, write_json
+from offramp.tiny import Task, captions, load_tiny, questions
+from offramp.train import train
+
+log = logging.getLogger(__name__)
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
+DEPTHS = {"opt": (3,), "t5": (3,)}
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """Pictures used by each part; each gives one caption and two questions."""
+
+    train: int = 800
+    calibration: int = 500
+    quality: int = 500
+    race: int = 40
+    rounds: int = 5
+    steps: int = 600
+
+
+def demo(
+    kind: str, out: Path, sizes: DemoSizes = DemoSizes(), *, target: float = 0.01, seed: int = 0
+) -> dict[str, Any]:
+    """Run everything for the tiny model `kind`; write `out`/report.json and return it."""
+    torch.set_num_threads(1)  # at this size a second thread costs more than it gives
+    started = time.perf_counter()
+    backbone, processor = load_tiny(kind)
+    encoder = Encoder(backbone, processor)
+    log.info(f"tiny-{kind}: {backbone.depth} decoder layers, frozen")
+
+    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed)
+    began = time.perf_counter()
+    adapter = train(
+        backbone, processor, _examples("train", sizes.train), config, out / kind,
+        command=["offramp", "demo", "--backbone", kind],
+    )  # fmt: skip
+    training_seconds = time.perf_counter() - began
+    log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
+
+    calibration = calibrate(
+        adapter, encoder, _examples("calibration", sizes.calibration),
+        Policy(exit_in_prefill=True), target=target, progress=_bar("calibrate"), **OPTIONS,
+    )  # fmt: skip
+    adapter = adapter.with_policy(calibration.policy)
+    adapter.save(out / kind)
+    log.info(f"thresholds {dict(adapter.policy.thresholds)}, risk {calibration.risk:.4f}")
+
+    report = _measure(adapter, encoder, sizes)
+    report |= {
+        "backbone": f"tiny-{kind}",
+        "training_seconds": training_seconds,
+        "total_seconds": time.perf_counter() - started,
+        "calibration": _calibration_json(calibration),
+        "policy": policy_to_json(adapter.policy),
+        "sizes": asdict(sizes),
+        "provenance": provenance(seed, sys.argv, adapter.provenance["data_digest"]),
+    }
+    write_json(out / "report.json", report)
+    write_json(out / f"report-{kind}.json", report)
+    return report
+
+
+def _examples(split: str, pictures: int) -> list[Any]:
+    return captions(split, pictures).examples + questions(split, pictures).examples
+
+
+def _measure(adapter: Adapter, encoder: Encoder, sizes: DemoSizes) -> dict[str, Any]:
+    """Quality over the test pictures and interleaved timing over some of them, for each mode."""
+    backbone = adapter.backbone
+    tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]
+    full = _answers(adapter, encoder, tasks, FULL)
+    early = _answers(adapter, encoder, tasks, adapter.policy)
+
+    ways: dict[str, Way] = {
+        "generate": partial(_stock, backbone),
+        "full": partial(_own, adapter, FULL),
+        "early_exit": partial(_own, adapter, adapter.policy),
+    }
+    timed = _examples("test", sizes.race)
+    timings = race(
+        ways, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("race")
+    )
+    quality_full = {t.name: _share_right(t, full[t.name], encoder) for t in tasks}
+    quality_early = {t.name: _share_right(t, early[t.name], encoder) for t in tasks}
+    depths = [d for t in tasks for answer in early[t.name] for d in answer.depths]
+    pairs = [
+        (a.ids, b.ids) for t in tasks for a, b in zip(full[t.name], early[t.name], strict=True)
+    ]
+    modes = {name: _speed(timing) for name, timing in timings.items()}
+    modes["generate"]["quality"] = modes["full"]["quality"] = quality_full
+    modes["early_exit"] |= {
+        "quality": quality_early,
+        "quality_drop": {
+            name: (quality_full[name] - quality_early[name]) / max(quality_full[name], 1e-9)
+            for name in quality_full
+        },
+        "agreement": sum(a == b for a, b in pairs) / len(pairs),
+        "mean_depth": sum(depths) / len(depths),
+        **_speedups(timings),
+    }
+    return {
+        "layers": backbone.depth,
+        "exits": list(adapter.exits.depths),
+        "full_equals_generate": timings["full"].answers == timings["generate"].answers,
+        "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
+        "modes": modes,
+    }
+
+
+@dataclass(frozen=True)
+class _Answer:
+    ids: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
+def _answers(
+    adapter: Adapter, encoder: Encoder, tasks: Sequence[Task], policy: Policy
+) -> dict[str, list[_Answer]]:
+    found: dict[str, list[_Answer]] = {}
+    for task in tasks:
+        rows: list[_Answer] = []
+        for start in _bar(f"test {task.name}")(range(0, len(task.examples), 32)):
+            inputs = encoder.prompts(task.examples[start : start + 32])
+            result = adapter.generate(inputs, policy=policy, **OPTIONS)
+            for ids, depths in zip(answer_ids(result), result.depths.tolist(), strict=True):
+                rows.append(_Answer(ids, tuple(d for d in depths if d)))
+        found[task.name] = rows
+    return found
+
+
+def _share_right(task: Task, answers: Sequence[_Answer], encoder: Encoder) -> float:
+    texts = encoder.tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True)
+    right = [task.correct(text, e) for text, e in zip(texts, task.examples, strict=True)]
+    return sum(right) / len(right)
+
+
+def _stock(backbone: Backbone, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
+    with torch.inference_mode():
+        out = backbone.model.generate(**inputs, stopping_criteria=stop, **OPTIONS)
+    prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return out[0, prompt:]  # type: ignore[no-any-return]
+
+
+def _own(
+    adapter: Adapter, policy: Policy, inputs: Mapping[str, Any], stop: StoppingCriteriaList
+) -> Tensor:
+    exits = adapter.exits if policy.thresholds else None
+    result = generate(
+        adapter.backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **OPTIONS
+    )
+    return result.new_tokens[0]
+
+
+def _speed(timing: Timing) -> dict[str, Any]:
+    rounds = sorted(timing.seconds)
+    return {
+        "tokens_per_second": timing.tokens_per_second,
+        "seconds_end_to_end": rounds[len(rounds) // 2],
+        "seconds_decode": sorted(timing.decode)[len(timing.decode) // 2],
+        "tokens": timing.tokens,
+    }
+
+
+def _speedups(timings: Mapping[str, Timing]) -> dict[str, float]:
+    stock, full, early = (timings[n] for n in ("generate", "full", "early_exit"))
+    return {
+        "speedup_decode": speedup(full.decode, early.decode),
+        "speedup_end_to_end": speedup(full.seconds, early.seconds),
+        "speedup_vs_generate": speedup(stock.decode, early.decode),
+        "speedup_vs_generate_end_to_end": speedup(stock.seconds, early.seconds),
+    }
+
+
+def _calibration_json(found: Calibration) -> dict[str, Any]:
+    return {**asdict(found), "policy": policy_to_json(found.policy)}
+
+
+def _bar(title: str) -> Any:
+    return lambda things: tqdm(things, title, disable=None, leave=False)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as a person reads it on a terminal."""
+    modes = report["modes"]
+    early = modes["early_exit"]
+    lines = [
+        f"{report['backbone']}: {report['layers']} layers, exits at {report['exits']}, "
+        f"mean depth {early['mean_depth']:.2f}, answers identical {early['agreement']:.1%}",
+        "",
+        f"{'':12}{'tokens/s':>10}{'seconds':>10}" + "".join(f"{n:>12}" for n in early["quality"]),
+    ]
+    for name, mode in modes.items():
+        quality = "".join(f"{q:>12.1%}" for q in mode["quality"].values())
+        lines.append(
+            f"{name:12}{mode['tokens_per_second']:>10.0f}{mode['seconds_end_to_end']:>10.2f}{quality}"
+        )
+    drops = ", ".join(f"{name} {drop:+.2%}" for name, drop in early["quality_drop"].items())
+    lines += [
+        "",
+        f"early exit: decoding {early['speedup_decode']:.2f}x, end to end "
+        f"{early['speedup_end_to_end']:.2f}x, against HF generate "
+        f"{early['speedup_vs_generate']:.2f}x; quality drop {drops}",
+    ]
+    return "\n".join(lines)

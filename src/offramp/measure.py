@@ -1,0 +1,93 @@
+"""Wall-clock comparison of ways to generate: interleaved, free-running, batch 1.
+
+Each example is answered by every way in turn, in an order that rotates, so that drift of the
+machine falls on all alike. A round is one pass over all examples; figures are medians of rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+Way = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
+"""Generates from processor output, batch 1, with these stopping criteria; returns new ids [N]."""
+
+
+class FirstToken(StoppingCriteria):
+    """Stops nothing; notes when the first token was there: what follows is decoding alone."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.seconds is None:
+            self.seconds = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass
+class Timing:
+    """Seconds of each round, summed over examples, and the tokens written in one round.
+
+    seconds: from processor output to the last token. decode: from the first token to the last.
+    answers: new token ids of each example.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    answers: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer) for answer in self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens (all but the first of each answer) per second of decoding."""
+        return (self.tokens - len(self.answers)) / median(self.decode)
+
+
+def race(
+    ways: Mapping[str, Way],
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    rounds: int = 5,
+    progress: Any = iter,
+) -> dict[str, Timing]:
+    """Time every way on every input, after one untimed pass over a few."""
+    names = list(ways)
+    for name in names:
+        for some in inputs[:3]:
+            ways[name](some, StoppingCriteriaList())
+    timings = {name: Timing() for name in names}
+    for number in progress(range(rounds)):
+        total = dict.fromkeys(names, 0.0)
+        decode = dict.fromkeys(names, 0.0)
+        for place, some in enumerate(inputs):
+            turn = (number + place) % len(names)
+            for name in names[turn:] + names[:turn]:
+                clock = FirstToken()
+                begin = time.perf_counter()
+                answer = ways[name](some, StoppingCriteriaList([clock]))
+                end = time.perf_counter()
+                assert clock.seconds is not None
+                total[name] += end - begin
+                decode[name] += end - clock.seconds
+                if number == 0:
+                    timings[name].answers.append(tuple(answer.tolist()))
+        for name in names:
+            timings[name].seconds.append(total[name])
+            timings[name].decode.append(decode[name])
+    return timings
+
+
+def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Ratio of medians."""
+    return median(slow) / median(fast)

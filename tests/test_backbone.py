@@ -1,0 +1,298 @@
+"""Laws of the backbone: the loop without exits is HF's greedy `generate`; the model is untouched."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from families import NAMES
+
+from offramp import backbone as module
+from offramp.backbone import Backbone, Family, register_backbone, same_backbone
+from offramp.decode import Policy, generate
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.exits import Exits
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEW = 10
+
+
+def never(name):
+    return Policy(dict.fromkeys(families.depths(name), 1.0))
+
+
+def greedy(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+
+
+# -- law 1 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_exits_the_loop_is_greedy_generate(name, dtype, rows, backbone, batch):
+    whole = backbone(name, DTYPES[dtype])
+    inputs = batch(name, rows, DTYPES[dtype])
+    ours = generate(whole, inputs, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(ours.sequences, greedy(whole.model, inputs))
+    assert (ours.depths == whole.depth).all()
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_exits_that_never_fire_leave_greedy_generate_as_it_is(
+    name, dtype, rows, kv, backbone, exits, batch
+):
+    whole = backbone(name, DTYPES[dtype])
+    inputs = batch(name, rows, DTYPES[dtype])
+    policy = Policy(never(name).thresholds, kv=kv, exit_in_prefill=True)
+    ours = generate(
+        whole,
+        inputs,
+        exits=exits(name, DTYPES[dtype]),
+        policy=policy,
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    assert (ours.depths == whole.depth).all()
+    assert torch.equal(ours.sequences, greedy(whole.model, inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_outputs_vary_with_image_and_step(name, backbone, batch):
+    """Of the tests themselves: a model that says one thing would agree with anything."""
+    model = backbone(name).model
+    inputs = batch(name, 4)
+    others = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1) + 1.0}
+    new = greedy(model, inputs)[:, -NEW:]
+    assert len(set(new.flatten().tolist())) >= 5
+    assert not torch.equal(new, greedy(model, others)[:, -NEW:])
+
+
+# -- the model is left as it was found --------------------------------------------------------
+
+
+def portrait(model):
+    """Everything about a model that patching it would change."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [
+        (
+            path,
+            id(part),
+            type(part),
+            "forward" in vars(part),
+            [id(child) for child in part._modules.values()],
+            [list(getattr(part, table)) for table in tables],
+        )
+        for path, part in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_left_as_it_was_found(name, batch):
+    model = families.build(name)
+    inputs = batch(name, 4)
+    before, keys, out = portrait(model), list(model.state_dict()), greedy(model, inputs)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    whole = Backbone(model)
+    depths = families.depths(name)
+    policy = Policy(dict.fromkeys(depths, 0.5))
+    generate(whole, inputs, exits=Exits(whole, depths), policy=policy, max_new_tokens=NEW)
+    assert portrait(model) == before
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in keys)
+    assert torch.equal(greedy(model, inputs), out)
+
+
+class Watcher:
+    """A streamer that looks at the model between two tokens."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def put(self, value):
+        self.seen.append(portrait(self.model))
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["blip2-t5", "llava", "gemma3"])
+def test_the_model_is_not_patched_even_while_generating(name, batch):
+    whole = Backbone(families.build(name))
+    before = portrait(whole.model)
+    watcher = Watcher(whole.model)
+    generate(whole, batch(name, 1), max_new_tokens=3, streamer=watcher)
+    assert watcher.seen == [before] * 4
+
+
+def test_a_hook_on_a_view_does_not_show_on_the_model(batch):
+    whole = Backbone(families.build("llava"))
+    view = whole.view(None)
+    view.stack.register_forward_hook(lambda *_: None)
+    view.stack.register_forward_pre_hook(lambda *_: None)
+    assert not whole.stack._forward_hooks and not whole.stack._forward_pre_hooks
+
+
+def test_a_generation_that_fails_leaves_the_model_as_it_was(batch):
+    whole = Backbone(families.build("llava"))
+    before = portrait(whole.model)
+
+    def fail(ids, scores):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(whole, batch("llava", 1), logits_processor=[fail], max_new_tokens=3)
+    assert portrait(whole.model) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backbone_is_frozen(name, backbone):
+    model = backbone(name).model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(part.training for part in model.modules())
+
+
+# -- which models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layers_found_are_the_text_decoders(name, backbone):
+    whole = backbone(name)
+    assert whole.depth == (8 if name == "gemma3" else families.LAYERS)
+    assert whole.width == families.WIDTH
+    assert whole.vocabulary == families.VOCABULARY
+    assert whole.is_encoder_decoder == (name in ("blip2-t5", "florence2"))
+
+
+def unknown_model(model_type="my_vlm"):
+    from transformers import LlavaConfig
+
+    model = families.build("llava")
+    config = type("MyConfig", (LlavaConfig,), {"model_type": model_type})
+    model.config.__class__ = config
+    return model
+
+
+def test_an_unknown_family_is_refused_with_how_to_register_it():
+    with pytest.raises(UnsupportedBackboneError, match="register_backbone") as caught:
+        Backbone(unknown_model())
+    assert "my_vlm" in str(caught.value) and "Family(" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_unknown_text_model_inside_a_known_wrapper_is_refused(monkeypatch):
+    monkeypatch.delitem(module.TEXT_FAMILIES, "opt")
+    with pytest.raises(UnsupportedBackboneError, match="TEXT_FAMILIES"):
+        Backbone(families.build("blip2-opt"))
+
+
+def test_a_registered_family_works(monkeypatch, batch):
+    monkeypatch.setattr(module, "FAMILIES", dict(module.FAMILIES))
+    register_backbone("my_vlm", Family("model.language_model"))
+    model = unknown_model()
+    inputs = batch("llava", 4)
+    ours = generate(Backbone(model), inputs, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(ours.sequences, greedy(model, inputs))
+
+
+@pytest.mark.parametrize("path", ["model.language", "nothing.language_model"])
+def test_a_wrong_path_is_named(monkeypatch, path):
+    monkeypatch.setattr(module, "FAMILIES", {**module.FAMILIES, "llava": Family(path)})
+    with pytest.raises(UnsupportedBackboneError, match=path) as caught:
+        Backbone(families.build("llava"))
+    assert "register_backbone" in str(caught.value)
+
+
+def test_a_path_to_something_else_than_a_stack_is_refused(monkeypatch):
+    wrong = Family("model.language_model", layers="norm")
+    monkeypatch.setattr(module, "FAMILIES", {**module.FAMILIES, "llava": wrong})
+    with pytest.raises(UnsupportedBackboneError, match="not a list"):
+        Backbone(families.build("llava"))
+
+
+def test_an_opt_that_projects_its_output_is_refused():
+    model = families.blip2(families.opt_config(word_embed_proj_dim=16))
+    with pytest.raises(UnsupportedBackboneError, match="opt-350m"):
+        Backbone(model)
+
+
+@pytest.mark.parametrize("path", ["", "model", "model.language_model"])
+def test_offloading_hooks_are_refused(path):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = families.build("llava")
+    add_hook_to_module(model.get_submodule(path), ModelHook())
+    with pytest.raises(UnsupportedBackboneError, match="device_map"):
+        Backbone(model)
+
+
+def test_a_prompt_learning_adapter_is_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = families.build("llava").model.language_model
+    model.config.tie_word_embeddings = False
+    tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(UnsupportedBackboneError, match="prompt-learning"):
+        Backbone(tuned)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava"])
+def test_a_lora_backbone_equals_its_own_generate(name, batch):
+    from peft import LoraConfig, get_peft_model
+
+    plain = families.build(name)
+    inputs = batch(name, 4)
+    without = greedy(plain, inputs)
+    targets = ["q", "v"] if name == "blip2-t5" else ["q_proj", "v_proj"]
+    lora = LoraConfig(target_modules=targets, init_lora_weights=False, r=4, lora_alpha=16)
+    model = get_peft_model(plain, lora).eval()
+    theirs = greedy(model, inputs)
+    assert not torch.equal(theirs, without)
+    whole = Backbone(model)
+    depths = families.depths(name)
+    ours = generate(
+        whole,
+        inputs,
+        exits=Exits(whole, depths),
+        policy=never(name),
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    assert torch.equal(ours.sequences, theirs)
+
+
+# -- loading and fingerprints -----------------------------------------------------------------
+
+
+def test_no_such_model_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="save_pretrained"):
+        Backbone.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "llava", "florence2"])
+def test_a_reloaded_backbone_has_the_same_fingerprint_and_is_frozen(name, tmp_path, backbone):
+    backbone(name).model.save_pretrained(tmp_path)
+    again = Backbone.from_pretrained(tmp_path)
+    assert again.fingerprint() == backbone(name).fingerprint()
+    assert not any(parameter.requires_grad for parameter in again.model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_precision_is_the_same_backbone(name, backbone):
+    half = backbone(name, torch.bfloat16).fingerprint()
+    assert same_backbone(backbone(name).fingerprint(), half) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_is_another_backbone(name, backbone):
+    other = Backbone(families.build(name, seed=1)).fingerprint()
+    assert "differ" in (same_backbone(backbone(name).fingerprint(), other) or "")
+
+
+def test_another_family_is_another_backbone_in_words(backbone):
+    one, other = backbone("llava").fingerprint(), backbone("internvl").fingerprint()
+    assert same_backbone(one, other) == "model_type is internvl, not llava"

@@ -1,0 +1,255 @@
+"""Laws of the command line: data on stdout, and two lines for every user's mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp import cli, world
+from offramp.adapter import CONFIG
+
+Run = Any
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line; returns (exit code, stdout, stderr)."""
+
+    def command(*arguments: Any) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures with a JSONL of captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = []
+    for index in range(12):
+        scene = world.scene("train", index)
+        world.render(scene).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4)
+
+
+@pytest.fixture(scope="session")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained by the command line for a few steps."""
+    out = tmp_path_factory.mktemp("adapter") / "exits"
+    data = photos / "rows.jsonl"
+    arguments = ["train", *TRAIN, "--data", data, "--depths", "2,5", "--out", out]
+    assert cli.main([str(a) for a in arguments]) == 0
+    return out
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy that a test may damage."""
+    yield Path(shutil.copytree(trained, tmp_path / "exits"))
+
+
+def assert_two_lines(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    lines = err[err.index("error: ") :].rstrip("\n").split("\n")
+    assert code == 1
+    assert out == ""
+    assert len(lines) == 2, lines
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_help_starts_with_what_to_type() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "offramp.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "offramp demo" in shown
+    for command in ("demo", "train", "generate", "inspect"):
+        assert command in shown
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from offramp.cli import _parser; _parser(); print('torch' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip() == "False"
+
+
+def test_training_tells_its_agreement_by_depth_on_stdout(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("train", *TRAIN, "--data", photos / "rows.jsonl", "--out", tmp_path / "x")
+    assert code == 0
+    told = json.loads(out)
+    assert all(0 <= share <= 1 for share in told["agreement"].values())
+
+
+def test_generate_as_json_tells_the_depth_of_every_token(
+    run: Run, trained: Path, photos: Path
+) -> None:
+    arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", photos / "1.png")
+    code, out, _ = run(*arguments, "--threshold", 0.5, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["image"] for row in rows] == [str(photos / "0.png"), str(photos / "1.png")]
+    for row in rows:
+        assert {step["depth"] for step in row["steps"]} <= {2, 5, row["layers"]}
+        depths = [step["depth"] for step in row["steps"]]
+        assert row["mean_depth"] == pytest.approx(sum(depths) / len(depths))
+
+
+def test_full_mode_runs_every_layer(run: Run, trained: Path, photos: Path) -> None:
+    arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", "--json")
+    _, out, _ = run(*arguments, "--mode", "full", "--threshold", 0)
+    row = json.loads(out)
+    assert {step["depth"] for step in row["steps"]} == {row["layers"]}
+
+
+def test_generate_without_json_shows_each_word_with_its_depth(
+    run: Run, trained: Path, photos: Path
+) -> None:
+    arguments = ("generate", "--adapter", trained, "--image", photos / "0.png")
+    _, out, _ = run(*arguments, "--threshold", 0)
+    words = out.split(": ", 1)[1].split()
+    assert all(word.rsplit("/", 1)[1].isdigit() for word in words)
+
+
+def test_inspecting_a_backbone_proposes_depths_it_has(run: Run) -> None:
+    code, out, _ = run("inspect", "tiny-t5", "--json")
+    found = json.loads(out)
+    assert code == 0
+    for depths in found["proposed_depths"].values():
+        assert all(1 <= depth < found["layers"] for depth in depths)
+
+
+def test_inspecting_an_adapter_shows_where_it_comes_from(run: Run, trained: Path) -> None:
+    code, out, _ = run("inspect", trained, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["depths"] == [2, 5]
+    assert found["provenance"]["seed"] == 0
+
+
+def test_a_finished_run_resumes_to_the_same_adapter(run: Run, adapter: Path, photos: Path) -> None:
+    before = (adapter / "exits.safetensors").read_bytes()
+    data = photos / "rows.jsonl"
+    code, _, _ = run(
+        "train", *TRAIN, "--data", data, "--depths", "2,5", "--out", adapter, "--resume"
+    )
+    assert code == 0
+    assert (adapter / "exits.safetensors").read_bytes() == before
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def train_on(run: Run, data: Path, out: Path, *more: Any) -> tuple[int, str, str]:
+    return run("train", *TRAIN, "--data", data, "--out", out, *more)  # type: ignore[no-any-return]
+
+
+def test_a_corrupt_image_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    data = write_rows(tmp_path / "rows.jsonl", [{"image": "bad.png", "captions": ["a"]}] * 2)
+    assert_two_lines(train_on(run, data, tmp_path / "out"), "bad.png")
+
+
+def test_a_truncated_image_is_named(run: Run, photos: Path, tmp_path: Path) -> None:
+    whole = (photos / "0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    data = write_rows(tmp_path / "rows.jsonl", [{"image": "cut.png", "captions": ["a"]}] * 2)
+    assert_two_lines(train_on(run, data, tmp_path / "out"), "cut.png")
+
+
+def test_a_missing_image_is_named(run: Run, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"image": "gone.png", "captions": ["a"]}])
+    assert_two_lines(train_on(run, data, tmp_path / "out"), "gone.png")
+
+
+def test_a_missing_data_file_is_named(run: Run, tmp_path: Path) -> None:
+    assert_two_lines(train_on(run, tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl")
+
+
+def test_a_row_without_an_answer_is_refused_where_labels_are_needed(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"image": str(photos / "0.png")}])
+    found = train_on(run, data, tmp_path / "out", "--regime", "supervised")
+    assert_two_lines(found, "rows.jsonl", "1")
+
+
+def test_an_empty_data_set_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    assert_two_lines(train_on(run, tmp_path / "rows.jsonl", tmp_path / "out"), "rows.jsonl")
+
+
+@pytest.mark.parametrize("depths", ["0", "12", "3,3", "99"])
+def test_depths_that_do_not_fit_are_refused(
+    run: Run, photos: Path, tmp_path: Path, depths: str
+) -> None:
+    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--depths", depths)
+    assert_two_lines(found, "depth")
+
+
+def test_a_training_option_out_of_range_is_refused(run: Run, photos: Path, tmp_path: Path) -> None:
+    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--temperature", 0)
+    assert_two_lines(found, "temperature")
+
+
+def generate_with(run: Run, adapter: Path, photos: Path, *more: Any) -> tuple[int, str, str]:
+    return run("generate", "--adapter", adapter, "--image", photos / "0.png", *more)  # type: ignore[no-any-return]
+
+
+def test_an_adapter_of_another_backbone_is_refused(run: Run, adapter: Path, photos: Path) -> None:
+    assert_two_lines(generate_with(run, adapter, photos, "--backbone", "tiny-t5"), "tiny-opt")
+
+
+def test_an_adapter_of_another_format_is_refused(run: Run, adapter: Path, photos: Path) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**config, "format": 99}))
+    assert_two_lines(generate_with(run, adapter, photos), "99")
+
+
+def test_a_folder_without_an_adapter_is_refused(run: Run, tmp_path: Path, photos: Path) -> None:
+    assert_two_lines(generate_with(run, tmp_path, photos), "adapter")
+
+
+@pytest.mark.parametrize("threshold", ["-0.1", "1.5", "nan"])
+def test_a_threshold_out_of_range_is_refused(
+    run: Run, trained: Path, photos: Path, threshold: str
+) -> None:
+    found = generate_with(run, trained, photos, f"--threshold={threshold}")
+    assert_two_lines(found, "0", "1")
+
+
+def test_an_unknown_score_lists_the_known_ones(run: Run, trained: Path, photos: Path) -> None:
+    found = generate_with(run, trained, photos, "--score", "max_prob")
+    assert_two_lines(found, "max_probability")
+
+
+def test_an_unknown_backbone_is_refused(run: Run, tmp_path: Path) -> None:
+    assert_two_lines(run("inspect", tmp_path / "nowhere"), "nowhere")
+
+
+def test_a_missing_picture_to_answer_about_is_named(
+    run: Run, trained: Path, tmp_path: Path
+) -> None:
+    found = run("generate", "--adapter", trained, "--image", tmp_path / "gone.jpg")
+    assert_two_lines(found, "gone.jpg")

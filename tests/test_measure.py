@@ -1,0 +1,70 @@
+"""Laws of the stopwatch."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import StoppingCriteriaList
+
+from offramp import measure
+from offramp.measure import race, speedup
+
+
+class Clock:
+    """A clock that advances only when a way says it worked."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def way(clock: Clock, calls: list[str], name: str, first: float, each: float, tokens: int):  # type: ignore[no-untyped-def]
+    def run(_, stop: StoppingCriteriaList) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        calls.append(name)
+        ids = torch.zeros(1, 0, dtype=torch.long)
+        for step in range(tokens):
+            clock.now += first if step == 0 else each
+            ids = torch.cat([ids, torch.ones(1, 1, dtype=torch.long)], 1)
+            if len(stop):
+                stop(ids, None)
+        return ids[0]
+
+    return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    return clock
+
+
+def test_decode_time_is_what_follows_the_first_token(clock: Clock) -> None:
+    ways = {
+        "slow": way(clock, [], "slow", 5.0, 2.0, 4),
+        "fast": way(clock, [], "fast", 5.0, 1.0, 4),
+    }
+    timings = race(ways, [{}, {}], rounds=3)
+    assert timings["slow"].decode == [12.0] * 3
+    assert timings["slow"].seconds == [22.0] * 3
+    assert speedup(timings["slow"].decode, timings["fast"].decode) == 2.0
+
+
+def test_tokens_per_second_counts_decoded_tokens_only(clock: Clock) -> None:
+    timing = race({"a": way(clock, [], "a", 5.0, 2.0, 4)}, [{}, {}], rounds=1)["a"]
+    assert timing.tokens == 8
+    assert timing.tokens_per_second == 6 / 12.0
+
+
+def test_ways_are_interleaved_and_each_goes_first_equally_often(clock: Clock) -> None:
+    calls: list[str] = []
+    ways = {name: way(clock, calls, name, 1.0, 1.0, 2) for name in "abc"}
+    race(ways, [{}] * 3, rounds=2)
+    timed = calls[3 * 3 :]  # after the warm-up
+    turns = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    firsts = [turn[0] for turn in turns]
+    assert {firsts.count(name) for name in "abc"} == {2}
+    assert all(a != b for a, b in itertools.pairwise(firsts[:3]))

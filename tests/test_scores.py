@@ -1,0 +1,110 @@
+"""Laws of the scores: in [0, 1], larger is safer, finite in any precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from offramp import scores as module
+from offramp.errors import InputError
+from offramp.scores import SCORES, check_score, check_thresholds
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def slow(name, row):
+    """The score of one row of logits, in plain Python floats."""
+    top = max(row)
+    weights = [math.exp(x - top) for x in row]
+    p = sorted((w / sum(weights) for w in weights), reverse=True)
+    if name == "max_probability":
+        return p[0]
+    if name == "margin":
+        return p[0] - p[1]
+    return 1.0 + sum(x * math.log(x) for x in p if x > 0) / math.log(len(p))
+
+
+def logits(dtype=torch.float32, scale=4.0):
+    return (scale * torch.randn(16, 50)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_equals_its_slow_loop(name, dtype):
+    given = logits(DTYPES[dtype])
+    expected = torch.tensor([slow(name, row) for row in given.tolist()])
+    assert torch.allclose(SCORES[name](given), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 60000.0])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_finite_and_in_range_at_any_scale(name, scale, dtype):
+    found = SCORES[name](logits(DTYPES[dtype], scale).clamp(-60000, 60000))
+    assert found.shape == (16,)
+    assert ((found >= 0) & (found <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCORES)
+def test_forbidden_tokens_do_not_spoil_a_score(name, dtype):
+    given = logits(DTYPES[dtype])
+    given[:, ::3] = -math.inf
+    expected = torch.tensor([slow(name, row) for row in given.tolist()])
+    assert torch.allclose(SCORES[name](given), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCORES)
+def test_a_single_allowed_token_is_certain(name, dtype):
+    given = torch.full((1, 50), -math.inf, dtype=DTYPES[dtype])
+    given[0, 3] = 1.0
+    assert SCORES[name](given).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_more_one_token_stands_out_the_larger_the_score(name):
+    given = torch.zeros(20, 50)
+    given[:, 7] = torch.linspace(0, 10, 20)
+    assert (SCORES[name](given).diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", ["margin", "entropy"])
+def test_a_uniform_row_scores_zero(name):
+    assert SCORES[name](torch.zeros(1, 50)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+# -- names and thresholds ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["max_probabilty", "", None])
+def test_an_unknown_score_is_refused_with_the_names_there_are(name):
+    with pytest.raises(InputError, match="max_probability"):
+        check_score(name)
+
+
+@pytest.mark.parametrize("name", [*SCORES, "discriminator"])
+def test_the_known_scores_are_accepted(name):
+    assert check_score(name) == name
+
+
+def test_a_score_added_to_the_table_is_known(monkeypatch):
+    monkeypatch.setitem(module.SCORES, "mine", module.margin)
+    assert check_score("mine") == "mine"
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, "high"])
+def test_a_threshold_outside_its_range_is_refused(value):
+    with pytest.raises(InputError, match="outside"):
+        check_thresholds({2: value}, (2, 4))
+
+
+def test_a_threshold_where_no_exit_stands_is_refused():
+    with pytest.raises(InputError, match=r"\[3\]"):
+        check_thresholds({2: 0.5, 3: 0.5}, (2, 4))
+
+
+def test_none_switches_an_exit_off():
+    assert check_thresholds({4: 1, 2: None}, (2, 4)) == {4: 1.0}
