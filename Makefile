@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check records clean
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -20,6 +20,13 @@ lint: $(READY)  ## style and types
 	$(BIN)/mypy
 
 check: lint test
+
+records: $(READY)  ## run both demos, keep their reports in records/, rewrite the README's figures
+	$(BIN)/offramp demo --backbone opt
+	$(BIN)/offramp demo --backbone t5
+	cp runs/demo/report-opt.json records/demo-opt.json
+	cp runs/demo/report-t5.json records/demo-t5.json
+	$(BIN)/python tools/readme.py
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import families
 import pytest
 import torch
+
+import families
 
 torch.set_num_threads(1)
 

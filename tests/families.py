@@ -134,7 +134,7 @@ def opt_config(**more: Any) -> Any:
     return OPTConfig(**settings)
 
 
-def _t5() -> Any:
+def _t5(tied: bool = False) -> Any:
     from transformers import T5Config
 
     return T5Config(
@@ -149,7 +149,7 @@ def _t5() -> Any:
         relative_attention_num_buckets=8,
         relative_attention_max_distance=16,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,  # tied, the head reads scaled states
         decoder_start_token_id=PAD,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -181,6 +181,15 @@ def _tiles(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {
         "pixel_values": torch.randn(rows, 1, 3, 32, 32),
         "pixel_attention_mask": torch.ones(rows, 1, 32, 32, dtype=torch.bool),
+    }
+
+
+def _crops(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """LLaVA-NeXT sees each image whole and in crops; here one."""
+    rows = len(ids)
+    return {
+        "pixel_values": torch.randn(rows, 2, 3, 28, 28),
+        "image_sizes": torch.tensor([[28, 28]] * rows),
     }
 
 
@@ -265,6 +274,19 @@ def _llava() -> Any:
     )
 
 
+def _llava_next() -> Any:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=CLIPVisionConfig(**_TOWER, image_size=28, patch_size=14),
+            text_config=_llama(),
+            image_token_index=IMAGE,
+            image_grid_pinpoints=[[28, 28]],
+        )
+    )
+
+
 def _idefics3() -> Any:
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
@@ -302,6 +324,34 @@ _VISION_IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+
+
+def _qwen2() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            vision_config={
+                "depth": 2,
+                "embed_dim": 16,
+                "hidden_size": WIDTH,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": 8,
+            },
+            text_config={
+                "vocab_size": VOCABULARY,
+                "hidden_size": WIDTH,
+                "intermediate_size": 64,
+                "num_hidden_layers": LAYERS,
+                "max_position_embeddings": 128,
+                "rope_parameters": _ROPE,
+                **_heads(),
+                **IDS,
+            },
+            **_VISION_IDS,
+        )
+    )
 
 
 def _qwen25() -> Any:
@@ -507,9 +557,14 @@ KINDS: dict[str, Kind] = {
     "blip2-t5": Kind(lambda: blip2(_t5()), 4, _square(28), padding="right"),
     "instructblip-opt": Kind(lambda: _instructblip(opt_config()), 4, _with_question),
     "instructblip-llama": Kind(lambda: _instructblip(_llama()), 4, _with_question),
+    "instructblip-t5": Kind(
+        lambda: _instructblip(_t5(tied=True)), 4, _with_question, padding="right"
+    ),
     "llava": Kind(_llava, 4, _square(28)),
+    "llava-next": Kind(_llava_next, 4 + 6, _crops),
     "idefics3": Kind(_idefics3, 4, _tiles),
     "smolvlm": Kind(_smolvlm, 4, _tiles),
+    "qwen2-vl": Kind(_qwen2, 4, _patches, frame=_FRAME),
     "qwen2.5-vl": Kind(_qwen25, 4, _patches, frame=_FRAME),
     "qwen3-vl": Kind(_qwen3, 4, _patches, frame=_FRAME),
     "paligemma": Kind(lambda: _paligemma({"model_type": "gemma"}), 4, _prefix),
@@ -522,7 +577,7 @@ KINDS: dict[str, Kind] = {
     ),
     "gemma3": Kind(_gemma3, 4, _blocks, frame=_FRAME),
     "internvl": Kind(_internvl, 4, _square(32)),
-    "florence2": Kind(_florence2, 16 + 1, _square(32), padding="right", wide=0.14, loud=0.05),
+    "florence2": Kind(_florence2, 16 + 1, _square(32), padding="right", wide=0.1, loud=0.02),
 }
 
 NAMES = tuple(KINDS)
@@ -535,4 +590,5 @@ def depths(name: str) -> tuple[int, ...]:
     return (2, 7) if name == "gemma3" else (2, 4)
 
 
-CAUSAL_PROMPT = tuple(n for n in NAMES if n not in ("qwen3-vl", "paligemma", "paligemma2", "gemma3"))
+LOOKS_AHEAD = ("qwen3-vl", "paligemma", "paligemma2", "gemma3")
+CAUSAL_PROMPT = tuple(name for name in NAMES if name not in LOOKS_AHEAD)

@@ -23,7 +23,12 @@ class Probe:
         self.logits: dict[int, Tensor] = {}
 
     def layer(
-        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
     ) -> Any:
         if self.exits is not None and index in self.exits.depths:
             state = self.estimates[index] = self.exits.run(index, hidden, args, kw)
@@ -85,7 +90,7 @@ def _continued(
 
 
 def of_steps(logits: Tensor, new: int) -> Tensor:
-    """Of logits over whole sequences [B, T, V], those [B, N, V] that chose the `new` last tokens."""
+    """Of logits [B, T, V] over whole sequences, those that chose the `new` last tokens."""
     return logits[:, -new - 1 : -1]
 
 

@@ -10,8 +10,8 @@ import torch
 
 from offramp import calibrate as module
 from offramp.calibrate import calibrate, hoeffding_bentkus
-from offramp.decode import Policy
 from offramp.errors import InputError
+from offramp.policy import Policy
 
 GRID = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -99,7 +99,7 @@ def test_a_target_off_the_unit_interval_is_refused(target: float, confidence: fl
 
 
 def test_answers_leave_padding_out() -> None:
-    from offramp.decode import Generation
+    from offramp.policy import Generation
 
     result = Generation(
         torch.tensor([[9, 4, 5, 1], [9, 6, 7, 8]]),

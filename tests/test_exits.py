@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
-from families import NAMES
-from reference import probe
 
+import families
+from families import NAMES
 from offramp.errors import InputError
 from offramp.exits import Exits, check_depths, propose_depths
+from reference import probe
 
 
 def storages(module):

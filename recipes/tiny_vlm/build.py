@@ -156,6 +156,8 @@ def build_model(backbone: str, vocab_size: int) -> Blip2ForConditionalGeneration
     )
     model = Blip2ForConditionalGeneration(config)
     nn.init.normal_(model.query_tokens, std=1.0)  # zero queries would start out all alike
+    if backbone == "t5":  # beside T5's unit embeddings, image tokens of the default 0.02 go unheard
+        nn.init.normal_(model.language_projection.weight, std=0.1)
     return model
 
 

@@ -113,13 +113,13 @@ def dialogue_scores(
     return sum(turns.values()) / rounds, turns
 
 
-def quick(model: Blip2ForConditionalGeneration, backbone: str, n: int = 128) -> dict[str, float]:
+def quick(model: Blip2ForConditionalGeneration, backbone: str, n: int = 96) -> dict[str, float]:
     """A first impression on validation scenes, cheap enough to take while training."""
     model.eval()
     processor, scenes = build_processor(backbone), list(world.scenes("validation", n))
     result = {
         "answers_right": question_scores(model, processor, scenes, each=3)[0],
-        "dialogue_right": dialogue_scores(model, processor, scenes[:64], rounds=3)[0],
+        "dialogue_right": dialogue_scores(model, processor, scenes[:32], rounds=3)[0],
         **caption_scores(model, processor, scenes),
     }
     model.train()

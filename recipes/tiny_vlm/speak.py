@@ -24,6 +24,8 @@ from transformers import Blip2ForConditionalGeneration
 from offramp import world
 
 IGNORE = -100
+PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates
+SIZES = {"opt": (16, 48), "t5": (32, 64)}  # scenes a step, of captions and of questions
 Row = tuple[list[int], list[int]]  # token ids, label of each position (OPT) or of the decoder (T5)
 
 
@@ -125,15 +127,14 @@ def loss(model: Blip2ForConditionalGeneration, states: Tensor, rows: list[Row]) 
 
 
 def batches(
-    backbone: str, states: np.ndarray, first: int, steps: int, size: int, seed: int
+    backbone: str, states: np.ndarray, first: int, steps: int, size: tuple[int, int], seed: int
 ) -> Iterator[list[tuple[Tensor, list[Row]]]]:
-    """For every step a caption batch and a question batch, each of `size` scenes or a multiple."""
+    """For every step one batch of captions and a larger one of questions, which are harder."""
     texts = Texts(backbone)
-    questions = size if backbone == "opt" else 3 * size
     for step in range(first, steps):
         rng = np.random.default_rng((seed, step))
         parts = []
-        for count, kind in ((size, "captions"), (questions, "answers")):
+        for count, kind in ((size[0], "captions"), (size[1], "answers")):
             index = rng.choice(len(states), size=count, replace=False)
             scenes = [world.scene("train", int(i)) for i in index]
             rows = (
@@ -157,20 +158,42 @@ def fresh_model(backbone: str, eyes: Eyes) -> Blip2ForConditionalGeneration:
     return model
 
 
+@torch.no_grad()
+def name_cells(projection: nn.Linear, states: np.ndarray, scale: float = 1.0) -> None:
+    """Start the projection so that every image token says, beside all else, which query it is.
+
+    The number of the query makes up 5% of the variance of its state. OPT adds positions of its own;
+    T5 has none that reach the decoder, and without this start it named attributes but not places
+    for over 500 steps. Least squares reads the number (exactly, on this pool) and random directions
+    say it.
+    """
+    seen = np.asarray(states[:2000], dtype=np.float64).reshape(-1, WIDTH)
+    inputs = np.concatenate([seen, np.ones((len(seen), 1))], axis=1)
+    number = np.tile(np.eye(QUERIES), (len(seen) // QUERIES, 1))
+    readout = torch.from_numpy(np.linalg.lstsq(inputs, number, rcond=None)[0].T).float()
+    directions = scale * torch.randn(projection.out_features, QUERIES)
+    projection.weight += directions @ readout[:, :-1]
+    projection.bias += directions @ readout[:, -1]
+
+
 def train(
     backbone: str,
     eyes: Eyes,
     states: np.ndarray,
     work: Path,
     steps: int,
-    size: int = 32,
-    peak: float = 1e-3,
     seed: int = 0,
 ) -> Blip2ForConditionalGeneration:
     """Train projection and language model, or go on from the last checkpoint."""
     torch.manual_seed(seed + 1)
     log, path = Log(work / f"speak-{backbone}.jsonl"), work / f"speak-{backbone}.pt"
     model = fresh_model(backbone, eyes)
+    if backbone == "t5":
+        name_cells(model.language_projection, states)
+    # bfloat16 with plain attention takes 0.63 of the time of float32 with the fused one, whose
+    # backward pass is slow in bfloat16 on a CPU.
+    model.language_model.set_attn_implementation("eager")
+    peak = PEAKS[backbone]
     optim = optimiser(model, peak)
     first, spent, state = 0, 0.0, load(path)
     if state:
@@ -178,13 +201,16 @@ def train(
         optim.load_state_dict(state["optim"])
         first, spent = state["step"], state["seconds"]
     saved = started = time.monotonic()
-    for step, parts in enumerate(batches(backbone, states, first, steps, size, seed), start=first):
+    for step, parts in enumerate(
+        batches(backbone, states, first, steps, SIZES[backbone], seed), start=first
+    ):
         for group in optim.param_groups:
             group["lr"] = peak * rate(step, steps)
         optim.zero_grad()
         values = []
         for seen, rows in parts:
-            value = loss(model, seen, rows)
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(model, seen, rows)
             value.backward()
             values.append(value.item())
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

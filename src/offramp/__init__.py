@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from offramp.backbone import Family as Family
     from offramp.backbone import register_backbone as register_backbone
     from offramp.config import TrainConfig as TrainConfig
-    from offramp.decode import Generation as Generation
-    from offramp.decode import Policy as Policy
     from offramp.decode import generate as generate
     from offramp.examples import Example as Example
     from offramp.exits import Exits as Exits
+    from offramp.policy import Generation as Generation
+    from offramp.policy import Policy as Policy
 
 _HOMES = {
     "Adapter": "adapter",
@@ -23,8 +23,8 @@ _HOMES = {
     "Family": "backbone",
     "register_backbone": "backbone",
     "TrainConfig": "config",
-    "Generation": "decode",
-    "Policy": "decode",
+    "Generation": "policy",
+    "Policy": "policy",
     "generate": "decode",
     "Example": "examples",
     "Exits": "exits",

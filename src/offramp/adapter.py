@@ -1,10 +1,10 @@
 """Trained exits on disk: a folder with the trained tensors, and what they belong to.
 
-    adapter.json                format version, backbone, depths, policy, provenance
-    exits.safetensors           the exits' tensors, nothing of the backbone
-    discriminators.safetensors  only needed for the discriminator score and for resuming
-    README.md                   the model card
-    training/                   log, and the state that resuming needs; not pushed to the hub
+adapter.json                format version, backbone, depths, policy, provenance
+exits.safetensors           the exits' tensors, nothing of the backbone
+discriminators.safetensors  only needed for the discriminator score and for resuming
+README.md                   the model card
+training/                   log, and the state that resuming needs; not pushed to the hub
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from offramp.backbone import Backbone, same_backbone
-from offramp.decode import FULL, Generation, Policy, generate
+from offramp.decode import generate
 from offramp.discriminator import build_discriminators
 from offramp.errors import AdapterError, DataError, StorageError
 from offramp.exits import Exits
+from offramp.policy import FULL, Generation, Policy
 from offramp.records import atomic_folder, read_json, write_json
 from offramp.scores import check_thresholds
 
@@ -257,7 +258,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(folder / CONFIG)
     except (DataError, StorageError) as error:
-        raise AdapterError(error.problem, "Restore the folder, or train the exits again.") from error
+        raise AdapterError(
+            error.problem, "Restore the folder, or train the exits again."
+        ) from error
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise AdapterError(

@@ -72,9 +72,7 @@ def _labelled(examples: Sequence[Example], config: TrainConfig) -> list[Example]
     if config.regime != "mixed":
         return []
     share = config.labelled_fraction  # spread evenly, the first one always
-    return [
-        e for i, e in enumerate(examples) if math.ceil((i + 1) * share) > math.ceil(i * share)
-    ]
+    return [e for i, e in enumerate(examples) if math.ceil((i + 1) * share) > math.ceil(i * share)]
 
 
 def self_written(
@@ -97,7 +95,7 @@ def self_written(
     for start in progress(range(0, len(examples), batch_size)):
         some = examples[start : start + batch_size]
         prompts = encoder.prompts(some)
-        encoder.check_room(prompts, max_new_tokens, some[0].key)
+        encoder.check_room(prompts, [(e.key, max_new_tokens) for e in some])
         confidence = _Confidence()
         result = generate(
             encoder.backbone,

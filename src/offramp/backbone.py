@@ -1,4 +1,4 @@
-"""The frozen vision-language model: where its language decoder is, and how to drive it layer by layer.
+"""The frozen vision-language model: where its language decoder is, and how to drive its layers.
 
 This is the one place that knows Hugging Face model classes, and it knows them as *data*: a
 `Family` says where the decoder stack, its layers, its final norm and the LM head are. Everything
@@ -112,8 +112,9 @@ def _family_of(config: Any) -> Family:
     if family is None:
         raise UnsupportedBackboneError(
             f"Backbone family {model_type!r} is not known.",
-            f"{did_you_mean(model_type, FAMILIES)} To add it: offramp.register_backbone({model_type!r}, Family(stack='path.to.the."
-            "decoder', head='lm_head')); docs/backbones.md shows how to find the paths.",
+            f"{did_you_mean(model_type, FAMILIES)} To add it: "
+            f"offramp.register_backbone({model_type!r}, Family(stack='path.to.the.decoder', "
+            "head='lm_head')); docs/backbones.md shows how to find the paths.",
         )
     return family
 
@@ -127,7 +128,12 @@ class Driver(Protocol):
     """Decides, call by call, what happens at a decoder layer."""
 
     def layer(
-        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
     ) -> Any:
         """The output of layer `index` (0-based) for `hidden` [B, T, D]."""
         ...
@@ -222,7 +228,9 @@ class Backbone:
         self.family = _family_of(model.config)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
-        self.norm = self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
+        self.norm = (
+            self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
+        )
         self.head = self._find(self.family.head)
         self.text_config: Any = self.stack.config
         self._check_drivable()
@@ -246,7 +254,7 @@ class Backbone:
         from transformers import AutoModelForImageTextToText
 
         try:
-            model = AutoModelForImageTextToText.from_pretrained(
+            model: Any = AutoModelForImageTextToText.from_pretrained(
                 str(name), revision=revision, dtype=dtype, **kwargs
             )
         except (OSError, ValueError) as error:
@@ -319,7 +327,7 @@ class Backbone:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""
-        return self.norm(hidden) if self.norm is not None else hidden  # type: ignore[no-any-return]
+        return self.norm(hidden) if self.norm is not None else hidden
 
     # -- driving ----------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from offramp.adapter import Adapter
-from offramp.decode import FULL, Generation, Policy
 from offramp.encode import Encoder
 from offramp.errors import InputError
 from offramp.examples import Example
+from offramp.policy import FULL, Generation, Policy
 
 GRID = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6)
 
@@ -106,7 +106,7 @@ def _answers(
     found: list[tuple[int, ...]] = []
     for start in range(0, len(examples), batch_size):
         inputs = encoder.prompts(examples[start : start + batch_size])
-        found += answer_ids(adapter.generate(inputs, policy=policy, do_sample=False, **options))
+        found += answer_ids(adapter.generate(inputs, policy=policy, **{"do_sample": False, **options}))
     return found
 
 

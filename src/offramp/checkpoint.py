@@ -78,7 +78,9 @@ def trim_history(folder: Path, progress: Progress) -> None:
     kept = [
         row
         for row in JsonlLog.read(path)
-        if (row["step"] <= progress.validated if "agreement" in row else row["step"] < progress.step)
+        if (
+            row["step"] <= progress.validated if "agreement" in row else row["step"] < progress.step
+        )
     ]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 

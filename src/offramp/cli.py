@@ -23,6 +23,7 @@ examples:
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
+  offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
 """
 
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"offramp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo, _add_train, _add_generate, _add_inspect):
+    for add in (_add_demo, _add_train, _add_generate, _add_eval, _add_inspect):
         add(commands)
     return parser
 
@@ -241,12 +242,31 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from offramp.adapter import CONFIG, Adapter
-    from offramp.decode import FULL
     from offramp.encode import Encoder
     from offramp.examples import Example
+    from offramp.policy import FULL
+
+    adapter, processor = _load_adapter(arguments)
+    policy = FULL if arguments.mode == "full" else _policy(arguments, adapter)
+    if arguments.mode == "early_exit" and not policy.thresholds:
+        logging.warning(
+            "The adapter has no thresholds, so no token leaves early; give --threshold."
+        )
+    encoder = Encoder(adapter.backbone, processor)
+    for image in arguments.image:
+        example = Example(image, arguments.prompt, (), key=str(image))
+        result = adapter.generate(
+            encoder.prompts([example]),
+            policy=policy,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+        )
+        _show(image, result, encoder, as_json=arguments.json)
+
+
+def _load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
+    from offramp.adapter import CONFIG, Adapter
     from offramp.records import read_json
 
     name = arguments.backbone
@@ -259,28 +279,20 @@ def _generate(arguments: argparse.Namespace) -> None:
             )
         name = read_json(config)["backbone"]["name"]
     backbone, processor = _load(arguments, name)
-    adapter = Adapter.from_pretrained(arguments.adapter, backbone)
+    return Adapter.from_pretrained(arguments.adapter, backbone), processor
+
+
+def _policy(arguments: argparse.Namespace, adapter: Any) -> Any:
+    """The adapter's policy, with what --threshold, --score and --kv change."""
+    from dataclasses import replace
+
     policy = adapter.policy
     if arguments.threshold is not None:
         policy = replace(
             policy, thresholds=dict.fromkeys(adapter.exits.depths, arguments.threshold)
         )
     changes = {n: v for n in ("score", "kv") if (v := getattr(arguments, n)) is not None}
-    policy = FULL if arguments.mode == "full" else replace(policy, **changes)
-    if arguments.mode == "early_exit" and not policy.thresholds:
-        logging.warning(
-            "The adapter has no thresholds, so no token leaves early; give --threshold."
-        )
-    encoder = Encoder(backbone, processor)
-    for image in arguments.image:
-        example = Example(image, arguments.prompt, (), key=str(image))
-        result = adapter.generate(
-            encoder.prompts([example]),
-            policy=policy,
-            max_new_tokens=arguments.max_new_tokens,
-            do_sample=False,
-        )
-        _show(image, result, encoder, as_json=arguments.json)
+    return replace(policy, **changes)
 
 
 def _show(image: Path, result: Any, encoder: Any, *, as_json: bool) -> None:
@@ -309,6 +321,131 @@ def _paint(token: str, depth: int, layers: int, color: bool) -> str:
         return f"{token.strip()}/{depth}"
     shade = 46 if depth <= layers / 3 else 190 if depth < layers else 250
     return f"\033[38;5;{shade}m{token.strip()}\033[0m\033[2m/{depth}\033[0m"
+
+
+# -- eval ----------------------------------------------------------------------------------------
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        "Measure quality, depth and latency on a data set, with the full model and early exits.",
+        "offramp eval --adapter exits --task captions --data photos.jsonl --out runs/captions\n"
+        "  offramp eval --adapter exits --task vqa --images val2014 --out runs/vqa \\\n"
+        "      --data v2_OpenEnded_mscoco_val2014_questions.json\n"
+        "  offramp eval --adapter exits --task vqa --data ... --out runs/vqa --resume\n"
+        "  offramp eval --backbone tiny-opt --mode full --task gqa --data questions.jsonl "
+        "--out runs/gqa",
+        _eval,
+    )
+    parser.add_argument("--adapter", help="folder or hub name of trained exits")
+    _backbone_options(parser, required=False)
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", help="captions, vqa, okvqa, gqa or dialogue"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL file, datasets name or folder, or the data set's official file (VQA: the "
+        "questions; annotations beside them are found)",
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help="auto, jsonl, coco, karpathy, nocaps, vqav2, okvqa, gqa or visdial (default: auto)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
+    )
+    parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="evaluate at most so many examples")
+    parser.add_argument(
+        "--mode",
+        metavar="MODE",
+        help="full, early_exit or both (default: both; without --adapter full)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="one threshold for all exits, instead of the adapter's"
+    )
+    parser.add_argument("--score", help="confidence score, instead of the adapter's")
+    parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", help="only these (default: all of the task's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="more than 1 measures quality only (default: 1)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="default: 40 for captions, 20 for dialogue, 10 for questions",
+    )
+    parser.add_argument(
+        "--ranking",
+        default="sum",
+        metavar="HOW",
+        help="candidates' log-likelihood: sum, or mean per token (default: sum)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for rows.jsonl (an answer a line) and result.json",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--rescore",
+        action="store_true",
+        help="score the answers in --out again; no model is loaded",
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from offramp.encode import Encoder
+    from offramp.evaluate import Settings, evaluate, rescore
+    from offramp.official import read_items
+
+    names = ("batch_size", "max_new_tokens", "ranking", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    alone = arguments.adapter is None and not arguments.rescore
+    settings["mode"] = arguments.mode or ("full" if alone else "both")
+    settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
+    Settings(arguments.task, **settings)  # a mistake should not wait for data and model
+    if alone and arguments.backbone is None:
+        raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
+    items = read_items(
+        arguments.data,
+        arguments.images,
+        arguments.format,
+        split=arguments.split,
+        prompt=arguments.prompt,
+        limit=arguments.limit,
+    )
+    if arguments.rescore:
+        result = rescore(arguments.out, items, arguments.task, **settings)
+    else:
+        model, processor = _load(arguments) if alone else _load_adapter(arguments)
+        backbone = model if alone else model.backbone
+        result = evaluate(
+            model,
+            Encoder(backbone, processor),
+            items,
+            arguments.task,
+            None if alone else _policy(arguments, model),
+            out=arguments.out,
+            resume=arguments.resume,
+            progress=lambda batches: tqdm(batches, "evaluate", disable=None),
+            **settings,
+        )
+    print(json.dumps(result, ensure_ascii=False))
 
 
 # -- inspect -------------------------------------------------------------------------------------

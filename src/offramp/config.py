@@ -47,9 +47,7 @@ class TrainConfig:
     patience: int | None = _option(
         5, "validations without a better mean agreement before stopping; none: never"
     )
-    cache: str = _option(
-        "auto", "where the frozen states are kept between epochs", choices=CACHES
-    )
+    cache: str = _option("auto", "where the frozen states are kept between epochs", choices=CACHES)
     seed: int = _option(0, "seed of the split, the order and the initial discriminators")
 
     def __post_init__(self) -> None:
@@ -61,13 +59,14 @@ class TrainConfig:
             )
 
     def _rules(self) -> list[tuple[str, bool]]:
-        weights = {
-            n: getattr(self, n) for n in ("distillation", "adversarial", "cross_entropy")
-        }
+        weights = {n: getattr(self, n) for n in ("distillation", "adversarial", "cross_entropy")}
         positive = ("steps", "batch_size", "evaluate_every", "max_new_tokens", "temperature")
         rates = ("learning_rate", "discriminator_learning_rate")
         return [
-            (f"regime {self.regime!r} is not one of {', '.join(REGIMES)}", self.regime not in REGIMES),
+            (
+                f"regime {self.regime!r} is not one of {', '.join(REGIMES)}",
+                self.regime not in REGIMES,
+            ),
             (f"cache {self.cache!r} is not one of {', '.join(CACHES)}", self.cache not in CACHES),
             *((f"{n} must be above 0", not getattr(self, n) > 0) for n in (*positive, *rates)),
             *((f"{n} must not be negative", not w >= 0) for n, w in weights.items()),
@@ -79,5 +78,8 @@ class TrainConfig:
             ("labelled_fraction must be in (0, 1)", not 0 < self.labelled_fraction < 1),
             ("min_confidence must be in [0, 1]", not 0 <= self.min_confidence <= 1),
             ("validation_fraction must be in (0, 1)", not 0 < self.validation_fraction < 1),
-            ("patience must be at least 1, or none", self.patience is not None and self.patience < 1),
+            (
+                "patience must be at least 1, or none",
+                self.patience is not None and self.patience < 1,
+            ),
         ]

@@ -24,9 +24,10 @@ from offramp.adapter import Adapter, policy_to_json
 from offramp.backbone import Backbone
 from offramp.calibrate import Calibration, answer_ids, calibrate
 from offramp.config import TrainConfig
-from offramp.decode import FULL, Policy, generate
+from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.measure import Timing, Way, race, speedup
+from offramp.policy import FULL, Policy
 from offramp.records import provenance, write_json
 from offramp.tiny import Task, captions, load_tiny, questions
 from offramp.train import train

@@ -29,15 +29,13 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, features: Tensor, entries: Tensor) -> Tensor:
-        """Logits [N] for final-normed `features` [N, D] that came of exit inputs `entries` [N, D]."""
+        """Logits [N] of final-normed `features` [N, D] from exit inputs `entries` [N, D]."""
         seen = self.feature_norm(features)
         if self.entry_norm is not None:
             seen = torch.cat([seen, self.entry_norm(entries)], -1)
         return self.net(seen).squeeze(-1)  # type: ignore[no-any-return]
 
 
-def build_discriminators(
-    width: int, depths: Sequence[int], *, conditional: bool
-) -> nn.ModuleDict:
+def build_discriminators(width: int, depths: Sequence[int], *, conditional: bool) -> nn.ModuleDict:
     """One discriminator for each depth, by depth."""
     return nn.ModuleDict({str(d): Discriminator(width, conditional=conditional) for d in depths})

@@ -36,7 +36,7 @@ class Encoder:
         self.eos = _end_token(backbone, tokenizer)
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What `generate` takes for these examples, padded to one batch, on the backbone's device."""
+        """What `generate` takes for these examples: one padded batch, on the backbone's device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
         images: list[Any] = [example.open_image() for example in examples]
         if not type(self.processor).__name__.startswith(_PLACES_IMAGE):
@@ -82,23 +82,25 @@ class Encoder:
         tail = both[len(before) :] if both[: len(before)] == before else ids(gap + answer)
         return [*tail, self.eos]
 
-    def check_room(self, prompts: Mapping[str, Any], tokens: int, key: str) -> None:
-        """Raise `DataError` where `tokens` answer tokens run past the learned positions.
+    def check_room(self, prompts: Mapping[str, Any], answers: Sequence[tuple[str, int]]) -> None:
+        """Raise `DataError` where an answer would run past the backbone's learned positions.
 
-        The last token is never read, so it needs none. Rotary and relative positions have no end.
+        prompts: a batch; answers: for each row its example's key and its answer's tokens. The last
+        token is never read, so it needs no position. Rotary and relative ones have no end.
         """
         if not isinstance(getattr(self.backbone.stack, "embed_positions", None), nn.Embedding):
             return
         limit = int(self.backbone.text_config.max_position_embeddings)
-        start = 1 if self.backbone.is_encoder_decoder else int(
-            prompts["attention_mask"].sum(1).max()
-        )
-        if start + tokens - 1 > limit:
-            raise DataError(
-                f"A prompt of {start} tokens and an answer of {tokens} (example {key!r}) are "
-                f"longer than the backbone's {limit} positions.",
-                "Shorten the prompt or the answer, or lower --max-new-tokens.",
-            )
+        starts = [1] * len(answers)
+        if not self.backbone.is_encoder_decoder:
+            starts = prompts["attention_mask"].sum(1).tolist()
+        for start, (key, tokens) in zip(starts, answers, strict=True):
+            if start + tokens - 1 > limit:
+                raise DataError(
+                    f"A prompt of {start} tokens and an answer of {tokens} (example {key!r}) are "
+                    f"longer than the backbone's {limit} positions.",
+                    "Shorten the prompt or the answer, or lower --max-new-tokens.",
+                )
 
     def _added_behind(self) -> str:
         name = type(self.processor).__name__

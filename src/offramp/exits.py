@@ -46,9 +46,7 @@ def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
             f"Give whole numbers from 1 to {layers - 1}, e.g. {list(propose_depths(layers))}.",
         )
     if len(set(depths)) != len(depths):
-        raise InputError(
-            f"Exit depths {list(depths)} repeat a depth.", "Give each depth once."
-        )
+        raise InputError(f"Exit depths {list(depths)} repeat a depth.", "Give each depth once.")
     return tuple(sorted(depths))
 
 
@@ -78,7 +76,7 @@ class Exits(nn.ModuleDict):
 
 def first(output: Any) -> Tensor:
     """The hidden state of a layer's output, which in some families is a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def _copy_layer(layer: nn.Module, slot: int) -> nn.Module:

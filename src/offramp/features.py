@@ -85,7 +85,12 @@ class _Record:
         self.final: Tensor | None = None
 
     def layer(
-        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
     ) -> Any:
         if index in self.depths:
             self.states[index] = hidden
@@ -111,8 +116,7 @@ def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) ->
     backbone = encoder.backbone
     ids, mask = encoder.pad([row.ids for row in rows])
     prompts = encoder.prompts([row.example for row in rows])
-    longest = max(rows, key=lambda row: len(row.ids))
-    encoder.check_room(prompts, len(longest.ids), longest.example.key)
+    encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
     driver = _Record(backbone, depths)
     view = View(backbone, driver)
     found: list[Batch] = []
@@ -125,7 +129,8 @@ def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) ->
         # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
         final = final[:, -1:].clone()
         answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
-        answer_kw = reading.advance(ids.shape[1] - 1)
+        # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
+        answer_kw = reading.advance(ids.shape[1] - 1, mask[:, :-1])
         if ids.shape[1] > 1:
             view.stack(input_ids=ids[:, :-1], **answer_kw)
             answer, rest = driver.take()
@@ -167,7 +172,12 @@ class _Replay:
         self.states: dict[int, Tensor] = {}
 
     def layer(
-        self, index: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
     ) -> Any:
         if index in self.entries:
             self.states[index] = self.exits.run(index, self.entries[index], args, kw)

@@ -18,7 +18,7 @@ class Reading:
     """Runs the prefill of a prepared generation and keeps what the steps after it repeat."""
 
     def __init__(self, view: View, model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-        """Run the prompt. `ids` and `model_kwargs` are what HF's `generate` prepared for `model`."""
+        """Run the prompt; `ids` and `model_kwargs` are what HF's `generate` prepared."""
         with view.recording() as calls:
             inputs = model.prepare_inputs_for_generation(
                 ids, is_first_iteration=True, next_sequence_length=None, **model_kwargs
@@ -27,21 +27,37 @@ class Reading:
         self.prefill: dict[str, Any] = calls[-1]
         self._static = {n: self.prefill[n] for n in _STATIC if self.prefill.get(n) is not None}
         self._static |= {"use_cache": True, "return_dict": True}
-        self._positions: Tensor | None = self.prefill.get("position_ids")
-        mask = model_kwargs.get("attention_mask")
-        self._mask: Tensor | None = None if "encoder_hidden_states" in self._static else mask
+        self.positions: Tensor | None = self.prefill.get("position_ids")
+        # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one,
+        # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
+        decoder_only = "encoder_hidden_states" not in self._static
+        mask = (model_kwargs if decoder_only else self.prefill).get("attention_mask")
+        self._mask: Tensor | None = mask
 
-    def advance(self, tokens: int) -> dict[str, Any]:
-        """Arguments for the stack's next call, on `tokens` new tokens for each row."""
+    def advance(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
+        """Arguments for the stack's next call, on `tokens` new tokens for each row.
+
+        real: which of them [B, tokens] are no padding; all of them when left out.
+        """
         kw = dict(self._static)
-        if self._positions is not None:
-            ahead = torch.arange(1, tokens + 1, device=self._positions.device)
-            self._positions = self._positions[..., -1:] + ahead
-            kw["position_ids"] = self._positions
+        if self.positions is not None:
+            ahead = torch.arange(1, tokens + 1, device=self.positions.device)
+            self.positions = self.positions[..., -1:] + ahead
+            kw["position_ids"] = self.positions
+            if real is not None:  # a pad's position is never seen, but must be one that exists
+                kw["position_ids"] = torch.where(real, self.positions, 0)
         if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), tokens)], 1)
+            new = self._mask.new_ones(len(self._mask), tokens)
+            self._mask = torch.cat([self._mask, new if real is None else real.to(new)], 1)
             kw["attention_mask"] = self._mask
         return kw
+
+    def retreat(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens that `advance` counted."""
+        if self.positions is not None:
+            self.positions = self.positions[..., -1:] - tokens
+        if self._mask is not None:
+            self._mask = self._mask[:, : self._mask.shape[1] - tokens]
 
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ SCORE_NAMES = (*SCORES, "discriminator")
 
 
 def check_score(name: str) -> str:
-    """`name`, or `InputError` with the names there are, those added to `SCORES` since among them."""
+    """`name`, or `InputError` with the names there are; scores added to `SCORES` are known too."""
     if name not in SCORES and name != "discriminator":
         raise InputError(
             f"Score {name!r} is not known.", did_you_mean(str(name), (*SCORES, "discriminator"))

@@ -1,8 +1,8 @@
 """FREE training: exits against discriminators, on a backbone that never moves.
 
 Each step runs the exits over one recorded batch, asks the discriminators, and moves first the
-exits (generator) and then the discriminators. Runs under `accelerate launch` on several processes:
-each reads its own share of the batches and gradients are averaged.
+exits (generator) and then the discriminators. Runs on several processes under `accelerate launch`
+(on CPUs `torchrun`): each reads its own share of the batches and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from offramp.checkpoint import (
     undisturbed,
 )
 from offramp.config import TrainConfig
-from offramp.discriminator import build_discriminators
 from offramp.encode import Encoder
 from offramp.errors import DataError, TrainingError
 from offramp.examples import Example, examples_digest, split_examples
 from offramp.exits import Exits, propose_depths
-from offramp.features import Batch, FeatureStore, exit_features
-from offramp.losses import LOSSES, Terms, discriminator_loss, masked_mean
+from offramp.features import Batch, FeatureStore
+from offramp.game import Game
+from offramp.losses import Terms
 from offramp.records import JsonlLog, provenance
 
 log = logging.getLogger(__name__)
@@ -84,15 +84,14 @@ class Trainer:
     ) -> None:
         self.examples = list(examples)
         if not self.examples:
-            raise DataError("There are no examples to train on.", "Check the data's path and split.")
+            raise DataError(
+                "There are no examples to train on.", "Check the data's path and split."
+            )
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
         self.encoder = Encoder(backbone, processor)
-        self.exits = Exits(backbone, config.depths or propose_depths(backbone.depth))
-        self.exits.to(torch.float32)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.manual_seed(config.seed)
-            self.discriminators = self._new_discriminators()
+        self.game = Game(backbone, config.depths or propose_depths(backbone.depth), config)
+        self.exits, self.discriminators = self.game.exits, self.game.discriminators
         self.generator_steps = torch.optim.AdamW(
             self.exits.parameters(), lr=config.learning_rate, weight_decay=0.01
         )
@@ -170,8 +169,8 @@ class Trainer:
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One generator and one discriminator step; the logged terms by depth."""
         self._set_rate(step)
-        scene = self._look(batch)
-        loss, report = self._generator_loss(scene)
+        scene = self.game.look(batch)
+        loss, report = self.game.generator_loss(scene)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
         self.generator_steps.zero_grad()
@@ -183,22 +182,6 @@ class Trainer:
         if self.config.adversarial:
             report |= self._discriminate(batch, scene, step)
         return report
-
-    def _generator_loss(self, scene: Mapping[int, Terms]) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum over terms and depths, and each term by itself, unweighted."""
-        report: dict[str, float] = {}
-        loss = torch.zeros((), device=self.backbone.device)
-        for depth, terms in scene.items():
-            for name, term in LOSSES.items():
-                weight = getattr(self.config, name)
-                if not weight:
-                    continue
-                everything = torch.ones_like(terms.labelled)
-                counted = terms.labelled if name == "cross_entropy" else everything
-                value = masked_mean(term(terms), counted)
-                report[f"{name}/{depth}"] = float(value)
-                loss = loss + weight * value
-        return loss, report
 
     def _agreed(self, loss: Tensor) -> float:
         """The mean over processes: one that is not finite stops them all, none waits for ever."""
@@ -214,47 +197,10 @@ class Trainer:
                 "these examples.",
             )
 
-    def _look(self, batch: Batch) -> dict[int, Terms]:
-        """Exits and final layer side by side, answer tokens only, by depth."""
-        features = self._exit_features(batch)
-        keep = batch.mask
-        teacher = batch.teacher[keep]
-        teacher_logits = self.backbone.read(teacher)
-        labelled = batch.labelled[:, None].expand_as(keep)[keep].float()
-        scene = {}
-        for depth, states in features.items():
-            kept = states[keep]
-            judged = None
-            if self.config.adversarial:
-                judged = self._judge(depth, kept, batch)
-            logits = self.backbone.read(kept)
-            scene[depth] = Terms(
-                logits, teacher_logits, kept, teacher, batch.targets[keep], labelled, judged,
-                self.config.temperature,
-            )  # fmt: skip
-        return scene
-
-    def _exit_features(self, batch: Batch) -> dict[int, Tensor]:
-        # The exits are trained in float32, also beside a half-precision backbone.
-        half = self.backbone.dtype != torch.float32
-        with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half):
-            return exit_features(self.backbone, self.exits, batch)
-
-    def _judge(self, depth: int, features: Tensor, batch: Batch) -> Tensor:
-        entries = batch.entries(depth)[batch.mask].float()
-        return self.discriminators[str(depth)](features.float(), entries)  # type: ignore[no-any-return]
-
     def _discriminate(
         self, batch: Batch, scene: Mapping[int, Terms], step: int
     ) -> dict[str, float]:
-        report = {}
-        loss = torch.zeros((), device=self.backbone.device)
-        for depth, terms in scene.items():
-            real = self._judge(depth, terms.teacher_features, batch)
-            fake = self._judge(depth, terms.features.detach(), batch)
-            value = discriminator_loss(real, fake).mean()
-            report[f"discriminator/{depth}"] = float(value)
-            loss = loss + value
+        loss, report = self.game.discriminator_loss(batch, scene)
         self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
         self.discriminator_steps.zero_grad()  # also of what the generator's loss left there
         self.accelerator.backward(loss)
@@ -345,25 +291,12 @@ class Trainer:
                 history.append({"step": now.step, "agreement": agreement})
                 self._checkpoint()
 
-    @torch.no_grad()
     def _agreement(self, store: FeatureStore) -> dict[str, float]:
         """Share of answer tokens on which exit and final layer agree, by depth, all processes'."""
-        counts = torch.zeros(len(self.exits.depths) + 1, device=self.backbone.device)
-        for index in range(len(store)):
-            batch = store[index]
-            teacher = self.backbone.read(batch.teacher[batch.mask]).argmax(-1)
-            counts[-1] += len(teacher)
-            for slot, states in enumerate(self._exit_features(batch).values()):
-                said = self.backbone.read(states[batch.mask]).argmax(-1)
-                counts[slot] += (said == teacher).sum()
-        *same, tokens = self.accelerator.reduce(counts, "sum").tolist()
+        counts = torch.tensor([self.game.agreeing(store[i]) for i in range(len(store))]).sum(0)
+        counts = self.accelerator.reduce(counts.to(self.backbone.device), "sum")
+        *same, tokens = counts.tolist()
         return {str(d): n / tokens for d, n in zip(self.exits.depths, same, strict=True)}
-
-    def _new_discriminators(self) -> nn.ModuleDict:
-        some = build_discriminators(
-            self.backbone.width, self.exits.depths, conditional=self.config.conditional
-        )
-        return some.to(self.backbone.device)
 
     def _copies(self) -> dict[str, dict[str, Tensor]]:
         """The exits as they are, and the discriminators that belong to them."""
@@ -379,7 +312,7 @@ class Trainer:
         exits.to(self.backbone.device, self.backbone.dtype).requires_grad_(False)
         discriminators = None
         if self.config.adversarial:
-            discriminators = self._new_discriminators().requires_grad_(False)
+            discriminators = self.game.new_discriminators().requires_grad_(False)
             discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,

@@ -1,0 +1,87 @@
+"""The tokens of one generation so far, and the rules for the next: HF's, as it prepared them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Loop:
+    """Chooses, emits and stops as HF's `generate` would.
+
+    ids: token ids so far [B, T]. unfinished: rows [B] still being written. trace: for each emitted
+    token the rows it was live in, their depths and their scores, [B] each.
+    """
+
+    def __init__(
+        self, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any
+    ) -> None:
+        self.ids = ids
+        self.samples = bool(config.do_sample)
+        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.trace: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        eos = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
+        self._eos: Tensor | None = eos[0].to(ids.device) if eos else None
+        self._pad: Tensor | None = config._pad_token_tensor
+        if streamer is not None:
+            streamer.put(ids.cpu())
+
+    @property
+    def done(self) -> bool:
+        """Whether every row is finished."""
+        return not bool(self.unfinished.any())
+
+    def process(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits [B, V] after HF's processors and warpers, float32, for the token after `ids`."""
+        ids = self.ids if ids is None else ids
+        # A copy: a processor may write into what it is given.
+        return self._processors(ids, logits.to(ids.device, torch.float32, copy=True))  # type: ignore[no-any-return]
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """Tokens [B]: sampled, or the largest."""
+        if self.samples:
+            return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        return scores.argmax(-1)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token [B] for raw logits [B, V]."""
+        return self.draw(self.process(logits))
+
+    def emit(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
+        """Write one token [B] for each row; finished rows get padding instead."""
+        if self._eos is not None and len(tokens) > 1:
+            assert self._pad is not None
+            tokens = torch.where(self.unfinished, tokens, self._pad)
+        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        self.trace.append((self.unfinished, depths, scores))
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        self.unfinished = self.unfinished & ~self._criteria(self.ids, None)
+
+    def would_end(self, ids: Tensor) -> bool:
+        """Whether writing `ids` [B, T] would finish a row, by its end token or by length."""
+        longest = self._criteria.max_length
+        if longest is not None and ids.shape[1] >= longest:
+            return True
+        return self._eos is not None and bool(torch.isin(ids[:, -1], self._eos).any())
+
+    def end(self) -> None:
+        """Tell the streamer that nothing more comes."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def constraints(self, ids: Callable[[], Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """The processors that say what may come (minimum length, repetition penalty, the user's
+        own), without the warpers that only shape sampling (temperature, top-k, top-p, ...).
+
+        ids: tells the tokens so far [B, T] at the time of the call.
+        """
+        hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        if not hard:
+            return None
+        chain = type(self._processors)(hard)
+        return lambda logits: chain(ids(), logits.to(torch.float32, copy=True))

@@ -1,0 +1,586 @@
+"""Quality of answers: captions through pycocoevalcap, VQA and GQA accuracy, ranks in dialogue.
+
+Every value is a fraction in [0, 1], except CIDEr (0 to 10) and the mean rank (1 to the number of
+candidates, smaller is better). A `Measure` keeps what each example adds to its metric, so that
+intervals come from resampling examples and never from scoring again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.errors import DataError, InputError, did_you_mean
+
+Array = NDArray[np.float64]
+
+BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
+CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+TOKENIZERS = ("auto", "ptb", "simple")
+RECALLS = (1, 5, 10)
+
+
+def _ratio(sums: Array) -> Array:
+    """Sum over count: the value of every metric that is a mean over examples."""
+    found: Array = sums[..., 0] / sums[..., 1]
+    return found
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric over n examples, in a form that can be resampled.
+
+    value: over all the examples.
+    rows: what each example adds [n, C]; None where the metric is no function of such sums.
+    of: from sums [..., C] to values [...].
+    note: what a reader of the number should know, such as why it has no interval.
+    """
+
+    value: float
+    rows: Array | None
+    of: Callable[[Array], Array] = _ratio
+    note: str = ""
+
+
+def mean_of(values: Sequence[float] | Array, note: str = "") -> Measure:
+    """The mean of one value for each example. Raise `DataError` where there is none, or a NaN."""
+    each = np.asarray(values, dtype=np.float64)
+    if not each.size or not np.isfinite(each).all():
+        raise DataError(
+            f"A mean over {each.size} values cannot be taken; not finite: "
+            f"{int((~np.isfinite(each)).sum())}.",
+            "Evaluate at least one example, and look for NaN in the model's scores.",
+        )
+    return Measure(float(each.mean()), np.stack([each, np.ones_like(each)], 1), note=note)
+
+
+def mean_of_some(values: Sequence[float | None]) -> Measure:
+    """The mean over those examples that have a value; None adds to neither sum nor count."""
+    mean = mean_of([value for value in values if value is not None])
+    rows = [(0.0, 0.0) if value is None else (value, 1.0) for value in values]
+    return Measure(mean.value, np.asarray(rows))
+
+
+# -- intervals -----------------------------------------------------------------------------------
+
+
+def interval(
+    measure: Measure,
+    groups: Sequence[str] | None = None,
+    *,
+    minus: Measure | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval (Efron and Tibshirani 1993) over examples, or over groups.
+
+    groups: a name for each example; those that share one (the questions about one picture) are
+        drawn together, because they are not independent.
+    minus: another measure of the same examples; the interval is then that of the difference, with
+        the same draws for both.
+
+    Returns:
+        None where the metric cannot be resampled, or there are fewer than two groups.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise InputError(
+            f"Confidence {confidence} with {resamples} resamples is no interval.",
+            "Give a confidence between 0 and 1 and at least one resample.",
+        )
+    rows = _by_group(measure.rows, groups)
+    other = _by_group(minus.rows, groups) if minus is not None else None
+    if rows is None or len(rows) < 2 or (minus is not None and other is None):
+        return None
+    draw = np.random.default_rng(seed)
+    found = []
+    for start in range(0, resamples, 50):  # in parts, or 5,000 pictures would take 40 MB
+        some = min(50, resamples - start)
+        times = draw.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=some)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = measure.of(times @ rows)
+            if minus is not None and other is not None:
+                value = value - minus.of(times @ other)
+        found.append(value)
+    values = np.concatenate(found)
+    values = values[np.isfinite(values)]  # a draw may hold no example that counts
+    if not values.size:
+        return None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _by_group(rows: Array | None, groups: Sequence[str] | None) -> Array | None:
+    if rows is None or groups is None:
+        return rows
+    if len(groups) != len(rows):
+        raise InputError(
+            f"{len(groups)} groups were given for {len(rows)} examples.", "Give one for each."
+        )
+    _, place = np.unique(np.asarray(groups), return_inverse=True)
+    summed = np.zeros((int(place.max()) + 1, rows.shape[1]))
+    np.add.at(summed, place, rows)
+    return summed
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Caption metrics, and those that could not be computed with the reason.
+
+    each: values by example, in the order of the answers; BLEU and METEOR of a corpus are not the
+        mean of theirs.
+    tokenizer: "ptb", as in published numbers, or "simple", and then the note says why.
+    """
+
+    measures: dict[str, Measure]
+    each: dict[str, list[float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    tokenizer: str = "ptb"
+    tokenizer_note: str = ""
+
+
+Texts = dict[str, list[str]]
+Scored = tuple[Measure, list[float]]
+
+
+class _Unavailable(Exception):
+    """A metric cannot be computed on this machine; the text says why and what would help."""
+
+
+def caption_scores(
+    answers: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    metrics: Sequence[str] = CAPTION_METRICS,
+    tokenizer: str = "auto",
+) -> CaptionScores:
+    """Score one caption for each key against that key's references.
+
+    metrics: of `CAPTION_METRICS`. METEOR, SPICE and the PTB tokenizer need Java; SPICE also
+        needs Stanford's models. What is missing is named in `unavailable`.
+    tokenizer: "ptb" is pycocoevalcap's, as in published numbers; "simple" lower-cases and drops
+        punctuation in Python; "auto" is "ptb" where there is Java.
+
+    Raises:
+        InputError: an unknown metric or tokenizer, or pycocoevalcap is not installed.
+        DataError: nothing to score, or an answer without references.
+    """
+    _check_names(metrics, tokenizer)
+    _check_captions(answers, references)
+    _need_pycocoevalcap()
+    texts = {key: [text, *references[key]] for key, text in answers.items()}
+    words, used, note = _words(texts, tokenizer)
+    given = {key: some[:1] for key, some in words.items()}
+    right = {key: some[1:] for key, some in words.items()}
+    found = CaptionScores({}, tokenizer=used, tokenizer_note=note)
+    for name in metrics:
+        if name in found.measures or name in found.unavailable:
+            continue
+        family = BLEU if name in BLEU else (name,)
+        try:
+            scored = _SCORERS["Bleu" if name in BLEU else name](right, given)
+        except _Unavailable as why:
+            found.unavailable.update({n: str(why) for n in family if n in metrics})
+            continue
+        for one, (measure, each) in zip(family, scored, strict=True):
+            if one in metrics:
+                found.measures[one], found.each[one] = measure, each
+    return found
+
+
+def check_metrics(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `InputError` with the known names where one is not."""
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise InputError(f"Metric {unknown!r} is not known.", did_you_mean(unknown, known))
+
+
+def _check_names(metrics: Sequence[str], tokenizer: str) -> None:
+    check_metrics(metrics, CAPTION_METRICS)
+    if tokenizer not in TOKENIZERS:
+        raise InputError(
+            f"Tokenizer {tokenizer!r} is not known.", did_you_mean(tokenizer, TOKENIZERS)
+        )
+
+
+def _check_captions(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if not answers:
+        raise DataError("There are no captions to score.", "Evaluate at least one example.")
+    for key in answers:
+        texts = references.get(key, ())
+        if isinstance(texts, str) or not any(text.strip() for text in texts):
+            raise DataError(
+                f"Example {key!r} has no reference caption.",
+                "Give a list of at least one text for each example.",
+            )
+
+
+def _need_pycocoevalcap() -> None:
+    try:
+        import pycocoevalcap  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "Caption metrics need the package 'pycocoevalcap', which is not installed.",
+            "Install it with: pip install 'offramp[eval]'.",
+        ) from error
+
+
+def _java() -> str | None:
+    return shutil.which("java")
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks of any alphabet, and without METEOR's field separator."""
+    return " ".join(text.replace("|||", " ").split())
+
+
+def _words(texts: Texts, tokenizer: str) -> tuple[Texts, str, str]:
+    """Texts as words, the tokenizer that was used, and what should be known about it."""
+    if tokenizer == "simple":
+        return _simple(texts), "simple", "by the simple tokenizer, as asked"
+    try:
+        return _ptb(texts), "ptb", ""
+    except _Unavailable as why:
+        if tokenizer == "ptb":
+            raise InputError(
+                f"The PTB tokenizer did not run: {why}.",
+                "Install a Java runtime, or use the simple tokenizer (not comparable to papers).",
+            ) from why
+        note = f"without the PTB tokenizer ({why}), so not comparable to published numbers"
+        return _simple(texts), "simple", note
+
+
+def _simple(texts: Texts) -> Texts:
+    """Lower-case words, without the punctuation that pycocoevalcap drops."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+
+    def words(text: str) -> str:
+        found = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
+        return " ".join(word for word in found if word not in PUNCTUATIONS)
+
+    return {key: [words(text) for text in some] for key, some in texts.items()}
+
+
+def _ptb(texts: Texts) -> Texts:
+    """Penn Treebank words by Stanford's tokenizer, in Java."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    rows = {key: [{"caption": _one_line(text)} for text in some] for key, some in texts.items()}
+    if not _java():
+        raise _Unavailable("no Java was found")
+    try:
+        found: Texts = PTBTokenizer().tokenize(rows)
+    except OSError as error:  # it writes beside its own source
+        raise _Unavailable(str(error)) from error
+    if {k: len(v) for k, v in found.items()} != {k: len(v) for k, v in rows.items()}:
+        raise _Unavailable("it gave back another number of lines than it was given")
+    return found
+
+
+def _bleu(references: Texts, answers: Texts) -> list[Scored]:
+    """BLEU of the corpus; an interval resamples each example's n-gram counts and lengths."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for key, (answer,) in answers.items():
+        scorer += (answer, references[key])
+    values, each = scorer.compute_score(option="closest", verbose=0)
+    rows = np.array(
+        [
+            [*c["correct"], *c["guess"], c["testlen"],
+             scorer._single_reflen(c["reflen"], "closest", c["testlen"])]
+            for c in scorer.ctest
+        ],
+        dtype=np.float64,
+    )  # fmt: skip
+    return [
+        (Measure(float(value), rows, _bleu_of(order)), list(map(float, some)))
+        for order, (value, some) in enumerate(zip(values, each, strict=True), 1)
+    ]
+
+
+def _bleu_of(order: int) -> Callable[[Array], Array]:
+    """BLEU from summed counts, with pycocoevalcap's guards against 0, to which a test holds it."""
+
+    def bleu(sums: Array) -> Array:
+        precision = (sums[..., :order] + 1e-15) / (sums[..., 4 : 4 + order] + 1e-9)
+        ratio = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
+        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+        found: Array = precision.prod(-1) ** (1 / order) * brevity
+        return found
+
+    return bleu
+
+
+def _rouge(references: Texts, answers: Texts) -> list[Scored]:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    _, each = Rouge().compute_score(references, answers)
+    return [(mean_of(each), list(map(float, each)))]
+
+
+def _cider(references: Texts, answers: Texts) -> list[Scored]:
+    """CIDEr; what a word is worth comes from all the references, in an interval's samples too."""
+    from pycocoevalcap.cider.cider import Cider
+
+    _, each = Cider().compute_score(references, answers)
+    note = "document frequencies are those of all the references, in the interval too"
+    if len(answers) == 1:
+        note = "0 by definition: with one example every word is in all references"
+    return [(mean_of(each, note), list(map(float, each)))]
+
+
+def _meteor(references: Texts, answers: Texts) -> list[Scored]:
+    if not _java():
+        raise _Unavailable("METEOR runs in Java, which was not found; install a Java runtime")
+    try:
+        value, each = _meteor_process().compute_score(references, answers)
+    except (OSError, ValueError) as error:
+        _meteor_process.cache_clear()
+        raise _Unavailable(f"METEOR's Java program failed: {error}") from error
+    note = "no interval: its corpus score is not a function of sums over examples"
+    return [(Measure(value, None, note=note), each)]
+
+
+@functools.cache
+def _meteor_process() -> Any:
+    """METEOR's Java program, kept running: it takes seconds to start."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    with _utf8_java():
+        return Meteor()
+
+
+def _spice(references: Texts, answers: Texts) -> list[Scored]:
+    if not _java():
+        raise _Unavailable("SPICE runs in Java, which was not found; install a Java runtime")
+    import pycocoevalcap.spice
+
+    folder = Path(pycocoevalcap.spice.__file__).parent / "lib"
+    jars = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+    missing = [jar for jar in jars if not (folder / jar).is_file()]
+    if missing:
+        raise _Unavailable(
+            f"SPICE's models are not installed ({', '.join(missing)}); while online, run "
+            "`python -m pycocoevalcap.spice.get_stanford_models` once"
+        )
+    from pycocoevalcap.spice.spice import Spice
+
+    try:
+        with _stdout_to_stderr():
+            _, found = Spice().compute_score(references, answers)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise _Unavailable(f"SPICE's Java program failed: {error} (it wants Java 8)") from error
+    by_key = dict(zip(sorted(references), (float(f["All"]["f"]) for f in found), strict=True))
+    each = [by_key[key] for key in answers]
+    if not all(map(math.isfinite, each)):
+        raise _Unavailable("SPICE gave no number for some examples")
+    return [(mean_of(each), each)]
+
+
+_SCORERS: dict[str, Callable[[Texts, Texts], list[Scored]]] = {
+    "Bleu": _bleu,
+    "METEOR": _meteor,
+    "ROUGE_L": _rouge,
+    "CIDEr": _cider,
+    "SPICE": _spice,
+}
+
+
+@contextlib.contextmanager
+def _utf8_java() -> Iterator[None]:
+    """Java before 18 reads bytes as the locale says, which loses all but ASCII where that is C."""
+    name = "JAVA_TOOL_OPTIONS"
+    before = os.environ.get(name)
+    os.environ[name] = f"{before or ''} -Dfile.encoding=UTF-8".strip()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Data is on stdout; a child process that chats there would spoil it."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+# -- questions -----------------------------------------------------------------------------------
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WORDS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+_ARTICLES = ("a", "an", "the")
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_INNER_COMMA = re.compile(r"\d,\d")
+# The official pattern looks behind with a typing mistake, so only what follows a period counts.
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIODS = 32  # the official call passes re.UNICODE (32) where `sub` expects a count
+
+_SPELLED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+
+
+def _contractions() -> dict[str, str]:
+    """What is respelled: each of these words with one of its apostrophes left out."""
+    found = {"somebody'd": "somebodyd"}  # the wrong way round, officially
+    for word in _SPELLED.split():
+        for place, letter in enumerate(word):
+            if letter == "'":
+                found[word[:place] + word[place + 1 :]] = word
+    return found
+
+
+_CONTRACTIONS = _contractions()
+
+
+def strip_marks(text: str) -> str:
+    """First half of the official VQA normalisation: punctuation.
+
+    A mark goes without a trace where it stands beside a space, or where a number with an inner
+    comma is anywhere in the text; elsewhere a space takes its place.
+    """
+    comma = bool(_INNER_COMMA.search(text))
+    out = text
+    for mark in _MARKS:
+        beside = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside or comma else " ")
+    return _PERIOD.sub("", out, count=_PERIODS)
+
+
+def normalise_answer(text: str) -> str:
+    """The official VQA normalisation, its quirks included (Agrawal et al. 2015, vqaEval.py).
+
+    Punctuation, lower case, number words up to ten, articles, and contractions.
+    """
+    words = (_WORDS.get(word, word) for word in strip_marks(text).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _one_space(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
+    """Official accuracy in [0, 1] against the answers of ten people (VQA v2, OK-VQA).
+
+    Mean over the ten of min(matches among the other nine / 3, 1). As in the official script,
+    nothing is normalised where all ten agree letter by letter. OK-VQA asked five people and counts
+    each twice; five answers are taken that way.
+
+    Raises:
+        DataError: neither ten answers nor five.
+    """
+    if len(answers) not in (5, 10):
+        raise DataError(
+            f"VQA accuracy needs the answers of ten people (OK-VQA: five); there are "
+            f"{len(answers)}.",
+            "For data with one right answer use exact match (--task gqa).",
+        )
+    given = _one_space(answer)
+    right = [_one_space(text) for text in answers] * (10 // len(answers))
+    if len(set(right)) > 1:
+        given = normalise_answer(given)
+        right = [normalise_answer(text) for text in right]
+    matches = sum(text == given for text in right)
+    each = [min(1.0, (matches - (text == given)) / 3) for text in right]
+    return sum(each) / len(each)
+
+
+def exact_match(answer: str, answers: Sequence[str], *, normalise: bool = False) -> float:
+    """1 where the answer is one of `answers`, else 0 (GQA's accuracy; outer spaces aside).
+
+    normalise: put both through `normalise_answer` first, as is usual for models that write freely.
+    """
+    if not answers:
+        raise DataError("A question has no answer to compare with.", "Add its answer to the data.")
+    form = normalise_answer if normalise else str.strip
+    return float(form(answer) in {form(text) for text in answers})
+
+
+# -- dialogue ------------------------------------------------------------------------------------
+
+
+def gold_rank(scores: Sequence[float], gold: int) -> int:
+    """Rank from 1 of candidate `gold` by descending score.
+
+    Ties count against the model: constant scores earn the last rank.
+    """
+    each = _finite(scores)
+    if not 0 <= gold < len(each):
+        raise DataError(
+            f"The right candidate is number {gold}, of {len(each)}.",
+            f"Give a number from 0 to {len(each) - 1}.",
+        )
+    return int((each >= each[gold]).sum())
+
+
+def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
+    """Normalised discounted cumulative gain in [0, 1], at k = number of relevant candidates.
+
+    VisDial's form (Das et al. 2017, challenge 2018): gain is the relevance, discount log2(rank+1).
+    Ties count against the model.
+    """
+    each, gain = _finite(scores), _finite(relevance)
+    k = int((gain != 0).sum())
+    if len(each) != len(gain) or k == 0:
+        raise DataError(
+            f"NDCG has {len(each)} scores and {len(gain)} relevances, {k} of them not 0.",
+            "Give a relevance for each candidate, at least one above 0.",
+        )
+    discount = np.log2(np.arange(k) + 2)
+    order = np.lexsort((gain, -each))
+    best = np.sort(gain)[::-1]
+    return float((gain[order][:k] / discount).sum() / (best[:k] / discount).sum())
+
+
+def rank_measures(ranks: Sequence[int]) -> dict[str, Measure]:
+    """Recall at 1, 5 and 10, mean rank and mean reciprocal rank of ranks from 1."""
+    each = np.asarray(ranks, dtype=np.float64)
+    found = {f"recall@{k}": mean_of((each <= k).astype(float)) for k in RECALLS}
+    return {**found, "mean_rank": mean_of(each), "mrr": mean_of(1 / each)}
+
+
+def _finite(values: Sequence[float]) -> Array:
+    each = np.asarray(values, dtype=np.float64)
+    if not each.size or not np.isfinite(each).all():
+        raise DataError(
+            f"{each.size} candidates' scores cannot be ranked: "
+            f"{int((~np.isfinite(each)).sum())} are not finite.",
+            "Look for NaN in the model, e.g. from half precision.",
+        )
+    return each

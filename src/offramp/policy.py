@@ -1,0 +1,89 @@
+"""When tokens leave, and what a generation returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from offramp.errors import InputError, did_you_mean
+from offramp.scores import check_score
+
+KV_POLICIES = ("recompute", "propagate")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When tokens leave, and what fills the cache behind them.
+
+    thresholds: by depth; a token leaves at the first depth where score >= threshold. A depth that
+        is missing is off and costs nothing. Empty: the full model.
+    score: a key of `SCORES`, or "discriminator".
+    kv: "recompute" (exact) or "propagate".
+    lossless: exits only draft, and the full model verifies (`offramp.speculate`): the output is
+        the full model's. Thresholds then decide speed, not quality.
+    max_draft: longest draft before the full model is asked.
+    exit_in_prefill: also let the first token leave early, the prompt waiting at its exit until a
+        later token needs it deeper. Exact too; off where the prompt is not causal.
+    """
+
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    score: str = "max_probability"
+    kv: str = "recompute"
+    exit_in_prefill: bool = False
+    lossless: bool = False
+    max_draft: int = 8
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+        if self.kv not in KV_POLICIES:
+            raise InputError(
+                f"KV policy {self.kv!r} is not known.", did_you_mean(self.kv, KV_POLICIES)
+            )
+        if self.lossless and self.kv != "recompute":
+            raise InputError(
+                f"Lossless decoding needs exact keys and values, not KV policy {self.kv!r}.",
+                "Use kv='recompute'.",
+            )
+        if type(self.max_draft) is not int or self.max_draft < 1:
+            raise InputError(
+                f"A draft of at most {self.max_draft!r} tokens is no draft.",
+                "Give a whole number from 1; 4 to 16 are usual.",
+            )
+        object.__setattr__(self, "thresholds", dict(self.thresholds))
+
+
+FULL = Policy()
+"""Every token at full depth."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    sequences: token ids [B, T], prompt included where HF's `generate` includes it.
+    depths: decoder layers run for each new token [B, N]; 0 where a finished row is padded.
+    scores: confidence [B, N] at the last exit that looked at the token (with which it left, if it
+        left); NaN where none looked.
+    layers: depth L of the full model.
+    rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. A kept draft
+        counts at the depth of the exit that wrote it, though the full model confirmed it later.
+    """
+
+    sequences: Tensor
+    depths: Tensor
+    scores: Tensor
+    layers: int
+    rounds: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """The generated ids [B, N]."""
+        return self.sequences[:, self.sequences.shape[1] - self.depths.shape[1] :]
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean depth over all generated tokens, those at full depth included."""
+        ran = self.depths[self.depths > 0]
+        return float(ran.float().mean()) if ran.numel() else 0.0

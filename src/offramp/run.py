@@ -1,0 +1,346 @@
+"""The driver of one generation: which layers run for the token at hand, and who waits where.
+
+A token that leaves at depth d runs exactly d decoder layers. Keys and values of the layers that it
+skipped are filled by policy:
+
+recompute: the token's state waits at its exit; when a later token must go deeper, the deeper
+    layers run once over all that wait and the new token together. Exact: the cache is what the
+    full model's would be.
+propagate: the state at the exit is projected to the keys and values of every skipped layer at
+    once (CALM, Schuster et al. 2022). Approximate; nothing ever waits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone, View
+from offramp.errors import InputError
+from offramp.exits import Exits
+from offramp.policy import Policy
+from offramp.scores import SCORES, check_thresholds
+
+
+class Judge:
+    """Reads an exit's state: logits, score, and whether to leave."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        score: str,
+        discriminators: nn.ModuleDict | None = None,
+    ) -> None:
+        if score == "discriminator" and discriminators is None:
+            raise InputError(
+                "The discriminator score needs the discriminators trained with the exits.",
+                "Keep discriminator.safetensors in the adapter's folder, or use another score.",
+            )
+        self._backbone = backbone
+        self._score = SCORES.get(score)
+        self._discriminators = discriminators
+
+    def __call__(
+        self,
+        depth: int,
+        state: Tensor,
+        entry: Tensor,
+        constrain: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and score [B] of exit state [B, D], entered with `entry` [B, D].
+
+        The score is confidence in what may be said, so it reads the logits under `constrain`. The
+        logits come back as they are: the loop constrains them once, whatever depth they are from.
+        """
+        normed = self._backbone.finish(state)
+        logits = self._backbone.read(normed)
+        if self._score is not None:
+            return logits, self._score(logits if constrain is None else constrain(logits))
+        assert self._discriminators is not None
+        judged = self._discriminators[str(depth)](normed.float(), entry.float())
+        return logits, judged.sigmoid()
+
+
+class _KeysStored(Exception):
+    """Raised out of a layer once its keys and values are in the cache."""
+
+
+class Run:
+    """The driver of one generation: which layers run for the token at hand, and who waits where."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        policy: Policy,
+        discriminators: nn.ModuleDict | None = None,
+    ) -> None:
+        depths = exits.depths if exits is not None else ()
+        self.thresholds = check_thresholds(dict(policy.thresholds), depths)
+        self.backbone = backbone
+        self.policy = policy
+        self.view = View(backbone, self)
+        self.propagate = policy.kv == "propagate"
+        self._exits = exits
+        self._judge = Judge(backbone, policy.score, discriminators) if self.thresholds else None
+        # per generation
+        self.cache: Any = None
+        self.constrain: Callable[[Tensor], Tensor] | None = None
+        self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
+            d: [] for d in self.thresholds
+        }
+        # per stack call
+        self._start = 0
+        self._chunk: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._need: int | None = None
+        self._left: int | None = None
+        # per token
+        self._check = True
+        self._open: Tensor
+        self.logits: Tensor | None = None  # of the rows that left
+        self.depths: Tensor
+        self.scores: Tensor
+
+    # -- one token ---------------------------------------------------------------------------
+
+    def begin(self, unfinished: Tensor, *, check: bool = True) -> None:
+        """A new token for each row; with `check=False` nobody leaves. unfinished: rows [B]."""
+        self._check = check
+        self._left = None
+        self.logits = None
+        device = self.backbone.device
+        rows = len(unfinished)
+        self.depths = torch.full((rows,), self.backbone.depth, device=device)
+        self.scores = torch.full((rows,), float("nan"), device=device)
+        self._open = unfinished
+
+    def prompt_stands_at(self, positions: Tensor | None) -> None:
+        """Position ids of the prompt, known after the prefill, in case it waits at an exit."""
+        for depth, waiting in self._waiting.items():
+            self._waiting[depth] = [(state, positions) for state, _ in waiting]
+
+    def call(self, **kw: Any) -> Tensor:
+        """Run the stack for the new token, catching up those who wait if it must go deeper.
+
+        Returns final-normed states [B, n, D] of the n tokens that went to full depth together, the
+        new one last; meaningless if everybody left.
+        """
+        self._positions = kw.get("position_ids")
+        kw[_cache_name(kw)] = self._cache_from(0)
+        out = self.view.stack(**kw).last_hidden_state
+        while self._need is not None:
+            out = self._catch_up(self._need, kw)
+        return out  # type: ignore[no-any-return]
+
+    def flush(self, kw: dict[str, Any]) -> Tensor:
+        """Take all who wait to full depth, with no new token; their states as `call` returns them.
+
+        kw: the arguments of the last call.
+        """
+        self._left, self._check = None, False
+        depth = next(d for d, waiting in self._waiting.items() if waiting)
+        out = self._catch_up(depth, kw)
+        while self._need is not None:
+            out = self._catch_up(self._need, kw)
+        return out
+
+    @property
+    def everybody_left(self) -> bool:
+        return self._left is not None
+
+    def merge(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] of the token: full-depth ones, but for the rows that left earlier."""
+        if self.logits is None:
+            return logits
+        gone = self.depths < self.backbone.depth  # not those that are finished: they did not leave
+        return torch.where(gone[:, None], self.logits, logits)
+
+    # -- one layer ---------------------------------------------------------------------------
+
+    def layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> Any:
+        """What the stack gets for layer `index`: its output, or the state handed through."""
+        if index < self._start:  # a catch-up enters deeper
+            return self.backbone.skip(index, hidden, args, kw)
+        if self._left is not None or self._need is not None:
+            if self.propagate and self._left is not None:
+                self._store_keys(index, layer, hidden, args, kw)
+            return self.backbone.skip(index, hidden, args, kw)
+        if index == self._start and self._chunk is not None:
+            hidden = self._chunk
+        elif index in self.thresholds and not self._goes_deeper(index, hidden, args, kw):
+            if self.propagate:
+                self._store_keys(index, layer, hidden, args, kw)
+            return self.backbone.skip(index, hidden, args, kw)
+        return layer(hidden, *args, **kw)
+
+    def _goes_deeper(
+        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> bool:
+        """Run the exit at `depth`; False ends this stack call, all rows having left or waiting."""
+        assert self._exits is not None
+        state = self._exits.run(depth, hidden, args, kw)
+        waiting = self._waiting[depth]
+        if self._check and self._leave(depth, state[:, -1], hidden[:, -1]):
+            self._left = depth
+            if not self.propagate:
+                waiting.append((hidden, self._positions))
+            return False
+        if waiting:
+            waiting.append((hidden, self._positions))
+            self._need = depth
+            return False
+        return True
+
+    def _leave(self, depth: int, state: Tensor, entry: Tensor) -> bool:
+        """Let confident rows leave at `depth`; True once no unfinished row is left."""
+        assert self._judge is not None
+        logits, score = self._judge(depth, state, entry, self.constrain)
+        if len(score) == 1:  # the common case, in one transfer and no masks
+            self.scores = score
+            if not bool(score >= self.thresholds[depth]):  # in the score's precision, as below
+                return False
+            self.logits = logits
+            self.depths = torch.full_like(self.depths, depth)
+            self._open = torch.zeros_like(self._open)
+            return True
+        self.scores = torch.where(self._open, score.to(self.scores), self.scores)
+        leaving = self._open & (score >= self.thresholds[depth])
+        self.depths = self.depths.masked_fill(leaving, depth)
+        self.logits = (
+            logits if self.logits is None else torch.where(leaving[:, None], logits, self.logits)
+        )
+        self._open = self._open & ~leaving
+        return not bool(self._open.any())
+
+    def _catch_up(self, depth: int, kw: dict[str, Any]) -> Tensor:
+        """Run the layers from `depth` on over all who wait there, the new token last."""
+        waiting, self._waiting[depth] = self._waiting[depth], []
+        self._need = None
+        self._start = depth
+        self._chunk = torch.cat([state for state, _ in waiting], 1)
+        positions = [p for _, p in waiting]
+        self._positions = None if positions[0] is None else torch.cat(positions, -1)  # type: ignore[arg-type]
+        again = {name: v for name, v in kw.items() if name not in ("input_ids", "inputs_embeds")}
+        again[_cache_name(kw)] = self._cache_from(depth)
+        if self._positions is not None:
+            again["position_ids"] = self._positions
+        try:
+            out = self.view.stack(inputs_embeds=self._chunk, **again).last_hidden_state
+        finally:
+            self._start, self._chunk = 0, None
+        return out  # type: ignore[no-any-return]
+
+    # -- the cache ---------------------------------------------------------------------------
+
+    def adopt(self, cache: Any) -> None:
+        """Take the empty KV cache of this generation and add the exits' own entries to it."""
+        self.cache = cache
+        halves = [cache]
+        if hasattr(cache, "cross_attention_cache"):
+            halves = [cache.self_attention_cache, cache.cross_attention_cache]
+        _check_cache(halves)
+        depths = self._exits.depths if self._exits is not None else ()
+        if self.thresholds:
+            for half in halves:
+                half.layers.extend(copy.deepcopy(half.layers[d]) for d in depths)
+        if len(halves) == 2:
+            cache.is_updated.update({i: False for i in range(len(halves[0].layers))})
+
+    def _cache_from(self, start: int) -> Any:
+        """The same cache entries, with lengths and masks as the layers from `start` on see them.
+
+        HF sizes the mask of each attention type by the first entry of that type. Only the layers
+        from `start` to the first exit where tokens wait run in this call, and the exits among
+        them; the entries of the rest are ahead or behind, so one of the same type that runs stands
+        in for each.
+        """
+        from transformers.cache_utils import Cache, EncoderDecoderCache
+
+        own = getattr(self.cache, "self_attention_cache", self.cache)
+        layers, end = own.layers, self.backbone.depth
+        stop = min((d for d, w in self._waiting.items() if w and d >= start), default=end)
+        if start == 0 and (stop == end or len({type(entry) for entry in layers}) == 1):
+            return self.cache  # the first entry of each type runs
+        at_exits = zip(self._exits.depths if self._exits else (), layers[end:], strict=False)
+        running = [*layers[start:stop], *(e for d, e in at_exits if start <= d <= stop)]
+
+        def kin(index: int) -> Any:
+            if start <= index < stop:
+                return layers[index]
+            alike = (entry for entry in running if type(entry) is type(layers[index]))
+            return next(alike, running[0])
+
+        seen = Cache(layers=[kin(i) for i in range(end)] + layers[end:])
+        if own is self.cache:
+            return seen
+        both = EncoderDecoderCache(seen, self.cache.cross_attention_cache)
+        both.is_updated = self.cache.is_updated
+        return both
+
+    def crop(self, tokens: int) -> None:
+        """Take the last `tokens` tokens out of every entry; sliding windows shrink to their size."""
+        own = getattr(self.cache, "self_attention_cache", self.cache)
+        for entry in own.layers:
+            if entry.is_initialized:  # an exit that is off has never written to its entry
+                entry.crop(-tokens)
+
+    def _store_keys(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> None:
+        """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
+        own = getattr(self.cache, "self_attention_cache", self.cache)
+        store = own.update
+
+        def store_and_stop(*a: Any, **k: Any) -> None:
+            store(*a, **k)
+            raise _KeysStored
+
+        own.update = store_and_stop
+        try:
+            targets = [layer]
+            if index in self.thresholds and index != self._left and self._exits is not None:
+                targets.append(self._exits.at(index))
+            for target in targets:
+                try:
+                    target(hidden, *args, **kw)
+                except _KeysStored:
+                    continue
+        finally:
+            del own.update  # the instance attribute; the method shows again
+
+
+def _cache_name(kw: Mapping[str, Any]) -> str:
+    return "past_key_values" if "past_key_values" in kw else "cache"  # renamed in transformers 5.24
+
+
+def _check_cache(halves: list[Any]) -> None:
+    from transformers.cache_utils import DynamicCache
+
+    for half in halves:
+        if not isinstance(half, DynamicCache) or half.offloading or not half.layers:
+            raise InputError(
+                f"KV cache {type(half).__name__} is not supported with exits.",
+                "Leave cache_implementation unset (the dynamic cache).",
+            )
+        if half.get_seq_length():
+            raise InputError(
+                "A KV cache from an earlier call was passed in, which lacks the exits' entries.",
+                "Pass the whole prompt and no cache.",
+            )

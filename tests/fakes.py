@@ -1,0 +1,83 @@
+"""Processors, examples and backbones for the laws of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+import families
+from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
+from offramp.examples import Example
+
+_SPECIAL = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", IMAGE: "<image>"}
+
+
+def word_level() -> Any:
+    """A tokenizer whose word "w8" has id 8, and so on to the end of the tiny vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {_SPECIAL.get(i, f"w{i}"): i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w7"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="w7",
+    )
+
+
+class Blip2FakeProcessor:
+    """What a family's processor returns. The name says that it places the image tokens itself."""
+
+    def __init__(self, name: str) -> None:
+        self.kind = families.KINDS[name]
+        self.tokenizer = word_level()
+
+    def __call__(
+        self, images: Sequence[Image.Image], text: Sequence[str], padding: bool, return_tensors: str
+    ) -> dict[str, torch.Tensor]:
+        before, after = self.kind.frame
+        head = [*before, *[IMAGE] * self.kind.images, *after]
+        rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in text]
+        longest = max(map(len, rows))
+        left = self.kind.padding == "left"
+        padded, masks = [], []
+        for ids in rows:
+            gap = longest - len(ids)
+            padded.append([PAD] * gap + ids if left else ids + [PAD] * gap)
+            masks.append([0] * gap + [1] * len(ids) if left else [1] * len(ids) + [0] * gap)
+        ids, mask = torch.tensor(padded), torch.tensor(masks)
+        extras = [
+            self._extra(image, ids[i : i + 1], mask[i : i + 1]) for i, image in enumerate(images)
+        ]
+        extra = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
+        return {"input_ids": ids, "attention_mask": mask, **extra}
+
+    def _extra(self, image: Image.Image, ids: Any, mask: Any) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(sum(image.getpixel((0, 0))))
+            return self.kind.extra(ids, mask)
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (number % 256, number // 256, 0))
+
+
+def examples(n: int, words: int = 5, seed: int = 0) -> list[Example]:
+    """`n` examples with prompts and answers of different lengths, each with its own picture."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def text(length: int) -> str:
+        ids = torch.randint(FIRST_WORD, VOCABULARY, (length,), generator=draw)
+        return " ".join(f"w{i}" for i in ids.tolist())
+
+    return [
+        Example(picture(i), text(1 + i % 4), (text(1 + (3 * i) % words),), f"e{i}")
+        for i in range(n)
+    ]

@@ -1,0 +1,371 @@
+"""Law 7: what is saved is what was trained, no more; what is loaded is that, or a clear error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import families
+from offramp.adapter import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, Adapter
+from offramp.backbone import Backbone
+from offramp.discriminator import build_discriminators
+from offramp.errors import AdapterError, InputError, StorageError
+from offramp.exits import Exits
+from offramp.policy import Policy
+
+Build = Callable[..., Any]
+DEPTHS = (2, 4)
+POLICY = Policy({2: 0.02, 4: 0.5}, score="margin", kv="propagate", exit_in_prefill=True)
+
+
+def trained(backbone: Any, judged: bool = True, **more: Any) -> Adapter:
+    """An adapter whose exits and discriminators are no longer what they were built as."""
+    exits = Exits(backbone, DEPTHS)
+    judges = build_discriminators(backbone.width, DEPTHS, conditional=True) if judged else None
+    with torch.no_grad():
+        for module in (exits, *([judges] if judges else [])):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    exits.requires_grad_(False)
+    return Adapter(
+        backbone,
+        exits,
+        discriminators=judges,
+        provenance={"command": "offramp train", "seed": 7, "data_digest": "abc"},
+        metrics={"agreement": {"2": 0.75, "4": 0.875}, "step": 10},
+        **more,
+    )
+
+
+@pytest.fixture
+def opt(backbone: Build) -> Any:
+    return backbone("blip2-opt")
+
+
+@pytest.fixture
+def folder(opt: Any, tmp_path: Path) -> Path:
+    """A saved adapter of `opt`."""
+    trained(opt, policy=POLICY).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+# -- law 7 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_loaded_adapter_generates_what_the_saved_one_did(
+    name: str, backbone: Build, batch: Build, tmp_path: Path
+) -> None:
+    one, inputs = backbone(name), batch(name, 2)
+    policy = Policy({2: 0.02, 4: 0.02}, score="margin")
+    saved = trained(one, policy=policy)
+    saved.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", one)
+    state = loaded.exits.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in saved.exits.state_dict().items())
+    first, second = (a.generate(inputs, max_new_tokens=6, do_sample=False) for a in (saved, loaded))
+    assert torch.equal(first.sequences, second.sequences)
+    assert torch.equal(first.depths, second.depths)
+    assert torch.equal(first.scores.nan_to_num(-1), second.scores.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "paligemma"])
+def test_the_saved_tensors_are_the_trainable_ones(
+    name: str, backbone: Build, tmp_path: Path
+) -> None:
+    one = backbone(name)
+    trained(one).save(tmp_path)
+    exits = Exits(one, DEPTHS)
+    wanted = {n: tuple(p.shape) for n, p in exits.named_parameters()}
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / EXITS).items()} == wanted
+    judges = build_discriminators(one.width, DEPTHS, conditional=True)
+    assert set(load_file(tmp_path / DISCRIMINATORS)) == dict(judges.named_parameters()).keys()
+    assert (tmp_path / EXITS).stat().st_size < 1.2 * sum(p.nbytes for p in exits.parameters()) + 5e3
+
+
+def test_a_loaded_adapter_is_frozen_and_in_the_backbones_precision(
+    folder: Path, backbone: Build
+) -> None:
+    loaded = Adapter.load(folder, backbone("blip2-opt", torch.bfloat16))
+    assert {p.dtype for p in loaded.exits.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in loaded.exits.parameters())
+
+
+def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
+    before = {n: t.clone() for n, t in opt.model.state_dict().items()}
+    Adapter.load(folder, opt)
+    assert all(torch.equal(before[n], t) for n, t in opt.model.state_dict().items())
+
+
+def test_the_policy_comes_back(folder: Path, opt: Any) -> None:
+    assert Adapter.load(folder, opt).policy == POLICY
+
+
+def test_provenance_and_metrics_come_back(folder: Path, opt: Any) -> None:
+    loaded, saved = Adapter.load(folder, opt), trained(opt)
+    assert (loaded.provenance, loaded.metrics) == (saved.provenance, saved.metrics)
+
+
+def test_a_policy_for_other_depths_is_refused(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no exit stands"):
+        trained(opt).with_policy(Policy({3: 0.5}))
+    with pytest.raises(InputError, match="no exit stands"):
+        trained(opt, policy=Policy({3: 0.5})).save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+# -- the wrong backbone -----------------------------------------------------------------------
+
+
+def other_opt(**more: Any) -> Backbone:
+    return Backbone(families.blip2(families.opt_config(**more)))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: Backbone(families.build("blip2-opt", seed=1)), "weights differ"),
+        (lambda: other_opt(num_hidden_layers=5), "layers is 5, not 6"),
+        (lambda: other_opt(hidden_size=16, word_embed_proj_dim=16), "width is 16, not 32"),
+        (lambda: other_opt(vocab_size=97), "vocabulary is 97, not 96"),
+        (lambda: Backbone(families.build("llava")), "model_type is llava, not blip-2"),
+    ],
+)
+def test_another_backbone_is_refused_with_the_reason(
+    build: Callable[[], Backbone], reason: str, folder: Path
+) -> None:
+    with pytest.raises(AdapterError, match=reason):
+        Adapter.load(folder, build())
+
+
+# -- damage -----------------------------------------------------------------------------------
+
+
+def test_another_format_version_is_refused(folder: Path, opt: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "format": FORMAT + 1}))
+    with pytest.raises(AdapterError, match=f"format {FORMAT + 1}.*reads format {FORMAT}"):
+        Adapter.load(folder, opt)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\udcff"])
+def test_a_config_that_is_no_config_is_refused(text: str, folder: Path, opt: Any) -> None:
+    (folder / CONFIG).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(AdapterError):
+        Adapter.load(folder, opt)
+
+
+NOT_A_DICT = (None, "x", 3, [99])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, v) for key in ("backbone", "policy", "metrics", "provenance") for v in NOT_A_DICT),
+        *(("depths", v) for v in (None, "x", 3, [], {}, [99], [2, 2], [2.5])),
+        *(("backbone", v) for v in ([], {}, {"name": "x"}, {"name": "x", "fingerprint": 3})),
+        *(("policy", v) for v in ([], {}, {"thresholds": {"x": 1}}, {"thresholds": {"3": 0.5}})),
+    ],
+)
+def test_a_damaged_entry_of_the_config_is_refused(
+    key: str, value: Any, folder: Path, opt: Any
+) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(AdapterError):
+        Adapter.load(folder, opt)
+
+
+@pytest.mark.parametrize("key", ["backbone", "depths", "policy", "metrics", "provenance"])
+def test_a_missing_entry_of_the_config_is_refused(key: str, folder: Path, opt: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config[key]
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=key):
+        Adapter.load(folder, opt)
+
+
+@pytest.mark.parametrize("name", [EXITS, DISCRIMINATORS])
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_tensors_are_refused(name: str, part: float, folder: Path, opt: Any) -> None:
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(AdapterError, match=name):
+        Adapter.load(folder, opt)
+
+
+@pytest.mark.parametrize("name", [CONFIG, EXITS])
+def test_a_missing_file_is_refused_by_name(name: str, folder: Path, opt: Any) -> None:
+    (folder / name).unlink()
+    with pytest.raises(AdapterError, match=name):
+        Adapter.load(folder, opt)
+
+
+def test_the_tensors_of_other_exits_are_refused(folder: Path, opt: Any, tmp_path: Path) -> None:
+    Adapter(opt, Exits(opt, (3,))).save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / EXITS, folder / EXITS)
+    with pytest.raises(AdapterError, match=EXITS):
+        Adapter.load(folder, opt)
+
+
+# -- saving -----------------------------------------------------------------------------------
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space_in_rust(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [
+        ("safetensors.torch.save_file", no_space),
+        ("safetensors.torch.save_file", no_space_in_rust),
+        ("offramp.records.os.fsync", no_space),
+        ("pathlib.Path.write_text", no_space),
+    ],
+)
+def test_a_full_disk_leaves_the_old_folder_as_it_was(
+    where: str, failure: Any, folder: Path, opt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(folder)
+    with monkeypatch.context() as full:
+        full.setattr(where, failure)
+        with pytest.raises(StorageError, match="No space left"):
+            trained(opt).save(folder)
+    assert content(folder) == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    Adapter.load(folder, opt)
+
+
+def test_saving_again_replaces_the_adapter_and_keeps_the_training_state(
+    folder: Path, opt: Any
+) -> None:
+    (folder / "training").mkdir()
+    (folder / "training" / "log.jsonl").write_text("{}\n")
+    trained(opt, judged=False).save(folder)
+    loaded = Adapter.load(folder, opt)
+    assert loaded.policy == Policy() and loaded.discriminators is None
+    assert not (folder / DISCRIMINATORS).exists()  # those of the exits before
+    assert (folder / "training" / "log.jsonl").read_text() == "{}\n"
+
+
+def test_the_card_tells_backbone_depths_and_provenance(opt: Any) -> None:
+    adapter = trained(opt, policy=POLICY)
+    adapter = replace(adapter, backbone=Backbone(opt.model, name="Salesforce/blip2-opt-2.7b"))
+    from offramp.adapter import model_card
+
+    card = model_card(adapter)
+    start, front, rest = card.split("---\n", 2)
+    assert not start
+    assert "library_name: offramp\n" in front
+    assert "base_model: Salesforce/blip2-opt-2.7b\n" in front
+    assert "| 2 of 6 | 0.7500 | 0.02 |" in rest and "| 4 of 6 | 0.8750 | 0.5 |" in rest
+    assert '"data_digest": "abc"' in rest and "`margin`" in rest and "`propagate`" in rest
+
+
+def test_the_card_names_no_local_folder_as_base_model(opt: Any, tmp_path: Path) -> None:
+    from offramp.adapter import model_card
+
+    local = Backbone(opt.model, name=str(tmp_path))
+    assert "base_model" not in model_card(replace(trained(opt), backbone=local))
+
+
+def test_the_saved_card_is_the_model_card(folder: Path) -> None:
+    assert (folder / CARD).read_text().startswith("---\nlibrary_name: offramp\n")
+
+
+# -- the discriminator score ------------------------------------------------------------------
+
+
+def test_the_discriminator_score_works_after_loading(
+    opt: Any, batch: Build, tmp_path: Path
+) -> None:
+    policy = Policy({2: 0.5, 4: 0.5}, score="discriminator")
+    saved = trained(opt, policy=policy)
+    saved.save(tmp_path)
+    inputs = batch("blip2-opt", 1)
+    first, second = (
+        a.generate(inputs, max_new_tokens=5) for a in (saved, Adapter.load(tmp_path, opt))
+    )
+    assert torch.equal(first.scores[:, 1:], second.scores[:, 1:])
+
+
+def test_the_discriminator_score_without_its_file_is_a_clear_error(
+    opt: Any, batch: Build, tmp_path: Path
+) -> None:
+    trained(opt, policy=Policy({2: 0.5}, score="discriminator")).save(tmp_path)
+    (tmp_path / DISCRIMINATORS).unlink()
+    loaded = Adapter.load(tmp_path, opt)
+    with pytest.raises(InputError, match=r"discriminators? "):
+        loaded.generate(batch("blip2-opt", 1), max_new_tokens=2)
+
+
+# -- hub --------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Stands for HfApi and keeps what was uploaded."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.created = place, dict[str, Any]()
+
+    def __call__(self, token: str | None = None) -> Hub:
+        self.token = token
+        return self
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.created[repo_id] = options
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        shutil.copytree(folder_path, self.place)
+        return f"https://hub/{repo_id}/commit/1"
+
+    def download(self, name: str, revision: str | None = None) -> str:
+        if name not in self.created:
+            raise OSError("offline")
+        return str(self.place)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    return hub
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, folder: Path, opt: Any) -> None:
+    saved = Adapter.load(folder, opt)
+    assert saved.push_to_hub("me/exits", token="t") == "https://hub/me/exits/commit/1"
+    assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
+    assert {p.name for p in hub.place.iterdir()} == {CONFIG, EXITS, DISCRIMINATORS, CARD}
+    loaded = Adapter.from_pretrained("me/exits", opt)
+    state = loaded.exits.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in saved.exits.state_dict().items())
+
+
+def test_a_folder_is_loaded_without_the_hub(hub: Hub, folder: Path, opt: Any) -> None:
+    assert Adapter.from_pretrained(folder, opt).policy == POLICY
+
+
+def test_a_name_that_the_hub_does_not_give_is_an_adapter_error(hub: Hub, opt: Any) -> None:
+    with pytest.raises(AdapterError, match=r"nobody/nothing.*offline"):
+        Adapter.from_pretrained("nobody/nothing", opt)

@@ -1,0 +1,257 @@
+"""Answer ids are what generation would have to write, whatever the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fakes
+import families
+from offramp.encode import Encoder
+from offramp.errors import InputError
+from offramp.examples import Example
+
+Build = Callable[..., Any]
+TEXT = "the cat sat on the red mat a dog Question: what is it? Answer: a red cat\n" * 3
+MARKS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|end|>"]
+
+
+def bpe() -> Any:
+    """Like GPT-2's and OPT's: bytes, the space belongs to the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **MARKS)
+
+
+def metaspace(prepend: str = "first") -> Any:
+    """Like Llama's and T5's: "▁" stands for a space, and the text's start gets one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **MARKS)
+
+
+class Blip2FakeProcessor:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+class PaliGemmaFakeProcessor(Blip2FakeProcessor):
+    pass
+
+
+class PlaceholderProcessor(Blip2FakeProcessor):
+    image_token = "<image>"
+
+
+class ChatProcessor(Blip2FakeProcessor):
+    """A chat template whose answer starts on a line of its own, as Qwen's, or does not."""
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        super().__init__(tokenizer)
+        self.chat_template = template
+
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool) -> str:
+        assert add_generation_prompt
+        (message,) = messages
+        parts = {part["type"]: part for part in message["content"]}
+        assert "image" in parts
+        return self.chat_template.format(parts["text"]["text"])
+
+
+@pytest.fixture
+def opt(backbone: Build) -> Any:
+    return backbone("blip2-opt")
+
+
+TOKENIZERS = {
+    "bpe": bpe,
+    "metaspace": metaspace,
+    "metaspace-without-prefix": lambda: metaspace("never"),
+    "word-level": fakes.word_level,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("prompt", ["Question: what is it? Answer:", "a red", "cat\n", ""])
+def test_prompt_and_answer_ids_are_those_of_the_whole_text(
+    kind: str, prompt: str, opt: Any
+) -> None:
+    if kind == "word-level":
+        prompt = prompt and "w10 w11"
+    tokenizer = TOKENIZERS[kind]()
+    encoder = Encoder(opt, Blip2FakeProcessor(tokenizer))
+    answer = "w20 w21" if kind == "word-level" else "a dog sat"
+    gap = "" if not prompt or prompt.endswith("\n") else " "
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    found = encoder.answer_ids(prompt, f" {answer} ")
+    assert ids(prompt) + found[:-1] == ids(prompt + gap + answer)
+    assert found[-1] == tokenizer.eos_token_id and found.count(found[-1]) == 1
+    assert (
+        tokenizer.decode(ids(prompt) + found, skip_special_tokens=True).split()
+        == (prompt + gap + answer).split()
+    )
+
+
+@pytest.mark.parametrize("kind", ["bpe", "metaspace"])
+def test_a_prompt_that_ends_in_a_space_gets_no_second_one(kind: str, opt: Any) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    found = Encoder(opt, Blip2FakeProcessor(tokenizer)).answer_ids("Answer: ", "a dog")
+    assert tokenizer.decode(found, skip_special_tokens=True).strip() == "a dog"
+    if kind == "bpe":
+        assert found == [*tokenizer("a dog", add_special_tokens=False)["input_ids"], found[-1]]
+
+
+def test_a_decoder_with_an_encoder_starts_its_answer_afresh(backbone: Build) -> None:
+    tokenizer = metaspace()
+    encoder = Encoder(backbone("blip2-t5"), Blip2FakeProcessor(tokenizer))
+    ids = tokenizer("a dog", add_special_tokens=False)["input_ids"]
+    assert encoder.answer_ids("Question: what is it? Answer:", "a dog") == [*ids, encoder.eos]
+
+
+@pytest.mark.parametrize(
+    ("template", "gap"), [("<image>User: {}<|end|>\nAnswer:", " "), ("<image>{}<|end|>\n", "")]
+)
+def test_an_answer_follows_the_chat_template(template: str, gap: str, opt: Any) -> None:
+    tokenizer = bpe()
+    encoder = Encoder(opt, ChatProcessor(tokenizer, template))
+    text = encoder.prompt_text("what is it?")
+    assert text == template.format("what is it?")
+    wanted = tokenizer(gap + "a dog", add_special_tokens=False)["input_ids"]
+    assert encoder.answer_ids("what is it?", "a dog") == [*wanted, encoder.eos]
+
+
+def test_a_prompt_gets_a_placeholder_where_the_processor_wants_one(opt: Any) -> None:
+    encoder = Encoder(opt, PlaceholderProcessor(bpe()))
+    assert encoder.prompt_text("what is it?") == "<image>\nwhat is it?"
+    assert encoder.prompt_text("a <image> b") == "a <image> b"
+
+
+def test_a_processor_that_places_the_image_gets_the_prompt_as_it_is(opt: Any) -> None:
+    assert Encoder(opt, Blip2FakeProcessor(bpe())).prompt_text("what is it?") == "what is it?"
+
+
+def test_paligemmas_answer_starts_on_a_line_of_its_own(opt: Any) -> None:
+    tokenizer = bpe()
+    found = Encoder(opt, PaliGemmaFakeProcessor(tokenizer)).answer_ids("what is it?", "a dog")
+    assert found[:-1] == tokenizer("a dog", add_special_tokens=False)["input_ids"]
+
+
+def test_prompts_of_a_decoder_are_padded_on_the_left(opt: Any, backbone: Build) -> None:
+    decoder, both = fakes.word_level(), fakes.word_level()
+    Encoder(opt, Blip2FakeProcessor(decoder))
+    Encoder(backbone("blip2-t5"), Blip2FakeProcessor(both))
+    assert (decoder.padding_side, both.padding_side) == ("left", "right")
+
+
+# -- a real processor -------------------------------------------------------------------------
+
+
+def blip2_processor(tokenizer: Any) -> Any:
+    from transformers import Blip2Processor, BlipImageProcessor
+
+    return Blip2Processor(
+        BlipImageProcessor(size={"height": 28, "width": 28}), tokenizer, num_query_tokens=4
+    )
+
+
+def test_a_real_processors_batch_generates_with_empty_prompts_too(opt: Any) -> None:
+    encoder = Encoder(opt, blip2_processor(fakes.word_level()))
+    picture = Image.new("RGB", (28, 28), "red")
+    some = [Example(picture, text, ("w20",), text or "none") for text in ("w10 w11 w12", "", "w9")]
+    batch = encoder.prompts(some)
+    assert batch["input_ids"].shape == (3, 4 + 3)
+    assert batch["attention_mask"].sum(1).tolist() == [7, 4, 5]
+    assert (batch["input_ids"][:, :4] == families.IMAGE).all()
+    new = opt.model.generate(**batch, max_new_tokens=3)
+    assert len(encoder.texts(new)) == 3
+
+
+def llava_processor(tokenizer: Any) -> Any:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def test_a_real_processor_that_wants_a_placeholder_gets_one(backbone: Build) -> None:
+    one = backbone("llava")
+    tokenizer = fakes.word_level()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    encoder = Encoder(one, llava_processor(tokenizer))
+    batch = encoder.prompts([*fakes.examples(2), Example(fakes.picture(9), "", ("w20",), "none")])
+    assert ((batch["input_ids"] == families.IMAGE).sum(1) == 4).all()
+    assert one.model.generate(**batch, max_new_tokens=2).shape[0] == 3
+
+
+def test_pixels_come_in_the_backbones_precision(backbone: Build) -> None:
+    encoder = Encoder(backbone("blip2-opt", torch.bfloat16), blip2_processor(fakes.word_level()))
+    batch = encoder.prompts(fakes.examples(2))
+    assert batch["pixel_values"].dtype == torch.bfloat16
+    assert batch["input_ids"].dtype == torch.int64
+
+
+# -- the end ----------------------------------------------------------------------------------
+
+
+def with_ends(one: Any, generation: Any) -> Any:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation))
+    return SimpleNamespace(model=model, is_encoder_decoder=False)
+
+
+@pytest.mark.parametrize(("generation", "eos"), [(0, 0), ([7, 9], 7), (5, 5), (None, 2)])
+def test_the_end_token_is_that_of_generation_else_the_tokenizers(
+    generation: Any, eos: int, opt: Any
+) -> None:
+    encoder = Encoder(with_ends(opt, generation), Blip2FakeProcessor(fakes.word_level()))
+    assert encoder.eos == eos
+
+
+def test_no_end_token_anywhere_is_an_error(opt: Any) -> None:
+    tokenizer = fakes.word_level()
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="end token"):
+        Encoder(with_ends(opt, None), Blip2FakeProcessor(tokenizer))
+
+
+def test_a_processor_without_a_tokenizer_is_an_error(opt: Any) -> None:
+    with pytest.raises(InputError, match="tokenizer"):
+        Encoder(opt, SimpleNamespace())
+
+
+def test_answers_are_padded_on_the_right_and_masked(opt: Any) -> None:
+    encoder = Encoder(opt, Blip2FakeProcessor(fakes.word_level()))
+    ids, mask = encoder.pad([[8, 9, 2], [8, 2]])
+    assert ids.shape == (2, 3) and mask.tolist() == [[True] * 3, [True, True, False]]
+    assert ids[mask].tolist() == [8, 9, 2, 8, 2]

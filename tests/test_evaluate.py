@@ -1,0 +1,504 @@
+"""Laws of evaluation: one loop for both, ranks from true likelihoods, and runs that can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fakes
+import families
+import reference
+from offramp import cli, world
+from offramp import evaluate as module
+from offramp.adapter import Adapter
+from offramp.decode import generate
+from offramp.discriminator import build_discriminators
+from offramp.encode import Encoder
+from offramp.errors import DataError, InputError
+from offramp.evaluate import Settings, candidate_scores, evaluate, follows_policy, rescore
+from offramp.examples import Example
+from offramp.exits import Exits
+from offramp.official import Item
+from offramp.policy import FULL, Policy
+from offramp.records import JsonlLog
+from offramp.scores import max_probability
+
+DEPTHS = (2, 4)
+
+
+@cache
+def encoder_of(name: str) -> Encoder:
+    from offramp.backbone import Backbone
+
+    return Encoder(Backbone(families.build(name)), fakes.Blip2FakeProcessor(name))
+
+
+@cache
+def exits_of(name: str) -> Exits:
+    """Exits that do not agree with the full model, as copies of its layers often do."""
+    exits = Exits(encoder_of(name).backbone, DEPTHS)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in exits.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    return exits.requires_grad_(False)
+
+
+def adapter_of(name: str, threshold: float | None = 0.4, **policy: Any) -> Adapter:
+    thresholds = {} if threshold is None else dict.fromkeys(DEPTHS, threshold)
+    return Adapter(encoder_of(name).backbone, exits_of(name), Policy(thresholds, **policy))
+
+
+OPT = "blip2-opt"
+QUICK: dict[str, Any] = {"max_new_tokens": 6, "resamples": 50}
+
+
+def items_of(n: int = 4) -> list[Item]:
+    return [
+        Item(example, groups={"half": "ab"[i % 2]}) for i, example in enumerate(fakes.examples(n))
+    ]
+
+
+def run(out: Path, *, model: Any = None, task: str = "gqa", items: Any = None, **more: Any) -> Any:
+    return evaluate(
+        adapter_of(OPT) if model is None else model,
+        encoder_of(OPT),
+        items_of() if items is None else items,
+        task,
+        out=out,
+        **{**QUICK, **more},
+    )
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The answers in a folder without their times, in one order."""
+    rows = [row for row in JsonlLog.read(path / "rows.jsonl") if "settings" not in row]
+    kept = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return sorted(kept, key=lambda row: (row["key"], row["mode"]))
+
+
+# -- likelihood ----------------------------------------------------------------------------------
+
+CANDIDATES = ("w9 w12 w30", "w40", "w11 w9 w8 w77 w21", "w40 w41", "w90 w10")
+
+
+def logits_of(
+    name: str, example: Example, ids: list[int], exits: Exits | None
+) -> dict[int, Tensor]:
+    """By depth, the logits [A, V] that predict `ids`, from one uncached forward."""
+    encoder = encoder_of(name)
+    prompts = encoder.prompts([example])
+    answer = torch.tensor([ids])
+    if encoder.backbone.is_encoder_decoder:
+        start = int(encoder.backbone.text_config.decoder_start_token_id)
+        sequence = torch.cat([torch.tensor([[start]]), answer], 1)
+    else:
+        sequence = torch.cat([prompts["input_ids"], answer], 1)
+    found = reference.probe(encoder.backbone, prompts, sequence, exits).logits
+    return {d: reference.of_steps(logits, len(ids))[0].float() for d, logits in found.items()}
+
+
+def log_p(logits: Tensor, ids: list[int]) -> Tensor:
+    return logits.log_softmax(-1)[range(len(ids)), ids]
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_candidates_score_is_its_likelihood_under_an_uncached_forward(name: str) -> None:
+    encoder = encoder_of(name)
+    example = fakes.examples(3)[2]
+    found = candidate_scores(encoder, example, CANDIDATES, at_once=2)
+    for text, score in zip(CANDIDATES, found, strict=True):
+        ids = encoder.answer_ids(example.prompt, text)
+        logits = logits_of(name, example, ids, None)[encoder.backbone.depth]
+        assert score == pytest.approx(float(log_p(logits, ids).sum()), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", families.CAUSAL_PROMPT)
+def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> None:
+    encoder, exits = encoder_of(name), exits_of(name)
+    example = fakes.examples(3)[2]
+    ids = [encoder.answer_ids(example.prompt, text) for text in CANDIDATES]
+    logits = [logits_of(name, example, some, exits) for some in ids]
+    confidences = torch.cat([max_probability(some[d]) for some in logits for d in DEPTHS]).sort()
+    middle = len(confidences.values) // 2  # between two scores, so that none is near it
+    threshold = float(confidences.values[middle - 1 : middle + 1].mean())
+    policy = Policy(dict.fromkeys(DEPTHS, threshold))
+    found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
+    depths = set()
+    for score, some, by_depth in zip(found, ids, logits, strict=True):
+        total = 0.0
+        for place in range(len(some)):
+            # the first token of a decoder-only model comes with the prompt, at full depth
+            may_leave = place > 0 or encoder.backbone.is_encoder_decoder
+            sure = [d for d in DEPTHS if float(max_probability(by_depth[d][place])) >= threshold]
+            depth = sure[0] if sure and may_leave else encoder.backbone.depth
+            total += float(log_p(by_depth[depth], some)[place])
+            depths.add(depth)
+        assert score == pytest.approx(total, abs=2e-3)
+    assert depths == {*DEPTHS, encoder.backbone.depth}  # else the law would say little
+
+
+def test_how_many_candidates_go_at_once_changes_nothing() -> None:
+    example = fakes.examples(1)[0]
+    one, all_ = (
+        candidate_scores(encoder_of(OPT), example, CANDIDATES, at_once=n) for n in (1, 100)
+    )
+    assert one == pytest.approx(all_, abs=1e-4)
+
+
+def test_the_mean_is_the_sum_over_tokens() -> None:
+    encoder, example = encoder_of(OPT), fakes.examples(1)[0]
+    summed = candidate_scores(encoder, example, CANDIDATES)
+    mean = candidate_scores(encoder, example, CANDIDATES, ranking="mean")
+    lengths = [len(encoder.answer_ids(example.prompt, text)) for text in CANDIDATES]
+    assert mean == pytest.approx([s / n for s, n in zip(summed, lengths, strict=True)], abs=1e-5)
+
+
+def test_the_discriminator_can_be_the_score() -> None:
+    backbone = encoder_of(OPT).backbone
+    judges = build_discriminators(backbone.width, DEPTHS, conditional=True)
+    for threshold, same in ((0.0, False), (1.0, True)):
+        policy = Policy(dict.fromkeys(DEPTHS, threshold), score="discriminator")
+        found = candidate_scores(
+            encoder_of(OPT), fakes.examples(1)[0], CANDIDATES,
+            exits=exits_of(OPT), policy=policy, discriminators=judges,
+        )  # fmt: skip
+        full = candidate_scores(encoder_of(OPT), fakes.examples(1)[0], CANDIDATES)
+        assert (found == pytest.approx(full, abs=1e-4)) is same
+
+
+def dialogue_items() -> list[Item]:
+    return [
+        replace(item, candidates=CANDIDATES, gold=i % 3, relevance=(1.0, 0.5, 0, 0, 0) * (i > 0))
+        for i, item in enumerate(items_of(3))
+    ]
+
+
+@pytest.mark.parametrize(("kv", "by"), [("recompute", "policy"), ("propagate", "full")])
+def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
+    tmp_path: Path, kv: str, by: str
+) -> None:
+    model = adapter_of(OPT, 0.0, kv=kv)
+    result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())
+    assert follows_policy(model.policy) is (by == "policy")
+    assert result["modes"]["full"]["ranked_by"] == ["full"]
+    early = result["modes"]["early_exit"]
+    assert early["ranked_by"] == [by]
+    assert set(early["metrics"]) == set(module.TASK_METRICS["dialogue"])
+    if by == "full":
+        assert early["metrics"] == result["modes"]["full"]["metrics"]
+
+
+def test_without_dense_annotations_ndcg_is_named_as_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [replace(item, relevance=()) for item in dialogue_items()]
+    result = run(tmp_path, task="dialogue", items=items, mode="full")
+    assert result["modes"]["full"]["unavailable"] == {
+        "ndcg": "the data came without dense annotations"
+    }
+    assert "ndcg is unavailable" in caplog.text
+
+
+# -- the run -------------------------------------------------------------------------------------
+
+
+def test_answers_are_what_generate_gives(tmp_path: Path) -> None:
+    adapter, items = adapter_of(OPT, 0.4), items_of()
+    run(tmp_path, model=adapter, items=items)
+    rows = {(row["mode"], row["key"]): row for row in timeless(tmp_path)}
+    for item in items:
+        inputs = encoder_of(OPT).prompts([item.example])
+        for mode, policy in (("full", FULL), ("early_exit", adapter.policy)):
+            found = adapter.generate(inputs, policy=policy, max_new_tokens=6, do_sample=False)
+            row = rows[mode, item.key]
+            assert row["ids"] == found.new_tokens[0].tolist()
+            assert row["depths"] == found.depths[0].tolist()
+
+
+def test_depths_add_up(tmp_path: Path) -> None:
+    result = run(tmp_path, model=adapter_of(OPT, 0.0))
+    full, early = result["modes"]["full"], result["modes"]["early_exit"]
+    assert full["depth_shares"] == {"6": 1.0}
+    assert full["mean_depth"] == 6
+    assert set(early["depth_shares"]) == {"2", "6"}  # the first token comes with the prompt
+    assert sum(early["depth_shares"].values()) == pytest.approx(1)
+    shares = early["depth_shares"].items()
+    assert early["mean_depth"] == pytest.approx(sum(int(d) * share for d, share in shares))
+
+
+def test_a_model_that_never_leaves_early_agrees_with_itself(tmp_path: Path) -> None:
+    result = run(tmp_path, model=adapter_of(OPT, None))
+    compared = result["compared"]
+    assert compared["agreement"]["value"] == compared["agreement"]["low"] == 1
+    for difference in compared["difference"].values():
+        assert difference["value"] == difference["low"] == difference["high"] == 0
+    assert compared["speedup"]["end_to_end"]["value"] > 0
+
+
+def test_latency_has_a_median_and_a_tail(tmp_path: Path) -> None:
+    for mode in run(tmp_path)["modes"].values():
+        for times in (mode["latency"]["seconds"], mode["latency"]["decode_seconds"]):
+            assert 0 < times["p50"] <= times["p95"]
+        assert mode["latency"]["decode_seconds"]["p50"] < mode["latency"]["seconds"]["p50"]
+
+
+def test_batches_give_the_same_answers_and_no_latency(tmp_path: Path) -> None:
+    run(tmp_path / "one", model=adapter_of(OPT, None))
+    result = run(tmp_path / "three", model=adapter_of(OPT, None), batch_size=3)
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "three")
+    assert result["modes"]["full"]["latency"] is None
+    assert result["compared"]["speedup"] == {"end_to_end": None, "decode": None}
+
+
+def test_a_right_answer_counts_and_groups_are_told_apart(tmp_path: Path) -> None:
+    backbone, encoder = encoder_of(OPT).backbone, encoder_of(OPT)
+    items = items_of()
+    right = generate(
+        backbone, encoder.prompts([items[0].example]), max_new_tokens=6, do_sample=False
+    )
+    items[0] = replace(items[0], references=(encoder.texts(right.new_tokens)[0],))
+    result = run(tmp_path, model=backbone, items=items, mode="full")
+    found = result["modes"]["full"]
+    assert found["metrics"]["exact_match"]["value"] == 0.25
+    assert found["by_group"]["half"]["a"]["exact_match"]["value"] == 0.5
+    assert found["by_group"]["half"]["b"]["exact_match"]["value"] == 0
+    assert found["by_group"]["half"]["a"]["n"] == 2
+    assert "compared" not in result
+
+
+def test_the_result_on_disk_is_the_one_returned(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["provenance"]["seed"] == 0
+
+
+def test_captions_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.quality, "_java", lambda: None)
+    result = run(tmp_path, task="captions", mode="full")
+    found = result["modes"]["full"]
+    assert set(found["unavailable"]) == {"METEOR", "SPICE"}
+    assert found["tokenizer"] == "simple"
+    assert "not comparable" in found["tokenizer_note"]
+    assert found["metrics"]["CIDEr"]["low"] is not None
+
+
+# -- going on, and scoring again ---------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def after(batches: int) -> Any:
+    """A progress bar during which somebody presses Ctrl-C."""
+
+    def progress(things: Sequence[Any]) -> Iterator[Any]:
+        yield from things[:batches]
+        raise Interrupted
+
+    return progress
+
+
+def test_an_interrupted_run_goes_on_to_the_same_answers(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", progress=after(2))
+    assert len(timeless(tmp_path / "cut")) == 4
+    with open(tmp_path / "cut" / "rows.jsonl", "a") as file:
+        file.write('{"key": "e3", "mo')  # the power went
+    seen: list[Any] = []
+    run(tmp_path / "cut", resume=True, progress=lambda things: seen.extend(things) or things)
+    assert len(seen) == 2
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_another_mode_can_be_added_to_a_run(tmp_path: Path) -> None:
+    run(tmp_path, mode="full")
+    before = timeless(tmp_path)
+    result = run(tmp_path, resume=True)
+    assert [row for row in timeless(tmp_path) if row["mode"] == "full"] == before
+    assert set(result["modes"]) == {"full", "early_exit"}
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"already holds answers.*\n.*--resume"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_new_tokens": 5}, "max_new_tokens was 6, now 5"),
+        ({"batch_size": 2}, "batch_size was 1, now 2"),
+        ({"model": adapter_of(OPT, 0.7)}, "policy"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_gone_on_with(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match="other settings") as error:
+        run(tmp_path, resume=True, **change)
+    assert named in str(error.value)
+
+
+def test_other_exits_are_noticed(tmp_path: Path) -> None:
+    run(tmp_path)
+    other = Adapter(
+        encoder_of(OPT).backbone, Exits(encoder_of(OPT).backbone, DEPTHS), adapter_of(OPT).policy
+    )
+    with pytest.raises(InputError, match="other settings: exits"):
+        run(tmp_path, model=other, resume=True)
+
+
+def test_a_changed_example_is_noticed(tmp_path: Path) -> None:
+    items = items_of()
+    run(tmp_path, items=items)
+    items[1] = replace(items[1], example=replace(items[1].example, prompt="w50"))
+    with pytest.raises(DataError, match="'e1' asks something else"):
+        run(tmp_path, items=items, resume=True)
+    with pytest.raises(DataError, match="'e1' asks something else"):
+        rescore(tmp_path, items, "gqa")
+
+
+def test_scoring_again_needs_no_model_and_takes_other_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model ran")
+
+    monkeypatch.setattr(module, "generate", refuse)
+    again = rescore(tmp_path, items_of(), "gqa", resamples=50)
+    for key in ("modes", "compared", "n"):
+        assert again[key] == first[key]
+    answers = {row["key"]: row["answer"] for row in timeless(tmp_path) if row["mode"] == "full"}
+    right = [replace(item, references=(answers[item.key],)) for item in items_of()]
+    found = rescore(tmp_path, right, "gqa", mode="full", metrics=("exact_match",))
+    assert found["modes"]["full"]["metrics"]["exact_match"]["value"] == 1
+    assert set(found["modes"]["full"]["metrics"]) == {"exact_match"}
+
+
+def test_scoring_a_part_says_how_many_are_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, progress=after(3))
+    result = rescore(tmp_path, items_of(), "gqa", resamples=50)
+    assert (result["n"], result["missing"]) == (3, 1)
+    assert "1 of 4 examples have no answer" in caplog.text
+
+
+def test_scoring_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, mode="full")
+    with pytest.raises(InputError, match="task 'gqa', not 'vqa'"):
+        rescore(tmp_path, items_of(), "vqa")
+    with pytest.raises(DataError, match="no answers of mode early_exit"):
+        rescore(tmp_path, items_of(), "gqa", mode="early_exit")
+    (tmp_path / "rows.jsonl").write_text('{"key": "a"}\n')
+    with pytest.raises(DataError, match="not written by this version"):
+        rescore(tmp_path, items_of(), "gqa")
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_examples_that_cannot_be_evaluated_are_named(tmp_path: Path) -> None:
+    item = items_of(1)[0]
+    unlabelled = Item(replace(item.example, answers=()))
+    for items, task, words in (
+        ([], "gqa", "no examples"),
+        ([item, item], "gqa", "'e0'"),
+        ([unlabelled], "gqa", "'e0' has no reference"),
+        ([item], "dialogue", "'e0' has no candidates"),
+        ([item], "vqa", "ten people"),
+    ):
+        with pytest.raises(DataError, match=words):
+            run(tmp_path / task, items=items, task=task)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"task": "caption"}, "'captions'"),
+        ({"task": "gqa", "mode": "early"}, "'early_exit'"),
+        ({"task": "gqa", "metrics": ("CIDEr",)}, "'CIDEr' is not known"),
+        ({"task": "dialogue", "ranking": "max"}, "'max'"),
+        ({"task": "gqa", "batch_size": 0}, "batch_size is 0"),
+        ({"task": "gqa", "max_new_tokens": 0}, "longest is 0"),
+        ({"task": "gqa", "confidence": 1.0}, "confidence is 1.0"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        Settings(**settings)
+    assert words in str(error.value)
+
+
+def test_a_backbone_has_no_exits_to_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Mode both needs exits"):
+        run(tmp_path, model=encoder_of(OPT).backbone)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Two questions about a picture of the shipped models' world."""
+    scene = world.scene("test", 0)
+    world.render(scene).save(tmp_path / "0.png")
+    rows = [
+        {"image": "0.png", "question": question, "answers": [answer]}
+        for question, answer in world.questions(scene, 2)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_evaluates_goes_on_and_scores_again(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", "--task", "gqa", "--data", str(questions), "--out", str(tmp_path / "run")]
+    results = []
+    for more in (["--backbone", "tiny-opt"], ["--backbone", "tiny-opt", "--resume"], ["--rescore"]):
+        assert cli.main([*arguments, *more]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    for result in results:
+        assert result["n"] == 2
+        assert result["modes"] == results[0]["modes"]
+        assert set(result["modes"]["full"]["metrics"]) == {"exact_match", "exact_match_normalised"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--task", "gqa"], "--adapter, or --backbone"),
+        (["--task", "gqq", "--backbone", "tiny-opt"], "'gqa'"),
+        (["--task", "vqa", "--backbone", "tiny-opt"], "ten people"),
+        (["--task", "gqa", "--backbone", "tiny-opt", "--format", "coc"], "'coco'"),
+        (["--task", "gqa", "--backbone", "tiny-opt", "--metrics", "bleu"], "'bleu'"),
+        (["--task", "gqa", "--adapter", "nowhere"], "nowhere"),
+        (["--task", "gqa", "--rescore"], "rows.jsonl"),
+    ],
+)
+def test_a_mistake_is_two_lines(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
+) -> None:
+    code = cli.main(["eval", *more, "--data", str(questions), "--out", str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, "")
+    assert words in err
+    assert len(err[err.index("error: ") :].rstrip("\n").split("\n")) == 2

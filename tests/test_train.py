@@ -1,0 +1,541 @@
+"""Law 6 and what a run promises: it learns, it can be interrupted, it fails without damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fakes
+import families
+from offramp.adapter import Adapter
+from offramp.answers import answers_of
+from offramp.backbone import Backbone
+from offramp.checkpoint import HISTORY, STATE
+from offramp.config import REGIMES, TrainConfig
+from offramp.encode import Encoder
+from offramp.errors import DataError, InputError, TrainingError
+from offramp.features import FeatureStore
+from offramp.records import JsonlLog
+from offramp.train import FEATURES, Trainer, train
+
+Build = Callable[..., Any]
+
+SHORT = TrainConfig(
+    depths=(2, 4), steps=6, batch_size=4, evaluate_every=2, max_new_tokens=4,
+    validation_fraction=0.25, patience=None,
+)  # fmt: skip
+
+
+def trainer(
+    one: Any, out: Path, config: TrainConfig = SHORT, n: int = 12, name: str = ""
+) -> Trainer:
+    processor = fakes.Blip2FakeProcessor(name or "blip2-opt")
+    return Trainer(one, processor, fakes.examples(n), config, out)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return JsonlLog.read(out / HISTORY)
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(out) if "agreement" not in row]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def opt(backbone: Build) -> Any:
+    return backbone("blip2-opt")
+
+
+# -- law 6 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
+def test_the_backbone_stays_as_it_was_and_everything_else_moves(
+    name: str, backbone: Build, tmp_path: Path
+) -> None:
+    one = backbone(name)
+    before = {n: t.clone() for n, t in one.model.state_dict().items()}
+    run = trainer(one, tmp_path, name=name)
+    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
+    judges = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
+    run.run()
+    assert same(before, one.model.state_dict())
+    assert all(p.grad is None and not p.requires_grad for p in one.model.parameters())
+    for n, p in run.exits.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, n
+        assert not torch.equal(start[n], p), n
+    for n, p in run.discriminators.named_parameters():
+        assert p.grad is not None and not torch.equal(judges[n], p), n
+
+
+def test_without_the_adversarial_term_no_discriminator_moves_or_is_saved(
+    opt: Any, tmp_path: Path
+) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, adversarial=0.0))
+    start = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
+    adapter = run.run()
+    assert same(start, run.discriminators.state_dict())
+    assert all(p.grad is None for p in run.discriminators.parameters())
+    assert adapter.discriminators is None
+    assert not (tmp_path / "discriminators.safetensors").exists()
+    assert not any("adversarial" in name for row in steps(tmp_path) for name in row)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(opt: Any, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    trainer(opt, tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# -- it learns --------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_agreement_rises(opt: Any, tmp_path: Path) -> None:
+    config = replace(SHORT, steps=80, evaluate_every=20, batch_size=8, learning_rate=3e-3)
+    adapter = trainer(opt, tmp_path, config, n=48).run()
+    losses = [row["distillation/4"] for row in steps(tmp_path)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    agreement = [row["agreement"] for row in rows(tmp_path) if "agreement" in row]
+    for depth in ("2", "4"):
+        assert adapter.metrics["agreement"][depth] > agreement[0][depth]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_runs(regime: str, opt: Any, tmp_path: Path) -> None:
+    config = replace(SHORT, regime=regime, min_confidence=0.04, labelled_fraction=0.5)
+    trainer(opt, tmp_path, config).run()
+    supervised = any(row["cross_entropy/2"] > 0 for row in steps(tmp_path))
+    assert supervised is (regime != "unsupervised")
+
+
+def test_a_regime_labels_what_it_says(opt: Any) -> None:
+    encoder, some = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(10)
+
+    def labelled(regime: str, **more: Any) -> int:
+        config = replace(SHORT, regime=regime, min_confidence=0.0, **more)
+        found = answers_of(encoder, some, config, share=slice(None))
+        assert len(found) == 10
+        return sum(row.labelled for row in found)
+
+    assert labelled("supervised") == 10
+    assert labelled("unsupervised") == 0
+    assert labelled("pseudo") == 10
+    assert labelled("mixed", labelled_fraction=0.3) == 3
+    assert labelled("mixed", labelled_fraction=0.7) == 7
+    assert labelled("mixed", labelled_fraction=0.01) == 1
+
+
+def test_shares_of_several_processes_are_the_whole_and_label_the_same(opt: Any) -> None:
+    encoder, some = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(9)
+    config = replace(SHORT, regime="mixed", labelled_fraction=0.4)
+
+    def found(share: slice) -> dict[str, bool]:
+        given = answers_of(encoder, some, config, share=share)
+        return {row.example.key: row.labelled for row in given}
+
+    first, second = found(slice(0, None, 2)), found(slice(1, None, 2))
+    assert not set(first) & set(second)
+    assert first | second == found(slice(None))
+
+
+def test_each_term_is_logged_for_each_depth(opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path).run()
+    terms = ("distillation", "cross_entropy", "adversarial", "discriminator")
+    wanted = {"step", "loss", *(f"{term}/{depth}" for term in terms for depth in (2, 4))}
+    assert all(set(row) == wanted for row in steps(tmp_path))
+    assert [row["step"] for row in steps(tmp_path)] == list(range(6))
+    agreement = [row for row in rows(tmp_path) if "agreement" in row]
+    assert [row["step"] for row in agreement] == [0, 2, 4, 6]
+    assert all(set(row["agreement"]) == {"2", "4"} for row in agreement)
+
+
+def test_no_picture_is_both_trained_on_and_validated_on(opt: Any, tmp_path: Path) -> None:
+    some = [replace(e, group=f"g{i // 3}") for i, e in enumerate(fakes.examples(24))]
+    run = Trainer(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
+    pictures = [
+        {row.example.group for group in store._groups for row in group} for store in run._stores()
+    ]
+    assert not pictures[0] & pictures[1] and len(pictures[0] | pictures[1]) == 8
+
+
+# -- again and again --------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    opt: Any, tmp_path: Path
+) -> None:
+    def weights(seed: int, place: str) -> dict[str, Tensor]:
+        run = trainer(opt, tmp_path / place, replace(SHORT, seed=seed))
+        run.run()
+        return dict(run.exits.state_dict())
+
+    first = weights(0, "a")
+    torch.manual_seed(99)  # not a part of the seed
+    assert same(first, weights(0, "b"))
+    assert not same(first, weights(1, "c"))
+
+
+def interrupt_at(run: Trainer, step: int, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the batch is fetched, in the middle of the step, or in the validation."""
+    names = {"fetch": "_order", "step": "_discriminate", "validation": "_agreement"}
+    original = getattr(run, names[when])
+
+    def interrupted(*args: Any) -> Any:
+        if run.progress.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(run, names[when], interrupted)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("when", "step"), [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validation", 4)]
+)
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
+    when: str, step: int, cache: str, opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, cache=cache)
+    whole = trainer(opt, tmp_path / "whole", config)
+    whole.run()
+    broken = trainer(opt, tmp_path / "broken", config)
+    interrupt_at(broken, step, when, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = trainer(opt, tmp_path / "broken", config)
+    resumed.run(resume=True)
+    for part in ("exits", "discriminators"):
+        assert same(getattr(whole, part).state_dict(), getattr(resumed, part).state_dict())
+        assert same(whole.best[part], resumed.best[part])
+    assert whole.progress == resumed.progress
+    assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
+
+
+def test_rows_after_the_checkpoint_are_dropped_on_resume(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(opt, tmp_path / "whole").run()
+    killed = trainer(opt, tmp_path / "killed")
+    real = killed._step
+
+    def dies(batch: Any, step: int) -> Any:
+        if step == 3:
+            raise MemoryError  # no chance to checkpoint
+        return real(batch, step)
+
+    monkeypatch.setattr(killed, "_step", dies)
+    with pytest.raises(MemoryError):
+        killed.run()
+    assert [row["step"] for row in steps(tmp_path / "killed")] == [0, 1, 2]
+    trainer(opt, tmp_path / "killed").run(resume=True)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+
+
+def test_a_new_run_in_the_same_folder_starts_a_new_log(opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path).run()
+    first = rows(tmp_path)
+    trainer(opt, tmp_path).run()
+    assert rows(tmp_path) == first
+
+
+def test_resuming_a_finished_run_gives_its_adapter_and_runs_nothing(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = trainer(opt, tmp_path).run()
+    again = trainer(opt, tmp_path)
+    monkeypatch.setattr(again, "_stores", None)
+    assert same(done.exits.state_dict(), again.run(resume=True).exits.state_dict())
+
+
+def test_a_finished_run_leaves_no_states_on_the_disk(opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path, replace(SHORT, cache="disk")).run()
+    assert not list((tmp_path / FEATURES).rglob("*.pt"))
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 3}, {"depths": (3,)}])
+def test_a_checkpoint_of_other_options_is_refused(
+    change: dict[str, Any], opt: Any, tmp_path: Path
+) -> None:
+    trainer(opt, tmp_path).run()
+    with pytest.raises(TrainingError, match=next(iter(change))):
+        trainer(opt, tmp_path, replace(SHORT, **change)).run(resume=True)
+
+
+def test_a_checkpoint_of_other_examples_or_another_backbone_is_refused(
+    opt: Any, tmp_path: Path
+) -> None:
+    trainer(opt, tmp_path).run()
+    with pytest.raises(TrainingError, match="other examples"):
+        trainer(opt, tmp_path, n=13).run(resume=True)
+    other = Backbone(families.build("blip2-opt", seed=1))
+    with pytest.raises(TrainingError, match="other backbone"):
+        trainer(other, tmp_path).run(resume=True)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_says_so(opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path).run()
+    state = (tmp_path / STATE).read_bytes()
+    for damaged in (state[: len(state) // 2], b"", b"no checkpoint"):
+        (tmp_path / STATE).write_bytes(damaged)
+        with pytest.raises(TrainingError, match="damaged"):
+            trainer(opt, tmp_path).run(resume=True)
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_and_examples_and_damages_nothing(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path)
+    poisoned: list[tuple[str, ...]] = []
+    real = run._step
+    kept: dict[str, bytes] = {}
+    files = ("exits.safetensors", "adapter.json", STATE)
+
+    def step(batch: Any, number: int) -> Any:
+        if number == 3:
+            kept.update({name: (tmp_path / name).read_bytes() for name in files})
+            poisoned.append(batch.keys)
+            batch = replace(batch, teacher=batch.teacher * float("nan"))
+        return real(batch, number)
+
+    monkeypatch.setattr(run, "_step", step)
+    with pytest.raises(TrainingError) as caught:
+        run.run()
+    assert "nan at step 3" in str(caught.value)
+    assert all(key in str(caught.value) for key in poisoned[0][:4])
+    assert kept == {name: (tmp_path / name).read_bytes() for name in files}
+    assert all(torch.isfinite(p).all() for p in run.exits.parameters())
+    trainer(opt, tmp_path / "whole").run()
+    trainer(opt, tmp_path).run(resume=True)
+    assert rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path)
+    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
+    real = run.game.generator_loss
+
+    def steep(scene: Any) -> Any:
+        loss, report = real(scene)
+        return loss + (loss * 0).sqrt(), report
+
+    monkeypatch.setattr(run.game, "generator_loss", steep)
+    with pytest.raises(TrainingError, match="gradient's norm is nan at step 0"):
+        run.run()
+    assert same(start, dict(run.exits.state_dict()))
+
+
+def test_a_discriminator_loss_that_is_not_finite_is_an_error(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path)
+    lost = (torch.tensor(float("inf")), {"discriminator/2": float("inf")})
+    monkeypatch.setattr(run.game, "discriminator_loss", lambda *_: lost)
+    with pytest.raises(TrainingError, match="discriminators' loss is inf at step 0"):
+        run.run()
+
+
+def test_training_stops_after_validations_without_progress(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, steps=50, patience=2))
+    agreements = iter([0.1, 0.5, 0.4, 0.5, 0.9])
+    monkeypatch.setattr(run, "_agreement", lambda _: dict.fromkeys(("2", "4"), next(agreements)))
+    adapter = run.run()
+    assert run.progress.step == 6
+    assert adapter.metrics == {"agreement": {"2": 0.5, "4": 0.5}, "step": 2}
+
+
+def test_the_adapter_is_the_best_one_not_the_last(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path)
+    agreements = iter([0.1, 0.5, 0.4, 0.3])
+    seen: list[dict[str, Any]] = []
+
+    def agreement(_: Any) -> dict[str, float]:
+        seen.append(run._copies())
+        return dict.fromkeys(("2", "4"), next(agreements))
+
+    monkeypatch.setattr(run, "_agreement", agreement)
+    adapter = run.run()
+    loaded = Adapter.load(tmp_path, opt)
+    for one in (adapter, loaded):
+        assert same(seen[1]["exits"], one.exits.state_dict())
+        assert one.discriminators is not None
+        assert same(seen[1]["discriminators"], one.discriminators.state_dict())
+
+
+def test_no_examples_is_a_data_error(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no examples"):
+        train(opt, fakes.Blip2FakeProcessor("blip2-opt"), [], SHORT, tmp_path)
+
+
+def test_a_single_picture_is_a_data_error(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too few"):
+        trainer(opt, tmp_path, n=1).run()
+
+
+def test_a_missing_label_is_a_data_error_where_labels_are_needed(opt: Any, tmp_path: Path) -> None:
+    some = [replace(e, answers=()) for e in fakes.examples(8)]
+    processor = fakes.Blip2FakeProcessor("blip2-opt")
+    with pytest.raises(DataError, match="has no answer"):
+        train(opt, processor, some, replace(SHORT, regime="supervised"), tmp_path)
+    train(opt, processor, some, replace(SHORT, steps=1), tmp_path)
+
+
+def test_an_unreachable_confidence_is_a_data_error(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"confidence 1\.0"):
+        trainer(opt, tmp_path, replace(SHORT, regime="pseudo", min_confidence=1.0)).run()
+
+
+def test_all_wrong_options_are_named_together() -> None:
+    with pytest.raises(InputError) as caught:
+        TrainConfig(regime="x", steps=0, patience=0, cache="y", learning_rate=float("nan"))
+    assert all(n in str(caught.value) for n in ("regime", "steps", "patience", "cache", "learning"))
+
+
+def test_a_run_without_any_signal_is_refused() -> None:
+    with pytest.raises(InputError, match="unsupervised"):
+        TrainConfig(distillation=0.0, adversarial=0.0)
+
+
+# -- other backbones --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
+def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
+    name: str, backbone: Build, tmp_path: Path
+) -> None:
+    one = backbone(name, torch.bfloat16)
+    run = trainer(one, tmp_path, name=name)
+    run.run()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.exits.parameters())
+    adapter = Adapter.load(tmp_path, one)
+    assert {p.dtype for p in adapter.exits.parameters()} == {torch.bfloat16}
+    prompts = run.encoder.prompts(fakes.examples(2))
+    adapter.generate(prompts, max_new_tokens=3)
+    leave = adapter.with_policy(replace(adapter.policy, thresholds={2: 0.0}))
+    assert (leave.generate(prompts, max_new_tokens=3).depths[:, 1:] == 2).all()
+
+
+def test_a_backbone_with_lora_trains(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(families.build("llava"), config)
+    one = Backbone(wrapped)
+    before = {n: t.clone() for n, t in wrapped.state_dict().items()}
+    adapter = trainer(one, tmp_path, name="llava").run()
+    assert same(before, wrapped.state_dict())
+    loaded = Adapter.load(tmp_path, one)
+    assert same(dict(adapter.exits.state_dict()), dict(loaded.exits.state_dict()))
+
+
+# -- several processes ------------------------------------------------------------------------
+
+SHARED = replace(SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind that ran `tests/two_processes.py`."""
+    out = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("two_processes.py")
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return out
+
+
+def test_two_processes_end_with_the_same_exits(two_processes: Path) -> None:
+    for name in ("supervised", "pseudo"):
+        first, second = (
+            torch.load(two_processes / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)
+        )
+        assert same(first["exits"], second["exits"])
+        assert same(first["discriminators"], second["discriminators"])
+        assert first["progress"] == second["progress"]
+
+
+def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
+    two_processes: Path, opt: Any, tmp_path: Path
+) -> None:
+    run = trainer(opt, tmp_path, SHARED, n=13)
+    train_part = {row.example.key for group in run._stores()[0]._groups for row in group}
+    train_examples = [e for e in run.examples if e.key in train_part]
+    stores = []
+    for rank in range(2):
+        found = answers_of(run.encoder, train_examples, SHARED, share=slice(rank, None, 2))
+        fewest = len(train_examples) // 2
+        stores.append(
+            FeatureStore(run.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
+        )
+    for step in range(SHARED.steps):
+        run._set_rate(step)
+        batches = [store[run._order(step, len(store))] for store in stores]
+        losses = [run.game.generator_loss(run.game.look(batch))[0] for batch in batches]
+        run.generator_steps.zero_grad()
+        (sum(losses) / 2).backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(run.exits.parameters(), 1.0)
+        run.generator_steps.step()
+    theirs = torch.load(two_processes / "supervised-0.pt", weights_only=True)["exits"]
+    for name, tensor in run.exits.state_dict().items():
+        if name.endswith("k_proj.bias"):
+            continue  # shifts every score alike: its gradient is rounding, which Adam scales up
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_of_two_processes_one_writes_once(two_processes: Path) -> None:
+    # The second process of the script fails if it saves, logs or checkpoints.
+    for name in ("supervised", "pseudo"):
+        found = [row["step"] for row in steps(two_processes / name)]
+        assert found == list(range(len(found))) and found
+        Adapter.load(two_processes / name, Backbone(families.build("blip2-opt")))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path) -> None:
+    for rank in range(2):
+        told = json.loads((two_processes / f"poisoned-{rank}.json").read_text())
+        assert "nan at step 1" in told

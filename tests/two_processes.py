@@ -1,0 +1,73 @@
+"""One of two processes that train together; run by test_train, not collected by pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+
+import fakes
+import families
+from offramp import train as module
+from offramp.backbone import Backbone
+from offramp.errors import TrainingError
+from test_train import SHARED
+
+torch.set_num_threads(1)
+OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+
+
+def forbidden(*_: Any, **__: Any) -> None:
+    raise AssertionError("only the main process writes")
+
+
+def trainer(name: str, config: Any) -> module.Trainer:
+    processor = fakes.Blip2FakeProcessor("blip2-opt")
+    backbone = Backbone(families.build("blip2-opt"))
+    return module.Trainer(backbone, processor, fakes.examples(13), config, OUT / name)
+
+
+def finish(name: str, config: Any) -> None:
+    run = trainer(name, config)
+    assert run.accelerator.num_processes == 2
+    run.run()
+    state = {
+        "exits": run.exits.state_dict(),
+        "discriminators": run.discriminators.state_dict(),
+        "progress": asdict(run.progress),
+    }
+    torch.save(state, OUT / f"{name}-{RANK}.pt")
+
+
+if RANK:
+    module.save_state = forbidden
+    module.JsonlLog = forbidden  # type: ignore[assignment, misc]
+    module.Adapter.save = forbidden  # type: ignore[method-assign]
+
+finish("supervised", SHARED)
+# A regime that drops other numbers in each process, a game, and an early stop.
+pseudo = replace(SHARED, regime="pseudo", min_confidence=0.04, adversarial=0.1)
+finish("pseudo", replace(pseudo, steps=30, evaluate_every=2, patience=1))
+
+run = trainer("poisoned", SHARED)
+real = run._step
+
+
+def poison(batch: Any, step: int) -> Any:
+    if step == 1 and RANK == 1:
+        batch = replace(batch, teacher=batch.teacher * float("nan"))
+    return real(batch, step)
+
+
+run._step = poison  # type: ignore[method-assign]
+try:
+    run.run()
+except TrainingError as error:
+    (OUT / f"poisoned-{RANK}.json").write_text(json.dumps(str(error)))
