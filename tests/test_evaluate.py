@@ -184,11 +184,12 @@ def dialogue_items() -> list[Item]:
 
 @pytest.mark.parametrize(("kv", "by"), [("recompute", "policy"), ("propagate", "full")])
 def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
-    tmp_path: Path, kv: str, by: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kv: str, by: str
 ) -> None:
     model = adapter_of(OPT, 0.0, kv=kv)
     result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())
     assert follows_policy(model.policy) is (by == "policy")
+    assert ("the full model ranks in both modes" in caplog.text) is (by == "full")
     assert result["modes"]["full"]["ranked_by"] == ["full"]
     early = result["modes"]["early_exit"]
     assert early["ranked_by"] == [by]

@@ -40,9 +40,7 @@ def test_greedy_output_is_the_full_models_whatever_the_drafts(
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 @pytest.mark.parametrize("longest", [1, 3, 8])
-def test_output_is_the_full_models_if_everything_is_drafted(
-    name, longest, backbone, exits, batch
-):
+def test_output_is_the_full_models_if_everything_is_drafted(name, longest, backbone, exits, batch):
     whole, inputs = backbone(name), batch(name, 1)
     full = generate(whole, inputs, **GREEDY)
     policy = lossless(name, 0.0, max_draft=longest)
@@ -177,7 +175,9 @@ def test_sampled_output_has_the_full_models_distribution(name, backbone, exits, 
     pairs = [[tuple(row) for row in r.new_tokens[:, :2].tolist()] for r in (ours, full)]
     kinds = sorted(set(pairs[0]) | set(pairs[1]))
     table = [[p.count(kind) for kind in kinds] for p in pairs]
-    table = [[row[i] for i in range(len(kinds)) if table[0][i] + table[1][i] >= 10] for row in table]
+    table = [
+        [row[i] for i in range(len(kinds)) if table[0][i] + table[1][i] >= 10] for row in table
+    ]
     assert chi2_contingency(table).pvalue > 1e-3
 
 

@@ -391,6 +391,17 @@ def test_no_examples_is_a_data_error(opt: Any, tmp_path: Path) -> None:
         train(opt, fakes.Blip2FakeProcessor("blip2-opt"), [], SHORT, tmp_path)
 
 
+def test_a_damaged_picture_is_named_before_anything_is_generated(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    some = fakes.examples(12)
+    some[7] = replace(some[7], image=tmp_path / "bad.png")
+    monkeypatch.setattr("offramp.train.answers_of", None)
+    with pytest.raises(DataError, match=r"bad\.png"):
+        train(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
+
+
 def test_a_single_picture_is_a_data_error(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few"):
         trainer(opt, tmp_path, n=1).run()

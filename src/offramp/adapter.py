@@ -229,8 +229,10 @@ is off.
 
 ```python
 from offramp import Adapter, Backbone
+from transformers import AutoProcessor
 
 backbone = Backbone.from_pretrained({backbone.name!r})
+processor = AutoProcessor.from_pretrained({backbone.name!r})
 adapter = Adapter.from_pretrained("this/folder", backbone)
 answer = adapter.generate(processor(images=image, text=prompt, return_tensors="pt"))
 ```

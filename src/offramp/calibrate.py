@@ -106,7 +106,8 @@ def _answers(
     found: list[tuple[int, ...]] = []
     for start in range(0, len(examples), batch_size):
         inputs = encoder.prompts(examples[start : start + batch_size])
-        found += answer_ids(adapter.generate(inputs, policy=policy, **{"do_sample": False, **options}))
+        result = adapter.generate(inputs, policy=policy, **{"do_sample": False, **options})
+        found += answer_ids(result)
     return found
 
 

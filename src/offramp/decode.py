@@ -1,4 +1,4 @@
-"""Generation with early exits: one loop for the full model, for early exits, and for lossless drafts.
+"""Generation: one loop for the full model, for early exits, and for lossless drafts.
 
 Hugging Face's own `generate` prepares everything (processor output, cache, logits processors,
 stopping criteria) and then hands over to the loop here. Without exits it *is* the full model: the

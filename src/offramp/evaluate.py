@@ -254,6 +254,11 @@ class _Answerer:
         self.policies = {"full": FULL, "early_exit": given}
         if plan.mode != "full" and not given.thresholds:
             logging.warning("The policy has no thresholds, so no token leaves early.")
+        if plan.task == "dialogue" and not follows_policy(given):
+            logging.warning(
+                "Under KV policy %s a candidate's likelihood depends on where earlier tokens left; "
+                "the full model ranks in both modes.", given.kv,
+            )  # fmt: skip
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not gone on with."""

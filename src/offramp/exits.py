@@ -80,9 +80,11 @@ def first(output: Any) -> Tensor:
 
 
 def _copy_layer(layer: nn.Module, slot: int) -> nn.Module:
-    """A deep copy whose attention writes to cache entry `slot`."""
+    """A deep copy whose attention writes to cache entry `slot`, without the user's hooks."""
     twin = copy.deepcopy(layer)
     for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
         if hasattr(module, "layer_idx"):
             module.layer_idx = slot  # type: ignore[assignment]
     return twin

@@ -378,7 +378,7 @@ def _visdial(source: _Source) -> Iterator[Item]:
             where = f"round {number} on image {image_id}"
             question = _told(source, turn, "question", questions, where)
             asked = question if question.endswith("?") else f"{question}?"
-            prompt = f"{history} {source.question_prompt(asked)}"
+            prompt = f"{history} {source.question_prompt(asked)}".lstrip()
             item = _round(source, turn, path, prompt, answers, where, f"{image_id}.{number}")
             yield _with_relevance(source, item, dense.get((image_id, number), ()), where)
             history = f"{prompt} {item.example.answers[0]}"

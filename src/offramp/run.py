@@ -113,8 +113,7 @@ class Run:
         self._check = check
         self._left = None
         self.logits = None
-        device = self.backbone.device
-        rows = len(unfinished)
+        rows, device = len(unfinished), unfinished.device
         self.depths = torch.full((rows,), self.backbone.depth, device=device)
         self.scores = torch.full((rows,), float("nan"), device=device)
         self._open = unfinished
@@ -290,7 +289,7 @@ class Run:
         return both
 
     def crop(self, tokens: int) -> None:
-        """Take the last `tokens` tokens out of every entry; sliding windows shrink to their size."""
+        """Take the last `tokens` tokens out of every entry; sliding windows shrink again."""
         own = getattr(self.cache, "self_attention_cache", self.cache)
         for entry in own.layers:
             if entry.is_initialized:  # an exit that is off has never written to its entry

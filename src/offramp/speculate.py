@@ -77,7 +77,8 @@ def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> lis
 
 def _draft(run: Run, loop: Loop, reading: Reading) -> tuple[list[Draft], Tensor]:
     """Draft while the exits are sure; then the full model's states [B, n, D] at all n positions."""
-    ids, drafts = loop.ids, []
+    ids = loop.ids
+    drafts: list[Draft] = []
     run.constrain = loop.constraints(lambda: ids)
     while True:
         kw = reading.advance(1)

@@ -224,7 +224,14 @@ class Trainer:
 
     # -- data ---------------------------------------------------------------------------------
 
+    def _check_pictures(self) -> None:
+        """Open each picture once: a damaged one should stop the run now, not hours into it."""
+        distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
+        for example in self._each("checking pictures")(distinct.values()):
+            example.open_image()
+
     def _stores(self) -> tuple[FeatureStore, FeatureStore]:
+        self._check_pictures()
         held_out = self.config.validation_fraction
         parts = split_examples(
             self.examples, {"train": 1 - held_out, "validation": held_out}, self.config.seed
