@@ -123,6 +123,14 @@ def test_full_mode_runs_every_layer(run: Run, trained: Path, photos: Path) -> No
     assert {step["depth"] for step in row["steps"]} == {row["layers"]}
 
 
+def test_lossless_mode_answers_as_full_mode_does(run: Run, trained: Path, photos: Path) -> None:
+    arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", "--json")
+    _, full, _ = run(*arguments, "--mode", "full")
+    _, lossless, _ = run(*arguments, "--mode", "lossless", "--threshold", 0.3)
+    assert json.loads(lossless)["answer"] == json.loads(full)["answer"]
+    assert json.loads(lossless)["mean_depth"] < json.loads(full)["mean_depth"]
+
+
 def test_generate_without_json_shows_each_word_with_its_depth(
     run: Run, trained: Path, photos: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -182,14 +183,17 @@ def dialogue_items() -> list[Item]:
     ]
 
 
-@pytest.mark.parametrize(("kv", "by"), [("recompute", "policy"), ("propagate", "full")])
+@pytest.mark.parametrize(
+    ("policy", "by"),
+    [({}, "policy"), ({"kv": "propagate"}, "full"), ({"lossless": True}, "full")],
+)
 def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, kv: str, by: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: dict[str, Any], by: str
 ) -> None:
-    model = adapter_of(OPT, 0.0, kv=kv)
+    model = adapter_of(OPT, 0.0, **policy)
     result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())
     assert follows_policy(model.policy) is (by == "policy")
-    assert ("the full model ranks in both modes" in caplog.text) is (by == "full")
+    assert ("the full model ranks in both modes" in caplog.text) is ("kv" in policy)
     assert result["modes"]["full"]["ranked_by"] == ["full"]
     early = result["modes"]["early_exit"]
     assert early["ranked_by"] == [by]
@@ -243,6 +247,15 @@ def test_a_model_that_never_leaves_early_agrees_with_itself(tmp_path: Path) -> N
     for difference in compared["difference"].values():
         assert difference["value"] == difference["low"] == difference["high"] == 0
     assert compared["speedup"]["end_to_end"]["value"] > 0
+
+
+def test_lossless_answers_are_the_full_models(tmp_path: Path) -> None:
+    result = run(tmp_path, model=adapter_of(OPT, 0.0, lossless=True))
+    assert result["compared"]["agreement"]["value"] == 1
+    early = result["modes"]["early_exit"]
+    assert 0 <= early["accepted"] <= early["drafted"] > 0
+    with pytest.raises(InputError, match="other settings: policy"):
+        run(tmp_path, model=adapter_of(OPT, 0.0), resume=True)
 
 
 def test_latency_has_a_median_and_a_tail(tmp_path: Path) -> None:
@@ -403,8 +416,8 @@ def test_scoring_a_part_says_how_many_are_missing(
 
 def test_scoring_what_is_not_there_is_refused(tmp_path: Path) -> None:
     run(tmp_path, mode="full")
-    with pytest.raises(InputError, match="task 'gqa', not 'vqa'"):
-        rescore(tmp_path, items_of(), "vqa")
+    with pytest.raises(InputError, match="task 'gqa', not 'captions'"):
+        rescore(tmp_path, items_of(), "captions")
     with pytest.raises(DataError, match="no answers of mode early_exit"):
         rescore(tmp_path, items_of(), "gqa", mode="early_exit")
     (tmp_path / "rows.jsonl").write_text('{"key": "a"}\n')
@@ -427,6 +440,16 @@ def test_examples_that_cannot_be_evaluated_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             run(tmp_path / task, items=items, task=task)
+        assert not (tmp_path / task / "rows.jsonl").exists()  # before anything is generated
+
+
+def test_a_missing_package_is_noticed_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    with pytest.raises(InputError, match=r"offramp\[eval\]"):
+        run(tmp_path / "run", task="captions")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,12 @@ def _add_generate(commands: Any) -> None:
     _backbone_options(parser, required=False)
     parser.add_argument("--image", type=Path, required=True, nargs="+")
     parser.add_argument("--prompt", default="Caption:", help="default: Caption:")
-    parser.add_argument("--mode", default="early_exit", choices=("early_exit", "full"))
+    parser.add_argument(
+        "--mode",
+        default="early_exit",
+        choices=("early_exit", "lossless", "full"),
+        help="lossless: exits draft and the full model verifies; full: exits off",
+    )
     parser.add_argument("--threshold", type=float,
                         help="one threshold for all exits, instead of the adapter's")  # fmt: skip
     parser.add_argument("--score", help="confidence score, instead of the adapter's")
@@ -242,13 +247,17 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from offramp.encode import Encoder
     from offramp.examples import Example
     from offramp.policy import FULL
 
     adapter, processor = _load_adapter(arguments)
-    policy = FULL if arguments.mode == "full" else _policy(arguments, adapter)
-    if arguments.mode == "early_exit" and not policy.thresholds:
+    policy = replace(_policy(arguments, adapter), lossless=arguments.mode == "lossless")
+    if arguments.mode == "full":
+        policy = FULL
+    elif not policy.thresholds:
         logging.warning(
             "The adapter has no thresholds, so no token leaves early; give --threshold."
         )

@@ -5,7 +5,8 @@ object a line, so an interrupted run goes on where it stopped and a finished one
 without a model. A run's folder holds
 
 rows.jsonl    the settings, then for each example and mode: key, mode, answer, ids, depths, seconds,
-              decode_seconds, prompt_digest; in dialogue also candidate_scores and ranked_by
+              decode_seconds, prompt_digest; in dialogue also candidate_scores and ranked_by; in
+              lossless mode rounds, the (drafted, accepted) tokens of each
 result.json   what `evaluate` returns
 """
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp import metrics as quality
-from offramp.adapter import Adapter, policy_to_json
+from offramp.adapter import Adapter
 from offramp.backbone import Backbone, View, dump_fingerprint
 from offramp.decode import generate
 from offramp.encode import Encoder
@@ -142,9 +143,10 @@ def evaluate(
 
     Returns:
         `n` examples; by mode `metrics` (each with value, low, high and maybe a note), `unavailable`
-        (metric: why), `by_group`, `tokens`, `mean_depth`, `depth_shares`, `latency`, `ranked_by`;
-        and, with both modes, `compared`: `agreement`, `difference` (early exit minus full) and
-        `speedup`, with intervals from the same draws. `provenance` says what ran, and when.
+        (metric: why), `by_group`, `tokens`, `mean_depth`, `depth_shares`, `latency`, for dialogue
+        `ranked_by`, in lossless mode `drafted` and `accepted` tokens; with both modes `compared`:
+        `agreement`, `difference` (early exit minus full) and `speedup`, with intervals from the
+        same draws. `provenance` says what ran, and when.
 
     Raises:
         InputError: an argument or setting cannot be used, or `out` holds another run.
@@ -199,7 +201,12 @@ def _scored(
 
 
 def as_items(examples: Sequence[Item | Example], plan: Settings) -> list[Item]:
-    """Examples with what the task needs. Raise `DataError` where one lacks it."""
+    """Examples with what the task needs, before anything is generated.
+
+    Raises:
+        DataError: an example lacks it.
+        InputError: a package that the task's metrics need is not installed.
+    """
     items = [e if isinstance(e, Item) else Item(e) for e in examples]
     if not items:
         raise DataError("There are no examples to evaluate.", "Give at least one.")
@@ -219,6 +226,10 @@ def as_items(examples: Sequence[Item | Example], plan: Settings) -> list[Item]:
                 f"Example {item.key!r} has no reference to compare an answer with.",
                 "Add 'captions' or 'answers' to the data.",
             )
+        if plan.task in ("vqa", "okvqa"):
+            quality.vqa_accuracy("", item.references)  # refuses another number than its own
+    if plan.task == "captions":
+        quality.need_pycocoevalcap()
     return items
 
 
@@ -254,7 +265,7 @@ class _Answerer:
         self.policies = {"full": FULL, "early_exit": given}
         if plan.mode != "full" and not given.thresholds:
             logging.warning("The policy has no thresholds, so no token leaves early.")
-        if plan.task == "dialogue" and not follows_policy(given):
+        if plan.task == "dialogue" and given.kv != "recompute":
             logging.warning(
                 "Under KV policy %s a candidate's likelihood depends on where earlier tokens left; "
                 "the full model ranks in both modes.", given.kv,
@@ -272,7 +283,7 @@ class _Answerer:
             "backbone": self.backbone.name,
             "fingerprint": digest_rows([dump_fingerprint(self.backbone.fingerprint())]),
             "exits": _digest(trained) if trained else None,
-            "policy": policy_to_json(self.policies["early_exit"]) if adapter else None,
+            "policy": _policy_json(self.policies["early_exit"]) if adapter else None,
             "layers": self.backbone.depth,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "device": self.backbone.device.type,
@@ -296,10 +307,12 @@ class _Answerer:
         end = time.perf_counter()
         assert clock.seconds is not None
         alone = self.plan.batch_size == 1
-        times = {
+        times: dict[str, Any] = {
             "seconds": end - begin if alone else None,
             "decode_seconds": end - clock.seconds if alone else None,
         }
+        if alone and result.rounds:  # lossless
+            times["rounds"] = [list(pair) for pair in result.rounds]
         texts = self.encoder.texts(result.new_tokens)
         live = result.depths > 0
         rows = []
@@ -346,6 +359,11 @@ class _Answerer:
         )
         by = "policy" if followed and policy.thresholds else "full"
         return {"candidate_scores": scores, "ranked_by": by}
+
+
+def _policy_json(policy: Policy) -> dict[str, Any]:
+    """Every field of a policy, so that none can change unnoticed."""
+    return {**asdict(policy), "thresholds": {str(d): t for d, t in policy.thresholds.items()}}
 
 
 def _digest(modules: Sequence[nn.Module]) -> str:
@@ -459,9 +477,10 @@ def follows_policy(policy: Policy) -> bool:
 
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
     left, so one pass over a candidate tells every token's exit and its probability there. With
-    propagated ones they do; candidates are then ranked by the full model.
+    propagated ones they do; candidates are then ranked by the full model. So they are in lossless
+    mode, where what comes out is the full model's.
     """
-    return policy.kv == "recompute"
+    return policy.kv == "recompute" and not policy.lossless
 
 
 class _ReadAll:
@@ -735,6 +754,8 @@ def _mode(
         found["tokenizer"] = measured.tokenizer
         if measured.tokenizer_note:
             found["tokenizer_note"] = measured.tokenizer_note
+    if rounds := [pair for row in rows for pair in row.get("rounds", ())]:
+        found["drafted"], found["accepted"] = (sum(pair[k] for pair in rounds) for k in (0, 1))
     if plan.task == "dialogue":
         found["ranked_by"] = sorted({row["ranked_by"] for row in rows})
     return found

@@ -184,7 +184,7 @@ def caption_scores(
     """
     _check_names(metrics, tokenizer)
     _check_captions(answers, references)
-    _need_pycocoevalcap()
+    need_pycocoevalcap()
     texts = {key: [text, *references[key]] for key, text in answers.items()}
     words, used, note = _words(texts, tokenizer)
     given = {key: some[:1] for key, some in words.items()}
@@ -232,7 +232,8 @@ def _check_captions(answers: Mapping[str, str], references: Mapping[str, Sequenc
             )
 
 
-def _need_pycocoevalcap() -> None:
+def need_pycocoevalcap() -> None:
+    """Raise `InputError` where the package is not installed."""
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError as error:

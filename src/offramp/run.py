@@ -38,7 +38,7 @@ class Judge:
         if score == "discriminator" and discriminators is None:
             raise InputError(
                 "The discriminator score needs the discriminators trained with the exits.",
-                "Keep discriminator.safetensors in the adapter's folder, or use another score.",
+                "Keep discriminators.safetensors in the adapter's folder, or use another score.",
             )
         self._backbone = backbone
         self._score = SCORES.get(score)

@@ -1,0 +1,77 @@
+"""Laws of the first run: its report is complete, consistent and honest about what it measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp import world
+from offramp.demo import DemoSizes, demo, table
+
+SMALL = DemoSizes(train=24, calibration=8, quality=6, race=2, rounds=1, steps=8)
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("demo")
+    made = demo(request.param, out, SMALL, target=0.5)
+    written = json.loads((out / "report.json").read_text())
+    assert written == json.loads(json.dumps(made))
+    assert written == json.loads((out / f"report-{request.param}.json").read_text())
+    return written
+
+
+def test_the_report_has_every_figure(report: Any) -> None:
+    assert report["layers"] == 12
+    assert all(1 <= depth < 12 for depth in report["exits"])
+    assert set(report["modes"]) == {"generate", "full", "early_exit", "lossless"}
+    for mode in report["modes"].values():
+        assert mode["tokens_per_second"] > 0
+        assert mode["seconds_end_to_end"] >= mode["seconds_decode"] > 0
+        assert set(mode["quality"]) == {"captions", "questions"}
+    early = report["modes"]["early_exit"]
+    assert set(early["quality_drop"]) == {"captions", "questions"}
+    for figure in ("speedup_decode", "speedup_end_to_end", "speedup_vs_generate"):
+        assert early[figure] > 0
+        assert report["modes"]["lossless"][figure] > 0
+
+
+def test_mean_depth_counts_every_token(report: Any) -> None:
+    assert report["exits"][0] <= report["modes"]["early_exit"]["mean_depth"] <= report["layers"]
+
+
+def test_our_full_depth_loop_writes_what_generate_writes(report: Any) -> None:
+    assert report["full_equals_generate"]
+
+
+def test_lossless_writes_what_full_depth_writes(report: Any) -> None:
+    assert report["modes"]["lossless"]["identical"]
+
+
+def test_quality_drop_is_relative_to_the_full_model(report: Any) -> None:
+    full, early = report["modes"]["full"], report["modes"]["early_exit"]
+    for name, drop in early["quality_drop"].items():
+        if full["quality"][name]:
+            assert early["quality"][name] == pytest.approx(full["quality"][name] * (1 - drop))
+
+
+def test_the_table_says_what_the_report_says(report: Any) -> None:
+    shown = table(report)
+    assert f"{report['modes']['early_exit']['speedup_decode']:.2f}x" in shown
+    for mode in report["modes"]:
+        assert mode in shown
+
+
+def test_no_two_parts_of_the_demo_see_the_same_picture() -> None:
+    seeds = {
+        split: {world.scene(split, i).seed for i in range(50)}
+        for split in ("train", "calibration", "test")
+    }
+    assert not seeds["train"] & seeds["calibration"]
+    assert not (seeds["train"] | seeds["calibration"]) & seeds["test"]
+
+
+def test_the_demo_leaves_a_usable_adapter(report: Any, tmp_path: Path) -> None:
+    assert report["policy"]["score"] == "max_probability"
+    assert report["calibration"]["n"] == SMALL.calibration * 3
