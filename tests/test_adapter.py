@@ -111,8 +111,10 @@ def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
     assert all(torch.equal(before[n], t) for n, t in opt.model.state_dict().items())
 
 
-def test_the_policy_comes_back(folder: Path, opt: Any) -> None:
-    assert Adapter.load(folder, opt).policy == POLICY
+@pytest.mark.parametrize("policy", [POLICY, Policy({4: 0.5}, lossless=True, max_draft=3)])
+def test_the_policy_comes_back(policy: Policy, opt: Any, tmp_path: Path) -> None:
+    trained(opt, policy=policy).save(tmp_path / "adapter")
+    assert Adapter.load(tmp_path / "adapter", opt).policy == policy
 
 
 def test_provenance_and_metrics_come_back(folder: Path, opt: Any) -> None:

@@ -1,7 +1,9 @@
 """Laws of the command line: data on stdout, and two lines for every user's mistake."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,6 +166,30 @@ def test_a_finished_run_resumes_to_the_same_adapter(run: Run, adapter: Path, pho
     )
     assert code == 0
     assert (adapter / "exits.safetensors").read_bytes() == before
+
+
+def test_under_accelerate_launch_two_processes_train_one_adapter(
+    photos: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # `--multi_gpu` means several processes; on a CPU they talk through gloo.
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    ours = ["-m", "offramp.cli", "train", *TRAIN, "--data", photos / "rows.jsonl"]
+    ours += ["--out", tmp_path / "exits", "--validation-fraction", "0.25"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, *map(str, ours)],
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"] == str(tmp_path / "exits")
+    assert (tmp_path / "exits" / CONFIG).is_file()
 
 
 # -- bad input -----------------------------------------------------------------------------------

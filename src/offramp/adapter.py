@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,7 @@ class Adapter:
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
     """A policy as JSON; thresholds are keyed by depth."""
-    return {
-        "thresholds": {str(d): t for d, t in policy.thresholds.items()},
-        "score": policy.score,
-        "kv": policy.kv,
-        "exit_in_prefill": policy.exit_in_prefill,
-    }
+    return {**asdict(policy), "thresholds": {str(d): t for d, t in policy.thresholds.items()}}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> Policy:

@@ -201,6 +201,8 @@ def _whole_or_none(text: str) -> int | None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from offramp.data import read_examples
     from offramp.train import train
 
@@ -214,7 +216,8 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     backbone, processor = _load(arguments)
     adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
-    print(json.dumps({"adapter": str(arguments.out), **adapter.metrics}))
+    if PartialState().is_main_process:
+        print(json.dumps({"adapter": str(arguments.out), **adapter.metrics}))
 
 
 # -- generate ------------------------------------------------------------------------------------

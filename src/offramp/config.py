@@ -33,7 +33,7 @@ class TrainConfig:
     learning_rate: float = _option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
     discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
     distillation: float = _option(1.0, "weight of distillation from the final layer")
-    adversarial: float = _option(0.1, "weight of the adversarial term; 0 trains no discriminator")
+    adversarial: float = _option(0.01, "weight of the adversarial term; 0 trains no discriminator")
     cross_entropy: float = _option(1.0, "weight of cross-entropy on labelled answers")
     temperature: float = _option(1.0, "distillation temperature")
     conditional: bool = _option(True, "the discriminator also sees the state that entered the exit")

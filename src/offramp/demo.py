@@ -111,7 +111,7 @@ def _fastest_drafts(adapter: Adapter, encoder: Encoder) -> Policy:
     policies = {
         str(t): Policy(dict.fromkeys(adapter.exits.depths, t), lossless=True) for t in DRAFTS
     }
-    ways: dict[str, Way] = {name: partial(_own, adapter, p) for name, p in policies.items()}
+    ways: dict[str, Way] = {name: own_way(adapter, p) for name, p in policies.items()}
     timings = race(ways, inputs, rounds=3, progress=_bar("draft threshold"))
     return policies[min(timings, key=lambda name: median(timings[name].decode))]
 
@@ -122,14 +122,14 @@ def _measure(
     """Quality over the test pictures and interleaved timing over some of them, for each mode."""
     backbone = adapter.backbone
     tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]
-    full = _answers(adapter, encoder, tasks, FULL)
-    early = _answers(adapter, encoder, tasks, adapter.policy)
+    full = answers(adapter, encoder, tasks, FULL)
+    early = answers(adapter, encoder, tasks, adapter.policy)
 
     ways: dict[str, Way] = {
         "generate": partial(_stock, backbone),
-        "full": partial(_own, adapter, FULL),
-        "early_exit": partial(_own, adapter, adapter.policy),
-        "lossless": partial(_own, adapter, lossless),
+        "full": own_way(adapter, FULL),
+        "early_exit": own_way(adapter, adapter.policy),
+        "lossless": own_way(adapter, lossless),
     }
     timed = _examples("test", sizes.race)
     timings = race(
@@ -172,27 +172,30 @@ def _measure(
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """One free-running answer: its token ids and their depths."""
+
     ids: tuple[int, ...]
     depths: tuple[int, ...]
 
 
-def _answers(
+def answers(
     adapter: Adapter, encoder: Encoder, tasks: Sequence[Task], policy: Policy
-) -> dict[str, list[_Answer]]:
-    found: dict[str, list[_Answer]] = {}
+) -> dict[str, list[Answer]]:
+    """Free-running answers of every task's examples, by task."""
+    found: dict[str, list[Answer]] = {}
     for task in tasks:
-        rows: list[_Answer] = []
+        rows: list[Answer] = []
         for start in _bar(f"test {task.name}")(range(0, len(task.examples), 32)):
             inputs = encoder.prompts(task.examples[start : start + 32])
             result = adapter.generate(inputs, policy=policy, **OPTIONS)
             for ids, depths in zip(answer_ids(result), result.depths.tolist(), strict=True):
-                rows.append(_Answer(ids, tuple(d for d in depths if d)))
+                rows.append(Answer(ids, tuple(d for d in depths if d)))
         found[task.name] = rows
     return found
 
 
-def _share_right(task: Task, answers: Sequence[_Answer], encoder: Encoder) -> float:
+def _share_right(task: Task, answers: Sequence[Answer], encoder: Encoder) -> float:
     texts = encoder.tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True)
     right = [task.correct(text, e) for text, e in zip(texts, task.examples, strict=True)]
     return sum(right) / len(right)
@@ -205,14 +208,17 @@ def _stock(backbone: Backbone, inputs: Mapping[str, Any], stop: StoppingCriteria
     return out[0, prompt:]  # type: ignore[no-any-return]
 
 
-def _own(
-    adapter: Adapter, policy: Policy, inputs: Mapping[str, Any], stop: StoppingCriteriaList
-) -> Tensor:
-    exits = adapter.exits if policy.thresholds else None
-    result = generate(
-        adapter.backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **OPTIONS
-    )
-    return result.new_tokens[0]
+def own_way(adapter: Adapter, policy: Policy) -> Way:
+    """The adapter's generation by `policy`, for `race`; full depth goes without the exits."""
+
+    def own(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
+        exits = adapter.exits if policy.thresholds else None
+        result = generate(
+            adapter.backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **OPTIONS
+        )
+        return result.new_tokens[0]
+
+    return own
 
 
 def _speed(timing: Timing) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """FREE training: exits against discriminators, on a backbone that never moves.
 
 Each step runs the exits over one recorded batch, asks the discriminators, and moves first the
-exits (generator) and then the discriminators. Runs on several processes under `accelerate launch`
-(on CPUs `torchrun`): each reads its own share of the batches and gradients are averaged.
+exits (generator) and then the discriminators. Runs on several processes under `accelerate launch`:
+each reads its own share of the batches and gradients are averaged.
 """
 
 from __future__ import annotations
