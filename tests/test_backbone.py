@@ -7,11 +7,12 @@ import torch
 
 import families
 from families import NAMES
-from offramp import backbone as module
-from offramp.backbone import Backbone, Family, register_backbone, same_backbone
+from offramp import families as registry
+from offramp.backbone import Backbone, same_backbone
 from offramp.decode import generate
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.exits import Exits
+from offramp.families import Family, register_backbone
 from offramp.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -203,13 +204,13 @@ def test_an_unknown_family_is_refused_with_how_to_register_it():
 
 
 def test_an_unknown_text_model_inside_a_known_wrapper_is_refused(monkeypatch):
-    monkeypatch.delitem(module.TEXT_FAMILIES, "opt")
+    monkeypatch.delitem(registry.TEXT_FAMILIES, "opt")
     with pytest.raises(UnsupportedBackboneError, match="TEXT_FAMILIES"):
         Backbone(families.build("blip2-opt"))
 
 
 def test_a_registered_family_works(monkeypatch, batch):
-    monkeypatch.setattr(module, "FAMILIES", dict(module.FAMILIES))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
     register_backbone("my_vlm", Family("model.language_model"))
     model = unknown_model()
     inputs = batch("llava", 4)
@@ -219,7 +220,7 @@ def test_a_registered_family_works(monkeypatch, batch):
 
 @pytest.mark.parametrize("path", ["model.language", "nothing.language_model"])
 def test_a_wrong_path_is_named(monkeypatch, path):
-    monkeypatch.setattr(module, "FAMILIES", {**module.FAMILIES, "llava": Family(path)})
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "llava": Family(path)})
     with pytest.raises(UnsupportedBackboneError, match=path) as caught:
         Backbone(families.build("llava"))
     assert "register_backbone" in str(caught.value)
@@ -227,7 +228,7 @@ def test_a_wrong_path_is_named(monkeypatch, path):
 
 def test_a_path_to_something_else_than_a_stack_is_refused(monkeypatch):
     wrong = Family("model.language_model", layers="norm")
-    monkeypatch.setattr(module, "FAMILIES", {**module.FAMILIES, "llava": wrong})
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "llava": wrong})
     with pytest.raises(UnsupportedBackboneError, match="not a list"):
         Backbone(families.build("llava"))
 

@@ -96,7 +96,7 @@ def answers(
             if backbone == "t5":
                 turns = turns[: int(rng.integers(1, 6))]
         else:
-            found = world.questions(scene, 12)
+            found = world.questions(scene, 8)
             count = 5 if backbone == "opt" else 1
             turns = [found[j] for j in rng.permutation(len(found))[:count]]
         rows.append((texts.rounds if backbone == "opt" else texts.turn)(asked(turns)))

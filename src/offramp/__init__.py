@@ -8,20 +8,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from offramp.adapter import Adapter as Adapter
     from offramp.backbone import Backbone as Backbone
-    from offramp.backbone import Family as Family
-    from offramp.backbone import register_backbone as register_backbone
     from offramp.config import TrainConfig as TrainConfig
     from offramp.decode import generate as generate
     from offramp.examples import Example as Example
     from offramp.exits import Exits as Exits
+    from offramp.families import Family as Family
+    from offramp.families import register_backbone as register_backbone
     from offramp.policy import Generation as Generation
     from offramp.policy import Policy as Policy
 
 _HOMES = {
     "Adapter": "adapter",
     "Backbone": "backbone",
-    "Family": "backbone",
-    "register_backbone": "backbone",
+    "Family": "families",
+    "register_backbone": "families",
     "TrainConfig": "config",
     "Generation": "policy",
     "Policy": "policy",

@@ -1,9 +1,5 @@
 """The frozen vision-language model: where its language decoder is, and how to drive its layers.
 
-This is the one place that knows Hugging Face model classes, and it knows them as *data*: a
-`Family` says where the decoder stack, its layers, its final norm and the LM head are. Everything
-else works on any family.
-
 Nothing of the user's model is ever patched. A `view` is a chain of shallow twins of the modules
 from the root down to the decoder layers; the twins share every parameter and buffer with the
 original, and the twin stack's layers are thin wrappers that ask a *driver* what to do. Each
@@ -14,110 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
-
-# ---------------------------------------------------------------------------------------------
-# Families, as data
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model family keeps its language decoder. Paths are dotted, from the VLM.
-
-    stack: the module whose `forward` loops over the decoder layers.
-    layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
-    head: the LM head.
-    hidden_scale: factor on the normed state before the head, from the text config (T5 ties).
-    causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
-        features join between layers (Qwen3-VL); the prompt then always runs at full depth.
-    """
-
-    stack: str
-    layers: str = "layers"
-    norm: str | None = "norm"
-    head: str = "lm_head"
-    hidden_scale: Callable[[Any], float] | None = None
-    causal_prompt: bool = True
-
-    def inside(self, prefix: str) -> Family:
-        """The same family, held by a larger model under `prefix`."""
-        return Family(
-            f"{prefix}.{self.stack}",
-            self.layers,
-            self.norm,
-            f"{prefix}.{self.head}",
-            self.hidden_scale,
-            self.causal_prompt,
-        )
-
-
-def _t5_scale(config: Any) -> float:
-    tied = getattr(config, "scale_decoder_outputs", getattr(config, "tie_word_embeddings", False))
-    return float(config.d_model) ** -0.5 if tied else 1.0
-
-
-TEXT_FAMILIES: dict[str, Family] = {
-    "opt": Family("model.decoder", norm="final_layer_norm"),
-    "llama": Family("model"),
-    "t5": Family("decoder", layers="block", norm="final_layer_norm", hidden_scale=_t5_scale),
-}
-"""Language models that a wrapper such as BLIP-2 holds whole, by `model_type`."""
-
-FAMILIES: dict[str, Family | str] = {
-    "blip-2": "language_model",  # a string: the text model under that name, from TEXT_FAMILIES
-    "instructblip": "language_model",
-    "llava": Family("model.language_model"),
-    "llava_next": Family("model.language_model"),
-    "idefics3": Family("model.text_model"),
-    "smolvlm": Family("model.text_model"),
-    "qwen2_vl": Family("model.language_model"),
-    "qwen2_5_vl": Family("model.language_model"),
-    "qwen3_vl": Family("model.language_model", causal_prompt=False),
-    "paligemma": Family("model.language_model", causal_prompt=False),
-    "gemma3": Family("model.language_model", causal_prompt=False),
-    "internvl": Family("model.language_model"),
-    "florence2": Family("model.language_model.decoder", norm=None),
-}
-"""Vision-language models by `config.model_type`."""
-
-
-def register_backbone(model_type: str, family: Family) -> None:
-    """Teach the library another family; see `docs/backbones.md`. Replaces an earlier entry."""
-    FAMILIES[model_type] = family
-
-
-def _family_of(config: Any) -> Family:
-    model_type = getattr(config, "model_type", type(config).__name__)
-    family = FAMILIES.get(model_type)
-    if isinstance(family, str):
-        text_type = config.get_text_config().model_type
-        if text_type not in TEXT_FAMILIES:
-            raise UnsupportedBackboneError(
-                f"{model_type} around the language model {text_type!r} is not known; known inside "
-                f"it are {', '.join(sorted(TEXT_FAMILIES))}.",
-                f"Add it: offramp.backbone.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
-                "norm=..., head=...); docs/backbones.md shows how to find the paths.",
-            )
-        return TEXT_FAMILIES[text_type].inside(family)
-    if family is None:
-        raise UnsupportedBackboneError(
-            f"Backbone family {model_type!r} is not known.",
-            f"{did_you_mean(model_type, FAMILIES)} To add it: "
-            f"offramp.register_backbone({model_type!r}, Family(stack='path.to.the.decoder', "
-            "head='lm_head')); docs/backbones.md shows how to find the paths.",
-        )
-    return family
-
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.families import family_of
 
 # ---------------------------------------------------------------------------------------------
 # Views: the model, with somebody else deciding what each layer does
@@ -225,7 +127,7 @@ class Backbone:
         self.model: Any = model
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = revision
-        self.family = _family_of(model.config)
+        self.family = family_of(model.config)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
         self.norm = (

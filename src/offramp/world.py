@@ -445,6 +445,8 @@ QUESTIONS: dict[str, Maker] = {
     "more": _ask_more,
 }
 
+RARE = dict.fromkeys(("relation", "larger", "same", "more"), 0.25)  # against 1 for other kinds
+
 _KIND_PATTERNS = {
     "follow_up": r"\bit\b",
     "background": r"background",
@@ -471,11 +473,17 @@ def question_kind(question: str) -> str:
 
 
 def questions(scene: Scene, n: int) -> list[QA]:
-    """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows."""
+    """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows.
+
+    Questions about two named things come late (`RARE`): they are the hardest, and a small model
+    that cannot compare should still be a useful model.
+    """
     rng = _rng(scene.seed, "questions")
+    weights = np.array([RARE.get(kind, 1.0) for kind in QUESTIONS])
     found: dict[str, str] = {}
     for _ in range(4):  # rounds: a kind may fail on a scene that has nothing to compare
-        for i in rng.permutation(len(QUESTIONS)):
+        order = rng.choice(len(QUESTIONS), len(QUESTIONS), replace=False, p=weights / weights.sum())
+        for i in order:
             made = list(QUESTIONS.values())[i](rng, scene)
             if made and len(found) < n:
                 found.setdefault(*made)
