@@ -7,19 +7,27 @@ from typing import Any
 import pytest
 
 from offramp import world
+from offramp.adapter import Adapter, policy_to_json
 from offramp.demo import DemoSizes, demo, table
+from offramp.encode import Encoder
+from offramp.tiny import captions, load_tiny
 
 SMALL = DemoSizes(train=24, calibration=8, quality=6, race=2, rounds=1, steps=8)
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     made = demo(request.param, out, SMALL, target=0.5)
     written = json.loads((out / "report.json").read_text())
     assert written == json.loads(json.dumps(made))
     assert written == json.loads((out / f"report-{request.param}.json").read_text())
-    return written
+    return out
+
+
+@pytest.fixture
+def report(folder: Path) -> Any:
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_the_report_has_every_figure(report: Any) -> None:
@@ -72,6 +80,10 @@ def test_no_two_parts_of_the_demo_see_the_same_picture() -> None:
     assert not (seeds["train"] | seeds["calibration"]) & seeds["test"]
 
 
-def test_the_demo_leaves_a_usable_adapter(report: Any, tmp_path: Path) -> None:
-    assert report["policy"]["score"] == "max_probability"
-    assert report["calibration"]["n"] == SMALL.calibration * 3
+def test_the_demo_leaves_a_usable_adapter(folder: Path, report: Any) -> None:
+    kind = report["backbone"].removeprefix("tiny-")
+    backbone, processor = load_tiny(kind)
+    adapter = Adapter.load(folder / kind, backbone)
+    assert policy_to_json(adapter.policy) == report["policy"]
+    inputs = Encoder(backbone, processor).prompts(captions("test", 1).examples)
+    assert adapter.generate(inputs, max_new_tokens=3).depths.shape == (1, 3)

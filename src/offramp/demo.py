@@ -28,6 +28,7 @@ from offramp.config import TrainConfig
 from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.examples import Example
+from offramp.exits import Exits
 from offramp.measure import Timing, Way, race, speedup
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, write_json
@@ -63,6 +64,9 @@ def demo(
     encoder = Encoder(backbone, processor)
     log.info(f"tiny-{kind}: {backbone.depth} decoder layers, frozen")
 
+    adapter = Adapter(backbone, Exits(backbone, DEPTHS[kind]))
+    answers(adapter, encoder, [captions("train", 32)], FULL)
+    inference_bytes = _peak_bytes()
     config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed)
     began = time.perf_counter()
     adapter = train(
@@ -70,6 +74,7 @@ def demo(
         command=["offramp", "demo", "--backbone", kind],
     )  # fmt: skip
     training_seconds = time.perf_counter() - began
+    memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}
     log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
 
     calibration = calibrate(
@@ -87,6 +92,7 @@ def demo(
     report |= {
         "backbone": f"tiny-{kind}",
         "training_seconds": training_seconds,
+        "peak_memory": memory,
         "total_seconds": time.perf_counter() - started,
         "calibration": _calibration_json(calibration),
         "policy": policy_to_json(adapter.policy),
@@ -254,6 +260,16 @@ def _draft_rounds(
 
 def _calibration_json(found: Calibration) -> dict[str, Any]:
     return {**asdict(found), "policy": policy_to_json(found.policy)}
+
+
+def _peak_bytes() -> int | None:
+    """The process's largest resident size so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _bar(title: str) -> Any:
