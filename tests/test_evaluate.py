@@ -17,20 +17,21 @@ from torch import Tensor
 import fakes
 import families
 import reference
-from offramp import cli, world
+from offramp import captions, cli, world
 from offramp import evaluate as module
 from offramp.adapter import Adapter
 from offramp.decode import generate
 from offramp.discriminator import build_discriminators
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
-from offramp.evaluate import Settings, candidate_scores, evaluate, follows_policy, rescore
+from offramp.evaluate import evaluate, rescore
 from offramp.examples import Example
 from offramp.exits import Exits
-from offramp.official import Item
 from offramp.policy import FULL, Policy
+from offramp.rank import candidate_scores, follows_policy
 from offramp.records import JsonlLog
 from offramp.scores import max_probability
+from offramp.tasks import TASK_METRICS, Item, Settings
 
 DEPTHS = (2, 4)
 
@@ -197,7 +198,7 @@ def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
     assert result["modes"]["full"]["ranked_by"] == ["full"]
     early = result["modes"]["early_exit"]
     assert early["ranked_by"] == [by]
-    assert set(early["metrics"]) == set(module.TASK_METRICS["dialogue"])
+    assert set(early["metrics"]) == set(TASK_METRICS["dialogue"])
     if by == "full":
         assert early["metrics"] == result["modes"]["full"]["metrics"]
 
@@ -296,7 +297,7 @@ def test_the_result_on_disk_is_the_one_returned(tmp_path: Path) -> None:
 
 
 def test_captions_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.quality, "_java", lambda: None)
+    monkeypatch.setattr(captions, "_java", lambda: None)
     result = run(tmp_path, task="captions", mode="full")
     found = result["modes"]["full"]
     assert set(found["unavailable"]) == {"METEOR", "SPICE"}

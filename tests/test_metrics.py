@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp import metrics
+from offramp import captions
+from offramp.captions import BLEU, CAPTION_METRICS, caption_scores
 from offramp.errors import DataError, InputError
 from offramp.metrics import (
-    BLEU,
-    CAPTION_METRICS,
     Measure,
-    caption_scores,
+    Measured,
     exact_match,
     gold_rank,
     interval,
@@ -45,7 +44,7 @@ def golden(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def values(found: metrics.CaptionScores) -> dict[str, float]:
+def values(found: Measured) -> dict[str, float]:
     return {name: measure.value for name, measure in found.measures.items()}
 
 
@@ -188,7 +187,7 @@ def test_an_unknown_metric_names_the_known_ones() -> None:
 def test_without_java_what_is_missing_is_named_and_the_rest_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(metrics, "_java", lambda: None)
+    monkeypatch.setattr(captions, "_java", lambda: None)
     answers, references = corpus(0)
     found = caption_scores(answers, references)
     assert found.tokenizer == "simple"
@@ -201,7 +200,7 @@ def test_without_java_what_is_missing_is_named_and_the_rest_is_there(
 
 
 def test_spice_says_which_models_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_java", lambda: "java")
+    monkeypatch.setattr(captions, "_java", lambda: "java")
     monkeypatch.setattr(Path, "is_file", lambda self: False)
     found = caption_scores({"a": "a dog"}, {"a": ["a dog"]}, metrics=["SPICE"], tokenizer="simple")
     assert "stanford-corenlp-3.6.0-models.jar" in found.unavailable["SPICE"]
@@ -212,8 +211,8 @@ def test_java_that_fails_makes_its_metrics_unavailable(monkeypatch: pytest.Monke
         raise OSError("no space left")
 
     broken.cache_clear = lambda: None  # type: ignore[attr-defined]
-    monkeypatch.setattr(metrics, "_java", lambda: "java")
-    monkeypatch.setattr(metrics, "_meteor_process", broken)
+    monkeypatch.setattr(captions, "_java", lambda: "java")
+    monkeypatch.setattr(captions, "_meteor_process", broken)
     found = caption_scores({"a": "a dog"}, {"a": ["a dog"]}, metrics=["METEOR"], tokenizer="simple")
     assert "no space left" in found.unavailable["METEOR"]
 
@@ -223,7 +222,7 @@ def test_the_environment_is_as_before_java_ran(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv("JAVA_TOOL_OPTIONS", raising=False)
         if before:
             monkeypatch.setenv("JAVA_TOOL_OPTIONS", before)
-        with metrics._utf8_java():
+        with captions._utf8_java():
             assert "UTF-8" in os.environ["JAVA_TOOL_OPTIONS"]
         assert os.environ.get("JAVA_TOOL_OPTIONS") == before
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from offramp.errors import DataError, InputError, StorageError
-from offramp.official import FORMATS, LAYOUTS, Item, read_items
+from offramp.official import FORMATS, LAYOUTS, read_items
+from offramp.tasks import Item
 
 COCO: dict[str, Any] = {
     "info": {},
@@ -196,7 +197,7 @@ def test_vqa_keeps_all_ten_answers_and_their_types(make: Make) -> None:
     assert first.example.group == second.example.group == "42"
 
 
-def test_okvqa_is_recognised_by_its_raw_answers(make: Make) -> None:
+def test_okvqa_is_read_as_vqa_is(make: Make) -> None:
     files, pictures = make("vqav2")
     annotations = copy.deepcopy(ANNOTATIONS)
     for row in annotations["annotations"]:

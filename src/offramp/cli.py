@@ -422,8 +422,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from offramp.encode import Encoder
-    from offramp.evaluate import Settings, evaluate, rescore
+    from offramp.evaluate import evaluate, rescore
     from offramp.official import read_items
+    from offramp.tasks import Settings
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
     settings = {name: getattr(arguments, name) for name in names}

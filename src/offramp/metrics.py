@@ -1,24 +1,15 @@
-"""Quality of answers: captions through pycocoevalcap, VQA and GQA accuracy, ranks in dialogue.
+"""Metrics as numbers that can be resampled; answers to questions, and ranks in dialogue.
 
-Every value is a fraction in [0, 1], except CIDEr (0 to 10) and the mean rank (1 to the number of
-candidates, smaller is better). A `Measure` keeps what each example adds to its metric, so that
-intervals come from resampling examples and never from scoring again.
+Every value is a fraction in [0, 1], except the mean rank (1 to the number of candidates, smaller
+is better). A `Measure` keeps what each example adds to its metric, so that intervals come from
+resampling examples and never from scoring again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
-import os
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +18,6 @@ from offramp.errors import DataError, InputError, did_you_mean
 
 Array = NDArray[np.float64]
 
-BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
-CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")
-TOKENIZERS = ("auto", "ptb", "simple")
 RECALLS = (1, 5, 10)
 
 
@@ -55,15 +43,25 @@ class Measure:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of one set of answers, and those that could not be computed with the reason.
+
+    each: of captions: values by example, in the order of the answers; BLEU and METEOR of a corpus
+        are not the mean of theirs.
+    tokenizer: of captions: "ptb", as in published numbers, or "simple", and then the note says why.
+    """
+
+    measures: dict[str, Measure]
+    unavailable: dict[str, str] = field(default_factory=dict)
+    each: dict[str, list[float]] = field(default_factory=dict)
+    tokenizer: str | None = None
+    tokenizer_note: str = ""
+
+
 def mean_of(values: Sequence[float] | Array, note: str = "") -> Measure:
     """The mean of one value for each example. Raise `DataError` where there is none, or a NaN."""
-    each = np.asarray(values, dtype=np.float64)
-    if not each.size or not np.isfinite(each).all():
-        raise DataError(
-            f"A mean over {each.size} values cannot be taken; not finite: "
-            f"{int((~np.isfinite(each)).sum())}.",
-            "Evaluate at least one example, and look for NaN in the model's scores.",
-        )
+    each = _finite(values, "values have no mean")
     return Measure(float(each.mean()), np.stack([each, np.ones_like(each)], 1), note=note)
 
 
@@ -72,6 +70,25 @@ def mean_of_some(values: Sequence[float | None]) -> Measure:
     mean = mean_of([value for value in values if value is not None])
     rows = [(0.0, 0.0) if value is None else (value, 1.0) for value in values]
     return Measure(mean.value, np.asarray(rows))
+
+
+def _finite(values: Sequence[float] | Array, problem: str) -> Array:
+    """At least one number, and no NaN, else a `DataError` that names the problem with so many."""
+    each = np.asarray(values, dtype=np.float64)
+    if not each.size or not np.isfinite(each).all():
+        raise DataError(
+            f"{each.size} {problem}: {int((~np.isfinite(each)).sum())} are not finite.",
+            "Evaluate at least one example, and look for NaN in the model, e.g. from half "
+            "precision.",
+        )
+    return each
+
+
+def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `InputError` with the known names where one is not."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))
 
 
 # -- intervals -----------------------------------------------------------------------------------
@@ -135,302 +152,6 @@ def _by_group(rows: Array | None, groups: Sequence[str] | None) -> Array | None:
     summed = np.zeros((int(place.max()) + 1, rows.shape[1]))
     np.add.at(summed, place, rows)
     return summed
-
-
-# -- captions ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CaptionScores:
-    """Caption metrics, and those that could not be computed with the reason.
-
-    each: values by example, in the order of the answers; BLEU and METEOR of a corpus are not the
-        mean of theirs.
-    tokenizer: "ptb", as in published numbers, or "simple", and then the note says why.
-    """
-
-    measures: dict[str, Measure]
-    each: dict[str, list[float]] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    tokenizer: str = "ptb"
-    tokenizer_note: str = ""
-
-
-Texts = dict[str, list[str]]
-Scored = tuple[Measure, list[float]]
-
-
-class _Unavailable(Exception):
-    """A metric cannot be computed on this machine; the text says why and what would help."""
-
-
-def caption_scores(
-    answers: Mapping[str, str],
-    references: Mapping[str, Sequence[str]],
-    *,
-    metrics: Sequence[str] = CAPTION_METRICS,
-    tokenizer: str = "auto",
-) -> CaptionScores:
-    """Score one caption for each key against that key's references.
-
-    metrics: of `CAPTION_METRICS`. METEOR, SPICE and the PTB tokenizer need Java; SPICE also
-        needs Stanford's models. What is missing is named in `unavailable`.
-    tokenizer: "ptb" is pycocoevalcap's, as in published numbers; "simple" lower-cases and drops
-        punctuation in Python; "auto" is "ptb" where there is Java.
-
-    Raises:
-        InputError: an unknown metric or tokenizer, or pycocoevalcap is not installed.
-        DataError: nothing to score, or an answer without references.
-    """
-    _check_names(metrics, tokenizer)
-    _check_captions(answers, references)
-    need_pycocoevalcap()
-    texts = {key: [text, *references[key]] for key, text in answers.items()}
-    words, used, note = _words(texts, tokenizer)
-    given = {key: some[:1] for key, some in words.items()}
-    right = {key: some[1:] for key, some in words.items()}
-    found = CaptionScores({}, tokenizer=used, tokenizer_note=note)
-    for name in metrics:
-        if name in found.measures or name in found.unavailable:
-            continue
-        family = BLEU if name in BLEU else (name,)
-        try:
-            scored = _SCORERS["Bleu" if name in BLEU else name](right, given)
-        except _Unavailable as why:
-            found.unavailable.update({n: str(why) for n in family if n in metrics})
-            continue
-        for one, (measure, each) in zip(family, scored, strict=True):
-            if one in metrics:
-                found.measures[one], found.each[one] = measure, each
-    return found
-
-
-def check_metrics(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `InputError` with the known names where one is not."""
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        raise InputError(f"Metric {unknown!r} is not known.", did_you_mean(unknown, known))
-
-
-def _check_names(metrics: Sequence[str], tokenizer: str) -> None:
-    check_metrics(metrics, CAPTION_METRICS)
-    if tokenizer not in TOKENIZERS:
-        raise InputError(
-            f"Tokenizer {tokenizer!r} is not known.", did_you_mean(tokenizer, TOKENIZERS)
-        )
-
-
-def _check_captions(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
-    if not answers:
-        raise DataError("There are no captions to score.", "Evaluate at least one example.")
-    for key in answers:
-        texts = references.get(key, ())
-        if isinstance(texts, str) or not any(text.strip() for text in texts):
-            raise DataError(
-                f"Example {key!r} has no reference caption.",
-                "Give a list of at least one text for each example.",
-            )
-
-
-def need_pycocoevalcap() -> None:
-    """Raise `InputError` where the package is not installed."""
-    try:
-        import pycocoevalcap  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "Caption metrics need the package 'pycocoevalcap', which is not installed.",
-            "Install it with: pip install 'offramp[eval]'.",
-        ) from error
-
-
-def _java() -> str | None:
-    return shutil.which("java")
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks of any alphabet, and without METEOR's field separator."""
-    return " ".join(text.replace("|||", " ").split())
-
-
-def _words(texts: Texts, tokenizer: str) -> tuple[Texts, str, str]:
-    """Texts as words, the tokenizer that was used, and what should be known about it."""
-    if tokenizer == "simple":
-        return _simple(texts), "simple", "by the simple tokenizer, as asked"
-    try:
-        return _ptb(texts), "ptb", ""
-    except _Unavailable as why:
-        if tokenizer == "ptb":
-            raise InputError(
-                f"The PTB tokenizer did not run: {why}.",
-                "Install a Java runtime, or use the simple tokenizer (not comparable to papers).",
-            ) from why
-        note = f"without the PTB tokenizer ({why}), so not comparable to published numbers"
-        return _simple(texts), "simple", note
-
-
-def _simple(texts: Texts) -> Texts:
-    """Lower-case words, without the punctuation that pycocoevalcap drops."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
-
-    def words(text: str) -> str:
-        found = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
-        return " ".join(word for word in found if word not in PUNCTUATIONS)
-
-    return {key: [words(text) for text in some] for key, some in texts.items()}
-
-
-def _ptb(texts: Texts) -> Texts:
-    """Penn Treebank words by Stanford's tokenizer, in Java."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    rows = {key: [{"caption": _one_line(text)} for text in some] for key, some in texts.items()}
-    if not _java():
-        raise _Unavailable("no Java was found")
-    try:
-        found: Texts = PTBTokenizer().tokenize(rows)
-    except OSError as error:  # it writes beside its own source
-        raise _Unavailable(str(error)) from error
-    if {k: len(v) for k, v in found.items()} != {k: len(v) for k, v in rows.items()}:
-        raise _Unavailable("it gave back another number of lines than it was given")
-    return found
-
-
-def _bleu(references: Texts, answers: Texts) -> list[Scored]:
-    """BLEU of the corpus; an interval resamples each example's n-gram counts and lengths."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-
-    scorer = BleuScorer(n=4)
-    for key, (answer,) in answers.items():
-        scorer += (answer, references[key])
-    values, each = scorer.compute_score(option="closest", verbose=0)
-    rows = np.array(
-        [
-            [*c["correct"], *c["guess"], c["testlen"],
-             scorer._single_reflen(c["reflen"], "closest", c["testlen"])]
-            for c in scorer.ctest
-        ],
-        dtype=np.float64,
-    )  # fmt: skip
-    return [
-        (Measure(float(value), rows, _bleu_of(order)), list(map(float, some)))
-        for order, (value, some) in enumerate(zip(values, each, strict=True), 1)
-    ]
-
-
-def _bleu_of(order: int) -> Callable[[Array], Array]:
-    """BLEU from summed counts, with pycocoevalcap's guards against 0, to which a test holds it."""
-
-    def bleu(sums: Array) -> Array:
-        precision = (sums[..., :order] + 1e-15) / (sums[..., 4 : 4 + order] + 1e-9)
-        ratio = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
-        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-        found: Array = precision.prod(-1) ** (1 / order) * brevity
-        return found
-
-    return bleu
-
-
-def _rouge(references: Texts, answers: Texts) -> list[Scored]:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    _, each = Rouge().compute_score(references, answers)
-    return [(mean_of(each), list(map(float, each)))]
-
-
-def _cider(references: Texts, answers: Texts) -> list[Scored]:
-    """CIDEr; what a word is worth comes from all the references, in an interval's samples too."""
-    from pycocoevalcap.cider.cider import Cider
-
-    _, each = Cider().compute_score(references, answers)
-    note = "document frequencies are those of all the references, in the interval too"
-    if len(answers) == 1:
-        note = "0 by definition: with one example every word is in all references"
-    return [(mean_of(each, note), list(map(float, each)))]
-
-
-def _meteor(references: Texts, answers: Texts) -> list[Scored]:
-    if not _java():
-        raise _Unavailable("METEOR runs in Java, which was not found; install a Java runtime")
-    try:
-        value, each = _meteor_process().compute_score(references, answers)
-    except (OSError, ValueError) as error:
-        _meteor_process.cache_clear()
-        raise _Unavailable(f"METEOR's Java program failed: {error}") from error
-    note = "no interval: its corpus score is not a function of sums over examples"
-    return [(Measure(value, None, note=note), each)]
-
-
-@functools.cache
-def _meteor_process() -> Any:
-    """METEOR's Java program, kept running: it takes seconds to start."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    with _utf8_java():
-        return Meteor()
-
-
-def _spice(references: Texts, answers: Texts) -> list[Scored]:
-    if not _java():
-        raise _Unavailable("SPICE runs in Java, which was not found; install a Java runtime")
-    import pycocoevalcap.spice
-
-    folder = Path(pycocoevalcap.spice.__file__).parent / "lib"
-    jars = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-    missing = [jar for jar in jars if not (folder / jar).is_file()]
-    if missing:
-        raise _Unavailable(
-            f"SPICE's models are not installed ({', '.join(missing)}); while online, run "
-            "`python -m pycocoevalcap.spice.get_stanford_models` once"
-        )
-    from pycocoevalcap.spice.spice import Spice
-
-    try:
-        with _stdout_to_stderr():
-            _, found = Spice().compute_score(references, answers)
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise _Unavailable(f"SPICE's Java program failed: {error} (it wants Java 8)") from error
-    by_key = dict(zip(sorted(references), (float(f["All"]["f"]) for f in found), strict=True))
-    each = [by_key[key] for key in answers]
-    if not all(map(math.isfinite, each)):
-        raise _Unavailable("SPICE gave no number for some examples")
-    return [(mean_of(each), each)]
-
-
-_SCORERS: dict[str, Callable[[Texts, Texts], list[Scored]]] = {
-    "Bleu": _bleu,
-    "METEOR": _meteor,
-    "ROUGE_L": _rouge,
-    "CIDEr": _cider,
-    "SPICE": _spice,
-}
-
-
-@contextlib.contextmanager
-def _utf8_java() -> Iterator[None]:
-    """Java before 18 reads bytes as the locale says, which loses all but ASCII where that is C."""
-    name = "JAVA_TOOL_OPTIONS"
-    before = os.environ.get(name)
-    os.environ[name] = f"{before or ''} -Dfile.encoding=UTF-8".strip()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Data is on stdout; a child process that chats there would spoil it."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 # -- questions -----------------------------------------------------------------------------------
@@ -535,13 +256,15 @@ def exact_match(answer: str, answers: Sequence[str], *, normalise: bool = False)
 
 # -- dialogue ------------------------------------------------------------------------------------
 
+_UNRANKED = "candidates cannot be ranked"
+
 
 def gold_rank(scores: Sequence[float], gold: int) -> int:
     """Rank from 1 of candidate `gold` by descending score.
 
     Ties count against the model: constant scores earn the last rank.
     """
-    each = _finite(scores)
+    each = _finite(scores, _UNRANKED)
     if not 0 <= gold < len(each):
         raise DataError(
             f"The right candidate is number {gold}, of {len(each)}.",
@@ -556,7 +279,7 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     VisDial's form (Das et al. 2017, challenge 2018): gain is the relevance, discount log2(rank+1).
     Ties count against the model.
     """
-    each, gain = _finite(scores), _finite(relevance)
+    each, gain = _finite(scores, _UNRANKED), _finite(relevance, _UNRANKED)
     k = int((gain != 0).sum())
     if len(each) != len(gain) or k == 0:
         raise DataError(
@@ -574,14 +297,3 @@ def rank_measures(ranks: Sequence[int]) -> dict[str, Measure]:
     each = np.asarray(ranks, dtype=np.float64)
     found = {f"recall@{k}": mean_of((each <= k).astype(float)) for k in RECALLS}
     return {**found, "mean_rank": mean_of(each), "mrr": mean_of(1 / each)}
-
-
-def _finite(values: Sequence[float]) -> Array:
-    each = np.asarray(values, dtype=np.float64)
-    if not each.size or not np.isfinite(each).all():
-        raise DataError(
-            f"{each.size} candidates' scores cannot be ranked: "
-            f"{int((~np.isfinite(each)).sum())} are not finite.",
-            "Look for NaN in the model, e.g. from half precision.",
-        )
-    return each

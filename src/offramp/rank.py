@@ -1,0 +1,171 @@
+"""Candidate answers ranked by their likelihood, each token at the depth where it would leave."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone, View
+from offramp.encode import Encoder
+from offramp.examples import Example
+from offramp.exits import Exits, first
+from offramp.policy import FULL, Policy
+from offramp.reading import Reading
+from offramp.run import Judge, Run
+
+
+def follows_policy(policy: Policy) -> bool:
+    """Whether the likelihood of a given text is well defined under this policy.
+
+    With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
+    left, so one pass over a candidate tells every token's exit and its probability there. With
+    propagated ones they do; candidates are then ranked by the full model. So they are in lossless
+    mode, where what comes out is the full model's.
+    """
+    return policy.kv == "recompute" and not policy.lossless
+
+
+@torch.inference_mode()
+def candidate_scores(
+    encoder: Encoder,
+    example: Example,
+    candidates: Sequence[str],
+    *,
+    exits: Exits | None = None,
+    policy: Policy = FULL,
+    discriminators: nn.ModuleDict | None = None,
+    ranking: str = "sum",
+    at_once: int = 25,
+) -> list[float]:
+    """Log-likelihood of each candidate after the example's prompt, its end token included.
+
+    The prompt is read once; candidates follow it teacher-forced, `at_once` in a pass. Under a
+    policy each token counts with its probability at the depth where it would leave. All layers
+    run all the same, so this takes as long as the full model.
+
+    Raises:
+        DataError: a candidate is longer than the backbone's positions.
+    """
+    backbone = encoder.backbone
+    ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
+    prompts = encoder.prompts([example])
+    encoder.check_room(prompts, [(example.key, max(map(len, ids)))])
+    run = Run(backbone, exits, policy, discriminators)
+    driver = _ReadAll(backbone, exits, tuple(run.thresholds))
+    view = View(backbone, driver)
+    pick = _Pick(backbone, run.thresholds, policy, discriminators)
+    found: list[float] = []
+
+    def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
+        for name in ("logits_processor", "stopping_criteria"):
+            kw.pop(name, None)
+        run.adopt(kw["cache"] if "cache" in kw else kw["past_key_values"])
+        reading = Reading(view, model, input_ids, kw)
+        prompt = driver.take(-1)
+        for start in range(0, len(ids), at_once):
+            rows, mask = encoder.pad(ids[start : start + at_once])
+            states = [{d: s.expand(len(rows), -1, -1) for d, s in part.items()} for part in prompt]
+            if rows.shape[1] > 1:
+                again = copy.copy(reading)  # `advance` moves its positions on
+                kw = _repeated(again.advance(rows.shape[1] - 1), len(rows))
+                view.stack(input_ids=rows[:, :-1], **kw)
+                parts = zip(states, driver.take(0), strict=True)
+                states = [{d: torch.cat([a[d], b[d]], 1) for d in a} for a, b in parts]
+            log_p = torch.where(mask, pick(states[0], states[1], rows), 0.0).double().sum(1)
+            found.extend((log_p / mask.sum(1) if ranking == "mean" else log_p).tolist())
+        return input_ids
+
+    view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
+    return found
+
+
+class _ReadAll:
+    """A driver that runs every layer and, on the way, the exits at `depths`."""
+
+    def __init__(self, backbone: Backbone, exits: Exits | None, depths: Sequence[int]) -> None:
+        self._exits, self._depths, self._last = exits, frozenset(depths), backbone.depth - 1
+        self.entries: dict[int, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
+
+    def layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> Any:
+        if index in self._depths:
+            assert self._exits is not None
+            self.entries[index] = hidden
+            self.states[index] = self._exits.run(index, hidden, args, kw)
+        out = layer(hidden, *args, **kw)
+        if index == self._last:
+            self.states[self._last + 1] = first(out)
+        return out
+
+    def take(self, start: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Entries and states by depth of the last call, from token `start` on; L is the model's."""
+        return (
+            {depth: hidden[:, start:] for depth, hidden in self.entries.items()},
+            {depth: state[:, start:] for depth, state in self.states.items()},
+        )
+
+
+class _Pick:
+    """Log-probabilities of given tokens, each at the depth where the policy lets it leave."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        thresholds: Mapping[int, float],
+        policy: Policy,
+        discriminators: nn.ModuleDict | None,
+    ) -> None:
+        self._backbone, self._thresholds = backbone, thresholds
+        self._judge = Judge(backbone, policy.score, discriminators) if thresholds else None
+        # The first token comes out of the prompt's own pass; see `offramp.decode`.
+        self._from_prompt = backbone.is_encoder_decoder or (
+            policy.exit_in_prefill and backbone.family.causal_prompt
+        )
+
+    def __call__(
+        self, entries: Mapping[int, Tensor], states: Mapping[int, Tensor], ids: Tensor
+    ) -> Tensor:
+        """[B, A] for ids [B, A] and, by depth, what predicts them [B, A, D]."""
+        full = self._backbone.finish(states[self._backbone.depth])
+        found = _log_p(self._backbone.read(full), ids)
+        open_ = torch.ones_like(ids, dtype=torch.bool)
+        open_[:, 0] = self._from_prompt
+        for depth, threshold in sorted(self._thresholds.items()):
+            assert self._judge is not None
+            state, entry = states[depth].flatten(0, 1), entries[depth].flatten(0, 1)
+            logits, score = self._judge(depth, state, entry)
+            leaves = open_ & (score.view_as(ids) >= threshold)
+            found = torch.where(leaves, _log_p(logits.view(*ids.shape, -1), ids), found)
+            open_ &= ~leaves
+        return found
+
+
+def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def _repeated(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The stack's arguments for one row, for many; the cache is copied, not shared."""
+    many: dict[str, Any] = {}
+    for name, value in kw.items():
+        if name in ("cache", "past_key_values"):
+            many[name] = copy.deepcopy(value)
+            many[name].batch_repeat_interleave(rows)
+        elif name == "position_ids":  # [1, T], and in some families [3, 1, T]
+            many[name] = value.repeat_interleave(rows, -2)
+        elif isinstance(value, Tensor):
+            many[name] = value.repeat_interleave(rows, 0)
+        else:
+            many[name] = value
+    return many

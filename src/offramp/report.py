@@ -1,0 +1,215 @@
+"""Stored answers as a result: quality with intervals, depth, latency, and full against early."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from offramp.answerlog import Done, Row
+from offramp.captions import caption_scores
+from offramp.errors import DataError
+from offramp.metrics import (
+    Measure,
+    Measured,
+    exact_match,
+    gold_rank,
+    interval,
+    mean_of,
+    mean_of_some,
+    ndcg,
+    rank_measures,
+    vqa_accuracy,
+)
+from offramp.tasks import Item, Settings
+
+Pairs = Sequence[tuple[Item, Row]]
+
+
+def score(
+    done: Done, items: Sequence[Item], plan: Settings, stored: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Metrics of the answers that are there; see `offramp.evaluate.evaluate` for the keys.
+
+    stored: the settings that the answers depend on.
+    """
+    answered = [i for i in items if all((m, i.key) in done for m in plan.modes)]
+    if not answered:
+        raise DataError("None of these examples has been answered.", "Evaluate them first.")
+    missing = len(items) - len(answered)
+    if missing:
+        logging.warning("%d of %d examples have no answer and are left out.", missing, len(items))
+    pairs = {m: [(i, done[m, i.key]) for i in answered] for m in plan.modes}
+    measured = {m: _MEASURERS[plan.task](pairs[m], plan) for m in plan.modes}
+    for metric, why in measured[plan.modes[0]].unavailable.items():
+        logging.warning("%s is unavailable: %s.", metric, why)
+    if note := measured[plan.modes[0]].tokenizer_note:
+        logging.warning("Captions were split into words %s.", note)
+    scoring = {n: getattr(plan, n) for n in ("confidence", "resamples", "seed")}
+    result = {
+        "task": plan.task,
+        "n": len(answered),
+        "missing": missing,
+        "settings": {**stored, "scoring": scoring},
+        "modes": {
+            m: {"layers": stored["layers"], **_mode(pairs[m], measured[m], plan)}
+            for m in plan.modes
+        },
+    }
+    if len(plan.modes) == 2:
+        result["compared"] = _compared(answered, pairs, measured, plan)
+    return result
+
+
+# -- quality -------------------------------------------------------------------------------------
+
+
+def _measure_captions(pairs: Pairs, plan: Settings) -> Measured:
+    return caption_scores(
+        {item.key: row["answer"] for item, row in pairs},
+        {item.key: item.references for item, _ in pairs},
+        metrics=plan.wanted,
+        tokenizer=plan.tokenizer,
+    )
+
+
+_JUDGES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "vqa_accuracy": vqa_accuracy,
+    "exact_match": exact_match,
+    "exact_match_normalised": lambda answer, right: exact_match(answer, right, normalise=True),
+}
+
+
+def _measure_questions(pairs: Pairs, plan: Settings) -> Measured:
+    def measure(name: str) -> Measure:
+        return mean_of([_JUDGES[name](row["answer"], item.references) for item, row in pairs])
+
+    return Measured({name: measure(name) for name in plan.wanted})
+
+
+def _measure_dialogue(pairs: Pairs, plan: Settings) -> Measured:
+    scored = [(item, row["candidate_scores"]) for item, row in pairs]
+    measures = rank_measures([gold_rank(scores, item.gold or 0) for item, scores in scored])
+    gains = [ndcg(scores, i.relevance) if i.relevance else None for i, scores in scored]
+    if any(gain is not None for gain in gains):
+        measures["ndcg"] = mean_of_some(gains)
+    missing = "the data came without dense annotations"
+    return Measured(
+        {name: measure for name, measure in measures.items() if name in plan.wanted},
+        {name: missing for name in plan.wanted if name not in measures},
+    )
+
+
+_MEASURERS: dict[str, Callable[[Pairs, Settings], Measured]] = {
+    "captions": _measure_captions,
+    "vqa": _measure_questions,
+    "okvqa": _measure_questions,
+    "gqa": _measure_questions,
+    "dialogue": _measure_dialogue,
+}
+
+
+def _metrics(measures: Mapping[str, Measure], pairs: Pairs, plan: Settings) -> dict[str, Any]:
+    items = [item for item, _ in pairs]
+    return {name: _shown(measure, items, plan) for name, measure in measures.items()}
+
+
+def _shown(
+    measure: Measure, items: Sequence[Item], plan: Settings, minus: Measure | None = None
+) -> dict[str, Any]:
+    """A metric as JSON; questions about one picture are resampled together."""
+    ends = interval(
+        measure,
+        [item.example.group or item.key for item in items],
+        minus=minus,
+        confidence=plan.confidence,
+        resamples=plan.resamples,
+        seed=plan.seed,
+    )
+    low, high = ends or (None, None)
+    value = measure.value - (minus.value if minus is not None else 0.0)
+    note = {"note": measure.note} if measure.note else {}
+    return {"value": value, "low": low, "high": high, **note}
+
+
+def _by_group(pairs: Pairs, plan: Settings) -> dict[str, Any]:
+    """Metrics within each group that the data names, such as VQA's answer types."""
+    found: dict[str, Any] = {}
+    for name, value in sorted({group for item, _ in pairs for group in item.groups.items()}):
+        some = [(item, row) for item, row in pairs if item.groups.get(name) == value]
+        measures = _MEASURERS[plan.task](some, plan).measures
+        found.setdefault(name, {})[value] = {"n": len(some), **_metrics(measures, some, plan)}
+    return found
+
+
+# -- one mode ------------------------------------------------------------------------------------
+
+
+def _mode(pairs: Pairs, measured: Measured, plan: Settings) -> dict[str, Any]:
+    rows = [row for _, row in pairs]
+    depths = Counter(depth for row in rows for depth in row["depths"])
+    tokens = sum(depths.values())
+    found: dict[str, Any] = {
+        "metrics": _metrics(measured.measures, pairs, plan),
+        "unavailable": measured.unavailable,
+        "by_group": _by_group(pairs, plan),
+        "tokens": tokens,
+        "mean_depth": sum(d * n for d, n in depths.items()) / tokens if tokens else None,
+        "depth_shares": {str(d): n / tokens for d, n in sorted(depths.items())},
+        "latency": _latency(rows),
+    }
+    if measured.tokenizer is not None:
+        found["tokenizer"] = measured.tokenizer
+        if measured.tokenizer_note:
+            found["tokenizer_note"] = measured.tokenizer_note
+    if rounds := [pair for row in rows for pair in row.get("rounds", ())]:
+        found["drafted"], found["accepted"] = (sum(pair[k] for pair in rounds) for k in (0, 1))
+    if plan.task == "dialogue":
+        found["ranked_by"] = sorted({row["ranked_by"] for row in rows})
+    return found
+
+
+def _latency(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Seconds an answer takes, from processed input on; None where batches were larger than 1."""
+    if any(row.get("seconds") is None for row in rows):
+        return None
+    found: dict[str, Any] = {}
+    for name in ("seconds", "decode_seconds"):
+        p50, p95 = np.percentile([row[name] for row in rows], [50, 95])
+        found[name] = {"p50": float(p50), "p95": float(p95)}
+    decoded = sum(len(row["ids"]) - 1 for row in rows)
+    took = sum(row["decode_seconds"] for row in rows)
+    found["tokens_per_second"] = decoded / took if took > 0 and decoded else None
+    return found
+
+
+# -- full against early --------------------------------------------------------------------------
+
+
+def _compared(
+    items: Sequence[Item],
+    pairs: Mapping[str, Pairs],
+    measured: Mapping[str, Measured],
+    plan: Settings,
+) -> dict[str, Any]:
+    before, after = measured["full"].measures, measured["early_exit"].measures
+    rows = [(a, b) for (_, a), (_, b) in zip(pairs["full"], pairs["early_exit"], strict=True)]
+    same = mean_of([float(a["ids"] == b["ids"]) for a, b in rows])
+    ratios = {"end_to_end": _speedup(rows, "seconds"), "decode": _speedup(rows, "decode_seconds")}
+    return {
+        "agreement": _shown(same, items, plan),
+        "difference": {n: _shown(after[n], items, plan, before[n]) for n in after if n in before},
+        "speedup": {n: ratio and _shown(ratio, items, plan) for n, ratio in ratios.items()},
+    }
+
+
+def _speedup(rows: Sequence[tuple[Row, Row]], name: str) -> Measure | None:
+    """Seconds of the full model over those of early exit, summed over examples."""
+    pairs = [(a[name], b[name]) for a, b in rows]
+    if any(a is None or b is None for a, b in pairs) or not sum(b for _, b in pairs) > 0:
+        return None
+    sums = np.asarray(pairs, dtype=np.float64)
+    return Measure(float(sums[:, 0].sum() / sums[:, 1].sum()), sums)

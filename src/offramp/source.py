@@ -1,0 +1,119 @@
+"""An official data set on disk: its parsed files, checked as they are read, and its pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from offramp.data import CAPTION_PROMPT, QUESTION_PROMPT
+from offramp.errors import DataError, InputError
+from offramp.records import read_json
+
+
+@dataclass
+class Source:
+    """The files of one data set, where its pictures are, and how they are asked about.
+
+    content: of the first file; others: of the rest.
+    expected: the remedy where the content is not what a reader expects.
+    """
+
+    path: Path
+    content: Any
+    others: list[Any]
+    images: Path
+    prompt: str | None
+    split: str | None
+    expected: str
+
+    @classmethod
+    def open(
+        cls,
+        files: Sequence[str | Path],
+        images: str | Path | None,
+        prompt: str | None,
+        split: str | None,
+        expected: str,
+    ) -> Source:
+        paths = [Path(file).expanduser() for file in files]
+        parsed = [(path, read_json(path)) for path in paths]
+        parsed.sort(key=lambda pair: has(pair[1], "annotations"))  # the questions may come second
+        (path, content), *others = parsed
+        folder = Path(images).expanduser() if images is not None else path.parent
+        if not folder.is_dir():
+            raise DataError(f"The picture folder {folder} does not exist.", "Correct --images.")
+        return cls(path, content, [other for _, other in others], folder, prompt, split, expected)
+
+    def second(self, name: str) -> Any:
+        """The content of the other file given, or of `name` beside the first; None without one."""
+        if self.others:
+            return self.others[-1]
+        path = self.path.with_name(name)
+        return read_json(path) if path != self.path and path.is_file() else None
+
+    def fail(self, problem: str) -> NoReturn:
+        """Raise a `DataError` that says what was found and what is expected."""
+        raise DataError(f"{self.path} {problem}; it holds {shown(self.content)}.", self.expected)
+
+    def get(self, value: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+        """`value[name]`, which must be of this kind."""
+        if not has(value, name):
+            self.fail(f"has no {name!r} in {where} ({shown(value)})")
+        if not isinstance(value[name], kind):
+            self.fail(f"has {shown(value[name])} as {name!r} in {where}")
+        return value[name]
+
+    def rows(self, value: Any, name: str) -> list[Any]:
+        """The list `value[name]`."""
+        rows: list[Any] = self.get(value, name, list, "the file")
+        return rows
+
+    def picture(self, names: Sequence[str]) -> Path:
+        """The first of these files that is in the picture folder."""
+        for name in names:
+            # Not Path.is_file, which raises on names that are too long.
+            if os.path.isfile(path := self.images / name):
+                return path
+        raise DataError(
+            f"The picture {names[0]} of {self.path} is not in {self.images} "
+            f"(looked for: {', '.join(names)}).",
+            "Give the folder that holds it as --images.",
+        )
+
+    def caption_prompt(self) -> str:
+        if self.prompt is None:
+            return CAPTION_PROMPT
+        if "{question}" in self.prompt:
+            raise InputError(
+                f"The prompt {self.prompt!r} asks a {{question}}, but captions have none.",
+                "Give a prompt without {question}.",
+            )
+        return self.prompt
+
+    def question_prompt(self, question: str) -> str:
+        template = QUESTION_PROMPT if self.prompt is None else self.prompt
+        if "{question}" not in template:
+            raise InputError(
+                f"The prompt {template!r} has no {{question}}, so every question would be lost.",
+                f"Give a template such as {QUESTION_PROMPT!r}.",
+            )
+        return template.replace("{question}", question.strip())
+
+
+def has(value: Any, *names: str) -> bool:
+    """Whether it is an object with these fields."""
+    return isinstance(value, dict) and all(name in value for name in names)
+
+
+def shown(value: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, dict):
+        names = ", ".join(map(str, list(value)[:6])) or "nothing"
+        return f"the fields {names}{', ...' if len(value) > 6 else ''}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

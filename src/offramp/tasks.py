@@ -1,0 +1,147 @@
+"""What is evaluated: the tasks with their metrics, an item of one, and the settings of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from offramp.captions import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
+from offramp.errors import DataError, InputError
+from offramp.examples import Example, content_digest
+from offramp.metrics import check_known, vqa_accuracy
+from offramp.records import digest_rows
+
+MODES = ("full", "early_exit", "both")
+RANKINGS = ("sum", "mean")
+_VQA = ("vqa_accuracy",)
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "captions": CAPTION_METRICS,
+    "vqa": _VQA,
+    "okvqa": _VQA,
+    "gqa": ("exact_match", "exact_match_normalised"),
+    "dialogue": ("recall@1", "recall@5", "recall@10", "mean_rank", "mrr", "ndcg"),
+}
+TASKS = tuple(TASK_METRICS)
+_LONGEST = {"captions": 40, "dialogue": 20}
+_LONGEST_ANSWER = 10  # to a question
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example to evaluate, with what its task's official metric needs besides.
+
+    references: what the answer is compared with; the example's answers when left out.
+    groups: names to report by, such as {"answer_type": "yes/no"} or {"domain": "near-domain"}.
+    candidates, gold, relevance: of a dialogue's round: the answers to rank, the right one's place
+        (from 0), and how right each is (VisDial's dense annotations; empty if there are none).
+    """
+
+    example: Example
+    references: tuple[str, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
+    gold: int | None = None
+    relevance: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            object.__setattr__(self, "references", self.example.answers)
+
+    @property
+    def key(self) -> str:
+        return self.example.key
+
+    def digest(self) -> str:
+        """SHA-256 over what the model is asked: prompt, picture and candidates."""
+        picture = content_digest(self.example.image)
+        return digest_rows([[self.example.prompt, picture, list(self.candidates)]])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation. What changes an answer is stored with the answers.
+
+    mode: "full", "early_exit", or "both", which takes turns at every example.
+    batch_size: 1 measures latency; more measures quality only.
+    max_new_tokens: longest answer; None: by task (captions 40, questions 10, dialogue 20).
+    ranking: a candidate's score is the "sum" of its tokens' log-probabilities, its end included
+        (the likelihood itself), or their "mean" (length-normalised).
+    candidates_at_once: candidates scored in one pass; changes memory and speed, not the scores.
+    metrics: those of `TASK_METRICS` to compute; None: all of the task's.
+    tokenizer: of captions; see `offramp.captions.caption_scores`.
+    confidence, resamples, seed: of the bootstrap intervals.
+    """
+
+    task: str
+    mode: str = "both"
+    batch_size: int = 1
+    max_new_tokens: int | None = None
+    ranking: str = "sum"
+    candidates_at_once: int = 25
+    metrics: tuple[str, ...] | None = None
+    tokenizer: str = "auto"
+    confidence: float = 0.95
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_known("Task", [self.task], TASKS)
+        check_known("Mode", [self.mode], MODES)
+        check_known("Ranking", [self.ranking], RANKINGS)
+        check_known("Tokenizer", [self.tokenizer], TOKENIZERS)
+        check_known("Metric", self.wanted, TASK_METRICS[self.task])
+        counts = ("batch_size", "candidates_at_once", "resamples", "longest")
+        wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if not 0 < self.confidence < 1:
+            wrong.append(f"confidence is {self.confidence}")
+        if wrong:
+            raise InputError(
+                f"This evaluation cannot start: {'; '.join(wrong)}.",
+                "Give counts of 1 or more, and a confidence between 0 and 1.",
+            )
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("full", "early_exit") if self.mode == "both" else (self.mode,)
+
+    @property
+    def longest(self) -> int:
+        if self.max_new_tokens is None:
+            return _LONGEST.get(self.task, _LONGEST_ANSWER)
+        return self.max_new_tokens
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return TASK_METRICS[self.task] if self.metrics is None else self.metrics
+
+
+def as_items(examples: Sequence[Item | Example], task: str) -> list[Item]:
+    """Examples with what the task needs, before anything is generated.
+
+    Raises:
+        DataError: an example lacks it.
+        InputError: a package that the task's metrics need is not installed.
+    """
+    items = [e if isinstance(e, Item) else Item(e) for e in examples]
+    if not items:
+        raise DataError("There are no examples to evaluate.", "Give at least one.")
+    key, times = Counter(item.key for item in items).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"Two examples have the key {key!r}.", "Give every example its own key.")
+    for item in items:
+        if task == "dialogue" and (len(item.candidates) < 2 or item.gold is None):
+            raise DataError(
+                f"Example {item.key!r} has no candidates to rank.",
+                "Use VisDial's files for --task dialogue, or another task for free answers.",
+            )
+        if not item.references:
+            raise DataError(
+                f"Example {item.key!r} has no reference to compare an answer with.",
+                "Add 'captions' or 'answers' to the data.",
+            )
+        if task in ("vqa", "okvqa"):
+            vqa_accuracy("", item.references)  # refuses another number than its own
+    if task == "captions":
+        need_pycocoevalcap()
+    return items
