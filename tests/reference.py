@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone
 from offramp.exits import Exits
+from offramp.view import View
 
 
 class Probe:
@@ -49,7 +50,7 @@ def probe(
     `logits` by depth, [B, T, V], those of the full model at depth L.
     """
     seen = Probe(backbone, exits)
-    model = backbone.view(seen).model
+    model = View(backbone, seen).model
     given = dict(inputs)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters and (
         model.config.is_encoder_decoder or backbone.is_encoder_decoder

@@ -19,7 +19,6 @@ import fakes
 import families
 import reference
 from offramp.answers import Answered, self_written
-from offramp.backbone import View
 from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
@@ -27,6 +26,7 @@ from offramp.exits import Exits
 from offramp.features import Batch, FeatureStore, _Record, exit_features, record
 from offramp.policy import Policy
 from offramp.reading import Reading, without_inputs
+from offramp.view import View
 
 FAMILIES = families.NAMES
 # The fake pads InstructBLIP's question on the left, which its Q-Former reads as another one.

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -451,7 +452,6 @@ def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
 
 
 def test_a_backbone_with_lora_trains(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(families.build("llava"), config)
     one = Backbone(wrapped)

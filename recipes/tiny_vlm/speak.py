@@ -25,7 +25,7 @@ from offramp import world
 
 IGNORE = -100
 PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates
-SIZES = {"opt": (16, 48), "t5": (32, 64)}  # scenes a step, of captions and of questions
+SIZES = {"opt": (8, 56), "t5": (8, 88)}  # scenes a step, of captions and of questions
 Row = tuple[list[int], list[int]]  # token ids, label of each position (OPT) or of the decoder (T5)
 
 

@@ -1,117 +1,17 @@
-"""The frozen vision-language model: where its language decoder is, and how to drive its layers.
-
-Nothing of the user's model is ever patched. A `view` is a chain of shallow twins of the modules
-from the root down to the decoder layers; the twins share every parameter and buffer with the
-original, and the twin stack's layers are thin wrappers that ask a *driver* what to do. Each
-generation has a view and a driver of its own, so two of them cannot meet.
-"""
+"""The frozen vision-language model: where its language decoder is, and how its states are read."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.families import family_of
-
-# ---------------------------------------------------------------------------------------------
-# Views: the model, with somebody else deciding what each layer does
-# ---------------------------------------------------------------------------------------------
-
-
-class Driver(Protocol):
-    """Decides, call by call, what happens at a decoder layer."""
-
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        """The output of layer `index` (0-based) for `hidden` [B, T, D]."""
-        ...
-
-
-class _LayerView(nn.Module):
-    """Stands where a decoder layer stood in the twin stack and hands its calls to the driver."""
-
-    def __init__(self, index: int, layer: nn.Module, driver: Driver) -> None:
-        super().__init__()
-        # Past nn.Module's registration: the view owns neither the layer nor its parameters.
-        self.__dict__.update(_index=index, _layer=layer, _driver=driver)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)  # e.g. attention_type, read by some stacks
-
-    def __call__(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
-        return self._driver.layer(self._index, self._layer, hidden, args, kw)
-
-
-class _HeadView(nn.Module):
-    """The LM head, always applied to a 2-D row.
-
-    A frozen half-precision head on a slice `h[:, -1:]` takes torch's batched path on CPU, which
-    copies the whole weight: 14 to 40 times slower than the same rows as a matrix.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_head"] = head
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_head"], name)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if hidden.dim() == 3 and hidden.shape[1] == 1:
-            return self._head(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
-        return self._head(hidden)  # type: ignore[no-any-return]
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    for table in _HOOKS:  # a hook on the twin must not show on the original
-        twin.__dict__[table] = copy.copy(module.__dict__[table])
-    return twin
-
-
-def _graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Hang `leaf` at `path` below the twin `root`, making twins of what lies between."""
-    *between, last = path.split(".")
-    node = root
-    for name in between:
-        child = node._modules[name]
-        assert child is not None
-        if "_is_twin" not in child.__dict__:
-            child = _twin(child)
-            child.__dict__["_is_twin"] = True
-            node._modules[name] = child
-        node = child
-    node._modules[last] = leaf
-
-
-# ---------------------------------------------------------------------------------------------
-# The backbone
-# ---------------------------------------------------------------------------------------------
 
 
 class Backbone:
@@ -233,10 +133,6 @@ class Backbone:
 
     # -- driving ----------------------------------------------------------------------------
 
-    def view(self, driver: Driver) -> View:
-        """A view of the whole VLM whose decoder layers ask `driver`."""
-        return View(self, driver)
-
     def skip(self, index: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """What layer `index` would return if it left `hidden` [B, T, D] as it is.
 
@@ -315,36 +211,6 @@ def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
     if len(saved["weights"]) != len(now["weights"]) or equal < 0.9:
         return f"the decoder's weights differ ({equal:.0%} of a sample agree)"
     return None
-
-
-class View:
-    """A VLM seen through a driver: run the model whole, or its decoder stack alone."""
-
-    def __init__(self, backbone: Backbone, driver: Driver) -> None:
-        family = backbone.family
-        root = _twin(backbone.model)
-        layers = nn.ModuleList(
-            _LayerView(i, layer, driver) for i, layer in enumerate(backbone.layers)
-        )
-        _graft(root, f"{family.stack}.{family.layers}", layers)
-        _graft(root, family.head, _HeadView(backbone.head))
-        self.model: Any = root
-        self.stack: Any = root.get_submodule(family.stack)
-
-    @contextmanager
-    def recording(self) -> Iterator[list[dict[str, Any]]]:
-        """Collect the keyword arguments with which the stack is called."""
-        calls: list[dict[str, Any]] = []
-
-        def note(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
-            assert not args, "decoder stacks are called with keywords"
-            calls.append(dict(kw))
-
-        handle = self.stack.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield calls
-        finally:
-            handle.remove()
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

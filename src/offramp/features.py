@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.answers import Answered
-from offramp.backbone import Backbone, View, dump_fingerprint
+from offramp.backbone import Backbone, dump_fingerprint
 from offramp.config import CACHES
 from offramp.encode import Encoder
 from offramp.errors import InputError
@@ -28,6 +28,7 @@ from offramp.examples import examples_digest
 from offramp.exits import Exits, first
 from offramp.reading import Reading, cache_name, without_inputs
 from offramp.records import digest_rows, write_atomic
+from offramp.view import View
 
 
 @dataclass(frozen=True)

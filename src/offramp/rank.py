@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone, View
+from offramp.backbone import Backbone
 from offramp.encode import Encoder
 from offramp.examples import Example
 from offramp.exits import Exits, first
 from offramp.policy import FULL, Policy
 from offramp.reading import Reading
 from offramp.run import Judge, Run
+from offramp.view import View
 
 
 def follows_policy(policy: Policy) -> bool:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone, View
+from offramp.backbone import Backbone
 from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.policy import Policy
 from offramp.scores import SCORES, check_thresholds
+from offramp.view import View
 
 
 class Judge:
