@@ -26,6 +26,7 @@ from offramp import world
 IGNORE = -100
 PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates
 SIZES = {"opt": (8, 56), "t5": (8, 88)}  # scenes a step, of captions and of questions
+HARD = ("count", "exists", "where", "color")  # asked three times as often: learnt last
 Row = tuple[list[int], list[int]]  # token ids, label of each position (OPT) or of the decoder (T5)
 
 
@@ -98,7 +99,9 @@ def answers(
         else:
             found = world.questions(scene, 8)
             count = 5 if backbone == "opt" else 1
-            turns = [found[j] for j in rng.permutation(len(found))[:count]]
+            weights = [3.0 if world.question_kind(q) in HARD else 1.0 for q, _ in found]
+            share = np.array(weights) / sum(weights)
+            turns = [found[j] for j in rng.choice(len(found), min(count, len(found)), False, share)]
         rows.append((texts.rounds if backbone == "opt" else texts.turn)(asked(turns)))
     return rows
 
@@ -183,8 +186,12 @@ def train(
     work: Path,
     steps: int,
     seed: int = 0,
+    restart: int = 0,
 ) -> Blip2ForConditionalGeneration:
-    """Train projection and language model, or go on from the last checkpoint."""
+    """Train projection and language model, or go on from the last checkpoint.
+
+    restart: step at which the learning rate starts its schedule again (Loshchilov and Hutter 2017).
+    """
     torch.manual_seed(seed + 1)
     log, path = Log(work / f"speak-{backbone}.jsonl"), work / f"speak-{backbone}.pt"
     model = fresh_model(backbone, eyes)
@@ -205,7 +212,7 @@ def train(
         batches(backbone, states, first, steps, SIZES[backbone], seed), start=first
     ):
         for group in optim.param_groups:
-            group["lr"] = peak * rate(step, steps)
+            group["lr"] = peak * rate(step - restart, steps - restart)
         optim.zero_grad()
         values = []
         for seen, rows in parts:

@@ -45,6 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--record", type=Path, default=Path(__file__).with_name("record.json"))
     parser.add_argument("--see-steps", type=int, default=3000, help="steps of stage 1, batch 64")
     parser.add_argument("--speak-steps", type=int, default=5000, help="steps of stage 2")
+    parser.add_argument(
+        "--restart", type=int, default=0, help="step of stage 2 at which the schedule starts again"
+    )
     parser.add_argument("--pool", type=int, default=40_000, help="training scenes of stage 2")
     parser.add_argument(
         "--scenes", type=int, default=500, help="test scenes of the final evaluation"
@@ -62,7 +65,13 @@ def trained(args: argparse.Namespace) -> Blip2ForConditionalGeneration:
     eyes = train_eyes(args.work_dir, args.see_steps, seed=args.seed)
     states = pool(eyes, args.work_dir, args.pool)
     return train_language(
-        args.backbone, eyes, states, args.work_dir, args.speak_steps, seed=args.seed
+        args.backbone,
+        eyes,
+        states,
+        args.work_dir,
+        args.speak_steps,
+        seed=args.seed,
+        restart=args.restart,
     )
 
 
