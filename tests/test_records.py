@@ -272,3 +272,8 @@ def test_provenance_names_the_versions_that_ran() -> None:
 def test_data_and_records_do_not_wait_for_torch() -> None:
     code = "import sys, offramp.data, offramp.records; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_command_is_shown_by_name_not_by_where_it_lies() -> None:
+    shown = provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
+    assert shown["command"] == "offramp train --out 'my exits'"

@@ -134,8 +134,8 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--target",
         type=float,
-        default=0.01,
-        help="share of answers that may differ from the full model's (default: 0.01)",
+        default=0.0075,
+        help="share of answers that may differ from the full model's (default: 0.0075)",
     )
     parser.add_argument("--seed", type=int, default=0)
 

@@ -220,7 +220,7 @@ def provenance(
     torch = sys.modules.get("torch")
     has_gpu = torch is not None and torch.cuda.is_available()
     return {
-        "command": command if isinstance(command, str) else shlex.join(command),
+        "command": command if isinstance(command, str) else _shown(command),
         "seed": seed,
         "data_digest": data_digest,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,6 +235,11 @@ def provenance(
         "accelerator": torch.cuda.get_device_name() if torch is not None and has_gpu else None,
         "threads": torch.get_num_threads() if torch is not None else os.cpu_count(),
     }
+
+
+def _shown(command: Sequence[str]) -> str:
+    """A command line to type again: the program by its name, not by where it lies here."""
+    return shlex.join([os.path.basename(command[0]), *command[1:]]) if command else ""
 
 
 def _dumps(value: Any, **options: Any) -> str:
