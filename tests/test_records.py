@@ -275,5 +275,5 @@ def test_data_and_records_do_not_wait_for_torch() -> None:
 
 
 def test_a_command_is_shown_by_name_not_by_where_it_lies() -> None:
-    shown = provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
+    shown = records.provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
     assert shown["command"] == "offramp train --out 'my exits'"

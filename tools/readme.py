@@ -40,6 +40,14 @@ def figures() -> str:
             "questions right, full / early exit",
             lambda r, e: _pair(r["modes"]["full"], e, "questions"),
         ),
+        (
+            "lossless mode: decoding, end to end",
+            lambda r, e: _lossless(r["modes"]["lossless"]),
+        ),
+        (
+            "lossless output identical to the full model's",
+            lambda r, e: "yes" if r["modes"]["lossless"]["identical"] else "NO",
+        ),
         ("training the exits", lambda r, e: f"{r['training_seconds']:.0f} s"),
     ]
     for title, value in rows:
@@ -47,6 +55,10 @@ def figures() -> str:
         lines.append(f"| {title} | {cells} |")
     lines += ["", "`make records` runs both again and rewrites this table."]
     return "\n".join(lines) + "\n"
+
+
+def _lossless(mode: dict) -> str:
+    return f"{mode['speedup_decode']:.2f}x, {mode['speedup_end_to_end']:.2f}x"
 
 
 def _pair(full: dict, early: dict, metric: str) -> str:
