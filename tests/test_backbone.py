@@ -14,6 +14,7 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.exits import Exits
 from offramp.families import Family, register_backbone
 from offramp.policy import Policy
+from offramp.view import View
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEW = 10
@@ -149,7 +150,7 @@ def test_generations_do_not_pile_up_recorders(name, batch):
 
 def test_a_hook_on_a_view_does_not_show_on_the_model(batch):
     whole = Backbone(families.build("llava"))
-    view = whole.view(None)
+    view = View(whole, None)
     view.stack.register_forward_hook(lambda *_: None)
     view.stack.register_forward_pre_hook(lambda *_: None)
     assert not whole.stack._forward_hooks and not whole.stack._forward_pre_hooks

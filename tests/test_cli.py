@@ -287,3 +287,8 @@ def test_a_missing_picture_to_answer_about_is_named(
 ) -> None:
     found = run("generate", "--adapter", trained, "--image", tmp_path / "gone.jpg")
     assert_two_lines(found, "gone.jpg")
+
+
+def test_a_prompt_without_its_image_is_refused(run: Run, trained: Path) -> None:
+    found = run("generate", "--adapter", trained, "--prompt", "Question: what is it? Answer:")
+    assert_two_lines(found, "--image")

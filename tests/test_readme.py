@@ -1,4 +1,4 @@
-"""The README says what the records say."""
+"""The pages say what the records say."""
 
 import importlib.util
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_figure_of_the_readme_is_the_records() -> None:
+def test_every_figure_of_a_page_is_its_records() -> None:
     spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == tool.rendered(text)
+    for name in tool.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text == tool.rendered(name, text)

@@ -1,11 +1,10 @@
 """Write the README's figures from the committed records, so that none is typed by hand."""
 
 import json
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->"
+BEGIN, END = "<!-- figures:begin -->\n", "<!-- figures:end -->"
 
 
 def figures() -> str:
@@ -65,15 +64,41 @@ def _pair(full: dict, early: dict, metric: str) -> str:
     return f"{full['quality'][metric]:.1%} / {early['quality'][metric]:.1%}"
 
 
-def rendered(readme: str) -> str:
-    """The README with its figures as the records have them."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + figures() + END + rest.split(END, 1)[1]
+def tiny_figures() -> str:
+    """What the shipped models reach on the test split, as Markdown."""
+    record = json.loads((ROOT / "recipes" / "tiny_vlm" / "record.json").read_text())
+    models = [record["opt"], record["t5"]]
+    rows = [
+        ("questions right", lambda m: f"{m['question_accuracy']:.3f}"),
+        ("captions fully right", lambda m: f"{m['captions_right']:.3f}"),
+        ("captions of four objects", lambda m: f"{m['four_object_captions_right']:.3f}"),
+        ("dialogue turns right (own history)", lambda m: f"{m['dialogue_accuracy']:.3f}"),
+    ]
+    rows += [
+        (f"questions: {kind}", lambda m, k=kind: f"{m['question_accuracy_by_kind'][k]:.3f}")
+        for kind in models[0]["question_accuracy_by_kind"]
+    ]
+    rows += [
+        ("parameters, million", lambda m: f"{m['parameters'] / 1e6:.2f}"),
+        ("folder, MB", lambda m: f"{m['folder_bytes'] / 1e6:.1f}"),
+        ("steps, stage 1 (shared)", lambda m: f"{m['training']['see_steps']:,}"),
+        ("steps, stage 2", lambda m: f"{m['training']['speak_steps']:,}"),
+        ("seconds, stage 2", lambda m: f"{m['training']['speak_seconds']:,}"),
+    ]
+    lines = [f"| {title} | " + " | ".join(value(m) for m in models) + " |" for title, value in rows]
+    return "\n".join(["| | OPT | T5 |", "|---|---|---|", *lines]) + "\n"
+
+
+PAGES = {"README.md": figures, "recipes/tiny_vlm/README.md": tiny_figures}
+
+
+def rendered(name: str, page: str) -> str:
+    """The page `name` with its figures as the records have them."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + PAGES[name]() + END + rest.split(END, 1)[1]
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        sys.exit(text != rendered(text))
-    path.write_text(rendered(text), encoding="utf-8")
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(rendered(name, path.read_text(encoding="utf-8")), encoding="utf-8")

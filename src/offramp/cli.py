@@ -233,7 +233,7 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--adapter", required=True, help="folder or hub name of trained exits")
     _backbone_options(parser, required=False)
-    parser.add_argument("--image", type=Path, required=True, nargs="+")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], help="one or several files")
     parser.add_argument("--prompt", default="Caption:", help="default: Caption:")
     parser.add_argument(
         "--mode",
@@ -256,6 +256,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from offramp.examples import Example
     from offramp.policy import FULL
 
+    if not arguments.image:
+        raise InputError("The prompt came without its image.", "Add --image FILE.")
     adapter, processor = _load_adapter(arguments)
     policy = replace(_policy(arguments, adapter), lossless=arguments.mode == "lossless")
     if arguments.mode == "full":
