@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test lint check records clean
+.PHONY: demo test lint check records choices clean
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -26,6 +26,10 @@ records: $(READY)  ## run both demos, keep their reports in records/, rewrite th
 	$(BIN)/offramp demo --backbone t5
 	cp runs/demo/report-opt.json records/demo-opt.json
 	cp runs/demo/report-t5.json records/demo-t5.json
+	$(BIN)/python tools/readme.py
+
+choices: $(READY)  ## measure what the defaults were chosen by; rewrites records/choices.json and docs/choices.md
+	$(BIN)/python tools/choices.py
 	$(BIN)/python tools/readme.py
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay

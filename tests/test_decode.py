@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -723,3 +725,23 @@ def test_the_judge_reads_a_state_as_the_backbone_does(backbone, batch):
 def test_a_run_starts_with_nobody_waiting(backbone, exits):
     run = Run(backbone("llava"), exits("llava"), Policy({2: 0.5}))
     assert run.thresholds == {2: 0.5} and not run.everybody_left
+
+
+def test_a_generation_lets_go_of_its_cache_without_the_garbage_collector(backbone, exits, batch):
+    name = "llava"
+    whole, given = backbone(name), exits(name)
+    inputs, seen = batch(name, 1), []
+
+    def note(_, scores):
+        caches = [o for o in gc.get_objects() if type(o).__name__ == "DynamicLayer"]
+        seen.extend(weakref.ref(c) for c in caches)
+        return scores
+
+    gc.collect()
+    gc.disable()
+    try:
+        options = {"max_new_tokens": 3, "do_sample": False, "logits_processor": [note]}
+        generate(whole, inputs, exits=given, policy=always(name), **options)
+        assert seen and not any(ref() is not None and ref().is_initialized for ref in seen)
+    finally:
+        gc.enable()

@@ -89,7 +89,42 @@ def tiny_figures() -> str:
     return "\n".join(["| | OPT | T5 |", "|---|---|---|", *lines]) + "\n"
 
 
-PAGES = {"README.md": figures, "recipes/tiny_vlm/README.md": tiny_figures}
+def choices_figures() -> str:
+    """What the defaults were chosen by, as Markdown."""
+    record = json.loads((ROOT / "records" / "choices.json").read_text())
+    lines = [
+        f"One exit at depth {record['depth']} of 12, {record['steps']} steps, no labels; share of "
+        "held-out answer tokens on which exit and final layer agree, mean and standard deviation "
+        f"over {len(record['opt']['adversary'][0]['agreement'])} seeds:",
+        "",
+        "| weight of the adversarial term, discriminator | tiny OPT | tiny T5 |",
+        "|---|---|---|",
+    ]
+    for opt, t5 in zip(record["opt"]["adversary"], record["t5"]["adversary"], strict=True):
+        kind = "conditional" if opt["conditional"] else "unconditional"
+        title = f"{opt['weight']:g}, {kind}" if opt["weight"] else "0: distillation alone"
+        cells = [f"{m['mean']:.4f} ± {m['standard_deviation']:.4f}" for m in (opt, t5)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Keys and values, threshold {record['opt']['kv']['threshold']}: decoding "
+        "against full depth, and answers that stay the full model's:",
+        "",
+        "| policy | tiny OPT | tiny T5 |",
+        "|---|---|---|",
+    ]
+    for policy in ("recompute", "propagate"):
+        found = [record[m]["kv"][policy] for m in ("opt", "t5")]
+        cells = [f"{f['speedup_decode']:.2f}x, {f['identical_answers']:.1%}" for f in found]
+        lines.append(f"| `{policy}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "README.md": figures,
+    "recipes/tiny_vlm/README.md": tiny_figures,
+    "docs/choices.md": choices_figures,
+}
 
 
 def rendered(name: str, page: str) -> str:

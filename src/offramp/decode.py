@@ -116,8 +116,11 @@ def generate(
         loop.end()
         return loop.ids
 
-    with torch.inference_mode():
-        sequences = run.view.model.generate(**inputs, custom_generate=decode, **options)
+    try:
+        with torch.inference_mode():
+            sequences = run.view.model.generate(**inputs, custom_generate=decode, **options)
+    finally:
+        run.release()
     live, depths, scores = (torch.stack(column, 1) for column in zip(*loops[0].trace, strict=True))
     return Generation(
         sequences,

@@ -107,6 +107,12 @@ class Run:
         self.depths: Tensor
         self.scores: Tensor
 
+    def release(self) -> None:
+        """Let go of keys, values and states now: view and driver hold each other, so they would
+        stay until the garbage collector comes by."""
+        self.cache, self.constrain, self.logits, self._positions = None, None, None, None
+        self._waiting = {}
+
     # -- one token ---------------------------------------------------------------------------
 
     def begin(self, unfinished: Tensor, *, check: bool = True) -> None:
