@@ -231,11 +231,10 @@ def own_way(adapter: Adapter, policy: Policy) -> Way:
 
 
 def _speed(timing: Timing) -> dict[str, Any]:
-    rounds = sorted(timing.seconds)
     return {
         "tokens_per_second": timing.tokens_per_second,
-        "seconds_end_to_end": rounds[len(rounds) // 2],
-        "seconds_decode": sorted(timing.decode)[len(timing.decode) // 2],
+        "seconds_end_to_end": median(timing.seconds),
+        "seconds_decode": median(timing.decode),
         "tokens": timing.tokens,
     }
 
