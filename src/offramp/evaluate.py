@@ -29,7 +29,7 @@ from offramp.examples import Example, examples_digest
 from offramp.policy import FULL, Generation, Policy
 from offramp.rank import candidate_scores, follows_policy
 from offramp.records import digest_rows, provenance, write_json
-from offramp.report import score
+from offramp.scoring import score
 from offramp.tasks import Item, Settings, as_items
 
 FORMAT = 1

@@ -1,0 +1,97 @@
+"""What the commands share: their options for a model, and how it is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import InputError
+
+
+def add_command(
+    commands: Any, name: str, help: str, example: str, run: Any
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def backbone_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--backbone",
+        required=required,
+        metavar="NAME",
+        help="hub name or folder of the VLM, or tiny-opt or tiny-t5, which ship with offramp",
+    )
+    parser.add_argument("--revision", help="hub revision of the backbone")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of the backbone (default: as saved)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="e.g. cpu or cuda (default: cpu)")
+
+
+def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:
+    """The backbone and its processor."""
+    import torch
+    from transformers import AutoProcessor
+
+    from offramp.backbone import Backbone
+    from offramp.tiny import TINY, load_tiny
+
+    name = name or arguments.backbone
+    kind = name.removeprefix("offramp/").removeprefix("tiny-")
+    if kind in TINY and kind != name:
+        return load_tiny(kind)
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    backbone = Backbone.from_pretrained(
+        name, revision=arguments.revision, dtype=dtype, device=arguments.device
+    )
+    try:
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            name, revision=arguments.revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No processor could be loaded from {name!r}: {str(error).strip().splitlines()[0]}",
+            "Save the model's processor beside it: processor.save_pretrained(folder).",
+        ) from error
+    return backbone, processor
+
+
+def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
+    from offramp.adapter import CONFIG, Adapter
+    from offramp.records import read_json
+
+    name = arguments.backbone
+    if name is None:
+        config = Path(arguments.adapter) / CONFIG
+        if not config.is_file():
+            raise InputError(
+                f"{arguments.adapter} is not an adapter folder on this machine.",
+                "Correct --adapter, or name the --backbone of an adapter on the hub.",
+            )
+        name = read_json(config)["backbone"]["name"]
+    backbone, processor = load_model(arguments, name)
+    return Adapter.from_pretrained(arguments.adapter, backbone), processor
+
+
+def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
+    """The adapter's policy, with what --threshold, --score and --kv change."""
+    from dataclasses import replace
+
+    policy = adapter.policy
+    if arguments.threshold is not None:
+        policy = replace(
+            policy, thresholds=dict.fromkeys(adapter.exits.depths, arguments.threshold)
+        )
+    changes = {n: v for n in ("score", "kv") if (v := getattr(arguments, n)) is not None}
+    return replace(policy, **changes)

@@ -1,0 +1,134 @@
+"""`offramp eval`: quality, depth and latency on a data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.common import add_command, backbone_options, load_adapter, load_model, policy_of
+from offramp.errors import InputError
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "eval",
+        "Measure quality, depth and latency on a data set, with the full model and early exits.",
+        "offramp eval --adapter exits --task captions --data photos.jsonl --out runs/captions\n"
+        "  offramp eval --adapter exits --task vqa --images val2014 --out runs/vqa \\\n"
+        "      --data v2_OpenEnded_mscoco_val2014_questions.json\n"
+        "  offramp eval --adapter exits --task vqa --data ... --out runs/vqa --resume\n"
+        "  offramp eval --backbone tiny-opt --mode full --task gqa --data questions.jsonl "
+        "--out runs/gqa",
+        _eval,
+    )
+    parser.add_argument("--adapter", help="folder or hub name of trained exits")
+    backbone_options(parser, required=False)
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", help="captions, vqa, okvqa, gqa or dialogue"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL file, datasets name or folder, or the data set's official file (VQA: the "
+        "questions; annotations beside them are found)",
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help="auto, jsonl, coco, karpathy, nocaps, vqav2, okvqa, gqa or visdial (default: auto)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
+    )
+    parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="evaluate at most so many examples")
+    parser.add_argument(
+        "--mode",
+        metavar="MODE",
+        help="full, early_exit or both (default: both; without --adapter full)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="one threshold for all exits, instead of the adapter's"
+    )
+    parser.add_argument("--score", help="confidence score, instead of the adapter's")
+    parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", help="only these (default: all of the task's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="more than 1 measures quality only (default: 1)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="default: 40 for captions, 20 for dialogue, 10 for questions",
+    )
+    parser.add_argument(
+        "--ranking",
+        default="sum",
+        metavar="HOW",
+        help="candidates' log-likelihood: sum, or mean per token (default: sum)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for rows.jsonl (an answer a line) and result.json",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--rescore",
+        action="store_true",
+        help="score the answers in --out again; no model is loaded",
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from offramp.encode import Encoder
+    from offramp.evaluate import evaluate, rescore
+    from offramp.official import read_items
+    from offramp.tasks import Settings
+
+    names = ("batch_size", "max_new_tokens", "ranking", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    alone = arguments.adapter is None and not arguments.rescore
+    settings["mode"] = arguments.mode or ("full" if alone else "both")
+    settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
+    Settings(arguments.task, **settings)  # a mistake should not wait for data and model
+    if alone and arguments.backbone is None:
+        raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
+    items = read_items(
+        arguments.data,
+        arguments.images,
+        arguments.format,
+        split=arguments.split,
+        prompt=arguments.prompt,
+        limit=arguments.limit,
+    )
+    if arguments.rescore:
+        result = rescore(arguments.out, items, arguments.task, **settings)
+    else:
+        model, processor = load_model(arguments) if alone else load_adapter(arguments)
+        backbone = model if alone else model.backbone
+        result = evaluate(
+            model,
+            Encoder(backbone, processor),
+            items,
+            arguments.task,
+            None if alone else policy_of(arguments, model),
+            out=arguments.out,
+            resume=arguments.resume,
+            progress=lambda batches: tqdm(batches, "evaluate", disable=None),
+            **settings,
+        )
+    print(json.dumps(result, ensure_ascii=False))

@@ -1,0 +1,82 @@
+"""`offramp train`: its flags are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.common import add_command, backbone_options, load_model
+from offramp.config import TrainConfig
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        "Train exits on a frozen VLM from images with captions, questions, or nothing but prompts.",
+        "offramp train --backbone tiny-opt --data photos.jsonl --out exits --steps 400",
+        _train,
+    )
+    backbone_options(parser, required=True)
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="JSONL file (image with captions, question and answer, or dialogue), or a datasets "
+        "name or folder",
+    )  # fmt: skip
+    parser.add_argument("--split", help="only rows of this split")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="read at most so many examples")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    hints = typing.get_type_hints(TrainConfig)
+    for option in fields(TrainConfig):
+        _add_option(parser, option.name, hints[option.name], option.default, dict(option.metadata))
+
+
+def _add_option(
+    parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: dict[str, Any]
+) -> None:
+    """A flag from a field of the configuration."""
+    flag = f"--{name.replace('_', '-')}"
+    shown = f"{metadata['help']} (default: {'none' if default is None else default})"
+    if hint is bool:
+        parser.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=default, help=shown
+        )
+        return
+    parse: Any = _depths if name == "depths" else hint if isinstance(hint, type) else _whole_or_none
+    parser.add_argument(
+        flag, type=parse, default=default, choices=metadata.get("choices"), help=shown
+    )
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _whole_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from offramp.data import read_examples
+    from offramp.train import train
+
+    config = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
+    examples = read_examples(
+        arguments.data,
+        split=arguments.split,
+        prompt_template=arguments.prompt,
+        limit=arguments.limit,
+        require_answers=config.regime == "supervised",
+    )
+    backbone, processor = load_model(arguments)
+    adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
+    if PartialState().is_main_process:
+        print(json.dumps({"adapter": str(arguments.out), **adapter.metrics}))
