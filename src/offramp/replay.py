@@ -1,0 +1,114 @@
+"""What every exit would have said at every token of known answers, from one full-depth pass.
+
+With exact keys and values an exit reads the same state whatever left before, so on the full
+model's own greedy answers a replay tells, without decoding again, which answers would stay the
+same under any thresholds: up to the first token that differs the two generations are one. After
+that they part, and only decoding tells more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offramp.answers import Answered
+from offramp.encode import Encoder
+from offramp.exits import Exits
+from offramp.features import exit_features, group, record
+from offramp.scores import SCORES
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """N answers of at most A tokens; arrays [N, A], the answers in the order they were given.
+
+    layers: depth L of the full model.
+    targets: the tokens of the answers; -1 behind an answer's end.
+    final: the full model's arg-max at each of them.
+    said, scores: each exit's arg-max, and its score, by depth.
+    """
+
+    layers: int
+    targets: Array
+    final: Array
+    said: Mapping[int, Array]
+    scores: Mapping[int, Array]
+
+    @property
+    def mask(self) -> Array:
+        """Which entries [N, A] are tokens."""
+        return self.targets >= 0
+
+    def depths(self, thresholds: Mapping[int, float], *, first: bool = True) -> Array:
+        """The depth [N, A] at which each token leaves; 0 where there is none.
+
+        first: whether the first token of an answer may leave early. A decoder-only model reads it
+        off the prompt, at full depth unless `Policy.exit_in_prefill`.
+        """
+        found = np.where(self.mask, self.layers, 0)
+        for depth in sorted(thresholds, reverse=True):
+            leaves = self.mask & (self.scores[depth] >= thresholds[depth])
+            if not first:
+                leaves[:, 0] = False
+            found = np.where(leaves, depth, found)
+        return found
+
+    def written(self, depths: Array) -> Array:
+        """The token [N, A] that is written when each leaves at its depth of `depths` [N, A]."""
+        found = self.final
+        for depth, said in self.said.items():
+            found = np.where(depths == depth, said, found)
+        return found
+
+    def differs(self, depths: Array) -> Array:
+        """Which answers [N] would not be the full model's, if the targets are its greedy ones."""
+        return ((self.written(depths) != self.targets) & self.mask).any(1)  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def replay(
+    encoder: Encoder,
+    exits: Exits,
+    rows: Sequence[Answered],
+    score: str = "max_probability",
+    *,
+    batch_size: int = 32,
+    progress: Any = iter,
+) -> Replay:
+    """Read every exit at every token of `rows`.
+
+    rows: of `offramp.answers.self_written` for the full model's own answers, or labelled ones.
+    score: a key of `SCORES`.
+
+    Raises:
+        DataError: prompt and answer are longer than the backbone's positions.
+    """
+    backbone, place = encoder.backbone, {id(row): i for i, row in enumerate(rows)}
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    targets, final = np.full(shape, -1), np.full(shape, -1)
+    said = {d: np.full(shape, -1) for d in exits.depths}
+    scores = {d: np.full(shape, np.nan) for d in exits.depths}
+    for some in progress(group(rows, batch_size)):
+        batch = record(encoder, some, exits.depths)
+        states = {backbone.depth: batch.teacher, **exit_features(backbone, exits, batch)}
+        where = np.ix_([place[id(row)] for row in some], range(batch.targets.shape[1]))
+        mask = batch.mask.cpu().numpy()
+
+        def put(array: Array, values: torch.Tensor, where: Any = where, mask: Array = mask) -> None:
+            array[where] = np.where(mask, values.cpu().numpy(), array[where])
+
+        put(targets, batch.targets)
+        for depth, features in states.items():
+            logits = backbone.read(features)
+            put(final if depth == backbone.depth else said[depth], logits.argmax(-1))
+            if depth in scores:
+                flat = SCORES[score](logits.flatten(0, 1))
+                put(scores[depth], flat.view(logits.shape[:2]).float())
+    return Replay(backbone.depth, targets, final, said, scores)
