@@ -86,6 +86,16 @@ class Backbone:
         return int(self.head.weight.shape[0])
 
     @property
+    def vision(self) -> Any:
+        """The vision tower. Raise `InputError` where the family does not say where it is."""
+        if self.family.vision is None:
+            raise InputError(
+                f"Where the vision tower of {type(self.model).__name__} is, is not known.",
+                "Name it: register_backbone(..., Family(..., vision='path.to.the.tower')).",
+            )
+        return self._find(self.family.vision)
+
+    @property
     def is_encoder_decoder(self) -> bool:
         return bool(getattr(self.text_config, "is_encoder_decoder", False))
 

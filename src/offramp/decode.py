@@ -21,6 +21,7 @@ from offramp.policy import FULL, Generation, Policy
 from offramp.reading import Reading
 from offramp.run import Run
 from offramp.speculate import speculate
+from offramp.vision import VisionCache
 
 
 def _always(_: Any) -> bool:
@@ -76,12 +77,14 @@ def generate(
     exits: Exits | None = None,
     policy: Policy = FULL,
     discriminators: nn.ModuleDict | None = None,
+    vision_cache: VisionCache | None = None,
     streamer: Any = None,
     **options: Any,
 ) -> Generation:
     """Generate with early exits; without `exits` or thresholds, with the full model.
 
-    inputs: what the HF processor returned. options: HF's own generation options (max_new_tokens,
+    inputs: what the HF processor returned. vision_cache: image features kept between calls, for
+    several questions on an image. options: HF's own generation options (max_new_tokens,
     min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, logits_processor,
     stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
     search, assisted and contrastive decoding, static or quantised caches.
@@ -92,6 +95,8 @@ def generate(
     _check_options(lambda name: asked.get(name, getattr(config, name, None)))
     _check_inputs(inputs)
     run = Run(backbone, exits, policy, discriminators)
+    if vision_cache is not None:
+        run.view.remember_images(backbone, vision_cache)
     loops: list[Loop] = []
     rounds: list[tuple[int, int]] = []
 

@@ -7,7 +7,7 @@ else works on any family.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from offramp.errors import UnsupportedBackboneError, did_you_mean
@@ -21,6 +21,7 @@ class Family:
     layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
     head: the LM head.
     hidden_scale: factor on the normed state before the head, from the text config (T5 ties).
+    vision: the vision tower, which reads the image and nothing else.
     causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
         features join between layers (Qwen3-VL); the prompt then always runs at full depth.
     """
@@ -29,19 +30,14 @@ class Family:
     layers: str = "layers"
     norm: str | None = "norm"
     head: str = "lm_head"
+    vision: str | None = None
     hidden_scale: Callable[[Any], float] | None = None
     causal_prompt: bool = True
 
-    def inside(self, prefix: str) -> Family:
-        """The same family, held by a larger model under `prefix`."""
-        return Family(
-            f"{prefix}.{self.stack}",
-            self.layers,
-            self.norm,
-            f"{prefix}.{self.head}",
-            self.hidden_scale,
-            self.causal_prompt,
-        )
+    def inside(self, prefix: str, vision: str | None) -> Family:
+        """This text family, held under `prefix` by a model with the vision tower `vision`."""
+        stack, head = f"{prefix}.{self.stack}", f"{prefix}.{self.head}"
+        return replace(self, stack=stack, head=head, vision=vision)
 
 
 def _t5_scale(config: Any) -> float:
@@ -59,17 +55,17 @@ TEXT_FAMILIES: dict[str, Family] = {
 FAMILIES: dict[str, Family | str] = {
     "blip-2": "language_model",  # a string: the text model under that name, from TEXT_FAMILIES
     "instructblip": "language_model",
-    "llava": Family("model.language_model"),
-    "llava_next": Family("model.language_model"),
-    "idefics3": Family("model.text_model"),
-    "smolvlm": Family("model.text_model"),
-    "qwen2_vl": Family("model.language_model"),
-    "qwen2_5_vl": Family("model.language_model"),
-    "qwen3_vl": Family("model.language_model", causal_prompt=False),
-    "paligemma": Family("model.language_model", causal_prompt=False),
-    "gemma3": Family("model.language_model", causal_prompt=False),
-    "internvl": Family("model.language_model"),
-    "florence2": Family("model.language_model.decoder", norm=None),
+    "llava": Family("model.language_model", vision="model.vision_tower"),
+    "llava_next": Family("model.language_model", vision="model.vision_tower"),
+    "idefics3": Family("model.text_model", vision="model.vision_model"),
+    "smolvlm": Family("model.text_model", vision="model.vision_model"),
+    "qwen2_vl": Family("model.language_model", vision="model.visual"),
+    "qwen2_5_vl": Family("model.language_model", vision="model.visual"),
+    "qwen3_vl": Family("model.language_model", vision="model.visual", causal_prompt=False),
+    "paligemma": Family("model.language_model", vision="model.vision_tower", causal_prompt=False),
+    "gemma3": Family("model.language_model", vision="model.vision_tower", causal_prompt=False),
+    "internvl": Family("model.language_model", vision="model.vision_tower"),
+    "florence2": Family("model.language_model.decoder", vision="model.vision_tower", norm=None),
 }
 """Vision-language models by `config.model_type`."""
 
@@ -91,7 +87,7 @@ def family_of(config: Any) -> Family:
                 f"Add it: offramp.families.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
                 "norm=..., head=...); docs/backbones.md shows how to find the paths.",
             )
-        return TEXT_FAMILIES[text_type].inside(family)
+        return TEXT_FAMILIES[text_type].inside(family, vision="vision_model")
     if family is None:
         raise UnsupportedBackboneError(
             f"Backbone family {model_type!r} is not known.",

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
+from offramp.vision import RememberedTower, VisionCache
 
 
 class Driver(Protocol):
@@ -114,6 +115,11 @@ class View:
         _graft(root, family.head, _HeadView(backbone.head))
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)
+
+    def remember_images(self, backbone: Backbone, cache: VisionCache) -> None:
+        """Ask `cache` before the vision tower. Raise `InputError` if the tower is not known."""
+        tower = RememberedTower(backbone.vision, cache)
+        _graft(self.model, str(backbone.family.vision), tower)
 
     @contextmanager
     def recording(self) -> Iterator[list[dict[str, Any]]]:

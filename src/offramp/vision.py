@@ -1,0 +1,105 @@
+"""Image features, computed once for each image: several questions on it share them.
+
+The vision tower is a large part of a short answer. It is frozen and reads nothing but the image,
+so what it returned for the same pixels is what it would return again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InputError
+
+
+class VisionCache:
+    """Outputs of one backbone's vision tower, by a digest of what it was given.
+
+    The least recently used are dropped. hits, misses: calls of the tower that were answered from
+    here, and that were not. nbytes: of the tensors held, never above `max_bytes`.
+
+    Raises:
+        InputError: `max_bytes` is not above 0.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        if max_bytes <= 0:
+            raise InputError(
+                f"A vision cache of {max_bytes} bytes holds nothing.",
+                "Give a size above 0, or use no cache.",
+            )
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.nbytes = 0
+        self._held: OrderedDict[str, Any] = OrderedDict()
+
+    def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
+        """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
+        key = _digest([*args, kw])
+        if key in self._held:
+            self.hits += 1
+            self._held.move_to_end(key)
+            return copy.copy(self._held[key])
+        self.misses += 1
+        output = tower(*args, **kw)
+        self._keep(key, copy.copy(output))
+        return output
+
+    def _keep(self, key: str, output: Any) -> None:
+        size = _nbytes(output)
+        if size > self.max_bytes:
+            return
+        self._held[key] = output
+        self.nbytes += size
+        while self.nbytes > self.max_bytes:
+            _, dropped = self._held.popitem(last=False)
+            self.nbytes -= _nbytes(dropped)
+
+
+class RememberedTower(nn.Module):
+    """Stands where the vision tower stood in a view, and asks the cache first."""
+
+    def __init__(self, tower: nn.Module, cache: VisionCache) -> None:
+        super().__init__()
+        # Past nn.Module's registration: this owns neither the tower nor its parameters.
+        self.__dict__.update(_tower=tower, _cache=cache)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_tower"], name)
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        return self._cache.call(self._tower, args, kw)
+
+
+def _digest(value: Any) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in _parts(value):
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
+            flat = part.detach().contiguous().cpu().flatten()
+            found.update(memoryview(flat.view(torch.uint8).numpy()))
+        else:
+            found.update(repr(part).encode())
+    return found.hexdigest()
+
+
+def _nbytes(value: Any) -> int:
+    return sum(part.nbytes for part in _parts(value) if isinstance(part, Tensor))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Tensors and plain values of nested arguments or outputs, in order."""
+    if isinstance(value, Mapping):
+        for name in value:
+            yield name
+            yield from _parts(value[name])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield value
