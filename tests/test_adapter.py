@@ -16,7 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import families
-from offramp.adapter import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, Adapter
+from offramp.adapter import (
+    CARD,
+    CONFIG,
+    DISCRIMINATORS,
+    EXITS,
+    FORMAT,
+    SEEN,
+    Adapter,
+    model_card,
+)
 from offramp.backbone import Backbone
 from offramp.discriminator import build_discriminators
 from offramp.errors import AdapterError, InputError, StorageError
@@ -28,10 +37,14 @@ DEPTHS = (2, 4)
 POLICY = Policy({2: 0.02, 4: 0.5}, score="margin", kv="propagate", exit_in_prefill=True)
 
 
-def trained(backbone: Any, judged: bool = True, **more: Any) -> Adapter:
+def trained(
+    backbone: Any, judged: bool = True, options: dict[str, Any] | None = None, **more: Any
+) -> Adapter:
     """An adapter whose exits and discriminators are no longer what they were built as."""
     exits = Exits(backbone, DEPTHS)
-    judges = build_discriminators(backbone.width, DEPTHS, conditional=True) if judged else None
+    judges = (
+        build_discriminators(backbone.width, DEPTHS, **options or {}).eval() if judged else None
+    )
     with torch.no_grad():
         for module in (exits, *([judges] if judges else [])):
             for parameter in module.parameters():
@@ -111,7 +124,14 @@ def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
     assert all(torch.equal(before[n], t) for n, t in opt.model.state_dict().items())
 
 
-@pytest.mark.parametrize("policy", [POLICY, Policy({4: 0.5}, lossless=True, max_draft=3)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        POLICY,
+        Policy({4: 0.5}, lossless=True, max_draft=3),
+        Policy({4: 0.5}, score="agreement", weights={2: 0.25, 4: 0.75}),
+    ],
+)
 def test_the_policy_comes_back(policy: Policy, opt: Any, tmp_path: Path) -> None:
     trained(opt, policy=policy).save(tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter", opt).policy == policy
@@ -120,6 +140,47 @@ def test_the_policy_comes_back(policy: Policy, opt: Any, tmp_path: Path) -> None
 def test_provenance_and_metrics_come_back(folder: Path, opt: Any) -> None:
     loaded, saved = Adapter.load(folder, opt), trained(opt)
     assert (loaded.provenance, loaded.metrics) == (saved.provenance, saved.metrics)
+
+
+PROMISE = {
+    "risk": "disagreement", "target": 0.01, "confidence": 0.95, "measured": 0.002, "bound": 0.0085,
+    "n": 1234, "method": "upper_bound", "data_digest": "feed" * 16,
+}  # fmt: skip
+
+
+def test_a_promise_and_what_was_seen_come_back(opt: Any, tmp_path: Path) -> None:
+    seen = {"train": ["aa", "bb"], "calibration": ["cc"]}
+    saved = replace(trained(opt), seen=seen).with_policy(POLICY, PROMISE)
+    saved.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", opt)
+    assert (loaded.policy, loaded.calibration, loaded.seen) == (POLICY, PROMISE, seen)
+
+
+def test_a_promise_does_not_outlive_its_policy(opt: Any) -> None:
+    promised = trained(opt).with_policy(POLICY, PROMISE)
+    assert promised.with_policy(POLICY).calibration == PROMISE
+    assert promised.with_policy(Policy({2: 0.1})).calibration is None
+
+
+def test_an_adapter_from_before_there_were_promises_loads_without(folder: Path, opt: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["calibration"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    loaded = Adapter.load(folder, opt)
+    assert loaded.calibration is None and loaded.seen == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"train": 3}'])
+def test_damaged_notes_of_what_was_seen_are_refused(text: str, folder: Path, opt: Any) -> None:
+    (folder / SEEN).write_text(text)
+    with pytest.raises(AdapterError, match=SEEN):
+        Adapter.load(folder, opt)
+
+
+def test_exits_saved_over_others_do_not_inherit_what_those_saw(opt: Any, tmp_path: Path) -> None:
+    replace(trained(opt), seen={"train": ["aa"]}).save(tmp_path / "adapter")
+    trained(opt).save(tmp_path / "adapter")
+    assert Adapter.load(tmp_path / "adapter", opt).seen == {}
 
 
 def test_a_policy_for_other_depths_is_refused(opt: Any, tmp_path: Path) -> None:
@@ -180,6 +241,7 @@ NOT_A_DICT = (None, "x", 3, [99])
         *((key, v) for key in ("backbone", "policy", "metrics", "provenance") for v in NOT_A_DICT),
         *(("depths", v) for v in (None, "x", 3, [], {}, [99], [2, 2], [2.5])),
         *(("backbone", v) for v in ([], {}, {"name": "x"}, {"name": "x", "fingerprint": 3})),
+        *(("discriminators", v) for v in ("x", 3, [99], {"judged": "x"}, {"layers": 2})),
         *(("policy", v) for v in ([], {}, {"thresholds": {"x": 1}}, {"thresholds": {"3": 0.5}})),
     ],
 )
@@ -192,7 +254,9 @@ def test_a_damaged_entry_of_the_config_is_refused(
         Adapter.load(folder, opt)
 
 
-@pytest.mark.parametrize("key", ["backbone", "depths", "policy", "metrics", "provenance"])
+@pytest.mark.parametrize(
+    "key", ["backbone", "depths", "discriminators", "policy", "metrics", "provenance"]
+)
 def test_a_missing_entry_of_the_config_is_refused(key: str, folder: Path, opt: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     del config[key]
@@ -272,8 +336,6 @@ def test_saving_again_replaces_the_adapter_and_keeps_the_training_state(
 def test_the_card_tells_backbone_depths_and_provenance(opt: Any) -> None:
     adapter = trained(opt, policy=POLICY)
     adapter = replace(adapter, backbone=Backbone(opt.model, name="Salesforce/blip2-opt-2.7b"))
-    from offramp.adapter import model_card
-
     card = model_card(adapter)
     start, front, rest = card.split("---\n", 2)
     assert not start
@@ -283,9 +345,14 @@ def test_the_card_tells_backbone_depths_and_provenance(opt: Any) -> None:
     assert '"data_digest": "abc"' in rest and "`margin`" in rest and "`propagate`" in rest
 
 
-def test_the_card_names_no_local_folder_as_base_model(opt: Any, tmp_path: Path) -> None:
-    from offramp.adapter import model_card
+def test_the_card_tells_the_promise_or_that_there_is_none(opt: Any) -> None:
+    assert "nothing is promised" in model_card(trained(opt, policy=POLICY))
+    card = model_card(trained(opt).with_policy(POLICY, PROMISE))
+    for part in ("`disagreement` at most 0.01", "95% confidence", "0.002", "n = 1234", "`feedfeed"):
+        assert part in card
 
+
+def test_the_card_names_no_local_folder_as_base_model(opt: Any, tmp_path: Path) -> None:
     local = Backbone(opt.model, name=str(tmp_path))
     assert "base_model" not in model_card(replace(trained(opt), backbone=local))
 
@@ -297,17 +364,46 @@ def test_the_saved_card_is_the_model_card(folder: Path) -> None:
 # -- the discriminator score ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"conditional": False}, {"judged": "sequence"}, {"spectral_norm": True}],
+    ids=str,
+)
 def test_the_discriminator_score_works_after_loading(
-    opt: Any, batch: Build, tmp_path: Path
+    options: dict[str, Any], opt: Any, batch: Build, tmp_path: Path
 ) -> None:
     policy = Policy({2: 0.5, 4: 0.5}, score="discriminator")
-    saved = trained(opt, policy=policy)
+    saved = trained(opt, options=options, policy=policy)
     saved.save(tmp_path)
-    inputs = batch("blip2-opt", 1)
-    first, second = (
-        a.generate(inputs, max_new_tokens=5) for a in (saved, Adapter.load(tmp_path, opt))
-    )
+    inputs = batch("blip2-opt", 2)
+    loaded = Adapter.load(tmp_path, opt)
+    first, second = (a.generate(inputs, max_new_tokens=5) for a in (saved, loaded))
     assert torch.equal(first.scores[:, 1:], second.scores[:, 1:])
+    assert ((first.scores[:, 1:] >= 0) & (first.scores[:, 1:] <= 1)).all()
+    again = loaded.generate(inputs, max_new_tokens=5)  # looking changes nothing
+    assert torch.equal(again.scores[:, 1:], second.scores[:, 1:])
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_discriminators_saved_when_they_had_one_option_load(
+    conditional: bool, opt: Any, tmp_path: Path
+) -> None:
+    saved = trained(opt, options={"conditional": conditional})
+    saved.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["discriminators"]
+    config["conditional_discriminators"] = conditional
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    judges = Adapter.load(tmp_path, opt).discriminators
+    assert judges is not None and saved.discriminators is not None
+    state = saved.discriminators.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in judges.state_dict().items())
+
+
+def test_lens_exits_are_not_saved(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Lens exits have no tensors"):
+        Adapter(opt, Exits(opt, DEPTHS, lens=True)).save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_the_discriminator_score_without_its_file_is_a_clear_error(

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 import families
-from families import NAMES
+from families import NAMES, WORDLESS
+from offramp.backbone import Backbone
+from offramp.decode import generate
 from offramp.errors import InputError
 from offramp.exits import Exits, check_depths, propose_depths
-from reference import probe
+from offramp.policy import Policy
+from offramp.scores import SCORES
+from reference import Dice, of_steps, probe
 
 
 def storages(module):
@@ -62,6 +66,93 @@ def test_exits_are_trainable_and_the_backbone_stays_frozen(backbone):
 def test_state_dict_keys_start_with_the_depth(backbone):
     keys = Exits(backbone("llava"), (4, 2)).state_dict()
     assert {key.split(".")[0] for key in keys} == {"2", "4"}
+
+
+# -- the lens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lens_reads_the_state_that_enters_the_layer_as_if_it_were_the_last(name, backbone, batch):
+    whole = backbone(name)
+    exits = Exits(whole, range(1, whole.depth), lens=True)
+    entered = {}
+    handles = [
+        whole.layers[d].register_forward_pre_hook(lambda _, args, d=d: entered.update({d: args[0]}))
+        for d in exits.depths
+    ]
+    try:
+        seen = probe(whole, batch(name, 4), exits=exits)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.inference_mode():
+        for depth in exits.depths:
+            raw = entered[depth] if whole.norm is None else whole.norm(entered[depth])
+            assert torch.equal(seen.logits[depth], whole.read(raw))
+            assert not torch.equal(seen.logits[depth], seen.logits[whole.depth])
+
+
+def test_a_lens_has_no_parameters(backbone):
+    exits = Exits(backbone("llava"), (2, 4), lens=True)
+    assert not list(exits.parameters()) and not exits.state_dict()
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_a_token_that_leaves_at_a_lens_runs_exactly_the_layers_below_it(kv, batch):
+    whole = Backbone(families.build("llava"))
+    inputs = batch("llava", 1)
+    exits, policy = Exits(whole, (2,), lens=True), Policy({2: 0.0}, kv=kv)
+    counts = [0] * whole.depth
+    for index, layer in enumerate(whole.layers):
+
+        def count(_module, args, _out, index=index):
+            counts[index] += args[0].shape[1]
+
+        layer.register_forward_hook(count)
+    made = generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
+    prompt = inputs["input_ids"].shape[1]
+    assert made.depths.tolist() == [[6] + [2] * 8]
+    assert counts == [prompt + 8] * 2 + [prompt] * 4
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_is_exact_though_a_lens_keeps_no_keys(
+    name, lossless, backbone, batch, monkeypatch
+):
+    monkeypatch.setitem(SCORES, "max_probability", Dice(5))
+    whole, inputs, new = backbone(name, wide=0.1), batch(name, 1 if lossless else 4), 12
+    first, second = families.depths(name)
+    exits = Exits(whole, (first, second), lens=True)
+    policy = Policy({first: 0.4, second: 0.5}, lossless=lossless)
+    options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": WORDLESS}
+    made = generate(whole, inputs, exits=exits, policy=policy, **options)
+    if lossless:
+        assert torch.equal(made.sequences, generate(whole, inputs, **options).sequences)
+        return
+    uncached = probe(whole, inputs, made.sequences, exits)
+    said = made.sequences[:, -new:]
+    assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
+    for depth in (first, second, whole.depth):
+        logits = of_steps(uncached.logits[depth], new).clone()
+        logits[..., WORDLESS] = -torch.inf
+        wanted = logits.argmax(-1)
+        assert torch.equal(said[made.depths == depth], wanted[made.depths == depth])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lens_generates_under_propagate(name, backbone, batch, monkeypatch):
+    monkeypatch.setitem(SCORES, "max_probability", Dice(5))
+    whole = backbone(name)
+    first, second = families.depths(name)
+    made = generate(
+        whole,
+        batch(name, 4),
+        exits=Exits(whole, (first, second), lens=True),
+        policy=Policy({first: 0.4, second: 0.5}, kv="propagate"),
+        max_new_tokens=8,
+    )
+    assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
 
 
 # -- depths -----------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from torch import Tensor
 import fakes
 import families
 from offramp.adapter import Adapter
-from offramp.answers import answers_of
+from offramp.answers import answers_of, self_written
 from offramp.backbone import Backbone
 from offramp.checkpoint import HISTORY, STATE
-from offramp.config import REGIMES, TrainConfig
+from offramp.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.features import FeatureStore
@@ -37,6 +37,17 @@ SHORT = TrainConfig(
     depths=(2, 4), steps=6, batch_size=4, evaluate_every=2, max_new_tokens=4,
     validation_fraction=0.25, patience=None,
 )  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "regression": {"distillation": 0.0, "adversarial": 0.0, "l2": 1.0, "cosine": 1.0},
+    "adversary-alone": {"distillation": 0.0, "cross_entropy": 0.0, "adversarial": 1.0},
+    "matching": {"adversarial": 0.0, "feature_matching": 1.0, "conditional": False},
+    "hinge-of-answers": {"adversary": "hinge", "judged": "sequence"},
+    "relativistic-spectral": {"adversary": "relativistic", "spectral_norm": True},
+    "late-penalty": {"adversarial_start": 0.5, "gradient_penalty": 1.0},
+}
+"""Objectives and adversaries, as changes to a configuration."""
 
 
 def trainer(
@@ -66,13 +77,16 @@ def opt(backbone: Build) -> Any:
 # -- law 6 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("blip2-t5", "free"), ("gemma3", "free"), *(("blip2-opt", v) for v in VARIANTS)],
+)
 def test_the_backbone_stays_as_it_was_and_everything_else_moves(
-    name: str, backbone: Build, tmp_path: Path
+    name: str, variant: str, backbone: Build, tmp_path: Path
 ) -> None:
-    one = backbone(name)
+    one, config = backbone(name), replace(SHORT, **VARIANTS[variant])
     before = {n: t.clone() for n, t in one.model.state_dict().items()}
-    run = trainer(one, tmp_path, name=name)
+    run = trainer(one, tmp_path, config, name=name)
     start = {n: t.clone() for n, t in run.exits.state_dict().items()}
     judges = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
     run.run()
@@ -81,8 +95,22 @@ def test_the_backbone_stays_as_it_was_and_everything_else_moves(
     for n, p in run.exits.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, n
         assert not torch.equal(start[n], p), n
-    for n, p in run.discriminators.named_parameters():
-        assert p.grad is not None and not torch.equal(judges[n], p), n
+    for n, p in run.discriminators.named_parameters() if config.has_discriminator else ():
+        assert p.grad is not None, n
+        # What both logits are shifted by is nothing to a game that reads their difference.
+        constant = config.adversary == "relativistic" and n.endswith("net.4.bias")
+        assert constant or not torch.equal(judges[n], p), n
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "regression"])
+def test_what_the_discriminators_lose_is_nothing_to_the_exits(
+    variant: str, opt: Any, tmp_path: Path
+) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, **VARIANTS[variant]))
+    scene = run.game.look(run._stores()[0][0])
+    run.game.discriminator_loss(scene)[0].backward()
+    assert all(p.grad is None for p in run.exits.parameters())
+    assert all(p.grad is not None for p in run.discriminators.parameters())
 
 
 def test_without_the_adversarial_term_no_discriminator_moves_or_is_saved(
@@ -166,6 +194,109 @@ def test_each_term_is_logged_for_each_depth(opt: Any, tmp_path: Path) -> None:
     assert all(set(row["agreement"]) == {"2", "4"} for row in agreement)
 
 
+# -- objectives -------------------------------------------------------------------------------
+
+
+def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_path: Path) -> None:
+    config = replace(SHORT, regime="supervised", distillation=0.0, adversarial=0.0)
+    run = trainer(opt, tmp_path, config)
+    batch = run._stores()[0][0]
+    loss, report = run.game.generator_loss(run.game.look(batch), 0)
+    assert set(report) == {"cross_entropy/2", "cross_entropy/4"}
+    words = [w for e in run.examples if e.key in batch.keys for w in e.answers[0].split()]
+    assert int(batch.mask.sum()) == len(words) + len(batch.keys)  # and each answer's end
+    read = [opt.read(states)[batch.mask] for states in run.game.features(batch).values()]
+    targets = batch.targets[batch.mask]
+    wanted = sum(-x.log_softmax(-1)[range(len(x)), targets].mean() for x in read)
+    torch.testing.assert_close(loss, wanted)
+
+
+def test_a_term_is_in_the_loss_with_its_weight(opt: Any, tmp_path: Path) -> None:
+    weights: dict[str, Any] = {name: 0.25 + i for i, name in enumerate(OBJECTIVES)}
+    run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", **weights))
+    loss, report = run.game.generator_loss(run.game.look(run._stores()[0][0]), 0)
+    assert set(report) == {f"{name}/{depth}" for name in OBJECTIVES for depth in (2, 4)}
+    total = sum(weights[name.split("/")[0]] * value for name, value in report.items())
+    assert loss.item() == pytest.approx(total)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.4])
+def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
+    fraction: float, opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, regime="mixed", labelled_fraction=fraction, adversarial=0.0)
+    written: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        found = self_written(*args, **options)
+        written.append(len(found))
+        return found
+
+    monkeypatch.setattr("offramp.answers.self_written", noted)
+    stores = {}
+    for name, weight in (("alone", 0.0), ("both", 1.0)):
+        run = trainer(opt, tmp_path / name, replace(config, distillation=weight))
+        stores[name] = [[r for rows in s._groups for r in rows] for s in run._stores()]
+        run.run()
+        assert all(0 < row["cross_entropy/2"] < 20 for row in steps(tmp_path / "alone"))
+    labelled = [row for row in stores["both"][0] if row.labelled]
+    assert stores["alone"][0] == labelled and len(labelled) < len(stores["both"][0])
+    assert stores["alone"][1] == stores["both"][1]  # compared on the same answers
+    assert written[0] == 0  # no answer is written that nothing would learn from
+
+
+def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(
+    opt: Any, tmp_path: Path
+) -> None:
+    config = replace(SHORT, regime="mixed", distillation=0.0, adversarial=0.0)
+    run = trainer(opt, tmp_path, config)
+    batch = run._stores()[0][0]
+    batch = replace(batch, labelled=torch.zeros_like(batch.labelled))
+    loss, _ = run.game.generator_loss(run.game.look(batch), 0)
+    loss.backward()
+    assert loss == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in run.exits.parameters())
+
+
+def test_the_adversary_joins_at_its_start_and_learns_before(opt: Any, tmp_path: Path) -> None:
+    late = replace(SHORT, adversarial=1.0, feature_matching=1.0, adversarial_start=0.5)
+    run = trainer(opt, tmp_path / "late", late)
+    start = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
+    run.run()
+    assert not same(start, dict(run.discriminators.state_dict()))
+    games = [sum(n.split("/")[0] in GAMES for n in row) for row in steps(tmp_path / "late")]
+    assert games == [0, 0, 0, 4, 4, 4]
+    assert all("discriminator/2" in row for row in steps(tmp_path / "late"))
+    alone = trainer(opt, tmp_path / "alone", replace(SHORT, adversarial=0.0))
+    alone.run()
+    distilled = [row["distillation/2"] for row in steps(tmp_path / "alone")]
+    played = [row["distillation/2"] for row in steps(tmp_path / "late")]
+    assert played[:4] == distilled[:4] and played[4:] != distilled[4:]
+
+
+def test_a_verdict_on_an_answer_does_not_depend_on_padding(opt: Any, tmp_path: Path) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", judged="sequence"))
+    batch = run._stores()[0][0]
+    rows = len(batch.mask)
+
+    def longer(states: Tensor) -> Tensor:
+        return torch.cat([states, torch.randn(rows, 3, *states.shape[2:]).to(states)], 1)
+
+    padded = replace(
+        batch,
+        teacher=longer(batch.teacher),
+        answer={d: longer(s) for d, s in batch.answer.items()},
+        mask=torch.cat([batch.mask, batch.mask.new_zeros(rows, 3)], 1),
+    )
+    assert len({int(n) for n in batch.mask.sum(1)}) > 1  # answers of different lengths
+    first, second = (run.game._judge(2, b)(b.teacher[b.mask]).logits for b in (batch, padded))
+    assert torch.equal(first, second)
+    assert len(set(first.tolist())) == rows
+
+
+# -- data -------------------------------------------------------------------------------------
+
+
 def test_no_picture_is_both_trained_on_and_validated_on(opt: Any, tmp_path: Path) -> None:
     some = [replace(e, group=f"g{i // 3}") for i, e in enumerate(fakes.examples(24))]
     run = Trainer(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
@@ -205,14 +336,25 @@ def interrupt_at(run: Trainer, step: int, when: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, names[when], interrupted)
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+MOMENTS = [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validation", 4)]
+
+
 @pytest.mark.parametrize(
-    ("when", "step"), [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validation", 4)]
+    ("when", "step", "changes"),
+    [
+        *((*moment, {"cache": cache}) for moment in MOMENTS for cache in ("memory", "disk")),
+        *(("fetch", 3, VARIANTS[variant]) for variant in VARIANTS if variant != "free"),
+    ],
 )
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
-    when: str, step: int, cache: str, opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str,
+    step: int,
+    changes: dict[str, Any],
+    opt: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = replace(SHORT, cache=cache)
+    config = replace(SHORT, **changes)
     whole = trainer(opt, tmp_path / "whole", config)
     whole.run()
     broken = trainer(opt, tmp_path / "broken", config)
@@ -336,8 +478,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     start = {n: t.clone() for n, t in run.exits.state_dict().items()}
     real = run.game.generator_loss
 
-    def steep(scene: Any) -> Any:
-        loss, report = real(scene)
+    def steep(*args: Any) -> Any:
+        loss, report = real(*args)
         return loss + (loss * 0).sqrt(), report
 
     monkeypatch.setattr(run.game, "generator_loss", steep)
@@ -427,9 +569,34 @@ def test_all_wrong_options_are_named_together() -> None:
     assert all(n in str(caught.value) for n in ("regime", "steps", "patience", "cache", "learning"))
 
 
-def test_a_run_without_any_signal_is_refused() -> None:
-    with pytest.raises(InputError, match="unsupervised"):
-        TrainConfig(distillation=0.0, adversarial=0.0)
+@pytest.mark.parametrize("regime", ["unsupervised", "mixed"])
+@pytest.mark.parametrize("late", [{}, {"adversarial": 1.0, "adversarial_start": 0.1}])
+def test_a_run_without_any_signal_is_refused(regime: str, late: dict[str, Any]) -> None:
+    off = dict.fromkeys(OBJECTIVES, 0.0)
+    with pytest.raises(InputError, match="no loss has a weight"):
+        TrainConfig(regime=regime, **{**off, **late})
+    labels_only = {**off, **late, "cross_entropy": 1.0}
+    TrainConfig(regime="mixed", **labels_only)
+    with pytest.raises(InputError, match="unsupervised regime needs a loss without labels"):
+        TrainConfig(regime="unsupervised", **labels_only)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "cross_entropy"])
+def test_any_loss_without_labels_is_enough(name: str) -> None:
+    TrainConfig(regime="unsupervised", **{**dict.fromkeys(OBJECTIVES, 0.0), name: 1.0})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"l2": -1.0}, {"cosine": float("nan")}, {"feature_matching": -0.1}, {"adversary": "wgan"},
+        {"gradient_penalty": -1.0}, {"judged": "batch"}, {"adversarial_start": 1.0},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)  # fmt: skip
+def test_a_wrong_objective_or_adversary_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
 
 
 # -- other backbones --------------------------------------------------------------------------
@@ -526,7 +693,7 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
     for step in range(SHARED.steps):
         run._set_rate(step)
         batches = [store[run._order(step, len(store))] for store in stores]
-        losses = [run.game.generator_loss(run.game.look(batch))[0] for batch in batches]
+        losses = [run.game.generator_loss(run.game.look(batch), step)[0] for batch in batches]
         run.generator_steps.zero_grad()
         (sum(losses) / 2).backward()  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(run.exits.parameters(), 1.0)

@@ -1,8 +1,9 @@
 """Trained exits on disk: a folder with the trained tensors, and what they belong to.
 
-adapter.json                format version, backbone, depths, policy, provenance
+adapter.json                format version, backbone, depths, policy, calibration, provenance
 exits.safetensors           the exits' tensors, nothing of the backbone
 discriminators.safetensors  only needed for the discriminator score and for resuming
+seen.json                   digests of the pictures that training and calibration used
 README.md                   the model card
 training/                   log, and the state that resuming needs; not pushed to the hub
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,18 @@ from torch import nn
 from offramp.backbone import Backbone, same_backbone
 from offramp.decode import generate
 from offramp.discriminator import build_discriminators
-from offramp.errors import AdapterError, DataError, StorageError
+from offramp.errors import AdapterError, DataError, InputError, StorageError
 from offramp.exits import Exits
 from offramp.policy import FULL, Generation, Policy
 from offramp.records import atomic_folder, read_json, write_json
 from offramp.scores import check_thresholds
 
 FORMAT = 1
-CONFIG, EXITS, DISCRIMINATORS, CARD = (
+CONFIG, EXITS, DISCRIMINATORS, SEEN, CARD = (
     "adapter.json",
     "exits.safetensors",
     "discriminators.safetensors",
+    "seen.json",
     "README.md",
 )
 
@@ -43,6 +45,8 @@ class Adapter:
 
     provenance: versions, seed, data digest and command of the training run; `metrics`: agreement
     by depth on validation data.
+    calibration: what is promised of the policy, by `offramp.calibrate`; None: nothing.
+    seen: see `offramp.seen`; empty where it is not known.
     """
 
     backbone: Backbone
@@ -51,6 +55,8 @@ class Adapter:
     discriminators: nn.ModuleDict | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def generate(
         self, inputs: Mapping[str, Any], *, policy: Policy | None = None, **options: Any
@@ -65,10 +71,15 @@ class Adapter:
             **options,
         )
 
-    def with_policy(self, policy: Policy) -> Adapter:
-        """The same exits, leaving by `policy`. Raise `InputError` if it names other depths."""
+    def with_policy(self, policy: Policy, calibration: Mapping[str, Any] | None = None) -> Adapter:
+        """The same exits, leaving by `policy`. Raise `InputError` if it names other depths.
+
+        calibration: what is promised of it; a promise about another policy does not stay.
+        """
         check_thresholds(dict(policy.thresholds), self.exits.depths)
-        return replace(self, policy=policy)
+        if calibration is None and policy == self.policy:
+            calibration = self.calibration
+        return replace(self, policy=policy, calibration=calibration)
 
     # -- disk ---------------------------------------------------------------------------------
 
@@ -79,20 +90,29 @@ class Adapter:
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
         check_thresholds(dict(self.policy.thresholds), self.exits.depths)
+        if not list(self.exits.parameters()):
+            raise InputError(
+                "Lens exits have no tensors, so there is nothing to save.",
+                "Build them where they are used: Exits(backbone, depths, lens=True).",
+            )
         with atomic_folder(folder) as staging:
             _write(self.exits, staging / EXITS)
             if self.discriminators is not None:
                 _write(self.discriminators, staging / DISCRIMINATORS)
+            if self.seen:
+                write_json(staging / SEEN, {step: list(s) for step, s in self.seen.items()})
             write_json(staging / CONFIG, self._config())
             (staging / CARD).write_text(model_card(self), encoding="utf-8")
         if self.discriminators is None:  # an earlier adapter's would not fit these exits
             (Path(folder) / DISCRIMINATORS).unlink(missing_ok=True)
+        if not self.seen:
+            (Path(folder) / SEEN).unlink(missing_ok=True)
 
     def _config(self) -> dict[str, Any]:
-        conditional = None
+        discriminators = None
         if self.discriminators is not None:
             some: Any = next(iter(self.discriminators.values()))
-            conditional = some.conditional
+            discriminators = some.options
         return {
             "format": FORMAT,
             "backbone": {
@@ -101,8 +121,9 @@ class Adapter:
                 "fingerprint": self.backbone.fingerprint(),
             },
             "depths": list(self.exits.depths),
-            "conditional_discriminators": conditional,
+            "discriminators": discriminators,
             "policy": policy_to_json(self.policy),
+            "calibration": None if self.calibration is None else dict(self.calibration),
             "metrics": dict(self.metrics),
             "provenance": dict(self.provenance),
         }
@@ -130,16 +151,17 @@ class Adapter:
             _fill(exits, folder / EXITS)
             exits.to(backbone.device, backbone.dtype).requires_grad_(False)
             discriminators = None
-            conditional = config["conditional_discriminators"]
-            if conditional is not None and (folder / DISCRIMINATORS).is_file():
-                discriminators = build_discriminators(
-                    backbone.width, exits.depths, conditional=bool(conditional)
-                )
+            options = _discriminator_options(config)
+            if options is not None and (folder / DISCRIMINATORS).is_file():
+                discriminators = build_discriminators(backbone.width, exits.depths, **options)
                 _fill(discriminators, folder / DISCRIMINATORS)
-                discriminators.to(backbone.device).requires_grad_(False)
+                discriminators.to(backbone.device).eval().requires_grad_(False)
             policy = policy_from_json(config["policy"])
             check_thresholds(dict(policy.thresholds), exits.depths)
             provenance, metrics = dict(config["provenance"]), dict(config["metrics"])
+            promised = config.get("calibration")
+            calibration = None if promised is None else dict(promised)
+            seen = _read_seen(folder)
         except AdapterError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -147,7 +169,7 @@ class Adapter:
                 f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}).",
                 "Train the exits again, or restore the folder.",
             ) from error
-        return cls(backbone, exits, policy, discriminators, provenance, metrics)
+        return cls(backbone, exits, policy, discriminators, provenance, metrics, calibration, seen)
 
     # -- hub ----------------------------------------------------------------------------------
 
@@ -187,14 +209,19 @@ class Adapter:
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
-    """A policy as JSON; thresholds are keyed by depth."""
-    return {**asdict(policy), "thresholds": {str(d): t for d, t in policy.thresholds.items()}}
+    """A policy as JSON, whose keys are text."""
+    by_depth = {"thresholds": policy.thresholds, "weights": policy.weights}
+    return {
+        **asdict(policy),
+        **{name: {str(d): v for d, v in values.items()} for name, values in by_depth.items()},
+    }
 
 
 def policy_from_json(value: Mapping[str, Any]) -> Policy:
     """The policy that `policy_to_json` wrote."""
-    thresholds = {int(d): t for d, t in value["thresholds"].items()}
-    return Policy(**{**value, "thresholds": thresholds})
+    by_depth = {"thresholds": value["thresholds"], "weights": value.get("weights", {})}
+    numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
+    return Policy(**{**value, **numbers})
 
 
 def model_card(adapter: Adapter) -> str:
@@ -222,6 +249,8 @@ norm and LM head.
 Score: `{policy.score}`; skipped keys and values: `{policy.kv}`. No threshold means that the exit
 is off.
 
+{_promise(adapter)}
+
 ```python
 from offramp import Adapter, Backbone
 from transformers import AutoProcessor
@@ -238,6 +267,21 @@ answer = adapter.generate(processor(images=image, text=prompt, return_tensors="p
 {json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _promise(adapter: Adapter) -> str:
+    """The card's sentence on what these thresholds keep."""
+    found = adapter.calibration
+    if found is None:
+        return "The thresholds are not calibrated: nothing is promised."
+    what = f"risk `{found['risk']}` at most {found['target']:.3g}"
+    if found["measured"] is None:
+        return f"Calibration could not promise a {what}, so all exits are off."
+    return (
+        f"Calibrated: {what}, with {found['confidence']:.0%} confidence on data like those of the "
+        f"calibration; measured {found['measured']:.3g}, at most {found['bound']:.3g}, on "
+        f"n = {found['n']} (method `{found['method']}`, data digest `{found['data_digest'][:16]}`)."
+    )
 
 
 def _base_model(name: str) -> str:
@@ -265,6 +309,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "Train the exits again, or install the version of offramp that wrote it.",
         )
     return config  # type: ignore[no-any-return]
+
+
+def _discriminator_options(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the discriminators are built; None where there are none."""
+    if "conditional_discriminators" in config:  # written when there was one option
+        conditional = config["conditional_discriminators"]
+        return None if conditional is None else {"conditional": bool(conditional)}
+    options = config["discriminators"]
+    return None if options is None else dict(options)
+
+
+def _read_seen(folder: Path) -> dict[str, list[str]]:
+    """What `seen.json` holds; nothing in an adapter from before there was one."""
+    if not (folder / SEEN).is_file():
+        return {}
+    try:
+        return {step: list(digests) for step, digests in read_json(folder / SEEN).items()}
+    except (DataError, StorageError, AttributeError, TypeError) as error:
+        raise AdapterError(
+            f"{folder / SEEN} is damaged ({error.__class__.__name__}).",
+            "Restore the file, or train the exits again.",
+        ) from error
 
 
 def _write(module: nn.Module, path: Path) -> None:

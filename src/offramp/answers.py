@@ -42,7 +42,7 @@ def answers_of(
     Raises:
         DataError: an example without an answer where the regime needs one.
     """
-    labelled = _labelled(examples, config)
+    labelled = labelled_examples(examples, config)
     if missing := next((e for e in labelled if not e.answers), None):
         raise DataError(
             f"Example {missing.key!r} has no answer, and the {config.regime} regime needs one.",
@@ -66,7 +66,7 @@ def answers_of(
     return rows + [Answered(row.example, row.ids, labelled=pseudo) for row in written]
 
 
-def _labelled(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
+def labelled_examples(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
     if config.regime == "supervised":
         return list(examples)
     if config.regime != "mixed":

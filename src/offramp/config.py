@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from offramp.errors import InputError
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
+GAMES = ("adversarial", "feature_matching")
+"""Losses of the exits that need a discriminator."""
+OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
+ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
+JUDGED = ("token", "sequence")
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -33,10 +38,26 @@ class TrainConfig:
     learning_rate: float = _option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
     discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
     distillation: float = _option(1.0, "weight of distillation from the final layer")
-    adversarial: float = _option(0.01, "weight of the adversarial term; 0 trains no discriminator")
+    adversarial: float = _option(
+        0.01, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
+    )
     cross_entropy: float = _option(1.0, "weight of cross-entropy on labelled answers")
+    l2: float = _option(0.0, "weight of the squared distance to the final layer's features")
+    cosine: float = _option(0.0, "weight of 1 - cosine similarity to the final layer's features")
+    feature_matching: float = _option(
+        0.0, "weight of the squared distance in the discriminator's hidden features"
+    )
     temperature: float = _option(1.0, "distillation temperature")
+    adversary: str = _option("logistic", "the adversarial pair of losses", choices=ADVERSARY_NAMES)
+    adversarial_start: float = _option(
+        0.0, "share of the steps in which the discriminator trains and the exits do not see it yet"
+    )
     conditional: bool = _option(True, "the discriminator also sees the state that entered the exit")
+    judged: str = _option(
+        "token", "a verdict for each token, or one for a whole answer", choices=JUDGED
+    )
+    spectral_norm: bool = _option(False, "spectral norm on the discriminator's linear layers")
+    gradient_penalty: float = _option(0.0, "weight of the discriminator's R1 gradient penalty")
     labelled_fraction: float = _option(0.1, "mixed: share of the examples whose labels are used")
     min_confidence: float = _option(
         0.7, "pseudo: drop answers whose mean token probability (geometric) is lower"
@@ -58,23 +79,43 @@ class TrainConfig:
                 "Correct the options named; `offramp train --help` lists them all.",
             )
 
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether a term of the exits' loss asks a discriminator."""
+        return any(getattr(self, name) > 0 for name in GAMES)
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The terms of the exits' loss at `step` by weight; those that are off are left out."""
+        playing = step >= self.adversarial_start * self.steps
+        on = {n: getattr(self, n) for n in OBJECTIVES if playing or n not in GAMES}
+        return {n: w for n, w in on.items() if w > 0}
+
+    @property
+    def learns_without_labels(self) -> bool:
+        """Whether a term of the exits' loss reads no labels."""
+        return bool(self.weights(self.steps).keys() - {"cross_entropy"})
+
     def _rules(self) -> list[tuple[str, bool]]:
-        weights = {n: getattr(self, n) for n in ("distillation", "adversarial", "cross_entropy")}
+        choices = {f.name: f.metadata["choices"] for f in fields(self) if "choices" in f.metadata}
+        at_first = self.weights(0).keys()
         positive = ("steps", "batch_size", "evaluate_every", "max_new_tokens", "temperature")
         rates = ("learning_rate", "discriminator_learning_rate")
+        weights = (*OBJECTIVES, "gradient_penalty")
         return [
-            (
-                f"regime {self.regime!r} is not one of {', '.join(REGIMES)}",
-                self.regime not in REGIMES,
+            *(
+                (f"{n} {value!r} is not one of {', '.join(allowed)}", value not in allowed)
+                for n, allowed in choices.items()
+                for value in [getattr(self, n)]
             ),
-            (f"cache {self.cache!r} is not one of {', '.join(CACHES)}", self.cache not in CACHES),
             *((f"{n} must be above 0", not getattr(self, n) > 0) for n in (*positive, *rates)),
-            *((f"{n} must not be negative", not w >= 0) for n, w in weights.items()),
-            ("every loss weight is 0", not any(weights.values())),
+            *((f"{n} must not be negative", not getattr(self, n) >= 0) for n in weights),
+            ("no loss has a weight at the first step", not at_first),
             (
-                "the unsupervised regime needs distillation or the adversarial term",
-                self.regime == "unsupervised" and not (self.distillation or self.adversarial),
+                "the unsupervised regime needs a loss without labels at the first step: "
+                f"{', '.join(n for n in OBJECTIVES if n != 'cross_entropy')}",
+                self.regime == "unsupervised" and at_first == {"cross_entropy"},
             ),
+            ("adversarial_start must be in [0, 1)", not 0 <= self.adversarial_start < 1),
             ("labelled_fraction must be in (0, 1)", not 0 < self.labelled_fraction < 1),
             ("min_confidence must be in [0, 1]", not 0 <= self.min_confidence <= 1),
             ("validation_fraction must be in (0, 1)", not 0 < self.validation_fraction < 1),

@@ -50,15 +50,29 @@ def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
     return tuple(sorted(depths))
 
 
-class Exits(nn.ModuleDict):
-    """Trained exits by depth. `state_dict` keys start with the depth; nothing is shared."""
+class Lens(nn.Module):
+    """An exit without parameters: the state at its depth is read as if it were the last one.
 
-    def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
-        """Copy-initialise an exit at each depth from the backbone's next layer."""
+    The logit lens (nostalgebraist 2020), the untrained baseline. It attends to nothing, so its
+    entry in the cache stays empty.
+    """
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """`hidden` [B, T, D] itself."""
+        return hidden
+
+
+class Exits(nn.ModuleDict):
+    """Exits by depth. `state_dict` keys start with the depth; nothing is shared."""
+
+    def __init__(self, backbone: Backbone, depths: Sequence[int], *, lens: bool = False) -> None:
+        """Copy-initialise an exit at each depth from the backbone's next layer, or place a lens."""
         self.depths = check_depths(depths, backbone.depth)
         super().__init__(
             {
-                str(depth): _copy_layer(backbone.layers[depth], backbone.depth + slot)
+                str(depth): Lens()
+                if lens
+                else _copy_layer(backbone.layers[depth], backbone.depth + slot)
                 for slot, depth in enumerate(self.depths)
             }
         )

@@ -6,17 +6,18 @@ The discriminators tell the two apart. Nothing here moves a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
 from offramp.config import TrainConfig
-from offramp.discriminator import build_discriminators
+from offramp.discriminator import Verdict, build_discriminators
 from offramp.exits import Exits
 from offramp.features import Batch, exit_features
-from offramp.losses import LOSSES, Terms, discriminator_loss, masked_mean
+from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty, masked_mean
 
 
 class Game:
@@ -26,15 +27,20 @@ class Game:
         self.backbone, self.config = backbone, config
         self.exits = Exits(backbone, depths)
         self.exits.to(torch.float32)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.manual_seed(config.seed)
-            self.discriminators = self.new_discriminators()
+        self.discriminators = self.new_discriminators()
 
     def new_discriminators(self) -> nn.ModuleDict:
         """Untrained ones, by depth."""
-        some = build_discriminators(
-            self.backbone.width, self.exits.depths, conditional=self.config.conditional
-        )
+        one = self.config
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(one.seed)
+            some = build_discriminators(
+                self.backbone.width,
+                self.exits.depths,
+                conditional=one.conditional,
+                spectral_norm=one.spectral_norm,
+                judged=one.judged,
+            )
         return some.to(self.backbone.device)
 
     def features(self, batch: Batch) -> dict[int, Tensor]:
@@ -59,39 +65,45 @@ class Game:
                 teacher_features=teacher,
                 targets=batch.targets[keep],
                 labelled=labelled,
-                judged=self._judge(depth, kept, batch) if self.config.adversarial else None,
+                judge=self._judge(depth, batch) if self.config.has_discriminator else None,
+                adversary=self.config.adversary,
                 temperature=self.config.temperature,
             )
         return scene
 
-    def generator_loss(self, scene: Mapping[int, Terms]) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum over terms and depths, and each term by itself, unweighted."""
+    def generator_loss(
+        self, scene: Mapping[int, Terms], step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum over terms and depths at `step`, and each term by itself, unweighted."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
+        weights = self.config.weights(step)
         for depth, terms in scene.items():
-            for name, term in LOSSES.items():
-                weight = getattr(self.config, name)
-                if not weight:
-                    continue
+            for name, weight in weights.items():
                 everything = torch.ones_like(terms.labelled)
                 counted = terms.labelled if name == "cross_entropy" else everything
-                value = masked_mean(term(terms), counted)
+                value = masked_mean(LOSSES[name](terms), counted)
                 report[f"{name}/{depth}"] = value.item()
                 loss = loss + weight * value
         return loss, report
 
-    def discriminator_loss(
-        self, batch: Batch, scene: Mapping[int, Terms]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def discriminator_loss(self, scene: Mapping[int, Terms]) -> tuple[Tensor, dict[str, float]]:
         """The sum over depths, and each depth's by itself; no gradient reaches the exits."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
+        penalised = self.config.gradient_penalty > 0
         for depth, terms in scene.items():
-            real = self._judge(depth, terms.teacher_features, batch)
-            fake = self._judge(depth, terms.features.detach(), batch)
-            value = discriminator_loss(real, fake).mean()
+            assert terms.judge is not None
+            teacher = terms.teacher_features.detach().float().requires_grad_(penalised)
+            final = terms.judge(teacher).logits
+            exit = terms.judge(terms.features.detach()).logits
+            value = ADVERSARIES[terms.adversary].discriminator(final, exit).mean()
             report[f"discriminator/{depth}"] = value.item()
             loss = loss + value
+            if penalised:
+                penalty = gradient_penalty(final, teacher).mean()
+                report[f"gradient_penalty/{depth}"] = penalty.item()
+                loss = loss + self.config.gradient_penalty * penalty
         return loss, report
 
     @torch.no_grad()
@@ -104,6 +116,9 @@ class Game:
         ]
         return [*(int((tokens == teacher).sum()) for tokens in said), len(teacher)]
 
-    def _judge(self, depth: int, features: Tensor, batch: Batch) -> Tensor:
+    def _judge(self, depth: int, batch: Batch) -> Callable[[Tensor], Verdict]:
+        """What the discriminator at `depth` makes of states [N, D] at the batch's answer tokens."""
         entries = batch.entries(depth)[batch.mask].float()
-        return self.discriminators[str(depth)](features.float(), entries)  # type: ignore[no-any-return]
+        rows = batch.mask.nonzero()[:, 0]
+        one: Any = self.discriminators[str(depth)]
+        return lambda features: one.judge(features.float(), entries, rows)

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp.discriminator import Verdict
+
 
 @dataclass(frozen=True)
 class Terms:
-    """N answer tokens as an exit and the final layer see them.
+    """N answer tokens as an exit, the final layer and the discriminator between them see them.
 
     logits, teacher_logits: [N, V]. features, teacher_features: final-normed states [N, D].
-    targets: [N] token ids. labelled: [N], 1 where a person wrote the token. judged: the
-    discriminator's logits [N] of the exit's features, or None when there is no game.
+    targets: [N] token ids. labelled: [N], 1 where a person wrote the token. judge: the
+    discriminator's verdict on states [N, D] of these tokens, or None when there is no game; asked
+    only where a term needs it. adversary: a key of `ADVERSARIES`.
     """
 
     logits: Tensor
@@ -29,8 +34,22 @@ class Terms:
     teacher_features: Tensor
     targets: Tensor
     labelled: Tensor
-    judged: Tensor | None
-    temperature: float
+    judge: Callable[[Tensor], Verdict] | None = None
+    adversary: str = "logistic"
+    temperature: float = 1.0
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """On the exit's features."""
+        assert self.judge is not None
+        return self.judge(self.features)
+
+    @cached_property
+    def teacher_verdict(self) -> Verdict:
+        """On the final layer's features, where nothing is to learn for an exit."""
+        assert self.judge is not None
+        with torch.no_grad():
+            return self.judge(self.teacher_features)
 
 
 def distillation(t: Terms) -> Tensor:
@@ -45,23 +64,83 @@ def cross_entropy(t: Terms) -> Tensor:
     return F.cross_entropy(t.logits.float(), t.targets, reduction="none") * t.labelled
 
 
+def l2(t: Terms) -> Tensor:
+    """|exit - final|^2 / D of the features (FitNets, Romero et al. 2015). Bound: >= 0."""
+    return (t.features.float() - t.teacher_features.float()).square().mean(-1)
+
+
+def cosine(t: Terms) -> Tensor:
+    """1 - cos(exit, final) of the features (as in DistilBERT, Sanh et al. 2019). In [0, 2]."""
+    return 1 - F.cosine_similarity(t.features.float(), t.teacher_features.float(), dim=-1)
+
+
 def adversarial(t: Terms) -> Tensor:
-    """The generator's non-saturating loss, softplus(-D(exit)) (Goodfellow et al. 2014)."""
-    if t.judged is None:
-        return torch.zeros_like(t.labelled)
-    return F.softplus(-t.judged.float())
+    """What an exit loses to its discriminator: the generator's side of `ADVERSARIES`."""
+    return ADVERSARIES[t.adversary].generator(t)
+
+
+def feature_matching(t: Terms) -> Tensor:
+    """|h(exit) - h(final)|^2 / H of the discriminator's hidden features. Bound: >= 0.
+
+    Salimans et al. 2016 match the means over a batch, since their samples come without partners;
+    here both are of the same token, and each is matched to its own.
+    """
+    return (t.verdict.hidden - t.teacher_verdict.hidden).square().mean(-1)
 
 
 LOSSES: dict[str, Callable[[Terms], Tensor]] = {
     "distillation": distillation,
     "cross_entropy": cross_entropy,
+    "l2": l2,
+    "cosine": cosine,
     "adversarial": adversarial,
+    "feature_matching": feature_matching,
 }
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """softplus(-D(final)) + softplus(D(exit)) for logits [N] each; per token [N]."""
-    return F.softplus(-real.float()) + F.softplus(fake.float())
+class Adversary(NamedTuple):
+    """What the two players lose, per token [N].
+
+    generator: of `Terms`, whose verdicts it may read. discriminator: of the logits [N] of the
+    final layer's features and of the exit's.
+    """
+
+    generator: Callable[[Terms], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+
+
+ADVERSARIES: dict[str, Adversary] = {
+    "logistic": Adversary(
+        lambda t: F.softplus(-t.verdict.logits),
+        lambda final, exit: F.softplus(-final) + F.softplus(exit),
+    ),
+    "hinge": Adversary(
+        lambda t: -t.verdict.logits,
+        lambda final, exit: F.relu(1 - final) + F.relu(1 + exit),
+    ),
+    "relativistic": Adversary(
+        lambda t: F.softplus(t.teacher_verdict.logits - t.verdict.logits),
+        lambda final, exit: F.softplus(exit - final),
+    ),
+}
+"""The games that can be played, by name.
+
+logistic: non-saturating (Goodfellow et al. 2014). Bound: both >= 0.
+hinge: Lim and Ye 2017. The discriminator's is >= 0, the generator's has no bound.
+relativistic: Jolicoeur-Martineau 2018. Bound: both >= 0. Of its two forms the paired one, since the
+    exit's state and the final layer's at the same token are a pair; the form that compares with the
+    other side's mean is for samples without partners.
+"""
+
+
+def gradient_penalty(logits: Tensor, features: Tensor) -> Tensor:
+    """R1: |d D(x) / d x|^2 / 2 at `features` x [N, D] (Mescheder et al. 2018). Bound: >= 0.
+
+    Per token [N]. Where a verdict is on an answer of n tokens, the mean over them is the same
+    quantity in the norm |x|^2 = sum over tokens / n, so that long answers weigh as short ones do.
+    """
+    (slope,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
+    return slope.square().sum(-1) / 2
 
 
 def masked_mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.answers import Answered, answers_of
+from offramp.answers import Answered, answers_of, labelled_examples
 from offramp.backbone import Backbone, dump_fingerprint
 from offramp.checkpoint import (
     HISTORY,
@@ -41,10 +41,12 @@ from offramp.features import Batch, FeatureStore
 from offramp.game import Game
 from offramp.losses import Terms
 from offramp.records import JsonlLog, provenance
+from offramp.seen import picture_digests
 
 log = logging.getLogger(__name__)
 
 FEATURES = "training/features"
+Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
 
 
 def train(
@@ -101,6 +103,7 @@ class Trainer:
             betas=(0.5, 0.9),
         )
         digest = examples_digest(self.examples)
+        self.seen = {"train": sorted(picture_digests(self.examples))}
         self.provenance = provenance(config.seed, list(command) or sys.argv, digest)
         self.made_of = {
             **asdict(config),
@@ -114,12 +117,17 @@ class Trainer:
 
     # -- the run ------------------------------------------------------------------------------
 
-    def run(self, resume: bool = False) -> Adapter:
-        """Train to the last step, or until validation stops improving."""
+    def run(
+        self, resume: bool = False, keep: Callable[[Callable[[], Stores]], Stores] | None = None
+    ) -> Adapter:
+        """Train to the last step, or until validation stops improving.
+
+        keep: takes what records the states, and gives those to read; None: recorded, then let go.
+        """
         if resume:
             self._restore()
         if not self._is_over():
-            stores = self._stores()
+            stores = self._stores() if keep is None else keep(self._stores)
             with self._history() as history:
                 try:
                     self._follow(*stores, history)
@@ -127,7 +135,7 @@ class Trainer:
                     if self.accelerator.is_main_process:
                         self._checkpoint()
                     raise
-            for store in stores:
+            for store in stores if keep is None else ():
                 store.clear()
         return self._best_adapter()
 
@@ -170,7 +178,7 @@ class Trainer:
         """One generator and one discriminator step; the logged terms by depth."""
         self._set_rate(step)
         scene = self.game.look(batch)
-        loss, report = self.game.generator_loss(scene)
+        loss, report = self.game.generator_loss(scene, step)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
         self.generator_steps.zero_grad()
@@ -179,7 +187,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0))
         self._check_finite("gradient's norm", norm, batch, step)
         self.generator_steps.step()
-        if self.config.adversarial:
+        if self.config.has_discriminator:
             report |= self._discriminate(batch, scene, step)
         return report
 
@@ -200,7 +208,7 @@ class Trainer:
     def _discriminate(
         self, batch: Batch, scene: Mapping[int, Terms], step: int
     ) -> dict[str, float]:
-        loss, report = self.game.discriminator_loss(batch, scene)
+        loss, report = self.game.discriminator_loss(scene)
         self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
         self.discriminator_steps.zero_grad()  # also of what the generator's loss left there
         self.accelerator.backward(loss)
@@ -230,16 +238,23 @@ class Trainer:
         for example in self._each("checking pictures")(distinct.values()):
             example.open_image()
 
-    def _stores(self) -> tuple[FeatureStore, FeatureStore]:
+    def _stores(self) -> Stores:
         self._check_pictures()
         held_out = self.config.validation_fraction
         parts = split_examples(
             self.examples, {"train": 1 - held_out, "validation": held_out}, self.config.seed
         )
-        return self._store("train", parts["train"]), self._store("validation", parts["validation"])
+        teaching, config = parts["train"], self.config
+        if config.regime == "mixed" and not config.learns_without_labels:  # the rest is no use
+            teaching = labelled_examples(teaching, config)
+            config = replace(config, regime="supervised")
+        return (
+            self._store("train", teaching, config),
+            self._store("validation", parts["validation"], self.config),
+        )
 
-    def _store(self, name: str, examples: Sequence[Example]) -> FeatureStore:
-        rows = self._rows(examples)
+    def _store(self, name: str, examples: Sequence[Example], config: TrainConfig) -> FeatureStore:
+        rows = self._rows(examples, config)
         store = FeatureStore(
             self.encoder,
             rows,
@@ -253,7 +268,7 @@ class Trainer:
         store.fill(self._each(f"{name} states"))
         return store
 
-    def _rows(self, examples: Sequence[Example]) -> list[Answered]:
+    def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
         """This process's answers; all have as many, so that no process waits for ever."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if len(examples) < world:
@@ -264,7 +279,7 @@ class Trainer:
         rows = answers_of(
             self.encoder,
             examples,
-            self.config,
+            config,
             share=slice(rank, None, world),
             progress=self._each("writing answers"),
         )
@@ -272,7 +287,7 @@ class Trainer:
         fewest = int(self.accelerator.gather(count).min())
         if not fewest:
             raise DataError(
-                f"No answer reached the confidence {self.config.min_confidence}.",
+                f"No answer reached the confidence {config.min_confidence}.",
                 "Lower --min-confidence, or use --regime unsupervised.",
             )
         return rows[:fewest]
@@ -318,8 +333,8 @@ class Trainer:
         exits.load_state_dict(self.best["exits"])
         exits.to(self.backbone.device, self.backbone.dtype).requires_grad_(False)
         discriminators = None
-        if self.config.adversarial:
-            discriminators = self.game.new_discriminators().requires_grad_(False)
+        if self.config.has_discriminator:
+            discriminators = self.game.new_discriminators().eval().requires_grad_(False)
             discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,
@@ -327,6 +342,7 @@ class Trainer:
             discriminators=discriminators,
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={"agreement": self.agreement, "step": self.progress.best_step},
+            seen=self.seen,
         )
 
     def _checkpoint(self) -> None:

@@ -1,0 +1,60 @@
+"""Which pictures an adapter was trained and calibrated on, so that no figure comes from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import DataError
+from offramp.examples import Example, content_digest
+
+Seen = Mapping[str, Sequence[str]]
+"""Picture digests, sorted, by the step that used them: "train", "calibration"."""
+
+DIGITS = 16
+"""Hex digits kept of a digest: a million pictures hold two of the same less than once in 10^7."""
+
+
+def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
+    """The key of the first example of each distinct picture, by the picture's digest.
+
+    Raises:
+        StorageError: an image file cannot be read.
+    """
+    found: dict[str, str] = {}
+    read: set[Any] = set()
+    for example in examples:
+        # A file is read once, however many questions are asked about it.
+        name = example.image if isinstance(example.image, Path) else id(example.image)
+        if name not in read:
+            read.add(name)
+            found.setdefault(content_digest(example.image)[:DIGITS], example.key)
+    return found
+
+
+def check_unseen(
+    seen: Seen, examples: Sequence[Example], steps: Sequence[str], advice: str
+) -> None:
+    """Raise `DataError`, with `advice`, where a picture was used in one of the `steps`.
+
+    An adapter that does not tell its training pictures gets a warning.
+    """
+    if "train" not in seen:
+        logging.warning(
+            "The adapter does not tell which pictures it was trained on; make sure that these are "
+            "others."
+        )
+    if not any(seen.get(step) for step in steps):
+        return
+    pictures = picture_digests(examples)
+    for step in steps:
+        shared = [pictures[digest] for digest in seen.get(step, ()) if digest in pictures]
+        if shared:
+            purpose = {"train": "training", "calibration": "calibration"}[step]
+            raise DataError(
+                f"{len(shared)} of {len(pictures)} pictures were used in {purpose}, for instance "
+                f"that of example {shared[0]!r}.",
+                advice,
+            )
