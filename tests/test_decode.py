@@ -15,8 +15,9 @@ from offramp.backbone import Backbone
 from offramp.decode import generate
 from offramp.errors import InputError
 from offramp.exits import Exits
+from offramp.judge import Judge
 from offramp.policy import FULL, Policy
-from offramp.run import Judge, Run
+from offramp.run import Run
 from offramp.scores import SCORES
 from reference import Dice, Script, StepLogitsWarper, of_steps, probe
 
@@ -198,6 +199,47 @@ def test_recompute_is_exact_with_an_exit_at_every_depth(name, rows, backbone, ex
     _, errors = measured(whole, parts, batch(name, rows), policy)
     assert len(errors) >= 3
     assert max(errors.values()) <= EXACT, errors
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    ("score", "threshold"), [("patience", 0.2), ("agreement", 0.01), ("saturation", 0.93)]
+)
+def test_recompute_is_exact_whatever_the_score(
+    score, threshold, name, rows, backbone, exits, batch
+):
+    whole = backbone(name, wide=CALM)
+    parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
+    policy = Policy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
+    _, errors = measured(whole, parts, batch(name, rows), policy)
+    assert len(errors) >= 2 or rows == 1
+    assert max(errors.values()) <= EXACT, errors
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava", "florence2"])
+def test_recompute_is_exact_with_exits_that_keep_no_keys(name, rows, backbone, batch, scored):
+    whole = backbone(name, wide=CALM)
+    lens = Exits(whole, tuple(range(1, whole.depth)), lens=True)
+    scored(Dice(8))
+    for prefill in (False, True):
+        policy = Policy(dict.fromkeys(lens.depths, 0.6), exit_in_prefill=prefill)
+        _, errors = measured(whole, lens, batch(name, rows), policy)
+        assert len(errors) >= 3
+        assert max(errors.values()) <= EXACT, errors
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exit_that_keeps_no_keys_skips_layers_like_any_other(name, kv, backbone, batch, scored):
+    whole = backbone(name)
+    first, second = families.depths(name)
+    lens = Exits(whole, (first, second), lens=True)
+    scored(Dice(3))
+    policy = Policy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=True)
+    made = generate(whole, batch(name, 4), exits=lens, policy=policy, max_new_tokens=NEW)
+    assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava"])
@@ -717,9 +759,9 @@ def test_without_exits_no_scores_are_given(backbone, batch):
 def test_the_judge_reads_a_state_as_the_backbone_does(backbone, batch):
     whole = backbone("gemma3")
     states = torch.randn(3, whole.width)
-    logits, score = Judge(whole, "margin")(2, states, states)
-    assert torch.equal(logits, whole.read(whole.finish(states)))
-    assert torch.equal(score, SCORES["margin"](logits))
+    look = Judge(whole, Policy(score="margin"), (2,))(2, states, states)
+    assert torch.equal(look.logits, whole.read(whole.finish(states)))
+    assert torch.equal(look.score, SCORES["margin"](look.logits))
 
 
 def test_a_run_starts_with_nobody_waiting(backbone, exits):

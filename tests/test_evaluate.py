@@ -30,7 +30,7 @@ from offramp.exits import Exits
 from offramp.policy import FULL, Policy
 from offramp.rank import candidate_scores, follows_policy
 from offramp.records import JsonlLog
-from offramp.scores import max_probability
+from offramp.scores import STREAKS, max_probability
 from offramp.tasks import TASK_METRICS, Item, Settings
 
 DEPTHS = (2, 4)
@@ -527,3 +527,27 @@ def test_a_mistake_is_two_lines(
     assert (code, out) == (1, "")
     assert words in err
     assert len(err[err.index("error: ") :].rstrip("\n").split("\n")) == 2
+
+
+@pytest.mark.parametrize("score", STREAKS)
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
+def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str, score: str) -> None:
+    encoder, exits = encoder_of(name), exits_of(name)
+    example = fakes.examples(3)[2]
+    threshold = {"patience": 1.0, "agreement": 0.02}[score]
+    policy = Policy(dict.fromkeys(DEPTHS, threshold), score=score)
+    found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
+    depths = set()
+    for text, total in zip(CANDIDATES, found, strict=True):
+        ids = encoder.answer_ids(example.prompt, text)
+        logits = logits_of(name, example, ids, exits)
+        expected = 0.0
+        for place in range(len(ids)):
+            rule, depth = STREAKS[score](DEPTHS, {}), encoder.backbone.depth
+            reached = {d: rule(d, logits[d][place : place + 1]) >= threshold for d in DEPTHS}
+            if place > 0 or encoder.backbone.is_encoder_decoder:
+                depth = next((d for d in DEPTHS if reached[d]), depth)
+            expected += float(log_p(logits[depth], ids)[place])
+            depths.add(depth)
+        assert total == pytest.approx(expected, abs=2e-3)
+    assert len(depths) > 1 or name == "blip2-opt"  # whose exits never agree here

@@ -9,7 +9,15 @@ import torch
 
 from offramp import scores as module
 from offramp.errors import InputError
-from offramp.scores import SCORES, check_score, check_thresholds
+from offramp.scores import (
+    FEATURE_SCORES,
+    SCORES,
+    STREAKS,
+    check_score,
+    check_thresholds,
+    check_weights,
+    saturation,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -76,7 +84,34 @@ def test_a_uniform_row_scores_zero(name):
     assert SCORES[name](torch.zeros(1, 50)).item() == pytest.approx(0.0, abs=1e-6)
 
 
-# -- names and thresholds ---------------------------------------------------------------------
+# -- scores of more than one exit's logits ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 60000.0])
+@pytest.mark.parametrize("name", STREAKS)
+def test_a_streak_is_finite_and_in_range_at_any_scale(name, scale, dtype):
+    rule = STREAKS[name]((2, 4, 6), {})
+    for depth in (2, 4, 6):
+        found = rule(depth, logits(DTYPES[dtype], scale).clamp(-60000, 60000))
+        assert found.shape == (16,) and ((found >= 0) & (found <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 60000.0])
+def test_saturation_is_finite_and_in_range_at_any_scale(scale, dtype):
+    entry, previous = (logits(DTYPES[dtype], scale).clamp(-60000, 60000) for _ in range(2))
+    found = saturation(entry, previous)
+    assert found.dtype == torch.float32 and ((found >= 0) & (found <= 1)).all()
+
+
+@pytest.mark.parametrize(("factor", "score"), [(3.0, 1.0), (-0.5, 0.0)])
+def test_saturation_sees_the_direction_of_a_state_and_not_its_length(factor, score):
+    state = torch.randn(4, 32)
+    assert saturation(factor * state, state).tolist() == pytest.approx([score] * 4, abs=1e-6)
+
+
+# -- names, thresholds and weights --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["max_probabilty", "", None])
@@ -85,7 +120,7 @@ def test_an_unknown_score_is_refused_with_the_names_there_are(name):
         check_score(name)
 
 
-@pytest.mark.parametrize("name", [*SCORES, "discriminator"])
+@pytest.mark.parametrize("name", [*SCORES, *STREAKS, *FEATURE_SCORES])
 def test_the_known_scores_are_accepted(name):
     assert check_score(name) == name
 
@@ -108,3 +143,19 @@ def test_a_threshold_where_no_exit_stands_is_refused():
 
 def test_none_switches_an_exit_off():
     assert check_thresholds({4: 1, 2: None}, (2, 4)) == {4: 1.0}
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "much", None])
+def test_a_weight_that_is_no_finite_number_from_0_is_refused(weight):
+    with pytest.raises(InputError, match="finite"):
+        check_weights({2: 1.0, 4: weight})
+
+
+def test_weights_that_are_all_0_are_refused():
+    with pytest.raises(InputError, match="are 0"):
+        check_weights({2: 0.0, 4: 0})
+
+
+def test_a_weight_where_no_exit_stands_is_refused():
+    with pytest.raises(InputError, match=r"\[3\]"):
+        check_weights({2: 0.5, 3: 0.5}, (2, 4))

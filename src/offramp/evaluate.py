@@ -13,13 +13,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from offramp.adapter import Adapter
+from offramp.adapter import Adapter, policy_to_json
 from offramp.answerlog import ROWS, AnswerLog, Done, Row, check_digests, read_rows
 from offramp.backbone import Backbone, dump_fingerprint
 from offramp.decode import generate
@@ -30,6 +30,7 @@ from offramp.policy import FULL, Generation, Policy
 from offramp.rank import candidate_scores, follows_policy
 from offramp.records import digest_rows, provenance, write_json
 from offramp.scoring import score
+from offramp.seen import check_unseen
 from offramp.tasks import Item, Settings, as_items
 
 FORMAT = 1
@@ -45,6 +46,7 @@ def evaluate(
     *,
     out: str | Path,
     resume: bool = False,
+    allow_seen: bool = False,
     progress: Any = iter,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def evaluate(
         policy: when tokens leave early. Default: the adapter's.
         out: the run's folder; see the module for its files.
         resume: go on with the run in `out`; what is answered there is kept.
+        allow_seen: take pictures that the adapter was trained or calibrated on.
         progress: wraps the batches that are still to do.
         settings: fields of `offramp.tasks.Settings`.
 
@@ -69,11 +72,19 @@ def evaluate(
 
     Raises:
         InputError: an argument or setting cannot be used, or `out` holds another run.
-        DataError: the examples cannot be evaluated on this task.
+        DataError: the examples cannot be evaluated on this task, or share pictures with the
+            adapter's training or calibration.
         StorageError: a file cannot be read or written.
     """
     plan = Settings(task, **settings)
     items = as_items(examples, task)
+    if isinstance(model, Adapter) and plan.mode != "full" and not allow_seen:
+        check_unseen(
+            model.seen,
+            [item.example for item in items],
+            ("train", "calibration"),
+            "Evaluate on other pictures, or say --allow-seen for figures that flatter.",
+        )
     answerer = _Answerer(model, encoder, plan, policy)
     stored = answerer.stored()
     with AnswerLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
@@ -156,7 +167,6 @@ class _Answerer:
         """What the answers depend on: a run with other values is not gone on with."""
         trained = [m for m in (self.exits, self.discriminators) if m]
         policy = self.policies["early_exit"]
-        thresholds = {str(depth): value for depth, value in policy.thresholds.items()}
         return {
             "format": FORMAT,
             "task": self.plan.task,
@@ -164,9 +174,7 @@ class _Answerer:
             "fingerprint": digest_rows([dump_fingerprint(self.backbone.fingerprint())]),
             "exits": _digest(trained) if trained else None,
             # Every field, so that none can change unnoticed.
-            "policy": {**asdict(policy), "thresholds": thresholds}
-            if self.exits is not None
-            else None,
+            "policy": policy_to_json(policy) if self.exits is not None else None,
             "layers": self.backbone.depth,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "device": self.backbone.device.type,

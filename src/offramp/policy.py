@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from offramp.errors import InputError, did_you_mean
-from offramp.scores import check_score
+from offramp.scores import check_score, check_weights
 
 KV_POLICIES = ("recompute", "propagate")
 
@@ -18,8 +18,12 @@ class Policy:
     """When tokens leave, and what fills the cache behind them.
 
     thresholds: by depth; a token leaves at the first depth where score >= threshold. A depth that
-        is missing is off and costs nothing. Empty: the full model.
-    score: a key of `SCORES`, or "discriminator".
+        is missing is off and costs nothing; at one with 0 every token leaves, and no score is
+        computed there. Empty: the full model.
+    score: a key of `SCORES` (one exit's logits) or of `STREAKS` ("patience", "agreement": what the
+        exits so far agree on), "saturation" (of hidden states) or "discriminator".
+    weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
+        are for all depths with thresholds or, left out, alike.
     kv: "recompute" (exact) or "propagate".
     lossless: exits only draft, and the full model verifies (`offramp.speculate`): the output is
         the full model's. Thresholds then decide speed, not quality.
@@ -34,6 +38,7 @@ class Policy:
     exit_in_prefill: bool = False
     lossless: bool = False
     max_draft: int = 8
+    weights: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -52,6 +57,7 @@ class Policy:
                 "Give a whole number from 1; 4 to 16 are usual.",
             )
         object.__setattr__(self, "thresholds", dict(self.thresholds))
+        object.__setattr__(self, "weights", check_weights(self.weights))
 
 
 FULL = Policy()
@@ -65,7 +71,7 @@ class Generation:
     sequences: token ids [B, T], prompt included where HF's `generate` includes it.
     depths: decoder layers run for each new token [B, N]; 0 where a finished row is padded.
     scores: confidence [B, N] at the last exit that looked at the token (with which it left, if it
-        left); NaN where none looked.
+        left); NaN where none looked, and where a threshold of 0 let it leave unseen.
     layers: depth L of the full model.
     rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. A kept draft
         counts at the depth of the exit that wrote it, though the full model confirmed it later.

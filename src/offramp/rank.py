@@ -15,7 +15,7 @@ from offramp.examples import Example
 from offramp.exits import Exits, first
 from offramp.policy import FULL, Policy
 from offramp.reading import Reading
-from offramp.run import Judge, Run
+from offramp.run import Run
 from offramp.view import View
 
 
@@ -58,7 +58,7 @@ def candidate_scores(
     run = Run(backbone, exits, policy, discriminators)
     driver = _ReadAll(backbone, exits, tuple(run.thresholds))
     view = View(backbone, driver)
-    pick = _Pick(backbone, run.thresholds, policy, discriminators)
+    pick = _Pick(run)
     found: list[float] = []
 
     def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
@@ -89,6 +89,7 @@ class _ReadAll:
 
     def __init__(self, backbone: Backbone, exits: Exits | None, depths: Sequence[int]) -> None:
         self._exits, self._depths, self._last = exits, frozenset(depths), backbone.depth - 1
+        self._noted = frozenset(d - k for d in depths for k in (0, 1))  # "saturation" reads both
         self.entries: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
 
@@ -100,9 +101,10 @@ class _ReadAll:
         args: tuple[Any, ...],
         kw: dict[str, Any],
     ) -> Any:
+        if index in self._noted:
+            self.entries[index] = hidden
         if index in self._depths:
             assert self._exits is not None
-            self.entries[index] = hidden
             self.states[index] = self._exits.run(index, hidden, args, kw)
         out = layer(hidden, *args, **kw)
         if index == self._last:
@@ -120,18 +122,11 @@ class _ReadAll:
 class _Pick:
     """Log-probabilities of given tokens, each at the depth where the policy lets it leave."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        thresholds: Mapping[int, float],
-        policy: Policy,
-        discriminators: nn.ModuleDict | None,
-    ) -> None:
-        self._backbone, self._thresholds = backbone, thresholds
-        self._judge = Judge(backbone, policy.score, discriminators) if thresholds else None
+    def __init__(self, run: Run) -> None:
+        self._backbone, self._thresholds, self._judge = run.backbone, run.thresholds, run.judge
         # The first token comes out of the prompt's own pass; see `offramp.decode`.
-        self._from_prompt = backbone.is_encoder_decoder or (
-            policy.exit_in_prefill and backbone.family.causal_prompt
+        self._from_prompt = run.backbone.is_encoder_decoder or (
+            run.policy.exit_in_prefill and run.backbone.family.causal_prompt
         )
 
     def __call__(
@@ -144,10 +139,11 @@ class _Pick:
         open_[:, 0] = self._from_prompt
         for depth, threshold in sorted(self._thresholds.items()):
             assert self._judge is not None
-            state, entry = states[depth].flatten(0, 1), entries[depth].flatten(0, 1)
-            logits, score = self._judge(depth, state, entry)
-            leaves = open_ & (score.view_as(ids) >= threshold)
-            found = torch.where(leaves, _log_p(logits.view(*ids.shape, -1), ids), found)
+            state = states[depth].flatten(0, 1)
+            entry, previous = (entries[d].flatten(0, 1) for d in (depth, depth - 1))
+            look = self._judge(depth, state, entry, previous)
+            leaves = open_ & (look.score.view_as(ids) >= threshold)
+            found = torch.where(leaves, _log_p(look.logits.view(*ids.shape, -1), ids), found)
             open_ &= ~leaves
         return found
 

@@ -13,7 +13,7 @@ propagate: the state at the exit is projected to the keys and values of every sk
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,48 +22,10 @@ from torch import Tensor, nn
 from offramp.backbone import Backbone
 from offramp.errors import InputError
 from offramp.exits import Exits
+from offramp.judge import Constrain, Judge, Look
 from offramp.policy import Policy
-from offramp.scores import SCORES, check_thresholds
+from offramp.scores import check_thresholds, check_weights
 from offramp.view import View
-
-
-class Judge:
-    """Reads an exit's state: logits, score, and whether to leave."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        score: str,
-        discriminators: nn.ModuleDict | None = None,
-    ) -> None:
-        if score == "discriminator" and discriminators is None:
-            raise InputError(
-                "The discriminator score needs the discriminators trained with the exits.",
-                "Keep discriminators.safetensors in the adapter's folder, or use another score.",
-            )
-        self._backbone = backbone
-        self._score = SCORES.get(score)
-        self._discriminators = discriminators
-
-    def __call__(
-        self,
-        depth: int,
-        state: Tensor,
-        entry: Tensor,
-        constrain: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] and score [B] of exit state [B, D], entered with `entry` [B, D].
-
-        The score is confidence in what may be said, so it reads the logits under `constrain`. The
-        logits come back as they are: the loop constrains them once, whatever depth they are from.
-        """
-        normed = self._backbone.finish(state)
-        logits = self._backbone.read(normed)
-        if self._score is not None:
-            return logits, self._score(logits if constrain is None else constrain(logits))
-        assert self._discriminators is not None
-        judged = self._discriminators[str(depth)](normed.float(), entry.float())
-        return logits, judged.sigmoid()
 
 
 class _KeysStored(Exception):
@@ -87,19 +49,27 @@ class Run:
         self.view = View(backbone, self)
         self.propagate = policy.kv == "propagate"
         self._exits = exits
-        self._judge = Judge(backbone, policy.score, discriminators) if self.thresholds else None
+        self.judge: Judge | None = None
+        self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
+        if self.thresholds:
+            check_weights(policy.weights, depths)
+            self.judge = Judge(backbone, policy, tuple(self.thresholds), discriminators)
+            if policy.score == "saturation":
+                self._watched = frozenset(depth - 1 for depth in self.thresholds)
         # per generation
         self.cache: Any = None
-        self.constrain: Callable[[Tensor], Tensor] | None = None
+        self.constrain: Constrain | None = None
         self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
             d: [] for d in self.thresholds
         }
+        self._unseen: tuple[Tensor, Tensor] | None = None  # depths, scores of a token yet to start
         # per stack call
         self._start = 0
         self._chunk: Tensor | None = None
         self._positions: Tensor | None = None
         self._need: int | None = None
         self._left: int | None = None
+        self._previous: Tensor | None = None  # what entered the last watched layer [B, D]
         # per token
         self._check = True
         self._open: Tensor
@@ -111,7 +81,7 @@ class Run:
         """Let go of keys, values and states now: view and driver hold each other, so they would
         stay until the garbage collector comes by."""
         self.cache, self.constrain, self.logits, self._positions = None, None, None, None
-        self._waiting = {}
+        self._previous, self._waiting = None, {}
 
     # -- one token ---------------------------------------------------------------------------
 
@@ -120,9 +90,13 @@ class Run:
         self._check = check
         self._left = None
         self.logits = None
-        rows, device = len(unfinished), unfinished.device
-        self.depths = torch.full((rows,), self.backbone.depth, device=device)
-        self.scores = torch.full((rows,), float("nan"), device=device)
+        if self._unseen is None:
+            rows, device = len(unfinished), unfinished.device
+            self._unseen = (
+                torch.full((rows,), self.backbone.depth, device=device),
+                torch.full((rows,), float("nan"), device=device),
+            )
+        self.depths, self.scores = self._unseen
         self._open = unfinished
 
     def prompt_stands_at(self, positions: Tensor | None) -> None:
@@ -189,6 +163,8 @@ class Run:
             if self.propagate:
                 self._store_keys(index, layer, hidden, args, kw)
             return self.backbone.skip(index, hidden, args, kw)
+        if index in self._watched:
+            self._previous = hidden[:, -1]
         return layer(hidden, *args, **kw)
 
     def _goes_deeper(
@@ -211,24 +187,35 @@ class Run:
 
     def _leave(self, depth: int, state: Tensor, entry: Tensor) -> bool:
         """Let confident rows leave at `depth`; True once no unfinished row is left."""
-        assert self._judge is not None
-        logits, score = self._judge(depth, state, entry, self.constrain)
-        if len(score) == 1:  # the common case, in one transfer and no masks
-            self.scores = score
-            if not bool(score >= self.thresholds[depth]):  # in the score's precision, as below
-                return False
-            self.logits = logits
-            self.depths = torch.full_like(self.depths, depth)
-            self._open = torch.zeros_like(self._open)
+        assert self.judge is not None
+        look = self.judge(depth, state, entry, self._previous, self.constrain)
+        threshold = self.thresholds[depth]
+        if threshold == 0.0:
+            self.scores = self.scores.masked_fill(self._open, float("nan"))
+            self._let_go(self._open, look)
             return True
-        self.scores = torch.where(self._open, score.to(self.scores), self.scores)
-        leaving = self._open & (score >= self.thresholds[depth])
-        self.depths = self.depths.masked_fill(leaving, depth)
-        self.logits = (
-            logits if self.logits is None else torch.where(leaving[:, None], logits, self.logits)
-        )
+        if len(state) == 1:  # the common case, in one transfer and no masks
+            self.scores = look.score
+            if not bool(look.score >= threshold):  # in the score's precision, as below
+                return False
+            self.logits, self.depths = look.logits, torch.full_like(self.depths, depth)
+            return True
+        self.scores = torch.where(self._open, look.score.to(self.scores), self.scores)
+        leaving = self._open & (look.score >= threshold)
         self._open = self._open & ~leaving
-        return not bool(self._open.any())
+        some_leave, some_stay = torch.stack([leaving, self._open]).any(1).tolist()
+        if some_leave:
+            self._let_go(leaving, look)
+        return not some_stay
+
+    def _let_go(self, rows: Tensor, look: Look) -> None:
+        """Note that `rows` [B] leave with what `look` saw."""
+        self.depths = self.depths.masked_fill(rows, look.depth)
+        self.logits = (
+            look.logits
+            if self.logits is None
+            else torch.where(rows[:, None], look.logits, self.logits)
+        )
 
     def _catch_up(self, depth: int, kw: dict[str, Any]) -> Tensor:
         """Run the layers from `depth` on over all who wait there, the new token last."""
@@ -268,9 +255,9 @@ class Run:
         """The same cache entries, with lengths and masks as the layers from `start` on see them.
 
         HF sizes the mask of each attention type by the first entry of that type. Only the layers
-        from `start` to the first exit where tokens wait run in this call, and the exits among
-        them; the entries of the rest are ahead or behind, so one of the same type that runs stands
-        in for each.
+        from `start` to the first exit where tokens wait run in this call, and that exit; the
+        entries of the rest are ahead or behind, so one of the same type that runs stands in for
+        each.
         """
         from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -280,7 +267,7 @@ class Run:
         if start == 0 and (stop == end or len({type(entry) for entry in layers}) == 1):
             return self.cache  # the first entry of each type runs
         at_exits = zip(self._exits.depths if self._exits else (), layers[end:], strict=False)
-        running = [*layers[start:stop], *(e for d, e in at_exits if start <= d <= stop)]
+        running = [*layers[start:stop], *(e for d, e in at_exits if d == stop)]
 
         def kin(index: int) -> Any:
             if start <= index < stop:
@@ -299,7 +286,7 @@ class Run:
         """Take the last `tokens` tokens out of every entry; sliding windows shrink again."""
         own = getattr(self.cache, "self_attention_cache", self.cache)
         for entry in own.layers:
-            if entry.is_initialized:  # an exit that is off has never written to its entry
+            if entry.is_initialized:  # an exit that is off or keeps no keys never writes to its own
                 entry.crop(-tokens)
 
     def _store_keys(

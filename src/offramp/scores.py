@@ -1,13 +1,14 @@
 """Confidence scores: how safe it is to leave at an exit. In [0, 1], larger is safer.
 
 One direction, always: a token leaves iff `score >= threshold`. Every score is computed in float32,
-where entropy cannot become NaN.
+where entropy cannot become NaN. `SCORES` look at one exit's logits, `STREAKS` also at what the
+exits before it said of the same token, and `FEATURE_SCORES` at hidden states alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,23 +35,150 @@ def entropy(logits: Tensor) -> Tensor:
     return (1.0 + terms.sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
 
 
+class _Streak:
+    """Adds up, row by row, what consecutive exits bring that choose the same token.
+
+    An exit that chooses another one starts over; so does every new token, at the first exit.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._chosen: Tensor
+        self._sum: Tensor
+
+    def add(self, depth: int, logits: Tensor, gain: Tensor) -> Tensor:
+        """The sum [B] so far, with `gain` [B] of the exit at `depth` and its logits [B, V]."""
+        chosen = logits.argmax(-1)
+        if depth != self._first:
+            gain = gain + torch.where(chosen == self._chosen, self._sum, 0.0)
+        self._chosen, self._sum = chosen, gain
+        return gain
+
+
+class Patience:
+    """How long the exits have agreed (PABEE, Zhou et al. 2020).
+
+    With E exits that may leave, the score [B] is n / (E - 1), where n counts the exits just before
+    this one that choose its token, one after the other. A threshold t is a patience of
+    ceil(t * (E - 1)) agreeing pairs in a row, and the threshold for a patience of n is n / (E - 1).
+    The first exit has nothing to agree with and scores 0, as does a single one.
+    """
+
+    def __init__(self, depths: Sequence[int], weights: Mapping[int, float]) -> None:
+        """depths: of the exits that may leave. weights: not used."""
+        self._streak = _Streak(min(depths))
+        self._most = max(1, len(depths) - 1)
+
+    def __call__(self, depth: int, logits: Tensor) -> Tensor:
+        """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
+        one = torch.ones(len(logits), device=logits.device)
+        return (self._streak.add(depth, logits, one) - 1.0) / self._most
+
+
+class Agreement:
+    """Confidence that agreeing exits gather (BEEM, Bajpai and Hanawal 2025).
+
+    The sum of w_i * p_i over this exit and those just before it that choose its token, one after
+    the other, over the sum of w_i over all exits that may leave. p_i is the largest probability
+    of exit i and w_i its weight, e.g. its accuracy. Only exits that all agree, each of them
+    certain, reach 1, and the first exit reaches its own share of the weights.
+    """
+
+    def __init__(self, depths: Sequence[int], weights: Mapping[int, float]) -> None:
+        """depths: of the exits that may leave. weights: by depth; empty: all count alike.
+
+        Raises:
+            InputError: weights leave out one of these exits, or are all 0 there.
+        """
+        missing = [d for d in depths if weights and d not in weights]
+        if missing:
+            raise InputError(
+                f"Weights are given for depths {list(weights)}, but not for {missing}.",
+                "Give a weight to each depth with a threshold, or none at all.",
+            )
+        total = sum(weights.get(d, 1.0) for d in depths)
+        if total == 0:
+            raise InputError(
+                f"The weights of depths {list(depths)}, where tokens may leave, are all 0.",
+                "Give at least one of them a weight above 0, e.g. the exit's accuracy.",
+            )
+        self._streak = _Streak(min(depths))
+        self._shares = {d: weights.get(d, 1.0) / total for d in depths}
+
+    def __call__(self, depth: int, logits: Tensor) -> Tensor:
+        """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
+        return self._streak.add(depth, logits, self._shares[depth] * max_probability(logits))
+
+
+def saturation(entry: Tensor, previous: Tensor) -> Tensor:
+    """How little the last layer changed the state (MuE, Tang et al. 2023).
+
+    (1 + cos) / 2 [B], of the angle between a state [B, D] and that one decoder layer earlier.
+    """
+    cosine = torch.cosine_similarity(entry.float(), previous.float(), dim=-1)
+    return (0.5 + 0.5 * cosine).clamp(0.0, 1.0)
+
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_probability": max_probability,
     "margin": margin,
     "entropy": entropy,
 }
-"""Scores of logits by name; "discriminator" is the one that reads features instead."""
+"""Scores [B] of one exit's logits [B, V] by name; more may be added."""
 
-SCORE_NAMES = (*SCORES, "discriminator")
+STREAKS: dict[str, Callable[[Sequence[int], Mapping[int, float]], Callable[..., Tensor]]] = {
+    "patience": Patience,
+    "agreement": Agreement,
+}
+"""Scores over the exits of one token by name: built from depths and weights, then called with each
+exit's depth and logits [B, V] in order of depth."""
+
+FEATURE_SCORES = ("saturation", "discriminator")
+"""Scores of hidden states, which need no logits."""
+
+
+def logits_score(
+    name: str, depths: Sequence[int], weights: Mapping[int, float]
+) -> Callable[[int, Tensor], Tensor] | None:
+    """`name` as a function of depth and logits [B, V]; None for a score of features.
+
+    depths: of the exits that may leave. weights: see `Agreement`.
+    """
+    if name in STREAKS:
+        return STREAKS[name](depths, weights)
+    of_logits = SCORES.get(name)
+    return None if of_logits is None else lambda _, logits: of_logits(logits)
 
 
 def check_score(name: str) -> str:
     """`name`, or `InputError` with the names there are; scores added to `SCORES` are known too."""
-    if name not in SCORES and name != "discriminator":
-        raise InputError(
-            f"Score {name!r} is not known.", did_you_mean(str(name), (*SCORES, "discriminator"))
-        )
+    known = (*SCORES, *STREAKS, *FEATURE_SCORES)
+    if name not in known:
+        raise InputError(f"Score {name!r} is not known.", did_you_mean(str(name), known))
     return name
+
+
+def check_weights(
+    weights: Mapping[int, float], depths: Sequence[int] | None = None
+) -> dict[int, float]:
+    """`weights` by depth; raise `InputError` for one below 0 or not finite, or if all are 0.
+
+    depths: where exits stand, if that is known yet; a weight elsewhere raises too.
+    """
+    off = {d: w for d, w in weights.items() if not 0.0 <= _number(w) < math.inf}
+    checked = {d: _number(w) for d, w in weights.items()}
+    if off or (checked and not any(checked.values())):
+        raise InputError(
+            f"Weights {off} are not finite numbers from 0." if off else "All weights are 0.",
+            "Give each exit a weight from 0, e.g. its accuracy, and at least one above 0.",
+        )
+    wrong = [d for d in checked if depths is not None and d not in depths]
+    if wrong:
+        raise InputError(
+            f"Weights name depths {wrong}, where no exit stands.",
+            f"Exits stand at {list(depths or ())}.",
+        )
+    return checked
 
 
 def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> dict[int, float]:

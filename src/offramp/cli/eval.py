@@ -85,6 +85,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
+        "--allow-seen",
+        action="store_true",
+        help="take pictures that the exits were trained or calibrated on",
+    )
+    parser.add_argument(
         "--rescore",
         action="store_true",
         help="score the answers in --out again; no model is loaded",
@@ -128,6 +133,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             None if alone else policy_of(arguments, model),
             out=arguments.out,
             resume=arguments.resume,
+            allow_seen=arguments.allow_seen,
             progress=lambda batches: tqdm(batches, "evaluate", disable=None),
             **settings,
         )
