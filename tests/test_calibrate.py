@@ -1,110 +1,432 @@
-"""Laws of the promise: it holds on fresh data, and is not given where the data cannot bear it."""
+"""Laws of calibration: what is promised was measured on free-running answers, or nothing is."""
+
+from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import fakes
+import families
 from offramp import calibrate as module
-from offramp.calibrate import calibrate, hoeffding_bentkus
-from offramp.errors import InputError
-from offramp.policy import Policy
+from offramp.adapter import Adapter, model_card
+from offramp.answerloss import RISKS, Answer, answer_ids, free_running
+from offramp.backbone import Backbone
+from offramp.calibrate import Calibration, Tried, calibrate, calibrated
+from offramp.cost import Costs
+from offramp.encode import Encoder
+from offramp.errors import DataError, InputError
+from offramp.examples import Example
+from offramp.exits import Exits
+from offramp.pareto import LIMIT, candidates, pareto_path
+from offramp.policy import FULL, Generation, Policy
+from offramp.replay import Replay
+from offramp.risk import control
+from offramp.seen import picture_digests
 
-GRID = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-
-
-@dataclass
-class FakeAdapter:
-    """An adapter whose answers differ from the full model's wherever score < difficulty says so."""
-
-    depths = (3,)
-
-    @property
-    def exits(self) -> "FakeAdapter":
-        return self
-
-
-def promise(
-    monkeypatch: pytest.MonkeyPatch, losses: dict[float, np.ndarray], **options: Any
-) -> Any:
-    """Calibrate on given losses [n] by threshold."""
-    n = len(next(iter(losses.values())))
-
-    def answers(adapter: Any, encoder: Any, examples: Any, policy: Policy, *_: Any) -> list[Any]:
-        if not policy.thresholds:
-            return [(0,)] * n
-        (threshold,) = set(policy.thresholds.values())
-        return [(int(loss),) for loss in losses[threshold]]
-
-    monkeypatch.setattr(module, "_answers", answers)
-    return calibrate(FakeAdapter(), None, range(n), Policy(), thresholds=tuple(losses), **options)  # type: ignore[arg-type]
+LAYERS, TOKENS = 6, 6
+OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
+GRID = tuple(np.linspace(0.076, 0.03, 16))
+LAX: dict[str, Any] = {"target": 0.6, "confidence": 0.8, "thresholds": GRID, **OPTIONS}
 
 
-@pytest.mark.parametrize("shape", ["monotone", "dip"])
-def test_risk_on_fresh_data_exceeds_the_target_no_more_often_than_stated(
-    monkeypatch: pytest.MonkeyPatch, shape: str
+def costs(check: float = 1e-4) -> Costs:
+    return Costs(
+        layers=LAYERS, batch=1, context=8, layer=(1e-3,) * 4, head=(1e-4,) * 4, exit=1e-4,
+        check=check, leave=0.0, score=0.0, store=0.0, token=1e-4, reenter=0.0,
+    )  # fmt: skip
+
+
+@cache
+def encoder() -> Encoder:
+    model = Backbone(families.build("blip2-opt", wide=2.0))
+    return Encoder(model, fakes.Blip2FakeProcessor("blip2-opt"))
+
+
+@cache
+def adapter_at(*depths: int) -> Adapter:
+    """Exits that often agree with the full model, and often do not."""
+    exits = Exits(encoder().backbone, depths)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in exits.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})
+
+
+@cache
+def examples(n: int = 40) -> list[Example]:
+    """Half of them answered as the full model would."""
+    some = fakes.examples(n)
+    full = free_running(adapter_at(4), encoder(), some, FULL, 16, OPTIONS)
+    return [
+        replace(e, answers=(a.text,)) if i % 2 and a.text else e
+        for i, (e, a) in enumerate(zip(some, full, strict=True))
+    ]
+
+
+def found(*depths: int, policy: Policy | None = None, **more: Any) -> Calibration:
+    given = {"costs": costs(), **LAX, **more}
+    some = given.pop("examples", examples())
+    return calibrate(adapter_at(*depths), encoder(), some, policy or Policy(), **given)
+
+
+def lost(risk: str, policy: Policy, some: Sequence[Example], *depths: int) -> Any:
+    """Losses [n] of all answers written again, in other batches."""
+    early, full = (
+        free_running(adapter_at(*depths), encoder(), some, p, 10, OPTIONS) for p in (policy, FULL)
+    )
+    return RISKS[risk].losses(early, full, some)
+
+
+# -- what is promised -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("risk", "prefill"),
+    [
+        ("disagreement", False),
+        ("consistency", True),
+        ("exact_match_drop", False),
+        ("rouge_l_drop", True),
+    ],
+)
+def test_every_point_of_the_path_has_the_risk_of_answers_written_again(
+    risk: str, prefill: bool
 ) -> None:
-    true = {"monotone": [0, 0.01, 0.03, 0.05, 0.08, 0.2], "dip": [0.04, 0.08, 0.03, 0.2, 0.01, 0]}
-    risk = dict(zip(GRID, true[shape], strict=True))
-    draw = np.random.default_rng(0)
-    violations = 0
-    trials = 400
-    for _ in range(trials):
-        losses = {t: draw.random(300) < risk[t] for t in GRID}
-        found = promise(monkeypatch, losses, target=0.05, confidence=0.9)
-        chosen = found.policy.thresholds.get(3)
-        violations += chosen is not None and risk[chosen] > 0.05
-    # 10% are allowed; three standard errors above would be 14.5%.
-    assert violations / trials <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / trials)
+    policy = Policy(exit_in_prefill=prefill)
+    path = found(4, policy=policy, risk=risk).path
+    assert len(path) > 1
+    for point in (path[len(path) // 2], path[-1]):
+        losses = lost(risk, replace(policy, thresholds=point.thresholds), examples(), 4)
+        assert point.risk == pytest.approx(losses.mean())
+    assert any(point.risk != 0 for point in path)
 
 
-def test_the_last_threshold_that_passed_is_returned_not_the_first_that_failed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("depths", [(4,), (4, 5)])
+def test_what_is_promised_was_measured_and_its_bound_is_below_the_target(
+    depths: tuple[int, ...],
 ) -> None:
-    losses = {0.9: np.zeros(1000), 0.8: np.zeros(1000), 0.7: np.ones(1000), 0.6: np.zeros(1000)}
-    found = promise(monkeypatch, losses, target=0.05)
-    assert found.policy.thresholds == {3: 0.8}
+    result = found(*depths)
+    assert result.policy.thresholds and not result.reason
+    assert result.measured is not None and result.bound is not None
+    assert result.measured <= result.bound <= result.target
+    assert {"thresholds": result.policy.thresholds, "risk": result.measured} in [
+        {"thresholds": p.thresholds, "risk": p.risk} for p in result.path
+    ]
 
 
-def test_too_few_samples_promise_nothing_and_say_how_many_are_needed(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_path_is_walked_to_its_first_failure() -> None:
+    result = found(4, target=0.35)
+    *passed, last = result.path
+    assert all(point.bound <= 0.35 for point in passed) and last.bound > 0.35
+    assert result.policy.thresholds == passed[-1].thresholds
+
+
+def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Policy] = []
+
+    def spy(adapter: Any, encoder: Any, some: Any, policy: Policy, *more: Any) -> Any:
+        asked.extend([policy] * len(some))
+        return free_running(adapter, encoder, some, policy, *more)
+
+    monkeypatch.setattr(module, "free_running", spy)
+    result = found(4)
+    assert sum(policy == FULL for policy in asked) == len(examples())
+    early = sum(policy != FULL for policy in asked)
+    assert early == round(sum(point.risk for point in result.path) * result.n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_half_precision_no_answer_is_taken_for_unchanged(dtype: torch.dtype) -> None:
+    model = Backbone(families.build("blip2-opt", dtype))
+    exits = Exits(model, (2,)).requires_grad_(False)
+    reader = Encoder(model, fakes.Blip2FakeProcessor("blip2-opt"))
+    tried = Tried.of(
+        Adapter(model, exits), reader, examples()[:4], Policy(), RISKS["disagreement"], 4, OPTIONS
+    )
+    assert tried.doubtful.all() == (dtype != torch.float32)
+
+
+def test_a_policy_that_cannot_be_replayed_shares_one_threshold() -> None:
+    result = found(4, 5, policy=Policy(kv="propagate"))
+    assert result.policy.kv == "propagate" and result.n == len(examples())
+    assert all(len(set(point.thresholds.values())) == 1 for point in result.path)
+    point = result.path[-1]
+    losses = lost(
+        "disagreement", replace(result.policy, thresholds=point.thresholds), examples(), 4, 5
+    )
+    assert point.risk == pytest.approx(losses.mean())
+
+
+def test_several_exits_are_tested_on_pictures_that_the_search_did_not_use() -> None:
+    result = found(4, 5)
+    assert 0.6 < result.n / len(examples()) < 0.8
+    assert any(len(set(point.thresholds.values())) > 1 for point in result.path)
+
+
+def test_an_exit_that_does_not_pay_is_off() -> None:
+    for depths in ((4,), (4, 5)):
+        result = found(*depths, costs=costs(check=1.0))
+        assert result.policy.thresholds == {} and "pay" in result.reason
+        assert result.measured is None and result.speedup is None
+
+
+def test_the_predicted_speedup_is_that_of_the_predicted_seconds() -> None:
+    result = found(4)
+    (took,) = [p.seconds for p in result.path if p.thresholds == result.policy.thresholds]
+    assert took is not None and took < costs().full
+    assert result.speedup == pytest.approx(costs().full / took)
+
+
+def test_costs_are_measured_where_they_are_not_given() -> None:
+    result = found(4, costs=None, examples=examples()[:8])
+    assert all(point.seconds is not None and point.seconds > 0 for point in result.path)
+
+
+# -- what an adapter keeps of it ----------------------------------------------------------------
+
+
+def test_a_calibrated_adapter_comes_back_with_its_promise(tmp_path: Path) -> None:
+    result = found(4)
+    kept = calibrated(adapter_at(4), result, examples())
+    kept.save(tmp_path / "exits")
+    loaded = Adapter.load(tmp_path / "exits", encoder().backbone)
+    assert loaded.policy == result.policy
+    assert loaded.calibration == kept.calibration == result.to_json()
+    assert set(loaded.seen["calibration"]) == set(picture_digests(examples()))
+    card = model_card(loaded)
+    assert f"at most {result.target:.3g}" in card and f"n = {result.n}" in card
+
+
+def test_the_card_of_an_adapter_tells_when_nothing_could_be_promised() -> None:
+    kept = calibrated(adapter_at(4), found(4, target=0.01), examples())
+    assert "could not promise" in model_card(kept)
+
+
+# -- data that cannot carry it --------------------------------------------------------------------
+
+
+def test_too_few_samples_promise_nothing_and_say_how_many_are_needed() -> None:
+    result = found(4, target=0.01, thresholds=(1.0, 0.99))
+    assert result.policy.thresholds == {} and result.measured is None
+    assert result.needed is not None and result.needed > len(examples())
+    assert str(result.needed) in result.reason
+
+
+def test_a_risk_above_the_target_at_the_safest_point_needs_no_more_samples() -> None:
+    result = found(4, target=0.01, thresholds=(0.03,))
+    assert result.needed is None and "above the target" in result.reason
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(DataError, match="no examples"):
+        found(4, examples=[])
+
+
+def test_pictures_that_training_used_are_refused() -> None:
+    trained_on = replace(adapter_at(4), seen={"train": list(picture_digests(examples()[3:5]))})
+    with pytest.raises(DataError, match=r"2 of 40 pictures were used in training.*'e3'"):
+        calibrate(trained_on, encoder(), examples(), Policy(), **LAX)
+
+
+def test_an_adapter_that_does_not_tell_its_pictures_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = promise(monkeypatch, {0.9: np.zeros(100)}, target=0.01)
-    assert found.policy.thresholds == {}
-    assert 0.99**found.needed <= 0.05 < 0.99 ** (found.needed - 1)
+    old = replace(adapter_at(4), seen={})
+    calibrate(old, encoder(), examples()[:4], Policy(), costs=costs(), **LAX)
+    assert "does not tell" in caplog.text
 
 
-def test_the_stated_need_is_enough_when_nothing_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = promise(monkeypatch, {0.9: np.zeros(10)}, target=0.01).needed
-    assert promise(monkeypatch, {0.9: np.zeros(needed)}, target=0.01).policy.thresholds == {3: 0.9}
+@pytest.mark.parametrize("risk", ["exact_match_drop", "vqa_accuracy_drop", "rouge_l_drop"])
+def test_a_risk_with_labels_refuses_examples_without(risk: str) -> None:
+    some = [replace(examples()[0], answers=()), *examples()[1:]]
+    with pytest.raises(DataError, match=r"1 examples, such as 'e0'"):
+        found(4, risk=risk, examples=some)
 
 
-def test_p_values_are_valid() -> None:
-    draw = np.random.default_rng(1)
-    risks = draw.binomial(200, 0.1, size=20_000) / 200
-    p = np.array([hoeffding_bentkus(r, 200, 0.1) for r in np.unique(risks)])
-    by_risk = dict(zip(np.unique(risks), p, strict=True))
-    values = np.array([by_risk[r] for r in risks])
-    for level in (0.01, 0.05, 0.1, 0.3):
-        assert (values <= level).mean() <= level + 3 * math.sqrt(level / 20_000)
+def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
+    some = [replace(example, answers=("never said",)) for example in examples()]
+    with pytest.raises(DataError, match="wrong on all 40"):
+        found(4, risk="exact_match_drop", examples=some)
 
 
-@pytest.mark.parametrize(("target", "confidence"), [(0, 0.9), (1, 0.9), (0.1, 0), (0.1, 1)])
-def test_a_target_off_the_unit_interval_is_refused(target: float, confidence: float) -> None:
-    with pytest.raises(InputError, match="between 0 and 1"):
-        calibrate(None, None, [], Policy(), target=target, confidence=confidence)  # type: ignore[arg-type]
+@pytest.mark.parametrize("policy", [Policy(), Policy(kv="propagate")])
+@pytest.mark.parametrize(("value", "words"), [(0.5, "All scores are the same"), (math.nan, "NaN")])
+def test_scores_that_tell_nothing_apart_are_refused(
+    policy: Policy, value: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offramp.scores import SCORES
+
+    def constant(logits: Any) -> Any:
+        return torch.full(logits.shape[:-1], value)
+
+    monkeypatch.setitem(SCORES, "max_probability", constant)
+    with pytest.raises(DataError, match=words):
+        found(4, policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"target": 0}, "between 0 and 1"),
+        ({"target": 1}, "between 0 and 1"),
+        ({"confidence": 0}, "between 0 and 1"),
+        ({"confidence": math.nan}, "between 0 and 1"),
+        ({"risk": "disagrement"}, "Did you mean 'disagreement'"),
+        ({"method": "learn"}, "Allowed: auto, upper_bound, learn_then_test"),
+        ({"policy": Policy(lossless=True)}, "Lossless"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        found(4, **more)
+
+
+# -- losses -----------------------------------------------------------------------------------
+
+
+def answer(text: str) -> Answer:
+    return Answer(tuple(map(ord, text)), text)
+
+
+def losses_of(risk: str, early: str, full: str, *right: str) -> float:
+    example = Example(fakes.picture(0), "", right, "e")
+    return float(RISKS[risk].losses([answer(early)], [answer(full)], [example])[0])
+
+
+@pytest.mark.parametrize("text", ["一只猫 坐着", "чёрный кот", "cat 🐈 sat", "", "...", "a\nb"])
+def test_the_same_answer_loses_nothing_in_any_script(text: str) -> None:
+    for risk in ("disagreement", "consistency"):
+        assert losses_of(risk, text, text) == 0
+    for risk in ("exact_match_drop", "rouge_l_drop"):
+        assert losses_of(risk, text, text, "一只猫") == 0
+
+
+@pytest.mark.parametrize("pair", [("", "猫"), ("猫", ""), ("...", "猫"), ("狗", "猫")])
+def test_an_answer_with_nothing_in_common_loses_all(pair: tuple[str, str]) -> None:
+    assert losses_of("disagreement", *pair) == losses_of("consistency", *pair) == 1
+
+
+def test_consistency_counts_what_two_answers_share() -> None:
+    near, far = (losses_of("consistency", text, "a red ball") for text in ("a red cube", "a cube"))
+    assert 0 < near < far < 1
+
+
+def test_a_drop_is_below_zero_where_leaving_early_is_better() -> None:
+    assert losses_of("exact_match_drop", "cat", "dog", "cat") == -1
+    assert losses_of("exact_match_drop", "dog", "cat", "cat") == 1
+    assert losses_of("vqa_accuracy_drop", "cat", "dog", *["cat"] * 2, *["dog"] * 8) > 0
+    assert losses_of("rouge_l_drop", "a red ball", "a cube", "a red ball") < 0
 
 
 def test_answers_leave_padding_out() -> None:
-    from offramp.policy import Generation
-
     result = Generation(
         torch.tensor([[9, 4, 5, 1], [9, 6, 7, 8]]),
         torch.tensor([[3, 12, 0], [12, 3, 3]]),
         torch.zeros(2, 3),
         12,
     )
-    assert module.answer_ids(result) == [(4, 5), (6, 7, 8)]
+    assert answer_ids(result) == [(4, 5), (6, 7, 8)]
+
+
+# -- the search over several exits ----------------------------------------------------------------
+
+DEPTHS, COARSE = (2, 4), (0.95, 0.85, 0.7, 0.5)
+
+
+@cache
+def population(n: int = 20_000, length: int = 4) -> Replay:
+    """Answers of a model whose exits are wrong more often where they are less sure."""
+    draw = np.random.default_rng(0)
+    right = np.zeros((n, length), dtype=int)
+    hard = draw.random((n, length))
+    scores, said = {}, {}
+    for depth, steep in zip(DEPTHS, (0.9, 0.5), strict=True):
+        sure = np.clip(1 - steep * hard + 0.05 * draw.normal(size=hard.shape), 0, 1)
+        wrong = draw.random(hard.shape) < 0.3 * (1 - sure) ** 2
+        scores[depth], said[depth] = sure, wrong.astype(int)
+    return Replay(LAYERS, right, right, said, scores)
+
+
+def seconds(depths: Any, exits: Sequence[int]) -> float:
+    """Layers run, and half a layer for each look."""
+    looks = sum((depths >= depth).sum() for depth in exits)
+    return float(depths.sum() + 0.5 * looks)
+
+
+def rows(whole: Replay, some: Any) -> Replay:
+    return module.rows_of(whole, some)
+
+
+@pytest.mark.parametrize("method", ["auto", "upper_bound", "learn_then_test"])
+def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: str) -> None:
+    whole, tried = population(), candidates(DEPTHS, COARSE)
+    true: Callable[[dict[int, float]], float] = cache_by_value(
+        lambda t: whole.differs(whole.depths(t)).mean()
+    )
+    draw, trials, broken, given = np.random.default_rng(3), 200, 0, 0
+    for _ in range(trials):
+        search = rows(whole, draw.integers(0, len(whole.targets), 120))
+        tested = rows(whole, draw.integers(0, len(whole.targets), 280))
+        path = pareto_path(search, tried, seconds, COARSE)
+        losses = np.stack([tested.differs(tested.depths(t)) * 1.0 for t in path], 1)
+        index = control(losses, 0.04, 0.9, method).index
+        given += index is not None
+        broken += index is not None and true(path[index]) > 0.04
+    assert given > trials / 2
+    assert broken / trials <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / trials)
+
+
+def cache_by_value(function: Callable[[dict[int, float]], float]) -> Any:
+    known: dict[Any, float] = {}
+
+    def look(thresholds: dict[int, float]) -> float:
+        key = tuple(sorted(thresholds.items()))
+        if key not in known:
+            known[key] = function(thresholds)
+        return known[key]
+
+    return look
+
+
+def test_no_candidate_is_both_safer_and_faster_than_a_point_of_the_path() -> None:
+    whole, tried = population(), candidates(DEPTHS, COARSE)
+    search = rows(whole, np.arange(300))
+
+    def measured(thresholds: dict[int, float]) -> tuple[float, float]:
+        ran = search.depths(thresholds)
+        return search.differs(ran).mean(), seconds(ran, tuple(thresholds))
+
+    front = [measured(thresholds) for thresholds in pareto_path(search, tried, seconds, ())]
+    assert len(front) >= 3
+    for risk, time in front:
+        assert not any(r <= risk and s < time for r, s in map(measured, tried))
+
+
+def test_a_path_starts_at_thresholds_at_least_as_strict_as_all_that_follow() -> None:
+    whole, tried = population(), candidates(DEPTHS, COARSE)
+    path = pareto_path(rows(whole, np.arange(300)), tried, seconds, COARSE)
+    assert min(path[0].values()) == max(COARSE)
+
+
+def test_two_exits_are_tried_in_every_combination() -> None:
+    tried = candidates((2, 4), (0.9, 0.5))
+    pairs = [(t.get(2), t.get(4)) for t in tried]
+    wanted = {(a, b) for a in (None, 0.9, 0.5) for b in (None, 0.9, 0.5)} - {(None, None)}
+    assert set(pairs) == wanted and len(pairs) == len(wanted)
+
+
+@pytest.mark.parametrize("exits", [1, 2, 3, 5, 8, 12, 30])
+def test_candidates_stay_few_however_many_exits_there_are(exits: int) -> None:
+    tried = candidates(tuple(range(1, exits + 1)), module.GRID)
+    assert len(tried) <= LIMIT
+    assert {depth for thresholds in tried for depth in thresholds} == set(range(1, exits + 1))
+    assert {max(module.GRID), min(module.GRID)} <= {v for t in tried for v in t.values()}

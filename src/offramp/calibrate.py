@@ -1,60 +1,122 @@
-"""Thresholds with a promise: at most a stated share of answers differs from the full model's.
+"""Thresholds with a promise: on answers to come, the risk stays below a target at a confidence.
 
-Learn-then-Test (Angelopoulos et al. 2021) with fixed-sequence testing: thresholds are tried from
-the safest down, each with a valid p-value for "the risk is above the target", and the first that
-cannot be rejected ends the search. The last that passed is returned. No label is needed, and no
-assumption that risk grows as the threshold falls.
+One pass of the full model over the examples tells what it answers, a replay of these answers what
+the exits would have said; only answers that thresholds change are generated again. A path of
+thresholds, the safest first, is then tested until one fails (`offramp.risk`). With several exits
+the path is found on a part of the pictures that is not tested on (`offramp.pareto`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
 
-from offramp.adapter import Adapter
+from offramp.adapter import Adapter, policy_to_json
+from offramp.answerloss import RISKS, Answer, Risk, free_running
+from offramp.answers import Answered
+from offramp.cost import Costs, token_seconds
 from offramp.encode import Encoder
-from offramp.errors import InputError
-from offramp.examples import Example
-from offramp.policy import FULL, Generation, Policy
+from offramp.errors import DataError, InputError
+from offramp.examples import Example, examples_digest, split_examples
+from offramp.metrics import check_known
+from offramp.pareto import Array, Thresholds, candidates, pareto_path
+from offramp.policy import FULL, Policy
+from offramp.replay import Replay, replay
+from offramp.risk import METHODS, TESTS, control, samples_needed, upper_bound
+from offramp.scores import SCORES
+from offramp.seen import check_unseen, picture_digests
+from offramp.unitcosts import measure_costs
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+SEARCH = 0.3
+"""Share of the pictures on which several exits' path is found."""
+
+
+# -- what is asked, and what is found --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What is asked for: P(risk <= target) >= confidence, and the method to find it by."""
+
+    target: float = 0.01
+    confidence: float = 0.95
+    risk: str = "disagreement"
+    method: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.target < 1 and 0 < self.confidence < 1):
+            raise InputError(
+                f"Target {self.target} and confidence {self.confidence} must lie between 0 and 1.",
+                "For example target 0.01 (1% of answers may differ) and confidence 0.95.",
+            )
+        check_known("Risk", [self.risk], tuple(RISKS))
+        check_known("Method", [self.method], METHODS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the path.
+
+    risk, bound: measured on the testing examples, and what the method bounds it by at the
+        confidence. seconds: predicted, of a decoded token; None where no replay tells the depths.
+    """
+
+    thresholds: Mapping[int, float]
+    risk: float
+    bound: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What was promised, and on what evidence.
 
-    policy: thresholds that passed; without thresholds if nothing could be promised.
-    risk: share of answers that differ from the full model's, measured on the n examples.
-    needed: with no mistake at all, this many examples would be the least to promise the target.
+    policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
+        could be promised, and then `reason` says why.
+    method: that decided; see `offramp.risk.control`, as for `monotone`.
+    measured, bound: the risk of the n tested answers, and its upper bound at the confidence.
+    needed: answers that would promise the target at the risk measured (where nothing passed: at
+        the safest point); None where that is above the target, so that no number would.
+    speedup: of decoding, predicted from measured costs.
+    path: what was tested, up to the first failure.
     """
 
     policy: Policy
+    risk: str
     target: float
     confidence: float
-    risk: float
+    method: str
+    monotone: bool
+    measured: float | None
+    bound: float | None
     n: int
-    needed: int
+    needed: int | None
+    speedup: float | None
+    reason: str
+    path: tuple[Point, ...]
+    data_digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored in an adapter; thresholds are keyed by depth."""
+        path = [
+            {**asdict(p), "thresholds": {str(d): t for d, t in p.thresholds.items()}}
+            for p in self.path
+        ]
+        return {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
 
 
-def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
-    """P-value of "the true risk is above `target`" for a mean of n losses in [0, 1].
+def calibrated(adapter: Adapter, found: Calibration, examples: Sequence[Example]) -> Adapter:
+    """The adapter with the policy that was found, the promise, and the pictures it stands on."""
+    seen = {**adapter.seen, "calibration": sorted(picture_digests(examples))}
+    return replace(adapter.with_policy(found.policy, found.to_json()), seen=seen)
 
-    The smaller of Hoeffding's and Bentkus's bounds (Bates et al. 2021, section 3.1).
-    """
-    from scipy.stats import binom
 
-    if risk >= target:
-        return 1.0
-    divergence = (1 - risk) * math.log((1 - risk) / (1 - target))
-    if risk > 0:
-        divergence += risk * math.log(risk / target)
-    bentkus = math.e * float(binom.cdf(math.ceil(n * risk), n, target))
-    return min(1.0, math.exp(-n * divergence), bentkus)
+# -- calibration ----------------------------------------------------------------------------------
 
 
 def calibrate(
@@ -65,54 +127,270 @@ def calibrate(
     *,
     target: float = 0.01,
     confidence: float = 0.95,
+    risk: str = "disagreement",
+    method: str = "auto",
     thresholds: Sequence[float] = GRID,
-    batch_size: int = 32,
+    batch_size: int = 64,
+    costs: Costs | None = None,
     progress: Any = iter,
     **options: Any,
 ) -> Calibration:
-    """The lowest threshold that keeps P(risk <= target) >= confidence, one for all the exits.
+    """The fastest thresholds found that keep P(risk <= target) >= confidence.
 
-    policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
-    examples: drawn like those to come, and never trained on.
+    One exit is tested along the grid `thresholds`. Several are, each with its own threshold or
+    off, along a path found on `SEARCH` of the pictures, if the policy can be replayed (greedy,
+    kv "recompute", a score of `SCORES`); otherwise all share one threshold.
+
+    Args:
+        examples: drawn like those to come, each on its own, and never trained on.
+        policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
+        risk: of `RISKS`. method: of `offramp.risk.METHODS`.
+        costs: of decoding on this machine; measured where they are not given.
+        options: of generation, such as max_new_tokens.
+
+    Raises:
+        InputError: an argument cannot be used.
+        DataError: no examples, pictures that training used, no references where the risk needs
+            them, a full model that is wrong everywhere, or scores that are constant or NaN.
     """
-    if not (0 < target < 1 and 0 < confidence < 1):
+    asked = Promise(target, confidence, risk, method)
+    if policy.lossless:
         raise InputError(
-            f"Target {target} and confidence {confidence} must lie between 0 and 1.",
-            "For example target 0.01 (1% of answers may differ) and confidence 0.95.",
+            "Lossless answers are the full model's, so there is no risk to calibrate.",
+            "Calibrate a policy with lossless=False.",
         )
-    full = _answers(adapter, encoder, examples, FULL, batch_size, options)
-    n = len(full)
-    needed = math.ceil(math.log(1 - confidence) / math.log(1 - target))
-    passed, risk = replace(policy, thresholds={}), 0.0
-    for threshold in progress(sorted(thresholds, reverse=True)):
-        tried = replace(policy, thresholds=dict.fromkeys(adapter.exits.depths, threshold))
-        answers = _answers(adapter, encoder, examples, tried, batch_size, options)
-        differ = sum(a != b for a, b in zip(answers, full, strict=True)) / n
-        if hoeffding_bentkus(differ, n, target) > 1 - confidence:
+    measure = RISKS[risk]
+    _check_examples(adapter, examples, risk)
+    options = {"do_sample": False, **options}
+    whole = Tried.of(adapter, encoder, examples, policy, measure, batch_size, options)
+    if measure.quality is not None and not measure.quality(whole.full, examples).any():
+        raise DataError(
+            f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
+            "Check the prompts and the answers, or calibrate without labels: --risk disagreement.",
+        )
+    if whole.replay is not None:
+        alone = encoder.prompts(examples[:1])  # as answers are decoded where speed counts
+        costs = costs or measure_costs(adapter.backbone, alone, adapter.exits, score=policy.score)
+        whole = replace(whole, costs=costs)
+    path, tested = path_of(whole, thresholds)
+    columns, points = _walk(tested, progress(path), asked)
+    return _decide(tested, columns, points, asked, examples_digest(examples))
+
+
+def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) -> None:
+    if not examples:
+        raise DataError(
+            "There are no examples to calibrate on.", "Check the data's path and split."
+        )
+    unlabelled = [e.key for e in examples if not e.answers]
+    if RISKS[risk].quality is not None and unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} examples, such as {unlabelled[0]!r}, have no answer to compare "
+            f"with, and the risk {risk!r} needs one.",
+            "Add answers, or calibrate without labels: --risk disagreement or consistency.",
+        )
+    check_unseen(
+        adapter.seen, examples, ("train",), "Calibrate on pictures that training has not seen."
+    )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Examples with the full model's answers, to try thresholds on.
+
+    replay: what the exits say along these answers; None where a replay cannot tell that.
+    doubtful: answers [n] of which a replay cannot be sure that they stay unchanged.
+    """
+
+    adapter: Adapter
+    encoder: Encoder
+    examples: Sequence[Example]
+    policy: Policy
+    risk: Risk
+    full: Sequence[Answer]
+    replay: Replay | None
+    doubtful: Array
+    batch_size: int
+    options: Mapping[str, Any]
+    costs: Costs | None = None
+
+    @classmethod
+    def of(
+        cls,
+        adapter: Adapter,
+        encoder: Encoder,
+        examples: Sequence[Example],
+        policy: Policy,
+        risk: Risk,
+        batch_size: int,
+        options: Mapping[str, Any],
+        costs: Costs | None = None,
+    ) -> Tried:
+        """Answer the examples with the full model and replay that."""
+        full = free_running(adapter, encoder, examples, FULL, batch_size, options)
+        found, doubtful = None, np.ones(len(examples), dtype=bool)
+        if _replayable(policy, options):
+            rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
+            found = replay(encoder, adapter.exits, rows, policy.score, batch_size=batch_size)
+            check_scores([scores[found.mask] for scores in found.scores.values()])
+            # In half precision a step of decoding rounds otherwise than a pass over all of them.
+            if adapter.backbone.dtype == torch.float32:
+                doubtful = found.differs(found.depths({}))
+        return cls(
+            adapter, encoder, examples, policy, risk, full, found, doubtful, batch_size, options,
+            costs,
+        )  # fmt: skip
+
+    def part(self, rows: Array) -> Tried:
+        """Only these examples."""
+        return replace(
+            self,
+            examples=[self.examples[i] for i in rows.tolist()],
+            full=[self.full[i] for i in rows.tolist()],
+            replay=None if self.replay is None else rows_of(self.replay, rows),
+            doubtful=self.doubtful[rows],
+        )
+
+    @property
+    def first(self) -> bool:
+        """Whether an answer's first token may leave early."""
+        backbone = self.adapter.backbone
+        may = self.policy.exit_in_prefill and backbone.family.causal_prompt
+        return bool(backbone.is_encoder_decoder or may)
+
+    def losses(self, thresholds: Thresholds) -> Array:
+        """What each answer loses [n]; those that stay the full model's lose nothing."""
+        policy = replace(self.policy, thresholds=thresholds)
+        differs = self.doubtful
+        if self.replay is not None:
+            ran = self.replay.depths(thresholds, first=self.first)
+            differs = differs | self.replay.differs(ran)
+        changed = np.flatnonzero(differs).tolist()
+        losses = np.zeros(len(self.examples))
+        if changed:
+            some = [self.examples[i] for i in changed]
+            early = free_running(
+                self.adapter, self.encoder, some, policy, self.batch_size, self.options
+            )
+            if self.replay is None and all(thresholds.values()):  # at 0 nothing is scored
+                check_scores([np.array([s for a in early for s in a.scores])])
+            losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], some)
+        return losses
+
+    def seconds(self, thresholds: Thresholds) -> float | None:
+        """Predicted seconds of a decoded token."""
+        if self.replay is None:
+            return None
+        return self.time(self.replay.depths(thresholds, first=self.first), tuple(thresholds))
+
+    def time(self, depths: Array, exits: Sequence[int]) -> float:
+        """Predicted seconds of a token of answers whose depths [n, A] are known."""
+        assert self.costs is not None
+        decoded = depths[:, 1:]  # the prompt's pass gives the first
+        return float(token_seconds(self.costs, decoded, exits).sum() / max(1, (decoded > 0).sum()))
+
+
+def _replayable(policy: Policy, options: Mapping[str, Any]) -> bool:
+    """Whether what is generated is the arg-max of what a replay reads."""
+    plain = set(options) <= {"max_new_tokens", "do_sample"} and not options["do_sample"]
+    return policy.kv == "recompute" and policy.score in SCORES and plain
+
+
+def rows_of(found: Replay, rows: Array) -> Replay:
+    return replace(
+        found,
+        targets=found.targets[rows],
+        final=found.final[rows],
+        said={d: said[rows] for d, said in found.said.items()},
+        scores={d: scores[rows] for d, scores in found.scores.items()},
+    )
+
+
+def check_scores(scores: Sequence[Array]) -> None:
+    """Raise `DataError` where the scores of all exits are constant, or one is NaN everywhere."""
+    known = [some[~np.isnan(some)] for some in scores]
+    if not all(map(len, known)):
+        raise DataError(
+            "The scores of an exit are NaN.",
+            "Look for NaN in the exits and the model, e.g. from half precision.",
+        )
+    if all(np.ptp(some) == 0 for some in known):
+        raise DataError(
+            f"All scores are the same ({known[0][0]:.4g}), so no threshold tells tokens apart.",
+            "Use another --score, or train the exits longer.",
+        )
+
+
+def path_of(whole: Tried, grid: Sequence[float]) -> tuple[list[Thresholds], Tried]:
+    """The path, and the examples to test it on."""
+    depths = whole.adapter.exits.depths
+    if len(depths) == 1 or whole.replay is None:
+        return [dict.fromkeys(depths, t) for t in sorted(grid, reverse=True)], whole
+    parts = split_examples(whole.examples, {"search": SEARCH, "test": 1 - SEARCH}, seed=0)
+    searched = {id(example) for example in parts["search"]}
+    inside = np.array([id(example) in searched for example in whole.examples])
+    search = whole.part(np.flatnonzero(inside))
+    assert search.replay is not None
+    tried = candidates(depths, grid)
+    path = pareto_path(search.replay, tried, search.time, grid, first=search.first)
+    return path, whole.part(np.flatnonzero(~inside))
+
+
+def _walk(tested: Tried, path: Iterable[Thresholds], asked: Promise) -> tuple[Array, list[Point]]:
+    """Losses [n, K] and points of the path, up to the first that fails."""
+    method = "upper_bound" if asked.method == "auto" else asked.method
+    columns = [np.zeros((len(tested.examples), 0))]
+    points: list[Point] = []
+    for thresholds in path:
+        losses = tested.losses(thresholds)
+        columns.append(losses[:, None])
+        bound = upper_bound(losses, asked.confidence, method)
+        points.append(Point(thresholds, float(losses.mean()), bound, tested.seconds(thresholds)))
+        if TESTS[method](losses, asked.target) > 1 - asked.confidence:
             break
-        passed, risk = tried, differ
-    return Calibration(passed, target, confidence, risk, n, needed)
+    return np.concatenate(columns, 1), points
 
 
-def _answers(
-    adapter: Adapter,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    policy: Policy,
-    batch_size: int,
-    options: dict[str, Any],
-) -> list[tuple[int, ...]]:
-    """Token ids of each example's free-running answer."""
-    found: list[tuple[int, ...]] = []
-    for start in range(0, len(examples), batch_size):
-        inputs = encoder.prompts(examples[start : start + batch_size])
-        result = adapter.generate(inputs, policy=policy, **{"do_sample": False, **options})
-        found += answer_ids(result)
-    return found
+def _decide(
+    tested: Tried, losses: Array, points: Sequence[Point], asked: Promise, digest: str
+) -> Calibration:
+    """The fastest point that keeps the promise, if it beats the full model; else none, and why."""
+    decision = control(losses, asked.target, asked.confidence, asked.method, tested.risk.low)
+    passed = [] if decision.index is None else points[: decision.index + 1]
+    # All that passed keep the promise, so any may be taken: the last where no times are known.
+    chosen = min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None)
+    measured = (chosen or points[0]).risk if points else 0.0
+    needed = samples_needed(asked.target, asked.confidence, decision.method, measured)
+    full = tested.seconds({})
+    speedup = full / chosen.seconds if chosen and full and chosen.seconds else None
+    reason = ""
+    if not points or (speedup is not None and speedup <= 1):
+        chosen = speedup = None
+        reason = "No exit is predicted to pay: its checks cost more than they save."
+    elif chosen is None:
+        reason = _too_little(points[0], tested, asked.target, needed)
+    return Calibration(
+        policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else {}),
+        risk=asked.risk,
+        target=asked.target,
+        confidence=asked.confidence,
+        method=decision.method,
+        monotone=decision.monotone,
+        measured=chosen.risk if chosen else None,
+        bound=chosen.bound if chosen else None,
+        n=len(tested.examples),
+        needed=needed,
+        speedup=speedup,
+        reason=reason,
+        path=tuple(points),
+        data_digest=digest,
+    )
 
 
-def answer_ids(result: Generation) -> list[tuple[int, ...]]:
-    """The generated ids of each row, padding removed."""
-    rows: Tensor = result.new_tokens
-    live = result.depths > 0
-    return [tuple(row[keep].tolist()) for row, keep in zip(rows, live, strict=True)]
+def _too_little(safest: Point, tested: Tried, target: float, needed: int | None) -> str:
+    measured = (
+        f"At the safest thresholds the risk is {safest.risk:.4f} on {len(tested.examples)} answers"
+    )
+    if needed is None:
+        return f"{measured}, which is above the target: no number of answers would do."
+    return f"{measured}; to promise {target:g} at that risk, about {needed} answers are needed."

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter, policy_to_json
+from offramp.answerloss import answer_ids
 from offramp.backbone import Backbone
-from offramp.calibrate import Calibration, answer_ids, calibrate
+from offramp.calibrate import calibrate, calibrated
 from offramp.config import TrainConfig
 from offramp.decode import generate
 from offramp.encode import Encoder
@@ -79,14 +80,14 @@ def demo(
     memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}
     log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
 
+    held_out = _examples("calibration", sizes.calibration)
     calibration = calibrate(
-        adapter, encoder, _examples("calibration", sizes.calibration),
-        Policy(exit_in_prefill=True), target=target, thresholds=THRESHOLDS, batch_size=64,
-        progress=_bar("calibrate"), **OPTIONS,
+        adapter, encoder, held_out, Policy(exit_in_prefill=True), target=target,
+        thresholds=THRESHOLDS, progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
-    adapter = adapter.with_policy(calibration.policy)
+    adapter = calibrated(adapter, calibration, held_out)
     adapter.save(out / kind)
-    log.info(f"thresholds {dict(adapter.policy.thresholds)}, risk {calibration.risk:.4f}")
+    log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 
     lossless = _fastest_drafts(adapter, encoder)
     log.info(f"lossless drafts while score >= {next(iter(lossless.thresholds.values()))}")
@@ -97,7 +98,7 @@ def demo(
         "training_seconds": training_seconds,
         "peak_memory": memory,
         "total_seconds": time.perf_counter() - started,
-        "calibration": _calibration_json(calibration),
+        "calibration": calibration.to_json(),
         "policy": policy_to_json(adapter.policy),
         "sizes": asdict(sizes),
         "provenance": provenance(seed, sys.argv, adapter.provenance["data_digest"]),
@@ -258,10 +259,6 @@ def _draft_rounds(
         for example in examples
         for counts in adapter.generate(encoder.prompts([example]), policy=policy, **OPTIONS).rounds
     ]
-
-
-def _calibration_json(found: Calibration) -> dict[str, Any]:
-    return {**asdict(found), "policy": policy_to_json(found.policy)}
 
 
 def _peak_bytes() -> int | None:

@@ -82,7 +82,7 @@ def _digest(value: Any) -> str:
         if isinstance(part, Tensor):
             found.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
             flat = part.detach().contiguous().cpu().flatten()
-            found.update(memoryview(flat.view(torch.uint8).numpy()))
+            found.update(flat.view(torch.uint8).numpy().tobytes())
         else:
             found.update(repr(part).encode())
     return found.hexdigest()

@@ -1,0 +1,130 @@
+"""What early answers lose against the full model's: the risks that can be promised, and answers.
+
+A risk with labels is a drop of quality, of whole free-running answers: below 0 where leaving early
+gives the better answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.captions import caption_scores
+from offramp.encode import Encoder
+from offramp.examples import Example
+from offramp.metrics import exact_match, vqa_accuracy
+from offramp.policy import Generation, Policy
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A free-running answer: its ids and text, and the score at each token's last look."""
+
+    ids: tuple[int, ...]
+    text: str
+    scores: tuple[float, ...] = ()
+
+
+Losses = Callable[[Sequence[Answer], Sequence[Answer], Sequence[Example]], Array]
+"""What each early answer loses [n] against the full model's answer to the same example."""
+
+Quality = Callable[[Sequence[Answer], Sequence[Example]], Array]
+"""How good each answer is [n], in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Risk:
+    """A loss of early answers against the full model's, in [low, 1].
+
+    quality: of a risk with labels, what drops.
+    """
+
+    losses: Losses
+    low: float = 0.0
+    quality: Quality | None = None
+
+
+def _differs(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
+    return np.array([float(a.ids != b.ids) for a, b in zip(early, full, strict=True)])
+
+
+def _rouge_l(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
+    """ROUGE-L F [n] (Lin 2004, as pycocoevalcap has it), the same with Java and without."""
+    texts = {str(i): answer.text for i, answer in enumerate(answers)}
+    right = {str(i): some for i, some in enumerate(references)}
+    scored = caption_scores(texts, right, metrics=("ROUGE_L",), tokenizer="simple")
+    return np.array(scored.each["ROUGE_L"])
+
+
+def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
+    losses = np.array([float(a.text != b.text) for a, b in zip(early, full, strict=True)])
+    # Nothing is like an empty answer.
+    some = [i for i in np.flatnonzero(losses).tolist() if full[i].text]
+    if some:
+        losses[some] = 1 - _rouge_l([early[i] for i in some], [[full[i].text] for i in some])
+    return losses
+
+
+def _drop(quality: Quality) -> Risk:
+    def losses(
+        early: Sequence[Answer], full: Sequence[Answer], examples: Sequence[Example]
+    ) -> Array:
+        return quality(full, examples) - quality(early, examples)
+
+    return Risk(losses, -1.0, quality)
+
+
+def _judged(judge: Callable[[str, Sequence[str]], float]) -> Quality:
+    return lambda answers, examples: np.array(
+        [judge(a.text, e.answers) for a, e in zip(answers, examples, strict=True)]
+    )
+
+
+RISKS: dict[str, Risk] = {
+    "disagreement": Risk(_differs),
+    "consistency": Risk(_inconsistency),
+    "exact_match_drop": _drop(_judged(exact_match)),
+    "vqa_accuracy_drop": _drop(_judged(vqa_accuracy)),
+    "rouge_l_drop": _drop(lambda given, examples: _rouge_l(given, [e.answers for e in examples])),
+}
+"""Risks by name. "disagreement": the share of answers that differ from the full model's;
+"consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the
+quality against the example's answers that is lost, below 0 where an early answer is the better."""
+
+
+def free_running(
+    adapter: Adapter,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    policy: Policy,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> list[Answer]:
+    """Each example's answer by `policy`, in batches."""
+    found: list[Answer] = []
+    for start in range(0, len(examples), batch_size):
+        inputs = encoder.prompts(examples[start : start + batch_size])
+        result = adapter.generate(inputs, policy=policy, **options)
+        rows = zip(
+            answer_ids(result),
+            encoder.texts(result.new_tokens),
+            result.scores.tolist(),
+            strict=True,
+        )
+        found += [Answer(ids, text, tuple(scores[: len(ids)])) for ids, text, scores in rows]
+    return found
+
+
+def answer_ids(result: Generation) -> list[tuple[int, ...]]:
+    """The generated ids of each row, padding removed."""
+    rows: Tensor = result.new_tokens
+    live = result.depths > 0
+    return [tuple(row[keep].tolist()) for row, keep in zip(rows, live, strict=True)]

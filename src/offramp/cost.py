@@ -1,0 +1,284 @@
+"""The cost model: what decoding takes on this machine, predicted from its measured parts.
+
+A token costs what is fixed, the layers it runs, the checks it meets, and the LM head. With exact
+keys and values (`recompute`) a token that goes deeper takes those that wait along, and a layer over
+n positions costs little more than over one, because its weights are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offramp.errors import InputError, did_you_mean
+from offramp.policy import KV_POLICIES
+
+LENGTHS = (1, 2, 4, 8)
+"""Positions run at once for which layers and head are timed."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that the parts of one decoded token take.
+
+    layers: decoder layers L. batch: rows decoded together. context: tokens in the cache.
+    layer, head: one decoder layer, and the LM head, over 1, 2, 4 and 8 positions of each row.
+    exit: an exit's own layer, over one position.
+    check: the rest of a look at an exit: norm, head, score, and the transfer of its verdict.
+    leave: what a token that leaves pays besides; negative where it saves, e.g. the final norm.
+    score: the score of given logits; part of `check`.
+    store: keys and values of one skipped layer (`propagate`).
+    token: everything that is neither layers nor head: embedding, masks, Python.
+    reenter: entering the decoder again in the middle, for the tokens that waited there.
+    """
+
+    layers: int
+    batch: int
+    context: int
+    layer: tuple[float, ...]
+    head: tuple[float, ...]
+    exit: float
+    check: float
+    leave: float
+    score: float
+    store: float
+    token: float
+    reenter: float
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "head"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        counts = {n: getattr(self, n) for n in ("layers", "batch", "context")}
+        seconds = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in counts}
+        least = {"leave": -min(self.check, self.token)}
+        wrong = [n for n, v in counts.items() if v < 1]
+        wrong += [
+            n
+            for n, v in seconds.items()
+            if not np.all(np.isfinite(v) & (np.array(v) >= least.get(n, 0.0)))
+        ]
+        wrong += [n for n in ("layer", "head") if len(seconds[n]) != len(LENGTHS)]
+        if self.layers < 2 or wrong:
+            raise InputError(
+                f"Costs do not hold together ({', '.join(wrong) or 'fewer than two layers'}).",
+                "Measure them again with measure_costs.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Costs:
+        """The costs that `to_json` wrote."""
+        names = {f.name for f in fields(cls)}
+        if set(value) != names:
+            raise InputError(
+                f"These are no costs: {', '.join(sorted(names ^ set(value)))} missing or unknown.",
+                "Give what Costs.to_json wrote.",
+            )
+        return cls(**value)
+
+    @property
+    def full(self) -> float:
+        """Seconds of a token at full depth, without exits."""
+        return self.token + self.layers * self.layer[0] + self.head[0]
+
+
+def layer_seconds(costs: Costs, positions: ArrayLike) -> Array:
+    """One layer over so many positions: linear between those measured, and beyond."""
+    return _over(costs.layer, positions)
+
+
+def head_seconds(costs: Costs, positions: ArrayLike) -> Array:
+    """The LM head over so many positions."""
+    return _over(costs.head, positions)
+
+
+def _over(table: Sequence[float], positions: ArrayLike) -> Array:
+    n = np.asarray(positions, dtype=float)
+    slope = max(0.0, (table[-1] - table[-2]) / (LENGTHS[-1] - LENGTHS[-2]))
+    return np.asarray(np.interp(n, LENGTHS, table) + slope * np.maximum(n - LENGTHS[-1], 0.0))
+
+
+# -- predictions ------------------------------------------------------------------------------
+
+
+def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") -> float:
+    """Seconds per token when a share leave[d] of all tokens leaves at depth d, the rest nowhere.
+
+    Of the tokens a share r_k gets past exit k, each with 1 / r_k on average that run together:
+
+    seconds = token + sum_k r_k ((d_{k+1} - d_k) layer(1 / r_k) + exit_{k+1} + check) + r_end head
+
+    Tokens are taken to leave independently of each other for the share that finds somebody waiting.
+
+    Raises:
+        InputError: depths outside 1..L-1, shares outside [0, 1] or summing to more than 1.
+    """
+    _check_kv(kv)
+    depths = _check_shares(costs, leave)
+    seconds, reach, before, start = costs.token, 1.0, 1.0, 0
+    for depth in (*depths, costs.layers):
+        if reach <= 0.0:
+            return seconds
+        together = 1.0 / reach if kv == "recompute" else 1.0
+        one = float(layer_seconds(costs, together))
+        seconds += reach * (depth - start) * one
+        if kv == "recompute":
+            seconds += reach * (1.0 - reach / before) * costs.reenter
+        if depth == costs.layers:
+            return seconds + reach * costs.head[0]
+        seconds += reach * (costs.exit * one / costs.layer[0] + costs.check)
+        gone = leave[depth]
+        seconds += gone * costs.leave
+        if kv == "propagate":
+            seconds += gone * (costs.layers - depth) * costs.store
+        before, reach, start = reach, max(0.0, reach - gone), depth
+        reach = 0.0 if reach < 1e-9 else reach
+    raise AssertionError("the last depth is the full one")
+
+
+def speedup(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") -> float:
+    """Full-depth seconds per token over those of `predict`."""
+    return costs.full / predict(costs, leave, kv=kv)
+
+
+def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | None:
+    """The smallest share, in percent steps, that must leave at `depth` for its exit to pay.
+
+    None where not even all tokens leaving would pay.
+    """
+    shares = (percent / 100 for percent in range(1, 101))
+    return next((s for s in shares if speedup(costs, {depth: s}, kv=kv) >= 1.0), None)
+
+
+def token_seconds(
+    costs: Costs, depths: ArrayLike, exits: Sequence[int], *, kv: str = "recompute"
+) -> Array:
+    """Seconds of decoding sequences whose depths are known, so that who waits for whom is too.
+
+    depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
+        behind its end. The first token of an answer comes out of the prefill: leave it out.
+    exits: depths of the exits that are on; a token meets every one up to where it leaves.
+
+    Returns [A] (or a scalar array).
+
+    Raises:
+        InputError: a depth that is neither an exit's nor L.
+    """
+    _check_kv(kv)
+    ran = np.atleast_2d(np.asarray(depths, dtype=int))
+    on = sorted(exits)
+    if unknown := set(np.unique(ran).tolist()) - {0, costs.layers, *on}:
+        raise InputError(
+            f"Tokens left at depths {sorted(unknown)}, where no exit is on.",
+            f"Exits are on at {on}; the full depth is {costs.layers}.",
+        )
+    live = ran > 0
+    seconds = live.sum(1) * costs.token
+    arrived, start = live, 0
+    together = live.astype(int)  # positions that each token runs with, itself included
+    for depth in (*on, costs.layers):
+        run = np.where(arrived, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
+        seconds += run * (depth - start)
+        if depth == costs.layers:
+            break
+        passed = ran > depth
+        seconds += run * costs.exit / costs.layer[0] + arrived.sum(1) * costs.check
+        left = (ran == depth).sum(1)
+        seconds += left * costs.leave
+        if kv == "propagate":
+            seconds += left * (costs.layers - depth) * costs.store
+        else:
+            together = _since(passed, live)
+            seconds += (_since(passed, arrived) > 1).sum(1) * costs.reenter
+        arrived, start = passed, depth
+    seconds += arrived.sum(1) * costs.head[0]
+    return np.asarray(seconds if np.ndim(depths) > 1 else seconds[0])
+
+
+def _since(passed: NDArray[np.bool_], counted: NDArray[np.bool_]) -> NDArray[np.int_]:
+    """For each token that passed, how many were counted since the one before it that passed.
+
+    Itself included; 0 for those that did not pass.
+    """
+    seen = counted.cumsum(1)
+    at_last = np.maximum.accumulate(np.where(passed, seen, 0), 1)
+    before = np.concatenate([np.zeros_like(seen[:, :1]), at_last[:, :-1]], 1)
+    return np.where(passed, seen - before, 0)
+
+
+# -- lossless ---------------------------------------------------------------------------------
+
+
+def rounds_seconds(costs: Costs, depth: int, drafted: ArrayLike, max_draft: int) -> float:
+    """Seconds of lossless rounds with so many drafts each, written by one exit at `depth`.
+
+    A round runs its drafts and one token more up to the exit, and all of them deeper at once.
+    """
+    drafts = np.asarray(drafted, dtype=float)
+    positions = drafts + 1
+    shallow = costs.token + depth * costs.layer[0] + costs.exit
+    looks = drafts + (drafts < max_draft)  # a draft of full length is followed without a look
+    deep = (costs.layers - depth) * layer_seconds(costs, positions) + head_seconds(costs, positions)
+    total = positions * shallow + looks * costs.check + drafts * costs.leave
+    return float((total + (drafts > 0) * costs.reenter + deep).sum())
+
+
+def predict_lossless(
+    costs: Costs, depth: int, *, acceptance: float, sure: float = 1.0, max_draft: int = 8
+) -> float:
+    """Seconds per token of lossless decoding with one exit at `depth`.
+
+    sure: share of tokens for which the exit's score passes the draft threshold. acceptance: share
+    of those on which the full model agrees. With g drafts a round writes
+    (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al. 2023).
+
+    Raises:
+        InputError: a value out of range.
+    """
+    _check_shares(costs, {depth: sure})
+    if not 0.0 <= acceptance <= 1.0 or max_draft < 1:
+        raise InputError(
+            f"Acceptance {acceptance} with drafts of at most {max_draft} is out of range.",
+            "Give an acceptance from 0 to 1 and at least one draft.",
+        )
+    lengths = np.arange(max_draft + 1)
+    share = sure**lengths * np.where(lengths < max_draft, 1.0 - sure, 1.0)
+    written = np.array([(acceptance ** np.arange(g + 1)).sum() for g in lengths])
+    rounds = [rounds_seconds(costs, depth, g, max_draft) for g in lengths]
+    return float((share * rounds).sum() / (share * written).sum())
+
+
+def best_draft(
+    costs: Costs, depth: int, *, acceptance: float, sure: float = 1.0, longest: int = 16
+) -> int:
+    """The `max_draft` from 1 to `longest` that `predict_lossless` finds fastest."""
+    return min(
+        range(1, longest + 1),
+        key=lambda g: predict_lossless(costs, depth, acceptance=acceptance, sure=sure, max_draft=g),
+    )
+
+
+# -- checks -----------------------------------------------------------------------------------
+
+
+def _check_kv(kv: str) -> None:
+    if kv not in KV_POLICIES:
+        raise InputError(f"KV policy {kv!r} is not known.", did_you_mean(kv, KV_POLICIES))
+
+
+def _check_shares(costs: Costs, leave: Mapping[int, float]) -> list[int]:
+    wrong = [d for d in leave if not 1 <= d < costs.layers]
+    if wrong or not all(0.0 <= s <= 1.0 for s in leave.values()) or sum(leave.values()) > 1 + 1e-9:
+        raise InputError(
+            f"Shares {dict(leave)} cannot leave a decoder of {costs.layers} layers.",
+            f"Give shares from 0 to 1 that sum to at most 1, at depths 1 to {costs.layers - 1}.",
+        )
+    return sorted(leave)

@@ -1,0 +1,101 @@
+"""Exits that leave by a plan instead of by confidence: speed can be measured on any weights.
+
+Everything is paid as usual: the exit's layer, the head, the real score, its transfer. Only the
+verdict is replaced, and for lossless runs one logit is raised, which decides what the exit drafts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from offramp.backbone import Backbone
+from offramp.decode import generate
+from offramp.exits import Exits
+from offramp.policy import Generation, Policy
+from offramp.scores import SCORES
+
+OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
+"""Greedy, and to the last token asked for: random weights may end a sentence anywhere."""
+
+_numbers = itertools.count()
+
+
+class Script(StoppingCriteria):
+    """A plan of who leaves, by position: at one exit.
+
+    leave: [N, B]; whether the token at each position (0 is the one out of the prefill) leaves;
+        behind the plan nobody does.
+    says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own.
+    score: the real score, whose time is paid.
+
+    As a stopping criterion it stops nothing and counts the tokens written: what is looked at after
+    position n was written is position n + 1, and after that look, in a draft, position n + 2.
+    """
+
+    def __init__(
+        self, leave: Tensor, *, says: Tensor | None = None, score: str = "max_probability"
+    ) -> None:
+        self._leave, self._says, self._score = leave, says, SCORES[score]
+        self._written = self._looked = 0
+
+    def judge(self, logits: Tensor) -> Tensor:
+        """Scores [B] of logits [B, V]: 1 where the plan says leave, else 0."""
+        position = self._written + self._looked
+        self._looked += 1
+        verdict = self._score(logits) * 0  # not a new tensor, which would not wait for the score
+        if position >= len(self._leave):
+            return verdict
+        if self._says is not None:
+            logits[:, self._says[position]] = torch.inf
+        return verdict + self._leave[position].to(verdict)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._written += 1
+        self._looked = 0
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generate_forced(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    exits: Exits,
+    script: Script,
+    tokens: int,
+    *,
+    depth: int | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
+    **policy: Any,
+) -> Generation:
+    """Write `tokens` tokens, leaving at `depth` (the first exit) as `script` says.
+
+    policy: what `Policy` takes besides thresholds and score.
+    """
+    at = exits.depths[0] if depth is None else depth
+    with _known(script) as name:
+        return generate(
+            backbone,
+            inputs,
+            exits=exits,
+            policy=Policy({at: 0.5}, score=name, **policy),
+            max_new_tokens=tokens,
+            stopping_criteria=StoppingCriteriaList([*criteria, script]),
+            **OPTIONS,
+        )
+
+
+@contextmanager
+def _known(script: Script) -> Iterator[str]:
+    """Put the script among the scores, under a name of its own, for as long as it is needed."""
+    name = f"forced-{next(_numbers)}"
+    SCORES[name] = script.judge
+    try:
+        yield name
+    finally:
+        del SCORES[name]

@@ -1,0 +1,96 @@
+"""Threshold vectors for several exits: what could be tried, and in which order it is tested.
+
+Pareto testing (Laufer-Goldshtein et al. 2023): one part of the data finds a path from safe to fast
+through all candidates, another part tests the path from its safe end, so that what is promised
+does not pay for the size of the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, product
+from math import comb
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.replay import Replay
+
+Array = npt.NDArray[Any]
+Thresholds = dict[int, float]
+
+LIMIT = 4096
+"""Most candidates that are looked at."""
+FEWEST = 4
+"""Grid points below which larger sets of exits are given up first."""
+STEP = 0.005
+"""A point that saves less than this share of the seconds is no step of the path."""
+
+
+def candidates(depths: Sequence[int], grid: Sequence[float]) -> list[Thresholds]:
+    """All sets of exits, with all their combinations of thresholds of the grid.
+
+    Where these are more than `LIMIT`, the grid is thinned evenly, down to `FEWEST` points; where
+    that is not enough, the sets hold fewer exits: many checks a token cost more than they save.
+    """
+    size, points = _affordable(len(depths), len(grid))
+    spread = np.linspace(0, len(grid) - 1, points).round().astype(int)
+    thin = [sorted(grid, reverse=True)[i] for i in spread]
+    return [
+        dict(zip(some, values, strict=True))
+        for k in range(1, size + 1)
+        for some in combinations(sorted(depths), k)
+        for values in product(thin, repeat=k)
+    ]
+
+
+def _affordable(exits: int, points: int) -> tuple[int, int]:
+    """The largest sets of exits, then the finest grid, with at most `LIMIT` candidates."""
+    for size in range(exits, 0, -1):
+        for some in range(points, min(FEWEST, points) - 1, -1):
+            if sum(comb(exits, k) * some**k for k in range(1, size + 1)) <= LIMIT:
+                return size, some
+    return 1, min(FEWEST, points)
+
+
+def pareto_path(
+    found: Replay,
+    tried: Sequence[Thresholds],
+    seconds: Callable[[Array, Sequence[int]], float],
+    grid: Sequence[float],
+    *,
+    first: bool = True,
+) -> list[Thresholds]:
+    """Candidates that no other beats in both disagreement and seconds, the safest first.
+
+    What is fastest among thousands was also lucky, so stricter versions of the path's first point
+    lead up to it: thresholds raised to each grid value in turn.
+
+    found: of the search part. seconds: of depths [N, A] under exits that are on; all at full depth
+    without any. first: see `Replay.depths`.
+
+    Returns [] where no candidate is faster than the full model.
+    """
+    depths = [found.depths(thresholds, first=first) for thresholds in tried]
+    risks = [found.differs(ran).mean() for ran in depths]
+    times = [seconds(ran, tuple(t)) for ran, t in zip(depths, tried, strict=True)]
+    path: list[Thresholds] = []
+    best = seconds(found.depths({}), ())
+    for index in np.lexsort((times, risks)):
+        if times[index] < best * (1 - STEP):
+            path.append(tried[index])
+            best = times[index]
+    return [*_stricter(path[0], grid), *path] if path else []
+
+
+def _stricter(thresholds: Thresholds, grid: Sequence[float]) -> Iterator[Thresholds]:
+    """`thresholds` with a floor that falls along the grid, as long as it raises one of them."""
+    before = None
+    for floor in sorted(grid, reverse=True):
+        raised = {depth: max(value, floor) for depth, value in thresholds.items()}
+        if raised == thresholds:
+            return
+        if raised != before:
+            yield raised
+        before = raised

@@ -1,0 +1,209 @@
+"""Statistics of a promise: tests and bounds for the mean of bounded losses, and walks along a path.
+
+A path is a sequence of settings, the safest first; `losses` [n, K] holds what each of n answers
+loses at each of its K points. "The risk" is a mean loss over all answers to come. Losses are at
+most 1; those below 0 are gains. Answers count as independent draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import InputError, did_you_mean
+
+Array = npt.NDArray[Any]
+
+FRACTIONS = np.array([0.1, 0.3, 0.6, 0.9])
+"""What part of the largest allowed bet is staked; rare losses want much, noisy ones little."""
+SHARES = np.log(FRACTIONS / FRACTIONS.sum())
+"""Logarithms of the shares of the fortune behind each; rare losses are the usual case."""
+
+
+def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
+    """P-value of "the true risk is above `target`" for a mean `risk` of n losses in [0, 1].
+
+    The smaller of Hoeffding's and Bentkus's bounds (Bates et al. 2021, section 3.1).
+    """
+    from scipy.stats import binom
+
+    if risk >= target:
+        return 1.0
+    divergence = (1 - risk) * math.log((1 - risk) / (1 - target))
+    if risk > 0:
+        divergence += risk * math.log(risk / target)
+    # Rounded, because 3 / 1200 * 1200 is a little more than 3.
+    bentkus = math.e * float(binom.cdf(math.ceil(round(n * risk, 6)), n, target))
+    return min(1.0, math.exp(-n * divergence), bentkus)
+
+
+def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
+    """P-value of "the true risk is above `target`" for losses [n] of at most `high`.
+
+    Waudby-Smith and Ramdas (2024): who bets at every answer that its loss lies below the target
+    cannot expect to gain if the risk is above it, so by Ville's inequality a fortune that ever
+    grew c-fold has p = 1/c. The fortune is split over bets that are `FRACTIONS` of the largest
+    one that cannot ruin, 1 / (high - target). Losses may be negative without a limit. They are
+    shuffled, always in the same way, because the order of a data set is not a random one.
+    """
+    if target >= high:
+        return 0.0
+    order = np.random.default_rng(0).permutation(len(losses))
+    gains = (target - losses[order, None]) * FRACTIONS / (high - target)
+    fortune = np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=1)
+    return float(np.exp(-np.maximum(fortune.max(initial=0.0), 0.0)))
+
+
+def _hoeffding_bentkus(losses: Array, target: float) -> float:
+    return hoeffding_bentkus(float(np.maximum(losses, 0.0).mean()), len(losses), target)
+
+
+TESTS: dict[str, Callable[[Array, float], float]] = {
+    "upper_bound": betting_p_value,
+    "learn_then_test": _hoeffding_bentkus,
+}
+"""P-values of losses [n] and a target by method. The second takes gains as 0."""
+
+METHODS = ("auto", *TESTS)
+
+
+def upper_bound(losses: Array, confidence: float, method: str = "upper_bound") -> float:
+    """The least target in [mean, 1] that losses [n] pass at `confidence`: a bound on the risk."""
+    test = TESTS[_first_of(method)]
+    low, high = float(losses.mean()), 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if test(losses, middle) <= 1 - confidence:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def betting_upper_bound(losses: Array, delta: float) -> float:
+    """What the risk of losses [n] is below with probability 1 - delta, by betting."""
+    return upper_bound(losses, 1 - delta)
+
+
+def learn_then_test(losses: Array, target: float, confidence: float) -> int | None:
+    """The last point before the first whose Hoeffding-Bentkus test fails, or None.
+
+    Learn-then-Test (Angelopoulos et al. 2021) with fixed-sequence testing. Gains count as 0, which
+    makes the promise stricter than asked.
+    """
+    return _walk(losses, target, confidence, "learn_then_test")
+
+
+def upper_bound_control(losses: Array, target: float, confidence: float) -> int | None:
+    """The last point before the first whose betting bound is above the target, or None.
+
+    Jazbec et al. (2024). Gains count, so it can profit from overthinking.
+    """
+    return _walk(losses, target, confidence, "upper_bound")
+
+
+def _walk(losses: Array, target: float, confidence: float, method: str) -> int | None:
+    passed = None
+    for point in range(losses.shape[1]):
+        if TESTS[method](losses[:, point], target) > 1 - confidence:
+            break
+        passed = point
+    return passed
+
+
+def monotone(losses: Array, level: float = 0.05, low: float = 0.0) -> bool:
+    """Whether nothing speaks against a risk that never falls along the path.
+
+    Betting tests of "no lower than before" on the paired differences of all pairs of points,
+    Bonferroni-corrected: a path that is monotone is called otherwise with probability <= `level`.
+
+    low: the least loss there is, 0 or -1.
+    """
+    pairs = list(combinations(range(losses.shape[1]), 2))
+    return all(
+        betting_p_value(losses[:, after] - losses[:, before], 0.0, 1 - low) > level / len(pairs)
+        for before, after in pairs
+        if losses[:, after].mean() < losses[:, before].mean()
+    )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The last point of a path that keeps the promise (None: none does), and how it was found."""
+
+    index: int | None
+    method: str
+    monotone: bool
+
+
+def control(
+    losses: Array, target: float, confidence: float, method: str = "auto", low: float = 0.0
+) -> Decision:
+    """Choose a point of the path so that P(risk <= target) >= confidence.
+
+    "auto" is `upper_bound_control`; where the risk is not monotone it falls back on
+    `learn_then_test`. On a finite path both walks are fixed-sequence tests and hold for any risk;
+    what monotonicity adds is that every safer setting, those between the points too, keeps the
+    promise. As the choice of method sees the data, the fall-back returns the safer of both walks'
+    points: it is wrong only where the upper-bound walk passed a point it should not have, which
+    happens with probability <= 1 - confidence whatever the other walk does.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    _first_of(method)
+    steady = monotone(losses, 1 - confidence, low)
+    if method != "auto":
+        return Decision(_walk(losses, target, confidence, method), method, steady)
+    index = upper_bound_control(losses, target, confidence)
+    if steady:
+        return Decision(index, "upper_bound", True)
+    other = learn_then_test(losses, target, confidence)
+    safer = None if index is None or other is None else min(index, other)
+    return Decision(safer, "learn_then_test", False)
+
+
+def samples_needed(
+    target: float, confidence: float, method: str = "auto", risk: float = 0.0
+) -> int | None:
+    """The fewest answers that would promise `target` at a measured `risk`; None: no number would.
+
+    Exact where the risk is 0; above, for losses of 0 and 1.
+    """
+    if risk >= target:
+        return None
+    risk = max(risk, 0.0)
+    if _first_of(method) == "learn_then_test":
+
+        def passes(n: int) -> bool:
+            return hoeffding_bentkus(risk, n, target) <= 1 - confidence
+    else:
+        stakes = FRACTIONS / (1 - target)
+        growth = (1 - risk) * np.log1p(stakes * target) + risk * np.log1p(-FRACTIONS)
+
+        def passes(n: int) -> bool:
+            return bool(np.logaddexp.reduce(n * growth + SHARES) >= -math.log(1 - confidence))
+
+    most = 1
+    while not passes(most):
+        most *= 2
+        if most > 1 << 40:
+            return None
+    least = most // 2
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if passes(middle) else (middle, most)
+    return most
+
+
+def _first_of(method: str) -> str:
+    """The test a method begins with. Raise `InputError` if it is not known."""
+    if method not in METHODS:
+        raise InputError(f"Method {method!r} is not known.", did_you_mean(method, METHODS))
+    return "upper_bound" if method == "auto" else method

@@ -1,0 +1,268 @@
+"""Measures the parts of the cost model, inside generations as they really run.
+
+Layers alone, one after the other on the same input, would be timed from a warm cache and without
+what happens between them. So whole tokens of forced generations are timed, the calls of layers,
+exits and head within them by hooks, and what is left over is told apart by the kind of token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from offramp.backbone import Backbone
+from offramp.cost import LENGTHS, Costs
+from offramp.decode import generate
+from offramp.errors import InputError
+from offramp.exits import Exits, propose_depths
+from offramp.forced import OPTIONS, Script, generate_forced
+from offramp.scores import SCORES
+
+FULL = 6  # tokens of a pass in which all are alike
+PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"deep{n}")]
+"""Kinds of token: looked at and kept; left; kept, and running with those that left before it."""
+
+
+@dataclass(frozen=True)
+class _Token:
+    """One token's seconds, and the calls (kind, positions, seconds) within it."""
+
+    seconds: float
+    calls: tuple[tuple[str, int, float], ...]
+
+    @property
+    def layers(self) -> float:
+        """Seconds in the backbone's layers."""
+        return sum(seconds for kind, _, seconds in self.calls if kind == "layer")
+
+    @property
+    def exit(self) -> float:
+        """Seconds in exits' layers."""
+        return sum(seconds for kind, _, seconds in self.calls if kind == "exit")
+
+    @property
+    def head(self) -> float:
+        """Seconds of the last call of the LM head."""
+        return next((s for kind, _, s in reversed(self.calls) if kind == "head"), 0.0)
+
+
+def _layer(token: _Token, positions: int) -> float:
+    """Mean seconds of the layers that ran over so many positions."""
+    return fmean(s for kind, n, s in token.calls if kind == "layer" and n == positions)
+
+
+class _Watch(StoppingCriteria):
+    """Stops nothing; notes each token's time and the calls within it.
+
+    hook: seconds that noting a call takes, which the tokens' times then leave out.
+    """
+
+    def __init__(self, device: torch.device, hook: float = 0.0) -> None:
+        self.tokens: list[_Token] = []
+        self._hook_seconds = hook
+        self._calls: list[tuple[str, int, float]] = []
+        self._sync: Callable[[], None] = (
+            torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        )
+        self._last = self._began = 0.0
+
+    def now(self) -> float:
+        self._sync()
+        return time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self._last:  # the first token came out of the prefill
+            seconds = self.now() - self._last - len(self._calls) * self._hook_seconds
+            self.tokens.append(_Token(seconds, tuple(self._calls)))
+        self._calls.clear()
+        self._last = self.now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @contextmanager
+    def inside(self, backbone: Backbone, exits: Exits) -> Iterator[None]:
+        """Note the calls of layers, exits and head."""
+        kinds: list[tuple[str, nn.Module]] = [("layer", layer) for layer in backbone.layers]
+        kinds += [("exit", exits.at(depth)) for depth in exits.depths] + [("head", backbone.head)]
+        handles = [handle for kind, module in kinds for handle in self.hook(kind, module)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def hook(self, kind: str, module: nn.Module) -> list[Any]:
+        def begin(_: nn.Module, args: Any) -> None:
+            self._began = self.now()
+
+        def end(_: nn.Module, args: Any, output: Any) -> None:
+            self._calls.append((kind, args[0].shape[1], self.now() - self._began))
+
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+def measure_costs(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    exits: Exits | None = None,
+    *,
+    score: str = "max_probability",
+    repeats: int = 5,
+    progress: Any = iter,
+) -> Costs:
+    """Time the parts of decoding after the prompt `inputs`, whose rows are the batch.
+
+    Medians over the tokens of `repeats` rounds, in which kinds of token take turns, after one round
+    that is not counted. The first exit is used; without `exits`, one copied from the backbone.
+
+    Raises:
+        InputError: fewer than one repeat; the discriminator's score, which reads no logits.
+    """
+    if repeats < 1 or score not in SCORES:
+        raise InputError(
+            f"Costs cannot be measured with {repeats} repeats and score {score!r}.",
+            f"Repeat at least once, with a score of logits: {', '.join(SCORES)}.",
+        )
+    if exits is None:
+        exits = Exits(backbone, propose_depths(backbone.depth)).requires_grad_(False)
+    found, hook = _Found(), _hook_seconds(backbone.device)
+    for number in progress(range(repeats + 1)):
+        tokens = _round(backbone, inputs, exits, score, hook)
+        if number:
+            found.add(tokens)
+    rows = len(inputs["input_ids"])
+    prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
+    heads, scored = _head_and_score(backbone, rows, score, repeats)
+    return found.costs(
+        layers=backbone.depth,
+        depth=exits.depths[0],
+        batch=rows,
+        context=prompt + len(PLAN) // 2,
+        heads=heads,
+        score=scored,
+    )
+
+
+Round = dict[str, list[_Token]]
+
+
+def _round(
+    backbone: Backbone, inputs: Mapping[str, Any], exits: Exits, score: str, hook: float
+) -> Round:
+    """Tokens of one round, by kind."""
+
+    def forced(plan: Sequence[str], kv: str) -> list[_Token]:
+        watch = _Watch(backbone.device, hook)
+        leave = torch.tensor([False, *(kind == "leave" for kind in plan)])
+        script = Script(leave[:, None].expand(-1, len(inputs["input_ids"])), score=score)
+        with watch.inside(backbone, exits):
+            generate_forced(backbone, inputs, exits, script, len(leave), criteria=[watch], kv=kv)
+        return watch.tokens
+
+    watch = _Watch(backbone.device, hook)
+    with watch.inside(backbone, exits):
+        stop = StoppingCriteriaList([watch])
+        generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=1 + FULL, **OPTIONS)
+    tokens = {"full": watch.tokens, "store": forced(["leave"] * FULL, "propagate")}
+    for kind, token in zip(PLAN, forced(PLAN, "recompute"), strict=True):
+        tokens.setdefault(kind, []).append(token)
+    return tokens
+
+
+def _hook_seconds(device: torch.device) -> float:
+    """Seconds that `_Watch` takes to note one call."""
+    module, some = nn.Identity(), torch.zeros(1, 1)
+
+    def calls() -> float:
+        begin = time.perf_counter()
+        for _ in range(1000):
+            module(some)
+        return (time.perf_counter() - begin) / 1000
+
+    bare = min(calls() for _ in range(3))
+    watch = _Watch(device)
+    watch.hook("none", module)
+    return max(0.0, min(calls() for _ in range(3)) - bare)
+
+
+class _Found:
+    """The tokens of all rounds, by kind, and what they come to."""
+
+    def __init__(self) -> None:
+        self._tokens: Round = {}
+
+    def add(self, round: Round) -> None:
+        for kind, tokens in round.items():
+            self._tokens.setdefault(kind, []).extend(tokens)
+
+    def _median(self, kind: str, value: Callable[[_Token], float]) -> float:
+        return median(map(value, self._tokens[kind]))
+
+    def costs(
+        self,
+        *,
+        layers: int,
+        depth: int,
+        batch: int,
+        context: int,
+        heads: Sequence[float],
+        score: float,
+    ) -> Costs:
+        """Solve for the parts, simplest kind of token first; heads: relative to one position."""
+        one = self._median("full", partial(_layer, positions=1))
+        more = [self._median(f"deep{n}", partial(_layer, positions=n)) for n in LENGTHS[1:]]
+        head = self._median("full", lambda t: t.head)
+        rest = self._median("full", lambda t: t.seconds - t.layers - t.head)
+
+        def outside(token: _Token) -> float:
+            return token.seconds - token.layers - token.exit - rest
+
+        check = max(0.0, self._median("stay", lambda t: outside(t) - t.head))
+        leave = max(self._median("leave", outside) - check, -min(check, rest))
+        deep = [self._median(f"deep{n}", lambda t: outside(t) - t.head) for n in LENGTHS[1:]]
+        store = self._median("store", outside) - check - leave
+        return Costs(
+            layers=layers,
+            batch=batch,
+            context=context,
+            # A longer run is never cheaper; where it seems so, that is noise.
+            layer=tuple(np.maximum.accumulate([one, *more]).tolist()),
+            head=tuple(np.maximum.accumulate(head * np.array(heads)).tolist()),
+            exit=self._median("stay", lambda t: t.exit),
+            check=check,
+            leave=leave,
+            score=score,
+            store=max(0.0, store / (layers - depth)),
+            token=rest,
+            reenter=max(0.0, median(deep) - check),
+        )
+
+
+def _head_and_score(
+    backbone: Backbone, rows: int, score: str, repeats: int
+) -> tuple[list[float], float]:
+    """The head over `LENGTHS` positions relative to one, and the seconds of a score."""
+    some = torch.randn(rows, LENGTHS[-1], backbone.width).to(backbone.device, backbone.dtype)
+    states = {n: some[:, :n].contiguous() for n in LENGTHS}
+    seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
+    scored = []
+    watch = _Watch(backbone.device)
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            for n, state in states.items():
+                begin = watch.now()
+                logits = backbone.read(state)
+                seconds[n].append(watch.now() - begin)
+            begin = watch.now()
+            SCORES[score](logits[:, -1])
+            scored.append(watch.now() - begin)
+    return [median(seconds[n]) / median(seconds[1]) for n in LENGTHS], median(scored)

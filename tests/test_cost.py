@@ -1,0 +1,221 @@
+"""Laws of the cost model: on made-up costs, and on those measured of a tiny decoder."""
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.cost import (
+    Costs,
+    best_draft,
+    break_even,
+    layer_seconds,
+    predict,
+    predict_lossless,
+    rounds_seconds,
+    speedup,
+    token_seconds,
+)
+from offramp.decode import generate
+from offramp.errors import InputError
+from offramp.exits import Exits
+from offramp.forced import OPTIONS, Script, generate_forced
+from offramp.scores import SCORES
+from offramp.shapes import shape
+from offramp.unitcosts import measure_costs
+
+LAYERS, EXIT = 8, 3
+COSTS = Costs(
+    layers=LAYERS, batch=1, context=40,
+    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
+    exit=1.0, check=2.5, leave=0.1, score=0.2, store=0.2, token=0.5, reenter=0.3,
+)  # fmt: skip
+KINDS = ("recompute", "propagate")
+
+
+def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:
+    """`n` depths of which `share` leave, the rest evenly between."""
+    stays = np.floor(np.arange(1, n + 1) * (1 - share) + 1e-9)
+    return np.where(np.diff(stays, prepend=0) > 0, LAYERS, depth)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+def test_without_exits_the_prediction_is_the_full_model(kv: str) -> None:
+    assert predict(COSTS, {}, kv=kv) == COSTS.full == 0.5 + 8 * 1.0 + 2.0
+    assert token_seconds(COSTS, [LAYERS] * 5, [], kv=kv) == pytest.approx(5 * COSTS.full)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+def test_an_exit_that_never_fires_costs_its_check_and_nothing_else(kv: str) -> None:
+    assert predict(COSTS, {EXIT: 0.0}, kv=kv) == pytest.approx(COSTS.full + 1.0 + 2.5)
+    assert predict(COSTS, {2: 0.0, 5: 0.0}, kv=kv) == pytest.approx(COSTS.full + 2 * 3.5)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("depth", range(1, LAYERS - 1))
+def test_once_checks_are_paid_more_leaving_never_costs_more(kv: str, depth: int) -> None:
+    shares = np.linspace(0, 1, 41)
+    seconds = [predict(COSTS, {depth: s, LAYERS - 1: 0.0}, kv=kv) for s in shares]
+    assert np.all(np.diff(seconds) <= 1e-9)
+
+
+def test_a_token_that_leaves_pays_its_layers_and_checks_only() -> None:
+    assert predict(COSTS, {EXIT: 1.0}) == pytest.approx(0.5 + 3 * 1.0 + 1.0 + 2.5 + 0.1)
+    stored = predict(COSTS, {EXIT: 1.0}, kv="propagate")
+    assert stored == pytest.approx(predict(COSTS, {EXIT: 1.0}) + 5 * 0.2)
+
+
+def test_those_who_wait_run_deeper_in_one_go() -> None:
+    """Three leave, the fourth takes them along: five layers over four positions."""
+    full_depth = token_seconds(COSTS, [EXIT, EXIT, EXIT, LAYERS], [EXIT])
+    shallow = 4 * (0.5 + 3 * 1.0 + 3.5) + 3 * 0.1
+    assert full_depth == pytest.approx(shallow + 5 * 1.2 + 0.3 + 2.0)
+
+
+def test_tokens_that_wait_at_the_end_are_never_paid_for() -> None:
+    waiting = token_seconds(COSTS, [LAYERS, EXIT, EXIT], [EXIT])
+    assert waiting == pytest.approx(COSTS.full + 3.5 + 2 * predict(COSTS, {EXIT: 1.0}))
+
+
+def test_with_two_exits_a_chunk_meets_the_next_exit_whole() -> None:
+    """One leaves at 2, the next takes it to 5 and leaves there, the third takes both up."""
+    seconds = token_seconds(COSTS, [2, 5, LAYERS], [2, 5])
+    first = 0.5 + 2 + 3.5 + 0.1
+    second = 0.5 + 2 + 3.5 + 0.3 + 3 * 1.1 + 1.0 * 1.1 + 2.5 + 0.1
+    third = 0.5 + 2 + 3.5 + 3 + 3.5 + 0.3 + 3 * layer_seconds(COSTS, 3) + 2.0
+    assert seconds == pytest.approx(first + second + third)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
+def test_shares_and_tokens_agree_on_evenly_spread_exits(kv: str, share: float) -> None:
+    """Up to the re-entries: shares take tokens to leave independently of each other."""
+    costs = Costs(**{**COSTS.to_json(), "reenter": 0.0})
+    each = token_seconds(costs, spread(400, share), [EXIT], kv=kv) / 400
+    assert each == pytest.approx(predict(costs, {EXIT: share}, kv=kv))
+
+
+def test_sequences_are_counted_each_on_its_own_and_up_to_its_end() -> None:
+    one, other = [EXIT, LAYERS, EXIT], [LAYERS]
+    together = token_seconds(COSTS, [one, [*other, 0, 0]], [EXIT])
+    apart = [float(token_seconds(COSTS, s, [EXIT])) for s in (one, other)]
+    assert together == pytest.approx(apart)
+
+
+def test_layers_between_and_beyond_the_measured_lengths_are_on_the_line() -> None:
+    assert layer_seconds(COSTS, [1, 3, 6, 8, 16]) == pytest.approx([1.0, 1.15, 1.35, 1.5, 2.1])
+
+
+def test_break_even_is_where_the_prediction_crosses_full_depth() -> None:
+    share = break_even(COSTS, EXIT)
+    assert share is not None
+    assert speedup(COSTS, {EXIT: share}) >= 1.0 > speedup(COSTS, {EXIT: share - 0.01})
+
+
+def test_an_exit_too_deep_to_pay_has_no_break_even() -> None:
+    assert break_even(COSTS, LAYERS - 1) is None
+
+
+def test_a_lossless_round_runs_its_drafts_shallow_and_all_of_them_deep_at_once() -> None:
+    drafts = 3 * (0.5 + 3 + 1.0 + 2.5 + 0.1)
+    last = 0.5 + 3 + 1.0  # a draft of full length is followed without a look
+    deep = 0.3 + 5 * 1.2 + 2.2
+    assert rounds_seconds(COSTS, EXIT, [3], 3) == pytest.approx(drafts + last + deep)
+    assert rounds_seconds(COSTS, EXIT, [3], 9) == pytest.approx(drafts + last + deep + 2.5)
+
+
+def test_lossless_without_a_sure_exit_is_the_full_model_and_its_checks() -> None:
+    seconds = predict_lossless(COSTS, EXIT, acceptance=0.9, sure=0.0)
+    assert seconds == pytest.approx(COSTS.full + 3.5)
+
+
+def test_more_acceptance_never_costs_more_and_allows_longer_drafts() -> None:
+    accepted = np.linspace(0, 1, 11)
+    seconds = [predict_lossless(COSTS, EXIT, acceptance=a) for a in accepted]
+    assert np.all(np.diff(seconds) < 0)
+    drafts = [best_draft(COSTS, EXIT, acceptance=a) for a in accepted]
+    assert drafts == sorted(drafts) and drafts[0] < drafts[-1]
+
+
+def test_costs_come_back_from_json_and_nothing_else_does() -> None:
+    assert Costs.from_json(COSTS.to_json()) == COSTS
+    with pytest.raises(InputError, match="token"):
+        Costs.from_json({k: v for k, v in COSTS.to_json().items() if k != "token"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 1}, {"token": -1.0}, {"check": float("nan")}, {"layer": (1.0, 1.1)}]
+)
+def test_impossible_costs_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        Costs(**{**COSTS.to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: predict(COSTS, {LAYERS: 0.5}),
+        lambda: predict(COSTS, {2: 0.6, 5: 0.6}),
+        lambda: predict(COSTS, {2: -0.1}),
+        lambda: predict(COSTS, {}, kv="recomputed"),
+        lambda: token_seconds(COSTS, [2, LAYERS], [EXIT]),
+        lambda: predict_lossless(COSTS, EXIT, acceptance=1.1),
+        lambda: predict_lossless(COSTS, EXIT, acceptance=0.5, max_draft=0),
+    ],
+)
+def test_wrong_questions_are_refused(wrong) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError):
+        wrong()
+
+
+# -- measured -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mini-llava", "mini-t5"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_measured_costs_describe_the_decoder(name: str, batch: int) -> None:
+    backbone = shape(name).build()
+    costs = measure_costs(backbone, shape(name).inputs(backbone, batch, words=6), repeats=1)
+    assert (costs.layers, costs.batch) == (backbone.depth, batch)
+    assert costs.layer[0] > 0 and costs.exit > 0 and costs.check > 0 and costs.token > 0
+    assert costs.score < costs.full
+
+
+def test_measuring_leaves_the_model_and_the_scores_as_they_were() -> None:
+    backbone, known = shape("mini-opt").build(), dict(SCORES)
+    measure_costs(backbone, shape("mini-opt").inputs(backbone), repeats=1)
+    assert known == SCORES
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.model.modules())
+
+
+def test_measuring_refuses_a_score_that_reads_no_logits() -> None:
+    backbone = shape("mini-opt").build()
+    with pytest.raises(InputError, match="discriminator"):
+        measure_costs(backbone, shape("mini-opt").inputs(backbone), score="discriminator")
+
+
+@pytest.mark.parametrize("name", ["mini-llava", "mini-t5"])
+def test_tokens_leave_where_the_script_says(name: str) -> None:
+    backbone = shape(name).build()
+    exits = Exits(backbone, (EXIT,)).requires_grad_(False)
+    leave = torch.tensor([False, True, False, True, True, False])
+    script = Script(leave[:, None].expand(-1, 2))
+    found = generate_forced(backbone, shape(name).inputs(backbone, 2), exits, script, 8)
+    plan = torch.where(leave, EXIT, backbone.depth).tolist()
+    assert found.depths.tolist() == [plan + [backbone.depth] * 2] * 2
+
+
+def test_an_exit_drafts_what_the_script_says() -> None:
+    """Full agreement: every draft is kept; every other token wrong: at most one draft is."""
+    backbone = shape("mini-llava").build()
+    inputs = shape("mini-llava").inputs(backbone)
+    exits = Exits(backbone, (EXIT,)).requires_grad_(False)
+    full = generate(backbone, inputs, max_new_tokens=13, **OPTIONS).new_tokens[0]
+    sure = torch.ones(13, 1, dtype=torch.bool)
+    wrong = torch.where(torch.arange(13) % 2 == 0, full, (full + 1) % backbone.vocabulary)
+    for says, most in ((full, 3), (wrong, 1)):
+        script = Script(sure, says=says)
+        found = generate_forced(backbone, inputs, exits, script, 13, lossless=True, max_draft=3)
+        assert found.new_tokens[0].tolist() == full.tolist()
+        assert max(kept for _, kept in found.rounds) == most
+        if says is full:
+            assert all(made == kept for made, kept in found.rounds)

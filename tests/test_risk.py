@@ -1,0 +1,208 @@
+"""Laws of the statistics: a promise is broken no more often than stated, however risk runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from offramp.errors import InputError
+from offramp.risk import (
+    METHODS,
+    TESTS,
+    betting_p_value,
+    betting_upper_bound,
+    control,
+    hoeffding_bentkus,
+    learn_then_test,
+    monotone,
+    samples_needed,
+    upper_bound,
+    upper_bound_control,
+)
+
+TARGET, CONFIDENCE, N = 0.05, 0.9, 300
+Draw = np.random.Generator
+
+LOST: dict[str, list[float]] = {
+    "monotone": [0, 0.01, 0.03, 0.06, 0.08, 0.2],
+    "dip": [0.03, 0.08, 0.03, 0.2, 0.01, 0],
+    "dip into the target": [0.051, 0.04, 0.06, 0.04, 0.055, 0.03],
+    "gains": [0.01, 0.04, 0.07, 0.09, 0.12, 0.2],
+}
+GAINED = {"gains": [0, 0.02, 0.03, 0.035, 0.06, 0.08]}
+
+
+def drawn(draw: Draw, shape: str, n: int = N) -> Any:
+    """Losses [n, K] of a shape: 1, -1 for a gain, or 0; paired, as answers to one example are."""
+    u = draw.random((n, 1))
+    lost, gained = np.array(LOST[shape]), np.array(GAINED.get(shape, [0.0] * 6))
+    return (u < lost) * 1.0 - (u > 1 - gained)
+
+
+def truth(shape: str) -> Any:
+    return np.array(LOST[shape]) - np.array(GAINED.get(shape, [0.0] * 6))
+
+
+def allowed(share: float, trials: int) -> float:
+    """A share and three standard errors above it."""
+    return share + 3 * math.sqrt(share * (1 - share) / trials)
+
+
+# -- promises ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", LOST)
+def test_a_promise_is_broken_no_more_often_than_stated(method: str, shape: str) -> None:
+    draw, trials, broken = np.random.default_rng(0), 400, 0
+    for _ in range(trials):
+        losses = drawn(draw, shape)
+        index = control(losses, TARGET, CONFIDENCE, method, losses.min()).index
+        broken += index is not None and truth(shape)[index] > TARGET
+    assert broken / trials <= allowed(1 - CONFIDENCE, trials)
+
+
+def test_a_promise_that_can_be_given_mostly_is() -> None:
+    draw = np.random.default_rng(0)
+    for method in METHODS:
+        found = [control(drawn(draw, "monotone"), TARGET, CONFIDENCE, method) for _ in range(50)]
+        assert np.mean([f.index is not None and f.index >= 1 for f in found]) > 0.9
+
+
+@pytest.mark.parametrize("walk", [learn_then_test, upper_bound_control])
+def test_the_last_that_passed_is_returned_not_the_first_that_failed(walk: Any) -> None:
+    losses = np.stack([np.full(1000, loss) for loss in (0.0, 0.0, 1.0, 0.0)], 1)
+    assert walk(losses, TARGET, CONFIDENCE) == 1
+
+
+@pytest.mark.parametrize("walk", [learn_then_test, upper_bound_control])
+def test_a_path_whose_safest_point_fails_gives_nothing(walk: Any) -> None:
+    assert walk(np.stack([np.ones(1000), np.zeros(1000)], 1), TARGET, CONFIDENCE) is None
+
+
+def test_only_the_betting_bound_profits_from_gains() -> None:
+    losses = np.zeros((2000, 1))
+    losses[:100], losses[100:200] = 1.0, -1.0  # 5% lost, 5% gained
+    assert upper_bound_control(losses, 0.03, CONFIDENCE) == 0
+    assert learn_then_test(losses, 0.03, CONFIDENCE) is None
+
+
+def test_an_unknown_method_names_the_known_ones() -> None:
+    with pytest.raises(InputError, match="Did you mean 'upper_bound'"):
+        control(np.zeros((10, 1)), TARGET, CONFIDENCE, "upper")
+
+
+# -- monotonicity -----------------------------------------------------------------------------
+
+
+def test_a_risk_that_never_falls_is_rarely_called_otherwise() -> None:
+    draw, trials = np.random.default_rng(1), 300
+    flat = [monotone((draw.random((N, 4)) < 0.1) * 1.0, 0.1) for _ in range(trials)]
+    assert 1 - np.mean(flat) <= allowed(0.1, trials)
+
+
+def test_a_deep_dip_is_noticed() -> None:
+    assert not monotone(drawn(np.random.default_rng(0), "dip"))
+
+
+def test_a_dip_far_from_the_one_before_is_noticed() -> None:
+    draw = np.random.default_rng(0)
+    slopes = draw.random((2000, 1)) < np.array([0.10, 0.095, 0.09, 0.085, 0.08, 0.075])
+    assert not monotone(slopes * 1.0)
+
+
+def test_where_monotonicity_fails_the_safer_of_both_choices_is_taken() -> None:
+    losses = drawn(np.random.default_rng(0), "dip", 2000)
+    losses[:, 0] = 0.0
+    losses[:1900, 2] = -0.5  # gains, which only the betting bound counts
+    found = control(losses, 0.15, CONFIDENCE, low=-1.0)
+    both = learn_then_test(losses, 0.15, CONFIDENCE), upper_bound_control(losses, 0.15, CONFIDENCE)
+    assert (found.method, found.monotone) == ("learn_then_test", False)
+    assert both[0] is not None and both[1] is not None
+    assert found.index == min(both[0], both[1])
+
+
+def test_where_nothing_speaks_against_it_the_upper_bound_decides() -> None:
+    losses = drawn(np.random.default_rng(0), "gains", 3000)
+    found = control(losses, TARGET, CONFIDENCE, low=-1.0)
+    assert (found.method, found.monotone) == ("upper_bound", True)
+    assert found.index == upper_bound_control(losses, TARGET, CONFIDENCE)
+
+
+# -- p-values and bounds ----------------------------------------------------------------------
+
+
+def at_target(draw: Draw, kind: str) -> Any:
+    """Losses [200] whose true mean is 0.1."""
+    u = draw.random(200)
+    return {
+        "0 or 1": (u < 0.1) * 1.0,
+        "fractions": 0.5 * (u < 0.2),
+        "gains": (u < 0.2) * 1.0 - (u > 0.9),
+    }[kind]
+
+
+@pytest.mark.parametrize("method", TESTS)
+@pytest.mark.parametrize("kind", ["0 or 1", "fractions", "gains"])
+def test_p_values_are_valid(method: str, kind: str) -> None:
+    draw, trials = np.random.default_rng(1), 2000
+    p = np.array([TESTS[method](at_target(draw, kind), 0.1) for _ in range(trials)])
+    for level in (0.01, 0.05, 0.1, 0.3):
+        assert (p <= level).mean() <= allowed(level, trials)
+
+
+def test_p_values_are_small_where_the_risk_is() -> None:
+    for test in TESTS.values():
+        assert test(np.zeros(1000), 0.01) < 0.01
+
+
+def test_the_order_of_the_data_wins_no_bet() -> None:
+    sorted_by_difficulty = np.repeat([0.0, 1.0], [900, 100])
+    assert betting_p_value(sorted_by_difficulty, 0.05) > 0.05
+
+
+@pytest.mark.parametrize("method", TESTS)
+def test_a_bound_is_the_least_target_that_passes(method: str) -> None:
+    losses = (np.random.default_rng(0).random(500) < 0.03) * 1.0
+    bound = upper_bound(losses, 0.95, method)
+    assert TESTS[method](losses, bound + 1e-5) <= 0.05 < TESTS[method](losses, bound - 1e-4)
+
+
+def test_the_betting_bound_covers_the_mean() -> None:
+    draw, trials = np.random.default_rng(2), 300
+    missed = [betting_upper_bound(at_target(draw, "gains"), 0.1) < 0.1 for _ in range(trials)]
+    assert np.mean(missed) <= allowed(0.1, trials)
+
+
+def test_a_count_of_losses_is_not_rounded_up_by_floating_point() -> None:
+    n, target = 1200, 0.01
+    for lost in range(12):
+        found = hoeffding_bentkus(float(np.mean([1.0] * lost + [0.0] * (n - lost))), n, target)
+        assert found <= math.e * binom.cdf(lost, n, target) + 1e-12
+
+
+# -- how many samples -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TESTS)
+def test_the_stated_need_is_exact_when_nothing_is_lost(method: str) -> None:
+    needed = samples_needed(0.01, 0.95, method)
+    assert needed is not None
+    assert TESTS[method](np.zeros(needed), 0.01) <= 0.05 < TESTS[method](np.zeros(needed - 1), 0.01)
+
+
+def test_learn_then_test_needs_what_the_rule_of_three_says() -> None:
+    assert samples_needed(0.01, 0.95, "learn_then_test") == 299
+
+
+@pytest.mark.parametrize("method", TESTS)
+def test_a_measured_risk_needs_more_and_one_above_the_target_has_no_number(method: str) -> None:
+    few, more = (samples_needed(0.02, 0.95, method, risk) for risk in (0.0, 0.01))
+    assert few is not None and more is not None and few < more
+    losses = np.resize(np.eye(1, 100)[0], more)  # one in a hundred
+    assert TESTS[method](losses, 0.02) <= 0.07
+    assert samples_needed(0.02, 0.95, method, 0.02) is None

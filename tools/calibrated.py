@@ -1,0 +1,274 @@
+"""Calibrate exits for both shipped models and keep what came of it.
+
+records/calibrated.json: thresholds for each target and risk, found on one set of pictures and
+    measured on another: risk, quality, and decoding time in one interleaved race.
+records/violations.json: how often a promise fails over random splits of a pool of answers, each
+    split calibrated on one half, from the search for a path on, and measured on the other half.
+    The pool's own risk stands for the true one; that of a half scatters around it.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from offramp import demo
+from offramp.adapter import Adapter
+from offramp.answerloss import RISKS, Answer, free_running
+from offramp.calibrate import GRID, Calibration, Tried, calibrate, path_of
+from offramp.config import TrainConfig
+from offramp.encode import Encoder
+from offramp.examples import Example, examples_digest
+from offramp.measure import Timing, Way, race, speedup
+from offramp.policy import FULL, Policy
+from offramp.records import provenance, write_json
+from offramp.risk import METHODS, control
+from offramp.tiny import TINY, captions, load_tiny, questions
+from offramp.train import train
+from offramp.unitcosts import measure_costs
+
+RECORDS = Path(__file__).parent.parent / "records"
+DEPTHS = (2, 4)
+TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
+MEASURED = ("disagreement", "exact_match_drop")
+TASKS = {"captions": captions, "questions": questions}
+POLICY = Policy(exit_in_prefill=True)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pictures used by each part; each gives one caption and two questions."""
+
+    train: int = 1200
+    steps: int = 1000
+    calibration: int = 1000
+    test: int = 1000
+    pool: int = 1000
+    splits: int = 50
+    race: int = 40
+    rounds: int = 7
+
+
+SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, race=15, rounds=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY)
+    parser.add_argument("--small", action="store_true", help="a try-out with fewer pictures")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = SMALL if arguments.small else Sizes()
+    calibrated: dict[str, Any] = {}
+    violations: dict[str, Any] = {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
+    for kind in arguments.models:
+        adapter, encoder = _trained(kind, sizes)
+        calibrated[kind] = _calibrated(adapter, encoder, sizes)
+        print(json.dumps(calibrated[kind]), file=sys.stderr)
+        violations[kind] = _violations(adapter, encoder, sizes)
+        print(json.dumps(violations[kind]), file=sys.stderr)
+    digest = examples_digest(_examples("test", sizes.test))
+    origin = provenance(0, sys.argv, digest)
+    write_json(arguments.out / "calibrated.json", {**calibrated, "provenance": origin})
+    write_json(arguments.out / "violations.json", {**violations, "provenance": origin})
+
+
+@cache
+def _examples(split: str, pictures: int, start: int = 0) -> list[Example]:
+    return captions(split, pictures, start).examples + questions(split, pictures, start).examples
+
+
+def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, Encoder]:
+    backbone, processor = load_tiny(kind)
+    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
+    with tempfile.TemporaryDirectory() as folder:
+        some = _examples("train", sizes.train)
+        return train(backbone, processor, some, config, folder), Encoder(backbone, processor)
+
+
+# -- calibrated.json ------------------------------------------------------------------------------
+
+
+def _calibrated(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[str, Any]]:
+    held_out = _examples("calibration", sizes.calibration)
+    costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
+    found = [
+        calibrate(
+            adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
+            costs=costs, progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
+        )
+        for risk in MEASURED
+        for target in TARGETS
+    ]  # fmt: skip
+    ways: dict[str, Way] = {
+        "generate": partial(demo._stock, adapter.backbone),
+        "full": demo.own_way(adapter, FULL),
+    }
+    ways |= {str(i): demo.own_way(adapter, one.policy) for i, one in enumerate(found)}
+    timed = [encoder.prompts([e]) for e in _examples("test", sizes.race)]
+    timings = race(ways, timed, rounds=sizes.rounds, progress=partial(_bar, "race"))
+    full = _answers(adapter, encoder, sizes.test, FULL)
+    return [
+        _row(one, timings, str(i), full, _answers(adapter, encoder, sizes.test, one.policy))
+        for i, one in enumerate(found)
+    ]
+
+
+def _answers(adapter: Adapter, encoder: Encoder, n: int, policy: Policy) -> list[Answer]:
+    return free_running(adapter, encoder, _examples("test", n), policy, 64, demo.OPTIONS)
+
+
+def _row(
+    found: Calibration,
+    timings: dict[str, Timing],
+    name: str,
+    full: Sequence[Answer],
+    early: Sequence[Answer],
+) -> dict[str, Any]:
+    pictures = len(full) // 3
+    asked = _examples("test", pictures)
+    stock, baseline, ours = timings["generate"], timings["full"], timings[name]
+    right = {name: [_right(some, name, pictures) for some in (full, early)] for name in TASKS}
+    every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    return {
+        "risk": found.risk,
+        "risk_target": found.target,
+        "confidence": found.confidence,
+        "method": found.method,
+        "monotone": found.monotone,
+        "thresholds": {str(d): t for d, t in found.policy.thresholds.items()},
+        "risk_calibration": found.measured,
+        "risk_bound": found.bound,
+        "risk_test": float(RISKS[found.risk].losses(early, full, asked).mean()),
+        "n_calibration": found.n,
+        "n_test": len(asked),
+        "speedup_predicted": found.speedup,
+        "speedup_decode": speedup(baseline.decode, ours.decode),
+        "speedup_end_to_end": speedup(baseline.seconds, ours.seconds),
+        "speedup_vs_generate": speedup(stock.decode, ours.decode),
+        "quality_drop": float(every.mean()),
+        "quality_full": {n: float(a.mean()) for n, (a, _) in right.items()},
+        "quality_early": {n: float(b.mean()) for n, (_, b) in right.items()},
+    }
+
+
+def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
+    """Which answers to a task's questions are right, as its world knows."""
+    task = TASKS[name]("test", pictures)
+    some = answers[:pictures] if name == "captions" else answers[pictures:]
+    pairs = zip(some, task.examples, strict=True)
+    return np.array([task.correct(answer.text, example) for answer, example in pairs], float)
+
+
+# -- violations.json ------------------------------------------------------------------------------
+
+
+def _violations(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[str, Any]]:
+    pool = _examples("calibration", sizes.pool // 2, start=100_000)
+    pool += _examples("test", sizes.pool - sizes.pool // 2, start=100_000)
+    costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
+    whole = Tried.of(adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], 64, demo.OPTIONS, costs)
+    halves = [_halves(pool, seed) for seed in range(sizes.splits)]
+    rows = []
+    for risk in MEASURED:
+        tried = replace(whole, risk=RISKS[risk])
+
+        @cache
+        def lost(thresholds: tuple[tuple[int, float], ...], tried: Tried = tried) -> Any:
+            return tried.losses(dict(thresholds))
+
+        outcomes = [_split(tried, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
+        rows += [
+            {
+                "risk": risk,
+                **setting,
+                "n_pool": len(pool),
+                **_shares([o[i] for o in outcomes], setting["risk_target"]),
+            }
+            for i, setting in enumerate(_settings())
+        ]
+    return rows
+
+
+def _settings() -> list[dict[str, Any]]:
+    return [{"method": m, "risk_target": t} for m in METHODS for t in TARGETS]
+
+
+def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
+    """Rows of two halves that share no picture."""
+    groups = sorted({e.group for e in pool})
+    first = set(np.random.default_rng(seed).permutation(groups)[: len(groups) // 2].tolist())
+    inside = np.array([e.group in first for e in pool])
+    return np.flatnonzero(inside), np.flatnonzero(~inside)
+
+
+def _split(
+    tried: Tried, lost: Callable[..., Any], calibration: Any, test: Any
+) -> list[dict[str, Any]]:
+    """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
+    path, tested = path_of(tried.part(calibration), GRID)
+    place = {id(example): i for i, example in enumerate(tried.examples)}
+    rows = [place[id(example)] for example in tested.examples]
+    columns: list[Any] = []
+    for thresholds in path:
+        columns.append(lost(tuple(thresholds.items()))[rows])
+        if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
+            break
+    losses = np.stack(columns, 1)
+    found = []
+    for setting in _settings():
+        index = control(
+            losses, setting["risk_target"], CONFIDENCE, setting["method"], tried.risk.low
+        ).index
+        if index is None:
+            found.append({"index": None, "test": 0.0, "pool": 0.0})
+            continue
+        chosen = path[index]
+        everywhere = lost(tuple(chosen.items()))
+        full, ours = tried.seconds({}), tried.seconds(chosen)
+        assert full and ours
+        found.append(
+            {
+                "index": index,
+                "test": float(everywhere[test].mean()),
+                "pool": float(everywhere.mean()),
+                "speedup": full / ours,
+            }
+        )
+    return found
+
+
+def _shares(found: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+    given = [one for one in found if one["index"] is not None]
+    return {
+        "splits": len(found),
+        "promised": len(given),
+        "violations": sum(one["test"] > target for one in found),
+        "violations_by_pool_risk": sum(one["pool"] > target for one in found),
+        "stated_share": 1 - CONFIDENCE,
+        "mean_risk_test": float(np.mean([one["test"] for one in found])),
+        "mean_risk_pool": float(np.mean([one["pool"] for one in found])),
+        "largest_risk_test": max(one["test"] for one in found),
+        "mean_index": float(np.mean([one["index"] for one in given])) if given else None,
+        "mean_speedup_predicted": float(np.mean([one["speedup"] for one in given]))
+        if given
+        else None,
+    }
+
+
+def _bar(title: str, things: Any) -> Any:
+    return tqdm(things, title, disable=None, leave=False)
+
+
+if __name__ == "__main__":
+    main()
