@@ -1,0 +1,110 @@
+"""`offramp compare`: training objectives and exit policies side by side, at equal quality."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.common import add_command, backbone_options, load_model
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "compare",
+        "Train exits by several objectives, let tokens leave by several policies, and tell how "
+        "fast each is at equal quality.",
+        "offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare\n"
+        "  offramp compare --backbone tiny-opt --data questions.jsonl --quality exact_match \\\n"
+        "      --objectives free distillation --policies max_probability --out runs/compare",
+        _compare,
+    )
+    backbone_options(parser, required=True)
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="JSONL file, or a datasets name or folder; split by picture",
+    )  # fmt: skip
+    parser.add_argument("--split", help="only rows of this split")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="read at most so many examples")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.3,
+        help="share of the pictures to test on; the others train (default: 0.3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", default="agreement", metavar="NAME",
+        help="agreement with the full model, which needs no references; or exact_match, "
+        "vqa_accuracy or rouge_l against the data's (default: agreement)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objectives", nargs="+", metavar="NAME",
+        help="of logit_lens, cross_entropy, distillation, l2, cosine, adversarial and free, which "
+        "is always there (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", nargs="+", metavar="NAME",
+        help="of max_probability, margin, entropy, patience, agreement, saturation, discriminator, "
+        "fixed_depth and truncation, on FREE's exits (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--depths", type=int, nargs="+", metavar="DEPTH",
+        help="of the exits of every objective (default: a quarter of the layers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--several", type=int, nargs="+", metavar="DEPTH",
+        help="of FREE's exits for policies that need more than one (default: a quarter, a half and "
+        "three quarters of the layers)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=600, help="of every training (default: 600)")
+    parser.add_argument("--batch-size", type=int, default=16, help="in training (default: 16)")
+    parser.add_argument(
+        "--timed", type=int, default=12, help="test examples in the race (default: 12)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the race (default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
+    parser.add_argument("--seed", type=int, default=0, help="of split and training (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for compare.json, compare.svg and what a run that was cut off goes on with",
+    )  # fmt: skip
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from offramp.compare import compare
+    from offramp.config import TrainConfig
+    from offramp.data import read_examples
+    from offramp.examples import split_examples
+    from offramp.grid import QUALITIES, Plan
+    from offramp.metrics import check_known
+
+    check_known("Quality", [arguments.quality], ("agreement", *QUALITIES))
+    given = ("objectives", "policies", "depths", "several")
+    chosen: dict[str, Any] = {
+        n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
+    }
+    same = {n: getattr(arguments, n) for n in ("timed", "rounds", "max_new_tokens")}
+    training = TrainConfig(
+        patience=None,
+        **{n: getattr(arguments, n) for n in ("steps", "batch_size", "max_new_tokens", "seed")},
+    )
+    plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
+    examples = read_examples(
+        arguments.data,
+        split=arguments.split,
+        prompt_template=arguments.prompt,
+        limit=arguments.limit,
+        require_answers=arguments.quality != "agreement",
+    )
+    share = arguments.test_fraction
+    parts = split_examples(examples, {"train": 1 - share, "test": share}, arguments.seed)
+    found = compare(
+        *load_model(arguments),
+        parts["train"],
+        parts["test"],
+        arguments.out,
+        plan,
+        quality=QUALITIES.get(arguments.quality),
+    )
+    print(json.dumps({"quality_full": found["quality_full"], **found["equal_quality"]}))

@@ -1,0 +1,360 @@
+"""What each idea is worth: objectives and policies through one loop, at equal quality.
+
+Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
+exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
+test pictures, and decoding speed from one race in which all points take turns. The figure of merit
+is the speed at a quality; see `offramp.merit`.
+
+A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
+not measured again), compare.json and compare.svg.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.answerloss import Answer, Quality, answer_ids
+from offramp.backbone import Backbone, dump_fingerprint
+from offramp.decode import generate
+from offramp.encode import Encoder
+from offramp.errors import DataError, InputError
+from offramp.examples import Example, examples_digest
+from offramp.exits import Exits, propose_depths
+from offramp.grid import DEFAULT, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.measure import Way, race, speedup
+from offramp.merit import drawn, equal_quality
+from offramp.policy import FULL, Generation, Policy
+from offramp.records import JsonlLog, digest_rows, provenance, write_atomic, write_json
+from offramp.scores import STREAKS
+from offramp.seen import check_unseen, picture_digests
+from offramp.train import Stores, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def compare(
+    backbone: Backbone,
+    processor: Any,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    out: str | Path,
+    plan: Plan = DEFAULT,
+    *,
+    quality: Quality | None = None,
+) -> dict[str, Any]:
+    """Train every objective, measure every point, and write compare.json and compare.svg in `out`.
+
+    Run again with the same arguments, it goes on where it stopped.
+
+    train, test: of different pictures.
+    quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
+        which needs no reference.
+
+    Returns:
+        `quality_full`; `points`, each with `objective`, `policy`, `score`, `depths`, `thresholds`,
+        `quality`, `quality_drop` (relative to the full model), `agreement` (share of answers that
+        are the full model's), `mean_depth`, `speedup_decode` and `speedup_end_to_end` (against the
+        full model in the same loop); `equal_quality`; `plan` and `provenance`.
+
+    Raises:
+        InputError: `out` holds another comparison.
+        DataError: the examples cannot be used, or train and test share pictures.
+    """
+    if not train or not test:
+        raise DataError("There are no examples to compare on.", "Give some to train and to test.")
+    used = {"train": sorted(picture_digests(train))}
+    check_unseen(used, test, ("train",), "Split by picture: offramp.examples.split_examples.")
+    bench = _Bench(backbone, processor, train, test, Path(out), plan, quality)
+    entries = bench.entries()
+    points = bench.measured(entries)
+    found = {
+        "quality_full": bench.quality_full,
+        "points": points,
+        "equal_quality": equal_quality(points),
+        "plan": asdict(plan),
+        "provenance": provenance(plan.training.seed, sys.argv, examples_digest([*train, *test])),
+    }
+    write_json(Path(out) / "compare.json", found)
+    write_atomic(Path(out) / "compare.svg", drawn(found))
+    return found
+
+
+# -- points ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A point to be measured: what it is called, and whose exits leave by which rule."""
+
+    objective: str
+    policy: str
+    adapter: Adapter
+    rule: Policy
+
+    @property
+    def name(self) -> dict[str, Any]:
+        thresholds = {str(d): t for d, t in self.rule.thresholds.items()}
+        return {
+            "objective": self.objective,
+            "policy": self.policy,
+            "score": self.rule.score,
+            "depths": list(self.rule.thresholds),
+            "thresholds": thresholds,
+        }
+
+
+class _Bench:
+    """One comparison: its exits, its test answers and its log."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        processor: Any,
+        train: Sequence[Example],
+        test: Sequence[Example],
+        out: Path,
+        plan: Plan,
+        quality: Quality | None,
+    ) -> None:
+        self.backbone, self.processor, self.out, self.plan = backbone, processor, out, plan
+        self.train, self.test, self.quality = list(train), list(test), quality
+        self.encoder = Encoder(backbone, processor)
+        self._stores: dict[Any, Stores] = {}
+        self._adapters: dict[Any, Adapter] = {}
+        self._rows = _rows_of(out / "points.jsonl", self._settings())
+        self._batches = _Inputs(self.encoder, self.test, plan.batch_size)
+        self.full, _ = self._answers(None, FULL, self._batches)
+        self.quality_full = float(self._qualities(self.full).mean())
+
+    def _settings(self) -> dict[str, Any]:
+        """What every row depends on."""
+        return {
+            "backbone": dump_fingerprint(self.backbone.fingerprint()),
+            "train": examples_digest(self.train),
+            "test": examples_digest(self.test),
+            "plan": digest_rows([asdict(self.plan)]),
+            "quality": _name_of(self.quality),
+        }
+
+    # -- exits --------------------------------------------------------------------------------
+
+    def entries(self) -> list[_Entry]:
+        """Every point of the grid."""
+        layers, plan = self.backbone.depth, self.plan
+        depths = plan.depths or propose_depths(layers)
+        several = plan.several or propose_depths(layers, min(3, layers - 1))
+        cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
+        objectives = [o for o in OBJECTIVES if o in plan.objectives and o != FREE]
+        found = [
+            entry
+            for objective in objectives
+            for entry in self._curve(objective, "max_probability", depths)
+        ]
+        for policy in dict.fromkeys(("max_probability", *plan.policies)):
+            if policy == "truncation":
+                found += self._curve("logit_lens", policy, cut)
+                continue
+            if policy not in (*STREAKS, *FIXED):
+                found += self._curve(FREE, policy, depths)
+            found += self._curve(FREE, policy, several)
+        for store in (one for pair in self._stores.values() for one in pair):
+            store.clear()
+        return found
+
+    def _curve(self, objective: str, policy: str, depths: tuple[int, ...]) -> list[_Entry]:
+        if (objective, depths) not in self._adapters:
+            self._adapters[objective, depths] = self._trained(objective, depths)
+        adapter = self._adapters[objective, depths]
+        rule = Policy(score=POLICIES[policy], exit_in_prefill=True)
+        if policy in FIXED:
+            rules = [replace(rule, thresholds={d: 0.0}) for d in depths]
+        else:
+            if rule.score == "agreement":
+                right = adapter.metrics["agreement"].items()
+                weights = {int(d): max(share, 1e-3) for d, share in right}  # not all may be 0
+                rule = replace(rule, weights=weights)
+            levels = self._levels(adapter, rule)
+            rules = [replace(rule, thresholds=dict.fromkeys(depths, t)) for t in levels]
+        return [_Entry(objective, policy, adapter, r) for r in rules]
+
+    def _levels(self, adapter: Adapter, rule: Policy) -> list[float]:
+        """Thresholds that spread what leaves: quantiles of scores, or the steps of an
+        agreement."""
+        depths = adapter.exits.depths
+        if rule.score == "patience":
+            return [n / (len(depths) - 1) for n in range(1, len(depths))]
+        if rule.score == "agreement":
+            weights = np.array([rule.weights[d] for d in depths])
+            steps = weights.cumsum() / weights.sum()
+            return sorted({float(s * p) for s in steps for p in (0.8, 0.95, 0.99)})
+        probe = self.encoder.prompts(self._some(self.plan.batch_size))
+        scores: list[float] = []
+        for depth in depths:
+            sure = replace(rule, thresholds={depth: 1.0})
+            answers, _ = self._answers(adapter, sure, [probe])
+            scores += [s for answer in answers for s in answer.scores if s == s]
+        return sorted({float(np.quantile(scores, q)) for q in self.plan.quantiles})
+
+    def _trained(self, objective: str, depths: tuple[int, ...]) -> Adapter:
+        """The objective's exits; what was trained before is taken up."""
+        changes = OBJECTIVES[objective]
+        if changes is None:
+            return Adapter(self.backbone, Exits(self.backbone, depths, lens=True))
+        if changes.get("regime") == "supervised" and not all(e.answers for e in self.train):
+            changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
+        config = replace(self.plan.training, **{**changes, "depths": depths})
+        folder = self.out / "exits" / f"{objective}-{'-'.join(map(str, depths))}"
+        trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
+        log.info(f"{objective} exits at {list(depths)}")
+        key = (config.regime, depths)  # all else that states depend on is the plan's
+
+        def keep(record: Callable[[], Stores]) -> Stores:
+            if key not in self._stores:
+                self._stores[key] = record()
+            return self._stores[key]
+
+        return trainer.run(resume=True, keep=keep)
+
+    # -- measuring ----------------------------------------------------------------------------
+
+    def measured(self, entries: Sequence[_Entry]) -> list[dict[str, Any]]:
+        """Every entry's point; what the log holds is not measured again."""
+        with JsonlLog(self.out / "points.jsonl") as rows:
+            if not self._rows:
+                rows.append({"settings": self._settings()})
+            for entry in _bar("quality")(entries):
+                key = digest_rows([entry.name])
+                if key not in self._rows:
+                    self._rows[key] = {**entry.name, **self._quality(entry)}
+                    rows.append({"key": key, "row": self._rows[key]})
+            keys = [digest_rows([entry.name]) for entry in entries]
+            timed = digest_rows(keys)
+            if timed not in self._rows:
+                self._rows[timed] = self._race(dict(zip(keys, entries, strict=True)))
+                rows.append({"key": timed, "row": self._rows[timed]})
+        return [{**self._rows[key], **self._rows[timed][key]} for key in keys]
+
+    def _quality(self, entry: _Entry) -> dict[str, Any]:
+        answers, depths = self._answers(entry.adapter, entry.rule, self._batches)
+        same = [a.ids == b.ids for a, b in zip(answers, self.full, strict=True)]
+        quality = float(self._qualities(answers).mean())
+        return {
+            "quality": quality,
+            "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
+            "agreement": sum(same) / len(same),
+            "mean_depth": float(np.mean(depths)),
+        }
+
+    def _qualities(self, answers: Sequence[Answer]) -> Any:
+        if self.quality is not None:
+            return self.quality(answers, self.test)
+        return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
+
+    def _answers(
+        self, adapter: Adapter | None, rule: Policy, batches: Iterable[Mapping[str, Any]]
+    ) -> tuple[list[Answer], list[int]]:
+        """Answers to some batches, and the depths of all their tokens."""
+        answers: list[Answer] = []
+        depths: list[int] = []
+        for inputs in batches:
+            result = self._generate(adapter, rule, inputs)
+            texts, scores = self.encoder.texts(result.new_tokens), result.scores.tolist()
+            for ids, text, some in zip(answer_ids(result), texts, scores, strict=True):
+                answers.append(Answer(ids, text, tuple(some[: len(ids)])))
+            depths += result.depths[result.depths > 0].tolist()
+        return answers, depths
+
+    def _some(self, n: int) -> list[Example]:
+        """About `n` test examples, spread over all, since kinds of examples may come one by one."""
+        return self.test[:: max(1, len(self.test) // n)][:n]
+
+    def _generate(
+        self, adapter: Adapter | None, rule: Policy, inputs: Mapping[str, Any], **more: Any
+    ) -> Generation:
+        """By an adapter's exits, or without any."""
+        options = {"max_new_tokens": self.plan.max_new_tokens, "do_sample": False, **more}
+        if adapter is None:
+            return generate(self.backbone, inputs, **options)
+        return adapter.generate(inputs, policy=rule, **options)
+
+    def _race(self, entries: Mapping[str, _Entry]) -> dict[str, dict[str, float]]:
+        """Speeds against the full model, by key; all points take turns."""
+        inputs = [self.encoder.prompts([e]) for e in self._some(self.plan.timed)]
+        ways: dict[str, Way] = {"full": partial(self._way, None, FULL)}
+        ways |= {key: partial(self._way, e.adapter, e.rule) for key, e in entries.items()}
+        timings = race(ways, inputs, rounds=self.plan.rounds, progress=_bar("race"))
+        full = timings.pop("full")
+        return {
+            key: {
+                "speedup_decode": speedup(full.decode, own.decode),
+                "speedup_end_to_end": speedup(full.seconds, own.seconds),
+            }
+            for key, own in timings.items()
+        }
+
+    def _way(
+        self,
+        adapter: Adapter | None,
+        rule: Policy,
+        inputs: Mapping[str, Any],
+        stop: StoppingCriteriaList,
+    ) -> Tensor:
+        return self._generate(adapter, rule, inputs, stopping_criteria=stop).new_tokens[0]
+
+
+class _Inputs:
+    """Batches of examples, encoded when they come up; the first ones, within `room`, are kept."""
+
+    def __init__(
+        self, encoder: Encoder, examples: Sequence[Example], size: int, room: int = 1 << 30
+    ) -> None:
+        """room: bytes."""
+        self._encoder, self._room = encoder, room
+        self._chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
+        self._kept: dict[int, dict[str, Any]] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, chunk in enumerate(self._chunks):
+            inputs = self._kept.get(number) or self._encoder.prompts(chunk)
+            size = sum(tensor.nbytes for tensor in inputs.values())
+            if number not in self._kept and size <= self._room:
+                self._kept[number] = inputs
+                self._room -= size
+            yield inputs
+
+
+def _name_of(quality: Quality | None) -> str:
+    if quality is None:
+        return "agreement"
+    known = (name for name, one in QUALITIES.items() if one is quality)
+    return next(known, getattr(quality, "__qualname__", type(quality).__name__))
+
+
+def _rows_of(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the log holds by key, or `InputError` if it is another comparison's."""
+    if not path.exists():
+        return {}
+    rows = JsonlLog.read(path)
+    differs = [n for n in settings if rows and rows[0]["settings"].get(n) != settings[n]]
+    if differs:
+        raise InputError(
+            f"{path.parent} holds a comparison with another {', '.join(differs)}.",
+            "Give the arguments of that run, or another folder.",
+        )
+    return {row["key"]: row["row"] for row in rows[1:]}
+
+
+def _bar(title: str) -> Any:
+    return lambda things: tqdm(things, title, disable=None, leave=False)

@@ -1,0 +1,95 @@
+"""What is compared: objectives to train exits by, policies to leave by, and the plan of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from offramp.answerloss import RISKS, Quality
+from offramp.config import OBJECTIVES as TERMS
+from offramp.config import TrainConfig
+from offramp.errors import InputError
+from offramp.metrics import check_known
+from offramp.scores import FEATURE_SCORES, SCORES, STREAKS
+
+FREE = "free"
+"""The objective that all else is held against, with max_probability."""
+FIXED = ("fixed_depth", "truncation")
+"""Policies without a score."""
+
+
+def _only(term: str, **more: Any) -> dict[str, Any]:
+    """One term of the loss with weight 1 and nothing else."""
+    return {**dict.fromkeys(TERMS, 0.0), term: 1.0, **more}
+
+
+OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
+    "logit_lens": None,
+    "cross_entropy": _only("cross_entropy", regime="supervised"),
+    "distillation": _only("distillation"),
+    "l2": _only("l2"),
+    "cosine": _only("cosine"),
+    "adversarial": _only("adversarial"),
+    FREE: {},
+}
+"""Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
+(Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
+are none, on the model's own; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap
+(Fei et al. 2022), cosine as in FastVLM."""
+
+POLICIES: dict[str, str] = {
+    **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
+    **dict.fromkeys(FIXED, "max_probability"),
+}
+"""The score that decides. "fixed_depth": every token leaves at one FREE exit; "truncation": every
+token is read at one depth by the backbone's own norm and head, the layers above cut off."""
+
+QUALITIES: dict[str, Quality] = {
+    name.removesuffix("_drop"): risk.quality for name, risk in RISKS.items() if risk.quality
+}
+"""Qualities against the data's answers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how long it is looked at.
+
+    objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them.
+    policies: keys of `POLICIES`, compared on FREE's exits.
+    depths: of the exits of every objective; None: proposed from the layer count.
+    several: of those FREE exits that the policies are tried on besides; patience and agreement
+        need more than one. None: a quarter, a half and three quarters of the layers.
+    quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread.
+    training: what all objectives share.
+    timed: test examples in the race. rounds: its rounds.
+    """
+
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    policies: tuple[str, ...] = tuple(POLICIES)
+    depths: tuple[int, ...] | None = None
+    several: tuple[int, ...] | None = None
+    quantiles: tuple[float, ...] = (0.02, 0.1, 0.25, 0.5, 0.8)
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
+    timed: int = 12
+    rounds: int = 5
+    batch_size: int = 64
+    max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        check_known("Objective", self.objectives, tuple(OBJECTIVES))
+        check_known("Policy", self.policies, tuple(POLICIES))
+        counts = ("timed", "rounds", "batch_size", "max_new_tokens")
+        wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):
+            wrong.append(f"quantiles are {self.quantiles}")
+        if self.several is not None and len(self.several) < 2:
+            wrong.append(f"several is {self.several}")
+        if wrong:
+            raise InputError(
+                f"This comparison cannot start: {'; '.join(wrong)}.",
+                "Give counts of 1 or more, quantiles from 0 to 1, and two or more depths.",
+            )
+
+
+DEFAULT = Plan()

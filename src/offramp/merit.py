@@ -1,0 +1,84 @@
+"""Figures of merit: how fast each (objective, policy) decodes at equal quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from offramp.grid import FIXED, FREE
+from offramp.plots import tradeoff
+
+LEVELS = (0.01, 0.02, 0.05)
+"""Relative drops of quality at which speeds are compared."""
+
+
+def speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
+    """The fastest decoding of a curve, against the full model, at a relative quality drop.
+
+    Between two points, and between a point and the full model (drop 0, speed 1), the line in drop
+    and time counts: it is what a coin that picks one of the two for each answer gets.
+    """
+    some = [(0.0, 1.0), *((p["quality_drop"], 1 / p["speedup_decode"]) for p in points)]
+    good = [(d, t) for d, t in some if d <= drop]
+    bad = [(d, t) for d, t in some if d > drop]
+    mixed = [t + (s - t) * (drop - d) / (e - d) for d, t in good for e, s in bad]
+    return float(1 / min([*mixed, *(t for _, t in good)]))
+
+
+def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Speeds at equal quality.
+
+    Returns:
+        `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
+        and `free_over`, by how much FREE with max_probability is faster there: an objective is
+        held against FREE's exits at its own depths, a policy against all of them. `best_baseline`:
+        at each level the curve that comes closest to FREE or is the most ahead of it, and
+        `free_over_best_baseline`: by how much.
+    """
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for point in points:
+        curves.setdefault((point["objective"], point["policy"]), []).append(point)
+    ours = curves.get((FREE, "max_probability"), [])
+    found = []
+    for (objective, policy), theirs in sorted(curves.items()):
+        depths = [p["depths"] for p in theirs]
+        of_policy = objective == FREE or policy in FIXED
+        fair = ours if of_policy else [p for p in ours if p["depths"] in depths]
+        speeds = {str(level): speed_at(theirs, level) for level in LEVELS}
+        ratios = {str(level): speed_at(fair, level) / speeds[str(level)] for level in LEVELS}
+        found.append(
+            {"objective": objective, "policy": policy, "speedup_decode": speeds,
+             "free_over": ratios}
+        )  # fmt: skip
+    baselines = [c for c in found if (c["objective"], c["policy"]) != (FREE, "max_probability")]
+    if not ours or not baselines:
+        return {"curves": found}
+    best = {str(level): _closest(baselines, str(level)) for level in LEVELS}
+    return {
+        "curves": found,
+        "best_baseline": {
+            level: {"objective": c["objective"], "policy": c["policy"]} for level, c in best.items()
+        },
+        "free_over_best_baseline": {level: c["free_over"][level] for level, c in best.items()},
+    }
+
+
+def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
+    return min(curves, key=lambda curve: float(curve["free_over"][level]))
+
+
+def drawn(found: Mapping[str, Any], worst: float = 0.2) -> str:
+    """Quality against measured decoding speed, a line for each (objective, policy), as SVG.
+
+    Of each the points that no other of its own beats in both, down to the relative drop `worst`.
+    """
+    series = {"full depth": [(1.0, found["quality_full"])]}
+    for point in found["points"]:
+        name = point["objective"] if point["policy"] == "max_probability" else point["policy"]
+        if point["quality_drop"] <= worst:
+            series.setdefault(name, []).append((point["speedup_decode"], point["quality"]))
+    best = {
+        name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]
+        for name, some in series.items()
+    }
+    return tradeoff(best, "quality")

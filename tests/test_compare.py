@@ -1,0 +1,281 @@
+"""Laws of comparison: every idea runs, nothing is measured twice, speed counts at one quality."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fakes
+import families
+from offramp import cli, merit, world
+from offramp import compare as module
+from offramp.backbone import Backbone
+from offramp.compare import compare
+from offramp.config import TrainConfig
+from offramp.errors import DataError, InputError
+from offramp.grid import OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.merit import LEVELS, equal_quality, speed_at
+from offramp.train import Trainer
+
+NAMES = ("blip2-opt", "blip2-t5")
+TRAINING = TrainConfig(steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5)
+PLAN = Plan(
+    depths=(2,), several=(2, 4), quantiles=(0.3, 0.8), training=TRAINING, timed=1, rounds=1,
+    max_new_tokens=5,
+)  # fmt: skip
+SMALL = replace(PLAN, objectives=("free",), policies=("max_probability",))
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Backbone]:
+    return {name: Backbone(families.build(name, wide=4.0)) for name in NAMES}
+
+
+@pytest.fixture
+def run(models: dict[str, Backbone]) -> Run:
+    """Compare on a tiny family, in a folder."""
+    examples = fakes.examples(14)
+
+    def start(out: Path, plan: Plan = SMALL, name: str = NAMES[0], **more: Any) -> Any:
+        given = {"train": examples[:10], "test": examples[10:], **more}
+        processor = fakes.Blip2FakeProcessor(name)
+        return compare(models[name], processor, given.pop("train"), given.pop("test"), out, plan,
+                       **given)  # fmt: skip
+
+    return start
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_and_policy_has_its_points(run: Run, tmp_path: Path, name: str) -> None:
+    found = run(tmp_path, PLAN, name)
+    points = found["points"]
+    assert {p["objective"] for p in points} == set(OBJECTIVES)
+    assert {p["policy"] for p in points} == set(POLICIES)
+    layers = 6
+    for point in points:
+        assert 0 <= point["agreement"] <= 1
+        assert min(point["depths"]) <= point["mean_depth"] <= layers
+        assert point["speedup_decode"] > 0 < point["speedup_end_to_end"]
+        assert point["score"] == POLICIES[point["policy"]]
+        assert list(map(int, point["thresholds"])) == point["depths"]
+        if point["policy"] in ("fixed_depth", "truncation"):
+            assert point["mean_depth"] == point["depths"][0]
+        # without references quality is agreement, of which the full model has all
+        assert point["quality"] == point["agreement"] == 1 - point["quality_drop"]
+    assert found["quality_full"] == 1
+    curves = {(c["objective"], c["policy"]) for c in found["equal_quality"]["curves"]}
+    assert curves == {(p["objective"], p["policy"]) for p in points}
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "compare.svg").read_text().startswith("<svg")
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this was done before")
+
+
+def test_what_is_done_is_not_done_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path)
+    for owner, name in ((Trainer, "_step"), (module._Bench, "_quality"), (module, "race")):
+        monkeypatch.setattr(owner, name, refuse)
+    again = run(tmp_path)
+    assert again["points"] == first["points"]
+    assert again["equal_quality"] == first["equal_quality"]
+
+
+def test_an_interrupted_comparison_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as cut:
+        cut.setattr(module, "race", refuse)
+        with pytest.raises(AssertionError):
+            run(tmp_path / "cut")
+    monkeypatch.setattr(module._Bench, "_quality", refuse)
+    points = run(tmp_path / "cut")["points"]
+    for point, known in zip(points, whole["points"], strict=True):
+        timeless = {k: v for k, v in known.items() if "speedup" not in k}
+        assert {k: point[k] for k in timeless} == timeless
+
+
+def test_objectives_on_the_same_answers_share_their_states(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    record = Trainer._stores
+    monkeypatch.setattr(Trainer, "_stores", lambda trainer: made.append(1) or record(trainer))
+    objectives = ("distillation", "l2", "cosine", "adversarial", "cross_entropy")
+    run(tmp_path, replace(PLAN, objectives=objectives, policies=("max_probability",)))
+    assert len(made) == 3  # written by the model, at one depth and at two; and labels
+
+
+def test_another_comparison_in_the_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match="another plan"):
+        run(tmp_path, replace(SMALL, timed=2))
+    with pytest.raises(InputError, match="another test"):
+        run(tmp_path, test=fakes.examples(14, seed=1)[10:])
+    with pytest.raises(InputError, match="another quality"):
+        run(tmp_path, quality=QUALITIES["exact_match"])
+
+
+def test_quality_is_what_the_judge_says(run: Run, tmp_path: Path) -> None:
+    found = run(tmp_path, quality=QUALITIES["exact_match"])
+    assert found["quality_full"] == 0  # random weights are never right
+    assert all(p["quality"] == 0 and p["quality_drop"] == 0 for p in found["points"])
+
+
+def test_without_labels_cross_entropy_learns_what_the_model_says(run: Run, tmp_path: Path) -> None:
+    bare = [replace(e, answers=()) for e in fakes.examples(14)]
+    plan = replace(SMALL, objectives=("cross_entropy",))
+    found = run(tmp_path, plan, train=bare[:10], test=bare[10:])
+    assert {p["objective"] for p in found["points"]} == {"cross_entropy", "free"}
+
+
+def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no examples"):
+        run(tmp_path, test=[])
+    with pytest.raises(DataError, match="1 of 4 pictures were used in training"):
+        run(tmp_path, test=fakes.examples(13)[9:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objectives": ("distilation",)}, "Did you mean 'distillation'"),
+        ({"policies": ("patients",)}, "Did you mean 'patience'"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"quantiles": (1.5,)}, "quantiles"),
+        ({"several": (3,)}, "two or more depths"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Plan(**change)
+
+
+# -- figures of merit ----------------------------------------------------------------------------
+
+
+def point(
+    drop: float,
+    speed: float,
+    objective: str = "free",
+    policy: str = "max_probability",
+    depths: tuple[int, ...] = (2,),
+) -> dict[str, Any]:
+    return {
+        "objective": objective, "policy": policy, "depths": list(depths),
+        "quality_drop": drop, "speedup_decode": speed,
+    }  # fmt: skip
+
+
+def test_speed_at_a_quality_is_that_of_the_best_mixture() -> None:
+    curve = [point(0.0, 1.25), point(0.04, 2.5)]
+    assert speed_at(curve, 0.0) == pytest.approx(1.25)
+    assert speed_at(curve, 0.04) == speed_at(curve, 1.0) == pytest.approx(2.5)
+    assert speed_at(curve, 0.02) == pytest.approx(1 / (0.5 / 1.25 + 0.5 / 2.5))
+    # a slower and worse point is no help, and the full model is always there
+    assert speed_at([*curve, point(0.03, 1.1)], 0.02) == speed_at(curve, 0.02)
+    assert speed_at([point(0.5, 0.8)], 0.1) == speed_at([], 0.1) == 1
+    assert speed_at([point(0.1, 2.0)], 0.05) == pytest.approx(1 / 0.75)
+
+
+def test_a_better_answer_than_the_full_models_is_no_drop() -> None:
+    assert speed_at([point(-0.01, 2.0)], 0.0) == pytest.approx(2.0)
+
+
+def test_more_drop_is_never_slower() -> None:
+    draw = random.Random(0)
+    curve = [point(draw.uniform(-0.02, 0.2), draw.uniform(0.5, 3)) for _ in range(12)]
+    speeds = [speed_at(curve, level / 200) for level in range(40)]
+    assert speeds == sorted(speeds)
+
+
+HAND = [
+    point(0.0, 1.5), point(0.02, 3.0), point(0.0, 2.5, depths=(2, 4)),
+    point(0.0, 2.0, "distillation"), point(0.05, 2.2, "distillation"),
+    point(0.01, 1.2, policy="patience", depths=(2, 4)),
+    point(0.01, 1.1, "logit_lens", "truncation"),
+]  # fmt: skip
+
+
+def test_free_is_held_against_objectives_at_their_own_depths_and_policies_at_any() -> None:
+    curves = {(c["objective"], c["policy"]): c for c in equal_quality(HAND)["curves"]}
+    alone = [p for p in HAND[:2]]
+    for level in LEVELS:
+        at = str(level)
+        theirs = curves["distillation", "max_probability"]
+        assert theirs["speedup_decode"][at] == speed_at(HAND[3:5], level)
+        assert theirs["free_over"][at] == speed_at(alone, level) / theirs["speedup_decode"][at]
+        patience = curves["free", "patience"]
+        assert patience["free_over"][at] == speed_at(HAND[:3], level) / speed_at(HAND[5:6], level)
+        assert curves["free", "max_probability"]["free_over"][at] == 1
+
+
+def test_the_best_baseline_is_the_one_that_free_is_least_ahead_of() -> None:
+    found = equal_quality(HAND)
+    for level in map(str, LEVELS):
+        best = found["best_baseline"][level]
+        others = [c for c in found["curves"] if c["policy"] != "max_probability" or
+                  c["objective"] != "free"]  # fmt: skip
+        least = min(others, key=lambda c: c["free_over"][level])
+        assert (best["objective"], best["policy"]) == (least["objective"], least["policy"])
+        assert found["free_over_best_baseline"][level] == least["free_over"][level]
+    assert found["best_baseline"]["0.01"]["objective"] == "distillation"
+    assert "best_baseline" not in equal_quality(HAND[:3])  # there is none
+
+
+def test_the_order_of_points_does_not_count() -> None:
+    expected = equal_quality(HAND)
+    for seed in range(5):
+        mixed = random.Random(seed).sample(HAND, len(HAND))
+        assert equal_quality(mixed) == expected
+
+
+def test_the_plot_shows_what_no_other_threshold_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(merit, "tradeoff", lambda series, what: shown.update(series))
+    points = [
+        point(1 - q, s) | {"quality": q} for s, q in ((2, 0.9), (1.5, 0.8), (1.2, 1), (3, 0.1))
+    ]
+    merit.drawn({"points": points, "quality_full": 1.0})
+    assert shown == {"full depth": [(1.0, 1.0)], "free": [(2, 0.9), (1.2, 1)]}
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+def test_the_command_compares_on_ones_own_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for index in range(10):
+        scene = world.scene("train", index)
+        world.render(scene).save(tmp_path / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "captions": [world.caption(scene)]}))
+    data = tmp_path / "photos.jsonl"
+    data.write_text("\n".join(rows))
+    arguments = ["compare", "--backbone", "tiny-opt", "--data", data, "--out", tmp_path / "run",
+                 "--objectives", "free", "--policies", "max_probability", "fixed_depth",
+                 "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1]  # fmt: skip
+    assert cli.main([str(a) for a in arguments]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["quality_full"] == 1
+    assert {c["policy"] for c in told["curves"]} == {"max_probability", "fixed_depth"}
+
+
+def test_an_unknown_quality_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "compare --backbone tiny-opt --data x.jsonl --out x --quality exactmatch"
+    assert cli.main(arguments.split()) == 1
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 2
+    assert "Did you mean 'exact_match'" in lines[1]

@@ -1,0 +1,131 @@
+"""Objectives and policies on the tiny models, by their world's exact judges; writes
+records/compare.json.
+
+Budget: at most 12 minutes a model on one core alone. `--backbone` runs one model, and what it found
+waits in --out for the other. `--quick` tries everything out in a minute or two, elsewhere.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offramp import demo, world
+from offramp.adapter import Adapter
+from offramp.answerloss import Answer
+from offramp.compare import compare
+from offramp.config import TrainConfig
+from offramp.encode import Encoder
+from offramp.examples import Example
+from offramp.grid import FREE, Plan
+from offramp.measure import race, speedup
+from offramp.policy import FULL, Policy
+from offramp.records import provenance, read_json, write_json
+from offramp.tiny import TINY, captions, load_tiny, questions
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "records" / "compare.json"
+DEPTHS, SEVERAL, THRESHOLD = (2,), (2, 4, 6), 0.9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pictures to train and test on (a caption and two questions each), the race, and the captions
+    that recompute and propagate race on."""
+
+    train: int = 400
+    test: int = 160
+    steps: int = 600
+    timed: int = 8
+    captions: int = 30
+    rounds: int = 5
+
+
+QUICK = Sizes(train=24, test=8, steps=12, timed=2, captions=2, rounds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", choices=TINY, help="only this one")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "compare")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_num_threads(1)
+    out = arguments.out / "quick" if arguments.quick else arguments.out
+    for kind in TINY if arguments.backbone is None else (arguments.backbone,):
+        _run(kind, out / kind, QUICK if arguments.quick else Sizes())
+    found = {kind: out / kind / "record.json" for kind in TINY}
+    if all(path.exists() for path in found.values()):
+        record = {kind: read_json(path) for kind, path in found.items()}
+        target = out / "compare.json" if arguments.quick else RECORD
+        write_json(target, {**record, "provenance": provenance(None, sys.argv, None)})
+        for kind in TINY:
+            shutil.copy(out / kind / "compare.svg", target.with_name(f"compare-{kind}.svg"))
+
+
+def _run(kind: str, out: Path, sizes: Sizes) -> None:
+    began = time.perf_counter()
+    backbone, processor = load_tiny(kind)
+    plan = Plan(
+        depths=DEPTHS,
+        several=SEVERAL,
+        training=TrainConfig(steps=sizes.steps, batch_size=32, patience=None),
+        timed=sizes.timed,
+        rounds=sizes.rounds,
+    )
+    train, test = _examples("train", sizes.train), _examples("test", sizes.test)
+    found = compare(backbone, processor, train, test, out, plan, quality=right)
+    free = Adapter.load(out / "exits" / f"{FREE}-{DEPTHS[0]}", backbone)
+    found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
+    found["seconds"] = time.perf_counter() - began
+    write_json(out / "record.json", found)
+    print(json.dumps({kind: found["equal_quality"], "kv": found["kv"]}), file=sys.stderr)
+
+
+def _examples(split: str, pictures: int) -> list[Example]:
+    return captions(split, pictures).examples + questions(split, pictures).examples
+
+
+def right(answers: list[Answer], examples: list[Example]) -> Any:
+    """1 where an answer is right by the world's own judges, else 0."""
+    return np.array([_is_right(a.text, e) for a, e in zip(answers, examples, strict=True)], float)
+
+
+def _is_right(text: str, example: Example) -> bool:
+    if example.prompt != world.CAPTION_PROMPT:
+        return world.answer_correct(text, example.answers[0])
+    split, index = example.key.split()[0].split("/")
+    return world.caption_correct(text, world.scene(split, int(index)))
+
+
+def _kv(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> dict[str, Any]:
+    """What fills the cache behind tokens that left: speed, and answers that stay the same."""
+    thresholds = dict.fromkeys(DEPTHS, THRESHOLD)
+    policies = {kv: Policy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
+    timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
+    ways = {name: demo.own_way(adapter, p) for name, p in {"full": FULL, **policies}.items()}
+    timings = race(ways, timed, rounds=sizes.rounds)
+    tasks = [captions("test", sizes.test), questions("test", sizes.test)]
+    full = demo.answers(adapter, encoder, tasks, FULL)
+    found: dict[str, Any] = {"threshold": THRESHOLD}
+    for name, policy in policies.items():
+        ours = demo.answers(adapter, encoder, tasks, policy)
+        pairs = [(a.ids, b.ids) for t in full for a, b in zip(full[t], ours[t], strict=True)]
+        found[name] = {
+            "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
+            "identical_answers": sum(a == b for a, b in pairs) / len(pairs),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()
