@@ -1,0 +1,300 @@
+"""Quality at every depth, with and without training: dips, overthinking, and how deep tokens go.
+
+Two views of the same examples. Teacher-forced: one pass over known answers reads every depth at
+every token, so that tokens can be compared one by one. Free-running: whole answers are decoded with
+every token leaving at one depth, which is what an answer really loses there. "Lens" is the logit
+lens (nostalgebraist 2020): the state at a depth read by the final norm and LM head, untrained.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.adapter import Adapter
+from offramp.answers import Answered, self_written
+from offramp.backbone import Backbone
+from offramp.encode import Encoder
+from offramp.errors import DataError, InputError
+from offramp.examples import Example, examples_digest
+from offramp.exits import Exits, check_depths
+from offramp.freerun import FreeRunning, Metric, metric_for
+from offramp.overthinking import (
+    POSITIONS,
+    Bootstrap,
+    by_kind,
+    by_policy,
+    curve,
+    first_agreement,
+    overthinking,
+    overthought,
+    positions,
+    settled,
+)
+from offramp.records import provenance, write_json
+from offramp.replay import Array, Replay, replay
+from offramp.scores import SCORES
+from offramp.seen import check_unseen
+
+FORMAT = 1
+RESULT = "analysis.json"
+_FREQUENT, _SHOWN, _DECODED = 10, 24, 12
+
+TokenClass = Callable[[str, int], str]
+"""The class of a token from its text and its rank by frequency, from 0."""
+
+
+def word_class(text: str, rank: int) -> str:
+    """Numbers, punctuation, and words by how frequent they are in the answers."""
+    word = text.strip()
+    if not word:
+        return "blank"
+    if word.isdigit():
+        return "number"
+    if not any(letter.isalnum() for letter in word):
+        return "punctuation"
+    return f"{_FREQUENT} most frequent" if rank < _FREQUENT else "other words"
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """What is measured and how.
+
+    metric: of `offramp.freerun.METRICS`; None: see `metric_for`.
+    decode_depths: depths of free-running decoding; None: all, or twelve spread evenly.
+    max_new_tokens: longest answer.
+    batch_size: changes memory and time, not results.
+    confidence, resamples, seed: of the bootstrap intervals.
+    """
+
+    metric: str | None = None
+    decode_depths: tuple[int, ...] | None = None
+    max_new_tokens: int = 40
+    batch_size: int = 32
+    confidence: float = 0.95
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("max_new_tokens", "batch_size", "resamples")
+        wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if not 0 < self.confidence < 1:
+            wrong.append(f"confidence is {self.confidence}")
+        if wrong:
+            raise InputError(
+                f"This analysis cannot start: {'; '.join(wrong)}.",
+                "Give counts of 1 or more, and a confidence between 0 and 1.",
+            )
+
+
+def analyse(
+    model: Adapter | Backbone,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    config: AnalysisConfig = AnalysisConfig(),
+    *,
+    quality: Metric | None = None,
+    token_class: TokenClass = word_class,
+    out: str | Path | None = None,
+    allow_seen: bool = False,
+    progress: Any = iter,
+) -> dict[str, Any]:
+    """Measure every depth on held-out examples; write analysis.json and plots to `out`.
+
+    Args:
+        model: an adapter, or a backbone for the lens alone.
+        examples: those with answers tell accuracy and quality, the others agreement only. Of
+            several answers the first is the one whose tokens count as right.
+        quality: of answers, instead of `METRICS`; `config.metric` then only names it.
+        token_class: groups tokens for `needed_depth`; the end token is always "end".
+        allow_seen: take pictures that the adapter was trained or calibrated on.
+
+    Returns:
+        `layers`, `exits`, `n` examples, `pictures`; by kind of exit ("lens", "exits"):
+        `teacher_forced`: `agreement` with the final layer on its own greedy answers and `accuracy`
+            on labelled answers, each with `depths` (the full depth last), `values` and `dip`, see
+            `offramp.overthinking.dip`;
+        `free_running`: `quality` (with `metric`) and `identical`, the share of answers that are
+            the full model's, in the same form; besides, `policy`: the adapter's own;
+        `overthinking`: see `offramp.overthinking.overthinking`; besides, `policy`, see
+            `by_policy`, and `answers`: free-running answers better and worse than the full model's;
+        `needed_depth`: by `position`, `class` and `token`: for the lens the depth from which on
+            every depth says the final token, for exits the first that says it.
+        What cannot be told is absent. Values have `value`, `low`, `high`.
+
+    Raises:
+        DataError: no examples, a prompt leaves no room for an answer, or pictures are shared with
+            the adapter's training or calibration.
+        InputError: a decode depth is not one of the backbone's.
+    """
+    if not examples:
+        raise DataError("There are no examples to analyse.", "Give at least one.")
+    if isinstance(model, Adapter) and not allow_seen:
+        check_unseen(
+            model.seen,
+            examples,
+            ("train", "calibration"),
+            "Analyse other pictures, or say --allow-seen for figures that flatter.",
+        )
+    run = _Run.of(model, encoder, examples, config, progress)
+    result = {
+        "format": FORMAT,
+        "backbone": encoder.backbone.name,
+        "layers": encoder.backbone.depth,
+        "exits": list(run.adapter.exits.depths) if run.adapter else [],
+        "n": len(examples),
+        "pictures": len(set(_pictures(examples))),
+        "settings": asdict(config),
+        **run.measure(quality, token_class),
+        "provenance": provenance(config.seed, sys.argv, examples_digest(examples)),
+    }
+    if out is not None:
+        from offramp.plots import save_analysis
+
+        write_json(Path(out) / RESULT, result)
+        save_analysis(result, Path(out))
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One analysis: the examples, and the exits that look at them ("lens", "exits")."""
+
+    adapter: Adapter | None
+    encoder: Encoder
+    examples: Sequence[Example]
+    config: AnalysisConfig
+    sets: Mapping[str, Exits]
+    progress: Any
+
+    @classmethod
+    def of(
+        cls,
+        model: Adapter | Backbone,
+        encoder: Encoder,
+        examples: Sequence[Example],
+        config: AnalysisConfig,
+        progress: Any,
+    ) -> _Run:
+        backbone = encoder.backbone
+        sets = {"lens": Exits(backbone, range(1, backbone.depth), lens=True)}
+        adapter = model if isinstance(model, Adapter) else None
+        if adapter is not None:
+            sets["exits"] = adapter.exits
+        return cls(adapter, encoder, examples, config, sets, progress)
+
+    def draws(self, examples: Sequence[Example]) -> Bootstrap:
+        config = self.config
+        return Bootstrap(_pictures(examples), config.confidence, config.resamples, config.seed)
+
+    def measure(self, quality: Metric | None, token_class: TokenClass) -> dict[str, Any]:
+        labelled = [e for e in self.examples if e.answers]
+        name, metric = self.config.metric or "quality", quality
+        if metric is None:
+            name, metric = metric_for(labelled, self.config.metric)
+        depths = _decode_depths(self.config, self.encoder.backbone.depth)
+        options = {"max_new_tokens": self.config.max_new_tokens}
+        written = self_written(
+            self.encoder, self.examples, batch_size=self.config.batch_size,
+            progress=self.progress, **options,
+        )  # fmt: skip
+        free = FreeRunning(
+            self.encoder, self.examples, [list(row.ids) for row in written], metric, self.draws,
+            self.adapter.discriminators if self.adapter else None, self.config.batch_size,
+            self.progress, options,
+        )  # fmt: skip
+        people = [
+            Answered(e, tuple(self.encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
+            for e in labelled
+        ]
+        own = {n: self._replay(exits, written) for n, exits in self.sets.items()}
+        true = {n: self._replay(e, people) for n, e in self.sets.items()} if people else {}
+        forced = {n: {"agreement": curve(r, r.final, self.draws(self.examples))}
+                  for n, r in own.items()}  # fmt: skip
+        for n, r in true.items():
+            forced[n]["accuracy"] = curve(r, r.targets, self.draws(labelled))
+        running: dict[str, Any] = {"metric": name} if people else {}
+        for n, exits in self.sets.items():
+            running[n] = free.curves(exits, depths if n == "lens" else exits.depths)
+        found: dict[str, Any] = {"teacher_forced": forced, "free_running": running}
+        if true:
+            found["overthinking"] = {
+                n: overthinking(r, self.draws(labelled)) for n, r in true.items()
+            }
+        if self.adapter is not None and self.adapter.policy.thresholds:
+            self._add_policy(found, self.adapter, free, true.get("exits"))
+        return {**found, "needed_depth": _needed(own, self.encoder, token_class)}
+
+    def _replay(self, exits: Exits, rows: Sequence[Answered]) -> Replay:
+        score = self.adapter.policy.score if self.adapter else "max_probability"
+        return replay(
+            self.encoder, exits, rows, score if score in SCORES else "max_probability",
+            batch_size=self.config.batch_size, progress=self.progress,
+        )  # fmt: skip
+
+    def _add_policy(
+        self, found: dict[str, Any], adapter: Adapter, free: FreeRunning, true: Replay | None
+    ) -> None:
+        """What the adapter's own policy makes of the examples."""
+        policy = adapter.policy
+        ids, mean_depth = free.decode(adapter.exits, policy)
+        found["free_running"]["policy"] = free.by_policy(ids, mean_depth)
+        if true is None:
+            return
+        holds = np.asarray(overthought(true).any(1))
+        found["overthinking"]["answers"] = free.against_full(ids, holds)
+        if policy.score not in SCORES or policy.lossless:
+            logging.warning("This policy cannot be replayed, so it is judged by its answers alone.")
+            return
+        first = policy.exit_in_prefill or adapter.backbone.is_encoder_decoder
+        depths = true.depths(policy.thresholds, first=first)
+        found["overthinking"]["policy"] = by_policy(true, depths, self.draws(free.labelled))
+
+
+def _pictures(examples: Sequence[Example]) -> list[str]:
+    return [example.group or example.key for example in examples]
+
+
+def _needed(own: Mapping[str, Replay], encoder: Encoder, token_class: TokenClass) -> dict[str, Any]:
+    """How deep the tokens of the model's own answers need to go, by kind of token."""
+    targets = own["lens"].targets
+    texts, classes = _classes(targets, encoder, token_class)
+    kinds = {
+        "position": (positions(targets, encoder.eos), POSITIONS),
+        "class": (classes, sorted(set(classes.flat) - {""})),
+        "token": (texts, [t for t, _ in Counter(texts.flat).most_common(_SHOWN + 1) if t]),
+    }
+    found: dict[str, Any] = {}
+    for name, some in own.items():
+        needed = settled(some) if name == "lens" else first_agreement(some)
+        everything = np.where(needed > 0, "all", "")
+        found[name] = {"all": by_kind(needed, everything, ["all"])["all"]}
+        found[name] |= {by: by_kind(needed, *kind) for by, kind in kinds.items()}
+    return found
+
+
+def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
+    if config.decode_depths is not None:
+        return check_depths(config.decode_depths, layers)
+    spread = np.linspace(1, layers - 1, min(_DECODED, layers - 1))
+    return tuple(sorted({round(d) for d in spread.tolist()}))
+
+
+def _classes(targets: Array, encoder: Encoder, token_class: TokenClass) -> tuple[Array, Array]:
+    """The text and the class of each token [N, A]; "" where there is none, "end" for the end."""
+    times = Counter(targets[targets >= 0].tolist())
+    texts, classes = {-1: "", encoder.eos: "end"}, {-1: "", encoder.eos: "end"}
+    words = [i for i, _ in times.most_common() if i != encoder.eos]
+    for rank, token in enumerate(words):
+        text = str(encoder.tokenizer.decode([token]))
+        texts[token], classes[token] = text.strip() or repr(text), token_class(text, rank)
+    look = [[(texts[i], classes[i]) for i in row] for row in targets.tolist()]
+    both = np.array(look, dtype=object)
+    return both[..., 0], both[..., 1]

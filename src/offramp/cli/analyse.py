@@ -1,0 +1,92 @@
+"""`offramp analyse`: quality at every depth, overthinking, and how deep tokens need to go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.common import add_command, backbone_options, load_adapter, load_model
+from offramp.errors import InputError
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "analyse",
+        "Measure quality at every depth, with exits and without, and where tokens go wrong.",
+        "offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis\n"
+        "  offramp analyse --backbone Salesforce/blip2-opt-2.7b --data held_out.jsonl "
+        "--out runs/lens",
+        _analyse,
+    )
+    parser.add_argument("--adapter", help="folder or hub name of trained exits")
+    backbone_options(parser, required=False)
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE",
+        help="held-out data, as for offramp eval; without answers it tells agreement only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", default="auto", metavar="FORMAT", help="of --data; see offramp eval"
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the pictures")
+    parser.add_argument("--split", help="only this split")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="analyse at most so many examples")
+    parser.add_argument(
+        "--metric",
+        metavar="METRIC",
+        help="quality of answers: exact_match, vqa_accuracy or rouge_l (default: rouge_l for long "
+        "answers, else exact_match)",
+    )
+    parser.add_argument(
+        "--decode-depths",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        metavar="DEPTHS",
+        help="decode with every token leaving at these, e.g. 2,4,8 (default: at most twelve)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    parser.add_argument(
+        "--allow-seen",
+        action="store_true",
+        help="take pictures that the exits were trained or calibrated on",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for analysis.json and its plots (SVG)"
+    )
+
+
+def _analyse(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from offramp.analyse import AnalysisConfig, analyse
+    from offramp.encode import Encoder
+    from offramp.official import read_items
+
+    names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
+    config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})
+    if arguments.adapter is None and arguments.backbone is None:
+        raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
+    items = read_items(
+        arguments.data, arguments.images, arguments.format,
+        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
+    )  # fmt: skip
+    if arguments.adapter is None:
+        backbone, processor = load_model(arguments)
+        model: Any = backbone
+    else:
+        model, processor = load_adapter(arguments)
+        backbone = model.backbone
+    result = analyse(
+        model,
+        Encoder(backbone, processor),
+        [item.example for item in items],
+        config,
+        out=arguments.out,
+        allow_seen=arguments.allow_seen,
+        progress=lambda things: tqdm(things, "analyse", disable=None, leave=False),
+    )
+    print(json.dumps(result, ensure_ascii=False))

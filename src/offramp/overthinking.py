@@ -1,0 +1,252 @@
+"""What a replay of known answers says about depth: quality by depth, dips, and tokens gone wrong.
+
+A token is overthought when some exit has it right and the final layer wrong (Kaya et al. 2019). A
+dip, or mid-crisis, is a fall of quality from one depth to a deeper one. Every share comes with a
+bootstrap interval over pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offramp.metrics import Measure, interval
+from offramp.replay import Array, Replay
+
+POSITIONS = ("first", "middle", "end")
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are drawn: over `groups`, the name of each example's picture."""
+
+    groups: Sequence[str]
+    confidence: float = 0.95
+    resamples: int = 1000
+    seed: int = 0
+
+    def estimate(self, sums: Array, minus: Array | None = None) -> dict[str, Any]:
+        """`value`, `low` and `high` of a ratio of sums [N, 2], or of the difference of two.
+
+        All None where nothing is counted; low and high None where nothing can be resampled.
+        """
+        parts = [sums] if minus is None else [sums, minus]
+        if any(part[:, 1].sum() == 0 for part in parts):
+            return {"value": None, "low": None, "high": None}
+        measures = [
+            Measure(float(p[:, 0].sum() / p[:, 1].sum()), p.astype(np.float64)) for p in parts
+        ]
+        ends = interval(
+            measures[0],
+            self.groups,
+            minus=measures[1] if minus is not None else None,
+            confidence=self.confidence,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        value = measures[0].value - (measures[1].value if minus is not None else 0.0)
+        low, high = ends or (None, None)
+        return {"value": value, "low": low, "high": high}
+
+    def mean(self, values: Array, minus: Array | None = None) -> dict[str, Any]:
+        """The same of a mean over examples [N], or of the difference of two."""
+        one = np.ones(len(values))
+        return self.estimate(
+            np.stack([values, one], 1), None if minus is None else np.stack([minus, one], 1)
+        )
+
+    def within(self, chosen: Array) -> Bootstrap:
+        """The same for some of the examples, `chosen` [N]."""
+        groups = [g for g, yes in zip(self.groups, chosen, strict=True) if yes]
+        return Bootstrap(groups, self.confidence, self.resamples, self.seed)
+
+
+def share(hits: Array, mask: Array) -> Array:
+    """Sums [N, 2] of a share of tokens: hits among `mask`, and `mask`, both [N, A]."""
+    return np.stack([(hits & mask).sum(1), mask.sum(1)], 1)
+
+
+# -- quality by depth ------------------------------------------------------------------------------
+
+
+def right_by_depth(found: Replay, wanted: Array) -> dict[int, Array]:
+    """Where [N, A] each depth says the `wanted` token, the full depth last."""
+    return {d: said == wanted for d, said in {**found.said, found.layers: found.final}.items()}
+
+
+def curve(found: Replay, wanted: Array, draws: Bootstrap) -> dict[str, Any]:
+    """Token accuracy against `wanted` [N, A] at each depth, and its dip."""
+    right = right_by_depth(found, wanted)
+    sums = {d: share(hits, found.mask) for d, hits in right.items()}
+    hits = np.stack([s[:, 0] for s in sums.values()], 1)
+    return {
+        "depths": list(sums),
+        "values": [draws.estimate(s) for s in sums.values()],
+        "dip": dip(list(sums), hits, found.mask.sum(1), draws),
+    }
+
+
+def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> dict[str, Any]:
+    """The largest fall of a curve from one depth to a deeper one.
+
+    The pair of depths is picked because its fall is the largest, so the interval is simultaneous
+    over all pairs: fall -+ q * deviation, where q is the quantile over bootstrap draws of the
+    largest studentised error of any pair (max-t; Romano and Wolf 2005).
+
+    Args:
+        depths: of the K points of the curve, ascending.
+        hits, counts: what each example adds [N, K] and [N].
+
+    Returns:
+        `fall` (0 where the curve never falls), `low`, `high`, `from_depth`, `to_depth`, and
+        `found`: whether the interval is above 0.
+    """
+    _, place = np.unique(np.asarray(draws.groups), return_inverse=True)
+    summed = np.zeros((int(place.max()) + 1, len(depths) + 1))
+    np.add.at(summed, place, np.column_stack([hits, counts]))
+    above = np.triu_indices(len(depths), 1)
+
+    def falls(sums: Array) -> Array:
+        values = sums[..., :-1] / sums[..., -1:]
+        fallen: Array = values[..., above[0]] - values[..., above[1]]
+        return fallen
+
+    observed = falls(summed.sum(0))
+    best = int(observed.argmax())
+    none = {"fall": 0.0, "low": None, "high": None, "from_depth": None, "to_depth": None}
+    if observed[best] <= 0:
+        return {**none, "found": False}
+    ends: dict[str, Any] = {"low": None, "high": None, "found": False}
+    if len(summed) > 1:
+        draw = np.random.default_rng(draws.seed)
+        even = np.full(len(summed), 1 / len(summed))
+        errors = falls(draw.multinomial(len(summed), even, size=draws.resamples) @ summed)
+        errors -= observed
+        deviation = errors.std(0)
+        varies = deviation > 0
+        largest = (np.abs(errors[:, varies]) / deviation[varies]).max(1)
+        reach = float(np.quantile(largest, draws.confidence) * deviation[best])
+        low, high = float(observed[best]) - reach, float(observed[best]) + reach
+        ends = {"low": low, "high": high, "found": low > 0}
+    return {
+        "fall": float(observed[best]),
+        **ends,
+        "from_depth": int(depths[above[0][best]]),
+        "to_depth": int(depths[above[1][best]]),
+    }
+
+
+# -- overthinking ----------------------------------------------------------------------------------
+
+
+def overthinking(found: Replay, draws: Bootstrap) -> dict[str, Any]:
+    """How often early depths and the final layer are right and wrong, on labelled answers.
+
+    Returns:
+        `tokens`; `final`, the accuracy of the final layer; `oracle`, right at any depth; and three
+        sets of tokens, each with its size `n` and its `share`: `overthought` (some early depth
+        right, final wrong), `at_risk` (final right, some early depth wrong), `only_final` (final
+        right, every early depth wrong); `by_depth`: tokens that leaving there would mend and
+        spoil.
+    """
+    right = right_by_depth(found, found.targets)
+    final = right.pop(found.layers)
+    each = np.stack(list(right.values()))
+    sets = {
+        "overthought": each.any(0) & ~final,
+        "at_risk": final & ~each.all(0),
+        "only_final": final & ~each.any(0),
+    }
+    return {
+        "tokens": int(found.mask.sum()),
+        "final": draws.estimate(share(final, found.mask)),
+        "oracle": draws.estimate(share(final | each.any(0), found.mask)),
+        **{
+            name: {
+                "n": int((hits & found.mask).sum()),
+                "share": draws.estimate(share(hits, found.mask)),
+            }
+            for name, hits in sets.items()
+        },
+        "by_depth": [
+            {
+                "depth": depth,
+                "mended": int((hits & ~final & found.mask).sum()),
+                "spoiled": int((~hits & final & found.mask).sum()),
+            }
+            for depth, hits in right.items()
+        ],
+    }
+
+
+def overthought(found: Replay) -> Array:
+    """Which tokens [N, A] some early depth has right and the final layer wrong."""
+    early = np.stack([said == found.targets for said in found.said.values()])
+    return early.any(0) & (found.final != found.targets) & found.mask  # type: ignore[no-any-return]
+
+
+def by_policy(found: Replay, depths: Array, draws: Bootstrap) -> dict[str, Any]:
+    """Accuracy on labelled tokens when each leaves at its depth of `depths` [N, A].
+
+    Returns:
+        `accuracy`, `difference` (minus the final layer's), `mean_depth`, and the same accuracy on
+        the tokens of `overthought`: `on_overthought`, with `final_on_overthought`, which is 0 by
+        the definition of that set.
+    """
+    right, final = found.written(depths) == found.targets, found.final == found.targets
+    subset = overthought(found)
+    return {
+        "accuracy": draws.estimate(share(right, found.mask)),
+        "difference": draws.estimate(share(right, found.mask), share(final, found.mask)),
+        "mean_depth": float(depths[found.mask].mean()),
+        "n_overthought": int(subset.sum()),
+        "on_overthought": draws.estimate(share(right, subset)),
+        "final_on_overthought": draws.estimate(share(final, subset)),
+    }
+
+
+# -- how deep tokens need to go --------------------------------------------------------------------
+
+
+def settled(found: Replay) -> Array:
+    """The depth [N, A] from which on every depth says the final layer's token; 0 for no token."""
+    depths = np.array([*found.said, found.layers])
+    same = np.stack([said == found.final for said in found.said.values()])
+    run = np.logical_and.accumulate(same[::-1]).sum(0)
+    return np.where(found.mask, depths[len(same) - run], 0)
+
+
+def first_agreement(found: Replay) -> Array:
+    """The first depth [N, A] that says the final layer's token; 0 for no token."""
+    depths = np.array([*found.said, found.layers])
+    same = np.stack([*(said == found.final for said in found.said.values()), found.mask])
+    return np.where(found.mask, depths[same.argmax(0)], 0)
+
+
+def positions(targets: Array, end: int) -> Array:
+    """The position [N, A] of each token: one of `POSITIONS`, "" behind an answer."""
+    found = np.where(targets >= 0, "middle", "")
+    found[:, 0] = np.where(targets[:, 0] >= 0, "first", "")
+    return np.where(targets == end, "end", found)
+
+
+def by_kind(needed: Array, kinds: Array, order: Sequence[str]) -> dict[str, Any]:
+    """For each kind of `order` that occurs: its tokens `n`, their mean depth, and shares by depth.
+
+    needed: depths [N, A]; 0 is no token. kinds: [N, A].
+    """
+    found: dict[str, Any] = {}
+    for kind in order:
+        depths = needed[(kinds == kind) & (needed > 0)]
+        if depths.size:
+            seen, times = np.unique(depths, return_counts=True)
+            pairs = zip(seen, times, strict=True)
+            found[kind] = {
+                "n": int(depths.size),
+                "mean_depth": float(depths.mean()),
+                "depth_shares": {str(d): float(n / depths.size) for d, n in pairs},
+            }
+    return found
