@@ -1,0 +1,208 @@
+"""The report: one HTML file of what the other commands measured.
+
+What it takes are their own files: an adapter's folder, a run of `offramp eval`, an analysis.json, a
+compare.json, a demo's report. A section appears when something was given that it can show, and the
+end of the page names what was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offramp import __version__, sections
+from offramp.answerlog import ROWS, Done, read_rows
+from offramp.errors import DataError, InputError
+from offramp.examples import Example
+from offramp.gallery import gallery
+from offramp.page import Section, document, heading, paragraph
+from offramp.records import read_json
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "adapter": ("depths", "policy", "backbone"),
+    "demo": ("modes", "full_equals_generate"),
+    "eval": ("modes", "task", "settings"),
+    "analysis": ("teacher_forced", "needed_depth"),
+    "compare": ("points",),
+}
+"""What can be shown, and the keys that tell it."""
+
+MAKERS = {
+    "adapter": "offramp train, then offramp calibrate",
+    "demo": "offramp demo",
+    "eval": "offramp eval",
+    "analysis": "offramp analyse",
+    "compare": "offramp compare",
+}
+
+FILES = ("adapter.json", "result.json", "analysis.json", "compare.json", "report.json")
+"""What is looked for in a folder."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One result.
+
+    kind: of `KINDS`. name: what it is about. done: a run's answers, as far as they are there.
+    """
+
+    kind: str
+    name: str
+    value: Mapping[str, Any]
+    done: Done = field(default_factory=dict)
+
+
+Show = Callable[[Source], str]
+
+
+def read_sources(paths: Iterable[str | Path]) -> list[Source]:
+    """The results in folders and JSON files; a file may hold several, by name.
+
+    Raises:
+        InputError: a path holds nothing that can be shown.
+        DataError, StorageError: a file is damaged or cannot be read.
+    """
+    found: list[Source] = []
+    for path in map(Path, paths):
+        files = [path / name for name in FILES if (path / name).is_file()]
+        some = [s for file in (files if path.is_dir() else [path]) for s in _in_file(file)]
+        if not some:
+            raise InputError(
+                f"{path} holds nothing that a report can show.",
+                f"Give folders with {', '.join(FILES)}, or such files themselves.",
+            )
+        found += some
+    return found
+
+
+def _in_file(file: Path) -> list[Source]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        return []
+    if kind := _kind(value):
+        rows = file.parent / ROWS
+        done = read_rows(rows)[1] if kind == "eval" and rows.is_file() else {}
+        return [Source(kind, _name(kind, value, file.parent.name), value, done)]
+    parts = [(name, part, _kind(part)) for name, part in value.items() if isinstance(part, dict)]
+    shared = {"provenance": value["provenance"]} if "provenance" in value else {}
+    return [
+        Source(kind, _name(kind, part, f"tiny-{name}"), {**shared, **part})
+        for name, part, kind in parts
+        if kind
+    ]
+
+
+def _kind(value: Mapping[str, Any]) -> str | None:
+    return next((k for k, keys in KINDS.items() if all(key in value for key in keys)), None)
+
+
+def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
+    """The backbone without its owner, and what tells the result from others of this backbone."""
+    given = value["settings"] if kind == "eval" else value
+    backbone = given.get("backbone", otherwise)
+    name = str(backbone["name"] if isinstance(backbone, Mapping) else backbone)
+    name = name.rstrip("/").rsplit("/", 1)[-1] if name else otherwise
+    return f"{name}, {value['task'] if kind == 'eval' else kind}"
+
+
+def report(
+    sources: Sequence[Source],
+    examples: Sequence[Example] = (),
+    *,
+    title: str = "",
+    tokenizer_of: Callable[[str], Any] | None = None,
+) -> str:
+    """The page as HTML.
+
+    examples: the data of the runs, for their pictures, prompts and references.
+    title: default: "Early exits on" the backbones.
+    tokenizer_of: a backbone's tokenizer by the backbone's name, or None where there is none;
+        default: those on this machine.
+
+    Raises:
+        DataError: a result has not the form that this version of offramp writes.
+    """
+    pictures = {example.key: example for example in examples}
+    answers = partial(_answers, pictures=pictures, tokenizer_of=tokenizer_of or local_tokenizer)
+    shown, missing = [], []
+    for name, heads, shows in _plan(answers):
+        parts = [(s.name, _shown(shows[s.kind], s)) for s in sources if s.kind in shows]
+        parts = [(source, html) for source, html in parts if html]
+        if parts:
+            body = "\n".join(
+                (heading(source) if len(sources) > 1 else "") + html for source, html in parts
+            )
+            shown.append(Section(name, heads, body))
+        else:
+            missing.append(f"{heads} ({' or '.join(MAKERS[kind] for kind in shows)})")
+    if where := sections.origins([(s.name, s.value) for s in sources]):
+        shown.append(Section("origin", "Machine and versions", where))
+    told = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
+    backbones = dict.fromkeys(s.name.split(", ")[0] for s in told)
+    ending = paragraph(f"Written by offramp {__version__} report. This file fetches nothing.")
+    if missing:
+        ending = paragraph(f"Not shown, for want of its data: {'; '.join(missing)}.") + ending
+    intro = "Quality, depth and speed of early exits against the full model, as measured."
+    return document(title or f"Early exits on {' and '.join(backbones)}", intro, shown, ending)
+
+
+def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
+    """The sections in order: id, title, and by kind of result what shows it."""
+
+    def of(show: Callable[[Mapping[str, Any]], str]) -> Show:
+        return lambda source: show(source.value)
+
+    return [
+        ("headline", "Headline", {
+            "eval": of(sections.headline_eval), "demo": of(sections.headline_demo),
+            "adapter": of(sections.headline_adapter)}),
+        ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
+        ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
+        ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
+        ("exits", "Where tokens leave", {"eval": of(sections.histogram)}),
+        ("answers", "Answers, token by token", {"eval": answers}),
+        ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
+        ("figures", "All figures", {
+            "eval": of(sections.measured_eval), "demo": of(sections.measured_demo)}),
+    ]  # fmt: skip
+
+
+def _shown(show: Show, source: Source) -> str:
+    try:
+        return show(source)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"The {source.kind} result of {source.name} has not the form that a report reads "
+            f"({type(error).__name__}: {error}).",
+            f"Write it again with this version: {MAKERS[source.kind]}.",
+        ) from error
+
+
+def _answers(
+    source: Source, pictures: Mapping[str, Example], tokenizer_of: Callable[[str], Any]
+) -> str:
+    settings = source.value["settings"]
+    if not source.done:
+        return paragraph(f"The answers ({ROWS}) are not beside this run's result.json.", "soft")
+    known = {key for _, key in source.done} & pictures.keys()
+    hint = "" if known else paragraph("Pictures appear when --data names the data of the run.",
+                                      "soft")  # fmt: skip
+    tokenizer = tokenizer_of(settings["backbone"])
+    return hint + gallery(source.done, settings["layers"], pictures, tokenizer)
+
+
+def local_tokenizer(name: str) -> Any:
+    """A backbone's tokenizer, if it is on this machine; None if not."""
+    from transformers import AutoTokenizer
+
+    from offramp.tiny import TINY, tiny_folder
+
+    kind = name.removeprefix("offramp/tiny-")
+    place = str(tiny_folder(kind)) if kind in TINY else name
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError):
+        return None
