@@ -1,0 +1,257 @@
+"""Predicted against measured: decoding speed of exits that leave by a plan, on any weights.
+
+Every case decodes as many tokens as the full model does, through the same loop, in interleaved
+rounds; figures are ratios of medians. What was predicted is the cost of the very plan that ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from offramp.backbone import Backbone
+from offramp.cost import Costs, best_draft, rounds_seconds, token_seconds
+from offramp.decode import generate
+from offramp.errors import InputError, did_you_mean
+from offramp.exits import Exits, check_depths
+from offramp.forced import OPTIONS, Script, generate_forced
+from offramp.measure import race, speedup
+from offramp.records import provenance
+from offramp.ways import own_way, stock_way
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "recompute": {"kv": "recompute"},
+    "propagate": {"kv": "propagate"},
+    "lossless": {"lossless": True},
+}
+"""What can be forced, and what it is to `Policy`."""
+
+RATES = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens that leave at `depth`.
+
+    rate: share of tokens that leave; lossless, where all are drafted: share of drafts that are
+        right. max_draft: lossless only; None: what the cost model finds fastest.
+    """
+
+    depth: int
+    rate: float
+    policy: str = "recompute"
+    max_draft: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise InputError(
+                f"Policy {self.policy!r} is not known.", did_you_mean(self.policy, POLICIES)
+            )
+        if not 0.0 <= self.rate <= 1.0:
+            raise InputError(
+                f"A rate of {self.rate} is not a share of tokens.", "Give numbers from 0 to 1."
+            )
+        if self.max_draft is not None and self.max_draft < 1:
+            raise InputError(
+                f"A draft of at most {self.max_draft} tokens is no draft.", "Give at least 1."
+            )
+
+
+def bench(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    cases: Sequence[Case],
+    costs: Costs,
+    *,
+    exits: Exits | None = None,
+    tokens: int = 40,
+    rounds: int = 5,
+    score: str = "max_probability",
+    independent: bool = False,
+    seed: int = 0,
+    progress: Any = iter,
+) -> list[dict[str, Any]]:
+    """Measure each case, and full depth against HF's own `generate`, after the prompt `inputs`.
+
+    tokens: decoded by each, behind the first. independent: rows of a batch leave by plans of their
+    own, drawn from `seed`; else together. Returns an entry for each case: see `entry`.
+
+    Raises:
+        InputError: depths that do not fit, lossless cases in a batch, nothing to measure.
+    """
+    rows = len(inputs["input_ids"])
+    if tokens < 1 or rounds < 1 or (rows > 1 and any(c.policy == "lossless" for c in cases)):
+        raise InputError(
+            f"{tokens} tokens in {rounds} rounds of batch {rows} cannot be measured like that.",
+            "Give at least one token and one round, and lossless cases a batch of 1.",
+        )
+    if exits is None and cases:
+        depths = check_depths(sorted({c.depth for c in cases}), backbone.depth)
+        exits = Exits(backbone, depths).requires_grad_(False)
+    runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
+    greedy = {"max_new_tokens": 1 + tokens, **OPTIONS}
+    reference = generate(backbone, inputs, **greedy).new_tokens[0]
+    for runner in runners.values():
+        runner.plan(reference, independent, seed)
+    ways = {"generate": stock_way(backbone, **greedy), "full": own_way(backbone, **greedy)}
+    ways |= {name: runner.run for name, runner in runners.items()}
+    timings = race(ways, [inputs], rounds=rounds, progress=progress)
+
+    def ratio(slow: str, fast: str) -> float:
+        return speedup(timings[slow].decode, timings[fast].decode)
+
+    against_stock = ratio("generate", "full")
+    entries = [entry(backbone, "full", rows, None, None, 1.0, against_stock, rounds)]
+    for case in cases:
+        runner, measured = runners[repr(case)], ratio("full", repr(case))
+        entries.append(
+            entry(
+                backbone, case.policy, rows, case.depth, case.rate, runner.predicted, measured,
+                rounds, **runner.extra(measured),
+            )
+        )  # fmt: skip
+    return entries
+
+
+def entry(
+    backbone: Backbone,
+    policy: str,
+    batch: int,
+    depth: int | None,
+    rate: float | None,
+    predicted: float,
+    measured: float,
+    repeats: int,
+    **extra: Any,
+) -> dict[str, Any]:
+    """One line of the record. predicted, measured: speed in multiples of full depth's; for policy
+    "full", of HF `generate`'s."""
+    origin = provenance(None, "", None)
+    what = "full depth against HF generate" if depth is None else f"{policy}, exit at {depth}"
+    return {
+        "name": f"{backbone.name}: {what}" + ("" if rate is None else f", {rate:.0%}"),
+        "shape": backbone.name,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "batch": batch,
+        "exit_depth": depth,
+        "exit_rate": rate,
+        "policy": policy,
+        "predicted": predicted,
+        "measured": measured,
+        "repeats": repeats,
+        "machine": {n: origin[n] for n in ("processor", "platform", "accelerator", "threads")},
+        "versions": origin["versions"],
+        **extra,
+    }
+
+
+class _Runner:
+    """Runs one case by its plan, and knows what the plan should cost."""
+
+    def __init__(
+        self,
+        case: Case,
+        backbone: Backbone,
+        exits: Exits | None,
+        costs: Costs,
+        score: str,
+        rows: int,
+        tokens: int,
+    ) -> None:
+        assert exits is not None
+        self._case, self._backbone, self._exits, self._costs = case, backbone, exits, costs
+        self._score, self._rows, self._tokens = score, rows, tokens
+        self._lossless = case.policy == "lossless"
+        self._options = dict(POLICIES[case.policy])
+        if self._lossless:
+            self._options["max_draft"] = case.max_draft or best_draft(
+                costs, case.depth, acceptance=case.rate
+            )
+        self._leave: Tensor
+        self._says: Tensor | None = None
+        self._rounds: tuple[tuple[int, int], ...] = ()
+
+    def plan(self, reference: Tensor, independent: bool, seed: int) -> None:
+        """Decide who leaves; reference: what the full model says [N]."""
+        draw = torch.Generator().manual_seed(seed)
+        if self._lossless:
+            self._leave = torch.ones(len(reference), 1, dtype=torch.bool)
+            wrong = round((1.0 - self._case.rate) * self._tokens)
+            at = 1 + torch.randperm(self._tokens, generator=draw)[:wrong]
+            self._says = reference.clone()
+            self._says[at] = (self._says[at] + 1) % self._backbone.vocabulary
+            return
+        if independent:
+            leave = torch.rand(self._tokens, self._rows, generator=draw) < self._case.rate
+        else:
+            leave = spread(self._tokens, self._case.rate)[:, None].expand(-1, self._rows)
+        self._leave = torch.cat([torch.zeros(1, self._rows, dtype=torch.bool), leave])
+
+    def run(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
+        """The `Way` of `race`."""
+        script = Script(self._leave, says=self._says, score=self._score)
+        found = generate_forced(
+            self._backbone, inputs, self._exits, script, 1 + self._tokens,
+            depth=self._case.depth, criteria=list(stop), **self._options,
+        )  # fmt: skip
+        self._rounds = found.rounds
+        return found.new_tokens.flatten()
+
+    @property
+    def predicted(self) -> float:
+        """Speed in multiples of full depth's; lossless: of the rounds that ran."""
+        full = self._tokens * self._costs.full
+        if self._lossless:
+            drafted = [made for made, _ in self._rounds]
+            at, longest = self._case.depth, self._options["max_draft"]
+            return full / rounds_seconds(self._costs, at, drafted, longest)
+        # A step is as deep as its deepest row.
+        left = self._leave[1:].all(1).numpy()
+        depths = np.where(left, self._case.depth, self._costs.layers)
+        kv = self._options["kv"]
+        return full / float(token_seconds(self._costs, depths, [self._case.depth], kv=kv))
+
+    def extra(self, measured: float) -> dict[str, Any]:
+        """What else is worth knowing of a case that ran."""
+        if self._lossless:
+            made, kept = (sum(counts) for counts in zip(*self._rounds, strict=True))
+            return {"max_draft": self._options["max_draft"], "drafted": made, "accepted": kept}
+        if self._case.rate == 0.0:
+            layer = self._costs.layer[0]
+            return {"check_layers": (1.0 / measured - 1.0) * self._costs.full / layer}
+        return {}
+
+
+def spread(tokens: int, rate: float) -> Tensor:
+    """Which of `tokens` tokens leave [N]: a share `rate`, those that stay evenly between."""
+    stayed = ((1.0 - rate) * torch.arange(tokens + 1) + 1e-6).floor()
+    return stayed.diff() == 0
+
+
+def table(costs: Costs, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Costs in layers and cases, as a person reads them on a terminal."""
+    unit = costs.layer[0]
+    parts = {
+        "layer over 1, 2, 4, 8": " ".join(f"{s / unit:.2f}" for s in costs.layer),
+        "LM head": f"{costs.head[0] / unit:.2f}",
+        "exit's layer": f"{costs.exit / unit:.2f}",
+        "rest of a check": f"{costs.check / unit:.2f} (score {costs.score / unit:.2f})",
+        "keys of a skipped layer": f"{costs.store / unit:.2f}",
+        "token besides": f"{costs.token / unit:.2f}",
+        "re-entry": f"{costs.reenter / unit:.2f}",
+    }
+    lines = [
+        f"{costs.layers} layers, batch {costs.batch}, {costs.context} tokens in the cache: "
+        f"{costs.full * 1e3:.2f} ms a token, {unit * 1e3:.3f} ms a layer; in layers:",
+        *(f"  {name:26}{value}" for name, value in parts.items()),
+        "",
+        f"{'':60}{'predicted':>10}{'measured':>10}",
+        *(f"{e['name']:60}{e['predicted']:>9.2f}x{e['measured']:>9.2f}x" for e in entries),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""What else a user could switch on to decode faster, raced against exits on the same backbone.
+
+All write greedily, from the same prompts, in the same dtype, in interleaved rounds at batch 1.
+Peers with a knob get the setting that is fastest on a few of the prompts, as the exits' lossless
+drafts do. A peer that fails is listed with the reason that HF gives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.errors import InputError
+from offramp.exits import Exits
+from offramp.measure import Timing, Way, race, speedup
+from offramp.policy import Policy
+from offramp.ways import own_way, stock_way
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "num_beams": 1}
+LOOKUPS = (2, 4, 8)
+DRAFT_THRESHOLDS = (0.3, 0.5, 0.7, 0.85, 0.95)
+TUNING = 5  # prompts on which settings are compared
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to generate, in each of its settings; or the reason why there is none.
+
+    bursts: its first round writes several tokens, so the end of the prefill does not show.
+    """
+
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    reason: str | None = None
+    bursts: bool = False
+
+
+def race_peers(
+    adapter: Adapter,
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    draft: Any = None,
+    rounds: int = 5,
+    progress: Any = iter,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Race every peer that runs on `inputs`, prompts of batch 1.
+
+    draft: a smaller model with the backbone's vocabulary, for assisted generation. options: of
+    generation, besides `OPTIONS`.
+
+    Returns, by peer, `speedup_decode` and `speedup_end_to_end` over full depth through the same
+    loop as the exits, `identical` (the share of answers that are the full model's) and `setting`;
+    or `not_applicable`, the reason.
+
+    Raises:
+        InputError: no prompts, or an adapter without thresholds.
+    """
+    if not inputs or not adapter.policy.thresholds:
+        raise InputError(
+            "There is nothing to race: no prompts, or an adapter whose exits are all off.",
+            "Give some prompts, and calibrate the adapter (or set its thresholds).",
+        )
+    peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
+    found: dict[str, dict[str, Any]] = {}
+    ways: dict[str, Way] = {}
+    settings: dict[str, str] = {}
+    for name, peer in peers.items():
+        with _settings_kept(adapter.backbone.model):
+            reason = peer.reason or _reason(peer, inputs[0])
+        if reason is not None:
+            found[name] = {"not_applicable": reason}
+            continue
+        settings[name] = _fastest(peer.ways, inputs[:TUNING])
+        ways[name] = peer.ways[settings[name]]
+    timings = race(ways, inputs, rounds=rounds, progress=progress)
+    bursting = [name for name in ways if peers[name].bursts]
+    speeds = _speeds(timings, bursting)
+    return {
+        name: found[name] if name in found else {**speeds[name], "setting": settings[name]}
+        for name in peers
+    }
+
+
+def _peers(
+    adapter: Adapter, some: Sequence[Mapping[str, Any]], draft: Any, options: dict[str, Any]
+) -> dict[str, Peer]:
+    backbone, exits = adapter.backbone, adapter.exits
+    stock = partial(stock_way, backbone, **options)
+    depth = min(adapter.policy.thresholds)
+    same_depth = _mean_depth(adapter, some, options)
+    lens = Exits(backbone, (same_depth,), lens=True)
+    cut = Policy({same_depth: 0.0}, exit_in_prefill=True)
+    drafting = {t: Policy(dict.fromkeys(exits.depths, t), lossless=True) for t in DRAFT_THRESHOLDS}
+    none = "No smaller model with this vocabulary was given."
+    return {
+        "full": Peer({"": own_way(backbone, **options)}),
+        "generate": Peer({"": stock()}),
+        "assistant_early_exit": Peer(
+            {f"depth {depth}": stock(assistant_early_exit=depth)}, bursts=True
+        ),
+        "prompt_lookup": Peer(
+            {f"{n} tokens": stock(prompt_lookup_num_tokens=n) for n in LOOKUPS}, bursts=True
+        ),
+        "assisted": Peer(reason=none)
+        if draft is None
+        else Peer({"": stock(assistant_model=draft)}, bursts=True),
+        "truncation": Peer({f"depth {same_depth}": own_way(backbone, lens, cut, **options)}),
+        "early_exit": Peer(
+            {"": own_way(backbone, exits, adapter.policy, adapter.discriminators, **options)}
+        ),
+        "lossless": Peer(
+            {f"threshold {t}": own_way(backbone, exits, p, **options) for t, p in drafting.items()}
+        ),
+    }
+
+
+def _mean_depth(
+    adapter: Adapter, some: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> int:
+    """The whole depth nearest to the mean of the exits' tokens, below the full one."""
+    depths: list[int] = [
+        d for x in some for d in adapter.generate(x, **options).depths[0].tolist() if d
+    ]
+    return min(max(1, round(sum(depths) / len(depths))), adapter.backbone.depth - 1)
+
+
+def _reason(peer: Peer, some: Mapping[str, Any]) -> str | None:
+    """Why the peer does not run on this backbone; None if it does."""
+    for way in peer.ways.values():
+        try:
+            way(some, StoppingCriteriaList())
+        except Exception as error:  # whatever a model that was not made for it runs into
+            told = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {told[0]}"
+    return None
+
+
+@contextmanager
+def _settings_kept(model: Any) -> Iterator[None]:
+    """Put the configs back as they were: HF's early exit changes them, and may fail half-way."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    saved = [(config, copy.copy(config.__dict__)) for config in configs.values()]
+    try:
+        yield
+    finally:
+        for config, before in saved:
+            config.__dict__.clear()
+            config.__dict__.update(before)
+
+
+def _fastest(ways: Mapping[str, Way], some: Sequence[Mapping[str, Any]]) -> str:
+    """The setting that takes least time in all; where there is one, that."""
+    if len(ways) == 1:
+        return next(iter(ways))
+    timings = race(ways, some, rounds=3)
+    return min(timings, key=lambda name: median(timings[name].seconds))
+
+
+def _speeds(timings: Mapping[str, Timing], bursting: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Speed over full depth, decoding per token: answers need not be equally long.
+
+    Of peers that write in bursts, the decoding time is what the stock prefill, which is the one
+    they run, leaves of the whole.
+    """
+    full, stock = timings["full"], timings["generate"]
+    prefill = [a - b for a, b in zip(stock.seconds, stock.decode, strict=True)]
+    speeds = {}
+    for name, timing in timings.items():
+        behind = [a - b for a, b in zip(timing.seconds, prefill, strict=True)]
+        decoding = replace(timing, decode=behind) if name in bursting else timing
+        same = [a == b for a, b in zip(timing.answers, full.answers, strict=True)]
+        speeds[name] = {
+            "speedup_decode": decoding.tokens_per_second / full.tokens_per_second,
+            "speedup_end_to_end": speedup(full.seconds, timing.seconds),
+            "identical": sum(same) / len(same),
+        }
+    return speeds
+
+
+def table(peers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Peers as a person reads them on a terminal."""
+    lines = [f"{'':24}{'decode':>9}{'end to end':>12}{'identical':>11}"]
+    for name, found in peers.items():
+        if "not_applicable" in found:
+            lines.append(f"{name:24}not applicable: {found['not_applicable']}")
+            continue
+        lines.append(
+            f"{name:24}{found['speedup_decode']:>8.2f}x{found['speedup_end_to_end']:>11.2f}x"
+            f"{found['identical']:>11.1%}  {found['setting']}"
+        )
+    return "\n".join(lines)

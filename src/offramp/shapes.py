@@ -1,0 +1,250 @@
+"""Decoders of known sizes with random weights, to measure speed without a checkpoint.
+
+Real Hugging Face classes. Cut down is only what decoding a token never runs: the vision tower, the
+Q-Former and a text encoder have one layer each, and the towers are 16 wide. Time and memory of
+decoding are the model's own; what it writes is noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone
+from offramp.errors import InputError, did_you_mean
+
+IMAGE, FIRST_WORD = 3, 8
+_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_PICTURE: dict[str, Any] = {"image_size": 28, "patch_size": 14}
+_PATCHES = 4  # of such a picture; as many query tokens are read from it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone to build: `config` is the text model's, and `wrap` puts a VLM around it."""
+
+    name: str
+    config: Callable[[], Any]
+    wrap: Callable[[Any], nn.Module]
+
+    def empty(self) -> nn.Module:
+        """The model with real buffers and parameters that take no memory."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            model: Any = self.wrap(self.config())
+        encoder = getattr(getattr(model, "language_model", None), "encoder", None)
+        if encoder is not None:  # only now: its config also sizes the decoder's cache
+            encoder.block = encoder.block[:1]
+        model.tie_weights()
+        return model  # type: ignore[no-any-return]
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Size of the parameters, and of one exit's beside them."""
+        backbone = Backbone(self.empty())
+        parameters = [*backbone.model.parameters(), *backbone.layers[0].parameters()]
+        numbers: int = sum(p.numel() for p in parameters)
+        return numbers * dtype.itemsize
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backbone:
+        """The backbone, its weights drawn from `seed`, directly in `dtype`.
+
+        Raises:
+            InputError: it does not fit into the memory that is free.
+        """
+        size, free = self.bytes(dtype), free_bytes()
+        if free is not None and size > free:
+            raise InputError(
+                f"Shape {self.name} takes {size / 1e9:.1f} GB in {str(dtype)[6:]}, and "
+                f"{free / 1e9:.1f} GB of memory are free.",
+                "Use a smaller shape or bfloat16, or free some memory.",
+            )
+        model = self.empty()
+        _fill(model, dtype, seed)
+        return Backbone(model, name=self.name)
+
+    def inputs(
+        self, backbone: Backbone, batch: int = 1, words: int = 32, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """What a processor would return for `batch` prompts of a picture and `words` words."""
+        draw = torch.Generator().manual_seed(seed)
+        text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
+        ids = torch.cat([torch.full((batch, _PATCHES), IMAGE), text], 1)
+        side = _PICTURE["image_size"]
+        pixels = torch.randn(batch, 3, side, side, generator=draw)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": pixels.to(backbone.dtype),
+        }
+
+
+def shape(name: str) -> Shape:
+    """A known shape. Raise `InputError` with those there are."""
+    if name not in SHAPES:
+        raise InputError(f"Shape {name!r} is not known.", did_you_mean(name, SHAPES))
+    return SHAPES[name]
+
+
+def free_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):  # neither Linux nor a Unix that counts pages
+        return None
+
+
+def _fill(model: nn.Module, dtype: torch.dtype, seed: int) -> None:
+    """Give every parameter memory and a value, tied ones together.
+
+    Matrices take turns reading from one pool of normal numbers: drawing billions would take
+    minutes. Its length is odd, so that rows do not repeat.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    pool = torch.randn(4_194_301, generator=draw).mul_(0.02).to(dtype)
+    filled: dict[int, nn.Parameter] = {}
+    offset = 0
+    for module in model.modules():
+        for name, empty in module._parameters.items():
+            if empty is None:
+                continue
+            if id(empty) not in filled:
+                value = torch.empty(empty.shape, dtype=dtype)
+                if empty.dim() > 1:
+                    _copy_round(pool, offset, value.view(-1))
+                    offset = (offset + value.numel()) % len(pool)
+                else:
+                    value.fill_(0.0 if name == "bias" else 1.0)
+                filled[id(empty)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = filled[id(empty)]
+
+
+def _copy_round(pool: Tensor, offset: int, flat: Tensor) -> None:
+    """Fill `flat` from the pool, from `offset` on and round and round."""
+    done = 0
+    while done < len(flat):
+        some = pool[offset : offset + len(flat) - done]
+        flat[done : done + len(some)] = some
+        done, offset = done + len(some), 0
+
+
+# -- text models ------------------------------------------------------------------------------
+
+
+def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
+    from transformers import OPTConfig
+
+    return OPTConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        **_IDS,
+    )
+
+
+def _t5(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Any:
+    from transformers import T5Config
+
+    settings: dict[str, Any] = {
+        "num_layers": layers,
+        "num_decoder_layers": layers,
+        "d_model": width,
+        "d_kv": 64,
+        "d_ff": inner,
+        "num_heads": heads,
+        "vocab_size": vocabulary,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return T5Config(**settings)
+
+
+def _llama(
+    layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
+) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        **_IDS,
+    )
+
+
+# -- around them ------------------------------------------------------------------------------
+
+
+def _blip2(text: Any) -> nn.Module:
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+    )
+
+    return Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=Blip2VisionConfig(**_TOWER, **_PICTURE),
+            qformer_config=Blip2QFormerConfig(**_TOWER, vocab_size=8, encoder_hidden_size=16),
+            text_config=text,
+            num_query_tokens=_PATCHES,
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def _llava(text: Any) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**_TOWER, **_PICTURE),
+            text_config=text,
+            image_token_index=IMAGE,
+            image_seq_length=_PATCHES,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+    )
+
+
+SHAPES: dict[str, Shape] = {
+    s.name: s
+    for s in (
+        Shape("opt-2.7b", lambda: _opt(32, 2560, 32, 50304), _blip2),
+        Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), _blip2),
+        Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), _llava),
+        Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), _llava),
+        Shape("mini-opt", lambda: _opt(8, 32, 2, 512), _blip2),
+        Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), _blip2),
+        Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), _llava),
+    )
+}
+"""By name; the minis are for trying things out."""

@@ -1,0 +1,124 @@
+"""Measure predicted against real speed, and peers; rewrites records/bench.json and peers.json.
+
+One thread, a quiet machine with 12 GB of memory, about an hour. `python tools/bench.py NAME...`
+runs only these parts of records/bench.json and prints them: opt-2.7b, flan-t5-xl, smollm2-135m,
+batch, families.
+
+opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
+batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
+families: full depth against HF `generate`, for every family in the tests.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from offramp.adapter import Adapter
+from offramp.backbone import Backbone
+from offramp.bench import RATES, Case, bench, table
+from offramp.encode import Encoder
+from offramp.exits import Exits
+from offramp.peers import race_peers
+from offramp.peers import table as peers_table
+from offramp.records import provenance, write_json
+from offramp.shapes import shape
+from offramp.tiny import TINY, captions, load_tiny, questions
+from offramp.unitcosts import measure_costs
+
+ROOT = Path(__file__).parent.parent
+ACCEPTANCE = 0.8
+ROUNDS, TOKENS, PICTURES = 5, 40, 20
+BATCH = 8
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if chosen := sys.argv[1:]:
+        for name in chosen:
+            PARTS[name]()
+        return
+    write_json(ROOT / "records" / "bench.json", [e for part in PARTS.values() for e in part()])
+    peers: dict[str, Any] = {kind: _peers(kind) for kind in TINY}
+    peers["provenance"] = provenance(None, sys.argv, None)
+    write_json(ROOT / "records" / "peers.json", peers)
+
+
+def _forced(name: str) -> list[dict[str, Any]]:
+    backbone = shape(name).build(torch.bfloat16)
+    quarter, half = backbone.depth // 4, backbone.depth // 2
+    cases = [Case(quarter, 0.0), Case(quarter, ACCEPTANCE, "lossless")]
+    cases += [
+        Case(depth, rate, policy)
+        for depth in (quarter, half)
+        for policy in ("recompute", "propagate")
+        for rate in RATES
+    ]
+    return _run(backbone, shape(name).inputs(backbone), cases)
+
+
+def _batch() -> list[dict[str, Any]]:
+    backbone = shape("opt-2.7b").build(torch.bfloat16)
+    inputs = shape("opt-2.7b").inputs(backbone, BATCH)
+    quarter = backbone.depth // 4
+    own = _run(backbone, inputs, [Case(quarter, r) for r in RATES], independent=True)
+    together = _run(backbone, inputs, [Case(quarter, RATES[-1])])
+    return [
+        *({**each, "rows": "independent"} for each in own),
+        *({**each, "rows": "together"} for each in together),
+    ]
+
+
+def _families() -> list[dict[str, Any]]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import families
+
+    entries = []
+    for name, kind in families.KINDS.items():
+        backbone = Backbone(families.build(name), name=name)
+        entries += _run(backbone, kind.inputs(1), [])
+    return entries
+
+
+def _run(
+    backbone: Backbone, inputs: Any, cases: list[Case], **options: Any
+) -> list[dict[str, Any]]:
+    depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
+    exits = Exits(backbone, depths).requires_grad_(False)
+    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS)
+    entries = bench(
+        backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
+        progress=lambda rounds: tqdm(rounds, backbone.name, disable=None, leave=False), **options,
+    )  # fmt: skip
+    print(table(costs, entries), file=sys.stderr)
+    return entries
+
+
+def _peers(kind: str) -> dict[str, Any]:
+    """The shipped model with the exits that `offramp demo` left in runs/demo."""
+    backbone, processor = load_tiny(kind)
+    adapter = Adapter.load(ROOT / "runs" / "demo" / kind, backbone)
+    encoder = Encoder(backbone, processor)
+    examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
+    inputs = [encoder.prompts([example]) for example in examples]
+    found = race_peers(
+        adapter, inputs, rounds=ROUNDS,
+        progress=lambda rounds: tqdm(rounds, f"peers {kind}", disable=None, leave=False),
+    )  # fmt: skip
+    print(peers_table(found), file=sys.stderr)
+    return found
+
+
+PARTS = {
+    "opt-2.7b": lambda: _forced("opt-2.7b"),
+    "flan-t5-xl": lambda: _forced("flan-t5-xl"),
+    "smollm2-135m": lambda: _forced("smollm2-135m"),
+    "batch": _batch,
+    "families": _families,
+}
+
+
+if __name__ == "__main__":
+    main()
