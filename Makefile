@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test lint check records choices clean
+.PHONY: demo test lint check records compare ablation clean
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -28,8 +28,12 @@ records: $(READY)  ## run both demos, keep their reports in records/, rewrite th
 	cp runs/demo/report-t5.json records/demo-t5.json
 	$(BIN)/python tools/readme.py
 
-choices: $(READY)  ## measure what the defaults were chosen by; rewrites records/choices.json and docs/choices.md
-	$(BIN)/python tools/choices.py
+compare: $(READY)  ## objectives and policies at equal quality; rewrites records/compare.json and docs/choices.md
+	$(BIN)/python tools/compare.py
+	$(BIN)/python tools/readme.py
+
+ablation: $(READY)  ## the adversary against none, on two cores; rewrites records/ablation.json and docs/choices.md
+	$(BIN)/python tools/ablation.py --shard 0/2 & $(BIN)/python tools/ablation.py --shard 1/2; wait
 	$(BIN)/python tools/readme.py
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay

@@ -192,6 +192,39 @@ def test_under_accelerate_launch_two_processes_train_one_adapter(
     assert (tmp_path / "exits" / CONFIG).is_file()
 
 
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with captions that `trained` has not seen."""
+    folder = tmp_path_factory.mktemp("held_out")
+    rows = []
+    for index in range(12):
+        scene = world.scene("calibration", index)
+        world.render(scene).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def test_calibrate_stores_its_promise_in_the_adapter(
+    run: Run, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--exit-in-prefill")
+    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--risk", "rouge_l_drop")
+    told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
+    assert code == 0
+    assert told["policy"]["thresholds"] and told["risk"] == "rouge_l_drop"
+    assert stored["calibration"] == told and stored["policy"] == told["policy"]
+    assert stored["policy"]["exit_in_prefill"]
+
+
+def test_calibrate_tells_how_many_answers_would_be_needed(
+    run: Run, adapter: Path, held_out: Path
+) -> None:
+    code, out, _ = run("calibrate", "--adapter", adapter, "--data", held_out, "--score", "margin")
+    assert code == 0
+    assert "Nothing is promised" in out and " answers" in out
+    assert json.loads((adapter / CONFIG).read_text())["policy"]["thresholds"] == {}
+
+
 # -- bad input -----------------------------------------------------------------------------------
 
 
@@ -249,6 +282,35 @@ def test_a_training_option_out_of_range_is_refused(run: Run, photos: Path, tmp_p
 
 def generate_with(run: Run, adapter: Path, photos: Path, *more: Any) -> tuple[int, str, str]:
     return run("generate", "--adapter", adapter, "--image", photos / "0.png", *more)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--risk", "disagrees", "disagreement"),
+        ("--method", "upper", "upper_bound"),
+        ("--target", 1.5, "between 0 and 1"),
+        ("--confidence", "nan", "between 0 and 1"),
+        ("--score", "max_prob", "max_probability"),
+    ],
+)
+def test_a_calibration_option_that_cannot_be_used_is_refused(
+    run: Run, trained: Path, held_out: Path, option: str, value: Any, words: str
+) -> None:
+    found = run("calibrate", "--adapter", trained, "--data", held_out, option, value)
+    assert_two_lines(found, words)
+
+
+def test_calibrating_on_training_pictures_is_refused(run: Run, trained: Path, photos: Path) -> None:
+    found = run("calibrate", "--adapter", trained, "--data", photos / "rows.jsonl")
+    assert_two_lines(found, "12 of 12 pictures", "training")
+
+
+def test_evaluating_on_training_pictures_is_refused(
+    run: Run, trained: Path, photos: Path, tmp_path: Path
+) -> None:
+    asked = ("eval", "--task", "captions", "--adapter", trained, "--out", tmp_path / "run")
+    assert_two_lines(run(*asked, "--data", photos / "rows.jsonl"), "--allow-seen")
 
 
 def test_an_adapter_of_another_backbone_is_refused(run: Run, adapter: Path, photos: Path) -> None:

@@ -91,24 +91,54 @@ def tiny_figures() -> str:
 
 def choices_figures() -> str:
     """What the defaults were chosen by, as Markdown."""
-    record = json.loads((ROOT / "records" / "choices.json").read_text())
-    lines = [
-        f"One exit at depth {record['depth']} of 12, {record['steps']} steps, no labels; share of "
-        "held-out answer tokens on which exit and final layer agree, mean and standard deviation "
-        f"over {len(record['opt']['adversary'][0]['agreement'])} seeds:",
-        "",
-        "| weight of the adversarial term, discriminator | tiny OPT | tiny T5 |",
-        "|---|---|---|",
+    ablation = json.loads((ROOT / "records" / "ablation.json").read_text())
+    compared = json.loads((ROOT / "records" / "compare.json").read_text())
+    parts = [_equal_quality(compared), _kv(compared)]
+    parts += [_adversary(ablation, kind) for kind in ("opt", "t5")]
+    return "\n".join(parts)
+
+
+def _equal_quality(record: dict) -> str:
+    """Speeds at equal quality, the fastest first."""
+    models = [record["opt"], record["t5"]]
+    curves = [
+        {(c["objective"], c["policy"]): c for c in m["equal_quality"]["curves"]} for m in models
     ]
-    for opt, t5 in zip(record["opt"]["adversary"], record["t5"]["adversary"], strict=True):
-        kind = "conditional" if opt["conditional"] else "unconditional"
-        title = f"{opt['weight']:g}, {kind}" if opt["weight"] else "0: distillation alone"
-        cells = [f"{m['mean']:.4f} ± {m['standard_deviation']:.4f}" for m in (opt, t5)]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += [
+    levels = list(next(iter(curves[0].values()))["speedup_decode"])
+    plan = models[0]["plan"]
+    heads = [
+        f"tiny {kind}{column}" for kind in ("OPT", "T5")
+        for column in (*(f", {float(level):.0%}" for level in levels), ": FREE over it")
+    ]  # fmt: skip
+    lines = [
+        "## Objectives and policies at equal quality",
         "",
-        f"Keys and values, threshold {record['opt']['kv']['threshold']}: decoding "
-        "against full depth, and answers that stay the full model's:",
+        f"Decoding against full depth (1.00x) where quality drops by at most 1%, 2% and 5%: every "
+        f"objective with the largest probability as score, exits at {plan['depths']} of 12; every "
+        f"policy on the exits of FREE, there or at {plan['several']}. {plan['training']['steps']} "
+        "steps each; one interleaved race. FREE over it: by how much FREE with the largest "
+        "probability is faster at 1%, on exits at the same depths where objectives differ.",
+        "",
+        f"| objective | policy | {' | '.join(heads)} |",
+        "|---|---|" + "---|" * len(heads),
+    ]
+    for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"][levels[0]]):
+        speeds = [
+            [*(curve[name]["speedup_decode"][level] for level in levels),
+             curve[name]["free_over"][levels[0]]] for curve in curves
+        ]  # fmt: skip
+        cells = [f"{speed:.2f}x" for some in speeds for speed in some]
+        lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kv(record: dict) -> str:
+    """What fills the cache behind tokens that left."""
+    lines = [
+        "## Keys and values",
+        "",
+        f"Threshold {record['opt']['kv']['threshold']}: decoding against full depth, and answers "
+        "that stay the full model's.",
         "",
         "| policy | tiny OPT | tiny T5 |",
         "|---|---|---|",
@@ -118,6 +148,42 @@ def choices_figures() -> str:
         cells = [f"{f['speedup_decode']:.2f}x, {f['identical_answers']:.1%}" for f in found]
         lines.append(f"| `{policy}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _adversary(record: dict, kind: str) -> str:
+    """FREE and its variants against distillation alone on one model."""
+    sizes, cells = record["sizes"], [c for c in record["cells"] if c["backbone"] == kind]
+    lines = [
+        f"## Does the adversary help? Tiny {kind.upper()}",
+        "",
+        f"Exits at depth {record['depth']} of 12, {sizes['steps']} steps on {sizes['pictures']} "
+        f"pictures, or {sizes['long']} on {sizes['few']}; {len(cells[0]['seeds'])} seeds. "
+        "Distillation alone: means. The others: paired differences from it in points, with 95% "
+        "t-intervals; bold where 0 is outside. Identical: answers that stay the full model's when "
+        f"every token leaves. May leave: tokens that can leave while "
+        f"{record['answers_kept']:.0%} of the answers stay. Damaged: "
+        f"{', '.join(record['corruptions'])}"
+        f" at severity {record['severity']} of 5.",
+        "",
+        "| setting | game | identical | identical, damaged | may leave | may leave, damaged |",
+        "|---|---|---|---|---|---|",
+    ]
+    figures = ("identical_in", "identical_out", "may_leave_in", "may_leave_out")
+    for cell in cells:
+        shown = " | ".join(_gap(cell, name) for name in figures)
+        lines.append(f"| {cell['setting']} | {cell['game']} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gap(cell: dict, name: str) -> str:
+    figure = cell[name]
+    if cell["game"] == "distillation":
+        return f"{figure['mean']:.1%}"
+    text = f"{100 * figure['difference']:+.2f}"
+    if figure["low"] is None:
+        return text
+    text += f" [{100 * figure['low']:+.2f}, {100 * figure['high']:+.2f}]"
+    return f"**{text}**" if figure["low"] > 0 or figure["high"] < 0 else text
 
 
 PAGES = {

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from offramp import __version__
-from offramp.cli import demo, eval, generate, inspect, train
+from offramp.cli import analyse, calibrate, compare, demo, eval, generate, inspect, report, train
 from offramp.errors import OfframpError
 
 EXAMPLES = """\
@@ -17,11 +17,15 @@ examples:
   offramp demo                                   train, calibrate and race exits on a tiny model
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
+  offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
+  offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
+  offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis
+  offramp report --run exits runs/captions runs/analysis --out report.html
 """
 
-COMMANDS = (demo, train, generate, eval, inspect)
+COMMANDS = (demo, train, calibrate, generate, eval, compare, analyse, report, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
