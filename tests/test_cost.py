@@ -176,8 +176,9 @@ def test_measured_costs_describe_the_decoder(name: str, batch: int) -> None:
     backbone = shape(name).build()
     costs = measure_costs(backbone, shape(name).inputs(backbone, batch, words=6), repeats=1)
     assert (costs.layers, costs.batch) == (backbone.depth, batch)
-    assert costs.layer[0] > 0 and costs.exit > 0 and costs.check > 0 and costs.token > 0
-    assert costs.score < costs.full
+    # A check's remainder, a small difference of large times, may drown in noise here.
+    assert costs.layer[0] > 0 and costs.exit > 0 and costs.token > 0 and costs.gate > 0
+    assert costs.score < costs.full and costs.gate < costs.full
 
 
 def test_measuring_leaves_the_model_and_the_scores_as_they_were() -> None:

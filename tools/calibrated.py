@@ -30,7 +30,7 @@ from offramp.encode import Encoder
 from offramp.examples import Example, examples_digest
 from offramp.measure import Timing, Way, race, speedup
 from offramp.policy import FULL, Policy
-from offramp.records import provenance, write_json
+from offramp.records import provenance, read_json, write_json
 from offramp.risk import METHODS, control
 from offramp.tiny import TINY, captions, load_tiny, questions
 from offramp.train import train
@@ -69,8 +69,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = SMALL if arguments.small else Sizes()
-    calibrated: dict[str, Any] = {}
-    violations: dict[str, Any] = {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
+    calibrated = _kept(arguments.out / "calibrated.json")
+    violations = _kept(arguments.out / "violations.json")
+    violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
     for kind in arguments.models:
         adapter, encoder = _trained(kind, sizes)
         calibrated[kind] = _calibrated(adapter, encoder, sizes)
@@ -81,6 +82,11 @@ def main() -> None:
     origin = provenance(0, sys.argv, digest)
     write_json(arguments.out / "calibrated.json", {**calibrated, "provenance": origin})
     write_json(arguments.out / "violations.json", {**violations, "provenance": origin})
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an earlier run found, on other models too."""
+    return read_json(path) if path.is_file() else {}
 
 
 @cache

@@ -2,6 +2,7 @@
 
 adapter.json                format version, backbone, depths, policy, calibration, provenance
 exits.safetensors           the exits' tensors, nothing of the backbone
+checks.safetensors          shortlist and gates, if there are any (`offramp.checks`)
 discriminators.safetensors  only needed for the discriminator score and for resuming
 seen.json                   digests of the pictures that training and calibration used
 README.md                   the model card
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offramp.backbone import Backbone, same_backbone
+from offramp.checks import Checks
 from offramp.decode import generate
 from offramp.discriminator import build_discriminators
 from offramp.errors import AdapterError, DataError, InputError, StorageError
@@ -30,9 +32,10 @@ from offramp.records import atomic_folder, read_json, write_json
 from offramp.scores import check_thresholds
 
 FORMAT = 1
-CONFIG, EXITS, DISCRIMINATORS, SEEN, CARD = (
+CONFIG, EXITS, CHECKS, DISCRIMINATORS, SEEN, CARD = (
     "adapter.json",
     "exits.safetensors",
+    "checks.safetensors",
     "discriminators.safetensors",
     "seen.json",
     "README.md",
@@ -95,18 +98,21 @@ class Adapter:
                 "Lens exits have no tensors, so there is nothing to save.",
                 "Build them where they are used: Exits(backbone, depths, lens=True).",
             )
+        checks = self.exits.checks.tensors() if self.exits.checks is not None else {}
         with atomic_folder(folder) as staging:
-            _write(self.exits, staging / EXITS)
+            _write(self.exits.state_dict(), staging / EXITS)
+            if checks:
+                _write(checks, staging / CHECKS)
             if self.discriminators is not None:
-                _write(self.discriminators, staging / DISCRIMINATORS)
+                _write(self.discriminators.state_dict(), staging / DISCRIMINATORS)
             if self.seen:
                 write_json(staging / SEEN, {step: list(s) for step, s in self.seen.items()})
             write_json(staging / CONFIG, self._config())
             (staging / CARD).write_text(model_card(self), encoding="utf-8")
-        if self.discriminators is None:  # an earlier adapter's would not fit these exits
-            (Path(folder) / DISCRIMINATORS).unlink(missing_ok=True)
-        if not self.seen:
-            (Path(folder) / SEEN).unlink(missing_ok=True)
+        parts = {CHECKS: checks, DISCRIMINATORS: self.discriminators is not None, SEEN: self.seen}
+        for name, written in parts.items():
+            if not written:  # an earlier adapter's would not fit these exits
+                (Path(folder) / name).unlink(missing_ok=True)
 
     def _config(self) -> dict[str, Any]:
         discriminators = None
@@ -122,6 +128,7 @@ class Adapter:
             },
             "depths": list(self.exits.depths),
             "discriminators": discriminators,
+            "checks": dict(self.exits.checks.found) if self.exits.checks is not None else None,
             "policy": policy_to_json(self.policy),
             "calibration": None if self.calibration is None else dict(self.calibration),
             "metrics": dict(self.metrics),
@@ -150,6 +157,7 @@ class Adapter:
             exits = Exits(backbone, config["depths"])
             _fill(exits, folder / EXITS)
             exits.to(backbone.device, backbone.dtype).requires_grad_(False)
+            exits.checks = _read_checks(folder, config, backbone)
             discriminators = None
             options = _discriminator_options(config)
             if options is not None and (folder / DISCRIMINATORS).is_file():
@@ -208,9 +216,12 @@ class Adapter:
             )
 
 
+_BY_DEPTH = ("thresholds", "weights", "gates")
+
+
 def policy_to_json(policy: Policy) -> dict[str, Any]:
     """A policy as JSON, whose keys are text."""
-    by_depth = {"thresholds": policy.thresholds, "weights": policy.weights}
+    by_depth = {n: getattr(policy, n) for n in _BY_DEPTH}
     return {
         **asdict(policy),
         **{name: {str(d): v for d, v in values.items()} for name, values in by_depth.items()},
@@ -219,7 +230,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
 
 def policy_from_json(value: Mapping[str, Any]) -> Policy:
     """The policy that `policy_to_json` wrote."""
-    by_depth = {"thresholds": value["thresholds"], "weights": value.get("weights", {})}
+    by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
     numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
     return Policy(**{**value, **numbers})
 
@@ -333,12 +344,30 @@ def _read_seen(folder: Path) -> dict[str, list[str]]:
         ) from error
 
 
-def _write(module: nn.Module, path: Path) -> None:
-    """The module's tensors as safetensors; an OSError where they do not fit."""
+def _read_checks(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> Checks | None:
+    """Shortlist and gates; None where the adapter has none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if config.get("checks") is None:
+        return None
+    try:
+        tensors = load_file(folder / CHECKS, device=str(backbone.device))
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{folder / CHECKS} cannot be read: {str(error).splitlines()[0]}",
+            "Restore the folder, or train the exits again.",
+        ) from error
+    sizes = {"width": backbone.width, "vocabulary": backbone.vocabulary}
+    return Checks.of(tensors, config["checks"], **sizes)
+
+
+def _write(state: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors; an OSError where they do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # safetensors has its own error for a full disk

@@ -40,6 +40,7 @@ class Backbone:
         model.requires_grad_(False)  # HF resets it on load
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if scale else 1.0
+        self._rows: tuple[Tensor, nn.Linear] | None = None
         self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
 
     @classmethod
@@ -129,13 +130,31 @@ class Backbone:
 
     # -- reading states ---------------------------------------------------------------------
 
-    def read(self, normed: Tensor) -> Tensor:
-        """Logits [..., V] of final-normed states [..., D], as the model itself computes them."""
+    def read(self, normed: Tensor, head: nn.Module | None = None) -> Tensor:
+        """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
+
+        head: of `head_rows`, to read only those tokens.
+        """
         rows = normed.reshape(-1, normed.shape[-1])
-        logits = self.head(rows * self._scale if self._scale != 1.0 else rows)
+        logits = (head or self.head)(rows * self._scale if self._scale != 1.0 else rows)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.view(*normed.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def head_rows(self, ids: Tensor) -> nn.Linear:
+        """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone.
+
+        The last one made is kept, for a server asks for the same in every request.
+        """
+        if self._rows is not None and self._rows[0] is ids:
+            return self._rows[1]
+        bias = getattr(self.head, "bias", None)
+        rows = nn.Linear(self.width, len(ids), bias=bias is not None, device="meta")
+        rows.weight = nn.Parameter(self.head.weight.detach()[ids], requires_grad=False)
+        if bias is not None:
+            rows.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
+        self._rows = (ids, rows)
+        return rows
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.backbone import Backbone
+from offramp.checks import Checks
 from offramp.cost import Costs, best_draft, rounds_seconds, token_seconds
 from offramp.decode import generate
 from offramp.errors import InputError, did_you_mean
@@ -74,13 +75,16 @@ def bench(
     rounds: int = 5,
     score: str = "max_probability",
     independent: bool = False,
+    shortlist: int | None = None,
     seed: int = 0,
     progress: Any = iter,
 ) -> list[dict[str, Any]]:
     """Measure each case, and full depth against HF's own `generate`, after the prompt `inputs`.
 
     tokens: decoded by each, behind the first. independent: rows of a batch leave by plans of their
-    own, drawn from `seed`; else together. Returns an entry for each case: see `entry`.
+    own, drawn from `seed`; else together. shortlist: exits read so many tokens of the vocabulary,
+    what the full model says among them; `costs` must be measured so too. Returns an entry for each
+    case: see `entry`.
 
     Raises:
         InputError: depths that do not fit, lossless cases in a batch, nothing to measure.
@@ -94,9 +98,13 @@ def bench(
     if exits is None and cases:
         depths = check_depths(sorted({c.depth for c in cases}), backbone.depth)
         exits = Exits(backbone, depths).requires_grad_(False)
-    runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     greedy = {"max_new_tokens": 1 + tokens, **OPTIONS}
     reference = generate(backbone, inputs, **greedy).new_tokens[0]
+    if exits is not None and exits.checks is not None and exits.checks.ids is not None:
+        shortlist = shortlist or len(exits.checks.ids)
+    if shortlist is not None and exits is not None:
+        exits = exits.with_checks(any_shortlist(backbone, shortlist, reference))
+    runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     for runner in runners.values():
         runner.plan(reference, independent, seed)
     ways = {"generate": stock_way(backbone, **greedy), "full": own_way(backbone, **greedy)}
@@ -113,10 +121,28 @@ def bench(
         entries.append(
             entry(
                 backbone, case.policy, rows, case.depth, case.rate, runner.predicted, measured,
-                rounds, **runner.extra(measured),
+                rounds, shortlist=shortlist, **runner.extra(measured),
             )
         )  # fmt: skip
     return entries
+
+
+def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -> Checks:
+    """A shortlist of `size` tokens, those of `spoken` among them: for speed, any will do.
+
+    Raises:
+        InputError: a size that the vocabulary does not have, or that holds not all of `spoken`.
+    """
+    some = torch.unique(spoken) if spoken is not None else torch.zeros(0, dtype=torch.long)
+    if not max(2, len(some)) <= size <= backbone.vocabulary:
+        raise InputError(
+            f"A shortlist of {size} out of {backbone.vocabulary} tokens cannot be.",
+            f"Give a number from {max(2, len(some))} to {backbone.vocabulary}.",
+        )
+    others = torch.ones(backbone.vocabulary, dtype=torch.bool)
+    others[some.cpu()] = False
+    rest = others.nonzero()[: size - len(some), 0]
+    return Checks(torch.cat([some.cpu(), rest]).sort().values.to(backbone.device))
 
 
 def entry(
@@ -169,6 +195,9 @@ class _Runner:
         self._score, self._rows, self._tokens = score, rows, tokens
         self._lossless = case.policy == "lossless"
         self._options = dict(POLICIES[case.policy])
+        self._ids = exits.checks.ids if exits.checks is not None else None
+        if self._ids is not None:
+            self._options["shortlist"] = True
         if self._lossless:
             self._options["max_draft"] = case.max_draft or best_draft(
                 costs, case.depth, acceptance=case.rate
@@ -184,8 +213,11 @@ class _Runner:
             self._leave = torch.ones(len(reference), 1, dtype=torch.bool)
             wrong = round((1.0 - self._case.rate) * self._tokens)
             at = 1 + torch.randperm(self._tokens, generator=draw)[:wrong]
-            self._says = reference.clone()
-            self._says[at] = (self._says[at] + 1) % self._backbone.vocabulary
+            said, size = reference, self._backbone.vocabulary
+            if self._ids is not None:
+                said, size = torch.searchsorted(self._ids, reference), len(self._ids)
+            self._says = said.clone()
+            self._says[at] = (said[at] + 1) % size
             return
         if independent:
             leave = torch.rand(self._tokens, self._rows, generator=draw) < self._case.rate

@@ -170,7 +170,9 @@ def calibrate(
         )
     if whole.replay is not None:
         alone = encoder.prompts(examples[:1])  # as answers are decoded where speed counts
-        costs = costs or measure_costs(adapter.backbone, alone, adapter.exits, score=policy.score)
+        costs = costs or measure_costs(
+            adapter.backbone, alone, adapter.exits, score=policy.score, shortlist=policy.shortlist
+        )
         whole = replace(whole, costs=costs)
     path, tested = path_of(whole, thresholds)
     columns, points = _walk(tested, progress(path), asked)
@@ -231,7 +233,10 @@ class Tried:
         found, doubtful = None, np.ones(len(examples), dtype=bool)
         if _replayable(policy, options):
             rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
-            found = replay(encoder, adapter.exits, rows, policy.score, batch_size=batch_size)
+            found = replay(
+                encoder, adapter.exits, rows, policy.score,
+                shortlist=policy.shortlist, batch_size=batch_size,
+            )  # fmt: skip
             check_scores([scores[found.mask] for scores in found.scores.values()])
             # In half precision a step of decoding rounds otherwise than a pass over all of them.
             if adapter.backbone.dtype == torch.float32:
@@ -263,7 +268,7 @@ class Tried:
         policy = replace(self.policy, thresholds=thresholds)
         differs = self.doubtful
         if self.replay is not None:
-            ran = self.replay.depths(thresholds, first=self.first)
+            ran = self.ran(thresholds)
             differs = differs | self.replay.differs(ran)
         changed = np.flatnonzero(differs).tolist()
         losses = np.zeros(len(self.examples))
@@ -277,17 +282,24 @@ class Tried:
             losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], some)
         return losses
 
+    def ran(self, thresholds: Thresholds) -> Array:
+        """The depth [n, A] at which each token of the full model's answers leaves."""
+        assert self.replay is not None
+        return self.replay.depths(thresholds, gates=self.policy.gates, first=self.first)
+
     def seconds(self, thresholds: Thresholds) -> float | None:
         """Predicted seconds of a decoded token."""
         if self.replay is None:
             return None
-        return self.time(self.replay.depths(thresholds, first=self.first), tuple(thresholds))
+        return self.time(self.ran(thresholds), tuple(thresholds))
 
     def time(self, depths: Array, exits: Sequence[int]) -> float:
         """Predicted seconds of a token of answers whose depths [n, A] are known."""
-        assert self.costs is not None
+        assert self.costs is not None and self.replay is not None
         decoded = depths[:, 1:]  # the prompt's pass gives the first
-        return float(token_seconds(self.costs, decoded, exits).sum() / max(1, (decoded > 0).sum()))
+        shut = {d: some[:, 1:] for d, some in self.replay.shut(self.policy.gates).items()}
+        took = token_seconds(self.costs, decoded, exits, shut=shut)
+        return float(took.sum() / max(1, (decoded > 0).sum()))
 
 
 def _replayable(policy: Policy, options: Mapping[str, Any]) -> bool:
@@ -303,6 +315,7 @@ def rows_of(found: Replay, rows: Array) -> Replay:
         final=found.final[rows],
         said={d: said[rows] for d, said in found.said.items()},
         scores={d: scores[rows] for d, scores in found.scores.items()},
+        guesses={d: guesses[rows] for d, guesses in found.guesses.items()},
     )
 
 
@@ -332,7 +345,9 @@ def path_of(whole: Tried, grid: Sequence[float]) -> tuple[list[Thresholds], Trie
     search = whole.part(np.flatnonzero(inside))
     assert search.replay is not None
     tried = candidates(depths, grid)
-    path = pareto_path(search.replay, tried, search.time, grid, first=search.first)
+    path = pareto_path(
+        search.replay, tried, search.time, grid, gates=whole.policy.gates, first=search.first
+    )
     return path, whole.part(np.flatnonzero(~inside))
 
 

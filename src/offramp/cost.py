@@ -33,7 +33,9 @@ class Costs:
     check: the rest of a look at an exit: norm, head, score, and the transfer of its verdict.
     leave: what a token that leaves pays besides; negative where it saves, e.g. the final norm.
     score: the score of given logits; part of `check`.
-    store: keys and values of one skipped layer (`propagate`).
+    store: keys and values alone of one layer: that tokens skipped (`propagate`), or of an exit that
+        nobody looks at.
+    gate: a gate's guess and its verdict.
     token: everything that is neither layers nor head: embedding, masks, Python.
     reenter: entering the decoder again in the middle, for the tokens that waited there.
     """
@@ -50,6 +52,7 @@ class Costs:
     store: float
     token: float
     reenter: float
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("layer", "head"):
@@ -149,6 +152,17 @@ def speedup(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
     return costs.full / predict(costs, leave, kv=kv)
 
 
+def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
+    """Seconds per token that a gate before the exit at `depth` saves; below 0 where it costs.
+
+    shut: share of the tokens that it shuts out, of which only keys and values are computed; lost:
+    share of all tokens that it shuts out and the exit would have let go.
+    """
+    look = costs.exit + costs.check - costs.store
+    deeper = (costs.layers - depth) * costs.layer[0] + costs.head[0]
+    return shut * look - costs.gate - lost * deeper
+
+
 def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | None:
     """The smallest share, in percent steps, that must leave at `depth` for its exit to pay.
 
@@ -159,13 +173,19 @@ def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | No
 
 
 def token_seconds(
-    costs: Costs, depths: ArrayLike, exits: Sequence[int], *, kv: str = "recompute"
+    costs: Costs,
+    depths: ArrayLike,
+    exits: Sequence[int],
+    *,
+    kv: str = "recompute",
+    shut: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> Array:
     """Seconds of decoding sequences whose depths are known, so that who waits for whom is too.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
         behind its end. The first token of an answer comes out of the prefill: leave it out.
     exits: depths of the exits that are on; a token meets every one up to where it leaves.
+    shut: by depth, of the exits that have a gate, tokens shaped as `depths` that it shuts out.
 
     Returns [A] (or a scalar array).
 
@@ -174,7 +194,7 @@ def token_seconds(
     """
     _check_kv(kv)
     ran = np.atleast_2d(np.asarray(depths, dtype=int))
-    on = sorted(exits)
+    on, gated = sorted(exits), shut or {}
     if unknown := set(np.unique(ran).tolist()) - {0, costs.layers, *on}:
         raise InputError(
             f"Tokens left at depths {sorted(unknown)}, where no exit is on.",
@@ -190,7 +210,12 @@ def token_seconds(
         if depth == costs.layers:
             break
         passed = ran > depth
-        seconds += run * costs.exit / costs.layer[0] + arrived.sum(1) * costs.check
+        looked = arrived
+        if depth in gated:
+            looked = arrived & ~np.atleast_2d(gated[depth])
+            seconds += arrived.sum(1) * costs.gate + (arrived & ~looked).sum(1) * costs.store
+        one = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
+        seconds += one * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
         left = (ran == depth).sum(1)
         seconds += left * costs.leave
         if kv == "propagate":

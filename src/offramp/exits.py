@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
+from offramp.checks import Checks
 from offramp.errors import InputError
 
 
@@ -68,6 +69,7 @@ class Exits(nn.ModuleDict):
     def __init__(self, backbone: Backbone, depths: Sequence[int], *, lens: bool = False) -> None:
         """Copy-initialise an exit at each depth from the backbone's next layer, or place a lens."""
         self.depths = check_depths(depths, backbone.depth)
+        self.checks: Checks | None = None
         super().__init__(
             {
                 str(depth): Lens()
@@ -78,6 +80,12 @@ class Exits(nn.ModuleDict):
         )
         self.requires_grad_(True)
         self.eval()  # dropout off: the layers are frozen kin, and resuming must be exact
+
+    def with_checks(self, checks: Checks | None) -> Exits:
+        """The same exits, looked at with a shortlist or gates."""
+        found = copy.copy(self)
+        found.checks = checks
+        return found
 
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""

@@ -32,7 +32,8 @@ class Script(StoppingCriteria):
 
     leave: [N, B]; whether the token at each position (0 is the one out of the prefill) leaves;
         behind the plan nobody does.
-    says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own.
+    says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own;
+        with a shortlist, their places in it.
     score: the real score, whose time is paid.
 
     As a stopping criterion it stops nothing and counts the tokens written: what is looked at after

@@ -13,6 +13,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
+from offramp.checks import Checks, Gate
 from offramp.errors import InputError
 from offramp.policy import Policy
 from offramp.scores import logits_score, saturation
@@ -42,14 +43,26 @@ class Look:
         return self.judge.backbone.finish(self.state)
 
     @cached_property
+    def few(self) -> Tensor:
+        """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
+        return self.judge.backbone.read(self.features, self.judge.head)
+
+    @cached_property
     def logits(self) -> Tensor:
         """[B, V], without constraints: the loop puts them on once, whatever depth they are from."""
-        return self.judge.backbone.read(self.features)
+        ids = self.judge.shortlist
+        if ids is None:
+            return self.few
+        whole = self.few.new_full((len(self.few), self.judge.backbone.vocabulary), float("-inf"))
+        return whole.index_copy_(1, ids, self.few)
 
     @property
     def allowed(self) -> Tensor:
-        """Logits [B, V] under the constraints: a score is confidence in what may be said."""
-        return self.logits if self.constrain is None else self.constrain(self.logits)
+        """Logits [B, S] under the constraints: a score is confidence in what may be said."""
+        if self.constrain is None:
+            return self.few
+        whole, ids = self.constrain(self.logits), self.judge.shortlist
+        return whole if ids is None else whole[:, ids]
 
     @cached_property
     def score(self) -> Tensor:
@@ -66,13 +79,16 @@ class Judge:
         policy: Policy,
         depths: Sequence[int],
         discriminators: nn.ModuleDict | None = None,
+        checks: Checks | None = None,
     ) -> None:
         """depths: of the exits that may leave.
 
         Raises:
-            InputError: discriminators or weights that the policy's score needs are missing.
+            InputError: what the policy needs is missing: discriminators, weights, a shortlist.
         """
         self.backbone = backbone
+        self.shortlist = shortlist_of_policy(policy, checks)
+        self.head = None if self.shortlist is None else backbone.head_rows(self.shortlist)
         self.score = _rule(policy, depths, discriminators)
 
     def __call__(
@@ -85,6 +101,30 @@ class Judge:
     ) -> Look:
         """A look at exit state [B, D], entered with `entry` [B, D]; see `Look`."""
         return Look(self, depth, state, entry, previous, constrain)
+
+
+def shortlist_of_policy(policy: Policy, checks: Checks | None) -> Tensor | None:
+    """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
+    if not policy.shortlist:
+        return None
+    if checks is None or checks.ids is None:
+        raise InputError(
+            "The policy asks for a shortlist, and the adapter has none.",
+            "Learn one: offramp train --shortlist 2048; or use a policy with shortlist=False.",
+        )
+    return checks.ids
+
+
+def gates_of_policy(policy: Policy, checks: Checks | None) -> dict[int, tuple[Gate, float]]:
+    """Gate and threshold by depth. Raise `InputError` where the adapter lacks one."""
+    known = {} if checks is None else checks.gates
+    missing = sorted(set(policy.gates) - set(known))
+    if missing:
+        raise InputError(
+            f"The policy has gates at depths {missing}, where the adapter has none.",
+            "Learn them: offramp train --gates; or use a policy with gates={}.",
+        )
+    return {depth: (known[depth], level) for depth, level in policy.gates.items()}
 
 
 def _rule(

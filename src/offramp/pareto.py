@@ -7,7 +7,7 @@ does not pay for the size of the search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from math import comb
 from typing import Any
@@ -60,6 +60,7 @@ def pareto_path(
     seconds: Callable[[Array, Sequence[int]], float],
     grid: Sequence[float],
     *,
+    gates: Mapping[int, float] | None = None,
     first: bool = True,
 ) -> list[Thresholds]:
     """Candidates that no other beats in both disagreement and seconds, the safest first.
@@ -68,11 +69,11 @@ def pareto_path(
     lead up to it: thresholds raised to each grid value in turn.
 
     found: of the search part. seconds: of depths [N, A] under exits that are on; all at full depth
-    without any. first: see `Replay.depths`.
+    without any. gates, first: see `Replay.depths`.
 
     Returns [] where no candidate is faster than the full model.
     """
-    depths = [found.depths(thresholds, first=first) for thresholds in tried]
+    depths = [found.depths(thresholds, gates=gates, first=first) for thresholds in tried]
     risks = [found.differs(ran).mean() for ran in depths]
     times = [seconds(ran, tuple(t)) for ran, t in zip(depths, tried, strict=True)]
     path: list[Thresholds] = []

@@ -30,6 +30,10 @@ class Policy:
     max_draft: longest draft before the full model is asked.
     exit_in_prefill: also let the first token leave early, the prompt waiting at its exit until a
         later token needs it deeper. Exact too; off where the prompt is not causal.
+    shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
+        are over these (`offramp.checks`).
+    gates: by depth; an exit is run only where the adapter's gate guesses a score of at least that.
+        A depth that is missing is always looked at.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
@@ -39,6 +43,8 @@ class Policy:
     lossless: bool = False
     max_draft: int = 8
     weights: Mapping[int, float] = field(default_factory=dict)
+    shortlist: bool = False
+    gates: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -56,6 +62,12 @@ class Policy:
                 f"A draft of at most {self.max_draft!r} tokens is no draft.",
                 "Give a whole number from 1; 4 to 16 are usual.",
             )
+        wrong = {d: g for d, g in self.gates.items() if not 0.0 <= g <= 1.0}
+        if wrong:
+            raise InputError(
+                f"Gates {wrong} are not in [0, 1].", "A gate guesses a score; 0 is always open."
+            )
+        object.__setattr__(self, "gates", dict(self.gates))
         object.__setattr__(self, "thresholds", dict(self.thresholds))
         object.__setattr__(self, "weights", check_weights(self.weights))
 

@@ -9,7 +9,7 @@ that they part, and only decoding tells more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from offramp.answers import Answered
 from offramp.encode import Encoder
 from offramp.exits import Exits
 from offramp.features import exit_features, group, record
+from offramp.judge import shortlist_of_policy
+from offramp.policy import Policy
 from offramp.scores import SCORES
 
 Array = npt.NDArray[Any]
@@ -33,6 +35,7 @@ class Replay:
     targets: the tokens of the answers; -1 behind an answer's end.
     final: the full model's arg-max at each of them.
     said, scores: each exit's arg-max, and its score, by depth.
+    guesses: what the gates, where there are any, guess of these scores.
     """
 
     layers: int
@@ -40,21 +43,35 @@ class Replay:
     final: Array
     said: Mapping[int, Array]
     scores: Mapping[int, Array]
+    guesses: Mapping[int, Array] = field(default_factory=dict)
 
     @property
     def mask(self) -> Array:
         """Which entries [N, A] are tokens."""
         return self.targets >= 0
 
-    def depths(self, thresholds: Mapping[int, float], *, first: bool = True) -> Array:
+    def shut(self, gates: Mapping[int, float]) -> dict[int, Array]:
+        """Tokens [N, A] that the gate at each depth shuts out."""
+        return {d: self.mask & ~(self.guesses[d] >= level) for d, level in gates.items()}
+
+    def depths(
+        self,
+        thresholds: Mapping[int, float],
+        *,
+        gates: Mapping[int, float] | None = None,
+        first: bool = True,
+    ) -> Array:
         """The depth [N, A] at which each token leaves; 0 where there is none.
 
         first: whether the first token of an answer may leave early. A decoder-only model reads it
         off the prompt, at full depth unless `Policy.exit_in_prefill`.
         """
         found = np.where(self.mask, self.layers, 0)
+        shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
             leaves = self.mask & (self.scores[depth] >= thresholds[depth])
+            if depth in shut:
+                leaves &= ~shut[depth]
             if not first:
                 leaves[:, 0] = False
             found = np.where(leaves, depth, found)
@@ -79,13 +96,14 @@ def replay(
     rows: Sequence[Answered],
     score: str = "max_probability",
     *,
+    shortlist: bool = False,
     batch_size: int = 32,
     progress: Any = iter,
 ) -> Replay:
     """Read every exit at every token of `rows`.
 
     rows: of `offramp.answers.self_written` for the full model's own answers, or labelled ones.
-    score: a key of `SCORES`.
+    score: a key of `SCORES`. shortlist: exits read that of their checks alone.
 
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.
@@ -95,6 +113,10 @@ def replay(
     targets, final = np.full(shape, -1), np.full(shape, -1)
     said = {d: np.full(shape, -1) for d in exits.depths}
     scores = {d: np.full(shape, np.nan) for d in exits.depths}
+    gates = exits.checks.gates if exits.checks is not None else {}
+    guesses = {d: np.full(shape, np.nan) for d in gates}
+    ids = shortlist_of_policy(Policy(shortlist=shortlist), exits.checks)
+    head = None if ids is None else backbone.head_rows(ids)
     for some in progress(group(rows, batch_size)):
         batch = record(encoder, some, exits.depths)
         states = {backbone.depth: batch.teacher, **exit_features(backbone, exits, batch)}
@@ -106,9 +128,14 @@ def replay(
 
         put(targets, batch.targets)
         for depth, features in states.items():
-            logits = backbone.read(features)
-            put(final if depth == backbone.depth else said[depth], logits.argmax(-1))
-            if depth in scores:
-                flat = SCORES[score](logits.flatten(0, 1))
-                put(scores[depth], flat.view(logits.shape[:2]).float())
-    return Replay(backbone.depth, targets, final, said, scores)
+            if depth == backbone.depth:
+                put(final, backbone.read(features).argmax(-1))
+                continue
+            logits = backbone.read(features, head)
+            chosen = logits.argmax(-1)
+            put(said[depth], chosen if ids is None else ids[chosen])
+            flat = SCORES[score](logits.flatten(0, 1))
+            put(scores[depth], flat.view(logits.shape[:2]).float())
+        for depth, gate in gates.items():
+            put(guesses[depth], gate(batch.entries(depth)))
+    return Replay(backbone.depth, targets, final, said, scores, guesses)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
+from offramp.checks import Gate
 from offramp.errors import InputError
 from offramp.exits import Exits
-from offramp.judge import Constrain, Judge, Look
+from offramp.judge import Constrain, Judge, Look, gates_of_policy
 from offramp.policy import Policy
 from offramp.scores import check_thresholds, check_weights
 from offramp.view import View
@@ -50,10 +51,13 @@ class Run:
         self.propagate = policy.kv == "propagate"
         self._exits = exits
         self.judge: Judge | None = None
+        self._gates: dict[int, tuple[Gate, float]] = {}
         self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
         if self.thresholds:
             check_weights(policy.weights, depths)
-            self.judge = Judge(backbone, policy, tuple(self.thresholds), discriminators)
+            checks = exits.checks if exits is not None else None
+            self.judge = Judge(backbone, policy, tuple(self.thresholds), discriminators, checks)
+            self._gates = gates_of_policy(policy, checks)
             if policy.score == "saturation":
                 self._watched = frozenset(depth - 1 for depth in self.thresholds)
         # per generation
@@ -155,13 +159,13 @@ class Run:
             return self.backbone.skip(index, hidden, args, kw)
         if self._left is not None or self._need is not None:
             if self.propagate and self._left is not None:
-                self._store_keys(index, layer, hidden, args, kw)
+                self._store_skipped(index, layer, hidden, args, kw)
             return self.backbone.skip(index, hidden, args, kw)
         if index == self._start and self._chunk is not None:
             hidden = self._chunk
         elif index in self.thresholds and not self._goes_deeper(index, hidden, args, kw):
             if self.propagate:
-                self._store_keys(index, layer, hidden, args, kw)
+                self._store_skipped(index, layer, hidden, args, kw)
             return self.backbone.skip(index, hidden, args, kw)
         if index in self._watched:
             self._previous = hidden[:, -1]
@@ -172,9 +176,15 @@ class Run:
     ) -> bool:
         """Run the exit at `depth`; False ends this stack call, all rows having left or waiting."""
         assert self._exits is not None
-        state = self._exits.run(depth, hidden, args, kw)
         waiting = self._waiting[depth]
-        if self._check and self._leave(depth, state[:, -1], hidden[:, -1]):
+        candidates = self._candidates(depth, hidden[:, -1])
+        if candidates is None:  # nobody looks: only what later tokens attend to is computed
+            self._store_keys(self._exits.at(depth), hidden, args, kw)
+            leaves = False
+        else:
+            state = self._exits.run(depth, hidden, args, kw)
+            leaves = self._leave(depth, state[:, -1], hidden[:, -1], candidates)
+        if leaves:
             self._left = depth
             if not self.propagate:
                 waiting.append((hidden, self._positions))
@@ -185,23 +195,34 @@ class Run:
             return False
         return True
 
-    def _leave(self, depth: int, state: Tensor, entry: Tensor) -> bool:
+    def _candidates(self, depth: int, entry: Tensor) -> Tensor | None:
+        """Rows [B] that may leave at `depth`, which `entry` [B, D] enters; None where none may."""
+        if not self._check:
+            return None
+        if depth not in self._gates:
+            return self._open
+        gate, level = self._gates[depth]
+        candidates = self._open & (gate(entry) >= level)
+        return candidates if bool(candidates.any()) else None
+
+    def _leave(self, depth: int, state: Tensor, entry: Tensor, candidates: Tensor) -> bool:
         """Let confident rows leave at `depth`; True once no unfinished row is left."""
         assert self.judge is not None
         look = self.judge(depth, state, entry, self._previous, self.constrain)
         threshold = self.thresholds[depth]
         if threshold == 0.0:
-            self.scores = self.scores.masked_fill(self._open, float("nan"))
-            self._let_go(self._open, look)
-            return True
+            self.scores = self.scores.masked_fill(candidates, float("nan"))
+            self._let_go(candidates, look)
+            self._open = self._open & ~candidates
+            return not bool(self._open.any())
         if len(state) == 1:  # the common case, in one transfer and no masks
             self.scores = look.score
             if not bool(look.score >= threshold):  # in the score's precision, as below
                 return False
             self.logits, self.depths = look.logits, torch.full_like(self.depths, depth)
             return True
-        self.scores = torch.where(self._open, look.score.to(self.scores), self.scores)
-        leaving = self._open & (look.score >= threshold)
+        self.scores = torch.where(candidates, look.score.to(self.scores), self.scores)
+        leaving = candidates & (look.score >= threshold)
         self._open = self._open & ~leaving
         some_leave, some_stay = torch.stack([leaving, self._open]).any(1).tolist()
         if some_leave:
@@ -289,7 +310,7 @@ class Run:
             if entry.is_initialized:  # an exit that is off or keeps no keys never writes to its own
                 entry.crop(-tokens)
 
-    def _store_keys(
+    def _store_skipped(
         self,
         index: int,
         layer: nn.Module,
@@ -298,6 +319,14 @@ class Run:
         kw: dict[str, Any],
     ) -> None:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
+        self._store_keys(layer, hidden, args, kw)
+        if index in self.thresholds and index != self._left and self._exits is not None:
+            self._store_keys(self._exits.at(index), hidden, args, kw)
+
+    def _store_keys(
+        self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> None:
+        """Run a layer no further than until its keys and values are in the cache."""
         own = getattr(self.cache, "self_attention_cache", self.cache)
         store = own.update
 
@@ -307,14 +336,9 @@ class Run:
 
         own.update = store_and_stop
         try:
-            targets = [layer]
-            if index in self.thresholds and index != self._left and self._exits is not None:
-                targets.append(self._exits.at(index))
-            for target in targets:
-                try:
-                    target(hidden, *args, **kw)
-                except _KeysStored:
-                    continue
+            layer(hidden, *args, **kw)
+        except _KeysStored:
+            pass
         finally:
             del own.update  # the instance attribute; the method shows again
 

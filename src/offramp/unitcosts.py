@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.backbone import Backbone
+from offramp.checks import Gate
 from offramp.cost import LENGTHS, Costs
 from offramp.decode import generate
 from offramp.errors import InputError
@@ -116,6 +117,7 @@ def measure_costs(
     exits: Exits | None = None,
     *,
     score: str = "max_probability",
+    shortlist: bool = False,
     repeats: int = 5,
     progress: Any = iter,
 ) -> Costs:
@@ -123,6 +125,7 @@ def measure_costs(
 
     Medians over the tokens of `repeats` rounds, in which kinds of token take turns, after one round
     that is not counted. The first exit is used; without `exits`, one copied from the backbone.
+    shortlist: exits read that of their checks alone, as by a policy that says so.
 
     Raises:
         InputError: fewer than one repeat; the discriminator's score, which reads no logits.
@@ -136,12 +139,12 @@ def measure_costs(
         exits = Exits(backbone, propose_depths(backbone.depth)).requires_grad_(False)
     found, hook = _Found(), _hook_seconds(backbone.device)
     for number in progress(range(repeats + 1)):
-        tokens = _round(backbone, inputs, exits, score, hook)
+        tokens = _round(backbone, inputs, exits, score, hook, shortlist)
         if number:
             found.add(tokens)
     rows = len(inputs["input_ids"])
     prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
-    heads, scored = _head_and_score(backbone, rows, score, repeats)
+    heads, scored, gate = _small_parts(backbone, rows, score, repeats)
     return found.costs(
         layers=backbone.depth,
         depth=exits.depths[0],
@@ -149,6 +152,7 @@ def measure_costs(
         context=prompt + len(PLAN) // 2,
         heads=heads,
         score=scored,
+        gate=gate,
     )
 
 
@@ -156,7 +160,12 @@ Round = dict[str, list[_Token]]
 
 
 def _round(
-    backbone: Backbone, inputs: Mapping[str, Any], exits: Exits, score: str, hook: float
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    exits: Exits,
+    score: str,
+    hook: float,
+    shortlist: bool,
 ) -> Round:
     """Tokens of one round, by kind."""
 
@@ -165,7 +174,10 @@ def _round(
         leave = torch.tensor([False, *(kind == "leave" for kind in plan)])
         script = Script(leave[:, None].expand(-1, len(inputs["input_ids"])), score=score)
         with watch.inside(backbone, exits):
-            generate_forced(backbone, inputs, exits, script, len(leave), criteria=[watch], kv=kv)
+            generate_forced(
+                backbone, inputs, exits, script, len(leave),
+                criteria=[watch], kv=kv, shortlist=shortlist,
+            )  # fmt: skip
         return watch.tokens
 
     watch = _Watch(backbone.device, hook)
@@ -216,6 +228,7 @@ class _Found:
         context: int,
         heads: Sequence[float],
         score: float,
+        gate: float,
     ) -> Costs:
         """Solve for the parts, simplest kind of token first; heads: relative to one position."""
         one = self._median("full", partial(_layer, positions=1))
@@ -244,17 +257,19 @@ class _Found:
             store=max(0.0, store / (layers - depth)),
             token=rest,
             reenter=max(0.0, median(deep) - check),
+            gate=gate,
         )
 
 
-def _head_and_score(
+def _small_parts(
     backbone: Backbone, rows: int, score: str, repeats: int
-) -> tuple[list[float], float]:
-    """The head over `LENGTHS` positions relative to one, and the seconds of a score."""
+) -> tuple[list[float], float, float]:
+    """The head over `LENGTHS` positions relative to one; seconds of a score, and of a gate."""
     some = torch.randn(rows, LENGTHS[-1], backbone.width).to(backbone.device, backbone.dtype)
     states = {n: some[:, :n].contiguous() for n in LENGTHS}
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
-    scored = []
+    scored, guessed = [], []
+    gate = Gate(torch.zeros(backbone.width, device=backbone.device), some.new_zeros(()).float())
     watch = _Watch(backbone.device)
     with torch.inference_mode():
         for _ in range(repeats + 1):
@@ -265,4 +280,8 @@ def _head_and_score(
             begin = watch.now()
             SCORES[score](logits[:, -1])
             scored.append(watch.now() - begin)
-    return [median(seconds[n]) / median(seconds[1]) for n in LENGTHS], median(scored)
+            begin = watch.now()
+            bool((gate(some[:, -1]) >= 0.5).any())
+            guessed.append(watch.now() - begin)
+    heads = [median(seconds[n]) / median(seconds[1]) for n in LENGTHS]
+    return heads, median(scored), median(guessed)

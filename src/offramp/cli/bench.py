@@ -44,6 +44,10 @@ def add(commands: Any) -> None:
         "--policy", nargs="+", metavar="POLICY", default=("recompute", "propagate", "lossless"),
         help="recompute, propagate or lossless (default: all three; lossless at batch 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--shortlist", type=int, metavar="TOKENS",
+        help="tokens that exits read (default: the adapter's shortlist, or all)",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="rows decoded together (default: 1)")
     parser.add_argument(
         "--independent", action="store_true", help="rows leave by plans of their own"
@@ -87,7 +91,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _force(arguments: argparse.Namespace) -> dict[str, Any]:
     """Costs and forced exits."""
-    from offramp.bench import RATES, Case, bench, table
+    from offramp.bench import RATES, Case, any_shortlist, bench, table
     from offramp.exits import Exits, check_depths
     from offramp.unitcosts import measure_costs
 
@@ -104,12 +108,16 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
         if policy != "lossless" or arguments.batch == 1
         for rate in (arguments.acceptance if policy == "lossless" else rates)
     ]
+    if arguments.shortlist is not None:
+        exits = exits.with_checks(any_shortlist(backbone, arguments.shortlist))
     costs = measure_costs(
-        backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs")
-    )
+        backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs"),
+        shortlist=exits.checks is not None and exits.checks.ids is not None,
+    )  # fmt: skip
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=arguments.tokens,
         rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
+        shortlist=arguments.shortlist,
     )  # fmt: skip
     print(table(costs, entries))
     return {"costs": costs.to_json(), "entries": entries}

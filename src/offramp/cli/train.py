@@ -11,6 +11,7 @@ from typing import Any
 
 from offramp.cli.common import add_command, backbone_options, load_model
 from offramp.config import TrainConfig
+from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -32,6 +33,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="read at most so many examples")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--shortlist", type=int, metavar="TOKENS",
+        help="let exits read only so many tokens, the most frequent of the model's own answers: "
+        "for large vocabularies, whose LM head costs several layers (2048 is usual)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gates", action="store_true",
+        help="learn a gate before each exit, where it pays, that guesses if a look is worth it",
+    )  # fmt: skip
     hints = typing.get_type_hints(TrainConfig)
     for option in fields(TrainConfig):
         _add_option(parser, option.name, hints[option.name], option.default, dict(option.metadata))
@@ -64,8 +74,11 @@ def _whole_or_none(text: str) -> int | None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
+    from tqdm import tqdm
 
+    from offramp.cheapen import cheapen
     from offramp.data import read_examples
+    from offramp.encode import Encoder
     from offramp.train import train
 
     config = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
@@ -77,6 +90,21 @@ def _train(arguments: argparse.Namespace) -> None:
         require_answers=config.regime == "supervised",
     )
     backbone, processor = load_model(arguments)
+    if arguments.shortlist is not None and not 2 <= arguments.shortlist <= backbone.vocabulary:
+        raise InputError(
+            f"A shortlist of {arguments.shortlist} out of {backbone.vocabulary} tokens cannot be.",
+            f"Give a number from 2 to {backbone.vocabulary}.",
+        )
     adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
     if PartialState().is_main_process:
-        print(json.dumps({"adapter": str(arguments.out), **adapter.metrics}))
+        if arguments.shortlist is not None or arguments.gates:
+            adapter = cheapen(
+                adapter, Encoder(backbone, processor), examples,
+                shortlist=arguments.shortlist, gates=arguments.gates,
+                max_new_tokens=config.max_new_tokens,
+                progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
+            )  # fmt: skip
+            adapter.save(arguments.out)
+        checks = adapter.exits.checks
+        learnt = {} if checks is None else {"checks": checks.found}
+        print(json.dumps({"adapter": str(arguments.out), **adapter.metrics, **learnt}))

@@ -1,0 +1,134 @@
+"""Learn what makes looks at trained exits cheap, from the full model's own answers: no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.answers import Answered, self_written
+from offramp.checks import Checks, Gate, fit_gate, gate_level, shortlist_of
+from offramp.cost import Costs, gate_gain
+from offramp.encode import Encoder
+from offramp.examples import Example, split_examples
+from offramp.exits import Exits
+from offramp.features import exit_features, group, record
+from offramp.judge import shortlist_of_policy
+from offramp.policy import Policy
+from offramp.scores import SCORES
+from offramp.unitcosts import measure_costs
+
+HELD_OUT = 0.3
+"""Share of the pictures on which misses are counted and the gates' levels are set."""
+SURE, LOST = 0.9, 0.01
+"""A gate may shut out this share of the tokens whose score is at least `SURE`."""
+
+
+def cheapen(
+    adapter: Adapter,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    *,
+    shortlist: int | None = None,
+    gates: bool = False,
+    costs: Costs | None = None,
+    max_new_tokens: int = 40,
+    batch_size: int = 32,
+    progress: Any = iter,
+) -> Adapter:
+    """The adapter with a shortlist of at most so many tokens, and with gates where they pay.
+
+    Its policy uses what was learnt; its thresholds, which were chosen without, are taken off.
+    `Checks.found` tells what was measured.
+
+    examples: may be those of training; labels are not read. costs: of decoding on this machine,
+    measured where gates need them and they are not given.
+
+    Raises:
+        DataError: too few pictures to hold some out.
+        InputError: a shortlist of less than 2 tokens.
+    """
+    parts = split_examples(examples, {"learn": 1 - HELD_OUT, "held_out": HELD_OUT}, seed=0)
+    rows = {
+        name: self_written(encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        for name, some in parts.items()
+    }
+    checks, policy, found = Checks(), Policy(score=adapter.policy.score), {}
+    policy = replace(policy, exit_in_prefill=adapter.policy.exit_in_prefill)
+    if shortlist is not None:
+        learn, held_out = ([row.ids for row in rows[n]] for n in ("learn", "held_out"))
+        ids, found["shortlist"] = shortlist_of(learn, held_out, shortlist)
+        checks = Checks(ids.to(encoder.backbone.device))
+        policy = replace(policy, shortlist=True)
+    if gates:
+        exits = adapter.exits.with_checks(checks)
+        if costs is None:
+            alone = encoder.prompts(examples[:1])
+            costs = measure_costs(
+                adapter.backbone, alone, exits, score=policy.score, shortlist=policy.shortlist
+            )
+        seen = {
+            name: _looks(encoder, exits, some, policy, batch_size, progress)
+            for name, some in rows.items()
+        }
+        fitted, levels, found["gates"] = _gates(seen, costs)
+        checks = replace(checks, gates=fitted)
+        policy = replace(policy, gates=levels)
+    return replace(
+        adapter,
+        exits=adapter.exits.with_checks(replace(checks, found=found)),
+        policy=policy,
+        calibration=None,
+    )
+
+
+def _gates(
+    seen: dict[str, dict[int, tuple[Tensor, Tensor]]], costs: Costs
+) -> tuple[dict[int, Gate], dict[int, float], dict[str, Any]]:
+    """Gates by depth, the levels of those that pay, and what was measured of each."""
+    gates, levels, found = {}, {}, {}
+    for depth, (states, scores) in seen["learn"].items():
+        gates[depth] = fit_gate(states, scores)
+        entered, given = seen["held_out"][depth]
+        guesses = gates[depth](entered)
+        level = gate_level(guesses, given, sure=SURE, lost=LOST)
+        closed = guesses < level
+        shut, lost = float(closed.float().mean()), float((closed & (given >= SURE)).float().mean())
+        gain = gate_gain(costs, depth, shut=shut, lost=lost)
+        if gain > 0:
+            levels[depth] = level
+        found[str(depth)] = {
+            "level": level, "shut": shut, "lost": lost, "tokens": len(given),
+            "gain_layers": gain / costs.layer[0], "used": gain > 0,
+        }  # fmt: skip
+    return gates, levels, found
+
+
+@torch.inference_mode()
+def _looks(
+    encoder: Encoder,
+    exits: Exits,
+    rows: Sequence[Answered],
+    policy: Policy,
+    batch_size: int,
+    progress: Any,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By depth, the states [N, D] that enter the exit at N tokens, and its scores [N]."""
+    backbone = encoder.backbone
+    ids = shortlist_of_policy(policy, exits.checks)
+    head = None if ids is None else backbone.head_rows(ids)
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {d: [] for d in exits.depths}
+    for some in progress(group(rows, batch_size)):
+        batch = record(encoder, some, exits.depths)
+        for depth, features in exit_features(backbone, exits, batch).items():
+            logits = backbone.read(features[batch.mask], head)
+            scores = SCORES[policy.score](logits).float()
+            found[depth].append((batch.entries(depth)[batch.mask].float(), scores))
+    return {
+        depth: (torch.cat([s for s, _ in parts]), torch.cat([s for _, s in parts]))
+        for depth, parts in found.items()
+    }

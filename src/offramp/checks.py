@@ -1,0 +1,150 @@
+"""What makes a look at an exit cheap: a shortlist of the vocabulary, and gates before the exits.
+
+Over a large vocabulary one LM head costs as much as several decoder layers. A shortlist holds the
+tokens that the task's own answers are made of; an exit that reads only their rows of the head can
+say nothing else, and how often that would be wrong is bounded from held-out answers. A gate
+guesses, from the state that enters an exit, the score that the exit would give, so that one which
+would not let the token go is not run: only its keys and values are computed, for the tokens after.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import AdapterError, InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """sigmoid(weight . state + bias): a linear guess of an exit's score. weight: [D], float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Guesses [...] for states [..., D] that enter the exit."""
+        return (state.float() @ self.weight + self.bias).sigmoid()
+
+
+@dataclass(frozen=True, eq=False)
+class Checks:
+    """The shortlist and the gates of an adapter's exits; either may be missing.
+
+    ids: token ids [S] of the shortlist, ascending; None: exits read the whole vocabulary.
+    gates: by depth.
+    found: what was measured when they were learnt; see `shortlist_of` and `fit_gate`.
+    """
+
+    ids: Tensor | None = None
+    gates: Mapping[int, Gate] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        named = {} if self.ids is None else {"shortlist": self.ids}
+        for depth, gate in self.gates.items():
+            named |= {f"gates.{depth}.weight": gate.weight, f"gates.{depth}.bias": gate.bias}
+        return named
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], found: Mapping[str, Any], *, width: int, vocabulary: int
+    ) -> Checks:
+        """What `tensors` wrote. Raise `AdapterError` where it does not fit the backbone's sizes."""
+        ids = tensors.get("shortlist")
+        depths = sorted({int(name.split(".")[1]) for name in tensors if name != "shortlist"})
+        gates = {d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in depths}
+        fits = all(gate.weight.shape == (width,) for gate in gates.values())
+        if not fits or (ids is not None and not bool(((ids >= 0) & (ids < vocabulary)).all())):
+            raise AdapterError(
+                "The adapter's shortlist or gates do not fit this backbone.",
+                "Restore the folder, or learn them again: offramp train --shortlist N --gates.",
+            )
+        return cls(ids, gates, found)
+
+
+def shortlist_of(
+    answers: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    size: int,
+    *,
+    confidence: float = 0.95,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The `size` most frequent tokens of `answers`, and how often those of `held_out` are missed.
+
+    The bound is Clopper and Pearson's (1934), over tokens, and holds for answers drawn like the
+    held-out ones; tokens of one answer are not independent, so it is a guide, and the promise about
+    whole answers is that of `offramp.calibrate`, in which every miss counts as a difference.
+
+    Returns ids [S], ascending, and `tokens`, `missed`, `miss_rate`, `miss_bound`, `confidence`.
+
+    Raises:
+        InputError: no answers on one of the sides, or a size below 2.
+    """
+    from scipy.stats import beta
+
+    counts = Counter(i for ids in answers for i in ids)
+    spoken = [i for ids in held_out for i in ids]
+    if size < 2 or not counts or not spoken:
+        raise InputError(
+            f"A shortlist of {size} tokens cannot be made from {len(answers)} answers, with "
+            f"{len(held_out)} held out.",
+            "Ask for at least 2 tokens, and give answers of at least two pictures.",
+        )
+    ids = sorted(token for token, _ in counts.most_common(size))
+    known = set(ids)
+    missed = sum(token not in known for token in spoken)
+    n = len(spoken)
+    bound = 1.0 if missed == n else float(beta.ppf(confidence, missed + 1, n - missed))
+    return torch.tensor(ids), {
+        "size": len(ids),
+        "tokens": n,
+        "missed": missed,
+        "miss_rate": missed / n,
+        "miss_bound": bound,
+        "confidence": confidence,
+    }
+
+
+def fit_gate(states: Tensor, scores: Tensor, *, decay: float = 1e-3) -> Gate:
+    """A gate by logistic regression on scores in [0, 1], which count as soft labels.
+
+    states: [N, D] entering the exit; scores: [N] that it gave. Each column is standardised for the
+    fit, as a few of a decoder's are a hundred times larger than the rest, and the scaling is then
+    folded into the weight. Deterministic.
+    """
+    x = states.double()
+    centre, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x, y = (x - centre) / scale, scores.double()
+    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    share = y.mean().clamp(1e-4, 1 - 1e-4)
+    bias = torch.logit(share).detach().requires_grad_()
+    descent: Any = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        descent.zero_grad()
+        each = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y)
+        total: Tensor = each + decay * weight.square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    with torch.enable_grad(), torch.inference_mode(False):
+        descent.step(loss)
+    folded = (weight / scale).detach()
+    return Gate(folded.float(), (bias.detach() - folded @ centre).float())
+
+
+def gate_level(guesses: Tensor, scores: Tensor, *, sure: float, lost: float) -> float:
+    """The highest threshold of a gate that shuts out at most a share `lost` of the tokens whose
+    score [N] is at least `sure`; 0 (always open) where no token is that sure."""
+    leaving = guesses[scores >= sure].sort().values
+    if not len(leaving):
+        return 0.0
+    # Rounded down, or the token that decides could itself be shut out.
+    return max(0.0, float(leaving[int(lost * len(leaving))]) - 1e-6)
