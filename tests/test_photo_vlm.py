@@ -314,6 +314,14 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert rates[60:] == sorted(rates[60:], reverse=True) and rates[-1] == pytest.approx(0.01)
 
 
+def test_a_new_bridge_leaves_the_language_model_causal() -> None:
+    lm = language()
+    build.new_bridge(lm.config, TOWER)
+    inputs = torch.randn(1, 7, 32)
+    whole = lm(inputs_embeds=inputs).logits
+    torch.testing.assert_close(lm(inputs_embeds=inputs[:, :4]).logits, whole[:, :4])
+
+
 # -- the whole model --------------------------------------------------------------------------
 
 

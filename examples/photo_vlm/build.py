@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def _llava_config(lm_config: Any, tower: LiteTowerConfig, image_token: int = 0) 
 
     return LlavaConfig(
         vision_config=tower,
-        text_config=lm_config,
+        # A copy: a LLaVA configuration sets its text model's attention, here to none, and the
+        # language model in training would read its prompts without a causal mask.
+        text_config=copy.deepcopy(lm_config),
         image_token_index=image_token,
         image_seq_length=tower.tokens,
         vision_feature_layer=-1,

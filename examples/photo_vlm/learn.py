@@ -60,14 +60,9 @@ class Bridge(nn.Module):
             return self.projector(self.neck(features))  # type: ignore[no-any-return]
 
 
-def text_loss(
-    bridge: Bridge, lm: Any, words: Tensor, place: Tensor, features: Tensor, batch: Batch
-) -> Tensor:
-    """Cross-entropy over the answers' tokens, among `words` only: logits of the whole vocabulary
-    cost as much as the layers do.
-
-    words: ids, all that answers hold among them; place [V]: where in `words` an id is.
-    """
+def text_loss(bridge: Bridge, lm: Any, features: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy over the answers' tokens, among the whole vocabulary: over a part of it, what
+    lies outside costs nothing and is soon all that the model says."""
     visual = bridge(features)
     embedding = lm.get_input_embeddings()
     rest = embedding(batch.ids[:, visual.shape[1] :])
@@ -78,8 +73,8 @@ def text_loss(
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state.flatten(0, 1)[batch.sources]
-    head = lm.lm_head.weight[words]
-    loss: Tensor = FrozenHead.apply(hidden, head, place[batch.targets], batch.weights)  # type: ignore[no-untyped-call]
+    head = lm.lm_head.weight
+    loss: Tensor = FrozenHead.apply(hidden, head, batch.targets, batch.weights)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -203,11 +203,6 @@ class Rows:
             for example in self.captioned
         ]
 
-    def answers(self) -> list[list[int]]:
-        """The ids of every answer there is to learn."""
-        examples = [*self.captioned, *(example for some in self.asked for example in some)]
-        return [self._ids(" " + answer.strip()) for e in examples for answer in e.answers]
-
     def _captions(self, example: Example, draw: random.Random) -> Row:
         captions = draw.sample(example.answers, len(example.answers))
         if draw.random() < 0.05:

@@ -65,9 +65,6 @@ class Trainer:
         self.visual, self.settings = visual, settings
         self.step = 0
         self.seconds = 0.0
-        self.words = _answer_words(lm, rows)
-        self._place = torch.full((lm.config.vocab_size,), -1)
-        self._place[self.words] = torch.arange(len(self.words))
         self.detector, self._present = _detector(lm, rows)
         self.optimizer = self._new_optimizer()
 
@@ -142,24 +139,11 @@ class Trainer:
         rows = self.rows.step(step, s.seed, s.captioned, s.asked)
         batch = pack(rows, self.visual, s.length, self.lm.dtype)
         features = self.features[batch.images]
-        return text_loss(self.bridge, self.lm, self.words, self._place, features, batch)
+        return text_loss(self.bridge, self.lm, features, batch)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         parameters = [*self.bridge.parameters(), *self.detector.parameters()]
         return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
-
-
-def _answer_words(lm: Any, rows: Rows) -> Tensor:
-    """Ids among which answers are learnt: all that they hold, and the 2,000 that the language model
-    itself finds likeliest after captions, which it must learn not to say."""
-    answers = rows.answers()
-    end = rows.end
-    with torch.inference_mode():
-        likely = sum(
-            lm(torch.tensor([ids])).logits.float().softmax(-1).sum((0, 1)) for ids in answers[:64]
-        )
-    top = likely.topk(min(2000, lm.config.vocab_size)).indices.tolist()
-    return torch.tensor(sorted({end, *top, *(i for ids in answers for i in ids)}))
 
 
 def _detector(lm: Any, rows: Rows) -> tuple[WordDetector, Tensor]:
