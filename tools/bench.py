@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.backbone import Backbone
-from offramp.bench import RATES, Case, bench, table
+from offramp.bench import RATES, Case, any_shortlist, bench, table
 from offramp.encode import Encoder
 from offramp.exits import Exits
 from offramp.peers import race_peers
@@ -30,6 +30,7 @@ from offramp.unitcosts import measure_costs
 
 ROOT = Path(__file__).parent.parent
 ACCEPTANCE = 0.8
+SHORTLIST = 2048  # tokens that exits read where the whole vocabulary costs more than a layer
 ROUNDS, TOKENS, PICTURES = 5, 40, 20
 BATCH = 8
 
@@ -46,7 +47,7 @@ def main() -> None:
     write_json(ROOT / "records" / "peers.json", peers)
 
 
-def _forced(name: str) -> list[dict[str, Any]]:
+def _forced(name: str, shortlist: int | None = None) -> list[dict[str, Any]]:
     backbone = shape(name).build(torch.bfloat16)
     quarter, half = backbone.depth // 4, backbone.depth // 2
     cases = [Case(quarter, 0.0), Case(quarter, ACCEPTANCE, "lossless")]
@@ -56,15 +57,16 @@ def _forced(name: str) -> list[dict[str, Any]]:
         for policy in ("recompute", "propagate")
         for rate in RATES
     ]
-    return _run(backbone, shape(name).inputs(backbone), cases)
+    return _run(backbone, shape(name).inputs(backbone), cases, shortlist)
 
 
 def _batch() -> list[dict[str, Any]]:
     backbone = shape("opt-2.7b").build(torch.bfloat16)
     inputs = shape("opt-2.7b").inputs(backbone, BATCH)
     quarter = backbone.depth // 4
-    own = _run(backbone, inputs, [Case(quarter, r) for r in RATES], independent=True)
-    together = _run(backbone, inputs, [Case(quarter, RATES[-1])])
+    rates = (0.0, *RATES)
+    own = _run(backbone, inputs, [Case(quarter, r) for r in rates], SHORTLIST, independent=True)
+    together = _run(backbone, inputs, [Case(quarter, RATES[-1])], SHORTLIST)
     return [
         *({**each, "rows": "independent"} for each in own),
         *({**each, "rows": "together"} for each in together),
@@ -83,11 +85,18 @@ def _families() -> list[dict[str, Any]]:
 
 
 def _run(
-    backbone: Backbone, inputs: Any, cases: list[Case], **options: Any
+    backbone: Backbone,
+    inputs: Any,
+    cases: list[Case],
+    shortlist: int | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
     exits = Exits(backbone, depths).requires_grad_(False)
-    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS)
+    if shortlist is not None:
+        exits = exits.with_checks(any_shortlist(backbone, shortlist))
+    few = shortlist is not None
+    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=few)
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
         progress=lambda rounds: tqdm(rounds, backbone.name, disable=None, leave=False), **options,
@@ -114,7 +123,7 @@ def _peers(kind: str) -> dict[str, Any]:
 PARTS = {
     "opt-2.7b": lambda: _forced("opt-2.7b"),
     "flan-t5-xl": lambda: _forced("flan-t5-xl"),
-    "smollm2-135m": lambda: _forced("smollm2-135m"),
+    "smollm2-135m": lambda: _forced("smollm2-135m", SHORTLIST),
     "batch": _batch,
     "families": _families,
 }

@@ -326,7 +326,7 @@ class Run:
     def _store_keys(
         self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
     ) -> None:
-        """Run a layer no further than until its keys and values are in the cache."""
+        """Run a layer, not compiled, no further than until its keys and values are in the cache."""
         own = getattr(self.cache, "self_attention_cache", self.cache)
         store = own.update
 
@@ -336,7 +336,7 @@ class Run:
 
         own.update = store_and_stop
         try:
-            layer(hidden, *args, **kw)
+            layer._call_impl(hidden, *args, **kw)  # type: ignore[no-untyped-call]
         except _KeysStored:
             pass
         finally:
