@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test lint check records compare ablation clean
+.PHONY: demo test lint check records calibrated compare ablation analysis bench pages clean
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -28,6 +28,10 @@ records: $(READY)  ## run both demos, keep their reports in records/, rewrite th
 	cp runs/demo/report-t5.json records/demo-t5.json
 	$(BIN)/python tools/readme.py
 
+calibrated: $(READY)  ## what calibration promises and keeps; rewrites records/calibrated.json and violations.json
+	$(BIN)/python tools/calibrated.py
+	$(BIN)/python tools/readme.py
+
 compare: $(READY)  ## objectives and policies at equal quality; rewrites records/compare.json and docs/choices.md
 	$(BIN)/python tools/compare.py
 	$(BIN)/python tools/readme.py
@@ -35,6 +39,16 @@ compare: $(READY)  ## objectives and policies at equal quality; rewrites records
 ablation: $(READY)  ## the adversary against none, on two cores; rewrites records/ablation.json and docs/choices.md
 	$(BIN)/python tools/ablation.py --shard 0/2 & $(BIN)/python tools/ablation.py --shard 1/2; wait
 	$(BIN)/python tools/readme.py
+
+analysis: $(READY)  ## quality at every depth, overthinking; rewrites records/analysis.json
+	$(BIN)/python tools/analysis.py
+
+bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
+	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/readme.py
+
+pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
+	$(BIN)/python tools/pages.py
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo

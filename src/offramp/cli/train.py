@@ -24,10 +24,12 @@ def add(commands: Any) -> None:
     )
     backbone_options(parser, required=True)
     parser.add_argument(
-        "--data", required=True, metavar="SOURCE",
-        help="JSONL file (image with captions, question and answer, or dialogue), or a datasets "
-        "name or folder",
+        "--data", required=True, nargs="+", metavar="FILE",
+        help="JSONL file (image with captions, question and answer, or dialogue), a datasets name "
+        "or folder, or an official file; see offramp eval",
     )  # fmt: skip
+    parser.add_argument("--format", default="auto", help="of --data; see offramp eval")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of an official file's pictures")
     parser.add_argument("--split", help="only rows of this split")
     parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
     parser.add_argument("--limit", type=int, help="read at most so many examples")
@@ -79,16 +81,23 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.cheapen import cheapen
     from offramp.data import read_examples
     from offramp.encode import Encoder
+    from offramp.official import read_items
     from offramp.train import train
 
     config = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
-    examples = read_examples(
-        arguments.data,
-        split=arguments.split,
-        prompt_template=arguments.prompt,
-        limit=arguments.limit,
-        require_answers=config.regime == "supervised",
-    )
+    chosen = {"split": arguments.split, "limit": arguments.limit}
+    if arguments.format in ("auto", "jsonl") and not arguments.data[0].endswith(".json"):
+        examples = read_examples(  # pictures alone are enough here
+            arguments.data[0],
+            prompt_template=arguments.prompt,
+            require_answers=config.regime == "supervised",
+            **chosen,
+        )
+    else:
+        items = read_items(
+            arguments.data, arguments.images, arguments.format, prompt=arguments.prompt, **chosen
+        )
+        examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
     if arguments.shortlist is not None and not 2 <= arguments.shortlist <= backbone.vocabulary:
         raise InputError(
