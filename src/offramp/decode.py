@@ -18,6 +18,7 @@ from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.loop import Loop
 from offramp.policy import FULL, Generation, Policy
+from offramp.prefix import PrefixCache
 from offramp.reading import Reading
 from offramp.run import Run
 from offramp.speculate import speculate
@@ -78,13 +79,15 @@ def generate(
     policy: Policy = FULL,
     discriminators: nn.ModuleDict | None = None,
     vision_cache: VisionCache | None = None,
+    prefix_cache: PrefixCache | None = None,
     streamer: Any = None,
     **options: Any,
 ) -> Generation:
     """Generate with early exits; without `exits` or thresholds, with the full model.
 
     inputs: what the HF processor returned. vision_cache: image features kept between calls, for
-    several questions on an image. options: HF's own generation options (max_new_tokens,
+    several questions on an image. prefix_cache: keys and values of prompts kept between calls, for
+    the next turn of a dialogue. options: HF's own generation options (max_new_tokens,
     min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, logits_processor,
     stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
     search, assisted and contrastive decoding, static or quantised caches.
@@ -114,10 +117,13 @@ def generate(
         loops.append(loop)
         run.adopt(prepared["cache"] if "cache" in prepared else prepared["past_key_values"])
         run.constrain = loop.constraints(lambda: loop.ids)
+        served = None if prefix_cache is None else prefix_cache.serve(run)
         if policy.lossless and run.thresholds:
             rounds.extend(speculate(run, loop, model, prepared))
         else:
             _decode(run, loop, model, prepared)
+        if served is not None:
+            served.end()
         loop.end()
         return loop.ids
 

@@ -49,7 +49,7 @@ class Run:
         self.policy = policy
         self.view = View(backbone, self)
         self.propagate = policy.kv == "propagate"
-        self._exits = exits
+        self.exits = exits
         self.judge: Judge | None = None
         self._gates: dict[int, tuple[Gate, float]] = {}
         self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
@@ -175,14 +175,14 @@ class Run:
         self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
     ) -> bool:
         """Run the exit at `depth`; False ends this stack call, all rows having left or waiting."""
-        assert self._exits is not None
+        assert self.exits is not None
         waiting = self._waiting[depth]
         candidates = self._candidates(depth, hidden[:, -1])
         if candidates is None:  # nobody looks: only what later tokens attend to is computed
-            self._store_keys(self._exits.at(depth), hidden, args, kw)
+            self._store_keys(self.exits.at(depth), hidden, args, kw)
             leaves = False
         else:
-            state = self._exits.run(depth, hidden, args, kw)
+            state = self.exits.run(depth, hidden, args, kw)
             leaves = self._leave(depth, state[:, -1], hidden[:, -1], candidates)
         if leaves:
             self._left = depth
@@ -265,7 +265,7 @@ class Run:
         if hasattr(cache, "cross_attention_cache"):
             halves = [cache.self_attention_cache, cache.cross_attention_cache]
         _check_cache(halves)
-        depths = self._exits.depths if self._exits is not None else ()
+        depths = self.exits.depths if self.exits is not None else ()
         if self.thresholds:
             for half in halves:
                 half.layers.extend(copy.deepcopy(half.layers[d]) for d in depths)
@@ -287,7 +287,7 @@ class Run:
         stop = min((d for d, w in self._waiting.items() if w and d >= start), default=end)
         if start == 0 and (stop == end or len({type(entry) for entry in layers}) == 1):
             return self.cache  # the first entry of each type runs
-        at_exits = zip(self._exits.depths if self._exits else (), layers[end:], strict=False)
+        at_exits = zip(self.exits.depths if self.exits else (), layers[end:], strict=False)
         running = [*layers[start:stop], *(e for d, e in at_exits if d == stop)]
 
         def kin(index: int) -> Any:
@@ -320,8 +320,8 @@ class Run:
     ) -> None:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
         self._store_keys(layer, hidden, args, kw)
-        if index in self.thresholds and index != self._left and self._exits is not None:
-            self._store_keys(self._exits.at(index), hidden, args, kw)
+        if index in self.thresholds and index != self._left and self.exits is not None:
+            self._store_keys(self.exits.at(index), hidden, args, kw)
 
     def _store_keys(
         self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]

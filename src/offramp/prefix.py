@@ -1,0 +1,180 @@
+"""Keys and values of prompts, kept between calls: a dialogue's next turn runs only what is new.
+
+What enters the decoder decides: where the embeddings of a prompt, image included, begin with those
+of an earlier prompt, bit for bit, their keys and values are the same, and so is all that follows.
+Answers are not kept, only prompts: of the turn before, the next one runs the answer and what was
+asked then.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone
+from offramp.errors import InputError
+from offramp.run import Run
+
+_KNOWN = frozenset(
+    ("inputs_embeds", "position_ids", "attention_mask", "cache", "past_key_values", "use_cache",
+     "return_dict", "input_ids", "cache_position")
+)  # fmt: skip
+"""Arguments of a stack that can be shortened; with others, every prompt is run whole."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A prompt of P tokens: its embeddings [P, D], and keys and values [1, H, P, Dh] by layer."""
+
+    backbone: Backbone
+    embeds: Tensor
+    layers: Sequence[tuple[Tensor, Tensor]]
+    exits: Sequence[tuple[nn.Module, tuple[Tensor, Tensor]]]
+
+    def common(self, embeds: Tensor) -> int:
+        """How many tokens `embeds` [Q, D] begins with that this prompt begins with too."""
+        n = min(len(embeds), len(self.embeds))
+        same = (embeds[:n] == self.embeds[:n]).all(1)
+        return int(same.long().cumprod(0).sum())
+
+
+class PrefixCache:
+    """The last few prompts of a backbone, for its next ones.
+
+    reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
+    Batches of one, decoder-only backbones with plain attention and a causal prompt; others, and
+    prompts that early exits left waiting, run as ever.
+
+    Raises:
+        InputError: `prompts` is below 1.
+    """
+
+    def __init__(self, prompts: int = 4) -> None:
+        if prompts < 1:
+            raise InputError(
+                f"A cache of {prompts} prompts holds nothing.", "Give 1 or more, or use no cache."
+            )
+        self.prompts = prompts
+        self.reused = self.run = 0
+        self._held: OrderedDict[int, _Kept] = OrderedDict()
+        self._count = 0
+
+    def serve(self, run: Run) -> _Served | None:
+        """Stand before the prompt of the generation that `run` drives; None where none is kept."""
+        backbone = run.backbone
+        if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
+            return None
+        return _Served(self, run)
+
+    def best(self, backbone: Backbone, modules: Sequence[nn.Module], embeds: Tensor) -> Any:
+        """The kept prompt with most in common with `embeds` [Q, D], and how many tokens of it.
+
+        modules: the exits that will attend to it.
+        """
+        found, most = None, 0
+        for key, kept in self._held.items():
+            known = [module for module, _ in kept.exits]
+            fits = kept.backbone is backbone and all(any(m is k for k in known) for m in modules)
+            common = min(kept.common(embeds), len(embeds) - 1) if fits else 0
+            if common > most:
+                found, most = key, common
+        if found is None:
+            return None, 0
+        self._held.move_to_end(found)
+        return self._held[found], most
+
+    def keep(self, kept: _Kept) -> None:
+        """Take a prompt in; the one that was not asked for the longest goes."""
+        self._count += 1
+        self._held[self._count] = kept
+        while len(self._held) > self.prompts:
+            self._held.popitem(last=False)
+
+
+class _Served:
+    """One generation's part of a cache: shortens its prefill, and keeps its prompt."""
+
+    def __init__(self, cache: PrefixCache, run: Run) -> None:
+        self._cache, self._run = cache, run
+        self._embeds: Tensor | None = None
+        self._hook = run.view.stack.register_forward_pre_hook(self._shorten, with_kwargs=True)
+
+    def _shorten(self, _: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
+        """Before the stack's first call: the prompt."""
+        self._hook.remove()
+        embeds = kw.get("inputs_embeds")
+        given = {name for name, value in kw.items() if value is not None}
+        mask = kw.get("attention_mask")
+        if embeds is None or len(embeds) != 1 or given - _KNOWN or not _plain(self._run.cache):
+            return None
+        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+            return None
+        self._embeds = embeds[0].clone()
+        exits = self._exits()
+        kept, common = self._cache.best(
+            self._run.backbone, [module for module, _ in exits], self._embeds
+        )
+        self._cache.reused += common
+        self._cache.run += embeds.shape[1] - common
+        if kept is None:
+            return None
+        for entry, (keys, values) in zip(self._run.cache.layers, kept.layers, strict=False):
+            entry.update(keys[:, :, :common], values[:, :, :common])
+        for module, entry in exits:
+            keys, values = next(pair for known, pair in kept.exits if known is module)
+            entry.update(keys[:, :, :common], values[:, :, :common])
+        shorter = {**kw, "inputs_embeds": embeds[:, common:]}
+        for name in ("position_ids", "cache_position"):
+            if kw.get(name) is not None:
+                shorter[name] = kw[name][..., common:]
+        return args, shorter
+
+    def _exits(self) -> list[tuple[nn.Module, Any]]:
+        """The exits that are on and attend, and their entries in the cache."""
+        run = self._run
+        if not run.thresholds or run.exits is None:
+            return []
+        entries = run.cache.layers[run.backbone.depth :]
+        pairs = zip(run.exits.depths, entries, strict=True)
+        return [
+            (run.exits.at(depth), entry)
+            for depth, entry in pairs
+            if depth in run.thresholds and list(run.exits.at(depth).parameters())
+        ]
+
+    def end(self) -> None:
+        """Keep the prompt, if all layers have it."""
+        self._hook.remove()
+        if self._embeds is None:
+            return
+        length, exits = len(self._embeds), self._exits()
+        layers = self._run.cache.layers[: self._run.backbone.depth]
+        entries = [*layers, *(entry for _, entry in exits)]
+        if any(not e.is_initialized or e.get_seq_length() < length for e in entries):
+            return  # it waits at an exit
+        with torch.inference_mode():
+            self._cache.keep(
+                _Kept(
+                    self._run.backbone,
+                    self._embeds,
+                    [_start(entry, length) for entry in layers],
+                    [(module, _start(entry, length)) for module, entry in exits],
+                )
+            )
+
+
+def _start(entry: Any, length: int) -> tuple[Tensor, Tensor]:
+    """Copies of an entry's first keys and values: a slice would hold all of them."""
+    return entry.keys[:, :, :length].clone(), entry.values[:, :, :length].clone()
+
+
+def _plain(cache: Any) -> bool:
+    """Whether every entry of the cache holds all tokens."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(entry) is DynamicLayer for entry in getattr(cache, "layers", [None]))

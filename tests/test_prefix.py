@@ -1,0 +1,128 @@
+"""Laws of the prefix cache: a later turn is answered as if its prompt had been run whole, and only
+what is new of it is run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import families
+from offramp.decode import generate
+from offramp.errors import InputError
+from offramp.exits import Exits
+from offramp.policy import FULL, Policy
+from offramp.prefix import PrefixCache
+
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.WORDLESS}
+SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]
+POLICIES = {
+    "full": lambda depths: FULL,
+    "early": lambda depths: Policy(dict.fromkeys(depths, 0.05)),
+    "lossless": lambda depths: Policy(dict.fromkeys(depths, 0.05), lossless=True),
+    "propagate": lambda depths: Policy(dict.fromkeys(depths, 0.05), kv="propagate"),
+}
+
+
+def longer(inputs, words):
+    """The prompt with more words behind it."""
+    more = torch.arange(10, 10 + words)[None]
+    found = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1)}
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            fill = 1 if name == "attention_mask" else 0
+            found[name] = torch.cat([inputs[name], torch.full((1, words), fill)], 1)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", SERVED)
+def test_the_next_turn_is_answered_as_without_and_only_the_new_is_run(
+    name, policy, backbone, exits, batch
+):
+    whole, parts, first = backbone(name), exits(name), batch(name, 1)
+    rule = POLICIES[policy](parts.depths)
+    run = {"exits": parts if rule.thresholds else None, "policy": rule, **OPTIONS}
+    cache = PrefixCache()
+    turns = [first, longer(first, 3), longer(first, 5), first]
+    seen = []
+    handle = whole.layers[0].register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
+    try:
+        for turn in turns:
+            plain = generate(whole, turn, **run)
+            del seen[:]
+            ours = generate(whole, turn, prefix_cache=cache, **run)
+            assert torch.equal(ours.sequences, plain.sequences)
+            assert torch.equal(ours.depths, plain.depths)
+            if cache.reused:
+                assert seen[0] in (1, 2, 3)  # the last token of a known prompt is run again
+    finally:
+        handle.remove()
+    served = cache.reused > 0
+    kind = families.KINDS[name]
+    causal = whole.family.causal_prompt and not whole.is_encoder_decoder
+    sliding = any(
+        "sliding" in str(t) for t in getattr(whole.text_config, "layer_types", None) or ()
+    )
+    assert served == (causal and not sliding), kind
+
+
+def test_another_image_shares_nothing_behind_it(backbone, batch):
+    whole, one = backbone("llava"), batch("llava", 1)
+    other = {**one, "pixel_values": one["pixel_values"].flip(-1)}
+    cache = PrefixCache()
+    generate(whole, one, prefix_cache=cache, **OPTIONS)
+    before = cache.reused
+    ours = generate(whole, other, prefix_cache=cache, **OPTIONS)
+    assert torch.equal(ours.sequences, generate(whole, other, **OPTIONS).sequences)
+    image = (one["input_ids"][0] == families.IMAGE).nonzero()[0].item()
+    assert cache.reused - before <= image
+
+
+def test_exits_that_were_off_are_not_served_from_a_prompt_they_never_saw(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    cache = PrefixCache()
+    generate(whole, inputs, prefix_cache=cache, **OPTIONS)
+    policy = Policy({parts.depths[0]: 0.05})
+    ours = generate(whole, inputs, exits=parts, policy=policy, prefix_cache=cache, **OPTIONS)
+    assert cache.reused == 0
+    plain = generate(whole, inputs, exits=parts, policy=policy, **OPTIONS)
+    assert torch.equal(ours.sequences, plain.sequences)
+    generate(whole, inputs, prefix_cache=cache, **OPTIONS)  # the full model may use what exits left
+    assert cache.reused > 0
+    others = Exits(whole, parts.depths)
+    before = cache.reused
+    generate(whole, inputs, exits=others, policy=policy, prefix_cache=cache, **OPTIONS)
+    assert cache.reused == before
+
+
+def test_prompts_that_wait_at_an_exit_are_not_kept(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    policy = Policy({parts.depths[0]: 0.0}, exit_in_prefill=True)
+    cache = PrefixCache()
+    for _ in range(2):
+        generate(whole, inputs, exits=parts, policy=policy, prefix_cache=cache, **OPTIONS)
+    assert cache.reused == 0
+
+
+def test_batches_run_as_ever(backbone, batch):
+    whole, inputs, cache = backbone("llava"), batch("llava", 3), PrefixCache()
+    for _ in range(2):
+        ours = generate(whole, inputs, prefix_cache=cache, **OPTIONS)
+    assert cache.reused == 0
+    assert torch.equal(ours.sequences, generate(whole, inputs, **OPTIONS).sequences)
+
+
+def test_the_prompt_not_asked_for_longest_goes(backbone, batch):
+    whole, inputs, cache = backbone("llava"), batch("llava", 1), PrefixCache(prompts=1)
+    generate(whole, inputs, prefix_cache=cache, **OPTIONS)
+    flipped = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+    generate(whole, flipped, prefix_cache=cache, **OPTIONS)
+    before = cache.reused
+    generate(whole, inputs, prefix_cache=cache, **OPTIONS)
+    image = (inputs["input_ids"][0] == families.IMAGE).nonzero()[0].item()
+    assert cache.reused - before <= image
+
+
+def test_a_cache_of_nothing_is_refused():
+    with pytest.raises(InputError, match="holds nothing"):
+        PrefixCache(0)
