@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from examples.photo_vlm.fetch import WORK
 from offramp.data import CAPTION_PROMPT, QUESTION_PROMPT
 from offramp.errors import InputError
 from offramp.examples import Example
+
+ADAPTER = Path(__file__).parent / "adapter"
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -44,14 +47,34 @@ def answer(backbone: Any, encoder: Any, examples: list[Example], longest: int) -
     return texts
 
 
-def _full(folder: Path, example: Example, longest: int) -> dict[str, Any]:
-    backbone, encoder = load(folder)
+def said(model: Path, adapter: Path, mode: str, example: Example, longest: int) -> dict[str, Any]:
+    """The answer to one example in a mode, how long it took, and how deep its tokens ran."""
+    from offramp.adapter import Adapter
+    from offramp.exits import Exits
+    from offramp.policy import FULL
+
+    backbone, encoder = load(model)
+    if mode == "full":
+        ours = Adapter(backbone, Exits(backbone, (1,), lens=True), FULL)
+    else:
+        ours = Adapter.load(adapter, backbone)
+        ours = ours.with_policy(replace(ours.policy, lossless=mode == "lossless"))
+    inputs = encoder.prompts([example])
     start = time.perf_counter()
-    (text,) = answer(backbone, encoder, [example], longest)
-    return {"text": text, "seconds": round(time.perf_counter() - start, 3)}
+    result = ours.generate(inputs, max_new_tokens=longest, do_sample=False)
+    seconds = time.perf_counter() - start
+    (text,) = encoder.texts(result.new_tokens)
+    pieces = [encoder.tokenizer.decode([i]) for i in result.new_tokens[0].tolist()]
+    return {
+        "text": text,
+        "seconds": round(seconds, 3),
+        "layers": result.layers,
+        "mean_depth": round(result.mean_depth, 2),
+        "tokens": list(zip(pieces, result.depths[0].tolist(), strict=True)),
+    }
 
 
-MODES = {"full": _full}
+MODES = ("full", "early_exit", "lossless")
 
 
 @command
@@ -61,6 +84,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, default="full", help="default: %(default)s")
     parser.add_argument("--question", help="answer this instead of captioning")
     parser.add_argument("--model", type=Path, default=WORK / "model", help="built folder")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of trained exits")
     parser.add_argument("--longest", type=int, default=30, help="tokens of an answer at most")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the text")
     arguments = parser.parse_args()
@@ -71,12 +95,12 @@ def main() -> None:
         prompt = QUESTION_PROMPT.replace("{question}", arguments.question)
     example = Example(arguments.photo, prompt, (), key=str(arguments.photo))
     example.open_image()  # before the model is loaded, so that a bad photograph is told at once
-    said = MODES[arguments.mode](arguments.model, example, arguments.longest)
+    found = said(arguments.model, arguments.adapter, arguments.mode, example, arguments.longest)
     if arguments.json:
-        row = {"photo": str(arguments.photo), "prompt": prompt, "mode": arguments.mode, **said}
+        row = {"photo": str(arguments.photo), "prompt": prompt, "mode": arguments.mode, **found}
         print(json.dumps(row, ensure_ascii=False))
     else:
-        print(said["text"])
+        print(found["text"])
 
 
 if __name__ == "__main__":
