@@ -34,6 +34,21 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
     return found
 
 
+def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> list[bool]:
+    """For each example, whether its picture was used in none of the `steps`.
+
+    Raises:
+        StorageError: an image file cannot be read.
+    """
+    used = {digest for step in steps for digest in seen.get(step, ())}
+    by_file: dict[Any, bool] = {}
+    for example in examples:
+        name = example.image if isinstance(example.image, Path) else id(example.image)
+        if name not in by_file:
+            by_file[name] = content_digest(example.image)[:DIGITS] not in used
+    return [by_file[e.image if isinstance(e.image, Path) else id(e.image)] for e in examples]
+
+
 def check_unseen(
     seen: Seen, examples: Sequence[Example], steps: Sequence[str], advice: str
 ) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter
+from offramp.cli.common import add_command, backbone_options, load_adapter, unseen_items
 
 
 def add(commands: Any) -> None:
@@ -64,6 +64,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument(
+        "--leave-out-seen", action="store_true",
+        help="leave out pictures that the exits were trained on, and say how many",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     parser.add_argument("--json", action="store_true", help="the calibration as one JSON object")
 
@@ -91,8 +95,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         prompt=arguments.prompt,
         limit=arguments.limit,
     )
-    examples = [item.example for item in items]
     adapter, processor = load_adapter(arguments)
+    if arguments.leave_out_seen:
+        items = unseen_items(items, adapter, ("train",))
+    examples = [item.example for item in items]
     names = ("score", "kv", "exit_in_prefill")
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     found = calibrate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,22 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
         name = read_json(config)["backbone"]["name"]
     backbone, processor = load_model(arguments, name)
     return Adapter.from_pretrained(arguments.adapter, backbone), processor
+
+
+def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
+    """The items whose pictures the adapter did not use in these steps; tells how many are left."""
+    from offramp.errors import DataError
+    from offramp.seen import unseen
+
+    keep = unseen(adapter.seen, [item.example for item in items], steps)
+    left = [item for item, kept in zip(items, keep, strict=True) if kept]
+    logging.info("%d of %d examples are left out: seen before", len(items) - len(left), len(items))
+    if not left:
+        raise DataError(
+            f"All {len(items)} examples are of pictures that were used before.",
+            "Give other data, or more of it (--limit).",
+        )
+    return left
 
 
 def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter, load_model, policy_of
+from offramp.cli.common import (
+    add_command,
+    backbone_options,
+    load_adapter,
+    load_model,
+    policy_of,
+    unseen_items,
+)
 from offramp.errors import InputError
 
 
@@ -90,6 +97,9 @@ def add(commands: Any) -> None:
         help="take pictures that the exits were trained or calibrated on",
     )
     parser.add_argument(
+        "--leave-out-seen", action="store_true", help="leave out such pictures, and say how many"
+    )
+    parser.add_argument(
         "--rescore",
         action="store_true",
         help="score the answers in --out again; no model is loaded",
@@ -125,6 +135,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     else:
         model, processor = load_model(arguments) if alone else load_adapter(arguments)
         backbone = model if alone else model.backbone
+        if arguments.leave_out_seen and not alone:
+            items = unseen_items(items, model, ("train", "calibration"))
         result = evaluate(
             model,
             Encoder(backbone, processor),
