@@ -72,9 +72,9 @@ class Sizes:
     training on few pictures."""
 
     pictures: int = 300
-    steps: int = 400
+    steps: int = 300
     few: int = 60
-    long: int = 600
+    long: int = 450
     test: int = 160
 
 

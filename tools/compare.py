@@ -44,7 +44,7 @@ class Sizes:
     train: int = 400
     test: int = 160
     steps: int = 600
-    timed: int = 8
+    timed: int = 16
     captions: int = 30
     rounds: int = 5
 

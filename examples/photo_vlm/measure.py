@@ -76,7 +76,12 @@ class Sizes:
     damaged: int = 200
 
 
+SMALL = Sizes(captions=800, questions=400, steps=300, held_out=500, asked=300, race=16, damaged=100)
+"""What one core measures of a regime in forty minutes."""
+
+
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
+SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
 
 
 def _half(example: Example) -> int:
@@ -371,7 +376,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), metavar="REGIME")
     parser.add_argument("--depths", type=int, nargs="+", default=(8, 15), help="of the exits")
-    parser.add_argument("--quick", action="store_true", help="everything, on a few photographs")
+    parser.add_argument("--size", choices=SIZES, default="whole", help="quick: only to try it out")
     parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
     arguments = parser.parse_args()
     if unknown := set(arguments.regimes) - set(REGIMES):
@@ -379,10 +384,9 @@ def main() -> None:
             f"Regime {', '.join(sorted(unknown))} is not known.", f"Known: {', '.join(REGIMES)}."
         )
     photos = Photos(
-        arguments.work / "model", arguments.data, QUICK if arguments.quick else Sizes(),
-        arguments.depths,
+        arguments.work / "model", arguments.data, SIZES[arguments.size], arguments.depths
     )  # fmt: skip
-    place = arguments.work / ("quick" if arguments.quick else "measured")
+    place = arguments.work / f"measured-{arguments.size}"
     files = {name: place / f"{_slug(name)}.json" for name in ("full", *REGIMES)}
     if not files["full"].is_file():
         write_json(files["full"], full_figures(photos))
@@ -401,7 +405,7 @@ def main() -> None:
         "sizes": vars(photos.sizes),
         "provenance": provenance(0, sys.argv, None),
     }
-    write_json(place / "photo.json" if arguments.quick else arguments.out, record)
+    write_json(place / "photo.json" if arguments.size == "quick" else arguments.out, record)
 
 
 def _slug(name: str) -> str:
