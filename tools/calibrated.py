@@ -35,6 +35,7 @@ from offramp.risk import METHODS, control
 from offramp.tiny import TINY, captions, load_tiny, questions
 from offramp.train import train
 from offramp.unitcosts import measure_costs
+from offramp.ways import stock_way
 
 RECORDS = Path(__file__).parent.parent / "records"
 DEPTHS = (2, 4)
@@ -117,7 +118,7 @@ def _calibrated(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[s
         for target in TARGETS
     ]  # fmt: skip
     ways: dict[str, Way] = {
-        "generate": partial(demo._stock, adapter.backbone),
+        "generate": stock_way(adapter.backbone, **demo.OPTIONS),
         "full": demo.own_way(adapter, FULL),
     }
     ways |= {str(i): demo.own_way(adapter, one.policy) for i, one in enumerate(found)}

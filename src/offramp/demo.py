@@ -11,22 +11,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter, policy_to_json
 from offramp.answerloss import answer_ids
-from offramp.backbone import Backbone
 from offramp.calibrate import calibrate, calibrated
 from offramp.config import TrainConfig
-from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.examples import Example
 from offramp.exits import Exits
@@ -35,6 +30,8 @@ from offramp.policy import FULL, Policy
 from offramp.records import provenance, write_json
 from offramp.tiny import Task, captions, load_tiny, questions
 from offramp.train import train
+from offramp.ways import own_way as any_way
+from offramp.ways import stock_way
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +133,7 @@ def _measure(
     early = answers(adapter, encoder, tasks, adapter.policy)
 
     ways: dict[str, Way] = {
-        "generate": partial(_stock, backbone),
+        "generate": stock_way(backbone, **OPTIONS),
         "full": own_way(adapter, FULL),
         "early_exit": own_way(adapter, adapter.policy),
         "lossless": own_way(adapter, lossless),
@@ -211,24 +208,9 @@ def _share_right(task: Task, answers: Sequence[Answer], encoder: Encoder) -> flo
     return sum(right) / len(right)
 
 
-def _stock(backbone: Backbone, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-    with torch.inference_mode():
-        out = backbone.model.generate(**inputs, stopping_criteria=stop, **OPTIONS)
-    prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
-    return out[0, prompt:]  # type: ignore[no-any-return]
-
-
 def own_way(adapter: Adapter, policy: Policy) -> Way:
-    """The adapter's generation by `policy`, for `race`; full depth goes without the exits."""
-
-    def own(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        exits = adapter.exits if policy.thresholds else None
-        result = generate(
-            adapter.backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **OPTIONS
-        )
-        return result.new_tokens[0]
-
-    return own
+    """The adapter's exits by `policy`, with the demo's options."""
+    return any_way(adapter.backbone, adapter.exits, policy, adapter.discriminators, **OPTIONS)
 
 
 def _speed(timing: Timing) -> dict[str, Any]:
