@@ -1,11 +1,13 @@
 """Wall-clock comparison of ways to generate: interleaved, free-running, batch 1.
 
-Each example is answered by every way in turn, in an order that rotates, so that drift of the
-machine falls on all alike. A round is one pass over all examples; figures are medians of rounds.
+Each example is answered by every way in turn, in an order that is drawn anew each time: drift of
+the machine falls on all alike, and none always comes behind one that leaves its weights in the
+processor's cache. A round is one pass over all examples; figures are medians of rounds.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,8 +73,7 @@ def race(
         total = dict.fromkeys(names, 0.0)
         decode = dict.fromkeys(names, 0.0)
         for place, some in enumerate(inputs):
-            turn = (number + place) % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in random.Random(f"{number}:{place}").sample(names, len(names)):
                 clock = FirstToken()
                 begin = time.perf_counter()
                 answer = ways[name](some, StoppingCriteriaList([clock]))
