@@ -76,7 +76,7 @@ class Sizes:
     damaged: int = 200
 
 
-SMALL = Sizes(captions=800, questions=400, steps=300, held_out=500, asked=300, race=16, damaged=100)
+SMALL = Sizes(captions=800, questions=400, steps=300, held_out=500, asked=300, race=12, damaged=80)
 """What one core measures of a regime in forty minutes."""
 
 
@@ -255,7 +255,7 @@ def _by_drop(photos: Photos, adapter: Adapter, whole: Tried) -> dict[str, Policy
             best = found.get(name)
             if drop <= limit and (best is None or took < whole.seconds(best.thresholds)):
                 found[name] = policy
-        if drop > 0.15:
+        if drop > 0.08:
             break
     return found
 

@@ -60,7 +60,8 @@ class Plan:
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement
         need more than one. None: a quarter, a half and three quarters of the layers.
-    quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread.
+    quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
+        from 0, where all leave, for a curve must reach the quality at which it is read.
     training: what all objectives share.
     timed: test examples in the race. rounds: its rounds.
     """
@@ -69,7 +70,7 @@ class Plan:
     policies: tuple[str, ...] = tuple(POLICIES)
     depths: tuple[int, ...] | None = None
     several: tuple[int, ...] | None = None
-    quantiles: tuple[float, ...] = (0.02, 0.1, 0.25, 0.5, 0.8)
+    quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
     timed: int = 12
     rounds: int = 5
