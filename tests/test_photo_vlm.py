@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # examples is no part of the package
 
-from examples.photo_vlm import build, evaluate, fetch, learn, rows, train
+from examples.photo_vlm import build, evaluate, fetch, learn, results, rows, train
 from examples.photo_vlm.photos import Features, cache_features, image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, _Conv
 
@@ -390,6 +390,43 @@ def test_a_damaged_bridge_is_refused(tmp_path: Path) -> None:
 def test_accuracy_takes_any_of_the_right_answers() -> None:
     question = Example(Image.new("RGB", (1, 1)), "", ("Red", "blue"), key="q")
     assert evaluate.accuracy([" red", "green"], [question, question]) == 0.5
+
+
+POINT = {
+    "chosen_by": "CIDEr drop 1%", "thresholds": {"8": 0.9}, "speedup_decode": 1.7,
+    "speedup_end_to_end": 1.4, "cider_drop": 0.004, "rouge_l": 0.4, "daquar_accuracy": 0.2,
+    "daquar_accuracy_full": 0.21,
+}  # fmt: skip
+REGIME = {
+    "regime": "unsupervised", "training_seconds": 600, "agreement": {"8": 0.9},
+    "checks": {
+        "shortlist": {"size": 2048, "miss_rate": 0.001, "miss_bound": 0.002},
+        "gates": {"8": {"shut": 0.3, "gain_layers": 0.2, "used": True}},
+    },
+    "points": [POINT, {"chosen_by": "risk 1%", "thresholds": {}, "reason": "Too few."}],
+    "lossless": {"speedup_decode": 1.3, "speedup_end_to_end": 1.2, "identical_captions": 9,
+                 "captions": 9, "acceptance": 0.8},
+    "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19}}, "full_vs_generate": 1.01,
+}  # fmt: skip
+FULL = {"cider": 0.35, "bleu_4": 0.15, "meteor": 0.18, "rouge_l": 0.4, "daquar_accuracy": 0.2,
+        "captions": 1000, "questions": 600}  # fmt: skip
+CARD = {
+    "steps": 2500,
+    "seconds": 6000,
+    "curve": [{"step": 1100, "CIDEr": 0.2, "Bleu_4": 0.1, "accuracy": 0.1}],
+}
+
+
+def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
+    record = {
+        "full": FULL, "regimes": {"a": REGIME, "b": REGIME}, "depths": [8],
+        "sizes": {"steps": 500, "captions": 1500, "questions": 700},
+        "provenance": {"threads": 1, "processor": "some"},
+    }  # fmt: skip
+    page = results.page(record, CARD)
+    for told in ("0.350", "**1.70x**", "+0.4%", "off: Too few.", "9 of 9 captions", "misses 0.10%",
+                 "| 1,100 | 0.200", "Side by side"):  # fmt: skip
+        assert told in page, told
 
 
 TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}

@@ -67,15 +67,19 @@ def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
     return min(curves, key=lambda curve: float(curve["free_over"][level]))
 
 
-def drawn(found: Mapping[str, Any], worst: float = 0.2) -> str:
+WORST = 0.2
+"""Points that lose a larger share of the quality are left out of plots."""
+
+
+def drawn(found: Mapping[str, Any]) -> str:
     """Quality against measured decoding speed, a line for each (objective, policy), as SVG.
 
-    Of each the points that no other of its own beats in both, down to the relative drop `worst`.
+    Of each the points that no other of its own beats in both, down to the relative drop `WORST`.
     """
     series = {"full depth": [(1.0, found["quality_full"])]}
     for point in found["points"]:
         name = point["objective"] if point["policy"] == "max_probability" else point["policy"]
-        if point["quality_drop"] <= worst:
+        if point["quality_drop"] <= WORST:
             series.setdefault(name, []).append((point["speedup_decode"], point["quality"]))
     best = {
         name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]

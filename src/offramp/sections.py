@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from offramp.merit import WORST
 from offramp.page import (
     between,
     cards,
@@ -82,7 +83,7 @@ def headline_adapter(value: Value) -> str:
     if not promise or promise.get("measured") is None:
         return ""
     return cards([
-        ("promised risk, at most", percent(promise["target"]),
+        ("promised risk, at most", percent(promise["target"], 2),
          f"{promise['risk']}, at {percent(promise['confidence'], 0)} confidence"),
         ("measured risk", percent(promise["measured"], 2),
          f"at most {percent(promise['bound'], 2)}, n = {promise['n']}"),
@@ -101,8 +102,9 @@ def tradeoffs(value: Value) -> str:
     for title, some, name in _groups(points):
         series: dict[str, list[tuple[float, float]]] = {}
         for p in some:
-            kept = 1 - _mean(p["quality_drop"])
-            series.setdefault(name(p), []).append((p["speedup_decode"], kept))
+            drop = _mean(p["quality_drop"])
+            if drop <= WORST:  # the rest, in the table below, would press all else into a line
+                series.setdefault(name(p), []).append((p["speedup_decode"], 1 - drop))
         plots.append((tradeoff(series, "quality kept"), title))
     rows = [
         (
