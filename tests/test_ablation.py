@@ -92,9 +92,9 @@ def test_one_seed_has_no_interval(tool: Any) -> None:
 
 def test_every_game_can_be_trained_in_its_setting(tool: Any) -> None:
     for setting in tool.SETTINGS.values():
-        for game in setting.games.values():
+        for game in setting.games("opt").values():
             TrainConfig(**setting.regime, **game)
-    games = tool.SETTINGS["no labels"].games
+    games = tool.SETTINGS["no labels"].games("t5")
     assert games["unconditional, 0.1"] == {"adversarial": 0.1, "conditional": False}
 
 
