@@ -374,7 +374,7 @@ def main() -> None:
     parser = parser_of("measure", "--regimes unsupervised --depths 8 15", str(__doc__))
     parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
-    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), metavar="REGIME")
+    parser.add_argument("--regimes", nargs="*", default=list(REGIMES), metavar="REGIME")
     parser.add_argument("--depths", type=int, nargs="+", default=(8, 15), help="of the exits")
     parser.add_argument("--size", choices=SIZES, default="whole", help="quick: only to try it out")
     parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
