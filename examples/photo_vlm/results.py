@@ -16,13 +16,16 @@ RECORD = HERE.parent.parent / "records" / "photo.json"
 def page(record: dict[str, Any], card: dict[str, Any]) -> str:
     """RESULTS.md."""
     regimes = list(record["regimes"].values())
-    parts = [
-        "# What exits are worth on photographs\n",
-        f"From [records/photo.json](../../records/photo.json): {_machine(record)}. Exits at depths "
-        f"{' and '.join(map(str, record['depths']))} of 30, each trained for "
+    trained = (
+        f"Exits at depths {' and '.join(map(str, record['depths']))} of 30, each trained for "
         f"{record['sizes']['steps']} steps on {record['sizes']['captions']:,} photographs to "
         f"caption and {record['sizes']['questions']:,} questions. Held-out photographs are halved: "
-        "thresholds are chosen on one half and measured on the other. Written by `python -m "
+        "thresholds are chosen on one half and measured on the other."
+    )
+    parts = [
+        "# What exits are worth on photographs\n",
+        f"From [records/photo.json](../../records/photo.json): {_machine(record)}. "
+        f"{trained if regimes else 'No exits have been measured yet.'} Written by `python -m "
         "examples.photo_vlm.results`.\n",
         _full(record["full"], card),
         *(_regime(one) for one in regimes),
