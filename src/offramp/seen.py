@@ -17,6 +17,18 @@ DIGITS = 16
 """Hex digits kept of a digest: a million pictures hold two of the same less than once in 10^7."""
 
 
+def _digests(examples: Sequence[Example]) -> list[str]:
+    """Each example's picture digest; a file is read once, however many questions are asked."""
+    read: dict[Any, str] = {}
+    found = []
+    for example in examples:
+        name = example.image if isinstance(example.image, Path) else id(example.image)
+        if name not in read:
+            read[name] = content_digest(example.image)[:DIGITS]
+        found.append(read[name])
+    return found
+
+
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
     """The key of the first example of each distinct picture, by the picture's digest.
 
@@ -24,13 +36,8 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
         StorageError: an image file cannot be read.
     """
     found: dict[str, str] = {}
-    read: set[Any] = set()
-    for example in examples:
-        # A file is read once, however many questions are asked about it.
-        name = example.image if isinstance(example.image, Path) else id(example.image)
-        if name not in read:
-            read.add(name)
-            found.setdefault(content_digest(example.image)[:DIGITS], example.key)
+    for digest, example in zip(_digests(examples), examples, strict=True):
+        found.setdefault(digest, example.key)
     return found
 
 
@@ -41,12 +48,7 @@ def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> lis
         StorageError: an image file cannot be read.
     """
     used = {digest for step in steps for digest in seen.get(step, ())}
-    by_file: dict[Any, bool] = {}
-    for example in examples:
-        name = example.image if isinstance(example.image, Path) else id(example.image)
-        if name not in by_file:
-            by_file[name] = content_digest(example.image)[:DIGITS] not in used
-    return [by_file[e.image if isinstance(e.image, Path) else id(e.image)] for e in examples]
+    return [digest not in used for digest in _digests(examples)]
 
 
 def check_unseen(
