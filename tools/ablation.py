@@ -47,7 +47,10 @@ RECORD = ROOT / "records" / "ablation.json"
 DEPTH, BATCH, LONGEST, SEVERITY, KEPT = 2, 32, 48, 3, 0.99
 ALONE = "distillation"
 
-GAMES: dict[str, dict[str, Any]] = {ALONE: {"adversarial": 0.0}, "free": {}}
+GAMES: dict[str, dict[str, Any]] = {
+    ALONE: {"adversarial": 0.0},
+    "weight 0.01": {"adversarial": 0.01},
+}
 _STRONGER = {"adversarial": 0.03}
 VARIANTS: dict[str, dict[str, Any]] = {
     "weight 0.003": {"adversarial": 0.003},
@@ -63,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequence, 0.03": {**_STRONGER, "judged": "sequence"},
     "from half-way, 0.03": {**_STRONGER, "adversarial_start": 0.5},
 }
-"""Changes to the `TrainConfig` by name; "free" is the default, conditional with weight 0.01."""
+"""Changes to the `TrainConfig` by name. A weight alone: FREE, logistic and conditional."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class TrainConfig:
     discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
     distillation: float = _option(1.0, "weight of distillation from the final layer")
     adversarial: float = _option(
-        0.01, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
+        0.003, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
     )
     cross_entropy: float = _option(1.0, "weight of cross-entropy on labelled answers")
     l2: float = _option(0.0, "weight of the squared distance to the final layer's features")
