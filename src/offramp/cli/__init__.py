@@ -9,7 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from offramp import __version__
-from offramp.cli import analyse, calibrate, compare, demo, eval, generate, inspect, report, train
+from offramp.cli import (
+    analyse,
+    bench,
+    calibrate,
+    compare,
+    demo,
+    eval,
+    generate,
+    inspect,
+    report,
+    train,
+)
 from offramp.errors import OfframpError
 
 EXAMPLES = """\
@@ -22,10 +33,11 @@ examples:
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
   offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis
+  offramp bench --shape opt-2.7b --depths 8      what skipping is worth on this machine
   offramp report --run exits runs/captions runs/analysis --out report.html
 """
 
-COMMANDS = (demo, train, calibrate, generate, eval, compare, analyse, report, inspect)
+COMMANDS = (demo, train, calibrate, generate, eval, compare, analyse, bench, report, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

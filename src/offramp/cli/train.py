@@ -105,7 +105,9 @@ def _train(arguments: argparse.Namespace) -> None:
             f"Give a number from 2 to {backbone.vocabulary}.",
         )
     adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
-    if PartialState().is_main_process:
+    processes = PartialState()
+    processes.destroy_process_group()  # its threads can abort a process that just exits
+    if processes.is_main_process:
         if arguments.shortlist is not None or arguments.gates:
             adapter = cheapen(
                 adapter, Encoder(backbone, processor), examples,
