@@ -17,6 +17,7 @@ from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.judge import Judge
 from offramp.policy import FULL, Policy
+from offramp.rows import Rows
 from offramp.run import Run
 from offramp.scores import SCORES
 from reference import Dice, Script, StepLogitsWarper, of_steps, probe
@@ -490,6 +491,36 @@ def test_the_end_token_stops_a_row_and_pads_what_follows(name, rows, backbone, e
             assert set(tokens[stop:]) <= {PAD} and set(depths[stop:]) <= {0}
 
 
+@pytest.mark.parametrize("way", ["recompute", "propagate", "lossless"])
+@pytest.mark.parametrize("name", NAMES)
+def test_taking_finished_rows_out_changes_no_other_row(
+    name, way, backbone, exits, batch, monkeypatch
+):
+    whole, inputs = backbone(name), batch(name, 4)
+    kv = "recompute" if way == "lossless" else way
+    policy = Policy(dict.fromkeys(families.depths(name), 0.03), kv=kv, lossless=way == "lossless")
+    options = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.2}
+    free = generate(whole, inputs, exits=exits(name), policy=policy, **options).new_tokens
+    options |= {"eos_token_id": [int(free[0, 3]), int(free[1, 6])], "pad_token_id": PAD}
+    fewest = []
+
+    def run():
+        seen = []
+        note = whole.layers[0].register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+        made = generate(whole, inputs, exits=exits(name), policy=policy, **options)
+        note.remove()
+        fewest.append(min(seen))
+        return made
+
+    made = run()
+    monkeypatch.setattr(Rows, "keep", lambda self, written: None)
+    together = run()
+    assert fewest[0] < fewest[1] == 4
+    assert torch.equal(made.sequences, together.sequences)
+    assert torch.equal(made.depths, together.depths)
+    torch.testing.assert_close(made.scores, together.scores, equal_nan=True)
+
+
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
 def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(
     kv, backbone, exits, batch
@@ -507,7 +538,8 @@ def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(
 
 
 def test_a_finished_row_no_longer_holds_the_others_at_full_depth(batch, scored):
-    scored(lambda logits: torch.tensor([0.0, 1.0, 1.0, 1.0]))  # the first row never leaves
+    # The first row never leaves; it is gone once it is finished.
+    scored(lambda logits: torch.tensor([0.0, 1.0, 1.0, 1.0])[-len(logits) :])
     whole, inputs = Backbone(families.build("llava")), batch("llava", 4)
     exits, policy = Exits(whole, (2,)), Policy({2: 0.5}, kv="propagate")
     free = generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=NEW)

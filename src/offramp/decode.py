@@ -151,6 +151,7 @@ def _decode(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> None:
     run.prompt_stands_at(reading.positions)
     loop.emit(loop.choose(run.merge(reading.logits)), run.depths, run.scores)
     while not loop.done:
+        run.keep(loop.written)
         run.begin(loop.unfinished)
         states = run.call(input_ids=loop.ids[:, -1:], **reading.advance(1))
         logits = run.logits if run.everybody_left else run.merge(backbone.read(states[:, -1]))

@@ -35,6 +35,11 @@ class Loop:
         """Whether every row is finished."""
         return not bool(self.unfinished.any())
 
+    @property
+    def written(self) -> Tensor:
+        """Rows [B] whose next token matters. Without an end token HF writes on in finished rows."""
+        return self.unfinished if self._eos is not None else torch.ones_like(self.unfinished)
+
     def process(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits [B, V] after HF's processors and warpers, float32, for the token after `ids`."""
         ids = self.ids if ids is None else ids
@@ -67,7 +72,9 @@ class Loop:
         longest = self._criteria.max_length
         if longest is not None and ids.shape[1] >= longest:
             return True
-        return self._eos is not None and bool(torch.isin(ids[:, -1], self._eos).any())
+        if self._eos is None:
+            return False
+        return bool((torch.isin(ids[:, -1], self._eos) & self.unfinished).any())
 
     def end(self) -> None:
         """Tell the streamer that nothing more comes."""

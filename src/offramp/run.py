@@ -8,6 +8,10 @@ recompute: the token's state waits at its exit; when a later token must go deepe
     full model's would be.
 propagate: the state at the exit is projected to the keys and values of every skipped layer at
     once (CALM, Schuster et al. 2022). Approximate; nothing ever waits.
+
+In a batch the stack runs on the rows that are still written: finished ones are taken out, of the
+cache too. A row that left early stays with the others, for its keys and values are
+due at the deeper layers as well, with the others' or in a call of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.judge import Constrain, Judge, Look, gates_of_policy
 from offramp.policy import Policy
+from offramp.rows import Rows, select
 from offramp.scores import check_thresholds, check_weights
 from offramp.view import View
 
@@ -63,6 +68,7 @@ class Run:
         # per generation
         self.cache: Any = None
         self.constrain: Constrain | None = None
+        self._rows = Rows()
         self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
             d: [] for d in self.thresholds
         }
@@ -89,19 +95,31 @@ class Run:
 
     # -- one token ---------------------------------------------------------------------------
 
+    def keep(self, written: Tensor) -> None:
+        """From here on only the rows `written` [B]: the others leave the cache and what waits."""
+        stay = self._rows.keep(written)
+        if stay is None:
+            return
+        self._unseen = None
+        self.cache.batch_select_indices(stay)
+        for depth, waiting in self._waiting.items():
+            self._waiting[depth] = [
+                (state[stay], select(positions, stay)) for state, positions in waiting
+            ]
+
     def begin(self, unfinished: Tensor, *, check: bool = True) -> None:
         """A new token for each row; with `check=False` nobody leaves. unfinished: rows [B]."""
         self._check = check
         self._left = None
         self.logits = None
+        self._open = self._rows.pick(unfinished)
         if self._unseen is None:
-            rows, device = len(unfinished), unfinished.device
+            rows, device = len(self._open), unfinished.device
             self._unseen = (
                 torch.full((rows,), self.backbone.depth, device=device),
                 torch.full((rows,), float("nan"), device=device),
             )
         self.depths, self.scores = self._unseen
-        self._open = unfinished
 
     def prompt_stands_at(self, positions: Tensor | None) -> None:
         """Position ids of the prompt, known after the prefill, in case it waits at an exit."""
@@ -111,27 +129,35 @@ class Run:
     def call(self, **kw: Any) -> Tensor:
         """Run the stack for the new token, catching up those who wait if it must go deeper.
 
-        Returns final-normed states [B, n, D] of the n tokens that went to full depth together, the
-        new one last; meaningless if everybody left.
+        kw: for all rows, also those not kept. Returns final-normed states [B, n, D] of the n tokens
+        that went to full depth together, the new one last; meaningless where a row is not kept, or
+        if everybody left.
         """
+        kw = self._rows.pick_arguments(kw)
         self._positions = kw.get("position_ids")
         kw[_cache_name(kw)] = self._cache_from(0)
-        out = self.view.stack(**kw).last_hidden_state
-        while self._need is not None:
-            out = self._catch_up(self._need, kw)
-        return out  # type: ignore[no-any-return]
+        out = self._to_the_end(self.view.stack(**kw).last_hidden_state, kw)
+        self.depths = self._rows.spread(self.depths, self.backbone.depth)
+        self.scores = self._rows.spread(self.scores, float("nan"))
+        if self.logits is not None:
+            self.logits = self._rows.spread(self.logits, 0.0)
+        return out
 
     def flush(self, kw: dict[str, Any]) -> Tensor:
         """Take all who wait to full depth, with no new token; their states as `call` returns them.
 
         kw: the arguments of the last call.
         """
+        kw = self._rows.pick_arguments(kw)
         self._left, self._check = None, False
         depth = next(d for d, waiting in self._waiting.items() if waiting)
-        out = self._catch_up(depth, kw)
+        return self._to_the_end(self._catch_up(depth, kw), kw)
+
+    def _to_the_end(self, out: Tensor, kw: dict[str, Any]) -> Tensor:
+        """Catch up where tokens wait in the way; the states of all rows again."""
         while self._need is not None:
             out = self._catch_up(self._need, kw)
-        return out
+        return self._rows.spread(out, 0.0)
 
     @property
     def everybody_left(self) -> bool:
@@ -208,7 +234,8 @@ class Run:
     def _leave(self, depth: int, state: Tensor, entry: Tensor, candidates: Tensor) -> bool:
         """Let confident rows leave at `depth`; True once no unfinished row is left."""
         assert self.judge is not None
-        look = self.judge(depth, state, entry, self._previous, self.constrain)
+        constrain = self._rows.gathered(self.constrain)
+        look = self.judge(depth, state, entry, self._previous, constrain)
         threshold = self.thresholds[depth]
         if threshold == 0.0:
             self.scores = self.scores.masked_fill(candidates, float("nan"))

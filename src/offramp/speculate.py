@@ -51,6 +51,7 @@ def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> lis
     loop.emit(loop.choose(reading.logits), run.depths, run.scores)
     rounds = []
     while not loop.done:
+        run.keep(loop.written)
         drafts, states = _draft(run, loop, reading)
         logits = run.backbone.read(states)
         position, accepted, agreed = 0, 0, True
