@@ -279,6 +279,14 @@ def test_what_is_learnt_is_used_and_survives_the_disk(backbone, exits, tmp_path)
     assert not (tmp_path / "adapter" / CHECKS).exists()
 
 
+def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits, tmp_path):
+    adapter, encoder = adapted(backbone, exits)
+    ours = cheapen(adapter, encoder, fakes.examples(20), max_new_tokens=6)
+    ours.save(tmp_path / "adapter")
+    again = Adapter.load(tmp_path / "adapter", adapter.backbone)
+    assert again.policy == ours.policy and again.exits.checks.tensors() == {}
+
+
 def test_checks_of_another_size_or_half_a_file_are_refused(backbone, exits, tmp_path):
     adapter, _ = adapted(backbone, exits)
     wrong = Checks(torch.tensor([1, 10_000]), found={"shortlist": {}})

@@ -1,15 +1,17 @@
 """Measure predicted against real speed, and peers; rewrites records/bench.json and peers.json.
 
 One thread, a quiet machine with 12 GB of memory, about an hour. `python tools/bench.py NAME...`
-runs only these parts of records/bench.json and prints them: opt-2.7b, flan-t5-xl, smollm2-135m,
-batch, families.
+measures only these parts; what each found waits in runs/bench for the others: opt-2.7b, flan-t5-xl,
+smollm2-135m, batch, families, peers.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
 batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
 families: full depth against HF `generate`, for every family in the tests.
+peers: the shipped models, with what else HF offers.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from offramp.encode import Encoder
 from offramp.exits import Exits
 from offramp.peers import race_peers
 from offramp.peers import table as peers_table
-from offramp.records import provenance, write_json
+from offramp.plots import speeds
+from offramp.records import provenance, read_json, write_atomic, write_json
 from offramp.shapes import shape
 from offramp.tiny import TINY, captions, load_tiny, questions
 from offramp.unitcosts import measure_costs
 
 ROOT = Path(__file__).parent.parent
+RECORDS, OUT = ROOT / "records", ROOT / "runs" / "bench"
 ACCEPTANCE = 0.8
 SHORTLIST = 2048  # tokens that exits read where the whole vocabulary costs more than a layer
 ROUNDS, TOKENS, PICTURES = 5, 40, 20
@@ -37,14 +41,19 @@ BATCH = 8
 
 def main() -> None:
     torch.set_num_threads(1)
-    if chosen := sys.argv[1:]:
-        for name in chosen:
-            PARTS[name]()
+    chosen = sys.argv[1:] or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        sys.exit(f"{', '.join(sorted(unknown))} is no part; parts: {', '.join(PARTS)}")
+    for name in chosen:
+        write_json(OUT / f"{name}.json", PARTS[name]())
+    if missing := [name for name in PARTS if not (OUT / f"{name}.json").is_file()]:
+        print(f"no records yet: {', '.join(missing)} not measured", file=sys.stderr)
         return
-    write_json(ROOT / "records" / "bench.json", [e for part in PARTS.values() for e in part()])
-    peers: dict[str, Any] = {kind: _peers(kind) for kind in TINY}
-    peers["provenance"] = provenance(None, sys.argv, None)
-    write_json(ROOT / "records" / "peers.json", peers)
+    *lists, peers = (read_json(OUT / f"{name}.json") for name in PARTS)
+    write_json(RECORDS / "bench.json", [entry for part in lists for entry in part])
+    write_json(RECORDS / "peers.json", peers)
+    plot = speeds({f"tiny {kind.upper()}": peers[kind] for kind in TINY})
+    write_atomic(RECORDS / "peers.svg", plot)
 
 
 def _forced(name: str, shortlist: int | None = None) -> list[dict[str, Any]]:
@@ -105,7 +114,12 @@ def _run(
     return entries
 
 
-def _peers(kind: str) -> dict[str, Any]:
+def _peers() -> dict[str, Any]:
+    found = {kind: _peers_of(kind) for kind in TINY}
+    return {**found, "provenance": provenance(None, sys.argv, None)}
+
+
+def _peers_of(kind: str) -> dict[str, Any]:
     """The shipped model with the exits that `offramp demo` left in runs/demo."""
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(ROOT / "runs" / "demo" / kind, backbone)
@@ -120,12 +134,13 @@ def _peers(kind: str) -> dict[str, Any]:
     return found
 
 
-PARTS = {
+PARTS: dict[str, Callable[[], Any]] = {
     "opt-2.7b": lambda: _forced("opt-2.7b"),
     "flan-t5-xl": lambda: _forced("flan-t5-xl"),
     "smollm2-135m": lambda: _forced("smollm2-135m", SHORTLIST),
     "batch": _batch,
     "families": _families,
+    "peers": _peers,
 }
 
 

@@ -66,9 +66,9 @@ REGIMES: dict[str, dict[str, Any]] = {
 class Sizes:
     """Photographs with captions and questions to train exits on, steps, and examples measured."""
 
-    captions: int = 1500
+    captions: int = 2000
     questions: int = 700
-    steps: int = 500
+    steps: int = 800
     held_out: int = 1000
     asked: int = 600
     race: int = 20

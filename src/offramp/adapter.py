@@ -98,18 +98,22 @@ class Adapter:
                 "Lens exits have no tensors, so there is nothing to save.",
                 "Build them where they are used: Exits(backbone, depths, lens=True).",
             )
-        checks = self.exits.checks.tensors() if self.exits.checks is not None else {}
+        checks = self.exits.checks
         with atomic_folder(folder) as staging:
             _write(self.exits.state_dict(), staging / EXITS)
-            if checks:
-                _write(checks, staging / CHECKS)
+            if checks is not None:
+                _write(checks.tensors(), staging / CHECKS)
             if self.discriminators is not None:
                 _write(self.discriminators.state_dict(), staging / DISCRIMINATORS)
             if self.seen:
                 write_json(staging / SEEN, {step: list(s) for step, s in self.seen.items()})
             write_json(staging / CONFIG, self._config())
             (staging / CARD).write_text(model_card(self), encoding="utf-8")
-        parts = {CHECKS: checks, DISCRIMINATORS: self.discriminators is not None, SEEN: self.seen}
+        parts = {
+            CHECKS: checks is not None,
+            DISCRIMINATORS: self.discriminators is not None,
+            SEEN: bool(self.seen),
+        }
         for name, written in parts.items():
             if not written:  # an earlier adapter's would not fit these exits
                 (Path(folder) / name).unlink(missing_ok=True)
@@ -128,7 +132,7 @@ class Adapter:
             },
             "depths": list(self.exits.depths),
             "discriminators": discriminators,
-            "checks": dict(self.exits.checks.found) if self.exits.checks is not None else None,
+            "checks": None if self.exits.checks is None else dict(self.exits.checks.found),
             "policy": policy_to_json(self.policy),
             "calibration": None if self.calibration is None else dict(self.calibration),
             "metrics": dict(self.metrics),

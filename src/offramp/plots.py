@@ -181,6 +181,35 @@ def tradeoff(series: Mapping[str, Sequence[tuple[float, float]]], what: str) -> 
     return _drawn(f"{what} against decoding speed: {', '.join(series)}", draw, (_SIZE[0], height))
 
 
+def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Decoding speed of every peer that ran, a bar for each backbone.
+
+    peers: by backbone what `offramp.peers.race_peers` found.
+    """
+    ran = {
+        backbone: {name: p["speedup_decode"] for name, p in found.items() if "speedup_decode" in p}
+        for backbone, found in peers.items()
+    }
+    names = list(dict.fromkeys(name for found in ran.values() for name in found))
+    height = 0.8 / len(ran)
+
+    def draw(axes: Any) -> None:
+        for slot, (backbone, found) in enumerate(ran.items()):
+            at = [names.index(name) + (slot + 0.5) * height - 0.4 for name in found]
+            bars = axes.barh(at, list(found.values()), height, color=COLORS[slot], label=backbone)
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+        axes.axvline(1.0, color=_INK, lw=1, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.grid(axis="y", visible=False)
+        _legend(axes)
+
+    size = (_SIZE[0], 1.1 + 0.22 * len(names) * (1 + len(ran)))
+    return _drawn(f"decoding speed: {', '.join(names)}", draw, size)
+
+
 def calibration_curve(
     risks: Sequence[float], bounds: Sequence[float | None], target: float, chosen: int | None
 ) -> str:

@@ -37,15 +37,14 @@ class Rows:
         """A stack's arguments for the kept rows: of tensors and masks, what has all rows."""
         if self.kept is None:
             return kw
-        return {name: self._argument(name, value) for name, value in kw.items()}
-
-    def _argument(self, name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return self.pick_arguments(value)
-        dim = -2 if name == "position_ids" else 0  # these may have an axis in front of the rows
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[dim] == self.total:
-            return value.index_select(dim, self.kept)
-        return value
+        picked = dict(kw)
+        for name, value in kw.items():
+            dim = -2 if name == "position_ids" else 0  # these may have an axis before the rows
+            if isinstance(value, dict):
+                picked[name] = self.pick_arguments(value)
+            elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[dim] == self.total:
+                picked[name] = value.index_select(dim, self.kept)
+        return picked
 
     def spread(self, value: Tensor, fill: float) -> Tensor:
         """Back to all rows [B, ...]; those that are not kept are `fill`."""
@@ -60,11 +59,3 @@ class Rows:
         if self.kept is None or whole is None:
             return whole
         return lambda logits: whole(self.spread(logits, 0.0))[self.kept]
-
-
-def select(value: Tensor | None, rows: Tensor) -> Tensor | None:
-    """The `rows` of states [b, n, D], or of position ids [..., b, n]; None stays None."""
-    if value is None:
-        return None
-    dim = 0 if value.is_floating_point() else -2
-    return torch.index_select(value, dim, rows)

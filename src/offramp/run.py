@@ -29,7 +29,7 @@ from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.judge import Constrain, Judge, Look, gates_of_policy
 from offramp.policy import Policy
-from offramp.rows import Rows, select
+from offramp.rows import Rows
 from offramp.scores import check_thresholds, check_weights
 from offramp.view import View
 
@@ -104,7 +104,8 @@ class Run:
         self.cache.batch_select_indices(stay)
         for depth, waiting in self._waiting.items():
             self._waiting[depth] = [
-                (state[stay], select(positions, stay)) for state, positions in waiting
+                (state[stay], None if at is None else at.index_select(-2, stay))
+                for state, at in waiting
             ]
 
     def begin(self, unfinished: Tensor, *, check: bool = True) -> None:

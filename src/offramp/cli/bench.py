@@ -73,7 +73,8 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from offramp.records import provenance, write_json
+    from offramp.plots import speeds
+    from offramp.records import provenance, write_atomic, write_json
 
     if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
         raise InputError(
@@ -87,6 +88,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         write_json(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
         print(f"record: {arguments.out}", file=sys.stderr)
+        if arguments.peers:
+            write_atomic(arguments.out.with_suffix(".svg"), speeds(found["peers"]))
 
 
 def _force(arguments: argparse.Namespace) -> dict[str, Any]:
