@@ -10,6 +10,7 @@ from offramp.errors import InputError
 from offramp.exits import Exits
 from offramp.measure import Timing
 from offramp.peers import race_peers, table
+from offramp.plots import speeds
 from offramp.policy import Policy
 from offramp.shapes import shape
 
@@ -55,6 +56,13 @@ def test_full_depth_is_what_speed_is_measured_in(raced: dict[str, Any]) -> None:
     for name, found in raced.items():
         if "not_applicable" not in found:
             assert found["speedup_decode"] > 0 and found["speedup_end_to_end"] > 0, name
+
+
+def test_the_plot_shows_every_peer_that_ran_and_its_speed(raced: dict[str, Any]) -> None:
+    svg = speeds({"mini-llava": raced})
+    for name, found in raced.items():
+        assert (name in svg) == ("speedup_decode" in found)
+        assert "not_applicable" in found or f"{found['speedup_decode']:.2f}" in svg
 
 
 def test_what_the_backbone_cannot_run_is_listed_with_the_reason(raced: dict[str, Any]) -> None:

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
+KINDS = ("opt", "t5")
 BEGIN, END = "<!-- figures:begin -->\n", "<!-- figures:end -->"
 
 
 def figures() -> str:
     """The demo's figures of both shipped models, as Markdown."""
-    reports = [
-        json.loads((ROOT / "records" / f"demo-{kind}.json").read_text()) for kind in ("opt", "t5")
-    ]
+    reports = [json.loads((ROOT / "records" / f"demo-{kind}.json").read_text()) for kind in KINDS]
     machine = reports[0]["provenance"]
     lines = [
         "What it printed, on pictures that neither training nor the threshold had seen (batch 1, "
@@ -81,10 +81,10 @@ def _promised() -> list[str]:
         f"| tiny {kind.upper()} | {RISK_NAMES[row['risk']]} | {row['risk_target']:.0%} "
         f"| {row['risk_test']:.2%} | **{row['speedup_decode']:.2f}x** "
         f"| {row['speedup_end_to_end']:.2f}x | {row['quality_drop']:+.2%} |"
-        for kind in ("opt", "t5")
+        for kind in KINDS
         for row in record[kind]
     ]
-    rows = [row for kind in ("opt", "t5") for row in violations[kind]]
+    rows = [row for kind in KINDS for row in violations[kind]]
     worst = max(rows, key=lambda row: row["violations"])
     lines += [
         "",
@@ -95,6 +95,81 @@ def _promised() -> list[str]:
         f"{worst['splits'] * violations['stated_share']:.1f}). `make calibrated` runs it again.",
     ]
     return lines
+
+
+def performance_figures() -> str:
+    """What skipped layers are worth in time, and what else could be switched on, as Markdown."""
+    bench, peers = (
+        json.loads((ROOT / "records" / f"{name}.json").read_text()) for name in ("bench", "peers")
+    )
+    machine = bench[0]["machine"]
+    forced = [e for e in bench if e["exit_depth"] is not None]
+    subjects = dict.fromkeys((e["shape"], e["batch"], e["exit_depth"]) for e in forced)
+    parts = [
+        "Exits forced on random weights in the real sizes (bfloat16, "
+        f"{machine['threads']} thread, {machine['processor']}): decoding in multiples of full "
+        "depth, and in brackets what the cost model said before. In the batch every row leaves by "
+        "a plan of its own. Last column: exits that look at every token and let none go.",
+        "",
+        "| decoder, exit at | 50% leave | 75% | 90% | 90%, propagated keys "
+        "| lossless, 80% of drafts right | none leaves |",
+        "|---|---|---|---|---|---|---|",
+        *(_forced_row(forced, *subject) for subject in subjects),
+        "",
+        _whole_loop([e for e in bench if e["policy"] == "full"]),
+        "",
+        "What else a user could switch on, on the tiny models that ship, with the same prompts in "
+        "one interleaved race ([as a plot](records/peers.svg)): decoding and end to end in "
+        "multiples of full depth, and the share of answers that are the full model's.",
+        "",
+        "| | tiny OPT | tiny T5 |",
+        "|---|---|---|",
+        *(
+            f"| {name.replace('_', ' ')} | "
+            + " | ".join(_peer(peers[k][name]) for k in KINDS)
+            + " |"
+            for name in peers["opt"]
+        ),
+        "",
+        "`make bench` measures all of this again.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _forced_row(entries: list[dict], shape: str, batch: int, depth: int) -> str:
+    """One decoder and exit: the cells of the table."""
+
+    def cell(policy: str, rate: float) -> str:
+        found = [
+            e for e in entries
+            if (e["shape"], e["batch"], e["exit_depth"]) == (shape, batch, depth)
+            and (e["policy"], e["exit_rate"]) == (policy, rate)
+            and e.get("rows", "independent") == "independent"
+        ]  # fmt: skip
+        return f"{found[0]['measured']:.2f}x ({found[0]['predicted']:.2f})" if found else ""
+
+    cells = [cell("recompute", rate) for rate in (0.5, 0.75, 0.9)]
+    cells += [cell("propagate", 0.9), cell("lossless", 0.8), cell("recompute", 0.0)]
+    rows = f", {batch} rows" if batch > 1 else ""
+    return f"| {shape}{rows}, {depth} | " + " | ".join(cells) + " |"
+
+
+def _whole_loop(entries: list[dict]) -> str:
+    """Our loop without exits, over all backbones that were measured."""
+    ratios = sorted(e["measured"] for e in entries)
+    return (
+        f"With exits off the loop takes the time of HF's `generate`: over {len(ratios)} backbones "
+        f"it is {ratios[0]:.2f} to {ratios[-1]:.2f} times as fast, {median(ratios):.2f} in the "
+        "middle."
+    )
+
+
+def _peer(found: dict) -> str:
+    if "not_applicable" in found:
+        return f"not applicable: {found['not_applicable']}"
+    text = f"{found['speedup_decode']:.2f}x, {found['speedup_end_to_end']:.2f}x, "
+    text += f"{found['identical']:.0%}"
+    return text + (f" ({found['setting']})" if found["setting"] else "")
 
 
 def _lossless(mode: dict) -> str:
@@ -135,7 +210,7 @@ def choices_figures() -> str:
     ablation = json.loads((ROOT / "records" / "ablation.json").read_text())
     compared = json.loads((ROOT / "records" / "compare.json").read_text())
     parts = [_equal_quality(compared), _kv(compared)]
-    parts += [_adversary(ablation, kind) for kind in ("opt", "t5")]
+    parts += [_adversary(ablation, kind) for kind in KINDS]
     return "\n".join(parts)
 
 
@@ -185,7 +260,7 @@ def _kv(record: dict) -> str:
         "|---|---|---|",
     ]
     for policy in ("recompute", "propagate"):
-        found = [record[m]["kv"][policy] for m in ("opt", "t5")]
+        found = [record[m]["kv"][policy] for m in KINDS]
         cells = [f"{f['speedup_decode']:.2f}x, {f['identical_answers']:.1%}" for f in found]
         lines.append(f"| `{policy}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -228,16 +303,21 @@ def _gap(cell: dict, name: str) -> str:
 
 
 PAGES = {
-    "README.md": figures,
-    "recipes/tiny_vlm/README.md": tiny_figures,
-    "docs/choices.md": choices_figures,
+    "README.md": (figures, performance_figures),
+    "recipes/tiny_vlm/README.md": (tiny_figures,),
+    "docs/choices.md": (choices_figures,),
 }
 
 
 def rendered(name: str, page: str) -> str:
     """The page `name` with its figures as the records have them."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + PAGES[name]() + END + rest.split(END, 1)[1]
+    done = ""
+    for make in PAGES[name]:
+        before, rest = page.split(BEGIN, 1)
+        done += before + BEGIN + make() + END
+        page = rest.split(END, 1)[1]
+    assert BEGIN not in page, f"{name} has more figures than PAGES knows"
+    return done + page
 
 
 if __name__ == "__main__":
