@@ -417,15 +417,34 @@ CARD = {
 }
 
 
+def _curve(depths: list[int], dip: bool = False) -> dict[str, Any]:
+    fall = {"found": dip, "fall": 0.1, "from_depth": 1, "to_depth": 8}
+    return {"depths": depths, "values": [{"value": d / 16} for d in depths], "dip": fall}
+
+
+ANALYSIS = {
+    "teacher_forced": {
+        "lens": {"agreement": _curve([1, 8, 16]), "accuracy": _curve([1, 8, 16], dip=True)},
+        "exits": {"agreement": _curve([8, 16]), "accuracy": _curve([8, 16])},
+    },
+    "overthinking": {"exits": {
+        "tokens": 1200, "final": {"value": 0.5}, "oracle": {"value": 0.55},
+        "overthought": {"n": 60, "share": {"value": 0.05}},
+    }},
+}  # fmt: skip
+
+
 def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
     record = {
         "full": FULL, "regimes": {"a": REGIME, "b": REGIME}, "depths": [8],
         "sizes": {"steps": 500, "captions": 1500, "questions": 700},
-        "provenance": {"threads": 1, "processor": "some"},
+        "provenance": {"threads": 1, "processor": "some"}, "analysis": ANALYSIS,
     }  # fmt: skip
     page = results.page(record, CARD)
     for told in ("0.350", "**1.70x**", "+0.4%", "off: Too few.", "9 of 9 captions", "misses 0.10%",
-                 "| 1,100 | 0.200", "Side by side"):  # fmt: skip
+                 "| 1,100 | 0.200", "Side by side", "| 8 | 50.0% | 50.0% | 50.0% | 50.0% |",
+                 "| 1 | 6.2% |  | 6.2% |  |", "falls by 10.0% from depth 1 to 8",
+                 "wrong on 60 (5.0%;"):  # fmt: skip
         assert told in page, told
 
 

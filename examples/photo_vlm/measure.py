@@ -25,6 +25,7 @@ from examples.photo_vlm.rows import DATA, read_photographs
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
+from offramp.analyse import RESULT, AnalysisConfig, analyse
 from offramp.answerloss import RISKS, Answer, free_running
 from offramp.calibrate import GRID, Tried, calibrate, path_of
 from offramp.cheapen import cheapen
@@ -366,6 +367,23 @@ def _damaged(photos: Photos, adapter: Adapter, policy: Policy | None) -> dict[st
     return found
 
 
+# -- by depth ---------------------------------------------------------------------------------
+
+
+def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
+    """Every depth with and without trained exits, and overthinking, on the measuring half."""
+    path = out / RESULT
+    if not path.is_file():
+        config = AnalysisConfig(
+            decode_depths=photos.depths, max_new_tokens=LONGEST["captions"], resamples=200
+        )
+        some = photos.part("captions", 1)[: photos.sizes.damaged]
+        bar = partial(tqdm, desc="depths", disable=None, leave=False)
+        analyse(adapter, photos.encoder, some, config, out=out, progress=bar)
+    found = read_json(path)
+    return {name: found[name] for name in ("teacher_forced", "free_running", "overthinking")}
+
+
 # -- all of it --------------------------------------------------------------------------------
 
 
@@ -374,7 +392,10 @@ def main() -> None:
     parser = parser_of("measure", "--regimes unsupervised --depths 8 15", str(__doc__))
     parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
-    parser.add_argument("--regimes", nargs="*", default=list(REGIMES), metavar="REGIME")
+    parser.add_argument(
+        "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
+        help="the first one's exits are also looked at depth by depth (default: all)",
+    )  # fmt: skip
     parser.add_argument("--depths", type=int, nargs="+", default=(8, 15), help="of the exits")
     parser.add_argument("--size", choices=SIZES, default="whole", help="quick: only to try it out")
     parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
@@ -396,11 +417,13 @@ def main() -> None:
             exits = place / "exits" / _slug(regime)
             write_json(files[regime], measured(photos, regime, exits))
         print(read_json(files[regime]), file=sys.stderr)
+    first = Adapter.load(place / "exits" / _slug(arguments.regimes[0]), photos.backbone)
     done = {name: read_json(files[name]) for name in REGIMES if files[name].is_file()}
     record = {
         "full": read_json(files["full"]),
         "regimes": done,
         "lossless": next(iter(done.values()))["lossless"] if done else None,
+        "analysis": curves(photos, first, place / "analysis"),
         "depths": list(arguments.depths),
         "sizes": vars(photos.sizes),
         "provenance": provenance(0, sys.argv, None),

@@ -30,6 +30,7 @@ def page(record: dict[str, Any], card: dict[str, Any]) -> str:
         _full(record["full"], card),
         *(_regime(one) for one in regimes),
         _side_by_side(regimes) if len(regimes) > 1 else "",
+        _by_depth(record["analysis"]) if record.get("analysis") else "",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -138,6 +139,48 @@ def _side_by_side(regimes: list[dict[str, Any]]) -> str:
         ]
         lossless = f"{one['lossless']['speedup_decode']:.2f}x"
         lines.append(f"| {one['regime']} | {' | '.join(cells)} | {lossless} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_depth(found: dict[str, Any]) -> str:
+    """Agreement and accuracy at every depth, the dip if there is one, and overthinking."""
+    forced, thought = found["teacher_forced"], found["overthinking"]
+    columns = {
+        f"{title}, {name}": dict(
+            zip(forced[kind][measure]["depths"], forced[kind][measure]["values"], strict=True)
+        )
+        for measure, title in {"agreement": "agreement", "accuracy": "accuracy"}.items()
+        for kind, name in {"lens": "logit lens", "exits": "exits"}.items()
+    }
+    depths = sorted({depth for column in columns.values() for depth in column})
+    lines = [
+        "## By depth",
+        "",
+        "Teacher-forced: tokens on which a depth agrees with the final layer, and on which it says "
+        "what the first human caption says. Logit lens: the backbone's own norm and head, nothing "
+        "trained.",
+        "",
+        f"| depth | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for depth in depths:
+        cells = [f"{c[depth]['value']:.1%}" if depth in c else "" for c in columns.values()]
+        lines.append(f"| {depth} | {' | '.join(cells)} |")
+    dip = forced["lens"]["accuracy"]["dip"]
+    told = (
+        f"The logit lens falls by {dip['fall']:.1%} from depth {dip['from_depth']} to "
+        f"{dip['to_depth']} (mid-crisis)."
+        if dip["found"]
+        else "The logit lens rises with depth: no mid-crisis."
+    )
+    lost = thought["exits"]["overthought"]
+    lines += [
+        "",
+        f"{told} Overthinking: of {thought['exits']['tokens']:,} tokens, some exit is right and "
+        f"the final layer wrong on {lost['n']:,} ({lost['share']['value']:.1%}; accuracy "
+        f"{thought['exits']['final']['value']:.1%}, with the best depth for each token "
+        f"{thought['exits']['oracle']['value']:.1%}).",
+    ]
     return "\n".join(lines) + "\n"
 
 
