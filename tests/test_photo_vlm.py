@@ -156,6 +156,18 @@ def test_photographs_of_any_mode_and_size_become_one_square(
     assert pixels.abs().max() <= 1
 
 
+def test_fifty_megapixels_on_their_side_become_one_upright_square(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    whole = Image.new("L", (10_000, 5_000))
+    whole.paste(255, (0, 0, 5_000, 5_000))  # left here, on top once it is upright
+    whole.save(tmp_path / "x.jpg", exif=exif)
+    example = Example(tmp_path / "x.jpg", "", (), key="x")
+    pixels = image_processor()([example.open_image()], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    assert pixels[:, :, :100].min() > 0.9 and pixels[:, :, -100:].max() < -0.9
+
+
 def test_padding_is_that_of_tensorflow() -> None:
     convolution = _Conv(1, 1, 3, stride=2)
     torch.nn.init.ones_(convolution.weight)
