@@ -1,35 +1,45 @@
-"""Measure predicted against real speed, and peers; rewrites records/bench.json and peers.json.
+"""Measure predicted against real speed, and peers; rewrites records/bench.json, peers.json and
+dialogues.json.
 
 One thread, a quiet machine with 12 GB of memory, about an hour. `python tools/bench.py NAME...`
 measures only these parts; what each found waits in runs/bench for the others: opt-2.7b, flan-t5-xl,
-smollm2-135m, batch, families, peers.
+smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
 batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
 families: full depth against HF `generate`, for every family in the tests.
 peers: the shipped models, with what else HF offers.
+dialogues: the shipped models, with image features and prompts kept between turns.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from offramp import world
 from offramp.adapter import Adapter
 from offramp.backbone import Backbone
 from offramp.bench import RATES, Case, any_shortlist, bench, table
 from offramp.encode import Encoder
+from offramp.examples import Example
 from offramp.exits import Exits
+from offramp.measure import Way, race, speedup
 from offramp.peers import race_peers
 from offramp.peers import table as peers_table
 from offramp.plots import speeds
+from offramp.policy import FULL
+from offramp.prefix import PrefixCache
 from offramp.records import provenance, read_json, write_atomic, write_json
 from offramp.shapes import shape
 from offramp.tiny import TINY, captions, load_tiny, questions
 from offramp.unitcosts import measure_costs
+from offramp.vision import VisionCache
+from offramp.ways import own_way
 
 ROOT = Path(__file__).parent.parent
 RECORDS, OUT = ROOT / "records", ROOT / "runs" / "bench"
@@ -37,6 +47,7 @@ ACCEPTANCE = 0.8
 SHORTLIST = 2048  # tokens that exits read where the whole vocabulary costs more than a layer
 ROUNDS, TOKENS, PICTURES = 5, 40, 20
 BATCH = 8
+DIALOGUES, TURNS = 10, 5
 
 
 def main() -> None:
@@ -49,7 +60,8 @@ def main() -> None:
     if missing := [name for name in PARTS if not (OUT / f"{name}.json").is_file()]:
         print(f"no records yet: {', '.join(missing)} not measured", file=sys.stderr)
         return
-    *lists, peers = (read_json(OUT / f"{name}.json") for name in PARTS)
+    *lists, peers, dialogues = (read_json(OUT / f"{name}.json") for name in PARTS)
+    write_json(RECORDS / "dialogues.json", dialogues)
     write_json(RECORDS / "bench.json", [entry for part in lists for entry in part])
     write_json(RECORDS / "peers.json", peers)
     plot = speeds({f"tiny {kind.upper()}": peers[kind] for kind in TINY})
@@ -120,10 +132,7 @@ def _peers() -> dict[str, Any]:
 
 
 def _peers_of(kind: str) -> dict[str, Any]:
-    """The shipped model with the exits that `offramp demo` left in runs/demo."""
-    backbone, processor = load_tiny(kind)
-    adapter = Adapter.load(ROOT / "runs" / "demo" / kind, backbone)
-    encoder = Encoder(backbone, processor)
+    adapter, encoder = _trained(kind)
     examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
     inputs = [encoder.prompts([example]) for example in examples]
     found = race_peers(
@@ -134,6 +143,56 @@ def _peers_of(kind: str) -> dict[str, Any]:
     return found
 
 
+def _dialogues() -> dict[str, Any]:
+    """Turns of dialogues, answered with and without what can be kept from one call to the next."""
+    found = {kind: _dialogues_of(kind) for kind in TINY}
+    return {**found, "provenance": provenance(None, sys.argv, None)}
+
+
+def _dialogues_of(kind: str) -> dict[str, Any]:
+    adapter, encoder = _trained(kind)
+    examples = []
+    for index in range(DIALOGUES):
+        scene = world.scene("test", index)
+        talk, picture = world.dialogue(scene, TURNS), world.render(scene)
+        for turn, (question, answer) in enumerate(talk):
+            prompt = world.dialogue_prompt(talk[:turn], question)
+            examples.append(Example(picture, prompt, (answer,), f"{index}/{turn}"))
+    inputs = [encoder.prompts([example]) for example in examples]
+    options = {"max_new_tokens": 48, "do_sample": False}
+    one = VisionCache()
+    adapter.generate(inputs[0], vision_cache=one, **options)
+
+    def way(exits: bool, kept: bool) -> Way:
+        # One picture, so that none waits there for the next round.
+        caches = {"vision_cache": VisionCache(one.nbytes), "prefix_cache": PrefixCache()}
+        policy = adapter.policy if exits else FULL
+        return own_way(
+            adapter.backbone, adapter.exits, policy, **options, **(caches if kept else {})
+        )
+
+    ways = {
+        "full": way(False, False), "full, kept": way(False, True),
+        "early_exit": way(True, False), "early_exit, kept": way(True, True),
+    }  # fmt: skip
+    timings = race(ways, inputs, rounds=ROUNDS)
+    return {
+        name: {
+            "speedup_end_to_end": speedup(timings["full"].seconds, timing.seconds),
+            "prefill_share": 1 - median(timing.decode) / median(timing.seconds),
+            "same_answers": timing.answers == timings[name.removesuffix(", kept")].answers,
+        }
+        for name, timing in timings.items()
+    }
+
+
+def _trained(kind: str) -> tuple[Adapter, Encoder]:
+    """The shipped model with the exits that `offramp demo` left in runs/demo."""
+    backbone, processor = load_tiny(kind)
+    adapter = Adapter.load(ROOT / "runs" / "demo" / kind, backbone)
+    return adapter, Encoder(backbone, processor)
+
+
 PARTS: dict[str, Callable[[], Any]] = {
     "opt-2.7b": lambda: _forced("opt-2.7b"),
     "flan-t5-xl": lambda: _forced("flan-t5-xl"),
@@ -141,6 +200,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "batch": _batch,
     "families": _families,
     "peers": _peers,
+    "dialogues": _dialogues,
 }
 
 
