@@ -216,6 +216,38 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(folder / "rows.jsonl", rows)
 
 
+@pytest.fixture(scope="session")
+def unlabelled(held_out: Path) -> Path:
+    """The same pictures, alone."""
+    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    return write_rows(held_out.with_name("alone.jsonl"), [{"image": r["image"]} for r in rows])
+
+
+def test_thresholds_need_no_labels_where_the_risk_reads_none(
+    run: Run, adapter: Path, unlabelled: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", unlabelled, "--json")
+    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5)
+    assert code == 0 and json.loads(out)["policy"]["thresholds"]
+    assert_two_lines(run(*asked, "--risk", "rouge_l_drop"), "answer")
+
+
+def test_an_analysis_needs_no_labels(run: Run, unlabelled: Path, tmp_path: Path) -> None:
+    code, out, _ = run("analyse", "--backbone", "tiny-opt", "--data", unlabelled, "--decode-depths",
+                       "2", "--out", tmp_path)  # fmt: skip
+    assert code == 0 and "accuracy" not in json.loads(out)["teacher_forced"]["lens"]
+
+
+@pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])
+def test_two_jsonl_files_are_refused_rather_than_one_left_out(
+    run: Run, command: str, adapter: Path, held_out: Path, unlabelled: Path, tmp_path: Path
+) -> None:
+    what = ("--backbone", "tiny-opt") if command == "train" else ("--adapter", adapter)
+    assert_two_lines(
+        run(command, *what, "--data", held_out, unlabelled, "--out", tmp_path), "2 files"
+    )
+
+
 def test_calibrate_stores_its_promise_in_the_adapter(
     run: Run, adapter: Path, held_out: Path
 ) -> None:

@@ -81,6 +81,7 @@ def read_items(
     split: str | None = None,
     prompt: str | None = None,
     limit: int | None = None,
+    require_answers: bool = True,
 ) -> list[Item]:
     """Read a data set in one of `LAYOUTS`, or in what `offramp.data.read_examples` reads.
 
@@ -93,6 +94,7 @@ def read_items(
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
         limit: stop after this many examples.
+        require_answers: of JSONL and `datasets`; False: pictures alone are enough.
 
     Raises:
         InputError: an argument cannot be used.
@@ -106,7 +108,16 @@ def read_items(
             "Give at least one file, and a limit of 1 or more.",
         )
     if layout == "jsonl" or (layout == "auto" and not str(files[0]).endswith(".json")):
-        return _plain(files, split, prompt, limit)
+        if len(files) > 1:
+            raise InputError(
+                f"{len(files)} files were given; a JSONL file or data set stands alone.",
+                "Give one, or name the official --format.",
+            )
+        examples = read_examples(
+            files[0], split=split, prompt_template=prompt, limit=limit,
+            require_answers=require_answers,
+        )  # fmt: skip
+        return [Item(example) for example in examples]
     known = f"Name one with --format: {', '.join(FORMATS)}."
     source = Source.open(files, images, prompt, split, known)
     name = layout if layout != "auto" else _recognised(source)
@@ -122,17 +133,3 @@ def _recognised(source: Source) -> str:
         if layout.fits(source):
             return name
     source.fail("has a layout that is not known")
-
-
-def _plain(
-    files: Sequence[str | Path], split: str | None, prompt: str | None, limit: int | None
-) -> list[Item]:
-    if len(files) > 1:
-        raise InputError(
-            f"{len(files)} files were given; a JSONL file or data set stands alone.",
-            "Give one, or name the official --format.",
-        )
-    examples = read_examples(
-        files[0], split=split, prompt_template=prompt, limit=limit, require_answers=True
-    )
-    return [Item(example) for example in examples]

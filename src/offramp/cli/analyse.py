@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter, load_model
+from offramp.cli.common import (
+    add_command,
+    backbone_options,
+    data_options,
+    load_adapter,
+    load_model,
+    read_data,
+)
 from offramp.errors import InputError
 
 
@@ -23,17 +30,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--adapter", help="folder or hub name of trained exits")
     backbone_options(parser, required=False)
-    parser.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE",
-        help="held-out data, as for offramp eval; without answers it tells agreement only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--format", default="auto", metavar="FORMAT", help="of --data; see offramp eval"
-    )
-    parser.add_argument("--images", metavar="FOLDER", help="folder of the pictures")
-    parser.add_argument("--split", help="only this split")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="analyse at most so many examples")
+    data_options(parser, "held-out data; without answers it tells agreement only")
     parser.add_argument(
         "--metric",
         metavar="METRIC",
@@ -64,16 +61,12 @@ def _analyse(arguments: argparse.Namespace) -> None:
 
     from offramp.analyse import AnalysisConfig, analyse
     from offramp.encode import Encoder
-    from offramp.official import read_items
 
     names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
     config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})
     if arguments.adapter is None and arguments.backbone is None:
         raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
-    items = read_items(
-        arguments.data, arguments.images, arguments.format,
-        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
-    )  # fmt: skip
+    items = read_data(arguments, require_answers=False)
     if arguments.adapter is None:
         backbone, processor = load_model(arguments)
         model: Any = backbone

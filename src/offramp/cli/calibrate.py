@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter, unseen_items
+from offramp.cli.common import (
+    add_command,
+    backbone_options,
+    data_options,
+    load_adapter,
+    read_data,
+    unseen_items,
+)
 
 
 def add(commands: Any) -> None:
@@ -22,22 +29,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--adapter", required=True, help="folder or hub name of trained exits")
     backbone_options(parser, required=False)
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="as in offramp eval: pictures that training has not seen, like those to come",
-    )
-    parser.add_argument(
-        "--format", default="auto", metavar="FORMAT", help="as in offramp eval (default: auto)"
-    )
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
-    )
-    parser.add_argument("--split", help="only this split")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="read at most so many examples")
+    data_options(parser, "pictures that training has not seen, like those to come")
     parser.add_argument(
         "--risk",
         default="disagreement",
@@ -77,24 +69,18 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from offramp.answerloss import RISKS
     from offramp.calibrate import Promise, calibrate, calibrated
     from offramp.encode import Encoder
     from offramp.errors import InputError
-    from offramp.official import read_items
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     Promise(**asked)  # a mistake should not wait for data and model
     out = arguments.out or Path(arguments.adapter)
     if arguments.out is None and not out.is_dir():
         raise InputError(f"{out} is not a folder on this machine.", "Say where to write: --out.")
-    items = read_items(
-        arguments.data,
-        arguments.images,
-        arguments.format,
-        split=arguments.split,
-        prompt=arguments.prompt,
-        limit=arguments.limit,
-    )
+    labelled = RISKS[arguments.risk].quality is not None
+    items = read_data(arguments, require_answers=labelled)
     adapter, processor = load_adapter(arguments)
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))

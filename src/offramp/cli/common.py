@@ -40,6 +40,36 @@ def backbone_options(parser: argparse.ArgumentParser, *, required: bool) -> None
     parser.add_argument("--device", default="cpu", help="e.g. cpu or cuda (default: cpu)")
 
 
+def data_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Options that say which examples; what: of the examples, what the command needs."""
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE",
+        help=f"{what}: JSONL file, datasets name or folder, or a data set's official file (VQA: "
+        "the questions; annotations beside them are found)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", default="auto", metavar="FORMAT",
+        help="auto, jsonl, coco, karpathy, nocaps, vqav2, okvqa, gqa or visdial (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
+    )
+    parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
+    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    parser.add_argument("--limit", type=int, help="read at most so many examples")
+
+
+def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
+    """What `data_options` name, as `offramp.official.read_items` reads it."""
+    from offramp.official import read_items
+
+    return read_items(
+        arguments.data, arguments.images, arguments.format,
+        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
+        require_answers=require_answers,
+    )  # fmt: skip
+
+
 def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:
     """The backbone and its processor."""
     import torch

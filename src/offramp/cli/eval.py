@@ -10,9 +10,11 @@ from typing import Any
 from offramp.cli.common import (
     add_command,
     backbone_options,
+    data_options,
     load_adapter,
     load_model,
     policy_of,
+    read_data,
     unseen_items,
 )
 from offramp.errors import InputError
@@ -36,26 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--task", required=True, metavar="TASK", help="captions, vqa, okvqa, gqa or dialogue"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="JSONL file, datasets name or folder, or the data set's official file (VQA: the "
-        "questions; annotations beside them are found)",
-    )
-    parser.add_argument(
-        "--format",
-        default="auto",
-        metavar="FORMAT",
-        help="auto, jsonl, coco, karpathy, nocaps, vqav2, okvqa, gqa or visdial (default: auto)",
-    )
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
-    )
-    parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="evaluate at most so many examples")
+    data_options(parser, "what is evaluated")
     parser.add_argument(
         "--mode",
         metavar="MODE",
@@ -111,7 +94,6 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from offramp.encode import Encoder
     from offramp.evaluate import evaluate, rescore
-    from offramp.official import read_items
     from offramp.tasks import Settings
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
@@ -122,14 +104,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
-    items = read_items(
-        arguments.data,
-        arguments.images,
-        arguments.format,
-        split=arguments.split,
-        prompt=arguments.prompt,
-        limit=arguments.limit,
-    )
+    items = read_data(arguments)
     if arguments.rescore:
         result = rescore(arguments.out, items, arguments.task, **settings)
     else:

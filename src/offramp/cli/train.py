@@ -9,7 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_model
+from offramp.cli.common import (
+    add_command,
+    backbone_options,
+    data_options,
+    load_model,
+    read_data,
+)
 from offramp.config import TrainConfig
 from offramp.errors import InputError
 
@@ -23,16 +29,7 @@ def add(commands: Any) -> None:
         _train,
     )
     backbone_options(parser, required=True)
-    parser.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE",
-        help="JSONL file (image with captions, question and answer, or dialogue), a datasets name "
-        "or folder, or an official file; see offramp eval",
-    )  # fmt: skip
-    parser.add_argument("--format", default="auto", help="of --data; see offramp eval")
-    parser.add_argument("--images", metavar="FOLDER", help="folder of an official file's pictures")
-    parser.add_argument("--split", help="only rows of this split")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="read at most so many examples")
+    data_options(parser, "images with captions, question and answer, dialogue, or alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
@@ -79,25 +76,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from offramp.cheapen import cheapen
-    from offramp.data import read_examples
     from offramp.encode import Encoder
-    from offramp.official import read_items
     from offramp.train import train
 
     config = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
-    chosen = {"split": arguments.split, "limit": arguments.limit}
-    if arguments.format in ("auto", "jsonl") and not arguments.data[0].endswith(".json"):
-        examples = read_examples(  # pictures alone are enough here
-            arguments.data[0],
-            prompt_template=arguments.prompt,
-            require_answers=config.regime == "supervised",
-            **chosen,
-        )
-    else:
-        items = read_items(
-            arguments.data, arguments.images, arguments.format, prompt=arguments.prompt, **chosen
-        )
-        examples = [item.example for item in items]
+    items = read_data(arguments, require_answers=config.regime == "supervised")
+    examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
     if arguments.shortlist is not None and not 2 <= arguments.shortlist <= backbone.vocabulary:
         raise InputError(
