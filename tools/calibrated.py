@@ -91,8 +91,11 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _examples(split: str, pictures: int, start: int = 0) -> list[Example]:
-    return captions(split, pictures, start).examples + questions(split, pictures, start).examples
+def _examples(split: str, pictures: int, start: int = 0) -> tuple[Example, ...]:
+    return (
+        *captions(split, pictures, start).examples,
+        *questions(split, pictures, start).examples,
+    )
 
 
 def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, Encoder]:
