@@ -513,7 +513,7 @@ def test_taking_finished_rows_out_changes_no_other_row(
         return made
 
     made = run()
-    monkeypatch.setattr(Rows, "keep", lambda self, written: None)
+    monkeypatch.setattr(Rows, "keep", lambda self, *_: None)
     together = run()
     assert fewest[0] < fewest[1] == 4
     assert torch.equal(made.sequences, together.sequences)

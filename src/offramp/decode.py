@@ -143,15 +143,15 @@ def generate(
 
 
 def _decode(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> None:
-    """Write token after token, each at the depth where it leaves, until `loop` is done."""
+    """Write token after token, each at the depth where it leaves, until every row is finished."""
     backbone = run.backbone
     may_leave = run.policy.exit_in_prefill and backbone.family.causal_prompt
     run.begin(loop.unfinished, check=backbone.is_encoder_decoder or may_leave)
     reading = Reading(run.view, model, loop.ids, prepared)
     run.prompt_stands_at(reading.positions)
     loop.emit(loop.choose(run.merge(reading.logits)), run.depths, run.scores)
-    while not loop.done:
-        run.keep(loop.written)
+    while live := loop.live:
+        run.keep(loop.written, live)
         run.begin(loop.unfinished)
         states = run.call(input_ids=loop.ids[:, -1:], **reading.advance(1))
         logits = run.logits if run.everybody_left else run.merge(backbone.read(states[:, -1]))

@@ -31,9 +31,9 @@ class Loop:
             streamer.put(ids.cpu())
 
     @property
-    def done(self) -> bool:
-        """Whether every row is finished."""
-        return not bool(self.unfinished.any())
+    def live(self) -> int:
+        """How many rows are unfinished."""
+        return int(self.unfinished.sum())
 
     @property
     def written(self) -> Tensor:

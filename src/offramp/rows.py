@@ -17,13 +17,18 @@ class Rows:
         self.total: int | None = None
         self.kept: Tensor | None = None
 
-    def keep(self, written: Tensor) -> Tensor | None:
-        """Keep the rows `written` [B] alone; which of those kept so far stay, None where all do."""
+    def keep(self, written: Tensor, live: int) -> Tensor | None:
+        """Keep the rows `written` [B] alone, the last one in any case.
+
+        live: how many are unfinished; looked at first, for `written` costs a transfer. Returns
+        which of those kept so far stay, None where all do.
+        """
         self.total = len(written)
-        if self.total == 1:
+        count = self.total if self.kept is None else len(self.kept)
+        if live == count:
             return None
         stay = self.pick(written).nonzero()[:, 0]
-        if len(stay) in (0, self.total if self.kept is None else len(self.kept)):
+        if len(stay) in (0, count):
             return None
         self.kept = stay if self.kept is None else self.kept[stay]
         return stay

@@ -10,8 +10,8 @@ propagate: the state at the exit is projected to the keys and values of every sk
     once (CALM, Schuster et al. 2022). Approximate; nothing ever waits.
 
 In a batch the stack runs on the rows that are still written: finished ones are taken out, of the
-cache too. A row that left early stays with the others, for its keys and values are
-due at the deeper layers as well, with the others' or in a call of its own.
+cache too. A row that left early stays with the others: its keys and values are due at the deeper
+layers as well.
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ class Run:
 
     # -- one token ---------------------------------------------------------------------------
 
-    def keep(self, written: Tensor) -> None:
-        """From here on only the rows `written` [B]: the others leave the cache and what waits."""
-        stay = self._rows.keep(written)
+    def keep(self, written: Tensor, live: int) -> None:
+        """From here on only the rows `written` [B]: the others leave the cache and what waits.
+
+        live: how many are unfinished.
+        """
+        stay = self._rows.keep(written, live)
         if stay is None:
             return
         self._unseen = None

@@ -40,7 +40,7 @@ class Draft:
 
 
 def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> list[tuple[int, int]]:
-    """Decode until `loop` is done; return (drafted, accepted) of each round.
+    """Decode until every row is finished; return (drafted, accepted) of each round.
 
     In a batch a round ends where the first unfinished row disagrees, for all rows.
     """
@@ -50,12 +50,12 @@ def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> lis
     run.crop(0)
     loop.emit(loop.choose(reading.logits), run.depths, run.scores)
     rounds = []
-    while not loop.done:
-        run.keep(loop.written)
+    while live := loop.live:
+        run.keep(loop.written, live)
         drafts, states = _draft(run, loop, reading)
         logits = run.backbone.read(states)
         position, accepted, agreed = 0, 0, True
-        while agreed and not loop.done and position < logits.shape[1]:
+        while agreed and loop.live and position < logits.shape[1]:
             scores = loop.process(logits[:, position])
             if position < len(drafts):
                 draft = drafts[position]
