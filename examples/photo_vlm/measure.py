@@ -367,6 +367,21 @@ def _damaged(photos: Photos, adapter: Adapter, policy: Policy | None) -> dict[st
     return found
 
 
+def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
+    """The exits without what only training needs, leaving by the first policy that was found.
+
+    Raises:
+        InputError: none of the policies leaves early.
+    """
+    row = next((row for row in found["points"] if row["thresholds"]), None)
+    if row is None:
+        raise InputError("These exits have no thresholds that keep what was asked.", "Train on.")
+    thresholds = {int(d): t for d, t in row["thresholds"].items()}
+    gates = {int(d): g for d, g in row["gates"].items()}
+    policy = replace(adapter.policy, thresholds=thresholds, gates=gates)
+    return replace(adapter.with_policy(policy), discriminators=None)
+
+
 # -- by depth ---------------------------------------------------------------------------------
 
 
@@ -399,6 +414,12 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=(8, 15), help="of the exits")
     parser.add_argument("--size", choices=SIZES, default="whole", help="quick: only to try it out")
     parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
+    parser.add_argument(
+        "--ship",
+        type=Path,
+        metavar="FOLDER",
+        help="save the first regime's exits there, to be used",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.regimes) - set(REGIMES):
         raise InputError(
@@ -428,6 +449,8 @@ def main() -> None:
         "sizes": vars(photos.sizes),
         "provenance": provenance(0, sys.argv, None),
     }
+    if arguments.ship is not None:
+        shipped(first, done[arguments.regimes[0]]).save(arguments.ship)
     write_json(place / "photo.json" if arguments.size == "quick" else arguments.out, record)
 
 
