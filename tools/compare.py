@@ -46,7 +46,7 @@ class Sizes:
     steps: int = 600
     timed: int = 16
     captions: int = 30
-    rounds: int = 9
+    rounds: int = 7
 
 
 QUICK = Sizes(train=24, test=8, steps=12, timed=2, captions=2, rounds=1)
