@@ -1,7 +1,7 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 records/compare.json.
 
-Budget: at most 20 minutes a model on one core alone. `--backbone` runs one model, and what it found
+Budget: at most 15 minutes a model on one core alone. `--backbone` runs one model, and what it found
 waits in --out for the other. `--quick` tries everything out in a minute or two, elsewhere.
 """
 
@@ -46,7 +46,7 @@ class Sizes:
     steps: int = 600
     timed: int = 16
     captions: int = 30
-    rounds: int = 7
+    rounds: int = 5
 
 
 QUICK = Sizes(train=24, test=8, steps=12, timed=2, captions=2, rounds=1)
