@@ -252,7 +252,8 @@ def _equal_quality(record: dict) -> str:
         f"Decoding against full depth (1.00x) where quality drops by at most 1%, 2% and 5%: every "
         f"objective with the largest probability as score, exits at {plan['depths']} of 12; every "
         f"policy on the exits of FREE, there or at {plan['several']}. {plan['training']['steps']} "
-        "steps each; one interleaved race. FREE over it: by how much FREE with the largest "
+        f"steps each, FREE with weight {plan['training']['adversarial']:g} of the adversary; one "
+        "interleaved race. FREE over it: by how much FREE with the largest "
         "probability is faster at 1%, on exits at the same depths where objectives differ.",
         "",
         f"| objective | policy | {' | '.join(heads)} |",

@@ -371,7 +371,7 @@ def _damaged(photos: Photos, adapter: Adapter, policy: Policy | None) -> dict[st
 
 
 def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
-    """The exits without what only training needs, leaving by the first policy that was found.
+    """What is needed to leave by the first policy that was found: its exits, no discriminators.
 
     Raises:
         InputError: none of the policies leaves early.
@@ -382,7 +382,18 @@ def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
     thresholds = {int(d): t for d, t in row["thresholds"].items()}
     gates = {int(d): g for d, g in row["gates"].items()}
     policy = replace(adapter.policy, thresholds=thresholds, gates=gates)
-    return replace(adapter.with_policy(policy), discriminators=None)
+    exits = Exits(adapter.backbone, sorted(thresholds)).to(adapter.backbone.dtype)
+    for depth in exits.depths:
+        exits.at(depth).load_state_dict(adapter.exits.at(depth).state_dict())
+    agreement = {str(d): adapter.metrics["agreement"][str(d)] for d in exits.depths}
+    return replace(
+        adapter,
+        exits=exits.with_checks(adapter.exits.checks),
+        policy=policy,
+        discriminators=None,
+        metrics={**adapter.metrics, "agreement": agreement},
+        calibration=None,
+    )
 
 
 # -- by depth ---------------------------------------------------------------------------------
