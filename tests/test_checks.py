@@ -279,6 +279,18 @@ def test_what_is_learnt_is_used_and_survives_the_disk(backbone, exits, tmp_path)
     assert not (tmp_path / "adapter" / CHECKS).exists()
 
 
+def test_gates_are_added_to_a_shortlist_and_a_new_shortlist_takes_them_off(backbone, exits):
+    adapter, encoder = adapted(backbone, exits)
+    options = {"costs": CHEAP, "max_new_tokens": 6}
+    first = cheapen(adapter, encoder, fakes.examples(20), shortlist=8, **options)
+    both = cheapen(first, encoder, fakes.examples(20), gates=True, **options)
+    assert torch.equal(both.exits.checks.ids, first.exits.checks.ids) and both.policy.shortlist
+    assert both.exits.checks.gates and set(both.exits.checks.found) == {"shortlist", "gates"}
+    other = cheapen(both, encoder, fakes.examples(20), shortlist=6, **options)
+    assert not other.exits.checks.gates and not other.policy.gates
+    assert set(other.exits.checks.found) == {"shortlist"}
+
+
 def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits, tmp_path):
     adapter, encoder = adapted(backbone, exits)
     ours = cheapen(adapter, encoder, fakes.examples(20), max_new_tokens=6)

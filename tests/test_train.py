@@ -24,10 +24,12 @@ from offramp.adapter import Adapter
 from offramp.answers import answers_of, self_written
 from offramp.backbone import Backbone
 from offramp.checkpoint import HISTORY, STATE
+from offramp.checks import shortlist_of
 from offramp.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.features import FeatureStore
+from offramp.policy import Policy
 from offramp.records import JsonlLog
 from offramp.train import FEATURES, Trainer, train
 
@@ -194,6 +196,67 @@ def test_each_term_is_logged_for_each_depth(opt: Any, tmp_path: Path) -> None:
     assert all(set(row["agreement"]) == {"2", "4"} for row in agreement)
 
 
+# -- a shortlist ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "gemma3"])  # gemma3 caps its logits
+def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
+    name: str, backbone: Build, tmp_path: Path
+) -> None:
+    one = backbone(name)
+    config = replace(SHORT, regime="mixed")
+    run = trainer(one, tmp_path, config, name=name)
+    batch = run._stores()[0][0]
+    before, counted = run.game.generator_loss(run.game.look(batch), 0), run.game.agreeing(batch)
+    run.game.narrow(torch.arange(one.vocabulary))
+    after = run.game.generator_loss(run.game.look(batch), 0)
+    torch.testing.assert_close(before, after)
+    assert counted == run.game.agreeing(batch)
+
+
+def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path: Path) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
+    batch = run._stores()[0][0]
+    targets = batch.targets[batch.mask]
+    ids = targets.unique()[::2].contiguous()
+    run.game.narrow(ids)
+    known = torch.isin(targets, ids)
+    assert known.any() and not known.all()
+    report = run.game.generator_loss(run.game.look(batch), 0)[1]
+    teacher = opt.read(batch.teacher[batch.mask])
+    counts = run.game.agreeing(batch)
+    for place, (depth, states) in enumerate(run.game.features(batch).items()):
+        logits = opt.read(states[batch.mask])[:, ids]
+        said = ids[logits.argmax(-1)]
+        log_p = logits.log_softmax(-1)
+        places = torch.searchsorted(ids, targets[known])
+        wanted = -log_p[known].gather(1, places[:, None]).mean()
+        assert report[f"cross_entropy/{depth}"] == pytest.approx(wanted.item(), rel=1e-5)
+        taught = teacher[:, ids].log_softmax(-1)
+        divergence = (taught.exp() * (taught - log_p)).sum(-1).mean()
+        assert report[f"distillation/{depth}"] == pytest.approx(divergence.item(), rel=1e-4)
+        assert counts[place] == int((said == teacher.argmax(-1)).sum())
+
+
+def test_a_trained_shortlist_is_that_of_the_answers_and_is_used(opt: Any, tmp_path: Path) -> None:
+    config = replace(SHORT, shortlist=5)
+    run = trainer(opt, tmp_path, config)
+    ours = run.run()
+    learnt, held_out = (s.answers for s in trainer(opt, tmp_path / "stores", config)._stores())
+    ids, found = shortlist_of(learnt, held_out, 5)
+    for one in (ours, Adapter.load(tmp_path, opt)):
+        assert one.policy == Policy(shortlist=True)
+        assert torch.equal(one.exits.checks.ids, ids)
+        assert one.exits.checks.found == {"shortlist": found}
+    again = trainer(opt, tmp_path, config)
+    assert torch.equal(again.run(resume=True).exits.checks.ids, ids)  # of a finished run
+
+
+def test_a_shortlist_larger_than_the_vocabulary_is_refused(opt: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="shortlist of 100000 out of"):
+        trainer(opt, tmp_path, replace(SHORT, shortlist=100_000))
+
+
 # -- objectives -------------------------------------------------------------------------------
 
 
@@ -344,6 +407,7 @@ MOMENTS = [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validati
     [
         *((*moment, {"cache": cache}) for moment in MOMENTS for cache in ("memory", "disk")),
         *(("fetch", 3, VARIANTS[variant]) for variant in VARIANTS if variant != "free"),
+        ("fetch", 3, {"shortlist": 5}),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
@@ -674,6 +738,9 @@ def test_two_processes_end_with_the_same_exits(two_processes: Path) -> None:
         )
         assert same(first["exits"], second["exits"])
         assert same(first["discriminators"], second["discriminators"])
+        assert same(first["checks"], second["checks"]) and bool(first["checks"]) == (
+            name == "pseudo"
+        )
         assert first["progress"] == second["progress"]
 
 

@@ -42,6 +42,7 @@ def finish(name: str, config: Any) -> None:
         "exits": run.exits.state_dict(),
         "discriminators": run.discriminators.state_dict(),
         "progress": asdict(run.progress),
+        "checks": run.checks.tensors() if run.checks else {},
     }
     torch.save(state, OUT / f"{name}-{RANK}.pt")
 
@@ -54,7 +55,7 @@ if RANK:
 finish("supervised", SHARED)
 # A regime that drops other numbers in each process, a game, and an early stop.
 pseudo = replace(SHARED, regime="pseudo", min_confidence=0.04, adversarial=0.1)
-finish("pseudo", replace(pseudo, steps=30, evaluate_every=2, patience=1))
+finish("pseudo", replace(pseudo, steps=30, evaluate_every=2, patience=1, shortlist=9))
 
 run = trainer("poisoned", SHARED)
 real = run._step

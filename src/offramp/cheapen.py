@@ -42,7 +42,8 @@ def cheapen(
 ) -> Adapter:
     """The adapter with a shortlist of at most so many tokens, and with gates where they pay.
 
-    Its policy uses what was learnt; its thresholds, which were chosen without, are taken off.
+    Gates may be added to a shortlist that is there; a new shortlist takes the old gates off. Its
+    policy uses what was learnt; its thresholds, which were chosen without, are taken off.
     `Checks.found` tells what was measured.
 
     examples: may be those of training; labels are not read. costs: of decoding on this machine,
@@ -57,13 +58,19 @@ def cheapen(
         name: self_written(encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens)
         for name, some in parts.items()
     }
-    checks, policy, found = Checks(), Policy(score=adapter.policy.score), {}
-    policy = replace(policy, exit_in_prefill=adapter.policy.exit_in_prefill)
+    checks, before = adapter.exits.checks or Checks(), adapter.policy
+    found = dict(checks.found)
+    policy = Policy(
+        score=before.score,
+        exit_in_prefill=before.exit_in_prefill,
+        shortlist=before.shortlist,
+        gates=before.gates,
+    )
     if shortlist is not None:
         learn, held_out = ([row.ids for row in rows[n]] for n in ("learn", "held_out"))
-        ids, found["shortlist"] = shortlist_of(learn, held_out, shortlist)
-        checks = Checks(ids.to(encoder.backbone.device))
-        policy = replace(policy, shortlist=True)
+        ids, measured = shortlist_of(learn, held_out, shortlist)
+        checks, found = Checks(ids.to(encoder.backbone.device)), {"shortlist": measured}
+        policy = replace(policy, shortlist=True, gates={})
     if gates:
         exits = adapter.exits.with_checks(checks)
         if costs is None:

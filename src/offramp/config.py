@@ -68,6 +68,10 @@ class TrainConfig:
     patience: int | None = _option(
         5, "validations without a better mean agreement before stopping; none: never"
     )
+    shortlist: int | None = _option(
+        None, "tokens that exits learn and look at, the most frequent of the answers: for large "
+        "vocabularies, whose LM head costs several layers (2048 is usual); none: all",
+    )  # fmt: skip
     cache: str = _option("auto", "where the frozen states are kept between epochs", choices=CACHES)
     seed: int = _option(0, "seed of the split, the order and the initial discriminators")
 
@@ -122,5 +126,9 @@ class TrainConfig:
             (
                 "patience must be at least 1, or none",
                 self.patience is not None and self.patience < 1,
+            ),
+            (
+                "a shortlist must be of at least 2 tokens, or none",
+                self.shortlist is not None and self.shortlist < 2,
             ),
         ]

@@ -268,6 +268,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._groups)
 
+    @property
+    def answers(self) -> list[tuple[int, ...]]:
+        """Token ids of every answer, in the order of the batches."""
+        return [row.ids for some in self._groups for row in some]
+
     def _choose(self, cache: str, memory_bytes: int) -> str:
         if cache != "auto":
             kind = cache

@@ -28,6 +28,17 @@ class Game:
         self.exits = Exits(backbone, depths)
         self.exits.to(torch.float32)
         self.discriminators = self.new_discriminators()
+        self._head: nn.Module | None = None
+        self._places: Tensor | None = None
+
+    def narrow(self, ids: Tensor) -> None:
+        """From now on logits are of the tokens `ids` [S] alone: a shortlist.
+
+        Both sides' probabilities are then among these, and a label that is not counts for nothing.
+        """
+        self._head = self.backbone.head_rows(ids)
+        self._places = ids.new_full((self.backbone.vocabulary,), -1)
+        self._places[ids] = torch.arange(len(ids), device=ids.device)
 
     def new_discriminators(self) -> nn.ModuleDict:
         """Untrained ones, by depth."""
@@ -53,17 +64,21 @@ class Game:
         """Exits and final layer side by side, answer tokens only, by depth."""
         features, keep = self.features(batch), batch.mask
         teacher = batch.teacher[keep]
-        teacher_logits = self.backbone.read(teacher)
+        teacher_logits = self.backbone.read(teacher, self._head)
+        targets = batch.targets[keep]
         labelled = batch.labelled[:, None].expand_as(keep)[keep].float()
+        if self._places is not None:
+            places = self._places[targets]
+            targets, labelled = places.clamp(min=0), labelled * (places >= 0)
         scene = {}
         for depth, states in features.items():
             kept = states[keep]
             scene[depth] = Terms(
-                logits=self.backbone.read(kept),
+                logits=self.backbone.read(kept, self._head),
                 teacher_logits=teacher_logits,
                 features=kept,
                 teacher_features=teacher,
-                targets=batch.targets[keep],
+                targets=targets,
                 labelled=labelled,
                 judge=self._judge(depth, batch) if self.config.has_discriminator else None,
                 adversary=self.config.adversary,
@@ -108,10 +123,15 @@ class Game:
 
     @torch.no_grad()
     def agreeing(self, batch: Batch) -> list[int]:
-        """On how many answer tokens each exit's argmax is the final layer's; last, of how many."""
+        """On how many answer tokens each exit's argmax is the final layer's; last, of how many.
+
+        The final layer's is over the whole vocabulary, also where the exits have a shortlist.
+        """
         teacher = self.backbone.read(batch.teacher[batch.mask]).argmax(-1)
+        if self._places is not None:
+            teacher = self._places[teacher]
         said = [
-            self.backbone.read(states[batch.mask]).argmax(-1)
+            self.backbone.read(states[batch.mask], self._head).argmax(-1)
             for states in self.features(batch).values()
         ]
         return [*(int((tokens == teacher).sum()) for tokens in said), len(teacher)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,14 +33,16 @@ from offramp.checkpoint import (
     trim_history,
     undisturbed,
 )
+from offramp.checks import Checks, shortlist_of
 from offramp.config import TrainConfig
 from offramp.encode import Encoder
-from offramp.errors import DataError, TrainingError
+from offramp.errors import DataError, InputError, TrainingError
 from offramp.examples import Example, examples_digest, split_examples
 from offramp.exits import Exits, propose_depths
 from offramp.features import Batch, FeatureStore
 from offramp.game import Game
 from offramp.losses import Terms
+from offramp.policy import Policy
 from offramp.records import JsonlLog, provenance
 from offramp.seen import picture_digests
 
@@ -89,6 +92,11 @@ class Trainer:
             raise DataError(
                 "There are no examples to train on.", "Check the data's path and split."
             )
+        if config.shortlist is not None and config.shortlist > backbone.vocabulary:
+            raise InputError(
+                f"A shortlist of {config.shortlist} out of {backbone.vocabulary} tokens cannot be.",
+                f"Give a number from 2 to {backbone.vocabulary}.",
+            )
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
         self.encoder = Encoder(backbone, processor)
@@ -114,6 +122,7 @@ class Trainer:
         self.progress = Progress()
         self.best: dict[str, dict[str, Tensor]] = {}
         self.agreement: dict[str, float] = {}
+        self.checks: Checks | None = None
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -128,6 +137,7 @@ class Trainer:
             self._restore()
         if not self._is_over():
             stores = self._stores() if keep is None else keep(self._stores)
+            self._learn_shortlist(*stores)
             with self._history() as history:
                 try:
                     self._follow(*stores, history)
@@ -292,6 +302,18 @@ class Trainer:
             )
         return rows[:fewest]
 
+    def _learn_shortlist(self, train_store: FeatureStore, validation: FeatureStore) -> None:
+        """Of all processes' answers, whose misses are counted on the validation answers."""
+        size = self.config.shortlist
+        if size is None:
+            return
+        learn, held_out = (gather_object(s.answers) for s in (train_store, validation))
+        ids, found = shortlist_of(learn, held_out, size)
+        ids = ids.to(self.backbone.device)
+        self.checks = Checks(ids, found={"shortlist": found})
+        self.game.narrow(ids)
+        self._say(f"shortlist: {len(ids)} tokens, {found['miss_rate']:.2%} of others missed")
+
     # -- validation, checkpoints ----------------------------------------------------------------
 
     def _validate(self, store: FeatureStore, history: JsonlLog | None) -> None:
@@ -338,7 +360,8 @@ class Trainer:
             discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,
-            exits,
+            exits.with_checks(self.checks),
+            Policy(shortlist=self.checks is not None),
             discriminators=discriminators,
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={"agreement": self.agreement, "step": self.progress.best_step},
@@ -350,6 +373,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "agreement": self.agreement,
             "best": self.best,
+            "checks": self.checks and {"ids": self.checks.ids, "found": dict(self.checks.found)},
             **{name: part.state_dict() for name, part in self._moving().items()},
         }
         save_state(self.out, self.made_of, state)
@@ -361,6 +385,7 @@ class Trainer:
             return
         self.progress = Progress(**state["progress"])
         self.best, self.agreement = state["best"], state["agreement"]
+        self.checks = state["checks"] and Checks(**state["checks"])
         for name, part in self._moving().items():
             part.load_state_dict(state[name])
 

@@ -17,7 +17,6 @@ from offramp.cli.common import (
     read_data,
 )
 from offramp.config import TrainConfig
-from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -32,11 +31,6 @@ def add(commands: Any) -> None:
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
-        "--shortlist", type=int, metavar="TOKENS",
-        help="let exits read only so many tokens, the most frequent of the model's own answers: "
-        "for large vocabularies, whose LM head costs several layers (2048 is usual)",
-    )  # fmt: skip
     parser.add_argument(
         "--gates", action="store_true",
         help="learn a gate before each exit, where it pays, that guesses if a look is worth it",
@@ -83,20 +77,14 @@ def _train(arguments: argparse.Namespace) -> None:
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
-    if arguments.shortlist is not None and not 2 <= arguments.shortlist <= backbone.vocabulary:
-        raise InputError(
-            f"A shortlist of {arguments.shortlist} out of {backbone.vocabulary} tokens cannot be.",
-            f"Give a number from 2 to {backbone.vocabulary}.",
-        )
     adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:
-        if arguments.shortlist is not None or arguments.gates:
+        if arguments.gates:
             adapter = cheapen(
                 adapter, Encoder(backbone, processor), examples,
-                shortlist=arguments.shortlist, gates=arguments.gates,
-                max_new_tokens=config.max_new_tokens,
+                gates=True, max_new_tokens=config.max_new_tokens,
                 progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
             )  # fmt: skip
             adapter.save(arguments.out)
