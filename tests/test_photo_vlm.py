@@ -411,14 +411,15 @@ POINT = {
 }  # fmt: skip
 REGIME = {
     "regime": "unsupervised", "training_seconds": 600, "agreement": {"8": 0.9},
-    "checks": {
-        "shortlist": {"size": 2048, "miss_rate": 0.001, "miss_bound": 0.002},
-        "gates": {"8": {"shut": 0.3, "gain_layers": 0.2, "used": True}},
-    },
+    "checks": {"shortlist": {"size": 2048, "miss_rate": 0.001, "miss_bound": 0.002}},
     "points": [POINT, {"chosen_by": "risk 1%", "thresholds": {}, "reason": "Too few."}],
-    "lossless": {"speedup_decode": 1.3, "speedup_end_to_end": 1.2, "identical_captions": 9,
-                 "captions": 9, "acceptance": 0.8},
-    "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19}}, "full_vs_generate": 1.01,
+    "path": [{"thresholds": {"8": 0.9}, "cider_drop": 0.01, "predicted_speedup": 1.6}],
+    "full_vs_generate": 1.01,
+}  # fmt: skip
+LOSSLESS = {
+    "dtype": "float32", "speedup_decode": 1.3, "speedup_end_to_end": 1.2, "acceptance": 0.8,
+    "speedup_vs_generate": 1.35, "identical_captions": 9, "captions": 9,
+    "tokens_per_second": {"full": 20.0, "lossless": 26.0},
 }  # fmt: skip
 FULL = {"cider": 0.35, "bleu_4": 0.15, "meteor": 0.18, "rouge_l": 0.4, "daquar_accuracy": 0.2,
         "captions": 1000, "questions": 600}  # fmt: skip
@@ -447,17 +448,36 @@ ANALYSIS = {
 
 
 def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
+    sizes = {"steps": 500, "captions": 1500, "questions": 700}
     record = {
-        "full": FULL, "regimes": {"a": REGIME, "b": REGIME}, "depths": [8],
-        "sizes": {"steps": 500, "captions": 1500, "questions": 700},
-        "provenance": {"threads": 1, "processor": "some"}, "analysis": ANALYSIS,
+        "full": FULL, "regimes": {"a": REGIME}, "matched": {"a": REGIME, "b": REGIME},
+        "depths": [8], "sizes": sizes, "matched_sizes": sizes, "analysis": ANALYSIS,
+        "lossless": LOSSLESS,
+        "lossless_bfloat16": {**LOSSLESS, "dtype": "bfloat16", "identical_captions": 7},
+        "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}},
+        "provenance": {"threads": 1, "processor": "some"},
     }  # fmt: skip
     page = results.page(record, CARD)
-    for told in ("0.350", "**1.70x**", "+0.4%", "off: Too few.", "9 of 9 captions", "misses 0.10%",
-                 "| 1,100 | 0.200", "Side by side", "| 8 | 50.0% | 50.0% | 50.0% | 50.0% |",
-                 "| 1 | 6.2% |  | 6.2% |  |", "falls by 10.0% from depth 1 to 8",
-                 "wrong on 60 (5.0%;"):  # fmt: skip
+    for told in (
+        "0.350",
+        "**1.70x**",
+        "+0.4%",
+        "off: Too few.",
+        "misses 0.10%",
+        "| 9 of 9 |",
+        "| 7 of 9 |",
+        "| 1,100 | 0.200",
+        "| blur | 0.200 | 0.190 | +5.0% |",
+        "side by side",
+        "| 8 | 50.0% | 50.0% | 50.0% | 50.0% |",
+        "| 1 | 6.2% |  | 6.2% |  |",
+        "falls by 10.0% from depth 1 to 8",
+        "wrong on 60 (5.0%;",
+    ):
         assert told in page, told
+    assert "unsupervised" not in results.plot(record) and "a, long" in results.plot(record)
+    nothing = {**record, "regimes": {}, "matched": {}, "lossless": None, "damaged": None}
+    assert "No exits have been measured" in results.page({**nothing, "analysis": None}, CARD)
 
 
 TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}

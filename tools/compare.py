@@ -44,9 +44,9 @@ class Sizes:
     train: int = 400
     test: int = 160
     steps: int = 600
-    timed: int = 16
+    timed: int = 24
     captions: int = 30
-    rounds: int = 5
+    rounds: int = 7
 
 
 QUICK = Sizes(train=24, test=8, steps=12, timed=2, captions=2, rounds=1)

@@ -18,8 +18,12 @@ from offramp.examples import Example
 ADAPTER = Path(__file__).parent / "adapter"
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Backbone and encoder of a built folder. Raise `InputError` where there is none."""
+def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+    """Backbone and encoder of a built folder, "auto": in bfloat16, as it was built.
+
+    Raises:
+        InputError: there is none.
+    """
     import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from transformers import AutoProcessor
 
@@ -31,7 +35,7 @@ def load(folder: Path) -> tuple[Any, Any]:
             f"{folder} holds no built model.",
             f"Build it: python -m examples.photo_vlm.build --out {folder}",
         )
-    backbone = Backbone.from_pretrained(folder)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype)
     processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
     return backbone, Encoder(backbone, processor)
 

@@ -7,10 +7,11 @@ there, and what is there is not measured again.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -78,10 +79,8 @@ class Sizes:
     damaged: int = 200
 
 
-SMALL = Sizes(captions=800, questions=400, steps=300, held_out=500, asked=300, race=12, damaged=80)
-"""What one core measures of a regime in forty minutes."""
-
-
+SMALL = Sizes(captions=1500, questions=300, steps=3000, race=12, rounds=3)
+"""To hold regimes against each other, in a quarter of an hour each."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
 
@@ -94,8 +93,11 @@ def _half(example: Example) -> int:
 class Photos:
     """The built model, the photographs, and the full model's answers to them."""
 
-    def __init__(self, folder: Path, data: Path, sizes: Sizes, depths: Sequence[int]) -> None:
-        self.backbone, self.encoder = load(folder)
+    def __init__(
+        self, built: tuple[Any, Any], data: Path, sizes: Sizes, depths: Sequence[int]
+    ) -> None:
+        """built: backbone and encoder."""
+        self.backbone, self.encoder = built
         self.sizes, self.depths = sizes, tuple(depths)
         splits = read_photographs(data)
         self.train = splits["captions"][: sizes.captions] + splits["questions"][: sizes.questions]
@@ -104,6 +106,19 @@ class Photos:
             "questions": splits["questions_val"][: sizes.asked],
         }
         self.cache = VisionCache(1 << 28)
+
+    def in_dtype(self, folder: Path, dtype: torch.dtype) -> Photos:
+        """The same photographs, the model in another precision."""
+        other = copy.copy(self)
+        other.__dict__ = {n: v for n, v in vars(self).items() if n not in ("none", "full")}
+        other.backbone, other.encoder = load(folder, dtype)
+        return other
+
+    @property
+    def timed(self) -> list[dict[str, Any]]:
+        """Prompts to be timed on: captions of the measuring half."""
+        some = self.part("captions", 1)[: self.sizes.race]
+        return [self.encoder.prompts([example]) for example in some]
 
     def part(self, name: str, half: int) -> list[Example]:
         return [e for e in self.held[name] if _half(e) == half]
@@ -189,16 +204,20 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
 
 
 def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
-    """Everything about one regime."""
+    """What a regime's exits are worth at several thresholds."""
     adapter = trained(photos, regime, folder)
     whole = _tried(photos, adapter)
-    chosen = {f"CIDEr drop {drop:.0%}": None for drop in DROPS} | _by_drop(photos, adapter, whole)
+    path = _path(photos, adapter, whole)
+    chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
     promises = {f"risk {t:.0%}": _promised(photos, adapter, whole, t) for t in TARGETS}
-    policies = {n: p for n, p in chosen.items() if p is not None}
+    policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
     policies |= {n: found.policy for n, found in promises.items() if found.policy.thresholds}
-    timings, drafts = _race(photos, adapter, policies)
+    policies[ALWAYS] = replace(
+        whole.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], 0.0)
+    )
+    timings = _race(photos, adapter, policies)
     rows = []
-    for name in (*chosen, *promises):
+    for name in (*chosen, *promises, ALWAYS):
         row: dict[str, Any] = {"chosen_by": name}
         if name in promises:
             found = promises[name]
@@ -213,13 +232,13 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
         "training_seconds": adapter.metrics.get("seconds"),
         "agreement": adapter.metrics["agreement"],
         "checks": dict(adapter.exits.checks.found) if adapter.exits.checks else {},
+        "path": path,
         "points": rows,
-        "lossless": _lossless(photos, adapter, timings, drafts),
         "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
-        "damaged": _damaged(photos, adapter, policies.get(f"CIDEr drop {DROPS[0]:.0%}")),
     }
 
 
+ALWAYS = "every token at the exit"
 OFF = {"thresholds": {}, "speedup_decode": 1.0, "speedup_end_to_end": 1.0, "cider_drop": 0.0}
 
 
@@ -238,25 +257,29 @@ def _tried(photos: Photos, adapter: Adapter) -> Tried:
     return replace(whole, doubtful=whole.doubtful & False)
 
 
-def _by_drop(photos: Photos, adapter: Adapter, whole: Tried) -> dict[str, Policy | None]:
-    """The fastest thresholds of the path whose captions lose at most so much CIDEr."""
+def _path(photos: Photos, adapter: Adapter, whole: Tried) -> list[dict[str, Any]]:
+    """CIDEr on the choosing half along the path, as long as it does not fall too far."""
     path, _ = path_of(whole, THRESHOLDS)
-    full = cider(photos.full["captions", 0], whole.examples)
-    found: dict[str, Policy | None] = {}
+    full, never = cider(photos.full["captions", 0], whole.examples), whole.seconds({})
+    found = []
     for thresholds in tqdm(path, "thresholds", disable=None, leave=False):
         policy = replace(whole.policy, thresholds=thresholds)
         answers = photos.answers(adapter.with_policy(policy), "captions", whole.examples)
         drop = 1 - cider(answers, whole.examples) / full
-        took = whole.seconds(thresholds)
-        print(f"  {thresholds}: CIDEr drop {drop:+.3f}, {took}", file=sys.stderr)
-        for limit in DROPS:
-            name = f"CIDEr drop {limit:.0%}"
-            best = found.get(name)
-            if drop <= limit and (best is None or took < whole.seconds(best.thresholds)):
-                found[name] = policy
-        if drop > 0.08:
+        faster = never / whole.seconds(thresholds)
+        row = {"thresholds": {str(d): t for d, t in thresholds.items()}}
+        found.append({**row, "cider_drop": drop, "predicted_speedup": faster})
+        print(f"  {found[-1]}", file=sys.stderr)
+        if drop > 2 * max(DROPS):
             break
     return found
+
+
+def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
+    """The fastest thresholds whose captions lose at most so much CIDEr; none, if none do."""
+    good = [row for row in path if row["cider_drop"] <= limit]
+    best = max(good, key=lambda row: row["predicted_speedup"], default={"thresholds": {}})
+    return {int(d): t for d, t in best["thresholds"].items()}
 
 
 def _promised(photos: Photos, adapter: Adapter, whole: Tried, target: float) -> Any:
@@ -268,28 +291,19 @@ def _promised(photos: Photos, adapter: Adapter, whole: Tried, target: float) -> 
     )  # fmt: skip
 
 
-def _race(
-    photos: Photos, adapter: Adapter, policies: dict[str, Policy]
-) -> tuple[dict[str, Timing], Policy]:
-    """Interleaved timing on captions of the measuring half; and the fastest lossless policy."""
-    prompts = [photos.encoder.prompts([e]) for e in photos.part("captions", 1)[: photos.sizes.race]]
-    options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
-    own = partial(own_way, photos.backbone, adapter.exits, **options)
-    drafts = {
-        t: replace(adapter.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], t),
-                   lossless=True, gates={})
-        for t in DRAFTS
-    }  # fmt: skip
-    trial = race({str(t): own(policy) for t, policy in drafts.items()}, prompts[:6], rounds=2)
-    best = drafts[min(DRAFTS, key=lambda t: sum(trial[str(t)].decode))]
+OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+
+
+def _race(photos: Photos, adapter: Adapter, policies: dict[str, Policy]) -> dict[str, Timing]:
+    """Interleaved timing on captions of the measuring half."""
+    own = partial(own_way, photos.backbone, adapter.exits, **OPTIONS)
     ways: dict[str, Way] = {
-        "generate": stock_way(photos.backbone, **options),
-        "full": own_way(photos.backbone, **options),
-        "lossless": own(best),
+        "generate": stock_way(photos.backbone, **OPTIONS),
+        "full": own_way(photos.backbone, **OPTIONS),
         **{name: own(policy) for name, policy in policies.items()},
     }
     bar = partial(tqdm, desc="race", disable=None, leave=False)
-    return race(ways, prompts, rounds=photos.sizes.rounds, progress=bar), best
+    return race(ways, photos.timed, rounds=photos.sizes.rounds, progress=bar)
 
 
 def _row(
@@ -326,24 +340,40 @@ def _row(
     }
 
 
-def _lossless(
-    photos: Photos, adapter: Adapter, timings: dict[str, Timing], policy: Policy
-) -> dict[str, Any]:
+# -- what is asked of the first regime alone --------------------------------------------------
+
+
+def lossless(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     """Speed, and whether every held-out caption is the full model's, each decoded alone."""
-    ours = adapter.with_policy(policy)
-    options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
-    same, drafted, kept, count = 0, 0, 0, 0
+    own = partial(own_way, photos.backbone, adapter.exits, **OPTIONS)
+    drafts = {
+        t: replace(adapter.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], t),
+                   lossless=True, gates={})
+        for t in DRAFTS
+    }  # fmt: skip
+    trial = race({str(t): own(p) for t, p in drafts.items()}, photos.timed[:6], rounds=2)
+    policy = drafts[min(DRAFTS, key=lambda t: sum(trial[str(t)].decode))]
+    ways = {
+        "generate": stock_way(photos.backbone, **OPTIONS),
+        "full": own_way(photos.backbone, **OPTIONS),
+        "lossless": own(policy),
+    }
+    timings = race(ways, photos.timed, rounds=photos.sizes.rounds)
+    same, drafted, kept = 0, 0, 0
     for example in tqdm(photos.held["captions"], "lossless", disable=None, leave=False):
         prompt = photos.encoder.prompts([example])
-        made = ours.generate(prompt, **options)
-        full = photos.none.generate(prompt, policy=FULL, **options)
+        made = adapter.generate(prompt, policy=policy, **OPTIONS)
+        full = photos.none.generate(prompt, policy=FULL, **OPTIONS)
         same += bool(torch.equal(made.sequences, full.sequences))
         drafted += sum(n for n, _ in made.rounds)
         kept += sum(n for _, n in made.rounds)
-        count += 1
+    count = len(photos.held["captions"])
     return {
+        "dtype": str(photos.backbone.dtype).removeprefix("torch."),
         "speedup_decode": speedup(timings["full"].decode, timings["lossless"].decode),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings["lossless"].seconds),
+        "speedup_vs_generate": speedup(timings["generate"].decode, timings["lossless"].decode),
+        "tokens_per_second": {name: one.tokens_per_second for name, one in timings.items()},
         "identical": same == count,
         "identical_captions": same,
         "captions": count,
@@ -352,15 +382,14 @@ def _lossless(
     }
 
 
-def _damaged(photos: Photos, adapter: Adapter, policy: Policy | None) -> dict[str, Any]:
+def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     """CIDEr on damaged photographs, full and early."""
     found: dict[str, Any] = {}
     some = photos.part("captions", 1)[: photos.sizes.damaged]
-    for name in CORRUPTIONS if policy is not None else ():
+    for name in CORRUPTIONS:
         examples = [corrupted(e, name, SEVERITY, seed=0) for e in some]
         full = cider(photos.answers(photos.none, "captions", examples), examples)
-        ours = adapter.with_policy(policy)
-        early = cider(photos.answers(ours, "captions", examples), examples)
+        early = cider(photos.answers(adapter, "captions", examples), examples)
         found[name] = {"cider_full": full, "cider": early, "cider_drop": 1 - early / full}
     return found
 
@@ -371,7 +400,8 @@ def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
     Raises:
         InputError: none of the policies leaves early.
     """
-    row = next((row for row in found["points"] if row["thresholds"]), None)
+    chosen = (row for row in found["points"] if row["chosen_by"] != ALWAYS)
+    row = next((row for row in chosen if row["thresholds"]), None)
     if row is None:
         raise InputError("These exits have no thresholds that keep what was asked.", "Train on.")
     thresholds = {int(d): t for d, t in row["thresholds"].items()}
@@ -391,9 +421,6 @@ def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
     )
 
 
-# -- by depth ---------------------------------------------------------------------------------
-
-
 def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
     """Every depth with and without trained exits, and overthinking, on the measuring half."""
     path = out / RESULT
@@ -411,56 +438,84 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------
 
 
+# -- all of it --------------------------------------------------------------------------------
+
+
+def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter:
+    """Measure what is asked of one regime alone, each part once; its exits as they are shipped."""
+    early = shipped(Adapter.load(exits, photos.backbone), read_json(out / f"{exits.name}.json"))
+    parts: dict[str, Callable[[], Any]] = {
+        "damaged": lambda: damaged(photos, early),
+        "analysis": lambda: curves(photos, Adapter.load(exits, photos.backbone), out / "analysis"),
+        "lossless_bfloat16": lambda: lossless(photos, Adapter.load(exits, photos.backbone)),
+        "lossless": lambda: _lossless_exactly(photos, model, exits),
+    }
+    for name, measure in parts.items():
+        if not (out / f"{name}.json").is_file():
+            write_json(out / f"{name}.json", measure())
+            print(name, read_json(out / f"{name}.json"), file=sys.stderr)
+    return early
+
+
+def _lossless_exactly(photos: Photos, model: Path, exits: Path) -> dict[str, Any]:
+    """In float32: in bfloat16 likely tokens often tie, and rounding picks one of them."""
+    precise = photos.in_dtype(model, torch.float32)
+    return lossless(precise, Adapter.load(exits, precise.backbone))
+
+
+def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
+    """The record, of what has been measured so far."""
+    found: dict[str, Any] = {"full": read_json(work / "measured-whole" / "full.json")}
+    for size, name in (("whole", "regimes"), ("small", "matched")):
+        files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
+        found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+    for name in ("lossless", "lossless_bfloat16", "damaged", "analysis"):
+        file = work / "measured-whole" / f"{name}.json"
+        found[name] = read_json(file) if file.is_file() else None
+    sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
+    return {**found, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
+
+
 @command
 def main() -> None:
-    parser = parser_of("measure", "--regimes unsupervised --depths 8 15", str(__doc__))
+    parser = parser_of("measure", "--regimes unsupervised", str(__doc__))
     parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
     parser.add_argument(
         "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
-        help="the first one's exits are also looked at depth by depth (default: all)",
+        help="with --size whole, more is measured of the first one (default: all)",
     )  # fmt: skip
-    parser.add_argument("--depths", type=int, nargs="+", default=(8, 15), help="of the exits")
-    parser.add_argument("--size", choices=SIZES, default="whole", help="quick: only to try it out")
+    parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
+    parser.add_argument(
+        "--size", choices=SIZES, default="whole",
+        help="small: to hold regimes against each other; quick: only to try it out",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
     parser.add_argument(
-        "--ship",
-        type=Path,
-        metavar="FOLDER",
-        help="save the first regime's exits there, to be used",
+        "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.regimes) - set(REGIMES):
         raise InputError(
             f"Regime {', '.join(sorted(unknown))} is not known.", f"Known: {', '.join(REGIMES)}."
         )
-    photos = Photos(
-        arguments.work / "model", arguments.data, SIZES[arguments.size], arguments.depths
-    )  # fmt: skip
-    place = arguments.work / f"measured-{arguments.size}"
-    files = {name: place / f"{_slug(name)}.json" for name in ("full", *REGIMES)}
-    if not files["full"].is_file():
-        write_json(files["full"], full_figures(photos))
-    print(read_json(files["full"]), file=sys.stderr)
+    work, size = arguments.work, arguments.size
+    place, model = work / f"measured-{size}", work / "model"
+    photos = Photos(load(model), arguments.data, SIZES[size], arguments.depths)
+    if not (place / "full.json").is_file():
+        write_json(place / "full.json", full_figures(photos))
     for regime in arguments.regimes:
-        if not files[regime].is_file():
-            exits = place / "exits" / _slug(regime)
-            write_json(files[regime], measured(photos, regime, exits))
-        print(read_json(files[regime]), file=sys.stderr)
-    first = Adapter.load(place / "exits" / _slug(arguments.regimes[0]), photos.backbone)
-    done = {name: read_json(files[name]) for name in REGIMES if files[name].is_file()}
-    record = {
-        "full": read_json(files["full"]),
-        "regimes": done,
-        "lossless": next(iter(done.values()))["lossless"] if done else None,
-        "analysis": curves(photos, first, place / "analysis"),
-        "depths": list(arguments.depths),
-        "sizes": vars(photos.sizes),
-        "provenance": provenance(0, sys.argv, None),
-    }
-    if arguments.ship is not None:
-        shipped(first, done[arguments.regimes[0]]).save(arguments.ship)
-    write_json(place / "photo.json" if arguments.size == "quick" else arguments.out, record)
+        file = place / f"{_slug(regime)}.json"
+        if not file.is_file():
+            write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
+        print(read_json(file), file=sys.stderr)
+    if size != "small":
+        first = place / "exits" / _slug(arguments.regimes[0])
+        early = first_of_all(photos, model, first, place)
+        if arguments.ship is not None:
+            early.save(arguments.ship)
+    if size != "quick":
+        write_json(arguments.out, assemble(work, arguments.depths))
 
 
 def _slug(name: str) -> str:

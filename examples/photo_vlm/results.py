@@ -7,6 +7,7 @@ from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
 
+from offramp.plots import tradeoff
 from offramp.records import read_json, write_atomic
 
 HERE = Path(__file__).parent
@@ -15,24 +16,34 @@ RECORD = HERE.parent.parent / "records" / "photo.json"
 
 def page(record: dict[str, Any], card: dict[str, Any]) -> str:
     """RESULTS.md."""
-    regimes = list(record["regimes"].values())
-    trained = (
-        f"Exits at depths {' and '.join(map(str, record['depths']))} of 30, each trained for "
-        f"{record['sizes']['steps']} steps on {record['sizes']['captions']:,} photographs to "
-        f"caption and {record['sizes']['questions']:,} questions. Held-out photographs are halved: "
-        "thresholds are chosen on one half and measured on the other."
+    regimes, matched = (list(record[name].values()) for name in ("regimes", "matched"))
+    told = (
+        f"Exits at {' and '.join(map(str, record['depths']))} of 30 layers. Held-out photographs "
+        "are halved: thresholds are chosen on one half and measured on the other."
     )
     parts = [
         "# What exits are worth on photographs\n",
         f"From [records/photo.json](../../records/photo.json): {_machine(record)}. "
-        f"{trained if regimes else 'No exits have been measured yet.'} Written by `python -m "
+        f"{told if regimes else 'No exits have been measured yet.'} Written by `python -m "
         "examples.photo_vlm.results`.\n",
         _full(record["full"], card),
-        *(_regime(one) for one in regimes),
-        _side_by_side(regimes) if len(regimes) > 1 else "",
-        _by_depth(record["analysis"]) if record.get("analysis") else "",
+        *(_regime(one, record["sizes"]) for one in regimes),
+        _lossless(record["lossless"], record["lossless_bfloat16"]) if record["lossless"] else "",
+        _damaged(record["damaged"]) if record["damaged"] else "",
+        _side_by_side(matched, record["matched_sizes"]) if matched else "",
+        _by_depth(record["analysis"]) if record["analysis"] else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def plot(record: dict[str, Any]) -> str:
+    """CIDEr kept against predicted speed along each regime's thresholds, as SVG."""
+    regimes = {f"{name}, long": one for name, one in record["regimes"].items()}
+    series = {
+        name: [(1.0, 1.0), *((p["predicted_speedup"], 1 - p["cider_drop"]) for p in one["path"])]
+        for name, one in {**regimes, **record["matched"]}.items()
+    }
+    return tradeoff(series, "CIDEr, in the full model's")
 
 
 def _machine(record: dict[str, Any]) -> str:
@@ -65,25 +76,20 @@ def _full(full: dict[str, Any], card: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _regime(one: dict[str, Any]) -> str:
-    shortlist, gates = one["checks"].get("shortlist"), one["checks"].get("gates", {})
-    agreement = ", ".join(f"{a:.1%} at {d}" for d, a in one["agreement"].items())
-    lines = [f"## {one['regime'].capitalize()}", ""]
-    lines.append(
-        f"Agreement with the full model, teacher-forced: {agreement}; trained in "
-        f"{(one['training_seconds'] or 0) / 60:.0f} minutes. Full depth through our loop: "
-        f"{one['full_vs_generate']:.2f}x of stock `generate`."
-    )
+def _regime(one: dict[str, Any], sizes: dict[str, Any]) -> str:
+    lines = [
+        f"## {one['regime'].capitalize()}",
+        "",
+        f"{_trained(sizes)}, {(one['training_seconds'] or 0) / 60:.0f} minutes of one core, states "
+        f"and the model's own answers included. Agreement with the full model, teacher-forced: "
+        f"{_agreement(one)}. Full depth through our loop: {one['full_vs_generate']:.2f}x of stock "
+        "`generate`.",
+    ]
+    shortlist = one["checks"].get("shortlist")
     if shortlist:
         lines.append(
             f"The shortlist of {shortlist['size']:,} tokens misses {shortlist['miss_rate']:.2%} "
             f"(at most {shortlist['miss_bound']:.2%}) of held-out tokens."
-        )
-    for depth, gate in gates.items():
-        used = "on" if gate["used"] else "off"
-        lines.append(
-            f"Gate at {depth}: shuts out {gate['shut']:.0%} of tokens, saves "
-            f"{gate['gain_layers']:+.2f} layers a token, so it is {used}."
         )
     lines += [
         "",
@@ -91,20 +97,56 @@ def _regime(one: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_point(row) for row in one["points"]]
-    lossless = one["lossless"]
-    lines += [
+    return "\n".join(lines) + "\n"
+
+
+def _trained(sizes: dict[str, Any]) -> str:
+    return (
+        f"{sizes['steps']:,} steps on {sizes['captions']:,} photographs to caption and "
+        f"{sizes['questions']:,} questions"
+    )
+
+
+def _agreement(one: dict[str, Any]) -> str:
+    return ", ".join(f"{a:.1%} at {d}" for d, a in one["agreement"].items())
+
+
+def _lossless(exact: dict[str, Any], half: dict[str, Any]) -> str:
+    lines = [
+        "## Lossless",
         "",
-        f"Lossless: **{lossless['speedup_decode']:.2f}x** decoding, "
-        f"{lossless['speedup_end_to_end']:.2f}x end to end, {lossless['identical_captions']:,} of "
-        f"{lossless['captions']:,} captions identical to the full model's; "
-        f"{lossless['acceptance']:.0%} of drafts accepted.",
+        "Every held-out caption decoded alone, by the full model and by drafts that it verifies. "
+        "In bfloat16 the likeliest tokens often tie, and rounding, which depends on how many "
+        "tokens a matrix product holds, picks one; float32 has no such ties.",
+        "",
+        "| precision | decoding | end to end | against `generate` | identical | drafts kept | "
+        "tokens a second, full | lossless |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    if one["damaged"]:
-        damaged = "; ".join(
-            f"{name} {f['cider_full']:.3f} full, {f['cider']:.3f} early"
-            for name, f in one["damaged"].items()
+    for one in (exact, half):
+        rate = one["tokens_per_second"]
+        lines.append(
+            f"| {one['dtype']} | **{one['speedup_decode']:.2f}x** "
+            f"| {one['speedup_end_to_end']:.2f}x | {one['speedup_vs_generate']:.2f}x "
+            f"| {one['identical_captions']:,} of {one['captions']:,} | {one['acceptance']:.0%} "
+            f"| {rate['full']:.1f} | {rate['lossless']:.1f} |"
         )
-        lines += ["", f"CIDEr on damaged photographs (severity 3 of 5): {damaged}."]
+    return "\n".join(lines) + "\n"
+
+
+def _damaged(found: dict[str, Any]) -> str:
+    lines = [
+        "## Damaged photographs",
+        "",
+        "Severity 3 of 5, the thresholds of the first row above.",
+        "",
+        "| | CIDEr at full depth | early | drop |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {one['cider_full']:.3f} | {one['cider']:.3f} | {one['cider_drop']:+.1%} |"
+        for name, one in found.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -120,15 +162,15 @@ def _point(row: dict[str, Any]) -> str:
     )
 
 
-def _side_by_side(regimes: list[dict[str, Any]]) -> str:
+def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
     names = [row["chosen_by"] for row in regimes[0]["points"]]
     lines = [
-        "## Side by side",
+        "## Regimes side by side",
         "",
-        "Decoding against full depth, and the drop of CIDEr.",
+        f"Each {_trained(sizes)}. Decoding against full depth, and the drop of CIDEr.",
         "",
-        f"| regime | {' | '.join(names)} | lossless |",
-        "|---|" + "---|" * (len(names) + 1),
+        f"| regime | agreement | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
     ]
     for one in regimes:
         cells = [
@@ -137,9 +179,8 @@ def _side_by_side(regimes: list[dict[str, Any]]) -> str:
             else "off"
             for row in one["points"]
         ]
-        lossless = f"{one['lossless']['speedup_decode']:.2f}x"
-        lines.append(f"| {one['regime']} | {' | '.join(cells)} | {lossless} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {one['regime']} | {_agreement(one)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/photo.svg)\n"
 
 
 def _by_depth(found: dict[str, Any]) -> str:
@@ -189,7 +230,10 @@ def main() -> None:
     parser = parser_of("results", "", str(__doc__))
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
-    text = page(read_json(arguments.record), read_json(HERE / "bridge" / "bridge.json"))
+    record = read_json(arguments.record)
+    if record["matched"]:
+        write_atomic(arguments.record.with_suffix(".svg"), plot(record))
+    text = page(record, read_json(HERE / "bridge" / "bridge.json"))
     write_atomic(HERE / "RESULTS.md", text)
     print(HERE / "RESULTS.md")
 
