@@ -255,12 +255,13 @@ def _equal_quality(record: dict) -> str:
     plan = models[0]["plan"]
     heads = [
         f"tiny {kind}{column}" for kind in ("OPT", "T5")
-        for column in (*(f", {float(level):.0%}" for level in levels), ": FREE over it")
+        for column in (*(f", {_percent(level)}" for level in levels), ": FREE over it")
     ]  # fmt: skip
+    drops = ", ".join(map(_percent, levels))
     lines = [
         "## Objectives and policies at equal quality",
         "",
-        f"Decoding against full depth (1.00x) where quality drops by at most 1%, 2% and 5%: every "
+        f"Decoding against full depth (1.00x) where quality drops by at most {drops}: every "
         f"objective with the largest probability as score, exits at {plan['depths']} of 12; every "
         f"policy on the exits of FREE, there or at {plan['several']}. {plan['training']['steps']} "
         f"steps each, FREE with weight {plan['training']['adversarial']:g} of the adversary; one "
@@ -270,14 +271,18 @@ def _equal_quality(record: dict) -> str:
         f"| objective | policy | {' | '.join(heads)} |",
         "|---|---|" + "---|" * len(heads),
     ]
-    for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"][levels[0]]):
+    for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"]["0.01"]):
         speeds = [
             [*(curve[name]["speedup_decode"][level] for level in levels),
-             curve[name]["free_over"][levels[0]]] for curve in curves
+             curve[name]["free_over"]["0.01"]] for curve in curves
         ]  # fmt: skip
         cells = [f"{speed:.2f}x" for some in speeds for speed in some]
         lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def _percent(level: str) -> str:
+    return f"{100 * float(level):g}%"
 
 
 def _kv(record: dict) -> str:

@@ -51,13 +51,15 @@ def answer(backbone: Any, encoder: Any, examples: list[Example], longest: int) -
     return texts
 
 
-def said(model: Path, adapter: Path, mode: str, example: Example, longest: int) -> dict[str, Any]:
+def said(
+    model: Path, adapter: Path, mode: str, dtype: str, example: Example, longest: int
+) -> dict[str, Any]:
     """The answer to one example in a mode, how long it took, and how deep its tokens ran."""
     from offramp.adapter import Adapter
     from offramp.exits import Exits
     from offramp.policy import FULL
 
-    backbone, encoder = load(model)
+    backbone, encoder = load(model, dtype)
     if mode == "full":
         ours = Adapter(backbone, Exits(backbone, (1,), lens=True), FULL)
     else:
@@ -79,6 +81,7 @@ def said(model: Path, adapter: Path, mode: str, example: Example, longest: int) 
 
 
 MODES = ("full", "early_exit", "lossless")
+DTYPES = ("float32", "bfloat16")
 
 
 @command
@@ -86,6 +89,11 @@ def main() -> None:
     parser = parser_of("caption", "photo.jpg --mode full --json", str(__doc__))
     parser.add_argument("photo", type=Path, help="any picture that Pillow reads")
     parser.add_argument("--mode", choices=MODES, default="full", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0],
+        help="in bfloat16 the likeliest tokens may tie, and lossless then picks another one "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--question", help="answer this instead of captioning")
     parser.add_argument("--model", type=Path, default=WORK / "model", help="built folder")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of trained exits")
@@ -99,9 +107,11 @@ def main() -> None:
         prompt = QUESTION_PROMPT.replace("{question}", arguments.question)
     example = Example(arguments.photo, prompt, (), key=str(arguments.photo))
     example.open_image()  # before the model is loaded, so that a bad photograph is told at once
-    found = said(arguments.model, arguments.adapter, arguments.mode, example, arguments.longest)
+    mode, dtype = arguments.mode, arguments.dtype
+    found = said(arguments.model, arguments.adapter, mode, dtype, example, arguments.longest)
     if arguments.json:
-        row = {"photo": str(arguments.photo), "prompt": prompt, "mode": arguments.mode, **found}
+        row = {"photo": str(arguments.photo), "prompt": prompt, "mode": mode, "dtype": dtype}
+        row |= found
         print(json.dumps(row, ensure_ascii=False))
     else:
         print(found["text"])

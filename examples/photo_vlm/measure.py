@@ -37,7 +37,7 @@ from offramp.exits import Exits
 from offramp.measure import Timing, Way, race, speedup
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
-from offramp.train import train
+from offramp.train import Stores, Trainer
 from offramp.unitcosts import measure_costs
 from offramp.vision import VisionCache
 from offramp.ways import own_way, stock_way
@@ -45,7 +45,7 @@ from offramp.ways import own_way, stock_way
 SHORTLIST = 2048
 DROPS = (0.01, 0.03)
 """Relative drops of CIDEr within which the fastest thresholds are looked for."""
-TARGETS, CONFIDENCE = (0.01, 0.05), 0.95
+CONFIDENCE = 0.95
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Captions of a small model: few tokens are said with more than nine tenths of the probability."""
 DRAFTS = (0.3, 0.5, 0.7, 0.85)
@@ -67,7 +67,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Photographs with captions and questions to train exits on, steps, and examples measured."""
+    """Photographs with captions and questions to train exits on, steps, examples measured, and
+    the risks that are promised."""
 
     captions: int = 6000
     questions: int = 1000
@@ -77,9 +78,12 @@ class Sizes:
     race: int = 20
     rounds: int = 5
     damaged: int = 200
+    targets: tuple[float, ...] = (0.01, 0.05)
 
 
-SMALL = Sizes(captions=1500, questions=300, steps=3000, race=12, rounds=3)
+SMALL = Sizes(
+    captions=800, questions=100, steps=1500, held_out=600, asked=200, race=10, rounds=3, targets=()
+)  # fmt: skip
 """To hold regimes against each other, in a quarter of an hour each."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
@@ -106,6 +110,7 @@ class Photos:
             "questions": splits["questions_val"][: sizes.asked],
         }
         self.cache = VisionCache(1 << 28)
+        self.stores: dict[tuple[str, float], Stores] = {}
 
     def in_dtype(self, folder: Path, dtype: torch.dtype) -> Photos:
         """The same photographs, the model in another precision."""
@@ -196,7 +201,15 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     began = time.perf_counter()
     processor = photos.encoder.processor
     resume = (folder / "training").is_dir()
-    adapter = train(photos.backbone, processor, photos.train, config, folder, resume=resume)
+    trainer = Trainer(photos.backbone, processor, photos.train, config, folder)
+    key = (config.regime, config.labelled_fraction)  # all else that states depend on is the same
+
+    def keep(record: Callable[[], Stores]) -> Stores:
+        if key not in photos.stores:
+            photos.stores[key] = record()
+        return photos.stores[key]
+
+    adapter = trainer.run(resume=resume, keep=keep)
     seconds = time.perf_counter() - began
     adapter = replace(adapter, metrics={**adapter.metrics, "seconds": round(seconds)})
     adapter.save(folder)
@@ -209,7 +222,8 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
     whole = _tried(photos, adapter)
     path = _path(photos, adapter, whole)
     chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
-    promises = {f"risk {t:.0%}": _promised(photos, adapter, whole, t) for t in TARGETS}
+    targets = photos.sizes.targets
+    promises = {f"risk {t:.0%}": _promised(photos, adapter, whole, t) for t in targets}
     policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
     policies |= {n: found.policy for n, found in promises.items() if found.policy.thresholds}
     policies[ALWAYS] = replace(
@@ -343,8 +357,8 @@ def _row(
 # -- what is asked of the first regime alone --------------------------------------------------
 
 
-def lossless(photos: Photos, adapter: Adapter) -> dict[str, Any]:
-    """Speed, and whether every held-out caption is the full model's, each decoded alone."""
+def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> dict[str, Any]:
+    """Speed, and whether the captions of `examples` are the full model's, each decoded alone."""
     own = partial(own_way, photos.backbone, adapter.exits, **OPTIONS)
     drafts = {
         t: replace(adapter.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], t),
@@ -360,23 +374,22 @@ def lossless(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     }
     timings = race(ways, photos.timed, rounds=photos.sizes.rounds)
     same, drafted, kept = 0, 0, 0
-    for example in tqdm(photos.held["captions"], "lossless", disable=None, leave=False):
+    for example in tqdm(examples, "lossless", disable=None, leave=False):
         prompt = photos.encoder.prompts([example])
         made = adapter.generate(prompt, policy=policy, **OPTIONS)
         full = photos.none.generate(prompt, policy=FULL, **OPTIONS)
         same += bool(torch.equal(made.sequences, full.sequences))
         drafted += sum(n for n, _ in made.rounds)
         kept += sum(n for _, n in made.rounds)
-    count = len(photos.held["captions"])
     return {
         "dtype": str(photos.backbone.dtype).removeprefix("torch."),
         "speedup_decode": speedup(timings["full"].decode, timings["lossless"].decode),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings["lossless"].seconds),
         "speedup_vs_generate": speedup(timings["generate"].decode, timings["lossless"].decode),
         "tokens_per_second": {name: one.tokens_per_second for name, one in timings.items()},
-        "identical": same == count,
+        "identical": same == len(examples),
         "identical_captions": same,
-        "captions": count,
+        "captions": len(examples),
         "acceptance": kept / max(1, drafted),
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
     }
@@ -447,7 +460,9 @@ def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter
     parts: dict[str, Callable[[], Any]] = {
         "damaged": lambda: damaged(photos, early),
         "analysis": lambda: curves(photos, Adapter.load(exits, photos.backbone), out / "analysis"),
-        "lossless_bfloat16": lambda: lossless(photos, Adapter.load(exits, photos.backbone)),
+        "lossless_bfloat16": lambda: lossless(
+            photos, Adapter.load(exits, photos.backbone), photos.held["captions"][:300]
+        ),
         "lossless": lambda: _lossless_exactly(photos, model, exits),
     }
     for name, measure in parts.items():
@@ -460,7 +475,8 @@ def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter
 def _lossless_exactly(photos: Photos, model: Path, exits: Path) -> dict[str, Any]:
     """In float32: in bfloat16 likely tokens often tie, and rounding picks one of them."""
     precise = photos.in_dtype(model, torch.float32)
-    return lossless(precise, Adapter.load(exits, precise.backbone))
+    adapter = Adapter.load(exits, precise.backbone)
+    return lossless(precise, adapter, photos.held["captions"])
 
 
 def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _lossless(exact: dict[str, Any], half: dict[str, Any]) -> str:
     lines = [
         "## Lossless",
         "",
-        "Every held-out caption decoded alone, by the full model and by drafts that it verifies. "
+        "Held-out captions decoded alone, by the full model and by drafts that it verifies. "
         "In bfloat16 the likeliest tokens often tie, and rounding, which depends on how many "
         "tokens a matrix product holds, picks one; float32 has no such ties.",
         "",

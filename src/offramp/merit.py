@@ -8,7 +8,7 @@ from typing import Any
 from offramp.grid import FIXED, FREE
 from offramp.plots import tradeoff
 
-LEVELS = (0.01, 0.02, 0.05)
+LEVELS = (0.005, 0.01, 0.02, 0.05)
 """Relative drops of quality at which speeds are compared."""
 
 
