@@ -454,6 +454,7 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
         "depths": [8], "sizes": sizes, "matched_sizes": sizes, "analysis": ANALYSIS,
         "lossless": LOSSLESS,
         "lossless_bfloat16": {**LOSSLESS, "dtype": "bfloat16", "identical_captions": 7},
+        "intervals": {"CIDEr drop 1%": [-0.01, 0.02]},
         "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}},
         "provenance": {"threads": 1, "processor": "some"},
     }  # fmt: skip
@@ -461,7 +462,7 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
     for told in (
         "0.350",
         "**1.70x**",
-        "+0.4%",
+        "+0.4% [-1.0%, +2.0%]",
         "off: Too few.",
         "misses 0.10%",
         "| 9 of 9 |",

@@ -53,6 +53,7 @@ def figures() -> str:
         cells = " | ".join(value(r, r["modes"]["early_exit"]) for r in reports)
         lines.append(f"| {title} | {cells} |")
     lines += ["", "`make records` runs both again and rewrites this table.", "", *_promised()]
+    lines += ["", *_photographs()]
     return "\n".join(lines) + "\n"
 
 
@@ -94,6 +95,32 @@ def _promised() -> list[str]:
         f"settings (stated: {violations['stated_share']:.0%}, that is "
         f"{worst['splits'] * violations['stated_share']:.1f}). `make calibrated` runs it again.",
     ]
+    return lines
+
+
+def _photographs() -> list[str]:
+    """What exits trained without labels are worth on a model of photographs."""
+    record = json.loads((ROOT / "records" / "photo.json").read_text())
+    one, exact = record["regimes"]["unsupervised"], record["lossless"]
+    lines = [
+        "On photographs, SmolLM2-135M behind a bridge to EfficientNet-lite0, exits trained without "
+        "labels ([more](examples/photo_vlm/RESULTS.md)): captions of "
+        f"{one['points'][0]['n_test']:,} Flickr8k photographs on which nothing was chosen.",
+        "",
+        "| chosen on other photographs | decoding | end to end | CIDEr, full / early exit |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['chosen_by']} | **{row['speedup_decode']:.2f}x** "
+        f"| {row['speedup_end_to_end']:.2f}x | {row['cider_full']:.3f} / {row['cider']:.3f} |"
+        for row in one["points"]
+        if row["thresholds"]
+    ]
+    same = f"{exact['identical_captions']:,} of {exact['captions']:,} identical"
+    lines.append(
+        f"| lossless ({exact['dtype']}) | **{exact['speedup_decode']:.2f}x** "
+        f"| {exact['speedup_end_to_end']:.2f}x | {same} |"
+    )
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from examples.photo_vlm.rows import DATA, ids_of, read_photographs
 from torch import Tensor
 
 from offramp.examples import Example
+from offramp.metrics import Measure
 from offramp.records import write_json
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
@@ -25,12 +26,19 @@ def caption_figures(
     answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
 ) -> dict[str, float]:
     """Corpus scores against all captions of each photograph, with the PTB tokenizer."""
+    measures = caption_measures(answers, examples, metrics)
+    return {name: measure.value for name, measure in measures.items()}
+
+
+def caption_measures(
+    answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
+) -> Mapping[str, Measure]:
+    """The same, as `offramp.metrics.interval` takes them."""
     from offramp.captions import caption_scores
 
     keyed = {example.key: answer for example, answer in zip(examples, answers, strict=True)}
     references = {example.key: example.answers for example in examples}
-    measured = caption_scores(keyed, references, metrics=metrics, tokenizer="ptb")
-    return {name: measure.value for name, measure in measured.measures.items()}
+    return caption_scores(keyed, references, metrics=metrics, tokenizer="ptb").measures
 
 
 def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_figures
+from examples.photo_vlm.evaluate import (
+    LONGEST,
+    METRICS,
+    accuracy,
+    caption_figures,
+    caption_measures,
+)
 from examples.photo_vlm.fetch import WORK
 from examples.photo_vlm.rows import DATA, read_photographs
 from tqdm import tqdm
@@ -35,6 +41,7 @@ from offramp.errors import InputError
 from offramp.examples import Example
 from offramp.exits import Exits
 from offramp.measure import Timing, Way, race, speedup
+from offramp.metrics import Measure, interval
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
 from offramp.train import Stores, Trainer
@@ -395,6 +402,26 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
     }
 
 
+def intervals(
+    photos: Photos, adapter: Adapter, rows: Sequence[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """95% paired bootstrap intervals of the rows' CIDEr drops, over measured photographs."""
+    examples = photos.part("captions", 1)
+
+    def measure(answers: Sequence[Answer]) -> Measure:
+        return caption_measures([a.text for a in answers], examples, ("CIDEr",))["CIDEr"]
+
+    full = measure(photos.full["captions", 1])
+    found = {}
+    for row in (row for row in rows if row["thresholds"]):
+        thresholds = {int(d): t for d, t in row["thresholds"].items()}
+        policy = replace(adapter.policy, thresholds=thresholds)
+        early = measure(photos.answers(adapter.with_policy(policy), "captions", examples))
+        low, high = interval(early, minus=full) or (float("nan"),) * 2
+        found[row["chosen_by"]] = [-high / full.value, -low / full.value]
+    return found
+
+
 def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     """CIDEr on damaged photographs, full and early."""
     found: dict[str, Any] = {}
@@ -456,8 +483,12 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 
 def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter:
     """Measure what is asked of one regime alone, each part once; its exits as they are shipped."""
-    early = shipped(Adapter.load(exits, photos.backbone), read_json(out / f"{exits.name}.json"))
+    found = read_json(out / f"{exits.name}.json")
+    early = shipped(Adapter.load(exits, photos.backbone), found)
     parts: dict[str, Callable[[], Any]] = {
+        "intervals": lambda: intervals(
+            photos, Adapter.load(exits, photos.backbone), found["points"]
+        ),
         "damaged": lambda: damaged(photos, early),
         "analysis": lambda: curves(photos, Adapter.load(exits, photos.backbone), out / "analysis"),
         "lossless_bfloat16": lambda: lossless(
@@ -485,7 +516,7 @@ def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
     for size, name in (("whole", "regimes"), ("small", "matched")):
         files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
         found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    for name in ("lossless", "lossless_bfloat16", "damaged", "analysis"):
+    for name in ("intervals", "lossless", "lossless_bfloat16", "damaged", "analysis"):
         file = work / "measured-whole" / f"{name}.json"
         found[name] = read_json(file) if file.is_file() else None
     sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
