@@ -173,7 +173,9 @@ def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
     lines = [
         "## Regimes side by side",
         "",
-        f"Each {_trained(sizes)}. Decoding against full depth, and the drop of CIDEr.",
+        f"Each {_trained(sizes)}: far shorter than above, to compare them. Agreement is on each "
+        "regime's own answers: what people wrote, or the model. Then decoding against full depth, "
+        "and the drop of CIDEr.",
         "",
         f"| regime | agreement | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),
