@@ -1,7 +1,7 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 records/compare.json.
 
-Budget: at most 15 minutes a model on one core alone. `--backbone` runs one model, and what it found
+Budget: at most 25 minutes a model on one core alone. `--backbone` runs one model, and what it found
 waits in --out for the other. `--quick` tries everything out in a minute or two, elsewhere.
 """
 

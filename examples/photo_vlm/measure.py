@@ -7,7 +7,6 @@ there, and what is there is not measured again.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import sys
 import time
@@ -41,7 +40,7 @@ from offramp.errors import InputError
 from offramp.examples import Example
 from offramp.exits import Exits
 from offramp.measure import Timing, Way, race, speedup
-from offramp.metrics import Measure, interval
+from offramp.metrics import interval
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
 from offramp.train import Stores, Trainer
@@ -118,13 +117,6 @@ class Photos:
         }
         self.cache = VisionCache(1 << 28)
         self.stores: dict[tuple[str, float], Stores] = {}
-
-    def in_dtype(self, folder: Path, dtype: torch.dtype) -> Photos:
-        """The same photographs, the model in another precision."""
-        other = copy.copy(self)
-        other.__dict__ = {n: v for n, v in vars(self).items() if n not in ("none", "full")}
-        other.backbone, other.encoder = load(folder, dtype)
-        return other
 
     @property
     def timed(self) -> list[dict[str, Any]]:
@@ -334,8 +326,10 @@ def _row(
     ours = adapter.with_policy(policy)
     captions, questions = photos.part("captions", 1), photos.part("questions", 1)
     early = photos.answers(ours, "captions", captions)
-    scores = caption_figures([a.text for a in early], captions, METRICS)
-    full = cider(photos.full["captions", 1], captions)
+    scores = caption_measures([a.text for a in early], captions, METRICS)
+    texts = [a.text for a in photos.full["captions", 1]]
+    full = caption_measures(texts, captions, ("CIDEr",))["CIDEr"]
+    low, high = interval(scores["CIDEr"], minus=full) or (float("nan"),) * 2
     asked = photos.answers(ours, "questions", questions)
     right = [accuracy([a.text for a in some], questions)
              for some in (photos.full["questions", 1], asked)]  # fmt: skip
@@ -345,12 +339,13 @@ def _row(
         "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings[name].seconds),
         "speedup_vs_generate": speedup(timings["generate"].decode, timings[name].decode),
-        "cider_full": full,
-        "cider": scores["CIDEr"],
-        "cider_drop": 1 - scores["CIDEr"] / full,
-        "bleu_4": scores["Bleu_4"],
-        "meteor": scores["METEOR"],
-        "rouge_l": scores["ROUGE_L"],
+        "cider_full": full.value,
+        "cider": scores["CIDEr"].value,
+        "cider_drop": 1 - scores["CIDEr"].value / full.value,
+        "cider_drop_interval": [-high / full.value, -low / full.value],
+        "bleu_4": scores["Bleu_4"].value,
+        "meteor": scores["METEOR"].value,
+        "rouge_l": scores["ROUGE_L"].value,
         "inconsistency_test": float(
             RISKS["consistency"].losses(early, photos.full["captions", 1], captions).mean()
         ),
@@ -374,12 +369,7 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
     }  # fmt: skip
     trial = race({str(t): own(p) for t, p in drafts.items()}, photos.timed[:6], rounds=2)
     policy = drafts[min(DRAFTS, key=lambda t: sum(trial[str(t)].decode))]
-    ways = {
-        "generate": stock_way(photos.backbone, **OPTIONS),
-        "full": own_way(photos.backbone, **OPTIONS),
-        "lossless": own(policy),
-    }
-    timings = race(ways, photos.timed, rounds=photos.sizes.rounds)
+    timings = _race(photos, adapter, {"lossless": policy})
     same, drafted, kept = 0, 0, 0
     for example in tqdm(examples, "lossless", disable=None, leave=False):
         prompt = photos.encoder.prompts([example])
@@ -400,26 +390,6 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
         "acceptance": kept / max(1, drafted),
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
     }
-
-
-def intervals(
-    photos: Photos, adapter: Adapter, rows: Sequence[dict[str, Any]]
-) -> dict[str, list[float]]:
-    """95% paired bootstrap intervals of the rows' CIDEr drops, over measured photographs."""
-    examples = photos.part("captions", 1)
-
-    def measure(answers: Sequence[Answer]) -> Measure:
-        return caption_measures([a.text for a in answers], examples, ("CIDEr",))["CIDEr"]
-
-    full = measure(photos.full["captions", 1])
-    found = {}
-    for row in (row for row in rows if row["thresholds"]):
-        thresholds = {int(d): t for d, t in row["thresholds"].items()}
-        policy = replace(adapter.policy, thresholds=thresholds)
-        early = measure(photos.answers(adapter.with_policy(policy), "captions", examples))
-        low, high = interval(early, minus=full) or (float("nan"),) * 2
-        found[row["chosen_by"]] = [-high / full.value, -low / full.value]
-    return found
 
 
 def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
@@ -481,20 +451,24 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------
 
 
-def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter:
-    """Measure what is asked of one regime alone, each part once; its exits as they are shipped."""
-    found = read_json(out / f"{exits.name}.json")
-    early = shipped(Adapter.load(exits, photos.backbone), found)
+def first_of_all(photos: Photos, precise: Callable[[], Photos], exits: Path, out: Path) -> Adapter:
+    """Measure what is asked of one regime alone, each part once; its exits as they are shipped.
+
+    precise: loads the same in float32, where likely tokens do not tie as they do in bfloat16, where
+        rounding picks one of them.
+    """
+    adapter = Adapter.load(exits, photos.backbone)
+    early = shipped(adapter, read_json(out / f"{exits.name}.json"))
+
+    def lossless_exactly() -> dict[str, Any]:
+        other = precise()
+        return lossless(other, Adapter.load(exits, other.backbone), other.held["captions"])
+
     parts: dict[str, Callable[[], Any]] = {
-        "intervals": lambda: intervals(
-            photos, Adapter.load(exits, photos.backbone), found["points"]
-        ),
         "damaged": lambda: damaged(photos, early),
-        "analysis": lambda: curves(photos, Adapter.load(exits, photos.backbone), out / "analysis"),
-        "lossless_bfloat16": lambda: lossless(
-            photos, Adapter.load(exits, photos.backbone), photos.held["captions"][:300]
-        ),
-        "lossless": lambda: _lossless_exactly(photos, model, exits),
+        "analysis": lambda: curves(photos, adapter, out / "analysis"),
+        "lossless_bfloat16": lambda: lossless(photos, adapter, photos.held["captions"][:300]),
+        "lossless": lossless_exactly,
     }
     for name, measure in parts.items():
         if not (out / f"{name}.json").is_file():
@@ -503,20 +477,13 @@ def first_of_all(photos: Photos, model: Path, exits: Path, out: Path) -> Adapter
     return early
 
 
-def _lossless_exactly(photos: Photos, model: Path, exits: Path) -> dict[str, Any]:
-    """In float32: in bfloat16 likely tokens often tie, and rounding picks one of them."""
-    precise = photos.in_dtype(model, torch.float32)
-    adapter = Adapter.load(exits, precise.backbone)
-    return lossless(precise, adapter, photos.held["captions"])
-
-
 def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
     """The record, of what has been measured so far."""
     found: dict[str, Any] = {"full": read_json(work / "measured-whole" / "full.json")}
     for size, name in (("whole", "regimes"), ("small", "matched")):
         files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
         found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    for name in ("intervals", "lossless", "lossless_bfloat16", "damaged", "analysis"):
+    for name in ("lossless", "lossless_bfloat16", "damaged", "analysis"):
         file = work / "measured-whole" / f"{name}.json"
         found[name] = read_json(file) if file.is_file() else None
     sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
@@ -548,7 +515,11 @@ def main() -> None:
         )
     work, size = arguments.work, arguments.size
     place, model = work / f"measured-{size}", work / "model"
-    photos = Photos(load(model), arguments.data, SIZES[size], arguments.depths)
+
+    def photographs(dtype: Any) -> Photos:
+        return Photos(load(model, dtype), arguments.data, SIZES[size], arguments.depths)
+
+    photos = photographs("auto")
     if not (place / "full.json").is_file():
         write_json(place / "full.json", full_figures(photos))
     for regime in arguments.regimes:
@@ -558,7 +529,7 @@ def main() -> None:
         print(read_json(file), file=sys.stderr)
     if size != "small":
         first = place / "exits" / _slug(arguments.regimes[0])
-        early = first_of_all(photos, model, first, place)
+        early = first_of_all(photos, lambda: photographs(torch.float32), first, place)
         if arguments.ship is not None:
             early.save(arguments.ship)
     if size != "quick":

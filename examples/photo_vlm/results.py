@@ -27,7 +27,7 @@ def page(record: dict[str, Any], card: dict[str, Any]) -> str:
         f"{told if regimes else 'No exits have been measured yet.'} Written by `python -m "
         "examples.photo_vlm.results`.\n",
         _full(record["full"], card),
-        *(_regime(one, record["sizes"], record["intervals"] or {}) for one in regimes),
+        *(_regime(one, record["sizes"]) for one in regimes),
         _lossless(record["lossless"], record["lossless_bfloat16"]) if record["lossless"] else "",
         _damaged(record["damaged"]) if record["damaged"] else "",
         _side_by_side(matched, record["matched_sizes"]) if matched else "",
@@ -76,8 +76,7 @@ def _full(full: dict[str, Any], card: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _regime(one: dict[str, Any], sizes: dict[str, Any], intervals: dict[str, list[float]]) -> str:
-    """intervals: of the drops of CIDEr, by what the thresholds were chosen by."""
+def _regime(one: dict[str, Any], sizes: dict[str, Any]) -> str:
     lines = [
         f"## {one['regime'].capitalize()}",
         "",
@@ -97,9 +96,8 @@ def _regime(one: dict[str, Any], sizes: dict[str, Any], intervals: dict[str, lis
         "| chosen by | thresholds | decoding | end to end | CIDEr drop | ROUGE-L | DAQUAR |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [_point(row, intervals.get(row["chosen_by"])) for row in one["points"]]
-    if intervals:
-        lines += ["", "In brackets 95% intervals, by a paired bootstrap over photographs."]
+    lines += [_point(row) for row in one["points"]]
+    lines += ["", "In brackets 95% intervals, by a paired bootstrap over photographs."]
     return "\n".join(lines) + "\n"
 
 
@@ -153,14 +151,13 @@ def _damaged(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _point(row: dict[str, Any], spread: list[float] | None) -> str:
+def _point(row: dict[str, Any]) -> str:
     if not row["thresholds"]:
         why = row.get("reason") or "none of the thresholds keeps it"
         return f"| {row['chosen_by']} | off: {why} | 1.00x | 1.00x | | | |"
     at = ", ".join(f"{t:g} at {d}" for d, t in row["thresholds"].items())
-    drop = f"{row['cider_drop']:+.1%}"
-    if spread:
-        drop += f" [{spread[0]:+.1%}, {spread[1]:+.1%}]"
+    low, high = row["cider_drop_interval"]
+    drop = f"{row['cider_drop']:+.1%} [{low:+.1%}, {high:+.1%}]"
     return (
         f"| {row['chosen_by']} | {at} | **{row['speedup_decode']:.2f}x** "
         f"| {row['speedup_end_to_end']:.2f}x | {drop} | {row['rouge_l']:.3f} "
