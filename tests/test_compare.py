@@ -117,6 +117,16 @@ def test_objectives_on_the_same_answers_share_their_states(
     assert len(made) == 3  # written by the model, at one depth and at two; and labels
 
 
+def test_every_seed_trains_anew(run: Run, tmp_path: Path) -> None:
+    found = run(tmp_path, replace(SMALL, seeds=2, training=replace(TRAINING, seed=5)))
+    by_seed = [[p for p in found["points"] if p["seed"] == seed] for seed in (5, 6)]
+    names = [[(p["policy"], p["depths"]) for p in some] for some in by_seed]
+    assert names[0] == names[1] and sum(map(len, by_seed)) == len(found["points"])
+    for seed in (5, 6):
+        folder = module.exits_folder(tmp_path, seed, "free", (2,))
+        assert json.loads((folder / "adapter.json").read_text())["provenance"]["seed"] == seed
+
+
 def test_another_comparison_in_the_folder_is_refused(run: Run, tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match="another plan"):
@@ -153,6 +163,7 @@ def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:
         ({"objectives": ("distilation",)}, "Did you mean 'distillation'"),
         ({"policies": ("patients",)}, "Did you mean 'patience'"),
         ({"rounds": 0}, "rounds is 0"),
+        ({"seeds": 0}, "seeds is 0"),
         ({"quantiles": (1.5,)}, "quantiles"),
         ({"several": (3,)}, "two or more depths"),
     ],
@@ -171,9 +182,10 @@ def point(
     objective: str = "free",
     policy: str = "max_probability",
     depths: tuple[int, ...] = (2,),
+    seed: int = 0,
 ) -> dict[str, Any]:
     return {
-        "objective": objective, "policy": policy, "depths": list(depths),
+        "seed": seed, "objective": objective, "policy": policy, "depths": list(depths),
         "quality_drop": drop, "speedup_decode": speed,
     }  # fmt: skip
 
@@ -234,10 +246,23 @@ def test_the_best_baseline_is_the_one_that_free_is_least_ahead_of() -> None:
     assert "best_baseline" not in equal_quality(HAND[:3])  # there is none
 
 
+def test_figures_of_several_seeds_are_means() -> None:
+    slower = [p | {"seed": 1, "speedup_decode": 0.5 * p["speedup_decode"]} for p in HAND]
+    apart = [equal_quality(some)["curves"] for some in (HAND, slower)]
+    for both, *alone in zip(equal_quality([*HAND, *slower])["curves"], *apart, strict=True):
+        for level in map(str, LEVELS):
+            times = [1 / curve["speedup_decode"][level] for curve in alone]
+            assert both["speedup_decode"][level] == pytest.approx(2 / sum(times))
+            ratios = both["free_over_by_seed"][level]
+            assert ratios == pytest.approx([curve["free_over"][level] for curve in alone])
+            assert min(ratios) - 1e-9 <= both["free_over"][level] <= max(ratios) + 1e-9
+
+
 def test_the_order_of_points_does_not_count() -> None:
-    expected = equal_quality(HAND)
+    points = [*HAND, *(p | {"seed": 1, "quality_drop": 0.01} for p in HAND)]
+    expected = equal_quality(points)
     for seed in range(5):
-        mixed = random.Random(seed).sample(HAND, len(HAND))
+        mixed = random.Random(seed).sample(points, len(points))
         assert equal_quality(mixed) == expected
 
 

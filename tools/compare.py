@@ -21,7 +21,7 @@ import torch
 from offramp import demo, world
 from offramp.adapter import Adapter
 from offramp.answerloss import Answer
-from offramp.compare import compare
+from offramp.compare import compare, exits_folder
 from offramp.config import TrainConfig
 from offramp.encode import Encoder
 from offramp.examples import Example
@@ -44,12 +44,13 @@ class Sizes:
     train: int = 400
     test: int = 160
     steps: int = 600
-    timed: int = 24
+    seeds: int = 3
+    timed: int = 60
     captions: int = 30
-    rounds: int = 7
+    rounds: int = 3
 
 
-QUICK = Sizes(train=24, test=8, steps=12, timed=2, captions=2, rounds=1)
+QUICK = Sizes(train=24, test=8, steps=12, seeds=1, timed=2, captions=2, rounds=1)
 
 
 def main() -> None:
@@ -79,12 +80,13 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         depths=DEPTHS,
         several=SEVERAL,
         training=TrainConfig(steps=sizes.steps, batch_size=32, patience=None),
+        seeds=sizes.seeds,
         timed=sizes.timed,
         rounds=sizes.rounds,
     )
     train, test = _examples("train", sizes.train), _examples("test", sizes.test)
     found = compare(backbone, processor, train, test, out, plan, quality=right)
-    free = Adapter.load(out / "exits" / f"{FREE}-{DEPTHS[0]}", backbone)
+    free = Adapter.load(exits_folder(out, plan.training.seed, FREE, DEPTHS), backbone)
     found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
     found["seconds"] = time.perf_counter() - began
     write_json(out / "record.json", found)

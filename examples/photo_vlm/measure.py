@@ -54,7 +54,7 @@ DROPS = (0.01, 0.03)
 CONFIDENCE = 0.95
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Captions of a small model: few tokens are said with more than nine tenths of the probability."""
-DRAFTS = (0.3, 0.5, 0.7, 0.85)
+DRAFTS = (0.0, 0.1, 0.2, 0.3, 0.5)
 SEVERITY = 3
 
 _ALONE = {"adversarial": 0.0}
@@ -443,9 +443,6 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
         analyse(adapter, photos.encoder, some, config, out=out, progress=bar)
     found = read_json(path)
     return {name: found[name] for name in ("teacher_forced", "free_running", "overthinking")}
-
-
-# -- all of it --------------------------------------------------------------------------------
 
 
 # -- all of it --------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
 exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
-test pictures, and decoding speed from one race in which all points take turns. The figure of merit
-is the speed at a quality; see `offramp.merit`.
+test pictures, and decoding speed from a race in which all points take turns. The figure of merit
+is the speed at a quality, a mean over seeds; see `offramp.merit`.
 
 A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
 not measured again), compare.json and compare.svg.
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,10 @@ def compare(
         which needs no reference.
 
     Returns:
-        `quality_full`; `points`, each with `objective`, `policy`, `score`, `depths`, `thresholds`,
-        `quality`, `quality_drop` (relative to the full model), `agreement` (share of answers that
-        are the full model's), `mean_depth`, `speedup_decode` and `speedup_end_to_end` (against the
-        full model in the same loop); `equal_quality`; `plan` and `provenance`.
+        `quality_full`; `points`, each with `seed`, `objective`, `policy`, `score`, `depths`,
+        `thresholds`, `quality`, `quality_drop` (relative to the full model), `agreement` (share of
+        answers that are the full model's), `mean_depth`, `speedup_decode` and `speedup_end_to_end`
+        (against the full model in the same loop); `equal_quality`; `plan` and `provenance`.
 
     Raises:
         InputError: `out` holds another comparison.
@@ -98,6 +99,7 @@ def compare(
 class _Entry:
     """A point to be measured: what it is called, and whose exits leave by which rule."""
 
+    seed: int
     objective: str
     policy: str
     adapter: Adapter
@@ -107,6 +109,7 @@ class _Entry:
     def name(self) -> dict[str, Any]:
         thresholds = {str(d): t for d, t in self.rule.thresholds.items()}
         return {
+            "seed": self.seed,
             "objective": self.objective,
             "policy": self.policy,
             "score": self.rule.score,
@@ -151,8 +154,13 @@ class _Bench:
     # -- exits --------------------------------------------------------------------------------
 
     def entries(self) -> list[_Entry]:
-        """Every point of the grid."""
+        """Every point of the grid, seed by seed."""
+        first = self.plan.training.seed
+        return [e for seed in range(first, first + self.plan.seeds) for e in self._grid(seed)]
+
+    def _grid(self, seed: int) -> list[_Entry]:
         layers, plan = self.backbone.depth, self.plan
+        curve = partial(self._curve, seed)
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
@@ -160,23 +168,26 @@ class _Bench:
         found = [
             entry
             for objective in objectives
-            for entry in self._curve(objective, "max_probability", depths)
+            for entry in curve(objective, "max_probability", depths)
         ]
         for policy in dict.fromkeys(("max_probability", *plan.policies)):
             if policy == "truncation":
-                found += self._curve("logit_lens", policy, cut)
+                found += curve("logit_lens", policy, cut)
                 continue
             if policy not in (*STREAKS, *FIXED):
-                found += self._curve(FREE, policy, depths)
-            found += self._curve(FREE, policy, several)
+                found += curve(FREE, policy, depths)
+            found += curve(FREE, policy, several)
         for store in (one for pair in self._stores.values() for one in pair):
             store.clear()
+        self._stores = {}
         return found
 
-    def _curve(self, objective: str, policy: str, depths: tuple[int, ...]) -> list[_Entry]:
-        if (objective, depths) not in self._adapters:
-            self._adapters[objective, depths] = self._trained(objective, depths)
-        adapter = self._adapters[objective, depths]
+    def _curve(
+        self, seed: int, objective: str, policy: str, depths: tuple[int, ...]
+    ) -> list[_Entry]:
+        if (key := (seed, objective, depths)) not in self._adapters:
+            self._adapters[key] = self._trained(*key)
+        adapter = self._adapters[key]
         rule = Policy(score=POLICIES[policy], exit_in_prefill=True)
         if policy in FIXED:
             rules = [replace(rule, thresholds={d: 0.0}) for d in depths]
@@ -187,7 +198,7 @@ class _Bench:
                 rule = replace(rule, weights=weights)
             levels = self._levels(adapter, rule)
             rules = [replace(rule, thresholds=dict.fromkeys(depths, t)) for t in levels]
-        return [_Entry(objective, policy, adapter, r) for r in rules]
+        return [_Entry(seed, objective, policy, adapter, r) for r in rules]
 
     def _levels(self, adapter: Adapter, rule: Policy) -> list[float]:
         """Thresholds that spread what leaves: quantiles of scores, or the steps of an
@@ -207,18 +218,18 @@ class _Bench:
             scores += [s for answer in answers for s in answer.scores if s == s]
         return sorted({float(np.quantile(scores, q)) for q in self.plan.quantiles})
 
-    def _trained(self, objective: str, depths: tuple[int, ...]) -> Adapter:
+    def _trained(self, seed: int, objective: str, depths: tuple[int, ...]) -> Adapter:
         """The objective's exits; what was trained before is taken up."""
         changes = OBJECTIVES[objective]
         if changes is None:
             return Adapter(self.backbone, Exits(self.backbone, depths, lens=True))
         if changes.get("regime") == "supervised" and not all(e.answers for e in self.train):
             changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
-        config = replace(self.plan.training, **{**changes, "depths": depths})
-        folder = self.out / "exits" / f"{objective}-{'-'.join(map(str, depths))}"
+        config = replace(self.plan.training, **{**changes, "depths": depths, "seed": seed})
+        folder = exits_folder(self.out, seed, objective, depths)
         trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
-        log.info(f"{objective} exits at {list(depths)}")
-        key = (config.regime, depths)  # all else that states depend on is the plan's
+        log.info(f"seed {seed}: {objective} exits at {list(depths)}")
+        key = (config.regime, depths)  # all else that states depend on is the seed's
 
         def keep(record: Callable[[], Stores]) -> Stores:
             if key not in self._stores:
@@ -239,12 +250,15 @@ class _Bench:
                 if key not in self._rows:
                     self._rows[key] = {**entry.name, **self._quality(entry)}
                     rows.append({"key": key, "row": self._rows[key]})
-            keys = [digest_rows([entry.name]) for entry in entries]
-            timed = digest_rows(keys)
-            if timed not in self._rows:
-                self._rows[timed] = self._race(dict(zip(keys, entries, strict=True)))
-                rows.append({"key": timed, "row": self._rows[timed]})
-        return [{**self._rows[key], **self._rows[timed][key]} for key in keys]
+            found = []
+            for _, same in groupby(entries, key=lambda entry: entry.seed):
+                racing = {digest_rows([entry.name]): entry for entry in same}
+                timed = digest_rows(list(racing))
+                if timed not in self._rows:
+                    self._rows[timed] = self._race(racing)
+                    rows.append({"key": timed, "row": self._rows[timed]})
+                found += [{**self._rows[key], **self._rows[timed][key]} for key in racing]
+        return found
 
     def _quality(self, entry: _Entry) -> dict[str, Any]:
         answers, depths = self._answers(entry.adapter, entry.rule, self._batches)
@@ -290,7 +304,7 @@ class _Bench:
         return adapter.generate(inputs, policy=rule, **options)
 
     def _race(self, entries: Mapping[str, _Entry]) -> dict[str, dict[str, float]]:
-        """Speeds against the full model, by key; all points take turns."""
+        """Speeds against the full model, by key; all points of a seed take turns."""
         inputs = [self.encoder.prompts([e]) for e in self._some(self.plan.timed)]
         ways: dict[str, Way] = {"full": partial(self._way, None, FULL)}
         ways |= {key: partial(self._way, e.adapter, e.rule) for key, e in entries.items()}
@@ -312,6 +326,11 @@ class _Bench:
         stop: StoppingCriteriaList,
     ) -> Tensor:
         return self._generate(adapter, rule, inputs, stopping_criteria=stop).new_tokens[0]
+
+
+def exits_folder(out: Path, seed: int, objective: str, depths: Sequence[int]) -> Path:
+    """Where a comparison keeps what an objective trained."""
+    return out / "exits" / f"{objective}-{'-'.join(map(str, depths))}-seed-{seed}"
 
 
 class _Inputs:

@@ -63,6 +63,8 @@ class Plan:
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all leave, for a curve must reach the quality at which it is read.
     training: what all objectives share.
+    seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
+        are means.
     timed: test examples in the race. rounds: its rounds.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     several: tuple[int, ...] | None = None
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
+    seeds: int = 1
     timed: int = 12
     rounds: int = 5
     batch_size: int = 64
@@ -80,7 +83,7 @@ class Plan:
     def __post_init__(self) -> None:
         check_known("Objective", self.objectives, tuple(OBJECTIVES))
         check_known("Policy", self.policies, tuple(POLICIES))
-        counts = ("timed", "rounds", "batch_size", "max_new_tokens")
+        counts = ("seeds", "timed", "rounds", "batch_size", "max_new_tokens")
         wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
         if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):
             wrong.append(f"quantiles are {self.quantiles}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import harmonic_mean
 from typing import Any
 
 from offramp.grid import FIXED, FREE
@@ -25,15 +26,26 @@ def speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
     return float(1 / min([*mixed, *(t for _, t in good)]))
 
 
+def mean_speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
+    """`speed_at` of each seed's points; by the mean of their times."""
+    seeds = {p["seed"] for p in points}
+    return harmonic_mean([speed_at(_of(seed, points), drop) for seed in seeds] or [1.0])
+
+
+def _of(seed: int, points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [p for p in points if p["seed"] == seed]
+
+
 def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Speeds at equal quality.
 
     Returns:
-        `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
-        and `free_over`, by how much FREE with max_probability is faster there: an objective is
-        held against FREE's exits at its own depths, a policy against all of them. `best_baseline`:
-        at each level the curve that comes closest to FREE or is the most ahead of it, and
-        `free_over_best_baseline`: by how much.
+        `curves`: for each (objective, policy) `speedup_decode`, its `mean_speed_at` each of
+        `LEVELS`; `free_over`, by how much FREE with max_probability is faster there: an objective
+        is held against FREE's exits at its own depths, a policy against all of them; and
+        `free_over_by_seed`, the same for each seed alone. `best_baseline`: at each level the curve
+        that comes closest to FREE or is the most ahead of it, and `free_over_best_baseline`: by
+        how much.
     """
     curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in points:
@@ -44,12 +56,25 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         depths = [p["depths"] for p in theirs]
         of_policy = objective == FREE or policy in FIXED
         fair = ours if of_policy else [p for p in ours if p["depths"] in depths]
-        speeds = {str(level): speed_at(theirs, level) for level in LEVELS}
-        ratios = {str(level): speed_at(fair, level) / speeds[str(level)] for level in LEVELS}
+        seeds = sorted({p["seed"] for p in theirs})
         found.append(
-            {"objective": objective, "policy": policy, "speedup_decode": speeds,
-             "free_over": ratios}
-        )  # fmt: skip
+            {
+                "objective": objective,
+                "policy": policy,
+                "speedup_decode": {str(level): mean_speed_at(theirs, level) for level in LEVELS},
+                "free_over": {
+                    str(level): mean_speed_at(fair, level) / mean_speed_at(theirs, level)
+                    for level in LEVELS
+                },
+                "free_over_by_seed": {
+                    str(level): [
+                        speed_at(_of(seed, fair), level) / speed_at(_of(seed, theirs), level)
+                        for seed in seeds
+                    ]
+                    for level in LEVELS
+                },
+            }
+        )
     baselines = [c for c in found if (c["objective"], c["policy"]) != (FREE, "max_probability")]
     if not ours or not baselines:
         return {"curves": found}
@@ -74,10 +99,11 @@ WORST = 0.2
 def drawn(found: Mapping[str, Any]) -> str:
     """Quality against measured decoding speed, a line for each (objective, policy), as SVG.
 
-    Of each the points that no other of its own beats in both, down to the relative drop `WORST`.
+    Of each those of the first seed that no other of its own beats in both, down to the relative
+    drop `WORST`.
     """
     series = {"full depth": [(1.0, found["quality_full"])]}
-    for point in found["points"]:
+    for point in _of(found["points"][0]["seed"], found["points"]):
         name = point["objective"] if point["policy"] == "max_probability" else point["policy"]
         if point["quality_drop"] <= WORST:
             series.setdefault(name, []).append((point["speedup_decode"], point["quality"]))

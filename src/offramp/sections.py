@@ -99,7 +99,8 @@ def tradeoffs(value: Value) -> str:
     if not points:
         return paragraph("No point of this comparison was timed.", "soft")
     plots = []
-    for title, some, name in _groups(points):
+    first = [p for p in points if p.get("seed") == points[0].get("seed")]
+    for title, some, name in _groups(first):
         series: dict[str, list[tuple[float, float]]] = {}
         for p in some:
             drop = _mean(p["quality_drop"])
@@ -108,15 +109,16 @@ def tradeoffs(value: Value) -> str:
         plots.append((tradeoff(series, "quality kept"), title))
     rows = [
         (
-            _way(p), percent(_mean(p["quality"]), 2), percent(_mean(p["quality_drop"]), 2),
+            _way(p), p.get("seed", "-"),
+            percent(_mean(p["quality"]), 2), percent(_mean(p["quality_drop"]), 2),
             percent(p.get("agreement")), times(p["speedup_decode"]),
             "-" if p.get("mean_depth") is None else f"{p['mean_depth']:.2f}",
             _thresholds(p.get("thresholds")),
         )
         for p in sorted(points, key=lambda p: (_way(p), p["speedup_decode"]))
     ]  # fmt: skip
-    head = ("objective, policy", "quality", "drop", "answers as full", "decoding", "mean depth",
-            "thresholds")  # fmt: skip
+    head = ("objective, policy", "seed", "quality", "drop", "answers as full", "decoding",
+            "mean depth", "thresholds")  # fmt: skip
     everything = table("Up and to the right is better", head, rows)
     return figures(plots) + _merit(value) + folded(f"All {len(points)} points", everything)
 

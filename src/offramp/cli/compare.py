@@ -64,7 +64,13 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the race (default: 5)")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--seed", type=int, default=0, help="of split and training (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, default=1,
+        help="train and race everything so often; figures are means (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of split and first training (default: 0)"
+    )
     parser.add_argument(
         "--out", type=Path, required=True,
         help="folder for compare.json, compare.svg and what a run that was cut off goes on with",
@@ -84,7 +90,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     chosen: dict[str, Any] = {
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
-    same = {n: getattr(arguments, n) for n in ("timed", "rounds", "max_new_tokens")}
+    same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
     training = TrainConfig(
         patience=None,
         **{n: getattr(arguments, n) for n in ("steps", "batch_size", "max_new_tokens", "seed")},
