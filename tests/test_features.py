@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -370,6 +371,27 @@ def test_the_confidence_filter_keeps_the_answers_above_it(backbone: Build) -> No
     sizes = [len(kept(bound)) for bound in (0.0, 0.04, 0.045, 1.0)]
     assert sizes == sorted(set(sizes), reverse=True) and sizes[0] == 8 and sizes[-1] == 0
     assert kept(0.045) < kept(0.04)
+
+
+def test_the_confidence_filter_tells_how_sure_the_answers_are(
+    backbone: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    some = fakes.examples(8)
+
+    def told(bound: float) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="offramp"):
+            self_written(encoder, some, batch_size=4, max_new_tokens=4, min_confidence=bound)
+        return caplog.text
+
+    assert told(0.0) == ""  # nothing is asked
+    words = told(1.0)
+    assert "0 of 8 answers reach the confidence 1.0" in words
+    median, surest = (float(x) for x in re.findall(r"(?:half|surest) reach(?:es)? ([\d.]+)", words))
+    for bound, kept in ((surest + 0.001, 0), (surest - 0.001, 1)):
+        assert f"{kept} of 8 answers" in told(bound)
+    assert median <= surest
 
 
 def test_confidence_is_the_geometric_mean_of_the_token_probabilities(backbone: Build) -> None:

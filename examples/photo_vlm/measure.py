@@ -65,7 +65,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "100% labels": {"regime": "supervised"},
     "10% labels": {"regime": "mixed", "labelled_fraction": 0.1},
     "1% labels": {"regime": "mixed", "labelled_fraction": 0.01},
-    "pseudo-labels": {"regime": "pseudo"},
+    "pseudo-labels": {"regime": "pseudo", "min_confidence": 0.35},  # about the surer half
     "100% labels, cross-entropy alone": {"regime": "supervised", **_LABELS_ONLY},
 }
 """Changes to the `TrainConfig`."""
