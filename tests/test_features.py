@@ -389,9 +389,9 @@ def test_the_confidence_filter_tells_how_sure_the_answers_are(
     words = told(1.0)
     assert "0 of 8 answers reach the confidence 1.0" in words
     median, surest = (float(x) for x in re.findall(r"(?:half|surest) reach(?:es)? ([\d.]+)", words))
-    for bound, kept in ((surest + 0.001, 0), (surest - 0.001, 1)):
-        assert f"{kept} of 8 answers" in told(bound)
-    assert median <= surest
+    assert "0 of 8 answers" in told(surest + 0.0001)
+    assert "0 of 8 answers" not in told(surest - 0.0001)
+    assert re.search("[45] of 8 answers", told(median))
 
 
 def test_confidence_is_the_geometric_mean_of_the_token_probabilities(backbone: Build) -> None:
