@@ -129,6 +129,7 @@ def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
     [
         POLICY,
         Policy({4: 0.5}, lossless=True, max_draft=3),
+        Policy({4: 0.5}, drafts={2: 0.0}),
         Policy({4: 0.5}, score="agreement", weights={2: 0.25, 4: 0.75}),
     ],
 )
@@ -160,6 +161,8 @@ def test_a_promise_does_not_outlive_its_policy(opt: Any) -> None:
     promised = trained(opt).with_policy(POLICY, PROMISE)
     assert promised.with_policy(POLICY).calibration == PROMISE
     assert promised.with_policy(Policy({2: 0.1})).calibration is None
+    drafting = replace(POLICY, drafts={2: 0.1})  # changes no output
+    assert promised.with_policy(drafting).calibration == PROMISE
 
 
 def test_an_adapter_from_before_there_were_promises_loads_without(folder: Path, opt: Any) -> None:
@@ -186,6 +189,8 @@ def test_exits_saved_over_others_do_not_inherit_what_those_saw(opt: Any, tmp_pat
 def test_a_policy_for_other_depths_is_refused(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no exit stands"):
         trained(opt).with_policy(Policy({3: 0.5}))
+    with pytest.raises(InputError, match="no exit stands"):
+        trained(opt).with_policy(Policy(drafts={3: 0.5}))
     with pytest.raises(InputError, match="no exit stands"):
         trained(opt, policy=Policy({3: 0.5})).save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from offramp import cli, world
+from offramp import cli, drafts, world
 from offramp.adapter import CONFIG
 
 Run = Any
@@ -143,6 +143,36 @@ def test_lossless_mode_answers_as_full_mode_does(run: Run, trained: Path, photos
     _, lossless, _ = run(*arguments, "--mode", "lossless", "--threshold", 0.3)
     assert json.loads(lossless)["answer"] == json.loads(full)["answer"]
     assert json.loads(lossless)["mean_depth"] < json.loads(full)["mean_depth"]
+
+
+def test_drafts_are_chosen_stored_and_drafted_by(
+    run: Run, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = drafts.Drafting({5: 0.0}, 1.7)
+    monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [fast])
+    data = ("--data", photos / "rows.jsonl")
+    code, out, _ = run("draft", "--adapter", adapter, *data)
+    assert code == 0 and "0 at depth 5" in out and "1.70x" in out
+    shown = ("generate", "--adapter", adapter, "--image", photos / "0.png", "--json")
+    row = json.loads(run(*shown, "--mode", "lossless")[1])
+    assert 5 in {step["depth"] for step in row["steps"]}
+    asked = json.loads(run(*shown, "--mode", "lossless", "--threshold", 1.0)[1])
+    assert 5 not in {step["depth"] for step in asked["steps"]}  # what is asked for counts
+
+
+def test_drafts_that_do_not_pay_are_not_stored(
+    run: Run, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [drafts.Drafting({5: 0.0}, 0.9)])
+    before = (adapter / "adapter.json").read_bytes()
+    code, out, _ = run("draft", "--adapter", adapter, "--data", photos / "rows.jsonl")
+    assert code == 0 and "nothing was written" in out
+    assert (adapter / "adapter.json").read_bytes() == before
+
+
+def test_a_race_of_no_rounds_is_refused(run: Run, adapter: Path, photos: Path) -> None:
+    arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--rounds", 0)
+    assert_two_lines(run(*arguments), "0 rounds")
 
 
 def test_generate_without_json_shows_each_word_with_its_depth(

@@ -33,7 +33,10 @@ from offramp.tiny import TINY, captions, load_tiny, questions
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "records" / "compare.json"
-DEPTHS, SEVERAL, THRESHOLD = (2,), (2, 4, 6), 0.9
+DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
+"""Of every objective's exits, and of the exits that the policies are tried on besides."""
+QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
+THRESHOLD = 0.9
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Sizes:
     test: int = 160
     steps: int = 600
     seeds: int = 3
-    timed: int = 60
+    timed: int = 48
     captions: int = 30
     rounds: int = 3
 
@@ -76,9 +79,11 @@ def main() -> None:
 def _run(kind: str, out: Path, sizes: Sizes) -> None:
     began = time.perf_counter()
     backbone, processor = load_tiny(kind)
+    depths, several = DEPTHS[kind]
     plan = Plan(
-        depths=DEPTHS,
-        several=SEVERAL,
+        depths=depths,
+        several=several,
+        quantiles=QUANTILES,
         training=TrainConfig(steps=sizes.steps, batch_size=32, patience=None),
         seeds=sizes.seeds,
         timed=sizes.timed,
@@ -86,7 +91,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
     )
     train, test = _examples("train", sizes.train), _examples("test", sizes.test)
     found = compare(backbone, processor, train, test, out, plan, quality=right)
-    free = Adapter.load(exits_folder(out, plan.training.seed, FREE, DEPTHS), backbone)
+    free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
     found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
     found["seconds"] = time.perf_counter() - began
     write_json(out / "record.json", found)
@@ -111,7 +116,7 @@ def _is_right(text: str, example: Example) -> bool:
 
 def _kv(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> dict[str, Any]:
     """What fills the cache behind tokens that left: speed, and answers that stay the same."""
-    thresholds = dict.fromkeys(DEPTHS, THRESHOLD)
+    thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
     policies = {kv: Policy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
     timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
     ways = {name: demo.own_way(adapter, p) for name, p in {"full": FULL, **policies}.items()}

@@ -1,6 +1,7 @@
 """Write the README's figures from the committed records, so that none is typed by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 
@@ -273,39 +274,60 @@ def choices_figures() -> str:
 
 
 def _equal_quality(record: dict) -> str:
-    """Speeds at equal quality, the fastest first."""
-    models = [record["opt"], record["t5"]]
-    curves = [
-        {(c["objective"], c["policy"]): c for c in m["equal_quality"]["curves"]} for m in models
-    ]
-    levels = list(next(iter(curves[0].values()))["speedup_decode"])
-    plan = models[0]["plan"]
-    heads = [
-        f"tiny {kind}{column}" for kind in ("OPT", "T5")
-        for column in (*(f", {_percent(level)}" for level in levels), ": FREE over it")
-    ]  # fmt: skip
-    drops = ", ".join(map(_percent, levels))
+    """Speeds at equal quality, the fastest first, and by how much FREE is ahead."""
+    models = {kind: record[kind] for kind in KINDS}
+    plan = models["opt"]["plan"]
+    levels = list(models["opt"]["equal_quality"]["curves"][0]["speedup_decode"])
+    places = " and ".join(
+        f"{m['plan']['depths']} or {m['plan']['several']} ({_tiny(kind)})"
+        for kind, m in models.items()
+    )
     lines = [
         "## Objectives and policies at equal quality",
         "",
-        f"Decoding against full depth (1.00x) where quality drops by at most {drops}: every "
-        f"objective with the largest probability as score, exits at {plan['depths']} of 12; every "
-        f"policy on the exits of FREE, there or at {plan['several']}. {plan['training']['steps']} "
-        f"steps each, FREE with weight {plan['training']['adversarial']:g} of the adversary; one "
-        "interleaved race. FREE over it: by how much FREE with the largest "
-        "probability is faster at 1%, on exits at the same depths where objectives differ.",
+        f"Decoding against full depth (1.00x) where quality drops by at most "
+        f"{', '.join(map(_percent, levels))}. Every objective with the largest probability as "
+        f"score and exits at the first depths, every policy on the exits of FREE at the first or "
+        f"the second, of 12 layers: {places}. {plan['training']['steps']} steps each, FREE with "
+        f"weight {plan['training']['adversarial']:g} of the adversary; {plan['seeds']} seeds, each "
+        f"with an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
         "",
-        f"| objective | policy | {' | '.join(heads)} |",
-        "|---|---|" + "---|" * len(heads),
+        *_by_level(
+            models, levels, "speedup_decode", lambda c, at: f"{c['speedup_decode'][at]:.2f}x"
+        ),
+        "",
+        "By how much FREE with the largest probability is faster, at the same depths where "
+        "objectives differ; in brackets the seeds' range.",
+        "",
+        *_by_level(models, levels, "free_over", _ahead),
     ]
-    for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"]["0.01"]):
-        speeds = [
-            [*(curve[name]["speedup_decode"][level] for level in levels),
-             curve[name]["free_over"]["0.01"]] for curve in curves
-        ]  # fmt: skip
-        cells = [f"{speed:.2f}x" for some in speeds for speed in some]
-        lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_level(
+    models: dict, levels: list[str], order: str, cell: Callable[[dict, str], str]
+) -> list[str]:
+    """A table with a column for each model and drop, ordered by the first model at 1%."""
+    curves = [
+        {(c["objective"], c["policy"]): c for c in m["equal_quality"]["curves"]}
+        for m in models.values()
+    ]
+    heads = [f"{_tiny(kind)}, {_percent(level)}" for kind in models for level in levels]
+    lines = [f"| objective | policy | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    sign = 1 if order == "free_over" else -1
+    for name in sorted(curves[0], key=lambda n: sign * curves[0][n][order]["0.01"]):
+        cells = [cell(curve[name], level) for curve in curves for level in levels]
+        lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
+    return lines
+
+
+def _ahead(curve: dict, level: str) -> str:
+    seeds = curve["free_over_by_seed"][level]
+    return f"{curve['free_over'][level]:.2f} [{min(seeds):.2f}, {max(seeds):.2f}]"
+
+
+def _tiny(kind: str) -> str:
+    return f"tiny {kind.upper()}"
 
 
 def _percent(level: str) -> str:

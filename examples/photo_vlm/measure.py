@@ -36,6 +36,7 @@ from offramp.answerloss import RISKS, Answer, free_running
 from offramp.calibrate import Tried, calibrate, path_of
 from offramp.config import TrainConfig
 from offramp.corrupt import CORRUPTIONS, corrupted
+from offramp.drafts import draft_speeds
 from offramp.errors import InputError
 from offramp.examples import Example
 from offramp.exits import Exits
@@ -121,8 +122,15 @@ class Photos:
     @property
     def timed(self) -> list[dict[str, Any]]:
         """Prompts to be timed on: captions of the measuring half."""
-        some = self.part("captions", 1)[: self.sizes.race]
-        return [self.encoder.prompts([example]) for example in some]
+        return self._prompts(1, self.sizes.race)
+
+    @property
+    def drafted(self) -> list[dict[str, Any]]:
+        """Prompts that drafts are tried on: captions of the choosing half."""
+        return self._prompts(0, 6)
+
+    def _prompts(self, half: int, count: int) -> list[dict[str, Any]]:
+        return [self.encoder.prompts([e]) for e in self.part("captions", half)[:count]]
 
     def part(self, name: str, half: int) -> list[Example]:
         return [e for e in self.held[name] if _half(e) == half]
@@ -361,14 +369,8 @@ def _row(
 
 def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> dict[str, Any]:
     """Speed, and whether the captions of `examples` are the full model's, each decoded alone."""
-    own = partial(own_way, photos.backbone, adapter.exits, **OPTIONS)
-    drafts = {
-        t: replace(adapter.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], t),
-                   lossless=True, gates={})
-        for t in DRAFTS
-    }  # fmt: skip
-    trial = race({str(t): own(p) for t, p in drafts.items()}, photos.timed[:6], rounds=2)
-    policy = drafts[min(DRAFTS, key=lambda t: sum(trial[str(t)].decode))]
+    drafting = draft_speeds(adapter, photos.drafted, thresholds=DRAFTS, **OPTIONS)
+    policy = replace(adapter.policy, lossless=True, drafts=drafting[0].thresholds)
     timings = _race(photos, adapter, {"lossless": policy})
     same, drafted, kept = 0, 0, 0
     for example in tqdm(examples, "lossless", disable=None, leave=False):
@@ -388,7 +390,7 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
         "identical_captions": same,
         "captions": len(examples),
         "acceptance": kept / max(1, drafted),
-        "thresholds": {str(d): t for d, t in policy.thresholds.items()},
+        "drafts": {str(d): t for d, t in policy.drafts.items()},
     }
 
 

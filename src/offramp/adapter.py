@@ -77,10 +77,11 @@ class Adapter:
     def with_policy(self, policy: Policy, calibration: Mapping[str, Any] | None = None) -> Adapter:
         """The same exits, leaving by `policy`. Raise `InputError` if it names other depths.
 
-        calibration: what is promised of it; a promise about another policy does not stay.
+        calibration: what is promised of it; a promise about another policy does not stay; one
+            whose `drafts` differ is the same, for they change no output.
         """
-        check_thresholds(dict(policy.thresholds), self.exits.depths)
-        if calibration is None and policy == self.policy:
+        _check_depths(policy, self.exits.depths)
+        if calibration is None and replace(policy, drafts=self.policy.drafts) == self.policy:
             calibration = self.calibration
         return replace(self, policy=policy, calibration=calibration)
 
@@ -92,7 +93,7 @@ class Adapter:
         Raises:
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
-        check_thresholds(dict(self.policy.thresholds), self.exits.depths)
+        _check_depths(self.policy, self.exits.depths)
         if not list(self.exits.parameters()):
             raise InputError(
                 "Lens exits have no tensors, so there is nothing to save.",
@@ -169,7 +170,7 @@ class Adapter:
                 _fill(discriminators, folder / DISCRIMINATORS)
                 discriminators.to(backbone.device).eval().requires_grad_(False)
             policy = policy_from_json(config["policy"])
-            check_thresholds(dict(policy.thresholds), exits.depths)
+            _check_depths(policy, exits.depths)
             provenance, metrics = dict(config["provenance"]), dict(config["metrics"])
             promised = config.get("calibration")
             calibration = None if promised is None else dict(promised)
@@ -220,7 +221,12 @@ class Adapter:
             )
 
 
-_BY_DEPTH = ("thresholds", "weights", "gates")
+_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
+
+
+def _check_depths(policy: Policy, depths: tuple[int, ...]) -> None:
+    for thresholds in (policy.thresholds, policy.drafts):
+        check_thresholds(dict(thresholds), depths)
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
@@ -245,7 +251,7 @@ def model_card(adapter: Adapter) -> str:
     agreement = adapter.metrics.get("agreement", {})
     rows = "\n".join(
         f"| {d} of {backbone.depth} | {agreement.get(str(d), float('nan')):.4f} "
-        f"| {policy.thresholds.get(d, 'off')} |"
+        f"| {policy.thresholds.get(d, 'off')} | {policy.drafts.get(d, 'as the threshold')} |"
         for d in adapter.exits.depths
     )
     return f"""---
@@ -257,12 +263,12 @@ library_name: offramp
 One decoder layer at each depth below, trained on the frozen backbone and read by its own final
 norm and LM head.
 
-| depth | agreement with the full model (validation, teacher-forced) | threshold |
-|---|---|---|
+| depth | agreement with the full model (validation, teacher-forced) | threshold | drafts |
+|---|---|---|---|
 {rows}
 
 Score: `{policy.score}`; skipped keys and values: `{policy.kv}`. No threshold means that the exit
-is off.
+is off. Drafts: thresholds of the lossless mode.
 
 {_promise(adapter)}
 

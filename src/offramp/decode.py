@@ -97,6 +97,7 @@ def generate(
     asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
     _check_options(lambda name: asked.get(name, getattr(config, name, None)))
     _check_inputs(inputs)
+    policy = policy.effective
     run = Run(backbone, exits, policy, discriminators)
     if vision_cache is not None:
         run.view.remember_images(backbone, vision_cache)

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ from offramp.adapter import Adapter, policy_to_json
 from offramp.answerloss import answer_ids
 from offramp.calibrate import calibrate, calibrated
 from offramp.config import TrainConfig
+from offramp.drafts import draft_speeds, with_drafts
 from offramp.encode import Encoder
 from offramp.examples import Example
 from offramp.exits import Exits
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 DEPTHS = {"opt": (2,), "t5": (2,)}
 THRESHOLDS = (0.99, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7)
-DRAFTS = (0.3, 0.5, 0.7, 0.85, 0.95)
 TARGET = 0.0075  # of answers; below the 1% of quality that the demo is meant to keep
 
 
@@ -83,13 +83,15 @@ def demo(
         thresholds=THRESHOLDS, progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
     adapter = calibrated(adapter, calibration, held_out)
-    adapter.save(out / kind)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 
-    lossless = _fastest_drafts(adapter, encoder)
-    log.info(f"lossless drafts while score >= {next(iter(lossless.thresholds.values()))}")
+    some = [encoder.prompts([e]) for e in _examples("calibration", 10)]
+    drafting = draft_speeds(adapter, some, progress=_bar("draft threshold"), **OPTIONS)
+    adapter = with_drafts(adapter, drafting)
+    adapter.save(out / kind)
+    log.info(f"lossless drafts by {dict(adapter.policy.drafts)}")
 
-    report = _measure(adapter, encoder, lossless, sizes)
+    report = _measure(adapter, encoder, sizes)
     report |= {
         "backbone": f"tiny-{kind}",
         "training_seconds": training_seconds,
@@ -109,29 +111,14 @@ def _examples(split: str, pictures: int) -> list[Example]:
     return captions(split, pictures).examples + questions(split, pictures).examples
 
 
-def _fastest_drafts(adapter: Adapter, encoder: Encoder) -> Policy:
-    """The lossless policy whose draft threshold decodes fastest on calibration pictures.
-
-    Any threshold gives the same answers, so only time decides.
-    """
-    inputs = [encoder.prompts([e]) for e in _examples("calibration", 10)]
-    policies = {
-        str(t): Policy(dict.fromkeys(adapter.exits.depths, t), lossless=True) for t in DRAFTS
-    }
-    ways: dict[str, Way] = {name: own_way(adapter, p) for name, p in policies.items()}
-    timings = race(ways, inputs, rounds=3, progress=_bar("draft threshold"))
-    return policies[min(timings, key=lambda name: median(timings[name].decode))]
-
-
-def _measure(
-    adapter: Adapter, encoder: Encoder, lossless: Policy, sizes: DemoSizes
-) -> dict[str, Any]:
+def _measure(adapter: Adapter, encoder: Encoder, sizes: DemoSizes) -> dict[str, Any]:
     """Quality over the test pictures and interleaved timing over some of them, for each mode."""
     backbone = adapter.backbone
     tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]
     full = answers(adapter, encoder, tasks, FULL)
     early = answers(adapter, encoder, tasks, adapter.policy)
 
+    lossless = replace(adapter.policy, lossless=True)
     ways: dict[str, Way] = {
         "generate": stock_way(backbone, **OPTIONS),
         "full": own_way(adapter, FULL),
@@ -164,7 +151,7 @@ def _measure(
     modes["lossless"] |= {
         "quality": quality_full,
         "identical": timings["lossless"].answers == timings["full"].answers,
-        "draft_threshold": next(iter(lossless.thresholds.values())),
+        "draft_threshold": next(iter(lossless.effective.thresholds.values()), None),
         "mean_accepted_drafts": sum(kept for _, kept in rounds) / max(1, len(rounds)),
         "acceptance": sum(kept for _, kept in rounds) / max(1, sum(made for made, _ in rounds)),
         **_speedups(timings, "lossless"),

@@ -155,7 +155,7 @@ class _Answerer:
             )
         given = policy if policy is not None else adapter.policy if adapter else FULL
         self.policies = {"full": FULL, "early_exit": given}
-        if plan.mode != "full" and not given.thresholds:
+        if plan.mode != "full" and not given.effective.thresholds:
             logging.warning("The policy has no thresholds, so no token leaves early.")
         if plan.task == "dialogue" and given.kv != "recompute":
             logging.warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class Policy:
     lossless: exits only draft, and the full model verifies (`offramp.speculate`): the output is
         the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
+    drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
+        gates, which are about leaving for good. `offramp.drafts` finds the fastest.
     exit_in_prefill: also let the first token leave early, the prompt waiting at its exit until a
         later token needs it deeper. Exact too; off where the prompt is not causal.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
@@ -42,6 +44,7 @@ class Policy:
     exit_in_prefill: bool = False
     lossless: bool = False
     max_draft: int = 8
+    drafts: Mapping[int, float] = field(default_factory=dict)
     weights: Mapping[int, float] = field(default_factory=dict)
     shortlist: bool = False
     gates: Mapping[int, float] = field(default_factory=dict)
@@ -69,7 +72,15 @@ class Policy:
             )
         object.__setattr__(self, "gates", dict(self.gates))
         object.__setattr__(self, "thresholds", dict(self.thresholds))
+        object.__setattr__(self, "drafts", dict(self.drafts))
         object.__setattr__(self, "weights", check_weights(self.weights))
+
+    @property
+    def effective(self) -> Policy:
+        """What runs: lossless by `drafts`, where there are any."""
+        if not (self.lossless and self.drafts):
+            return self
+        return replace(self, thresholds=self.drafts, drafts={}, gates={})
 
 
 FULL = Policy()

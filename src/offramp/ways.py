@@ -39,7 +39,7 @@ def own_way(
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         found = generate(
-            backbone, inputs, exits=exits if policy.thresholds else None, policy=policy,
+            backbone, inputs, exits=exits if policy.effective.thresholds else None, policy=policy,
             discriminators=discriminators, stopping_criteria=stop, **options,
         )  # fmt: skip
         return found.new_tokens.flatten()

@@ -15,6 +15,7 @@ from offramp.cli import (
     calibrate,
     compare,
     demo,
+    draft,
     eval,
     generate,
     inspect,
@@ -29,6 +30,7 @@ examples:
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
   offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
+  offramp draft --adapter exits --data held_out.jsonl
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
@@ -37,7 +39,7 @@ examples:
   offramp report --run exits runs/captions runs/analysis --out report.html
 """
 
-COMMANDS = (demo, train, calibrate, generate, eval, compare, analyse, bench, report, inspect)
+COMMANDS = (demo, train, calibrate, draft, generate, eval, compare, analyse, bench, report, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,8 +138,7 @@ def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
 
     policy = adapter.policy
     if arguments.threshold is not None:
-        policy = replace(
-            policy, thresholds=dict.fromkeys(adapter.exits.depths, arguments.threshold)
-        )
+        thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
+        policy = replace(policy, thresholds=thresholds, drafts={})
     changes = {n: v for n in ("score", "kv") if (v := getattr(arguments, n)) is not None}
     return replace(policy, **changes)

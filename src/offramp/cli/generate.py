@@ -52,7 +52,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     policy = replace(policy_of(arguments, adapter), lossless=arguments.mode == "lossless")
     if arguments.mode == "full":
         policy = FULL
-    elif not policy.thresholds:
+    elif not policy.effective.thresholds:
         logging.warning(
             "The adapter has no thresholds, so no token leaves early; give --threshold."
         )

@@ -1,0 +1,105 @@
+"""Laws of choosing drafts: time alone decides, the output stays the full model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import families
+from offramp import drafts as module
+from offramp.adapter import Adapter
+from offramp.backbone import Backbone
+from offramp.drafts import draft_speeds, with_drafts
+from offramp.errors import DataError
+from offramp.exits import Exits
+from offramp.measure import Timing
+from offramp.policy import Policy
+
+NAME = "blip2-opt"
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+PROMISE = {"risk": "disagreement", "target": 0.01}
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    backbone = Backbone(families.build(NAME))
+    policy = Policy({4: 0.9}, gates={4: 0.5})
+    return Adapter(backbone, Exits(backbone, (2, 4)), policy, calibration=PROMISE)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds of each way instead of a clock; "full" takes 1."""
+    seconds: dict[str, float] = {}
+
+    def race(ways: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
+        return {name: Timing([1.0], [seconds.get(name, 2.0)]) for name in ways}
+
+    monkeypatch.setattr(module, "race", race)
+    seconds["full"] = 1.0
+    return seconds
+
+
+def test_every_exit_alone_and_all_together_are_tried(adapter: Adapter, timed: Any) -> None:
+    found = draft_speeds(adapter, [{}], thresholds=(0.1, 0.5))
+    tried = [d.thresholds for d in found]
+    places = [[2], [4], [2, 4]]
+    assert sorted(map(str, tried)) == sorted(
+        str(dict.fromkeys(place, t)) for place in places for t in (0.1, 0.5)
+    )
+
+
+def test_the_fastest_is_stored_and_what_is_promised_stays(adapter: Adapter, timed: Any) -> None:
+    timed["3"] = 0.5  # depth 4 at the second threshold
+    found = draft_speeds(adapter, [{}], thresholds=(0.1, 0.5))
+    assert found[0] == module.Drafting({4: 0.5}, 2.0)
+    assert [d.speedup for d in found] == sorted((d.speedup for d in found), reverse=True)
+    chosen = with_drafts(adapter, found)
+    assert chosen.policy == replace(adapter.policy, drafts={4: 0.5})
+    assert chosen.calibration == PROMISE
+
+
+def test_where_no_draft_is_faster_the_adapter_stays_as_it_is(adapter: Adapter, timed: Any) -> None:
+    assert with_drafts(adapter, draft_speeds(adapter, [{}], thresholds=(0.1,))) is adapter
+
+
+def test_without_prompts_there_is_nothing_to_race(adapter: Adapter) -> None:
+    with pytest.raises(DataError, match="no prompts"):
+        draft_speeds(adapter, [])
+
+
+def test_a_race_over_real_prompts(adapter: Adapter, batch: Any) -> None:
+    found = draft_speeds(adapter, [batch(NAME, 1)], thresholds=(0.0, 1.0), rounds=1, **GREEDY)
+    assert len(found) == 6 and all(d.speedup > 0 for d in found)
+
+
+# -- what drafts mean ----------------------------------------------------------------------------
+
+
+def test_lossless_drafts_by_the_drafts_where_there_are_any(adapter: Adapter, batch: Any) -> None:
+    inputs = batch(NAME, 1)
+    full = adapter.generate(inputs, policy=Policy(), **GREEDY)
+    for policy in (Policy(lossless=True, drafts={2: 0.0}), Policy({4: 1.0}, lossless=True,
+                                                                 drafts={2: 0.0})):  # fmt: skip
+        ours = adapter.generate(inputs, policy=policy, **GREEDY)
+        plain = adapter.generate(inputs, policy=Policy({2: 0.0}, lossless=True), **GREEDY)
+        assert torch.equal(ours.sequences, full.sequences)
+        assert ours.rounds == plain.rounds
+        assert sum(drafted for drafted, _ in ours.rounds) > 0
+
+
+def test_drafts_mean_nothing_to_early_exit(adapter: Adapter, batch: Any) -> None:
+    inputs, policy = batch(NAME, 1), Policy({4: 0.0})
+    plain = adapter.generate(inputs, policy=policy, **GREEDY)
+    ours = adapter.generate(inputs, policy=replace(policy, drafts={2: 0.0}), **GREEDY)
+    assert torch.equal(ours.sequences, plain.sequences) and torch.equal(ours.depths, plain.depths)
+
+
+def test_gates_do_not_stand_before_drafts() -> None:
+    policy = Policy({4: 0.9}, gates={4: 0.5}, drafts={4: 0.1})
+    assert policy.effective is policy
+    assert replace(policy, lossless=True).effective == Policy({4: 0.1}, lossless=True)
