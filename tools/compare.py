@@ -48,9 +48,9 @@ class Sizes:
     test: int = 160
     steps: int = 600
     seeds: int = 3
-    timed: int = 48
+    timed: int = 36
     captions: int = 30
-    rounds: int = 3
+    rounds: int = 2
 
 
 QUICK = Sizes(train=24, test=8, steps=12, seeds=1, timed=2, captions=2, rounds=1)

@@ -473,7 +473,8 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], exits: Path, out
         if not (out / f"{name}.json").is_file():
             write_json(out / f"{name}.json", measure())
             print(name, read_json(out / f"{name}.json"), file=sys.stderr)
-    return early
+    drafts = {int(d): t for d, t in read_json(out / "lossless.json")["drafts"].items()}
+    return early.with_policy(replace(early.policy, drafts=drafts))
 
 
 def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
