@@ -22,7 +22,8 @@ def add(commands: Any) -> None:
         commands,
         "draft",
         "Find the exits and the threshold that lossless decoding drafts fastest by on this "
-        "machine, and store them in the adapter. Any choice gives the full model's output.",
+        "machine, and store them in the adapter. Any choice gives the full model's output. Raced "
+        "on ten prompts, or as many as --limit says.",
         "offramp draft --adapter exits --data held_out.jsonl",
         _draft,
     )
