@@ -1,8 +1,8 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 records/compare.json.
 
-Budget: at most 25 minutes a model on one core alone. `--backbone` runs one model, and what it found
-waits in --out for the other. `--quick` tries everything out in a minute or two, elsewhere.
+Takes half an hour to an hour a model on one core. `--backbone` runs one model, and what it found
+waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries everything out in a minute or two, elsewhere.
 """
 
 import argparse
