@@ -2,7 +2,8 @@
 records/compare.json.
 
 Takes half an hour to an hour a model on one core. `--backbone` runs one model, and what it found
-waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries everything out in a minute or two, elsewhere.
+waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries everything out
+in a minute or two, elsewhere.
 """
 
 import argparse
