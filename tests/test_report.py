@@ -117,9 +117,9 @@ def adapter(promised: bool = True) -> dict[str, Any]:
 def comparison() -> dict[str, Any]:
     ways = [("free", "max_probability"), ("distillation", "max_probability"), ("free", "patience")]
     points = [
-        {"objective": o, "policy": p, "thresholds": {"2": 0.5}, "quality": 0.9, "agreement": 0.9,
-         "quality_drop": 0.01 * k, "speedup_decode": 1.5 + k, "mean_depth": 4.0}
-        for o, p in ways for k in range(2)
+        {"seed": seed, "objective": o, "policy": p, "thresholds": {"2": 0.5}, "quality": 0.9,
+         "agreement": 0.9, "quality_drop": 0.01 * k, "speedup_decode": 1.5 + k, "mean_depth": 4.0}
+        for seed in (0, 1) for o, p in ways for k in range(2)
     ]  # fmt: skip
     curves = [{"objective": o, "policy": p, "speedup_decode": {"0.01": 1.77}} for o, p in ways]
     return {"points": points, "equal_quality": {"curves": curves}, "provenance": PROVENANCE}

@@ -109,7 +109,7 @@ def tradeoffs(value: Value) -> str:
         plots.append((tradeoff(series, "quality kept"), title))
     rows = [
         (
-            _way(p), p.get("seed", "-"),
+            _way(p), str(p.get("seed", "-")),
             percent(_mean(p["quality"]), 2), percent(_mean(p["quality_drop"]), 2),
             percent(p.get("agreement")), times(p["speedup_decode"]),
             "-" if p.get("mean_depth") is None else f"{p['mean_depth']:.2f}",
