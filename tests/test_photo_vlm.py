@@ -453,7 +453,7 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
     record = {
         "full": FULL, "regimes": {"a": REGIME}, "matched": {"a": REGIME, "b": REGIME},
         "depths": [8], "sizes": sizes, "matched_sizes": sizes, "analysis": ANALYSIS,
-        "lossless": LOSSLESS,
+        "lossless": LOSSLESS, "first": "a",
         "lossless_bfloat16": {**LOSSLESS, "dtype": "bfloat16", "identical_captions": 7},
         "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}},
         "provenance": {"threads": 1, "processor": "some"},

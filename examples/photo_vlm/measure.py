@@ -450,14 +450,16 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------
 
 
-def first_of_all(photos: Photos, precise: Callable[[], Photos], exits: Path, out: Path) -> Adapter:
+def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out: Path) -> Adapter:
     """Measure what is asked of one regime alone, each part once; its exits as they are shipped.
 
     precise: loads the same in float32, where likely tokens do not tie as they do in bfloat16, where
         rounding picks one of them.
     """
+    exits = out / "exits" / _slug(regime)
     adapter = Adapter.load(exits, photos.backbone)
     early = shipped(adapter, read_json(out / f"{exits.name}.json"))
+    write_json(out / "first.json", regime)
 
     def lossless_exactly() -> dict[str, Any]:
         other = precise()
@@ -483,7 +485,7 @@ def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
     for size, name in (("whole", "regimes"), ("small", "matched")):
         files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
         found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    for name in ("lossless", "lossless_bfloat16", "damaged", "analysis"):
+    for name in ("first", "lossless", "lossless_bfloat16", "damaged", "analysis"):
         file = work / "measured-whole" / f"{name}.json"
         found[name] = read_json(file) if file.is_file() else None
     sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
@@ -528,7 +530,7 @@ def main() -> None:
             write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
         print(read_json(file), file=sys.stderr)
     if size != "small":
-        first = place / "exits" / _slug(arguments.regimes[0])
+        first = arguments.regimes[0]
         early = first_of_all(photos, lambda: photographs(torch.float32), first, place)
         if arguments.ship is not None:
             early.save(arguments.ship)

@@ -28,10 +28,10 @@ def page(record: dict[str, Any], card: dict[str, Any]) -> str:
         "examples.photo_vlm.results`.\n",
         _full(record["full"], card),
         *(_regime(one, record["sizes"]) for one in regimes),
-        _lossless(record["lossless"], record["lossless_bfloat16"]) if record["lossless"] else "",
-        _damaged(record["damaged"]) if record["damaged"] else "",
+        _lossless(record) if record["lossless"] else "",
+        _damaged(record["damaged"], record["first"]) if record["damaged"] else "",
         _side_by_side(matched, record["matched_sizes"]) if matched else "",
-        _by_depth(record["analysis"]) if record["analysis"] else "",
+        _by_depth(record["analysis"], record["first"]) if record["analysis"] else "",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -112,11 +112,12 @@ def _agreement(one: dict[str, Any]) -> str:
     return ", ".join(f"{a:.1%} at {d}" for d, a in one["agreement"].items())
 
 
-def _lossless(exact: dict[str, Any], half: dict[str, Any]) -> str:
+def _lossless(record: dict[str, Any]) -> str:
     lines = [
         "## Lossless",
         "",
-        "Held-out captions decoded alone, by the full model and by drafts that it verifies. "
+        "Held-out captions decoded alone, by the full model and by drafts that it verifies, of the "
+        f"exits above: {record['first']}. "
         "In bfloat16 the likeliest tokens often tie, and rounding, which depends on how many "
         "tokens a matrix product holds, picks one; float32 has no such ties.",
         "",
@@ -124,7 +125,7 @@ def _lossless(exact: dict[str, Any], half: dict[str, Any]) -> str:
         "tokens a second, full | lossless |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one in (exact, half):
+    for one in (record["lossless"], record["lossless_bfloat16"]):
         rate = one["tokens_per_second"]
         lines.append(
             f"| {one['dtype']} | **{one['speedup_decode']:.2f}x** "
@@ -135,11 +136,11 @@ def _lossless(exact: dict[str, Any], half: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _damaged(found: dict[str, Any]) -> str:
+def _damaged(found: dict[str, Any], first: str) -> str:
     lines = [
         "## Damaged photographs",
         "",
-        "Severity 3 of 5, the thresholds of the first row above.",
+        f"Severity 3 of 5, the first thresholds above: {first}.",
         "",
         "| | CIDEr at full depth | early | drop |",
         "|---|---|---|---|",
@@ -188,7 +189,7 @@ def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/photo.svg)\n"
 
 
-def _by_depth(found: dict[str, Any]) -> str:
+def _by_depth(found: dict[str, Any], first: str) -> str:
     """Agreement and accuracy at every depth, the dip if there is one, and overthinking."""
     forced, thought = found["teacher_forced"], found["overthinking"]
     columns = {
@@ -204,7 +205,7 @@ def _by_depth(found: dict[str, Any]) -> str:
         "",
         "Teacher-forced: tokens on which a depth agrees with the final layer, and on which it says "
         "what the first human caption says. Logit lens: the backbone's own norm and head, nothing "
-        "trained.",
+        f"trained. Exits: {first}.",
         "",
         f"| depth | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
