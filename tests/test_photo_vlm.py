@@ -455,7 +455,7 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
         "depths": [8], "sizes": sizes, "matched_sizes": sizes, "analysis": ANALYSIS,
         "lossless": LOSSLESS, "first": "a",
         "lossless_bfloat16": {**LOSSLESS, "dtype": "bfloat16", "identical_captions": 7},
-        "damaged": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}},
+        "damaged": {"a": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}}},
         "provenance": {"threads": 1, "processor": "some"},
     }  # fmt: skip
     page = results.page(record, CARD)
@@ -477,7 +477,7 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
     ):
         assert told in page, told
     assert "unsupervised" not in results.plot(record) and "a, long" in results.plot(record)
-    nothing = {**record, "regimes": {}, "matched": {}, "lossless": None, "damaged": None}
+    nothing = {**record, "regimes": {}, "matched": {}, "lossless": None, "damaged": {}}
     assert "No exits have been measured" in results.page({**nothing, "analysis": None}, CARD)
 
 

@@ -450,6 +450,12 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------
 
 
+def _leaving(photos: Photos, regime: str, out: Path) -> Adapter:
+    """A regime's exits as they would be shipped."""
+    adapter = Adapter.load(out / "exits" / _slug(regime), photos.backbone)
+    return shipped(adapter, read_json(out / f"{_slug(regime)}.json"))
+
+
 def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out: Path) -> Adapter:
     """Measure what is asked of one regime alone, each part once; its exits as they are shipped.
 
@@ -458,7 +464,7 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
     """
     exits = out / "exits" / _slug(regime)
     adapter = Adapter.load(exits, photos.backbone)
-    early = shipped(adapter, read_json(out / f"{exits.name}.json"))
+    early = _leaving(photos, regime, out)
     write_json(out / "first.json", regime)
 
     def lossless_exactly() -> dict[str, Any]:
@@ -466,7 +472,6 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
         return lossless(other, Adapter.load(exits, other.backbone), other.held["captions"])
 
     parts: dict[str, Callable[[], Any]] = {
-        "damaged": lambda: damaged(photos, early),
         "analysis": lambda: curves(photos, adapter, out / "analysis"),
         "lossless_bfloat16": lambda: lossless(photos, adapter, photos.held["captions"][:300]),
         "lossless": lossless_exactly,
@@ -485,8 +490,11 @@ def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
     for size, name in (("whole", "regimes"), ("small", "matched")):
         files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
         found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    for name in ("first", "lossless", "lossless_bfloat16", "damaged", "analysis"):
-        file = work / "measured-whole" / f"{name}.json"
+    place = work / "measured-whole"
+    files = {r: place / f"damaged-{_slug(r)}.json" for r in REGIMES}
+    found["damaged"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+    for name in ("first", "lossless", "lossless_bfloat16", "analysis"):
+        file = place / f"{name}.json"
         found[name] = read_json(file) if file.is_file() else None
     sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
     return {**found, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
@@ -529,6 +537,9 @@ def main() -> None:
         if not file.is_file():
             write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
         print(read_json(file), file=sys.stderr)
+        file = place / f"damaged-{_slug(regime)}.json"
+        if size != "small" and not file.is_file():
+            write_json(file, damaged(photos, _leaving(photos, regime, place)))
     if size != "small":
         first = arguments.regimes[0]
         early = first_of_all(photos, lambda: photographs(torch.float32), first, place)
