@@ -103,3 +103,19 @@ def test_gates_do_not_stand_before_drafts() -> None:
     policy = Policy({4: 0.9}, gates={4: 0.5}, drafts={4: 0.1})
     assert policy.effective is policy
     assert replace(policy, lossless=True).effective == Policy({4: 0.1}, lossless=True)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(score="patience"),
+        Policy(score="agreement", weights={2: 0.3, 4: 0.7}),
+        Policy({2: 0.5}, score="saturation", kv="propagate"),
+    ],
+)
+def test_every_kind_of_policy_can_be_drafted_by(
+    adapter: Adapter, policy: Policy, batch: Any
+) -> None:
+    ours = adapter.with_policy(policy)
+    found = draft_speeds(ours, [batch(NAME, 1)], thresholds=(0.5,), rounds=1, **GREEDY)
+    assert {tuple(d.thresholds) for d in found} == {(2,), (4,), (2, 4)}
