@@ -450,12 +450,6 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------
 
 
-def _leaving(photos: Photos, regime: str, out: Path) -> Adapter:
-    """A regime's exits as they would be shipped."""
-    adapter = Adapter.load(out / "exits" / _slug(regime), photos.backbone)
-    return shipped(adapter, read_json(out / f"{_slug(regime)}.json"))
-
-
 def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out: Path) -> Adapter:
     """Measure what is asked of one regime alone, each part once; its exits as they are shipped.
 
@@ -464,7 +458,7 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
     """
     exits = out / "exits" / _slug(regime)
     adapter = Adapter.load(exits, photos.backbone)
-    early = _leaving(photos, regime, out)
+    early = shipped(adapter, read_json(out / f"{_slug(regime)}.json"))
     write_json(out / "first.json", regime)
 
     def lossless_exactly() -> dict[str, Any]:
@@ -537,9 +531,10 @@ def main() -> None:
         if not file.is_file():
             write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
         print(read_json(file), file=sys.stderr)
-        file = place / f"damaged-{_slug(regime)}.json"
-        if size != "small" and not file.is_file():
-            write_json(file, damaged(photos, _leaving(photos, regime, place)))
+        worn = place / f"damaged-{_slug(regime)}.json"
+        if size != "small" and not worn.is_file():
+            adapter = Adapter.load(place / "exits" / _slug(regime), photos.backbone)
+            write_json(worn, damaged(photos, shipped(adapter, read_json(file))))
     if size != "small":
         first = arguments.regimes[0]
         early = first_of_all(photos, lambda: photographs(torch.float32), first, place)

@@ -26,12 +26,6 @@ def speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
     return float(1 / min([*mixed, *(t for _, t in good)]))
 
 
-def mean_speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
-    """`speed_at` of each seed's points; by the mean of their times."""
-    seeds = {p["seed"] for p in points}
-    return harmonic_mean([speed_at(_of(seed, points), drop) for seed in seeds] or [1.0])
-
-
 def _of(seed: int, points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [p for p in points if p["seed"] == seed]
 
@@ -40,12 +34,12 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Speeds at equal quality.
 
     Returns:
-        `curves`: for each (objective, policy) `speedup_decode`, its `mean_speed_at` each of
-        `LEVELS`; `free_over`, by how much FREE with max_probability is faster there: an objective
-        is held against FREE's exits at its own depths, a policy against all of them; and
-        `free_over_by_seed`, the same for each seed alone. `best_baseline`: at each level the curve
-        that comes closest to FREE or is the most ahead of it, and `free_over_best_baseline`: by
-        how much.
+        `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
+        by the mean of the seeds' times; `free_over`, by how much FREE with max_probability is
+        faster there: an objective is held against FREE's exits at its own depths, a policy against
+        all of them; and `free_over_by_seed`, the same for each seed alone. `best_baseline`: at
+        each level the curve that comes closest to FREE or is the most ahead of it, and
+        `free_over_best_baseline`: by how much.
     """
     curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in points:
@@ -57,24 +51,18 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         of_policy = objective == FREE or policy in FIXED
         fair = ours if of_policy else [p for p in ours if p["depths"] in depths]
         seeds = sorted({p["seed"] for p in theirs})
-        found.append(
-            {
-                "objective": objective,
-                "policy": policy,
-                "speedup_decode": {str(level): mean_speed_at(theirs, level) for level in LEVELS},
-                "free_over": {
-                    str(level): mean_speed_at(fair, level) / mean_speed_at(theirs, level)
-                    for level in LEVELS
-                },
-                "free_over_by_seed": {
-                    str(level): [
-                        speed_at(_of(seed, fair), level) / speed_at(_of(seed, theirs), level)
-                        for seed in seeds
-                    ]
-                    for level in LEVELS
-                },
-            }
-        )
+        curve: dict[str, Any] = {"objective": objective, "policy": policy}
+        curve |= {"speedup_decode": {}, "free_over": {}, "free_over_by_seed": {}}
+        for level in LEVELS:
+            speeds = [speed_at(_of(seed, theirs), level) for seed in seeds]
+            frees = [speed_at(_of(seed, fair), level) for seed in seeds]
+            mean = harmonic_mean(speeds)
+            curve["speedup_decode"][str(level)] = mean
+            curve["free_over"][str(level)] = harmonic_mean(frees) / mean
+            curve["free_over_by_seed"][str(level)] = [
+                free / speed for free, speed in zip(frees, speeds, strict=True)
+            ]
+        found.append(curve)
     baselines = [c for c in found if (c["objective"], c["policy"]) != (FREE, "max_probability")]
     if not ours or not baselines:
         return {"curves": found}

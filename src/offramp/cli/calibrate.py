@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.common import (
+    adapter_folder,
     add_command,
     backbone_options,
     data_options,
@@ -72,13 +73,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from offramp.answerloss import RISKS
     from offramp.calibrate import Promise, calibrate, calibrated
     from offramp.encode import Encoder
-    from offramp.errors import InputError
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     Promise(**asked)  # a mistake should not wait for data and model
-    out = arguments.out or Path(arguments.adapter)
-    if arguments.out is None and not out.is_dir():
-        raise InputError(f"{out} is not a folder on this machine.", "Say where to write: --out.")
+    out = adapter_folder(arguments)
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
     adapter, processor = load_adapter(arguments)

@@ -116,6 +116,15 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return Adapter.from_pretrained(arguments.adapter, backbone), processor
 
 
+def adapter_folder(arguments: argparse.Namespace) -> Path:
+    """Where a changed adapter is written: --out or, if it is on this machine, its own folder."""
+    if arguments.out is None and not Path(arguments.adapter).is_dir():
+        raise InputError(
+            f"{arguments.adapter} is not a folder on this machine.", "Say where to write: --out."
+        )
+    return Path(arguments.out or arguments.adapter)
+
+
 def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
     """The items whose pictures the adapter did not use in these steps; tells how many are left."""
     from offramp.errors import DataError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.common import (
+    adapter_folder,
     add_command,
     backbone_options,
     data_options,
@@ -48,9 +49,7 @@ def _draft(arguments: argparse.Namespace) -> None:
             f"{arguments.rounds} rounds of {arguments.max_new_tokens} tokens cannot be raced.",
             "Give at least one round and two tokens.",
         )
-    out = arguments.out or Path(arguments.adapter)
-    if arguments.out is None and not out.is_dir():
-        raise InputError(f"{out} is not a folder on this machine.", "Say where to write: --out.")
+    out = adapter_folder(arguments)
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
     encoder = Encoder(adapter.backbone, processor)
