@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.config import ADVERSARY_NAMES, GAMES, OBJECTIVES
 from offramp.discriminator import Discriminator, Verdict
-from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty, masked_mean
+from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
 
 N, V, D, H = 7, 11, 6, 4
 KINDS = ("plain", "masked", "saturated", "half")
@@ -229,16 +229,6 @@ def test_the_gradient_penalty_is_that_of_finite_differences(conditional: bool) -
     wanted = torch.autograd.grad(slow().sum(), moved)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("on", [[1, 0, 1, 1, 0, 0, 1], [1] * N, [0] * N, [0, 0, 1, 0, 0, 0, 0]])
-def test_the_masked_mean_is_the_mean_of_what_is_on_and_0_where_nothing_is(on: list[int]) -> None:
-    values, weights = torch.randn(N, requires_grad=True), torch.tensor(on).float()
-    mean = masked_mean(values, weights)
-    mean.backward()
-    kept = [v for v, w in zip(values.tolist(), on, strict=True) if w]
-    near(mean.detach(), sum(kept) / len(kept) if kept else 0.0)
-    near(values.grad, [w / max(1, len(kept)) for w in on])  # type: ignore[arg-type]
 
 
 def test_cross_entropy_is_0_on_unlabelled_tokens() -> None:

@@ -230,7 +230,7 @@ def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path:
         said = ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         places = torch.searchsorted(ids, targets[known])
-        wanted = -log_p[known].gather(1, places[:, None]).mean()
+        wanted = -log_p[known].gather(1, places[:, None]).sum() / len(targets)
         assert report[f"cross_entropy/{depth}"] == pytest.approx(wanted.item(), rel=1e-5)
         taught = teacher[:, ids].log_softmax(-1)
         divergence = (taught.exp() * (taught - log_p)).sum(-1).mean()
@@ -306,6 +306,19 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
     assert stores["alone"][0] == labelled and len(labelled) < len(stores["both"][0])
     assert stores["alone"][1] == stores["both"][1]  # compared on the same answers
     assert written[0] == 0  # no answer is written that nothing would learn from
+
+
+def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path) -> None:
+    run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
+    batch = run._stores()[0][0]
+    whole = run.game.generator_loss(run.game.look(batch), 0)[1]
+    parts = []
+    for row in range(len(batch.labelled)):
+        one = replace(batch, labelled=torch.arange(len(batch.labelled)) == row)
+        parts.append(run.game.generator_loss(run.game.look(one), 0)[1])
+    for depth in (2, 4):
+        name = f"cross_entropy/{depth}"
+        assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-5)
 
 
 def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(

@@ -17,7 +17,7 @@ from offramp.config import TrainConfig
 from offramp.discriminator import Verdict, build_discriminators
 from offramp.exits import Exits
 from offramp.features import Batch, exit_features
-from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty, masked_mean
+from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
 
 
 class Game:
@@ -89,15 +89,17 @@ class Game:
     def generator_loss(
         self, scene: Mapping[int, Terms], step: int
     ) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum over terms and depths at `step`, and each term by itself, unweighted."""
+        """The weighted sum over terms and depths at `step`, and each term by itself, unweighted.
+
+        Cross-entropy too is a mean over all tokens, 0 where there is no label: where few are
+        labelled, each still weighs as one token does.
+        """
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
         weights = self.config.weights(step)
         for depth, terms in scene.items():
             for name, weight in weights.items():
-                everything = torch.ones_like(terms.labelled)
-                counted = terms.labelled if name == "cross_entropy" else everything
-                value = masked_mean(LOSSES[name](terms), counted)
+                value = LOSSES[name](terms).mean()
                 report[f"{name}/{depth}"] = value.item()
                 loss = loss + weight * value
         return loss, report

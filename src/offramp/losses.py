@@ -1,4 +1,4 @@
-"""Losses of exit training: each per token, each with one masked mean.
+"""Losses of exit training, each per token; a batch's loss is the mean over its answer tokens.
 
 A term takes a `Terms` of N answer tokens and returns N values. Pads, prompt and image tokens are
 gone before any of them is called.
@@ -141,8 +141,3 @@ def gradient_penalty(logits: Tensor, features: Tensor) -> Tensor:
     """
     (slope,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
     return slope.square().sum(-1) / 2
-
-
-def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of `values` [N] where `weights` [N] is 1; 0 where it never is."""
-    return (values * weights).sum() / weights.sum().clamp(min=1.0)
