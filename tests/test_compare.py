@@ -145,9 +145,29 @@ def test_quality_is_what_the_judge_says(run: Run, tmp_path: Path) -> None:
 
 def test_without_labels_cross_entropy_learns_what_the_model_says(run: Run, tmp_path: Path) -> None:
     bare = [replace(e, answers=()) for e in fakes.examples(14)]
-    plan = replace(SMALL, objectives=("cross_entropy",))
+    plan = replace(SMALL, objectives=("cross_entropy", "cross_entropy_few"))
     found = run(tmp_path, plan, train=bare[:10], test=bare[10:])
     assert {p["objective"] for p in found["points"]} == {"cross_entropy", "free"}
+
+
+def test_few_labels_are_all_that_cross_entropy_then_reads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, int] = {}
+    record = Trainer._stores
+
+    def noted(trainer: Trainer) -> Any:
+        stores = record(trainer)
+        objective = trainer.out.name.split("-")[0]
+        read[objective] = len(stores[0].answers)
+        return stores
+
+    monkeypatch.setattr(Trainer, "_stores", noted)
+    training = replace(TRAINING, labelled_fraction=0.4)
+    objectives = ("cross_entropy", "cross_entropy_few", "distillation")
+    run(tmp_path, replace(SMALL, objectives=objectives, training=training))
+    assert read["cross_entropy"] == read["distillation"] == 9  # and one validates
+    assert read["cross_entropy_few"] == 4
 
 
 def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:

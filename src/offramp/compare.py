@@ -33,7 +33,7 @@ from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
 from offramp.examples import Example, examples_digest
 from offramp.exits import Exits, propose_depths
-from offramp.grid import DEFAULT, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.grid import DEFAULT, FEW, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
 from offramp.measure import Way, race, speedup
 from offramp.merit import drawn, equal_quality
 from offramp.policy import FULL, Generation, Policy
@@ -134,6 +134,7 @@ class _Bench:
         self.backbone, self.processor, self.out, self.plan = backbone, processor, out, plan
         self.train, self.test, self.quality = list(train), list(test), quality
         self.encoder = Encoder(backbone, processor)
+        self._labelled = all(example.answers for example in self.train)
         self._stores: dict[Any, Stores] = {}
         self._adapters: dict[Any, Adapter] = {}
         self._rows = _rows_of(out / "points.jsonl", self._settings())
@@ -164,7 +165,8 @@ class _Bench:
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
-        objectives = [o for o in OBJECTIVES if o in plan.objectives and o != FREE]
+        left_out = (FREE,) if self._labelled else (FREE, FEW)
+        objectives = [o for o in OBJECTIVES if o in plan.objectives and o not in left_out]
         found = [
             entry
             for objective in objectives
@@ -223,13 +225,13 @@ class _Bench:
         changes = OBJECTIVES[objective]
         if changes is None:
             return Adapter(self.backbone, Exits(self.backbone, depths, lens=True))
-        if changes.get("regime") == "supervised" and not all(e.answers for e in self.train):
+        if changes.get("regime") == "supervised" and not self._labelled:
             changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
         config = replace(self.plan.training, **{**changes, "depths": depths, "seed": seed})
         folder = exits_folder(self.out, seed, objective, depths)
         trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
-        key = (config.regime, depths)  # all else that states depend on is the seed's
+        key = (config.regime, depths)  # all else that states depend on is the seed's or the plan's
 
         def keep(record: Callable[[], Stores]) -> Stores:
             if key not in self._stores:

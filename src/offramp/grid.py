@@ -15,6 +15,8 @@ from offramp.scores import FEATURE_SCORES, SCORES, STREAKS
 
 FREE = "free"
 """The objective that all else is held against, with max_probability."""
+FEW = "cross_entropy_few"
+"""Cross-entropy where few answers are labelled: what labels alone are worth then."""
 FIXED = ("fixed_depth", "truncation")
 """Policies without a score."""
 
@@ -27,6 +29,7 @@ def _only(term: str, **more: Any) -> dict[str, Any]:
 OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "logit_lens": None,
     "cross_entropy": _only("cross_entropy", regime="supervised"),
+    FEW: _only("cross_entropy", regime="mixed"),
     "distillation": _only("distillation"),
     "l2": _only("l2"),
     "cosine": _only("cosine"),
@@ -35,8 +38,9 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
-are none, on the model's own; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap
-(Fei et al. 2022), cosine as in FastVLM."""
+are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; distillation as in
+CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022), cosine as in FastVLM. All but
+cross-entropy read no label."""
 
 POLICIES: dict[str, str] = {
     **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
@@ -55,7 +59,8 @@ QUALITIES: dict[str, Quality] = {
 class Plan:
     """What is compared, and how long it is looked at.
 
-    objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them.
+    objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them, `FEW`
+        only where the data has answers.
     policies: keys of `POLICIES`, compared on FREE's exits.
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement

@@ -40,8 +40,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--objectives", nargs="+", metavar="NAME",
-        help="of logit_lens, cross_entropy, distillation, l2, cosine, adversarial and free, which "
-        "is always there (default: all)",
+        help="of logit_lens, cross_entropy, cross_entropy_few, distillation, l2, cosine, "
+        "adversarial and free, which is always there (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--policies", nargs="+", metavar="NAME",
@@ -56,6 +56,10 @@ def add(commands: Any) -> None:
         "--several", type=int, nargs="+", metavar="DEPTH",
         help="of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labelled-fraction", type=float, default=0.1,
+        help="of the training examples, whose answers cross_entropy_few reads (default: 0.1)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=600, help="of every training (default: 600)")
     parser.add_argument("--batch-size", type=int, default=16, help="in training (default: 16)")
@@ -91,9 +95,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
     same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
+    trained = ("labelled_fraction", "steps", "batch_size", "max_new_tokens", "seed")
     training = TrainConfig(
         patience=None,
-        **{n: getattr(arguments, n) for n in ("steps", "batch_size", "max_new_tokens", "seed")},
+        **{n: getattr(arguments, n) for n in trained},
     )
     plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
     examples = read_examples(
