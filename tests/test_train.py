@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -399,6 +399,14 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert not same(first, weights(1, "c"))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard, also where a shell started pytest in its background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_at(run: Trainer, step: int, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the batch is fetched, in the middle of the step, or in the validation."""
     names = {"fetch": "_order", "step": "_discriminate", "validation": "_agreement"}
@@ -415,6 +423,7 @@ def interrupt_at(run: Trainer, step: int, when: str, monkeypatch: pytest.MonkeyP
 MOMENTS = [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validation", 4)]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("when", "step", "changes"),
     [
