@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +135,22 @@ def test_what_was_run_is_not_run_again(
     tool._run(groups, tmp_path, 1, tool.QUICK)
     tool._run(groups, tmp_path, 0, tool.QUICK)
     assert sorted(ran) == sorted(cell for group in groups for cell in group)
+
+
+def test_a_setting_that_is_run_again_takes_its_place_and_the_others_stay(
+    tool: Any, tmp_path: Path
+) -> None:
+    def record(value: float, *settings: str) -> list[dict[str, Any]]:
+        cells = [cell for group in tool.cells(2, settings) for cell in group]
+        return [{**row("", 0, value), "cell": cell._asdict()} for cell in cells]
+
+    path, renewed = tmp_path / "record.json", "10% labels"
+    before = json.loads(json.dumps(tool.table(record(0.5, *tool.SETTINGS))))
+    path.write_text(json.dumps({"cells": before, "depth": 2}))
+    tool._renew(path, record(0.75, renewed))
+    after = json.loads(path.read_text())
+    assert after["depth"] == 2 and len(after["cells"]) == len(before)
+    for old, new in zip(before, after["cells"], strict=True):
+        assert new["game"] == old["game"] and new["setting"] == old["setting"]
+        assert new["quality_in"]["mean"] == (0.75 if new["setting"] == renewed else 0.5)
+    assert [one["settings"] for one in after["renewed"]] == [[renewed]]

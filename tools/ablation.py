@@ -10,7 +10,8 @@ that may leave while 99% of the answers stay the full model's.
 Budget: 25 minutes on two cores, a process on each with OMP_NUM_THREADS=1:
     python tools/ablation.py --shard 0/2 & python tools/ablation.py --shard 1/2
 A run that is in --out is not repeated; whoever finishes the last one writes the record.
-`--estimate` tells what is left. `--quick` tries everything out in a few minutes, elsewhere.
+`--estimate` tells what is left. `--settings` measures those again and leaves the record's other
+rows as they are. `--quick` tries everything out in a few minutes, elsewhere.
 """
 
 import argparse
@@ -120,9 +121,10 @@ class Cell(NamedTuple):
         return digest_rows([[*self, setting.regime, game, asdict(sizes), DEPTH, BATCH, SEVERITY]])
 
 
-def cells(seeds: int) -> Iterator[list[Cell]]:
+def cells(seeds: int, settings: Sequence[str] = tuple(SETTINGS)) -> Iterator[list[Cell]]:
     """All runs, those that share their recorded states together."""
-    for setting, about in SETTINGS.items():
+    for setting in settings:
+        about = SETTINGS[setting]
         for seed in range(seeds):
             for kind in TINY:
                 yield [Cell(kind, setting, game, seed) for game in about.games(kind)]
@@ -310,6 +312,7 @@ def _difference(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=tuple(SETTINGS))
     parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--estimate", action="store_true", help="only tell what is left")
@@ -320,7 +323,7 @@ def main() -> None:
     sizes = QUICK if arguments.quick else Sizes()
     out = arguments.out / "quick" if arguments.quick else arguments.out
     target = out / "ablation.json" if arguments.quick else RECORD
-    groups = list(cells(arguments.seeds))
+    groups = list(cells(arguments.seeds, arguments.settings))
     if not arguments.estimate:
         part, parts = map(int, arguments.shard.split("/"))
         _run(groups[part::parts], out, part, sizes)
@@ -331,7 +334,11 @@ def main() -> None:
         seconds = mean(row["seconds"] for row in rows.values()) if rows else float("nan")
         print(f"{len(left)} of {len(wanted)} runs are left: {len(left) * seconds / 60:.0f} minutes")
         return
-    _write(target, [rows[key] for key in wanted], out, sizes)
+    found = [rows[key] for key in wanted]
+    if set(arguments.settings) == set(SETTINGS):
+        _write(target, found, out, sizes)
+    else:
+        _renew(target, found)
 
 
 def _run(groups: Sequence[Sequence[Cell]], out: Path, part: int, sizes: Sizes) -> None:
@@ -367,6 +374,17 @@ def _write(target: Path, rows: Sequence[dict[str, Any]], out: Path, sizes: Sizes
         "provenance": provenance(None, sys.argv, None),
     }
     write_json(target, record)
+
+
+def _renew(target: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put these rows' cells in the place of the record's."""
+    record = read_json(target)
+    names = ("backbone", "setting", "game")
+    fresh = {tuple(cell[n] for n in names): cell for cell in table(rows)}
+    record["cells"] = [fresh.get(tuple(c[n] for n in names), c) for c in record["cells"]]
+    settings = sorted({setting for _, setting, _ in fresh})
+    renewed = {"settings": settings, "provenance": provenance(None, sys.argv, None)}
+    write_json(target, {**record, "renewed": [*record.get("renewed", ()), renewed]})
 
 
 if __name__ == "__main__":
