@@ -127,6 +127,29 @@ def test_every_seed_trains_anew(run: Run, tmp_path: Path) -> None:
         assert json.loads((folder / "adapter.json").read_text())["provenance"]["seed"] == seed
 
 
+def test_what_is_added_later_is_all_that_is_trained_and_judged(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path)
+    judged, judge = [], module._Bench._quality
+
+    def noted(bench: Any, entry: Any) -> Any:
+        judged.append((entry.seed, entry.objective, entry.policy))
+        return judge(bench, entry)
+
+    monkeypatch.setattr(module._Bench, "_quality", noted)
+    more = {"objectives": ("free", "l2"), "policies": ("max_probability", "margin"), "seeds": 2}
+    found = run(tmp_path, replace(SMALL, **more))
+    assert (0, "free", "max_probability") not in judged
+    assert len(judged) == len(found["points"]) - len(first["points"])
+    timeless = ("quality", "agreement", "mean_depth", "thresholds")
+    kept = [p for p in found["points"] if (p["seed"], p["objective"], p["policy"]) ==
+            (0, "free", "max_probability")]  # fmt: skip
+    assert [[p[n] for n in timeless] for p in kept] == [
+        [p[n] for n in timeless] for p in first["points"]
+    ]
+
+
 def test_another_comparison_in_the_folder_is_refused(run: Run, tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match="another plan"):
@@ -145,7 +168,7 @@ def test_quality_is_what_the_judge_says(run: Run, tmp_path: Path) -> None:
 
 def test_without_labels_cross_entropy_learns_what_the_model_says(run: Run, tmp_path: Path) -> None:
     bare = [replace(e, answers=()) for e in fakes.examples(14)]
-    plan = replace(SMALL, objectives=("cross_entropy", "cross_entropy_few"))
+    plan = replace(SMALL, objectives=("cross_entropy", "cross_entropy_few", "free_supervised"))
     found = run(tmp_path, plan, train=bare[:10], test=bare[10:])
     assert {p["objective"] for p in found["points"]} == {"cross_entropy", "free"}
 
@@ -276,6 +299,21 @@ def test_figures_of_several_seeds_are_means() -> None:
             ratios = both["free_over_by_seed"][level]
             assert ratios == pytest.approx([curve["free_over"][level] for curve in alone])
             assert min(ratios) - 1e-9 <= both["free_over"][level] <= max(ratios) + 1e-9
+
+
+def test_what_reads_all_labels_is_held_against_the_free_that_does() -> None:
+    points = [*HAND, point(0.0, 2.0, "cross_entropy"), point(0.0, 1.5, "cross_entropy_few")]
+    curves = {c["objective"]: c for c in equal_quality(points)["curves"]}
+    assert curves["cross_entropy"]["free_over"]["0.005"] == pytest.approx(
+        speed_at(HAND[:2], 0.005) / 2.0
+    )
+    labelled = [*points, point(0.0, 5.0, "free_supervised")]
+    found = equal_quality(labelled)
+    curves = {c["objective"]: c for c in found["curves"] if c["policy"] == "max_probability"}
+    assert curves["cross_entropy"]["free_over"]["0.005"] == pytest.approx(2.5)
+    few = curves["cross_entropy_few"]["free_over"]["0.005"]
+    assert few == pytest.approx(speed_at(HAND[:2], 0.005) / 1.5)
+    assert "free_supervised" not in {b["objective"] for b in found["best_baseline"].values()}
 
 
 def test_the_order_of_points_does_not_count() -> None:

@@ -278,7 +278,10 @@ def choices_figures() -> str:
 def _equal_quality(record: dict) -> str:
     """Speeds at equal quality, the fastest first, and by how much FREE is ahead."""
     models = {kind: record[kind] for kind in KINDS}
-    plan = models["opt"]["plan"]
+    plan, share = models["opt"]["plan"], models["opt"]["plan"]["training"]["labelled_fraction"]
+    steps = " and ".join(
+        f"{m['plan']['training']['steps']:,} ({_tiny(kind)})" for kind, m in models.items()
+    )
     levels = list(models["opt"]["equal_quality"]["curves"][0]["speedup_decode"])
     places = " and ".join(
         f"{m['plan']['depths']} or {m['plan']['several']} ({_tiny(kind)})"
@@ -290,9 +293,12 @@ def _equal_quality(record: dict) -> str:
         f"Decoding against full depth (1.00x) where quality drops by at most "
         f"{', '.join(map(_percent, levels))}. Every objective with the largest probability as "
         f"score and exits at the first depths, every policy on the exits of FREE at the first or "
-        f"the second, of 12 layers: {places}. {plan['training']['steps']} steps each, FREE with "
-        f"weight {plan['training']['adversarial']:g} of the adversary; {plan['seeds']} seeds, each "
-        f"with an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
+        f"the second, of 12 layers: {places}. Training: {steps} steps on "
+        f"{models['opt']['n_train']:,} examples, whose labels `cross_entropy` reads, "
+        f"`cross_entropy_few` {share:.0%} of them, and nothing else any; FREE with weight "
+        f"{plan['training']['adversarial']:g} of the adversary. Quality: on "
+        f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
+        f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
         "",
         *_by_level(models, levels, lambda c, at: f"{c['speedup_decode'][at]:.2f}x"),
         "",

@@ -60,15 +60,13 @@ SEVERITY = 3
 
 _ALONE = {"adversarial": 0.0}
 _LABELS_ONLY = {"distillation": 0.0, "adversarial": 0.0}
-_SURER = {"regime": "pseudo", "min_confidence": 0.35}  # about the surer half
 REGIMES: dict[str, dict[str, Any]] = {
     "unsupervised": {},
     "unsupervised, distillation alone": _ALONE,
     "100% labels": {"regime": "supervised"},
     "10% labels": {"regime": "mixed", "labelled_fraction": 0.1},
     "1% labels": {"regime": "mixed", "labelled_fraction": 0.01},
-    "pseudo-labels": _SURER,
-    "pseudo-labels, cross-entropy alone": {**_SURER, **_LABELS_ONLY},
+    "pseudo-labels": {"regime": "pseudo", "min_confidence": 0.35},  # about the surer half
     "100% labels, cross-entropy alone": {"regime": "supervised", **_LABELS_ONLY},
 }
 """Changes to the `TrainConfig`."""

@@ -33,7 +33,17 @@ from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
 from offramp.examples import Example, examples_digest
 from offramp.exits import Exits, propose_depths
-from offramp.grid import DEFAULT, FEW, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.grid import (
+    DEFAULT,
+    FEW,
+    FIXED,
+    FREE,
+    OBJECTIVES,
+    POLICIES,
+    QUALITIES,
+    SUPERVISED,
+    Plan,
+)
 from offramp.measure import Way, race, speedup
 from offramp.merit import drawn, equal_quality
 from offramp.policy import FULL, Generation, Policy
@@ -57,17 +67,19 @@ def compare(
 ) -> dict[str, Any]:
     """Train every objective, measure every point, and write compare.json and compare.svg in `out`.
 
-    Run again with the same arguments, it goes on where it stopped.
+    Run again with the same arguments, it goes on where it stopped; with other objectives, policies
+    or more seeds, what is there is not trained or judged again, but all points race anew.
 
     train, test: of different pictures.
     quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
         which needs no reference.
 
     Returns:
-        `quality_full`; `points`, each with `seed`, `objective`, `policy`, `score`, `depths`,
-        `thresholds`, `quality`, `quality_drop` (relative to the full model), `agreement` (share of
-        answers that are the full model's), `mean_depth`, `speedup_decode` and `speedup_end_to_end`
-        (against the full model in the same loop); `equal_quality`; `plan` and `provenance`.
+        `quality_full`; `n_train` and `n_test`, of examples; `points`, each with `seed`,
+        `objective`, `policy`, `score`, `depths`, `thresholds`, `quality`, `quality_drop` (relative
+        to the full model), `agreement` (share of answers that are the full model's), `mean_depth`,
+        `speedup_decode` and `speedup_end_to_end` (against the full model in the same loop);
+        `equal_quality`; `plan` and `provenance`.
 
     Raises:
         InputError: `out` holds another comparison.
@@ -82,6 +94,8 @@ def compare(
     points = bench.measured(entries)
     found = {
         "quality_full": bench.quality_full,
+        "n_train": len(train),
+        "n_test": len(test),
         "points": points,
         "equal_quality": equal_quality(points),
         "plan": asdict(plan),
@@ -143,12 +157,15 @@ class _Bench:
         self.quality_full = float(self._qualities(self.full).mean())
 
     def _settings(self) -> dict[str, Any]:
-        """What every row depends on."""
+        """What every row depends on. Objectives, policies and seeds may be added later."""
+        plan = asdict(self.plan)
+        for name in ("objectives", "policies", "seeds"):
+            del plan[name]
         return {
             "backbone": dump_fingerprint(self.backbone.fingerprint()),
             "train": examples_digest(self.train),
             "test": examples_digest(self.test),
-            "plan": digest_rows([asdict(self.plan)]),
+            "plan": digest_rows([plan]),
             "quality": _name_of(self.quality),
         }
 
@@ -165,7 +182,7 @@ class _Bench:
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
-        left_out = (FREE,) if self._labelled else (FREE, FEW)
+        left_out = (FREE,) if self._labelled else (FREE, FEW, SUPERVISED)
         objectives = [o for o in OBJECTIVES if o in plan.objectives and o not in left_out]
         found = [
             entry

@@ -14,7 +14,9 @@ from offramp.metrics import check_known
 from offramp.scores import FEATURE_SCORES, SCORES, STREAKS
 
 FREE = "free"
-"""The objective that all else is held against, with max_probability."""
+"""The objective that all else is held against, with max_probability. It reads no label."""
+SUPERVISED = "free_supervised"
+"""FREE that reads the labels too: what cross_entropy, which reads them, is held against."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
 FIXED = ("fixed_depth", "truncation")
@@ -35,12 +37,13 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "cosine": _only("cosine"),
     "adversarial": _only("adversarial"),
     FREE: {},
+    SUPERVISED: {"regime": "supervised"},
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
 are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; distillation as in
 CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022), cosine as in FastVLM. All but
-cross-entropy read no label."""
+cross-entropy and `SUPERVISED` read no label."""
 
 POLICIES: dict[str, str] = {
     **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
@@ -60,7 +63,7 @@ class Plan:
     """What is compared, and how long it is looked at.
 
     objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them, `FEW`
-        only where the data has answers.
+        and `SUPERVISED` only where the data has answers.
     policies: keys of `POLICIES`, compared on FREE's exits.
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
 from typing import Any
 
-from offramp.grid import FIXED, FREE
+from offramp.grid import FIXED, FREE, SUPERVISED
 from offramp.plots import tradeoff
 
+OURS = (FREE, SUPERVISED)
 LEVELS = (0.005, 0.01, 0.02, 0.05)
 """Relative drops of quality at which speeds are compared."""
 
@@ -37,18 +38,20 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
         by the mean of the seeds' times; `free_over`, by how much FREE with max_probability is
         faster there: an objective is held against FREE's exits at its own depths, a policy against
-        all of them; and `free_over_by_seed`, the same for each seed alone. `best_baseline`: at
-        each level the curve that comes closest to FREE or is the most ahead of it, and
-        `free_over_best_baseline`: by how much.
+        all of them, and cross_entropy, which reads all labels, against the FREE that does too; and
+        `free_over_by_seed`, the same for each seed alone. `best_baseline`: at each level the curve
+        that comes closest to FREE or is the most ahead of it, and `free_over_best_baseline`: by how
+        much.
     """
     curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in points:
         curves.setdefault((point["objective"], point["policy"]), []).append(point)
-    ours = curves.get((FREE, "max_probability"), [])
+    free, supervised = (curves.get((name, "max_probability"), []) for name in OURS)
     found = []
     for (objective, policy), theirs in sorted(curves.items()):
         depths = [p["depths"] for p in theirs]
         of_policy = objective == FREE or policy in FIXED
+        ours = supervised if objective == "cross_entropy" and supervised else free
         fair = ours if of_policy else [p for p in ours if p["depths"] in depths]
         seeds = sorted({p["seed"] for p in theirs})
         curve: dict[str, Any] = {"objective": objective, "policy": policy}
@@ -63,8 +66,8 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 free / speed for free, speed in zip(frees, speeds, strict=True)
             ]
         found.append(curve)
-    baselines = [c for c in found if (c["objective"], c["policy"]) != (FREE, "max_probability")]
-    if not ours or not baselines:
+    baselines = [c for c in found if c["objective"] not in OURS or c["policy"] != "max_probability"]
+    if not free or not baselines:
         return {"curves": found}
     best = {str(level): _closest(baselines, str(level)) for level in LEVELS}
     return {
