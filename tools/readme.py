@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 
+from offramp.merit import LEVELS, equal_quality
+
 ROOT = Path(__file__).parent.parent
 KINDS = ("opt", "t5")
 BEGIN, END = "<!-- figures:begin -->\n", "<!-- figures:end -->"
@@ -54,7 +56,7 @@ def figures() -> str:
         cells = " | ".join(value(r, r["modes"]["early_exit"]) for r in reports)
         lines.append(f"| {title} | {cells} |")
     lines += ["", "`make records` runs both again and rewrites this table.", "", *_promised()]
-    lines += ["", *_photographs()]
+    lines += ["", *_labels(), "", *_photographs()]
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +99,44 @@ def _promised() -> list[str]:
         f"{worst['splits'] * violations['stated_share']:.1f}). `make calibrated` runs it again.",
     ]
     return lines
+
+
+LABELS = {
+    "free": "FREE, no labels",
+    "free_supervised": "FREE, all labels",
+    "cross_entropy": "cross-entropy, all labels",
+    "cross_entropy_few": "cross-entropy, {few:.0%} of the labels",
+}
+
+
+def _labels() -> list[str]:
+    """FREE without labels and with them beside cross-entropy, at the same depths."""
+    record = json.loads((ROOT / "records" / "compare.json").read_text())
+    models = {kind: record[kind] for kind in KINDS}
+    plan = models["opt"]["plan"]
+    places = " and ".join(f"{m['plan']['depths']} ({_tiny(kind)})" for kind, m in models.items())
+    heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
+    lines = [
+        "What labels are worth: decoding where quality drops by at most so much, by how exits at "
+        f"{places} were trained; means of {plan['seeds']} seeds "
+        "([all objectives and policies](docs/choices.md)).",
+        "",
+        f"| exits trained by | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(heads),
+    ]
+    speeds = [_by_objective(model) for model in models.values()]
+    for name, title in LABELS.items():
+        cells = [f"{some[name][str(level)]:.2f}x" for some in speeds for level in LEVELS]
+        few = plan["training"]["labelled_fraction"]
+        lines.append(f"| {title.format(few=few)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _by_objective(model: dict) -> dict[str, dict[str, float]]:
+    """Speeds at equal quality of exits at the first depths, by what trained them."""
+    points = [p for p in model["points"] if p["depths"] == model["plan"]["depths"]]
+    alike = [p for p in points if p["policy"] == "max_probability"]
+    return {c["objective"]: c["speedup_decode"] for c in equal_quality(alike)["curves"]}
 
 
 def _photographs() -> list[str]:
@@ -294,8 +334,8 @@ def _equal_quality(record: dict) -> str:
         f"{', '.join(map(_percent, levels))}. Every objective with the largest probability as "
         f"score and exits at the first depths, every policy on the exits of FREE at the first or "
         f"the second, of 12 layers: {places}. Training: {steps} steps on "
-        f"{models['opt']['n_train']:,} examples, whose labels `cross_entropy` reads, "
-        f"`cross_entropy_few` {share:.0%} of them, and nothing else any; FREE with weight "
+        f"{models['opt']['n_train']:,} examples; `cross_entropy` and `free_supervised` read their "
+        f"labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. FREE with weight "
         f"{plan['training']['adversarial']:g} of the adversary. Quality: on "
         f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
         f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
@@ -303,7 +343,8 @@ def _equal_quality(record: dict) -> str:
         *_by_level(models, levels, lambda c, at: f"{c['speedup_decode'][at]:.2f}x"),
         "",
         "By how much FREE with the largest probability is faster, at the same depths where "
-        "objectives differ; in brackets the seeds' range.",
+        "objectives differ, and with the labels (`free_supervised`) where `cross_entropy` has "
+        "them; in brackets the seeds' range.",
         "",
         *_by_level(models, levels, _ahead),
     ]
