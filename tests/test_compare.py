@@ -117,6 +117,21 @@ def test_objectives_on_the_same_answers_share_their_states(
     assert len(made) == 3  # written by the model, at one depth and at two; and labels
 
 
+def test_free_reads_all_pictures_where_cross_entropy_reads_the_labelled_ones_alone(
+    run: Run, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, regime="mixed", labelled_fraction=0.4)
+    objectives = ("cross_entropy_few", "free")
+    run(tmp_path / "both", replace(SMALL, objectives=objectives, training=training))
+    run(tmp_path / "alone", replace(SMALL, training=training))
+    logs = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for place in ("both", "alone")
+        for path in (tmp_path / place).glob("exits/free-2-seed-0/training/log.jsonl")
+    ]
+    assert len(logs) == 2 and logs[0] == logs[1]
+
+
 def test_every_seed_trains_anew(run: Run, tmp_path: Path) -> None:
     found = run(tmp_path, replace(SMALL, seeds=2, training=replace(TRAINING, seed=5)))
     by_seed = [[p for p in found["points"] if p["seed"] == seed] for seed in (5, 6)]

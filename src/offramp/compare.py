@@ -248,7 +248,8 @@ class _Bench:
         folder = exits_folder(self.out, seed, objective, depths)
         trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
-        key = (config.regime, depths)  # all else that states depend on is the seed's or the plan's
+        same = (config.regime, config.min_confidence, config.learns_without_labels)
+        key = (*same, depths)  # all else that states depend on is the seed's or the plan's
 
         def keep(record: Callable[[], Stores]) -> Stores:
             if key not in self._stores:
