@@ -20,7 +20,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -209,13 +209,7 @@ class Bench:
 
     def run(self, group: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         """Train and judge one cell after the other; all share their recorded states."""
-        kept: list[Stores] = []
-
-        def keep(record: Callable[[], Stores]) -> Stores:
-            if not kept:
-                kept.append(record())
-            return kept[0]
-
+        kept: dict[Any, Stores] = {}
         setting = SETTINGS[group[0].setting]
         sizes, seed = self.sizes, group[0].seed
         pictures, steps = (sizes.few, sizes.long) if setting.few else (sizes.pictures, sizes.steps)
@@ -232,7 +226,7 @@ class Bench:
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
                 trainer = Trainer(self.backbone, self.processor, examples, config, Path(folder))
-                adapter = trainer.run(keep=keep)
+                adapter = trainer.run(kept=kept)
             yield {
                 "key": cell.key(sizes),
                 "cell": cell._asdict(),

@@ -117,7 +117,7 @@ class Photos:
             "questions": splits["questions_val"][: sizes.asked],
         }
         self.cache = VisionCache(1 << 28)
-        self.stores: dict[tuple[str, float], Stores] = {}
+        self.stores: dict[Any, Stores] = {}
 
     @property
     def timed(self) -> list[dict[str, Any]]:
@@ -209,14 +209,7 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     processor = photos.encoder.processor
     resume = (folder / "training").is_dir()
     trainer = Trainer(photos.backbone, processor, photos.train, config, folder)
-    key = (config.regime, config.labelled_fraction)  # all else that states depend on is the same
-
-    def keep(record: Callable[[], Stores]) -> Stores:
-        if key not in photos.stores:
-            photos.stores[key] = record()
-        return photos.stores[key]
-
-    adapter = trainer.run(resume=resume, keep=keep)
+    adapter = trainer.run(resume=resume, kept=photos.stores)
     seconds = time.perf_counter() - began
     adapter = replace(adapter, metrics={**adapter.metrics, "seconds": round(seconds)})
     adapter.save(folder)

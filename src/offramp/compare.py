@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -248,15 +248,7 @@ class _Bench:
         folder = exits_folder(self.out, seed, objective, depths)
         trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
-        same = (config.regime, config.min_confidence, config.learns_without_labels)
-        key = (*same, depths)  # all else that states depend on is the seed's or the plan's
-
-        def keep(record: Callable[[], Stores]) -> Stores:
-            if key not in self._stores:
-                self._stores[key] = record()
-            return self._stores[key]
-
-        return trainer.run(resume=True, keep=keep)
+        return trainer.run(resume=True, kept=self._stores)
 
     # -- measuring ----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -126,17 +126,19 @@ class Trainer:
 
     # -- the run ------------------------------------------------------------------------------
 
-    def run(
-        self, resume: bool = False, keep: Callable[[Callable[[], Stores]], Stores] | None = None
-    ) -> Adapter:
+    def run(self, resume: bool = False, kept: dict[Any, Stores] | None = None) -> Adapter:
         """Train to the last step, or until validation stops improving.
 
-        keep: takes what records the states, and gives those to read; None: recorded, then let go.
+        kept: states that runs on the same examples and backbone share: what this run would record
+            too is read, else recorded and put there; None: recorded, then let go.
         """
         if resume:
             self._restore()
         if not self._is_over():
-            stores = self._stores() if keep is None else keep(self._stores)
+            shared = {} if kept is None else kept
+            if (key := self._recorded()) not in shared:
+                shared[key] = self._stores()
+            stores = shared[key]
             self._learn_shortlist(*stores)
             with self._history() as history:
                 try:
@@ -145,7 +147,7 @@ class Trainer:
                     if self.accelerator.is_main_process:
                         self._checkpoint()
                     raise
-            for store in stores if keep is None else ():
+            for store in stores if kept is None else ():
                 store.clear()
         return self._best_adapter()
 
@@ -247,6 +249,16 @@ class Trainer:
         distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
         for example in self._each("checking pictures")(distinct.values()):
             example.open_image()
+
+    def _recorded(self) -> tuple[Any, ...]:
+        """All that recorded states depend on, beside the examples and the backbone."""
+        one = self.config
+        answers = {
+            "mixed": (one.labelled_fraction, one.learns_without_labels),
+            "pseudo": (one.min_confidence,),
+        }
+        split = (one.seed, one.validation_fraction, one.batch_size, one.max_new_tokens, one.cache)
+        return (self.exits.depths, one.regime, answers.get(one.regime), *split)
 
     def _stores(self) -> Stores:
         self._check_pictures()
