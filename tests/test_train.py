@@ -29,6 +29,8 @@ from offramp.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.features import FeatureStore
+from offramp.initial import RIDGE, linear_probe, start_closest
+from offramp.losses import distillation
 from offramp.policy import Policy
 from offramp.records import JsonlLog
 from offramp.train import FEATURES, Trainer, train
@@ -67,6 +69,12 @@ def steps(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows(out) if "agreement" not in row]
 
 
+def untrained(run: Trainer) -> dict[str, Tensor]:
+    """The exits' parameters before the first step: those of the layers that were chosen."""
+    layers = {str(d): run.backbone.layers[i].state_dict() for d, i in run.initial.items()}
+    return {f"{d}.{name}": t for d, some in layers.items() for name, t in some.items()}
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -89,11 +97,11 @@ def test_the_backbone_stays_as_it_was_and_everything_else_moves(
     one, config = backbone(name), replace(SHORT, **VARIANTS[variant])
     before = {n: t.clone() for n, t in one.model.state_dict().items()}
     run = trainer(one, tmp_path, config, name=name)
-    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
     judges = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
     run.run()
     assert same(before, one.model.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in one.model.parameters())
+    start = untrained(run)
     for n, p in run.exits.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, n
         assert not torch.equal(start[n], p), n
@@ -132,6 +140,89 @@ def test_training_leaves_the_callers_random_numbers_alone(opt: Any, tmp_path: Pa
     before = torch.random.get_rng_state()
     trainer(opt, tmp_path)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+# -- where exits start ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
+def test_an_exit_starts_as_the_layer_behind_it_that_is_closest_to_the_final_one(
+    name: str, backbone: Build, tmp_path: Path
+) -> None:
+    one = backbone(name)
+    run = trainer(one, tmp_path, name=name)
+    first, *others = (store[0] for store in run._stores())
+    chosen = start_closest(run.game, [first, *others])
+
+    @torch.no_grad()
+    def distance(depth: int, layer: int) -> float:
+        run.exits.at(depth).load_state_dict(one.layers[layer].state_dict())
+        judged, *learnt = (run.game.look(batch)[depth] for batch in (first, *others))
+        probe = linear_probe(
+            torch.cat([terms.features for terms in learnt]),
+            torch.cat([terms.teacher_features for terms in learnt]),
+        )
+        said = replace(judged, logits=one.read(probe(judged.features)))
+        return float(distillation(said).mean())
+
+    for depth, layer in chosen.items():
+        assert same(run.exits.at(depth).state_dict(), one.layers[layer].state_dict())
+        distances = {i: distance(depth, i) for i in range(depth, one.depth)}
+        assert distances[layer] == pytest.approx(min(distances.values()))
+
+
+def test_a_probe_is_the_least_squares_map_with_a_ridge() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states, final, others = (torch.randn(n, 5, generator=draw) for n in (40, 40, 7))
+    centred = (states - states.mean(0)).double()
+    ridge = RIDGE * centred.square().sum(0).mean() + 1e-6
+    rows = torch.cat([centred, ridge.sqrt() * torch.eye(5)])  # the ridge as five more equations
+    wanted = torch.cat([(final - final.mean(0)).double(), torch.zeros(5, 5)])
+    slope = torch.linalg.lstsq(rows, wanted).solution
+    expected = (others - states.mean(0)).double() @ slope + final.mean(0)
+    torch.testing.assert_close(linear_probe(states, final)(others), expected.float())
+
+
+def test_a_layer_that_makes_the_final_features_up_to_a_linear_map_is_chosen(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path, n=60)
+    real, marked = run.game.features, opt.layers[4].state_dict()
+    turn = torch.randn(opt.width, opt.width, generator=torch.Generator().manual_seed(0))
+
+    def features(batch: Any) -> dict[int, Tensor]:
+        found = real(batch)
+        if same(run.exits.at(2).state_dict(), marked):
+            found[2] = batch.teacher @ turn
+        return found
+
+    monkeypatch.setattr(run.game, "features", features)
+    store = run._stores()[0]
+    assert start_closest(run.game, [store[i] for i in range(len(store))])[2] == 4
+
+
+def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_else_fits(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(opt, tmp_path / "asked", replace(SHORT, initial_layer="next"))
+    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
+    run._start(run._stores()[0])
+    assert same(start, run.exits.state_dict()) and same(start, untrained(run))
+    other = trainer(opt, tmp_path / "alone")
+    for layer in (3, 5):
+        wider = {**opt.layers[layer].state_dict(), "adapter.weight": torch.ones(2, 2)}
+        monkeypatch.setattr(opt.layers[layer], "state_dict", lambda wider=wider: wider)
+    chosen = start_closest(other.game, [other._stores()[0][0]])
+    assert chosen[2] in (2, 4) and chosen[4] == 4
+
+
+def test_what_an_exit_started_as_is_kept_with_it(opt: Any, tmp_path: Path) -> None:
+    run = trainer(opt, tmp_path)
+    chosen = {str(d): i for d, i in run.run().metrics["initial_layer"].items()}
+    assert {int(d): i for d, i in chosen.items()} == run.initial
+    assert Adapter.load(tmp_path, opt).metrics["initial_layer"] == chosen
+    again = trainer(opt, tmp_path)
+    assert again.run(resume=True).metrics["initial_layer"] == chosen
 
 
 # -- it learns --------------------------------------------------------------------------------
@@ -561,7 +652,6 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(opt, tmp_path)
-    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
     real = run.game.generator_loss
 
     def steep(*args: Any) -> Any:
@@ -571,7 +661,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     monkeypatch.setattr(run.game, "generator_loss", steep)
     with pytest.raises(TrainingError, match="gradient's norm is nan at step 0"):
         run.run()
-    assert same(start, dict(run.exits.state_dict()))
+    assert same(untrained(run), dict(run.exits.state_dict()))
 
 
 def test_a_discriminator_loss_that_is_not_finite_is_an_error(
@@ -592,7 +682,8 @@ def test_training_stops_after_validations_without_progress(
     monkeypatch.setattr(run, "_agreement", lambda _: dict.fromkeys(("2", "4"), next(agreements)))
     adapter = run.run()
     assert run.progress.step == 6
-    assert adapter.metrics == {"agreement": {"2": 0.5, "4": 0.5}, "step": 2}
+    assert adapter.metrics["agreement"] == {"2": 0.5, "4": 0.5}
+    assert adapter.metrics["step"] == 2
 
 
 def test_the_adapter_is_the_best_one_not_the_last(
@@ -779,6 +870,7 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
         stores.append(
             FeatureStore(run.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
         )
+    start_closest(run.game, [store[i] for store in stores for i in range(len(store))])
     for step in range(SHARED.steps):
         run._set_rate(step)
         batches = [store[run._order(step, len(store))] for store in stores]

@@ -3,7 +3,8 @@ parameters; writes records/ablation.json.
 
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
 OPT the same after long training on few pictures. Every seed has pictures, split, order and
-discriminator of its own, which all games of that seed share, so that differences are paired. Judged
+discriminator of its own, which all games of that seed share, so that differences are paired. Exits
+start as the next layer, so that training has as much to do as it can. Judged
 on test pictures and on damaged ones (four corruptions): leaving always, and by the share of tokens
 that may leave while 99% of the answers stay the full model's.
 
@@ -222,6 +223,7 @@ class Bench:
             config = TrainConfig(
                 depths=(DEPTH,), steps=steps, batch_size=BATCH, seed=seed, patience=None,
                 evaluate_every=steps,  # judged as the last step leaves them
+                initial_layer="next",
                 **setting.regime, **setting.games(cell.kind)[cell.game],
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:

@@ -335,8 +335,9 @@ def _equal_quality(record: dict) -> str:
         f"score and exits at the first depths, every policy on the exits of FREE at the first or "
         f"the second, of 12 layers: {places}. Training: {steps} steps on "
         f"{models['opt']['n_train']:,} examples; `cross_entropy` and `free_supervised` read their "
-        f"labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. FREE with weight "
-        f"{plan['training']['adversarial']:g} of the adversary. Quality: on "
+        f"labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. Exits start as "
+        "the layer that `--initial-layer closest` chooses, those of `free_next_layer` as the next. "
+        f"FREE with weight {plan['training']['adversarial']:g} of the adversary. Quality: on "
         f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
         f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
         "",

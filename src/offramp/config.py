@@ -14,6 +14,7 @@ GAMES = ("adversarial", "feature_matching")
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
 JUDGED = ("token", "sequence")
+INITIAL = ("closest", "next")
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -32,6 +33,12 @@ class TrainConfig:
         "supervised: answers from the data; unsupervised: the frozen model writes them and its "
         "final layer teaches; pseudo: as labels, those it is sure of; mixed: a fraction labelled",
         choices=REGIMES,
+    )
+    initial_layer: str = _option(
+        "closest",
+        "the decoder layer that an exit is a copy of at first: of those behind it, the one from "
+        "which a linear map comes closest to the final layer; or the next",
+        choices=INITIAL,
     )
     steps: int = _option(600, "generator steps")
     batch_size: int = _option(16, "examples in a step")

@@ -1,9 +1,9 @@
 """Exits: one decoder layer each, at a few depths, read by the backbone's own norm and LM head.
 
 An exit at depth d takes the state after d decoder layers and gives an estimate of the state after
-all of them. It is a copy of the layer that would have run next, so it takes that layer's mask,
+all of them. It is built like the layer that would have run next, so it takes that layer's mask,
 positions and cross-attention as they come, in any family, and its own keys and values live in the
-same cache, behind the backbone's (entries L, L+1, ...).
+same cache, behind the backbone's (entries L, L+1, ...). Untrained it is a copy of that layer.
 """
 
 from __future__ import annotations

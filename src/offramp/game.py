@@ -60,11 +60,15 @@ class Game:
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half):
             return exit_features(self.backbone, self.exits, batch)
 
+    def read(self, features: Tensor) -> Tensor:
+        """Logits [..., S] of final-normed states [..., D]: of the shortlist, or of all tokens."""
+        return self.backbone.read(features, self._head)
+
     def look(self, batch: Batch) -> dict[int, Terms]:
         """Exits and final layer side by side, answer tokens only, by depth."""
         features, keep = self.features(batch), batch.mask
         teacher = batch.teacher[keep]
-        teacher_logits = self.backbone.read(teacher, self._head)
+        teacher_logits = self.read(teacher)
         targets = batch.targets[keep]
         labelled = batch.labelled[:, None].expand_as(keep)[keep].float()
         if self._places is not None:
@@ -74,7 +78,7 @@ class Game:
         for depth, states in features.items():
             kept = states[keep]
             scene[depth] = Terms(
-                logits=self.backbone.read(kept, self._head),
+                logits=self.read(kept),
                 teacher_logits=teacher_logits,
                 features=kept,
                 teacher_features=teacher,
@@ -133,8 +137,7 @@ class Game:
         if self._places is not None:
             teacher = self._places[teacher]
         said = [
-            self.backbone.read(states[batch.mask], self._head).argmax(-1)
-            for states in self.features(batch).values()
+            self.read(states[batch.mask]).argmax(-1) for states in self.features(batch).values()
         ]
         return [*(int((tokens == teacher).sum()) for tokens in said), len(teacher)]
 

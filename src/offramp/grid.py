@@ -17,6 +17,8 @@ FREE = "free"
 """The objective that all else is held against, with max_probability. It reads no label."""
 SUPERVISED = "free_supervised"
 """FREE that reads the labels too: what cross_entropy, which reads them, is held against."""
+NEXT = "free_next_layer"
+"""FREE whose exits start as the next layer each: what the choice of the initial layer is worth."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
 FIXED = ("fixed_depth", "truncation")
@@ -38,6 +40,7 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "adversarial": _only("adversarial"),
     FREE: {},
     SUPERVISED: {"regime": "supervised"},
+    NEXT: {"initial_layer": "next"},
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
 from typing import Any
 
-from offramp.grid import FIXED, FREE, SUPERVISED
+from offramp.grid import FIXED, FREE, NEXT, SUPERVISED
 from offramp.plots import tradeoff
 
-OURS = (FREE, SUPERVISED)
+OURS = (FREE, SUPERVISED, NEXT)
+"""Objectives that are no baselines."""
 LEVELS = (0.005, 0.01, 0.02, 0.05)
 """Relative drops of quality at which speeds are compared."""
 
@@ -46,7 +47,7 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in points:
         curves.setdefault((point["objective"], point["policy"]), []).append(point)
-    free, supervised = (curves.get((name, "max_probability"), []) for name in OURS)
+    free, supervised = (curves.get((name, "max_probability"), []) for name in (FREE, SUPERVISED))
     found = []
     for (objective, policy), theirs in sorted(curves.items()):
         depths = [p["depths"] for p in theirs]

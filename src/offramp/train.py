@@ -41,6 +41,7 @@ from offramp.examples import Example, examples_digest, split_examples
 from offramp.exits import Exits, propose_depths
 from offramp.features import Batch, FeatureStore
 from offramp.game import Game
+from offramp.initial import start_closest
 from offramp.losses import Terms
 from offramp.policy import Policy
 from offramp.records import JsonlLog, provenance
@@ -49,6 +50,7 @@ from offramp.seen import picture_digests
 log = logging.getLogger(__name__)
 
 FEATURES = "training/features"
+PROBED = 8  # batches by which initial layers are chosen
 Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
 
 
@@ -123,6 +125,7 @@ class Trainer:
         self.best: dict[str, dict[str, Tensor]] = {}
         self.agreement: dict[str, float] = {}
         self.checks: Checks | None = None
+        self.initial = {depth: depth for depth in self.exits.depths}
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -140,6 +143,7 @@ class Trainer:
                 shared[key] = self._stores()
             stores = shared[key]
             self._learn_shortlist(*stores)
+            self._start(stores[0])
             with self._history() as history:
                 try:
                     self._follow(*stores, history)
@@ -326,6 +330,18 @@ class Trainer:
         self.game.narrow(ids)
         self._say(f"shortlist: {len(ids)} tokens, {found['miss_rate']:.2%} of others missed")
 
+    def _start(self, train_store: FeatureStore) -> None:
+        """Choose the layers that exits are copies of, unless they have left that behind."""
+        if self.config.initial_layer == "next" or self.progress.step:
+            return
+        count = len(train_store)
+        spread = range(0, count, math.ceil(count / PROBED))
+        batches = [train_store[index] for index in spread]
+        self.initial = start_closest(
+            self.game, batches, agreed=self._agreed, progress=self._each("initial layers")
+        )
+        self._say("exits start as decoder layers " + ", ".join(map(str, self.initial.values())))
+
     # -- validation, checkpoints ----------------------------------------------------------------
 
     def _validate(self, store: FeatureStore, history: JsonlLog | None) -> None:
@@ -376,7 +392,11 @@ class Trainer:
             Policy(shortlist=self.checks is not None),
             discriminators=discriminators,
             provenance={**self.provenance, "config": asdict(self.config)},
-            metrics={"agreement": self.agreement, "step": self.progress.best_step},
+            metrics={
+                "agreement": self.agreement,
+                "step": self.progress.best_step,
+                "initial_layer": {str(d): layer for d, layer in self.initial.items()},
+            },
             seen=self.seen,
         )
 
@@ -385,6 +405,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "agreement": self.agreement,
             "best": self.best,
+            "initial": self.initial,
             "checks": self.checks and {"ids": self.checks.ids, "found": dict(self.checks.found)},
             **{name: part.state_dict() for name, part in self._moving().items()},
         }
@@ -397,6 +418,7 @@ class Trainer:
             return
         self.progress = Progress(**state["progress"])
         self.best, self.agreement = state["best"], state["agreement"]
+        self.initial = state["initial"]
         self.checks = state["checks"] and Checks(**state["checks"])
         for name, part in self._moving().items():
             part.load_state_dict(state[name])

@@ -41,7 +41,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--objectives", nargs="+", metavar="NAME",
         help="of logit_lens, cross_entropy, cross_entropy_few, distillation, l2, cosine, "
-        "adversarial, free_supervised and free, which is always there (default: all)",
+        "adversarial, free_supervised, free_next_layer and free, which is always there "
+        "(default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--policies", nargs="+", metavar="NAME",

@@ -1,0 +1,102 @@
+"""What an exit is before its first step: a copy of the decoder layer that fits its place best.
+
+The layer right behind an exit knows the states that come there, but not the final layer's features;
+a deeper one knows those features, but not those states. What each makes of the states that come is
+told by a linear probe (Alain and Bengio 2017): how closely a linear map of its output gives the
+final layer's features, which is what training then has to learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.features import Batch
+from offramp.game import Game
+
+RIDGE = 0.01  # of the features' mean variance
+
+
+@torch.no_grad()
+def start_closest(
+    game: Game,
+    batches: Sequence[Batch],
+    *,
+    agreed: Callable[[Tensor], float] = float,
+    progress: Any = iter,
+) -> dict[int, int]:
+    """Give each exit the weights of a decoder layer behind it; which (from 0), by depth.
+
+    Of the layers whose parameters fit, the one with the least KL(final || probe) at answer tokens:
+    each one's probe is fitted on three quarters of the batches and judged on the others. Where no
+    KL is finite, the layer right behind.
+
+    agreed: the mean of a value over all processes, which must choose alike.
+    """
+    layers, exits = game.backbone.layers, game.exits
+    weights = {i: layer.state_dict() for i, layer in enumerate(layers)}
+    judged = batches[::4]
+    learnt = [batch for n, batch in enumerate(batches) if n % 4] or judged
+    distances: dict[int, dict[int, float]] = {depth: {} for depth in exits.depths}
+    for behind in progress(range(len(layers) - exits.depths[0])):
+        tried = {d: d + behind for d in exits.depths if _fits(weights.get(d + behind), exits.at(d))}
+        for depth, layer in tried.items():
+            exits.at(depth).load_state_dict(weights[layer])
+        found = _probed(game, learnt, judged) if tried else {}
+        for depth, layer in tried.items():
+            distance = agreed(found[depth])
+            distances[depth][layer] = distance if math.isfinite(distance) else math.inf
+    chosen = {depth: min(some, key=lambda i: some[i]) for depth, some in distances.items()}
+    for depth, layer in chosen.items():
+        exits.at(depth).load_state_dict(weights[layer])
+    return chosen
+
+
+def _probed(game: Game, learnt: Sequence[Batch], judged: Sequence[Batch]) -> dict[int, Tensor]:
+    """KL(final || probe) of the exits as they are, by depth: the mean over `judged`'s tokens."""
+    (states, final), (others, target) = _features(game, learnt), _features(game, judged)
+    wanted = game.read(target).float().log_softmax(-1)
+    found = {}
+    for depth in game.exits.depths:
+        probe = linear_probe(states[depth], final)
+        said = game.read(probe(others[depth]).to(target.dtype)).float().log_softmax(-1)
+        found[depth] = F.kl_div(said, wanted, log_target=True, reduction="batchmean")
+    return found
+
+
+def _features(game: Game, batches: Sequence[Batch]) -> tuple[dict[int, Tensor], Tensor]:
+    """Features [N, D] of the exits by depth, and of the final layer, at all answer tokens."""
+    exits = [game.features(batch) for batch in batches]
+    masks = [batch.mask for batch in batches]
+    return {
+        depth: torch.cat([some[depth][mask] for some, mask in zip(exits, masks, strict=True)])
+        for depth in game.exits.depths
+    }, torch.cat([batch.teacher[batch.mask] for batch in batches])
+
+
+def linear_probe(states: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
+    """The affine map that takes `states` [N, D] closest to `final` [N, D] in least squares, with a
+    ridge of `RIDGE`; it maps [M, D] to [M, D] in float32.
+    """
+    states, final = states.float(), final.float()
+    middle, target = states.mean(0), final.mean(0)
+    centred = states - middle
+    gram = centred.T @ centred
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-6)
+    slope = torch.linalg.solve(gram, centred.T @ (final - target))
+    return lambda some: (some.float() - middle) @ slope + target
+
+
+def _fits(weights: Mapping[str, Tensor] | None, exit: nn.Module) -> bool:
+    """Whether an exit can take these weights: families may mix layers of several kinds."""
+    own = exit.state_dict()
+    return (
+        weights is not None
+        and weights.keys() == own.keys()
+        and all(weights[name].shape == own[name].shape for name in own)
+    )
