@@ -121,7 +121,8 @@ def comparison() -> dict[str, Any]:
          "agreement": 0.9, "quality_drop": 0.01 * k, "speedup_decode": 1.5 + k, "mean_depth": 4.0}
         for seed in (0, 1) for o, p in ways for k in range(2)
     ]  # fmt: skip
-    curves = [{"objective": o, "policy": p, "speedup_decode": {"0.01": 1.77}} for o, p in ways]
+    speeds = {"0.005": 1.55, "0.01": 1.77}
+    curves = [{"objective": o, "policy": p, "speedup_decode": speeds} for o, p in ways]
     return {"points": points, "equal_quality": {"curves": curves}, "provenance": PROVENANCE}
 
 
@@ -259,6 +260,24 @@ def test_all_sections_in_order(whole: str) -> None:
         "figures", "origin",
     ]  # fmt: skip
     assert "Not shown" not in page.text
+
+
+def test_objectives_and_policies_have_a_plot_each() -> None:
+    page = Page(written([Source("compare", "m", comparison())]))
+    plots = [svg["aria-label"] for svg in page.all("svg")]
+    assert plots == [
+        "quality kept against decoding speed: full depth, free, distillation",
+        "quality kept against decoding speed: full depth, max probability, patience",
+    ]
+    for drop in ("0.5% drop", "1% drop"):
+        assert drop in page.text
+
+
+def test_a_comparison_whose_points_all_lose_much_still_has_its_table() -> None:
+    value = comparison()
+    value["points"] = [{**p, "quality_drop": 0.5} for p in value["points"]]
+    page = Page(written([Source("compare", "m", value)]))
+    assert len(page.all("svg")) == 1 and f"All {len(value['points'])} points" in page.text
 
 
 def test_figures_come_with_their_intervals(runs: Path) -> None:

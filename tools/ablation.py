@@ -4,7 +4,7 @@ parameters; writes records/ablation.json.
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
 OPT the same after long training on few pictures. Every seed has pictures, split, order and
 discriminator of its own, which all games of that seed share, so that differences are paired. Exits
-start as the next layer, so that training has as much to do as it can. Judged
+start as the next layer (`initial_layer="next"`). Judged
 on test pictures and on damaged ones (four corruptions): leaving always, and by the share of tokens
 that may leave while 99% of the answers stay the full model's.
 

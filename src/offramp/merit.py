@@ -99,8 +99,9 @@ def drawn(found: Mapping[str, Any]) -> str:
         name = point["objective"] if point["policy"] == "max_probability" else point["policy"]
         if point["quality_drop"] <= WORST:
             series.setdefault(name, []).append((point["speedup_decode"], point["quality"]))
-    best = {
-        name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]
-        for name, some in series.items()
-    }
-    return tradeoff(best, "quality")
+    return tradeoff({name: unbeaten(some) for name, some in series.items()}, "quality")
+
+
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points (speed, quality) that no other beats in both."""
+    return [(s, q) for s, q in points if not any(t > s and r > q for t, r in points)]

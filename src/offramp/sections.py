@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from offramp.merit import WORST
+from offramp.grid import FREE
+from offramp.merit import WORST, unbeaten
 from offramp.page import (
     between,
     cards,
@@ -29,6 +30,7 @@ from offramp.plots import (
 
 Value = Mapping[str, Any]
 Cards = list[tuple[str, str, str]]
+Series = dict[str, list[tuple[float, float]]]
 MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
          "lossless": "lossless"}  # fmt: skip
 
@@ -98,15 +100,8 @@ def tradeoffs(value: Value) -> str:
     points = [p for p in value["points"] if p.get("speedup_decode") is not None]
     if not points:
         return paragraph("No point of this comparison was timed.", "soft")
-    plots = []
     first = [p for p in points if p.get("seed") == points[0].get("seed")]
-    for title, some, name in _groups(first):
-        series: dict[str, list[tuple[float, float]]] = {}
-        for p in some:
-            drop = _mean(p["quality_drop"])
-            if drop <= WORST:  # the rest, in the table below, would press all else into a line
-                series.setdefault(name(p), []).append((p["speedup_decode"], 1 - drop))
-        plots.append((tradeoff(series, "quality kept"), title))
+    plots = [(tradeoff(some, "quality kept"), title) for title, some in _series(first)]
     rows = [
         (
             _way(p), str(p.get("seed", "-")),
@@ -123,20 +118,31 @@ def tradeoffs(value: Value) -> str:
     return figures(plots) + _merit(value) + folded(f"All {len(points)} points", everything)
 
 
-_BASE = {"objective": "free", "policy": "max_probability"}
+def _series(points: Sequence[Value]) -> list[tuple[str, Series]]:
+    """Titles and series of the plots: of objectives, and of policies if there are several.
 
-
-def _groups(points: Sequence[Value]) -> list[tuple[str, list[Value], Callable[[Value], str]]]:
-    """Objectives under one policy, and policies on one objective's exits, if that is all."""
-    found: list[tuple[str, list[Value], Callable[[Value], str]]] = []
-    for by, fixed in (("objective", "policy"), ("policy", "objective")):
-        some = [p for p in points if p[fixed] == _BASE[fixed]]
-        if len({p[by] for p in some}) > 1:
-            title = f"By {by}; {fixed}: {_words(_BASE[fixed])}. Up and to the right is better."
-            found.append((title, some, lambda p, by=by: _words(p[by])))  # type: ignore[misc]
-    if all(any(p in some for _, some, _ in found) for p in points):
-        return found
-    return [("By objective and policy. Up and to the right is better.", list(points), _way)]
+    Points that lose more than `WORST` are for the table: they would press all else into a line.
+    """
+    exits = [p for p in points if p["policy"] == "max_probability"]
+    # Truncation reads a depth by the backbone's own head, whatever exits there are.
+    leaving = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
+    found: list[tuple[str, Series]] = []
+    for by, title, some in (
+        (
+            "objective",
+            "Exits by what they are trained on, all leaving by the largest probability",
+            exits,
+        ),
+        ("policy", "Policies, on the exits of FREE", leaving),
+    ):
+        series: Series = {"full depth": [(1.0, 1.0)]}
+        for p in some:
+            if (drop := _mean(p["quality_drop"])) <= WORST:
+                series.setdefault(_words(p[by]), []).append((p["speedup_decode"], 1 - drop))
+        if len(series) > 2 or not found:
+            best = {name: unbeaten(curve) for name, curve in series.items()}
+            found.append((f"{title}. Up and to the right is better.", best))
+    return found
 
 
 def _merit(value: Value) -> str:
@@ -147,7 +153,7 @@ def _merit(value: Value) -> str:
     levels = list(curves[0]["speedup_decode"])
     ordered = sorted(curves, key=lambda c: -c["speedup_decode"][levels[0]])
     rows = [(_way(c), *(times(c["speedup_decode"][at]) for at in levels)) for c in ordered]
-    head = ("objective, policy", *(f"{percent(float(at), 0)} drop" for at in levels))
+    head = ("objective, policy", *(f"{100 * float(at):g}% drop" for at in levels))
     return table("Decoding speed at equal quality", head, rows)
 
 
