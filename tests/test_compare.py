@@ -21,6 +21,7 @@ from offramp.config import TrainConfig
 from offramp.errors import DataError, InputError
 from offramp.grid import OBJECTIVES, POLICIES, QUALITIES, Plan
 from offramp.merit import LEVELS, equal_quality, speed_at
+from offramp.states import TrainingStates
 from offramp.train import Trainer
 
 NAMES = ("blip2-opt", "blip2-t5")
@@ -110,8 +111,8 @@ def test_objectives_on_the_same_answers_share_their_states(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    record = Trainer._stores
-    monkeypatch.setattr(Trainer, "_stores", lambda trainer: made.append(1) or record(trainer))
+    record = TrainingStates.record
+    monkeypatch.setattr(TrainingStates, "record", lambda one: made.append(1) or record(one))
     objectives = ("distillation", "l2", "cosine", "adversarial", "cross_entropy")
     run(tmp_path, replace(PLAN, objectives=objectives, policies=("max_probability",)))
     assert len(made) == 3  # written by the model, at one depth and at two; and labels
@@ -192,15 +193,15 @@ def test_few_labels_are_all_that_cross_entropy_then_reads(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[str, int] = {}
-    record = Trainer._stores
+    record = TrainingStates.record
 
-    def noted(trainer: Trainer) -> Any:
-        stores = record(trainer)
-        objective = trainer.out.name.split("-")[0]
+    def noted(states: TrainingStates) -> Any:
+        stores = record(states)
+        objective = states.out.name.split("-")[0]
         read[objective] = len(stores[0].answers)
         return stores
 
-    monkeypatch.setattr(Trainer, "_stores", noted)
+    monkeypatch.setattr(TrainingStates, "record", noted)
     training = replace(TRAINING, labelled_fraction=0.4)
     objectives = ("cross_entropy", "cross_entropy_few", "distillation")
     run(tmp_path, replace(SMALL, objectives=objectives, training=training))

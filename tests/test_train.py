@@ -33,7 +33,8 @@ from offramp.initial import RIDGE, linear_probe, start_closest
 from offramp.losses import distillation
 from offramp.policy import Policy
 from offramp.records import JsonlLog
-from offramp.train import FEATURES, Trainer, train
+from offramp.states import FOLDER
+from offramp.train import Trainer, train
 
 Build = Callable[..., Any]
 
@@ -117,7 +118,7 @@ def test_what_the_discriminators_lose_is_nothing_to_the_exits(
     variant: str, opt: Any, tmp_path: Path
 ) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, **VARIANTS[variant]))
-    scene = run.game.look(run._stores()[0][0])
+    scene = run.game.look(run.states.record()[0][0])
     run.game.discriminator_loss(scene)[0].backward()
     assert all(p.grad is None for p in run.exits.parameters())
     assert all(p.grad is not None for p in run.discriminators.parameters())
@@ -151,7 +152,7 @@ def test_an_exit_starts_as_the_layer_behind_it_that_is_closest_to_the_final_one(
 ) -> None:
     one = backbone(name)
     run = trainer(one, tmp_path, name=name)
-    first, *others = (store[0] for store in run._stores())
+    first, *others = (store[0] for store in run.states.record())
     chosen = start_closest(run.game, [first, *others])
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ def test_a_layer_that_makes_the_final_features_up_to_a_linear_map_is_chosen(
         return found
 
     monkeypatch.setattr(run.game, "features", features)
-    store = run._stores()[0]
+    store = run.states.record()[0]
     assert start_closest(run.game, [store[i] for i in range(len(store))])[2] == 4
 
 
@@ -206,13 +207,13 @@ def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_els
 ) -> None:
     run = trainer(opt, tmp_path / "asked", replace(SHORT, initial_layer="next"))
     start = {n: t.clone() for n, t in run.exits.state_dict().items()}
-    run._start(run._stores()[0])
+    run._start(run.states.record()[0])
     assert same(start, run.exits.state_dict()) and same(start, untrained(run))
     other = trainer(opt, tmp_path / "alone")
     for layer in (3, 5):
         wider = {**opt.layers[layer].state_dict(), "adapter.weight": torch.ones(2, 2)}
         monkeypatch.setattr(opt.layers[layer], "state_dict", lambda wider=wider: wider)
-    chosen = start_closest(other.game, [other._stores()[0][0]])
+    chosen = start_closest(other.game, [other.states.record()[0][0]])
     assert chosen[2] in (2, 4) and chosen[4] == 4
 
 
@@ -297,7 +298,7 @@ def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
     one = backbone(name)
     config = replace(SHORT, regime="mixed")
     run = trainer(one, tmp_path, config, name=name)
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     before, counted = run.game.generator_loss(run.game.look(batch), 0), run.game.agreeing(batch)
     run.game.narrow(torch.arange(one.vocabulary))
     after = run.game.generator_loss(run.game.look(batch), 0)
@@ -307,7 +308,7 @@ def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
 
 def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     targets = batch.targets[batch.mask]
     ids = targets.unique()[::2].contiguous()
     run.game.narrow(ids)
@@ -333,7 +334,9 @@ def test_a_trained_shortlist_is_that_of_the_answers_and_is_used(opt: Any, tmp_pa
     config = replace(SHORT, shortlist=5)
     run = trainer(opt, tmp_path, config)
     ours = run.run()
-    learnt, held_out = (s.answers for s in trainer(opt, tmp_path / "stores", config)._stores())
+    learnt, held_out = (
+        s.answers for s in trainer(opt, tmp_path / "stores", config).states.record()
+    )
     ids, found = shortlist_of(learnt, held_out, 5)
     for one in (ours, Adapter.load(tmp_path, opt)):
         assert one.policy == Policy(shortlist=True)
@@ -354,7 +357,7 @@ def test_a_shortlist_larger_than_the_vocabulary_is_refused(opt: Any, tmp_path: P
 def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_path: Path) -> None:
     config = replace(SHORT, regime="supervised", distillation=0.0, adversarial=0.0)
     run = trainer(opt, tmp_path, config)
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     loss, report = run.game.generator_loss(run.game.look(batch), 0)
     assert set(report) == {"cross_entropy/2", "cross_entropy/4"}
     words = [w for e in run.examples if e.key in batch.keys for w in e.answers[0].split()]
@@ -368,7 +371,7 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
 def test_a_term_is_in_the_loss_with_its_weight(opt: Any, tmp_path: Path) -> None:
     weights: dict[str, Any] = {name: 0.25 + i for i, name in enumerate(OBJECTIVES)}
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", **weights))
-    loss, report = run.game.generator_loss(run.game.look(run._stores()[0][0]), 0)
+    loss, report = run.game.generator_loss(run.game.look(run.states.record()[0][0]), 0)
     assert set(report) == {f"{name}/{depth}" for name in OBJECTIVES for depth in (2, 4)}
     total = sum(weights[name.split("/")[0]] * value for name, value in report.items())
     assert loss.item() == pytest.approx(total)
@@ -390,7 +393,7 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
     stores = {}
     for name, weight in (("alone", 0.0), ("both", 1.0)):
         run = trainer(opt, tmp_path / name, replace(config, distillation=weight))
-        stores[name] = [[r for rows in s._groups for r in rows] for s in run._stores()]
+        stores[name] = [[r for rows in s._groups for r in rows] for s in run.states.record()]
         run.run()
         assert all(0 < row["cross_entropy/2"] < 20 for row in steps(tmp_path / "alone"))
     labelled = [row for row in stores["both"][0] if row.labelled]
@@ -401,7 +404,7 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
 
 def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     whole = run.game.generator_loss(run.game.look(batch), 0)[1]
     parts = []
     for row in range(len(batch.labelled)):
@@ -417,7 +420,7 @@ def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(
 ) -> None:
     config = replace(SHORT, regime="mixed", distillation=0.0, adversarial=0.0)
     run = trainer(opt, tmp_path, config)
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     batch = replace(batch, labelled=torch.zeros_like(batch.labelled))
     loss, _ = run.game.generator_loss(run.game.look(batch), 0)
     loss.backward()
@@ -443,7 +446,7 @@ def test_the_adversary_joins_at_its_start_and_learns_before(opt: Any, tmp_path: 
 
 def test_a_verdict_on_an_answer_does_not_depend_on_padding(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", judged="sequence"))
-    batch = run._stores()[0][0]
+    batch = run.states.record()[0][0]
     rows = len(batch.mask)
 
     def longer(states: Tensor) -> Tensor:
@@ -468,7 +471,8 @@ def test_no_picture_is_both_trained_on_and_validated_on(opt: Any, tmp_path: Path
     some = [replace(e, group=f"g{i // 3}") for i, e in enumerate(fakes.examples(24))]
     run = Trainer(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
     pictures = [
-        {row.example.group for group in store._groups for row in group} for store in run._stores()
+        {row.example.group for group in store._groups for row in group}
+        for store in run.states.record()
     ]
     assert not pictures[0] & pictures[1] and len(pictures[0] | pictures[1]) == 8
 
@@ -579,13 +583,13 @@ def test_resuming_a_finished_run_gives_its_adapter_and_runs_nothing(
 ) -> None:
     done = trainer(opt, tmp_path).run()
     again = trainer(opt, tmp_path)
-    monkeypatch.setattr(again, "_stores", None)
+    monkeypatch.setattr(again, "states", None)
     assert same(done.exits.state_dict(), again.run(resume=True).exits.state_dict())
 
 
 def test_a_finished_run_leaves_no_states_on_the_disk(opt: Any, tmp_path: Path) -> None:
     trainer(opt, tmp_path, replace(SHORT, cache="disk")).run()
-    assert not list((tmp_path / FEATURES).rglob("*.pt"))
+    assert not list((tmp_path / FOLDER).rglob("*.pt"))
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 3}, {"depths": (3,)}])
@@ -717,7 +721,7 @@ def test_a_damaged_picture_is_named_before_anything_is_generated(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     some = fakes.examples(12)
     some[7] = replace(some[7], image=tmp_path / "bad.png")
-    monkeypatch.setattr("offramp.train.answers_of", None)
+    monkeypatch.setattr("offramp.states.answers_of", None)
     with pytest.raises(DataError, match=r"bad\.png"):
         train(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
 
@@ -789,7 +793,7 @@ def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.exits.parameters())
     adapter = Adapter.load(tmp_path, one)
     assert {p.dtype for p in adapter.exits.parameters()} == {torch.bfloat16}
-    prompts = run.encoder.prompts(fakes.examples(2))
+    prompts = run.states.encoder.prompts(fakes.examples(2))
     adapter.generate(prompts, max_new_tokens=3)
     leave = adapter.with_policy(replace(adapter.policy, thresholds={2: 0.0}))
     assert (leave.generate(prompts, max_new_tokens=3).depths[:, 1:] == 2).all()
@@ -861,14 +865,14 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
     two_processes: Path, opt: Any, tmp_path: Path
 ) -> None:
     run = trainer(opt, tmp_path, SHARED, n=13)
-    train_part = {row.example.key for group in run._stores()[0]._groups for row in group}
+    train_part = {row.example.key for group in run.states.record()[0]._groups for row in group}
     train_examples = [e for e in run.examples if e.key in train_part]
     stores = []
     for rank in range(2):
-        found = answers_of(run.encoder, train_examples, SHARED, share=slice(rank, None, 2))
+        found = answers_of(run.states.encoder, train_examples, SHARED, share=slice(rank, None, 2))
         fewest = len(train_examples) // 2
         stores.append(
-            FeatureStore(run.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
+            FeatureStore(run.states.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
         )
     start_closest(run.game, [store[i] for store in stores for i in range(len(store))])
     for step in range(SHARED.steps):

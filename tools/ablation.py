@@ -41,8 +41,9 @@ from offramp.features import FeatureStore, exit_features
 from offramp.policy import Policy
 from offramp.records import JsonlLog, digest_rows, provenance, read_json, write_json
 from offramp.scores import SCORES
+from offramp.states import Stores
 from offramp.tiny import TINY, Task, captions, load_tiny, questions
-from offramp.train import Stores, Trainer
+from offramp.train import Trainer
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "records" / "ablation.json"

@@ -44,7 +44,8 @@ from offramp.measure import Timing, Way, race, speedup
 from offramp.metrics import interval
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
-from offramp.train import Stores, Trainer
+from offramp.states import Stores
+from offramp.train import Trainer
 from offramp.unitcosts import measure_costs
 from offramp.vision import VisionCache
 from offramp.ways import own_way, stock_way

@@ -50,7 +50,8 @@ from offramp.policy import FULL, Generation, Policy
 from offramp.records import JsonlLog, digest_rows, provenance, write_atomic, write_json
 from offramp.scores import STREAKS
 from offramp.seen import check_unseen, picture_digests
-from offramp.train import Stores, Trainer
+from offramp.states import Stores
+from offramp.train import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.answers import Answered, answers_of, labelled_examples
 from offramp.backbone import Backbone, dump_fingerprint
 from offramp.checkpoint import (
     HISTORY,
@@ -37,7 +36,7 @@ from offramp.checks import Checks, shortlist_of
 from offramp.config import TrainConfig
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError, TrainingError
-from offramp.examples import Example, examples_digest, split_examples
+from offramp.examples import Example, examples_digest
 from offramp.exits import Exits, propose_depths
 from offramp.features import Batch, FeatureStore
 from offramp.game import Game
@@ -46,12 +45,11 @@ from offramp.losses import Terms
 from offramp.policy import Policy
 from offramp.records import JsonlLog, provenance
 from offramp.seen import picture_digests
+from offramp.states import Stores, TrainingStates, progress_bar
 
 log = logging.getLogger(__name__)
 
-FEATURES = "training/features"
 PROBED = 8  # batches by which initial layers are chosen
-Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
 
 
 def train(
@@ -101,9 +99,16 @@ class Trainer:
             )
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
-        self.encoder = Encoder(backbone, processor)
         self.game = Game(backbone, config.depths or propose_depths(backbone.depth), config)
         self.exits, self.discriminators = self.game.exits, self.game.discriminators
+        self.states = TrainingStates(
+            Encoder(backbone, processor),
+            self.examples,
+            config,
+            self.exits.depths,
+            self.accelerator,
+            out,
+        )
         self.generator_steps = torch.optim.AdamW(
             self.exits.parameters(), lr=config.learning_rate, weight_decay=0.01
         )
@@ -139,8 +144,8 @@ class Trainer:
             self._restore()
         if not self._is_over():
             shared = {} if kept is None else kept
-            if (key := self._recorded()) not in shared:
-                shared[key] = self._stores()
+            if (key := self.states.key) not in shared:
+                shared[key] = self.states.record()
             stores = shared[key]
             self._learn_shortlist(*stores)
             self._start(stores[0])
@@ -246,77 +251,7 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
-    # -- data ---------------------------------------------------------------------------------
-
-    def _check_pictures(self) -> None:
-        """Open each picture once: a damaged one should stop the run now, not hours into it."""
-        distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
-        for example in self._each("checking pictures")(distinct.values()):
-            example.open_image()
-
-    def _recorded(self) -> tuple[Any, ...]:
-        """All that recorded states depend on, beside the examples and the backbone."""
-        one = self.config
-        answers = {
-            "mixed": (one.labelled_fraction, one.learns_without_labels),
-            "pseudo": (one.min_confidence,),
-        }
-        split = (one.seed, one.validation_fraction, one.batch_size, one.max_new_tokens, one.cache)
-        return (self.exits.depths, one.regime, answers.get(one.regime), *split)
-
-    def _stores(self) -> Stores:
-        self._check_pictures()
-        held_out = self.config.validation_fraction
-        parts = split_examples(
-            self.examples, {"train": 1 - held_out, "validation": held_out}, self.config.seed
-        )
-        teaching, config = parts["train"], self.config
-        if config.regime == "mixed" and not config.learns_without_labels:  # the rest is no use
-            teaching = labelled_examples(teaching, config)
-            config = replace(config, regime="supervised")
-        return (
-            self._store("train", teaching, config),
-            self._store("validation", parts["validation"], self.config),
-        )
-
-    def _store(self, name: str, examples: Sequence[Example], config: TrainConfig) -> FeatureStore:
-        rows = self._rows(examples, config)
-        store = FeatureStore(
-            self.encoder,
-            rows,
-            self.exits.depths,
-            batch_size=self.config.batch_size,
-            cache=self.config.cache,
-            folder=self.out / FEATURES / f"{name}-{self.accelerator.process_index}",
-        )
-        size = f"{store.nbytes / 1e6:.0f} MB ({store.kind})"
-        self._say(f"{name}: {len(rows)} answers in {len(store)} batches, states of about {size}")
-        store.fill(self._each(f"{name} states"))
-        return store
-
-    def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
-        """This process's answers; all have as many, so that no process waits for ever."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if len(examples) < world:
-            raise DataError(
-                f"{len(examples)} examples are fewer than the {world} processes.",
-                "Give more examples, a larger --validation-fraction, or fewer processes.",
-            )
-        rows = answers_of(
-            self.encoder,
-            examples,
-            config,
-            share=slice(rank, None, world),
-            progress=self._each("writing answers"),
-        )
-        count = torch.tensor([len(rows)], device=self.backbone.device)
-        fewest = int(self.accelerator.gather(count).min())
-        if not fewest:
-            raise DataError(
-                f"No answer reached the confidence {config.min_confidence}.",
-                "Lower --min-confidence, or use --regime unsupervised.",
-            )
-        return rows[:fewest]
+    # -- before the first step -------------------------------------------------------------------
 
     def _learn_shortlist(self, train_store: FeatureStore, validation: FeatureStore) -> None:
         """Of all processes' answers, whose misses are counted on the validation answers."""
@@ -338,7 +273,10 @@ class Trainer:
         spread = range(0, count, math.ceil(count / PROBED))
         batches = [train_store[index] for index in spread]
         self.initial = start_closest(
-            self.game, batches, agreed=self._agreed, progress=self._each("initial layers")
+            self.game,
+            batches,
+            agreed=self._agreed,
+            progress=progress_bar(self.accelerator, "initial layers"),
         )
         self._say("exits start as decoder layers " + ", ".join(map(str, self.initial.values())))
 
@@ -446,10 +384,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             log.info(text)
-
-    def _each(self, title: str) -> Any:
-        quiet = not self.accelerator.is_main_process
-        return lambda things: tqdm(things, title, disable=quiet or None, leave=False)
 
     def _bar(self) -> Any:
         quiet = not self.accelerator.is_main_process

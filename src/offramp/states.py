@@ -1,0 +1,127 @@
+"""What a training run learns from: the frozen model's states at the answers, recorded once.
+
+Each process records its own share, as many answers as every other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from offramp.answers import Answered, answers_of, labelled_examples
+from offramp.config import TrainConfig
+from offramp.encode import Encoder
+from offramp.errors import DataError
+from offramp.examples import Example, split_examples
+from offramp.features import FeatureStore
+
+log = logging.getLogger(__name__)
+
+FOLDER = "training/features"
+Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
+
+
+@dataclass(frozen=True)
+class TrainingStates:
+    """Of examples, by a configuration, for exits at `depths`. out: the run's folder."""
+
+    encoder: Encoder
+    examples: Sequence[Example]
+    config: TrainConfig
+    depths: tuple[int, ...]
+    accelerator: Accelerator
+    out: Path
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that the states depend on, beside the examples and the backbone."""
+        one = self.config
+        answers = {
+            "mixed": (one.labelled_fraction, one.learns_without_labels),
+            "pseudo": (one.min_confidence,),
+        }
+        split = (one.seed, one.validation_fraction, one.batch_size, one.max_new_tokens, one.cache)
+        return (self.depths, one.regime, answers.get(one.regime), *split)
+
+    def record(self) -> Stores:
+        """Split the examples by picture, answer them as the regime says, and record the states.
+
+        Raises:
+            DataError: too few examples or answers, no labels where the regime needs them, a
+                damaged picture, or an answer longer than the backbone's positions.
+        """
+        self._check_pictures()
+        held_out = self.config.validation_fraction
+        parts = split_examples(
+            self.examples, {"train": 1 - held_out, "validation": held_out}, self.config.seed
+        )
+        teaching, config = parts["train"], self.config
+        if config.regime == "mixed" and not config.learns_without_labels:  # the rest is no use
+            teaching = labelled_examples(teaching, config)
+            config = replace(config, regime="supervised")
+        return (
+            self._store("train", teaching, config),
+            self._store("validation", parts["validation"], self.config),
+        )
+
+    def _check_pictures(self) -> None:
+        """Open each picture once: a damaged one should stop the run now, not hours into it."""
+        distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
+        for example in self._each("checking pictures")(distinct.values()):
+            example.open_image()
+
+    def _store(self, name: str, examples: Sequence[Example], config: TrainConfig) -> FeatureStore:
+        rows = self._rows(examples, config)
+        store = FeatureStore(
+            self.encoder,
+            rows,
+            self.depths,
+            batch_size=self.config.batch_size,
+            cache=self.config.cache,
+            folder=self.out / FOLDER / f"{name}-{self.accelerator.process_index}",
+        )
+        if self.accelerator.is_main_process:
+            size = f"{store.nbytes / 1e6:.0f} MB ({store.kind})"
+            log.info(f"{name}: {len(rows)} answers in {len(store)} batches, states of about {size}")
+        store.fill(self._each(f"{name} states"))
+        return store
+
+    def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
+        """This process's answers; all have as many, so that no process waits for ever."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if len(examples) < world:
+            raise DataError(
+                f"{len(examples)} examples are fewer than the {world} processes.",
+                "Give more examples, a larger --validation-fraction, or fewer processes.",
+            )
+        rows = answers_of(
+            self.encoder,
+            examples,
+            config,
+            share=slice(rank, None, world),
+            progress=self._each("writing answers"),
+        )
+        count = torch.tensor([len(rows)], device=self.encoder.backbone.device)
+        fewest = int(self.accelerator.gather(count).min())
+        if not fewest:
+            raise DataError(
+                f"No answer reached the confidence {config.min_confidence}.",
+                "Lower --min-confidence, or use --regime unsupervised.",
+            )
+        return rows[:fewest]
+
+    def _each(self, title: str) -> Any:
+        return progress_bar(self.accelerator, title)
+
+
+def progress_bar(accelerator: Accelerator, title: str) -> Any:
+    """What wraps things to iterate in a progress bar, on the process that tells."""
+    quiet = not accelerator.is_main_process
+    return lambda things: tqdm(things, title, disable=quiet or None, leave=False)
