@@ -19,7 +19,7 @@ from offramp import calibrate as module
 from offramp.adapter import Adapter, model_card
 from offramp.answerloss import RISKS, Answer, answer_ids, free_running
 from offramp.backbone import Backbone
-from offramp.calibrate import Calibration, Tried, calibrate, calibrated
+from offramp.calibrate import Calibration, calibrate, calibrated
 from offramp.cost import Costs
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
@@ -30,6 +30,7 @@ from offramp.policy import FULL, Generation, Policy
 from offramp.replay import Replay
 from offramp.risk import control
 from offramp.seen import picture_digests
+from offramp.tried import Tried
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -137,7 +138,7 @@ def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.extend([policy] * len(some))
         return free_running(adapter, encoder, some, policy, *more)
 
-    monkeypatch.setattr(module, "free_running", spy)
+    monkeypatch.setattr("offramp.tried.free_running", spy)
     result = found(4)
     assert sum(policy == FULL for policy in asked) == len(examples())
     early = sum(policy != FULL for policy in asked)
@@ -362,10 +363,6 @@ def seconds(depths: Any, exits: Sequence[int]) -> float:
     return float(depths.sum() + 0.5 * looks)
 
 
-def rows(whole: Replay, some: Any) -> Replay:
-    return module.rows_of(whole, some)
-
-
 @pytest.mark.parametrize("method", ["auto", "upper_bound", "learn_then_test"])
 def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: str) -> None:
     whole, tried = population(), candidates(DEPTHS, COARSE)
@@ -374,8 +371,8 @@ def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: st
     )
     draw, trials, broken, given = np.random.default_rng(3), 200, 0, 0
     for _ in range(trials):
-        search = rows(whole, draw.integers(0, len(whole.targets), 120))
-        tested = rows(whole, draw.integers(0, len(whole.targets), 280))
+        search = whole.part(draw.integers(0, len(whole.targets), 120))
+        tested = whole.part(draw.integers(0, len(whole.targets), 280))
         path = pareto_path(search, tried, seconds, COARSE)
         losses = np.stack([tested.differs(tested.depths(t)) * 1.0 for t in path], 1)
         index = control(losses, 0.04, 0.9, method).index
@@ -399,7 +396,7 @@ def cache_by_value(function: Callable[[dict[int, float]], float]) -> Any:
 
 def test_no_candidate_is_both_safer_and_faster_than_a_point_of_the_path() -> None:
     whole, tried = population(), candidates(DEPTHS, COARSE)
-    search = rows(whole, np.arange(300))
+    search = whole.part(np.arange(300))
 
     def measured(thresholds: dict[int, float]) -> tuple[float, float]:
         ran = search.depths(thresholds)
@@ -413,7 +410,7 @@ def test_no_candidate_is_both_safer_and_faster_than_a_point_of_the_path() -> Non
 
 def test_a_path_starts_at_thresholds_at_least_as_strict_as_all_that_follow() -> None:
     whole, tried = population(), candidates(DEPTHS, COARSE)
-    path = pareto_path(rows(whole, np.arange(300)), tried, seconds, COARSE)
+    path = pareto_path(whole.part(np.arange(300)), tried, seconds, COARSE)
     assert min(path[0].values()) == max(COARSE)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from offramp import demo
 from offramp.adapter import Adapter
 from offramp.answerloss import RISKS, Answer, free_running
-from offramp.calibrate import GRID, Calibration, Tried, calibrate, path_of
+from offramp.calibrate import GRID, Calibration, calibrate, path_of
 from offramp.config import TrainConfig
 from offramp.encode import Encoder
 from offramp.examples import Example, examples_digest
@@ -34,6 +34,7 @@ from offramp.records import provenance, read_json, write_json
 from offramp.risk import METHODS, control
 from offramp.tiny import TINY, captions, load_tiny, questions
 from offramp.train import train
+from offramp.tried import Tried
 from offramp.unitcosts import measure_costs
 from offramp.ways import stock_way
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from offramp.adapter import Adapter
 from offramp.analyse import RESULT, AnalysisConfig, analyse
 from offramp.answerloss import RISKS, Answer, free_running
-from offramp.calibrate import Tried, calibrate, path_of
+from offramp.calibrate import calibrate, path_of
 from offramp.config import TrainConfig
 from offramp.corrupt import CORRUPTIONS, corrupted
 from offramp.drafts import draft_speeds
@@ -46,6 +46,7 @@ from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
 from offramp.states import Stores
 from offramp.train import Trainer
+from offramp.tried import Tried
 from offramp.unitcosts import measure_costs
 from offramp.vision import VisionCache
 from offramp.ways import own_way, stock_way

@@ -13,22 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from offramp.adapter import Adapter, policy_to_json
-from offramp.answerloss import RISKS, Answer, Risk, free_running
-from offramp.answers import Answered
-from offramp.cost import Costs, token_seconds
+from offramp.answerloss import RISKS
+from offramp.cost import Costs
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
 from offramp.examples import Example, examples_digest, split_examples
 from offramp.metrics import check_known
 from offramp.pareto import Array, Thresholds, candidates, pareto_path
-from offramp.policy import FULL, Policy
-from offramp.replay import Replay, replay
+from offramp.policy import Policy
 from offramp.risk import METHODS, TESTS, control, samples_needed, upper_bound
-from offramp.scores import SCORES
 from offramp.seen import check_unseen, picture_digests
+from offramp.tried import Tried
 from offramp.unitcosts import measure_costs
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
@@ -194,144 +191,6 @@ def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) ->
     check_unseen(
         adapter.seen, examples, ("train",), "Calibrate on pictures that training has not seen."
     )
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Examples with the full model's answers, to try thresholds on.
-
-    replay: what the exits say along these answers; None where a replay cannot tell that.
-    doubtful: answers [n] of which a replay cannot be sure that they stay unchanged.
-    """
-
-    adapter: Adapter
-    encoder: Encoder
-    examples: Sequence[Example]
-    policy: Policy
-    risk: Risk
-    full: Sequence[Answer]
-    replay: Replay | None
-    doubtful: Array
-    batch_size: int
-    options: Mapping[str, Any]
-    costs: Costs | None = None
-
-    @classmethod
-    def of(
-        cls,
-        adapter: Adapter,
-        encoder: Encoder,
-        examples: Sequence[Example],
-        policy: Policy,
-        risk: Risk,
-        batch_size: int,
-        options: Mapping[str, Any],
-        costs: Costs | None = None,
-    ) -> Tried:
-        """Answer the examples with the full model and replay that."""
-        full = free_running(adapter, encoder, examples, FULL, batch_size, options)
-        found, doubtful = None, np.ones(len(examples), dtype=bool)
-        if _replayable(policy, options):
-            rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
-            found = replay(
-                encoder, adapter.exits, rows, policy.score,
-                shortlist=policy.shortlist, batch_size=batch_size,
-            )  # fmt: skip
-            check_scores([scores[found.mask] for scores in found.scores.values()])
-            # In half precision a step of decoding rounds otherwise than a pass over all of them.
-            if adapter.backbone.dtype == torch.float32:
-                doubtful = found.differs(found.depths({}))
-        return cls(
-            adapter, encoder, examples, policy, risk, full, found, doubtful, batch_size, options,
-            costs,
-        )  # fmt: skip
-
-    def part(self, rows: Array) -> Tried:
-        """Only these examples."""
-        return replace(
-            self,
-            examples=[self.examples[i] for i in rows.tolist()],
-            full=[self.full[i] for i in rows.tolist()],
-            replay=None if self.replay is None else rows_of(self.replay, rows),
-            doubtful=self.doubtful[rows],
-        )
-
-    @property
-    def first(self) -> bool:
-        """Whether an answer's first token may leave early."""
-        backbone = self.adapter.backbone
-        may = self.policy.exit_in_prefill and backbone.family.causal_prompt
-        return bool(backbone.is_encoder_decoder or may)
-
-    def losses(self, thresholds: Thresholds) -> Array:
-        """What each answer loses [n]; those that stay the full model's lose nothing."""
-        policy = replace(self.policy, thresholds=thresholds)
-        differs = self.doubtful
-        if self.replay is not None:
-            ran = self.ran(thresholds)
-            differs = differs | self.replay.differs(ran)
-        changed = np.flatnonzero(differs).tolist()
-        losses = np.zeros(len(self.examples))
-        if changed:
-            some = [self.examples[i] for i in changed]
-            early = free_running(
-                self.adapter, self.encoder, some, policy, self.batch_size, self.options
-            )
-            if self.replay is None and all(thresholds.values()):  # at 0 nothing is scored
-                check_scores([np.array([s for a in early for s in a.scores])])
-            losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], some)
-        return losses
-
-    def ran(self, thresholds: Thresholds) -> Array:
-        """The depth [n, A] at which each token of the full model's answers leaves."""
-        assert self.replay is not None
-        return self.replay.depths(thresholds, gates=self.policy.gates, first=self.first)
-
-    def seconds(self, thresholds: Thresholds) -> float | None:
-        """Predicted seconds of a decoded token."""
-        if self.replay is None:
-            return None
-        return self.time(self.ran(thresholds), tuple(thresholds))
-
-    def time(self, depths: Array, exits: Sequence[int]) -> float:
-        """Predicted seconds of a token of answers whose depths [n, A] are known."""
-        assert self.costs is not None and self.replay is not None
-        decoded = depths[:, 1:]  # the prompt's pass gives the first
-        shut = {d: some[:, 1:] for d, some in self.replay.shut(self.policy.gates).items()}
-        took = token_seconds(self.costs, decoded, exits, shut=shut)
-        return float(took.sum() / max(1, (decoded > 0).sum()))
-
-
-def _replayable(policy: Policy, options: Mapping[str, Any]) -> bool:
-    """Whether what is generated is the arg-max of what a replay reads."""
-    plain = set(options) <= {"max_new_tokens", "do_sample"} and not options["do_sample"]
-    return policy.kv == "recompute" and policy.score in SCORES and plain
-
-
-def rows_of(found: Replay, rows: Array) -> Replay:
-    return replace(
-        found,
-        targets=found.targets[rows],
-        final=found.final[rows],
-        said={d: said[rows] for d, said in found.said.items()},
-        scores={d: scores[rows] for d, scores in found.scores.items()},
-        guesses={d: guesses[rows] for d, guesses in found.guesses.items()},
-    )
-
-
-def check_scores(scores: Sequence[Array]) -> None:
-    """Raise `DataError` where the scores of all exits are constant, or one is NaN everywhere."""
-    known = [some[~np.isnan(some)] for some in scores]
-    if not all(map(len, known)):
-        raise DataError(
-            "The scores of an exit are NaN.",
-            "Look for NaN in the exits and the model, e.g. from half precision.",
-        )
-    if all(np.ptp(some) == 0 for some in known):
-        raise DataError(
-            f"All scores are the same ({known[0][0]:.4g}), so no threshold tells tokens apart.",
-            "Use another --score, or train the exits longer.",
-        )
 
 
 def path_of(whole: Tried, grid: Sequence[float]) -> tuple[list[Thresholds], Tried]:

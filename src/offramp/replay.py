@@ -9,7 +9,7 @@ that they part, and only decoding tells more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,21 @@ class Replay:
     def mask(self) -> Array:
         """Which entries [N, A] are tokens."""
         return self.targets >= 0
+
+    def part(self, rows: Array) -> Replay:
+        """Only these answers."""
+
+        def some(arrays: Mapping[int, Array]) -> dict[int, Array]:
+            return {depth: array[rows] for depth, array in arrays.items()}
+
+        return replace(
+            self,
+            targets=self.targets[rows],
+            final=self.final[rows],
+            said=some(self.said),
+            scores=some(self.scores),
+            guesses=some(self.guesses),
+        )
 
     def shut(self, gates: Mapping[int, float]) -> dict[int, Array]:
         """Tokens [N, A] that the gate at each depth shuts out."""
