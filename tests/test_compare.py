@@ -21,6 +21,7 @@ from offramp.config import TrainConfig
 from offramp.errors import DataError, InputError
 from offramp.grid import OBJECTIVES, POLICIES, QUALITIES, Plan
 from offramp.merit import LEVELS, equal_quality, speed_at
+from offramp.records import read_json
 from offramp.states import TrainingStates
 from offramp.train import Trainer
 
@@ -55,7 +56,8 @@ def run(models: dict[str, Backbone]) -> Run:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_and_policy_has_its_points(run: Run, tmp_path: Path, name: str) -> None:
-    found = run(tmp_path, PLAN, name)
+    closest = replace(TRAINING, initial_layer="closest")  # for what the next layer then is worth
+    found = run(tmp_path, replace(PLAN, training=closest), name)
     points = found["points"]
     assert {p["objective"] for p in points} == set(OBJECTIVES)
     assert {p["policy"] for p in points} == set(POLICIES)
@@ -207,6 +209,19 @@ def test_few_labels_are_all_that_cross_entropy_then_reads(
     run(tmp_path, replace(SMALL, objectives=objectives, training=training))
     assert read["cross_entropy"] == read["distillation"] == 9  # and one validates
     assert read["cross_entropy_few"] == 4
+
+
+@pytest.mark.parametrize("start", ["next", "closest"])
+def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not(
+    start: str, run: Run, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, initial_layer=start)
+    found = run(tmp_path, replace(SMALL, objectives=("free_next_layer",), training=training))
+    assert ("free_next_layer" in {p["objective"] for p in found["points"]}) == (start == "closest")
+    for objective in {p["objective"] for p in found["points"]}:
+        config = read_json(module.exits_folder(tmp_path, 0, objective, (2,)) / "adapter.json")
+        expected = "next" if objective == "free_next_layer" else start
+        assert config["provenance"]["config"]["initial_layer"] == expected
 
 
 def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "matching": {"adversarial": 0.0, "feature_matching": 1.0, "conditional": False},
     "hinge-of-answers": {"adversary": "hinge", "judged": "sequence"},
     "relativistic-spectral": {"adversary": "relativistic", "spectral_norm": True},
+    "closest": {"initial_layer": "closest"},
     "late-penalty": {"adversarial_start": 0.5, "gradient_penalty": 1.0},
 }
 """Objectives and adversaries, as changes to a configuration."""
@@ -218,11 +219,12 @@ def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_els
 
 
 def test_what_an_exit_started_as_is_kept_with_it(opt: Any, tmp_path: Path) -> None:
-    run = trainer(opt, tmp_path)
+    config = replace(SHORT, initial_layer="closest")
+    run = trainer(opt, tmp_path, config)
     chosen = {str(d): i for d, i in run.run().metrics["initial_layer"].items()}
     assert {int(d): i for d, i in chosen.items()} == run.initial
     assert Adapter.load(tmp_path, opt).metrics["initial_layer"] == chosen
-    again = trainer(opt, tmp_path)
+    again = trainer(opt, tmp_path, config)
     assert again.run(resume=True).metrics["initial_layer"] == chosen
 
 
@@ -812,7 +814,9 @@ def test_a_backbone_with_lora_trains(tmp_path: Path) -> None:
 
 # -- several processes ------------------------------------------------------------------------
 
-SHARED = replace(SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised")
+SHARED = replace(
+    SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised", initial_layer="closest"
+)
 
 
 def free_port() -> int:

@@ -3,8 +3,7 @@ parameters; writes records/ablation.json.
 
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
 OPT the same after long training on few pictures. Every seed has pictures, split, order and
-discriminator of its own, which all games of that seed share, so that differences are paired. Exits
-start as the next layer (`initial_layer="next"`). Judged
+discriminator of its own, which all games of that seed share, so that differences are paired. Judged
 on test pictures and on damaged ones (four corruptions): leaving always, and by the share of tokens
 that may leave while 99% of the answers stay the full model's.
 
@@ -224,7 +223,6 @@ class Bench:
             config = TrainConfig(
                 depths=(DEPTH,), steps=steps, batch_size=BATCH, seed=seed, patience=None,
                 evaluate_every=steps,  # judged as the last step leaves them
-                initial_layer="next",
                 **setting.regime, **setting.games(cell.kind)[cell.game],
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,12 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         depths=depths,
         several=several,
         quantiles=QUANTILES,
-        training=TrainConfig(steps=STEPS[kind] // sizes.shorter, batch_size=32, patience=None),
+        training=TrainConfig(
+            steps=STEPS[kind] // sizes.shorter,
+            batch_size=32,
+            patience=None,
+            initial_layer="closest",
+        ),
         seeds=sizes.seeds,
         timed=sizes.timed,
         rounds=sizes.rounds,

@@ -205,8 +205,7 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     config = TrainConfig(
         depths=photos.depths, steps=sizes.steps, patience=None, learning_rate=5e-4,
         evaluate_every=max(1, sizes.steps // 12), max_new_tokens=LONGEST["captions"],
-        shortlist=min(SHORTLIST, photos.backbone.vocabulary), initial_layer="next",
-        **REGIMES[regime],
+        shortlist=min(SHORTLIST, photos.backbone.vocabulary), **REGIMES[regime],
     )  # fmt: skip
     began = time.perf_counter()
     processor = photos.encoder.processor

@@ -38,6 +38,7 @@ from offramp.grid import (
     FEW,
     FIXED,
     FREE,
+    NEXT,
     OBJECTIVES,
     POLICIES,
     QUALITIES,
@@ -183,7 +184,8 @@ class _Bench:
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
-        left_out = (FREE,) if self._labelled else (FREE, FEW, SUPERVISED)
+        left_out = {FREE} if self._labelled else {FREE, FEW, SUPERVISED}
+        left_out |= {NEXT} if plan.training.initial_layer == "next" else set()
         objectives = [o for o in OBJECTIVES if o in plan.objectives and o not in left_out]
         found = [
             entry

@@ -14,7 +14,7 @@ GAMES = ("adversarial", "feature_matching")
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
 JUDGED = ("token", "sequence")
-INITIAL = ("closest", "next")
+INITIAL = ("next", "closest")
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -35,9 +35,10 @@ class TrainConfig:
         choices=REGIMES,
     )
     initial_layer: str = _option(
-        "closest",
-        "the decoder layer that an exit is a copy of at first: of those behind it, the one from "
-        "which a linear map comes closest to the final layer; or the next",
+        "next",
+        "the decoder layer that an exit is a copy of at first: the next one; or closest: of all "
+        "behind, the one from which a linear map comes closest to the final layer, a better start "
+        "for short training",
         choices=INITIAL,
     )
     steps: int = _option(600, "generator steps")

@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 DEPTHS = {"opt": (2,), "t5": (2,)}
-THRESHOLDS = (0.99, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7)
 TARGET = 0.0075  # of answers; below the 1% of quality that the demo is meant to keep
 
 
@@ -80,7 +79,7 @@ def demo(
     held_out = _examples("calibration", sizes.calibration)
     calibration = calibrate(
         adapter, encoder, held_out, Policy(exit_in_prefill=True), target=target,
-        thresholds=THRESHOLDS, progress=_bar("calibrate"), **OPTIONS,
+        progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
     adapter = calibrated(adapter, calibration, held_out)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")

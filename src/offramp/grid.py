@@ -18,7 +18,7 @@ FREE = "free"
 SUPERVISED = "free_supervised"
 """FREE that reads the labels too: what cross_entropy, which reads them, is held against."""
 NEXT = "free_next_layer"
-"""FREE whose exits start as the next layer each: what the choice of the initial layer is worth."""
+"""FREE whose exits start as the next layer each, where the plan lets them start elsewhere."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
 FIXED = ("fixed_depth", "truncation")
@@ -66,7 +66,7 @@ class Plan:
     """What is compared, and how long it is looked at.
 
     objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them, `FEW`
-        and `SUPERVISED` only where the data has answers.
+        and `SUPERVISED` only where the data has answers, `NEXT` where `training` starts elsewhere.
     policies: keys of `POLICIES`, compared on FREE's exits.
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.common import add_command, backbone_options, load_model
+from offramp.config import INITIAL, TrainConfig
 
 
 def add(commands: Any) -> None:
@@ -41,8 +42,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--objectives", nargs="+", metavar="NAME",
         help="of logit_lens, cross_entropy, cross_entropy_few, distillation, l2, cosine, "
-        "adversarial, free_supervised, free_next_layer and free, which is always there "
-        "(default: all)",
+        "adversarial, free_supervised, free_next_layer (beside --initial-layer closest) and free, "
+        "which is always there (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--policies", nargs="+", metavar="NAME",
@@ -61,6 +62,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--labelled-fraction", type=float, default=0.1,
         help="of the training examples, whose answers cross_entropy_few reads (default: 0.1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--initial-layer", choices=INITIAL, default="next",
+        help="that every exit is a copy of at first: see offramp train (default: next)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=600, help="of every training (default: 600)")
     parser.add_argument("--batch-size", type=int, default=16, help="in training (default: 16)")
@@ -84,7 +89,6 @@ def add(commands: Any) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from offramp.compare import compare
-    from offramp.config import TrainConfig
     from offramp.data import read_examples
     from offramp.examples import split_examples
     from offramp.grid import QUALITIES, Plan
@@ -96,7 +100,14 @@ def _compare(arguments: argparse.Namespace) -> None:
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
     same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
-    trained = ("labelled_fraction", "steps", "batch_size", "max_new_tokens", "seed")
+    trained = (
+        "labelled_fraction",
+        "initial_layer",
+        "steps",
+        "batch_size",
+        "max_new_tokens",
+        "seed",
+    )
     training = TrainConfig(
         patience=None,
         **{n: getattr(arguments, n) for n in trained},
