@@ -118,8 +118,8 @@ def _labels() -> list[str]:
     heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
-        f"{places} were trained; means of {plan['seeds']} seeds "
-        "([all objectives and policies](docs/choices.md)).",
+        f"{places} were trained, all from `--initial-layer closest`; means of {plan['seeds']} "
+        "seeds ([all objectives and policies](docs/choices.md)).",
         "",
         f"| exits trained by | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),

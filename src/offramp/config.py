@@ -37,8 +37,7 @@ class TrainConfig:
     initial_layer: str = _option(
         "next",
         "the decoder layer that an exit is a copy of at first: the next one; or closest: of all "
-        "behind, the one from which a linear map comes closest to the final layer, a better start "
-        "for short training",
+        "behind, the one from which a linear map comes closest to the final layer",
         choices=INITIAL,
     )
     steps: int = _option(600, "generator steps")
