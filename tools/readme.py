@@ -118,8 +118,8 @@ def _labels() -> list[str]:
     heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
-        f"{places} were trained, all from `--initial-layer closest`; means of {plan['seeds']} "
-        "seeds ([all objectives and policies](docs/choices.md)).",
+        f"{places} were trained, all from `--initial-layer {plan['training']['initial_layer']}`; "
+        f"means of {plan['seeds']} seeds ([all objectives and policies](docs/choices.md)).",
         "",
         f"| exits trained by | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),
@@ -336,7 +336,8 @@ def _equal_quality(record: dict) -> str:
         f"the second, of 12 layers: {places}. Training: {steps} steps on "
         f"{models['opt']['n_train']:,} examples; `cross_entropy` and `free_supervised` read their "
         f"labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. Exits start as "
-        "the layer that `--initial-layer closest` chooses, those of `free_next_layer` as the next. "
+        f"the layer that `--initial-layer {plan['training']['initial_layer']}` chooses, those of "
+        "`free_next_layer` as the next. "
         f"FREE with weight {plan['training']['adversarial']:g} of the adversary. Quality: on "
         f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
         f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",

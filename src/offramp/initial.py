@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.features import Batch
 from offramp.game import Game
+from offramp.losses import kl
 
 RIDGE = 0.01  # of the features' mean variance
 
@@ -60,12 +60,12 @@ def start_closest(
 def _probed(game: Game, learnt: Sequence[Batch], judged: Sequence[Batch]) -> dict[int, Tensor]:
     """KL(final || probe) of the exits as they are, by depth: the mean over `judged`'s tokens."""
     (states, final), (others, target) = _features(game, learnt), _features(game, judged)
-    wanted = game.read(target).float().log_softmax(-1)
+    wanted = game.read(target).float()
     found = {}
     for depth in game.exits.depths:
         probe = linear_probe(states[depth], final)
-        said = game.read(probe(others[depth]).to(target.dtype)).float().log_softmax(-1)
-        found[depth] = F.kl_div(said, wanted, log_target=True, reduction="batchmean")
+        said = game.read(probe(others[depth]).to(target.dtype)).float()
+        found[depth] = kl(wanted, said).mean()
     return found
 
 

@@ -52,11 +52,16 @@ class Terms:
             return self.judge(self.teacher_features)
 
 
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) [N] of logits [N, V]. Bound: >= 0."""
+    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
 def distillation(t: Terms) -> Tensor:
     """T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015). Bound: >= 0."""
-    teacher = (t.teacher_logits.float() / t.temperature).log_softmax(-1)
-    student = (t.logits.float() / t.temperature).log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * t.temperature**2
+    teacher, student = (x.float() / t.temperature for x in (t.teacher_logits, t.logits))
+    return kl(teacher, student) * t.temperature**2
 
 
 def cross_entropy(t: Terms) -> Tensor:

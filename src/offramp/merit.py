@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import harmonic_mean
 from typing import Any
 
@@ -94,14 +94,29 @@ def drawn(found: Mapping[str, Any]) -> str:
     Of each those of the first seed that no other of its own beats in both, down to the relative
     drop `WORST`.
     """
-    series = {"full depth": [(1.0, found["quality_full"])]}
-    for point in _of(found["points"][0]["seed"], found["points"]):
-        name = point["objective"] if point["policy"] == "max_probability" else point["policy"]
-        if point["quality_drop"] <= WORST:
-            series.setdefault(name, []).append((point["speedup_decode"], point["quality"]))
-    return tradeoff({name: unbeaten(some) for name, some in series.items()}, "quality")
+    points = [
+        (
+            point["objective"] if point["policy"] == "max_probability" else point["policy"],
+            point["speedup_decode"],
+            point["quality_drop"],
+            point["quality"],
+        )
+        for point in _of(found["points"][0]["seed"], found["points"])
+    ]
+    return tradeoff(lines(points, found["quality_full"]), "quality")
 
 
-def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those points (speed, quality) that no other beats in both."""
-    return [(s, q) for s, q in points if not any(t > s and r > q for t, r in points)]
+def lines(
+    points: Iterable[tuple[str, float, float, float]], full: float
+) -> dict[str, list[tuple[float, float]]]:
+    """A plot's lines by name: (speed, quality) of points (name, speed, drop, quality) that lose at
+    most `WORST` and that no other of the same name beats in both; and full depth of quality `full`.
+    """
+    series = {"full depth": [(1.0, full)]}
+    for name, speed, drop, quality in points:
+        if drop <= WORST:
+            series.setdefault(name, []).append((speed, quality))
+    return {
+        name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]
+        for name, some in series.items()
+    }

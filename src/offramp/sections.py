@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from offramp.grid import FREE
-from offramp.merit import WORST, unbeaten
+from offramp.merit import lines
 from offramp.page import (
     between,
     cards,
@@ -121,7 +121,7 @@ def tradeoffs(value: Value) -> str:
 def _series(points: Sequence[Value]) -> list[tuple[str, Series]]:
     """Titles and series of the plots: of objectives, and of policies if there are several.
 
-    Points that lose more than `WORST` are for the table: they would press all else into a line.
+    Points that lose much are for the table: they would press all else into a line.
     """
     exits = [p for p in points if p["policy"] == "max_probability"]
     # Truncation reads a depth by the backbone's own head, whatever exits there are.
@@ -135,13 +135,10 @@ def _series(points: Sequence[Value]) -> list[tuple[str, Series]]:
         ),
         ("policy", "Policies, on the exits of FREE", leaving),
     ):
-        series: Series = {"full depth": [(1.0, 1.0)]}
-        for p in some:
-            if (drop := _mean(p["quality_drop"])) <= WORST:
-                series.setdefault(_words(p[by]), []).append((p["speedup_decode"], 1 - drop))
-        if len(series) > 2 or not found:
-            best = {name: unbeaten(curve) for name, curve in series.items()}
-            found.append((f"{title}. Up and to the right is better.", best))
+        drops = [(p, _mean(p["quality_drop"])) for p in some]
+        rows = [(_words(p[by]), p["speedup_decode"], drop, 1 - drop) for p, drop in drops]
+        if len(series := lines(rows, 1.0)) > 2 or not found:
+            found.append((f"{title}. Up and to the right is better.", series))
     return found
 
 

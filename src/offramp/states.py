@@ -74,7 +74,7 @@ class TrainingStates:
     def _check_pictures(self) -> None:
         """Open each picture once: a damaged one should stop the run now, not hours into it."""
         distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
-        for example in self._each("checking pictures")(distinct.values()):
+        for example in progress_bar(self.accelerator, "checking pictures")(distinct.values()):
             example.open_image()
 
     def _store(self, name: str, examples: Sequence[Example], config: TrainConfig) -> FeatureStore:
@@ -90,7 +90,7 @@ class TrainingStates:
         if self.accelerator.is_main_process:
             size = f"{store.nbytes / 1e6:.0f} MB ({store.kind})"
             log.info(f"{name}: {len(rows)} answers in {len(store)} batches, states of about {size}")
-        store.fill(self._each(f"{name} states"))
+        store.fill(progress_bar(self.accelerator, f"{name} states"))
         return store
 
     def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
@@ -106,7 +106,7 @@ class TrainingStates:
             examples,
             config,
             share=slice(rank, None, world),
-            progress=self._each("writing answers"),
+            progress=progress_bar(self.accelerator, "writing answers"),
         )
         count = torch.tensor([len(rows)], device=self.encoder.backbone.device)
         fewest = int(self.accelerator.gather(count).min())
@@ -116,9 +116,6 @@ class TrainingStates:
                 "Lower --min-confidence, or use --regime unsupervised.",
             )
         return rows[:fewest]
-
-    def _each(self, title: str) -> Any:
-        return progress_bar(self.accelerator, title)
 
 
 def progress_bar(accelerator: Accelerator, title: str) -> Any:
