@@ -9,18 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fakes
 import families
 from offramp import cli, merit, world
 from offramp import compare as module
+from offramp.answerloss import Answer
 from offramp.backbone import Backbone
+from offramp.captions import caption_scores
 from offramp.compare import compare
 from offramp.config import TrainConfig
 from offramp.errors import DataError, InputError
+from offramp.examples import Example
 from offramp.grid import OBJECTIVES, POLICIES, QUALITIES, Plan
-from offramp.merit import LEVELS, equal_quality, speed_at
+from offramp.merit import LEVELS, Each, equal_quality, speed_at
 from offramp.records import read_json
 from offramp.states import TrainingStates
 from offramp.train import Trainer
@@ -56,8 +60,9 @@ def run(models: dict[str, Backbone]) -> Run:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_and_policy_has_its_points(run: Run, tmp_path: Path, name: str) -> None:
-    closest = replace(TRAINING, initial_layer="closest")  # for what the next layer then is worth
-    found = run(tmp_path, replace(PLAN, training=closest), name)
+    # for what the next layer then is worth, and cross-entropy on the model's own answers
+    training = replace(TRAINING, initial_layer="closest", regime="pseudo", min_confidence=0.0)
+    found = run(tmp_path, replace(PLAN, training=training), name)
     points = found["points"]
     assert {p["objective"] for p in points} == set(OBJECTIVES)
     assert {p["policy"] for p in points} == set(POLICIES)
@@ -224,6 +229,54 @@ def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not
         assert config["provenance"]["config"]["initial_layer"] == expected
 
 
+@pytest.mark.parametrize("regime", ["unsupervised", "pseudo"])
+def test_cross_entropy_on_own_answers_is_compared_where_free_has_pseudo_labels(
+    regime: str, run: Run, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, regime=regime, min_confidence=0.0)
+    objectives = ("cross_entropy_own", "cross_entropy")
+    found = run(tmp_path, replace(SMALL, objectives=objectives, training=training))
+    own = "cross_entropy_own" in {p["objective"] for p in found["points"]}
+    assert own == (regime == "pseudo")
+    for objective, learnt in (("cross_entropy", "supervised"), ("cross_entropy_own", "pseudo")):
+        if objective == "cross_entropy" or own:
+            folder = module.exits_folder(tmp_path, 0, objective, (2,))
+            config = read_json(folder / "adapter.json")["provenance"]["config"]
+            assert (config["regime"], config["distillation"]) == (learnt, 0)
+
+
+def test_exits_with_a_shortlist_read_no_other_tokens(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = []
+    measured = module._Bench.measured
+    monkeypatch.setattr(
+        module._Bench, "measured", lambda bench, some: rules.extend(some) or measured(bench, some)
+    )
+    training = replace(TRAINING, shortlist=8)
+    run(tmp_path, replace(SMALL, objectives=("logit_lens",), training=training))
+    assert {(e.objective, e.rule.shortlist) for e in rules} == {
+        ("free", True), ("logit_lens", False)
+    }  # fmt: skip
+
+
+def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
+    said = ["a dog runs on grass", "two men ride a red bus", "a dog"]
+    references = [
+        ("a dog runs", "the dog is on the grass"),
+        ("two men on a bus", "men ride a bus"),
+        ("a cat sleeps", "a cat on a bed"),
+    ]
+    picture = fakes.examples(1)[0].image
+    examples = [Example(picture, "", some, key=str(i)) for i, some in enumerate(references)]
+    each = QUALITIES["cider"]([Answer((), text) for text in said], examples)
+    keyed = {str(i): text for i, text in enumerate(said)}
+    right = {str(i): some for i, some in enumerate(references)}
+    whole = caption_scores(keyed, right, metrics=("CIDEr",), tokenizer="simple")
+    assert each.mean() == pytest.approx(whole.measures["CIDEr"].value)
+    assert each[0] > each[2]
+
+
 def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         run(tmp_path, test=[])
@@ -330,6 +383,47 @@ def test_figures_of_several_seeds_are_means() -> None:
             ratios = both["free_over_by_seed"][level]
             assert ratios == pytest.approx([curve["free_over"][level] for curve in alone])
             assert min(ratios) - 1e-9 <= both["free_over"][level] <= max(ratios) + 1e-9
+
+
+def each(gain: float) -> Each:
+    """Of `HAND`'s points, two answers to each of 40 pictures; a point's drop as it says, and
+    `gain` more for FREE's two, on half of the pictures."""
+    full = np.ones(80)
+    early = np.stack([full - p["quality_drop"] for p in HAND])
+    early[:2, ::4] += 2 * gain
+    early[:2, 1::4] += 2 * gain
+    return Each(full, early, [str(i // 2) for i in range(80)])
+
+
+def test_intervals_have_no_width_where_answers_do_not_differ() -> None:
+    for curve in equal_quality(HAND, each(0.0))["curves"]:
+        for level in map(str, LEVELS):
+            low, high = curve["free_over_interval"][level]
+            assert low == pytest.approx(high) == pytest.approx(curve["free_over"][level])
+
+
+def test_intervals_hold_the_figure_and_are_as_wide_as_pictures_differ() -> None:
+    points = [p | {"quality_drop": p["quality_drop"] - 0.004 * (n < 2)} for n, p in enumerate(HAND)]
+    found = equal_quality(points, each(0.004))
+    (curve,) = (c for c in found["curves"] if c["objective"] == "distillation")
+    low, high = curve["free_over_interval"]["0.01"]
+    assert low < curve["free_over"]["0.01"] < high
+    # all of a picture's answers are drawn together: alone they would say twice as much
+    alone = equal_quality(points, replace(each(0.004), groups=[str(i) for i in range(80)]))
+    (other,) = (c for c in alone["curves"] if c["objective"] == "distillation")
+    near, far = other["free_over_interval"]["0.01"]
+    assert 0.5 < (far - near) / (high - low) < 0.9  # 1 / sqrt(2)
+
+
+def test_intervals_are_of_test_pictures(run: Run, tmp_path: Path) -> None:
+    plan = replace(SMALL, objectives=("logit_lens",))
+    found = run(tmp_path, plan)
+    for curve in found["equal_quality"]["curves"]:
+        for level in map(str, LEVELS):
+            low, high = curve["free_over_interval"][level]
+            assert 0 < low <= high
+    assert all("each" not in point for point in found["points"])
+    assert run(tmp_path, plan)["equal_quality"] == found["equal_quality"]
 
 
 def test_what_reads_all_labels_is_held_against_the_free_that_does() -> None:

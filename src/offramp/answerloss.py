@@ -37,7 +37,7 @@ Losses = Callable[[Sequence[Answer], Sequence[Answer], Sequence[Example]], Array
 """What each early answer loses [n] against the full model's answer to the same example."""
 
 Quality = Callable[[Sequence[Answer], Sequence[Example]], Array]
-"""How good each answer is [n], in [0, 1]."""
+"""How good each answer is [n], at least 0."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,25 @@ def _differs(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Exampl
     return np.array([float(a.ids != b.ids) for a, b in zip(early, full, strict=True)])
 
 
-def _rouge_l(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
-    """ROUGE-L F [n] (Lin 2004, as pycocoevalcap has it), the same with Java and without."""
+def _scored(metric: str, answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
+    """A caption metric [n] as pycocoevalcap has it, the same with Java and without."""
     texts = {str(i): answer.text for i, answer in enumerate(answers)}
     right = {str(i): some for i, some in enumerate(references)}
-    scored = caption_scores(texts, right, metrics=("ROUGE_L",), tokenizer="simple")
-    return np.array(scored.each["ROUGE_L"])
+    scored = caption_scores(texts, right, metrics=(metric,), tokenizer="simple")
+    return np.array(scored.each[metric])
+
+
+def _rouge_l(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
+    """ROUGE-L F [n] (Lin 2004)."""
+    return _scored("ROUGE_L", answers, references)
+
+
+def cider(answers: Sequence[Answer], examples: Sequence[Example]) -> Array:
+    """CIDEr-D [n] in [0, 10] (Vedantam et al. 2015), words weighted by these examples' captions.
+
+    It is no risk: what one answer loses by it has no bound that would be of use.
+    """
+    return _scored("CIDEr", answers, [example.answers for example in examples])
 
 
 def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:

@@ -31,7 +31,7 @@ from offramp.backbone import Backbone, dump_fingerprint
 from offramp.decode import generate
 from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
-from offramp.examples import Example, examples_digest
+from offramp.examples import Example, examples_digest, picture_of
 from offramp.exits import Exits, propose_depths
 from offramp.grid import (
     DEFAULT,
@@ -40,13 +40,14 @@ from offramp.grid import (
     FREE,
     NEXT,
     OBJECTIVES,
+    OWN,
     POLICIES,
     QUALITIES,
     SUPERVISED,
     Plan,
 )
 from offramp.measure import Way, race, speedup
-from offramp.merit import drawn, equal_quality
+from offramp.merit import Each, drawn, equal_quality
 from offramp.policy import FULL, Generation, Policy
 from offramp.records import JsonlLog, digest_rows, provenance, write_atomic, write_json
 from offramp.scores import STREAKS
@@ -92,14 +93,13 @@ def compare(
     used = {"train": sorted(picture_digests(train))}
     check_unseen(used, test, ("train",), "Split by picture: offramp.examples.split_examples.")
     bench = _Bench(backbone, processor, train, test, Path(out), plan, quality)
-    entries = bench.entries()
-    points = bench.measured(entries)
+    points, each = bench.measured(bench.entries())
     found = {
         "quality_full": bench.quality_full,
         "n_train": len(train),
         "n_test": len(test),
         "points": points,
-        "equal_quality": equal_quality(points),
+        "equal_quality": equal_quality(points, each),
         "plan": asdict(plan),
         "provenance": provenance(plan.training.seed, sys.argv, examples_digest([*train, *test])),
     }
@@ -156,7 +156,8 @@ class _Bench:
         self._rows = _rows_of(out / "points.jsonl", self._settings())
         self._batches = _Inputs(self.encoder, self.test, plan.batch_size)
         self.full, _ = self._answers(None, FULL, self._batches)
-        self.quality_full = float(self._qualities(self.full).mean())
+        self.qualities_full = self._qualities(self.full)
+        self.quality_full = float(self.qualities_full.mean())
 
     def _settings(self) -> dict[str, Any]:
         """What every row depends on. Objectives, policies and seeds may be added later."""
@@ -186,6 +187,7 @@ class _Bench:
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
         left_out = {FREE} if self._labelled else {FREE, FEW, SUPERVISED}
         left_out |= {NEXT} if plan.training.initial_layer == "next" else set()
+        left_out |= {OWN} if plan.training.regime != "pseudo" else set()
         objectives = [o for o in OBJECTIVES if o in plan.objectives and o not in left_out]
         found = [
             entry
@@ -210,7 +212,8 @@ class _Bench:
         if (key := (seed, objective, depths)) not in self._adapters:
             self._adapters[key] = self._trained(*key)
         adapter = self._adapters[key]
-        rule = Policy(score=POLICIES[policy], exit_in_prefill=True)
+        shortlist = adapter.policy.shortlist
+        rule = Policy(score=POLICIES[policy], exit_in_prefill=True, shortlist=shortlist)
         if policy in FIXED:
             rules = [replace(rule, thresholds={d: 0.0}) for d in depths]
         else:
@@ -255,8 +258,9 @@ class _Bench:
 
     # -- measuring ----------------------------------------------------------------------------
 
-    def measured(self, entries: Sequence[_Entry]) -> list[dict[str, Any]]:
-        """Every entry's point; what the log holds is not measured again."""
+    def measured(self, entries: Sequence[_Entry]) -> tuple[list[dict[str, Any]], Each]:
+        """Every entry's point, and what its answers were worth; what the log holds is not measured
+        again."""
         with JsonlLog(self.out / "points.jsonl") as rows:
             if not self._rows:
                 rows.append({"settings": self._settings()})
@@ -265,25 +269,31 @@ class _Bench:
                 if key not in self._rows:
                     self._rows[key] = {**entry.name, **self._quality(entry)}
                     rows.append({"key": key, "row": self._rows[key]})
-            found = []
+            found, each = [], []
             for _, same in groupby(entries, key=lambda entry: entry.seed):
                 racing = {digest_rows([entry.name]): entry for entry in same}
                 timed = digest_rows(list(racing))
                 if timed not in self._rows:
                     self._rows[timed] = self._race(racing)
                     rows.append({"key": timed, "row": self._rows[timed]})
-                found += [{**self._rows[key], **self._rows[timed][key]} for key in racing]
-        return found
+                for key in racing:
+                    point = {**self._rows[key], **self._rows[timed][key]}
+                    each.append(point.pop("each"))
+                    found.append(point)
+        groups = [picture_of(example) for example in self.test]
+        return found, Each(self.qualities_full, np.array(each), groups)
 
     def _quality(self, entry: _Entry) -> dict[str, Any]:
         answers, depths = self._answers(entry.adapter, entry.rule, self._batches)
         same = [a.ids == b.ids for a, b in zip(answers, self.full, strict=True)]
-        quality = float(self._qualities(answers).mean())
+        each = self._qualities(answers)
+        quality = float(each.mean())
         return {
             "quality": quality,
             "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
             "agreement": sum(same) / len(same),
             "mean_depth": float(np.mean(depths)),
+            "each": np.round(each, 6).tolist(),
         }
 
     def _qualities(self, answers: Sequence[Answer]) -> Any:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from offramp.errors import InputError, did_you_mean
-from offramp.examples import Example, _group
+from offramp.examples import Example, picture_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 224  # pixels
@@ -86,7 +86,7 @@ def corrupted(example: Example, name: str, severity: int, seed: int) -> Example:
 
     Examples about one picture see the same damage; that of two pictures is drawn apart.
     """
-    group = _group(example)
+    group = picture_of(example)
     own = hashlib.sha256(f"{seed}:{group}".encode()).digest()
     damaged = corrupt(example.open_image(), name, severity, int.from_bytes(own[:8], "big"))
     return replace(example, image=damaged, key=f"{example.key} {name}-{severity}", group=group)

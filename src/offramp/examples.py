@@ -119,7 +119,7 @@ def split_examples(
             f"These fractions cannot be used: {dict(fractions)}.",
             "Give each split a share above 0, with a sum of at most 1.",
         )
-    group_of = [_group(example) for example in examples]
+    group_of = [picture_of(example) for example in examples]
     # Ranks from a hash, not from a generator: no version of Python or numpy changes them.
     groups = sorted(set(group_of), key=lambda group: _hash(f"{seed}:{group}".encode()))
     home: dict[str, str] = {}
@@ -219,7 +219,8 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _group(example: Example) -> str:
+def picture_of(example: Example) -> str:
+    """A name of the example's picture, the same for all examples of it."""
     if not example.group and isinstance(example.image, Path):
         return str(example.image.resolve())
     return example.group or content_digest(example.image)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.answerloss import RISKS, Quality
+from offramp.answerloss import RISKS, Quality, cider
 from offramp.config import OBJECTIVES as TERMS
 from offramp.config import TrainConfig
 from offramp.errors import InputError
@@ -21,6 +21,9 @@ NEXT = "free_next_layer"
 """FREE whose exits start as the next layer each, where the plan lets them start elsewhere."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
+OWN = "cross_entropy_own"
+"""Cross-entropy alone on the answers that FREE learns from, where the plan lets it learn from those
+of the model's own that it is sure of: what those answers are worth without the other terms."""
 FIXED = ("fixed_depth", "truncation")
 """Policies without a score."""
 
@@ -34,6 +37,7 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "logit_lens": None,
     "cross_entropy": _only("cross_entropy", regime="supervised"),
     FEW: _only("cross_entropy", regime="mixed"),
+    OWN: _only("cross_entropy", regime="pseudo"),
     "distillation": _only("distillation"),
     "l2": _only("l2"),
     "cosine": _only("cosine"),
@@ -44,9 +48,9 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
-are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; distillation as in
-CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022), cosine as in FastVLM. All but
-cross-entropy and `SUPERVISED` read no label."""
+are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; `OWN` on the model's own
+either way; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022),
+cosine as in FastVLM. All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
 
 POLICIES: dict[str, str] = {
     **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
@@ -56,7 +60,8 @@ POLICIES: dict[str, str] = {
 token is read at one depth by the backbone's own norm and head, the layers above cut off."""
 
 QUALITIES: dict[str, Quality] = {
-    name.removesuffix("_drop"): risk.quality for name, risk in RISKS.items() if risk.quality
+    **{n.removesuffix("_drop"): risk.quality for n, risk in RISKS.items() if risk.quality},
+    "cider": cider,
 }
 """Qualities against the data's answers."""
 
@@ -66,7 +71,8 @@ class Plan:
     """What is compared, and how long it is looked at.
 
     objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them, `FEW`
-        and `SUPERVISED` only where the data has answers, `NEXT` where `training` starts elsewhere.
+        and `SUPERVISED` only where the data has answers, `NEXT` where `training` starts elsewhere,
+        `OWN` where it has pseudo-labels.
     policies: keys of `POLICIES`, compared on FREE's exits.
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import harmonic_mean
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from offramp.grid import FIXED, FREE, NEXT, SUPERVISED
 from offramp.plots import tradeoff
 
 OURS = (FREE, SUPERVISED, NEXT)
 """Objectives that are no baselines."""
+Array = NDArray[np.float64]
+Points = Sequence[Mapping[str, Any]]
+ENDS = (0.025, 0.975)
+"""Of an interval, as quantiles."""
 LEVELS = (0.005, 0.01, 0.02, 0.05)
 """Relative drops of quality at which speeds are compared."""
 
 
-def speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
+def speed_at(points: Points, drop: float) -> float:
     """The fastest decoding of a curve, against the full model, at a relative quality drop.
 
     Between two points, and between a point and the full model (drop 0, speed 1), the line in drop
@@ -28,47 +36,64 @@ def speed_at(points: Sequence[Mapping[str, Any]], drop: float) -> float:
     return float(1 / min([*mixed, *(t for _, t in good)]))
 
 
-def _of(seed: int, points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _of(seed: int, points: Points) -> list[Mapping[str, Any]]:
     return [p for p in points if p["seed"] == seed]
 
 
-def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Each:
+    """Qualities of single answers, for intervals.
+
+    full: of the full model's, one for each test example [N]; early: at each point [P, N].
+    groups: a name for each example; those of one picture share theirs, and are drawn together.
+    """
+
+    full: Array
+    early: Array
+    groups: Sequence[str]
+
+    def drops(self, resamples: int, seed: int) -> Array:
+        """Relative drops of quality in resamples of the groups [resamples, P]."""
+        names, group = np.unique(np.asarray(self.groups), return_inverse=True)
+        draws = np.random.default_rng(seed)
+        counts = draws.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+        weights = counts[:, group].astype(float)
+        full, early = weights @ self.full, weights @ self.early.T
+        found: Array = (full[:, None] - early) / np.maximum(full[:, None], 1e-9)
+        return found
+
+
+def equal_quality(
+    points: Points, each: Each | None = None, *, resamples: int = 200
+) -> dict[str, Any]:
     """Speeds at equal quality.
+
+    each: of the same points; None: no intervals.
 
     Returns:
         `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
         by the mean of the seeds' times; `free_over`, by how much FREE with max_probability is
         faster there: an objective is held against FREE's exits at its own depths, a policy against
-        all of them, and cross_entropy, which reads all labels, against the FREE that does too; and
-        `free_over_by_seed`, the same for each seed alone. `best_baseline`: at each level the curve
-        that comes closest to FREE or is the most ahead of it, and `free_over_best_baseline`: by how
-        much.
+        all of them, and cross_entropy, which reads all labels, against the FREE that does too;
+        `free_over_by_seed`, the same for each seed alone; and with `each` also
+        `free_over_interval`, the bootstrap's 95% over test pictures, speeds as they were measured.
+        `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
+        it, and `free_over_best_baseline`: by how much.
     """
-    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for point in points:
-        curves.setdefault((point["objective"], point["policy"]), []).append(point)
-    free, supervised = (curves.get((name, "max_probability"), []) for name in (FREE, SUPERVISED))
-    found = []
-    for (objective, policy), theirs in sorted(curves.items()):
-        depths = [p["depths"] for p in theirs]
-        of_policy = objective == FREE or policy in FIXED
-        ours = supervised if objective == "cross_entropy" and supervised else free
-        fair = ours if of_policy else [p for p in ours if p["depths"] in depths]
-        seeds = sorted({p["seed"] for p in theirs})
-        curve: dict[str, Any] = {"objective": objective, "policy": policy}
-        curve |= {"speedup_decode": {}, "free_over": {}, "free_over_by_seed": {}}
-        for level in LEVELS:
-            speeds = [speed_at(_of(seed, theirs), level) for seed in seeds]
-            frees = [speed_at(_of(seed, fair), level) for seed in seeds]
-            mean = harmonic_mean(speeds)
-            curve["speedup_decode"][str(level)] = mean
-            curve["free_over"][str(level)] = harmonic_mean(frees) / mean
-            curve["free_over_by_seed"][str(level)] = [
-                free / speed for free, speed in zip(frees, speeds, strict=True)
-            ]
-        found.append(curve)
+    found = [_curve(*pair) for pair in _pairs(points)]
+    if each is not None:
+        drawn = [
+            [{**p, "quality_drop": drop} for p, drop in zip(points, drops, strict=True)]
+            for drops in each.drops(resamples, seed=0).tolist()
+        ]
+        again = [[_curve(*pair)["free_over"] for pair in _pairs(some)] for some in drawn]
+        for curve, overs in zip(found, zip(*again, strict=True), strict=True):
+            curve["free_over_interval"] = {
+                str(level): np.quantile([over[str(level)] for over in overs], ENDS).tolist()
+                for level in LEVELS
+            }
     baselines = [c for c in found if c["objective"] not in OURS or c["policy"] != "max_probability"]
-    if not free or not baselines:
+    if not baselines or all(c["objective"] != FREE for c in found):
         return {"curves": found}
     best = {str(level): _closest(baselines, str(level)) for level in LEVELS}
     return {
@@ -78,6 +103,38 @@ def equal_quality(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
         "free_over_best_baseline": {level: c["free_over"][level] for level, c in best.items()},
     }
+
+
+def _pairs(points: Points) -> list[tuple[Points, Points]]:
+    """Each curve's points, and those of FREE that it is held against."""
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for point in points:
+        curves.setdefault((point["objective"], point["policy"]), []).append(point)
+    free, supervised = (curves.get((name, "max_probability"), []) for name in (FREE, SUPERVISED))
+    found: list[tuple[Points, Points]] = []
+    for (objective, policy), theirs in sorted(curves.items()):
+        depths = [p["depths"] for p in theirs]
+        of_policy = objective == FREE or policy in FIXED
+        ours = supervised if objective == "cross_entropy" and supervised else free
+        found.append((theirs, ours if of_policy else [p for p in ours if p["depths"] in depths]))
+    return found
+
+
+def _curve(theirs: Points, free: Points) -> dict[str, Any]:
+    """A curve's speeds, and by how much FREE's are higher."""
+    seeds = sorted({p["seed"] for p in theirs})
+    curve: dict[str, Any] = {name: theirs[0][name] for name in ("objective", "policy")}
+    curve |= {"speedup_decode": {}, "free_over": {}, "free_over_by_seed": {}}
+    for level in LEVELS:
+        speeds = [speed_at(_of(seed, theirs), level) for seed in seeds]
+        frees = [speed_at(_of(seed, free), level) for seed in seeds]
+        mean = harmonic_mean(speeds)
+        curve["speedup_decode"][str(level)] = mean
+        curve["free_over"][str(level)] = harmonic_mean(frees) / mean
+        curve["free_over_by_seed"][str(level)] = [
+            free / speed for free, speed in zip(frees, speeds, strict=True)
+        ]
+    return curve
 
 
 def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:

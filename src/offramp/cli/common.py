@@ -1,14 +1,19 @@
-"""What the commands share: their options for a model, and how it is loaded."""
+"""What the commands share: their options for a model, data and training, and what is read."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+import typing
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from offramp.config import TrainConfig
 from offramp.errors import InputError
+
+TRAINING = tuple(field.name for field in fields(TrainConfig))
 
 
 def add_command(
@@ -57,6 +62,47 @@ def data_options(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
     parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
     parser.add_argument("--limit", type=int, help="read at most so many examples")
+
+
+def training_options(parser: argparse.ArgumentParser, names: Collection[str] = TRAINING) -> None:
+    """A flag for each of these fields, with its help and its default."""
+    hints = typing.get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        if field.name in names:
+            _training_option(
+                parser, field.name, hints[field.name], field.default, dict(field.metadata)
+            )
+
+
+def training_config(
+    arguments: argparse.Namespace, names: Collection[str] = TRAINING, **more: Any
+) -> TrainConfig:
+    """What the flags of these fields say, and `more`."""
+    return TrainConfig(**{name: getattr(arguments, name) for name in names}, **more)
+
+
+def _training_option(
+    parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: dict[str, Any]
+) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    shown = f"{metadata['help']} (default: {'none' if default is None else default})"
+    if hint is bool:
+        parser.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=default, help=shown
+        )
+        return
+    parse: Any = _depths if name == "depths" else hint if isinstance(hint, type) else _whole_or_none
+    parser.add_argument(
+        flag, type=parse, default=default, choices=metadata.get("choices"), help=shown
+    )
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _whole_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
 
 
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:

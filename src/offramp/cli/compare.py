@@ -7,8 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_model
-from offramp.config import INITIAL, TrainConfig
+from offramp.cli.common import (
+    add_command,
+    backbone_options,
+    load_model,
+    training_config,
+    training_options,
+)
+
+TRAINING = (
+    "regime", "initial_layer", "steps", "batch_size", "learning_rate", "labelled_fraction",
+    "min_confidence", "max_new_tokens", "shortlist", "seed",
+)  # fmt: skip
+"""What the objectives share of a training's options; the seed also splits."""
 
 
 def add(commands: Any) -> None:
@@ -37,11 +48,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--quality", default="agreement", metavar="NAME",
         help="agreement with the full model, which needs no references; or exact_match, "
-        "vqa_accuracy or rouge_l against the data's (default: agreement)",
+        "vqa_accuracy, rouge_l or cider against the data's (default: agreement)",
     )  # fmt: skip
     parser.add_argument(
         "--objectives", nargs="+", metavar="NAME",
-        help="of logit_lens, cross_entropy, cross_entropy_few, distillation, l2, cosine, "
+        help="of logit_lens, cross_entropy, cross_entropy_few (on --labelled-fraction of the "
+        "answers), cross_entropy_own (beside --regime pseudo), distillation, l2, cosine, "
         "adversarial, free_supervised, free_next_layer (beside --initial-layer closest) and free, "
         "which is always there (default: all)",
     )  # fmt: skip
@@ -59,28 +71,15 @@ def add(commands: Any) -> None:
         help="of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
     )  # fmt: skip
-    parser.add_argument(
-        "--labelled-fraction", type=float, default=0.1,
-        help="of the training examples, whose answers cross_entropy_few reads (default: 0.1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--initial-layer", choices=INITIAL, default="next",
-        help="that every exit is a copy of at first: see offramp train (default: next)",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=600, help="of every training (default: 600)")
-    parser.add_argument("--batch-size", type=int, default=16, help="in training (default: 16)")
+    training_options(parser, TRAINING)
     parser.add_argument(
         "--timed", type=int, default=12, help="test examples in the race (default: 12)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the race (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
     parser.add_argument(
         "--seeds", type=int, default=1,
         help="train and race everything so often; figures are means (default: 1)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of split and first training (default: 0)"
-    )
     parser.add_argument(
         "--out", type=Path, required=True,
         help="folder for compare.json, compare.svg and what a run that was cut off goes on with",
@@ -100,18 +99,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
     same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
-    trained = (
-        "labelled_fraction",
-        "initial_layer",
-        "steps",
-        "batch_size",
-        "max_new_tokens",
-        "seed",
-    )
-    training = TrainConfig(
-        patience=None,
-        **{n: getattr(arguments, n) for n in trained},
-    )
+    training = training_config(arguments, TRAINING, patience=None)
     plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
     examples = read_examples(
         arguments.data,

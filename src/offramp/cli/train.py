@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import typing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ from offramp.cli.common import (
     data_options,
     load_model,
     read_data,
+    training_config,
+    training_options,
 )
-from offramp.config import TrainConfig
 
 
 def add(commands: Any) -> None:
@@ -35,34 +34,7 @@ def add(commands: Any) -> None:
         "--gates", action="store_true",
         help="learn a gate before each exit, where it pays, that guesses if a look is worth it",
     )  # fmt: skip
-    hints = typing.get_type_hints(TrainConfig)
-    for option in fields(TrainConfig):
-        _add_option(parser, option.name, hints[option.name], option.default, dict(option.metadata))
-
-
-def _add_option(
-    parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: dict[str, Any]
-) -> None:
-    """A flag from a field of the configuration."""
-    flag = f"--{name.replace('_', '-')}"
-    shown = f"{metadata['help']} (default: {'none' if default is None else default})"
-    if hint is bool:
-        parser.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default, help=shown
-        )
-        return
-    parse: Any = _depths if name == "depths" else hint if isinstance(hint, type) else _whole_or_none
-    parser.add_argument(
-        flag, type=parse, default=default, choices=metadata.get("choices"), help=shown
-    )
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _whole_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    training_options(parser)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -73,7 +45,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.encode import Encoder
     from offramp.train import train
 
-    config = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
+    config = training_config(arguments)
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
