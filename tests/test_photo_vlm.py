@@ -458,8 +458,21 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
         "damaged": {"a": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}}},
         "provenance": {"threads": 1, "processor": "some"},
     }  # fmt: skip
-    page = results.page(record, CARD)
+    curve = {
+        "objective": "cross_entropy", "policy": "max_probability",
+        "speedup_decode": {"0.01": 1.2, "0.05": 1.5}, "free_over": {"0.01": 1.5, "0.05": 2.0},
+        "free_over_interval": {"0.01": [1.4, 1.7], "0.05": [1.9, 2.3]},
+    }  # fmt: skip
+    training = {"steps": 400, "min_confidence": 0.3, "initial_layer": "closest"}
+    plan = {"depths": [8], "several": [8, 16], "training": training, "timed": 9, "rounds": 2}
+    compared = {
+        "plan": plan, "n_train": 30, "n_test": 20, "quality_full": 0.3,
+        "equal_quality": {"curves": [curve]},
+    }  # fmt: skip
+    page = results.page(record, CARD, compared)
     for told in (
+        "`max_probability` | 1.20x, 1.50 [1.40, 1.70] | 1.50x, 2.00 [1.90, 2.30] |",
+        "FREE there or at 8, 16.",
         "0.350",
         "**1.70x**",
         "+0.4% [-1.0%, +2.0%]",
@@ -478,7 +491,8 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
         assert told in page, told
     assert "unsupervised" not in results.plot(record) and "a, long" in results.plot(record)
     nothing = {**record, "regimes": {}, "matched": {}, "lossless": None, "damaged": {}}
-    assert "No exits have been measured" in results.page({**nothing, "analysis": None}, CARD)
+    empty = results.page({**nothing, "analysis": None}, CARD, None)
+    assert "No exits have been measured" in empty and "equal quality" not in empty
 
 
 TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}

@@ -1,4 +1,4 @@
-"""Write RESULTS.md from records/photo.json and the bridge's card, so that no figure is typed."""
+"""Write RESULTS.md from its records and the bridge's card, so that no figure is typed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
 
+from offramp.merit import drawn
 from offramp.plots import tradeoff
 from offramp.records import read_json, write_atomic
 
 HERE = Path(__file__).parent
-RECORD = HERE.parent.parent / "records" / "photo.json"
+RECORDS = HERE.parent.parent / "records"
+RECORD, COMPARED = RECORDS / "photo.json", RECORDS / "compare-photo.json"
 
 
-def page(record: dict[str, Any], card: dict[str, Any]) -> str:
-    """RESULTS.md."""
+def page(record: dict[str, Any], card: dict[str, Any], compared: dict[str, Any] | None) -> str:
+    """RESULTS.md. compared: what `examples.photo_vlm.compare` found, if it has run."""
     regimes, matched = (list(record[name].values()) for name in ("regimes", "matched"))
     told = (
         f"Exits at {' and '.join(map(str, record['depths']))} of 30 layers. Held-out photographs "
@@ -31,6 +33,7 @@ def page(record: dict[str, Any], card: dict[str, Any]) -> str:
         _lossless(record) if record["lossless"] else "",
         _damaged(record["damaged"]) if record["damaged"] else "",
         _side_by_side(matched, record["matched_sizes"]) if matched else "",
+        _compared(compared) if compared else "",
         _by_depth(record["analysis"], record["first"]) if record["analysis"] else "",
     ]
     return "\n".join(part for part in parts if part)
@@ -190,6 +193,43 @@ def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/photo.svg)\n"
 
 
+def _compared(found: dict[str, Any]) -> str:
+    """Speeds at equal quality, the fastest first, and by how much FREE is ahead."""
+    plan, curves = found["plan"], found["equal_quality"]["curves"]
+    taught, levels = plan["training"], list(curves[0]["speedup_decode"])
+    lines = [
+        "## Objectives and policies at equal quality",
+        "",
+        f"From [records/compare-photo.json](../../records/compare-photo.json). Each objective "
+        f"{taught['steps']:,} steps on {found['n_train']:,} photographs, with the largest "
+        f"probability as score and an exit at {plan['depths'][0]}; each policy on the exits of "
+        f"FREE there or at {', '.join(map(str, plan['several']))}. `cross_entropy` learns what "
+        "people wrote; all else reads no labels, but learns from the captions that the model wrote "
+        f"with a confidence of {taught['min_confidence']:g} or more, `cross_entropy_own` as if "
+        "people had written them. Exits start as the layer that `--initial-layer "
+        f"{taught['initial_layer']}` chooses, those of `free_next_layer` as the next. CIDEr of "
+        f"{found['n_test']:,} other photographs, {found['quality_full']:.3f} at full depth; an "
+        f"interleaved race of {plan['timed']} captions in {plan['rounds']} rounds.",
+        "",
+        "Decoding against full depth where CIDEr drops by at most so much; behind it by how much "
+        "FREE with the largest probability is faster, at the same depths where objectives differ, "
+        "with its 95% bootstrap interval over photographs.",
+        "",
+        f"| objective | policy | {' | '.join(f'{float(at):.1%}' for at in levels)} |",
+        "|---|---|" + "---|" * len(levels),
+    ]
+    for curve in sorted(curves, key=lambda one: -one["speedup_decode"]["0.01"]):
+        cells = [f"{curve['speedup_decode'][at]:.2f}x, {_ahead(curve, at)}" for at in levels]
+        names = (f"`{curve[name]}`" for name in ("objective", "policy"))
+        lines.append(f"| {' | '.join((*names, *cells))} |")
+    return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/compare-photo.svg)\n"
+
+
+def _ahead(curve: dict[str, Any], level: str) -> str:
+    low, high = curve["free_over_interval"][level]
+    return f"{curve['free_over'][level]:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def _by_depth(found: dict[str, Any], first: str) -> str:
     """Agreement and accuracy at every depth, the dip if there is one, and overthinking."""
     forced, thought = found["teacher_forced"], found["overthinking"]
@@ -236,11 +276,15 @@ def _by_depth(found: dict[str, Any], first: str) -> str:
 def main() -> None:
     parser = parser_of("results", "", str(__doc__))
     parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--compared", type=Path, default=COMPARED)
     arguments = parser.parse_args()
     record = read_json(arguments.record)
     if record["matched"]:
         write_atomic(arguments.record.with_suffix(".svg"), plot(record))
-    text = page(record, read_json(HERE / "bridge" / "bridge.json"))
+    compared = read_json(arguments.compared) if arguments.compared.is_file() else None
+    if compared:
+        write_atomic(arguments.compared.with_suffix(".svg"), drawn(compared))
+    text = page(record, read_json(HERE / "bridge" / "bridge.json"), compared)
     write_atomic(HERE / "RESULTS.md", text)
     print(HERE / "RESULTS.md")
 

@@ -1,0 +1,80 @@
+"""Hold FREE against other objectives and policies on photographs, by CIDEr at equal speed.
+
+FREE learns from the captions that the model is sure of, without labels; cross-entropy reads all
+captions that people wrote. Takes about three hours of one core; cut off, it goes on where it
+stopped. Then: python -m examples.photo_vlm.results
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from examples.photo_vlm.caption import load
+from examples.photo_vlm.command import command, parser_of
+from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.fetch import WORK
+from examples.photo_vlm.rows import DATA, read_photographs
+
+from offramp.compare import compare
+from offramp.config import TrainConfig
+from offramp.grid import QUALITIES, Plan
+from offramp.records import write_json
+
+RECORD = Path("records/compare-photo.json")
+PLAN = Plan(
+    objectives=(
+        "logit_lens", "cross_entropy", "cross_entropy_own", "distillation", "l2", "cosine", "free",
+        "free_next_layer",
+    ),
+    policies=("entropy", "patience", "agreement", "saturation", "truncation"),
+    depths=(8,),
+    several=(8, 16, 24),
+    quantiles=(0.0, 0.1, 0.25, 0.4, 0.6, 0.8),
+    training=TrainConfig(
+        regime="pseudo", min_confidence=0.35, initial_layer="closest", shortlist=2048, steps=4000,
+        learning_rate=5e-4, evaluate_every=400, patience=None, max_new_tokens=LONGEST["captions"],
+    ),
+    timed=16,
+    rounds=2,
+    max_new_tokens=LONGEST["captions"],
+)  # fmt: skip
+SIZES = (3000, 500)
+"""Photographs to train and to test on."""
+QUICK = replace(
+    PLAN,
+    training=replace(PLAN.training, steps=4, evaluate_every=4, initial_layer="next"),
+    quantiles=(0.0, 0.5),
+    timed=1,
+    rounds=1,
+)
+QUICK_SIZES = (32, 8)
+
+
+@command
+def main() -> None:
+    parser = parser_of("compare", "--work runs/photo_vlm", str(__doc__))
+    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="only to try it out")
+    parser.add_argument("--out", type=Path, default=RECORD)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_num_threads(1)
+    backbone, encoder = load(arguments.work / "model")
+    splits = read_photographs(arguments.data)
+    plan, (taught, tested) = (QUICK, QUICK_SIZES) if arguments.quick else (PLAN, SIZES)
+    place = arguments.work / ("compared-quick" if arguments.quick else "compared")
+    train, test = splits["captions"][:taught], splits["captions_val"][:tested]
+    found = compare(
+        backbone, encoder.processor, train, test, place, plan, quality=QUALITIES["cider"]
+    )
+    write_json(arguments.out, found)
+    print(found["equal_quality"], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
