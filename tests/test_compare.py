@@ -260,6 +260,31 @@ def test_exits_with_a_shortlist_read_no_other_tokens(
     }  # fmt: skip
 
 
+def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    pairs = (("logit_lens", "saturation"), ("cross_entropy", "patience"), ("free", "saturation"))
+    plan = replace(SMALL, pairs=pairs)
+    found = run(tmp_path, plan)  # goes on in the folder, and adds them
+    several = {(p["objective"], p["policy"]) for p in found["points"] if p["depths"] == [2, 4]}
+    assert several == {*pairs, ("free", "max_probability")}
+    curves = {(c["objective"], c["policy"]) for c in found["equal_quality"]["curves"]}
+    assert curves == several
+    # what is there anyway is not there twice
+    monkeypatch.setattr(module._Bench, "_quality", refuse)
+    assert len(run(tmp_path, replace(plan, pairs=(*pairs, pairs[0])))["points"]) == len(
+        found["points"]
+    )
+
+
+def test_a_pair_has_a_line_of_its_own() -> None:
+    points = [*HAND, point(0.0, 1.4, policy="saturation"), point(0.0, 1.2, "l2", "saturation")]
+    drawn = merit.drawn({"points": [p | {"quality": 1.0} for p in points], "quality_full": 1.0})
+    for name in ("free", "distillation", "patience", "truncation", "saturation", "l2, saturation"):
+        assert f">{name}<" in drawn, name
+
+
 def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
     said = ["a dog runs on grass", "two men ride a red bus", "a dog"]
     references = [
@@ -289,6 +314,8 @@ def test_nothing_to_test_on_is_refused(run: Run, tmp_path: Path) -> None:
     [
         ({"objectives": ("distilation",)}, "Did you mean 'distillation'"),
         ({"policies": ("patients",)}, "Did you mean 'patience'"),
+        ({"pairs": (("logit_lense", "patience"),)}, "Did you mean 'logit_lens'"),
+        ({"pairs": (("logit_lens", ""),)}, "Policy '' is not known"),
         ({"rounds": 0}, "rounds is 0"),
         ({"seeds": 0}, "seeds is 0"),
         ({"quantiles": (1.5,)}, "quantiles"),
@@ -474,11 +501,13 @@ def test_the_command_compares_on_ones_own_pictures(
     data.write_text("\n".join(rows))
     arguments = ["compare", "--backbone", "tiny-opt", "--data", data, "--out", tmp_path / "run",
                  "--objectives", "free", "--policies", "max_probability", "fixed_depth",
+                 "--pairs", "logit_lens:saturation",
                  "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["quality_full"] == 1
-    assert {c["policy"] for c in told["curves"]} == {"max_probability", "fixed_depth"}
+    policies = {c["policy"] for c in told["curves"]}
+    assert policies == {"max_probability", "fixed_depth", "saturation"}
 
 
 def test_an_unknown_quality_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:

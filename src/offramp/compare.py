@@ -160,9 +160,9 @@ class _Bench:
         self.quality_full = float(self.qualities_full.mean())
 
     def _settings(self) -> dict[str, Any]:
-        """What every row depends on. Objectives, policies and seeds may be added later."""
+        """What every row depends on. Objectives, policies, pairs and seeds may be added later."""
         plan = asdict(self.plan)
-        for name in ("objectives", "policies", "seeds"):
+        for name in ("objectives", "policies", "pairs", "seeds"):
             del plan[name]
         return {
             "backbone": dump_fingerprint(self.backbone.fingerprint()),
@@ -201,6 +201,10 @@ class _Bench:
             if policy not in (*STREAKS, *FIXED):
                 found += curve(FREE, policy, depths)
             found += curve(FREE, policy, several)
+        there = {(entry.objective, entry.policy) for entry in found}
+        for objective, policy in dict.fromkeys(plan.pairs):
+            if (objective, policy) not in there:
+                found += curve(objective, policy, several)
         for store in (one for pair in self._stores.values() for one in pair):
             store.clear()
         self._stores = {}

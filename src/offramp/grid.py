@@ -74,6 +74,9 @@ class Plan:
         and `SUPERVISED` only where the data has answers, `NEXT` where `training` starts elsewhere,
         `OWN` where it has pseudo-labels.
     policies: keys of `POLICIES`, compared on FREE's exits.
+    pairs: more of (objective, policy), at the depths `several`: methods as they were published.
+        ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
+        ("cross_entropy", "patience") is PABEE (Zhou et al. 2020).
     depths: of the exits of every objective; None: proposed from the layer count.
     several: of those FREE exits that the policies are tried on besides; patience and agreement
         need more than one. None: a quarter, a half and three quarters of the layers.
@@ -87,6 +90,7 @@ class Plan:
 
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
     policies: tuple[str, ...] = tuple(POLICIES)
+    pairs: tuple[tuple[str, str], ...] = ()
     depths: tuple[int, ...] | None = None
     several: tuple[int, ...] | None = None
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
@@ -98,8 +102,9 @@ class Plan:
     max_new_tokens: int = 48
 
     def __post_init__(self) -> None:
-        check_known("Objective", self.objectives, tuple(OBJECTIVES))
-        check_known("Policy", self.policies, tuple(POLICIES))
+        objectives = (*self.objectives, *(objective for objective, _ in self.pairs))
+        check_known("Objective", objectives, tuple(OBJECTIVES))
+        check_known("Policy", (*self.policies, *(p for _, p in self.pairs)), tuple(POLICIES))
         counts = ("seeds", "timed", "rounds", "batch_size", "max_new_tokens")
         wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
         if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):

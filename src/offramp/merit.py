@@ -141,6 +141,14 @@ def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
     return min(curves, key=lambda curve: float(curve["free_over"][level]))
 
 
+def _name(point: Mapping[str, Any]) -> str:
+    """Of a point's line: its objective, its policy, or both where neither is FREE's."""
+    objective, policy = point["objective"], point["policy"]
+    if policy == "max_probability":
+        return str(objective)
+    return policy if objective == FREE or policy in FIXED else f"{objective}, {policy}"
+
+
 WORST = 0.2
 """Points that lose a larger share of the quality are left out of plots."""
 
@@ -153,7 +161,7 @@ def drawn(found: Mapping[str, Any]) -> str:
     """
     points = [
         (
-            point["objective"] if point["policy"] == "max_probability" else point["policy"],
+            _name(point),
             point["speedup_decode"],
             point["quality_drop"],
             point["quality"],

@@ -63,6 +63,11 @@ def add(commands: Any) -> None:
         "fixed_depth and truncation, on FREE's exits (default: all)",
     )  # fmt: skip
     parser.add_argument(
+        "--pairs", nargs="+", type=_pair, metavar="OBJECTIVE:POLICY",
+        help="methods as they were published, such as logit_lens:saturation (MuE on a frozen "
+        "model) or cross_entropy:patience (PABEE), at the depths of --several",
+    )  # fmt: skip
+    parser.add_argument(
         "--depths", type=int, nargs="+", metavar="DEPTH",
         help="of the exits of every objective (default: a quarter of the layers)",
     )  # fmt: skip
@@ -86,6 +91,11 @@ def add(commands: Any) -> None:
     )  # fmt: skip
 
 
+def _pair(text: str) -> tuple[str, str]:
+    objective, _, policy = text.partition(":")
+    return objective, policy
+
+
 def _compare(arguments: argparse.Namespace) -> None:
     from offramp.compare import compare
     from offramp.data import read_examples
@@ -94,7 +104,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from offramp.metrics import check_known
 
     check_known("Quality", [arguments.quality], ("agreement", *QUALITIES))
-    given = ("objectives", "policies", "depths", "several")
+    given = ("objectives", "policies", "pairs", "depths", "several")
     chosen: dict[str, Any] = {
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
