@@ -266,6 +266,28 @@ def test_a_regime_labels_what_it_says(opt: Any) -> None:
     assert labelled("mixed", labelled_fraction=0.01) == 1
 
 
+@pytest.mark.parametrize("regime", ["supervised", "mixed"])
+def test_all_captions_are_labels_and_of_annotators_answers_the_most_given(
+    regime: str, opt: Any
+) -> None:
+    encoder, (one, two) = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(2)
+    captions = ("a red ball", "the ball is red", "one ball")
+    given = [
+        replace(one, answers=captions),
+        replace(two, answers=("blue", "green", "blue", "red", "green")),
+    ]
+    config = replace(SHORT, regime=regime, labelled_fraction=0.9)
+    whole = answers_of(encoder, given, config, share=slice(None))
+    said = [(row.example.key, row.ids) for row in whole]
+    wanted = [(one, text) for text in captions] + [(two, "blue"), (two, "green")]
+    assert said == [(e.key, tuple(encoder.answer_ids(e.prompt, text))) for e, text in wanted]
+    assert all(row.labelled for row in whole)
+    # processes share the answers, not the examples: none has many more than another
+    parts = [answers_of(encoder, given, config, share=slice(n, None, 2)) for n in (0, 1)]
+    assert [len(part) for part in parts] == [3, 2]
+    assert sorted(row.ids for part in parts for row in part) == sorted(ids for _, ids in said)
+
+
 def test_shares_of_several_processes_are_the_whole_and_label_the_same(opt: Any) -> None:
     encoder, some = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(9)
     config = replace(SHORT, regime="mixed", labelled_fraction=0.4)

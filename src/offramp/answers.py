@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -40,6 +41,8 @@ def answers_of(
 ) -> list[Answered]:
     """The answers of a regime for `share` of the examples; `progress` wraps what is iterated.
 
+    Of a labelled example it is those that were given most often: all its captions.
+
     The regime picks its labelled examples before they are shared out, so that they are the same
     ones on any number of processes. Pseudo-labelling may leave none.
 
@@ -54,9 +57,10 @@ def answers_of(
         )
     chosen = {id(example) for example in labelled}
     rest = [example for example in examples if id(example) not in chosen]
+    taught = [(e, answer) for e in labelled for answer in most_given(e.answers)]
     rows = [
-        Answered(e, tuple(encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
-        for e in labelled[share]
+        Answered(e, tuple(encoder.answer_ids(e.prompt, answer)), labelled=True)
+        for e, answer in taught[share]
     ]
     pseudo = config.regime == "pseudo"
     written = self_written(
@@ -68,6 +72,13 @@ def answers_of(
         progress=progress,
     )
     return rows + [Answered(row.example, row.ids, labelled=pseudo) for row in written]
+
+
+def most_given(answers: Sequence[str]) -> list[str]:
+    """Those that were given most often: of captions, which all differ, each; of annotators' answers
+    to a question, what most of them say."""
+    counts = Counter(answers)
+    return [answer for answer, count in counts.items() if count == max(counts.values())]
 
 
 def labelled_examples(examples: Sequence[Example], config: TrainConfig) -> list[Example]:

@@ -30,8 +30,9 @@ class TrainConfig:
     )
     regime: str = _option(
         "unsupervised",
-        "supervised: answers from the data; unsupervised: the frozen model writes them and its "
-        "final layer teaches; pseudo: as labels, those it is sure of; mixed: a fraction labelled",
+        "supervised: answers from the data, of several those given most often, so all captions; "
+        "unsupervised: the frozen model writes them and its final layer teaches; pseudo: as "
+        "labels, those it is sure of; mixed: a fraction labelled",
         choices=REGIMES,
     )
     initial_layer: str = _option(
