@@ -203,11 +203,12 @@ def _compared(found: dict[str, Any]) -> str:
         f"From [records/compare-photo.json](../../records/compare-photo.json). Each objective "
         f"{taught['steps']:,} steps on {found['n_train']:,} photographs, with the largest "
         f"probability as score and an exit at {plan['depths'][0]}; each policy on the exits of "
-        f"FREE there or at {', '.join(map(str, plan['several']))}. `cross_entropy` learns what "
-        "people wrote; all else reads no labels, but learns from the captions that the model wrote "
-        f"with a confidence of {taught['min_confidence']:g} or more, `cross_entropy_own` as if "
-        "people had written them. Exits start as the layer that `--initial-layer "
-        f"{taught['initial_layer']}` chooses, those of `free_next_layer` as the next. CIDEr of "
+        f"FREE there or at {', '.join(map(str, plan['several']))}. `cross_entropy` learns all "
+        "captions that people wrote. All else reads no labels: it learns from those that the model "
+        f"wrote with a confidence of {taught['min_confidence']:g} or more, `cross_entropy_own` by "
+        "cross-entropy alone. Exits start as the layer that `--initial-layer "
+        f"{taught['initial_layer']}` chooses, those of `free_next_layer` as the next. Quality: "
+        "CIDEr of "
         f"{found['n_test']:,} other photographs, {found['quality_full']:.3f} at full depth; an "
         f"interleaved race of {plan['timed']} captions in {plan['rounds']} rounds.",
         "",
