@@ -27,7 +27,7 @@ from offramp.records import write_json
 RECORD = Path("records/compare-photo.json")
 PLAN = Plan(
     objectives=(
-        "logit_lens", "cross_entropy", "cross_entropy_own", "distillation", "l2", "free",
+        "logit_lens", "cross_entropy", "cross_entropy_own", "distillation", "free",
         "free_next_layer",
     ),
     policies=("patience", "agreement", "saturation"),
