@@ -56,7 +56,7 @@ def figures() -> str:
         cells = " | ".join(value(r, r["modes"]["early_exit"]) for r in reports)
         lines.append(f"| {title} | {cells} |")
     lines += ["", "`make records` runs both again and rewrites this table.", "", *_promised()]
-    lines += ["", *_labels(), "", *_photographs()]
+    lines += ["", *_labels(), "", *_photographs(), "", *_photographs_compared()]
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +165,44 @@ def _photographs() -> list[str]:
         f"| {exact['speedup_end_to_end']:.2f}x | {same} |"
     )
     return lines
+
+
+BESIDE = {
+    ("free", "max_probability"): "FREE, no labels",
+    ("distillation", "max_probability"): "distillation alone, no labels",
+    ("cross_entropy_own", "max_probability"): "cross-entropy, captions of the model's own",
+    ("cross_entropy", "max_probability"): "cross-entropy, all human captions",
+    ("free", "patience"): "FREE, leaving by patience (PABEE)",
+    ("free", "saturation"): "FREE, leaving by saturation (MuE)",
+    ("logit_lens", "saturation"): "logit lens, leaving by saturation (MuE)",
+    ("logit_lens", "max_probability"): "logit lens",
+}
+
+
+def _photographs_compared() -> list[str]:
+    """FREE beside the usual baselines on photographs, at equal CIDEr."""
+    record = json.loads((ROOT / "records" / "compare-photo.json").read_text())
+    curves = {(c["objective"], c["policy"]): c for c in record["equal_quality"]["curves"]}
+    levels = list(map(str, LEVELS))
+    heads = " | ".join(f"{_percent(level)}, FREE ahead by" for level in levels)
+    lines = [
+        f"Beside other ways, on {record['n_test']:,} photographs: decoding where CIDEr drops by at "
+        "most so much, and by how much FREE is faster, with its 95% interval "
+        "([all of them](examples/photo_vlm/RESULTS.md)).",
+        "",
+        f"| exits | {heads} |",
+        "|---|" + "---|" * len(levels),
+    ]
+    for name, title in BESIDE.items():
+        curve = curves[name]
+        cells = [f"{curve['speedup_decode'][at]:.2f}x{_over(curve, at)}" for at in levels]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _over(curve: dict, level: str) -> str:
+    low, high = curve["free_over_interval"][level]
+    return "" if low == high == 1 else f", {curve['free_over'][level]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def performance_figures() -> str:
