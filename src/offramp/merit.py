@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import harmonic_mean
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.grid import FIXED, FREE, NEXT, SUPERVISED
+from offramp.metrics import Measure, interval
 from offramp.plots import tradeoff
 
 OURS = (FREE, SUPERVISED, NEXT)
 """Objectives that are no baselines."""
 Array = NDArray[np.float64]
 Points = Sequence[Mapping[str, Any]]
-ENDS = (0.025, 0.975)
-"""Of an interval, as quantiles."""
+RESAMPLES = 200
 LEVELS = (0.005, 0.01, 0.02, 0.05)
 """Relative drops of quality at which speeds are compared."""
 
@@ -52,20 +53,19 @@ class Each:
     early: Array
     groups: Sequence[str]
 
-    def drops(self, resamples: int, seed: int) -> Array:
-        """Relative drops of quality in resamples of the groups [resamples, P]."""
-        names, group = np.unique(np.asarray(self.groups), return_inverse=True)
-        draws = np.random.default_rng(seed)
-        counts = draws.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
-        weights = counts[:, group].astype(float)
-        full, early = weights @ self.full, weights @ self.early.T
-        found: Array = (full[:, None] - early) / np.maximum(full[:, None], 1e-9)
-        return found
+    def interval(self, figure: Callable[[Array], float]) -> list[float]:
+        """The bootstrap's 95% of what is a figure of the points' relative drops of quality [P]."""
+
+        def of(sums: Array) -> Array:
+            full, early = sums[:, :1], sums[:, 1:]
+            return np.array([figure(drops) for drops in (full - early) / np.maximum(full, 1e-9)])
+
+        rows = np.column_stack([self.full, self.early.T])
+        whole = Measure(float(of(rows.sum(0, keepdims=True))[0]), rows, of)
+        return list(interval(whole, self.groups, resamples=RESAMPLES) or (whole.value,) * 2)
 
 
-def equal_quality(
-    points: Points, each: Each | None = None, *, resamples: int = 200
-) -> dict[str, Any]:
+def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
     """Speeds at equal quality.
 
     each: of the same points; None: no intervals.
@@ -82,15 +82,9 @@ def equal_quality(
     """
     found = [_curve(*pair) for pair in _pairs(points)]
     if each is not None:
-        drawn = [
-            [{**p, "quality_drop": drop} for p, drop in zip(points, drops, strict=True)]
-            for drops in each.drops(resamples, seed=0).tolist()
-        ]
-        again = [[_curve(*pair)["free_over"] for pair in _pairs(some)] for some in drawn]
-        for curve, overs in zip(found, zip(*again, strict=True), strict=True):
+        for curve, pair in zip(found, _pairs(points), strict=True):
             curve["free_over_interval"] = {
-                str(level): np.quantile([over[str(level)] for over in overs], ENDS).tolist()
-                for level in LEVELS
+                str(level): each.interval(partial(_over, points, pair, level)) for level in LEVELS
             }
     baselines = [c for c in found if c["objective"] not in OURS or c["policy"] != "max_probability"]
     if not baselines or all(c["objective"] != FREE for c in found):
@@ -120,12 +114,12 @@ def _pairs(points: Points) -> list[tuple[Points, Points]]:
     return found
 
 
-def _curve(theirs: Points, free: Points) -> dict[str, Any]:
+def _curve(theirs: Points, free: Points, levels: Sequence[float] = LEVELS) -> dict[str, Any]:
     """A curve's speeds, and by how much FREE's are higher."""
     seeds = sorted({p["seed"] for p in theirs})
     curve: dict[str, Any] = {name: theirs[0][name] for name in ("objective", "policy")}
     curve |= {"speedup_decode": {}, "free_over": {}, "free_over_by_seed": {}}
-    for level in LEVELS:
+    for level in levels:
         speeds = [speed_at(_of(seed, theirs), level) for seed in seeds]
         frees = [speed_at(_of(seed, free), level) for seed in seeds]
         mean = harmonic_mean(speeds)
@@ -135,6 +129,13 @@ def _curve(theirs: Points, free: Points) -> dict[str, Any]:
             free / speed for free, speed in zip(frees, speeds, strict=True)
         ]
     return curve
+
+
+def _over(points: Points, pair: tuple[Points, Points], level: float, drops: Array) -> float:
+    """By how much FREE is ahead in a pair, if the points' quality dropped by `drops` [P]."""
+    drop = {id(point): float(one) for point, one in zip(points, drops, strict=True)}
+    theirs, free = ([{**p, "quality_drop": drop[id(p)]} for p in some] for some in pair)
+    return float(_curve(theirs, free, (level,))["free_over"][str(level)])
 
 
 def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
