@@ -278,6 +278,15 @@ def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
     )
 
 
+def test_a_method_as_published_is_held_against_free_at_any_depths() -> None:
+    pair = point(0.0, 1.5, "cross_entropy", "patience", depths=(2, 4))
+    (curve,) = (
+        c for c in equal_quality([*HAND, pair, point(0.0, 5.0, "free_supervised")])["curves"]
+        if c["objective"] == "cross_entropy"
+    )  # fmt: skip
+    assert curve["free_over"]["0.005"] == pytest.approx(5.0 / 1.5)
+
+
 def test_a_pair_has_a_line_of_its_own() -> None:
     points = [*HAND, point(0.0, 1.4, policy="saturation"), point(0.0, 1.2, "l2", "saturation")]
     drawn = merit.drawn({"points": [p | {"quality": 1.0} for p in points], "quality_full": 1.0})

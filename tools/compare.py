@@ -26,7 +26,7 @@ from offramp.compare import compare, exits_folder
 from offramp.config import TrainConfig
 from offramp.encode import Encoder
 from offramp.examples import Example
-from offramp.grid import FREE, Plan
+from offramp.grid import FEW, FREE, Plan
 from offramp.measure import race, speedup
 from offramp.policy import FULL, Policy
 from offramp.records import provenance, read_json, write_json
@@ -38,6 +38,11 @@ DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
 """Of every objective's exits, and of the exits that the policies are tried on besides."""
 STEPS = {"opt": 600, "t5": 1200}
 """T5's exits at depth 2 learn in a jump, which comes after 300 to 600 steps or more by seed."""
+PUBLISHED = (
+    ("cross_entropy", "patience"), ("cross_entropy", "saturation"),
+    (FEW, "patience"), (FEW, "saturation"), ("logit_lens", "saturation"),
+)  # fmt: skip
+"""PABEE and MuE as published, whose exits learn from labels: all, a tenth, or none."""
 QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 THRESHOLD = 0.9
 
@@ -86,6 +91,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
     plan = Plan(
         depths=depths,
         several=several,
+        pairs=PUBLISHED,
         quantiles=QUANTILES,
         training=TrainConfig(
             steps=STEPS[kind] // sizes.shorter,

@@ -73,8 +73,9 @@ def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
     Returns:
         `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
         by the mean of the seeds' times; `free_over`, by how much FREE with max_probability is
-        faster there: an objective is held against FREE's exits at its own depths, a policy against
-        all of them, and cross_entropy, which reads all labels, against the FREE that does too;
+        faster there: an objective is held against FREE's exits at its own depths, a policy and a
+        pair against all of them, and cross_entropy, which reads all labels, against the FREE that
+        does too;
         `free_over_by_seed`, the same for each seed alone; and with `each` also
         `free_over_interval`, the bootstrap's 95% over test pictures, speeds as they were measured.
         `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
@@ -108,9 +109,10 @@ def _pairs(points: Points) -> list[tuple[Points, Points]]:
     found: list[tuple[Points, Points]] = []
     for (objective, policy), theirs in sorted(curves.items()):
         depths = [p["depths"] for p in theirs]
-        of_policy = objective == FREE or policy in FIXED
         ours = supervised if objective == "cross_entropy" and supervised else free
-        found.append((theirs, ours if of_policy else [p for p in ours if p["depths"] in depths]))
+        alike = [p for p in ours if p["depths"] in depths]
+        of_objective = objective != FREE and policy == "max_probability"
+        found.append((theirs, alike if of_objective else ours))
     return found
 
 
