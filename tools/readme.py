@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
-from offramp.merit import LEVELS, equal_quality
+from offramp.merit import LEVELS, ahead, equal_quality
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("opt", "t5")
@@ -201,8 +202,8 @@ def _photographs_compared() -> list[str]:
 
 
 def _over(curve: dict, level: str) -> str:
-    low, high = curve["free_over_interval"][level]
-    return "" if low == high == 1 else f", {curve['free_over'][level]:.2f} [{low:.2f}, {high:.2f}]"
+    itself = curve["free_over_interval"][level] == [1, 1]
+    return "" if itself else f", {ahead(curve, level)}"
 
 
 def performance_figures() -> str:
@@ -386,7 +387,7 @@ def _equal_quality(record: dict) -> str:
         "objectives differ, and with the labels (`free_supervised`) where `cross_entropy` has "
         "them; in brackets the seeds' range.",
         "",
-        *_by_level(models, levels, _ahead),
+        *_by_level(models, levels, partial(ahead, spread="free_over_by_seed")),
     ]
     return "\n".join(lines) + "\n"
 
@@ -403,11 +404,6 @@ def _by_level(models: dict, levels: list[str], cell: Callable[[dict, str], str])
         cells = [cell(curve[name], level) for curve in curves for level in levels]
         lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
     return lines
-
-
-def _ahead(curve: dict, level: str) -> str:
-    seeds = curve["free_over_by_seed"][level]
-    return f"{curve['free_over'][level]:.2f} [{min(seeds):.2f}, {max(seeds):.2f}]"
 
 
 def _tiny(kind: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import LANGUAGE, VISION, WORK, fetch
+from examples.photo_vlm.fetch import LANGUAGE, VISION, fetch
 from examples.photo_vlm.learn import Bridge
 from examples.photo_vlm.photos import image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, Neck
@@ -144,9 +144,8 @@ def build(work: Path, bridge_folder: Path) -> tuple[Any, Any]:
 
 @command
 def main() -> None:
-    parser = parser_of("build", "--out runs/photo_vlm/model", str(__doc__))
+    parser = parser_of("build", "--out runs/photo_vlm/model", str(__doc__), "work")
     parser.add_argument("--out", type=Path, required=True, help="folder for the VLM, 290 MB")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
     parser.add_argument("--bridge", type=Path, default=BRIDGE, help="trained bridge's folder")
     arguments = parser.parse_args()
     model, processor = build(arguments.work, arguments.bridge)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import WORK
 
 from offramp.data import CAPTION_PROMPT, QUESTION_PROMPT
 from offramp.errors import InputError
@@ -86,7 +85,7 @@ DTYPES = ("float32", "bfloat16")
 
 @command
 def main() -> None:
-    parser = parser_of("caption", "photo.jpg --mode full --json", str(__doc__))
+    parser = parser_of("caption", "photo.jpg --mode full --json", str(__doc__), "model")
     parser.add_argument("photo", type=Path, help="any picture that Pillow reads")
     parser.add_argument("--mode", choices=MODES, default="full", help="default: %(default)s")
     parser.add_argument(
@@ -95,7 +94,6 @@ def main() -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--question", help="answer this instead of captioning")
-    parser.add_argument("--model", type=Path, default=WORK / "model", help="built folder")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of trained exits")
     parser.add_argument("--longest", type=int, default=30, help="tokens of an answer at most")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the text")

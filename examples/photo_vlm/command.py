@@ -6,6 +6,15 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+WORK = Path("runs/photo_vlm")
+FOLDERS = {
+    "data": (Path("../shared/data"), "where the data sets are"),
+    "work": (WORK, "where this recipe keeps what it makes"),
+    "model": (WORK / "model", "the model that `build` made"),
+}
+"""By the option's name: default, and what it is."""
 
 
 def command(run: Callable[[], None]) -> Callable[[], None]:
@@ -23,11 +32,16 @@ def command(run: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
-def parser_of(name: str, example: str, does: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with an example."""
+def parser_of(name: str, example: str, does: str, *folders: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with an example, with options for some of `FOLDERS`."""
     module = f"python -m examples.photo_vlm.{name}"
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         usage=f"{module} {example}",
         description=does,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    for folder in folders:
+        default, what = FOLDERS[folder]
+        help_ = f"{what} (default: %(default)s)"
+        parser.add_argument(f"--{folder}", type=Path, default=default, metavar="DIR", help=help_)
+    return parser

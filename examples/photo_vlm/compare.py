@@ -16,8 +16,7 @@ import torch
 from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST
-from examples.photo_vlm.fetch import WORK
-from examples.photo_vlm.rows import DATA, read_photographs
+from examples.photo_vlm.rows import read_photographs
 
 from offramp.compare import compare
 from offramp.config import TrainConfig
@@ -57,9 +56,7 @@ QUICK_SIZES = (32, 8)
 
 @command
 def main() -> None:
-    parser = parser_of("compare", "--work runs/photo_vlm", str(__doc__))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
+    parser = parser_of("compare", "--work runs/photo_vlm", str(__doc__), "data", "work")
     parser.add_argument("--quick", action="store_true", help="only to try it out")
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from examples.photo_vlm.caption import answer, load
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import WORK
-from examples.photo_vlm.rows import DATA, ids_of, read_photographs
+from examples.photo_vlm.rows import ids_of, read_photographs
 from torch import Tensor
 
 from offramp.examples import Example
@@ -86,9 +85,7 @@ def _answers(folder: Path, examples: Sequence[Example], longest: int, size: int)
 
 @command
 def main() -> None:
-    parser = parser_of("evaluate", "--model runs/photo_vlm/model", str(__doc__))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
-    parser.add_argument("--model", type=Path, default=WORK / "model", help="built folder")
+    parser = parser_of("evaluate", "--model runs/photo_vlm/model", str(__doc__), "data", "model")
     parser.add_argument("--limit", type=int, help="at most so many photographs, and questions")
     parser.add_argument("--batch", type=int, default=32, help="examples at a time")
     parser.add_argument("--out", type=Path, help="write figures and answers there, as JSON")

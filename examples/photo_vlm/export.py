@@ -11,9 +11,9 @@ from typing import Any
 
 from examples.photo_vlm.build import BRIDGE, load_language, new_bridge, save_bridge
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import LANGUAGE, VISION, WORK
+from examples.photo_vlm.fetch import LANGUAGE, VISION
 from examples.photo_vlm.learn import load_state
-from examples.photo_vlm.rows import CAPTIONS, DATA, QUESTIONS
+from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
 from examples.photo_vlm.vision import LiteTowerConfig
 
 from offramp.records import digest_file, provenance
@@ -40,9 +40,7 @@ def card_of(state: dict[str, Any], tower: LiteTowerConfig, data: Path, log: Path
 
 @command
 def main() -> None:
-    parser = parser_of("export", "--work runs/photo_vlm", str(__doc__))
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
+    parser = parser_of("export", "--work runs/photo_vlm", str(__doc__), "data", "work")
     parser.add_argument("--out", type=Path, default=BRIDGE, help="folder for the bridge")
     arguments = parser.parse_args()
     state = load_state(arguments.work / "state.pt")

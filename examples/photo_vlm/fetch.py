@@ -13,8 +13,6 @@ from examples.photo_vlm.command import command, parser_of
 from offramp.errors import DataError, StorageError
 from offramp.records import digest_file, write_atomic
 
-WORK = Path("runs/photo_vlm")
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -97,8 +95,7 @@ def _download(weights: Weights, folder: Path) -> None:
 
 @command
 def main() -> None:
-    parser = parser_of("fetch", "", str(__doc__))
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
+    parser = parser_of("fetch", "", str(__doc__), "work")
     arguments = parser.parse_args()
     for weights in (LANGUAGE, VISION):
         print(fetch(weights, arguments.work))

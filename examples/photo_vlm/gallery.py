@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.photo_vlm.caption import ADAPTER, load
-from examples.photo_vlm.command import command, parser_of
+from examples.photo_vlm.command import WORK, command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, caption_figures
-from examples.photo_vlm.fetch import WORK
-from examples.photo_vlm.rows import DATA, read_photographs
+from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
 from offramp.answerlog import Done, Row
@@ -65,9 +64,9 @@ def page(model: Path, adapter: Path, examples: list[Example], shown: int) -> str
 
 @command
 def main() -> None:
-    parser = parser_of("gallery", "--out runs/photo_vlm/gallery.html", str(__doc__))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
-    parser.add_argument("--model", type=Path, default=WORK / "model", help="built folder")
+    parser = parser_of(
+        "gallery", "--out runs/photo_vlm/gallery.html", str(__doc__), "data", "model"
+    )
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of trained exits")
     parser.add_argument("--photos", type=int, default=200, help="looked at (default: %(default)s)")
     parser.add_argument("--shown", type=int, default=30, help="on the page (default: %(default)s)")

@@ -26,8 +26,7 @@ from examples.photo_vlm.evaluate import (
     caption_figures,
     caption_measures,
 )
-from examples.photo_vlm.fetch import WORK
-from examples.photo_vlm.rows import DATA, read_photographs
+from examples.photo_vlm.rows import read_photographs
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
@@ -491,9 +490,7 @@ def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
 
 @command
 def main() -> None:
-    parser = parser_of("measure", "--regimes unsupervised", str(__doc__))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
+    parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work")
     parser.add_argument(
         "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
         help="with --size whole, more is measured of the first one (default: all)",

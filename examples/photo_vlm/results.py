@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
 
-from offramp.merit import drawn
+from offramp.merit import ahead, drawn
 from offramp.plots import tradeoff
 from offramp.records import read_json, write_atomic
 
@@ -220,15 +220,10 @@ def _compared(found: dict[str, Any]) -> str:
         "|---|---|" + "---|" * len(levels),
     ]
     for curve in sorted(curves, key=lambda one: -one["speedup_decode"]["0.01"]):
-        cells = [f"{curve['speedup_decode'][at]:.2f}x, {_ahead(curve, at)}" for at in levels]
+        cells = [f"{curve['speedup_decode'][at]:.2f}x, {ahead(curve, at)}" for at in levels]
         names = (f"`{curve[name]}`" for name in ("objective", "policy"))
         lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/compare-photo.svg)\n"
-
-
-def _ahead(curve: dict[str, Any], level: str) -> str:
-    low, high = curve["free_over_interval"][level]
-    return f"{curve['free_over'][level]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _by_depth(found: dict[str, Any], first: str) -> str:

@@ -22,7 +22,6 @@ from offramp.data import read_examples
 from offramp.errors import DataError
 from offramp.examples import Example
 
-DATA = Path("../shared/data")
 CAPTIONS = "flickr8k_captions.jsonl"
 QUESTIONS = "daquar_vqa.jsonl"
 HELD_OUT = 5  # one DAQUAR photograph in so many is never trained on

@@ -20,7 +20,6 @@ from examples.photo_vlm.evaluate import (
     answers_from_features,
     caption_figures,
 )
-from examples.photo_vlm.fetch import WORK
 from examples.photo_vlm.learn import (
     Bridge,
     WordDetector,
@@ -30,7 +29,7 @@ from examples.photo_vlm.learn import (
     text_loss,
 )
 from examples.photo_vlm.photos import cache_features
-from examples.photo_vlm.rows import DATA, Rows, ids_of, pack, read_photographs
+from examples.photo_vlm.rows import Rows, ids_of, pack, read_photographs
 from examples.photo_vlm.vision import LiteTowerConfig
 from torch import Tensor
 
@@ -185,9 +184,7 @@ def _validate(trainer: Trainer, tokenizer: Any, splits: Any, count: int) -> dict
 
 @command
 def main() -> None:
-    parser = parser_of("train", "--resume --steps 3000", str(__doc__))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder (default: %(default)s)")
+    parser = parser_of("train", "--resume --steps 3000", str(__doc__), "data", "work")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--steps", type=int, default=3000, help="through the language model")
     parser.add_argument("--align", type=int, default=300, help="steps of word detection before")

@@ -33,19 +33,7 @@ from offramp.encode import Encoder
 from offramp.errors import DataError, InputError
 from offramp.examples import Example, examples_digest, picture_of
 from offramp.exits import Exits, propose_depths
-from offramp.grid import (
-    DEFAULT,
-    FEW,
-    FIXED,
-    FREE,
-    NEXT,
-    OBJECTIVES,
-    OWN,
-    POLICIES,
-    QUALITIES,
-    SUPERVISED,
-    Plan,
-)
+from offramp.grid import DEFAULT, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
 from offramp.measure import Way, race, speedup
 from offramp.merit import Each, drawn, equal_quality
 from offramp.policy import FULL, Generation, Policy
@@ -185,13 +173,9 @@ class _Bench:
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
-        left_out = {FREE} if self._labelled else {FREE, FEW, SUPERVISED}
-        left_out |= {NEXT} if plan.training.initial_layer == "next" else set()
-        left_out |= {OWN} if plan.training.regime != "pseudo" else set()
-        objectives = [o for o in OBJECTIVES if o in plan.objectives and o not in left_out]
         found = [
             entry
-            for objective in objectives
+            for objective in plan.others(labelled=self._labelled)
             for entry in curve(objective, "max_probability", depths)
         ]
         for policy in dict.fromkeys(("max_probability", *plan.policies)):

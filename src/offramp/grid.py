@@ -70,9 +70,9 @@ QUALITIES: dict[str, Quality] = {
 class Plan:
     """What is compared, and how long it is looked at.
 
-    objectives: keys of `OBJECTIVES`, compared by max_probability; FREE is always among them, `FEW`
-        and `SUPERVISED` only where the data has answers, `NEXT` where `training` starts elsewhere,
-        `OWN` where it has pseudo-labels.
+    objectives: keys of `OBJECTIVES`, compared by max_probability where they apply: `FEW` and
+        `SUPERVISED` where the data has answers, `NEXT` where `training` starts elsewhere, `OWN`
+        where it has pseudo-labels. FREE is always among them.
     policies: keys of `POLICIES`, compared on FREE's exits.
     pairs: more of (objective, policy), at the depths `several`: methods as they were published.
         ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
@@ -116,6 +116,20 @@ class Plan:
                 f"This comparison cannot start: {'; '.join(wrong)}.",
                 "Give counts of 1 or more, quantiles from 0 to 1, and two or more depths.",
             )
+
+    def others(self, *, labelled: bool) -> list[str]:
+        """Those of `objectives` that this plan can tell from FREE, which is not among them.
+
+        labelled: whether all examples have answers.
+        """
+        alike = {FREE}
+        if not labelled:
+            alike |= {FEW, SUPERVISED}
+        if self.training.initial_layer == "next":
+            alike.add(NEXT)
+        if self.training.regime != "pseudo":
+            alike.add(OWN)
+        return [o for o in OBJECTIVES if o in self.objectives and o not in alike]
 
 
 DEFAULT = Plan()

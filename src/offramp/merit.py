@@ -140,6 +140,15 @@ def _over(points: Points, pair: tuple[Points, Points], level: float, drops: Arra
     return float(_curve(theirs, free, (level,))["free_over"][str(level)])
 
 
+def ahead(curve: Mapping[str, Any], level: str, spread: str = "free_over_interval") -> str:
+    """By how much FREE is ahead of a curve of `equal_quality`, in words: "1.27 [1.05, 1.57]".
+
+    spread: what the brackets span; or "free_over_by_seed".
+    """
+    some = curve[spread][level]
+    return f"{curve['free_over'][level]:.2f} [{min(some):.2f}, {max(some):.2f}]"
+
+
 def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
     return min(curves, key=lambda curve: float(curve["free_over"][level]))
 
