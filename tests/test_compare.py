@@ -289,7 +289,7 @@ def test_a_method_as_published_is_held_against_free_at_any_depths() -> None:
 
 def test_a_pair_has_a_line_of_its_own() -> None:
     points = [*HAND, point(0.0, 1.4, policy="saturation"), point(0.0, 1.2, "l2", "saturation")]
-    drawn = merit.drawn({"points": [p | {"quality": 1.0} for p in points], "quality_full": 1.0})
+    drawn = merit.drawn({"points": points})
     for name in ("free", "distillation", "patience", "truncation", "saturation", "l2, saturation"):
         assert f">{name}<" in drawn, name
 
@@ -487,12 +487,10 @@ def test_the_order_of_points_does_not_count() -> None:
 
 def test_the_plot_shows_what_no_other_threshold_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, Any] = {}
-    monkeypatch.setattr(merit, "tradeoff", lambda series, what: shown.update(series))
-    points = [
-        point(1 - q, s) | {"quality": q} for s, q in ((2, 0.9), (1.5, 0.8), (1.2, 1), (3, 0.1))
-    ]
-    merit.drawn({"points": points, "quality_full": 1.0})
-    assert shown == {"full depth": [(1.0, 1.0)], "free": [(2, 0.9), (1.2, 1)]}
+    monkeypatch.setattr(merit, "tradeoff", lambda series, what, ours: shown.update(series))
+    points = [point(1 - q, s) for s, q in ((2, 0.95), (1.5, 0.94), (1.2, 1), (3, 0.1))]
+    merit.drawn({"points": points})
+    assert shown == {"full depth": [(1.0, 1.0)], "free": [(2, 0.95), (1.2, 1)]}
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -161,38 +161,25 @@ def _name(point: Mapping[str, Any]) -> str:
     return policy if objective == FREE or policy in FIXED else f"{objective}, {policy}"
 
 
-WORST = 0.2
+WORST = 0.08
 """Points that lose a larger share of the quality are left out of plots."""
 
 
 def drawn(found: Mapping[str, Any]) -> str:
-    """Quality against measured decoding speed, a line for each (objective, policy), as SVG.
-
-    Of each those of the first seed that no other of its own beats in both, down to the relative
-    drop `WORST`.
-    """
-    points = [
-        (
-            _name(point),
-            point["speedup_decode"],
-            point["quality_drop"],
-            point["quality"],
-        )
-        for point in _of(found["points"][0]["seed"], found["points"])
-    ]
-    return tradeoff(lines(points, found["quality_full"]), "quality")
+    """The quality that is kept against measured decoding speed, a line for each (objective,
+    policy), as SVG; of each those of the first seed."""
+    points = _of(found["points"][0]["seed"], found["points"])
+    named = [(_name(p), p["speedup_decode"], p["quality_drop"]) for p in points]
+    return tradeoff(lines(named), "quality kept", ours=FREE)
 
 
-def lines(
-    points: Iterable[tuple[str, float, float, float]], full: float
-) -> dict[str, list[tuple[float, float]]]:
-    """A plot's lines by name: (speed, quality) of points (name, speed, drop, quality) that lose at
-    most `WORST` and that no other of the same name beats in both; and full depth of quality `full`.
-    """
-    series = {"full depth": [(1.0, full)]}
-    for name, speed, drop, quality in points:
+def lines(points: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """A plot's lines by name: (speed, quality kept) of points (name, speed, relative drop) that
+    lose at most `WORST` and that no other of the same name beats in both; and full depth."""
+    series = {"full depth": [(1.0, 1.0)]}
+    for name, speed, drop in points:
         if drop <= WORST:
-            series.setdefault(name, []).append((speed, quality))
+            series.setdefault(name, []).append((speed, 1 - drop))
     return {
         name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]
         for name, some in series.items()

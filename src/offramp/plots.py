@@ -158,17 +158,22 @@ def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:
     return _drawn(f"depth that tokens need: {', '.join(kinds)}", draw, (_SIZE[0], height))
 
 
-def tradeoff(series: Mapping[str, Sequence[tuple[float, float]]], what: str) -> str:
-    """Quality against decoding speed: (speedup, quality) points by series, joined by speed."""
+def tradeoff(
+    series: Mapping[str, Sequence[tuple[float, float]]], what: str, ours: str | None = None
+) -> str:
+    """Quality against decoding speed: (speedup, quality) points by series, joined by speed; `ours`,
+    a name of `series`, stands out."""
 
     def draw(axes: Any) -> None:
         for slot, (name, points) in enumerate(series.items()):
             ordered = sorted(points)
             axes.plot(
                 *zip(*ordered, strict=True),
-                color=COLORS[slot % len(COLORS)],
+                color=_INK if name == ours else COLORS[slot % len(COLORS)],
                 marker=MARKERS[slot % len(MARKERS)],
-                linestyle=("-", "--", ":")[slot // len(COLORS) % 3],
+                linestyle=("-", "--", ":")[0 if name == ours else slot // len(COLORS) % 3],
+                linewidth=2.6 if name == ours else 1.2,
+                zorder=3 if name == ours else 2,
                 markersize=5,
                 label=name,
             )

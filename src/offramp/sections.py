@@ -101,7 +101,7 @@ def tradeoffs(value: Value) -> str:
     if not points:
         return paragraph("No point of this comparison was timed.", "soft")
     first = [p for p in points if p.get("seed") == points[0].get("seed")]
-    plots = [(tradeoff(some, "quality kept"), title) for title, some in _series(first)]
+    plots = [(tradeoff(some, "quality kept", FREE), title) for title, some in _series(first)]
     rows = [
         (
             _way(p), str(p.get("seed", "-")),
@@ -135,9 +135,8 @@ def _series(points: Sequence[Value]) -> list[tuple[str, Series]]:
         ),
         ("policy", "Policies, on the exits of FREE", leaving),
     ):
-        drops = [(p, _mean(p["quality_drop"])) for p in some]
-        rows = [(_words(p[by]), p["speedup_decode"], drop, 1 - drop) for p, drop in drops]
-        if len(series := lines(rows, 1.0)) > 2 or not found:
+        rows = [(_words(p[by]), p["speedup_decode"], _mean(p["quality_drop"])) for p in some]
+        if len(series := lines(rows)) > 2 or not found:
             found.append((f"{title}. Up and to the right is better.", series))
     return found
 
