@@ -1,7 +1,7 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 records/compare.json.
 
-Takes one to one and a half hours a model on one core. `--backbone` runs one model, and what it
+Takes one and a half to two hours a model on one core. `--backbone` runs one model, and what it
 found waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries it all out
 in a minute or two, elsewhere.
 """

@@ -102,42 +102,78 @@ def _promised() -> list[str]:
     return lines
 
 
-LABELS = {
-    "free": "FREE, no labels",
-    "free_supervised": "FREE, all labels",
+WAYS = {
+    "max_probability": "",
+    "patience": ", by patience (PABEE)",
+    "saturation": ", by saturation (MuE)",
+}
+OURS = {"free": "FREE, no labels", "free_supervised": "FREE, all labels"}
+BASELINES = {
     "cross_entropy": "cross-entropy, all labels",
     "cross_entropy_few": "cross-entropy, {few:.0%} of the labels",
+    "logit_lens": "logit lens",
 }
+HELD = {
+    "free": ("cross_entropy_few", "FREE, no labels, ahead of the best with {few:.0%}"),
+    "free_supervised": ("cross_entropy", "FREE, all labels, ahead of the best with all"),
+}
+"""What is held against the best of the baselines that learn from so many labels, or from none."""
 
 
 def _labels() -> list[str]:
-    """FREE without labels and with them beside cross-entropy, at the same depths."""
+    """FREE without labels and with them beside methods that need labels, and those without any."""
     record = json.loads((ROOT / "records" / "compare.json").read_text())
     models = {kind: record[kind] for kind in KINDS}
     plan = models["opt"]["plan"]
-    places = " and ".join(f"{m['plan']['depths']} ({_tiny(kind)})" for kind, m in models.items())
+    few = plan["training"]["labelled_fraction"]
+    at, several = (
+        " and ".join(f"{m['plan'][name]} ({_tiny(kind)})" for kind, m in models.items())
+        for name in ("depths", "several")
+    )
     heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
-        f"{places} were trained, all from `--initial-layer {plan['training']['initial_layer']}`; "
-        f"means of {plan['seeds']} seeds ([all objectives and policies](docs/choices.md)).",
+        f"{at} were trained, all from `--initial-layer {plan['training']['initial_layer']}`; those "
+        f"by patience and saturation stand at {several}. Means of {plan['seeds']} seeds ([all "
+        "objectives and policies](docs/choices.md)).",
         "",
         f"| exits trained by | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),
     ]
-    speeds = [_by_objective(model) for model in models.values()]
-    for name, title in LABELS.items():
-        cells = [f"{some[name][str(level)]:.2f}x" for some in speeds for level in LEVELS]
-        few = plan["training"]["labelled_fraction"]
-        lines.append(f"| {title.format(few=few)} | {' | '.join(cells)} |")
+    speeds = {name: _speeds(models, *name) for name in _rows()}
+    for (objective, policy), some in speeds.items():
+        title = {**OURS, **BASELINES}[objective].format(few=few) + WAYS[policy]
+        cells = " | ".join(f"{speed:.2f}x" if speed else "" for speed in some)
+        lines.append(f"| {title} | {cells} |")
+    for ours, (labelled, title) in HELD.items():
+        theirs = [some for (name, _), some in speeds.items() if name in (labelled, "logit_lens")]
+        best = map(max, zip(*theirs, strict=True))
+        ratios = zip(speeds[ours, "max_probability"], best, strict=True)
+        cells = " | ".join(f"**{our / their:.2f}**" for our, their in ratios)
+        lines.append(f"| {title.format(few=few)} | {cells} |")
     return lines
 
 
-def _by_objective(model: dict) -> dict[str, dict[str, float]]:
-    """Speeds at equal quality of exits at the first depths, by what trained them."""
-    points = [p for p in model["points"] if p["depths"] == model["plan"]["depths"]]
-    alike = [p for p in points if p["policy"] == "max_probability"]
-    return {c["objective"]: c["speedup_decode"] for c in equal_quality(alike)["curves"]}
+def _rows() -> list[tuple[str, str]]:
+    """(objective, policy) of the table."""
+    ours = [(objective, "max_probability") for objective in OURS]
+    return ours + [(objective, policy) for objective in BASELINES for policy in WAYS
+                   if (objective, policy) != ("logit_lens", "patience")]  # fmt: skip
+
+
+def _speeds(models: dict[str, dict], objective: str, policy: str) -> list[float]:
+    """At every level of each model, 0 where it was not measured; with the largest probability at
+    the first depths alone."""
+    found = []
+    for model in models.values():
+        points = [
+            p for p in model["points"] if (p["objective"], p["policy"]) == (objective, policy)
+        ]
+        if policy == "max_probability":
+            points = [p for p in points if p["depths"] == model["plan"]["depths"]]
+        speed = equal_quality(points)["curves"][0]["speedup_decode"] if points else {}
+        found += [speed.get(str(level), 0.0) for level in LEVELS]
+    return found
 
 
 def _photographs() -> list[str]:
@@ -369,14 +405,15 @@ def _equal_quality(record: dict) -> str:
     lines = [
         "## Objectives and policies at equal quality",
         "",
-        f"Decoding against full depth (1.00x) where quality drops by at most "
+        "Decoding against full depth (1.00x) where quality drops by at most "
         f"{', '.join(map(_percent, levels))}. Every objective with the largest probability as "
-        f"score and exits at the first depths, every policy on the exits of FREE at the first or "
-        f"the second, of 12 layers: {places}. Training: {steps} steps on "
-        f"{models['opt']['n_train']:,} examples; `cross_entropy` and `free_supervised` read their "
-        f"labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. Exits start as "
-        f"the layer that `--initial-layer {plan['training']['initial_layer']}` chooses, those of "
-        "`free_next_layer` as the next. "
+        "score and exits at the first depths; every policy on the exits of FREE at the first or "
+        "the second; and patience and saturation, as PABEE and MuE were published, on exits that "
+        f"labels taught or on none, at the second: {places} of 12 layers. Training: {steps} steps "
+        f"on {models['opt']['n_train']:,} examples; `cross_entropy` and `free_supervised` read "
+        f"their labels, `cross_entropy_few` {share:.0%} of them, and nothing else any. Exits start "
+        f"as the layer that `--initial-layer {plan['training']['initial_layer']}` chooses, those "
+        "of `free_next_layer` as the next. "
         f"FREE with weight {plan['training']['adversarial']:g} of the adversary. Quality: on "
         f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
         f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
@@ -385,7 +422,7 @@ def _equal_quality(record: dict) -> str:
         "",
         "By how much FREE with the largest probability is faster, at the same depths where "
         "objectives differ, and with the labels (`free_supervised`) where `cross_entropy` has "
-        "them; in brackets the seeds' range.",
+        "them; in brackets the seeds' range. The record has intervals over test pictures besides.",
         "",
         *_by_level(models, levels, partial(ahead, spread="free_over_by_seed")),
     ]
@@ -401,7 +438,7 @@ def _by_level(models: dict, levels: list[str], cell: Callable[[dict, str], str])
     heads = [f"{_tiny(kind)}, {_percent(level)}" for kind in models for level in levels]
     lines = [f"| objective | policy | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"]["0.01"]):
-        cells = [cell(curve[name], level) for curve in curves for level in levels]
+        cells = [cell(c[name], level) if name in c else "" for c in curves for level in levels]
         lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
     return lines
 
