@@ -134,8 +134,8 @@ def _labels() -> list[str]:
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
         f"{at} were trained, all from `--initial-layer {plan['training']['initial_layer']}`; those "
-        f"by patience and saturation stand at {several}. Means of {plan['seeds']} seeds ([all "
-        "objectives and policies](docs/choices.md)).",
+        f"by patience and saturation stand at {several}, raced on OPT only. Means of "
+        f"{plan['seeds']} seeds ([all objectives and policies](docs/choices.md)).",
         "",
         f"| exits trained by | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),
