@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -126,21 +127,21 @@ def _labels() -> list[str]:
     models = {kind: record[kind] for kind in KINDS}
     plan = models["opt"]["plan"]
     few = plan["training"]["labelled_fraction"]
-    at, several = (
-        " and ".join(f"{m['plan'][name]} ({_tiny(kind)})" for kind, m in models.items())
-        for name in ("depths", "several")
-    )
+    at = " and ".join(f"{m['plan']['depths']} ({_tiny(kind)})" for kind, m in models.items())
+    raced = {kind: m["plan"]["several"] for kind, m in models.items() if m["plan"].get("pairs")}
+    several = " and ".join(f"{depths} ({_tiny(kind)})" for kind, depths in raced.items())
     heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
         f"{at} were trained, all from `--initial-layer {plan['training']['initial_layer']}`; those "
-        f"by patience and saturation stand at {several}, raced on OPT only. Means of "
-        f"{plan['seeds']} seeds ([all objectives and policies](docs/choices.md)).",
+        f"by patience and saturation stand at {several}. Means of {plan['seeds']} seeds ([all "
+        "objectives and policies](docs/choices.md)).",
         "",
         f"| exits trained by | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),
     ]
-    speeds = {name: _speeds(models, *name) for name in _rows()}
+    names = [*product(OURS, ["max_probability"]), *product(BASELINES, WAYS)]
+    speeds = {name: some for name in names if any(some := _speeds(models, *name))}
     for (objective, policy), some in speeds.items():
         title = {**OURS, **BASELINES}[objective].format(few=few) + WAYS[policy]
         cells = " | ".join(f"{speed:.2f}x" if speed else "" for speed in some)
@@ -152,13 +153,6 @@ def _labels() -> list[str]:
         cells = " | ".join(f"**{our / their:.2f}**" for our, their in ratios)
         lines.append(f"| {title.format(few=few)} | {cells} |")
     return lines
-
-
-def _rows() -> list[tuple[str, str]]:
-    """(objective, policy) of the table."""
-    ours = [(objective, "max_probability") for objective in OURS]
-    return ours + [(objective, policy) for objective in BASELINES for policy in WAYS
-                   if (objective, policy) != ("logit_lens", "patience")]  # fmt: skip
 
 
 def _speeds(models: dict[str, dict], objective: str, policy: str) -> list[float]:
@@ -422,7 +416,7 @@ def _equal_quality(record: dict) -> str:
         "",
         "By how much FREE with the largest probability is faster, at the same depths where "
         "objectives differ, and with the labels (`free_supervised`) where `cross_entropy` has "
-        "them; in brackets the seeds' range. The record has intervals over test pictures besides.",
+        "them; in brackets the seeds' range.",
         "",
         *_by_level(models, levels, partial(ahead, spread="free_over_by_seed")),
     ]

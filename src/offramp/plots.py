@@ -166,16 +166,16 @@ def tradeoff(
 
     def draw(axes: Any) -> None:
         for slot, (name, points) in enumerate(series.items()):
-            ordered = sorted(points)
+            style: dict[str, Any] = {
+                "color": COLORS[slot % len(COLORS)],
+                "linestyle": ("-", "--", ":")[slot // len(COLORS) % 3],
+                "linewidth": 1.2,
+            }
+            if name == ours:
+                style = {"color": _INK, "linewidth": 2.6, "zorder": 3}
+            marker = MARKERS[slot % len(MARKERS)]
             axes.plot(
-                *zip(*ordered, strict=True),
-                color=_INK if name == ours else COLORS[slot % len(COLORS)],
-                marker=MARKERS[slot % len(MARKERS)],
-                linestyle=("-", "--", ":")[0 if name == ours else slot // len(COLORS) % 3],
-                linewidth=2.6 if name == ours else 1.2,
-                zorder=3 if name == ours else 2,
-                markersize=5,
-                label=name,
+                *zip(*sorted(points), strict=True), marker=marker, markersize=5, label=name, **style
             )
         axes.set_xlabel("decoding speed (full depth = 1)")
         axes.set_ylabel(what)
