@@ -173,10 +173,43 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
     ]
 
 
+@pytest.mark.parametrize("more", [{"timed": 2}, {"rounds": 2}])
+def test_another_race_trains_and_judges_nothing_anew(
+    more: dict[str, int], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path)
+    for owner, name in ((Trainer, "_step"), (module._Bench, "_quality")):
+        monkeypatch.setattr(owner, name, refuse)
+    again = run(tmp_path, replace(SMALL, **more))
+    assert [p["quality"] for p in again["points"]] == [p["quality"] for p in first["points"]]
+    assert [p["speedup_decode"] for p in again["points"]] != [
+        p["speedup_decode"] for p in first["points"]
+    ]
+
+
+def test_points_that_do_the_same_work_have_the_same_speed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Bench, "_levels", lambda *_: [1e-9])  # every token leaves
+    plan = replace(
+        SMALL,
+        objectives=("distillation", "logit_lens"),
+        policies=("entropy", "fixed_depth"),
+    )
+    found = run(tmp_path, plan)["points"]
+    points = {(p["objective"], p["policy"]): p for p in found if p["depths"] == [2]}
+    assert all(point["mean_depth"] == 2 for point in points.values())
+    speeds = {name: point["speedup_decode"] for name, point in points.items()}
+    assert speeds["free", "max_probability"] == speeds["distillation", "max_probability"]
+    # no layer is run there, another score is read, or none
+    others = {("logit_lens", "max_probability"), ("free", "entropy"), ("free", "fixed_depth")}
+    assert len({speeds[one] for one in (*others, ("free", "max_probability"))}) == 4
+
+
 def test_another_comparison_in_the_folder_is_refused(run: Run, tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match="another plan"):
-        run(tmp_path, replace(SMALL, timed=2))
+        run(tmp_path, replace(SMALL, quantiles=(0.5,)))
     with pytest.raises(InputError, match="another test"):
         run(tmp_path, test=fakes.examples(14, seed=1)[10:])
     with pytest.raises(InputError, match="another quality"):

@@ -53,6 +53,12 @@ def test_decode_time_is_what_follows_the_first_token(clock: Clock) -> None:
     assert speedup(timings["slow"].decode, timings["fast"].decode) == 2.0
 
 
+def test_what_was_timed_in_parts_is_what_is_timed_together(clock: Clock) -> None:
+    ways = {"a": way(clock, [], "a", 5.0, 2.0, 4)}
+    parts = [race(ways, [{}], rounds=3)["a"] for _ in range(2)]
+    assert measure.Timing() + parts[0] + parts[1] == race(ways, [{}, {}], rounds=3)["a"]
+
+
 def test_tokens_per_second_counts_decoded_tokens_only(clock: Clock) -> None:
     timing = race({"a": way(clock, [], "a", 5.0, 2.0, 4)}, [{}, {}], rounds=1)["a"]
     assert timing.tokens == 8

@@ -2,8 +2,9 @@
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
 exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
-test pictures, and decoding speed from a race in which all points take turns. The figure of merit
-is the speed at a quality, a mean over seeds; see `offramp.merit`.
+test pictures, and decoding speed from a race in which all points take turns, and those that do the
+same work run as one. The figure of merit is the speed at a quality, a mean over seeds; see
+`offramp.merit`.
 
 A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
 not measured again), compare.json and compare.svg.
@@ -34,7 +35,7 @@ from offramp.errors import DataError, InputError
 from offramp.examples import Example, examples_digest, picture_of
 from offramp.exits import Exits, propose_depths
 from offramp.grid import DEFAULT, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
-from offramp.measure import Way, race, speedup
+from offramp.measure import Timing, Way, race, speedup
 from offramp.merit import Each, drawn, equal_quality
 from offramp.policy import FULL, Generation, Policy
 from offramp.records import JsonlLog, digest_rows, provenance, write_atomic, write_json
@@ -58,8 +59,9 @@ def compare(
 ) -> dict[str, Any]:
     """Train every objective, measure every point, and write compare.json and compare.svg in `out`.
 
-    Run again with the same arguments, it goes on where it stopped; with other objectives, policies
-    or more seeds, what is there is not trained or judged again, but all points race anew.
+    Run again with the same arguments, it goes on where it stopped; with other objectives, policies,
+    more seeds or another race, what is there is not trained or judged again, but all points race
+    anew.
 
     train, test: of different pictures.
     quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
@@ -148,9 +150,10 @@ class _Bench:
         self.quality_full = float(self.qualities_full.mean())
 
     def _settings(self) -> dict[str, Any]:
-        """What every row depends on. Objectives, policies, pairs and seeds may be added later."""
+        """What every row depends on. Objectives, policies, pairs and seeds may be added later, and
+        another race be run."""
         plan = asdict(self.plan)
-        for name in ("objectives", "policies", "pairs", "seeds"):
+        for name in ("objectives", "policies", "pairs", "seeds", "timed", "rounds"):
             del plan[name]
         return {
             "backbone": dump_fingerprint(self.backbone.fingerprint()),
@@ -260,7 +263,7 @@ class _Bench:
             found, each = [], []
             for _, same in groupby(entries, key=lambda entry: entry.seed):
                 racing = {digest_rows([entry.name]): entry for entry in same}
-                timed = digest_rows(list(racing))
+                timed = digest_rows([self.plan.timed, self.plan.rounds, *racing])
                 if timed not in self._rows:
                     self._rows[timed] = self._race(racing)
                     rows.append({"key": timed, "row": self._rows[timed]})
@@ -317,19 +320,39 @@ class _Bench:
         return adapter.generate(inputs, policy=rule, **options)
 
     def _race(self, entries: Mapping[str, _Entry]) -> dict[str, dict[str, float]]:
-        """Speeds against the full model, by key; all points of a seed take turns."""
-        inputs = [self.encoder.prompts([e]) for e in self._some(self.plan.timed)]
-        ways: dict[str, Way] = {"full": partial(self._way, None, FULL)}
-        ways |= {key: partial(self._way, e.adapter, e.rule) for key, e in entries.items()}
-        timings = race(ways, inputs, rounds=self.plan.rounds, progress=_bar("race"))
-        full = timings.pop("full")
+        """Speeds against the full model, by key.
+
+        All points of a seed take turns at one answer, and then at the next. Those that do the same
+        work on it race as one: it says nothing about them that the machine was slower for one.
+        """
+        ran = {key: Timing() for key in ("full", *entries)}
+        for example in _bar("race")(self._some(self.plan.timed)):
+            inputs = self.encoder.prompts([example])
+            ways: dict[str, Way] = {"full": partial(self._way, None, FULL)}
+            works = {"full": "full"}
+            for key, entry in entries.items():
+                works[key] = self._work(entry, inputs)
+                ways.setdefault(works[key], partial(self._way, entry.adapter, entry.rule))
+            timings = race(ways, [inputs], rounds=self.plan.rounds)
+            for key, work in works.items():
+                ran[key] = ran[key] + timings[work]
+        full = ran.pop("full")
         return {
             key: {
                 "speedup_decode": speedup(full.decode, own.decode),
                 "speedup_end_to_end": speedup(full.seconds, own.seconds),
             }
-            for key, own in timings.items()
+            for key, own in ran.items()
         }
+
+    def _work(self, entry: _Entry, inputs: Mapping[str, Any]) -> str:
+        """A name for what a point computes for an answer: where it looks, at what, and how deep
+        each token goes. Weights and thresholds differ within it, but for 0, where nothing looks."""
+        exits, rule = entry.adapter.exits, entry.rule
+        unseen = {depth: threshold == 0 for depth, threshold in rule.thresholds.items()}
+        depths = self._generate(entry.adapter, rule, inputs).depths.tolist()
+        kind = type(exits.at(exits.depths[0])).__name__
+        return str((kind, exits.depths, rule.score, rule.shortlist, unseen, depths))
 
     def _way(
         self,

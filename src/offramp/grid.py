@@ -85,7 +85,7 @@ class Plan:
     training: what all objectives share.
     seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
         are means.
-    timed: test examples in the race. rounds: its rounds.
+    timed: test examples in the race. rounds: its rounds. Both may be others later.
     """
 
     objectives: tuple[str, ...] = tuple(OBJECTIVES)

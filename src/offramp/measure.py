@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -45,6 +46,14 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     answers: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __add__(self, other: Timing) -> Timing:
+        """Of the examples of both, round by round."""
+        return Timing(
+            [sum(both) for both in zip_longest(self.seconds, other.seconds, fillvalue=0.0)],
+            [sum(both) for both in zip_longest(self.decode, other.decode, fillvalue=0.0)],
+            self.answers + other.answers,
+        )
 
     @property
     def tokens(self) -> int:
