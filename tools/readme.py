@@ -203,6 +203,7 @@ BESIDE = {
     ("distillation", "max_probability"): "distillation alone, no labels",
     ("cross_entropy_own", "max_probability"): "cross-entropy, captions of the model's own",
     ("cross_entropy", "max_probability"): "cross-entropy, all human captions",
+    ("cross_entropy_few", "max_probability"): "cross-entropy, 10% of the human captions",
     ("free", "patience"): "FREE, leaving by patience (PABEE)",
     ("free", "saturation"): "FREE, leaving by saturation (MuE)",
     ("logit_lens", "saturation"): "logit lens, leaving by saturation (MuE)",
