@@ -127,9 +127,10 @@ def _labels() -> list[str]:
     models = {kind: record[kind] for kind in KINDS}
     plan = models["opt"]["plan"]
     few = plan["training"]["labelled_fraction"]
-    at = " and ".join(f"{m['plan']['depths']} ({_tiny(kind)})" for kind, m in models.items())
-    raced = {kind: m["plan"]["several"] for kind, m in models.items() if m["plan"].get("pairs")}
-    several = " and ".join(f"{depths} ({_tiny(kind)})" for kind, depths in raced.items())
+    at, several = (
+        " and ".join(f"{m['plan'][name]} ({_tiny(kind)})" for kind, m in models.items())
+        for name in ("depths", "several")
+    )
     heads = [f"{_tiny(kind)}, {_percent(str(level))}" for kind in KINDS for level in LEVELS]
     lines = [
         "What labels are worth: decoding where quality drops by at most so much, by how exits at "
@@ -411,7 +412,8 @@ def _equal_quality(record: dict) -> str:
         "of `free_next_layer` as the next. "
         f"FREE with weight {plan['training']['adversarial']:g} of the adversary. Quality: on "
         f"{models['opt']['n_test']:,} examples of other pictures. {plan['seeds']} seeds, each with "
-        f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds; means.",
+        f"an interleaved race of {plan['timed']} answers in {plan['rounds']} rounds, where points "
+        "that do the same work on an answer run as one; means.",
         "",
         *_by_level(models, levels, lambda c, at: f"{c['speedup_decode'][at]:.2f}x"),
         "",

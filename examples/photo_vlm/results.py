@@ -212,7 +212,8 @@ def _compared(found: dict[str, Any]) -> str:
         f"{taught['initial_layer']}` chooses, those of `free_next_layer` as the next. Quality: "
         "CIDEr of "
         f"{found['n_test']:,} other photographs, {found['quality_full']:.3f} at full depth; an "
-        f"interleaved race of {plan['timed']} captions in {plan['rounds']} rounds.",
+        f"interleaved race of {plan['timed']} captions in {plan['rounds']} rounds, where points "
+        "that do the same work run as one.",
         "",
         "Decoding against full depth where CIDEr drops by at most so much; behind it by how much "
         "FREE with the largest probability is faster, at the same depths where objectives differ, "
