@@ -461,7 +461,8 @@ def each(gain: float) -> Each:
     early = np.stack([full - p["quality_drop"] for p in HAND])
     early[:2, ::4] += 2 * gain
     early[:2, 1::4] += 2 * gain
-    return Each(full, early, [str(i // 2) for i in range(80)])
+    seconds = np.array([[1 / p["speedup_decode"]] for p in HAND])
+    return Each(full, early, [str(i // 2) for i in range(80)], np.ones_like(seconds), seconds)
 
 
 def test_intervals_have_no_width_where_answers_do_not_differ() -> None:
@@ -482,6 +483,25 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_pictures_differ() -> None:
     (other,) = (c for c in alone["curves"] if c["objective"] == "distillation")
     near, far = other["free_over_interval"]["0.01"]
     assert 0.5 < (far - near) / (high - low) < 0.9  # 1 / sqrt(2)
+
+
+def test_intervals_are_as_wide_as_rounds_differ() -> None:
+    same = each(0.0)
+    noise = np.array([0.9, 1.0, 1.0, 1.0, 1.1])
+    free = np.arange(len(HAND))[:, None] < 2
+    curve = {}
+    for name, seconds in {
+        "all": same.seconds * noise,  # a slow round of FREE's two points, and of the others
+        "free": same.seconds * np.where(free, noise, 1.0),
+    }.items():
+        some = replace(same, seconds=seconds, full_seconds=np.ones_like(seconds))
+        found = equal_quality(HAND, some)["curves"]
+        (curve[name],) = (c for c in found if c["objective"] == "distillation")
+    for level in map(str, LEVELS):
+        low, high = curve["free"]["free_over_interval"][level]
+        assert low < curve["free"]["free_over"][level] < high
+        # what slows all points of a race alike tells nothing of one against another
+        assert np.ptp(curve["all"]["free_over_interval"][level]) < 0.5 * (high - low)
 
 
 def test_intervals_are_of_test_pictures(run: Run, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Sizes:
     seeds: int = 3
     timed: int = 36
     captions: int = 30
-    rounds: int = 7
+    rounds: int = 5
 
 
 QUICK = Sizes(train=24, test=8, shorter=50, seeds=1, timed=2, captions=2, rounds=1)

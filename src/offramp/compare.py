@@ -250,7 +250,7 @@ class _Bench:
     # -- measuring ----------------------------------------------------------------------------
 
     def measured(self, entries: Sequence[_Entry]) -> tuple[list[dict[str, Any]], Each]:
-        """Every entry's point, and what its answers were worth; what the log holds is not measured
+        """Every entry's point, and what its figures are made of; what the log holds is not measured
         again."""
         with JsonlLog(self.out / "points.jsonl") as rows:
             if not self._rows:
@@ -260,19 +260,22 @@ class _Bench:
                 if key not in self._rows:
                     self._rows[key] = {**entry.name, **self._quality(entry)}
                     rows.append({"key": key, "row": self._rows[key]})
-            found, each = [], []
+            found, each, seconds = [], [], []
             for _, same in groupby(entries, key=lambda entry: entry.seed):
                 racing = {digest_rows([entry.name]): entry for entry in same}
                 timed = digest_rows([self.plan.timed, self.plan.rounds, *racing])
                 if timed not in self._rows:
                     self._rows[timed] = self._race(racing)
                     rows.append({"key": timed, "row": self._rows[timed]})
+                raced = self._rows[timed]
                 for key in racing:
-                    point = {**self._rows[key], **self._rows[timed][key]}
+                    point = {**self._rows[key], **raced[key]}
                     each.append(point.pop("each"))
+                    seconds.append((raced["full"]["decode"], point.pop("decode")))
                     found.append(point)
         groups = [picture_of(example) for example in self.test]
-        return found, Each(self.qualities_full, np.array(each), groups)
+        full, early = np.array(seconds).swapaxes(0, 1)
+        return found, Each(self.qualities_full, np.array(each), groups, full, early)
 
     def _quality(self, entry: _Entry) -> dict[str, Any]:
         answers, depths = self._answers(entry.adapter, entry.rule, self._batches)
@@ -319,8 +322,8 @@ class _Bench:
             return generate(self.backbone, inputs, **options)
         return adapter.generate(inputs, policy=rule, **options)
 
-    def _race(self, entries: Mapping[str, _Entry]) -> dict[str, dict[str, float]]:
-        """Speeds against the full model, by key.
+    def _race(self, entries: Mapping[str, _Entry]) -> dict[str, dict[str, Any]]:
+        """Speeds against the full model and each round's seconds of decoding, by key.
 
         All points of a seed take turns at one answer, and then at the next. Those that do the same
         work on it race as one: it says nothing about them that the machine was slower for one.
@@ -336,11 +339,12 @@ class _Bench:
             timings = race(ways, [inputs], rounds=self.plan.rounds)
             for key, work in works.items():
                 ran[key] = ran[key] + timings[work]
-        full = ran.pop("full")
+        full = ran["full"]
         return {
             key: {
                 "speedup_decode": speedup(full.decode, own.decode),
                 "speedup_end_to_end": speedup(full.seconds, own.seconds),
+                "decode": own.decode,
             }
             for key, own in ran.items()
         }

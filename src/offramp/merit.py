@@ -43,26 +43,44 @@ def _of(seed: int, points: Points) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class Each:
-    """Qualities of single answers, for intervals.
+    """What figures are made of, for intervals: qualities of single answers, and single rounds.
 
-    full: of the full model's, one for each test example [N]; early: at each point [P, N].
+    full: qualities of the full model's, one for each test example [N]; early: at each point [P, N].
     groups: a name for each example; those of one picture share theirs, and are drawn together.
+    full_seconds: of decoding in each round of the race that a point ran in [P, R], by the full
+        model; seconds: by the point [P, R].
     """
 
     full: Array
     early: Array
     groups: Sequence[str]
+    full_seconds: Array
+    seconds: Array
 
-    def interval(self, figure: Callable[[Array], float]) -> list[float]:
-        """The bootstrap's 95% of what is a figure of the points' relative drops of quality [P]."""
+    def interval(self, figure: Callable[[Array, Array], float]) -> list[float]:
+        """The bootstrap's 95%, over pictures and rounds, of what is a figure of the points'
+        relative drops of quality [P] and their speeds [P]."""
+        rounds = self.seconds.shape[1]
+        draw = np.random.default_rng(0)
 
         def of(sums: Array) -> Array:
             full, early = sums[:, :1], sums[:, 1:]
-            return np.array([figure(drops) for drops in (full - early) / np.maximum(full, 1e-9)])
+            drops = (full - early) / np.maximum(full, 1e-9)
+            return np.array(
+                [figure(d, self._speeds(draw.integers(0, rounds, rounds))) for d in drops]
+            )
 
         rows = np.column_stack([self.full, self.early.T])
-        whole = Measure(float(of(rows.sum(0, keepdims=True))[0]), rows, of)
-        return list(interval(whole, self.groups, resamples=RESAMPLES) or (whole.value,) * 2)
+        found = interval(Measure(0.0, rows, of), self.groups, resamples=RESAMPLES)
+        if found is None:  # a single picture
+            drops = 1 - self.early.sum(1) / max(self.full.sum(), 1e-9)
+            found = (figure(drops, self._speeds(np.arange(rounds))),) * 2
+        return list(found)
+
+    def _speeds(self, rounds: NDArray[np.int64]) -> Array:
+        """Of every point [P], if these had been the rounds of all races."""
+        full, early = (np.median(some[:, rounds], 1) for some in (self.full_seconds, self.seconds))
+        return np.asarray(full / early)
 
 
 def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
@@ -77,7 +95,7 @@ def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
         pair against all of them, and cross_entropy, which reads all labels, against the FREE that
         does too;
         `free_over_by_seed`, the same for each seed alone; and with `each` also
-        `free_over_interval`, the bootstrap's 95% over test pictures, speeds as they were measured.
+        `free_over_interval`, the bootstrap's 95% over test pictures and rounds of the race.
         `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
         it, and `free_over_best_baseline`: by how much.
     """
@@ -133,10 +151,15 @@ def _curve(theirs: Points, free: Points, levels: Sequence[float] = LEVELS) -> di
     return curve
 
 
-def _over(points: Points, pair: tuple[Points, Points], level: float, drops: Array) -> float:
-    """By how much FREE is ahead in a pair, if the points' quality dropped by `drops` [P]."""
-    drop = {id(point): float(one) for point, one in zip(points, drops, strict=True)}
-    theirs, free = ([{**p, "quality_drop": drop[id(p)]} for p in some] for some in pair)
+def _over(
+    points: Points, pair: tuple[Points, Points], level: float, drops: Array, speeds: Array
+) -> float:
+    """By how much FREE is ahead in a pair, if these were the points' drops and speeds [P]."""
+    found = {
+        id(point): {**point, "quality_drop": float(drop), "speedup_decode": float(speed)}
+        for point, drop, speed in zip(points, drops, speeds, strict=True)
+    }
+    theirs, free = ([found[id(point)] for point in some] for some in pair)
     return float(_curve(theirs, free, (level,))["free_over"][str(level)])
 
 
