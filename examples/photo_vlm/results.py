@@ -217,7 +217,7 @@ def _compared(found: dict[str, Any]) -> str:
         "",
         "Decoding against full depth where CIDEr drops by at most so much; behind it by how much "
         "FREE with the largest probability is faster, at the same depths where objectives differ, "
-        "with its 95% bootstrap interval over photographs.",
+        "with its 95% bootstrap interval over photographs and rounds.",
         "",
         f"| objective | policy | {' | '.join(f'{float(at):.1%}' for at in levels)} |",
         "|---|---|" + "---|" * len(levels),

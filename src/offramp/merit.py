@@ -66,9 +66,8 @@ class Each:
         def of(sums: Array) -> Array:
             full, early = sums[:, :1], sums[:, 1:]
             drops = (full - early) / np.maximum(full, 1e-9)
-            return np.array(
-                [figure(d, self._speeds(draw.integers(0, rounds, rounds))) for d in drops]
-            )
+            speeds = map(self._speeds, draw.integers(rounds, size=(len(drops), rounds)))
+            return np.array([figure(*both) for both in zip(drops, speeds, strict=True)])
 
         rows = np.column_stack([self.full, self.early.T])
         found = interval(Measure(0.0, rows, of), self.groups, resamples=RESAMPLES)
