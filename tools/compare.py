@@ -1,7 +1,7 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 records/compare.json.
 
-Takes one and a half to two hours a model on one core. `--backbone` runs one model, and what it
+Takes two to three hours a model on one core. `--backbone` runs one model, and what it
 found waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries it all out
 in a minute or two, elsewhere.
 """
@@ -12,7 +12,8 @@ import logging
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ PUBLISHED = (
     (FEW, "patience"), (FEW, "saturation"), ("logit_lens", "saturation"),
 )  # fmt: skip
 """PABEE and MuE as published, whose exits learn from labels: all, a tenth, or none."""
+MORE = {"opt": 8, "t5": 3}
+"""Seeds of FREE and of distillation alone, which differ by the adversary and little else."""
 QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 THRESHOLD = 0.9
 
@@ -56,12 +59,13 @@ class Sizes:
     test: int = 400
     shorter: int = 1
     seeds: int = 3
+    more: int = 8
     timed: int = 36
     captions: int = 30
     rounds: int = 5
 
 
-QUICK = Sizes(train=24, test=8, shorter=50, seeds=1, timed=2, captions=2, rounds=1)
+QUICK = Sizes(train=24, test=8, shorter=50, seeds=1, more=2, timed=2, captions=2, rounds=1)
 
 
 def main() -> None:
@@ -104,7 +108,17 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         rounds=sizes.rounds,
     )
     train, test = _examples("train", sizes.train), _examples("test", sizes.test)
-    found = compare(backbone, processor, train, test, out, plan, quality=right)
+    against = partial(compare, backbone, processor, train, test, out, quality=right)
+    alone = replace(
+        plan,
+        objectives=("distillation",),
+        policies=("max_probability",),
+        pairs=(),
+        seeds=min(MORE[kind], sizes.more),
+    )
+    curves = against(alone)["equal_quality"]["curves"]
+    found = against(plan)
+    found["distillation"] = next(c for c in curves if c["objective"] == "distillation")
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
     found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
     found["seconds"] = time.perf_counter() - began
