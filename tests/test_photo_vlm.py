@@ -463,7 +463,9 @@ def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
         "speedup_decode": {"0.01": 1.2, "0.05": 1.5}, "free_over": {"0.01": 1.5, "0.05": 2.0},
         "free_over_interval": {"0.01": [1.4, 1.7], "0.05": [1.9, 2.3]},
     }  # fmt: skip
-    training = {"steps": 400, "min_confidence": 0.3, "initial_layer": "closest"}
+    training = {
+        "steps": 400, "min_confidence": 0.3, "initial_layer": "closest", "labelled_fraction": 0.1,
+    }  # fmt: skip
     plan = {"depths": [8], "several": [8, 16], "training": training, "timed": 9, "rounds": 2}
     compared = {
         "plan": plan, "n_train": 30, "n_test": 20, "quality_full": 0.3,
