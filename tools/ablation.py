@@ -28,7 +28,6 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 
 from offramp.adapter import Adapter
 from offramp.answerloss import answer_ids
@@ -37,6 +36,7 @@ from offramp.config import TrainConfig
 from offramp.corrupt import CORRUPTIONS, corrupted
 from offramp.encode import Encoder
 from offramp.features import FeatureStore, exit_features
+from offramp.metrics import t_interval
 from offramp.policy import Policy
 from offramp.records import JsonlLog, digest_rows, provenance, read_json, write_json
 from offramp.scores import SCORES
@@ -293,12 +293,8 @@ def _difference(
 ) -> dict[str, Any]:
     """The mean over seeds of ours minus theirs, and its interval."""
     gaps = [ours[s][place][name] - theirs[s][place][name] for s in ours]
-    half = None
-    if len(gaps) > 1:
-        half = float(student.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
-    middle = mean(gaps)
-    ends = (None, None) if half is None else (middle - half, middle + half)
-    return {"difference": middle, "low": ends[0], "high": ends[1]}
+    low, high = t_interval(gaps)
+    return {"difference": mean(gaps), "low": low, "high": high}
 
 
 # -- all runs -------------------------------------------------------------------------------------

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
-
-from scipy.stats import t as student
+from statistics import mean, median
 
 from offramp.merit import LEVELS, ahead, equal_quality
+from offramp.metrics import t_interval
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("opt", "t5")
@@ -144,10 +143,11 @@ def _labels() -> list[str]:
         "|---|" + "---|" * len(heads),
     ]
     names = [*product(OURS, ["max_probability"]), *product(BASELINES, WAYS)]
-    speeds = {name: some for name in names if any(some := _speeds(models, *name))}
+    raced = {(p["objective"], p["policy"]) for p in models["opt"]["points"]}
+    speeds = {name: _speeds(models, *name) for name in names if name in raced}
     for (objective, policy), some in speeds.items():
         title = {**OURS, **BASELINES}[objective].format(few=few) + WAYS[policy]
-        cells = " | ".join(f"{speed:.2f}x" if speed else "" for speed in some)
+        cells = " | ".join(f"{speed:.2f}x" for speed in some)
         lines.append(f"| {title} | {cells} |")
     for ours, (labelled, title) in HELD.items():
         theirs = [some for (name, _), some in speeds.items() if name in (labelled, "logit_lens")]
@@ -159,8 +159,7 @@ def _labels() -> list[str]:
 
 
 def _speeds(models: dict[str, dict], objective: str, policy: str) -> list[float]:
-    """At every level of each model, 0 where it was not measured; with the largest probability at
-    the first depths alone."""
+    """At every level of each model; with the largest probability at the first depths alone."""
     found = []
     for model in models.values():
         points = [
@@ -168,8 +167,7 @@ def _speeds(models: dict[str, dict], objective: str, policy: str) -> list[float]
         ]
         if policy == "max_probability":
             points = [p for p in points if p["depths"] == model["plan"]["depths"]]
-        speed = equal_quality(points)["curves"][0]["speedup_decode"] if points else {}
-        found += [speed.get(str(level), 0.0) for level in LEVELS]
+        found += equal_quality(points)["curves"][0]["speedup_decode"].values()
     return found
 
 
@@ -437,7 +435,7 @@ def _by_level(models: dict, levels: list[str], cell: Callable[[dict, str], str])
     heads = [f"{_tiny(kind)}, {_percent(level)}" for kind in models for level in levels]
     lines = [f"| objective | policy | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for name in sorted(curves[0], key=lambda n: -curves[0][n]["speedup_decode"]["0.01"]):
-        cells = [cell(c[name], level) if name in c else "" for c in curves for level in levels]
+        cells = [cell(c[name], level) for c in curves for level in levels]
         lines.append(f"| {' | '.join([*(f'`{part}`' for part in name), *cells])} |")
     return lines
 
@@ -491,9 +489,8 @@ def _more_seeds(record: dict) -> str:
 
 def _mean(values: list[float]) -> str:
     """Of several seeds, with its 95% t-interval."""
-    centre = mean(values)
-    half = student.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{centre:.3f} [{centre - half:.3f}, {centre + half:.3f}]"
+    low, high = t_interval(values)
+    return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _adversary(record: dict, kind: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +140,20 @@ def interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def t_interval(
+    values: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float] | tuple[None, None]:
+    """Student's interval of the mean of a few values, such as seeds'; (None, None) for a single
+    one."""
+    from scipy.stats import t as student
+
+    if len(values) < 2:
+        return None, None
+    tail = float(student.ppf((1 + confidence) / 2, len(values) - 1))
+    half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
+    return middle - half, middle + half
 
 
 def _by_group(rows: Array | None, groups: Sequence[str] | None) -> Array | None:
