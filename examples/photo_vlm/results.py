@@ -176,8 +176,9 @@ def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
         "## Regimes side by side",
         "",
         f"Each {_trained(sizes)}: far shorter than above, to compare them. Agreement is on each "
-        "regime's own answers: what people wrote, or the model. Labels here are the first caption "
-        "of each photograph. Then decoding against full depth, and the drop of CIDEr.",
+        "regime's own answers: what people wrote, or the model. Labels are all five captions that "
+        "people wrote of a photograph; the model writes one. Then decoding against full depth, and "
+        "the drop of CIDEr.",
         "",
         f"| regime | agreement | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),
