@@ -467,15 +467,15 @@ def _kv(record: dict) -> str:
 
 
 def _more_seeds(record: dict) -> str:
-    """FREE against distillation alone, in more seeds than the rest has."""
+    """FREE against distillation alone, in more seeds and on more answers than the rest has."""
     curves = {kind: record[kind]["distillation"] for kind in KINDS}
     levels = list(curves["opt"]["free_over_by_seed"])
     lines = [
         "## Does the adversary cost speed?",
         "",
         "By how much FREE decodes faster than distillation alone where quality drops by at most so "
-        "much: exits, steps and race as in the first table, more seeds; means of the seeds' "
-        "ratios, with 95% t-intervals.",
+        "much: exits, steps and race as in the first table, more seeds and thresholds, quality on "
+        f"{curves['opt']['n_test']:,} answers; means of the seeds' ratios, with 95% t-intervals.",
         "",
         f"| | seeds | {' | '.join(map(_percent, levels))} |",
         "|---|---|" + "---|" * len(levels),
