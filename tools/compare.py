@@ -49,7 +49,7 @@ QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 DENSE = (0.0, 0.005, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
 """For FREE beside distillation alone: between two points far apart the line says little."""
 SEEDS = {"opt": 6, "t5": 12}
-"""For the same; T5's seeds differ by more."""
+"""Also for that; T5's differ by more."""
 THRESHOLD = 0.9
 
 
@@ -58,15 +58,15 @@ class Sizes:
     """Pictures to train and test on (a caption and two questions each), by what `STEPS` are
     divided, the race, and the captions that recompute and propagate race on.
 
-    close_test, close_seeds: pictures and seeds for FREE beside distillation alone.
+    finer_test, finer_seeds: pictures and seeds for FREE beside distillation alone.
     """
 
     train: int = 400
     test: int = 400
     shorter: int = 1
     seeds: int = 3
-    close_test: int = 1200
-    close_seeds: Mapping[str, int] = field(default_factory=lambda: SEEDS)
+    finer_test: int = 1200
+    finer_seeds: Mapping[str, int] = field(default_factory=lambda: SEEDS)
     timed: int = 36
     captions: int = 30
     rounds: int = 5
@@ -77,8 +77,8 @@ QUICK = Sizes(
     test=8,
     shorter=50,
     seeds=1,
-    close_test=8,
-    close_seeds=dict.fromkeys(TINY, 2),
+    finer_test=8,
+    finer_seeds=dict.fromkeys(TINY, 2),
     timed=2,
     captions=2,
     rounds=1,
@@ -126,8 +126,8 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
     )
     against = partial(compare, backbone, processor, _examples("train", sizes.train), quality=right)
     found = against(_examples("test", sizes.test), out, plan)
-    found["distillation"] = _close(
-        against, out / "distillation", plan, sizes.close_test, sizes.close_seeds[kind]
+    found["distillation"] = _finer(
+        against, out / "distillation", plan, sizes.finer_test, sizes.finer_seeds[kind]
     )
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
     found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
@@ -136,7 +136,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
     print(json.dumps({kind: found["equal_quality"], "kv": found["kv"]}), file=sys.stderr)
 
 
-def _close(
+def _finer(
     against: Callable[..., Any], out: Path, plan: Plan, test: int, seeds: int
 ) -> dict[str, Any]:
     """The curve of distillation alone, which differs from FREE by the adversary and little else: it
