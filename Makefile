@@ -24,31 +24,31 @@ check: lint test
 records: $(READY)  ## run both demos, keep their reports in records/, rewrite the README's figures
 	$(BIN)/offramp demo --backbone opt
 	$(BIN)/offramp demo --backbone t5
-	cp runs/demo/report-opt.json records/demo-opt.json
-	cp runs/demo/report-t5.json records/demo-t5.json
-	$(BIN)/python tools/readme.py
+	cp runs/demo/report-opt.json benchmarks/records/demo-opt.json
+	cp runs/demo/report-t5.json benchmarks/records/demo-t5.json
+	$(BIN)/python benchmarks/readme.py
 
-calibrated: $(READY)  ## what calibration promises and keeps; rewrites records/calibrated.json and violations.json
-	$(BIN)/python tools/calibrated.py
-	$(BIN)/python tools/readme.py
+calibrated: $(READY)  ## what calibration promises and keeps; rewrites benchmarks/records/calibrated.json and violations.json
+	$(BIN)/python benchmarks/calibrated.py
+	$(BIN)/python benchmarks/readme.py
 
-compare: $(READY)  ## objectives and policies at equal quality; rewrites records/compare.json and docs/choices.md
-	$(BIN)/python tools/compare.py
-	$(BIN)/python tools/readme.py
+compare: $(READY)  ## objectives and policies at equal quality; rewrites benchmarks/records/compare.json and docs/choices.md
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/readme.py
 
-ablation: $(READY)  ## the adversary against none, on two cores; rewrites records/ablation.json and docs/choices.md
-	$(BIN)/python tools/ablation.py --shard 0/2 & $(BIN)/python tools/ablation.py --shard 1/2; wait
-	$(BIN)/python tools/readme.py
+ablation: $(READY)  ## the adversary against none, on two cores; rewrites benchmarks/records/ablation.json and docs/choices.md
+	$(BIN)/python benchmarks/ablation.py --shard 0/2 & $(BIN)/python benchmarks/ablation.py --shard 1/2; wait
+	$(BIN)/python benchmarks/readme.py
 
-analysis: $(READY)  ## quality at every depth, overthinking; rewrites records/analysis.json
-	$(BIN)/python tools/analysis.py
+analysis: $(READY)  ## quality at every depth, overthinking; rewrites benchmarks/records/analysis.json
+	$(BIN)/python benchmarks/analysis.py
 
 bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
-	$(BIN)/python tools/bench.py
-	$(BIN)/python tools/readme.py
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/readme.py
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
-	$(BIN)/python tools/pages.py
+	$(BIN)/python benchmarks/pages.py
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo

@@ -1,5 +1,5 @@
 """Does the adversary help? FREE against distillation alone on the tiny models, matched in steps and
-parameters; writes records/ablation.json.
+parameters; writes benchmarks/records/ablation.json.
 
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
 OPT the same after long training on few pictures. Every seed has pictures, split, order and
@@ -8,7 +8,7 @@ on test pictures and on damaged ones (four corruptions): leaving always, and by 
 that may leave while 99% of the answers stay the full model's.
 
 Budget: 25 minutes on two cores, a process on each with OMP_NUM_THREADS=1:
-    python tools/ablation.py --shard 0/2 & python tools/ablation.py --shard 1/2
+    python benchmarks/ablation.py --shard 0/2 & python benchmarks/ablation.py --shard 1/2
 A run that is in --out is not repeated; whoever finishes the last one writes the record.
 `--estimate` tells what is left. `--settings` measures those again and leaves the record's other
 rows as they are. `--quick` tries everything out in a few minutes, elsewhere.
@@ -30,22 +30,24 @@ from typing import Any, NamedTuple
 import torch
 
 from offramp.adapter import Adapter
-from offramp.answerloss import answer_ids
-from offramp.answers import self_written
-from offramp.config import TrainConfig
-from offramp.corrupt import CORRUPTIONS, corrupted
-from offramp.encode import Encoder
-from offramp.features import FeatureStore, exit_features
-from offramp.metrics import t_interval
-from offramp.policy import Policy
-from offramp.records import JsonlLog, digest_rows, provenance, read_json, write_json
-from offramp.scores import SCORES
-from offramp.states import Stores
-from offramp.tiny import TINY, Task, captions, load_tiny, questions
-from offramp.train import Trainer
+from offramp.answers import answer_ids, self_written
+from offramp.engine.confidence import SCORES
+from offramp.engine.policy import Policy
+from offramp.engine.teacher_forcing import exit_features
+from offramp.evaluation.statistics import t_interval
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
+from offramp.research.scenes.tasks import Task, captions, questions
+from offramp.storage import JsonlLog, digest_rows, read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp.training.feature_dataset import Stores
+from offramp.training.feature_store import FeatureStore
+from offramp.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "records" / "ablation.json"
+RECORD = ROOT / "benchmarks" / "records" / "ablation.json"
 DEPTH, BATCH, LONGEST, SEVERITY, KEPT = 2, 32, 48, 3, 0.99
 ALONE = "distillation"
 

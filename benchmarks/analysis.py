@@ -1,4 +1,5 @@
-"""Quality at every depth of the tiny models, with exits and without; writes records/analysis.json.
+"""Quality at every depth of the tiny models, with exits and without; writes
+benchmarks/records/analysis.json.
 
 Exits at several depths are trained without labels; test pictures are judged by the world's exact
 ground truth: a caption is right when every attribute of it is, an answer when it is the reference.
@@ -14,18 +15,20 @@ from typing import Any
 
 import torch
 
-from offramp import world
-from offramp.analyse import AnalysisConfig, analyse
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.freerun import Metric
-from offramp.policy import Policy
-from offramp.records import provenance, read_json, write_json
-from offramp.tiny import TINY, Task, captions, load_tiny, questions
-from offramp.train import train
+from offramp.data.example import Example
+from offramp.engine.policy import Policy
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.research.analysis.analyse import AnalysisConfig, analyse
+from offramp.research.analysis.free_running import Metric
+from offramp.research.scenes import world
+from offramp.research.scenes.tasks import Task, captions, questions
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import train
 
-OUT = Path(__file__).parent.parent / "records" / "analysis.json"
+OUT = Path(__file__).parent / "records" / "analysis.json"
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
 TRAIN, TEST = 400, 200  # pictures; each gives a caption and two questions
 

@@ -1,8 +1,8 @@
-"""Measure predicted against real speed, and peers; rewrites records/bench.json, peers.json and
-dialogues.json.
+"""Measure predicted against real speed, and peers; rewrites bench.json, peers.json, dialogues.json
+in benchmarks/records.
 
-One thread, a quiet machine with 12 GB of memory, about an hour. `python tools/bench.py NAME...`
-measures only these parts; what each found waits in runs/bench for the others: opt-2.7b, flan-t5-xl,
+One thread, a quiet machine with 12 GB of memory, about an hour. `python benchmarks/bench.py NAME...`
+measures only these parts; what each found stays in runs/bench for the others: opt-2.7b, flan-t5-xl,
 smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
@@ -21,28 +21,29 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from offramp import world
 from offramp.adapter import Adapter
-from offramp.backbone import Backbone
-from offramp.bench import RATES, Case, any_shortlist, bench, table
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.measure import Way, race, speedup
-from offramp.peers import race_peers
-from offramp.peers import table as peers_table
-from offramp.plots import speeds
-from offramp.policy import FULL
-from offramp.prefix import PrefixCache
-from offramp.records import provenance, read_json, write_atomic, write_json
-from offramp.shapes import shape
-from offramp.tiny import TINY, captions, load_tiny, questions
-from offramp.unitcosts import measure_costs
-from offramp.vision import VisionCache
-from offramp.ways import own_way
+from offramp.calibration.profiler import measure_costs
+from offramp.data.example import Example
+from offramp.engine.policy import FULL
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.evaluation.timing import Way, own_way, race, speedup
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.models.vision_cache import VisionCache
+from offramp.provenance import provenance
+from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, table
+from offramp.research.benchmark.peers import race_peers
+from offramp.research.benchmark.peers import table as peers_table
+from offramp.research.benchmark.shapes import shape
+from offramp.research.report.plots import speeds
+from offramp.research.scenes import world
+from offramp.research.scenes.tasks import captions, questions
+from offramp.storage import read_json, write_atomic, write_json
 
 ROOT = Path(__file__).parent.parent
-RECORDS, OUT = ROOT / "records", ROOT / "runs" / "bench"
+RECORDS, OUT = ROOT / "benchmarks" / "records", ROOT / "runs" / "bench"
 ACCEPTANCE = 0.8
 SHORTLIST = 2048  # tokens that exits read where the whole vocabulary costs more than a layer
 ROUNDS, TOKENS, PICTURES = 5, 40, 20

@@ -21,24 +21,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offramp import demo
 from offramp.adapter import Adapter
-from offramp.answerloss import RISKS, Answer, free_running
-from offramp.calibrate import GRID, Calibration, calibrate, path_of
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
-from offramp.examples import Example, examples_digest
-from offramp.measure import Timing, Way, race, speedup
-from offramp.policy import FULL, Policy
-from offramp.records import provenance, read_json, write_json
-from offramp.risk import METHODS, control
-from offramp.tiny import TINY, captions, load_tiny, questions
-from offramp.train import train
-from offramp.tried import Tried
-from offramp.unitcosts import measure_costs
-from offramp.ways import stock_way
+from offramp.answers import Answer, free_running
+from offramp.calibration.calibrate import GRID, Calibration, calibrate, path_of
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.risk_control import METHODS, control
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import Tried
+from offramp.data.example import Example, examples_digest
+from offramp.engine.policy import FULL, Policy
+from offramp.evaluation.timing import Timing, Way, race, speedup, stock_way
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.research import demo
+from offramp.research.scenes.tasks import captions, questions
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import train
 
-RECORDS = Path(__file__).parent.parent / "records"
+RECORDS = Path(__file__).parent / "records"
 DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")

@@ -1,5 +1,5 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
-records/compare.json.
+benchmarks/records/compare.json.
 
 Takes some three hours of one core on OPT and five on T5. `--backbone` runs one model, and what it
 found waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries it all out
@@ -21,21 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp import demo, world
 from offramp.adapter import Adapter
-from offramp.answerloss import Answer
-from offramp.compare import compare, exits_folder
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.grid import FEW, FREE, Plan
-from offramp.measure import race, speedup
-from offramp.policy import FULL, Policy
-from offramp.records import provenance, read_json, write_json
-from offramp.tiny import TINY, captions, load_tiny, questions
+from offramp.answers import Answer
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, Policy
+from offramp.evaluation.timing import race, speedup
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.research import demo
+from offramp.research.comparison.compare import compare, exits_folder
+from offramp.research.comparison.methods import FEW, FREE, Plan
+from offramp.research.scenes import world
+from offramp.research.scenes.tasks import captions, questions
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "records" / "compare.json"
+RECORD = ROOT / "benchmarks" / "records" / "compare.json"
 DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
 """Of every objective's exits, and of the exits that the policies are tried on besides."""
 STEPS = {"opt": 600, "t5": 1200}

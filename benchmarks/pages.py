@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 
 from offramp.adapter import Adapter
-from offramp.encode import Encoder
-from offramp.evaluate import evaluate
-from offramp.examples import Example
-from offramp.records import write_atomic
-from offramp.report import read_sources, report
-from offramp.tiny import TINY, captions, load_tiny, questions
+from offramp.data.example import Example
+from offramp.evaluation.evaluate import evaluate
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import TINY, load_tiny
+from offramp.research.report.report import read_sources, report
+from offramp.research.scenes.tasks import captions, questions
+from offramp.storage import write_atomic
 
 ROOT = Path(__file__).parent.parent
-DOCS, RECORDS, DEMO = ROOT / "docs", ROOT / "records", ROOT / "runs" / "demo"
+DOCS, RECORDS, DEMO = ROOT / "docs", ROOT / "benchmarks" / "records", ROOT / "runs" / "demo"
 PICTURES = 40
 SHOTS = {"phone": (390, 2600), "desktop": (1440, 2000)}  # width and height in pixels
 QUIET = (

@@ -7,8 +7,8 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
-from offramp.merit import LEVELS, ahead, equal_quality
-from offramp.metrics import t_interval
+from offramp.evaluation.statistics import t_interval
+from offramp.research.comparison.equal_quality import LEVELS, ahead, equal_quality
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("opt", "t5")
@@ -17,7 +17,10 @@ BEGIN, END = "<!-- figures:begin -->\n", "<!-- figures:end -->"
 
 def figures() -> str:
     """The demo's figures of both shipped models, as Markdown."""
-    reports = [json.loads((ROOT / "records" / f"demo-{kind}.json").read_text()) for kind in KINDS]
+    reports = [
+        json.loads((ROOT / "benchmarks" / "records" / f"demo-{kind}.json").read_text())
+        for kind in KINDS
+    ]
     machine = reports[0]["provenance"]
     lines = [
         "What it printed, on pictures that neither training nor the threshold had seen (batch 1, "
@@ -72,7 +75,7 @@ RISK_NAMES = {
 def _promised() -> list[str]:
     """What calibration promised, and what became of it on other pictures."""
     record, violations = (
-        json.loads((ROOT / "records" / f"{name}.json").read_text())
+        json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text())
         for name in ("calibrated", "violations")
     )
     first = record["opt"][0]
@@ -124,7 +127,7 @@ HELD = {
 
 def _labels() -> list[str]:
     """FREE without labels and with them beside methods that need labels, and those without any."""
-    record = json.loads((ROOT / "records" / "compare.json").read_text())
+    record = json.loads((ROOT / "benchmarks" / "records" / "compare.json").read_text())
     models = {kind: record[kind] for kind in KINDS}
     plan = models["opt"]["plan"]
     few = plan["training"]["labelled_fraction"]
@@ -173,7 +176,7 @@ def _speeds(models: dict[str, dict], objective: str, policy: str) -> list[float]
 
 def _photographs() -> list[str]:
     """What exits trained without labels are worth on a model of photographs."""
-    record = json.loads((ROOT / "records" / "photo.json").read_text())
+    record = json.loads((ROOT / "benchmarks" / "records" / "photo.json").read_text())
     regimes, exact = record["regimes"].values(), record["lossless"]
     counts = {row["n_test"] for one in regimes for row in one["points"] if row["thresholds"]}
     lines = [
@@ -214,7 +217,7 @@ BESIDE = {
 
 def _photographs_compared() -> list[str]:
     """FREE beside the usual baselines on photographs, at equal CIDEr."""
-    record = json.loads((ROOT / "records" / "compare-photo.json").read_text())
+    record = json.loads((ROOT / "benchmarks" / "records" / "compare-photo.json").read_text())
     curves = {(c["objective"], c["policy"]): c for c in record["equal_quality"]["curves"]}
     levels = list(map(str, LEVELS))
     heads = " | ".join(f"{_percent(level)}, FREE ahead by" for level in levels)
@@ -241,7 +244,7 @@ def _over(curve: dict, level: str) -> str:
 def performance_figures() -> str:
     """What skipped layers are worth in time, and what else could be switched on, as Markdown."""
     bench, peers, dialogues = (
-        json.loads((ROOT / "records" / f"{name}.json").read_text())
+        json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text())
         for name in ("bench", "peers", "dialogues")
     )
     machine = bench[0]["machine"]
@@ -264,8 +267,8 @@ def performance_figures() -> str:
         _whole_loop([e for e in bench if e["policy"] == "full"]),
         "",
         "What else a user could switch on, on the tiny models that ship, with the same prompts in "
-        "one interleaved race ([as a plot](records/peers.svg)): decoding and end to end in "
-        "multiples of full depth, and the share of answers that are the full model's.",
+        "one interleaved race ([as a plot](benchmarks/records/peers.svg)): decoding and end to end "
+        "in multiples of full depth, and the share of answers that are the full model's.",
         "",
         "| | tiny OPT | tiny T5 |",
         "|---|---|---|",
@@ -379,8 +382,8 @@ def tiny_figures() -> str:
 
 def choices_figures() -> str:
     """What the defaults were chosen by, as Markdown."""
-    ablation = json.loads((ROOT / "records" / "ablation.json").read_text())
-    compared = json.loads((ROOT / "records" / "compare.json").read_text())
+    ablation = json.loads((ROOT / "benchmarks" / "records" / "ablation.json").read_text())
+    compared = json.loads((ROOT / "benchmarks" / "records" / "compare.json").read_text())
     parts = [_equal_quality(compared), _kv(compared), _more_seeds(compared)]
     parts += [_adversary(ablation, kind) for kind in KINDS]
     return "\n".join(parts)

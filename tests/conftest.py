@@ -12,10 +12,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import families
 import pytest
 import torch
-
-import families
 
 torch.set_num_threads(1)
 
@@ -28,14 +27,14 @@ def seeded() -> None:
 
 @cache
 def _backbone(name: str, dtype: torch.dtype, wide: float | None) -> Any:
-    from offramp.backbone import Backbone
+    from offramp.models.backbone import Backbone
 
     return Backbone(families.build(name, dtype, wide=wide))
 
 
 @cache
 def _exits(name: str, dtype: torch.dtype, wide: float | None, depths: tuple[int, ...]) -> Any:
-    from offramp.exits import Exits
+    from offramp.models.exits import Exits
 
     exits = Exits(_backbone(name, dtype, wide), depths)
     draw = torch.Generator().manual_seed(7)

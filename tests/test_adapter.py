@@ -10,27 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import families
-from offramp.adapter import (
-    CARD,
-    CONFIG,
-    DISCRIMINATORS,
-    EXITS,
-    FORMAT,
-    SEEN,
-    Adapter,
-    model_card,
-)
-from offramp.backbone import Backbone
-from offramp.discriminator import build_discriminators
+from offramp.adapter import Adapter
+from offramp.engine.policy import Policy
 from offramp.errors import AdapterError, InputError, StorageError
-from offramp.exits import Exits
-from offramp.policy import Policy
+from offramp.model_card import model_card
+from offramp.models.backbone import Backbone
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits
+from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
 
 Build = Callable[..., Any]
 DEPTHS = (2, 4)
@@ -309,7 +302,7 @@ def no_space_in_rust(*_: Any, **__: Any) -> None:
     [
         ("safetensors.torch.save_file", no_space),
         ("safetensors.torch.save_file", no_space_in_rust),
-        ("offramp.records.os.fsync", no_space),
+        ("offramp.storage.os.fsync", no_space),
         ("pathlib.Path.write_text", no_space),
     ],
 )

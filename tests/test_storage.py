@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp import records
+from offramp import storage as records
 from offramp.errors import DataError, InputError, StorageError
 
 
@@ -270,7 +270,7 @@ def test_provenance_names_the_versions_that_ran() -> None:
 
 
 def test_data_and_records_do_not_wait_for_torch() -> None:
-    code = "import sys, offramp.data, offramp.records; sys.exit('torch' in sys.modules)"
+    code = "import sys, offramp.data, offramp.storage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,7 +14,7 @@ from examples.photo_vlm.photos import image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, Neck
 
 from offramp.errors import DataError
-from offramp.records import atomic_folder, read_json, write_json
+from offramp.storage import atomic_folder, read_json, write_json
 
 BRIDGE = Path(__file__).parent / "bridge"
 # Of SmolLM2's unused special tokens; a new one would change the vocabulary's size.

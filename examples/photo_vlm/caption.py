@@ -10,9 +10,9 @@ from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
 
-from offramp.data import CAPTION_PROMPT, QUESTION_PROMPT
+from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT
+from offramp.data.example import Example
 from offramp.errors import InputError
-from offramp.examples import Example
 
 ADAPTER = Path(__file__).parent / "adapter"
 
@@ -26,8 +26,8 @@ def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
     import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from transformers import AutoProcessor
 
-    from offramp.backbone import Backbone
-    from offramp.encode import Encoder
+    from offramp.models.backbone import Backbone
+    from offramp.models.input_processor import Encoder
 
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -55,8 +55,8 @@ def said(
 ) -> dict[str, Any]:
     """The answer to one example in a mode, how long it took, and how deep its tokens ran."""
     from offramp.adapter import Adapter
-    from offramp.exits import Exits
-    from offramp.policy import FULL
+    from offramp.engine.policy import FULL
+    from offramp.models.exits import Exits
 
     backbone, encoder = load(model, dtype)
     if mode == "full":

@@ -18,12 +18,12 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import read_photographs
 
-from offramp.compare import compare
-from offramp.config import TrainConfig
-from offramp.grid import QUALITIES, Plan
-from offramp.records import write_json
+from offramp.research.comparison.compare import compare
+from offramp.research.comparison.methods import QUALITIES, Plan
+from offramp.storage import write_json
+from offramp.training.config import TrainConfig
 
-RECORD = Path("records/compare-photo.json")
+RECORD = Path("benchmarks/records/compare-photo.json")
 PLAN = Plan(
     objectives=(
         "logit_lens", "cross_entropy", "cross_entropy_few", "cross_entropy_own", "distillation",

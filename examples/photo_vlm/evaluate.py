@@ -13,9 +13,9 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import ids_of, read_photographs
 from torch import Tensor
 
-from offramp.examples import Example
-from offramp.metrics import Measure
-from offramp.records import write_json
+from offramp.data.example import Example
+from offramp.evaluation.statistics import Measure
+from offramp.storage import write_json
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer
@@ -32,8 +32,8 @@ def caption_figures(
 def caption_measures(
     answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
 ) -> Mapping[str, Measure]:
-    """The same, as `offramp.metrics.interval` takes them."""
-    from offramp.captions import caption_scores
+    """The same, as `offramp.evaluation.metrics.interval` takes them."""
+    from offramp.evaluation.caption_metrics import caption_scores
 
     keyed = {example.key: answer for example, answer in zip(examples, answers, strict=True)}
     references = {example.key: example.answers for example in examples}

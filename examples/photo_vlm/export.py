@@ -16,7 +16,8 @@ from examples.photo_vlm.learn import load_state
 from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
 from examples.photo_vlm.vision import LiteTowerConfig
 
-from offramp.records import digest_file, provenance
+from offramp.provenance import provenance
+from offramp.storage import digest_file
 
 _TOWER = ("hidden_size", "layers", "heads", "grid", "queries", "image_size")
 _CURVE = ("step", "seconds", "CIDEr", "Bleu_4", "accuracy")

@@ -11,7 +11,7 @@ from pathlib import Path
 from examples.photo_vlm.command import command, parser_of
 
 from offramp.errors import DataError, StorageError
-from offramp.records import digest_file, write_atomic
+from offramp.storage import digest_file, write_atomic
 
 
 @dataclass(frozen=True)

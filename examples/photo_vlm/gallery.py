@@ -12,13 +12,13 @@ from examples.photo_vlm.evaluate import LONGEST, caption_figures
 from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
-from offramp.answerlog import Done, Row
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.gallery import gallery
-from offramp.page import Section, document, paragraph
-from offramp.policy import FULL, Policy
-from offramp.records import write_atomic
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, Policy
+from offramp.evaluation.run_log import Done, Row
+from offramp.models.exits import Exits
+from offramp.research.report.gallery import gallery
+from offramp.research.report.html import Section, document, paragraph
+from offramp.storage import write_atomic
 
 
 def answers(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.errors import DataError
-from offramp.records import write_atomic
+from offramp.storage import write_atomic
 
 _STATE = ("step", "bridge", "optimizer", "settings", "seconds")
 

@@ -30,25 +30,26 @@ from examples.photo_vlm.rows import read_photographs
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.analyse import RESULT, AnalysisConfig, analyse
-from offramp.answerloss import RISKS, Answer, free_running
-from offramp.calibrate import calibrate, path_of
-from offramp.config import TrainConfig
-from offramp.corrupt import CORRUPTIONS, corrupted
-from offramp.drafts import draft_speeds
+from offramp.answers import Answer, free_running
+from offramp.calibration.calibrate import calibrate, path_of
+from offramp.calibration.draft_thresholds import draft_speeds
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import Tried
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, Policy
 from offramp.errors import InputError
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.measure import Timing, Way, race, speedup
-from offramp.metrics import interval
-from offramp.policy import FULL, Policy
-from offramp.records import provenance, read_json, write_json
-from offramp.states import Stores
-from offramp.train import Trainer
-from offramp.tried import Tried
-from offramp.unitcosts import measure_costs
-from offramp.vision import VisionCache
-from offramp.ways import own_way, stock_way
+from offramp.evaluation.statistics import interval
+from offramp.evaluation.timing import Timing, Way, own_way, race, speedup, stock_way
+from offramp.models.exits import Exits
+from offramp.models.vision_cache import VisionCache
+from offramp.provenance import provenance
+from offramp.research.analysis.analyse import RESULT, AnalysisConfig, analyse
+from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp.training.feature_dataset import Stores
+from offramp.training.trainer import Trainer
 
 SHORTLIST = 2048
 DROPS = (0.01, 0.03)
@@ -500,7 +501,7 @@ def main() -> None:
         "--size", choices=SIZES, default="whole",
         help="small: to hold regimes against each other; quick: only to try it out",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("records/photo.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/records/photo.json"))
     parser.add_argument(
         "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"
     )

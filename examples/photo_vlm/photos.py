@@ -11,9 +11,9 @@ import torch
 from examples.photo_vlm.vision import FEATURES, GRID
 from torch import Tensor, nn
 
+from offramp.data.example import Example
 from offramp.errors import DataError
-from offramp.examples import Example
-from offramp.records import digest_rows, read_json, write_json
+from offramp.storage import digest_rows, read_json, write_json
 
 SIDE = 224
 

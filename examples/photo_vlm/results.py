@@ -7,12 +7,12 @@ from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
 
-from offramp.merit import ahead, drawn
-from offramp.plots import tradeoff
-from offramp.records import read_json, write_atomic
+from offramp.research.comparison.equal_quality import ahead, drawn
+from offramp.research.report.plots import tradeoff
+from offramp.storage import read_json, write_atomic
 
 HERE = Path(__file__).parent
-RECORDS = HERE.parent.parent / "records"
+RECORDS = HERE.parent.parent / "benchmarks" / "records"
 RECORD, COMPARED = RECORDS / "photo.json", RECORDS / "compare-photo.json"
 
 
@@ -25,7 +25,7 @@ def page(record: dict[str, Any], card: dict[str, Any], compared: dict[str, Any] 
     )
     parts = [
         "# What exits are worth on photographs\n",
-        f"From [records/photo.json](../../records/photo.json): {_machine(record)}. "
+        f"From [photo.json](../../benchmarks/records/photo.json): {_machine(record)}. "
         f"{told if regimes else 'No exits have been measured yet.'} Written by `python -m "
         "examples.photo_vlm.results`.\n",
         _full(record["full"], card),
@@ -191,7 +191,7 @@ def _side_by_side(regimes: list[dict[str, Any]], sizes: dict[str, Any]) -> str:
             for row in one["points"]
         ]
         lines.append(f"| {one['regime']} | {_agreement(one)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/photo.svg)\n"
+    return "\n".join(lines) + "\n\n![CIDEr against speed](../../benchmarks/records/photo.svg)\n"
 
 
 def _compared(found: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def _compared(found: dict[str, Any]) -> str:
     lines = [
         "## Objectives and policies at equal quality",
         "",
-        f"From [records/compare-photo.json](../../records/compare-photo.json). Each objective "
+        f"From [compare-photo.json](../../benchmarks/records/compare-photo.json). Each objective "
         f"{taught['steps']:,} steps on {found['n_train']:,} photographs, with the largest "
         f"probability as score and an exit at {plan['depths'][0]}; each policy on the exits of "
         f"FREE there or at {', '.join(map(str, plan['several']))}. `cross_entropy` learns all "
@@ -227,7 +227,10 @@ def _compared(found: dict[str, Any]) -> str:
         cells = [f"{curve['speedup_decode'][at]:.2f}x, {ahead(curve, at)}" for at in levels]
         names = (f"`{curve[name]}`" for name in ("objective", "policy"))
         lines.append(f"| {' | '.join((*names, *cells))} |")
-    return "\n".join(lines) + "\n\n![CIDEr against speed](../../records/compare-photo.svg)\n"
+    return (
+        "\n".join(lines)
+        + "\n\n![CIDEr against speed](../../benchmarks/records/compare-photo.svg)\n"
+    )
 
 
 def _by_depth(found: dict[str, Any], first: str) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.data import read_examples
+from offramp.data.datasets import read_examples
+from offramp.data.example import Example
 from offramp.errors import DataError
-from offramp.examples import Example
 
 CAPTIONS = "flickr8k_captions.jsonl"
 QUESTIONS = "daquar_vqa.jsonl"

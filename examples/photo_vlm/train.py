@@ -34,7 +34,7 @@ from examples.photo_vlm.vision import LiteTowerConfig
 from torch import Tensor
 
 from offramp.errors import InputError
-from offramp.records import JsonlLog
+from offramp.storage import JsonlLog
 
 
 @dataclass(frozen=True)

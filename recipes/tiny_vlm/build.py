@@ -19,7 +19,7 @@ from transformers import (
     T5Config,
 )
 
-from offramp import world
+from offramp.research.scenes import world
 
 WIDTH = 128
 HEADS = 4

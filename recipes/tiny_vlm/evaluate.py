@@ -9,7 +9,7 @@ from build import MAX_NEW_TOKENS, build_processor
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from offramp import world
+from offramp.research.scenes import world
 
 Item = tuple[world.Scene, str, str]  # scene, prompt, reference answer
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForConditionalGeneration
 
-from offramp import world
+from offramp.research.scenes import world
 
 IGNORE = -100
 PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates

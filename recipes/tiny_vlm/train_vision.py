@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerModel, Blip2VisionModel
 
-from offramp import world
+from offramp.research.scenes import world
 
 CELLS = world.GRID**2
 CLASSES = {

@@ -7,27 +7,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from offramp.adapter import Adapter as Adapter
-    from offramp.backbone import Backbone as Backbone
-    from offramp.config import TrainConfig as TrainConfig
-    from offramp.decode import generate as generate
-    from offramp.examples import Example as Example
-    from offramp.exits import Exits as Exits
-    from offramp.families import Family as Family
-    from offramp.families import register_backbone as register_backbone
-    from offramp.policy import Generation as Generation
-    from offramp.policy import Policy as Policy
+    from offramp.data.example import Example as Example
+    from offramp.engine.generate import generate as generate
+    from offramp.engine.policy import Generation as Generation
+    from offramp.engine.policy import Policy as Policy
+    from offramp.models.backbone import Backbone as Backbone
+    from offramp.models.exits import Exits as Exits
+    from offramp.models.registry import Family as Family
+    from offramp.models.registry import register_backbone as register_backbone
+    from offramp.training.config import TrainConfig as TrainConfig
 
 _HOMES = {
     "Adapter": "adapter",
-    "Backbone": "backbone",
-    "Family": "families",
-    "register_backbone": "families",
-    "TrainConfig": "config",
-    "Generation": "policy",
-    "Policy": "policy",
-    "generate": "decode",
-    "Example": "examples",
-    "Exits": "exits",
+    "Backbone": "models.backbone",
+    "Example": "data.example",
+    "Exits": "models.exits",
+    "Family": "models.registry",
+    "Generation": "engine.policy",
+    "Policy": "engine.policy",
+    "TrainConfig": "training.config",
+    "generate": "engine.generate",
+    "register_backbone": "models.registry",
 }
 
 

@@ -2,7 +2,7 @@
 
 adapter.json                format version, backbone, depths, policy, calibration, provenance
 exits.safetensors           the exits' tensors, nothing of the backbone
-checks.safetensors          shortlist and gates, if there are any (`offramp.checks`)
+checks.safetensors          shortlist and gates, if there are any (`offramp.models.shortlist`)
 discriminators.safetensors  only needed for the discriminator score and for resuming
 seen.json                   digests of the pictures that training and calibration used
 README.md                   the model card
@@ -11,25 +11,30 @@ training/                   log, and the state that resuming needs; not pushed t
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from offramp.backbone import Backbone, same_backbone
-from offramp.checks import Checks
-from offramp.decode import generate
-from offramp.discriminator import build_discriminators
-from offramp.errors import AdapterError, DataError, InputError, StorageError
-from offramp.exits import Exits
-from offramp.policy import FULL, Generation, Policy
-from offramp.records import atomic_folder, read_json, write_json
-from offramp.scores import check_thresholds
+from offramp.engine.confidence import check_thresholds
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Generation, Policy, policy_from_json, policy_to_json
+from offramp.errors import AdapterError, InputError
+from offramp.model_card import model_card
+from offramp.models.backbone import Backbone, same_backbone
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits
+from offramp.save_and_load import (
+    _discriminator_options,
+    _fill,
+    _read_checks,
+    _read_config,
+    _read_seen,
+    _write,
+)
+from offramp.storage import atomic_folder, write_json
 
 FORMAT = 1
 CONFIG, EXITS, CHECKS, DISCRIMINATORS, SEEN, CARD = (
@@ -48,8 +53,8 @@ class Adapter:
 
     provenance: versions, seed, data digest and command of the training run; `metrics`: agreement
     by depth on validation data.
-    calibration: what is promised of the policy, by `offramp.calibrate`; None: nothing.
-    seen: see `offramp.seen`; empty where it is not known.
+    calibration: what is promised of the policy, by `offramp.calibration.calibrate`; None: nothing.
+    seen: see `offramp.data.decontamination`; empty where it is not known.
     """
 
     backbone: Backbone
@@ -64,7 +69,7 @@ class Adapter:
     def generate(
         self, inputs: Mapping[str, Any], *, policy: Policy | None = None, **options: Any
     ) -> Generation:
-        """Generate by the adapter's policy, or by another; see `offramp.decode.generate`."""
+        """Generate by the adapter's policy, or by another; see `offramp.generate`."""
         return generate(
             self.backbone,
             inputs,
@@ -221,180 +226,6 @@ class Adapter:
             )
 
 
-_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
-
-
 def _check_depths(policy: Policy, depths: tuple[int, ...]) -> None:
     for thresholds in (policy.thresholds, policy.drafts):
         check_thresholds(dict(thresholds), depths)
-
-
-def policy_to_json(policy: Policy) -> dict[str, Any]:
-    """A policy as JSON, whose keys are text."""
-    by_depth = {n: getattr(policy, n) for n in _BY_DEPTH}
-    return {
-        **asdict(policy),
-        **{name: {str(d): v for d, v in values.items()} for name, values in by_depth.items()},
-    }
-
-
-def policy_from_json(value: Mapping[str, Any]) -> Policy:
-    """The policy that `policy_to_json` wrote."""
-    by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
-    numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
-    return Policy(**{**value, **numbers})
-
-
-def model_card(adapter: Adapter) -> str:
-    """The generated README.md of an adapter."""
-    backbone, policy = adapter.backbone, adapter.policy
-    agreement = adapter.metrics.get("agreement", {})
-    rows = "\n".join(
-        f"| {d} of {backbone.depth} | {agreement.get(str(d), float('nan')):.4f} "
-        f"| {policy.thresholds.get(d, 'off')} | {policy.drafts.get(d, 'as the threshold')} |"
-        for d in adapter.exits.depths
-    )
-    return f"""---
-library_name: offramp
-{_base_model(backbone.name)}tags: [early-exit, vision-language]
----
-# Early exits for {backbone.name}
-
-One decoder layer at each depth below, trained on the frozen backbone and read by its own final
-norm and LM head.
-
-| depth | agreement with the full model (validation, teacher-forced) | threshold | drafts |
-|---|---|---|---|
-{rows}
-
-Score: `{policy.score}`; skipped keys and values: `{policy.kv}`. No threshold means that the exit
-is off. Drafts: thresholds of the lossless mode.
-
-{_promise(adapter)}
-
-```python
-from offramp import Adapter, Backbone
-from transformers import AutoProcessor
-
-backbone = Backbone.from_pretrained({backbone.name!r})
-processor = AutoProcessor.from_pretrained({backbone.name!r})
-adapter = Adapter.from_pretrained("this/folder", backbone)
-answer = adapter.generate(processor(images=image, text=prompt, return_tensors="pt"))
-```
-
-## Provenance
-
-```json
-{json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False)}
-```
-"""
-
-
-def _promise(adapter: Adapter) -> str:
-    """The card's sentence on what these thresholds keep."""
-    found = adapter.calibration
-    if found is None:
-        return "The thresholds are not calibrated: nothing is promised."
-    what = f"risk `{found['risk']}` at most {found['target']:.3g}"
-    if found["measured"] is None:
-        return f"Calibration could not promise a {what}, so all exits are off."
-    return (
-        f"Calibrated: {what}, with {found['confidence']:.0%} confidence on data like those of the "
-        f"calibration; measured {found['measured']:.3g}, at most {found['bound']:.3g}, on "
-        f"n = {found['n']} (method `{found['method']}`, data digest `{found['data_digest'][:16]}`)."
-    )
-
-
-def _base_model(name: str) -> str:
-    """The card's line on the backbone; the hub refuses a card that names a local folder there."""
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return f"base_model: {name}\n" if is_hub_name else ""
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(
-            f"{folder} holds no adapter ({CONFIG} is missing).",
-            "Give the folder that `offramp train --out` wrote.",
-        )
-    try:
-        config = read_json(folder / CONFIG)
-    except (DataError, StorageError) as error:
-        raise AdapterError(
-            error.problem, "Restore the folder, or train the exits again."
-        ) from error
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise AdapterError(
-            f"{folder} has adapter format {found!r}; this version reads format {FORMAT}.",
-            "Train the exits again, or install the version of offramp that wrote it.",
-        )
-    return config  # type: ignore[no-any-return]
-
-
-def _discriminator_options(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the discriminators are built; None where there are none."""
-    if "conditional_discriminators" in config:  # written when there was one option
-        conditional = config["conditional_discriminators"]
-        return None if conditional is None else {"conditional": bool(conditional)}
-    options = config["discriminators"]
-    return None if options is None else dict(options)
-
-
-def _read_seen(folder: Path) -> dict[str, list[str]]:
-    """What `seen.json` holds; nothing in an adapter from before there was one."""
-    if not (folder / SEEN).is_file():
-        return {}
-    try:
-        return {step: list(digests) for step, digests in read_json(folder / SEEN).items()}
-    except (DataError, StorageError, AttributeError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / SEEN} is damaged ({error.__class__.__name__}).",
-            "Restore the file, or train the exits again.",
-        ) from error
-
-
-def _read_checks(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> Checks | None:
-    """Shortlist and gates; None where the adapter has none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if config.get("checks") is None:
-        return None
-    try:
-        tensors = load_file(folder / CHECKS, device=str(backbone.device))
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{folder / CHECKS} cannot be read: {str(error).splitlines()[0]}",
-            "Restore the folder, or train the exits again.",
-        ) from error
-    sizes = {"width": backbone.width, "vocabulary": backbone.vocabulary}
-    return Checks.of(tensors, config["checks"], **sizes)
-
-
-def _write(state: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors; an OSError where they do not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # safetensors has its own error for a full disk
-        raise OSError(str(error)) from error
-
-
-def _fill(module: nn.Module, path: Path) -> None:
-    """Load exactly the module's tensors from `path`, or raise `AdapterError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for parameter in module.parameters():
-        parameter.data = torch.full_like(parameter, float("nan"))  # nothing may stay as it was
-    try:
-        module.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise AdapterError(
-            f"{path} cannot be read as the exits' tensors: {str(error).splitlines()[0]}",
-            "Restore the folder, or train the exits again.",
-        ) from error

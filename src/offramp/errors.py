@@ -1,7 +1,7 @@
 """Errors a user can act on: one line says what is wrong, the next says what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class OfframpError(Exception):
@@ -64,6 +64,13 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(word.lower(), written, n=1)
     question = f"Did you mean {written[close[0]]!r}? " if close else ""
     return f"{question}Allowed: {', '.join(names)}."
+
+
+def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `InputError` with the known names where one is not."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))
 
 
 def _one_line(text: str) -> str:

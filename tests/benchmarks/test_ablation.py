@@ -9,23 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 
-import fakes
 from offramp.adapter import Adapter
 from offramp.answers import self_written
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
-from offramp.replay import replay
-from offramp.tiny import Task, captions
+from offramp.calibration.replay import replay
+from offramp.models.input_processor import Encoder
+from offramp.research.scenes.tasks import Task, captions
+from offramp.training.config import TrainConfig
 
 Build = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    path = Path(__file__).parent.parent / "tools" / "ablation.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation.py"
     spec = importlib.util.spec_from_file_location("ablation", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

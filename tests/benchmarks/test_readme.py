@@ -3,11 +3,11 @@
 import importlib.util
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_figure_of_a_page_is_its_records() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

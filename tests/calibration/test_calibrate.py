@@ -9,28 +9,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fakes
+import families
 import numpy as np
 import pytest
 import torch
 
-import fakes
-import families
-from offramp import calibrate as module
-from offramp.adapter import Adapter, model_card
-from offramp.answerloss import RISKS, Answer, answer_ids, free_running
-from offramp.backbone import Backbone
-from offramp.calibrate import Calibration, calibrate, calibrated
-from offramp.cost import Costs
-from offramp.encode import Encoder
+from offramp.adapter import Adapter
+from offramp.answers import Answer, answer_ids, free_running
+from offramp.calibration import calibrate as module
+from offramp.calibration.calibrate import Calibration, calibrate, calibrated
+from offramp.calibration.cost_model import Costs
+from offramp.calibration.replay import Replay
+from offramp.calibration.risk_control import control
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
+from offramp.data.decontamination import picture_digests
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, Generation, Policy
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.pareto import LIMIT, candidates, pareto_path
-from offramp.policy import FULL, Generation, Policy
-from offramp.replay import Replay
-from offramp.risk import control
-from offramp.seen import picture_digests
-from offramp.tried import Tried
+from offramp.model_card import model_card
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -138,7 +140,7 @@ def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.extend([policy] * len(some))
         return free_running(adapter, encoder, some, policy, *more)
 
-    monkeypatch.setattr("offramp.tried.free_running", spy)
+    monkeypatch.setattr("offramp.calibration.threshold_evaluator.free_running", spy)
     result = found(4)
     assert sum(policy == FULL for policy in asked) == len(examples())
     early = sum(policy != FULL for policy in asked)
@@ -264,7 +266,7 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
 def test_scores_that_tell_nothing_apart_are_refused(
     policy: Policy, value: float, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offramp.scores import SCORES
+    from offramp.engine.confidence import SCORES
 
     def constant(logits: Any) -> Any:
         return torch.full(logits.shape[:-1], value)

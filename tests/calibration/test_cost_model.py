@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.cost import (
+from offramp.calibration.cost_model import (
     Costs,
     best_draft,
     break_even,
@@ -15,13 +15,13 @@ from offramp.cost import (
     speedup,
     token_seconds,
 )
-from offramp.decode import generate
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
+from offramp.engine.confidence import SCORES
+from offramp.engine.generate import generate
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.forced import OPTIONS, Script, generate_forced
-from offramp.scores import SCORES
-from offramp.shapes import shape
-from offramp.unitcosts import measure_costs
+from offramp.models.exits import Exits
+from offramp.research.benchmark.shapes import shape
 
 LAYERS, EXIT = 8, 3
 COSTS = Costs(

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import families
 import pytest
 import torch
 
-import families
-from offramp import drafts as module
 from offramp.adapter import Adapter
-from offramp.backbone import Backbone
-from offramp.drafts import draft_speeds, with_drafts
+from offramp.calibration import draft_thresholds as module
+from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+from offramp.engine.policy import Policy
 from offramp.errors import DataError
-from offramp.exits import Exits
-from offramp.measure import Timing
-from offramp.policy import Policy
+from offramp.evaluation.timing import Timing
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
 
 NAME = "blip2-opt"
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}

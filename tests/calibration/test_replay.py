@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 
-import fakes
 from offramp.answers import self_written
-from offramp.decode import generate
-from offramp.encode import Encoder
-from offramp.policy import Policy
-from offramp.replay import Replay, replay
+from offramp.calibration.replay import Replay, replay
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
+from offramp.models.input_processor import Encoder
 
 NAMES = ("blip2-opt", "blip2-t5", "llava")
 TOKENS = 8

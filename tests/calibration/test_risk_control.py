@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from offramp.errors import InputError
-from offramp.risk import (
+from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     betting_p_value,
@@ -23,6 +22,7 @@ from offramp.risk import (
     upper_bound,
     upper_bound_control,
 )
+from offramp.errors import InputError
 
 TARGET, CONFIDENCE, N = 0.05, 0.9, 300
 Draw = np.random.Generator

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from offramp import cli, drafts, world
-from offramp.adapter import CONFIG
+from offramp import cli
+from offramp.calibration import draft_thresholds as drafts
+from offramp.research.scenes import world
+from offramp.save_and_load import CONFIG
 
 Run = Any
 

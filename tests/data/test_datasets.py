@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp.data import Example, examples_digest, read_examples, split_examples
+from offramp.data.datasets import Example, examples_digest, read_examples, split_examples
 from offramp.errors import DataError, InputError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 Write = Callable[..., Path]
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import fakes
 import families
+import pytest
+
 from offramp.adapter import Adapter
-from offramp.backbone import Backbone
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
+from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.example import Example
+from offramp.engine.policy import Policy
 from offramp.errors import DataError
-from offramp.evaluate import evaluate
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.policy import Policy
-from offramp.seen import check_unseen, picture_digests
-from offramp.train import train
+from offramp.evaluation.evaluate import evaluate
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import train
 
 ADVICE = "Take others."
 

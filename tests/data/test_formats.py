@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from offramp.data.formats import FORMATS, LAYOUTS, read_items
+from offramp.data.item import Item
 from offramp.errors import DataError, InputError, StorageError
-from offramp.official import FORMATS, LAYOUTS, read_items
-from offramp.tasks import Item
 
 COCO: dict[str, Any] = {
     "info": {},

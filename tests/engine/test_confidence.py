@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from offramp import scores as module
-from offramp.errors import InputError
-from offramp.scores import (
+from offramp.engine import confidence as module
+from offramp.engine.confidence import (
     FEATURE_SCORES,
     SCORES,
     STREAKS,
@@ -18,6 +17,7 @@ from offramp.scores import (
     check_weights,
     saturation,
 )
+from offramp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -6,21 +6,21 @@ import gc
 import threading
 import weakref
 
+import families
 import pytest
 import torch
-
-import families
 from families import CAUSAL_PROMPT, FIRST_WORD, LOOKS_AHEAD, NAMES, PAD, WORDLESS
-from offramp.backbone import Backbone
-from offramp.decode import generate
-from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.judge import Judge
-from offramp.policy import FULL, Policy
-from offramp.rows import Rows
-from offramp.run import Run
-from offramp.scores import SCORES
 from reference import Dice, Script, StepLogitsWarper, of_steps, probe
+
+from offramp.engine.confidence import SCORES
+from offramp.engine.exit_check import Judge
+from offramp.engine.generate import generate
+from offramp.engine.model_runner import Run
+from offramp.engine.policy import FULL, Policy
+from offramp.engine.sampling import Rows
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
 
 NEW = 12
 CALM = 0.1
@@ -776,7 +776,7 @@ def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
 
 
 def test_mean_depth_counts_full_depth_tokens_and_not_the_padding():
-    from offramp.policy import Generation
+    from offramp.engine.policy import Generation
 
     depths = torch.tensor([[6, 2, 2, 6], [6, 4, 0, 0]])
     made = Generation(torch.zeros(2, 9), depths, torch.zeros(2, 4), 6)

@@ -3,20 +3,20 @@ what the decode loop promises."""
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
-
-import families
 from families import WORDLESS
-from offramp.backbone import Backbone
-from offramp.decode import generate
-from offramp.discriminator import build_discriminators
-from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.policy import Policy
-from offramp.run import Run
-from offramp.scores import FEATURE_SCORES, SCORES, STREAKS, Patience
 from reference import of_steps, probe
+
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, Patience
+from offramp.engine.generate import generate
+from offramp.engine.model_runner import Run
+from offramp.engine.policy import Policy
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits
 
 NEW = 12
 DEPTHS = (1, 2, 3, 5)

@@ -3,15 +3,15 @@ what is new of it is run."""
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 
-import families
-from offramp.decode import generate
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Policy
+from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.policy import FULL, Policy
-from offramp.prefix import PrefixCache
+from offramp.models.exits import Exits
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.WORDLESS}
 SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]

@@ -1,16 +1,16 @@
 """Laws of lossless decoding: the exits may say what they like, the output is the full model's."""
 
+import families
 import pytest
 import torch
-
-import families
 from families import NAMES
-from offramp.decode import generate
-from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.policy import Policy
-from offramp.scores import SCORES
 from reference import Dice
+
+from offramp.engine.confidence import SCORES
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
+from offramp.errors import InputError
+from offramp.models.exits import Exits
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

@@ -12,22 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fakes
+import families
 import pytest
+import reference
 import torch
 from torch import Tensor
 
-import fakes
-import families
-import reference
-from offramp.answers import Answered, self_written
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.answers import self_written
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
+from offramp.engine.prefill import Reading, without_inputs
+from offramp.engine.teacher_forcing import Answered, Batch, _Record, exit_features, record
 from offramp.errors import DataError, InputError
-from offramp.exits import Exits
-from offramp.features import Batch, FeatureStore, _Record, exit_features, record
-from offramp.policy import Policy
-from offramp.reading import Reading, without_inputs
-from offramp.view import View
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.models.intercept import View
+from offramp.training.feature_store import FeatureStore
 
 FAMILIES = families.NAMES
 # The fake pads InstructBLIP's question on the left, which its Q-Former reads as another one.
@@ -312,7 +313,7 @@ def test_a_disk_cache_is_recorded_once(
 ) -> None:
     encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
     filled(encoder, "disk", tmp_path)
-    monkeypatch.setattr("offramp.features._save", None)  # would fail if it were called
+    monkeypatch.setattr("offramp.training.feature_store._save", None)  # would fail if called
     filled(encoder, "disk", tmp_path)
 
 

@@ -10,35 +10,38 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fakes
+import families
 import pytest
+import reference
 import torch
 from torch import Tensor
 
-import fakes
-import families
-import reference
-from offramp import captions, cli, world
-from offramp import evaluate as module
+from offramp import cli
 from offramp.adapter import Adapter
-from offramp.decode import generate
-from offramp.discriminator import build_discriminators
-from offramp.encode import Encoder
+from offramp.data.example import Example
+from offramp.data.item import Item
+from offramp.engine.confidence import STREAKS, max_probability
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Policy
 from offramp.errors import DataError, InputError
-from offramp.evaluate import evaluate, rescore
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.policy import FULL, Policy
-from offramp.rank import candidate_scores, follows_policy
-from offramp.records import JsonlLog
-from offramp.scores import STREAKS, max_probability
-from offramp.tasks import TASK_METRICS, Item, Settings
+from offramp.evaluation import caption_metrics as captions
+from offramp.evaluation import evaluate as module
+from offramp.evaluation.evaluate import evaluate, rescore
+from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
+from offramp.evaluation.tasks import TASK_METRICS, Settings
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.research.scenes import world
+from offramp.storage import JsonlLog
 
 DEPTHS = (2, 4)
 
 
 @cache
 def encoder_of(name: str) -> Encoder:
-    from offramp.backbone import Backbone
+    from offramp.models.backbone import Backbone
 
     return Encoder(Backbone(families.build(name)), fakes.Blip2FakeProcessor(name))
 

@@ -14,26 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp import captions
-from offramp.captions import BLEU, CAPTION_METRICS, caption_scores
 from offramp.errors import DataError, InputError
-from offramp.metrics import (
-    Measure,
+from offramp.evaluation import caption_metrics as captions
+from offramp.evaluation.caption_metrics import BLEU, CAPTION_METRICS, caption_scores
+from offramp.evaluation.metrics import (
     Measured,
     exact_match,
     gold_rank,
-    interval,
-    mean_of,
-    mean_of_some,
     ndcg,
     normalise_answer,
     rank_measures,
     strip_marks,
-    t_interval,
     vqa_accuracy,
 )
+from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some, t_interval
 
-REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 PURE = (*BLEU, "ROUGE_L", "CIDEr")
 java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp import measure
-from offramp.measure import race, speedup
+from offramp.evaluation import timing as measure
+from offramp.evaluation.timing import race, speedup
 
 
 class Clock:

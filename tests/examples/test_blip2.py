@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # examples is no part of the package
-
 from examples.blip2.commands import BACKBONES, DATA, commands
+from PIL import Image
 
 from offramp import cli
 

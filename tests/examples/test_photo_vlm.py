@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # examples is no part of the package
-
 from examples.photo_vlm import build, evaluate, fetch, learn, results, rows, train
 from examples.photo_vlm.photos import Features, cache_features, image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, _Conv
+from PIL import Image
 
+from offramp.data.example import Example
 from offramp.errors import DataError, InputError, OfframpError, StorageError
-from offramp.examples import Example
 
 END, IMAGE = 256, 257
 TOWER = LiteTowerConfig(hidden_size=16, layers=1, heads=2, grid=2, queries=1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import families
 import torch
+from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
 from PIL import Image
 
-import families
-from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
-from offramp.examples import Example
+from offramp.data.example import Example
 
 _SPECIAL = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", IMAGE: "<image>"}
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.exits import Exits
-from offramp.view import View
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.intercept import View
 
 
 class Probe:

@@ -11,14 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
-
 import fakes
 import families
-from offramp import train as module
-from offramp.backbone import Backbone
-from offramp.errors import TrainingError
+import torch
 from test_train import SHARED
+
+from offramp.errors import TrainingError
+from offramp.models.backbone import Backbone
+from offramp.training import trainer as module
 
 torch.set_num_threads(1)
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
-
-import families
 from families import NAMES
-from offramp import families as registry
-from offramp.backbone import Backbone, same_backbone
-from offramp.decode import generate
+
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
 from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.exits import Exits
-from offramp.families import Family, register_backbone
-from offramp.policy import Policy
-from offramp.view import View
+from offramp.models import registry
+from offramp.models.backbone import Backbone, same_backbone
+from offramp.models.exits import Exits
+from offramp.models.intercept import View
+from offramp.models.registry import Family, register_backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEW = 10

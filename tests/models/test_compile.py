@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offramp.checks import Checks, Gate
-from offramp.compiled import compiled
-from offramp.decode import generate
-from offramp.exits import Exits
-from offramp.policy import FULL, Policy
-from offramp.shapes import shape
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Policy
+from offramp.models.compile import compiled
+from offramp.models.exits import Exits
+from offramp.models.shortlist import Checks, Gate
+from offramp.research.benchmark.shapes import shape
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 POLICIES = {
@@ -58,7 +58,7 @@ def test_a_machine_without_a_compiler_decodes_as_before(backbone, batch, monkeyp
 
 def test_code_made_by_inductor_leaves_at_the_same_depths():
     """With freezing, on two layers and an exit: the real thing, as far as a test can wait."""
-    from offramp.compiled import _missing
+    from offramp.models.compile import _missing
 
     small = shape("mini-llava")
     config = small.config()

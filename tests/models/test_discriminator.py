@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp.config import JUDGED
-from offramp.discriminator import Discriminator, build_discriminators
 from offramp.errors import InputError
+from offramp.models.discriminator import JUDGED, Discriminator, build_discriminators
 
 N, D = 7, 6
 ROWS = torch.tensor([0, 0, 0, 2, 2, 3, 3])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
-
-import families
 from families import NAMES, WORDLESS
-from offramp.backbone import Backbone
-from offramp.decode import generate
-from offramp.errors import InputError
-from offramp.exits import Exits, check_depths, propose_depths
-from offramp.policy import Policy
-from offramp.scores import SCORES
 from reference import Dice, of_steps, probe
+
+from offramp.engine.confidence import SCORES
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, check_depths, propose_depths
 
 
 def storages(module):

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import fakes
+import families
 import pytest
 import torch
 from PIL import Image
 
-import fakes
-import families
-from offramp.encode import Encoder
+from offramp.data.example import Example
 from offramp.errors import InputError
-from offramp.examples import Example
+from offramp.models.input_processor import Encoder
 
 Build = Callable[..., Any]
 TEXT = "the cat sat on the red mat a dog Question: what is it? Answer: a red cat\n" * 3

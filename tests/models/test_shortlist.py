@@ -6,26 +6,27 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import fakes
+import families
 import numpy as np
 import pytest
 import torch
+from reference import of_steps, probe
 from scipy.stats import binom
 
-import fakes
-import families
-from offramp.adapter import CHECKS, Adapter
+from offramp.adapter import Adapter
 from offramp.answers import self_written
-from offramp.calibrate import calibrate
-from offramp.cheapen import cheapen
-from offramp.checks import Checks, Gate, fit_gate, gate_level, shortlist_of
-from offramp.cost import Costs, gate_gain, token_seconds
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.calibration.calibrate import calibrate
+from offramp.calibration.cost_model import Costs, gate_gain, token_seconds
+from offramp.calibration.gates import cheapen
+from offramp.calibration.replay import replay
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
 from offramp.errors import AdapterError, DataError, InputError
-from offramp.exits import Exits
-from offramp.policy import Policy
-from offramp.replay import replay
-from reference import of_steps, probe
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
+from offramp.save_and_load import CHECKS
 
 NEW = 12
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3")

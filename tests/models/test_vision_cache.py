@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import nn
 
-import families
 from offramp import Policy
-from offramp.backbone import Backbone
-from offramp.decode import generate
+from offramp.engine.generate import generate
 from offramp.errors import InputError
-from offramp.families import Family
-from offramp.vision import VisionCache
+from offramp.models.backbone import Backbone
+from offramp.models.registry import Family
+from offramp.models.vision_cache import VisionCache
 
 Build = Callable[..., Any]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}

@@ -9,18 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 
-import fakes
-from offramp import cli, plots
+from offramp import cli
 from offramp.adapter import Adapter
-from offramp.analyse import AnalysisConfig, analyse, word_class
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.calibration.replay import Replay
+from offramp.data.decontamination import picture_digests
+from offramp.data.example import Example
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
-from offramp.overthinking import (
+from offramp.models.input_processor import Encoder
+from offramp.research.analysis.analyse import AnalysisConfig, analyse, word_class
+from offramp.research.analysis.depth_curves import (
     Bootstrap,
     by_policy,
     curve,
@@ -30,9 +33,7 @@ from offramp.overthinking import (
     positions,
     settled,
 )
-from offramp.policy import Policy
-from offramp.replay import Replay
-from offramp.seen import picture_digests
+from offramp.research.report import plots
 
 Build = Callable[..., Any]
 QUICK = {"resamples": 50, "max_new_tokens": 6}

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import offramp.shapes
-from offramp.bench import Case, bench, spread, table
-from offramp.cli import bench as command
-from offramp.cost import Costs
-from offramp.decode import generate
+from offramp.calibration.cost_model import Costs
+from offramp.calibration.scripted_exits import OPTIONS
+from offramp.cli.research import bench as command
+from offramp.engine.generate import generate
 from offramp.errors import InputError
-from offramp.forced import OPTIONS
-from offramp.shapes import SHAPES, shape
+from offramp.research.benchmark import shapes
+from offramp.research.benchmark.bench import Case, bench, spread, table
+from offramp.research.benchmark.shapes import SHAPES, shape
 
 MINIS = ("mini-opt", "mini-t5", "mini-llava")
 COSTS = Costs(
@@ -40,7 +40,7 @@ COSTS = Costs(
 def test_a_shape_is_as_large_as_its_name_says(
     name: str, layers: int, width: int, vocabulary: int, gigabytes: float
 ) -> None:
-    backbone = offramp.shapes.Backbone(shape(name).empty())
+    backbone = shapes.Backbone(shape(name).empty())
     assert (backbone.depth, backbone.width, backbone.vocabulary) == (layers, width, vocabulary)
     assert shape(name).bytes(torch.bfloat16) == pytest.approx(gigabytes * 1e9, rel=0.03)
 
@@ -73,8 +73,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(offramp.shapes, "free_bytes", lambda: 2_000_000_000)
-    monkeypatch.setattr(offramp.shapes, "_fill", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(shapes, "free_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr(shapes, "_fill", lambda *_: pytest.fail("it was built"))
     with pytest.raises(InputError, match=r"5\.5 GB in bfloat16, and 2\.0 GB") as caught:
         shape("opt-2.7b").build(torch.bfloat16)
     assert "smaller shape" in caught.value.remedy

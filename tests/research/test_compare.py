@@ -9,25 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fakes
+import families
 import numpy as np
 import pytest
 
-import fakes
-import families
-from offramp import cli, merit, world
-from offramp import compare as module
-from offramp.answerloss import Answer
-from offramp.backbone import Backbone
-from offramp.captions import caption_scores
-from offramp.compare import compare
-from offramp.config import TrainConfig
+from offramp import cli
+from offramp.answers import Answer
+from offramp.data.example import Example
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
-from offramp.grid import OBJECTIVES, POLICIES, QUALITIES, Plan
-from offramp.merit import LEVELS, Each, equal_quality, speed_at
-from offramp.records import read_json
-from offramp.states import TrainingStates
-from offramp.train import Trainer
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.models.backbone import Backbone
+from offramp.research.comparison import compare as module
+from offramp.research.comparison import equal_quality as merit
+from offramp.research.comparison.compare import compare
+from offramp.research.comparison.equal_quality import LEVELS, Each, equal_quality, speed_at
+from offramp.research.comparison.methods import OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.research.scenes import world
+from offramp.storage import read_json
+from offramp.training.config import TrainConfig
+from offramp.training.feature_dataset import TrainingStates
+from offramp.training.trainer import Trainer
 
 NAMES = ("blip2-opt", "blip2-t5")
 TRAINING = TrainConfig(steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp import world
-from offramp.corrupt import CORRUPTIONS, SEVERITIES, corrupt, corrupted
+from offramp.data.example import Example, split_examples
 from offramp.errors import InputError
-from offramp.examples import Example, split_examples
+from offramp.research.scenes import world
+from offramp.research.scenes.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 
 NAMES = tuple(CORRUPTIONS)
 SCENES = [world.render(world.scene("test", i)) for i in range(12)]

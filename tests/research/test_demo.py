@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from offramp import world
-from offramp.adapter import Adapter, policy_to_json
-from offramp.demo import DemoSizes, demo, table
-from offramp.encode import Encoder
-from offramp.tiny import captions, load_tiny
+from offramp.adapter import Adapter
+from offramp.engine.policy import policy_to_json
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import load_tiny
+from offramp.research.demo import DemoSizes, demo, table
+from offramp.research.scenes import world
+from offramp.research.scenes.tasks import captions
 
 SMALL = DemoSizes(train=24, calibration=8, quality=6, race=2, rounds=1, steps=8)
 

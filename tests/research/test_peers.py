@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from offramp import peers
 from offramp.adapter import Adapter
+from offramp.engine.policy import Policy
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.measure import Timing
-from offramp.peers import race_peers, table
-from offramp.plots import speeds
-from offramp.policy import Policy
-from offramp.shapes import shape
+from offramp.evaluation.timing import Timing
+from offramp.models.exits import Exits
+from offramp.research.benchmark import peers
+from offramp.research.benchmark.peers import race_peers, table
+from offramp.research.benchmark.shapes import shape
+from offramp.research.report.plots import speeds
 
 NAMES = [
     "full", "generate", "assistant_early_exit", "prompt_lookup", "assisted", "truncation",

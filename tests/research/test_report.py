@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp import cli, plots
+from offramp import cli
+from offramp.data.example import Example
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
-from offramp.gallery import token
-from offramp.report import KINDS, Source, read_sources, report
+from offramp.research.report import plots
+from offramp.research.report.gallery import token
+from offramp.research.report.report import KINDS, Source, read_sources, report
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>&amp;" $x^ \u2028 \u05d0'
 VOID = {"meta", "img", "br", "link", "input", "hr"}

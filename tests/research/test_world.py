@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from offramp import world
+from offramp.research.scenes import world
 
 SCENES = list(world.scenes("train", 150))
 TINY = Path(world.__file__).with_name("tiny")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.config import ADVERSARY_NAMES, GAMES, OBJECTIVES
-from offramp.discriminator import Discriminator, Verdict
-from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
+from offramp.models.discriminator import Discriminator, Verdict
+from offramp.training.config import ADVERSARY_NAMES, GAMES, OBJECTIVES
+from offramp.training.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
 
 N, V, D, H = 7, 11, 6, 4
 KINDS = ("plain", "masked", "saturated", "half")

@@ -13,28 +13,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fakes
+import families
 import peft
 import pytest
 import torch
 from torch import Tensor
 
-import fakes
-import families
 from offramp.adapter import Adapter
-from offramp.answers import answers_of, self_written
-from offramp.backbone import Backbone
-from offramp.checkpoint import HISTORY, STATE
-from offramp.checks import shortlist_of
-from offramp.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
-from offramp.encode import Encoder
+from offramp.answers import self_written
+from offramp.engine.policy import Policy
 from offramp.errors import DataError, InputError, TrainingError
-from offramp.features import FeatureStore
-from offramp.initial import RIDGE, linear_probe, start_closest
-from offramp.losses import distillation
-from offramp.policy import Policy
-from offramp.records import JsonlLog
-from offramp.states import FOLDER
-from offramp.train import Trainer, train
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import Encoder
+from offramp.models.shortlist import shortlist_of
+from offramp.storage import JsonlLog
+from offramp.training.checkpoint import HISTORY, STATE
+from offramp.training.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
+from offramp.training.feature_dataset import FOLDER
+from offramp.training.feature_store import FeatureStore
+from offramp.training.initialization import RIDGE, linear_probe, start_closest
+from offramp.training.labels import answers_of
+from offramp.training.losses import distillation
+from offramp.training.trainer import Trainer, train
 
 Build = Callable[..., Any]
 
@@ -413,7 +414,7 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
         written.append(len(found))
         return found
 
-    monkeypatch.setattr("offramp.answers.self_written", noted)
+    monkeypatch.setattr("offramp.training.labels.self_written", noted)
     stores = {}
     for name, weight in (("alone", 0.0), ("both", 1.0)):
         run = trainer(opt, tmp_path / name, replace(config, distillation=weight))
@@ -745,7 +746,7 @@ def test_a_damaged_picture_is_named_before_anything_is_generated(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     some = fakes.examples(12)
     some[7] = replace(some[7], image=tmp_path / "bad.png")
-    monkeypatch.setattr("offramp.states.answers_of", None)
+    monkeypatch.setattr("offramp.training.feature_dataset.answers_of", None)
     with pytest.raises(DataError, match=r"bad\.png"):
         train(opt, fakes.Blip2FakeProcessor("blip2-opt"), some, SHORT, tmp_path)
 
@@ -851,7 +852,7 @@ def free_port() -> int:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind that ran `tests/two_processes.py`."""
     out = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("two_processes.py")
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",

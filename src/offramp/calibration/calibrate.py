@@ -2,8 +2,8 @@
 
 One pass of the full model over the examples tells what it answers, a replay of these answers what
 the exits would have said; only answers that thresholds change are generated again. A path of
-thresholds, the safest first, is then tested until one fails (`offramp.risk`). With several exits
-the path is found on a part of the pictures that is not tested on (`offramp.pareto`).
+thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
+the path is found on a part of the images that is not tested on (`threshold_search`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from offramp.adapter import Adapter, policy_to_json
-from offramp.answerloss import RISKS
-from offramp.cost import Costs
-from offramp.encode import Encoder
-from offramp.errors import DataError, InputError
-from offramp.examples import Example, examples_digest, split_examples
-from offramp.metrics import check_known
-from offramp.pareto import Array, Thresholds, candidates, pareto_path
-from offramp.policy import Policy
-from offramp.risk import METHODS, TESTS, control, samples_needed, upper_bound
-from offramp.seen import check_unseen, picture_digests
-from offramp.tried import Tried
-from offramp.unitcosts import measure_costs
+from offramp.adapter import Adapter
+from offramp.calibration.cost_model import Costs
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.risk_control import METHODS, TESTS, control, samples_needed, upper_bound
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_search import Array, Thresholds, candidates, pareto_path
+from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.example import Example, examples_digest, split_examples
+from offramp.engine.policy import Policy, policy_to_json
+from offramp.errors import DataError, InputError, check_known
+from offramp.models.input_processor import Encoder
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 SEARCH = 0.3
@@ -75,7 +74,7 @@ class Calibration:
 
     policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
         could be promised, and then `reason` says why.
-    method: that decided; see `offramp.risk.control`, as for `monotone`.
+    method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
     measured, bound: the risk of the n tested answers, and its upper bound at the confidence.
     needed: answers that would promise the target at the risk measured (where nothing passed: at
         the safest point); None where that is above the target, so that no number would.
@@ -141,7 +140,7 @@ def calibrate(
     Args:
         examples: drawn like those to come, each on its own, and never trained on.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
-        risk: of `RISKS`. method: of `offramp.risk.METHODS`.
+        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
         costs: of decoding on this machine; measured where they are not given.
         options: of generation, such as max_new_tokens.
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from offramp.engine.policy import KV_POLICIES
 from offramp.errors import InputError, did_you_mean
-from offramp.policy import KV_POLICIES
 
 LENGTHS = (1, 2, 4, 8)
 """Positions run at once for which layers and head are timed."""

@@ -10,8 +10,7 @@ from typing import Any
 
 from offramp.adapter import Adapter
 from offramp.errors import DataError
-from offramp.measure import Way, race, speedup
-from offramp.ways import own_way
+from offramp.evaluation.timing import Way, own_way, race, speedup
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from offramp.adapter import Adapter
-from offramp.answers import Answered, self_written
-from offramp.checks import Checks, Gate, fit_gate, gate_level, shortlist_of
-from offramp.cost import Costs, gate_gain
-from offramp.encode import Encoder
-from offramp.examples import Example, split_examples
-from offramp.exits import Exits
-from offramp.features import exit_features, group, record
-from offramp.judge import shortlist_of_policy
-from offramp.policy import Policy
-from offramp.scores import SCORES
-from offramp.unitcosts import measure_costs
+from offramp.answers import self_written
+from offramp.calibration.cost_model import Costs, gate_gain
+from offramp.calibration.profiler import measure_costs
+from offramp.data.example import Example, split_examples
+from offramp.engine.confidence import SCORES
+from offramp.engine.exit_check import shortlist_of_policy
+from offramp.engine.policy import Policy
+from offramp.engine.teacher_forcing import Answered, exit_features, group, record
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
 
 HELD_OUT = 0.3
 """Share of the pictures on which misses are counted and the gates' levels are set."""

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.backbone import Backbone
-from offramp.checks import Gate
-from offramp.cost import LENGTHS, Costs
-from offramp.decode import generate
+from offramp.calibration.cost_model import LENGTHS, Costs
+from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
+from offramp.engine.confidence import SCORES
+from offramp.engine.generate import generate
 from offramp.errors import InputError
-from offramp.exits import Exits, propose_depths
-from offramp.forced import OPTIONS, Script, generate_forced
-from offramp.scores import SCORES
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, propose_depths
+from offramp.models.shortlist import Gate
 
 FULL = 6  # tokens of a pass in which all are alike
 PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"deep{n}")]

@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offramp.answers import Answered
-from offramp.encode import Encoder
-from offramp.exits import Exits
-from offramp.features import exit_features, group, record
-from offramp.judge import shortlist_of_policy
-from offramp.policy import Policy
-from offramp.scores import SCORES
+from offramp.engine.confidence import SCORES
+from offramp.engine.exit_check import shortlist_of_policy
+from offramp.engine.policy import Policy
+from offramp.engine.teacher_forcing import Answered, exit_features, group, record
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
 
 Array = npt.NDArray[Any]
 

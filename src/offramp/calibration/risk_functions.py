@@ -6,31 +6,19 @@ gives the better answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from offramp.adapter import Adapter
-from offramp.captions import caption_scores
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.metrics import exact_match, vqa_accuracy
-from offramp.policy import Generation, Policy
+from offramp.answers import Answer
+from offramp.data.example import Example
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.evaluation.metrics import exact_match, vqa_accuracy
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A free-running answer: its ids and text, and the score at each token's last look."""
-
-    ids: tuple[int, ...]
-    text: str
-    scores: tuple[float, ...] = ()
 
 
 Losses = Callable[[Sequence[Answer], Sequence[Answer], Sequence[Example]], Array]
@@ -111,33 +99,3 @@ RISKS: dict[str, Risk] = {
 """Risks by name. "disagreement": the share of answers that differ from the full model's;
 "consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the
 quality against the example's answers that is lost, below 0 where an early answer is the better."""
-
-
-def free_running(
-    adapter: Adapter,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    policy: Policy,
-    batch_size: int,
-    options: Mapping[str, Any],
-) -> list[Answer]:
-    """Each example's answer by `policy`, in batches."""
-    found: list[Answer] = []
-    for start in range(0, len(examples), batch_size):
-        inputs = encoder.prompts(examples[start : start + batch_size])
-        result = adapter.generate(inputs, policy=policy, **options)
-        rows = zip(
-            answer_ids(result),
-            encoder.texts(result.new_tokens),
-            result.scores.tolist(),
-            strict=True,
-        )
-        found += [Answer(ids, text, tuple(scores[: len(ids)])) for ids, text, scores in rows]
-    return found
-
-
-def answer_ids(result: Generation) -> list[tuple[int, ...]]:
-    """The generated ids of each row, padding removed."""
-    rows: Tensor = result.new_tokens
-    live = result.depths > 0
-    return [tuple(row[keep].tolist()) for row, keep in zip(rows, live, strict=True)]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.backbone import Backbone
-from offramp.decode import generate
-from offramp.exits import Exits
-from offramp.policy import Generation, Policy
-from offramp.scores import SCORES
+from offramp.engine.confidence import SCORES
+from offramp.engine.generate import generate
+from offramp.engine.policy import Generation, Policy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
 """Greedy, and to the last token asked for: random weights may end a sentence anywhere."""

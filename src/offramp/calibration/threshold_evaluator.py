@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from offramp.adapter import Adapter
-from offramp.answerloss import Answer, Risk, free_running
-from offramp.answers import Answered
-from offramp.cost import Costs, token_seconds
-from offramp.encode import Encoder
+from offramp.answers import Answer, free_running
+from offramp.calibration.cost_model import Costs, token_seconds
+from offramp.calibration.replay import Replay, replay
+from offramp.calibration.risk_functions import Risk
+from offramp.calibration.threshold_search import Array, Thresholds
+from offramp.data.example import Example
+from offramp.engine.confidence import SCORES
+from offramp.engine.policy import FULL, Policy
+from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.examples import Example
-from offramp.pareto import Array, Thresholds
-from offramp.policy import FULL, Policy
-from offramp.replay import Replay, replay
-from offramp.scores import SCORES
+from offramp.models.input_processor import Encoder
 
 
 @dataclass(frozen=True)

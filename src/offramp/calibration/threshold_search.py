@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.replay import Replay
+from offramp.calibration.replay import Replay
 
 Array = npt.NDArray[Any]
 Thresholds = dict[int, float]

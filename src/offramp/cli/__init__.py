@@ -9,19 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from offramp import __version__
-from offramp.cli import (
-    analyse,
-    bench,
-    calibrate,
-    compare,
-    demo,
-    draft,
-    eval,
-    generate,
-    inspect,
-    report,
-    train,
-)
+from offramp.cli import calibrate, draft, eval, generate, inspect, train
+from offramp.cli.research import analyse, bench, compare, demo, report
 from offramp.errors import OfframpError
 
 EXAMPLES = """\

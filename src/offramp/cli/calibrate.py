@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     adapter_folder,
     add_command,
     backbone_options,
@@ -70,9 +70,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from offramp.answerloss import RISKS
-    from offramp.calibrate import Promise, calibrate, calibrated
-    from offramp.encode import Encoder
+    from offramp.calibration.calibrate import Promise, calibrate, calibrated
+    from offramp.calibration.risk_functions import RISKS
+    from offramp.models.input_processor import Encoder
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     Promise(**asked)  # a mistake should not wait for data and model

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     adapter_folder,
     add_command,
     backbone_options,
@@ -41,8 +41,8 @@ def add(commands: Any) -> None:
 def _draft(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from offramp.drafts import draft_speeds, with_drafts
-    from offramp.encode import Encoder
+    from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+    from offramp.models.input_processor import Encoder
 
     if arguments.rounds < 1 or arguments.max_new_tokens < 2:
         raise InputError(

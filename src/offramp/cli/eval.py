@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     add_command,
     backbone_options,
     data_options,
@@ -92,9 +92,9 @@ def add(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from offramp.encode import Encoder
-    from offramp.evaluate import evaluate, rescore
-    from offramp.tasks import Settings
+    from offramp.evaluation.evaluate import evaluate, rescore
+    from offramp.evaluation.tasks import Settings
+    from offramp.models.input_processor import Encoder
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
     settings = {name: getattr(arguments, name) for name in names}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter, policy_of
+from offramp.cli.options import add_command, backbone_options, load_adapter, policy_of
 from offramp.errors import InputError
 
 
@@ -42,9 +42,9 @@ def add(commands: Any) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from offramp.encode import Encoder
-    from offramp.examples import Example
-    from offramp.policy import FULL
+    from offramp.data.example import Example
+    from offramp.engine.policy import FULL
+    from offramp.models.input_processor import Encoder
 
     if not arguments.image:
         raise InputError("The prompt came without its image.", "Add --image FILE.")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, load_model
+from offramp.cli.options import add_command, load_model
 
 
 def add(commands: Any) -> None:
@@ -26,16 +26,16 @@ def add(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from offramp.adapter import CONFIG
-    from offramp.records import read_json
+    from offramp.save_and_load import CONFIG
+    from offramp.storage import read_json
 
     config = Path(arguments.name) / CONFIG
     if config.is_file():
         found = read_json(config)
         found["backbone"].pop("fingerprint", None)
     else:
-        from offramp.backbone import describe
-        from offramp.exits import propose_depths
+        from offramp.models.backbone import describe
+        from offramp.models.exits import propose_depths
 
         backbone, _ = load_model(arguments, arguments.name)
         found = describe(backbone)

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from offramp.config import TrainConfig
 from offramp.errors import InputError
+from offramp.training.config import TrainConfig
 
 TRAINING = tuple(field.name for field in fields(TrainConfig))
 
@@ -106,8 +106,8 @@ def _whole_or_none(text: str) -> int | None:
 
 
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
-    """What `data_options` name, as `offramp.official.read_items` reads it."""
-    from offramp.official import read_items
+    """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
+    from offramp.data.formats import read_items
 
     return read_items(
         arguments.data, arguments.images, arguments.format,
@@ -121,8 +121,8 @@ def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[
     import torch
     from transformers import AutoProcessor
 
-    from offramp.backbone import Backbone
-    from offramp.tiny import TINY, load_tiny
+    from offramp.models.backbone import Backbone
+    from offramp.models.shipped import TINY, load_tiny
 
     name = name or arguments.backbone
     kind = name.removeprefix("offramp/").removeprefix("tiny-")
@@ -146,8 +146,9 @@ def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[
 
 def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
-    from offramp.adapter import CONFIG, Adapter
-    from offramp.records import read_json
+    from offramp.adapter import Adapter
+    from offramp.save_and_load import CONFIG
+    from offramp.storage import read_json
 
     name = arguments.backbone
     if name is None:
@@ -173,8 +174,8 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
 
 def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
     """The items whose pictures the adapter did not use in these steps; tells how many are left."""
+    from offramp.data.decontamination import unseen
     from offramp.errors import DataError
-    from offramp.seen import unseen
 
     keep = unseen(adapter.seen, [item.example for item in items], steps)
     left = [item for item, kept in zip(items, keep, strict=True) if kept]

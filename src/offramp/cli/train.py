@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     add_command,
     backbone_options,
     data_options,
@@ -41,9 +41,9 @@ def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from offramp.cheapen import cheapen
-    from offramp.encode import Encoder
-    from offramp.train import train
+    from offramp.calibration.gates import cheapen
+    from offramp.models.input_processor import Encoder
+    from offramp.training.trainer import train
 
     config = training_config(arguments)
     items = read_data(arguments, require_answers=config.regime == "supervised")

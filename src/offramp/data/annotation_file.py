@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from offramp.data import CAPTION_PROMPT, QUESTION_PROMPT
+from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT
 from offramp.errors import DataError, InputError
-from offramp.records import read_json
+from offramp.storage import read_json
 
 
 @dataclass

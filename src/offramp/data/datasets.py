@@ -22,8 +22,9 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
+from offramp.data.example import Example, examples_digest, split_examples
+from offramp.data.image import EncodedImage, content_digest
 from offramp.errors import DataError, InputError, StorageError, did_you_mean
-from offramp.examples import EncodedImage, Example, content_digest, examples_digest, split_examples
 
 __all__ = [
     "CAPTION_PROMPT",

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.data.example import Example
+from offramp.data.image import content_digest
 from offramp.errors import DataError
-from offramp.examples import Example, content_digest
 
 Seen = Mapping[str, Sequence[str]]
 """Picture digests, sorted, by the step that used them: "train", "calibration"."""

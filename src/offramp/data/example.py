@@ -1,28 +1,17 @@
-"""One example, its picture as pixels, and what is done with many: splits and digests."""
+"""One example, and what is done with many: splits by image, and digests."""
 
-import contextlib
 import hashlib
-import io
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from offramp.data.image import EncodedImage, content_digest, open_rgb
 from offramp.errors import DataError, InputError
-from offramp.records import digest_file, digest_rows
-
-
-class EncodedImage(Protocol):
-    """An image file that is not a file of its own, such as a cell of a data set."""
-
-    def read(self) -> bytes:
-        """The encoded image, as its file would hold it."""
-        ...
+from offramp.storage import digest_rows
 
 
 @dataclass(frozen=True)
@@ -71,28 +60,7 @@ class Example:
                 a kind without an agreed range, such as floating point.
         """
         name = str(self.image) if isinstance(self.image, Path) else f"The image of {self.key!r}"
-        try:
-            if isinstance(self.image, Image.Image):
-                return _to_rgb(self.image, name)
-            source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image.read())
-            with warnings.catch_warnings():
-                # `_to_rgb` refuses at this limit, where Pillow only warns.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                picture = Image.open(source)
-            with picture:
-                return _to_rgb(picture, name)
-        except DataError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise _too_large(name) from error
-        except FileNotFoundError as error:
-            raise DataError(f"{name} does not exist.", "Correct the path in the data.") from error
-        except Exception as error:  # decoders of damaged files raise nearly every builtin
-            unknown = isinstance(error, UnidentifiedImageError)
-            raise DataError(
-                f"{name} is not a readable image: {'unknown format' if unknown else error}.",
-                "Replace the file with a whole copy, or remove its rows from the data.",
-            ) from error
+        return open_rgb(self.image, name)
 
 
 def split_examples(
@@ -121,7 +89,7 @@ def split_examples(
         )
     group_of = [picture_of(example) for example in examples]
     # Ranks from a hash, not from a generator: no version of Python or numpy changes them.
-    groups = sorted(set(group_of), key=lambda group: _hash(f"{seed}:{group}".encode()))
+    groups = sorted(set(group_of), key=lambda group: _rank(seed, group))
     home: dict[str, str] = {}
     share = 0.0
     for name, fraction in fractions.items():
@@ -163,64 +131,12 @@ def examples_digest(examples: Iterable[Example]) -> str:
     return digest_rows(rows())
 
 
-def content_digest(image: Path | Image.Image | EncodedImage) -> str:
-    """SHA-256 of a picture: of its file's bytes, or of its pixels if it has no file.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    if isinstance(image, Path):
-        return digest_file(image)
-    if isinstance(image, Image.Image):
-        return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
-    return _hash(image.read())
-
-
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and picture.width * picture.height > limit:
-        raise _too_large(name)
-    picture.load()
-    with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the pixels
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
-        raise _no_range(name, "floating-point pixels")
-    if picture.mode.startswith("I"):
-        return _from_16_bits(picture, name)
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _from_16_bits(picture: Image.Image, name: str) -> Image.Image:
-    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255."""
-    pixels = np.asarray(picture).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise _no_range(name, "pixels of more than 16 bits")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def _no_range(name: str, what: str) -> DataError:
-    return DataError(
-        f"{name} has {what}, whose black and white are not known.",
-        "Save it with 8 or 16 bits a channel.",
-    )
-
-
-def _too_large(name: str) -> DataError:
-    return DataError(
-        f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels.",
-        "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust where it comes from.",
-    )
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def picture_of(example: Example) -> str:
     """A name of the example's picture, the same for all examples of it."""
     if not example.group and isinstance(example.image, Path):
         return str(example.image.resolve())
     return example.group or content_digest(example.image)
+
+
+def _rank(seed: int, group: str) -> str:
+    return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.data.annotation_file import Source, shown
+from offramp.data.example import Example
+from offramp.data.item import Item
 from offramp.errors import DataError, did_you_mean
-from offramp.examples import Example
-from offramp.source import Source, shown
-from offramp.tasks import Item
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:

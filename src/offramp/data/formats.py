@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from offramp import readers
-from offramp.data import read_examples
-from offramp.errors import InputError
-from offramp.metrics import check_known
-from offramp.source import Source, has
-from offramp.tasks import Item
+from offramp.data import format_readers as readers
+from offramp.data.annotation_file import Source, has
+from offramp.data.datasets import read_examples
+from offramp.data.item import Item
+from offramp.errors import InputError, check_known
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.checks import Checks, Gate
+from offramp.engine.confidence import logits_score, saturation
+from offramp.engine.policy import Policy
 from offramp.errors import InputError
-from offramp.policy import Policy
-from offramp.scores import logits_score, saturation
+from offramp.models.backbone import Backbone
+from offramp.models.shortlist import Checks, Gate
 
 Constrain = Callable[[Tensor], Tensor]
 """Takes logits [B, V] to those of what may be said."""

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
+from offramp.engine.model_runner import Run
+from offramp.engine.policy import FULL, Generation, Policy
+from offramp.engine.prefill import Reading
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.sampling import Loop
+from offramp.engine.speculative import speculate
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.loop import Loop
-from offramp.policy import FULL, Generation, Policy
-from offramp.prefix import PrefixCache
-from offramp.reading import Reading
-from offramp.run import Run
-from offramp.speculate import speculate
-from offramp.vision import VisionCache
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.vision_cache import VisionCache
 
 
 def _always(_: Any) -> bool:

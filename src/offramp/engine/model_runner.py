@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.checks import Gate
+from offramp.engine.confidence import check_thresholds, check_weights
+from offramp.engine.exit_check import Constrain, Judge, Look, gates_of_policy
+from offramp.engine.policy import Policy
+from offramp.engine.sampling import Rows
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.judge import Constrain, Judge, Look, gates_of_policy
-from offramp.policy import Policy
-from offramp.rows import Rows
-from offramp.scores import check_thresholds, check_weights
-from offramp.view import View
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.intercept import View
+from offramp.models.shortlist import Gate
 
 
 class _KeysStored(Exception):

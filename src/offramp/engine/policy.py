@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
+from offramp.engine.confidence import check_score, check_weights
 from offramp.errors import InputError, did_you_mean
-from offramp.scores import check_score, check_weights
 
 KV_POLICIES = ("recompute", "propagate")
 
@@ -25,15 +26,15 @@ class Policy:
     weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
         are for all depths with thresholds or, left out, alike.
     kv: "recompute" (exact) or "propagate".
-    lossless: exits only draft, and the full model verifies (`offramp.speculate`): the output is
-        the full model's. Thresholds then decide speed, not quality.
+    lossless: exits only draft, and the full model verifies (`offramp.engine.speculative`): the
+        output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
-        gates, which are about leaving for good. `offramp.drafts` finds the fastest.
+        gates, which are about leaving for good. `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token leave early, the prompt waiting at its exit until a
         later token needs it deeper. Exact too; off where the prompt is not causal.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
-        are over these (`offramp.checks`).
+        are over these (`offramp.models.shortlist`).
     gates: by depth; an exit is run only where the adapter's gate guesses a score of at least that.
         A depth that is missing is always looked at.
     """
@@ -116,3 +117,22 @@ class Generation:
         """Mean depth over all generated tokens, those at full depth included."""
         ran = self.depths[self.depths > 0]
         return float(ran.float().mean()) if ran.numel() else 0.0
+
+
+_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
+
+
+def policy_to_json(policy: Policy) -> dict[str, Any]:
+    """A policy as JSON, whose keys are text."""
+    by_depth = {n: getattr(policy, n) for n in _BY_DEPTH}
+    return {
+        **asdict(policy),
+        **{name: {str(d): v for d, v in values.items()} for name, values in by_depth.items()},
+    }
+
+
+def policy_from_json(value: Mapping[str, Any]) -> Policy:
+    """The policy that `policy_to_json` wrote."""
+    by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
+    numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
+    return Policy(**{**value, **numbers})

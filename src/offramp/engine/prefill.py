@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.view import View
+from offramp.models.intercept import View
 
 _STATIC = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask")
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
+from offramp.engine.model_runner import Run
 from offramp.errors import InputError
-from offramp.run import Run
+from offramp.models.backbone import Backbone
 
 _KNOWN = frozenset(
     ("inputs_embeds", "position_ids", "attention_mask", "cache", "past_key_values", "use_cache",

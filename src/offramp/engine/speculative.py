@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.loop import Loop
-from offramp.reading import Reading
-from offramp.run import Run
+from offramp.engine.model_runner import Run
+from offramp.engine.prefill import Reading
+from offramp.engine.sampling import Loop
 
 
 @dataclass(frozen=True)

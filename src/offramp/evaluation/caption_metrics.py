@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from offramp.errors import DataError, InputError
-from offramp.metrics import Array, Measure, Measured, check_known, mean_of
+from offramp.errors import DataError, InputError, check_known
+from offramp.evaluation.metrics import Measured
+from offramp.evaluation.statistics import Array, Measure, mean_of
 
 BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
 CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")

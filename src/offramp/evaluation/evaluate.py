@@ -2,8 +2,8 @@
 
 Answers are free-running and greedy. Every answer is on disk before the next one is begun, one JSON
 object a line, so an interrupted run goes on where it stopped and a finished one is scored again
-without a model. A run's folder holds rows.jsonl, see `offramp.answerlog`, and result.json, which is
-what `evaluate` returns.
+without a model. A run's folder holds rows.jsonl, see `run_log`, and result.json, which is what
+`evaluate` returns.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from typing import Any
 
 from torch import nn
 
-from offramp.adapter import Adapter, policy_to_json
-from offramp.answerlog import ROWS, AnswerLog, Done, Row, check_digests, read_rows
-from offramp.backbone import Backbone, dump_fingerprint
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.adapter import Adapter
+from offramp.data.decontamination import check_unseen
+from offramp.data.example import Example, examples_digest
+from offramp.data.item import Item
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Generation, Policy, policy_to_json
 from offramp.errors import DataError, InputError
-from offramp.examples import Example, examples_digest
-from offramp.policy import FULL, Generation, Policy
-from offramp.rank import candidate_scores, follows_policy
-from offramp.records import digest_rows, provenance, write_json
-from offramp.scoring import score
-from offramp.seen import check_unseen
-from offramp.tasks import Item, Settings, as_items
+from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
+from offramp.evaluation.results import score
+from offramp.evaluation.run_log import ROWS, AnswerLog, Done, Row, check_digests, read_rows
+from offramp.evaluation.tasks import Settings, as_items
+from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.input_processor import Encoder
+from offramp.provenance import provenance
+from offramp.storage import digest_rows, write_json
 
 FORMAT = 1
 RESULT = "result.json"
@@ -55,13 +57,13 @@ def evaluate(
     Args:
         model: an adapter; or a backbone, for the full model alone (mode "full").
         examples: with references; for dialogue, `Item`s with candidates.
-        task: of `offramp.tasks.TASKS`.
+        task: of `offramp.evaluation.tasks.TASKS`.
         policy: when tokens leave early. Default: the adapter's.
         out: the run's folder; see the module for its files.
         resume: go on with the run in `out`; what is answered there is kept.
         allow_seen: take pictures that the adapter was trained or calibrated on.
         progress: wraps the batches that are still to do.
-        settings: fields of `offramp.tasks.Settings`.
+        settings: fields of `offramp.evaluation.tasks.Settings`.
 
     Returns:
         `n` examples; by mode `metrics` (each with value, low, high and maybe a note), `unavailable`
@@ -187,7 +189,7 @@ class _Answerer:
         """A row for each item; seconds only for batches of one."""
         from transformers import StoppingCriteriaList
 
-        from offramp.measure import FirstToken
+        from offramp.evaluation.timing import FirstToken
 
         inputs = self.encoder.prompts([item.example for item in items])
         self.encoder.check_room(inputs, [(item.key, self.plan.longest) for item in items])

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.exits import Exits, first
-from offramp.policy import FULL, Policy
-from offramp.reading import Reading
-from offramp.run import Run
-from offramp.view import View
+from offramp.data.example import Example
+from offramp.engine.model_runner import Run
+from offramp.engine.policy import FULL, Policy
+from offramp.engine.prefill import Reading
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, first
+from offramp.models.input_processor import Encoder
+from offramp.models.intercept import View
 
 
 def follows_policy(policy: Policy) -> bool:
@@ -124,7 +124,7 @@ class _Pick:
 
     def __init__(self, run: Run) -> None:
         self._backbone, self._thresholds, self._judge = run.backbone, run.thresholds, run.judge
-        # The first token comes out of the prompt's own pass; see `offramp.decode`.
+        # The first token comes out of the prompt's own pass; see `offramp.engine.generate`.
         self._from_prompt = run.backbone.is_encoder_decoder or (
             run.policy.exit_in_prefill and run.backbone.family.causal_prompt
         )

@@ -8,40 +8,15 @@ resampling examples and never from scoring again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
 
 import numpy as np
-from numpy.typing import NDArray
 
-from offramp.errors import DataError, InputError, did_you_mean
-
-Array = NDArray[np.float64]
+from offramp.errors import DataError
+from offramp.evaluation.statistics import Measure, finite, mean_of
 
 RECALLS = (1, 5, 10)
-
-
-def _ratio(sums: Array) -> Array:
-    """Sum over count: the value of every metric that is a mean over examples."""
-    found: Array = sums[..., 0] / sums[..., 1]
-    return found
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A metric over n examples, in a form that can be resampled.
-
-    value: over all the examples.
-    rows: what each example adds [n, C]; None where the metric is no function of such sums.
-    of: from sums [..., C] to values [...].
-    note: what a reader of the number should know, such as why it has no interval.
-    """
-
-    value: float
-    rows: Array | None
-    of: Callable[[Array], Array] = _ratio
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,113 +35,7 @@ class Measured:
     tokenizer_note: str = ""
 
 
-def mean_of(values: Sequence[float] | Array, note: str = "") -> Measure:
-    """The mean of one value for each example. Raise `DataError` where there is none, or a NaN."""
-    each = _finite(values, "values have no mean")
-    return Measure(float(each.mean()), np.stack([each, np.ones_like(each)], 1), note=note)
-
-
-def mean_of_some(values: Sequence[float | None]) -> Measure:
-    """The mean over those examples that have a value; None adds to neither sum nor count."""
-    mean = mean_of([value for value in values if value is not None])
-    rows = [(0.0, 0.0) if value is None else (value, 1.0) for value in values]
-    return Measure(mean.value, np.asarray(rows))
-
-
-def _finite(values: Sequence[float] | Array, problem: str) -> Array:
-    """At least one number, and no NaN, else a `DataError` that names the problem with so many."""
-    each = np.asarray(values, dtype=np.float64)
-    if not each.size or not np.isfinite(each).all():
-        raise DataError(
-            f"{each.size} {problem}: {int((~np.isfinite(each)).sum())} are not finite.",
-            "Evaluate at least one example, and look for NaN in the model, e.g. from half "
-            "precision.",
-        )
-    return each
-
-
-def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `InputError` with the known names where one is not."""
-    for name in names:
-        if name not in known:
-            raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))
-
-
 # -- intervals -----------------------------------------------------------------------------------
-
-
-def interval(
-    measure: Measure,
-    groups: Sequence[str] | None = None,
-    *,
-    minus: Measure | None = None,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (Efron and Tibshirani 1993) over examples, or over groups.
-
-    groups: a name for each example; those that share one (the questions about one picture) are
-        drawn together, because they are not independent.
-    minus: another measure of the same examples; the interval is then that of the difference, with
-        the same draws for both.
-
-    Returns:
-        None where the metric cannot be resampled, or there are fewer than two groups.
-    """
-    if not 0 < confidence < 1 or resamples < 1:
-        raise InputError(
-            f"Confidence {confidence} with {resamples} resamples is no interval.",
-            "Give a confidence between 0 and 1 and at least one resample.",
-        )
-    rows = _by_group(measure.rows, groups)
-    other = _by_group(minus.rows, groups) if minus is not None else None
-    if rows is None or len(rows) < 2 or (minus is not None and other is None):
-        return None
-    draw = np.random.default_rng(seed)
-    found = []
-    for start in range(0, resamples, 50):  # in parts, or 5,000 pictures would take 40 MB
-        some = min(50, resamples - start)
-        times = draw.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=some)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = measure.of(times @ rows)
-            if minus is not None and other is not None:
-                value = value - minus.of(times @ other)
-        found.append(value)
-    values = np.concatenate(found)
-    values = values[np.isfinite(values)]  # a draw may hold no example that counts
-    if not values.size:
-        return None
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def t_interval(
-    values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float] | tuple[None, None]:
-    """Student's interval of the mean of a few values, such as seeds'; (None, None) for a single
-    one."""
-    from scipy.stats import t as student
-
-    if len(values) < 2:
-        return None, None
-    tail = float(student.ppf((1 + confidence) / 2, len(values) - 1))
-    half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
-    return middle - half, middle + half
-
-
-def _by_group(rows: Array | None, groups: Sequence[str] | None) -> Array | None:
-    if rows is None or groups is None:
-        return rows
-    if len(groups) != len(rows):
-        raise InputError(
-            f"{len(groups)} groups were given for {len(rows)} examples.", "Give one for each."
-        )
-    _, place = np.unique(np.asarray(groups), return_inverse=True)
-    summed = np.zeros((int(place.max()) + 1, rows.shape[1]))
-    np.add.at(summed, place, rows)
-    return summed
 
 
 # -- questions -----------------------------------------------------------------------------------
@@ -279,7 +148,7 @@ def gold_rank(scores: Sequence[float], gold: int) -> int:
 
     Ties count against the model: constant scores earn the last rank.
     """
-    each = _finite(scores, _UNRANKED)
+    each = finite(scores, _UNRANKED)
     if not 0 <= gold < len(each):
         raise DataError(
             f"The right candidate is number {gold}, of {len(each)}.",
@@ -294,7 +163,7 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     VisDial's form (Das et al. 2017, challenge 2018): gain is the relevance, discount log2(rank+1).
     Ties count against the model.
     """
-    each, gain = _finite(scores, _UNRANKED), _finite(relevance, _UNRANKED)
+    each, gain = finite(scores, _UNRANKED), finite(relevance, _UNRANKED)
     k = int((gain != 0).sum())
     if len(each) != len(gain) or k == 0:
         raise DataError(

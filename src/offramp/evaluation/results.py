@@ -9,22 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from offramp.answerlog import Done, Row
-from offramp.captions import caption_scores
+from offramp.data.item import Item
 from offramp.errors import DataError
-from offramp.metrics import (
-    Measure,
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.evaluation.metrics import (
     Measured,
     exact_match,
     gold_rank,
-    interval,
-    mean_of,
-    mean_of_some,
     ndcg,
     rank_measures,
     vqa_accuracy,
 )
-from offramp.tasks import Item, Settings
+from offramp.evaluation.run_log import Done, Row
+from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
+from offramp.evaluation.tasks import Settings
 
 Pairs = Sequence[tuple[Item, Row]]
 
@@ -32,7 +30,7 @@ Pairs = Sequence[tuple[Item, Row]]
 def score(
     done: Done, items: Sequence[Item], plan: Settings, stored: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Metrics of the answers that are there; see `offramp.evaluate.evaluate` for the keys.
+    """Metrics of the answers that are there; see `evaluate` for the keys.
 
     stored: the settings that the answers depend on.
     """

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.data.item import Item
 from offramp.errors import DataError, InputError
-from offramp.records import JsonlLog
-from offramp.tasks import Item
+from offramp.storage import JsonlLog
 
 ROWS = "rows.jsonl"
 Row = dict[str, Any]

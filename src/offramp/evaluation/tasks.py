@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from offramp.captions import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
-from offramp.errors import DataError, InputError
-from offramp.examples import Example, content_digest
-from offramp.metrics import check_known, vqa_accuracy
-from offramp.records import digest_rows
+from offramp.data.example import Example
+from offramp.data.item import Item
+from offramp.errors import DataError, InputError, check_known
+from offramp.evaluation.caption_metrics import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
+from offramp.evaluation.metrics import vqa_accuracy
 
 MODES = ("full", "early_exit", "both")
 RANKINGS = ("sum", "mean")
@@ -28,37 +28,6 @@ _LONGEST_ANSWER = 10  # to a question
 
 
 @dataclass(frozen=True)
-class Item:
-    """An example to evaluate, with what its task's official metric needs besides.
-
-    references: what the answer is compared with; the example's answers when left out.
-    groups: names to report by, such as {"answer_type": "yes/no"} or {"domain": "near-domain"}.
-    candidates, gold, relevance: of a dialogue's round: the answers to rank, the right one's place
-        (from 0), and how right each is (VisDial's dense annotations; empty if there are none).
-    """
-
-    example: Example
-    references: tuple[str, ...] = ()
-    groups: Mapping[str, str] = field(default_factory=dict)
-    candidates: tuple[str, ...] = ()
-    gold: int | None = None
-    relevance: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.references:
-            object.__setattr__(self, "references", self.example.answers)
-
-    @property
-    def key(self) -> str:
-        return self.example.key
-
-    def digest(self) -> str:
-        """SHA-256 over what the model is asked: prompt, picture and candidates."""
-        picture = content_digest(self.example.image)
-        return digest_rows([[self.example.prompt, picture, list(self.candidates)]])
-
-
-@dataclass(frozen=True)
 class Settings:
     """One evaluation. What changes an answer is stored with the answers.
 
@@ -69,7 +38,7 @@ class Settings:
         (the likelihood itself), or their "mean" (length-normalised).
     candidates_at_once: candidates scored in one pass; changes memory and speed, not the scores.
     metrics: those of `TASK_METRICS` to compute; None: all of the task's.
-    tokenizer: of captions; see `offramp.captions.caption_scores`.
+    tokenizer: of captions; see `offramp.evaluation.caption_metrics.caption_scores`.
     confidence, resamples, seed: of the bootstrap intervals.
     """
 

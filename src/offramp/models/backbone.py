@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.families import family_of
+from offramp.models.registry import family_of
 
 
 class Backbone:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from offramp.backbone import Backbone
-from offramp.exits import Exits
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
 
 FREEZING: dict[str, Any] = {"freezing": True}
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from offramp.config import JUDGED
 from offramp.errors import InputError, did_you_mean
+
+JUDGED = ("token", "sequence")
 
 
 class Verdict(NamedTuple):

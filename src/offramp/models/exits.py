@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.checks import Checks
 from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.shortlist import Checks
 
 
 def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
+from offramp.data.example import Example
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
+from offramp.models.backbone import Backbone
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")

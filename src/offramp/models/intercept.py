@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.vision import RememberedTower, VisionCache
+from offramp.models.backbone import Backbone
+from offramp.models.vision_cache import RememberedTower, VisionCache
 
 
 class Driver(Protocol):

@@ -84,7 +84,7 @@ def family_of(config: Any) -> Family:
             raise UnsupportedBackboneError(
                 f"{model_type} around the language model {text_type!r} is not known; known inside "
                 f"it are {', '.join(sorted(TEXT_FAMILIES))}.",
-                f"Add it: offramp.families.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
+                f"Add it: offramp.models.registry.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
                 "norm=..., head=...); docs/backbones.md shows how to find the paths.",
             )
         return TEXT_FAMILIES[text_type].inside(family, vision="vision_model")

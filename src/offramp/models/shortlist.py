@@ -80,7 +80,7 @@ def shortlist_of(
 
     The bound is Clopper and Pearson's (1934), over tokens, and holds for answers drawn like the
     held-out ones; tokens of one answer are not independent, so it is a guide, and the promise about
-    whole answers is that of `offramp.calibrate`, in which every miss counts as a difference.
+    whole answers is that of calibration, in which every miss counts as a difference.
 
     Returns ids [S], ascending, and `tokens`, `missed`, `miss_rate`, `miss_bound`, `confidence`.
 

@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from offramp.adapter import Adapter, policy_to_json
-from offramp.answerloss import answer_ids
-from offramp.calibrate import calibrate, calibrated
-from offramp.config import TrainConfig
-from offramp.drafts import draft_speeds, with_drafts
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.measure import Timing, Way, race, speedup
-from offramp.policy import FULL, Policy
-from offramp.records import provenance, write_json
-from offramp.tiny import Task, captions, load_tiny, questions
-from offramp.train import train
-from offramp.ways import own_way as any_way
-from offramp.ways import stock_way
+from offramp.adapter import Adapter
+from offramp.answers import answer_ids
+from offramp.calibration.calibrate import calibrate, calibrated
+from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, Policy, policy_to_json
+from offramp.evaluation.timing import Timing, Way, race, speedup, stock_way
+from offramp.evaluation.timing import own_way as any_way
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.models.shipped import load_tiny
+from offramp.provenance import provenance
+from offramp.research.scenes.tasks import Task, captions, questions
+from offramp.storage import write_json
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import train
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
-from offramp.config import TrainConfig
-from offramp.discriminator import Verdict, build_discriminators
-from offramp.exits import Exits
-from offramp.features import Batch, exit_features
-from offramp.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
+from offramp.engine.teacher_forcing import Batch, exit_features
+from offramp.models.backbone import Backbone
+from offramp.models.discriminator import Verdict, build_discriminators
+from offramp.models.exits import Exits
+from offramp.training.config import TrainConfig
+from offramp.training.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
 
 
 class Game:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from offramp.errors import TrainingError
-from offramp.records import JsonlLog, write_atomic
+from offramp.storage import JsonlLog, write_atomic
 
 STATE, HISTORY = "training/state.pt", "training/log.jsonl"
 

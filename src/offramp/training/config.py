@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from offramp.errors import InputError
+from offramp.models.discriminator import JUDGED
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
@@ -13,7 +14,6 @@ GAMES = ("adversarial", "feature_matching")
 """Losses of the exits that need a discriminator."""
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
-JUDGED = ("token", "sequence")
 INITIAL = ("next", "closest")
 
 

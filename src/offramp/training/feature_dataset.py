@@ -15,12 +15,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from offramp.answers import Answered, answers_of, labelled_examples
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
+from offramp.data.example import Example, split_examples
+from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.examples import Example, split_examples
-from offramp.features import FeatureStore
+from offramp.models.input_processor import Encoder
+from offramp.training.config import TrainConfig
+from offramp.training.feature_store import FeatureStore
+from offramp.training.labels import answers_of, labelled_examples
 
 log = logging.getLogger(__name__)
 

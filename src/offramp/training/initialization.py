@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.features import Batch
-from offramp.game import Game
-from offramp.losses import kl
+from offramp.engine.teacher_forcing import Batch
+from offramp.training.adversarial import Game
+from offramp.training.losses import kl
 
 RIDGE = 0.01  # of the features' mean variance
 

@@ -6,29 +6,16 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from offramp.config import TrainConfig
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.answers import self_written
+from offramp.data.example import Example
+from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.examples import Example
+from offramp.models.input_processor import Encoder
+from offramp.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An example with the answer ids it is trained on, and whether a person wrote them."""
-
-    example: Example
-    ids: tuple[int, ...]
-    labelled: bool
 
 
 def answers_of(
@@ -88,61 +75,3 @@ def labelled_examples(examples: Sequence[Example], config: TrainConfig) -> list[
         return []
     share = config.labelled_fraction  # spread evenly, the first one always
     return [e for i, e in enumerate(examples) if math.ceil((i + 1) * share) > math.ceil(i * share)]
-
-
-def self_written(
-    encoder: Encoder,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    min_confidence: float = 0.0,
-    progress: Any = iter,
-) -> list[Answered]:
-    """Greedy answers of the full model, those below `min_confidence` dropped.
-
-    Confidence is the geometric mean of the probabilities the full model gave its own tokens.
-
-    Raises:
-        DataError: a prompt leaves no room for `max_new_tokens`.
-    """
-    written: list[Answered] = []
-    confidences: list[float] = []
-    for start in progress(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        prompts = encoder.prompts(some)
-        encoder.check_room(prompts, [(e.key, max_new_tokens) for e in some])
-        confidence = _Confidence()
-        result = generate(
-            encoder.backbone,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=[confidence],
-        )
-        live = result.depths > 0
-        for row, example in enumerate(some):
-            ids = result.new_tokens[row][live[row]].tolist()
-            confidences.append(confidence.of(row, len(ids)))
-            if confidences[-1] >= min_confidence:
-                written.append(Answered(example, tuple(ids), labelled=False))
-    if min_confidence and confidences:
-        log.info(
-            f"{len(written)} of {len(confidences)} answers reach the confidence {min_confidence}: "
-            f"half reach {median(confidences):.4f}, the surest reaches {max(confidences):.4f}"
-        )
-    return written
-
-
-class _Confidence:
-    """A logits processor that changes nothing and notes the largest log-probability of each row."""
-
-    def __init__(self) -> None:
-        self._steps: list[Tensor] = []
-
-    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        self._steps.append(scores.float().log_softmax(-1).amax(-1))
-        return scores
-
-    def of(self, row: int, tokens: int) -> float:
-        return float(torch.stack(self._steps)[:tokens, row].mean().exp())

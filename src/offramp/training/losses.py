@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.discriminator import Verdict
+from offramp.models.discriminator import Verdict
 
 
 @dataclass(frozen=True)

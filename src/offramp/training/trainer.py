@@ -23,8 +23,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.backbone import Backbone, dump_fingerprint
-from offramp.checkpoint import (
+from offramp.data.decontamination import picture_digests
+from offramp.data.example import Example, examples_digest
+from offramp.engine.policy import Policy
+from offramp.engine.teacher_forcing import Batch
+from offramp.errors import DataError, InputError, TrainingError
+from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.exits import Exits, propose_depths
+from offramp.models.input_processor import Encoder
+from offramp.models.shortlist import Checks, shortlist_of
+from offramp.provenance import provenance
+from offramp.storage import JsonlLog
+from offramp.training.adversarial import Game
+from offramp.training.checkpoint import (
     HISTORY,
     Progress,
     load_state,
@@ -32,20 +43,11 @@ from offramp.checkpoint import (
     trim_history,
     undisturbed,
 )
-from offramp.checks import Checks, shortlist_of
-from offramp.config import TrainConfig
-from offramp.encode import Encoder
-from offramp.errors import DataError, InputError, TrainingError
-from offramp.examples import Example, examples_digest
-from offramp.exits import Exits, propose_depths
-from offramp.features import Batch, FeatureStore
-from offramp.game import Game
-from offramp.initial import start_closest
-from offramp.losses import Terms
-from offramp.policy import Policy
-from offramp.records import JsonlLog, provenance
-from offramp.seen import picture_digests
-from offramp.states import Stores, TrainingStates, progress_bar
+from offramp.training.config import TrainConfig
+from offramp.training.feature_dataset import Stores, TrainingStates, progress_bar
+from offramp.training.feature_store import FeatureStore
+from offramp.training.initialization import start_closest
+from offramp.training.losses import Terms
 
 log = logging.getLogger(__name__)
 

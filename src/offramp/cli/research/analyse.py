@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     add_command,
     backbone_options,
     data_options,
@@ -59,8 +59,8 @@ def add(commands: Any) -> None:
 def _analyse(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from offramp.analyse import AnalysisConfig, analyse
-    from offramp.encode import Encoder
+    from offramp.models.input_processor import Encoder
+    from offramp.research.analysis.analyse import AnalysisConfig, analyse
 
     names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
     config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})

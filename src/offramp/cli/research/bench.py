@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command, backbone_options, load_adapter, load_model
+from offramp.cli.options import add_command, backbone_options, load_adapter, load_model
 from offramp.errors import InputError
 
 
@@ -73,8 +73,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from offramp.plots import speeds
-    from offramp.records import provenance, write_atomic, write_json
+    from offramp.provenance import provenance
+    from offramp.research.report.plots import speeds
+    from offramp.storage import write_atomic, write_json
 
     if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
         raise InputError(
@@ -94,9 +95,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _force(arguments: argparse.Namespace) -> dict[str, Any]:
     """Costs and forced exits."""
-    from offramp.bench import RATES, Case, any_shortlist, bench, table
-    from offramp.exits import Exits, check_depths
-    from offramp.unitcosts import measure_costs
+    from offramp.calibration.profiler import measure_costs
+    from offramp.models.exits import Exits, check_depths
+    from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, table
 
     backbone, inputs, exits = _subject(arguments)
     if exits is None:
@@ -128,10 +129,10 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _race(arguments: argparse.Namespace) -> dict[str, Any]:
     """The adapter and its peers."""
-    from offramp.encode import Encoder
-    from offramp.official import read_items
-    from offramp.peers import race_peers, table
-    from offramp.tiny import captions, questions
+    from offramp.data.formats import read_items
+    from offramp.models.input_processor import Encoder
+    from offramp.research.benchmark.peers import race_peers, table
+    from offramp.research.scenes.tasks import captions, questions
 
     if arguments.adapter is None:
         raise InputError("Peers are raced against trained exits.", "Give --adapter.")
@@ -157,7 +158,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.shape is not None:
         import torch
 
-        from offramp.shapes import shape
+        from offramp.research.benchmark.shapes import shape
 
         known = shape(arguments.shape)
         # What such decoders are run in; the minis are there to try things, which float32 is not.
@@ -168,8 +169,8 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         return backbone, {n: v.to(arguments.device) for n, v in rows.items()}, None
     from PIL import Image
 
-    from offramp.encode import Encoder
-    from offramp.examples import Example
+    from offramp.data.example import Example
+    from offramp.models.input_processor import Encoder
 
     exits = None
     if arguments.adapter is not None:

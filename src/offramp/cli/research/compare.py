@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import (
+from offramp.cli.options import (
     add_command,
     backbone_options,
     load_model,
@@ -97,11 +97,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from offramp.compare import compare
-    from offramp.data import read_examples
-    from offramp.examples import split_examples
-    from offramp.grid import QUALITIES, Plan
-    from offramp.metrics import check_known
+    from offramp.data.datasets import read_examples
+    from offramp.data.example import split_examples
+    from offramp.errors import check_known
+    from offramp.research.comparison.compare import compare
+    from offramp.research.comparison.methods import QUALITIES, Plan
 
     check_known("Quality", [arguments.quality], ("agreement", *QUALITIES))
     given = ("objectives", "policies", "pairs", "depths", "several")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command
+from offramp.cli.options import add_command
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from offramp.demo import demo, table
+    from offramp.research.demo import demo, table
 
     report = demo(arguments.backbone, arguments.out, target=arguments.target, seed=arguments.seed)
     print(table(report))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.common import add_command
+from offramp.cli.options import add_command
 
 
 def add(commands: Any) -> None:
@@ -40,9 +40,9 @@ def add(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from offramp.official import read_items
-    from offramp.records import write_atomic
-    from offramp.report import read_sources, report
+    from offramp.data.formats import read_items
+    from offramp.research.report.report import read_sources, report
+    from offramp.storage import write_atomic
 
     sources = read_sources(arguments.sources)
     items = (

@@ -19,14 +19,18 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter import Adapter
-from offramp.answers import Answered, self_written
-from offramp.backbone import Backbone
-from offramp.encode import Encoder
+from offramp.answers import self_written
+from offramp.calibration.replay import Array, Replay, replay
+from offramp.data.decontamination import check_unseen
+from offramp.data.example import Example, examples_digest
+from offramp.engine.confidence import SCORES
+from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
-from offramp.examples import Example, examples_digest
-from offramp.exits import Exits, check_depths
-from offramp.freerun import FreeRunning, Metric, metric_for
-from offramp.overthinking import (
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, check_depths
+from offramp.models.input_processor import Encoder
+from offramp.provenance import provenance
+from offramp.research.analysis.depth_curves import (
     POSITIONS,
     Bootstrap,
     by_kind,
@@ -38,10 +42,8 @@ from offramp.overthinking import (
     positions,
     settled,
 )
-from offramp.records import provenance, write_json
-from offramp.replay import Array, Replay, replay
-from offramp.scores import SCORES
-from offramp.seen import check_unseen
+from offramp.research.analysis.free_running import FreeRunning, Metric, metric_for
+from offramp.storage import write_json
 
 FORMAT = 1
 RESULT = "analysis.json"
@@ -67,7 +69,7 @@ def word_class(text: str, rank: int) -> str:
 class AnalysisConfig:
     """What is measured and how.
 
-    metric: of `offramp.freerun.METRICS`; None: see `metric_for`.
+    metric: of `offramp.research.analysis.free_running.METRICS`; None: see `metric_for`.
     decode_depths: depths of free-running decoding; None: all, or twelve spread evenly.
     max_new_tokens: longest answer.
     batch_size: changes memory and time, not results.
@@ -120,10 +122,10 @@ def analyse(
         `layers`, `exits`, `n` examples, `pictures`; by kind of exit ("lens", "exits"):
         `teacher_forced`: `agreement` with the final layer on its own greedy answers and `accuracy`
             on labelled answers, each with `depths` (the full depth last), `values` and `dip`, see
-            `offramp.overthinking.dip`;
+            `offramp.research.analysis.depth_curves.dip`;
         `free_running`: `quality` (with `metric`) and `identical`, the share of answers that are
             the full model's, in the same form; besides, `policy`: the adapter's own;
-        `overthinking`: see `offramp.overthinking.overthinking`; besides, `policy`, see
+        `overthinking`: see `depth_curves.overthinking`; besides, `policy`, see
             `by_policy`, and `answers`: free-running answers better and worse than the full model's;
         `needed_depth`: by `position`, `class` and `token`: for the lens the depth from which on
             every depth says the final token, for exits the first that says it.
@@ -156,7 +158,7 @@ def analyse(
         "provenance": provenance(config.seed, sys.argv, examples_digest(examples)),
     }
     if out is not None:
-        from offramp.plots import save_analysis
+        from offramp.research.report.plots import save_analysis
 
         write_json(Path(out) / RESULT, result)
         save_analysis(result, Path(out))

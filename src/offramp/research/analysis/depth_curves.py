@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.metrics import Measure, interval
-from offramp.replay import Array, Replay
+from offramp.calibration.replay import Array, Replay
+from offramp.evaluation.statistics import Measure, interval
 
 POSITIONS = ("first", "middle", "end")
 

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from offramp.captions import caption_scores
-from offramp.decode import generate
-from offramp.encode import Encoder
-from offramp.examples import Example
-from offramp.exits import Exits
-from offramp.metrics import check_known, exact_match, vqa_accuracy
-from offramp.overthinking import Bootstrap, dip
-from offramp.policy import Policy
-from offramp.replay import Array
+from offramp.calibration.replay import Array
+from offramp.data.example import Example
+from offramp.engine.generate import generate
+from offramp.engine.policy import Policy
+from offramp.errors import check_known
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.evaluation.metrics import exact_match, vqa_accuracy
+from offramp.models.exits import Exits
+from offramp.models.input_processor import Encoder
+from offramp.research.analysis.depth_curves import Bootstrap, dip
 
 _LONG = 5  # words
 

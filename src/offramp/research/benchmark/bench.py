@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.backbone import Backbone
-from offramp.checks import Checks
-from offramp.cost import Costs, best_draft, rounds_seconds, token_seconds
-from offramp.decode import generate
+from offramp.calibration.cost_model import Costs, best_draft, rounds_seconds, token_seconds
+from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
+from offramp.engine.generate import generate
 from offramp.errors import InputError, did_you_mean
-from offramp.exits import Exits, check_depths
-from offramp.forced import OPTIONS, Script, generate_forced
-from offramp.measure import race, speedup
-from offramp.records import provenance
-from offramp.ways import own_way, stock_way
+from offramp.evaluation.timing import own_way, race, speedup, stock_way
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, check_depths
+from offramp.models.shortlist import Checks
+from offramp.provenance import provenance
 
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {"kv": "recompute"},

@@ -18,11 +18,10 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
+from offramp.engine.policy import Policy
 from offramp.errors import InputError
-from offramp.exits import Exits
-from offramp.measure import Timing, Way, race, speedup
-from offramp.policy import Policy
-from offramp.ways import own_way, stock_way
+from offramp.evaluation.timing import Timing, Way, own_way, race, speedup, stock_way
+from offramp.models.exits import Exits
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "num_beams": 1}
 LOOKUPS = (2, 4, 8)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone
 from offramp.errors import InputError, did_you_mean
+from offramp.models.backbone import Backbone
 
 IMAGE, FIRST_WORD = 3, 8
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

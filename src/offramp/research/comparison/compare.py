@@ -4,7 +4,7 @@ Every objective trains exits at the same depths for the same steps; every policy
 exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
 test pictures, and decoding speed from a race in which all points take turns, and those that do the
 same work run as one. The figure of merit is the speed at a quality, a mean over seeds; see
-`offramp.merit`.
+`offramp.research.comparison.equal_quality`.
 
 A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
 not measured again), compare.json and compare.svg.
@@ -27,22 +27,32 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
-from offramp.answerloss import Answer, Quality, answer_ids
-from offramp.backbone import Backbone, dump_fingerprint
-from offramp.decode import generate
-from offramp.encode import Encoder
+from offramp.answers import Answer, answer_ids
+from offramp.calibration.risk_functions import Quality
+from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.example import Example, examples_digest, picture_of
+from offramp.engine.confidence import STREAKS
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, Generation, Policy
 from offramp.errors import DataError, InputError
-from offramp.examples import Example, examples_digest, picture_of
-from offramp.exits import Exits, propose_depths
-from offramp.grid import DEFAULT, FIXED, FREE, OBJECTIVES, POLICIES, QUALITIES, Plan
-from offramp.measure import Timing, Way, race, speedup
-from offramp.merit import Each, drawn, equal_quality
-from offramp.policy import FULL, Generation, Policy
-from offramp.records import JsonlLog, digest_rows, provenance, write_atomic, write_json
-from offramp.scores import STREAKS
-from offramp.seen import check_unseen, picture_digests
-from offramp.states import Stores
-from offramp.train import Trainer
+from offramp.evaluation.timing import Timing, Way, race, speedup
+from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.exits import Exits, propose_depths
+from offramp.models.input_processor import Encoder
+from offramp.provenance import provenance
+from offramp.research.comparison.equal_quality import Each, drawn, equal_quality
+from offramp.research.comparison.methods import (
+    DEFAULT,
+    FIXED,
+    FREE,
+    OBJECTIVES,
+    POLICIES,
+    QUALITIES,
+    Plan,
+)
+from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
+from offramp.training.feature_dataset import Stores
+from offramp.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +91,7 @@ def compare(
     if not train or not test:
         raise DataError("There are no examples to compare on.", "Give some to train and to test.")
     used = {"train": sorted(picture_digests(train))}
-    check_unseen(used, test, ("train",), "Split by picture: offramp.examples.split_examples.")
+    check_unseen(used, test, ("train",), "Split by picture: offramp.data.example.split_examples.")
     bench = _Bench(backbone, processor, train, test, Path(out), plan, quality)
     points, each = bench.measured(bench.entries())
     found = {

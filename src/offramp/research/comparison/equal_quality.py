@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.grid import FIXED, FREE, NEXT, SUPERVISED
-from offramp.metrics import Measure, interval
-from offramp.plots import tradeoff
+from offramp.evaluation.statistics import Measure, interval
+from offramp.research.comparison.methods import FIXED, FREE, NEXT, SUPERVISED
+from offramp.research.report.plots import tradeoff
 
 OURS = (FREE, SUPERVISED, NEXT)
 """Objectives that are no baselines."""

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.answerloss import RISKS, Quality, cider
-from offramp.config import OBJECTIVES as TERMS
-from offramp.config import TrainConfig
-from offramp.errors import InputError
-from offramp.metrics import check_known
-from offramp.scores import FEATURE_SCORES, SCORES, STREAKS
+from offramp.calibration.risk_functions import RISKS, Quality, cider
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+from offramp.errors import InputError, check_known
+from offramp.training.config import OBJECTIVES as TERMS
+from offramp.training.config import TrainConfig
 
 FREE = "free"
 """The objective that all else is held against, with max_probability. It reads no label."""

@@ -9,10 +9,10 @@ from html import escape
 from statistics import mean
 from typing import Any
 
-from offramp.answerlog import Done, Row
-from offramp.examples import Example
-from offramp.page import heading, paragraph
-from offramp.plots import depth_color
+from offramp.data.example import Example
+from offramp.evaluation.run_log import Done, Row
+from offramp.research.report.html import heading, paragraph
+from offramp.research.report.plots import depth_color
 
 _SIDE = 240  # pixels of the longer side of a picture
 _SMALL = 100  # up to here a picture is kept exactly

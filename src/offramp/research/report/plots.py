@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from offramp.records import write_atomic
+from offramp.storage import write_atomic
 
 COLORS = ("#2b83c6", "#e07b00", "#1b9e77", "#c95a9b", "#8a78e8", "#a98a12")
 """Told apart by people with any colour vision, on light and on dark ground."""
@@ -189,7 +189,7 @@ def tradeoff(
 def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Decoding speed of every peer that ran, a bar for each backbone.
 
-    peers: by backbone what `offramp.peers.race_peers` found.
+    peers: by backbone what `offramp.research.benchmark.peers.race_peers` found.
     """
     ran = {
         backbone: {name: p["speedup_decode"] for name, p in found.items() if "speedup_decode" in p}
@@ -257,7 +257,7 @@ NAMES = {"lens": "untrained (logit lens)", "exits": "trained exits"}
 
 
 def analysis_plots(result: Mapping[str, Any]) -> dict[str, str]:
-    """The plots of `offramp.analyse.analyse`'s result by name."""
+    """The plots of `offramp.research.analysis.analyse.analyse`'s result by name."""
     layers, found = result["layers"], {}
     parts = {"forced": result["teacher_forced"], "free": result["free_running"]}
     titles = {

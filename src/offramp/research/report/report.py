@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp import __version__, sections
-from offramp.answerlog import ROWS, Done, read_rows
+from offramp import __version__
+from offramp.data.example import Example
 from offramp.errors import DataError, InputError
-from offramp.examples import Example
-from offramp.gallery import gallery
-from offramp.page import Section, document, heading, paragraph
-from offramp.records import read_json
+from offramp.evaluation.run_log import ROWS, Done, read_rows
+from offramp.research.report import sections
+from offramp.research.report.gallery import gallery
+from offramp.research.report.html import Section, document, heading, paragraph
+from offramp.storage import read_json
 
 KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("depths", "policy", "backbone"),
@@ -198,7 +199,7 @@ def local_tokenizer(name: str) -> Any:
     """A backbone's tokenizer, if it is on this machine; None if not."""
     from transformers import AutoTokenizer
 
-    from offramp.tiny import TINY, tiny_folder
+    from offramp.models.shipped import TINY, tiny_folder
 
     kind = name.removeprefix("offramp/tiny-")
     place = str(tiny_folder(kind)) if kind in TINY else name

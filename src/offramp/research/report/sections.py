@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from offramp.grid import FREE
-from offramp.merit import lines
-from offramp.page import (
+from offramp.research.comparison.equal_quality import lines
+from offramp.research.comparison.methods import FREE
+from offramp.research.report.html import (
     between,
     cards,
     figures,
@@ -20,7 +20,7 @@ from offramp.page import (
     times,
     with_interval,
 )
-from offramp.plots import (
+from offramp.research.report.plots import (
     NAMES,
     analysis_plots,
     calibration_curve,

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from offramp.data.example import Example, picture_of
 from offramp.errors import InputError, did_you_mean
-from offramp.examples import Example, picture_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 224  # pixels

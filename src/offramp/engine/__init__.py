@@ -1,0 +1,1 @@
+"""One generation: prefill, decoding steps, exit checks, the KV cache."""

@@ -1,0 +1,1 @@
+"""Quality and speed of a model over a task, with intervals."""

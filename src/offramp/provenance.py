@@ -1,0 +1,67 @@
+"""Where a result comes from: what ran, on what, with which versions, when."""
+
+import contextlib
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from offramp import __version__
+
+
+def provenance(
+    seed: int | None, command: str | Sequence[str], data_digest: str | None
+) -> dict[str, Any]:
+    """Where a result comes from: what ran, on what, with which versions, when (UTC).
+
+    Args:
+        seed: the run's seed; None where nothing was drawn.
+        command: the command line, as one string or as its arguments.
+        data_digest: `digest_rows` or `examples_digest` of what was read; None where nothing was.
+    """
+    # Looked up, not imported: a command that never needed torch should not wait for it here.
+    torch = sys.modules.get("torch")
+    has_gpu = torch is not None and torch.cuda.is_available()
+    return {
+        "command": command if isinstance(command, str) else _shown(command),
+        "seed": seed,
+        "data_digest": data_digest,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "offramp": __version__,
+            "torch": _version("torch"),
+            "transformers": _version("transformers"),
+            "python": platform.python_version(),
+        },
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name() if torch is not None and has_gpu else None,
+        "threads": torch.get_num_threads() if torch is not None else os.cpu_count(),
+    }
+
+
+def _shown(command: Sequence[str]) -> str:
+    """A command line to type again: the program by its name, not by where it lies here."""
+    return shlex.join([os.path.basename(command[0]), *command[1:]]) if command else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""What compares, analyses, benchmarks and reports. A production process never imports it."""

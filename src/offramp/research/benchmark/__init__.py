@@ -1,0 +1,1 @@
+"""Speed of forced exits on real shapes, and of other ways to decode."""

@@ -1,0 +1,1 @@
+"""Training objectives and exit policies at equal quality."""

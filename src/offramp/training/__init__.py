@@ -1,0 +1,1 @@
+"""Training exits: configuration, losses, labels, the loop, checkpoints."""

@@ -1,0 +1,130 @@
+"""Recorded batches of states: in memory, on disk, or computed again each time they are read."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.data.example import examples_digest
+from offramp.engine.teacher_forcing import Answered, Batch, group, record
+from offramp.errors import InputError
+from offramp.models.backbone import dump_fingerprint
+from offramp.models.input_processor import Encoder
+from offramp.storage import digest_rows, write_atomic
+from offramp.training.config import CACHES
+
+
+class FeatureStore:
+    """Recorded batches, in memory, on disk, or recomputed each time they are read."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Answered],
+        depths: Sequence[int],
+        *,
+        batch_size: int,
+        cache: str = "auto",
+        folder: Path | None = None,
+        memory_bytes: int = 4 << 30,
+    ) -> None:
+        """Record the first batch, from which `nbytes` is estimated; `fill` records the others."""
+        if cache not in CACHES:
+            raise InputError(
+                f"Feature cache {cache!r} is not known.", f"Use one of {', '.join(CACHES)}."
+            )
+        self._encoder, self._depths, self._folder = encoder, tuple(depths), folder
+        self._groups = group(rows, batch_size)
+        self._batches: list[Batch] = []
+        self._place: Path | None = None
+        probe = self._groups[len(self._groups) // 2]
+        self.nbytes = int(record(encoder, probe, depths).nbytes / len(probe) * len(rows))
+        self.kind = self._choose(cache, memory_bytes)
+        if self.kind == "disk":
+            assert folder is not None
+            self._place = folder / self._digest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def answers(self) -> list[tuple[int, ...]]:
+        """Token ids of every answer, in the order of the batches."""
+        return [row.ids for some in self._groups for row in some]
+
+    def _choose(self, cache: str, memory_bytes: int) -> str:
+        if cache != "auto":
+            kind = cache
+        elif self.nbytes <= memory_bytes:
+            kind = "memory"
+        else:
+            kind = "disk" if self._folder is not None else "stream"
+        if kind != "disk":
+            return kind
+        if self._folder is None:
+            raise InputError("A disk cache needs a folder.", "Name one, or use cache='memory'.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if self.nbytes > 0.9 * free:
+            if cache == "auto":
+                return "stream"
+            raise InputError(
+                f"The features need about {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+                f"free at {self._folder}.",
+                "Use cache='stream', fewer examples, or another folder.",
+            )
+        return kind
+
+    def fill(self, progress: Any = iter) -> None:
+        """Record all batches, unless they are streamed. `progress` wraps the iterable."""
+        for index in progress(range(len(self))) if self.kind != "stream" else ():
+            if self.kind == "memory":
+                self._batches.append(record(self._encoder, self._groups[index], self._depths))
+            elif not self._file(index).exists():
+                batch = record(self._encoder, self._groups[index], self._depths)
+                _save(batch, self._file(index))
+
+    def __getitem__(self, index: int) -> Batch:
+        if self.kind == "memory":
+            return self._batches[index]
+        if self.kind == "disk":
+            return _load(self._file(index), self._encoder.backbone.device)
+        return record(self._encoder, self._groups[index], self._depths)
+
+    def clear(self) -> None:
+        """Let go of all batches, on disk too."""
+        self._batches.clear()
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        assert self._place is not None
+        return self._place / f"batch-{index:06d}.pt"
+
+    def _digest(self) -> str:
+        """What the states depend on: files of another run in the same folder are not taken up."""
+        backbone = self._encoder.backbone
+        rows = [row for some in self._groups for row in some]
+        made_of = [
+            dump_fingerprint(backbone.fingerprint()),
+            str(backbone.dtype),
+            self._depths,
+            examples_digest(row.example for row in rows),
+            [[[row.ids, row.labelled] for row in some] for some in self._groups],
+        ]
+        return digest_rows(made_of)
+
+
+def _save(batch: Batch, path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(batch.__dict__, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _load(path: Path, device: torch.device) -> Batch:
+    return Batch(**torch.load(path, map_location=device, weights_only=True))
