@@ -32,10 +32,10 @@ import torch
 from offramp.adapter import Adapter
 from offramp.answers import answer_ids, self_written
 from offramp.engine.confidence import SCORES
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import exit_features
 from offramp.evaluation.statistics import t_interval
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
@@ -139,7 +139,7 @@ def cells(seeds: int, settings: Sequence[str] = tuple(SETTINGS)) -> Iterator[lis
 class Place:
     """Test pictures, and what the full model makes of them: recorded once, read by every run."""
 
-    def __init__(self, encoder: Encoder, tasks: Sequence[Task]) -> None:
+    def __init__(self, encoder: InputProcessor, tasks: Sequence[Task]) -> None:
         self.encoder = encoder
         examples = [e for task in tasks for e in task.examples]
         self.judges = [partial(task.correct, example=e) for task in tasks for e in task.examples]
@@ -158,7 +158,7 @@ class Place:
 
     def judged(self, adapter: Adapter) -> dict[str, float]:
         """Figures of exits: leaving always, and leaving where it is safe."""
-        rule = Policy({DEPTH: 0.0}, exit_in_prefill=True)
+        rule = ExitPolicy({DEPTH: 0.0}, exit_in_prefill=True)
         answers = [
             ids
             for some in self.inputs
@@ -182,7 +182,7 @@ class Place:
         for index in range(len(self.store)):
             batch = self.store[index]
             states = exit_features(adapter.backbone, adapter.exits, batch)[DEPTH]
-            logits = adapter.backbone.read(states)
+            logits = adapter.backbone.logits(states)
             score = SCORES["max_probability"](logits.flatten(0, 1)).view(batch.mask.shape)
             agrees = logits.argmax(-1) == batch.targets
             worst += torch.where(batch.mask & ~agrees, score, -1.0).amax(1).tolist()
@@ -199,7 +199,7 @@ class Bench:
     def __init__(self, kind: str, sizes: Sizes) -> None:
         self.sizes = sizes
         self.backbone, self.processor = load_tiny(kind)
-        encoder = Encoder(self.backbone, self.processor)
+        encoder = InputProcessor(self.backbone, self.processor)
         whole = [captions("test", sizes.test), questions("test", sizes.test)]
         self.places = {
             "in": Place(encoder, whole),

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from offramp.data.example import Example
-from offramp.engine.policy import Policy
-from offramp.models.input_processor import Encoder
+from offramp.engine.policy import ExitPolicy
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research.analysis.analyse import AnalysisConfig, analyse
@@ -64,11 +64,11 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
     config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None)
     examples = captions("train", TRAIN).examples + questions("train", TRAIN).examples
     adapter = train(backbone, processor, examples, config, folder)
-    policy = Policy(dict.fromkeys(DEPTHS, THRESHOLD), exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD), exit_in_prefill=True)
     tasks = [captions("test", TEST), questions("test", TEST)]
     return analyse(
         adapter.with_policy(policy),
-        Encoder(backbone, processor),
+        InputProcessor(backbone, processor),
         [example for task in tasks for example in task.examples],
         AnalysisConfig(metric="answers right", batch_size=64),
         quality=judge(tasks),

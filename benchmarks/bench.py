@@ -1,9 +1,9 @@
 """Measure predicted against real speed, and peers; rewrites bench.json, peers.json, dialogues.json
 in benchmarks/records.
 
-One thread, a quiet machine with 12 GB of memory, about an hour. `python benchmarks/bench.py NAME...`
-measures only these parts; what each found stays in runs/bench for the others: opt-2.7b, flan-t5-xl,
-smollm2-135m, batch, families, peers, dialogues.
+One thread, a quiet machine with 12 GB of memory, about an hour. `python benchmarks/bench.py
+NAME...` measures only these parts; what each found stays in runs/bench for the others: opt-2.7b,
+flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
 batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
@@ -26,16 +26,16 @@ from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.evaluation.timing import Way, own_way, race, speedup
+from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
 from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, table
-from offramp.research.benchmark.peers import race_peers
 from offramp.research.benchmark.peers import table as peers_table
+from offramp.research.benchmark.peers import time_peers
 from offramp.research.benchmark.shapes import shape
 from offramp.research.report.plots import speeds
 from offramp.research.scenes import world
@@ -136,7 +136,7 @@ def _peers_of(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
     examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
     inputs = [encoder.prompts([example]) for example in examples]
-    found = race_peers(
+    found = time_peers(
         adapter, inputs, rounds=ROUNDS,
         progress=lambda rounds: tqdm(rounds, f"peers {kind}", disable=None, leave=False),
     )  # fmt: skip
@@ -164,11 +164,11 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     one = VisionCache()
     adapter.generate(inputs[0], vision_cache=one, **options)
 
-    def way(exits: bool, kept: bool) -> Way:
+    def way(exits: bool, kept: bool) -> GenerateFn:
         # One picture, so that none waits there for the next round.
         caches = {"vision_cache": VisionCache(one.nbytes), "prefix_cache": PrefixCache()}
         policy = adapter.policy if exits else FULL
-        return own_way(
+        return exit_generate_fn(
             adapter.backbone, adapter.exits, policy, **options, **(caches if kept else {})
         )
 
@@ -176,7 +176,7 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
         "full": way(False, False), "full, kept": way(False, True),
         "early_exit": way(True, False), "early_exit, kept": way(True, True),
     }  # fmt: skip
-    timings = race(ways, inputs, rounds=ROUNDS)
+    timings = time_interleaved(ways, inputs, rounds=ROUNDS)
     return {
         name: {
             "speedup_end_to_end": speedup(timings["full"].seconds, timing.seconds),
@@ -187,11 +187,11 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     }
 
 
-def _trained(kind: str) -> tuple[Adapter, Encoder]:
+def _trained(kind: str) -> tuple[Adapter, InputProcessor]:
     """The shipped model with the exits that `offramp demo` left in runs/demo."""
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(ROOT / "runs" / "demo" / kind, backbone)
-    return adapter, Encoder(backbone, processor)
+    return adapter, InputProcessor(backbone, processor)
 
 
 PARTS: dict[str, Callable[[], Any]] = {

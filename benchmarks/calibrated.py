@@ -27,11 +27,17 @@ from offramp.calibration.calibrate import GRID, Calibration, calibrate, path_of
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, control
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import FULL, Policy
-from offramp.evaluation.timing import Timing, Way, race, speedup, stock_way
-from offramp.models.input_processor import Encoder
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research import demo
@@ -45,7 +51,7 @@ DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
 TASKS = {"captions": captions, "questions": questions}
-POLICY = Policy(exit_in_prefill=True)
+POLICY = ExitPolicy(exit_in_prefill=True)
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,11 @@ class Sizes:
     test: int = 1000
     pool: int = 1000
     splits: int = 50
-    race: int = 40
+    timed: int = 40
     rounds: int = 7
 
 
-SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, race=15, rounds=3)
+SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, timed=15, rounds=3)
 
 
 def main() -> None:
@@ -101,18 +107,18 @@ def _examples(split: str, pictures: int, start: int = 0) -> tuple[Example, ...]:
     )
 
 
-def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, Encoder]:
+def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
     config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
     with tempfile.TemporaryDirectory() as folder:
         some = _examples("train", sizes.train)
-        return train(backbone, processor, some, config, folder), Encoder(backbone, processor)
+        return train(backbone, processor, some, config, folder), InputProcessor(backbone, processor)
 
 
 # -- calibrated.json ------------------------------------------------------------------------------
 
 
-def _calibrated(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[str, Any]]:
+def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
     held_out = _examples("calibration", sizes.calibration)
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
     found = [
@@ -123,13 +129,13 @@ def _calibrated(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[s
         for risk in MEASURED
         for target in TARGETS
     ]  # fmt: skip
-    ways: dict[str, Way] = {
-        "generate": stock_way(adapter.backbone, **demo.OPTIONS),
-        "full": demo.own_way(adapter, FULL),
+    ways: dict[str, GenerateFn] = {
+        "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
+        "full": demo.exit_generate_fn(adapter, FULL),
     }
-    ways |= {str(i): demo.own_way(adapter, one.policy) for i, one in enumerate(found)}
-    timed = [encoder.prompts([e]) for e in _examples("test", sizes.race)]
-    timings = race(ways, timed, rounds=sizes.rounds, progress=partial(_bar, "race"))
+    ways |= {str(i): demo.exit_generate_fn(adapter, one.policy) for i, one in enumerate(found)}
+    timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
+    timings = time_interleaved(ways, timed, rounds=sizes.rounds, progress=partial(_bar, "timing"))
     full = _answers(adapter, encoder, sizes.test, FULL)
     return [
         _row(one, timings, str(i), full, _answers(adapter, encoder, sizes.test, one.policy))
@@ -137,7 +143,7 @@ def _calibrated(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[s
     ]
 
 
-def _answers(adapter: Adapter, encoder: Encoder, n: int, policy: Policy) -> list[Answer]:
+def _answers(adapter: Adapter, encoder: InputProcessor, n: int, policy: ExitPolicy) -> list[Answer]:
     return free_running(adapter, encoder, _examples("test", n), policy, 64, demo.OPTIONS)
 
 
@@ -186,18 +192,22 @@ def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
 # -- violations.json ------------------------------------------------------------------------------
 
 
-def _violations(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> list[dict[str, Any]]:
+def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
     pool = _examples("calibration", sizes.pool // 2, start=100_000)
     pool += _examples("test", sizes.pool - sizes.pool // 2, start=100_000)
     costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
-    whole = Tried.of(adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], 64, demo.OPTIONS, costs)
+    whole = ThresholdEvaluator.of(
+        adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], 64, demo.OPTIONS, costs
+    )
     halves = [_halves(pool, seed) for seed in range(sizes.splits)]
     rows = []
     for risk in MEASURED:
         tried = replace(whole, risk=RISKS[risk])
 
         @cache
-        def lost(thresholds: tuple[tuple[int, float], ...], tried: Tried = tried) -> Any:
+        def lost(
+            thresholds: tuple[tuple[int, float], ...], tried: ThresholdEvaluator = tried
+        ) -> Any:
             return tried.losses(dict(thresholds))
 
         outcomes = [_split(tried, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
@@ -226,7 +236,7 @@ def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
 
 
 def _split(
-    tried: Tried, lost: Callable[..., Any], calibration: Any, test: Any
+    tried: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
 ) -> list[dict[str, Any]]:
     """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
     path, tested = path_of(tried.part(calibration), GRID)

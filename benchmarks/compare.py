@@ -24,9 +24,9 @@ import torch
 from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, Policy
-from offramp.evaluation.timing import race, speedup
-from offramp.models.input_processor import Encoder
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import speedup, time_interleaved
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research import demo
@@ -59,7 +59,7 @@ THRESHOLD = 0.9
 @dataclass(frozen=True)
 class Sizes:
     """Pictures to train and test on (a caption and two questions each), by what `STEPS` are
-    divided, the race, and the captions that recompute and propagate race on.
+    divided, the interleaved timing, and the captions that recompute and propagate race on.
 
     finer_test, finer_seeds: pictures and seeds for FREE beside distillation alone.
     """
@@ -133,7 +133,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         against, out / "distillation", plan, sizes.finer_test, sizes.finer_seeds[kind]
     )
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
-    found["kv"] = _kv(free, Encoder(backbone, processor), sizes)
+    found["kv"] = _kv(free, InputProcessor(backbone, processor), sizes)
     found["seconds"] = time.perf_counter() - began
     write_json(out / "record.json", found)
     print(json.dumps({kind: found["equal_quality"], "kv": found["kv"]}), file=sys.stderr)
@@ -175,13 +175,15 @@ def _is_right(text: str, example: Example) -> bool:
     return world.caption_correct(text, world.scene(split, int(index)))
 
 
-def _kv(adapter: Adapter, encoder: Encoder, sizes: Sizes) -> dict[str, Any]:
+def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, Any]:
     """What fills the cache behind tokens that left: speed, and answers that stay the same."""
     thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
-    policies = {kv: Policy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
+    policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
     timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
-    ways = {name: demo.own_way(adapter, p) for name, p in {"full": FULL, **policies}.items()}
-    timings = race(ways, timed, rounds=sizes.rounds)
+    ways = {
+        name: demo.exit_generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()
+    }
+    timings = time_interleaved(ways, timed, rounds=sizes.rounds)
     tasks = [captions("test", sizes.test), questions("test", sizes.test)]
     full = demo.answers(adapter, encoder, tasks, FULL)
     found: dict[str, Any] = {"threshold": THRESHOLD}

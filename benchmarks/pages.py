@@ -18,7 +18,7 @@ from PIL import Image
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.evaluation.evaluate import evaluate
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.research.report.report import read_sources, report
 from offramp.research.scenes.tasks import captions, questions
@@ -59,7 +59,7 @@ def answered(kind: str, runs: Path) -> list[Example]:
     for name, (form, task) in tasks.items():
         metrics = ("ROUGE_L", "CIDEr") if form == "captions" else ("exact_match",)
         evaluate(
-            adapter, Encoder(backbone, processor), task.examples, form,
+            adapter, InputProcessor(backbone, processor), task.examples, form,
             out=runs / name, metrics=metrics, tokenizer="simple",
         )  # fmt: skip
     return [example for _, task in tasks.values() for example in task.examples]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
@@ -27,7 +27,7 @@ from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, S
 
 Build = Callable[..., Any]
 DEPTHS = (2, 4)
-POLICY = Policy({2: 0.02, 4: 0.5}, score="margin", kv="propagate", exit_in_prefill=True)
+POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin", kv="propagate", exit_in_prefill=True)
 
 
 def trained(
@@ -77,7 +77,7 @@ def test_a_loaded_adapter_generates_what_the_saved_one_did(
     name: str, backbone: Build, batch: Build, tmp_path: Path
 ) -> None:
     one, inputs = backbone(name), batch(name, 2)
-    policy = Policy({2: 0.02, 4: 0.02}, score="margin")
+    policy = ExitPolicy({2: 0.02, 4: 0.02}, score="margin")
     saved = trained(one, policy=policy)
     saved.save(tmp_path / "adapter")
     loaded = Adapter.load(tmp_path / "adapter", one)
@@ -121,12 +121,12 @@ def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
     "policy",
     [
         POLICY,
-        Policy({4: 0.5}, lossless=True, max_draft=3),
-        Policy({4: 0.5}, drafts={2: 0.0}),
-        Policy({4: 0.5}, score="agreement", weights={2: 0.25, 4: 0.75}),
+        ExitPolicy({4: 0.5}, lossless=True, max_draft=3),
+        ExitPolicy({4: 0.5}, drafts={2: 0.0}),
+        ExitPolicy({4: 0.5}, score="agreement", weights={2: 0.25, 4: 0.75}),
     ],
 )
-def test_the_policy_comes_back(policy: Policy, opt: Any, tmp_path: Path) -> None:
+def test_the_policy_comes_back(policy: ExitPolicy, opt: Any, tmp_path: Path) -> None:
     trained(opt, policy=policy).save(tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter", opt).policy == policy
 
@@ -153,7 +153,7 @@ def test_a_promise_and_what_was_seen_come_back(opt: Any, tmp_path: Path) -> None
 def test_a_promise_does_not_outlive_its_policy(opt: Any) -> None:
     promised = trained(opt).with_policy(POLICY, PROMISE)
     assert promised.with_policy(POLICY).calibration == PROMISE
-    assert promised.with_policy(Policy({2: 0.1})).calibration is None
+    assert promised.with_policy(ExitPolicy({2: 0.1})).calibration is None
     drafting = replace(POLICY, drafts={2: 0.1})  # changes no output
     assert promised.with_policy(drafting).calibration == PROMISE
 
@@ -181,11 +181,11 @@ def test_exits_saved_over_others_do_not_inherit_what_those_saw(opt: Any, tmp_pat
 
 def test_a_policy_for_other_depths_is_refused(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no exit stands"):
-        trained(opt).with_policy(Policy({3: 0.5}))
+        trained(opt).with_policy(ExitPolicy({3: 0.5}))
     with pytest.raises(InputError, match="no exit stands"):
-        trained(opt).with_policy(Policy(drafts={3: 0.5}))
+        trained(opt).with_policy(ExitPolicy(drafts={3: 0.5}))
     with pytest.raises(InputError, match="no exit stands"):
-        trained(opt, policy=Policy({3: 0.5})).save(tmp_path / "adapter")
+        trained(opt, policy=ExitPolicy({3: 0.5})).save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -326,7 +326,7 @@ def test_saving_again_replaces_the_adapter_and_keeps_the_training_state(
     (folder / "training" / "log.jsonl").write_text("{}\n")
     trained(opt, judged=False).save(folder)
     loaded = Adapter.load(folder, opt)
-    assert loaded.policy == Policy() and loaded.discriminators is None
+    assert loaded.policy == ExitPolicy() and loaded.discriminators is None
     assert not (folder / DISCRIMINATORS).exists()  # those of the exits before
     assert (folder / "training" / "log.jsonl").read_text() == "{}\n"
 
@@ -370,7 +370,7 @@ def test_the_saved_card_is_the_model_card(folder: Path) -> None:
 def test_the_discriminator_score_works_after_loading(
     options: dict[str, Any], opt: Any, batch: Build, tmp_path: Path
 ) -> None:
-    policy = Policy({2: 0.5, 4: 0.5}, score="discriminator")
+    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="discriminator")
     saved = trained(opt, options=options, policy=policy)
     saved.save(tmp_path)
     inputs = batch("blip2-opt", 2)
@@ -407,7 +407,7 @@ def test_lens_exits_are_not_saved(opt: Any, tmp_path: Path) -> None:
 def test_the_discriminator_score_without_its_file_is_a_clear_error(
     opt: Any, batch: Build, tmp_path: Path
 ) -> None:
-    trained(opt, policy=Policy({2: 0.5}, score="discriminator")).save(tmp_path)
+    trained(opt, policy=ExitPolicy({2: 0.5}, score="discriminator")).save(tmp_path)
     (tmp_path / DISCRIMINATORS).unlink()
     loaded = Adapter.load(tmp_path, opt)
     with pytest.raises(InputError, match=r"discriminators? "):

@@ -27,7 +27,7 @@ def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
     from transformers import AutoProcessor
 
     from offramp.models.backbone import Backbone
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -36,7 +36,7 @@ def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
         )
     backbone = Backbone.from_pretrained(folder, dtype=dtype)
     processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-    return backbone, Encoder(backbone, processor)
+    return backbone, InputProcessor(backbone, processor)
 
 
 def answer(backbone: Any, encoder: Any, examples: list[Example], longest: int) -> list[str]:

@@ -13,7 +13,7 @@ from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.run_log import Done, Row
 from offramp.models.exits import Exits
 from offramp.research.report.gallery import gallery
@@ -22,7 +22,7 @@ from offramp.storage import write_atomic
 
 
 def answers(
-    adapter: Adapter, encoder: Any, examples: Sequence[Example], policy: Policy
+    adapter: Adapter, encoder: Any, examples: Sequence[Example], policy: ExitPolicy
 ) -> Iterator[Row]:
     """A row for the gallery of each caption of a batch."""
     prompts, longest = encoder.prompts(examples), LONGEST["captions"]

@@ -35,12 +35,19 @@ from offramp.calibration.calibrate import calibrate, path_of
 from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.evaluation.statistics import interval
-from offramp.evaluation.timing import Timing, Way, own_way, race, speedup, stock_way
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
 from offramp.models.exits import Exits
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
@@ -84,14 +91,14 @@ class Sizes:
     steps: int = 12_000
     held_out: int = 1000
     asked: int = 600
-    race: int = 20
+    timed: int = 20
     rounds: int = 5
     damaged: int = 200
     targets: tuple[float, ...] = (0.01, 0.05)
 
 
 SMALL = Sizes(
-    captions=800, questions=100, steps=1500, held_out=600, asked=200, race=10, rounds=3, targets=()
+    captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=10, rounds=3, targets=()
 )  # fmt: skip
 """To hold regimes against each other, in a quarter of an hour each."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
@@ -124,7 +131,7 @@ class Photos:
     @property
     def timed(self) -> list[dict[str, Any]]:
         """Prompts to be timed on: captions of the measuring half."""
-        return self._prompts(1, self.sizes.race)
+        return self._prompts(1, self.sizes.timed)
 
     @property
     def drafted(self) -> list[dict[str, Any]]:
@@ -258,7 +265,7 @@ ALWAYS = "every token at the exit"
 OFF = {"thresholds": {}, "speedup_decode": 1.0, "speedup_end_to_end": 1.0, "cider_drop": 0.0}
 
 
-def _tried(photos: Photos, adapter: Adapter) -> Tried:
+def _tried(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
     """Captions of the choosing half, with what the exits say along the full model's."""
     examples = photos.part("captions", 0)
     one = photos.encoder.prompts(examples[:1])
@@ -266,14 +273,14 @@ def _tried(photos: Photos, adapter: Adapter) -> Tried:
     costs = measure_costs(photos.backbone, one, adapter.exits, shortlist=shortlist, repeats=3)
     options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
     policy = replace(adapter.policy, thresholds={})
-    whole = Tried.of(
+    whole = ThresholdEvaluator.of(
         adapter, photos.encoder, examples, policy, RISKS["disagreement"], 64, options, costs
     )
     # Decoded in batches either way; where a replay sees no difference, rounding hardly makes one.
     return replace(whole, doubtful=whole.doubtful & False)
 
 
-def _path(photos: Photos, adapter: Adapter, whole: Tried) -> list[dict[str, Any]]:
+def _path(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator) -> list[dict[str, Any]]:
     """CIDEr on the choosing half along the path, as long as it does not fall too far."""
     path, _ = path_of(whole, THRESHOLDS)
     full, never = cider(photos.full["captions", 0], whole.examples), whole.seconds({})
@@ -298,7 +305,7 @@ def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
     return {int(d): t for d, t in best["thresholds"].items()}
 
 
-def _promised(photos: Photos, adapter: Adapter, whole: Tried, target: float) -> Any:
+def _promised(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float) -> Any:
     """Thresholds promised without labels: captions as like the full model's as asked."""
     return calibrate(
         adapter, photos.encoder, whole.examples, whole.policy, target=target,
@@ -310,20 +317,20 @@ def _promised(photos: Photos, adapter: Adapter, whole: Tried, target: float) -> 
 OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 
 
-def _race(photos: Photos, adapter: Adapter, policies: dict[str, Policy]) -> dict[str, Timing]:
+def _race(photos: Photos, adapter: Adapter, policies: dict[str, ExitPolicy]) -> dict[str, Timing]:
     """Interleaved timing on captions of the measuring half."""
-    own = partial(own_way, photos.backbone, adapter.exits, **OPTIONS)
-    ways: dict[str, Way] = {
-        "generate": stock_way(photos.backbone, **OPTIONS),
-        "full": own_way(photos.backbone, **OPTIONS),
+    own = partial(exit_generate_fn, photos.backbone, adapter.exits, **OPTIONS)
+    ways: dict[str, GenerateFn] = {
+        "generate": stock_generate_fn(photos.backbone, **OPTIONS),
+        "full": exit_generate_fn(photos.backbone, **OPTIONS),
         **{name: own(policy) for name, policy in policies.items()},
     }
-    bar = partial(tqdm, desc="race", disable=None, leave=False)
-    return race(ways, photos.timed, rounds=photos.sizes.rounds, progress=bar)
+    bar = partial(tqdm, desc="timing", disable=None, leave=False)
+    return time_interleaved(ways, photos.timed, rounds=photos.sizes.rounds, progress=bar)
 
 
 def _row(
-    photos: Photos, adapter: Adapter, policy: Policy, timings: dict[str, Timing], name: str
+    photos: Photos, adapter: Adapter, policy: ExitPolicy, timings: dict[str, Timing], name: str
 ) -> dict[str, Any]:
     """What thresholds give on the measuring half."""
     ours = adapter.with_policy(policy)

@@ -29,7 +29,7 @@ from examples.photo_vlm.learn import (
     text_loss,
 )
 from examples.photo_vlm.photos import cache_features
-from examples.photo_vlm.rows import Rows, ids_of, pack, read_photographs
+from examples.photo_vlm.rows import ActiveRows, ids_of, pack, read_photographs
 from examples.photo_vlm.vision import LiteTowerConfig
 from torch import Tensor
 
@@ -57,7 +57,13 @@ class Trainer:
     """One training: `run` takes steps, `save` and `load` keep its state."""
 
     def __init__(
-        self, bridge: Bridge, lm: Any, rows: Rows, features: Any, visual: int, settings: Settings
+        self,
+        bridge: Bridge,
+        lm: Any,
+        rows: ActiveRows,
+        features: Any,
+        visual: int,
+        settings: Settings,
     ) -> None:
         """lm: frozen; features: feature maps by place; visual: number of visual tokens."""
         self.bridge, self.lm, self.rows, self.features = bridge, lm, rows, features
@@ -145,7 +151,7 @@ class Trainer:
         return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def _detector(lm: Any, rows: Rows) -> tuple[WordDetector, Tensor]:
+def _detector(lm: Any, rows: ActiveRows) -> tuple[WordDetector, Tensor]:
     """The detector of words that are neither in nearly all captions nor in hardly any, and which
     photographs have which: [photographs, W]."""
     spoken = rows.spoken()
@@ -206,7 +212,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     tower = LiteTowerConfig()
     bridge = new_bridge(lm.config, tower)
-    rows = Rows(splits, features.places, ids_of(tokenizer), tokenizer.eos_token_id)
+    rows = ActiveRows(splits, features.places, ids_of(tokenizer), tokenizer.eos_token_id)
     trainer = Trainer(bridge, lm, rows, features, tower.tokens, settings)
     if arguments.resume and state.exists():
         trainer.load(state)

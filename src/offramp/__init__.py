@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from offramp.adapter import Adapter as Adapter
     from offramp.data.example import Example as Example
     from offramp.engine.generate import generate as generate
-    from offramp.engine.policy import Generation as Generation
-    from offramp.engine.policy import Policy as Policy
+    from offramp.engine.policy import ExitPolicy as ExitPolicy
+    from offramp.engine.policy import GenerationOutput as GenerationOutput
     from offramp.models.backbone import Backbone as Backbone
     from offramp.models.exits import Exits as Exits
     from offramp.models.registry import Family as Family
@@ -23,8 +23,8 @@ _HOMES = {
     "Example": "data.example",
     "Exits": "models.exits",
     "Family": "models.registry",
-    "Generation": "engine.policy",
-    "Policy": "engine.policy",
+    "ExitPolicy": "engine.policy",
+    "GenerationOutput": "engine.policy",
     "TrainConfig": "training.config",
     "generate": "engine.generate",
     "register_backbone": "models.registry",

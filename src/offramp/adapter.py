@@ -20,7 +20,13 @@ from torch import nn
 
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Generation, Policy, policy_from_json, policy_to_json
+from offramp.engine.policy import (
+    FULL,
+    ExitPolicy,
+    GenerationOutput,
+    policy_from_json,
+    policy_to_json,
+)
 from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone, same_backbone
@@ -59,7 +65,7 @@ class Adapter:
 
     backbone: Backbone
     exits: Exits
-    policy: Policy = FULL
+    policy: ExitPolicy = FULL
     discriminators: nn.ModuleDict | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -67,8 +73,8 @@ class Adapter:
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def generate(
-        self, inputs: Mapping[str, Any], *, policy: Policy | None = None, **options: Any
-    ) -> Generation:
+        self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
+    ) -> GenerationOutput:
         """Generate by the adapter's policy, or by another; see `offramp.generate`."""
         return generate(
             self.backbone,
@@ -79,7 +85,9 @@ class Adapter:
             **options,
         )
 
-    def with_policy(self, policy: Policy, calibration: Mapping[str, Any] | None = None) -> Adapter:
+    def with_policy(
+        self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None
+    ) -> Adapter:
         """The same exits, leaving by `policy`. Raise `InputError` if it names other depths.
 
         calibration: what is promised of it; a promise about another policy does not stay; one
@@ -226,6 +234,6 @@ class Adapter:
             )
 
 
-def _check_depths(policy: Policy, depths: tuple[int, ...]) -> None:
+def _check_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
     for thresholds in (policy.thresholds, policy.drafts):
         check_thresholds(dict(thresholds), depths)

@@ -14,15 +14,15 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import Generation, Policy
+from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.engine.teacher_forcing import Answered
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 log = logging.getLogger(__name__)
 
 
 def self_written(
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
     *,
     batch_size: int,
@@ -90,9 +90,9 @@ class Answer:
 
 def free_running(
     adapter: Adapter,
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
-    policy: Policy,
+    policy: ExitPolicy,
     batch_size: int,
     options: Mapping[str, Any],
 ) -> list[Answer]:
@@ -111,7 +111,7 @@ def free_running(
     return found
 
 
-def answer_ids(result: Generation) -> list[tuple[int, ...]]:
+def answer_ids(result: GenerationOutput) -> list[tuple[int, ...]]:
     """The generated ids of each row, padding removed."""
     rows: Tensor = result.new_tokens
     live = result.depths > 0

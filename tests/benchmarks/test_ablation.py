@@ -16,7 +16,7 @@ import pytest
 from offramp.adapter import Adapter
 from offramp.answers import self_written
 from offramp.calibration.replay import replay
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.research.scenes.tasks import Task, captions
 from offramp.training.config import TrainConfig
 
@@ -46,7 +46,7 @@ def test_as_many_tokens_may_leave_as_the_best_threshold_of_a_replay_lets(
 ) -> None:
     monkeypatch.setattr(tool, "KEPT", kept)
     monkeypatch.setattr(tool, "LONGEST", 6)
-    trained, encoder = exits(name, wide=4.0), Encoder(
+    trained, encoder = exits(name, wide=4.0), InputProcessor(
         backbone(name, wide=4.0), fakes.Blip2FakeProcessor(name)
     )  # fmt: skip
     examples = fakes.examples(12)

@@ -23,16 +23,16 @@ from offramp.calibration.cost_model import Costs
 from offramp.calibration.replay import Replay
 from offramp.calibration.risk_control import control
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, Generation, Policy
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -48,9 +48,9 @@ def costs(check: float = 1e-4) -> Costs:
 
 
 @cache
-def encoder() -> Encoder:
+def encoder() -> InputProcessor:
     model = Backbone(families.build("blip2-opt", wide=2.0))
-    return Encoder(model, fakes.Blip2FakeProcessor("blip2-opt"))
+    return InputProcessor(model, fakes.Blip2FakeProcessor("blip2-opt"))
 
 
 @cache
@@ -75,13 +75,13 @@ def examples(n: int = 40) -> list[Example]:
     ]
 
 
-def found(*depths: int, policy: Policy | None = None, **more: Any) -> Calibration:
+def found(*depths: int, policy: ExitPolicy | None = None, **more: Any) -> Calibration:
     given = {"costs": costs(), **LAX, **more}
     some = given.pop("examples", examples())
-    return calibrate(adapter_at(*depths), encoder(), some, policy or Policy(), **given)
+    return calibrate(adapter_at(*depths), encoder(), some, policy or ExitPolicy(), **given)
 
 
-def lost(risk: str, policy: Policy, some: Sequence[Example], *depths: int) -> Any:
+def lost(risk: str, policy: ExitPolicy, some: Sequence[Example], *depths: int) -> Any:
     """Losses [n] of all answers written again, in other batches."""
     early, full = (
         free_running(adapter_at(*depths), encoder(), some, p, 10, OPTIONS) for p in (policy, FULL)
@@ -104,7 +104,7 @@ def lost(risk: str, policy: Policy, some: Sequence[Example], *depths: int) -> An
 def test_every_point_of_the_path_has_the_risk_of_answers_written_again(
     risk: str, prefill: bool
 ) -> None:
-    policy = Policy(exit_in_prefill=prefill)
+    policy = ExitPolicy(exit_in_prefill=prefill)
     path = found(4, policy=policy, risk=risk).path
     assert len(path) > 1
     for point in (path[len(path) // 2], path[-1]):
@@ -134,9 +134,9 @@ def test_the_path_is_walked_to_its_first_failure() -> None:
 
 
 def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Policy] = []
+    asked: list[ExitPolicy] = []
 
-    def spy(adapter: Any, encoder: Any, some: Any, policy: Policy, *more: Any) -> Any:
+    def spy(adapter: Any, encoder: Any, some: Any, policy: ExitPolicy, *more: Any) -> Any:
         asked.extend([policy] * len(some))
         return free_running(adapter, encoder, some, policy, *more)
 
@@ -151,15 +151,21 @@ def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_half_precision_no_answer_is_taken_for_unchanged(dtype: torch.dtype) -> None:
     model = Backbone(families.build("blip2-opt", dtype))
     exits = Exits(model, (2,)).requires_grad_(False)
-    reader = Encoder(model, fakes.Blip2FakeProcessor("blip2-opt"))
-    tried = Tried.of(
-        Adapter(model, exits), reader, examples()[:4], Policy(), RISKS["disagreement"], 4, OPTIONS
+    reader = InputProcessor(model, fakes.Blip2FakeProcessor("blip2-opt"))
+    tried = ThresholdEvaluator.of(
+        Adapter(model, exits),
+        reader,
+        examples()[:4],
+        ExitPolicy(),
+        RISKS["disagreement"],
+        4,
+        OPTIONS,
     )
     assert tried.doubtful.all() == (dtype != torch.float32)
 
 
 def test_a_policy_that_cannot_be_replayed_shares_one_threshold() -> None:
-    result = found(4, 5, policy=Policy(kv="propagate"))
+    result = found(4, 5, policy=ExitPolicy(kv="propagate"))
     assert result.policy.kv == "propagate" and result.n == len(examples())
     assert all(len(set(point.thresholds.values())) == 1 for point in result.path)
     point = result.path[-1]
@@ -237,14 +243,14 @@ def test_no_examples_are_refused() -> None:
 def test_pictures_that_training_used_are_refused() -> None:
     trained_on = replace(adapter_at(4), seen={"train": list(picture_digests(examples()[3:5]))})
     with pytest.raises(DataError, match=r"2 of 40 pictures were used in training.*'e3'"):
-        calibrate(trained_on, encoder(), examples(), Policy(), **LAX)
+        calibrate(trained_on, encoder(), examples(), ExitPolicy(), **LAX)
 
 
 def test_an_adapter_that_does_not_tell_its_pictures_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     old = replace(adapter_at(4), seen={})
-    calibrate(old, encoder(), examples()[:4], Policy(), costs=costs(), **LAX)
+    calibrate(old, encoder(), examples()[:4], ExitPolicy(), costs=costs(), **LAX)
     assert "does not tell" in caplog.text
 
 
@@ -261,10 +267,10 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
         found(4, risk="exact_match_drop", examples=some)
 
 
-@pytest.mark.parametrize("policy", [Policy(), Policy(kv="propagate")])
+@pytest.mark.parametrize("policy", [ExitPolicy(), ExitPolicy(kv="propagate")])
 @pytest.mark.parametrize(("value", "words"), [(0.5, "All scores are the same"), (math.nan, "NaN")])
 def test_scores_that_tell_nothing_apart_are_refused(
-    policy: Policy, value: float, words: str, monkeypatch: pytest.MonkeyPatch
+    policy: ExitPolicy, value: float, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offramp.engine.confidence import SCORES
 
@@ -285,7 +291,7 @@ def test_scores_that_tell_nothing_apart_are_refused(
         ({"confidence": math.nan}, "between 0 and 1"),
         ({"risk": "disagrement"}, "Did you mean 'disagreement'"),
         ({"method": "learn"}, "Allowed: auto, upper_bound, learn_then_test"),
-        ({"policy": Policy(lossless=True)}, "Lossless"),
+        ({"policy": ExitPolicy(lossless=True)}, "Lossless"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(more: dict[str, Any], words: str) -> None:
@@ -331,7 +337,7 @@ def test_a_drop_is_below_zero_where_leaving_early_is_better() -> None:
 
 
 def test_answers_leave_padding_out() -> None:
-    result = Generation(
+    result = GenerationOutput(
         torch.tensor([[9, 4, 5, 1], [9, 6, 7, 8]]),
         torch.tensor([[3, 12, 0], [12, 3, 3]]),
         torch.zeros(2, 3),

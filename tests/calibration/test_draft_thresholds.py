@@ -13,7 +13,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.calibration import draft_thresholds as module
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError
 from offramp.evaluation.timing import Timing
 from offramp.models.backbone import Backbone
@@ -27,7 +27,7 @@ PROMISE = {"risk": "disagreement", "target": 0.01}
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:
     backbone = Backbone(families.build(NAME))
-    policy = Policy({4: 0.9}, gates={4: 0.5})
+    policy = ExitPolicy({4: 0.9}, gates={4: 0.5})
     return Adapter(backbone, Exits(backbone, (2, 4)), policy, calibration=PROMISE)
 
 
@@ -36,10 +36,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds of each way instead of a clock; "full" takes 1."""
     seconds: dict[str, float] = {}
 
-    def race(ways: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
+    def time_interleaved(ways: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
         return {name: Timing([1.0], [seconds.get(name, 2.0)]) for name in ways}
 
-    monkeypatch.setattr(module, "race", race)
+    monkeypatch.setattr(module, "time_interleaved", time_interleaved)
     seconds["full"] = 1.0
     return seconds
 
@@ -82,39 +82,39 @@ def test_a_race_over_real_prompts(adapter: Adapter, batch: Any) -> None:
 
 def test_lossless_drafts_by_the_drafts_where_there_are_any(adapter: Adapter, batch: Any) -> None:
     inputs = batch(NAME, 1)
-    full = adapter.generate(inputs, policy=Policy(), **GREEDY)
-    for policy in (Policy(lossless=True, drafts={2: 0.0}), Policy({4: 1.0}, lossless=True,
+    full = adapter.generate(inputs, policy=ExitPolicy(), **GREEDY)
+    for policy in (ExitPolicy(lossless=True, drafts={2: 0.0}), ExitPolicy({4: 1.0}, lossless=True,
                                                                  drafts={2: 0.0})):  # fmt: skip
         ours = adapter.generate(inputs, policy=policy, **GREEDY)
-        plain = adapter.generate(inputs, policy=Policy({2: 0.0}, lossless=True), **GREEDY)
+        plain = adapter.generate(inputs, policy=ExitPolicy({2: 0.0}, lossless=True), **GREEDY)
         assert torch.equal(ours.sequences, full.sequences)
         assert ours.rounds == plain.rounds
         assert sum(drafted for drafted, _ in ours.rounds) > 0
 
 
 def test_drafts_mean_nothing_to_early_exit(adapter: Adapter, batch: Any) -> None:
-    inputs, policy = batch(NAME, 1), Policy({4: 0.0})
+    inputs, policy = batch(NAME, 1), ExitPolicy({4: 0.0})
     plain = adapter.generate(inputs, policy=policy, **GREEDY)
     ours = adapter.generate(inputs, policy=replace(policy, drafts={2: 0.0}), **GREEDY)
     assert torch.equal(ours.sequences, plain.sequences) and torch.equal(ours.depths, plain.depths)
 
 
 def test_gates_do_not_stand_before_drafts() -> None:
-    policy = Policy({4: 0.9}, gates={4: 0.5}, drafts={4: 0.1})
+    policy = ExitPolicy({4: 0.9}, gates={4: 0.5}, drafts={4: 0.1})
     assert policy.effective is policy
-    assert replace(policy, lossless=True).effective == Policy({4: 0.1}, lossless=True)
+    assert replace(policy, lossless=True).effective == ExitPolicy({4: 0.1}, lossless=True)
 
 
 @pytest.mark.parametrize(
     "policy",
     [
-        Policy(score="patience"),
-        Policy(score="agreement", weights={2: 0.3, 4: 0.7}),
-        Policy({2: 0.5}, score="saturation", kv="propagate"),
+        ExitPolicy(score="patience"),
+        ExitPolicy(score="agreement", weights={2: 0.3, 4: 0.7}),
+        ExitPolicy({2: 0.5}, score="saturation", kv="propagate"),
     ],
 )
 def test_every_kind_of_policy_can_be_drafted_by(
-    adapter: Adapter, policy: Policy, batch: Any
+    adapter: Adapter, policy: ExitPolicy, batch: Any
 ) -> None:
     ours = adapter.with_policy(policy)
     found = draft_speeds(ours, [batch(NAME, 1)], thresholds=(0.5,), rounds=1, **GREEDY)

@@ -13,8 +13,8 @@ import pytest
 from offramp.answers import self_written
 from offramp.calibration.replay import Replay, replay
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
-from offramp.models.input_processor import Encoder
+from offramp.engine.policy import ExitPolicy
+from offramp.models.input_processor import InputProcessor
 
 NAMES = ("blip2-opt", "blip2-t5", "llava")
 TOKENS = 8
@@ -22,7 +22,7 @@ Build = Callable[..., Any]
 
 
 def replayed(backbone: Any, name: str, exits: Any, batch_size: int = 4) -> Any:
-    encoder = Encoder(backbone, fakes.Blip2FakeProcessor(name))
+    encoder = InputProcessor(backbone, fakes.Blip2FakeProcessor(name))
     examples = fakes.examples(10)
     rows = self_written(encoder, examples, batch_size=1, max_new_tokens=TOKENS)
     return encoder, examples, rows, replay(encoder, exits, rows, batch_size=batch_size)
@@ -52,7 +52,7 @@ def test_it_tells_which_answers_change_and_where_their_tokens_leave(
         for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
             result = generate(
                 model, encoder.prompts([example]), exits=trained,
-                policy=Policy(thresholds, exit_in_prefill=first),
+                policy=ExitPolicy(thresholds, exit_in_prefill=first),
                 max_new_tokens=TOKENS, do_sample=False,
             )  # fmt: skip
             assert differs[i] == (tuple(result.new_tokens[0].tolist()) != row.ids)

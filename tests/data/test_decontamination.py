@@ -10,14 +10,14 @@ import families
 import pytest
 
 from offramp.adapter import Adapter
-from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError
 from offramp.evaluation.evaluate import evaluate
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 
@@ -25,8 +25,10 @@ ADVICE = "Take others."
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(Backbone(families.build("blip2-opt")), fakes.Blip2FakeProcessor("blip2-opt"))
+def encoder() -> InputProcessor:
+    return InputProcessor(
+        Backbone(families.build("blip2-opt")), fakes.Blip2FakeProcessor("blip2-opt")
+    )
 
 
 def test_a_picture_counts_once_under_its_first_question() -> None:
@@ -41,7 +43,7 @@ def test_a_picture_is_known_by_content_not_by_name(tmp_path: Path) -> None:
         fakes.picture(3).save(tmp_path / name)
     seen = {"train": list(picture_digests([Example(tmp_path / "a.png", "", (), "a")]))}
     with pytest.raises(DataError, match=r"1 of 1 pictures were used in training.*'b'"):
-        check_unseen(seen, [Example(tmp_path / "b.png", "", (), "b")], ("train",), ADVICE)
+        check_no_overlap(seen, [Example(tmp_path / "b.png", "", (), "b")], ("train",), ADVICE)
 
 
 @pytest.mark.parametrize("step", ["train", "calibration"])
@@ -49,13 +51,13 @@ def test_only_the_steps_that_are_asked_about_are_refused(step: str) -> None:
     some = fakes.examples(4)
     seen = {"train": [], step: list(picture_digests(some[:1]))}
     other = {"train": "calibration", "calibration": "train"}[step]
-    check_unseen(seen, some, (other,), ADVICE)
-    check_unseen(seen, some[1:], (step,), ADVICE)
+    check_no_overlap(seen, some, (other,), ADVICE)
+    check_no_overlap(seen, some[1:], (step,), ADVICE)
     with pytest.raises(DataError, match=r"'e0'[^\n]*\nTake others"):
-        check_unseen(seen, some, (step,), ADVICE)
+        check_no_overlap(seen, some, (step,), ADVICE)
 
 
-def test_training_stores_all_its_pictures(encoder: Encoder, tmp_path: Path) -> None:
+def test_training_stores_all_its_pictures(encoder: InputProcessor, tmp_path: Path) -> None:
     some = fakes.examples(8)
     config = TrainConfig(depths=(2,), steps=1, batch_size=4, max_new_tokens=3)
     adapter = train(encoder.backbone, encoder.processor, some, config, tmp_path / "exits")
@@ -65,13 +67,13 @@ def test_training_stores_all_its_pictures(encoder: Encoder, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("step", ["train", "calibration"])
 def test_evaluation_refuses_pictures_of_training_and_calibration_unless_told(
-    encoder: Encoder, tmp_path: Path, step: str
+    encoder: InputProcessor, tmp_path: Path, step: str
 ) -> None:
     some = fakes.examples(3)
     adapter = Adapter(
         encoder.backbone,
         Exits(encoder.backbone, (2,)),
-        Policy({2: 0.5}),
+        ExitPolicy({2: 0.5}),
         seen={"train": [], step: list(picture_digests(some[:2]))},
     )
     run: dict[str, Any] = {"max_new_tokens": 2, "resamples": 10, "batch_size": 3}

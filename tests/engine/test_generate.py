@@ -13,11 +13,11 @@ from families import CAUSAL_PROMPT, FIRST_WORD, LOOKS_AHEAD, NAMES, PAD, WORDLES
 from reference import Dice, Script, StepLogitsWarper, of_steps, probe
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.exit_check import Judge
+from offramp.engine.exit_check import ExitScorer
 from offramp.engine.generate import generate
-from offramp.engine.model_runner import Run
-from offramp.engine.policy import FULL, Policy
-from offramp.engine.sampling import Rows
+from offramp.engine.model_runner import ModelRunner
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.sampling import ActiveRows
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
@@ -36,11 +36,11 @@ def scored(monkeypatch):
 
 
 def never(name):
-    return Policy(dict.fromkeys(families.depths(name), 1.0))
+    return ExitPolicy(dict.fromkeys(families.depths(name), 1.0))
 
 
 def always(name):
-    return Policy({families.depths(name)[0]: 0.0})
+    return ExitPolicy({families.depths(name)[0]: 0.0})
 
 
 # -- law 3: real skipping ---------------------------------------------------------------------
@@ -68,7 +68,7 @@ def mixed(whole, name, kv, inputs, scored):
     scored(Dice(3))
     first, second = families.depths(name)
     exits = Exits(whole, (first, second))
-    policy = Policy({first: 0.5, second: 0.5}, kv=kv)
+    policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv)
     made, counts = tokens_by_layer(
         whole,
         lambda: generate(
@@ -110,7 +110,7 @@ def test_under_recompute_a_skipped_layer_runs_only_when_a_later_token_needs_it(n
 def test_if_every_token_leaves_the_deeper_layers_see_the_prompt_only(kv, batch):
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
-    exits, policy = Exits(whole, (2,)), Policy({2: 0.0}, kv=kv)
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0}, kv=kv)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
     )
@@ -122,7 +122,7 @@ def test_if_every_token_leaves_the_deeper_layers_see_the_prompt_only(kv, batch):
 @pytest.mark.parametrize("name", CAUSAL_PROMPT)
 def test_if_the_prompt_leaves_too_the_deeper_layers_see_nothing(name, batch):
     whole = Backbone(families.build(name))
-    exits, policy = Exits(whole, (2,)), Policy({2: 0.0}, exit_in_prefill=True)
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0}, exit_in_prefill=True)
     inputs = batch(name, 1)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=5)
@@ -133,7 +133,7 @@ def test_if_the_prompt_leaves_too_the_deeper_layers_see_nothing(name, batch):
 
 @pytest.mark.parametrize("name", LOOKS_AHEAD)
 def test_a_prompt_that_looks_ahead_runs_at_full_depth(name, backbone, exits, batch):
-    policy = Policy(always(name).thresholds, exit_in_prefill=True)
+    policy = ExitPolicy(always(name).thresholds, exit_in_prefill=True)
     made = generate(
         backbone(name), batch(name, 1), exits=exits(name), policy=policy, max_new_tokens=3
     )
@@ -147,7 +147,7 @@ def test_an_exit_switched_off_is_not_even_computed(batch):
     ran = []
     exits.at(2).register_forward_hook(lambda *_: ran.append(2))
     exits.at(4).register_forward_hook(lambda *_: ran.append(4))
-    generate(whole, batch("llava", 1), exits=exits, policy=Policy({4: 1.0}), max_new_tokens=3)
+    generate(whole, batch("llava", 1), exits=exits, policy=ExitPolicy({4: 1.0}), max_new_tokens=3)
     assert set(ran) == {4}
 
 
@@ -183,7 +183,7 @@ def test_recompute_keeps_every_step_exact(name, rows, prefill, backbone, exits, 
     scored(Dice(5))
     whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
     first, second = parts.depths
-    policy = Policy({first: 0.4, second: 0.5}, exit_in_prefill=prefill)
+    policy = ExitPolicy({first: 0.4, second: 0.5}, exit_in_prefill=prefill)
     made, errors = measured(whole, parts, batch(name, rows), policy)
     assert set(errors) == {first, second, whole.depth}
     assert rows == 1 or any(len(set(step)) > 1 for step in made.depths.T.tolist())
@@ -196,7 +196,7 @@ def test_recompute_is_exact_with_an_exit_at_every_depth(name, rows, backbone, ex
     scored(Dice(8))
     whole = backbone(name, wide=CALM)
     parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
-    policy = Policy(dict.fromkeys(parts.depths, 0.75 if rows == 1 else 0.6))
+    policy = ExitPolicy(dict.fromkeys(parts.depths, 0.75 if rows == 1 else 0.6))
     _, errors = measured(whole, parts, batch(name, rows), policy)
     assert len(errors) >= 3
     assert max(errors.values()) <= EXACT, errors
@@ -212,7 +212,7 @@ def test_recompute_is_exact_whatever_the_score(
 ):
     whole = backbone(name, wide=CALM)
     parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
-    policy = Policy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
     _, errors = measured(whole, parts, batch(name, rows), policy)
     assert len(errors) >= 2 or rows == 1
     assert max(errors.values()) <= EXACT, errors
@@ -225,7 +225,7 @@ def test_recompute_is_exact_with_exits_that_keep_no_keys(name, rows, backbone, b
     lens = Exits(whole, tuple(range(1, whole.depth)), lens=True)
     scored(Dice(8))
     for prefill in (False, True):
-        policy = Policy(dict.fromkeys(lens.depths, 0.6), exit_in_prefill=prefill)
+        policy = ExitPolicy(dict.fromkeys(lens.depths, 0.6), exit_in_prefill=prefill)
         _, errors = measured(whole, lens, batch(name, rows), policy)
         assert len(errors) >= 3
         assert max(errors.values()) <= EXACT, errors
@@ -238,7 +238,7 @@ def test_an_exit_that_keeps_no_keys_skips_layers_like_any_other(name, kv, backbo
     first, second = families.depths(name)
     lens = Exits(whole, (first, second), lens=True)
     scored(Dice(3))
-    policy = Policy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=True)
+    policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=True)
     made = generate(whole, batch(name, 4), exits=lens, policy=policy, max_new_tokens=NEW)
     assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
 
@@ -248,7 +248,7 @@ def test_recompute_is_exact_where_one_of_two_exits_is_off(name, backbone, exits,
     scored(Dice(5))
     whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
     for on in parts.depths:
-        _, errors = measured(whole, parts, batch(name, 4), Policy({on: 0.3}))
+        _, errors = measured(whole, parts, batch(name, 4), ExitPolicy({on: 0.3}))
         assert set(errors) >= {on} and max(errors.values()) <= EXACT, errors
 
 
@@ -260,7 +260,7 @@ def test_propagate_is_exact_at_the_first_exit_and_bounded_past_it(
     scored(Dice(5))
     whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
     first, second = parts.depths
-    policy = Policy({first: 0.4, second: 0.5}, kv="propagate")
+    policy = ExitPolicy({first: 0.4, second: 0.5}, kv="propagate")
     _, errors = measured(whole, parts, batch(name, rows), policy)
     assert errors[first] <= EXACT
     assert EXACT < errors[whole.depth] < 1.0
@@ -271,7 +271,7 @@ def test_propagate_is_exact_at_the_first_exit_and_bounded_past_it(
 def test_half_precision_runs_under_both_policies(name, kv, backbone, exits, batch, scored):
     scored(Dice(5))
     half = torch.bfloat16
-    policy = Policy(dict.fromkeys(families.depths(name), 0.5), kv=kv, exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.5), kv=kv, exit_in_prefill=True)
     made = generate(
         backbone(name, half),
         batch(name, 4, half),
@@ -296,7 +296,7 @@ def test_a_padded_decoder_prompt_is_masked_in_every_step(backbone, exits, batch)
         whole,
         given,
         exits=parts,
-        policy=Policy(dict.fromkeys(parts.depths, 1.0)),
+        policy=ExitPolicy(dict.fromkeys(parts.depths, 1.0)),
         max_new_tokens=NEW,
         do_sample=False,
     )
@@ -309,7 +309,7 @@ def test_a_padded_decoder_prompt_is_masked_in_every_step(backbone, exits, batch)
 
 def sometimes(name="llava", **more):
     first, second = families.depths(name)
-    return Policy({first: 0.1, second: 0.1}, **more)
+    return ExitPolicy({first: 0.1, second: 0.1}, **more)
 
 
 def test_the_same_seed_gives_the_same_tokens(backbone, exits, batch):
@@ -498,7 +498,9 @@ def test_taking_finished_rows_out_changes_no_other_row(
 ):
     whole, inputs = backbone(name), batch(name, 4)
     kv = "recompute" if way == "lossless" else way
-    policy = Policy(dict.fromkeys(families.depths(name), 0.03), kv=kv, lossless=way == "lossless")
+    policy = ExitPolicy(
+        dict.fromkeys(families.depths(name), 0.03), kv=kv, lossless=way == "lossless"
+    )
     options = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.2}
     free = generate(whole, inputs, exits=exits(name), policy=policy, **options).new_tokens
     options |= {"eos_token_id": [int(free[0, 3]), int(free[1, 6])], "pad_token_id": PAD}
@@ -513,7 +515,7 @@ def test_taking_finished_rows_out_changes_no_other_row(
         return made
 
     made = run()
-    monkeypatch.setattr(Rows, "keep", lambda self, *_: None)
+    monkeypatch.setattr(ActiveRows, "keep", lambda self, *_: None)
     together = run()
     assert fewest[0] < fewest[1] == 4
     assert torch.equal(made.sequences, together.sequences)
@@ -526,7 +528,7 @@ def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(
     kv, backbone, exits, batch
 ):
     whole, inputs = backbone("llava"), batch("llava", 4)
-    policy = Policy({2: 0.0}, kv=kv)
+    policy = ExitPolicy({2: 0.0}, kv=kv)
     free = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW)
     end = int(free.new_tokens[0, 3])
     made = generate(
@@ -541,7 +543,7 @@ def test_a_finished_row_no_longer_holds_the_others_at_full_depth(batch, scored):
     # The first row never leaves; it is gone once it is finished.
     scored(lambda logits: torch.tensor([0.0, 1.0, 1.0, 1.0])[-len(logits) :])
     whole, inputs = Backbone(families.build("llava")), batch("llava", 4)
-    exits, policy = Exits(whole, (2,)), Policy({2: 0.5}, kv="propagate")
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.5}, kv="propagate")
     free = generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=NEW)
     end = int(free.new_tokens[0, 3])
     made, counts = tokens_by_layer(
@@ -589,7 +591,7 @@ def test_logits_of_an_exit_pass_the_processors_once(rows, backbone, exits, batch
         whole,
         inputs,
         exits=parts,
-        policy=Policy({2: 0.0}),
+        policy=ExitPolicy({2: 0.0}),
         max_new_tokens=NEW,
         do_sample=False,
         repetition_penalty=1.3,
@@ -614,7 +616,7 @@ def test_confidence_is_in_what_may_be_said(backbone, exits, batch):
         whole,
         inputs,
         exits=exits("llava"),
-        policy=Policy({2: 1.0}),
+        policy=ExitPolicy({2: 1.0}),
         max_new_tokens=4,
         logits_processor=[only_nine],
     )
@@ -701,29 +703,32 @@ def test_a_missing_image_is_refused(name, where, backbone, batch):
 
 def test_an_unknown_kv_policy_is_refused():
     with pytest.raises(InputError, match="recompute, propagate"):
-        Policy(kv="hole")
+        ExitPolicy(kv="hole")
 
 
 def test_an_unknown_score_is_refused():
     with pytest.raises(InputError, match="Did you mean 'margin'"):
-        Policy(score="margni")
+        ExitPolicy(score="margni")
 
 
 @pytest.mark.parametrize("thresholds", [{3: 0.5}, {2: 1.5}, {2: -0.1}], ids=str)
 def test_thresholds_that_fit_no_exit_or_range_are_refused(thresholds, backbone, exits, batch):
     with pytest.raises(InputError, match="Thresholds"):
         generate(
-            backbone("llava"), batch("llava", 1), exits=exits("llava"), policy=Policy(thresholds)
+            backbone("llava"),
+            batch("llava", 1),
+            exits=exits("llava"),
+            policy=ExitPolicy(thresholds),
         )
 
 
 def test_thresholds_without_exits_are_refused(backbone, batch):
     with pytest.raises(InputError, match="no exit stands"):
-        generate(backbone("llava"), batch("llava", 1), policy=Policy({2: 0.5}))
+        generate(backbone("llava"), batch("llava", 1), policy=ExitPolicy({2: 0.5}))
 
 
 def test_the_discriminator_score_needs_discriminators(backbone, exits, batch):
-    policy = Policy({2: 0.5}, score="discriminator")
+    policy = ExitPolicy({2: 0.5}, score="discriminator")
     with pytest.raises(InputError, match="discriminators"):
         generate(backbone("llava"), batch("llava", 1), exits=exits("llava"), policy=policy)
 
@@ -742,7 +747,7 @@ def test_a_generation_tells_depth_and_score_of_every_new_token(
         whole,
         batch(name, rows),
         exits=exits(name),
-        policy=Policy({first: 0.5, second: 0.6}),
+        policy=ExitPolicy({first: 0.5, second: 0.6}),
         max_new_tokens=NEW,
         do_sample=False,
     )
@@ -768,7 +773,7 @@ def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
         backbone("llava"),
         batch("llava", 1),
         exits=exits("llava"),
-        policy=Policy({2: 0.5, 4: 0.7}),
+        policy=ExitPolicy({2: 0.5, 4: 0.7}),
         max_new_tokens=5,
     )
     assert made.depths.tolist() == [[6, 2, 4, 6, 2]]
@@ -776,10 +781,10 @@ def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
 
 
 def test_mean_depth_counts_full_depth_tokens_and_not_the_padding():
-    from offramp.engine.policy import Generation
+    from offramp.engine.policy import GenerationOutput
 
     depths = torch.tensor([[6, 2, 2, 6], [6, 4, 0, 0]])
-    made = Generation(torch.zeros(2, 9), depths, torch.zeros(2, 4), 6)
+    made = GenerationOutput(torch.zeros(2, 9), depths, torch.zeros(2, 4), 6)
     assert made.mean_depth == pytest.approx((6 + 2 + 2 + 6 + 6 + 4) / 6)
 
 
@@ -791,13 +796,13 @@ def test_without_exits_no_scores_are_given(backbone, batch):
 def test_the_judge_reads_a_state_as_the_backbone_does(backbone, batch):
     whole = backbone("gemma3")
     states = torch.randn(3, whole.width)
-    look = Judge(whole, Policy(score="margin"), (2,))(2, states, states)
-    assert torch.equal(look.logits, whole.read(whole.finish(states)))
+    look = ExitScorer(whole, ExitPolicy(score="margin"), (2,))(2, states, states)
+    assert torch.equal(look.logits, whole.logits(whole.final_norm(states)))
     assert torch.equal(look.score, SCORES["margin"](look.logits))
 
 
 def test_a_run_starts_with_nobody_waiting(backbone, exits):
-    run = Run(backbone("llava"), exits("llava"), Policy({2: 0.5}))
+    run = ModelRunner(backbone("llava"), exits("llava"), ExitPolicy({2: 0.5}))
     assert run.thresholds == {2: 0.5} and not run.everybody_left
 
 

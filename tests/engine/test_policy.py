@@ -11,8 +11,8 @@ from reference import of_steps, probe
 
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, Patience
 from offramp.engine.generate import generate
-from offramp.engine.model_runner import Run
-from offramp.engine.policy import Policy
+from offramp.engine.model_runner import ModelRunner
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
@@ -34,7 +34,7 @@ def by(score, name, **more):
     """A policy under which tokens leave at several depths, and some at none."""
     weights = WEIGHTS if score == "agreement" else {}
     thresholds = dict.fromkeys(DEPTHS, THRESHOLDS[score][name])
-    return Policy(thresholds, score=score, weights=weights, **more)
+    return ExitPolicy(thresholds, score=score, weights=weights, **more)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_patience_has_its_threshold(exits):
 
 
 def test_one_exit_alone_never_has_patience(decode):
-    *_, made = decode("blip2-t5", 1, Policy({3: 0.001}, score="patience"))
+    *_, made = decode("blip2-t5", 1, ExitPolicy({3: 0.001}, score="patience"))
     assert (made.depths == families.LAYERS).all() and (made.scores == 0).all()
 
 
@@ -197,7 +197,7 @@ def of_features(score, whole, threshold):
     judges = build_discriminators(whole.width, DEPTHS, conditional=True)
     return {
         "exits": Exits(whole, DEPTHS),
-        "policy": Policy(dict.fromkeys(DEPTHS, threshold), score=score),
+        "policy": ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score),
         "discriminators": judges if score == "discriminator" else None,
         "max_new_tokens": NEW,
     }
@@ -231,7 +231,7 @@ def test_a_score_of_logits_runs_the_head_at_each_exit(batch):
 @pytest.mark.parametrize("name", KINDS)
 def test_where_all_leave_in_any_case_no_score_is_computed(name, rows, decode, monkeypatch):
     monkeypatch.setitem(SCORES, "max_probability", lambda _: pytest.fail("a score was computed"))
-    whole, parts, inputs, made = decode(name, rows, Policy({3: 0.0}))
+    whole, parts, inputs, made = decode(name, rows, ExitPolicy({3: 0.0}))
     free = slice(0 if whole.is_encoder_decoder else 1, None)
     assert (made.depths[:, free] == 3).all() and made.scores.isnan().all()
     said = record(whole, inputs, made, parts).logits[3].argmax(-1)
@@ -240,7 +240,7 @@ def test_where_all_leave_in_any_case_no_score_is_computed(name, rows, decode, mo
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_token_that_leaves_unseen_has_no_score_of_an_earlier_exit(rows, decode):
-    *_, made = decode("blip2-t5", rows, Policy({2: 0.03, 3: 0.0}))
+    *_, made = decode("blip2-t5", rows, ExitPolicy({2: 0.03, 3: 0.0}))
     assert set(made.depths.flatten().tolist()) == {2, 3}
     assert torch.equal(made.scores.isnan(), made.depths == 3)
 
@@ -270,7 +270,7 @@ def test_each_token_is_looked_at_once_by_each_exit_up_to_its_own(name, rows, dec
 def test_if_nobody_leaves_the_output_is_greedy(score, name, rows, decode):
     # At 1 all exits must be certain, or a layer idle; a single exit has nobody to agree with.
     depths = (3,) if score == "patience" else DEPTHS
-    policy = Policy(dict.fromkeys(depths, 1.0), score=score)
+    policy = ExitPolicy(dict.fromkeys(depths, 1.0), score=score)
     whole, _, inputs, made = decode(name, rows, policy)
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
     assert (made.depths == whole.depth).all()
@@ -282,7 +282,7 @@ def test_if_nobody_leaves_the_output_is_greedy(score, name, rows, decode):
 @pytest.mark.parametrize("score", [*SLOW, "discriminator"])
 def test_lossless_output_is_greedy_whatever_the_drafts(score, name, rows, decode):
     threshold = 0.5 if score == "discriminator" else THRESHOLDS[score][name] / 2
-    policy = Policy(dict.fromkeys(DEPTHS, threshold), score=score, lossless=True)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, lossless=True)
     judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
     whole, _, inputs, made = decode(name, rows, policy, discriminators=judges)
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
@@ -296,7 +296,7 @@ def test_lossless_output_is_greedy_with_exits_that_keep_no_keys(name, rows, back
     whole, inputs = backbone(name), batch(name, rows)
     lens = Exits(whole, families.depths(name), lens=True)
     options = {"max_new_tokens": NEW, "do_sample": False}
-    policy = Policy(dict.fromkeys(lens.depths, 0.9), score="saturation", lossless=True)
+    policy = ExitPolicy(dict.fromkeys(lens.depths, 0.9), score="saturation", lossless=True)
     made = generate(whole, inputs, exits=lens, policy=policy, **options)
     assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
     assert sum(drafted for drafted, _ in made.rounds) > 0
@@ -321,19 +321,19 @@ def test_a_finished_row_keeps_no_score(score, decode):
 )
 def test_an_unknown_score_is_refused_with_the_closest(typed, meant):
     with pytest.raises(InputError, match=f"Did you mean '{meant}'"):
-        Policy(score=typed)
+        ExitPolicy(score=typed)
 
 
 @pytest.mark.parametrize("score", [*SCORES, *STREAKS, *FEATURE_SCORES])
 def test_every_known_score_has_a_judge(score, backbone, exits):
     judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    run = Run(backbone("llava"), exits("llava"), Policy({2: 0.5}, score=score), judges)
+    run = ModelRunner(backbone("llava"), exits("llava"), ExitPolicy({2: 0.5}, score=score), judges)
     assert run.thresholds == {2: 0.5}
 
 
 def test_a_policy_checks_its_weights():
     with pytest.raises(InputError, match="finite"):
-        Policy(weights={2: -1.0})
+        ExitPolicy(weights={2: -1.0})
 
 
 @pytest.mark.parametrize(
@@ -342,12 +342,12 @@ def test_a_policy_checks_its_weights():
     ids=str,
 )
 def test_weights_must_fit_the_exits_with_thresholds(weights, problem, backbone, exits):
-    policy = Policy({2: 0.5}, score="agreement", weights=weights)
+    policy = ExitPolicy({2: 0.5}, score="agreement", weights=weights)
     with pytest.raises(InputError, match=problem):
-        Run(backbone("llava"), exits("llava"), policy)
+        ModelRunner(backbone("llava"), exits("llava"), policy)
 
 
 def test_weights_of_exits_that_are_off_are_kept(backbone, exits):
-    policy = Policy({2: 0.5, 4: None}, score="agreement", weights={2: 0.5, 4: 1})
-    Run(backbone("llava"), exits("llava"), policy)
+    policy = ExitPolicy({2: 0.5, 4: None}, score="agreement", weights={2: 0.5, 4: 1})
+    ModelRunner(backbone("llava"), exits("llava"), policy)
     assert policy.weights == {2: 0.5, 4: 1.0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import InputError
 from offramp.models.exits import Exits
@@ -17,9 +17,9 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.
 SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]
 POLICIES = {
     "full": lambda depths: FULL,
-    "early": lambda depths: Policy(dict.fromkeys(depths, 0.05)),
-    "lossless": lambda depths: Policy(dict.fromkeys(depths, 0.05), lossless=True),
-    "propagate": lambda depths: Policy(dict.fromkeys(depths, 0.05), kv="propagate"),
+    "early": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05)),
+    "lossless": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), lossless=True),
+    "propagate": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), kv="propagate"),
 }
 
 
@@ -82,7 +82,7 @@ def test_exits_that_were_off_are_not_served_from_a_prompt_they_never_saw(backbon
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
     cache = PrefixCache()
     generate(whole, inputs, prefix_cache=cache, **OPTIONS)
-    policy = Policy({parts.depths[0]: 0.05})
+    policy = ExitPolicy({parts.depths[0]: 0.05})
     ours = generate(whole, inputs, exits=parts, policy=policy, prefix_cache=cache, **OPTIONS)
     assert cache.reused == 0
     plain = generate(whole, inputs, exits=parts, policy=policy, **OPTIONS)
@@ -97,7 +97,7 @@ def test_exits_that_were_off_are_not_served_from_a_prompt_they_never_saw(backbon
 
 def test_prompts_that_wait_at_an_exit_are_not_kept(backbone, exits, batch):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
-    policy = Policy({parts.depths[0]: 0.0}, exit_in_prefill=True)
+    policy = ExitPolicy({parts.depths[0]: 0.0}, exit_in_prefill=True)
     cache = PrefixCache()
     for _ in range(2):
         generate(whole, inputs, exits=parts, policy=policy, prefix_cache=cache, **OPTIONS)

@@ -8,7 +8,7 @@ from reference import Dice
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.exits import Exits
 
@@ -18,7 +18,7 @@ GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
 def lossless(name, threshold=0.0, depths=None, **more):
     chosen = depths or families.depths(name)[:1]
-    return Policy(dict.fromkeys(chosen, threshold), lossless=True, **more)
+    return ExitPolicy(dict.fromkeys(chosen, threshold), lossless=True, **more)
 
 
 def accepted(result):
@@ -206,9 +206,9 @@ def test_in_half_precision_output_differs_only_where_logits_tie(backbone, exits,
 @pytest.mark.parametrize("longest", [0, -1, 1.5, True])
 def test_a_draft_length_out_of_range_is_refused(longest):
     with pytest.raises(InputError, match="draft"):
-        Policy({2: 0.5}, lossless=True, max_draft=longest)
+        ExitPolicy({2: 0.5}, lossless=True, max_draft=longest)
 
 
 def test_lossless_refuses_approximate_keys():
     with pytest.raises(InputError, match="exact"):
-        Policy({2: 0.5}, lossless=True, kv="propagate")
+        ExitPolicy({2: 0.5}, lossless=True, kv="propagate")

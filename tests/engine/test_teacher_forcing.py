@@ -21,13 +21,13 @@ from torch import Tensor
 
 from offramp.answers import self_written
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
-from offramp.engine.prefill import Reading, without_inputs
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefill import Prefill, without_inputs
 from offramp.engine.teacher_forcing import Answered, Batch, _Record, exit_features, record
 from offramp.errors import DataError, InputError
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
-from offramp.models.intercept import View
+from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
 from offramp.training.feature_store import FeatureStore
 
 FAMILIES = families.NAMES
@@ -38,11 +38,11 @@ DEPTHS = (2, 4)
 Build = Callable[..., Any]
 
 
-def encoder_of(backbone: Any, name: str) -> Encoder:
-    return Encoder(backbone, fakes.Blip2FakeProcessor(name))
+def input_processor_of(backbone: Any, name: str) -> InputProcessor:
+    return InputProcessor(backbone, fakes.Blip2FakeProcessor(name))
 
 
-def answered(encoder: Encoder, n: int = 4) -> list[Answered]:
+def answered(encoder: InputProcessor, n: int = 4) -> list[Answered]:
     """Answers of different lengths, after prompts of different lengths."""
     return [
         Answered(e, tuple(encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
@@ -95,7 +95,7 @@ def uncached(
 def test_recorded_states_are_those_of_an_uncached_forward_of_the_model(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     rows = answered(encoder)
     batch = record(encoder, rows, DEPTHS)
     inputs = encoder.prompts([row.example for row in rows])
@@ -109,7 +109,7 @@ def test_recorded_states_are_those_of_an_uncached_forward_of_the_model(
         if not encoder.backbone.is_encoder_decoder:
             real = inputs["attention_mask"].bool()
         close(batch.prompt[depth][real], states[depth][:, :prompt][real])
-    read = encoder.backbone.read(batch.teacher)
+    read = encoder.backbone.logits(batch.teacher)
     wanted = logits[:, -tokens - 1 : -1][batch.mask]
     close(read[batch.mask], wanted)
 
@@ -118,10 +118,10 @@ def test_recorded_states_are_those_of_an_uncached_forward_of_the_model(
 def test_the_final_layer_predicts_the_answers_that_the_model_wrote_itself(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     rows = self_written(encoder, fakes.examples(5), batch_size=3, max_new_tokens=6)
     batch = record(encoder, rows, DEPTHS)
-    said = encoder.backbone.read(batch.teacher).argmax(-1)
+    said = encoder.backbone.logits(batch.teacher).argmax(-1)
     assert torch.equal(said[batch.mask], batch.targets[batch.mask])
     assert len({tuple(row.ids) for row in rows}) > 1
 
@@ -130,7 +130,7 @@ def test_the_final_layer_predicts_the_answers_that_the_model_wrote_itself(
 def test_an_exit_computes_in_training_what_it_computes_in_decoding(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     exits = noisy_exits(encoder.backbone)
     some = fakes.examples(4)
     seen: dict[int, list[Tensor]] = {d: [] for d in DEPTHS}
@@ -144,7 +144,7 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
         encoder.backbone,
         encoder.prompts(some),
         exits=exits,
-        policy=Policy({d: 1.0 for d in DEPTHS}, score="margin", exit_in_prefill=True),
+        policy=ExitPolicy({d: 1.0 for d in DEPTHS}, score="margin", exit_in_prefill=True),
         max_new_tokens=5,
         do_sample=False,
     )
@@ -160,7 +160,7 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
         # Where nobody may leave at the prompt, its exit states are not computed.
         looked = encoder.backbone.is_encoder_decoder or encoder.backbone.family.causal_prompt
         assert steps.shape[1] == (5 if looked else 4)
-        wanted = encoder.backbone.finish(steps)
+        wanted = encoder.backbone.final_norm(steps)
         found = features[depth][:, -steps.shape[1] :]
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
@@ -169,7 +169,7 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
 def test_a_copied_exit_before_the_last_layer_has_the_teachers_features(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     depth = encoder.backbone.depth - 1
     batch = record(encoder, answered(encoder), (depth,))
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_a_copied_exit_before_the_last_layer_has_the_teachers_features(
 
 @pytest.mark.parametrize("name", BATCHABLE)
 def test_the_company_in_a_batch_changes_no_feature(name: str, backbone: Build) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     exits = noisy_exits(encoder.backbone)
     rows = answered(encoder)
     together = record(encoder, rows, DEPTHS)
@@ -201,7 +201,7 @@ def test_the_company_in_a_batch_changes_no_feature(name: str, backbone: Build) -
 
 
 def test_answers_count_and_nothing_else_does(backbone: Build) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     rows = answered(encoder)
     batch = record(encoder, rows, DEPTHS)
     assert batch.mask.sum(1).tolist() == [len(row.ids) for row in rows]
@@ -210,7 +210,7 @@ def test_answers_count_and_nothing_else_does(backbone: Build) -> None:
 
 
 def test_an_answer_of_one_token_has_features(backbone: Build) -> None:
-    encoder = encoder_of(backbone("llava"), "llava")
+    encoder = input_processor_of(backbone("llava"), "llava")
     rows = [Answered(e, (9,), labelled=False) for e in fakes.examples(2)]
     batch = record(encoder, rows, DEPTHS)
     features = exit_features(encoder.backbone, Exits(encoder.backbone, DEPTHS), batch)
@@ -220,7 +220,7 @@ def test_an_answer_of_one_token_has_features(backbone: Build) -> None:
 def test_a_gradient_reaches_the_keys_that_an_exit_laid_down_over_the_prompt(
     backbone: Build,
 ) -> None:
-    encoder = encoder_of(backbone("llava"), "llava")
+    encoder = input_processor_of(backbone("llava"), "llava")
     exits = Exits(encoder.backbone, (2,))
     batch = record(encoder, answered(encoder), (2,))
     batch.prompt[2].requires_grad_(True)
@@ -230,7 +230,7 @@ def test_a_gradient_reaches_the_keys_that_an_exit_laid_down_over_the_prompt(
 
 def test_recording_leaves_the_users_model_without_hooks_and_gradients(backbone: Build) -> None:
     one = backbone("blip2-opt")
-    encoder = encoder_of(one, "blip2-opt")
+    encoder = input_processor_of(one, "blip2-opt")
     record(encoder, answered(encoder), DEPTHS)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.model.modules())
     assert all(p.grad is None for p in one.model.parameters())
@@ -250,7 +250,7 @@ def same(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and all(torch.equal(x, y) for x, y in pairs)
 
 
-def filled(encoder: Encoder, cache: str, folder: Path, rows: Any = None) -> FeatureStore:
+def filled(encoder: InputProcessor, cache: str, folder: Path, rows: Any = None) -> FeatureStore:
     store = FeatureStore(
         encoder, rows or answered(encoder, 7), DEPTHS, batch_size=3, cache=cache, folder=folder
     )
@@ -260,7 +260,7 @@ def filled(encoder: Encoder, cache: str, folder: Path, rows: Any = None) -> Feat
 
 @pytest.mark.parametrize("name", ["blip2-t5", "gemma3"])
 def test_every_cache_gives_the_same_batches(name: str, backbone: Build, tmp_path: Path) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     stores = [filled(encoder, kind, tmp_path) for kind in ("memory", "disk", "stream")]
     assert [store.kind for store in stores] == ["memory", "disk", "stream"]
     for index in range(len(stores[0])):
@@ -270,7 +270,7 @@ def test_every_cache_gives_the_same_batches(name: str, backbone: Build, tmp_path
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
 def test_the_stated_size_is_what_is_held_and_it_is_held_once(name: str, backbone: Build) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     rows = answered(encoder, 32)
     record(encoder, rows[:2], DEPTHS)  # what the model itself keeps from its first call
 
@@ -289,7 +289,7 @@ def test_the_stated_size_is_what_is_held_and_it_is_held_once(name: str, backbone
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_an_epoch_runs_no_backbone_layer(cache: str, backbone: Build, tmp_path: Path) -> None:
     one = backbone("blip2-opt")
-    encoder = encoder_of(one, "blip2-opt")
+    encoder = input_processor_of(one, "blip2-opt")
     store = filled(encoder, cache, tmp_path)
     exits, calls = Exits(one, DEPTHS), list[int]()
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in one.layers]
@@ -301,7 +301,7 @@ def test_an_epoch_runs_no_backbone_layer(cache: str, backbone: Build, tmp_path: 
 
 
 def test_a_disk_cache_of_other_answers_is_not_taken_up(backbone: Build, tmp_path: Path) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     old = filled(encoder, "disk", tmp_path)
     rows = [Answered(r.example, (*r.ids[:-1], 50, 2), r.labelled) for r in answered(encoder, 7)]
     new = filled(encoder, "disk", tmp_path, rows)
@@ -311,7 +311,7 @@ def test_a_disk_cache_of_other_answers_is_not_taken_up(backbone: Build, tmp_path
 def test_a_disk_cache_is_recorded_once(
     backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     filled(encoder, "disk", tmp_path)
     monkeypatch.setattr("offramp.training.feature_store._save", None)  # would fail if called
     filled(encoder, "disk", tmp_path)
@@ -324,7 +324,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_cache_refuses_a_disk_that_is_too_small(
     backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     small_disk(monkeypatch)
     with pytest.raises(InputError, match="free at"):
         filled(encoder, "disk", tmp_path)
@@ -333,7 +333,7 @@ def test_a_disk_cache_refuses_a_disk_that_is_too_small(
 def test_auto_prefers_memory_then_disk_then_streaming(
     backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     rows = answered(encoder, 7)
 
     def kind(memory: int) -> str:
@@ -351,7 +351,7 @@ def test_auto_prefers_memory_then_disk_then_streaming(
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_a_self_written_answer_is_the_models_own_greedy_one(name: str, backbone: Build) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     some = fakes.examples(3)
     rows = self_written(encoder, some, batch_size=3, max_new_tokens=6)
     for example, row in zip(some, rows, strict=True):
@@ -362,7 +362,7 @@ def test_a_self_written_answer_is_the_models_own_greedy_one(name: str, backbone:
 
 
 def test_the_confidence_filter_keeps_the_answers_above_it(backbone: Build) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     some = fakes.examples(8)
 
     def kept(bound: float) -> set[str]:
@@ -377,7 +377,7 @@ def test_the_confidence_filter_keeps_the_answers_above_it(backbone: Build) -> No
 def test_the_confidence_filter_tells_how_sure_the_answers_are(
     backbone: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     some = fakes.examples(8)
 
     def told(bound: float) -> str:
@@ -396,10 +396,10 @@ def test_the_confidence_filter_tells_how_sure_the_answers_are(
 
 
 def test_confidence_is_the_geometric_mean_of_the_token_probabilities(backbone: Build) -> None:
-    encoder = encoder_of(backbone("llava"), "llava")
+    encoder = input_processor_of(backbone("llava"), "llava")
     (row,) = self_written(encoder, fakes.examples(1), batch_size=1, max_new_tokens=5)
     batch = record(encoder, [row], DEPTHS)
-    log_p = encoder.backbone.read(batch.teacher[0]).log_softmax(-1)
+    log_p = encoder.backbone.logits(batch.teacher[0]).log_softmax(-1)
     exact = float(log_p.gather(1, batch.targets[0][:, None]).mean().exp())
     for bound, n in ((exact * 0.999, 1), (exact * 1.001, 0)):
         some = self_written(
@@ -412,7 +412,7 @@ def test_confidence_is_the_geometric_mean_of_the_token_probabilities(backbone: B
 def test_an_answer_longer_than_the_positions_is_an_error_that_names_it(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     example = fakes.examples(1)[0]
     row = Answered(example, tuple([9] * 130), labelled=True)
     with pytest.raises(DataError, match=r"'e0'.*128 positions"):
@@ -425,7 +425,7 @@ def test_an_answer_longer_than_the_positions_is_an_error_that_names_it(
 def test_the_longest_answer_that_the_positions_allow_is_recorded(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     example = fakes.examples(1)[0]
     start = 1
     if not encoder.backbone.is_encoder_decoder:
@@ -437,7 +437,7 @@ def test_the_longest_answer_that_the_positions_allow_is_recorded(
 
 
 def test_a_long_prompt_and_a_long_answer_may_share_a_batch(backbone: Build) -> None:
-    encoder = encoder_of(backbone("blip2-opt"), "blip2-opt")
+    encoder = input_processor_of(backbone("blip2-opt"), "blip2-opt")
     short, long = fakes.examples(2)
     long = replace(long, prompt=" ".join(["w9"] * 100))
     rows = [
@@ -452,20 +452,20 @@ def test_a_long_prompt_and_a_long_answer_may_share_a_batch(backbone: Build) -> N
 def test_a_reading_that_retreats_goes_on_as_if_it_had_not_advanced(
     name: str, backbone: Build
 ) -> None:
-    encoder = encoder_of(backbone(name), name)
+    encoder = input_processor_of(backbone(name), name)
     found: list[list[dict[str, Any]]] = []
 
     def read(model: Any, ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
         for processor in ("logits_processor", "stopping_criteria"):
             kw.pop(processor)
-        straight, back = (Reading(view, model, ids, dict(kw)) for _ in range(2))
+        straight, back = (Prefill(view, model, ids, dict(kw)) for _ in range(2))
         straight.advance(1)
         back.advance(4)
         back.retreat(3)
         found.append([straight.advance(2), back.advance(2)])
         return ids
 
-    view = View(encoder.backbone, _Record(encoder.backbone, ()))
+    view = InterceptedModel(encoder.backbone, _Record(encoder.backbone, ()))
     prompts = encoder.prompts(fakes.examples(3))
     view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
     first, second = (tensors(without_inputs(kw)) for kw in found[0])

@@ -23,7 +23,7 @@ from offramp.data.example import Example
 from offramp.data.item import Item
 from offramp.engine.confidence import STREAKS, max_probability
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
@@ -32,7 +32,7 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.research.scenes import world
 from offramp.storage import JsonlLog
 
@@ -40,16 +40,16 @@ DEPTHS = (2, 4)
 
 
 @cache
-def encoder_of(name: str) -> Encoder:
+def input_processor_of(name: str) -> InputProcessor:
     from offramp.models.backbone import Backbone
 
-    return Encoder(Backbone(families.build(name)), fakes.Blip2FakeProcessor(name))
+    return InputProcessor(Backbone(families.build(name)), fakes.Blip2FakeProcessor(name))
 
 
 @cache
 def exits_of(name: str) -> Exits:
     """Exits that do not agree with the full model, as copies of its layers often do."""
-    exits = Exits(encoder_of(name).backbone, DEPTHS)
+    exits = Exits(input_processor_of(name).backbone, DEPTHS)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in exits.parameters():
@@ -59,7 +59,9 @@ def exits_of(name: str) -> Exits:
 
 def adapter_of(name: str, threshold: float | None = 0.4, **policy: Any) -> Adapter:
     thresholds = {} if threshold is None else dict.fromkeys(DEPTHS, threshold)
-    return Adapter(encoder_of(name).backbone, exits_of(name), Policy(thresholds, **policy))
+    return Adapter(
+        input_processor_of(name).backbone, exits_of(name), ExitPolicy(thresholds, **policy)
+    )
 
 
 OPT = "blip2-opt"
@@ -75,7 +77,7 @@ def items_of(n: int = 4) -> list[Item]:
 def run(out: Path, *, model: Any = None, task: str = "gqa", items: Any = None, **more: Any) -> Any:
     return evaluate(
         adapter_of(OPT) if model is None else model,
-        encoder_of(OPT),
+        input_processor_of(OPT),
         items_of() if items is None else items,
         task,
         out=out,
@@ -99,7 +101,7 @@ def logits_of(
     name: str, example: Example, ids: list[int], exits: Exits | None
 ) -> dict[int, Tensor]:
     """By depth, the logits [A, V] that predict `ids`, from one uncached forward."""
-    encoder = encoder_of(name)
+    encoder = input_processor_of(name)
     prompts = encoder.prompts([example])
     answer = torch.tensor([ids])
     if encoder.backbone.is_encoder_decoder:
@@ -117,7 +119,7 @@ def log_p(logits: Tensor, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_candidates_score_is_its_likelihood_under_an_uncached_forward(name: str) -> None:
-    encoder = encoder_of(name)
+    encoder = input_processor_of(name)
     example = fakes.examples(3)[2]
     found = candidate_scores(encoder, example, CANDIDATES, at_once=2)
     for text, score in zip(CANDIDATES, found, strict=True):
@@ -128,14 +130,14 @@ def test_a_candidates_score_is_its_likelihood_under_an_uncached_forward(name: st
 
 @pytest.mark.parametrize("name", families.CAUSAL_PROMPT)
 def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> None:
-    encoder, exits = encoder_of(name), exits_of(name)
+    encoder, exits = input_processor_of(name), exits_of(name)
     example = fakes.examples(3)[2]
     ids = [encoder.answer_ids(example.prompt, text) for text in CANDIDATES]
     logits = [logits_of(name, example, some, exits) for some in ids]
     confidences = torch.cat([max_probability(some[d]) for some in logits for d in DEPTHS]).sort()
     middle = len(confidences.values) // 2  # between two scores, so that none is near it
     threshold = float(confidences.values[middle - 1 : middle + 1].mean())
-    policy = Policy(dict.fromkeys(DEPTHS, threshold))
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold))
     found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
     depths = set()
     for score, some, by_depth in zip(found, ids, logits, strict=True):
@@ -154,13 +156,13 @@ def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> Non
 def test_how_many_candidates_go_at_once_changes_nothing() -> None:
     example = fakes.examples(1)[0]
     one, all_ = (
-        candidate_scores(encoder_of(OPT), example, CANDIDATES, at_once=n) for n in (1, 100)
+        candidate_scores(input_processor_of(OPT), example, CANDIDATES, at_once=n) for n in (1, 100)
     )
     assert one == pytest.approx(all_, abs=1e-4)
 
 
 def test_the_mean_is_the_sum_over_tokens() -> None:
-    encoder, example = encoder_of(OPT), fakes.examples(1)[0]
+    encoder, example = input_processor_of(OPT), fakes.examples(1)[0]
     summed = candidate_scores(encoder, example, CANDIDATES)
     mean = candidate_scores(encoder, example, CANDIDATES, ranking="mean")
     lengths = [len(encoder.answer_ids(example.prompt, text)) for text in CANDIDATES]
@@ -168,15 +170,15 @@ def test_the_mean_is_the_sum_over_tokens() -> None:
 
 
 def test_the_discriminator_can_be_the_score() -> None:
-    backbone = encoder_of(OPT).backbone
+    backbone = input_processor_of(OPT).backbone
     judges = build_discriminators(backbone.width, DEPTHS, conditional=True)
     for threshold, same in ((0.0, False), (1.0, True)):
-        policy = Policy(dict.fromkeys(DEPTHS, threshold), score="discriminator")
+        policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="discriminator")
         found = candidate_scores(
-            encoder_of(OPT), fakes.examples(1)[0], CANDIDATES,
+            input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES,
             exits=exits_of(OPT), policy=policy, discriminators=judges,
         )  # fmt: skip
-        full = candidate_scores(encoder_of(OPT), fakes.examples(1)[0], CANDIDATES)
+        full = candidate_scores(input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES)
         assert (found == pytest.approx(full, abs=1e-4)) is same
 
 
@@ -225,7 +227,7 @@ def test_answers_are_what_generate_gives(tmp_path: Path) -> None:
     run(tmp_path, model=adapter, items=items)
     rows = {(row["mode"], row["key"]): row for row in timeless(tmp_path)}
     for item in items:
-        inputs = encoder_of(OPT).prompts([item.example])
+        inputs = input_processor_of(OPT).prompts([item.example])
         for mode, policy in (("full", FULL), ("early_exit", adapter.policy)):
             found = adapter.generate(inputs, policy=policy, max_new_tokens=6, do_sample=False)
             row = rows[mode, item.key]
@@ -278,7 +280,7 @@ def test_batches_give_the_same_answers_and_no_latency(tmp_path: Path) -> None:
 
 
 def test_a_right_answer_counts_and_groups_are_told_apart(tmp_path: Path) -> None:
-    backbone, encoder = encoder_of(OPT).backbone, encoder_of(OPT)
+    backbone, encoder = input_processor_of(OPT).backbone, input_processor_of(OPT)
     items = items_of()
     right = generate(
         backbone, encoder.prompts([items[0].example]), max_new_tokens=6, do_sample=False
@@ -373,7 +375,9 @@ def test_a_run_with_other_settings_is_not_gone_on_with(
 def test_other_exits_are_noticed(tmp_path: Path) -> None:
     run(tmp_path)
     other = Adapter(
-        encoder_of(OPT).backbone, Exits(encoder_of(OPT).backbone, DEPTHS), adapter_of(OPT).policy
+        input_processor_of(OPT).backbone,
+        Exits(input_processor_of(OPT).backbone, DEPTHS),
+        adapter_of(OPT).policy,
     )
     with pytest.raises(InputError, match="other settings: exits"):
         run(tmp_path, model=other, resume=True)
@@ -476,7 +480,7 @@ def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], words:
 
 def test_a_backbone_has_no_exits_to_evaluate(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Mode both needs exits"):
-        run(tmp_path, model=encoder_of(OPT).backbone)
+        run(tmp_path, model=input_processor_of(OPT).backbone)
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -535,10 +539,10 @@ def test_a_mistake_is_two_lines(
 @pytest.mark.parametrize("score", STREAKS)
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str, score: str) -> None:
-    encoder, exits = encoder_of(name), exits_of(name)
+    encoder, exits = input_processor_of(name), exits_of(name)
     example = fakes.examples(3)[2]
     threshold = {"patience": 1.0, "agreement": 0.02}[score]
-    policy = Policy(dict.fromkeys(DEPTHS, threshold), score=score)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
     found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
     depths = set()
     for text, total in zip(CANDIDATES, found, strict=True):

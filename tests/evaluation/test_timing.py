@@ -8,7 +8,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from offramp.evaluation import timing as measure
-from offramp.evaluation.timing import race, speedup
+from offramp.evaluation.timing import speedup, time_interleaved
 
 
 class Clock:
@@ -47,7 +47,7 @@ def test_decode_time_is_what_follows_the_first_token(clock: Clock) -> None:
         "slow": way(clock, [], "slow", 5.0, 2.0, 4),
         "fast": way(clock, [], "fast", 5.0, 1.0, 4),
     }
-    timings = race(ways, [{}, {}], rounds=3)
+    timings = time_interleaved(ways, [{}, {}], rounds=3)
     assert timings["slow"].decode == [12.0] * 3
     assert timings["slow"].seconds == [22.0] * 3
     assert speedup(timings["slow"].decode, timings["fast"].decode) == 2.0
@@ -55,12 +55,12 @@ def test_decode_time_is_what_follows_the_first_token(clock: Clock) -> None:
 
 def test_what_was_timed_in_parts_is_what_is_timed_together(clock: Clock) -> None:
     ways = {"a": way(clock, [], "a", 5.0, 2.0, 4)}
-    parts = [race(ways, [{}], rounds=3)["a"] for _ in range(2)]
-    assert measure.Timing() + parts[0] + parts[1] == race(ways, [{}, {}], rounds=3)["a"]
+    parts = [time_interleaved(ways, [{}], rounds=3)["a"] for _ in range(2)]
+    assert measure.Timing() + parts[0] + parts[1] == time_interleaved(ways, [{}, {}], rounds=3)["a"]
 
 
 def test_tokens_per_second_counts_decoded_tokens_only(clock: Clock) -> None:
-    timing = race({"a": way(clock, [], "a", 5.0, 2.0, 4)}, [{}, {}], rounds=1)["a"]
+    timing = time_interleaved({"a": way(clock, [], "a", 5.0, 2.0, 4)}, [{}, {}], rounds=1)["a"]
     assert timing.tokens == 8
     assert timing.tokens_per_second == 6 / 12.0
 
@@ -68,7 +68,7 @@ def test_tokens_per_second_counts_decoded_tokens_only(clock: Clock) -> None:
 def test_ways_are_interleaved_and_none_keeps_its_place_or_its_neighbour(clock: Clock) -> None:
     calls: list[str] = []
     ways = {name: way(clock, calls, name, 1.0, 1.0, 2) for name in "abc"}
-    race(ways, [{}] * 150, rounds=2)
+    time_interleaved(ways, [{}] * 150, rounds=2)
     timed = calls[3 * 3 :]  # after the warm-up
     turns = [timed[i : i + 3] for i in range(0, len(timed), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.intercept import View
+from offramp.models.intercept import InterceptedModel
 
 
 class Probe:
@@ -33,7 +33,7 @@ class Probe:
     ) -> Any:
         if self.exits is not None and index in self.exits.depths:
             state = self.estimates[index] = self.exits.run(index, hidden, args, kw)
-            self.logits[index] = self.backbone.read(self.backbone.finish(state))
+            self.logits[index] = self.backbone.logits(self.backbone.final_norm(state))
         out = layer(hidden, *args, **kw)
         self.outputs[index + 1] = out[0] if isinstance(out, tuple) else out
         return out
@@ -50,7 +50,7 @@ def probe(
     `logits` by depth, [B, T, V], those of the full model at depth L.
     """
     seen = Probe(backbone, exits)
-    model = View(backbone, seen).model
+    model = InterceptedModel(backbone, seen).model
     given = dict(inputs)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters and (
         model.config.is_encoder_decoder or backbone.is_encoder_decoder

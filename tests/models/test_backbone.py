@@ -8,12 +8,12 @@ import torch
 from families import NAMES
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone, same_backbone
 from offramp.models.exits import Exits
-from offramp.models.intercept import View
+from offramp.models.intercept import InterceptedModel
 from offramp.models.registry import Family, register_backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,7 +21,7 @@ NEW = 10
 
 
 def never(name):
-    return Policy(dict.fromkeys(families.depths(name), 1.0))
+    return ExitPolicy(dict.fromkeys(families.depths(name), 1.0))
 
 
 def greedy(model, inputs, **options):
@@ -51,7 +51,7 @@ def test_exits_that_never_fire_leave_greedy_generate_as_it_is(
 ):
     whole = backbone(name, DTYPES[dtype])
     inputs = batch(name, rows, DTYPES[dtype])
-    policy = Policy(never(name).thresholds, kv=kv, exit_in_prefill=True)
+    policy = ExitPolicy(never(name).thresholds, kv=kv, exit_in_prefill=True)
     ours = generate(
         whole,
         inputs,
@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was_found(name, batch):
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     whole = Backbone(model)
     depths = families.depths(name)
-    policy = Policy(dict.fromkeys(depths, 0.5))
+    policy = ExitPolicy(dict.fromkeys(depths, 0.5))
     generate(whole, inputs, exits=Exits(whole, depths), policy=policy, max_new_tokens=NEW)
     assert portrait(model) == before
     assert list(model.state_dict()) == keys
@@ -150,7 +150,7 @@ def test_generations_do_not_pile_up_recorders(name, batch):
 
 def test_a_hook_on_a_view_does_not_show_on_the_model(batch):
     whole = Backbone(families.build("llava"))
-    view = View(whole, None)
+    view = InterceptedModel(whole, None)
     view.stack.register_forward_hook(lambda *_: None)
     view.stack.register_forward_pre_hook(lambda *_: None)
     assert not whole.stack._forward_hooks and not whole.stack._forward_pre_hooks

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.compile import compiled
 from offramp.models.exits import Exits
 from offramp.models.shortlist import Checks, Gate
@@ -15,10 +15,10 @@ from offramp.research.benchmark.shapes import shape
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 POLICIES = {
     "full": lambda depth: FULL,
-    "recompute": lambda depth: Policy({depth: 0.05}),
-    "propagate": lambda depth: Policy({depth: 0.05}, kv="propagate"),
-    "lossless": lambda depth: Policy({depth: 0.05}, lossless=True),
-    "gated": lambda depth: Policy({depth: 0.05}, gates={depth: 0.5}),
+    "recompute": lambda depth: ExitPolicy({depth: 0.05}),
+    "propagate": lambda depth: ExitPolicy({depth: 0.05}, kv="propagate"),
+    "lossless": lambda depth: ExitPolicy({depth: 0.05}, lossless=True),
+    "gated": lambda depth: ExitPolicy({depth: 0.05}, gates={depth: 0.5}),
 }
 
 
@@ -67,7 +67,7 @@ def test_code_made_by_inductor_leaves_at_the_same_depths():
     if reason := _missing(whole):
         pytest.skip(f"no C++ compiler here ({reason})")
     parts, inputs = Exits(whole, (1,)).requires_grad_(False), small.inputs(whole)
-    policy = Policy({1: 0.002})
+    policy = ExitPolicy({1: 0.002})
     eager = generate(whole, inputs, exits=parts, policy=policy, **GREEDY)
     with compiled(whole, parts):
         ours = generate(whole, inputs, exits=parts, policy=policy, **GREEDY)

@@ -10,7 +10,7 @@ from reference import Dice, of_steps, probe
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, check_depths, propose_depths
@@ -88,7 +88,7 @@ def test_a_lens_reads_the_state_that_enters_the_layer_as_if_it_were_the_last(nam
     with torch.inference_mode():
         for depth in exits.depths:
             raw = entered[depth] if whole.norm is None else whole.norm(entered[depth])
-            assert torch.equal(seen.logits[depth], whole.read(raw))
+            assert torch.equal(seen.logits[depth], whole.logits(raw))
             assert not torch.equal(seen.logits[depth], seen.logits[whole.depth])
 
 
@@ -101,7 +101,7 @@ def test_a_lens_has_no_parameters(backbone):
 def test_a_token_that_leaves_at_a_lens_runs_exactly_the_layers_below_it(kv, batch):
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
-    exits, policy = Exits(whole, (2,), lens=True), Policy({2: 0.0}, kv=kv)
+    exits, policy = Exits(whole, (2,), lens=True), ExitPolicy({2: 0.0}, kv=kv)
     counts = [0] * whole.depth
     for index, layer in enumerate(whole.layers):
 
@@ -124,7 +124,7 @@ def test_the_cache_is_exact_though_a_lens_keeps_no_keys(
     whole, inputs, new = backbone(name, wide=0.1), batch(name, 1 if lossless else 4), 12
     first, second = families.depths(name)
     exits = Exits(whole, (first, second), lens=True)
-    policy = Policy({first: 0.4, second: 0.5}, lossless=lossless)
+    policy = ExitPolicy({first: 0.4, second: 0.5}, lossless=lossless)
     options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": WORDLESS}
     made = generate(whole, inputs, exits=exits, policy=policy, **options)
     if lossless:
@@ -149,7 +149,7 @@ def test_a_lens_generates_under_propagate(name, backbone, batch, monkeypatch):
         whole,
         batch(name, 4),
         exits=Exits(whole, (first, second), lens=True),
-        policy=Policy({first: 0.4, second: 0.5}, kv="propagate"),
+        policy=ExitPolicy({first: 0.4, second: 0.5}, kv="propagate"),
         max_new_tokens=8,
     )
     assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
@@ -194,6 +194,6 @@ def test_the_last_state_reads_as_the_models_own_logits(name, backbone, batch):
     whole = backbone(name)
     seen = probe(whole, batch(name, 4))
     with torch.inference_mode():
-        ours = whole.read(whole.finish(seen.outputs[whole.depth]))
+        ours = whole.logits(whole.final_norm(seen.outputs[whole.depth]))
     theirs = seen.logits[whole.depth]
     assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()

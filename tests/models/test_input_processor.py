@@ -14,7 +14,7 @@ from PIL import Image
 
 from offramp.data.example import Example
 from offramp.errors import InputError
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 Build = Callable[..., Any]
 TEXT = "the cat sat on the red mat a dog Question: what is it? Answer: a red cat\n" * 3
@@ -102,7 +102,7 @@ def test_prompt_and_answer_ids_are_those_of_the_whole_text(
     if kind == "word-level":
         prompt = prompt and "w10 w11"
     tokenizer = TOKENIZERS[kind]()
-    encoder = Encoder(opt, Blip2FakeProcessor(tokenizer))
+    encoder = InputProcessor(opt, Blip2FakeProcessor(tokenizer))
     answer = "w20 w21" if kind == "word-level" else "a dog sat"
     gap = "" if not prompt or prompt.endswith("\n") else " "
 
@@ -121,7 +121,7 @@ def test_prompt_and_answer_ids_are_those_of_the_whole_text(
 @pytest.mark.parametrize("kind", ["bpe", "metaspace"])
 def test_a_prompt_that_ends_in_a_space_gets_no_second_one(kind: str, opt: Any) -> None:
     tokenizer = TOKENIZERS[kind]()
-    found = Encoder(opt, Blip2FakeProcessor(tokenizer)).answer_ids("Answer: ", "a dog")
+    found = InputProcessor(opt, Blip2FakeProcessor(tokenizer)).answer_ids("Answer: ", "a dog")
     assert tokenizer.decode(found, skip_special_tokens=True).strip() == "a dog"
     if kind == "bpe":
         assert found == [*tokenizer("a dog", add_special_tokens=False)["input_ids"], found[-1]]
@@ -129,7 +129,7 @@ def test_a_prompt_that_ends_in_a_space_gets_no_second_one(kind: str, opt: Any) -
 
 def test_a_decoder_with_an_encoder_starts_its_answer_afresh(backbone: Build) -> None:
     tokenizer = metaspace()
-    encoder = Encoder(backbone("blip2-t5"), Blip2FakeProcessor(tokenizer))
+    encoder = InputProcessor(backbone("blip2-t5"), Blip2FakeProcessor(tokenizer))
     ids = tokenizer("a dog", add_special_tokens=False)["input_ids"]
     assert encoder.answer_ids("Question: what is it? Answer:", "a dog") == [*ids, encoder.eos]
 
@@ -139,7 +139,7 @@ def test_a_decoder_with_an_encoder_starts_its_answer_afresh(backbone: Build) -> 
 )
 def test_an_answer_follows_the_chat_template(template: str, gap: str, opt: Any) -> None:
     tokenizer = bpe()
-    encoder = Encoder(opt, ChatProcessor(tokenizer, template))
+    encoder = InputProcessor(opt, ChatProcessor(tokenizer, template))
     text = encoder.prompt_text("what is it?")
     assert text == template.format("what is it?")
     wanted = tokenizer(gap + "a dog", add_special_tokens=False)["input_ids"]
@@ -147,25 +147,29 @@ def test_an_answer_follows_the_chat_template(template: str, gap: str, opt: Any) 
 
 
 def test_a_prompt_gets_a_placeholder_where_the_processor_wants_one(opt: Any) -> None:
-    encoder = Encoder(opt, PlaceholderProcessor(bpe()))
+    encoder = InputProcessor(opt, PlaceholderProcessor(bpe()))
     assert encoder.prompt_text("what is it?") == "<image>\nwhat is it?"
     assert encoder.prompt_text("a <image> b") == "a <image> b"
 
 
 def test_a_processor_that_places_the_image_gets_the_prompt_as_it_is(opt: Any) -> None:
-    assert Encoder(opt, Blip2FakeProcessor(bpe())).prompt_text("what is it?") == "what is it?"
+    assert (
+        InputProcessor(opt, Blip2FakeProcessor(bpe())).prompt_text("what is it?") == "what is it?"
+    )
 
 
 def test_paligemmas_answer_starts_on_a_line_of_its_own(opt: Any) -> None:
     tokenizer = bpe()
-    found = Encoder(opt, PaliGemmaFakeProcessor(tokenizer)).answer_ids("what is it?", "a dog")
+    found = InputProcessor(opt, PaliGemmaFakeProcessor(tokenizer)).answer_ids(
+        "what is it?", "a dog"
+    )
     assert found[:-1] == tokenizer("a dog", add_special_tokens=False)["input_ids"]
 
 
 def test_prompts_of_a_decoder_are_padded_on_the_left(opt: Any, backbone: Build) -> None:
     decoder, both = fakes.word_level(), fakes.word_level()
-    Encoder(opt, Blip2FakeProcessor(decoder))
-    Encoder(backbone("blip2-t5"), Blip2FakeProcessor(both))
+    InputProcessor(opt, Blip2FakeProcessor(decoder))
+    InputProcessor(backbone("blip2-t5"), Blip2FakeProcessor(both))
     assert (decoder.padding_side, both.padding_side) == ("left", "right")
 
 
@@ -181,7 +185,7 @@ def blip2_processor(tokenizer: Any) -> Any:
 
 
 def test_a_real_processors_batch_generates_with_empty_prompts_too(opt: Any) -> None:
-    encoder = Encoder(opt, blip2_processor(fakes.word_level()))
+    encoder = InputProcessor(opt, blip2_processor(fakes.word_level()))
     picture = Image.new("RGB", (28, 28), "red")
     some = [Example(picture, text, ("w20",), text or "none") for text in ("w10 w11 w12", "", "w9")]
     batch = encoder.prompts(some)
@@ -209,14 +213,16 @@ def test_a_real_processor_that_wants_a_placeholder_gets_one(backbone: Build) -> 
     one = backbone("llava")
     tokenizer = fakes.word_level()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    encoder = Encoder(one, llava_processor(tokenizer))
+    encoder = InputProcessor(one, llava_processor(tokenizer))
     batch = encoder.prompts([*fakes.examples(2), Example(fakes.picture(9), "", ("w20",), "none")])
     assert ((batch["input_ids"] == families.IMAGE).sum(1) == 4).all()
     assert one.model.generate(**batch, max_new_tokens=2).shape[0] == 3
 
 
 def test_pixels_come_in_the_backbones_precision(backbone: Build) -> None:
-    encoder = Encoder(backbone("blip2-opt", torch.bfloat16), blip2_processor(fakes.word_level()))
+    encoder = InputProcessor(
+        backbone("blip2-opt", torch.bfloat16), blip2_processor(fakes.word_level())
+    )
     batch = encoder.prompts(fakes.examples(2))
     assert batch["pixel_values"].dtype == torch.bfloat16
     assert batch["input_ids"].dtype == torch.int64
@@ -234,7 +240,7 @@ def with_ends(one: Any, generation: Any) -> Any:
 def test_the_end_token_is_that_of_generation_else_the_tokenizers(
     generation: Any, eos: int, opt: Any
 ) -> None:
-    encoder = Encoder(with_ends(opt, generation), Blip2FakeProcessor(fakes.word_level()))
+    encoder = InputProcessor(with_ends(opt, generation), Blip2FakeProcessor(fakes.word_level()))
     assert encoder.eos == eos
 
 
@@ -242,16 +248,16 @@ def test_no_end_token_anywhere_is_an_error(opt: Any) -> None:
     tokenizer = fakes.word_level()
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="end token"):
-        Encoder(with_ends(opt, None), Blip2FakeProcessor(tokenizer))
+        InputProcessor(with_ends(opt, None), Blip2FakeProcessor(tokenizer))
 
 
 def test_a_processor_without_a_tokenizer_is_an_error(opt: Any) -> None:
     with pytest.raises(InputError, match="tokenizer"):
-        Encoder(opt, SimpleNamespace())
+        InputProcessor(opt, SimpleNamespace())
 
 
 def test_answers_are_padded_on_the_right_and_masked(opt: Any) -> None:
-    encoder = Encoder(opt, Blip2FakeProcessor(fakes.word_level()))
+    encoder = InputProcessor(opt, Blip2FakeProcessor(fakes.word_level()))
     ids, mask = encoder.pad([[8, 9, 2], [8, 2]])
     assert ids.shape == (2, 3) and mask.tolist() == [[True] * 3, [True, True, False]]
     assert ids[mask].tolist() == [8, 9, 2, 8, 2]

@@ -21,10 +21,10 @@ from offramp.calibration.cost_model import Costs, gate_gain, token_seconds
 from offramp.calibration.gates import cheapen
 from offramp.calibration.replay import replay
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, DataError, InputError
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
 from offramp.save_and_load import CHECKS
 
@@ -62,8 +62,8 @@ def scene(backbone, exits, batch):
 def test_a_shortlist_of_everything_changes_nothing(name, scene):
     whole, exits, depth, inputs = scene(name)
     exits = exits.with_checks(Checks(torch.arange(whole.vocabulary)))
-    plain = generate(whole, inputs, exits=exits, policy=Policy({depth: 0.05}), **GREEDY)
-    policy = Policy({depth: 0.05}, shortlist=True)
+    plain = generate(whole, inputs, exits=exits, policy=ExitPolicy({depth: 0.05}), **GREEDY)
+    policy = ExitPolicy({depth: 0.05}, shortlist=True)
     ours = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     assert torch.equal(ours.sequences, plain.sequences)
     assert torch.equal(ours.depths, plain.depths)
@@ -74,7 +74,7 @@ def test_a_shortlist_of_everything_changes_nothing(name, scene):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exit_says_the_likeliest_token_of_its_shortlist(name, rows, scene):
     whole, exits, depth, inputs = scene(name, rows)
-    policy = Policy({depth: 0.0}, shortlist=True, exit_in_prefill=True)
+    policy = ExitPolicy({depth: 0.0}, shortlist=True, exit_in_prefill=True)
     made = generate(whole, inputs, exits=exits, policy=policy, eos_token_id=None, **GREEDY)
     logits = of_steps(probe(whole, inputs, made.sequences, exits).logits[depth], NEW)
     expected = exits.checks.ids[logits[..., exits.checks.ids].argmax(-1)]
@@ -87,7 +87,7 @@ def test_constraints_hold_on_a_shortlist(scene):
     whole, exits, depth, inputs = scene("llava")
     allowed = exits.checks.ids[::2].tolist()
     banned = [i for i in range(whole.vocabulary) if i not in allowed]
-    policy = Policy({depth: 0.01}, shortlist=True)
+    policy = ExitPolicy({depth: 0.01}, shortlist=True)
     made = generate(whole, inputs, exits=exits, policy=policy, suppress_tokens=banned, **GREEDY)
     assert set(made.new_tokens.flatten().tolist()) <= set(allowed)
     assert (made.depths == depth).any()
@@ -96,7 +96,7 @@ def test_constraints_hold_on_a_shortlist(scene):
 def test_a_shortlist_that_says_nothing_that_may_be_said_lets_nobody_leave(scene):
     whole, exits, depth, inputs = scene("llava")
     banned = exits.checks.ids.tolist()
-    policy = Policy({depth: 1e-6}, shortlist=True)
+    policy = ExitPolicy({depth: 1e-6}, shortlist=True)
     made = generate(whole, inputs, exits=exits, policy=policy, suppress_tokens=banned, **GREEDY)
     assert (made.depths == whole.depth).all()
 
@@ -129,8 +129,8 @@ def test_a_shortlist_of_nothing_is_refused(answers, held, size):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_open_gate_changes_nothing(name, rows, scene):
     whole, exits, depth, inputs = scene(name, rows)
-    plain = generate(whole, inputs, exits=exits, policy=Policy({depth: 0.05}), **GREEDY)
-    policy = Policy({depth: 0.05}, gates={depth: 0.0})
+    plain = generate(whole, inputs, exits=exits, policy=ExitPolicy({depth: 0.05}), **GREEDY)
+    policy = ExitPolicy({depth: 0.05}, gates={depth: 0.0})
     ours = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     assert torch.equal(ours.sequences, plain.sequences)
     assert torch.equal(ours.depths, plain.depths)
@@ -142,7 +142,7 @@ def test_those_leave_whom_the_gate_lets_in_and_their_exit_has_seen_all(name, row
     """With threshold 0, exactly the tokens behind an open gate leave, with logits as if the exit
     had run over every token before."""
     whole, exits, depth, inputs = scene(name, rows)
-    policy = Policy({depth: 0.0}, gates={depth: 0.5}, exit_in_prefill=True)
+    policy = ExitPolicy({depth: 0.0}, gates={depth: 0.5}, exit_in_prefill=True)
     options = {"suppress_tokens": families.WORDLESS, **GREEDY}
     made = generate(whole, inputs, exits=exits, policy=policy, **options)
     seen = probe(whole, inputs, made.sequences, exits)
@@ -168,7 +168,7 @@ def test_a_shut_exit_runs_no_further_than_its_keys(name, scene):
     ended = []
     handle = exits.at(depth).register_forward_hook(lambda *_: ended.append(1))
     try:
-        policy = Policy({depth: 0.0}, gates={depth: 0.5})
+        policy = ExitPolicy({depth: 0.0}, gates={depth: 0.5})
         made = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     finally:
         handle.remove()
@@ -179,7 +179,7 @@ def test_a_shut_exit_runs_no_further_than_its_keys(name, scene):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_decoded_together_leave_as_they_would_alone(name, scene):
     whole, exits, depth, inputs = scene(name, 3)
-    policy = Policy({depth: 0.05}, gates={depth: 0.5}, shortlist=True)
+    policy = ExitPolicy({depth: 0.05}, gates={depth: 0.5}, shortlist=True)
     both = {"exits": exits, "policy": policy, "eos_token_id": None}
     together = generate(whole, inputs, **both, **GREEDY)
     for row in range(3):
@@ -193,7 +193,7 @@ def test_rows_decoded_together_leave_as_they_would_alone(name, scene):
 @pytest.mark.parametrize("name", NAMES)
 def test_lossless_output_is_the_full_models_whatever_is_shut_or_missed(name, rows, scene):
     whole, exits, depth, inputs = scene(name, rows)
-    policy = Policy({depth: 0.02}, gates={depth: 0.5}, shortlist=True, lossless=True)
+    policy = ExitPolicy({depth: 0.02}, gates={depth: 0.5}, shortlist=True, lossless=True)
     ours = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     assert torch.equal(ours.sequences, generate(whole, inputs, **GREEDY).sequences)
     if rows == 1:  # three rows seldom draft together
@@ -253,7 +253,7 @@ def test_a_gate_pays_by_what_it_shuts_out_less_what_it_loses():
 
 def adapted(backbone, exits, name="blip2-opt"):
     whole = backbone(name, wide=4.0)
-    encoder = Encoder(whole, fakes.Blip2FakeProcessor(name))
+    encoder = InputProcessor(whole, fakes.Blip2FakeProcessor(name))
     return Adapter(whole, exits(name, wide=4.0)), encoder
 
 
@@ -334,7 +334,7 @@ def test_a_replay_sees_shortlist_and_gates_as_decoding_does(name, backbone, exit
     thresholds, gates = {depth: float(np.nanmedian(seen.scores[depth]))}, {depth: level}
     depths = seen.depths(thresholds, gates=gates)
     differs = seen.differs(depths)
-    policy = Policy(thresholds, shortlist=True, gates=gates, exit_in_prefill=True)
+    policy = ExitPolicy(thresholds, shortlist=True, gates=gates, exit_in_prefill=True)
     for i, example in enumerate(examples):
         made = ours.generate(
             encoder.prompts([example]), policy=policy, max_new_tokens=8, do_sample=False
@@ -350,7 +350,7 @@ def test_what_a_shortlist_misses_counts_as_risk(backbone, exits):
     adapter, encoder = adapted(backbone, exits)
     few = replace(adapter, exits=adapter.exits.with_checks(Checks(torch.tensor([4, 5]))))
     found = calibrate(
-        few, encoder, fakes.examples(60), Policy(shortlist=True), target=0.05,
+        few, encoder, fakes.examples(60), ExitPolicy(shortlist=True), target=0.05,
         thresholds=(1e-6,), costs=CHEAP, max_new_tokens=6,
     )  # fmt: skip
     assert not found.policy.thresholds
@@ -360,8 +360,8 @@ def test_what_a_shortlist_misses_counts_as_risk(backbone, exits):
 @pytest.mark.parametrize(
     "policy, text",
     [
-        (Policy({3: 0.5}, shortlist=True), "asks for a shortlist"),
-        (Policy({3: 0.5}, gates={3: 0.5}), r"gates at depths \[3\]"),
+        (ExitPolicy({3: 0.5}, shortlist=True), "asks for a shortlist"),
+        (ExitPolicy({3: 0.5}, gates={3: 0.5}), r"gates at depths \[3\]"),
     ],
 )
 def test_a_policy_that_needs_checks_says_so_where_there_are_none(policy, text, backbone, batch):
@@ -372,7 +372,7 @@ def test_a_policy_that_needs_checks_says_so_where_there_are_none(policy, text, b
 
 def test_gates_outside_their_range_are_refused():
     with pytest.raises(InputError, match=r"\{2: 1\.5\} are not in \[0, 1\]"):
-        Policy({2: 0.5}, gates={2: 1.5})
+        ExitPolicy({2: 0.5}, gates={2: 1.5})
 
 
 def test_one_picture_cannot_be_held_out(backbone, exits):

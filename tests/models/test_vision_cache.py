@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp import Policy
+from offramp import ExitPolicy
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -57,7 +57,7 @@ def test_early_exits_and_lossless_drafts_share_it(
 ) -> None:
     model, trained, cache = backbone("blip2-t5"), exits("blip2-t5"), VisionCache()
     for lossless in (False, True):
-        policy = Policy(dict.fromkeys(trained.depths, 0.2), lossless=lossless)
+        policy = ExitPolicy(dict.fromkeys(trained.depths, 0.2), lossless=lossless)
         given: dict[str, Any] = {"exits": trained, "policy": policy, **OPTIONS}
         plain = generate(model, batch("blip2-t5", 1), **given)
         found = generate(model, batch("blip2-t5", 1), vision_cache=cache, **given)

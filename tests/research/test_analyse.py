@@ -19,9 +19,9 @@ from offramp.calibration.replay import Replay
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.research.analysis.analyse import AnalysisConfig, analyse, word_class
 from offramp.research.analysis.depth_curves import (
     Bootstrap,
@@ -187,11 +187,11 @@ def test_agreement_of_the_final_layer_with_itself_is_one() -> None:
 # -- the whole -----------------------------------------------------------------------------------
 
 
-def model(backbone: Build, exits: Build, name: str) -> tuple[Adapter, Encoder]:
+def model(backbone: Build, exits: Build, name: str) -> tuple[Adapter, InputProcessor]:
     wide = backbone(name, wide=4.0)
     trained = exits(name, wide=4.0)
-    policy = Policy({d: 0.3 for d in trained.depths}, exit_in_prefill=True)
-    return Adapter(wide, trained, policy), Encoder(wide, fakes.Blip2FakeProcessor(name))
+    policy = ExitPolicy({d: 0.3 for d in trained.depths}, exit_in_prefill=True)
+    return Adapter(wide, trained, policy), InputProcessor(wide, fakes.Blip2FakeProcessor(name))
 
 
 @pytest.fixture(scope="module", params=["blip2-opt", "blip2-t5", "llava"])
@@ -232,7 +232,7 @@ def test_free_running_is_what_generation_at_that_depth_writes(analysed: Any) -> 
         same = []
         for example in fakes.examples(6):
             ids = []
-            for policy in (Policy(thresholds, exit_in_prefill=True), Policy()):
+            for policy in (ExitPolicy(thresholds, exit_in_prefill=True), ExitPolicy()):
                 result = generate(
                     adapter.backbone, encoder.prompts([example]), exits=adapter.exits,
                     policy=policy, max_new_tokens=6, do_sample=False,
@@ -285,7 +285,9 @@ def test_a_policy_that_no_replay_tells_is_judged_by_answers_alone(
     backbone: Build, exits: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter, encoder = model(backbone, exits, "blip2-opt")
-    lossless = adapter.with_policy(Policy({d: 0.3 for d in adapter.exits.depths}, lossless=True))
+    lossless = adapter.with_policy(
+        ExitPolicy({d: 0.3 for d in adapter.exits.depths}, lossless=True)
+    )
     told = analyse(
         lossless, encoder, fakes.examples(3), AnalysisConfig(decode_depths=(2,), **QUICK)  # type: ignore[arg-type]
     )  # fmt: skip

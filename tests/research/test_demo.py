@@ -8,13 +8,13 @@ import pytest
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import policy_to_json
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
 from offramp.research.demo import DemoSizes, demo, table
 from offramp.research.scenes import world
 from offramp.research.scenes.tasks import captions
 
-SMALL = DemoSizes(train=24, calibration=8, quality=6, race=2, rounds=1, steps=8)
+SMALL = DemoSizes(train=24, calibration=8, quality=6, timed=2, rounds=1, steps=8)
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
@@ -87,5 +87,5 @@ def test_the_demo_leaves_a_usable_adapter(folder: Path, report: Any) -> None:
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(folder / kind, backbone)
     assert policy_to_json(adapter.policy) == report["policy"]
-    inputs = Encoder(backbone, processor).prompts(captions("test", 1).examples)
+    inputs = InputProcessor(backbone, processor).prompts(captions("test", 1).examples)
     assert adapter.generate(inputs, max_new_tokens=3).depths.shape == (1, 3)

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.evaluation.timing import Timing
 from offramp.models.exits import Exits
 from offramp.research.benchmark import peers
-from offramp.research.benchmark.peers import race_peers, table
+from offramp.research.benchmark.peers import table, time_peers
 from offramp.research.benchmark.shapes import shape
 from offramp.research.report.plots import speeds
 
@@ -25,21 +25,21 @@ def adapter(name: str, threshold: float = 1.0) -> tuple[Adapter, list[dict[str, 
     backbone = shape(name).build()
     exits = Exits(backbone, (2,)).requires_grad_(False)
     inputs = [shape(name).inputs(backbone, words=6, seed=s) for s in range(2)]
-    return Adapter(backbone, exits, Policy({2: threshold})), inputs
+    return Adapter(backbone, exits, ExitPolicy({2: threshold})), inputs
 
 
 @pytest.fixture(scope="module")
 def raced() -> dict[str, Any]:
     some, inputs = adapter("mini-llava")
     draft = shape("mini-llava").build().model
-    return race_peers(some, inputs, draft=draft, rounds=1, **OPTIONS)
+    return time_peers(some, inputs, draft=draft, rounds=1, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def without_draft() -> tuple[Adapter, dict[str, Any]]:
     """An OPT that every token leaves at the exit, and its race."""
     some, inputs = adapter("mini-opt", threshold=0.0)
-    return some, race_peers(some, inputs[:1], rounds=1, **OPTIONS)
+    return some, time_peers(some, inputs[:1], rounds=1, **OPTIONS)
 
 
 def test_every_peer_is_listed(raced: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ def test_truncation_runs_as_deep_as_the_exits_do_on_average(without_draft: Any) 
 
 def test_knobs_are_set_to_what_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = Timing([3.0], [3.0], [(1,)]), Timing([2.0], [2.0], [(1,)])
-    monkeypatch.setattr(peers, "race", lambda *_, **__: {"a": slow, "b": fast})
+    monkeypatch.setattr(peers, "time_interleaved", lambda *_, **__: {"a": slow, "b": fast})
     assert peers._fastest({"a": None, "b": None}, []) == "b"  # type: ignore[dict-item]
 
 
@@ -117,6 +117,6 @@ def test_decoding_speed_is_per_token() -> None:
 def test_nothing_to_race_is_refused() -> None:
     some, inputs = adapter("mini-opt")
     with pytest.raises(InputError, match="no prompts"):
-        race_peers(some, [])
+        time_peers(some, [])
     with pytest.raises(InputError, match="exits are all off"):
-        race_peers(some.with_policy(Policy()), inputs)
+        time_peers(some.with_policy(ExitPolicy()), inputs)

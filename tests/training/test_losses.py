@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.models.discriminator import Discriminator, Verdict
 from offramp.training.config import ADVERSARY_NAMES, GAMES, OBJECTIVES
-from offramp.training.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
+from offramp.training.losses import ADVERSARIES, LOSSES, LossInputs, gradient_penalty
 
 N, V, D, H = 7, 11, 6, 4
 KINDS = ("plain", "masked", "saturated", "half")
@@ -26,7 +26,7 @@ def judge(features: Tensor) -> Verdict:
     return Verdict(hidden.sum(-1), hidden)
 
 
-def terms(kind: str, temperature: float = 1.0, adversary: str = "logistic") -> Terms:
+def terms(kind: str, temperature: float = 1.0, adversary: str = "logistic") -> LossInputs:
     """Seven tokens; "masked" has unlabelled ones, "saturated" logits and features of +-1e4, and
     "half" such logits."""
     dtype = torch.float16 if kind == "half" else torch.float32
@@ -37,7 +37,7 @@ def terms(kind: str, temperature: float = 1.0, adversary: str = "logistic") -> T
 
     logits, teacher_logits = draw(V, kind in ("saturated", "half"))
     features, teacher_features = draw(D, kind == "saturated")
-    return Terms(
+    return LossInputs(
         logits=logits.requires_grad_(True),
         teacher_logits=teacher_logits,
         features=features.requires_grad_(True),
@@ -64,7 +64,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def slow_distillation(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_distillation(t: LossInputs, i: int) -> tuple[float, list[float]]:
     teacher = log_softmax([x / t.temperature for x in t.teacher_logits[i].tolist()])
     student = log_softmax([x / t.temperature for x in t.logits[i].tolist()])
     value = math.fsum(math.exp(p) * (p - q) for p, q in zip(teacher, student, strict=True))
@@ -74,23 +74,23 @@ def slow_distillation(t: Terms, i: int) -> tuple[float, list[float]]:
     return value * t.temperature**2, slope
 
 
-def slow_cross_entropy(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_cross_entropy(t: LossInputs, i: int) -> tuple[float, list[float]]:
     student, target, on = log_softmax(t.logits[i].tolist()), int(t.targets[i]), float(t.labelled[i])
     return -student[target] * on, [
         (math.exp(q) - (v == target)) * on for v, q in enumerate(student)
     ]
 
 
-def states(t: Terms, i: int) -> tuple[list[float], list[float]]:
+def states(t: LossInputs, i: int) -> tuple[list[float], list[float]]:
     return t.features[i].tolist(), t.teacher_features[i].tolist()
 
 
-def slow_l2(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_l2(t: LossInputs, i: int) -> tuple[float, list[float]]:
     gaps = [x - y for x, y in zip(*states(t, i), strict=True)]
     return math.fsum(gap**2 for gap in gaps) / D, [2 * gap / D for gap in gaps]
 
 
-def slow_cosine(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_cosine(t: LossInputs, i: int) -> tuple[float, list[float]]:
     exit, final = states(t, i)
     one, other = math.hypot(*exit), math.hypot(*final)
     cos = math.fsum(x * y for x, y in zip(exit, final, strict=True)) / (one * other)
@@ -101,7 +101,7 @@ def slow_hidden(state: list[float]) -> list[float]:
     return [math.fsum(w * x for w, x in zip(row, state, strict=True)) for row in MAP]
 
 
-def slow_feature_matching(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_feature_matching(t: LossInputs, i: int) -> tuple[float, list[float]]:
     exit, final = (slow_hidden(state) for state in states(t, i))
     gaps = [x - y for x, y in zip(exit, final, strict=True)]
     slopes = [
@@ -110,7 +110,7 @@ def slow_feature_matching(t: Terms, i: int) -> tuple[float, list[float]]:
     return math.fsum(gap**2 for gap in gaps) / H, slopes
 
 
-def slow_adversarial(t: Terms, i: int) -> tuple[float, list[float]]:
+def slow_adversarial(t: LossInputs, i: int) -> tuple[float, list[float]]:
     exit, final = (math.fsum(slow_hidden(state)) for state in states(t, i))
     value, slope = {
         "logistic": (softplus(-exit), -sigmoid(-exit)),
@@ -129,7 +129,7 @@ def slow_discriminator(adversary: str, final: float, exit: float) -> tuple[float
     }[adversary]
 
 
-SLOW: dict[str, Callable[[Terms, int], tuple[float, list[float]]]] = {
+SLOW: dict[str, Callable[[LossInputs, int], tuple[float, list[float]]]] = {
     "distillation": slow_distillation,
     "cross_entropy": slow_cross_entropy,
     "l2": slow_l2,

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.answers import self_written
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.storage import JsonlLog
 from offramp.training.checkpoint import HISTORY, STATE
@@ -120,7 +120,7 @@ def test_what_the_discriminators_lose_is_nothing_to_the_exits(
     variant: str, opt: Any, tmp_path: Path
 ) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, **VARIANTS[variant]))
-    scene = run.game.look(run.states.record()[0][0])
+    scene = run.game.loss_inputs(run.states.record()[0][0])
     run.game.discriminator_loss(scene)[0].backward()
     assert all(p.grad is None for p in run.exits.parameters())
     assert all(p.grad is not None for p in run.discriminators.parameters())
@@ -160,12 +160,12 @@ def test_an_exit_starts_as_the_layer_behind_it_that_is_closest_to_the_final_one(
     @torch.no_grad()
     def distance(depth: int, layer: int) -> float:
         run.exits.at(depth).load_state_dict(one.layers[layer].state_dict())
-        judged, *learnt = (run.game.look(batch)[depth] for batch in (first, *others))
+        judged, *learnt = (run.game.loss_inputs(batch)[depth] for batch in (first, *others))
         probe = linear_probe(
             torch.cat([terms.features for terms in learnt]),
             torch.cat([terms.teacher_features for terms in learnt]),
         )
-        said = replace(judged, logits=one.read(probe(judged.features)))
+        said = replace(judged, logits=one.logits(probe(judged.features)))
         return float(distillation(said).mean())
 
     for depth, layer in chosen.items():
@@ -251,7 +251,7 @@ def test_every_regime_runs(regime: str, opt: Any, tmp_path: Path) -> None:
 
 
 def test_a_regime_labels_what_it_says(opt: Any) -> None:
-    encoder, some = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(10)
+    encoder, some = InputProcessor(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(10)
 
     def labelled(regime: str, **more: Any) -> int:
         config = replace(SHORT, regime=regime, min_confidence=0.0, **more)
@@ -271,7 +271,10 @@ def test_a_regime_labels_what_it_says(opt: Any) -> None:
 def test_all_captions_are_labels_and_of_annotators_answers_the_most_given(
     regime: str, opt: Any
 ) -> None:
-    encoder, (one, two) = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(2)
+    encoder, (one, two) = (
+        InputProcessor(opt, fakes.Blip2FakeProcessor("blip2-opt")),
+        fakes.examples(2),
+    )
     captions = ("a red ball", "the ball is red", "one ball")
     given = [
         replace(one, answers=captions),
@@ -290,7 +293,7 @@ def test_all_captions_are_labels_and_of_annotators_answers_the_most_given(
 
 
 def test_shares_of_several_processes_are_the_whole_and_label_the_same(opt: Any) -> None:
-    encoder, some = Encoder(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(9)
+    encoder, some = InputProcessor(opt, fakes.Blip2FakeProcessor("blip2-opt")), fakes.examples(9)
     config = replace(SHORT, regime="mixed", labelled_fraction=0.4)
 
     def found(share: slice) -> dict[str, bool]:
@@ -324,9 +327,12 @@ def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
     config = replace(SHORT, regime="mixed")
     run = trainer(one, tmp_path, config, name=name)
     batch = run.states.record()[0][0]
-    before, counted = run.game.generator_loss(run.game.look(batch), 0), run.game.agreeing(batch)
+    before, counted = (
+        run.game.generator_loss(run.game.loss_inputs(batch), 0),
+        run.game.agreeing(batch),
+    )
     run.game.narrow(torch.arange(one.vocabulary))
-    after = run.game.generator_loss(run.game.look(batch), 0)
+    after = run.game.generator_loss(run.game.loss_inputs(batch), 0)
     torch.testing.assert_close(before, after)
     assert counted == run.game.agreeing(batch)
 
@@ -339,11 +345,11 @@ def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path:
     run.game.narrow(ids)
     known = torch.isin(targets, ids)
     assert known.any() and not known.all()
-    report = run.game.generator_loss(run.game.look(batch), 0)[1]
-    teacher = opt.read(batch.teacher[batch.mask])
+    report = run.game.generator_loss(run.game.loss_inputs(batch), 0)[1]
+    teacher = opt.logits(batch.teacher[batch.mask])
     counts = run.game.agreeing(batch)
     for place, (depth, states) in enumerate(run.game.features(batch).items()):
-        logits = opt.read(states[batch.mask])[:, ids]
+        logits = opt.logits(states[batch.mask])[:, ids]
         said = ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         places = torch.searchsorted(ids, targets[known])
@@ -364,7 +370,7 @@ def test_a_trained_shortlist_is_that_of_the_answers_and_is_used(opt: Any, tmp_pa
     )
     ids, found = shortlist_of(learnt, held_out, 5)
     for one in (ours, Adapter.load(tmp_path, opt)):
-        assert one.policy == Policy(shortlist=True)
+        assert one.policy == ExitPolicy(shortlist=True)
         assert torch.equal(one.exits.checks.ids, ids)
         assert one.exits.checks.found == {"shortlist": found}
     again = trainer(opt, tmp_path, config)
@@ -383,11 +389,11 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
     config = replace(SHORT, regime="supervised", distillation=0.0, adversarial=0.0)
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
-    loss, report = run.game.generator_loss(run.game.look(batch), 0)
+    loss, report = run.game.generator_loss(run.game.loss_inputs(batch), 0)
     assert set(report) == {"cross_entropy/2", "cross_entropy/4"}
     words = [w for e in run.examples if e.key in batch.keys for w in e.answers[0].split()]
     assert int(batch.mask.sum()) == len(words) + len(batch.keys)  # and each answer's end
-    read = [opt.read(states)[batch.mask] for states in run.game.features(batch).values()]
+    read = [opt.logits(states)[batch.mask] for states in run.game.features(batch).values()]
     targets = batch.targets[batch.mask]
     wanted = sum(-x.log_softmax(-1)[range(len(x)), targets].mean() for x in read)
     torch.testing.assert_close(loss, wanted)
@@ -396,7 +402,7 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
 def test_a_term_is_in_the_loss_with_its_weight(opt: Any, tmp_path: Path) -> None:
     weights: dict[str, Any] = {name: 0.25 + i for i, name in enumerate(OBJECTIVES)}
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", **weights))
-    loss, report = run.game.generator_loss(run.game.look(run.states.record()[0][0]), 0)
+    loss, report = run.game.generator_loss(run.game.loss_inputs(run.states.record()[0][0]), 0)
     assert set(report) == {f"{name}/{depth}" for name in OBJECTIVES for depth in (2, 4)}
     total = sum(weights[name.split("/")[0]] * value for name, value in report.items())
     assert loss.item() == pytest.approx(total)
@@ -430,11 +436,11 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
 def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
     batch = run.states.record()[0][0]
-    whole = run.game.generator_loss(run.game.look(batch), 0)[1]
+    whole = run.game.generator_loss(run.game.loss_inputs(batch), 0)[1]
     parts = []
     for row in range(len(batch.labelled)):
         one = replace(batch, labelled=torch.arange(len(batch.labelled)) == row)
-        parts.append(run.game.generator_loss(run.game.look(one), 0)[1])
+        parts.append(run.game.generator_loss(run.game.loss_inputs(one), 0)[1])
     for depth in (2, 4):
         name = f"cross_entropy/{depth}"
         assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-5)
@@ -447,7 +453,7 @@ def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
     batch = replace(batch, labelled=torch.zeros_like(batch.labelled))
-    loss, _ = run.game.generator_loss(run.game.look(batch), 0)
+    loss, _ = run.game.generator_loss(run.game.loss_inputs(batch), 0)
     loss.backward()
     assert loss == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in run.exits.parameters())
@@ -905,7 +911,9 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
     for step in range(SHARED.steps):
         run._set_rate(step)
         batches = [store[run._order(step, len(store))] for store in stores]
-        losses = [run.game.generator_loss(run.game.look(batch), step)[0] for batch in batches]
+        losses = [
+            run.game.generator_loss(run.game.loss_inputs(batch), step)[0] for batch in batches
+        ]
         run.generator_steps.zero_grad()
         (sum(losses) / 2).backward()  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(run.exits.parameters(), 1.0)

@@ -19,13 +19,13 @@ from offramp.calibration.cost_model import Costs
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, TESTS, control, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import Tried
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import Array, Thresholds, candidates, pareto_path
-from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest, split_examples
-from offramp.engine.policy import Policy, policy_to_json
+from offramp.engine.policy import ExitPolicy, policy_to_json
 from offramp.errors import DataError, InputError, check_known
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 SEARCH = 0.3
@@ -82,7 +82,7 @@ class Calibration:
     path: what was tested, up to the first failure.
     """
 
-    policy: Policy
+    policy: ExitPolicy
     risk: str
     target: float
     confidence: float
@@ -117,9 +117,9 @@ def calibrated(adapter: Adapter, found: Calibration, examples: Sequence[Example]
 
 def calibrate(
     adapter: Adapter,
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
-    policy: Policy,
+    policy: ExitPolicy,
     *,
     target: float = 0.01,
     confidence: float = 0.95,
@@ -158,7 +158,7 @@ def calibrate(
     measure = RISKS[risk]
     _check_examples(adapter, examples, risk)
     options = {"do_sample": False, **options}
-    whole = Tried.of(adapter, encoder, examples, policy, measure, batch_size, options)
+    whole = ThresholdEvaluator.of(adapter, encoder, examples, policy, measure, batch_size, options)
     if measure.quality is not None and not measure.quality(whole.full, examples).any():
         raise DataError(
             f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
@@ -187,12 +187,14 @@ def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) ->
             f"with, and the risk {risk!r} needs one.",
             "Add answers, or calibrate without labels: --risk disagreement or consistency.",
         )
-    check_unseen(
+    check_no_overlap(
         adapter.seen, examples, ("train",), "Calibrate on pictures that training has not seen."
     )
 
 
-def path_of(whole: Tried, grid: Sequence[float]) -> tuple[list[Thresholds], Tried]:
+def path_of(
+    whole: ThresholdEvaluator, grid: Sequence[float]
+) -> tuple[list[Thresholds], ThresholdEvaluator]:
     """The path, and the examples to test it on."""
     depths = whole.adapter.exits.depths
     if len(depths) == 1 or whole.replay is None:
@@ -209,7 +211,9 @@ def path_of(whole: Tried, grid: Sequence[float]) -> tuple[list[Thresholds], Trie
     return path, whole.part(np.flatnonzero(~inside))
 
 
-def _walk(tested: Tried, path: Iterable[Thresholds], asked: Promise) -> tuple[Array, list[Point]]:
+def _walk(
+    tested: ThresholdEvaluator, path: Iterable[Thresholds], asked: Promise
+) -> tuple[Array, list[Point]]:
     """Losses [n, K] and points of the path, up to the first that fails."""
     method = "upper_bound" if asked.method == "auto" else asked.method
     columns = [np.zeros((len(tested.examples), 0))]
@@ -225,7 +229,7 @@ def _walk(tested: Tried, path: Iterable[Thresholds], asked: Promise) -> tuple[Ar
 
 
 def _decide(
-    tested: Tried, losses: Array, points: Sequence[Point], asked: Promise, digest: str
+    tested: ThresholdEvaluator, losses: Array, points: Sequence[Point], asked: Promise, digest: str
 ) -> Calibration:
     """The fastest point that keeps the promise, if it beats the full model; else none, and why."""
     decision = control(losses, asked.target, asked.confidence, asked.method, tested.risk.low)
@@ -260,7 +264,9 @@ def _decide(
     )
 
 
-def _too_little(safest: Point, tested: Tried, target: float, needed: int | None) -> str:
+def _too_little(
+    safest: Point, tested: ThresholdEvaluator, target: float, needed: int | None
+) -> str:
     measured = (
         f"At the safest thresholds the risk is {safest.risk:.4f} on {len(tested.examples)} answers"
     )

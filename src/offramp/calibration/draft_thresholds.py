@@ -10,7 +10,7 @@ from typing import Any
 
 from offramp.adapter import Adapter
 from offramp.errors import DataError
-from offramp.evaluation.timing import Way, own_way, race, speedup
+from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
 
@@ -45,12 +45,14 @@ def draft_speeds(
     depths = adapter.exits.depths
     places = dict.fromkeys([*((depth,) for depth in depths), depths])
     tried = [dict.fromkeys(place, t) for place in places for t in thresholds]
-    way = partial(own_way, adapter.backbone, adapter.exits, discriminators=adapter.discriminators)
-    ways: dict[str, Way] = {"full": own_way(adapter.backbone, **options)}
+    way = partial(
+        exit_generate_fn, adapter.backbone, adapter.exits, discriminators=adapter.discriminators
+    )
+    ways: dict[str, GenerateFn] = {"full": exit_generate_fn(adapter.backbone, **options)}
     for number, drafts in enumerate(tried):
         policy = replace(adapter.policy, kv="recompute", lossless=True, drafts=drafts)
         ways[str(number)] = way(policy=policy, **options)
-    timings = race(ways, inputs, rounds=rounds, progress=progress)
+    timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
     full = timings.pop("full")
     order = sorted(timings, key=lambda number: median(timings[number].decode))
     return [Drafting(tried[int(n)], speedup(full.decode, timings[n].decode)) for n in order]

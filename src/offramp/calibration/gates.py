@@ -16,10 +16,10 @@ from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example, split_examples
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
 
 HELD_OUT = 0.3
@@ -30,7 +30,7 @@ SURE, LOST = 0.9, 0.01
 
 def cheapen(
     adapter: Adapter,
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
     *,
     shortlist: int | None = None,
@@ -60,7 +60,7 @@ def cheapen(
     }
     checks, before = adapter.exits.checks or Checks(), adapter.policy
     found = dict(checks.found)
-    policy = Policy(
+    policy = ExitPolicy(
         score=before.score,
         exit_in_prefill=before.exit_in_prefill,
         shortlist=before.shortlist,
@@ -117,10 +117,10 @@ def _gates(
 
 @torch.inference_mode()
 def _looks(
-    encoder: Encoder,
+    encoder: InputProcessor,
     exits: Exits,
     rows: Sequence[Answered],
-    policy: Policy,
+    policy: ExitPolicy,
     batch_size: int,
     progress: Any,
 ) -> dict[int, tuple[Tensor, Tensor]]:
@@ -132,7 +132,7 @@ def _looks(
     for some in progress(group(rows, batch_size)):
         batch = record(encoder, some, exits.depths)
         for depth, features in exit_features(backbone, exits, batch).items():
-            logits = backbone.read(features[batch.mask], head)
+            logits = backbone.logits(features[batch.mask], head)
             scores = SCORES[policy.score](logits).float()
             found[depth].append((batch.entries(depth)[batch.mask].float(), scores))
     return {

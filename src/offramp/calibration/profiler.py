@@ -275,7 +275,7 @@ def _small_parts(
         for _ in range(repeats + 1):
             for n, state in states.items():
                 begin = watch.now()
-                logits = backbone.read(state)
+                logits = backbone.logits(state)
                 seconds[n].append(watch.now() - begin)
             begin = watch.now()
             SCORES[score](logits[:, -1])

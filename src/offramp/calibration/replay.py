@@ -18,10 +18,10 @@ import torch
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +78,7 @@ class Replay:
         """The depth [N, A] at which each token leaves; 0 where there is none.
 
         first: whether the first token of an answer may leave early. A decoder-only model reads it
-        off the prompt, at full depth unless `Policy.exit_in_prefill`.
+        off the prompt, at full depth unless `ExitPolicy.exit_in_prefill`.
         """
         found = np.where(self.mask, self.layers, 0)
         shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
@@ -105,7 +105,7 @@ class Replay:
 
 @torch.inference_mode()
 def replay(
-    encoder: Encoder,
+    encoder: InputProcessor,
     exits: Exits,
     rows: Sequence[Answered],
     score: str = "max_probability",
@@ -129,7 +129,7 @@ def replay(
     scores = {d: np.full(shape, np.nan) for d in exits.depths}
     gates = exits.checks.gates if exits.checks is not None else {}
     guesses = {d: np.full(shape, np.nan) for d in gates}
-    ids = shortlist_of_policy(Policy(shortlist=shortlist), exits.checks)
+    ids = shortlist_of_policy(ExitPolicy(shortlist=shortlist), exits.checks)
     head = None if ids is None else backbone.head_rows(ids)
     for some in progress(group(rows, batch_size)):
         batch = record(encoder, some, exits.depths)
@@ -143,9 +143,9 @@ def replay(
         put(targets, batch.targets)
         for depth, features in states.items():
             if depth == backbone.depth:
-                put(final, backbone.read(features).argmax(-1))
+                put(final, backbone.logits(features).argmax(-1))
                 continue
-            logits = backbone.read(features, head)
+            logits = backbone.logits(features, head)
             chosen = logits.argmax(-1)
             put(said[depth], chosen if ids is None else ids[chosen])
             flat = SCORES[score](logits.flatten(0, 1))

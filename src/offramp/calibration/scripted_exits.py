@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
-from offramp.engine.policy import Generation, Policy
+from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 
@@ -73,10 +73,10 @@ def generate_forced(
     depth: int | None = None,
     criteria: Sequence[StoppingCriteria] = (),
     **policy: Any,
-) -> Generation:
+) -> GenerationOutput:
     """Write `tokens` tokens, leaving at `depth` (the first exit) as `script` says.
 
-    policy: what `Policy` takes besides thresholds and score.
+    policy: what `ExitPolicy` takes besides thresholds and score.
     """
     at = exits.depths[0] if depth is None else depth
     with _known(script) as name:
@@ -84,7 +84,7 @@ def generate_forced(
             backbone,
             inputs,
             exits=exits,
-            policy=Policy({at: 0.5}, score=name, **policy),
+            policy=ExitPolicy({at: 0.5}, score=name, **policy),
             max_new_tokens=tokens,
             stopping_criteria=StoppingCriteriaList([*criteria, script]),
             **OPTIONS,

@@ -20,14 +20,14 @@ from offramp.calibration.risk_functions import Risk
 from offramp.calibration.threshold_search import Array, Thresholds
 from offramp.data.example import Example
 from offramp.engine.confidence import SCORES
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 
 
 @dataclass(frozen=True)
-class Tried:
+class ThresholdEvaluator:
     """Examples with the full model's answers, to try thresholds on.
 
     replay: what the exits say along these answers; None where a replay cannot tell that.
@@ -35,9 +35,9 @@ class Tried:
     """
 
     adapter: Adapter
-    encoder: Encoder
+    encoder: InputProcessor
     examples: Sequence[Example]
-    policy: Policy
+    policy: ExitPolicy
     risk: Risk
     full: Sequence[Answer]
     replay: Replay | None
@@ -50,14 +50,14 @@ class Tried:
     def of(
         cls,
         adapter: Adapter,
-        encoder: Encoder,
+        encoder: InputProcessor,
         examples: Sequence[Example],
-        policy: Policy,
+        policy: ExitPolicy,
         risk: Risk,
         batch_size: int,
         options: Mapping[str, Any],
         costs: Costs | None = None,
-    ) -> Tried:
+    ) -> ThresholdEvaluator:
         """Answer the examples with the full model and replay that."""
         full = free_running(adapter, encoder, examples, FULL, batch_size, options)
         found, doubtful = None, np.ones(len(examples), dtype=bool)
@@ -76,7 +76,7 @@ class Tried:
             costs,
         )  # fmt: skip
 
-    def part(self, rows: Array) -> Tried:
+    def part(self, rows: Array) -> ThresholdEvaluator:
         """Only these examples."""
         return replace(
             self,
@@ -132,7 +132,7 @@ class Tried:
         return float(took.sum() / max(1, (decoded > 0).sum()))
 
 
-def _replayable(policy: Policy, options: Mapping[str, Any]) -> bool:
+def _replayable(policy: ExitPolicy, options: Mapping[str, Any]) -> bool:
     """Whether what is generated is the arg-max of what a replay reads."""
     plain = set(options) <= {"max_new_tokens", "do_sample"} and not options["do_sample"]
     return policy.kv == "recompute" and policy.score in SCORES and plain

@@ -72,7 +72,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     from offramp.calibration.calibrate import Promise, calibrate, calibrated
     from offramp.calibration.risk_functions import RISKS
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     Promise(**asked)  # a mistake should not wait for data and model
@@ -87,7 +87,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     found = calibrate(
         adapter,
-        Encoder(adapter.backbone, processor),
+        InputProcessor(adapter.backbone, processor),
         examples,
         replace(adapter.policy, thresholds={}, lossless=False, **changes),
         batch_size=arguments.batch_size,

@@ -42,7 +42,7 @@ def _draft(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     if arguments.rounds < 1 or arguments.max_new_tokens < 2:
         raise InputError(
@@ -52,12 +52,12 @@ def _draft(arguments: argparse.Namespace) -> None:
     out = adapter_folder(arguments)
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
-    encoder = Encoder(adapter.backbone, processor)
+    encoder = InputProcessor(adapter.backbone, processor)
     found = draft_speeds(
         adapter,
         [encoder.prompts([item.example]) for item in items],
         rounds=arguments.rounds,
-        progress=lambda rounds: tqdm(rounds, "race", disable=None, leave=False),
+        progress=lambda rounds: tqdm(rounds, "timing", disable=None, leave=False),
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
     )

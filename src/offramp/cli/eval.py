@@ -94,7 +94,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from offramp.evaluation.evaluate import evaluate, rescore
     from offramp.evaluation.tasks import Settings
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
     settings = {name: getattr(arguments, name) for name in names}
@@ -114,7 +114,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             items = unseen_items(items, model, ("train", "calibration"))
         result = evaluate(
             model,
-            Encoder(backbone, processor),
+            InputProcessor(backbone, processor),
             items,
             arguments.task,
             None if alone else policy_of(arguments, model),

@@ -44,7 +44,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from offramp.data.example import Example
     from offramp.engine.policy import FULL
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     if not arguments.image:
         raise InputError("The prompt came without its image.", "Add --image FILE.")
@@ -56,7 +56,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         logging.warning(
             "The adapter has no thresholds, so no token leaves early; give --threshold."
         )
-    encoder = Encoder(adapter.backbone, processor)
+    encoder = InputProcessor(adapter.backbone, processor)
     for image in arguments.image:
         example = Example(image, arguments.prompt, (), key=str(image))
         result = adapter.generate(

@@ -42,7 +42,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from offramp.calibration.gates import cheapen
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
     from offramp.training.trainer import train
 
     config = training_config(arguments)
@@ -55,7 +55,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if processes.is_main_process:
         if arguments.gates:
             adapter = cheapen(
-                adapter, Encoder(backbone, processor), examples,
+                adapter, InputProcessor(backbone, processor), examples,
                 gates=True, max_new_tokens=config.max_new_tokens,
                 progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
             )  # fmt: skip

@@ -52,7 +52,7 @@ def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> lis
     return [digest not in used for digest in _digests(examples)]
 
 
-def check_unseen(
+def check_no_overlap(
     seen: Seen, examples: Sequence[Example], steps: Sequence[str], advice: str
 ) -> None:
     """Raise `DataError`, with `advice`, where a picture was used in one of the `steps`.

@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from offramp.engine.confidence import logits_score, saturation
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.shortlist import Checks, Gate
@@ -23,14 +23,14 @@ Constrain = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Look:
+class ExitCheck:
     """One exit's look at a token of each row. Score and logits are computed when first asked for.
 
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it.
     """
 
-    judge: Judge
+    judge: ExitScorer
     depth: int
     state: Tensor
     entry: Tensor
@@ -40,12 +40,12 @@ class Look:
     @cached_property
     def features(self) -> Tensor:
         """The exit's state after the final norm [B, D]."""
-        return self.judge.backbone.finish(self.state)
+        return self.judge.backbone.final_norm(self.state)
 
     @cached_property
     def few(self) -> Tensor:
         """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
-        return self.judge.backbone.read(self.features, self.judge.head)
+        return self.judge.backbone.logits(self.features, self.judge.head)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -70,13 +70,13 @@ class Look:
         return self.judge.score(self)
 
 
-class Judge:
+class ExitScorer:
     """Scores the exits of one token after the other, each token's in order of depth."""
 
     def __init__(
         self,
         backbone: Backbone,
-        policy: Policy,
+        policy: ExitPolicy,
         depths: Sequence[int],
         discriminators: nn.ModuleDict | None = None,
         checks: Checks | None = None,
@@ -98,12 +98,12 @@ class Judge:
         entry: Tensor,
         previous: Tensor | None = None,
         constrain: Constrain | None = None,
-    ) -> Look:
-        """A look at exit state [B, D], entered with `entry` [B, D]; see `Look`."""
-        return Look(self, depth, state, entry, previous, constrain)
+    ) -> ExitCheck:
+        """A look at exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`."""
+        return ExitCheck(self, depth, state, entry, previous, constrain)
 
 
-def shortlist_of_policy(policy: Policy, checks: Checks | None) -> Tensor | None:
+def shortlist_of_policy(policy: ExitPolicy, checks: Checks | None) -> Tensor | None:
     """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
     if not policy.shortlist:
         return None
@@ -115,7 +115,7 @@ def shortlist_of_policy(policy: Policy, checks: Checks | None) -> Tensor | None:
     return checks.ids
 
 
-def gates_of_policy(policy: Policy, checks: Checks | None) -> dict[int, tuple[Gate, float]]:
+def gates_of_policy(policy: ExitPolicy, checks: Checks | None) -> dict[int, tuple[Gate, float]]:
     """Gate and threshold by depth. Raise `InputError` where the adapter lacks one."""
     known = {} if checks is None else checks.gates
     missing = sorted(set(policy.gates) - set(known))
@@ -128,8 +128,8 @@ def gates_of_policy(policy: Policy, checks: Checks | None) -> dict[int, tuple[Ga
 
 
 def _rule(
-    policy: Policy, depths: Sequence[int], discriminators: nn.ModuleDict | None
-) -> Callable[[Look], Tensor]:
+    policy: ExitPolicy, depths: Sequence[int], discriminators: nn.ModuleDict | None
+) -> Callable[[ExitCheck], Tensor]:
     of_logits = logits_score(policy.score, depths, policy.weights)
     if of_logits is not None:
         return lambda look: of_logits(look.depth, look.allowed)
@@ -145,6 +145,6 @@ def _rule(
     ).sigmoid()
 
 
-def _saturation(look: Look) -> Tensor:
+def _saturation(look: ExitCheck) -> Tensor:
     assert look.previous is not None
     return saturation(look.entry, look.previous)

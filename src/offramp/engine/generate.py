@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.model_runner import Run
-from offramp.engine.policy import FULL, Generation, Policy
-from offramp.engine.prefill import Reading
+from offramp.engine.model_runner import ModelRunner
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.prefill import Prefill
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.sampling import Loop
+from offramp.engine.sampling import SequenceState
 from offramp.engine.speculative import speculate
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -76,13 +76,13 @@ def generate(
     inputs: Mapping[str, Any],
     *,
     exits: Exits | None = None,
-    policy: Policy = FULL,
+    policy: ExitPolicy = FULL,
     discriminators: nn.ModuleDict | None = None,
     vision_cache: VisionCache | None = None,
     prefix_cache: PrefixCache | None = None,
     streamer: Any = None,
     **options: Any,
-) -> Generation:
+) -> GenerationOutput:
     """Generate with early exits; without `exits` or thresholds, with the full model.
 
     inputs: what the HF processor returned. vision_cache: image features kept between calls, for
@@ -98,10 +98,10 @@ def generate(
     _check_options(lambda name: asked.get(name, getattr(config, name, None)))
     _check_inputs(inputs)
     policy = policy.effective
-    run = Run(backbone, exits, policy, discriminators)
+    run = ModelRunner(backbone, exits, policy, discriminators)
     if vision_cache is not None:
         run.view.remember_images(backbone, vision_cache)
-    loops: list[Loop] = []
+    loops: list[SequenceState] = []
     rounds: list[tuple[int, int]] = []
 
     def decode(
@@ -114,7 +114,9 @@ def generate(
     ) -> Tensor:
         # The model's own defaults may ask for what the caller did not.
         _check_options(lambda name: getattr(generation_config, name, None))
-        loop = Loop(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        loop = SequenceState(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer
+        )
         loops.append(loop)
         run.adopt(prepared["cache"] if "cache" in prepared else prepared["past_key_values"])
         run.constrain = loop.constraints(lambda: loop.ids)
@@ -134,7 +136,7 @@ def generate(
     finally:
         run.release()
     live, depths, scores = (torch.stack(column, 1) for column in zip(*loops[0].trace, strict=True))
-    return Generation(
+    return GenerationOutput(
         sequences,
         torch.where(live, depths, 0),
         torch.where(live, scores.float(), float("nan")),
@@ -143,19 +145,19 @@ def generate(
     )
 
 
-def _decode(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> None:
+def _decode(run: ModelRunner, loop: SequenceState, model: Any, prepared: dict[str, Any]) -> None:
     """Write token after token, each at the depth where it leaves, until every row is finished."""
     backbone = run.backbone
     may_leave = run.policy.exit_in_prefill and backbone.family.causal_prompt
     run.begin(loop.unfinished, check=backbone.is_encoder_decoder or may_leave)
-    reading = Reading(run.view, model, loop.ids, prepared)
+    reading = Prefill(run.view, model, loop.ids, prepared)
     run.prompt_stands_at(reading.positions)
     loop.emit(loop.choose(run.merge(reading.logits)), run.depths, run.scores)
     while live := loop.live:
         run.keep(loop.written, live)
         run.begin(loop.unfinished)
-        states = run.call(input_ids=loop.ids[:, -1:], **reading.advance(1))
-        logits = run.logits if run.everybody_left else run.merge(backbone.read(states[:, -1]))
+        states = run.call(input_ids=loop.ids[:, -1:], **reading.extend(1))
+        logits = run.logits if run.everybody_left else run.merge(backbone.logits(states[:, -1]))
         assert logits is not None
         loop.emit(loop.choose(logits), run.depths, run.scores)
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.confidence import check_thresholds, check_weights
-from offramp.engine.exit_check import Constrain, Judge, Look, gates_of_policy
-from offramp.engine.policy import Policy
-from offramp.engine.sampling import Rows
+from offramp.engine.exit_check import Constrain, ExitCheck, ExitScorer, gates_of_policy
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.sampling import ActiveRows
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.intercept import View
+from offramp.models.intercept import InterceptedModel
 from offramp.models.shortlist import Gate
 
 
@@ -38,37 +38,39 @@ class _KeysStored(Exception):
     """Raised out of a layer once its keys and values are in the cache."""
 
 
-class Run:
+class ModelRunner:
     """The driver of one generation: which layers run for the token at hand, and who waits where."""
 
     def __init__(
         self,
         backbone: Backbone,
         exits: Exits | None,
-        policy: Policy,
+        policy: ExitPolicy,
         discriminators: nn.ModuleDict | None = None,
     ) -> None:
         depths = exits.depths if exits is not None else ()
         self.thresholds = check_thresholds(dict(policy.thresholds), depths)
         self.backbone = backbone
         self.policy = policy
-        self.view = View(backbone, self)
+        self.view = InterceptedModel(backbone, self)
         self.propagate = policy.kv == "propagate"
         self.exits = exits
-        self.judge: Judge | None = None
+        self.judge: ExitScorer | None = None
         self._gates: dict[int, tuple[Gate, float]] = {}
         self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
         if self.thresholds:
             check_weights(policy.weights, depths)
             checks = exits.checks if exits is not None else None
-            self.judge = Judge(backbone, policy, tuple(self.thresholds), discriminators, checks)
+            self.judge = ExitScorer(
+                backbone, policy, tuple(self.thresholds), discriminators, checks
+            )
             self._gates = gates_of_policy(policy, checks)
             if policy.score == "saturation":
                 self._watched = frozenset(depth - 1 for depth in self.thresholds)
         # per generation
         self.cache: Any = None
         self.constrain: Constrain | None = None
-        self._rows = Rows()
+        self._rows = ActiveRows()
         self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
             d: [] for d in self.thresholds
         }
@@ -186,17 +188,17 @@ class Run:
     ) -> Any:
         """What the stack gets for layer `index`: its output, or the state handed through."""
         if index < self._start:  # a catch-up enters deeper
-            return self.backbone.skip(index, hidden, args, kw)
+            return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if self._left is not None or self._need is not None:
             if self.propagate and self._left is not None:
                 self._store_skipped(index, layer, hidden, args, kw)
-            return self.backbone.skip(index, hidden, args, kw)
+            return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if index == self._start and self._chunk is not None:
             hidden = self._chunk
         elif index in self.thresholds and not self._goes_deeper(index, hidden, args, kw):
             if self.propagate:
                 self._store_skipped(index, layer, hidden, args, kw)
-            return self.backbone.skip(index, hidden, args, kw)
+            return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if index in self._watched:
             self._previous = hidden[:, -1]
         return layer(hidden, *args, **kw)
@@ -260,7 +262,7 @@ class Run:
             self._let_go(leaving, look)
         return not some_stay
 
-    def _let_go(self, rows: Tensor, look: Look) -> None:
+    def _let_go(self, rows: Tensor, look: ExitCheck) -> None:
         """Note that `rows` [B] leave with what `look` saw."""
         self.depths = self.depths.masked_fill(rows, look.depth)
         self.logits = (

@@ -15,7 +15,7 @@ KV_POLICIES = ("recompute", "propagate")
 
 
 @dataclass(frozen=True)
-class Policy:
+class ExitPolicy:
     """When tokens leave, and what fills the cache behind them.
 
     thresholds: by depth; a token leaves at the first depth where score >= threshold. A depth that
@@ -77,19 +77,19 @@ class Policy:
         object.__setattr__(self, "weights", check_weights(self.weights))
 
     @property
-    def effective(self) -> Policy:
+    def effective(self) -> ExitPolicy:
         """What runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds=self.drafts, drafts={}, gates={})
 
 
-FULL = Policy()
+FULL = ExitPolicy()
 """Every token at full depth."""
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationOutput:
     """What `generate` returns.
 
     sequences: token ids [B, T], prompt included where HF's `generate` includes it.
@@ -122,7 +122,7 @@ class Generation:
 _BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
 
 
-def policy_to_json(policy: Policy) -> dict[str, Any]:
+def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
     """A policy as JSON, whose keys are text."""
     by_depth = {n: getattr(policy, n) for n in _BY_DEPTH}
     return {
@@ -131,8 +131,8 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     }
 
 
-def policy_from_json(value: Mapping[str, Any]) -> Policy:
+def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
     """The policy that `policy_to_json` wrote."""
     by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
     numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
-    return Policy(**{**value, **numbers})
+    return ExitPolicy(**{**value, **numbers})

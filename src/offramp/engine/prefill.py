@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.models.intercept import View
+from offramp.models.intercept import InterceptedModel
 
 _STATIC = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask")
 
 
-class Reading:
+class Prefill:
     """Runs the prefill of a prepared generation and keeps what the steps after it repeat."""
 
-    def __init__(self, view: View, model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, view: InterceptedModel, model: Any, ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> None:
         """Run the prompt; `ids` and `model_kwargs` are what HF's `generate` prepared."""
         with view.recording() as calls:
             inputs = model.prepare_inputs_for_generation(
@@ -34,7 +36,7 @@ class Reading:
         mask = (model_kwargs if decoder_only else self.prefill).get("attention_mask")
         self._mask: Tensor | None = mask
 
-    def advance(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
+    def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
         """Arguments for the stack's next call, on `tokens` new tokens for each row.
 
         real: which of them [B, tokens] are no padding; all of them when left out.
@@ -52,8 +54,8 @@ class Reading:
             kw["attention_mask"] = self._mask
         return kw
 
-    def retreat(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens that `advance` counted."""
+    def rollback(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens that `extend` counted."""
         if self.positions is not None:
             self.positions = self.positions[..., -1:] - tokens
         if self._mask is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.model_runner import Run
+from offramp.engine.model_runner import ModelRunner
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 
@@ -64,7 +64,7 @@ class PrefixCache:
         self._held: OrderedDict[int, _Kept] = OrderedDict()
         self._count = 0
 
-    def serve(self, run: Run) -> _Served | None:
+    def serve(self, run: ModelRunner) -> _Served | None:
         """Stand before the prompt of the generation that `run` drives; None where none is kept."""
         backbone = run.backbone
         if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
@@ -99,7 +99,7 @@ class PrefixCache:
 class _Served:
     """One generation's part of a cache: shortens its prefill, and keeps its prompt."""
 
-    def __init__(self, cache: PrefixCache, run: Run) -> None:
+    def __init__(self, cache: PrefixCache, run: ModelRunner) -> None:
         self._cache, self._run = cache, run
         self._embeds: Tensor | None = None
         self._hook = run.view.stack.register_forward_pre_hook(self._shorten, with_kwargs=True)

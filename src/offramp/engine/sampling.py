@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Loop:
+class SequenceState:
     """Chooses, emits and stops as HF's `generate` would.
 
     ids: token ids so far [B, T]. unfinished: rows [B] still being written. trace: for each emitted
@@ -94,7 +94,7 @@ class Loop:
         return lambda logits: chain(ids(), logits.to(torch.float32, copy=True))
 
 
-class Rows:
+class ActiveRows:
     """Which rows of a batch of `total` are kept, and the way there and back.
 
     kept: their indices [b], or None while all are.

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.model_runner import Run
-from offramp.engine.prefill import Reading
-from offramp.engine.sampling import Loop
+from offramp.engine.model_runner import ModelRunner
+from offramp.engine.prefill import Prefill
+from offramp.engine.sampling import SequenceState
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Draft:
     probabilities: Tensor | None
 
 
-def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> list[tuple[int, int]]:
+def speculate(
+    run: ModelRunner, loop: SequenceState, model: Any, prepared: dict[str, Any]
+) -> list[tuple[int, int]]:
     """Decode until every row is finished; return (drafted, accepted) of each round.
 
     In a batch a round ends where the first unfinished row disagrees, for all rows.
     """
     run.begin(loop.unfinished, check=False)
-    reading = Reading(run.view, model, loop.ids, prepared)
+    reading = Prefill(run.view, model, loop.ids, prepared)
     run.cache.activate_past_recording()  # sliding windows keep what a crop may need
     run.crop(0)
     loop.emit(loop.choose(reading.logits), run.depths, run.scores)
@@ -53,7 +55,7 @@ def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> lis
     while live := loop.live:
         run.keep(loop.written, live)
         drafts, states = _draft(run, loop, reading)
-        logits = run.backbone.read(states)
+        logits = run.backbone.logits(states)
         position, accepted, agreed = 0, 0, True
         while agreed and loop.live and position < logits.shape[1]:
             scores = loop.process(logits[:, position])
@@ -72,17 +74,17 @@ def speculate(run: Run, loop: Loop, model: Any, prepared: dict[str, Any]) -> lis
         rounds.append((len(drafts), accepted))
         undone = logits.shape[1] - position
         run.crop(undone)
-        reading.retreat(undone)
+        reading.rollback(undone)
     return rounds
 
 
-def _draft(run: Run, loop: Loop, reading: Reading) -> tuple[list[Draft], Tensor]:
+def _draft(run: ModelRunner, loop: SequenceState, reading: Prefill) -> tuple[list[Draft], Tensor]:
     """Draft while the exits are sure; then the full model's states [B, n, D] at all n positions."""
     ids = loop.ids
     drafts: list[Draft] = []
     run.constrain = loop.constraints(lambda: ids)
     while True:
-        kw = reading.advance(1)
+        kw = reading.extend(1)
         run.begin(loop.unfinished, check=len(drafts) < run.policy.max_draft)
         states = run.call(input_ids=ids[:, -1:], **kw)
         if not run.everybody_left:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data.example import Example
-from offramp.engine.prefill import Reading, cache_name, without_inputs
+from offramp.engine.prefill import Prefill, cache_name, without_inputs
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, first
-from offramp.models.input_processor import Encoder
-from offramp.models.intercept import View
+from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Record:
 
 
 @torch.no_grad()  # not inference_mode: training saves these states for its backward pass
-def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) -> Batch:
+def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[int]) -> Batch:
     """Run the frozen backbone over prompts and answers and keep the states at `depths`.
 
     Raises:
@@ -121,19 +121,19 @@ def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) ->
     prompts = encoder.prompts([row.example for row in rows])
     encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
     driver = _Record(backbone, depths)
-    view = View(backbone, driver)
+    view = InterceptedModel(backbone, driver)
     found: list[Batch] = []
 
     def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
         for name in ("logits_processor", "stopping_criteria"):
             kw.pop(name, None)
-        reading = Reading(view, model, input_ids, kw)
+        reading = Prefill(view, model, input_ids, kw)
         prompt, final = driver.take()
         # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
         final = final[:, -1:].clone()
         answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
         # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
-        answer_kw = reading.advance(ids.shape[1] - 1, mask[:, :-1])
+        answer_kw = reading.extend(ids.shape[1] - 1, mask[:, :-1])
         if ids.shape[1] > 1:
             view.stack(input_ids=ids[:, :-1], **answer_kw)
             answer, rest = driver.take()
@@ -142,7 +142,7 @@ def record(encoder: Encoder, rows: Sequence[Answered], depths: Sequence[int]) ->
             Batch(
                 prompt,
                 answer,
-                backbone.finish(final),
+                backbone.final_norm(final),
                 ids,
                 mask,
                 torch.tensor([row.labelled for row in rows], device=ids.device),
@@ -184,7 +184,7 @@ class _Replay:
     ) -> Any:
         if index in self.entries:
             self.states[index] = self.exits.run(index, self.entries[index], args, kw)
-        return self.backbone.skip(index, hidden, args, kw)
+        return self.backbone.skipped_layer_output(index, hidden, args, kw)
 
 
 def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, Tensor]:
@@ -200,12 +200,12 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
         if some.shape[1] == 0:
             continue
         driver = _Replay(backbone, exits, entries)
-        stack = View(backbone, driver).stack
+        stack = InterceptedModel(backbone, driver).stack
         stack(inputs_embeds=some, use_cache=True, **{cache_name(stack): cache}, **kw)
         parts.append(driver.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {
-        d: backbone.finish(torch.cat([s[:, -1:], *([answer[d]] if answer else [])], 1))
+        d: backbone.final_norm(torch.cat([s[:, -1:], *([answer[d]] if answer else [])], 1))
         for d, s in prompt.items()
     }
 

@@ -20,18 +20,18 @@ from typing import Any
 from torch import nn
 
 from offramp.adapter import Adapter
-from offramp.data.decontamination import check_unseen
+from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Generation, Policy, policy_to_json
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
 from offramp.errors import DataError, InputError
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
-from offramp.evaluation.run_log import ROWS, AnswerLog, Done, Row, check_digests, read_rows
+from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
 from offramp.models.backbone import Backbone, dump_fingerprint
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.storage import digest_rows, write_json
 
@@ -41,10 +41,10 @@ RESULT = "result.json"
 
 def evaluate(
     model: Adapter | Backbone,
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Item | Example],
     task: str,
-    policy: Policy | None = None,
+    policy: ExitPolicy | None = None,
     *,
     out: str | Path,
     resume: bool = False,
@@ -81,7 +81,7 @@ def evaluate(
     plan = Settings(task, **settings)
     items = as_items(examples, task)
     if isinstance(model, Adapter) and plan.mode != "full" and not allow_seen:
-        check_unseen(
+        check_no_overlap(
             model.seen,
             [item.example for item in items],
             ("train", "calibration"),
@@ -89,7 +89,7 @@ def evaluate(
         )
     answerer = _Answerer(model, encoder, plan, policy)
     stored = answerer.stored()
-    with AnswerLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
+    with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
         _fill(rows, answerer, items, progress)
     return _scored(rows.done, items, plan, stored, Path(out))
 
@@ -140,9 +140,9 @@ class _Answerer:
     def __init__(
         self,
         model: Adapter | Backbone,
-        encoder: Encoder,
+        encoder: InputProcessor,
         plan: Settings,
-        policy: Policy | None,
+        policy: ExitPolicy | None,
     ) -> None:
         adapter = model if isinstance(model, Adapter) else None
         self.backbone = model.backbone if isinstance(model, Adapter) else model
@@ -221,7 +221,7 @@ class _Answerer:
         """Generate once without a clock."""
         self._generate(self.encoder.prompts([item.example for item in items]), mode, None)
 
-    def _generate(self, inputs: Mapping[str, Any], mode: str, stop: Any) -> Generation:
+    def _generate(self, inputs: Mapping[str, Any], mode: str, stop: Any) -> GenerationOutput:
         return generate(
             self.backbone,
             inputs,
@@ -261,7 +261,7 @@ def _digest(modules: Sequence[nn.Module]) -> str:
     return found.hexdigest()
 
 
-def _fill(rows: AnswerLog, answerer: _Answerer, items: Sequence[Item], progress: Any) -> None:
+def _fill(rows: RunLog, answerer: _Answerer, items: Sequence[Item], progress: Any) -> None:
     """Answer what is not answered yet; modes take turns, so that drift falls on both alike."""
     plan = answerer.plan
     left = [i for i in items if any((m, i.key) not in rows.done for m in plan.modes)]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data.example import Example
-from offramp.engine.model_runner import Run
-from offramp.engine.policy import FULL, Policy
-from offramp.engine.prefill import Reading
+from offramp.engine.model_runner import ModelRunner
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.prefill import Prefill
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, first
-from offramp.models.input_processor import Encoder
-from offramp.models.intercept import View
+from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
 
 
-def follows_policy(policy: Policy) -> bool:
+def follows_policy(policy: ExitPolicy) -> bool:
     """Whether the likelihood of a given text is well defined under this policy.
 
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
@@ -32,12 +32,12 @@ def follows_policy(policy: Policy) -> bool:
 
 @torch.inference_mode()
 def candidate_scores(
-    encoder: Encoder,
+    encoder: InputProcessor,
     example: Example,
     candidates: Sequence[str],
     *,
     exits: Exits | None = None,
-    policy: Policy = FULL,
+    policy: ExitPolicy = FULL,
     discriminators: nn.ModuleDict | None = None,
     ranking: str = "sum",
     at_once: int = 25,
@@ -55,9 +55,9 @@ def candidate_scores(
     ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
     prompts = encoder.prompts([example])
     encoder.check_room(prompts, [(example.key, max(map(len, ids)))])
-    run = Run(backbone, exits, policy, discriminators)
+    run = ModelRunner(backbone, exits, policy, discriminators)
     driver = _ReadAll(backbone, exits, tuple(run.thresholds))
-    view = View(backbone, driver)
+    view = InterceptedModel(backbone, driver)
     pick = _Pick(run)
     found: list[float] = []
 
@@ -65,14 +65,14 @@ def candidate_scores(
         for name in ("logits_processor", "stopping_criteria"):
             kw.pop(name, None)
         run.adopt(kw["cache"] if "cache" in kw else kw["past_key_values"])
-        reading = Reading(view, model, input_ids, kw)
+        reading = Prefill(view, model, input_ids, kw)
         prompt = driver.take(-1)
         for start in range(0, len(ids), at_once):
             rows, mask = encoder.pad(ids[start : start + at_once])
             states = [{d: s.expand(len(rows), -1, -1) for d, s in part.items()} for part in prompt]
             if rows.shape[1] > 1:
                 again = copy.copy(reading)  # `advance` moves its positions on
-                kw = _repeated(again.advance(rows.shape[1] - 1), len(rows))
+                kw = _repeated(again.extend(rows.shape[1] - 1), len(rows))
                 view.stack(input_ids=rows[:, :-1], **kw)
                 parts = zip(states, driver.take(0), strict=True)
                 states = [{d: torch.cat([a[d], b[d]], 1) for d in a} for a, b in parts]
@@ -122,7 +122,7 @@ class _ReadAll:
 class _Pick:
     """Log-probabilities of given tokens, each at the depth where the policy lets it leave."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ModelRunner) -> None:
         self._backbone, self._thresholds, self._judge = run.backbone, run.thresholds, run.judge
         # The first token comes out of the prompt's own pass; see `offramp.engine.generate`.
         self._from_prompt = run.backbone.is_encoder_decoder or (
@@ -133,8 +133,8 @@ class _Pick:
         self, entries: Mapping[int, Tensor], states: Mapping[int, Tensor], ids: Tensor
     ) -> Tensor:
         """[B, A] for ids [B, A] and, by depth, what predicts them [B, A, D]."""
-        full = self._backbone.finish(states[self._backbone.depth])
-        found = _log_p(self._backbone.read(full), ids)
+        full = self._backbone.final_norm(states[self._backbone.depth])
+        found = _log_p(self._backbone.logits(full), ids)
         open_ = torch.ones_like(ids, dtype=torch.bool)
         open_[:, 0] = self._from_prompt
         for depth, threshold in sorted(self._thresholds.items()):

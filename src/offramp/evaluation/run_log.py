@@ -21,7 +21,7 @@ Done = dict[tuple[str, str], Row]
 """Rows by mode and key."""
 
 
-class AnswerLog(JsonlLog):
+class RunLog(JsonlLog):
     """The log of a run's answers, and those that are there already."""
 
     def __init__(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Policy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 
-Way = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
+GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 """Generates from processor output, batch 1, with these stopping criteria; returns new ids [N]."""
 
 
@@ -70,8 +70,8 @@ class Timing:
         return (self.tokens - len(self.answers)) / median(self.decode)
 
 
-def race(
-    ways: Mapping[str, Way],
+def time_interleaved(
+    ways: Mapping[str, GenerateFn],
     inputs: Sequence[Mapping[str, Any]],
     *,
     rounds: int = 5,
@@ -108,7 +108,7 @@ def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
     return median(slow) / median(fast)
 
 
-def stock_way(backbone: Backbone, **options: Any) -> Way:
+def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
     """HF's own `generate`, untouched. Rows of a batch come one behind the other."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
@@ -120,13 +120,13 @@ def stock_way(backbone: Backbone, **options: Any) -> Way:
     return run
 
 
-def own_way(
+def exit_generate_fn(
     backbone: Backbone,
     exits: Exits | None = None,
-    policy: Policy = FULL,
+    policy: ExitPolicy = FULL,
     discriminators: nn.ModuleDict | None = None,
     **options: Any,
-) -> Way:
+) -> GenerateFn:
     """Generation by `policy`; without thresholds the full model, through the same loop."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:

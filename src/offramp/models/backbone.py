@@ -130,7 +130,7 @@ class Backbone:
 
     # -- reading states ---------------------------------------------------------------------
 
-    def read(self, normed: Tensor, head: nn.Module | None = None) -> Tensor:
+    def logits(self, normed: Tensor, head: nn.Module | None = None) -> Tensor:
         """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
 
         head: of `head_rows`, to read only those tokens.
@@ -156,13 +156,15 @@ class Backbone:
         self._rows = (ids, rows)
         return rows
 
-    def finish(self, hidden: Tensor) -> Tensor:
+    def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""
         return self.norm(hidden) if self.norm is not None else hidden
 
     # -- driving ----------------------------------------------------------------------------
 
-    def skip(self, index: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
+    def skipped_layer_output(
+        self, index: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> Any:
         """What layer `index` would return if it left `hidden` [B, T, D] as it is.
 
         T5's layers hand the attention biases on, from block 0, which computes the relative one:

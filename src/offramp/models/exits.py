@@ -51,7 +51,7 @@ def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
     return tuple(sorted(depths))
 
 
-class Lens(nn.Module):
+class LogitLens(nn.Module):
     """An exit without parameters: the state at its depth is read as if it were the last one.
 
     The logit lens (nostalgebraist 2020), the untrained baseline. It attends to nothing, so its
@@ -72,7 +72,7 @@ class Exits(nn.ModuleDict):
         self.checks: Checks | None = None
         super().__init__(
             {
-                str(depth): Lens()
+                str(depth): LogitLens()
                 if lens
                 else _copy_layer(backbone.layers[depth], backbone.depth + slot)
                 for slot, depth in enumerate(self.depths)

@@ -18,7 +18,7 @@ _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
 _ADDS_BEHIND = {"PaliGemma": "\n"}
 
 
-class Encoder:
+class InputProcessor:
     """A backbone's processor, asked for batches."""
 
     def __init__(self, backbone: Backbone, processor: Any) -> None:

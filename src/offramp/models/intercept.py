@@ -19,7 +19,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
 
-class Driver(Protocol):
+class LayerHandler(Protocol):
     """Decides, call by call, what happens at a decoder layer."""
 
     def layer(
@@ -37,7 +37,7 @@ class Driver(Protocol):
 class _LayerView(nn.Module):
     """Stands where a decoder layer stood in the twin stack and hands its calls to the driver."""
 
-    def __init__(self, index: int, layer: nn.Module, driver: Driver) -> None:
+    def __init__(self, index: int, layer: nn.Module, driver: LayerHandler) -> None:
         super().__init__()
         # Past nn.Module's registration: the view owns neither the layer nor its parameters.
         self.__dict__.update(_index=index, _layer=layer, _driver=driver)
@@ -102,10 +102,10 @@ def _graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
     node._modules[last] = leaf
 
 
-class View:
+class InterceptedModel:
     """A VLM seen through a driver: run the model whole, or its decoder stack alone."""
 
-    def __init__(self, backbone: Backbone, driver: Driver) -> None:
+    def __init__(self, backbone: Backbone, driver: LayerHandler) -> None:
         family = backbone.family
         root = _twin(backbone.model)
         layers = nn.ModuleList(

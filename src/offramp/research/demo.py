@@ -23,11 +23,17 @@ from offramp.answers import answer_ids
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, Policy, policy_to_json
-from offramp.evaluation.timing import Timing, Way, race, speedup, stock_way
-from offramp.evaluation.timing import own_way as any_way
+from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
+from offramp.evaluation.timing import exit_generate_fn as any_way
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
 from offramp.provenance import provenance
 from offramp.research.scenes.tasks import Task, captions, questions
@@ -49,7 +55,7 @@ class DemoSizes:
     train: int = 1200
     calibration: int = 400
     quality: int = 500
-    race: int = 40
+    timed: int = 40
     rounds: int = 5
     steps: int = 1000
 
@@ -61,7 +67,7 @@ def demo(
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     started = time.perf_counter()
     backbone, processor = load_tiny(kind)
-    encoder = Encoder(backbone, processor)
+    encoder = InputProcessor(backbone, processor)
     log.info(f"tiny-{kind}: {backbone.depth} decoder layers, frozen")
 
     adapter = Adapter(backbone, Exits(backbone, DEPTHS[kind]))
@@ -79,7 +85,7 @@ def demo(
 
     held_out = _examples("calibration", sizes.calibration)
     calibration = calibrate(
-        adapter, encoder, held_out, Policy(exit_in_prefill=True), target=target,
+        adapter, encoder, held_out, ExitPolicy(exit_in_prefill=True), target=target,
         progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
     adapter = calibrated(adapter, calibration, held_out)
@@ -111,7 +117,7 @@ def _examples(split: str, pictures: int) -> list[Example]:
     return captions(split, pictures).examples + questions(split, pictures).examples
 
 
-def _measure(adapter: Adapter, encoder: Encoder, sizes: DemoSizes) -> dict[str, Any]:
+def _measure(adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes) -> dict[str, Any]:
     """Quality over the test pictures and interleaved timing over some of them, for each mode."""
     backbone = adapter.backbone
     tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]
@@ -119,15 +125,15 @@ def _measure(adapter: Adapter, encoder: Encoder, sizes: DemoSizes) -> dict[str, 
     early = answers(adapter, encoder, tasks, adapter.policy)
 
     lossless = replace(adapter.policy, lossless=True)
-    ways: dict[str, Way] = {
-        "generate": stock_way(backbone, **OPTIONS),
-        "full": own_way(adapter, FULL),
-        "early_exit": own_way(adapter, adapter.policy),
-        "lossless": own_way(adapter, lossless),
+    ways: dict[str, GenerateFn] = {
+        "generate": stock_generate_fn(backbone, **OPTIONS),
+        "full": exit_generate_fn(adapter, FULL),
+        "early_exit": exit_generate_fn(adapter, adapter.policy),
+        "lossless": exit_generate_fn(adapter, lossless),
     }
-    timed = _examples("test", sizes.race)
-    timings = race(
-        ways, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("race")
+    timed = _examples("test", sizes.timed)
+    timings = time_interleaved(
+        ways, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
     )
     quality_full = {t.name: _share_right(t, full[t.name], encoder) for t in tasks}
     quality_early = {t.name: _share_right(t, early[t.name], encoder) for t in tasks}
@@ -174,7 +180,7 @@ class Answer:
 
 
 def answers(
-    adapter: Adapter, encoder: Encoder, tasks: Sequence[Task], policy: Policy
+    adapter: Adapter, encoder: InputProcessor, tasks: Sequence[Task], policy: ExitPolicy
 ) -> dict[str, list[Answer]]:
     """Free-running answers of every task's examples, by task."""
     found: dict[str, list[Answer]] = {}
@@ -189,13 +195,13 @@ def answers(
     return found
 
 
-def _share_right(task: Task, answers: Sequence[Answer], encoder: Encoder) -> float:
+def _share_right(task: Task, answers: Sequence[Answer], encoder: InputProcessor) -> float:
     texts = encoder.tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True)
     right = [task.correct(text, e) for text, e in zip(texts, task.examples, strict=True)]
     return sum(right) / len(right)
 
 
-def own_way(adapter: Adapter, policy: Policy) -> Way:
+def exit_generate_fn(adapter: Adapter, policy: ExitPolicy) -> GenerateFn:
     """The adapter's exits by `policy`, with the demo's options."""
     return any_way(adapter.backbone, adapter.exits, policy, adapter.discriminators, **OPTIONS)
 
@@ -220,7 +226,7 @@ def _speedups(timings: Mapping[str, Timing], mode: str) -> dict[str, float]:
 
 
 def _draft_rounds(
-    adapter: Adapter, encoder: Encoder, policy: Policy, examples: Sequence[Example]
+    adapter: Adapter, encoder: InputProcessor, policy: ExitPolicy, examples: Sequence[Example]
 ) -> list[tuple[int, int]]:
     """(drafted, accepted) of every lossless round over `examples`."""
     return [

@@ -17,10 +17,10 @@ from offramp.models.backbone import Backbone
 from offramp.models.discriminator import Verdict, build_discriminators
 from offramp.models.exits import Exits
 from offramp.training.config import TrainConfig
-from offramp.training.losses import ADVERSARIES, LOSSES, Terms, gradient_penalty
+from offramp.training.losses import ADVERSARIES, LOSSES, LossInputs, gradient_penalty
 
 
-class Game:
+class AdversarialObjective:
     """Exits and discriminators on a backbone, both trained in float32, beside any precision."""
 
     def __init__(self, backbone: Backbone, depths: Sequence[int], config: TrainConfig) -> None:
@@ -60,15 +60,15 @@ class Game:
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half):
             return exit_features(self.backbone, self.exits, batch)
 
-    def read(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """Logits [..., S] of final-normed states [..., D]: of the shortlist, or of all tokens."""
-        return self.backbone.read(features, self._head)
+        return self.backbone.logits(features, self._head)
 
-    def look(self, batch: Batch) -> dict[int, Terms]:
+    def loss_inputs(self, batch: Batch) -> dict[int, LossInputs]:
         """Exits and final layer side by side, answer tokens only, by depth."""
         features, keep = self.features(batch), batch.mask
         teacher = batch.teacher[keep]
-        teacher_logits = self.read(teacher)
+        teacher_logits = self.logits(teacher)
         targets = batch.targets[keep]
         labelled = batch.labelled[:, None].expand_as(keep)[keep].float()
         if self._places is not None:
@@ -77,8 +77,8 @@ class Game:
         scene = {}
         for depth, states in features.items():
             kept = states[keep]
-            scene[depth] = Terms(
-                logits=self.read(kept),
+            scene[depth] = LossInputs(
+                logits=self.logits(kept),
                 teacher_logits=teacher_logits,
                 features=kept,
                 teacher_features=teacher,
@@ -91,7 +91,7 @@ class Game:
         return scene
 
     def generator_loss(
-        self, scene: Mapping[int, Terms], step: int
+        self, scene: Mapping[int, LossInputs], step: int
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum over terms and depths at `step`, and each term by itself, unweighted.
 
@@ -108,7 +108,9 @@ class Game:
                 loss = loss + weight * value
         return loss, report
 
-    def discriminator_loss(self, scene: Mapping[int, Terms]) -> tuple[Tensor, dict[str, float]]:
+    def discriminator_loss(
+        self, scene: Mapping[int, LossInputs]
+    ) -> tuple[Tensor, dict[str, float]]:
         """The sum over depths, and each depth's by itself; no gradient reaches the exits."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
@@ -133,11 +135,11 @@ class Game:
 
         The final layer's is over the whole vocabulary, also where the exits have a shortlist.
         """
-        teacher = self.backbone.read(batch.teacher[batch.mask]).argmax(-1)
+        teacher = self.backbone.logits(batch.teacher[batch.mask]).argmax(-1)
         if self._places is not None:
             teacher = self._places[teacher]
         said = [
-            self.read(states[batch.mask]).argmax(-1) for states in self.features(batch).values()
+            self.logits(states[batch.mask]).argmax(-1) for states in self.features(batch).values()
         ]
         return [*(int((tokens == teacher).sum()) for tokens in said), len(teacher)]
 

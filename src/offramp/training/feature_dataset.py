@@ -18,7 +18,7 @@ from tqdm import tqdm
 from offramp.data.example import Example, split_examples
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of, labelled_examples
@@ -33,7 +33,7 @@ Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to val
 class TrainingStates:
     """Of examples, by a configuration, for exits at `depths`. out: the run's folder."""
 
-    encoder: Encoder
+    encoder: InputProcessor
     examples: Sequence[Example]
     config: TrainConfig
     depths: tuple[int, ...]

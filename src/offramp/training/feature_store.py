@@ -14,7 +14,7 @@ from offramp.data.example import examples_digest
 from offramp.engine.teacher_forcing import Answered, Batch, group, record
 from offramp.errors import InputError
 from offramp.models.backbone import dump_fingerprint
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows, write_atomic
 from offramp.training.config import CACHES
 
@@ -24,7 +24,7 @@ class FeatureStore:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: InputProcessor,
         rows: Sequence[Answered],
         depths: Sequence[int],
         *,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.teacher_forcing import Batch
-from offramp.training.adversarial import Game
+from offramp.training.adversarial import AdversarialObjective
 from offramp.training.losses import kl
 
 RIDGE = 0.01  # of the features' mean variance
@@ -24,7 +24,7 @@ RIDGE = 0.01  # of the features' mean variance
 
 @torch.no_grad()
 def start_closest(
-    game: Game,
+    game: AdversarialObjective,
     batches: Sequence[Batch],
     *,
     agreed: Callable[[Tensor], float] = float,
@@ -57,19 +57,23 @@ def start_closest(
     return chosen
 
 
-def _probed(game: Game, learnt: Sequence[Batch], judged: Sequence[Batch]) -> dict[int, Tensor]:
+def _probed(
+    game: AdversarialObjective, learnt: Sequence[Batch], judged: Sequence[Batch]
+) -> dict[int, Tensor]:
     """KL(final || probe) of the exits as they are, by depth: the mean over `judged`'s tokens."""
     (states, final), (others, target) = _features(game, learnt), _features(game, judged)
-    wanted = game.read(target).float()
+    wanted = game.logits(target).float()
     found = {}
     for depth in game.exits.depths:
         probe = linear_probe(states[depth], final)
-        said = game.read(probe(others[depth]).to(target.dtype)).float()
+        said = game.logits(probe(others[depth]).to(target.dtype)).float()
         found[depth] = kl(wanted, said).mean()
     return found
 
 
-def _features(game: Game, batches: Sequence[Batch]) -> tuple[dict[int, Tensor], Tensor]:
+def _features(
+    game: AdversarialObjective, batches: Sequence[Batch]
+) -> tuple[dict[int, Tensor], Tensor]:
     """Features [N, D] of the exits by depth, and of the final layer, at all answer tokens."""
     exits = [game.features(batch) for batch in batches]
     masks = [batch.mask for batch in batches]

@@ -12,14 +12,14 @@ from offramp.answers import self_written
 from offramp.data.example import Example
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
 def answers_of(
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
     config: TrainConfig,
     *,

@@ -1,7 +1,7 @@
 """Losses of exit training, each per token; a batch's loss is the mean over its answer tokens.
 
-A term takes a `Terms` of N answer tokens and returns N values. Pads, prompt and image tokens are
-gone before any of them is called.
+A term takes a `LossInputs` of N answer tokens and returns N values. Pads, prompt and image tokens
+are gone before any of them is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from offramp.models.discriminator import Verdict
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossInputs:
     """N answer tokens as an exit, the final layer and the discriminator between them see them.
 
     logits, teacher_logits: [N, V]. features, teacher_features: final-normed states [N, D].
@@ -58,33 +58,33 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
 
 
-def distillation(t: Terms) -> Tensor:
+def distillation(t: LossInputs) -> Tensor:
     """T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015). Bound: >= 0."""
     teacher, student = (x.float() / t.temperature for x in (t.teacher_logits, t.logits))
     return kl(teacher, student) * t.temperature**2
 
 
-def cross_entropy(t: Terms) -> Tensor:
+def cross_entropy(t: LossInputs) -> Tensor:
     """-log p(target), 0 where nobody wrote the target. Bound: >= 0."""
     return F.cross_entropy(t.logits.float(), t.targets, reduction="none") * t.labelled
 
 
-def l2(t: Terms) -> Tensor:
+def l2(t: LossInputs) -> Tensor:
     """|exit - final|^2 / D of the features (FitNets, Romero et al. 2015). Bound: >= 0."""
     return (t.features.float() - t.teacher_features.float()).square().mean(-1)
 
 
-def cosine(t: Terms) -> Tensor:
+def cosine(t: LossInputs) -> Tensor:
     """1 - cos(exit, final) of the features (as in DistilBERT, Sanh et al. 2019). In [0, 2]."""
     return 1 - F.cosine_similarity(t.features.float(), t.teacher_features.float(), dim=-1)
 
 
-def adversarial(t: Terms) -> Tensor:
+def adversarial(t: LossInputs) -> Tensor:
     """What an exit loses to its discriminator: the generator's side of `ADVERSARIES`."""
     return ADVERSARIES[t.adversary].generator(t)
 
 
-def feature_matching(t: Terms) -> Tensor:
+def feature_matching(t: LossInputs) -> Tensor:
     """|h(exit) - h(final)|^2 / H of the discriminator's hidden features. Bound: >= 0.
 
     Salimans et al. 2016 match the means over a batch, since their samples come without partners;
@@ -93,7 +93,7 @@ def feature_matching(t: Terms) -> Tensor:
     return (t.verdict.hidden - t.teacher_verdict.hidden).square().mean(-1)
 
 
-LOSSES: dict[str, Callable[[Terms], Tensor]] = {
+LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "distillation": distillation,
     "cross_entropy": cross_entropy,
     "l2": l2,
@@ -106,11 +106,11 @@ LOSSES: dict[str, Callable[[Terms], Tensor]] = {
 class Adversary(NamedTuple):
     """What the two players lose, per token [N].
 
-    generator: of `Terms`, whose verdicts it may read. discriminator: of the logits [N] of the
+    generator: of `LossInputs`, whose verdicts it may read. discriminator: of the logits [N] of the
     final layer's features and of the exit's.
     """
 
-    generator: Callable[[Terms], Tensor]
+    generator: Callable[[LossInputs], Tensor]
     discriminator: Callable[[Tensor, Tensor], Tensor]
 
 

@@ -25,16 +25,16 @@ from tqdm import tqdm
 from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone, dump_fingerprint
 from offramp.models.exits import Exits, propose_depths
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Checks, shortlist_of
 from offramp.provenance import provenance
 from offramp.storage import JsonlLog
-from offramp.training.adversarial import Game
+from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
     HISTORY,
     Progress,
@@ -47,7 +47,7 @@ from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores, TrainingStates, progress_bar
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
-from offramp.training.losses import Terms
+from offramp.training.losses import LossInputs
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +101,12 @@ class Trainer:
             )
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
-        self.game = Game(backbone, config.depths or propose_depths(backbone.depth), config)
+        self.game = AdversarialObjective(
+            backbone, config.depths or propose_depths(backbone.depth), config
+        )
         self.exits, self.discriminators = self.game.exits, self.game.discriminators
         self.states = TrainingStates(
-            Encoder(backbone, processor),
+            InputProcessor(backbone, processor),
             self.examples,
             config,
             self.exits.depths,
@@ -200,7 +202,7 @@ class Trainer:
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One generator and one discriminator step; the logged terms by depth."""
         self._set_rate(step)
-        scene = self.game.look(batch)
+        scene = self.game.loss_inputs(batch)
         loss, report = self.game.generator_loss(scene, step)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
@@ -229,7 +231,7 @@ class Trainer:
             )
 
     def _discriminate(
-        self, batch: Batch, scene: Mapping[int, Terms], step: int
+        self, batch: Batch, scene: Mapping[int, LossInputs], step: int
     ) -> dict[str, float]:
         loss, report = self.game.discriminator_loss(scene)
         self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
@@ -329,7 +331,7 @@ class Trainer:
         return Adapter(
             self.backbone,
             exits.with_checks(self.checks),
-            Policy(shortlist=self.checks is not None),
+            ExitPolicy(shortlist=self.checks is not None),
             discriminators=discriminators,
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={

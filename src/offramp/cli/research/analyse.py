@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 def _analyse(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
     from offramp.research.analysis.analyse import AnalysisConfig, analyse
 
     names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
@@ -75,7 +75,7 @@ def _analyse(arguments: argparse.Namespace) -> None:
         backbone = model.backbone
     result = analyse(
         model,
-        Encoder(backbone, processor),
+        InputProcessor(backbone, processor),
         [item.example for item in items],
         config,
         out=arguments.out,

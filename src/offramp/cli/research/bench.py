@@ -130,8 +130,8 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
 def _race(arguments: argparse.Namespace) -> dict[str, Any]:
     """The adapter and its peers."""
     from offramp.data.formats import read_items
-    from offramp.models.input_processor import Encoder
-    from offramp.research.benchmark.peers import race_peers, table
+    from offramp.models.input_processor import InputProcessor
+    from offramp.research.benchmark.peers import table, time_peers
     from offramp.research.scenes.tasks import captions, questions
 
     if arguments.adapter is None:
@@ -144,9 +144,9 @@ def _race(arguments: argparse.Namespace) -> dict[str, Any]:
         examples = captions("test", some).examples + questions("test", some).examples
     else:
         raise InputError("There are no prompts to race on.", "Give --data.")
-    encoder = Encoder(adapter.backbone, processor)
+    encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([example]) for example in examples]
-    peers = race_peers(adapter, inputs, rounds=arguments.rounds, progress=_bar("rounds"))
+    peers = time_peers(adapter, inputs, rounds=arguments.rounds, progress=_bar("rounds"))
     print(table(peers))
     return {"peers": {adapter.backbone.name: peers}}
 
@@ -170,7 +170,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     from PIL import Image
 
     from offramp.data.example import Example
-    from offramp.models.input_processor import Encoder
+    from offramp.models.input_processor import InputProcessor
 
     exits = None
     if arguments.adapter is not None:
@@ -180,7 +180,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         backbone, processor = load_model(arguments)
     prompt = "Question: what is in the picture and what is it doing there? Answer:"
     example = Example(Image.new("RGB", (224, 224), "gray"), prompt, (), "bench")
-    return backbone, Encoder(backbone, processor).prompts([example] * arguments.batch), exits
+    return backbone, InputProcessor(backbone, processor).prompts([example] * arguments.batch), exits
 
 
 def _bar(title: str) -> Any:

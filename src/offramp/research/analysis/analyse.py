@@ -21,14 +21,14 @@ import numpy as np
 from offramp.adapter import Adapter
 from offramp.answers import self_written
 from offramp.calibration.replay import Array, Replay, replay
-from offramp.data.decontamination import check_unseen
+from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.engine.confidence import SCORES
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, check_depths
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.analysis.depth_curves import (
     POSITIONS,
@@ -98,7 +98,7 @@ class AnalysisConfig:
 
 def analyse(
     model: Adapter | Backbone,
-    encoder: Encoder,
+    encoder: InputProcessor,
     examples: Sequence[Example],
     config: AnalysisConfig = AnalysisConfig(),
     *,
@@ -139,7 +139,7 @@ def analyse(
     if not examples:
         raise DataError("There are no examples to analyse.", "Give at least one.")
     if isinstance(model, Adapter) and not allow_seen:
-        check_unseen(
+        check_no_overlap(
             model.seen,
             examples,
             ("train", "calibration"),
@@ -170,7 +170,7 @@ class _Run:
     """One analysis: the examples, and the exits that look at them ("lens", "exits")."""
 
     adapter: Adapter | None
-    encoder: Encoder
+    encoder: InputProcessor
     examples: Sequence[Example]
     config: AnalysisConfig
     sets: Mapping[str, Exits]
@@ -180,7 +180,7 @@ class _Run:
     def of(
         cls,
         model: Adapter | Backbone,
-        encoder: Encoder,
+        encoder: InputProcessor,
         examples: Sequence[Example],
         config: AnalysisConfig,
         progress: Any,
@@ -264,7 +264,9 @@ def _pictures(examples: Sequence[Example]) -> list[str]:
     return [example.group or example.key for example in examples]
 
 
-def _needed(own: Mapping[str, Replay], encoder: Encoder, token_class: TokenClass) -> dict[str, Any]:
+def _needed(
+    own: Mapping[str, Replay], encoder: InputProcessor, token_class: TokenClass
+) -> dict[str, Any]:
     """How deep the tokens of the model's own answers need to go, by kind of token."""
     targets = own["lens"].targets
     texts, classes = _classes(targets, encoder, token_class)
@@ -289,7 +291,9 @@ def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
     return tuple(sorted({round(d) for d in spread.tolist()}))
 
 
-def _classes(targets: Array, encoder: Encoder, token_class: TokenClass) -> tuple[Array, Array]:
+def _classes(
+    targets: Array, encoder: InputProcessor, token_class: TokenClass
+) -> tuple[Array, Array]:
     """The text and the class of each token [N, A]; "" where there is none, "end" for the end."""
     times = Counter(targets[targets >= 0].tolist())
     texts, classes = {-1: "", encoder.eos: "end"}, {-1: "", encoder.eos: "end"}

@@ -15,12 +15,12 @@ from torch import nn
 from offramp.calibration.replay import Array
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import check_known
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.metrics import exact_match, vqa_accuracy
 from offramp.models.exits import Exits
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.research.analysis.depth_curves import Bootstrap, dip
 
 _LONG = 5  # words
@@ -67,7 +67,7 @@ class FreeRunning:
     quality: judges answers to the examples that have references. options: of generation.
     """
 
-    encoder: Encoder
+    encoder: InputProcessor
     examples: Sequence[Example]
     full: Sequence[list[int]]
     quality: Metric
@@ -81,7 +81,7 @@ class FreeRunning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "labelled", [e for e in self.examples if e.answers])
 
-    def decode(self, exits: Exits, policy: Policy) -> tuple[list[list[int]], float]:
+    def decode(self, exits: Exits, policy: ExitPolicy) -> tuple[list[list[int]], float]:
         """Greedy ids of every example, and the mean depth of their tokens."""
         found, depths = [], []
         for start in self.progress(range(0, len(self.examples), self.batch_size)):
@@ -104,7 +104,7 @@ class FreeRunning:
         """`identical` and, with references, `quality` by depth, the full depth last."""
         # A threshold of 0: every token leaves, the first one too where the prompt allows it.
         answers: dict[int, Sequence[list[int]]] = {
-            d: self.decode(exits, Policy({d: 0.0}, exit_in_prefill=True))[0] for d in depths
+            d: self.decode(exits, ExitPolicy({d: 0.0}, exit_in_prefill=True))[0] for d in depths
         }
         answers[self.encoder.backbone.depth] = self.full
         found = {}

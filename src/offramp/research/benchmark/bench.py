@@ -19,7 +19,7 @@ from offramp.calibration.cost_model import Costs, best_draft, rounds_seconds, to
 from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.engine.generate import generate
 from offramp.errors import InputError, did_you_mean
-from offramp.evaluation.timing import own_way, race, speedup, stock_way
+from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_fn, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, check_depths
 from offramp.models.shortlist import Checks
@@ -30,7 +30,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "propagate": {"kv": "propagate"},
     "lossless": {"lossless": True},
 }
-"""What can be forced, and what it is to `Policy`."""
+"""What can be forced, and what it is to `ExitPolicy`."""
 
 RATES = (0.5, 0.75, 0.9)
 
@@ -106,9 +106,12 @@ def bench(
     runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     for runner in runners.values():
         runner.plan(reference, independent, seed)
-    ways = {"generate": stock_way(backbone, **greedy), "full": own_way(backbone, **greedy)}
+    ways = {
+        "generate": stock_generate_fn(backbone, **greedy),
+        "full": exit_generate_fn(backbone, **greedy),
+    }
     ways |= {name: runner.run for name, runner in runners.items()}
-    timings = race(ways, [inputs], rounds=rounds, progress=progress)
+    timings = time_interleaved(ways, [inputs], rounds=rounds, progress=progress)
 
     def ratio(slow: str, fast: str) -> float:
         return speedup(timings[slow].decode, timings[fast].decode)
@@ -225,7 +228,7 @@ class _Runner:
         self._leave = torch.cat([torch.zeros(1, self._rows, dtype=torch.bool), leave])
 
     def run(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        """The `Way` of `race`."""
+        """The `GenerateFn` of `race`."""
         script = Script(self._leave, says=self._says, score=self._score)
         found = generate_forced(
             self._backbone, inputs, self._exits, script, 1 + self._tokens,

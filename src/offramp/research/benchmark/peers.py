@@ -18,9 +18,16 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import Policy
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
-from offramp.evaluation.timing import Timing, Way, own_way, race, speedup, stock_way
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
 from offramp.models.exits import Exits
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "num_beams": 1}
@@ -36,12 +43,12 @@ class Peer:
     bursts: its first round writes several tokens, so the end of the prefill does not show.
     """
 
-    ways: Mapping[str, Way] = field(default_factory=dict)
+    ways: Mapping[str, GenerateFn] = field(default_factory=dict)
     reason: str | None = None
     bursts: bool = False
 
 
-def race_peers(
+def time_peers(
     adapter: Adapter,
     inputs: Sequence[Mapping[str, Any]],
     *,
@@ -69,7 +76,7 @@ def race_peers(
         )
     peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
     found: dict[str, dict[str, Any]] = {}
-    ways: dict[str, Way] = {}
+    ways: dict[str, GenerateFn] = {}
     settings: dict[str, str] = {}
     for name, peer in peers.items():
         with _settings_kept(adapter.backbone.model):
@@ -79,7 +86,7 @@ def race_peers(
             continue
         settings[name] = _fastest(peer.ways, inputs[:TUNING])
         ways[name] = peer.ways[settings[name]]
-    timings = race(ways, inputs, rounds=rounds, progress=progress)
+    timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
     bursting = [name for name in ways if peers[name].bursts]
     speeds = _speeds(timings, bursting)
     return {
@@ -92,15 +99,17 @@ def _peers(
     adapter: Adapter, some: Sequence[Mapping[str, Any]], draft: Any, options: dict[str, Any]
 ) -> dict[str, Peer]:
     backbone, exits = adapter.backbone, adapter.exits
-    stock = partial(stock_way, backbone, **options)
+    stock = partial(stock_generate_fn, backbone, **options)
     depth = min(adapter.policy.thresholds)
     same_depth = _mean_depth(adapter, some, options)
     lens = Exits(backbone, (same_depth,), lens=True)
-    cut = Policy({same_depth: 0.0}, exit_in_prefill=True)
-    drafting = {t: Policy(dict.fromkeys(exits.depths, t), lossless=True) for t in DRAFT_THRESHOLDS}
+    cut = ExitPolicy({same_depth: 0.0}, exit_in_prefill=True)
+    drafting = {
+        t: ExitPolicy(dict.fromkeys(exits.depths, t), lossless=True) for t in DRAFT_THRESHOLDS
+    }
     none = "No smaller model with this vocabulary was given."
     return {
-        "full": Peer({"": own_way(backbone, **options)}),
+        "full": Peer({"": exit_generate_fn(backbone, **options)}),
         "generate": Peer({"": stock()}),
         "assistant_early_exit": Peer(
             {f"depth {depth}": stock(assistant_early_exit=depth)}, bursts=True
@@ -111,12 +120,21 @@ def _peers(
         "assisted": Peer(reason=none)
         if draft is None
         else Peer({"": stock(assistant_model=draft)}, bursts=True),
-        "truncation": Peer({f"depth {same_depth}": own_way(backbone, lens, cut, **options)}),
+        "truncation": Peer(
+            {f"depth {same_depth}": exit_generate_fn(backbone, lens, cut, **options)}
+        ),
         "early_exit": Peer(
-            {"": own_way(backbone, exits, adapter.policy, adapter.discriminators, **options)}
+            {
+                "": exit_generate_fn(
+                    backbone, exits, adapter.policy, adapter.discriminators, **options
+                )
+            }
         ),
         "lossless": Peer(
-            {f"threshold {t}": own_way(backbone, exits, p, **options) for t, p in drafting.items()}
+            {
+                f"threshold {t}": exit_generate_fn(backbone, exits, p, **options)
+                for t, p in drafting.items()
+            }
         ),
     }
 
@@ -155,11 +173,11 @@ def _settings_kept(model: Any) -> Iterator[None]:
             config.__dict__.update(before)
 
 
-def _fastest(ways: Mapping[str, Way], some: Sequence[Mapping[str, Any]]) -> str:
+def _fastest(ways: Mapping[str, GenerateFn], some: Sequence[Mapping[str, Any]]) -> str:
     """The setting that takes least time in all; where there is one, that."""
     if len(ways) == 1:
         return next(iter(ways))
-    timings = race(ways, some, rounds=3)
+    timings = time_interleaved(ways, some, rounds=3)
     return min(timings, key=lambda name: median(timings[name].seconds))
 
 

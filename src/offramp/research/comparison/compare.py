@@ -29,16 +29,16 @@ from transformers import StoppingCriteriaList
 from offramp.adapter import Adapter
 from offramp.answers import Answer, answer_ids
 from offramp.calibration.risk_functions import Quality
-from offramp.data.decontamination import check_unseen, picture_digests
+from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest, picture_of
 from offramp.engine.confidence import STREAKS
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, Generation, Policy
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
-from offramp.evaluation.timing import Timing, Way, race, speedup
+from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
 from offramp.models.backbone import Backbone, dump_fingerprint
 from offramp.models.exits import Exits, propose_depths
-from offramp.models.input_processor import Encoder
+from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.comparison.equal_quality import Each, drawn, equal_quality
 from offramp.research.comparison.methods import (
@@ -70,8 +70,8 @@ def compare(
     """Train every objective, measure every point, and write compare.json and compare.svg in `out`.
 
     Run again with the same arguments, it goes on where it stopped; with other objectives, policies,
-    more seeds or another race, what is there is not trained or judged again, but all points race
-    anew.
+    more seeds or another timing, what is there is not trained or judged again, but all points
+    are timed anew.
 
     train, test: of different pictures.
     quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
@@ -91,7 +91,9 @@ def compare(
     if not train or not test:
         raise DataError("There are no examples to compare on.", "Give some to train and to test.")
     used = {"train": sorted(picture_digests(train))}
-    check_unseen(used, test, ("train",), "Split by picture: offramp.data.example.split_examples.")
+    check_no_overlap(
+        used, test, ("train",), "Split by picture: offramp.data.example.split_examples."
+    )
     bench = _Bench(backbone, processor, train, test, Path(out), plan, quality)
     points, each = bench.measured(bench.entries())
     found = {
@@ -119,7 +121,7 @@ class _Entry:
     objective: str
     policy: str
     adapter: Adapter
-    rule: Policy
+    rule: ExitPolicy
 
     @property
     def name(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class _Bench:
     ) -> None:
         self.backbone, self.processor, self.out, self.plan = backbone, processor, out, plan
         self.train, self.test, self.quality = list(train), list(test), quality
-        self.encoder = Encoder(backbone, processor)
+        self.encoder = InputProcessor(backbone, processor)
         self._labelled = all(example.answers for example in self.train)
         self._stores: dict[Any, Stores] = {}
         self._adapters: dict[Any, Adapter] = {}
@@ -214,7 +216,7 @@ class _Bench:
             self._adapters[key] = self._trained(*key)
         adapter = self._adapters[key]
         shortlist = adapter.policy.shortlist
-        rule = Policy(score=POLICIES[policy], exit_in_prefill=True, shortlist=shortlist)
+        rule = ExitPolicy(score=POLICIES[policy], exit_in_prefill=True, shortlist=shortlist)
         if policy in FIXED:
             rules = [replace(rule, thresholds={d: 0.0}) for d in depths]
         else:
@@ -226,7 +228,7 @@ class _Bench:
             rules = [replace(rule, thresholds=dict.fromkeys(depths, t)) for t in levels]
         return [_Entry(seed, objective, policy, adapter, r) for r in rules]
 
-    def _levels(self, adapter: Adapter, rule: Policy) -> list[float]:
+    def _levels(self, adapter: Adapter, rule: ExitPolicy) -> list[float]:
         """Thresholds that spread what leaves: quantiles of scores, or the steps of an
         agreement."""
         depths = adapter.exits.depths
@@ -306,7 +308,7 @@ class _Bench:
         return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
 
     def _answers(
-        self, adapter: Adapter | None, rule: Policy, batches: Iterable[Mapping[str, Any]]
+        self, adapter: Adapter | None, rule: ExitPolicy, batches: Iterable[Mapping[str, Any]]
     ) -> tuple[list[Answer], list[int]]:
         """Answers to some batches, and the depths of all their tokens."""
         answers: list[Answer] = []
@@ -324,8 +326,8 @@ class _Bench:
         return self.test[:: max(1, len(self.test) // n)][:n]
 
     def _generate(
-        self, adapter: Adapter | None, rule: Policy, inputs: Mapping[str, Any], **more: Any
-    ) -> Generation:
+        self, adapter: Adapter | None, rule: ExitPolicy, inputs: Mapping[str, Any], **more: Any
+    ) -> GenerationOutput:
         """By an adapter's exits, or without any."""
         options = {"max_new_tokens": self.plan.max_new_tokens, "do_sample": False, **more}
         if adapter is None:
@@ -339,14 +341,14 @@ class _Bench:
         work on it race as one: it says nothing about them that the machine was slower for one.
         """
         ran = {key: Timing() for key in ("full", *entries)}
-        for example in _bar("race")(self._some(self.plan.timed)):
+        for example in _bar("timing")(self._some(self.plan.timed)):
             inputs = self.encoder.prompts([example])
-            ways: dict[str, Way] = {"full": partial(self._way, None, FULL)}
+            ways: dict[str, GenerateFn] = {"full": partial(self._way, None, FULL)}
             works = {"full": "full"}
             for key, entry in entries.items():
                 works[key] = self._work(entry, inputs)
                 ways.setdefault(works[key], partial(self._way, entry.adapter, entry.rule))
-            timings = race(ways, [inputs], rounds=self.plan.rounds)
+            timings = time_interleaved(ways, [inputs], rounds=self.plan.rounds)
             for key, work in works.items():
                 ran[key] = ran[key] + timings[work]
         full = ran["full"]
@@ -371,7 +373,7 @@ class _Bench:
     def _way(
         self,
         adapter: Adapter | None,
-        rule: Policy,
+        rule: ExitPolicy,
         inputs: Mapping[str, Any],
         stop: StoppingCriteriaList,
     ) -> Tensor:
@@ -387,7 +389,7 @@ class _Inputs:
     """Batches of examples, encoded when they come up; the first ones, within `room`, are kept."""
 
     def __init__(
-        self, encoder: Encoder, examples: Sequence[Example], size: int, room: int = 1 << 30
+        self, encoder: InputProcessor, examples: Sequence[Example], size: int, room: int = 1 << 30
     ) -> None:
         """room: bytes."""
         self._encoder, self._room = encoder, room

@@ -189,7 +189,7 @@ def tradeoff(
 def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Decoding speed of every peer that ran, a bar for each backbone.
 
-    peers: by backbone what `offramp.research.benchmark.peers.race_peers` found.
+    peers: by backbone what `offramp.research.benchmark.peers.time_peers` found.
     """
     ran = {
         backbone: {name: p["speedup_decode"] for name, p in found.items() if "speedup_decode" in p}
