@@ -2,18 +2,14 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from offramp import storage as records
+from offramp import storage
 from offramp.errors import DataError, InputError, StorageError
 
 
@@ -36,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_text_is_written_as_utf_8_into_folders_that_are_made(tmp_path: Path) -> None:
-    records.write_atomic(tmp_path / "a" / "b" / "note.txt", "naïve café")
+    storage.write_atomic(tmp_path / "a" / "b" / "note.txt", "naïve café")
     assert (tmp_path / "a" / "b" / "note.txt").read_bytes() == "naïve café".encode()
 
 
@@ -44,7 +40,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     path = tmp_path / "report.json"
     path.write_text("old")
     with disk_with_room_for(1000), pytest.raises(StorageError, match=r"report\.json"):
-        records.write_atomic(path, b"x" * 5000)
+        storage.write_atomic(path, b"x" * 5000)
     assert (path.read_text(), names(tmp_path)) == ("old", ["report.json"])
 
 
@@ -52,7 +48,7 @@ def test_who_reads_while_a_file_is_replaced_reads_the_old_one_whole(tmp_path: Pa
     path = tmp_path / "report.json"
     path.write_text("old")
     with open(path) as reader:
-        records.write_atomic(path, "new content")
+        storage.write_atomic(path, "new content")
         assert (reader.read(), path.read_text()) == ("old", "new content")
 
 
@@ -66,25 +62,25 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        records.write_atomic(path, "new")
+        storage.write_atomic(path, "new")
     assert (path.read_text(), names(tmp_path)) == ("old", ["report.json"])
 
 
 def test_a_folder_in_the_place_of_a_parent_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
-        records.write_atomic(tmp_path / "file" / "report.json", "new")
+        storage.write_atomic(tmp_path / "file" / "report.json", "new")
 
 
 def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    records.write_atomic(tmp_path / "atomic", "")
+    storage.write_atomic(tmp_path / "atomic", "")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_link_still_leads_to_the_file_that_was_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    records.write_atomic(tmp_path / "link", "new")
+    storage.write_atomic(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
 
 
@@ -92,14 +88,14 @@ def test_a_link_still_leads_to_the_file_that_was_written(tmp_path: Path) -> None
 
 
 def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    with records.atomic_folder(tmp_path / "exits") as staging:
+    with storage.atomic_folder(tmp_path / "exits") as staging:
         (staging / "a.json").write_text("1")
         assert not (tmp_path / "exits").exists()
     assert names(tmp_path) == ["exits"] and names(tmp_path / "exits") == ["a.json"]
 
 
 def test_an_error_inside_the_block_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), records.atomic_folder(tmp_path / "exits") as staging:
+    with pytest.raises(ZeroDivisionError), storage.atomic_folder(tmp_path / "exits") as staging:
         (staging / "a.json").write_text("1")
         _ = 1 / 0
     assert names(tmp_path) == []
@@ -108,7 +104,7 @@ def test_an_error_inside_the_block_leaves_no_folder(tmp_path: Path) -> None:
 def test_other_files_of_an_existing_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "a.json").write_text("old")
-    with records.atomic_folder(tmp_path) as staging:
+    with storage.atomic_folder(tmp_path) as staging:
         (staging / "a.json").write_text("new")
         (staging / "deep").mkdir()
         (staging / "deep" / "b.json").write_text("2")
@@ -125,7 +121,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path: Path) -> None:
     with (
         disk_with_room_for(1000),
         pytest.raises(StorageError),
-        records.atomic_folder(target) as staging,
+        storage.atomic_folder(target) as staging,
     ):
         (staging / "a.bin").write_text("new a")
         (staging / "b.bin").write_bytes(b"x" * 5000)
@@ -138,8 +134,8 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path: Path) -> None:
 
 def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
     value = {"caption": "ein Hündchen", "depths": [1, 2], "score": 0.5, "split": None}
-    records.write_json(tmp_path / "v.json", value)
-    assert records.read_json(tmp_path / "v.json") == value
+    storage.write_json(tmp_path / "v.json", value)
+    assert storage.read_json(tmp_path / "v.json") == value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), Path("x"), "\ud800"])
@@ -149,7 +145,7 @@ def test_what_is_not_json_is_refused_before_the_old_file_is_touched(
     path = tmp_path / "v.json"
     path.write_text("{}")
     with pytest.raises(InputError):
-        records.write_json(path, {"value": value})
+        storage.write_json(path, {"value": value})
     assert path.read_text() == "{}"
 
 
@@ -157,123 +153,89 @@ def test_what_is_not_json_is_refused_before_the_old_file_is_touched(
 def test_invalid_json_is_a_data_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(DataError, match=r"v\.json"):
-        records.read_json(tmp_path / "v.json")
+        storage.read_json(tmp_path / "v.json")
 
 
 def test_a_missing_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"v\.json"):
-        records.read_json(tmp_path / "v.json")
+        storage.read_json(tmp_path / "v.json")
 
 
 # JsonlLog
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_appended(tmp_path: Path) -> None:
-    with records.JsonlLog(tmp_path / "log.jsonl") as log:
+    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
         for step in range(3):
             log.append({"step": step})
-            assert records.JsonlLog.read(log.path)[-1] == {"step": step}
+            assert storage.JsonlLog.read(log.path)[-1] == {"step": step}
 
 
 def test_a_log_that_is_opened_again_goes_on(tmp_path: Path) -> None:
     for step in range(3):
-        with records.JsonlLog(tmp_path / "log.jsonl") as log:
+        with storage.JsonlLog(tmp_path / "log.jsonl") as log:
             log.append({"step": step})
-    assert [row["step"] for row in records.JsonlLog.read(log.path)] == [0, 1, 2]
+    assert [row["step"] for row in storage.JsonlLog.read(log.path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("tail", ['{"step": 1', '{"step": 1}x', "12"])
 def test_a_torn_last_line_costs_only_itself(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n' + tail)
-    assert records.JsonlLog.read(path) == [{"step": 0}]
-    with records.JsonlLog(path) as log:
+    assert storage.JsonlLog.read(path) == [{"step": 0}]
+    with storage.JsonlLog(path) as log:
         log.append({"step": 2})
-    assert records.JsonlLog.read(path) == [{"step": 0}, {"step": 2}]
+    assert storage.JsonlLog.read(path) == [{"step": 0}, {"step": 2}]
 
 
 def test_a_whole_last_line_without_its_newline_counts(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}')
-    with records.JsonlLog(path) as log:
+    with storage.JsonlLog(path) as log:
         log.append({"step": 2})
-    assert [row["step"] for row in records.JsonlLog.read(path)] == [0, 1, 2]
+    assert [row["step"] for row in storage.JsonlLog.read(path)] == [0, 1, 2]
 
 
 def test_a_damaged_line_in_the_middle_is_reported_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):
-        records.JsonlLog.read(path)
+        storage.JsonlLog.read(path)
 
 
 def test_a_full_disk_costs_only_the_row_that_did_not_fit(tmp_path: Path) -> None:
-    with records.JsonlLog(tmp_path / "log.jsonl") as log:
+    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
         log.append({"step": 0})
         with disk_with_room_for(100), pytest.raises(StorageError):
             log.append({"text": "x" * 500})
         log.append({"step": 2})
-    assert records.JsonlLog.read(log.path) == [{"step": 0}, {"step": 2}]
+    assert storage.JsonlLog.read(log.path) == [{"step": 0}, {"step": 2}]
 
 
 def test_a_row_with_nan_is_refused_and_not_written(tmp_path: Path) -> None:
-    with records.JsonlLog(tmp_path / "log.jsonl") as log:
+    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
         with pytest.raises(InputError):
             log.append({"loss": float("nan")})
         assert log.path.read_bytes() == b""
 
 
-# Digests and provenance
+# Digests
 
 
 def test_digest_file_is_the_sha_256_of_its_content(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"content")
-    assert records.digest_file(tmp_path / "f") == hashlib.sha256(b"content").hexdigest()
+    assert storage.digest_file(tmp_path / "f") == hashlib.sha256(b"content").hexdigest()
 
 
 def test_digest_rows_is_the_same_on_every_machine_and_version() -> None:
     compact = b'{"a":[1,2.5,"\\u00e9"],"b":null}\n[]\n'
     rows = [{"b": None, "a": (1, 2.5, "é")}, []]
-    assert records.digest_rows(rows) == hashlib.sha256(compact).hexdigest()
+    assert storage.digest_rows(rows) == hashlib.sha256(compact).hexdigest()
 
 
 def test_digest_rows_sees_the_order_of_rows() -> None:
-    assert records.digest_rows([1, 2]) != records.digest_rows([2, 1])
+    assert storage.digest_rows([1, 2]) != storage.digest_rows([2, 1])
 
 
 def test_digest_rows_sees_where_a_row_ends() -> None:
-    assert len({records.digest_rows(rows) for rows in ([12], [1, 2], ["1\n2"], [])}) == 4
-
-
-def test_provenance_is_json_with_a_date_in_utc() -> None:
-    entry = json.loads(json.dumps(records.provenance(7, ["offramp", "train", "a b"], "f00")))
-    assert (entry["seed"], entry["command"], entry["data_digest"]) == (
-        7,
-        "offramp train 'a b'",
-        "f00",
-    )
-    age = datetime.now(UTC) - datetime.fromisoformat(entry["date"])
-    assert timedelta(seconds=-1) <= age < timedelta(minutes=1)
-
-
-def test_provenance_names_the_versions_that_ran() -> None:
-    import torch
-    import transformers
-
-    import offramp
-
-    versions = records.provenance(None, "offramp demo", None)["versions"]
-    assert versions["offramp"] == offramp.__version__
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert versions["transformers"] == transformers.__version__
-    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-
-
-def test_data_and_records_do_not_wait_for_torch() -> None:
-    code = "import sys, offramp.data, offramp.storage; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_command_is_shown_by_name_not_by_where_it_lies() -> None:
-    shown = records.provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
-    assert shown["command"] == "offramp train --out 'my exits'"
+    assert len({storage.digest_rows(rows) for rows in ([12], [1, 2], ["1\n2"], [])}) == 4

@@ -17,11 +17,11 @@ from offramp.calibration import draft_thresholds as drafts
 from offramp.research.scenes import world
 from offramp.save_and_load import CONFIG
 
-ModelRunner = Any
+RunCommand = Any
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> ModelRunner:
+def run(capsys: pytest.CaptureFixture[str]) -> RunCommand:
     """Run the command line; returns (exit code, stdout, stderr)."""
 
     def command(*arguments: Any) -> tuple[int, str, str]:
@@ -97,16 +97,8 @@ def test_every_command_is_there_and_its_help_shows_it_at_work(
     assert f"example:\n  offramp {command}" in capsys.readouterr().out
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from offramp.cli import _parser; _parser(); print('torch' in sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert shown.strip() == "False"
-
-
 def test_training_tells_its_agreement_by_depth_on_stdout(
-    run: ModelRunner, photos: Path, tmp_path: Path
+    run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
     code, out, _ = run("train", *TRAIN, "--data", photos / "rows.jsonl", "--out", tmp_path / "x")
     assert code == 0
@@ -115,7 +107,7 @@ def test_training_tells_its_agreement_by_depth_on_stdout(
 
 
 def test_generate_as_json_tells_the_depth_of_every_token(
-    run: ModelRunner, trained: Path, photos: Path
+    run: RunCommand, trained: Path, photos: Path
 ) -> None:
     arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", photos / "1.png")
     code, out, _ = run(*arguments, "--threshold", 0.5, "--json")
@@ -128,7 +120,7 @@ def test_generate_as_json_tells_the_depth_of_every_token(
         assert row["mean_depth"] == pytest.approx(sum(depths) / len(depths))
 
 
-def test_full_mode_runs_every_layer(run: ModelRunner, trained: Path, photos: Path) -> None:
+def test_full_mode_runs_every_layer(run: RunCommand, trained: Path, photos: Path) -> None:
     arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", "--json")
     _, out, _ = run(*arguments, "--mode", "full", "--threshold", 0)
     row = json.loads(out)
@@ -136,7 +128,7 @@ def test_full_mode_runs_every_layer(run: ModelRunner, trained: Path, photos: Pat
 
 
 def test_lossless_mode_answers_as_full_mode_does(
-    run: ModelRunner, trained: Path, photos: Path
+    run: RunCommand, trained: Path, photos: Path
 ) -> None:
     arguments = ("generate", "--adapter", trained, "--image", photos / "0.png", "--json")
     _, full, _ = run(*arguments, "--mode", "full")
@@ -146,7 +138,7 @@ def test_lossless_mode_answers_as_full_mode_does(
 
 
 def test_drafts_are_chosen_stored_and_drafted_by(
-    run: ModelRunner, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunCommand, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = drafts.Drafting({5: 0.0}, 1.7)
     monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [fast])
@@ -161,7 +153,7 @@ def test_drafts_are_chosen_stored_and_drafted_by(
 
 
 def test_drafts_that_do_not_pay_are_not_stored(
-    run: ModelRunner, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunCommand, adapter: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [drafts.Drafting({5: 0.0}, 0.9)])
     before = (adapter / "adapter.json").read_bytes()
@@ -170,13 +162,13 @@ def test_drafts_that_do_not_pay_are_not_stored(
     assert (adapter / "adapter.json").read_bytes() == before
 
 
-def test_a_race_of_no_rounds_is_refused(run: ModelRunner, adapter: Path, photos: Path) -> None:
+def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: Path) -> None:
     arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--rounds", 0)
     assert_two_lines(run(*arguments), "0 rounds")
 
 
 def test_generate_without_json_shows_each_word_with_its_depth(
-    run: ModelRunner, trained: Path, photos: Path
+    run: RunCommand, trained: Path, photos: Path
 ) -> None:
     arguments = ("generate", "--adapter", trained, "--image", photos / "0.png")
     _, out, _ = run(*arguments, "--threshold", 0)
@@ -184,7 +176,7 @@ def test_generate_without_json_shows_each_word_with_its_depth(
     assert all(word.rsplit("/", 1)[1].isdigit() for word in words)
 
 
-def test_inspecting_a_backbone_proposes_depths_it_has(run: ModelRunner) -> None:
+def test_inspecting_a_backbone_proposes_depths_it_has(run: RunCommand) -> None:
     code, out, _ = run("inspect", "tiny-t5", "--json")
     found = json.loads(out)
     assert code == 0
@@ -192,7 +184,7 @@ def test_inspecting_a_backbone_proposes_depths_it_has(run: ModelRunner) -> None:
         assert all(1 <= depth < found["layers"] for depth in depths)
 
 
-def test_inspecting_an_adapter_shows_where_it_comes_from(run: ModelRunner, trained: Path) -> None:
+def test_inspecting_an_adapter_shows_where_it_comes_from(run: RunCommand, trained: Path) -> None:
     code, out, _ = run("inspect", trained, "--json")
     found = json.loads(out)
     assert code == 0
@@ -201,7 +193,7 @@ def test_inspecting_an_adapter_shows_where_it_comes_from(run: ModelRunner, train
 
 
 def test_a_finished_run_resumes_to_the_same_adapter(
-    run: ModelRunner, adapter: Path, photos: Path
+    run: RunCommand, adapter: Path, photos: Path
 ) -> None:
     before = (adapter / "exits.safetensors").read_bytes()
     data = photos / "rows.jsonl"
@@ -256,7 +248,7 @@ def unlabelled(held_out: Path) -> Path:
 
 
 def test_thresholds_need_no_labels_where_the_risk_reads_none(
-    run: ModelRunner, adapter: Path, unlabelled: Path
+    run: RunCommand, adapter: Path, unlabelled: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", unlabelled, "--json")
     code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5)
@@ -264,7 +256,7 @@ def test_thresholds_need_no_labels_where_the_risk_reads_none(
     assert_two_lines(run(*asked, "--risk", "rouge_l_drop"), "answer")
 
 
-def test_an_analysis_needs_no_labels(run: ModelRunner, unlabelled: Path, tmp_path: Path) -> None:
+def test_an_analysis_needs_no_labels(run: RunCommand, unlabelled: Path, tmp_path: Path) -> None:
     code, out, _ = run("analyse", "--backbone", "tiny-opt", "--data", unlabelled, "--decode-depths",
                        "2", "--out", tmp_path)  # fmt: skip
     assert code == 0 and "accuracy" not in json.loads(out)["teacher_forced"]["lens"]
@@ -272,7 +264,7 @@ def test_an_analysis_needs_no_labels(run: ModelRunner, unlabelled: Path, tmp_pat
 
 @pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])
 def test_two_jsonl_files_are_refused_rather_than_one_left_out(
-    run: ModelRunner, command: str, adapter: Path, held_out: Path, unlabelled: Path, tmp_path: Path
+    run: RunCommand, command: str, adapter: Path, held_out: Path, unlabelled: Path, tmp_path: Path
 ) -> None:
     what = ("--backbone", "tiny-opt") if command == "train" else ("--adapter", adapter)
     assert_two_lines(
@@ -281,7 +273,7 @@ def test_two_jsonl_files_are_refused_rather_than_one_left_out(
 
 
 def test_calibrate_stores_its_promise_in_the_adapter(
-    run: ModelRunner, adapter: Path, held_out: Path
+    run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--exit-in-prefill")
     code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--risk", "rouge_l_drop")
@@ -293,7 +285,7 @@ def test_calibrate_stores_its_promise_in_the_adapter(
 
 
 def test_calibrate_tells_how_many_answers_would_be_needed(
-    run: ModelRunner, adapter: Path, held_out: Path
+    run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     code, out, _ = run("calibrate", "--adapter", adapter, "--data", held_out, "--score", "margin")
     assert code == 0
@@ -304,63 +296,61 @@ def test_calibrate_tells_how_many_answers_would_be_needed(
 # -- bad input -----------------------------------------------------------------------------------
 
 
-def train_on(run: ModelRunner, data: Path, out: Path, *more: Any) -> tuple[int, str, str]:
+def train_on(run: RunCommand, data: Path, out: Path, *more: Any) -> tuple[int, str, str]:
     return run("train", *TRAIN, "--data", data, "--out", out, *more)  # type: ignore[no-any-return]
 
 
-def test_a_corrupt_image_is_named(run: ModelRunner, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_named(run: RunCommand, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     data = write_rows(tmp_path / "rows.jsonl", [{"image": "bad.png", "captions": ["a"]}] * 2)
     assert_two_lines(train_on(run, data, tmp_path / "out"), "bad.png")
 
 
-def test_a_truncated_image_is_named(run: ModelRunner, photos: Path, tmp_path: Path) -> None:
+def test_a_truncated_image_is_named(run: RunCommand, photos: Path, tmp_path: Path) -> None:
     whole = (photos / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     data = write_rows(tmp_path / "rows.jsonl", [{"image": "cut.png", "captions": ["a"]}] * 2)
     assert_two_lines(train_on(run, data, tmp_path / "out"), "cut.png")
 
 
-def test_a_missing_image_is_named(run: ModelRunner, tmp_path: Path) -> None:
+def test_a_missing_image_is_named(run: RunCommand, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"image": "gone.png", "captions": ["a"]}])
     assert_two_lines(train_on(run, data, tmp_path / "out"), "gone.png")
 
 
-def test_a_missing_data_file_is_named(run: ModelRunner, tmp_path: Path) -> None:
+def test_a_missing_data_file_is_named(run: RunCommand, tmp_path: Path) -> None:
     assert_two_lines(train_on(run, tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl")
 
 
 def test_a_row_without_an_answer_is_refused_where_labels_are_needed(
-    run: ModelRunner, photos: Path, tmp_path: Path
+    run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"image": str(photos / "0.png")}])
     found = train_on(run, data, tmp_path / "out", "--regime", "supervised")
     assert_two_lines(found, "rows.jsonl", "1")
 
 
-def test_an_empty_data_set_is_refused(run: ModelRunner, tmp_path: Path) -> None:
+def test_an_empty_data_set_is_refused(run: RunCommand, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     assert_two_lines(train_on(run, tmp_path / "rows.jsonl", tmp_path / "out"), "rows.jsonl")
 
 
 @pytest.mark.parametrize("depths", ["0", "12", "3,3", "99"])
 def test_depths_that_do_not_fit_are_refused(
-    run: ModelRunner, photos: Path, tmp_path: Path, depths: str
+    run: RunCommand, photos: Path, tmp_path: Path, depths: str
 ) -> None:
     found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--depths", depths)
     assert_two_lines(found, "depth")
 
 
 def test_a_training_option_out_of_range_is_refused(
-    run: ModelRunner, photos: Path, tmp_path: Path
+    run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
     found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--temperature", 0)
     assert_two_lines(found, "temperature")
 
 
-def generate_with(
-    run: ModelRunner, adapter: Path, photos: Path, *more: Any
-) -> tuple[int, str, str]:
+def generate_with(run: RunCommand, adapter: Path, photos: Path, *more: Any) -> tuple[int, str, str]:
     return run("generate", "--adapter", adapter, "--image", photos / "0.png", *more)  # type: ignore[no-any-return]
 
 
@@ -375,34 +365,34 @@ def generate_with(
     ],
 )
 def test_a_calibration_option_that_cannot_be_used_is_refused(
-    run: ModelRunner, trained: Path, held_out: Path, option: str, value: Any, words: str
+    run: RunCommand, trained: Path, held_out: Path, option: str, value: Any, words: str
 ) -> None:
     found = run("calibrate", "--adapter", trained, "--data", held_out, option, value)
     assert_two_lines(found, words)
 
 
 def test_calibrating_on_training_pictures_is_refused(
-    run: ModelRunner, trained: Path, photos: Path
+    run: RunCommand, trained: Path, photos: Path
 ) -> None:
     found = run("calibrate", "--adapter", trained, "--data", photos / "rows.jsonl")
     assert_two_lines(found, "12 of 12 pictures", "training")
 
 
 def test_evaluating_on_training_pictures_is_refused(
-    run: ModelRunner, trained: Path, photos: Path, tmp_path: Path
+    run: RunCommand, trained: Path, photos: Path, tmp_path: Path
 ) -> None:
     asked = ("eval", "--task", "captions", "--adapter", trained, "--out", tmp_path / "run")
     assert_two_lines(run(*asked, "--data", photos / "rows.jsonl"), "--allow-seen")
 
 
 def test_an_adapter_of_another_backbone_is_refused(
-    run: ModelRunner, adapter: Path, photos: Path
+    run: RunCommand, adapter: Path, photos: Path
 ) -> None:
     assert_two_lines(generate_with(run, adapter, photos, "--backbone", "tiny-t5"), "tiny-opt")
 
 
 def test_an_adapter_of_another_format_is_refused(
-    run: ModelRunner, adapter: Path, photos: Path
+    run: RunCommand, adapter: Path, photos: Path
 ) -> None:
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps({**config, "format": 99}))
@@ -410,37 +400,37 @@ def test_an_adapter_of_another_format_is_refused(
 
 
 def test_a_folder_without_an_adapter_is_refused(
-    run: ModelRunner, tmp_path: Path, photos: Path
+    run: RunCommand, tmp_path: Path, photos: Path
 ) -> None:
     assert_two_lines(generate_with(run, tmp_path, photos), "adapter")
 
 
 @pytest.mark.parametrize("threshold", ["-0.1", "1.5", "nan"])
 def test_a_threshold_out_of_range_is_refused(
-    run: ModelRunner, trained: Path, photos: Path, threshold: str
+    run: RunCommand, trained: Path, photos: Path, threshold: str
 ) -> None:
     found = generate_with(run, trained, photos, f"--threshold={threshold}")
     assert_two_lines(found, "0", "1")
 
 
 def test_an_unknown_score_lists_the_known_ones(
-    run: ModelRunner, trained: Path, photos: Path
+    run: RunCommand, trained: Path, photos: Path
 ) -> None:
     found = generate_with(run, trained, photos, "--score", "max_prob")
     assert_two_lines(found, "max_probability")
 
 
-def test_an_unknown_backbone_is_refused(run: ModelRunner, tmp_path: Path) -> None:
+def test_an_unknown_backbone_is_refused(run: RunCommand, tmp_path: Path) -> None:
     assert_two_lines(run("inspect", tmp_path / "nowhere"), "nowhere")
 
 
 def test_a_missing_picture_to_answer_about_is_named(
-    run: ModelRunner, trained: Path, tmp_path: Path
+    run: RunCommand, trained: Path, tmp_path: Path
 ) -> None:
     found = run("generate", "--adapter", trained, "--image", tmp_path / "gone.jpg")
     assert_two_lines(found, "gone.jpg")
 
 
-def test_a_prompt_without_its_image_is_refused(run: ModelRunner, trained: Path) -> None:
+def test_a_prompt_without_its_image_is_refused(run: RunCommand, trained: Path) -> None:
     found = run("generate", "--adapter", trained, "--prompt", "Question: what is it? Answer:")
     assert_two_lines(found, "--image")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError
-from offramp.models.discriminator import JUDGED, Discriminator, build_discriminators
+from offramp.models import JUDGED
+from offramp.models.discriminator import Discriminator, build_discriminators
 
 N, D = 7, 6
 ROWS = torch.tensor([0, 0, 0, 2, 2, 3, 3])

@@ -38,7 +38,7 @@ PLAN = Plan(
     max_new_tokens=5,
 )  # fmt: skip
 SMALL = replace(PLAN, objectives=("free",), policies=("max_probability",))
-ModelRunner = Callable[..., dict[str, Any]]
+RunComparison = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def models() -> dict[str, Backbone]:
 
 
 @pytest.fixture
-def run(models: dict[str, Backbone]) -> ModelRunner:
+def run(models: dict[str, Backbone]) -> RunComparison:
     """Compare on a tiny family, in a folder."""
     examples = fakes.examples(14)
 
@@ -62,7 +62,7 @@ def run(models: dict[str, Backbone]) -> ModelRunner:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_and_policy_has_its_points(
-    run: ModelRunner, tmp_path: Path, name: str
+    run: RunComparison, tmp_path: Path, name: str
 ) -> None:
     # for what the next layer then is worth, and cross-entropy on the model's own answers
     training = replace(TRAINING, initial_layer="closest", regime="pseudo", min_confidence=0.0)
@@ -93,7 +93,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_what_is_done_is_not_done_again(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tmp_path)
     for owner, name in (
@@ -108,7 +108,7 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_an_interrupted_comparison_goes_on(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as cut:
@@ -123,7 +123,7 @@ def test_an_interrupted_comparison_goes_on(
 
 
 def test_objectives_on_the_same_answers_share_their_states(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
     record = TrainingStates.record
@@ -134,7 +134,7 @@ def test_objectives_on_the_same_answers_share_their_states(
 
 
 def test_free_reads_all_pictures_where_cross_entropy_reads_the_labelled_ones_alone(
-    run: ModelRunner, tmp_path: Path
+    run: RunComparison, tmp_path: Path
 ) -> None:
     training = replace(TRAINING, regime="mixed", labelled_fraction=0.4)
     objectives = ("cross_entropy_few", "free")
@@ -148,7 +148,7 @@ def test_free_reads_all_pictures_where_cross_entropy_reads_the_labelled_ones_alo
     assert len(logs) == 2 and logs[0] == logs[1]
 
 
-def test_every_seed_trains_anew(run: ModelRunner, tmp_path: Path) -> None:
+def test_every_seed_trains_anew(run: RunComparison, tmp_path: Path) -> None:
     found = run(tmp_path, replace(SMALL, seeds=2, training=replace(TRAINING, seed=5)))
     by_seed = [[p for p in found["points"] if p["seed"] == seed] for seed in (5, 6)]
     names = [[(p["policy"], p["depths"]) for p in some] for some in by_seed]
@@ -159,7 +159,7 @@ def test_every_seed_trains_anew(run: ModelRunner, tmp_path: Path) -> None:
 
 
 def test_what_is_added_later_is_all_that_is_trained_and_judged(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tmp_path)
     judged, judge = [], module._Bench._quality
@@ -183,7 +183,7 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
 
 @pytest.mark.parametrize("more", [{"timed": 2}, {"rounds": 2}])
 def test_another_race_trains_and_judges_nothing_anew(
-    more: dict[str, int], run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, int], run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tmp_path)
     for owner, name in ((Trainer, "_step"), (module._Bench, "_quality")):
@@ -196,7 +196,7 @@ def test_another_race_trains_and_judges_nothing_anew(
 
 
 def test_points_that_do_the_same_work_have_the_same_speed(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module._Bench, "_levels", lambda *_: [1e-9])  # every token leaves
     plan = replace(
@@ -214,7 +214,7 @@ def test_points_that_do_the_same_work_have_the_same_speed(
     assert len({speeds[one] for one in (*others, ("free", "max_probability"))}) == 4
 
 
-def test_another_comparison_in_the_folder_is_refused(run: ModelRunner, tmp_path: Path) -> None:
+def test_another_comparison_in_the_folder_is_refused(run: RunComparison, tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match="another plan"):
         run(tmp_path, replace(SMALL, quantiles=(0.5,)))
@@ -224,14 +224,14 @@ def test_another_comparison_in_the_folder_is_refused(run: ModelRunner, tmp_path:
         run(tmp_path, quality=QUALITIES["exact_match"])
 
 
-def test_quality_is_what_the_judge_says(run: ModelRunner, tmp_path: Path) -> None:
+def test_quality_is_what_the_judge_says(run: RunComparison, tmp_path: Path) -> None:
     found = run(tmp_path, quality=QUALITIES["exact_match"])
     assert found["quality_full"] == 0  # random weights are never right
     assert all(p["quality"] == 0 and p["quality_drop"] == 0 for p in found["points"])
 
 
 def test_without_labels_cross_entropy_learns_what_the_model_says(
-    run: ModelRunner, tmp_path: Path
+    run: RunComparison, tmp_path: Path
 ) -> None:
     bare = [replace(e, answers=()) for e in fakes.examples(14)]
     plan = replace(SMALL, objectives=("cross_entropy", "cross_entropy_few", "free_supervised"))
@@ -240,7 +240,7 @@ def test_without_labels_cross_entropy_learns_what_the_model_says(
 
 
 def test_few_labels_are_all_that_cross_entropy_then_reads(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[str, int] = {}
     record = TrainingStates.record
@@ -261,7 +261,7 @@ def test_few_labels_are_all_that_cross_entropy_then_reads(
 
 @pytest.mark.parametrize("start", ["next", "closest"])
 def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not(
-    start: str, run: ModelRunner, tmp_path: Path
+    start: str, run: RunComparison, tmp_path: Path
 ) -> None:
     training = replace(TRAINING, initial_layer=start)
     found = run(tmp_path, replace(SMALL, objectives=("free_next_layer",), training=training))
@@ -274,7 +274,7 @@ def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not
 
 @pytest.mark.parametrize("regime", ["unsupervised", "pseudo"])
 def test_cross_entropy_on_own_answers_is_compared_where_free_has_pseudo_labels(
-    regime: str, run: ModelRunner, tmp_path: Path
+    regime: str, run: RunComparison, tmp_path: Path
 ) -> None:
     training = replace(TRAINING, regime=regime, min_confidence=0.0)
     objectives = ("cross_entropy_own", "cross_entropy")
@@ -289,7 +289,7 @@ def test_cross_entropy_on_own_answers_is_compared_where_free_has_pseudo_labels(
 
 
 def test_exits_with_a_shortlist_read_no_other_tokens(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rules = []
     measured = module._Bench.measured
@@ -304,7 +304,7 @@ def test_exits_with_a_shortlist_read_no_other_tokens(
 
 
 def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
-    run: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path)
     pairs = (("logit_lens", "saturation"), ("cross_entropy", "patience"), ("free", "saturation"))
@@ -354,7 +354,7 @@ def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
     assert each[0] > each[2]
 
 
-def test_nothing_to_test_on_is_refused(run: ModelRunner, tmp_path: Path) -> None:
+def test_nothing_to_test_on_is_refused(run: RunComparison, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         run(tmp_path, test=[])
     with pytest.raises(DataError, match="1 of 4 pictures were used in training"):
@@ -514,7 +514,7 @@ def test_intervals_are_as_wide_as_rounds_differ() -> None:
         assert np.ptp(curve["all"]["free_over_interval"][level]) < 0.5 * (high - low)
 
 
-def test_intervals_are_of_test_pictures(run: ModelRunner, tmp_path: Path) -> None:
+def test_intervals_are_of_test_pictures(run: RunComparison, tmp_path: Path) -> None:
     plan = replace(SMALL, objectives=("logit_lens",))
     found = run(tmp_path, plan)
     for curve in found["equal_quality"]["curves"]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from offramp.errors import InputError, did_you_mean
-
-JUDGED = ("token", "sequence")
+from offramp.models import JUDGED
 
 
 class Verdict(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from offramp.errors import InputError
-from offramp.models.discriminator import JUDGED
+from offramp.models import JUDGED
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")

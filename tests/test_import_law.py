@@ -1,0 +1,103 @@
+"""The rooms of the package stand in one order, and each imports only what stands before it.
+
+Read from the syntax trees, so that imports inside functions count; then asked of a fresh process.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "offramp"
+GROUND = {"offramp", "errors", "storage", "provenance"}
+MODELS = {*GROUND, "data", "models"}
+ADAPTER = {*MODELS, "engine", "save_and_load", "model_card", "adapter"}
+ANSWERS = {*ADAPTER, "answers"}
+MAY_IMPORT = {
+    "errors": set(),
+    "storage": {"errors"},
+    "provenance": {"offramp", "errors", "storage"},
+    "data": GROUND,
+    "models": {*GROUND, "data"},
+    "engine": MODELS,
+    "save_and_load": {*MODELS, "engine"},
+    "model_card": {*MODELS, "engine"},
+    "adapter": ADAPTER,
+    "answers": ADAPTER,
+    "training": ANSWERS,
+    "evaluation": ANSWERS,
+    "serving": ANSWERS,
+    "runtimes": ANSWERS,
+    "calibration": {*ANSWERS, "evaluation"},
+    "research": {*ANSWERS, "training", "evaluation", "calibration"},
+    "cli": {*ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "research"},
+}
+"""By room, what else it may import. `offramp` itself only hands names on, when asked for them."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, as dotted names; of `from a import b`, also a.b."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str:
+    """The room of a dotted name inside `offramp`; what `offramp` itself holds is its own."""
+    part = module.removeprefix("offramp.").partition(".")[0]
+    return part if part in MAY_IMPORT else "offramp"
+
+
+ROOMS = sorted({p.relative_to(SOURCE).parts[0].removesuffix(".py") for p in SOURCE.rglob("*.py")})
+
+
+NOT_YET = {("adapter", "model_card.py")}
+"""Imports that still break the law; to be empty."""
+
+
+@pytest.mark.parametrize("name", [r for r in ROOMS if r != "__init__"])
+def test_a_room_imports_only_what_stands_before_it(name: str) -> None:
+    files = [*SOURCE.glob(f"{name}.py"), *SOURCE.glob(f"{name}/**/*.py")]
+    found = {(room(m), f.name) for f in files for m in imports(f) if m.split(".")[0] == "offramp"}
+    wrong = {(r, file) for r, file in found if r not in {*MAY_IMPORT[name], name}}
+    assert files and wrong - NOT_YET == set()
+
+
+def test_only_research_draws() -> None:
+    drawing = {
+        file.relative_to(SOURCE).parts[0]
+        for file in SOURCE.rglob("*.py")
+        if any(module.split(".")[0] == "matplotlib" for module in imports(file))
+    }
+    assert drawing == {"research"}
+
+
+def loaded_by(*modules: str, then: str = "") -> set[str]:
+    """What a fresh process holds in memory after importing `modules`."""
+    code = f"import sys, {', '.join(modules)}; {then or None}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
+    loaded = loaded_by("offramp.serving", "offramp.engine.generate", "offramp.adapter")
+    assert "offramp.engine.generate" in loaded
+    unwanted = {"offramp.training", "offramp.evaluation", "offramp.calibration", "offramp.research"}
+    assert loaded & {*unwanted, "offramp.cli", "matplotlib", "datasets"} == set()
+
+
+def test_data_and_help_do_not_wait_for_torch() -> None:
+    data = [f"offramp.data.{file.stem}" for file in (SOURCE / "data").glob("[!_]*.py")]
+    modules = ["offramp.storage", "offramp.provenance", "offramp.cli", *data]
+    loaded = loaded_by(*modules, then="offramp.cli._parser()")
+    assert {"offramp.data.datasets", "offramp.cli"} <= loaded
+    assert loaded & {"torch", "transformers", "matplotlib"} == set()

@@ -1,0 +1,36 @@
+"""A result says where it comes from."""
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+
+from offramp.provenance import provenance
+
+
+def test_provenance_is_json_with_a_date_in_utc() -> None:
+    entry = json.loads(json.dumps(provenance(7, ["offramp", "train", "a b"], "f00")))
+    assert (entry["seed"], entry["command"], entry["data_digest"]) == (
+        7,
+        "offramp train 'a b'",
+        "f00",
+    )
+    age = datetime.now(UTC) - datetime.fromisoformat(entry["date"])
+    assert timedelta(seconds=-1) <= age < timedelta(minutes=1)
+
+
+def test_provenance_names_the_versions_that_ran() -> None:
+    import torch
+    import transformers
+
+    import offramp
+
+    versions = provenance(None, "offramp demo", None)["versions"]
+    assert versions["offramp"] == offramp.__version__
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert versions["transformers"] == transformers.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_a_command_is_shown_by_name_not_by_where_it_lies() -> None:
+    shown = provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
+    assert shown["command"] == "offramp train --out 'my exits'"
