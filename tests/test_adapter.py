@@ -13,6 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -337,17 +338,26 @@ def test_the_card_tells_backbone_depths_and_provenance(opt: Any) -> None:
     card = model_card(adapter)
     start, front, rest = card.split("---\n", 2)
     assert not start
-    assert "library_name: offramp\n" in front
-    assert "base_model: Salesforce/blip2-opt-2.7b\n" in front
+    assert {
+        "library_name: offramp",
+        "base_model: Salesforce/blip2-opt-2.7b",
+        "base_model_relation: adapter",
+        "pipeline_tag: image-text-to-text",
+    } <= set(front.splitlines())
     assert "| 2 of 6 | 0.7500 | 0.02 |" in rest and "| 4 of 6 | 0.8750 | 0.5 |" in rest
     assert '"data_digest": "abc"' in rest and "`margin`" in rest and "`propagate`" in rest
 
 
 def test_the_card_tells_the_promise_or_that_there_is_none(opt: Any) -> None:
-    assert "nothing is promised" in model_card(trained(opt, policy=POLICY))
+    assert "nothing is guaranteed" in model_card(trained(opt, policy=POLICY))
     card = model_card(trained(opt).with_policy(POLICY, PROMISE))
-    for part in ("`disagreement` at most 0.01", "95% confidence", "0.002", "n = 1234", "`feedfeed"):
-        assert part in card
+    for part in (
+        "`disagreement` is at most 0.01", "95% confidence", "0.002", "n = 1234", "`feedfeed",
+    ):  # fmt: skip
+        assert part in " ".join(card.split())
+    nothing = {**PROMISE, "measured": None, "bound": None}
+    refused = model_card(trained(opt).with_policy(POLICY, nothing))
+    assert "could not guarantee a risk `disagreement` of at most 0.01" in " ".join(refused.split())
 
 
 def test_the_card_names_no_local_folder_as_base_model(opt: Any, tmp_path: Path) -> None:
@@ -355,8 +365,14 @@ def test_the_card_names_no_local_folder_as_base_model(opt: Any, tmp_path: Path) 
     assert "base_model" not in model_card(replace(trained(opt), backbone=local))
 
 
+def test_the_card_is_one_that_the_hub_reads(folder: Path) -> None:
+    data = ModelCard.load(folder / CARD).data
+    assert (data.library_name, data.pipeline_tag) == ("offramp", "image-text-to-text")
+
+
 def test_the_saved_card_is_the_model_card(folder: Path) -> None:
-    assert (folder / CARD).read_text().startswith("---\nlibrary_name: offramp\n")
+    card = (folder / CARD).read_text()
+    assert card.startswith("---\nlibrary_name: offramp\n") and "{{" not in card and "{%" not in card
 
 
 # -- the discriminator score ------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Early exits for frozen Hugging Face vision-language models that really skip layers."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("offramp")
+except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
 
 if TYPE_CHECKING:
     from offramp.adapter import Adapter as Adapter

@@ -1,4 +1,4 @@
-"""The generated README.md of an adapter."""
+"""The model card that an adapter's folder holds as README.md."""
 
 from __future__ import annotations
 
@@ -7,71 +7,49 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 if TYPE_CHECKING:
     from offramp.adapter import Adapter
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def model_card(adapter: Adapter) -> str:
-    """The generated README.md of an adapter."""
-    backbone, policy = adapter.backbone, adapter.policy
-    agreement = adapter.metrics.get("agreement", {})
-    rows = "\n".join(
-        f"| {d} of {backbone.depth} | {agreement.get(str(d), float('nan')):.4f} "
-        f"| {policy.thresholds.get(d, 'off')} | {policy.drafts.get(d, 'as the threshold')} |"
-        for d in adapter.exits.depths
+    """The card: the hub's metadata as YAML, then depths, thresholds, guarantee and provenance."""
+    environment = Environment(
+        loader=PackageLoader("offramp", ""),
+        undefined=StrictUndefined,
+        autoescape=False,  # Markdown, of our own values
+        keep_trailing_newline=True,
     )
-    return f"""---
-library_name: offramp
-{_base_model(backbone.name)}tags: [early-exit, vision-language]
----
-# Early exits for {backbone.name}
-
-One decoder layer at each depth below, trained on the frozen backbone and read by its own final
-norm and LM head.
-
-| depth | agreement with the full model (validation, teacher-forced) | threshold | drafts |
-|---|---|---|---|
-{rows}
-
-Score: `{policy.score}`; skipped keys and values: `{policy.kv}`. No threshold means that the exit
-is off. Drafts: thresholds of the lossless mode.
-
-{_promise(adapter)}
-
-```python
-from offramp import Adapter, Backbone
-from transformers import AutoProcessor
-
-backbone = Backbone.from_pretrained({backbone.name!r})
-processor = AutoProcessor.from_pretrained({backbone.name!r})
-adapter = Adapter.from_pretrained("this/folder", backbone)
-answer = adapter.generate(processor(images=image, text=prompt, return_tensors="pt"))
-```
-
-## Provenance
-
-```json
-{json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False)}
-```
-"""
-
-
-def _promise(adapter: Adapter) -> str:
-    """The card's sentence on what these thresholds keep."""
-    found = adapter.calibration
-    if found is None:
-        return "The thresholds are not calibrated: nothing is promised."
-    what = f"risk `{found['risk']}` at most {found['target']:.3g}"
-    if found["measured"] is None:
-        return f"Calibration could not promise a {what}, so all exits are off."
-    return (
-        f"Calibrated: {what}, with {found['confidence']:.0%} confidence on data like those of the "
-        f"calibration; measured {found['measured']:.3g}, at most {found['bound']:.3g}, on "
-        f"n = {found['n']} (method `{found['method']}`, data digest `{found['data_digest'][:16]}`)."
+    environment.filters.update(
+        fixed=lambda number: f"{number:.4f}",
+        short=lambda number: f"{number:.3g}",
+        percent=lambda number: f"{number:.0%}",
+        repr=repr,
     )
+    text = environment.get_template("model_card.md.jinja").render(
+        backbone=adapter.backbone,
+        exits=adapter.exits,
+        policy=adapter.policy,
+        agreement=adapter.metrics.get("agreement", {}),
+        calibration=adapter.calibration,
+        provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
+        nan=float("nan"),
+    )
+    return f"---\n{card_data(adapter.backbone.name).to_yaml()}\n---\n{text}"
 
 
-def _base_model(name: str) -> str:
-    """The card's line on the backbone; the hub refuses a card that names a local folder there."""
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return f"base_model: {name}\n" if is_hub_name else ""
+def card_data(backbone: str) -> ModelCardData:
+    """The hub's metadata. The hub refuses a card whose base model is a local folder, so only a hub
+    name is told."""
+    is_hub_name = _HUB_NAME.fullmatch(backbone) is not None and not Path(backbone).exists()
+    return ModelCardData(
+        base_model=backbone if is_hub_name else None,
+        base_model_relation="adapter" if is_hub_name else None,
+        library_name="offramp",
+        pipeline_tag="image-text-to-text",
+        tags=["early-exit", "free", "speculative-decoding", "vision-language"],
+    )
