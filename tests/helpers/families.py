@@ -592,3 +592,17 @@ def depths(name: str) -> tuple[int, ...]:
 
 LOOKS_AHEAD = ("qwen3-vl", "paligemma", "paligemma2", "gemma3")
 CAUSAL_PROMPT = tuple(name for name in NAMES if name not in LOOKS_AHEAD)
+
+
+def one_row(name: str, inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """What the processor would have returned for one row of a batch, without its padding."""
+    batch = len(inputs["input_ids"])
+    real = inputs["attention_mask"][row].bool()
+    longest = len(real)
+    one = {}
+    for key, value in inputs.items():
+        share = len(value) // batch  # Qwen's patches of all images stand in one dimension
+        one[key] = value[row * share : (row + 1) * share]
+        if one[key].shape == (1, longest):
+            one[key] = one[key][:, real]
+    return one

@@ -58,7 +58,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 """Options that the loop does not do, and the values (other than None) that ask for them."""
 
 
-def _check_options(wanted: Callable[[str], Any]) -> None:
+def check_options(wanted: Callable[[str], Any]) -> None:
     """Refuse what the loop does not do, rather than ignore it."""
     asked = {name: wanted(name) for name in _UNSUPPORTED}
     refused = [n for n, value in asked.items() if value is not None and _UNSUPPORTED[n](value)]
@@ -95,8 +95,8 @@ def generate(
     # Before HF sees them, which would refuse some in other words and build caches for others.
     config = options.get("generation_config")
     asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
-    _check_options(lambda name: asked.get(name, getattr(config, name, None)))
-    _check_inputs(inputs)
+    check_options(lambda name: asked.get(name, getattr(config, name, None)))
+    check_inputs(inputs)
     policy = policy.effective
     run = ModelRunner(backbone, exits, policy, discriminators)
     if vision_cache is not None:
@@ -113,7 +113,7 @@ def generate(
         **prepared: Any,
     ) -> Tensor:
         # The model's own defaults may ask for what the caller did not.
-        _check_options(lambda name: getattr(generation_config, name, None))
+        check_options(lambda name: getattr(generation_config, name, None))
         loop = SequenceState(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer
         )
@@ -162,7 +162,7 @@ def _decode(run: ModelRunner, loop: SequenceState, model: Any, prepared: dict[st
         loop.emit(loop.choose(logits), run.depths, run.scores)
 
 
-def _check_inputs(inputs: Mapping[str, Any]) -> None:
+def check_inputs(inputs: Mapping[str, Any]) -> None:
     images = [
         name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None
     ]

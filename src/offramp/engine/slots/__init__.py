@@ -1,0 +1,1 @@
+"""Engine parts that run rows of many lengths from one preallocated cache."""

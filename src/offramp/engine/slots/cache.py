@@ -1,0 +1,246 @@
+"""Keys and values of many rows, each at its own length: one preallocated tensor a layer.
+
+A *slot* holds one row, a *column* one token of it. Every row writes at columns of its own, and
+all layers share them: the shallow ones, the deep ones that lag behind, and the exits' own entries.
+So rollback and eviction change integers that the caller keeps, and nothing is cropped or moved.
+What stands behind a row's last column is finite and masked.
+
+Hugging Face's attention modules write and read through the cache's `update`, so stacks run
+unmodified; what a call writes and reads is said by its `SlotCall`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+from offramp.engine.slots.layout import SlotCall
+from offramp.errors import InputError
+
+BUCKET = 64
+"""Columns are added by multiples of this."""
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values [slots, heads, columns, head_dim] of one layer, made when first loaded.
+
+    call: what the stack is being called on.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: int, columns: int) -> None:
+        # Not the base's, whose two attributes a layer of cross-attention computes.
+        self.slots, self.columns = slots, columns
+        self.held: tuple[Tensor, ...] = ()
+        self.is_initialized = False
+        self.call: SlotCall | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Zeros, not empty memory: a NaN in a masked column would poison its row."""
+        self.held = tuple(
+            like.new_zeros(self.slots, like.shape[1], self.columns, like.shape[3])
+            for like in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def load(self, slot: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write keys and values [1, H, T, Dh] of a prompt to `slot`, from column `start` on."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        for held, new in zip(self.held, (keys, values), strict=True):
+            held[slot, :, start : start + new.shape[2]] = new[0]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, H, T, Dh] where the call says, and return what its queries read [R, H, K, Dh].
+
+        All is written before any is read, so a row may stand in the call several times.
+        """
+        call = self.call
+        assert call is not None and self.is_initialized
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[call.slots, :, call.columns] = new.transpose(1, 2).flatten(0, 1)
+        return self.read(0), self.read(1)
+
+    def read(self, part: int) -> Tensor:
+        """Keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
+        assert self.call is not None
+        seen = self.held[part][:, :, : self.call.width]
+        if self.call.reads is None:  # a view: gathering costs as much as the attention
+            return seen[: len(self.call.queries)]
+        return seen.index_select(0, self.call.reads)
+
+    def grow(self, columns: int) -> None:
+        """Hold `columns` columns, more than now."""
+        larger = []
+        for held in self.held:
+            larger.append(held.new_zeros(*held.shape[:2], columns, held.shape[3]))
+            larger[-1][:, :, : held.shape[2]] = held
+        self.held, self.columns = tuple(larger), columns
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        """Copy a row of `columns` columns to another slot."""
+        for held in self.held:
+            held[target, :, :columns] = held[source, :, :columns]
+
+    def get_seq_length(self) -> int:
+        return 0 if self.call is None else self.call.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _CrossLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of encoder states: attention reads the attributes, and writes nothing."""
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self.read(0)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self.read(1)
+
+
+class _SlotView(Cache):
+    """The cache as a stack sees it: its queries' offsets are a tensor, one for each query."""
+
+    def __init__(self, layers: Sequence[SlotLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self._first = layers[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._first.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._first.get_mask_sizes(query_length)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Columns [R, W] of the queries, which the mask function takes for the scalar offset."""
+        assert self._first.call is not None
+        return self._first.call.queries
+
+
+class SlotCache:
+    """Keys and values of `slots` rows of at most `limit` tokens.
+
+    entries: layers of the decoder and exits. encoder: tokens of the encoder that a row may have;
+    None: there is no encoder.
+    """
+
+    def __init__(self, slots: int, entries: int, limit: int, encoder: bool = False) -> None:
+        self.slots, self.limit = slots, limit
+        columns = min(BUCKET, _rounded(limit + 1))
+        self.own = [SlotLayer(slots, columns) for _ in range(entries)]
+        self.cross = [_CrossLayer(slots, 0) for _ in range(entries)] if encoder else []
+        self.columns = columns
+        self.encoder_columns = 0
+        self.encoder_lengths = [0] * slots
+
+    def load(self, slot: int, source: Any, real: Tensor | None) -> int:
+        """Take over a prompt of one row from the cache it was run with; return its length.
+
+        real: which of the prompt's columns [T] are no padding; None: all.
+        """
+        own = getattr(source, "self_attention_cache", source)
+        length = int(own.get_seq_length())
+        kept = None if real is None or bool(real.all()) else real
+        total = length if kept is None else int(kept.sum())
+        self.reserve(total + 1)
+        for mine, entry in zip(self.own, own.layers, strict=False):
+            if not entry.is_initialized:
+                continue
+            keys, values = entry.keys, entry.values
+            if kept is not None:  # sliding layers hold the last columns alone
+                there = kept[length - keys.shape[2] :]
+                keys, values = keys[:, :, there], values[:, :, there]
+            mine.load(slot, keys, values, total - keys.shape[2])
+        if self.cross:
+            self._load_cross(slot, source.cross_attention_cache)
+        return total
+
+    def _load_cross(self, slot: int, source: Any) -> None:
+        length = int(source.get_seq_length())
+        if length > self.encoder_columns:
+            self.encoder_columns = _rounded(length)
+            for mine in self.cross:
+                mine.grow(self.encoder_columns)
+        for mine, entry in zip(self.cross, source.layers, strict=False):
+            if entry.is_initialized:
+                mine.load(slot, entry.keys, entry.values, 0)
+        self.encoder_lengths[slot] = length
+
+    def reserve(self, columns: int) -> None:
+        """Make room for `columns` columns in every slot."""
+        if columns <= self.columns:
+            return
+        most = _rounded(self.limit + 1)
+        self.columns = min(most, max(_rounded(columns), self.columns * 3 // 2 // BUCKET * BUCKET))
+        for mine in self.own:
+            mine.grow(self.columns)
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        """Copy a row to a slot that is free, so that rows in use stand at the front."""
+        for mine in self.own:
+            mine.move(source, target, columns)
+        for mine in self.cross:
+            mine.move(source, target, self.encoder_lengths[source])
+        self.encoder_lengths[target] = self.encoder_lengths[source]
+
+    def seen_by(self, call: SlotCall) -> Any:
+        """The cache to hand to the stack for one call."""
+        for mine in self.own:
+            mine.call = call
+        own = _SlotView(self.own)
+        if not self.cross:
+            return own
+        width = max(self.encoder_lengths)
+        across = replace(call, width=width)
+        for layer in self.cross:
+            layer.call = across
+        both = EncoderDecoderCache(own, _SlotView(self.cross))
+        both.is_updated = dict.fromkeys(range(len(self.cross)), True)
+        return both
+
+    def release(self) -> None:
+        """Forget the last call, whose tensors would else stay."""
+        for mine in (*self.own, *self.cross):
+            mine.call = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is allocated."""
+        return sum(held.nbytes for mine in (*self.own, *self.cross) for held in mine.held)
+
+
+def slot_bytes(config: Any, entries: int, columns: int, dtype: torch.dtype) -> int:
+    """Memory of one slot of `columns` columns, from a text config, before anything is allocated."""
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    width = int(width or config.hidden_size // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * entries * kv_heads * _rounded(columns + 1) * width * dtype.itemsize
+
+
+def check_memory(needed: int, free: int | None, slots: int, limit: int) -> None:
+    """Raise `InputError` where the slots would not fit into the memory that is free."""
+    if free is not None and needed > free:
+        raise InputError(
+            f"{slots} slots of {limit} tokens need {needed / 1e9:.2f} GB for keys and values, and "
+            f"{free / 1e9:.2f} GB are free.",
+            f"Ask for at most {max(0, int(slots * free / needed))} slots, or for shorter ones.",
+        )
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // BUCKET) * BUCKET

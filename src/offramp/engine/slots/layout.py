@@ -1,0 +1,83 @@
+"""How the tokens of one call are laid out for the stack, and for its attention.
+
+flat: every token is a row [N, 1]; keys are gathered for each. Any family.
+padded: the tokens of a slot stand side by side [R, W]; keys are read once for each slot, and the
+    last token of the shorter ones is repeated.
+packed: the tokens form one row [1, N], which is all that the linear layers see; only attention,
+    which must be ours, sees them side by side [R, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("flat", "padded", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class SlotCall:
+    """Where the tokens of one call of the stack stand.
+
+    shape: (B, T) of its hidden states [B, T, D].
+    slots, columns: of each of its B * T tokens, in order.
+    reads: slots whose keys are read, one for each row of queries [R]; None: the first R slots.
+    queries: columns of the queries [R, W]; (R, W) is (B, T), but where calls are packed.
+    width: how many columns are read.
+    gather: for each of the R * W places the token that stands there, where not all are told apart.
+    pick: for each token its place.
+    """
+
+    shape: tuple[int, int]
+    slots: Tensor
+    columns: Tensor
+    reads: Tensor | None
+    queries: Tensor
+    width: int
+    gather: Tensor | None = None
+    pick: Tensor | None = None
+
+
+def one_each(columns: Sequence[int], width: int, device: torch.device) -> SlotCall:
+    """One token of each of the first R slots."""
+    at = torch.tensor(columns, device=device)
+    rows = torch.arange(len(columns), device=device)
+    return SlotCall((len(rows), 1), rows, at, None, at[:, None], width)
+
+
+def lay_out(
+    layout: str, slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
+) -> SlotCall:
+    """A call on tokens that stand slot by slot, several of a slot in ascending columns."""
+    rows, at = torch.tensor([slots, columns], device=device)
+    if layout == "flat":
+        return SlotCall((len(slots), 1), rows, at, rows, at[:, None], width)
+    starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
+    ends = [*starts[1:], len(slots)]
+    longest = max(end - start for start, end in zip(starts, ends, strict=True))
+    gather = torch.tensor(
+        [
+            [min(start + w, end - 1) for w in range(longest)]
+            for start, end in zip(starts, ends, strict=True)
+        ],
+        device=device,
+    )
+    pick = torch.tensor(
+        [
+            row * longest + place - start
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for place in range(start, end)
+        ],
+        device=device,
+    )
+    reads = [slots[start] for start in starts]
+    front = reads == list(range(len(reads)))
+    read = None if front else torch.tensor(reads, device=device)
+    queries, flat = at[gather], gather.flatten()
+    if layout == "packed":
+        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick)
+    shape = (len(starts), longest)
+    return SlotCall(shape, rows[flat], at[flat], read, queries, width, flat, pick)

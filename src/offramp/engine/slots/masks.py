@@ -1,0 +1,72 @@
+"""Attention masks of calls in which every query stands at a column of its own.
+
+Causal, sliding and chunked masks are Hugging Face's own functions of (row, head, query, key); here
+they are given each query's column in place of one offset for all. The mask functions are added to
+Hugging Face's table under names of ours, and selected in a copy of the twin stack's config: no
+config of the user's model is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from offramp.errors import UnsupportedBackboneError
+
+MASKED = "offramp_slots"
+
+
+def slot_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor:
+    """An additive mask [R, 1, W, K].
+
+    q_offset: columns of the queries [R, W]; a number in cross-attention, whose mask is
+    `attention_mask` [R, K], the encoder's.
+    """
+    if isinstance(q_offset, Tensor):
+        rows = torch.arange(len(q_offset), device=device)[:, None, None, None]
+        keys = torch.arange(kv_length, device=device)[None, None, None]
+        heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        allowed = mask_function(rows, heads, q_offset[:, None, :, None], keys)
+    else:
+        assert attention_mask is not None
+        allowed = attention_mask[:, None, None].bool()
+    closed = torch.finfo(dtype).min
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, closed)
+
+
+AttentionMaskInterface.register(MASKED, slot_mask)
+
+PLAIN = ("sdpa", "eager")
+"""Attention that takes a dense mask."""
+
+
+def with_slot_masks(stack: Any) -> None:
+    """Let the twin `stack` ask `slot_mask` for its masks.
+
+    Raises:
+        UnsupportedBackboneError: its attention takes no dense mask (flash, flex).
+    """
+    used = stack.config._attn_implementation
+    if used not in PLAIN:
+        raise UnsupportedBackboneError(
+            f"Attention {used!r} cannot run rows of different lengths from one cache.",
+            "Load the model with attn_implementation='sdpa'.",
+        )
+    stack.config = copy.copy(stack.config)
+    stack.config._attn_implementation_internal = MASKED  # the setter would reach into sub-configs

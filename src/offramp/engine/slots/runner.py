@@ -1,0 +1,253 @@
+"""Runs the decoder on the rows of a slot cache: up to the exit, from the exit on, or all the way.
+
+*Shallow*: the layers below the exit and the exit itself, one token of every row; the states that
+enter the exit are given back. *Deep*: such states, of any rows and several of a row, through the
+layers above, where they catch up and are verified at once. *Full*: one token of every row through
+all layers, no exit looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.engine.prefill import cache_name
+from offramp.engine.slots.cache import SlotCache
+from offramp.engine.slots.keys import store_keys
+from offramp.engine.slots.layout import SlotCall, lay_out, one_each
+from offramp.engine.slots.masks import with_slot_masks
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.intercept import InterceptedModel
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """What a call computed.
+
+    final: final-normed states at full depth [N, D]; meaningless after a shallow call.
+    entries: by depth of the exits that ran, the state that entered each [N, D].
+    exits: by depth, what the exit made of it [N, D], before the final norm.
+    previous: by depth, the state one layer before the exit's entry [N, D].
+    """
+
+    final: Tensor
+    entries: Mapping[int, Tensor] = field(default_factory=dict)
+    exits: Mapping[int, Tensor] = field(default_factory=dict)
+    previous: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def picked(self, index: Tensor) -> States:
+        """Of the tokens `index` [n] alone."""
+        parts = [
+            {depth: state.index_select(0, index) for depth, state in part.items()}
+            for part in (self.entries, self.exits, self.previous)
+        ]
+        return States(self.final.index_select(0, index), *parts)
+
+
+class SlotRunner:
+    """The layer handler of a batch of slots.
+
+    depths: of the exits in use, ascending; the first is where shallow and deep part. None: no
+    exits, and every call is a full one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        depths: Sequence[int],
+        slots: int,
+        limit: int,
+        *,
+        layout: str = "flat",
+    ) -> None:
+        self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
+        self.layout = layout
+        self.split = self.depths[0] if self.depths else backbone.depth
+        entries = backbone.depth + (len(exits.depths) if exits is not None else 0)
+        self.cache = SlotCache(slots, entries, limit, backbone.is_encoder_decoder)
+        self.view = InterceptedModel(backbone, self)
+        with_slot_masks(self.view.stack)
+        self._place_positions()
+        self._cache_name = cache_name(self.view.stack)
+        self._offsets: Tensor | None = None  # position of column 0 [..., slots]
+        self._mode = "off"
+        self._call: SlotCall
+        self._chunk: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._entries: dict[int, Tensor] = {}
+        self._exits: dict[int, Tensor] = {}
+        self._previous: dict[int, Tensor] = {}
+
+    # -- rows --------------------------------------------------------------------------------
+
+    def load(
+        self, slot: int, source: Any, positions: Tensor | None, real: Tensor | None = None
+    ) -> int:
+        """Put a prompt that was run with the cache `source` into `slot`; return its length.
+
+        positions: its position ids [..., 1, T], where the stack was given any.
+        """
+        length = self.cache.load(slot, source, real)
+        if positions is not None:
+            offset = positions[..., -1] + 1 - length  # [..., 1]
+            if self._offsets is None:
+                self._offsets = offset.new_zeros(*offset.shape[:-1], self.cache.slots)
+            self._offsets[..., slot] = offset[..., 0]
+        return length
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        """Copy a row of `columns` columns to a free slot."""
+        self.cache.move(source, target, columns)
+        if self._offsets is not None:
+            self._offsets[..., target] = self._offsets[..., source]
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def shallow(self, tokens: Tensor, columns: Sequence[int]) -> States:
+        """Run tokens [R] of the first R slots at their columns up to and through the exit."""
+        return self._run("shallow", one_each(columns, *self._room(columns)), tokens)
+
+    def full(self, tokens: Tensor, columns: Sequence[int]) -> States:
+        """Run tokens [R] of the first R slots through all layers; exits only get their keys."""
+        return self._run("full", one_each(columns, *self._room(columns)), tokens)
+
+    def deep(self, states: Tensor, slots: Sequence[int], columns: Sequence[int]) -> States:
+        """Run states [N, D] that entered the first exit through the layers above it.
+
+        slots, columns: of each state, slot by slot, in ascending order; a slot that is named is
+        named with all its columns that are pending.
+        """
+        call = lay_out(self.layout, slots, columns, *self._room(columns))
+        laid = states if call.gather is None else states.index_select(0, call.gather)
+        found = self._run("deep", call, laid.view(*call.shape, -1))
+        return found if call.pick is None else found.picked(call.pick)
+
+    def _room(self, columns: Sequence[int]) -> tuple[int, torch.device]:
+        """How many columns a call reads that writes to `columns`, and the device."""
+        width = max(columns) + 1
+        self.cache.reserve(width)
+        return width, self.backbone.device
+
+    def _run(self, mode: str, call: SlotCall, given: Tensor) -> States:
+        """One call of the stack: on tokens [B], or on states [B, T, D]."""
+        self._mode, self._call, self._bias = mode, call, None
+        self._entries, self._exits, self._previous = {}, {}, {}
+        kw: dict[str, Any] = {self._cache_name: self.cache.seen_by(call)}
+        if mode == "deep":
+            self._chunk = kw["inputs_embeds"] = given
+        else:
+            kw["input_ids"] = given[:, None]
+        # Some stacks size a mask of their own by the cache where they are given none.
+        kw["attention_mask"] = call.slots.new_ones(call.shape[0], call.width)
+        if self._offsets is not None:
+            positions = self._offsets[..., call.slots] + call.columns
+            kw["position_ids"] = positions.view(*positions.shape[:-1], *call.shape)
+        if self.cache.cross:
+            kw |= self._encoder(call)
+        try:
+            out = self.view.stack(**kw, use_cache=True, return_dict=True).last_hidden_state
+        finally:
+            self._mode, self._chunk = "off", None
+            self.cache.release()
+        return States(out.flatten(0, 1), self._entries, self._exits, self._previous)
+
+    def _encoder(self, call: SlotCall) -> dict[str, Any]:
+        """What stands for the encoder: only the length of its states is looked at, and its mask."""
+        lengths = torch.tensor(self.cache.encoder_lengths, device=self.backbone.device)
+        lengths = lengths[: len(call.queries)] if call.reads is None else lengths[call.reads]
+        width = max(self.cache.encoder_lengths)
+        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        states = torch.zeros(1, 1, 1, dtype=self.backbone.dtype, device=lengths.device)
+        return {
+            "encoder_hidden_states": states.expand(len(lengths), width, 1),
+            "encoder_attention_mask": mask,
+        }
+
+    # -- one layer ---------------------------------------------------------------------------
+
+    def layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> Any:
+        """What the stack gets for layer `index`: its output, or the state handed through."""
+        args = self._with_bias(args)
+        if self._mode == "deep" and index <= self.split:
+            if index < self.split:
+                return self.backbone.skipped_layer_output(index, hidden, args, kw)
+            assert self._chunk is not None
+            hidden = self._chunk
+        elif index in self.depths:
+            self._at_exit(index, hidden, args, kw)
+        if self._mode == "shallow" and index >= self.split:
+            return self.backbone.skipped_layer_output(index, hidden, args, kw)
+        if index + 1 in self.depths:
+            self._previous[index + 1] = hidden.flatten(0, -2)
+        return layer(hidden, *args, **kw)
+
+    def _at_exit(
+        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> None:
+        """Run the exit at `depth`, or in a full call no more of it than its keys and values."""
+        assert self.exits is not None
+        if self._mode == "shallow" and depth > self.split:
+            return
+        if self._mode == "full":
+            store_keys(kw[self._cache_name], self.exits.at(depth), hidden, args, kw)
+            return
+        self._entries[depth] = hidden.flatten(0, -2)
+        self._exits[depth] = self.exits.run(depth, hidden, args, kw).flatten(0, -2)
+
+    # -- per family --------------------------------------------------------------------------
+
+    def _with_bias(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """T5's blocks hand on a relative bias that the first computes for one offset of all rows;
+        here it is one for each query [R, heads, W, K]."""
+        if self.backbone.family.layers != "block":
+            return args
+        if self._bias is None:
+            attention = self.backbone.layers[0].layer[0].SelfAttention
+            queries = self._call.queries[..., None]
+            distance = torch.arange(self._call.width, device=queries.device) - queries
+            bucket = attention._relative_position_bucket(
+                distance,
+                bidirectional=False,
+                num_buckets=attention.relative_attention_num_buckets,
+                max_distance=attention.relative_attention_max_distance,
+            )
+            self._bias = attention.relative_attention_bias(bucket).permute(0, 3, 1, 2)
+        return (args[0], self._bias, *args[2:])
+
+    def _place_positions(self) -> None:
+        """BART counts positions from one cache length for all rows: give it each token's column."""
+        stack = self.view.stack
+        embed = getattr(stack, "embed_positions", None)
+        if embed is not None and self.backbone.is_encoder_decoder:
+            stack._modules["embed_positions"] = _ColumnPositions(embed, self)
+
+    @property
+    def call(self) -> SlotCall:
+        """Of the call of the stack that is under way."""
+        return self._call
+
+
+class _ColumnPositions(nn.Module):
+    """Learned positions of the columns at hand, whatever a stack thinks they are."""
+
+    def __init__(self, embed: nn.Module, runner: SlotRunner) -> None:
+        super().__init__()
+        self.__dict__.update(_embed=embed, _runner=runner)
+
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Tensor:
+        call: SlotCall = self.__dict__["_runner"].call
+        positions: Tensor = self.__dict__["_embed"](input_ids, 0, position_ids=call.columns)
+        return positions.view(*call.shape, -1)
