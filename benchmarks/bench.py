@@ -28,7 +28,7 @@ from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.models.vision_cache import VisionCache
@@ -116,7 +116,7 @@ def _run(
     depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
     exits = Exits(backbone, depths).requires_grad_(False)
     if shortlist is not None:
-        exits = exits.with_checks(any_shortlist(backbone, shortlist))
+        exits = ExitSet(exits, any_shortlist(backbone, shortlist))
     few = shortlist is not None
     costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=few)
     entries = bench(

@@ -23,7 +23,7 @@ from offramp.errors import AdapterError, InputError, StorageError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
 
 Build = Callable[..., Any]
@@ -46,8 +46,7 @@ def trained(
     exits.requires_grad_(False)
     return Adapter(
         backbone,
-        exits,
-        discriminators=judges,
+        ExitSet(exits, discriminators=judges),
         provenance={"command": "offramp train", "seed": 7, "data_digest": "abc"},
         metrics={"agreement": {"2": 0.75, "4": 0.875}, "step": 10},
         **more,
@@ -82,8 +81,8 @@ def test_a_loaded_adapter_generates_what_the_saved_one_did(
     saved = trained(one, policy=policy)
     saved.save(tmp_path / "adapter")
     loaded = Adapter.load(tmp_path / "adapter", one)
-    state = loaded.exits.state_dict()
-    assert all(torch.equal(t, state[n]) for n, t in saved.exits.state_dict().items())
+    state = loaded.exits.modules.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in saved.exits.modules.state_dict().items())
     first, second = (a.generate(inputs, max_new_tokens=6, do_sample=False) for a in (saved, loaded))
     assert torch.equal(first.sequences, second.sequences)
     assert torch.equal(first.depths, second.depths)
@@ -108,8 +107,8 @@ def test_a_loaded_adapter_is_frozen_and_in_the_backbones_precision(
     folder: Path, backbone: Build
 ) -> None:
     loaded = Adapter.load(folder, backbone("blip2-opt", torch.bfloat16))
-    assert {p.dtype for p in loaded.exits.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in loaded.exits.parameters())
+    assert {p.dtype for p in loaded.exits.modules.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in loaded.exits.modules.parameters())
 
 
 def test_loading_leaves_the_backbone_as_it_was(folder: Path, opt: Any) -> None:
@@ -327,7 +326,7 @@ def test_saving_again_replaces_the_adapter_and_keeps_the_training_state(
     (folder / "training" / "log.jsonl").write_text("{}\n")
     trained(opt, judged=False).save(folder)
     loaded = Adapter.load(folder, opt)
-    assert loaded.policy == ExitPolicy() and loaded.discriminators is None
+    assert loaded.policy == ExitPolicy() and loaded.exits.discriminators is None
     assert not (folder / DISCRIMINATORS).exists()  # those of the exits before
     assert (folder / "training" / "log.jsonl").read_text() == "{}\n"
 
@@ -408,9 +407,9 @@ def test_discriminators_saved_when_they_had_one_option_load(
     del config["discriminators"]
     config["conditional_discriminators"] = conditional
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    judges = Adapter.load(tmp_path, opt).discriminators
-    assert judges is not None and saved.discriminators is not None
-    state = saved.discriminators.state_dict()
+    judges = Adapter.load(tmp_path, opt).exits.discriminators
+    assert judges is not None and saved.exits.discriminators is not None
+    state = saved.exits.discriminators.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in judges.state_dict().items())
 
 
@@ -470,8 +469,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, folder: Path, opt: 
     assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
     assert {p.name for p in hub.place.iterdir()} == {CONFIG, EXITS, DISCRIMINATORS, CARD}
     loaded = Adapter.from_pretrained("me/exits", opt)
-    state = loaded.exits.state_dict()
-    assert all(torch.equal(t, state[n]) for n, t in saved.exits.state_dict().items())
+    state = loaded.exits.modules.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in saved.exits.modules.state_dict().items())
 
 
 def test_a_folder_is_loaded_without_the_hub(hub: Hub, folder: Path, opt: Any) -> None:

@@ -254,7 +254,7 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
         "regime": regime,
         "training_seconds": adapter.metrics.get("seconds"),
         "agreement": adapter.metrics["agreement"],
-        "checks": dict(adapter.exits.checks.found) if adapter.exits.checks else {},
+        "checks": dict(adapter.exits.measured),
         "path": path,
         "points": rows,
         "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
@@ -427,9 +427,8 @@ def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
     agreement = {str(d): adapter.metrics["agreement"][str(d)] for d in exits.depths}
     return replace(
         adapter,
-        exits=exits.with_checks(adapter.exits.checks),
+        exits=replace(adapter.exits, modules=exits, discriminators=None),
         policy=policy,
-        discriminators=None,
         metrics={**adapter.metrics, "agreement": agreement},
         calibration=None,
     )

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.generate import generate
 from offramp.engine.policy import (
@@ -31,7 +29,7 @@ from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone, same_backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.save_and_load import (
     _discriminator_options,
     _fill,
@@ -39,6 +37,7 @@ from offramp.save_and_load import (
     _read_config,
     _read_seen,
     _write,
+    checks_tensors,
 )
 from offramp.storage import atomic_folder, write_json
 
@@ -64,13 +63,15 @@ class Adapter:
     """
 
     backbone: Backbone
-    exits: Exits
+    exits: ExitSet
     policy: ExitPolicy = FULL
-    discriminators: nn.ModuleDict | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exits = ExitSet.of(self.exits)
 
     def generate(
         self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
@@ -81,7 +82,6 @@ class Adapter:
             inputs,
             exits=self.exits,
             policy=self.policy if policy is None else policy,
-            discriminators=self.discriminators,
             **options,
         )
 
@@ -107,25 +107,25 @@ class Adapter:
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
         _check_depths(self.policy, self.exits.depths)
-        if not list(self.exits.parameters()):
+        exits = self.exits
+        if not list(exits.modules.parameters()):
             raise InputError(
                 "Lens exits have no tensors, so there is nothing to save.",
                 "Build them where they are used: Exits(backbone, depths, lens=True).",
             )
-        checks = self.exits.checks
         with atomic_folder(folder) as staging:
-            _write(self.exits.state_dict(), staging / EXITS)
-            if checks is not None:
-                _write(checks.tensors(), staging / CHECKS)
-            if self.discriminators is not None:
-                _write(self.discriminators.state_dict(), staging / DISCRIMINATORS)
+            _write(exits.modules.state_dict(), staging / EXITS)
+            if exits.measured:
+                _write(checks_tensors(exits), staging / CHECKS)
+            if exits.discriminators is not None:
+                _write(exits.discriminators.state_dict(), staging / DISCRIMINATORS)
             if self.seen:
                 write_json(staging / SEEN, {step: list(s) for step, s in self.seen.items()})
             write_json(staging / CONFIG, self._config())
             (staging / CARD).write_text(model_card(self), encoding="utf-8")
         parts = {
-            CHECKS: checks is not None,
-            DISCRIMINATORS: self.discriminators is not None,
+            CHECKS: bool(exits.measured),
+            DISCRIMINATORS: exits.discriminators is not None,
             SEEN: bool(self.seen),
         }
         for name, written in parts.items():
@@ -134,8 +134,8 @@ class Adapter:
 
     def _config(self) -> dict[str, Any]:
         discriminators = None
-        if self.discriminators is not None:
-            some: Any = next(iter(self.discriminators.values()))
+        if self.exits.discriminators is not None:
+            some: Any = next(iter(self.exits.discriminators.values()))
             discriminators = some.options
         return {
             "format": FORMAT,
@@ -146,7 +146,7 @@ class Adapter:
             },
             "depths": list(self.exits.depths),
             "discriminators": discriminators,
-            "checks": None if self.exits.checks is None else dict(self.exits.checks.found),
+            "checks": dict(self.exits.measured) or None,
             "policy": policy_to_json(self.policy),
             "calibration": None if self.calibration is None else dict(self.calibration),
             "metrics": dict(self.metrics),
@@ -175,13 +175,16 @@ class Adapter:
             exits = Exits(backbone, config["depths"])
             _fill(exits, folder / EXITS)
             exits.to(backbone.device, backbone.dtype).requires_grad_(False)
-            exits.checks = _read_checks(folder, config, backbone)
+            shortlist, gates = _read_checks(folder, config, backbone)
             discriminators = None
             options = _discriminator_options(config)
             if options is not None and (folder / DISCRIMINATORS).is_file():
                 discriminators = build_discriminators(backbone.width, exits.depths, **options)
                 _fill(discriminators, folder / DISCRIMINATORS)
                 discriminators.to(backbone.device).eval().requires_grad_(False)
+            attached = ExitSet(
+                exits, shortlist, gates, discriminators, dict(config.get("checks") or {})
+            )
             policy = policy_from_json(config["policy"])
             _check_depths(policy, exits.depths)
             provenance, metrics = dict(config["provenance"]), dict(config["metrics"])
@@ -195,7 +198,7 @@ class Adapter:
                 f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}).",
                 "Train the exits again, or restore the folder.",
             ) from error
-        return cls(backbone, exits, policy, discriminators, provenance, metrics, calibration, seen)
+        return cls(backbone, attached, policy, provenance, metrics, calibration, seen)
 
     # -- hub ----------------------------------------------------------------------------------
 

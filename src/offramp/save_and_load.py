@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from offramp.errors import AdapterError, DataError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.shortlist import Checks
+from offramp.models.exits import ExitSet
+from offramp.models.shortlist import Gate
 from offramp.storage import read_json
 
 FORMAT = 1
@@ -77,13 +78,27 @@ def _read_seen(folder: Path) -> dict[str, list[str]]:
         ) from error
 
 
-def _read_checks(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> Checks | None:
-    """Shortlist and gates; None where the adapter has none."""
+def checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
+    """Shortlist and gates by name, for a file."""
+    named = {} if exits.shortlist is None else {"shortlist": exits.shortlist}
+    for depth, gate in exits.gates.items():
+        named |= {f"gates.{depth}.weight": gate.weight, f"gates.{depth}.bias": gate.bias}
+    return named
+
+
+def _read_checks(
+    folder: Path, config: Mapping[str, Any], backbone: Backbone
+) -> tuple[Tensor | None, dict[int, Gate]]:
+    """Shortlist and gates, where the adapter has them.
+
+    Raises:
+        AdapterError: the file cannot be read, or does not fit the backbone's sizes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if config.get("checks") is None:
-        return None
+        return None, {}
     try:
         tensors = load_file(folder / CHECKS, device=str(backbone.device))
     except (OSError, SafetensorError) as error:
@@ -91,8 +106,18 @@ def _read_checks(folder: Path, config: Mapping[str, Any], backbone: Backbone) ->
             f"{folder / CHECKS} cannot be read: {str(error).splitlines()[0]}",
             "Restore the folder, or train the exits again.",
         ) from error
-    sizes = {"width": backbone.width, "vocabulary": backbone.vocabulary}
-    return Checks.of(tensors, config["checks"], **sizes)
+    shortlist = tensors.get("shortlist")
+    depths = sorted({int(name.split(".")[1]) for name in tensors if name != "shortlist"})
+    gates = {d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in depths}
+    fits = all(gate.weight.shape == (backbone.width,) for gate in gates.values())
+    if shortlist is not None:
+        fits = fits and bool(((shortlist >= 0) & (shortlist < backbone.vocabulary)).all())
+    if not fits:
+        raise AdapterError(
+            "The adapter's shortlist or gates do not fit this backbone.",
+            "Restore the folder, or learn them again: offramp train --shortlist N --gates.",
+        )
+    return shortlist, gates
 
 
 def _write(state: Mapping[str, Tensor], path: Path) -> None:

@@ -16,7 +16,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 
 NEW = 12
 DEPTHS = (1, 2, 3, 5)
@@ -41,8 +41,9 @@ def by(score, name, **more):
 def decode(backbone, exits, batch):
     """`decode(name, rows, policy)`: backbone, exits, inputs and generation."""
 
-    def run(name, rows, policy, **options):
+    def run(name, rows, policy, discriminators=None, **options):
         whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, rows)
+        parts = ExitSet(parts, discriminators=discriminators)
         made = generate(
             whole,
             inputs,

@@ -31,7 +31,7 @@ from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.research.scenes import world
 from offramp.storage import JsonlLog
@@ -176,7 +176,7 @@ def test_the_discriminator_can_be_the_score() -> None:
         policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="discriminator")
         found = candidate_scores(
             input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES,
-            exits=exits_of(OPT), policy=policy, discriminators=judges,
+            exits=ExitSet(exits_of(OPT), discriminators=judges), policy=policy,
         )  # fmt: skip
         full = candidate_scores(input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES)
         assert (found == pytest.approx(full, abs=1e-4)) is same

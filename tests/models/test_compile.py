@@ -8,8 +8,8 @@ import torch
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.compile import compiled
-from offramp.models.exits import Exits
-from offramp.models.shortlist import Checks, Gate
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.shortlist import Gate
 from offramp.research.benchmark.shapes import shape
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -28,7 +28,7 @@ def test_compiled_layers_say_what_the_eager_ones_say(name, policy, backbone, exi
     whole, parts, inputs = backbone(name, wide=4.0), exits(name, wide=4.0), batch(name, 1)
     depth = parts.depths[0]
     gate = Gate(torch.randn(whole.width), torch.tensor(0.0))
-    parts = parts.with_checks(Checks(gates={depth: gate}))
+    parts = ExitSet(parts, gates={depth: gate})
     rule = POLICIES[policy](depth)
     run = {"exits": parts if rule.thresholds else None, "policy": rule, **GREEDY}
     eager = generate(whole, inputs, **run)

@@ -23,10 +23,10 @@ from offramp.calibration.replay import replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, DataError, InputError
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
-from offramp.save_and_load import CHECKS
+from offramp.models.shortlist import Gate, fit_gate, gate_level, shortlist_of
+from offramp.save_and_load import CHECKS, checks_tensors
 
 NEW = 12
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3")
@@ -50,7 +50,7 @@ def scene(backbone, exits, batch):
         depth = parts.depths[0]
         gate = middling(whole, inputs, parts, depth)
         ids = torch.arange(4, whole.vocabulary, 3)
-        return whole, parts.with_checks(Checks(ids, {depth: gate})), depth, inputs
+        return whole, ExitSet(parts, ids, {depth: gate}), depth, inputs
 
     return build
 
@@ -61,7 +61,7 @@ def scene(backbone, exits, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shortlist_of_everything_changes_nothing(name, scene):
     whole, exits, depth, inputs = scene(name)
-    exits = exits.with_checks(Checks(torch.arange(whole.vocabulary)))
+    exits = ExitSet(exits, torch.arange(whole.vocabulary))
     plain = generate(whole, inputs, exits=exits, policy=ExitPolicy({depth: 0.05}), **GREEDY)
     policy = ExitPolicy({depth: 0.05}, shortlist=True)
     ours = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
@@ -77,7 +77,7 @@ def test_an_exit_says_the_likeliest_token_of_its_shortlist(name, rows, scene):
     policy = ExitPolicy({depth: 0.0}, shortlist=True, exit_in_prefill=True)
     made = generate(whole, inputs, exits=exits, policy=policy, eos_token_id=None, **GREEDY)
     logits = of_steps(probe(whole, inputs, made.sequences, exits).logits[depth], NEW)
-    expected = exits.checks.ids[logits[..., exits.checks.ids].argmax(-1)]
+    expected = exits.shortlist[logits[..., exits.shortlist].argmax(-1)]
     left = made.depths == depth
     assert left.any()
     assert torch.equal(made.new_tokens[left], expected[left])
@@ -85,7 +85,7 @@ def test_an_exit_says_the_likeliest_token_of_its_shortlist(name, rows, scene):
 
 def test_constraints_hold_on_a_shortlist(scene):
     whole, exits, depth, inputs = scene("llava")
-    allowed = exits.checks.ids[::2].tolist()
+    allowed = exits.shortlist[::2].tolist()
     banned = [i for i in range(whole.vocabulary) if i not in allowed]
     policy = ExitPolicy({depth: 0.01}, shortlist=True)
     made = generate(whole, inputs, exits=exits, policy=policy, suppress_tokens=banned, **GREEDY)
@@ -95,7 +95,7 @@ def test_constraints_hold_on_a_shortlist(scene):
 
 def test_a_shortlist_that_says_nothing_that_may_be_said_lets_nobody_leave(scene):
     whole, exits, depth, inputs = scene("llava")
-    banned = exits.checks.ids.tolist()
+    banned = exits.shortlist.tolist()
     policy = ExitPolicy({depth: 1e-6}, shortlist=True)
     made = generate(whole, inputs, exits=exits, policy=policy, suppress_tokens=banned, **GREEDY)
     assert (made.depths == whole.depth).all()
@@ -146,7 +146,7 @@ def test_those_leave_whom_the_gate_lets_in_and_their_exit_has_seen_all(name, row
     options = {"suppress_tokens": families.WORDLESS, **GREEDY}
     made = generate(whole, inputs, exits=exits, policy=policy, **options)
     seen = probe(whole, inputs, made.sequences, exits)
-    guesses = exits.checks.gates[depth](of_steps(seen.outputs[depth], NEW))
+    guesses = exits.gates[depth](of_steps(seen.outputs[depth], NEW))
     sure = (guesses - 0.5).abs() > 1e-4
     may = torch.ones_like(sure)
     if not (whole.family.causal_prompt or whole.is_encoder_decoder):
@@ -164,7 +164,7 @@ def test_those_leave_whom_the_gate_lets_in_and_their_exit_has_seen_all(name, row
 def test_a_shut_exit_runs_no_further_than_its_keys(name, scene):
     whole, exits, depth, inputs = scene(name)
     shut = Gate(torch.zeros(whole.width), torch.tensor(-5.0))
-    exits = exits.with_checks(Checks(gates={depth: shut}))
+    exits = ExitSet(exits, gates={depth: shut})
     ended = []
     handle = exits.at(depth).register_forward_hook(lambda *_: ended.append(1))
     try:
@@ -265,14 +265,14 @@ def test_what_is_learnt_is_used_and_survives_the_disk(backbone, exits, tmp_path)
     ours = cheapen(
         adapter, encoder, fakes.examples(20), shortlist=8, gates=True, costs=CHEAP, max_new_tokens=6
     )
-    assert adapter.exits.checks is None  # the one given is left as it was
-    assert ours.policy.shortlist and len(ours.exits.checks.ids) <= 8
-    found = ours.exits.checks.found
+    assert adapter.exits.shortlist is None  # the one given is left as it was
+    assert ours.policy.shortlist and len(ours.exits.shortlist) <= 8
+    found = ours.exits.measured
     assert set(ours.policy.gates) == {int(d) for d, one in found["gates"].items() if one["used"]}
     ours = ours.with_policy(replace(ours.policy, thresholds={ours.exits.depths[0]: 0.1}))
     ours.save(tmp_path / "adapter")
     again = Adapter.load(tmp_path / "adapter", adapter.backbone)
-    assert again.policy == ours.policy and again.exits.checks.found == found
+    assert again.policy == ours.policy and again.exits.measured == found
     inputs = encoder.prompts(fakes.examples(1))
     results = [a.generate(inputs, max_new_tokens=6, do_sample=False) for a in (ours, again)]
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -285,11 +285,11 @@ def test_gates_are_added_to_a_shortlist_and_a_new_shortlist_takes_them_off(backb
     options = {"costs": CHEAP, "max_new_tokens": 6}
     first = cheapen(adapter, encoder, fakes.examples(20), shortlist=8, **options)
     both = cheapen(first, encoder, fakes.examples(20), gates=True, **options)
-    assert torch.equal(both.exits.checks.ids, first.exits.checks.ids) and both.policy.shortlist
-    assert both.exits.checks.gates and set(both.exits.checks.found) == {"shortlist", "gates"}
+    assert torch.equal(both.exits.shortlist, first.exits.shortlist) and both.policy.shortlist
+    assert both.exits.gates and set(both.exits.measured) == {"shortlist", "gates"}
     other = cheapen(both, encoder, fakes.examples(20), shortlist=6, **options)
-    assert not other.exits.checks.gates and not other.policy.gates
-    assert set(other.exits.checks.found) == {"shortlist"}
+    assert not other.exits.gates and not other.policy.gates
+    assert set(other.exits.measured) == {"shortlist"}
 
 
 def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits, tmp_path):
@@ -297,13 +297,15 @@ def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits,
     ours = cheapen(adapter, encoder, fakes.examples(20), max_new_tokens=6)
     ours.save(tmp_path / "adapter")
     again = Adapter.load(tmp_path / "adapter", adapter.backbone)
-    assert again.policy == ours.policy and again.exits.checks.tensors() == {}
+    assert again.policy == ours.policy and checks_tensors(again.exits) == {}
 
 
 def test_checks_of_another_size_or_half_a_file_are_refused(backbone, exits, tmp_path):
     adapter, _ = adapted(backbone, exits)
-    wrong = Checks(torch.tensor([1, 10_000]), found={"shortlist": {}})
-    replace(adapter, exits=adapter.exits.with_checks(wrong)).save(tmp_path)
+    wrong = torch.tensor([1, 10_000])
+    replace(
+        adapter, exits=replace(adapter.exits, shortlist=wrong, measured={"shortlist": {}})
+    ).save(tmp_path)
     with pytest.raises(AdapterError, match="do not fit this backbone"):
         Adapter.load(tmp_path, adapter.backbone)
     (tmp_path / CHECKS).write_bytes(b"half")
@@ -348,7 +350,7 @@ def test_a_replay_sees_shortlist_and_gates_as_decoding_does(name, backbone, exit
 def test_what_a_shortlist_misses_counts_as_risk(backbone, exits):
     """Exits that always leave and can say two tokens only: nothing can be promised."""
     adapter, encoder = adapted(backbone, exits)
-    few = replace(adapter, exits=adapter.exits.with_checks(Checks(torch.tensor([4, 5]))))
+    few = replace(adapter, exits=replace(adapter.exits, shortlist=torch.tensor([4, 5])))
     found = calibrate(
         few, encoder, fakes.examples(60), ExitPolicy(shortlist=True), target=0.05,
         thresholds=(1e-6,), costs=CHEAP, max_new_tokens=6,

@@ -134,7 +134,7 @@ def test_without_the_adversarial_term_no_discriminator_moves_or_is_saved(
     adapter = run.run()
     assert same(start, run.discriminators.state_dict())
     assert all(p.grad is None for p in run.discriminators.parameters())
-    assert adapter.discriminators is None
+    assert adapter.exits.discriminators is None
     assert not (tmp_path / "discriminators.safetensors").exists()
     assert not any("adversarial" in name for row in steps(tmp_path) for name in row)
 
@@ -371,10 +371,10 @@ def test_a_trained_shortlist_is_that_of_the_answers_and_is_used(opt: Any, tmp_pa
     ids, found = shortlist_of(learnt, held_out, 5)
     for one in (ours, Adapter.load(tmp_path, opt)):
         assert one.policy == ExitPolicy(shortlist=True)
-        assert torch.equal(one.exits.checks.ids, ids)
-        assert one.exits.checks.found == {"shortlist": found}
+        assert torch.equal(one.exits.shortlist, ids)
+        assert one.exits.measured == {"shortlist": found}
     again = trainer(opt, tmp_path, config)
-    assert torch.equal(again.run(resume=True).exits.checks.ids, ids)  # of a finished run
+    assert torch.equal(again.run(resume=True).exits.shortlist, ids)  # of a finished run
 
 
 def test_a_shortlist_larger_than_the_vocabulary_is_refused(opt: Any, tmp_path: Path) -> None:
@@ -615,7 +615,7 @@ def test_resuming_a_finished_run_gives_its_adapter_and_runs_nothing(
     done = trainer(opt, tmp_path).run()
     again = trainer(opt, tmp_path)
     monkeypatch.setattr(again, "states", None)
-    assert same(done.exits.state_dict(), again.run(resume=True).exits.state_dict())
+    assert same(done.exits.modules.state_dict(), again.run(resume=True).exits.modules.state_dict())
 
 
 def test_a_finished_run_leaves_no_states_on_the_disk(opt: Any, tmp_path: Path) -> None:
@@ -736,9 +736,9 @@ def test_the_adapter_is_the_best_one_not_the_last(
     adapter = run.run()
     loaded = Adapter.load(tmp_path, opt)
     for one in (adapter, loaded):
-        assert same(seen[1]["exits"], one.exits.state_dict())
-        assert one.discriminators is not None
-        assert same(seen[1]["discriminators"], one.discriminators.state_dict())
+        assert same(seen[1]["exits"], one.exits.modules.state_dict())
+        assert one.exits.discriminators is not None
+        assert same(seen[1]["discriminators"], one.exits.discriminators.state_dict())
 
 
 def test_no_examples_is_a_data_error(opt: Any, tmp_path: Path) -> None:
@@ -823,7 +823,7 @@ def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
     run.run()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.exits.parameters())
     adapter = Adapter.load(tmp_path, one)
-    assert {p.dtype for p in adapter.exits.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in adapter.exits.modules.parameters()} == {torch.bfloat16}
     prompts = run.states.encoder.prompts(fakes.examples(2))
     adapter.generate(prompts, max_new_tokens=3)
     leave = adapter.with_policy(replace(adapter.policy, thresholds={2: 0.0}))
@@ -838,7 +838,7 @@ def test_a_backbone_with_lora_trains(tmp_path: Path) -> None:
     adapter = trainer(one, tmp_path, name="llava").run()
     assert same(before, wrapped.state_dict())
     loaded = Adapter.load(tmp_path, one)
-    assert same(dict(adapter.exits.state_dict()), dict(loaded.exits.state_dict()))
+    assert same(dict(adapter.exits.modules.state_dict()), dict(loaded.exits.modules.state_dict()))
 
 
 # -- several processes ------------------------------------------------------------------------

@@ -45,9 +45,7 @@ def draft_speeds(
     depths = adapter.exits.depths
     places = dict.fromkeys([*((depth,) for depth in depths), depths])
     tried = [dict.fromkeys(place, t) for place in places for t in thresholds]
-    way = partial(
-        exit_generate_fn, adapter.backbone, adapter.exits, discriminators=adapter.discriminators
-    )
+    way = partial(exit_generate_fn, adapter.backbone, adapter.exits)
     ways: dict[str, GenerateFn] = {"full": exit_generate_fn(adapter.backbone, **options)}
     for number, drafts in enumerate(tried):
         policy = replace(adapter.policy, kv="recompute", lossless=True, drafts=drafts)

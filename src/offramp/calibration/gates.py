@@ -18,9 +18,9 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
-from offramp.models.exits import Exits
+from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Checks, Gate, fit_gate, gate_level, shortlist_of
+from offramp.models.shortlist import Gate, fit_gate, gate_level, shortlist_of
 
 HELD_OUT = 0.3
 """Share of the pictures on which misses are counted and the gates' levels are set."""
@@ -44,7 +44,7 @@ def cheapen(
 
     Gates may be added to a shortlist that is there; a new shortlist takes the old gates off. Its
     policy uses what was learnt; its thresholds, which were chosen without, are taken off.
-    `Checks.found` tells what was measured.
+    `ExitSet.measured` tells what was measured.
 
     examples: may be those of training; labels are not read. costs: of decoding on this machine,
     measured where gates need them and they are not given.
@@ -58,8 +58,8 @@ def cheapen(
         name: self_written(encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens)
         for name, some in parts.items()
     }
-    checks, before = adapter.exits.checks or Checks(), adapter.policy
-    found = dict(checks.found)
+    exits, before = adapter.exits, adapter.policy
+    found = dict(exits.measured)
     policy = ExitPolicy(
         score=before.score,
         exit_in_prefill=before.exit_in_prefill,
@@ -69,10 +69,12 @@ def cheapen(
     if shortlist is not None:
         learn, held_out = ([row.ids for row in rows[n]] for n in ("learn", "held_out"))
         ids, measured = shortlist_of(learn, held_out, shortlist)
-        checks, found = Checks(ids.to(encoder.backbone.device)), {"shortlist": measured}
+        found = {"shortlist": measured}
+        exits = ExitSet(
+            exits.modules, ids.to(encoder.backbone.device), discriminators=exits.discriminators
+        )
         policy = replace(policy, shortlist=True, gates={})
     if gates:
-        exits = adapter.exits.with_checks(checks)
         if costs is None:
             alone = encoder.prompts(examples[:1])
             costs = measure_costs(
@@ -83,11 +85,11 @@ def cheapen(
             for name, some in rows.items()
         }
         fitted, levels, found["gates"] = _gates(seen, costs)
-        checks = replace(checks, gates=fitted)
+        exits = replace(exits, gates=fitted)
         policy = replace(policy, gates=levels)
     return replace(
         adapter,
-        exits=adapter.exits.with_checks(replace(checks, found=found)),
+        exits=replace(exits, measured=found),
         policy=policy,
         calibration=None,
     )
@@ -118,7 +120,7 @@ def _gates(
 @torch.inference_mode()
 def _looks(
     encoder: InputProcessor,
-    exits: Exits,
+    exits: ExitSet,
     rows: Sequence[Answered],
     policy: ExitPolicy,
     batch_size: int,
@@ -126,12 +128,12 @@ def _looks(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """By depth, the states [N, D] that enter the exit at N tokens, and its scores [N]."""
     backbone = encoder.backbone
-    ids = shortlist_of_policy(policy, exits.checks)
-    head = None if ids is None else backbone.head_rows(ids)
+    ids = shortlist_of_policy(policy, exits)
+    head = None if ids is None else exits.shortlist_head(backbone)
     found: dict[int, list[tuple[Tensor, Tensor]]] = {d: [] for d in exits.depths}
     for some in progress(group(rows, batch_size)):
         batch = record(encoder, some, exits.depths)
-        for depth, features in exit_features(backbone, exits, batch).items():
+        for depth, features in exit_features(backbone, exits.modules, batch).items():
             logits = backbone.logits(features[batch.mask], head)
             scores = SCORES[policy.score](logits).float()
             found[depth].append((batch.entries(depth)[batch.mask].float(), scores))

@@ -26,7 +26,7 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, propose_depths
+from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.shortlist import Gate
 
 FULL = 6  # tokens of a pass in which all are alike
@@ -90,7 +90,7 @@ class _Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @contextmanager
-    def inside(self, backbone: Backbone, exits: Exits) -> Iterator[None]:
+    def inside(self, backbone: Backbone, exits: ExitSet) -> Iterator[None]:
         """Note the calls of layers, exits and head."""
         kinds: list[tuple[str, nn.Module]] = [("layer", layer) for layer in backbone.layers]
         kinds += [("exit", exits.at(depth)) for depth in exits.depths] + [("head", backbone.head)]
@@ -114,7 +114,7 @@ class _Watch(StoppingCriteria):
 def measure_costs(
     backbone: Backbone,
     inputs: Mapping[str, Any],
-    exits: Exits | None = None,
+    exits: ExitSet | Exits | None = None,
     *,
     score: str = "max_probability",
     shortlist: bool = False,
@@ -125,7 +125,7 @@ def measure_costs(
 
     Medians over the tokens of `repeats` rounds, in which kinds of token take turns, after one round
     that is not counted. The first exit is used; without `exits`, one copied from the backbone.
-    shortlist: exits read that of their checks alone, as by a policy that says so.
+    shortlist: exits read their shortlist alone, as by a policy that says so.
 
     Raises:
         InputError: fewer than one repeat; the discriminator's score, which reads no logits.
@@ -137,6 +137,7 @@ def measure_costs(
         )
     if exits is None:
         exits = Exits(backbone, propose_depths(backbone.depth)).requires_grad_(False)
+    exits = ExitSet.of(exits)
     found, hook = _Found(), _hook_seconds(backbone.device)
     for number in progress(range(repeats + 1)):
         tokens = _round(backbone, inputs, exits, score, hook, shortlist)
@@ -162,7 +163,7 @@ Round = dict[str, list[_Token]]
 def _round(
     backbone: Backbone,
     inputs: Mapping[str, Any],
-    exits: Exits,
+    exits: ExitSet,
     score: str,
     hook: float,
     shortlist: bool,

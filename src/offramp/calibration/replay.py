@@ -20,7 +20,7 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
-from offramp.models.exits import Exits
+from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
 
 Array = npt.NDArray[Any]
@@ -106,7 +106,7 @@ class Replay:
 @torch.inference_mode()
 def replay(
     encoder: InputProcessor,
-    exits: Exits,
+    exits: ExitSet,
     rows: Sequence[Answered],
     score: str = "max_probability",
     *,
@@ -117,7 +117,7 @@ def replay(
     """Read every exit at every token of `rows`.
 
     rows: of `offramp.answers.self_written` for the full model's own answers, or labelled ones.
-    score: a key of `SCORES`. shortlist: exits read that of their checks alone.
+    score: a key of `SCORES`. shortlist: exits read their shortlist alone.
 
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.
@@ -127,13 +127,13 @@ def replay(
     targets, final = np.full(shape, -1), np.full(shape, -1)
     said = {d: np.full(shape, -1) for d in exits.depths}
     scores = {d: np.full(shape, np.nan) for d in exits.depths}
-    gates = exits.checks.gates if exits.checks is not None else {}
+    gates = exits.gates
     guesses = {d: np.full(shape, np.nan) for d in gates}
-    ids = shortlist_of_policy(ExitPolicy(shortlist=shortlist), exits.checks)
-    head = None if ids is None else backbone.head_rows(ids)
+    ids = shortlist_of_policy(ExitPolicy(shortlist=shortlist), exits)
+    head = None if ids is None else exits.shortlist_head(backbone)
     for some in progress(group(rows, batch_size)):
         batch = record(encoder, some, exits.depths)
-        states = {backbone.depth: batch.teacher, **exit_features(backbone, exits, batch)}
+        states = {backbone.depth: batch.teacher, **exit_features(backbone, exits.modules, batch)}
         where = np.ix_([place[id(row)] for row in some], range(batch.targets.shape[1]))
         mask = batch.mask.cpu().numpy()
 

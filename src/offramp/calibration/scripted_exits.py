@@ -19,7 +19,7 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
 """Greedy, and to the last token asked for: random weights may end a sentence anywhere."""
@@ -66,7 +66,7 @@ class Script(StoppingCriteria):
 def generate_forced(
     backbone: Backbone,
     inputs: Mapping[str, Any],
-    exits: Exits,
+    exits: ExitSet | Exits,
     script: Script,
     tokens: int,
     *,

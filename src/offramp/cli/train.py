@@ -60,6 +60,5 @@ def _train(arguments: argparse.Namespace) -> None:
                 progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
             )  # fmt: skip
             adapter.save(arguments.out)
-        checks = adapter.exits.checks
-        learnt = {} if checks is None else {"checks": checks.found}
+        learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
         print(json.dumps({"adapter": str(arguments.out), **adapter.metrics, **learnt}))

@@ -16,7 +16,8 @@ from offramp.engine.confidence import logits_score, saturation
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.shortlist import Checks, Gate
+from offramp.models.exits import ExitSet
+from offramp.models.shortlist import Gate
 
 Constrain = Callable[[Tensor], Tensor]
 """Takes logits [B, V] to those of what may be said."""
@@ -78,8 +79,7 @@ class ExitScorer:
         backbone: Backbone,
         policy: ExitPolicy,
         depths: Sequence[int],
-        discriminators: nn.ModuleDict | None = None,
-        checks: Checks | None = None,
+        exits: ExitSet | None = None,
     ) -> None:
         """depths: of the exits that may leave.
 
@@ -87,9 +87,11 @@ class ExitScorer:
             InputError: what the policy needs is missing: discriminators, weights, a shortlist.
         """
         self.backbone = backbone
-        self.shortlist = shortlist_of_policy(policy, checks)
-        self.head = None if self.shortlist is None else backbone.head_rows(self.shortlist)
-        self.score = _rule(policy, depths, discriminators)
+        self.shortlist = shortlist_of_policy(policy, exits)
+        self.head = None
+        if exits is not None and self.shortlist is not None:
+            self.head = exits.shortlist_head(backbone)
+        self.score = _rule(policy, depths, exits.discriminators if exits is not None else None)
 
     def __call__(
         self,
@@ -103,28 +105,27 @@ class ExitScorer:
         return ExitCheck(self, depth, state, entry, previous, constrain)
 
 
-def shortlist_of_policy(policy: ExitPolicy, checks: Checks | None) -> Tensor | None:
+def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:
     """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
     if not policy.shortlist:
         return None
-    if checks is None or checks.ids is None:
+    if exits is None or exits.shortlist is None:
         raise InputError(
             "The policy asks for a shortlist, and the adapter has none.",
             "Learn one: offramp train --shortlist 2048; or use a policy with shortlist=False.",
         )
-    return checks.ids
+    return exits.shortlist
 
 
-def gates_of_policy(policy: ExitPolicy, checks: Checks | None) -> dict[int, tuple[Gate, float]]:
+def gates_of_policy(policy: ExitPolicy, exits: ExitSet) -> dict[int, tuple[Gate, float]]:
     """Gate and threshold by depth. Raise `InputError` where the adapter lacks one."""
-    known = {} if checks is None else checks.gates
-    missing = sorted(set(policy.gates) - set(known))
+    missing = sorted(set(policy.gates) - set(exits.gates))
     if missing:
         raise InputError(
             f"The policy has gates at depths {missing}, where the adapter has none.",
             "Learn them: offramp train --gates; or use a policy with gates={}.",
         )
-    return {depth: (known[depth], level) for depth, level in policy.gates.items()}
+    return {depth: (exits.gates[depth], level) for depth, level in policy.gates.items()}
 
 
 def _rule(

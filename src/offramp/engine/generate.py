@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.model_runner import ModelRunner
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
@@ -21,7 +21,7 @@ from offramp.engine.sampling import SequenceState
 from offramp.engine.speculative import speculate
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 
 
@@ -75,9 +75,8 @@ def generate(
     backbone: Backbone,
     inputs: Mapping[str, Any],
     *,
-    exits: Exits | None = None,
+    exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
-    discriminators: nn.ModuleDict | None = None,
     vision_cache: VisionCache | None = None,
     prefix_cache: PrefixCache | None = None,
     streamer: Any = None,
@@ -98,7 +97,7 @@ def generate(
     check_options(lambda name: asked.get(name, getattr(config, name, None)))
     check_inputs(inputs)
     policy = policy.effective
-    run = ModelRunner(backbone, exits, policy, discriminators)
+    run = ModelRunner(backbone, exits, policy)
     if vision_cache is not None:
         run.view.remember_images(backbone, vision_cache)
     loops: list[SequenceState] = []

@@ -29,7 +29,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.sampling import ActiveRows
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.shortlist import Gate
 
@@ -44,10 +44,10 @@ class ModelRunner:
     def __init__(
         self,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | Exits | None,
         policy: ExitPolicy,
-        discriminators: nn.ModuleDict | None = None,
     ) -> None:
+        exits = None if exits is None else ExitSet.of(exits)
         depths = exits.depths if exits is not None else ()
         self.thresholds = check_thresholds(dict(policy.thresholds), depths)
         self.backbone = backbone
@@ -60,11 +60,9 @@ class ModelRunner:
         self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
         if self.thresholds:
             check_weights(policy.weights, depths)
-            checks = exits.checks if exits is not None else None
-            self.judge = ExitScorer(
-                backbone, policy, tuple(self.thresholds), discriminators, checks
-            )
-            self._gates = gates_of_policy(policy, checks)
+            assert exits is not None
+            self.judge = ExitScorer(backbone, policy, tuple(self.thresholds), exits)
+            self._gates = gates_of_policy(policy, exits)
             if policy.score == "saturation":
                 self._watched = frozenset(depth - 1 for depth in self.thresholds)
         # per generation

@@ -147,7 +147,6 @@ class _Answerer:
         adapter = model if isinstance(model, Adapter) else None
         self.backbone = model.backbone if isinstance(model, Adapter) else model
         self.exits = adapter.exits if adapter else None
-        self.discriminators = adapter.discriminators if adapter else None
         self.encoder, self.plan = encoder, plan
         if adapter is None and (plan.mode != "full" or policy is not None):
             raise InputError(
@@ -167,14 +166,14 @@ class _Answerer:
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not gone on with."""
-        trained = [m for m in (self.exits, self.discriminators) if m]
+        trained = [self.exits.modules, self.exits.discriminators] if self.exits else []
         policy = self.policies["early_exit"]
         return {
             "format": FORMAT,
             "task": self.plan.task,
             "backbone": self.backbone.name,
             "fingerprint": digest_rows([dump_fingerprint(self.backbone.fingerprint())]),
-            "exits": _digest(trained) if trained else None,
+            "exits": _digest([m for m in trained if m]) if trained else None,
             # Every field, so that none can change unnoticed.
             "policy": policy_to_json(policy) if self.exits is not None else None,
             "layers": self.backbone.depth,
@@ -227,7 +226,6 @@ class _Answerer:
             inputs,
             exits=self.exits,
             policy=self.policies[mode],
-            discriminators=self.discriminators,
             max_new_tokens=self.plan.longest,
             do_sample=False,
             num_beams=1,
@@ -244,7 +242,6 @@ class _Answerer:
             item.candidates,
             exits=self.exits,
             policy=policy,
-            discriminators=self.discriminators,
             ranking=self.plan.ranking,
             at_once=self.plan.candidates_at_once,
         )

@@ -14,7 +14,7 @@ from offramp.engine.model_runner import ModelRunner
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefill import Prefill
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, first
+from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 
@@ -36,9 +36,8 @@ def candidate_scores(
     example: Example,
     candidates: Sequence[str],
     *,
-    exits: Exits | None = None,
+    exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
-    discriminators: nn.ModuleDict | None = None,
     ranking: str = "sum",
     at_once: int = 25,
 ) -> list[float]:
@@ -55,8 +54,8 @@ def candidate_scores(
     ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
     prompts = encoder.prompts([example])
     encoder.check_room(prompts, [(example.key, max(map(len, ids)))])
-    run = ModelRunner(backbone, exits, policy, discriminators)
-    driver = _ReadAll(backbone, exits, tuple(run.thresholds))
+    run = ModelRunner(backbone, exits, policy)
+    driver = _ReadAll(backbone, run.exits, tuple(run.thresholds))
     view = InterceptedModel(backbone, driver)
     pick = _Pick(run)
     found: list[float] = []
@@ -87,7 +86,7 @@ def candidate_scores(
 class _ReadAll:
     """A driver that runs every layer and, on the way, the exits at `depths`."""
 
-    def __init__(self, backbone: Backbone, exits: Exits | None, depths: Sequence[int]) -> None:
+    def __init__(self, backbone: Backbone, exits: ExitSet | None, depths: Sequence[int]) -> None:
         self._exits, self._depths, self._last = exits, frozenset(depths), backbone.depth - 1
         self._noted = frozenset(d - k for d in depths for k in (0, 1))  # "saturation" reads both
         self.entries: dict[int, Tensor] = {}

@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 
 GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 """Generates from processor output, batch 1, with these stopping criteria; returns new ids [N]."""
@@ -122,17 +122,16 @@ def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
 
 def exit_generate_fn(
     backbone: Backbone,
-    exits: Exits | None = None,
+    exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
-    discriminators: nn.ModuleDict | None = None,
     **options: Any,
 ) -> GenerateFn:
     """Generation by `policy`; without thresholds the full model, through the same loop."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         found = generate(
-            backbone, inputs, exits=exits if policy.effective.thresholds else None, policy=policy,
-            discriminators=discriminators, stopping_criteria=stop, **options,
+            backbone, inputs, exits=exits, policy=policy,
+            stopping_criteria=stop, **options,
         )  # fmt: skip
         return found.new_tokens.flatten()
 

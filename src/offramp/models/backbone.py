@@ -40,7 +40,6 @@ class Backbone:
         model.requires_grad_(False)  # HF resets it on load
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if scale else 1.0
-        self._rows: tuple[Tensor, nn.Linear] | None = None
         self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
 
     @classmethod
@@ -142,18 +141,12 @@ class Backbone:
         return logits.view(*normed.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def head_rows(self, ids: Tensor) -> nn.Linear:
-        """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone.
-
-        The last one made is kept, for a server asks for the same in every request.
-        """
-        if self._rows is not None and self._rows[0] is ids:
-            return self._rows[1]
+        """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
         bias = getattr(self.head, "bias", None)
         rows = nn.Linear(self.width, len(ids), bias=bias is not None, device="meta")
         rows.weight = nn.Parameter(self.head.weight.detach()[ids], requires_grad=False)
         if bias is not None:
             rows.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
-        self._rows = (ids, rows)
         return rows
 
     def final_norm(self, hidden: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from typing import Any
 from torch import nn
 
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import ExitSet
 
 FREEZING: dict[str, Any] = {"freezing": True}
 
 
 @contextmanager
 def compiled(
-    backbone: Backbone, exits: Exits | None = None, *, backend: str = "inductor"
+    backbone: Backbone, exits: ExitSet | None = None, *, backend: str = "inductor"
 ) -> Iterator[bool]:
     """Compile for as long as the context lasts; yields whether it could be done.
 
@@ -38,7 +38,8 @@ def compiled(
         return
     import torch._dynamo
 
-    layers: list[nn.Module] = [*backbone.layers, *(exits.values() if exits is not None else ())]
+    own = () if exits is None else exits.modules.values()
+    layers: list[nn.Module] = [*backbone.layers, *own]
     options = FREEZING if backend == "inductor" else None
     # All layers are one piece of code to the compiler, and each with each kind of call counts.
     limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))

@@ -9,14 +9,15 @@ same cache, behind the backbone's (entries L, L+1, ...). Untrained it is a copy 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.shortlist import Checks
+from offramp.models.shortlist import Gate
 
 
 def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
@@ -69,7 +70,6 @@ class Exits(nn.ModuleDict):
     def __init__(self, backbone: Backbone, depths: Sequence[int], *, lens: bool = False) -> None:
         """Copy-initialise an exit at each depth from the backbone's next layer, or place a lens."""
         self.depths = check_depths(depths, backbone.depth)
-        self.checks: Checks | None = None
         super().__init__(
             {
                 str(depth): LogitLens()
@@ -81,12 +81,6 @@ class Exits(nn.ModuleDict):
         self.requires_grad_(True)
         self.eval()  # dropout off: the layers are frozen kin, and resuming must be exact
 
-    def with_checks(self, checks: Checks | None) -> Exits:
-        """The same exits, looked at with a shortlist or gates."""
-        found = copy.copy(self)
-        found.checks = checks
-        return found
-
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""
         return self[str(depth)]
@@ -94,6 +88,50 @@ class Exits(nn.ModuleDict):
     def run(self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
         """The estimate [B, T, D] of the final state, before the final norm."""
         return first(self[str(depth)](hidden, *args, **kw))
+
+
+@dataclass(frozen=True, eq=False)
+class ExitSet:
+    """All that an adapter attaches to a backbone: the exits, and what reads or guards them.
+
+    modules: the exits by depth.
+    shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.
+    gates: by depth (`offramp.models.shortlist`).
+    discriminators: by depth; only the "discriminator" score asks them.
+    measured: what was measured when shortlist and gates were learnt.
+    """
+
+    modules: Exits
+    shortlist: Tensor | None = None
+    gates: Mapping[int, Gate] = field(default_factory=dict)
+    discriminators: nn.ModuleDict | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, exits: ExitSet | Exits) -> ExitSet:
+        """`exits` itself, or bare modules with nothing beside them."""
+        return exits if isinstance(exits, ExitSet) else cls(exits)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Where exits stand, ascending."""
+        return self.modules.depths
+
+    def at(self, depth: int) -> nn.Module:
+        """The exit at `depth`."""
+        return self.modules.at(depth)
+
+    def run(self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
+        """The estimate [B, T, D] of the final state; see `Exits.run`."""
+        return self.modules.run(depth, hidden, args, kw)
+
+    def shortlist_head(self, backbone: Backbone) -> nn.Linear | None:
+        """The LM head's rows of the shortlist, made once; None without one."""
+        if self.shortlist is None:
+            return None
+        if "_head" not in self.__dict__:
+            object.__setattr__(self, "_head", backbone.head_rows(self.shortlist))
+        return self.__dict__["_head"]  # type: ignore[no-any-return]
 
 
 def first(output: Any) -> Tensor:

@@ -1,72 +1,38 @@
-"""What makes a look at an exit cheap: a shortlist of the vocabulary, and gates before the exits.
+"""Cheaper exit checks: a shortlist of the vocabulary, and gates before the exits.
 
 Over a large vocabulary one LM head costs as much as several decoder layers. A shortlist holds the
 tokens that the task's own answers are made of; an exit that reads only their rows of the head can
 say nothing else, and how often that would be wrong is bounded from held-out answers. A gate
-guesses, from the state that enters an exit, the score that the exit would give, so that one which
-would not let the token go is not run: only its keys and values are computed, for the tokens after.
+predicts, from the state that enters an exit, the score that the exit would give. Where that is too
+low to exit, the exit is not run: only its keys and values are computed, for later tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.errors import AdapterError, InputError
+from offramp.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """sigmoid(weight . state + bias): a linear guess of an exit's score. weight: [D], float32."""
+    """sigmoid(weight . state + bias): a linear prediction of an exit's score.
+
+    weight: [D], float32. bias: a scalar.
+    """
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, state: Tensor) -> Tensor:
-        """Guesses [...] for states [..., D] that enter the exit."""
+        """Predicted scores [...] for states [..., D] that enter the exit."""
         return (state.float() @ self.weight + self.bias).sigmoid()
-
-
-@dataclass(frozen=True, eq=False)
-class Checks:
-    """The shortlist and the gates of an adapter's exits; either may be missing.
-
-    ids: token ids [S] of the shortlist, ascending; None: exits read the whole vocabulary.
-    gates: by depth.
-    found: what was measured when they were learnt; see `shortlist_of` and `fit_gate`.
-    """
-
-    ids: Tensor | None = None
-    gates: Mapping[int, Gate] = field(default_factory=dict)
-    found: Mapping[str, Any] = field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, for a file."""
-        named = {} if self.ids is None else {"shortlist": self.ids}
-        for depth, gate in self.gates.items():
-            named |= {f"gates.{depth}.weight": gate.weight, f"gates.{depth}.bias": gate.bias}
-        return named
-
-    @classmethod
-    def of(
-        cls, tensors: Mapping[str, Tensor], found: Mapping[str, Any], *, width: int, vocabulary: int
-    ) -> Checks:
-        """What `tensors` wrote. Raise `AdapterError` where it does not fit the backbone's sizes."""
-        ids = tensors.get("shortlist")
-        depths = sorted({int(name.split(".")[1]) for name in tensors if name != "shortlist"})
-        gates = {d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in depths}
-        fits = all(gate.weight.shape == (width,) for gate in gates.values())
-        if not fits or (ids is not None and not bool(((ids >= 0) & (ids < vocabulary)).all())):
-            raise AdapterError(
-                "The adapter's shortlist or gates do not fit this backbone.",
-                "Restore the folder, or learn them again: offramp train --shortlist N --gates.",
-            )
-        return cls(ids, gates, found)
 
 
 def shortlist_of(

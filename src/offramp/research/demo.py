@@ -32,7 +32,7 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.evaluation.timing import exit_generate_fn as any_way
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
 from offramp.provenance import provenance
@@ -70,7 +70,7 @@ def demo(
     encoder = InputProcessor(backbone, processor)
     log.info(f"tiny-{kind}: {backbone.depth} decoder layers, frozen")
 
-    adapter = Adapter(backbone, Exits(backbone, DEPTHS[kind]))
+    adapter = Adapter(backbone, ExitSet(Exits(backbone, DEPTHS[kind])))
     answers(adapter, encoder, [captions("train", 32)], FULL)
     inference_bytes = _peak_bytes()
     config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed)
@@ -203,7 +203,7 @@ def _share_right(task: Task, answers: Sequence[Answer], encoder: InputProcessor)
 
 def exit_generate_fn(adapter: Adapter, policy: ExitPolicy) -> GenerateFn:
     """The adapter's exits by `policy`, with the demo's options."""
-    return any_way(adapter.backbone, adapter.exits, policy, adapter.discriminators, **OPTIONS)
+    return any_way(adapter.backbone, adapter.exits, policy, **OPTIONS)
 
 
 def _speed(timing: Timing) -> dict[str, Any]:

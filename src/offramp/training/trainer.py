@@ -29,9 +29,9 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone, dump_fingerprint
-from offramp.models.exits import Exits, propose_depths
+from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Checks, shortlist_of
+from offramp.models.shortlist import shortlist_of
 from offramp.provenance import provenance
 from offramp.storage import JsonlLog
 from offramp.training.adversarial import AdversarialObjective
@@ -133,7 +133,8 @@ class Trainer:
         self.progress = Progress()
         self.best: dict[str, dict[str, Tensor]] = {}
         self.agreement: dict[str, float] = {}
-        self.checks: Checks | None = None
+        self.shortlist: Tensor | None = None
+        self.measured: dict[str, Any] = {}
         self.initial = {depth: depth for depth in self.exits.depths}
 
     # -- the run ------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class Trainer:
         learn, held_out = (gather_object(s.answers) for s in (train_store, validation))
         ids, found = shortlist_of(learn, held_out, size)
         ids = ids.to(self.backbone.device)
-        self.checks = Checks(ids, found={"shortlist": found})
+        self.shortlist, self.measured = ids, {"shortlist": found}
         self.game.narrow(ids)
         self._say(f"shortlist: {len(ids)} tokens, {found['miss_rate']:.2%} of others missed")
 
@@ -330,9 +331,8 @@ class Trainer:
             discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,
-            exits.with_checks(self.checks),
-            ExitPolicy(shortlist=self.checks is not None),
-            discriminators=discriminators,
+            ExitSet(exits, self.shortlist, discriminators=discriminators, measured=self.measured),
+            ExitPolicy(shortlist=self.shortlist is not None),
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={
                 "agreement": self.agreement,
@@ -348,7 +348,9 @@ class Trainer:
             "agreement": self.agreement,
             "best": self.best,
             "initial": self.initial,
-            "checks": self.checks and {"ids": self.checks.ids, "found": dict(self.checks.found)},
+            "checks": None
+            if self.shortlist is None
+            else {"ids": self.shortlist, "found": self.measured},
             **{name: part.state_dict() for name, part in self._moving().items()},
         }
         save_state(self.out, self.made_of, state)
@@ -361,7 +363,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.best, self.agreement = state["best"], state["agreement"]
         self.initial = state["initial"]
-        self.checks = state["checks"] and Checks(**state["checks"])
+        if (checks := state["checks"]) is not None:
+            self.shortlist, self.measured = checks["ids"], checks["found"]
         for name, part in self._moving().items():
             part.load_state_dict(state[name])
 

@@ -95,8 +95,10 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _force(arguments: argparse.Namespace) -> dict[str, Any]:
     """Costs and forced exits."""
+    from dataclasses import replace
+
     from offramp.calibration.profiler import measure_costs
-    from offramp.models.exits import Exits, check_depths
+    from offramp.models.exits import Exits, ExitSet, check_depths
     from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, table
 
     backbone, inputs, exits = _subject(arguments)
@@ -113,10 +115,10 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
         for rate in (arguments.acceptance if policy == "lossless" else rates)
     ]
     if arguments.shortlist is not None:
-        exits = exits.with_checks(any_shortlist(backbone, arguments.shortlist))
+        exits = replace(ExitSet.of(exits), shortlist=any_shortlist(backbone, arguments.shortlist))
     costs = measure_costs(
         backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs"),
-        shortlist=exits.checks is not None and exits.checks.ids is not None,
+        shortlist=exits.shortlist is not None,
     )  # fmt: skip
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=arguments.tokens,

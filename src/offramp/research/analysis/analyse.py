@@ -27,7 +27,7 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, check_depths
+from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.analysis.depth_curves import (
@@ -173,7 +173,7 @@ class _Run:
     encoder: InputProcessor
     examples: Sequence[Example]
     config: AnalysisConfig
-    sets: Mapping[str, Exits]
+    sets: Mapping[str, ExitSet]
     progress: Any
 
     @classmethod
@@ -186,7 +186,7 @@ class _Run:
         progress: Any,
     ) -> _Run:
         backbone = encoder.backbone
-        sets = {"lens": Exits(backbone, range(1, backbone.depth), lens=True)}
+        sets = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), lens=True))}
         adapter = model if isinstance(model, Adapter) else None
         if adapter is not None:
             sets["exits"] = adapter.exits
@@ -209,8 +209,7 @@ class _Run:
         )  # fmt: skip
         free = FreeRunning(
             self.encoder, self.examples, [list(row.ids) for row in written], metric, self.draws,
-            self.adapter.discriminators if self.adapter else None, self.config.batch_size,
-            self.progress, options,
+            self.config.batch_size, self.progress, options,
         )  # fmt: skip
         people = [
             Answered(e, tuple(self.encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
@@ -234,7 +233,7 @@ class _Run:
             self._add_policy(found, self.adapter, free, true.get("exits"))
         return {**found, "needed_depth": _needed(own, self.encoder, token_class)}
 
-    def _replay(self, exits: Exits, rows: Sequence[Answered]) -> Replay:
+    def _replay(self, exits: ExitSet, rows: Sequence[Answered]) -> Replay:
         score = self.adapter.policy.score if self.adapter else "max_probability"
         return replay(
             self.encoder, exits, rows, score if score in SCORES else "max_probability",

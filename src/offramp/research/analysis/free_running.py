@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from offramp.calibration.replay import Array
 from offramp.data.example import Example
@@ -19,7 +18,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import check_known
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.metrics import exact_match, vqa_accuracy
-from offramp.models.exits import Exits
+from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.research.analysis.depth_curves import Bootstrap, dip
 
@@ -72,7 +71,6 @@ class FreeRunning:
     full: Sequence[list[int]]
     quality: Metric
     draws: Callable[[Sequence[Example]], Bootstrap]
-    discriminators: nn.ModuleDict | None
     batch_size: int
     progress: Any
     options: Mapping[str, Any]
@@ -81,7 +79,7 @@ class FreeRunning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "labelled", [e for e in self.examples if e.answers])
 
-    def decode(self, exits: Exits, policy: ExitPolicy) -> tuple[list[list[int]], float]:
+    def decode(self, exits: ExitSet, policy: ExitPolicy) -> tuple[list[list[int]], float]:
         """Greedy ids of every example, and the mean depth of their tokens."""
         found, depths = [], []
         for start in self.progress(range(0, len(self.examples), self.batch_size)):
@@ -90,7 +88,6 @@ class FreeRunning:
                 self.encoder.prompts(self.examples[start : start + self.batch_size]),
                 exits=exits,
                 policy=policy,
-                discriminators=self.discriminators,
                 do_sample=False,
                 num_beams=1,
                 **self.options,
@@ -100,7 +97,7 @@ class FreeRunning:
                 depths += ran[ran > 0].tolist()
         return found, float(np.mean(depths))
 
-    def curves(self, exits: Exits, depths: Sequence[int]) -> dict[str, Any]:
+    def curves(self, exits: ExitSet, depths: Sequence[int]) -> dict[str, Any]:
         """`identical` and, with references, `quality` by depth, the full depth last."""
         # A threshold of 0: every token leaves, the first one too where the prompt allows it.
         answers: dict[int, Sequence[list[int]]] = {

@@ -7,7 +7,7 @@ rounds; figures are ratios of medians. What was predicted is the cost of the ver
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ from offramp.engine.generate import generate
 from offramp.errors import InputError, did_you_mean
 from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_fn, time_interleaved
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, check_depths
-from offramp.models.shortlist import Checks
+from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.provenance import provenance
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -69,7 +68,7 @@ def bench(
     cases: Sequence[Case],
     costs: Costs,
     *,
-    exits: Exits | None = None,
+    exits: ExitSet | Exits | None = None,
     tokens: int = 40,
     rounds: int = 5,
     score: str = "max_probability",
@@ -99,10 +98,11 @@ def bench(
         exits = Exits(backbone, depths).requires_grad_(False)
     greedy = {"max_new_tokens": 1 + tokens, **OPTIONS}
     reference = generate(backbone, inputs, **greedy).new_tokens[0]
-    if exits is not None and exits.checks is not None and exits.checks.ids is not None:
-        shortlist = shortlist or len(exits.checks.ids)
+    exits = None if exits is None else ExitSet.of(exits)
+    if exits is not None and exits.shortlist is not None:
+        shortlist = shortlist or len(exits.shortlist)
     if shortlist is not None and exits is not None:
-        exits = exits.with_checks(any_shortlist(backbone, shortlist, reference))
+        exits = replace(exits, shortlist=any_shortlist(backbone, shortlist, reference))
     runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     for runner in runners.values():
         runner.plan(reference, independent, seed)
@@ -129,8 +129,8 @@ def bench(
     return entries
 
 
-def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -> Checks:
-    """A shortlist of `size` tokens, those of `spoken` among them: for speed, any will do.
+def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -> Tensor:
+    """A shortlist [size], ascending, with the tokens of `spoken`: for speed, any will do.
 
     Raises:
         InputError: a size that the vocabulary does not have, or that holds not all of `spoken`.
@@ -144,7 +144,7 @@ def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -
     others = torch.ones(backbone.vocabulary, dtype=torch.bool)
     others[some.cpu()] = False
     rest = others.nonzero()[: size - len(some), 0]
-    return Checks(torch.cat([some.cpu(), rest]).sort().values.to(backbone.device))
+    return torch.cat([some.cpu(), rest]).sort().values.to(backbone.device)
 
 
 def entry(
@@ -186,7 +186,7 @@ class _Runner:
         self,
         case: Case,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | None,
         costs: Costs,
         score: str,
         rows: int,
@@ -197,7 +197,7 @@ class _Runner:
         self._score, self._rows, self._tokens = score, rows, tokens
         self._lossless = case.policy == "lossless"
         self._options = dict(POLICIES[case.policy])
-        self._ids = exits.checks.ids if exits.checks is not None else None
+        self._ids = exits.shortlist
         if self._ids is not None:
             self._options["shortlist"] = True
         if self._lossless:

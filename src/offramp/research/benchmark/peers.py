@@ -123,13 +123,7 @@ def _peers(
         "truncation": Peer(
             {f"depth {same_depth}": exit_generate_fn(backbone, lens, cut, **options)}
         ),
-        "early_exit": Peer(
-            {
-                "": exit_generate_fn(
-                    backbone, exits, adapter.policy, adapter.discriminators, **options
-                )
-            }
-        ),
+        "early_exit": Peer({"": exit_generate_fn(backbone, exits, adapter.policy, **options)}),
         "lossless": Peer(
             {
                 f"threshold {t}": exit_generate_fn(backbone, exits, p, **options)

@@ -37,7 +37,7 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
 from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
 from offramp.models.backbone import Backbone, dump_fingerprint
-from offramp.models.exits import Exits, propose_depths
+from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.comparison.equal_quality import Each, drawn, equal_quality
@@ -250,7 +250,7 @@ class _Bench:
         """The objective's exits; what was trained before is taken up."""
         changes = OBJECTIVES[objective]
         if changes is None:
-            return Adapter(self.backbone, Exits(self.backbone, depths, lens=True))
+            return Adapter(self.backbone, ExitSet(Exits(self.backbone, depths, lens=True)))
         if changes.get("regime") == "supervised" and not self._labelled:
             changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
         config = replace(self.plan.training, **{**changes, "depths": depths, "seed": seed})
