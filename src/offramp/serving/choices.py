@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.confidence import STREAKS
 from offramp.engine.exit_check import ExitCheck, ExitScorer, gates_of_policy
@@ -14,7 +14,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.slots.runner import States
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import ExitSet
 from offramp.serving.rules import RowRules
 
 Question = tuple[RowRules, list[int]]
@@ -50,18 +50,14 @@ class Chooser:
     def __init__(
         self,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | None,
         policy: ExitPolicy,
         depths: Sequence[int],
-        discriminators: nn.ModuleDict | None,
     ) -> None:
         check_policy(policy)
         self._backbone = backbone
-        checks = exits.checks if exits is not None else None
-        self._scorer = (
-            ExitScorer(backbone, policy, depths, discriminators, checks) if depths else None
-        )
-        self._gates = gates_of_policy(policy, checks)
+        self._scorer = ExitScorer(backbone, policy, depths, exits) if depths else None
+        self._gates = gates_of_policy(policy, exits) if exits is not None else {}
 
     def verdicts(
         self, depth: int, states: States, asked: Sequence[Question | None]

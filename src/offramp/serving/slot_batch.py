@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.engine.slots.prompt import Prompt
 from offramp.engine.slots.runner import SlotRunner, States
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.serving.choices import Chooser, Verdict
 from offramp.serving.row import Choice, Row
 from offramp.serving.rules import RowRules
@@ -73,9 +73,8 @@ class SlotBatch:
     def __init__(
         self,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | Exits | None,
         policy: ExitPolicy,
-        discriminators: nn.ModuleDict | None = None,
         *,
         slots: int = 8,
         limit: int = 1024,
@@ -83,12 +82,13 @@ class SlotBatch:
         longest: int = 16,
         guess_above: float = 0.0,
     ) -> None:
+        exits = None if exits is None else ExitSet.of(exits)
         self.backbone, self.slots, self.longest = backbone, slots, longest
         self.guess_above = guess_above
         self.depths = tuple(sorted({*policy.thresholds, *policy.drafts})) if exits else ()
         self.runner = SlotRunner(backbone, exits, self.depths, slots, limit, layout=layout)
         self.seats: list[Seat] = []
-        self._chooser = Chooser(backbone, exits, policy, self.depths, discriminators)
+        self._chooser = Chooser(backbone, exits, policy, self.depths)
         self._pending: Tensor | None = None  # states before the deep layers [slots, longest, D]
 
     # -- rows ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from offramp.engine.slots.keys import store_keys
 from offramp.engine.slots.runner import States
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 
@@ -56,7 +56,7 @@ class PromptReader:
     def __init__(
         self,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | Exits | None,
         depths: Sequence[int],
         *,
         vision_cache: VisionCache | None = None,

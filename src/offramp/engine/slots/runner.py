@@ -21,7 +21,7 @@ from offramp.engine.slots.keys import store_keys
 from offramp.engine.slots.layout import SlotCall, lay_out, one_each
 from offramp.engine.slots.masks import with_slot_masks
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 
 
@@ -59,7 +59,7 @@ class SlotRunner:
     def __init__(
         self,
         backbone: Backbone,
-        exits: Exits | None,
+        exits: ExitSet | Exits | None,
         depths: Sequence[int],
         slots: int,
         limit: int,
