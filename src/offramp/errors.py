@@ -46,6 +46,10 @@ class TrainingError(OfframpError, RuntimeError):
     """Training cannot go on."""
 
 
+class BusyError(OfframpError, RuntimeError):
+    """A batch engine takes no request now: its queue is full, or it was closed."""
+
+
 class StorageError(OfframpError, OSError):
     """A file cannot be read or written; a file that was to be replaced is as it was."""
 

@@ -203,7 +203,9 @@ class SlotBatch:
         """
         rows = [seat.row for seat in self.seats]
         assert not any(row.pending or row.parked for row in rows)
-        states = self.runner.full(self._feed(rows), [row.column for row in rows])
+        exits = any(seat.policy.uses_exits for seat in self.seats)
+        columns = [row.column for row in rows]
+        states = self.runner.full(self._feed(rows), columns, exits=exits)
         asked = [(seat.rules, seat.row.tokens) for seat in self.seats]
         tokens = self._chooser.full(states.final, asked)
         for seat, token in zip(self.seats, tokens, strict=True):

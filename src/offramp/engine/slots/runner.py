@@ -113,9 +113,14 @@ class SlotRunner:
         """Run tokens [R] of the first R slots at their columns up to and through the exit."""
         return self._run("shallow", one_each(columns, *self._room(columns)), tokens)
 
-    def full(self, tokens: Tensor, columns: Sequence[int]) -> States:
-        """Run tokens [R] of the first R slots through all layers; exits only get their keys."""
-        return self._run("full", one_each(columns, *self._room(columns)), tokens)
+    def full(self, tokens: Tensor, columns: Sequence[int], *, exits: bool = True) -> States:
+        """Run tokens [R] of the first R slots through all layers.
+
+        exits: whether these get their keys, which a row needs that will come to exits again.
+        """
+        return self._run(
+            "full" if exits else "bare", one_each(columns, *self._room(columns)), tokens
+        )
 
     def deep(self, states: Tensor, slots: Sequence[int], columns: Sequence[int]) -> States:
         """Run states [N, D] that entered the first exit through the layers above it.
@@ -186,7 +191,7 @@ class SlotRunner:
                 return self.backbone.skipped_layer_output(index, hidden, args, kw)
             assert self._chunk is not None
             hidden = self._chunk
-        elif index in self.depths:
+        elif index in self.depths and self._mode != "bare":
             self._at_exit(index, hidden, args, kw)
         if self._mode == "shallow" and index >= self.split:
             return self.backbone.skipped_layer_output(index, hidden, args, kw)

@@ -7,15 +7,14 @@ decoding are the model's own; what it writes is noise.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.engine.slots.memory import free_bytes
 from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
 
@@ -96,17 +95,6 @@ def shape(name: str) -> Shape:
     if name not in SHAPES:
         raise InputError(f"Shape {name!r} is not known.", did_you_mean(name, SHAPES))
     return SHAPES[name]
-
-
-def free_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):  # neither Linux nor a Unix that counts pages
-        return None
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, seed: int) -> None:

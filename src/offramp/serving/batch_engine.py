@@ -1,0 +1,197 @@
+"""Many requests at once: early exits in a continuous batch, from any thread.
+
+One thread owns the model and makes the rounds (`offramp.serving.core`). Images are opened and
+prompts processed in worker threads. The queue is bounded: a flood is refused, not swallowed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import FULL
+from offramp.errors import BusyError, InputError
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
+from offramp.serving.request import Handle, OnToken, Request
+
+
+class BatchEngine:
+    """A running engine; close it, or use it as a context manager.
+
+    model: an adapter, or a backbone alone. processor: turns examples into inputs; not needed where
+    inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
+    open images and run the processor. more: as of `EngineCore`.
+
+    Raises:
+        InputError: slots that memory does not hold; a policy that cannot be batched.
+    """
+
+    def __init__(
+        self,
+        model: Adapter | Backbone,
+        processor: InputProcessor | None = None,
+        config: EngineConfig | None = None,
+        *,
+        queue: int = 64,
+        workers: int = 2,
+        **more: Any,
+    ) -> None:
+        if queue < 1 or workers < 1:
+            raise InputError(
+                f"An engine with a queue of {queue} and {workers} workers takes no request.",
+                "Give numbers from 1.",
+            )
+        if isinstance(model, Adapter):
+            self.core = EngineCore(model.backbone, model.exits, model.policy, config, **more)
+        else:
+            self.core = EngineCore(model, None, FULL, config, **more)
+        self.processor, self.queue = processor, queue
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
+        self._changed = threading.Condition()
+        self._preparing: set[Handle] = set()
+        self._ready: list[Handle] = []
+        self._closed = self._dropped = False
+        self._thread = threading.Thread(target=self._serve, name="offramp-engine", daemon=True)
+        self._thread.start()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        what: Example | Mapping[str, Any],
+        *,
+        mode: str | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        streamer: Any = None,
+        on_token: OnToken | None = None,
+        wait: bool = False,
+        **options: Any,
+    ) -> Handle:
+        """Queue a request: an example, or what a processor returned for one prompt.
+
+        wait: for a place in a full queue. The rest as in `Request`; options are Hugging Face's.
+
+        Raises:
+            BusyError: the queue is full, or the engine closed.
+            InputError: a request that no engine could answer.
+        """
+        inputs: Mapping[str, Any] = {}
+        if isinstance(what, Example):
+            if self.processor is None:
+                raise InputError(
+                    "An example was submitted to an engine without a processor.",
+                    "Give BatchEngine(..., processor=InputProcessor(backbone, processor)).",
+                )
+        else:
+            inputs = checked_inputs(what)
+        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options))
+        with self._changed:
+            self._take_place(wait)
+            if isinstance(what, Example):
+                self._preparing.add(handle)
+                self._pool.submit(self._prepare, handle, what)
+            else:
+                self._ready.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    def cancel(self, handle: Handle) -> bool:
+        """End a request, queued or running; its slot is free within one round."""
+        asked = handle.cancel()
+        with self._changed:
+            self._changed.notify_all()
+        return asked
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._preparing) + len(self._ready) + self.core.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return self.core.running
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until all that was submitted is answered; False where `timeout` seconds passed."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._idle, timeout)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests and stop; those at hand are answered first, or dropped."""
+        with self._changed:
+            self._closed, self._dropped = True, not drain
+            self._changed.notify_all()
+        self._pool.shutdown(wait=True)
+        self._thread.join()
+
+    def __enter__(self) -> BatchEngine:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close(drain=error[0] is None)
+
+    # -- threads -------------------------------------------------------------------------------
+
+    @property
+    def _idle(self) -> bool:
+        return not self._preparing and not self._ready and self.core.idle
+
+    def _take_place(self, wait: bool) -> None:
+        """Raise `BusyError` where the queue has none, unless one is waited for."""
+        if wait:
+            self._changed.wait_for(lambda: self._closed or self.waiting < self.queue)
+        if self._closed:
+            raise BusyError("The engine is closed.", "Start another one.")
+        if self.waiting >= self.queue:
+            raise BusyError(
+                f"The engine's queue of {self.queue} requests is full.",
+                "Try again later, or submit with wait=True.",
+            )
+
+    def _prepare(self, handle: Handle, example: Example) -> None:
+        """Open the image and run the processor, in a worker thread."""
+        assert self.processor is not None
+        error: Exception | None = None
+        try:
+            if not handle.unwanted:
+                inputs = self.processor.prompts([example])
+                handle.request = replace(handle.request, inputs=inputs)
+        except Exception as found:  # a broken image is its request's own
+            error = found
+        with self._changed:
+            self._preparing.discard(handle)
+            if error is not None:
+                handle.set_exception(error)
+            else:
+                self._ready.append(handle)
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        """Make rounds while there is work; the engine's thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._ready or not self.core.idle or (self._closed and self._idle)
+                )
+                for handle in self._ready:
+                    self.core.add(handle)
+                self._ready.clear()
+                if self._dropped:
+                    self.core.cancel_all()
+                if self._closed and self._idle:
+                    return
+            try:
+                self.core.round()
+            except Exception as error:  # the model itself: who was in its batch must hear of it
+                self.core.fail_all(error)
+            with self._changed:
+                self._changed.notify_all()

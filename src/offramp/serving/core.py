@@ -1,0 +1,310 @@
+"""The batch engine without its threads: requests in, rounds of work, answers out.
+
+A round drops who is unwanted, reads prompts into free slots as far as its budget goes, and makes
+one call. Everything happens in the thread that makes the rounds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.slots.cache import check_memory, slot_bytes
+from offramp.engine.slots.memory import free_bytes
+from offramp.engine.slots.prompt import PromptReader
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.vision_cache import VisionCache
+from offramp.serving.request import Completion, Handle, Request
+from offramp.serving.rules import RowRules
+from offramp.serving.scheduler import Call, Load, Schedule
+from offramp.serving.slot_batch import Seat, SlotBatch
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of a batch engine.
+
+    slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
+    read in a round, at least one prompt; the rows being written wait meanwhile. longest: tokens of
+    a row that may wait before the deep layers. guess_above: score from which an exit's token is
+    worth a guess. layout: of the deep call (`offramp.engine.slots.layout`).
+
+    Raises:
+        InputError: a number below 1.
+    """
+
+    slots: int = 8
+    limit: int = 1024
+    budget: int = 512
+    longest: int = 16
+    guess_above: float = 0.0
+    layout: str = "flat"
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {n: getattr(self, n) for n in ("slots", "limit", "budget", "longest")}
+        wrong = {n: v for n, v in sizes.items() if type(v) is not int or v < 1}
+        if wrong:
+            raise InputError(
+                f"The engine cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
+                "Give whole numbers from 1.",
+            )
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request in the engine, and when what happened to it."""
+
+    handle: Handle
+    submitted: float
+    started: float = 0.0
+    tokens: list[float] = field(default_factory=list)
+
+
+class EngineCore:
+    """Slots, a queue of prompts, and the rounds.
+
+    calls: how many calls of each kind were made. tokens: how many were settled.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | Exits | None = None,
+        policy: ExitPolicy = FULL,
+        config: EngineConfig | None = None,
+        *,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
+        config = config or EngineConfig()
+        entries = backbone.depth + (len(exits.depths) if exits is not None else 0)
+        size = config.slots * slot_bytes(
+            backbone.text_config, entries, config.limit, backbone.dtype
+        )
+        check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
+        self.config, self.policy = config, policy
+        self.schedule = config.schedule or Schedule.of(config.slots)
+        self.batch = SlotBatch(
+            backbone,
+            exits,
+            policy,
+            slots=config.slots,
+            limit=config.limit,
+            layout=config.layout,
+            longest=config.longest,
+            guess_above=config.guess_above,
+        )
+        self._reader = PromptReader(
+            backbone,
+            exits,
+            self.batch.depths,
+            vision_cache=vision_cache,
+            prefix_cache=prefix_cache,
+        )
+        self._queue: deque[_Job] = deque()
+        self._thread: int | None = None
+        self.calls: dict[Call, int] = {"shallow": 0, "deep": 0, "full": 0}
+        self.tokens = 0
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def add(self, request: Request | Handle) -> Handle:
+        """Queue a request; any thread may. Its answer comes with the rounds."""
+        handle = request if isinstance(request, Handle) else Handle(request)
+        self._queue.append(_Job(handle, time.perf_counter()))
+        return handle
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return len(self.batch.seats)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._queue and not self.batch.seats
+
+    # -- rounds --------------------------------------------------------------------------------
+
+    def round(self) -> Call | None:
+        """Do a round's work; return the call that was made, None where no row was there.
+
+        Raises:
+            InputError: rounds are made from another thread than before.
+        """
+        self._check_thread()
+        self._drop_unwanted()
+        self._admit()
+        if not self.batch.seats:
+            return None
+        call = self.schedule.next_call(self._load(), full=self._full_pays())
+        {"shallow": self.batch.shallow, "deep": self.batch.deep, "full": self.batch.full}[call]()
+        self.calls[call] += 1
+        self._collect()
+        return call
+
+    def run(self) -> None:
+        """Make rounds until nothing is left to do."""
+        while not self.idle:
+            self.round()
+
+    def _check_thread(self) -> None:
+        here = threading.get_ident()
+        if self._thread is None:
+            self._thread = here
+        if self._thread != here:
+            raise InputError(
+                "One engine was driven from two threads.",
+                "Let one thread make the rounds; others only submit.",
+            )
+
+    def fail_all(self, error: BaseException) -> None:
+        """End all requests with `error`."""
+        for job in [*(seat.owner for seat in self.batch.seats), *self._queue]:
+            if not job.handle.done():
+                job.handle.set_exception(error)
+        self._queue.clear()
+        while self.batch.seats:
+            self.batch.leave(self.batch.seats[-1])
+
+    def cancel_all(self) -> None:
+        """Ask for the end of all requests; the next round drops them."""
+        for job in [*(seat.owner for seat in self.batch.seats), *self._queue]:
+            job.handle.cancel()
+
+    def _full_pays(self) -> bool:
+        """Whether full depth is the faster way for rows whose tokens are all the full model's."""
+        return not any(seat.policy.uses_exits for seat in self.batch.seats)
+
+    def _load(self) -> Load:
+        rows = [seat.row for seat in self.batch.seats]
+        return Load(
+            rows=len(rows),
+            ready=self.batch.ready,
+            parked=sum(row.parked for row in rows),
+            oldest=max(row.waited for row in rows),
+            pending=sum(row.pending for row in rows),
+            plain=not any(seat.policy.thresholds for seat in self.batch.seats),
+        )
+
+    def _drop_unwanted(self) -> None:
+        for seat in [s for s in self.batch.seats if s.owner.handle.unwanted]:
+            self.batch.leave(seat)
+            seat.owner.handle.drop()
+        for job in [job for job in self._queue if job.handle.unwanted]:
+            self._queue.remove(job)
+            job.handle.drop()
+
+    def _admit(self) -> None:
+        """Read prompts into free slots, one after the other, within the budget of a round."""
+        budget = self.config.budget
+        while self._queue and len(self.batch.seats) < self.config.slots and budget > 0:
+            job = self._queue.popleft()
+            job.started = time.perf_counter()
+            try:
+                budget -= self._seat(job)
+            except Exception as error:  # whatever is wrong with a request is its own
+                job.handle.set_exception(error)
+        self._collect()
+
+    def _seat(self, job: _Job) -> int:
+        """Read the prompt of a request into a free slot; its tokens."""
+        request = job.handle.request
+        policy = request.row_policy(self.policy, self.batch.depths, pays=True)
+        tokens = int(request.inputs["input_ids"].shape[-1])
+        self._check_room(tokens, 0)
+        prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
+        rules = RowRules(prompt, seed=request.seed, streamer=_Taps(request, job))
+        own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
+        self._check_room(int(own.get_seq_length()), rules.most or 0)
+        self.batch.join(prompt, rules, policy, job)
+        return tokens
+
+    def _check_room(self, prompt: int, answer: int) -> None:
+        limit = self.config.limit
+        if not self.batch.backbone.is_encoder_decoder and prompt + answer > limit:
+            raise InputError(
+                f"A prompt of {prompt} tokens and an answer of up to {answer} do not fit into a "
+                f"slot of {limit}.",
+                "Shorten them (max_new_tokens), or give the engine a larger limit.",
+            )
+
+    def _collect(self) -> None:
+        """Hand out the answers that are over, and free their slots."""
+        for seat in [s for s in self.batch.seats if s.over or s.error is not None]:
+            self.batch.leave(seat)
+            self._finish(seat, seat.owner)
+
+    def _finish(self, seat: Seat, job: _Job) -> None:
+        error = seat.error
+        try:
+            seat.rules.finish()
+        except Exception as ours:  # the streamer's own
+            error = error or ours
+        if error is not None:
+            job.handle.set_exception(error)
+            return
+        now, times = time.perf_counter(), job.tokens
+        self.tokens += len(times)
+        gaps = tuple(b - a for a, b in pairwise(times))
+        job.handle.set_result(
+            Completion(
+                self.batch.result(seat),
+                bool(seat.policy.thresholds),
+                job.started - job.submitted,
+                times[0] - job.submitted,
+                now - job.submitted,
+                gaps,
+            )
+        )
+
+
+class _Taps:
+    """Stands where a streamer stands: notes the times, and hands on to the request's own."""
+
+    def __init__(self, request: Request, job: _Job) -> None:
+        self._streamer, self._on_token, self._job = request.streamer, request.on_token, job
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._streamer is not None:
+            self._streamer.put(value)
+        if self._prompt:
+            self._prompt = False
+            return
+        self._job.tokens.append(time.perf_counter())
+        if self._on_token is not None:
+            self._on_token(int(value))
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raise `InputError` where `inputs` are not a processor's of one prompt."""
+    if "input_ids" not in inputs:
+        raise InputError(
+            f"A request came without token ids (it has {', '.join(inputs) or 'nothing'}).",
+            "Pass what the processor returned: processor(images=image, text=prompt, "
+            "return_tensors='pt').",
+        )
+    return inputs

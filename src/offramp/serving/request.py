@@ -1,0 +1,123 @@
+"""What a client asks of the batch engine, and what it holds until the answer is there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from offramp.engine.confidence import check_thresholds
+from offramp.engine.policy import ExitPolicy, GenerationOutput
+from offramp.errors import InputError, check_known
+from offramp.serving.slot_batch import RowPolicy
+
+MODES = ("full", "early_exit", "lossless")
+"""The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,
+drafted by the exits."""
+
+OnToken = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt and how to answer it.
+
+    inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
+    own policy, at full depth while the engine finds that exits do not pay. thresholds: by depth,
+    instead of the policy's; early exit only. seed: of its own generator; only matters with
+    `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token, or each
+    settled token's id; they run in the engine's thread and must be quick. options: Hugging Face's
+    generation options.
+
+    Raises:
+        InputError: an unknown mode, thresholds in another mode than early exit.
+    """
+
+    inputs: Mapping[str, Any]
+    mode: str | None = None
+    thresholds: Mapping[int, float] | None = None
+    seed: int | None = None
+    streamer: Any = None
+    on_token: OnToken | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            check_known("Mode", [self.mode], MODES)
+        if self.thresholds is not None and self.mode not in (None, "early_exit"):
+            raise InputError(
+                f"Thresholds were given to a request in {self.mode} mode.",
+                "Leave them out, or use mode='early_exit'.",
+            )
+
+    def row_policy(self, policy: ExitPolicy, depths: tuple[int, ...], *, pays: bool) -> RowPolicy:
+        """How its row uses the exits at `depths`, where the engine's own policy is `policy`.
+
+        pays: whether exits are found to pay; only asked where no mode is named.
+
+        Raises:
+            InputError: thresholds at depths that the engine does not run; exits without any.
+        """
+        mode = self.mode
+        if mode is None and self.thresholds is None:
+            wanted = (
+                "lossless" if policy.lossless else "early_exit" if policy.thresholds else "full"
+            )
+            mode = wanted if pays else "full"
+        if mode == "full":
+            return RowPolicy(guess=False)
+        if not depths:
+            raise InputError(
+                "A request wants exits, and the engine runs none.",
+                "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
+            )
+        if mode == "lossless":
+            return RowPolicy()
+        given = policy.thresholds if self.thresholds is None else self.thresholds
+        return RowPolicy(check_thresholds(dict(given), depths))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer, and how long it took.
+
+    output: what `generate` would return for the request alone. early_exit: whether its tokens may
+    have exited; False where the full model's were given, asked for or not. queued, first, total:
+    seconds from submission to the prompt's turn, to the first token, and to the last. gaps: seconds
+    between its tokens.
+    """
+
+    output: GenerationOutput
+    early_exit: bool
+    queued: float
+    first: float
+    total: float
+    gaps: tuple[float, ...]
+
+
+class Handle(Future[Completion]):
+    """The future answer to a request. `cancel` also stops one that is being written."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self.request = request
+        self._stop = threading.Event()
+
+    def cancel(self) -> bool:
+        """Ask for its end; its slot is free within a round. False where it was over already."""
+        if self.done():
+            return self.cancelled()
+        self._stop.set()
+        return True
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether its end was asked for."""
+        return self._stop.is_set()
+
+    def drop(self) -> None:
+        """End it without an answer: waiters get `concurrent.futures.CancelledError`."""
+        super().cancel()
+        self.set_running_or_notify_cancel()

@@ -1,0 +1,317 @@
+"""Laws of the batch engine: a request's troubles are its own, and nothing is lost or kept."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError, as_completed, wait
+
+import pytest
+import torch
+from fakes import Blip2FakeProcessor, examples
+from families import one_row
+
+from offramp.adapter import Adapter
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.errors import BusyError, InputError
+from offramp.models.input_processor import InputProcessor
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
+
+NAME = "blip2-opt"
+SMALL = EngineConfig(slots=3, limit=64)
+
+
+@pytest.fixture
+def adapter(backbone, exits):
+    return Adapter(backbone(NAME), exits(NAME), ExitPolicy({2: 0.05}))
+
+
+@pytest.fixture
+def rows(batch):
+    whole = batch(NAME, 4)
+    return [one_row(NAME, whole, row) for row in range(4)]
+
+
+def alone(adapter, inputs, mode="early_exit", **options):
+    policies = {"early_exit": adapter.policy, "full": ExitPolicy(), "lossless": ExitPolicy()}
+    policy = policies[mode]
+    return adapter.generate(inputs, policy=policy, do_sample=False, **options).sequences
+
+
+def core(adapter, config=SMALL):
+    return EngineCore(adapter.backbone, adapter.exits, adapter.policy, config)
+
+
+def request(inputs, mode="early_exit", new=8, **more):
+    more.setdefault("options", {"max_new_tokens": new, "do_sample": False})
+    return Request(inputs, mode, **more)
+
+
+def test_requests_from_many_threads_get_what_they_get_alone(adapter, rows):
+    wanted = [(i, mode, 4 + i) for i in range(4) for mode in ("full", "early_exit", "lossless")]
+    handles = {}
+    with BatchEngine(adapter, config=SMALL, queue=20) as engine:
+
+        def client(some):
+            for i, mode, new in some:
+                options = {"max_new_tokens": new, "do_sample": False}
+                handles[engine.submit(rows[i], mode=mode, **options)] = (i, mode, new)
+
+        threads = [threading.Thread(target=client, args=(wanted[n::3],)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert engine.drain(timeout=60)
+        for handle in as_completed(list(handles)):
+            i, mode, new = handles[handle]
+            got = handle.result().output.sequences
+            assert torch.equal(got, alone(adapter, rows[i], mode, max_new_tokens=new))
+        assert engine.core.tokens == sum(new for _, _, new in wanted)
+
+
+def test_a_cancelled_request_frees_its_slot_within_one_round(adapter, rows):
+    engine = core(adapter)
+    handles = [engine.add(request(rows[i], new=40)) for i in range(4)]
+    engine.round()
+    assert (engine.running, engine.waiting) == (3, 1)
+    handles[1].cancel()
+    engine.round()
+    assert (engine.running, engine.waiting) == (3, 0)
+    with pytest.raises(CancelledError):
+        handles[1].result(timeout=0)
+    engine.run()
+    for i in (0, 2, 3):
+        expected = alone(adapter, rows[i], max_new_tokens=40)
+        assert torch.equal(handles[i].result().output.sequences, expected)
+    assert not handles[0].cancel()
+
+
+class Broken:
+    """A streamer, a criterion and a processor that raises at the third token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls == 4:  # the prompt came first
+            raise RuntimeError("the client went away")
+
+    def end(self):
+        pass
+
+    def __call__(self, ids, scores):
+        self.put(ids)
+        return scores if scores is not None else torch.zeros(len(ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("where", ["streamer", "stopping_criteria", "logits_processor"])
+@pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
+def test_what_raises_fails_its_request_alone(where, mode, adapter, rows):
+    engine = core(adapter)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    if where == "streamer":
+        bad = request(rows[0], mode, streamer=Broken())
+    else:
+        bad = request(rows[0], mode, options={**options, where: [Broken()]})
+    broken, healthy = engine.add(bad), engine.add(request(rows[1], mode, new=9))
+    engine.run()
+    with pytest.raises(RuntimeError, match="went away"):
+        broken.result(timeout=0)
+    expected = alone(adapter, rows[1], mode, max_new_tokens=9)
+    assert torch.equal(healthy.result(timeout=0).output.sequences, expected)
+
+
+class Puts:
+    """A streamer that notes what it is given."""
+
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
+def test_streamers_and_callbacks_get_settled_tokens_one_by_one(mode, adapter, rows):
+    ours, theirs, tokens = Puts(), Puts(), []
+    engine = core(adapter)
+    handle = engine.add(request(rows[0], mode, streamer=ours, on_token=tokens.append))
+    engine.run()
+    expected = alone(adapter, rows[0], mode, max_new_tokens=8, streamer=theirs)
+    assert ours.puts == theirs.puts
+    assert ours.ended
+    assert tokens == expected[0, -8:].tolist()
+    assert len(handle.result().gaps) == 7
+
+
+class StopsAt:
+    """A criterion that ends an answer at a length, and notes what it was asked about."""
+
+    def __init__(self, length):
+        self.length, self.asked = length, []
+
+    def __call__(self, ids, scores, **_):
+        self.asked.append(ids[0].tolist())
+        return torch.tensor([ids.shape[1] >= self.length])
+
+
+def test_a_criterion_is_asked_about_settled_tokens_alone(adapter, rows):
+    length = rows[0]["input_ids"].shape[1] + 6
+    ours, theirs = StopsAt(length), StopsAt(length)
+    engine = core(adapter)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    with_ours = {**options, "stopping_criteria": [ours]}
+    handle = engine.add(request(rows[0], "lossless", options=with_ours))
+    engine.run()
+    expected = alone(adapter, rows[0], "full", max_new_tokens=20, stopping_criteria=[theirs])
+    assert torch.equal(handle.result().output.sequences, expected)
+    assert ours.asked == theirs.asked
+
+
+def test_a_full_queue_and_a_closed_engine_refuse(adapter, rows):
+    started, go = threading.Event(), threading.Event()
+
+    def hold(_):
+        started.set()
+        go.wait(60)
+
+    engine = BatchEngine(adapter, config=EngineConfig(slots=1, limit=64), queue=2)
+    first = engine.submit(rows[0], on_token=hold, max_new_tokens=3, do_sample=False)
+    assert started.wait(60)
+    more = [engine.submit(rows[1], max_new_tokens=3, do_sample=False) for _ in range(2)]
+    with pytest.raises(BusyError, match="full"):
+        engine.submit(rows[2], max_new_tokens=3)
+    go.set()
+    engine.close()
+    assert all(handle.done() for handle in (first, *more))
+    with pytest.raises(BusyError, match="closed"):
+        engine.submit(rows[2], max_new_tokens=3)
+
+
+def test_closing_without_draining_drops_what_is_left(adapter, rows):
+    engine = BatchEngine(adapter, config=SMALL)
+    handles = [engine.submit(rows[i % 4], max_new_tokens=40) for i in range(8)]
+    engine.close(drain=False)
+    assert all(handle.done() for handle in handles)
+    assert handles[-1].cancelled()
+
+
+def test_examples_are_prepared_beside_the_model_and_a_broken_one_fails_alone(adapter, tmp_path):
+    processor = InputProcessor(adapter.backbone, Blip2FakeProcessor(NAME))
+    good, other = examples(2)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    broken = type(good)(tmp_path / "broken.jpg", good.prompt, (), "broken")
+    with BatchEngine(adapter, processor, SMALL) as engine:
+        handles = [engine.submit(e, max_new_tokens=6) for e in (good, broken, other)]
+        wait(handles, timeout=60)
+    assert handles[1].exception() is not None
+    for handle, example in ((handles[0], good), (handles[2], other)):
+        expected = alone(adapter, processor.prompts([example]), max_new_tokens=6)
+        assert torch.equal(handle.result().output.sequences, expected)
+
+
+def test_slots_that_memory_does_not_hold_are_refused_with_their_size(adapter):
+    with pytest.raises(InputError, match=r"need .* GB"):
+        core(adapter, EngineConfig(slots=10**9, limit=10**6))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 60}, "slot of 64"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"num_return_sequences": 2, "do_sample": True}, "row"),
+    ],
+)
+def test_what_cannot_be_batched_fails_its_request_in_two_lines(options, said, adapter, rows):
+    engine = core(adapter)
+    bad, good = engine.add(request(rows[0], options=options)), engine.add(request(rows[1]))
+    engine.run()
+    with pytest.raises(InputError, match=said) as error:
+        bad.result(timeout=0)
+    assert len(str(error.value).splitlines()) == 2
+    assert good.result(timeout=0)
+
+
+def test_a_batch_of_rows_is_not_a_request(adapter, batch):
+    engine = core(adapter)
+    handle = engine.add(request(batch(NAME, 2)))
+    engine.run()
+    with pytest.raises(InputError, match="2 rows"):
+        handle.result(timeout=0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [ExitPolicy({2: 0.5}, kv="propagate"), ExitPolicy({2: 0.5, 4: 0.5}, score="patience")],
+)
+def test_policies_that_no_row_of_a_batch_can_follow_are_refused(policy, backbone, exits):
+    with pytest.raises(InputError):
+        EngineCore(backbone(NAME), exits(NAME), policy, SMALL)
+
+
+def test_an_engine_is_driven_by_one_thread(adapter, rows):
+    engine, raised = core(adapter), []
+    engine.add(request(rows[0]))
+    engine.round()
+
+    def other():
+        with pytest.raises(InputError, match="two threads"):
+            engine.round()
+        raised.append(True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert raised
+
+
+def test_memory_does_not_grow_with_requests(adapter, rows):
+    engine = core(adapter)
+    sizes = []
+    for _ in range(6):
+        for i in range(4):
+            engine.add(request(rows[i], ("full", "early_exit", "lossless")[i % 3], new=6))
+        engine.run()
+        sizes.append(engine.batch.runner.cache.nbytes)
+    assert sizes[0] == sizes[-1] > 0
+
+
+def test_without_exits_every_row_runs_at_full_depth(backbone, rows):
+    engine = EngineCore(backbone(NAME), config=SMALL)
+    handles = [engine.add(request(row, None)) for row in rows]
+    engine.run()
+    assert engine.calls["shallow"] == engine.calls["deep"] == 0
+    for handle, row in zip(handles, rows, strict=True):
+        expected = generate(backbone(NAME), row, max_new_tokens=8, do_sample=False)
+        assert torch.equal(handle.result().output.sequences, expected.sequences)
+
+
+def test_in_half_precision_rows_differ_only_where_logits_tie(backbone, exits, batch):
+    """A layer over eight rows and over one may round differently: that is all that may show."""
+    whole = backbone(NAME, torch.bfloat16)
+    many = batch(NAME, 4, torch.bfloat16)
+    rows = [one_row(NAME, many, row) for row in range(4)]
+    engine = EngineCore(whole, exits(NAME, torch.bfloat16), ExitPolicy({2: 0.05}), SMALL)
+    handles = [engine.add(request(row, "lossless", new=12)) for row in rows]
+    engine.run()
+    for handle, row in zip(handles, rows, strict=True):
+        ours = handle.result().output.sequences
+        full = generate(whole, row, max_new_tokens=12, do_sample=False).sequences
+        differing = (ours != full)[0].nonzero()
+        if len(differing) == 0:
+            continue
+        place = int(differing[0])  # before it the two read the same tokens
+        written = full[:, :place]
+        longer = {**row, "input_ids": written, "attention_mask": torch.ones_like(written)}
+        with torch.inference_mode():
+            logits = whole.model(**longer).logits[0, -1].float()
+        apart = (logits[full[0, place]] - logits[ours[0, place]]).abs()
+        assert apart <= 2**-6 * logits.abs().max()  # bfloat16 keeps 8 bits
