@@ -68,3 +68,11 @@ def batch() -> Callable[..., dict[str, Any]]:
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
 
     return inputs
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """`scored(score)`: the confidence of every exit is this score, whatever the logits."""
+    from offramp.engine.confidence import SCORES
+
+    return lambda score: monkeypatch.setitem(SCORES, "max_probability", score)

@@ -265,44 +265,6 @@ def test_each_token_is_looked_at_once_by_each_exit_up_to_its_own(name, rows, dec
 # -- what the decode loop promises --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("score", SLOW)
-def test_if_nobody_leaves_the_output_is_greedy(score, name, rows, decode):
-    # At 1 all exits must be certain, or a layer idle; a single exit has nobody to agree with.
-    depths = (3,) if score == "patience" else DEPTHS
-    policy = ExitPolicy(dict.fromkeys(depths, 1.0), score=score)
-    whole, _, inputs, made = decode(name, rows, policy)
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-    assert (made.depths == whole.depth).all()
-    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("score", [*SLOW, "discriminator"])
-def test_lossless_output_is_greedy_whatever_the_drafts(score, name, rows, decode):
-    threshold = 0.5 if score == "discriminator" else THRESHOLDS[score][name] / 2
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, lossless=True)
-    judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    whole, _, inputs, made = decode(name, rows, policy, discriminators=judges)
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
-    assert sum(drafted for drafted, _ in made.rounds) > 0
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", [*KINDS, "gemma3"])
-def test_lossless_output_is_greedy_with_exits_that_keep_no_keys(name, rows, backbone, batch):
-    whole, inputs = backbone(name), batch(name, rows)
-    lens = Exits(whole, families.depths(name), lens=True)
-    options = {"max_new_tokens": NEW, "do_sample": False}
-    policy = ExitPolicy(dict.fromkeys(lens.depths, 0.9), score="saturation", lossless=True)
-    made = generate(whole, inputs, exits=lens, policy=policy, **options)
-    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
-    assert sum(drafted for drafted, _ in made.rounds) > 0
-
-
 @pytest.mark.parametrize("score", SLOW)
 def test_a_finished_row_keeps_no_score(score, decode):
     _, _, _, free = decode("llava", 4, by(score, "llava"))

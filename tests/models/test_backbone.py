@@ -5,6 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+from decoding import NEW, greedy
 from families import NAMES
 
 from offramp.engine.generate import generate
@@ -15,65 +16,6 @@ from offramp.models.backbone import Backbone, same_backbone
 from offramp.models.exits import Exits
 from offramp.models.intercept import InterceptedModel
 from offramp.models.registry import Family, register_backbone
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEW = 10
-
-
-def never(name):
-    return ExitPolicy(dict.fromkeys(families.depths(name), 1.0))
-
-
-def greedy(model, inputs, **options):
-    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-
-
-# -- law 1 ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_without_exits_the_loop_is_greedy_generate(name, dtype, rows, backbone, batch):
-    whole = backbone(name, DTYPES[dtype])
-    inputs = batch(name, rows, DTYPES[dtype])
-    ours = generate(whole, inputs, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(ours.sequences, greedy(whole.model, inputs))
-    assert (ours.depths == whole.depth).all()
-
-
-@pytest.mark.parametrize("kv", ["recompute", "propagate"])
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_exits_that_never_fire_leave_greedy_generate_as_it_is(
-    name, dtype, rows, kv, backbone, exits, batch
-):
-    whole = backbone(name, DTYPES[dtype])
-    inputs = batch(name, rows, DTYPES[dtype])
-    policy = ExitPolicy(never(name).thresholds, kv=kv, exit_in_prefill=True)
-    ours = generate(
-        whole,
-        inputs,
-        exits=exits(name, DTYPES[dtype]),
-        policy=policy,
-        max_new_tokens=NEW,
-        do_sample=False,
-    )
-    assert (ours.depths == whole.depth).all()
-    assert torch.equal(ours.sequences, greedy(whole.model, inputs))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_greedy_outputs_vary_with_image_and_step(name, backbone, batch):
-    """Of the tests themselves: a model that says one thing would agree with anything."""
-    model = backbone(name).model
-    inputs = batch(name, 4)
-    others = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1) + 1.0}
-    new = greedy(model, inputs)[:, -NEW:]
-    assert len(set(new.flatten().tolist())) >= 5
-    assert not torch.equal(new, greedy(model, others)[:, -NEW:])
-
 
 # -- the model is left as it was found --------------------------------------------------------
 
@@ -257,31 +199,6 @@ def test_a_prompt_learning_adapter_is_refused():
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UnsupportedBackboneError, match="prompt-learning"):
         Backbone(tuned)
-
-
-@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava"])
-def test_a_lora_backbone_equals_its_own_generate(name, batch):
-    from peft import LoraConfig, get_peft_model
-
-    plain = families.build(name)
-    inputs = batch(name, 4)
-    without = greedy(plain, inputs)
-    targets = ["q", "v"] if name == "blip2-t5" else ["q_proj", "v_proj"]
-    lora = LoraConfig(target_modules=targets, init_lora_weights=False, r=4, lora_alpha=16)
-    model = get_peft_model(plain, lora).eval()
-    theirs = greedy(model, inputs)
-    assert not torch.equal(theirs, without)
-    whole = Backbone(model)
-    depths = families.depths(name)
-    ours = generate(
-        whole,
-        inputs,
-        exits=Exits(whole, depths),
-        policy=never(name),
-        max_new_tokens=NEW,
-        do_sample=False,
-    )
-    assert torch.equal(ours.sequences, theirs)
 
 
 # -- loading and fingerprints -----------------------------------------------------------------

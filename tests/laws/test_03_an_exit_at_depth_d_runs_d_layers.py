@@ -1,0 +1,115 @@
+"""Law 3: exiting at depth d runs exactly d decoder layers."""
+
+from __future__ import annotations
+
+import families
+import pytest
+from decoding import NEW, always, tokens_by_layer
+from families import CAUSAL_PROMPT, LOOKS_AHEAD, NAMES
+from reference import Dice
+
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+
+
+def mixed(whole, name, kv, inputs, scored):
+    """A generation of one row whose tokens exit at the first exit, the second and not at all."""
+    scored(Dice(3))
+    first, second = families.depths(name)
+    exits = Exits(whole, (first, second))
+    policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv)
+    made, counts = tokens_by_layer(
+        whole,
+        lambda: generate(
+            whole, inputs, exits=exits, policy=policy, max_new_tokens=16, do_sample=False
+        ),
+    )
+    assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
+    return made.depths[0].tolist(), counts
+
+
+def prompt_and_steps(whole, depths, inputs):
+    """Tokens of a prompt that runs whole, and depths of the tokens that may exit."""
+    if whole.is_encoder_decoder:
+        return 0, depths
+    return inputs["input_ids"].shape[1], depths[1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_propagate_a_token_runs_as_many_layers_as_its_depth(name, batch, scored):
+    whole = Backbone(families.build(name))
+    inputs = batch(name, 1)
+    depths, counts = mixed(whole, name, "propagate", inputs, scored)
+    prompt, steps = prompt_and_steps(whole, depths, inputs)
+    assert counts == [prompt + sum(d > i for d in steps) for i in range(whole.depth)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_recompute_a_skipped_layer_runs_only_when_a_later_token_needs_it(name, batch, scored):
+    whole = Backbone(families.build(name))
+    inputs = batch(name, 1)
+    depths, counts = mixed(whole, name, "recompute", inputs, scored)
+    prompt, steps = prompt_and_steps(whole, depths, inputs)
+    # Up to the last token that went through a layer, every token did, once; after it, none.
+    for i, count in enumerate(counts):
+        assert count == prompt + max((t + 1 for t, d in enumerate(steps) if d > i), default=0)
+
+
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(kv, lens, batch):
+    whole = Backbone(families.build("llava"))
+    inputs = batch("llava", 1)
+    exits, policy = Exits(whole, (2,), lens=lens), ExitPolicy({2: 0.0}, kv=kv)
+    made, counts = tokens_by_layer(
+        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
+    )
+    prompt = inputs["input_ids"].shape[1]
+    assert made.depths.tolist() == [[6] + [2] * 8]
+    assert counts == [prompt + 8] * 2 + [prompt] * 4
+
+
+@pytest.mark.parametrize("name", CAUSAL_PROMPT)
+def test_if_the_prompt_exits_too_the_deeper_layers_see_nothing(name, batch):
+    whole = Backbone(families.build(name))
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0}, exit_in_prefill=True)
+    inputs = batch(name, 1)
+    made, counts = tokens_by_layer(
+        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=5)
+    )
+    assert made.depths.tolist() == [[2] * 5]
+    assert counts[2:] == [0] * 4
+
+
+@pytest.mark.parametrize("name", LOOKS_AHEAD)
+def test_a_prompt_that_looks_ahead_runs_at_full_depth(name, backbone, exits, batch):
+    policy = ExitPolicy(always(name).thresholds, exit_in_prefill=True)
+    made = generate(
+        backbone(name), batch(name, 1), exits=exits(name), policy=policy, max_new_tokens=3
+    )
+    first, whole = families.depths(name)[0], backbone(name).depth
+    assert made.depths.tolist() == [[whole, first, first]]
+
+
+def test_an_exit_switched_off_is_not_even_computed(batch):
+    whole = Backbone(families.build("llava"))
+    exits = Exits(whole, (2, 4))
+    ran = []
+    exits.at(2).register_forward_hook(lambda *_: ran.append(2))
+    exits.at(4).register_forward_hook(lambda *_: ran.append(4))
+    generate(whole, batch("llava", 1), exits=exits, policy=ExitPolicy({4: 1.0}), max_new_tokens=3)
+    assert set(ran) == {4}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exit_that_keeps_no_keys_skips_layers_like_any_other(name, backbone, batch, scored):
+    whole = backbone(name)
+    first, second = families.depths(name)
+    lens = Exits(whole, (first, second), lens=True)
+    for kv, prefill in (("recompute", True), ("propagate", True), ("propagate", False)):
+        scored(Dice(3))
+        policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=prefill)
+        made = generate(whole, batch(name, 4), exits=lens, policy=policy, max_new_tokens=NEW)
+        assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
