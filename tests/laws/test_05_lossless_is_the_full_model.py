@@ -13,7 +13,7 @@ from reference import Dice
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -127,11 +127,12 @@ def test_output_is_greedy_whatever_the_score_of_the_drafts(
     weights = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9} if score == "agreement" else {}
     policy = lossless(name, threshold, depths=DEPTHS, score=score, weights=weights)
     judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    whole, parts = backbone(name), exits(name, depths=DEPTHS)
+    whole = backbone(name)
+    parts = ExitSet(exits(name, depths=DEPTHS), discriminators=judges)
     options = {**GREEDY, "suppress_tokens": WORDLESS}
     for rows in (1, 4):
         inputs = batch(name, rows)
-        made = generate(whole, inputs, exits=parts, policy=policy, discriminators=judges, **options)
+        made = generate(whole, inputs, exits=parts, policy=policy, **options)
         assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
         assert drafted(made) > 0
 
