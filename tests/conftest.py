@@ -52,6 +52,12 @@ def backbone() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def opt(backbone: Callable[..., Any]) -> Any:
+    """The tiny BLIP-2 with OPT, where one family is enough."""
+    return backbone("blip2-opt")
+
+
+@pytest.fixture(scope="session")
 def exits() -> Callable[..., Any]:
     """`exits(name)`: exits on the backbone of the same arguments. Shared: never change them."""
     return lambda name, dtype=torch.float32, wide=None, depths=None: _exits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,14 +14,13 @@ import families
 import numpy as np
 import pytest
 import torch
+from risks import COARSE, DEPTHS, population, seconds
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, answer_ids, free_running
 from offramp.calibration import calibrate as module
 from offramp.calibration.calibrate import Calibration, calibrate, calibrated
 from offramp.calibration.cost_model import Costs
-from offramp.calibration.replay import Replay
-from offramp.calibration.risk_control import control
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
@@ -347,59 +346,6 @@ def test_answers_leave_padding_out() -> None:
 
 
 # -- the search over several exits ----------------------------------------------------------------
-
-DEPTHS, COARSE = (2, 4), (0.95, 0.85, 0.7, 0.5)
-
-
-@cache
-def population(n: int = 20_000, length: int = 4) -> Replay:
-    """Answers of a model whose exits are wrong more often where they are less sure."""
-    draw = np.random.default_rng(0)
-    right = np.zeros((n, length), dtype=int)
-    hard = draw.random((n, length))
-    scores, said = {}, {}
-    for depth, steep in zip(DEPTHS, (0.9, 0.5), strict=True):
-        sure = np.clip(1 - steep * hard + 0.05 * draw.normal(size=hard.shape), 0, 1)
-        wrong = draw.random(hard.shape) < 0.3 * (1 - sure) ** 2
-        scores[depth], said[depth] = sure, wrong.astype(int)
-    return Replay(LAYERS, right, right, said, scores)
-
-
-def seconds(depths: Any, exits: Sequence[int]) -> float:
-    """Layers run, and half a layer for each look."""
-    looks = sum((depths >= depth).sum() for depth in exits)
-    return float(depths.sum() + 0.5 * looks)
-
-
-@pytest.mark.parametrize("method", ["auto", "upper_bound", "learn_then_test"])
-def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: str) -> None:
-    whole, tried = population(), candidates(DEPTHS, COARSE)
-    true: Callable[[dict[int, float]], float] = cache_by_value(
-        lambda t: whole.differs(whole.depths(t)).mean()
-    )
-    draw, trials, broken, given = np.random.default_rng(3), 200, 0, 0
-    for _ in range(trials):
-        search = whole.part(draw.integers(0, len(whole.targets), 120))
-        tested = whole.part(draw.integers(0, len(whole.targets), 280))
-        path = pareto_path(search, tried, seconds, COARSE)
-        losses = np.stack([tested.differs(tested.depths(t)) * 1.0 for t in path], 1)
-        index = control(losses, 0.04, 0.9, method).index
-        given += index is not None
-        broken += index is not None and true(path[index]) > 0.04
-    assert given > trials / 2
-    assert broken / trials <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / trials)
-
-
-def cache_by_value(function: Callable[[dict[int, float]], float]) -> Any:
-    known: dict[Any, float] = {}
-
-    def look(thresholds: dict[int, float]) -> float:
-        key = tuple(sorted(thresholds.items()))
-        if key not in known:
-            known[key] = function(thresholds)
-        return known[key]
-
-    return look
 
 
 def test_no_candidate_is_both_safer_and_faster_than_a_point_of_the_path() -> None:

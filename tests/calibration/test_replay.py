@@ -23,7 +23,7 @@ Build = Callable[..., Any]
 
 def replayed(backbone: Any, name: str, exits: Any, batch_size: int = 4) -> Any:
     encoder = InputProcessor(backbone, fakes.Blip2FakeProcessor(name))
-    examples = fakes.examples(10)
+    examples = fakes.examples(6)
     rows = self_written(encoder, examples, batch_size=1, max_new_tokens=TOKENS)
     return encoder, examples, rows, replay(encoder, exits, rows, batch_size=batch_size)
 
@@ -36,14 +36,16 @@ def middling(found: Replay) -> list[dict[int, float]]:
     return vectors
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("blip2-opt", True), ("blip2-opt", False), ("llava", True), ("llava", False),
+     ("blip2-t5", True)],
+)  # fmt: skip
 def test_it_tells_which_answers_change_and_where_their_tokens_leave(
     backbone: Build, exits: Build, name: str, first: bool
 ) -> None:
     model, trained = backbone(name, wide=4.0), exits(name, wide=4.0)
     encoder, examples, rows, found = replayed(model, name, trained)
-    first = first or model.is_encoder_decoder
     changed = 0
     for thresholds in middling(found):
         depths = found.depths(thresholds, first=first)

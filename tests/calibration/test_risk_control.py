@@ -1,4 +1,4 @@
-"""Laws of the statistics: a promise is broken no more often than stated, however risk runs."""
+"""Which points pass, what monotony changes, bounds and needs; that a guarantee holds is law 9."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     betting_p_value,
-    betting_upper_bound,
     control,
     hoeffding_bentkus,
     learn_then_test,
@@ -24,46 +24,7 @@ from offramp.calibration.risk_control import (
 )
 from offramp.errors import InputError
 
-TARGET, CONFIDENCE, N = 0.05, 0.9, 300
-Draw = np.random.Generator
-
-LOST: dict[str, list[float]] = {
-    "monotone": [0, 0.01, 0.03, 0.06, 0.08, 0.2],
-    "dip": [0.03, 0.08, 0.03, 0.2, 0.01, 0],
-    "dip into the target": [0.051, 0.04, 0.06, 0.04, 0.055, 0.03],
-    "gains": [0.01, 0.04, 0.07, 0.09, 0.12, 0.2],
-}
-GAINED = {"gains": [0, 0.02, 0.03, 0.035, 0.06, 0.08]}
-
-
-def drawn(draw: Draw, shape: str, n: int = N) -> Any:
-    """Losses [n, K] of a shape: 1, -1 for a gain, or 0; paired, as answers to one example are."""
-    u = draw.random((n, 1))
-    lost, gained = np.array(LOST[shape]), np.array(GAINED.get(shape, [0.0] * 6))
-    return (u < lost) * 1.0 - (u > 1 - gained)
-
-
-def truth(shape: str) -> Any:
-    return np.array(LOST[shape]) - np.array(GAINED.get(shape, [0.0] * 6))
-
-
-def allowed(share: float, trials: int) -> float:
-    """A share and three standard errors above it."""
-    return share + 3 * math.sqrt(share * (1 - share) / trials)
-
-
 # -- promises ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", LOST)
-def test_a_promise_is_broken_no_more_often_than_stated(method: str, shape: str) -> None:
-    draw, trials, broken = np.random.default_rng(0), 400, 0
-    for _ in range(trials):
-        losses = drawn(draw, shape)
-        index = control(losses, TARGET, CONFIDENCE, method, losses.min()).index
-        broken += index is not None and truth(shape)[index] > TARGET
-    assert broken / trials <= allowed(1 - CONFIDENCE, trials)
 
 
 def test_a_promise_that_can_be_given_mostly_is() -> None:
@@ -136,25 +97,6 @@ def test_where_nothing_speaks_against_it_the_upper_bound_decides() -> None:
 # -- p-values and bounds ----------------------------------------------------------------------
 
 
-def at_target(draw: Draw, kind: str) -> Any:
-    """Losses [200] whose true mean is 0.1."""
-    u = draw.random(200)
-    return {
-        "0 or 1": (u < 0.1) * 1.0,
-        "fractions": 0.5 * (u < 0.2),
-        "gains": (u < 0.2) * 1.0 - (u > 0.9),
-    }[kind]
-
-
-@pytest.mark.parametrize("method", TESTS)
-@pytest.mark.parametrize("kind", ["0 or 1", "fractions", "gains"])
-def test_p_values_are_valid(method: str, kind: str) -> None:
-    draw, trials = np.random.default_rng(1), 2000
-    p = np.array([TESTS[method](at_target(draw, kind), 0.1) for _ in range(trials)])
-    for level in (0.01, 0.05, 0.1, 0.3):
-        assert (p <= level).mean() <= allowed(level, trials)
-
-
 def test_p_values_are_small_where_the_risk_is() -> None:
     for test in TESTS.values():
         assert test(np.zeros(1000), 0.01) < 0.01
@@ -170,12 +112,6 @@ def test_a_bound_is_the_least_target_that_passes(method: str) -> None:
     losses = (np.random.default_rng(0).random(500) < 0.03) * 1.0
     bound = upper_bound(losses, 0.95, method)
     assert TESTS[method](losses, bound + 1e-5) <= 0.05 < TESTS[method](losses, bound - 1e-4)
-
-
-def test_the_betting_bound_covers_the_mean() -> None:
-    draw, trials = np.random.default_rng(2), 300
-    missed = [betting_upper_bound(at_target(draw, "gains"), 0.1) < 0.1 for _ in range(trials)]
-    assert np.mean(missed) <= allowed(0.1, trials)
 
 
 def test_a_count_of_losses_is_not_rounded_up_by_floating_point() -> None:

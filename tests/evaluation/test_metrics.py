@@ -1,12 +1,9 @@
-"""Laws of the metrics: published cases to their digits, bounds, and what is missing is named."""
+"""Bounds of the metrics, intervals, and what is missing is named; published cases are law 12."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,11 @@ from offramp.evaluation.metrics import (
     gold_rank,
     ndcg,
     normalise_answer,
-    rank_measures,
-    strip_marks,
     vqa_accuracy,
 )
 from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some, t_interval
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 PURE = (*BLEU, "ROUGE_L", "CIDEr")
-java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
-
-
-def golden(name: str) -> Any:
-    path = REFERENCE / f"{name}_goldens.json"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not beside this checkout")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def values(found: Measured) -> dict[str, float]:
@@ -46,59 +32,6 @@ def values(found: Measured) -> dict[str, float]:
 
 
 # -- captions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["clipscore_readme_good", "clipscore_readme_bad", "nlg_eval_readme", "nlg_eval_single"]
-)
-def test_captions_equal_the_published_cases_without_java(name: str) -> None:
-    case = golden("caption")[name]
-    found = caption_scores(case["cands"], case["refs"], metrics=PURE, tokenizer="simple")
-    for metric, value in values(found).items():
-        assert value == pytest.approx(case["pycocoevalcap_1.2"][metric], abs=1e-12)
-        published = case["published"][metric]
-        assert value == pytest.approx(published, abs=1e-4)
-        assert found.each[metric] == pytest.approx(case["per_item"][metric], abs=1e-12)
-
-
-@java
-def test_captions_equal_the_published_cases_with_java() -> None:
-    for name, case in golden("caption").items():
-        found = caption_scores(case["cands"], case["refs"], tokenizer="ptb")
-        assert found.tokenizer == "ptb"
-        assert "METEOR" in found.measures
-        for metric, value in values(found).items():
-            if metric != "SPICE":  # pycocoevalcap's own number is not among the cases
-                assert value == pytest.approx(case["pycocoevalcap_1.2"][metric], abs=1e-12), name
-            assert value == pytest.approx(case["published"][metric], abs=1e-4), name
-        assert ("SPICE" in found.measures) != ("SPICE" in found.unavailable)
-    unicode = caption_scores(
-        {"a": "un caf\u00e9", "b": ""},
-        {"a": ["un caf\u00fc"], "b": ["\u732b \u732b"]},
-        metrics=["METEOR"],
-    )
-    assert unicode.each["METEOR"][1] == 0.0
-    assert unicode.each["METEOR"][0] < 1.0  # letters outside ASCII are not all one
-
-
-def test_bleu_of_a_case_counted_by_hand() -> None:
-    # 5 of 6 words and 3 of 5 pairs of "the cat sat on a mat" are in the reference, of equal length
-    found = caption_scores(
-        {"a": "the cat sat on a mat"},
-        {"a": ["The cat sat on the mat."]},
-        metrics=("Bleu_1", "Bleu_2"),
-        tokenizer="simple",
-    )
-    assert values(found)["Bleu_1"] == pytest.approx(5 / 6, abs=1e-9)
-    assert values(found)["Bleu_2"] == pytest.approx(math.sqrt(5 / 6 * 3 / 5), abs=1e-9)
-
-
-def test_rouge_of_a_case_counted_by_hand() -> None:
-    # longest common subsequence 2: precision 2/2, recall 2/4, beta 1.2
-    found = caption_scores(
-        {"a": "a dog"}, {"a": ["a big brown dog"]}, metrics=("ROUGE_L",), tokenizer="simple"
-    )
-    assert values(found)["ROUGE_L"] == pytest.approx((1 + 1.44) * 0.5 / (0.5 + 1.44))
 
 
 WORDS = ("a", "the", "dog", "cat", "bird", "sits", "runs", "on", "by", "red", "small", "tree")
@@ -227,40 +160,6 @@ def test_the_environment_is_as_before_java_ran(monkeypatch: pytest.MonkeyPatch) 
 # -- questions -----------------------------------------------------------------------------------
 
 
-def test_vqa_accuracy_equals_the_official_cases() -> None:
-    cases = golden("vqa")
-    each = []
-    kinds: dict[str, dict[str, list[float]]] = {"question_type": {}, "answer_type": {}}
-    for case in cases["cases"]:
-        found = vqa_accuracy(case["prediction"], case["answers"])
-        assert 100 * found == pytest.approx(case["official_accuracy_percent"], abs=1e-4)
-        assert normalise_answer(case["prediction"]) == case["processed_prediction_if_normalised"]
-        each.append(found)
-        for kind, by_name in kinds.items():
-            by_name.setdefault(case[kind], []).append(found)
-    assert round(100 * mean_of(each).value, 4) == cases["overall"]["overall"]
-    for kind, official in (
-        ("question_type", "perQuestionType"),
-        ("answer_type", "perAnswerType"),
-    ):
-        found_by = {n: round(100 * mean_of(v).value, 4) for n, v in kinds[kind].items()}
-        assert found_by == cases["overall"][official]
-
-
-def test_the_normaliser_equals_the_official_cases() -> None:
-    for case in golden("vqa")["normaliser"]:
-        assert strip_marks(case["in"]) == case["punct"]
-        assert normalise_answer(case["in"]) == case["out"]
-
-
-@pytest.mark.parametrize("matches", range(11))
-def test_vqa_accuracy_leaves_one_out(matches: int) -> None:
-    answers = ["red"] * matches + [f"other {i}" for i in range(10 - matches)]
-    # those who said it see one match fewer than the others do
-    by_hand = (matches * min(1, (matches - 1) / 3) + (10 - matches) * min(1, matches / 3)) / 10
-    assert vqa_accuracy("red", answers) == pytest.approx(by_hand)
-
-
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
@@ -315,40 +214,6 @@ def test_an_all_wrong_model_has_accuracy_zero_and_an_interval_of_no_width() -> N
 
 
 # -- dialogue ------------------------------------------------------------------------------------
-
-
-def test_ranks_equal_the_official_cases() -> None:
-    names = {"r@1": "recall@1", "r@5": "recall@5", "r@10": "recall@10",
-             "mean": "mean_rank", "mrr": "mrr"}  # fmt: skip
-    for case in golden("visdial")["sparse"]:
-        pairs = zip(case["scores"], case["gt_index"], strict=True)
-        ranks = [gold_rank(s, g) for d, gs in pairs for s, g in zip(d, gs, strict=True)]
-        found = rank_measures(ranks)
-        for name, ours in names.items():
-            # official numbers are single precision
-            assert found[ours].value == pytest.approx(case["official"][name], rel=1e-6)
-
-
-def test_ndcg_equals_the_official_cases() -> None:
-    for case in golden("visdial")["ndcg"]:
-        found = [ndcg(s, r) for s, r in zip(case["scores"], case["relevance"], strict=True)]
-        assert np.mean(found) == pytest.approx(case["official"]["ndcg"], rel=1e-6)
-
-
-def test_ranks_of_a_case_counted_by_hand() -> None:
-    assert [gold_rank([0.1, 3.0, -2.0], gold) for gold in range(3)] == [2, 1, 3]
-    found = rank_measures([1, 4])
-    assert found["recall@1"].value == 0.5
-    assert found["recall@5"].value == 1
-    assert found["mean_rank"].value == 2.5
-    assert found["mrr"].value == (1 + 1 / 4) / 2
-
-
-def test_ndcg_of_a_case_counted_by_hand() -> None:
-    # k = 2; ranked: irrelevant, then the half-relevant one
-    found = ndcg([3.0, 2.0, 1.0], [0.0, 0.5, 1.0])
-    assert found == pytest.approx((0.5 / math.log2(3)) / (1 + 0.5 / math.log2(3)))
-    assert ndcg([1.0, 2.0, 3.0], [0.0, 0.5, 1.0]) == 1
 
 
 def test_constant_scores_earn_the_last_rank() -> None:

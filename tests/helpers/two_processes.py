@@ -1,4 +1,4 @@
-"""One of two processes that train together; run by test_train, not collected by pytest."""
+"""One of two processes that train together; `training/test_two_processes.py` starts it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import fakes
 import families
 import torch
-from test_train import SHARED
+from training_runs import SHARED
 
 from offramp.errors import TrainingError
 from offramp.models.backbone import Backbone

@@ -1,4 +1,5 @@
-"""Law 11: every loss is what a slow loop says, in value and in gradient."""
+"""Law 11: every loss equals a slow loop, in value and gradient, on plain, masked and saturated
+inputs."""
 
 from __future__ import annotations
 

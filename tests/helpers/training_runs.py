@@ -1,0 +1,63 @@
+"""Short runs of training, and what they leave behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fakes
+import torch
+from torch import Tensor
+
+from offramp.storage import JsonlLog
+from offramp.training.checkpoint import HISTORY
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import Trainer
+
+SHORT = TrainConfig(
+    depths=(2, 4), steps=6, batch_size=4, evaluate_every=2, max_new_tokens=4,
+    validation_fraction=0.25, patience=None,
+)  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "regression": {"distillation": 0.0, "adversarial": 0.0, "l2": 1.0, "cosine": 1.0},
+    "adversary-alone": {"distillation": 0.0, "cross_entropy": 0.0, "adversarial": 1.0},
+    "matching": {"adversarial": 0.0, "feature_matching": 1.0, "conditional": False},
+    "hinge-of-answers": {"adversary": "hinge", "judged": "sequence"},
+    "relativistic-spectral": {"adversary": "relativistic", "spectral_norm": True},
+    "closest": {"initial_layer": "closest"},
+    "late-penalty": {"adversarial_start": 0.5, "gradient_penalty": 1.0},
+}
+"""Objectives and adversaries, as changes to a configuration."""
+
+SHARED = replace(
+    SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised", initial_layer="closest"
+)
+"""What two processes train together."""
+
+
+def trainer(
+    one: Any, out: Path, config: TrainConfig = SHORT, n: int = 12, name: str = ""
+) -> Trainer:
+    processor = fakes.Blip2FakeProcessor(name or "blip2-opt")
+    return Trainer(one, processor, fakes.examples(n), config, out)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return JsonlLog.read(out / HISTORY)
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(out) if "agreement" not in row]
+
+
+def untrained(run: Trainer) -> dict[str, Tensor]:
+    """The exits' parameters before the first step: those of the layers that were chosen."""
+    layers = {str(d): run.backbone.layers[i].state_dict() for d, i in run.initial.items()}
+    return {f"{d}.{name}": t for d, some in layers.items() for name, t in some.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)

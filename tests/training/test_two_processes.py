@@ -1,0 +1,113 @@
+"""Two processes that train together do what one does, and only one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from training_runs import SHARED, same, steps, trainer
+
+from offramp.adapter import Adapter
+from offramp.models.backbone import Backbone
+from offramp.training.feature_store import FeatureStore
+from offramp.training.initialization import start_closest
+from offramp.training.labels import answers_of
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind that ran `helpers/two_processes.py`."""
+    out = tmp_path_factory.mktemp("two")
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return out
+
+
+def test_two_processes_end_with_the_same_exits(two_processes: Path) -> None:
+    for name in ("supervised", "pseudo"):
+        first, second = (
+            torch.load(two_processes / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)
+        )
+        assert same(first["exits"], second["exits"])
+        assert same(first["discriminators"], second["discriminators"])
+        assert same(first["checks"], second["checks"]) and bool(first["checks"]) == (
+            name == "pseudo"
+        )
+        assert first["progress"] == second["progress"]
+
+
+def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
+    two_processes: Path, opt: Any, tmp_path: Path
+) -> None:
+    run = trainer(opt, tmp_path, SHARED, n=13)
+    train_part = {row.example.key for group in run.states.record()[0]._groups for row in group}
+    train_examples = [e for e in run.examples if e.key in train_part]
+    stores = []
+    for rank in range(2):
+        found = answers_of(run.states.encoder, train_examples, SHARED, share=slice(rank, None, 2))
+        fewest = len(train_examples) // 2
+        stores.append(
+            FeatureStore(run.states.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
+        )
+    start_closest(run.game, [store[i] for store in stores for i in range(len(store))])
+    for step in range(SHARED.steps):
+        run._set_rate(step)
+        batches = [store[run._order(step, len(store))] for store in stores]
+        losses = [
+            run.game.generator_loss(run.game.loss_inputs(batch), step)[0] for batch in batches
+        ]
+        run.generator_steps.zero_grad()
+        (sum(losses) / 2).backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(run.exits.parameters(), 1.0)
+        run.generator_steps.step()
+    theirs = torch.load(two_processes / "supervised-0.pt", weights_only=True)["exits"]
+    for name, tensor in run.exits.state_dict().items():
+        if name.endswith("k_proj.bias"):
+            continue  # shifts every score alike: its gradient is rounding, which Adam scales up
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_of_two_processes_one_writes_once(two_processes: Path) -> None:
+    # The second process of the script fails if it saves, logs or checkpoints.
+    for name in ("supervised", "pseudo"):
+        found = [row["step"] for row in steps(two_processes / name)]
+        assert found == list(range(len(found))) and found
+        Adapter.load(two_processes / name, Backbone(families.build("blip2-opt")))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path) -> None:
+    for rank in range(2):
+        told = json.loads((two_processes / f"poisoned-{rank}.json").read_text())
+        assert "nan at step 1" in told
