@@ -61,7 +61,7 @@ def speculate(
             scores = loop.process(logits[:, position])
             if position < len(drafts):
                 draft = drafts[position]
-                tokens, kept = _verify(draft, scores)
+                tokens, kept = verify(draft, scores)
                 agreed = bool((kept | ~loop.unfinished).all())
                 accepted += agreed
                 depths = torch.where(kept, draft.depths, run.backbone.depth)
@@ -99,7 +99,7 @@ def _draft(run: ModelRunner, loop: SequenceState, reading: Prefill) -> tuple[lis
             return drafts, run.flush(kw)
 
 
-def _verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:
+def verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The full model's tokens [B], and which rows kept their draft [B]."""
     if draft.probabilities is None:
         tokens = scores.argmax(-1)
