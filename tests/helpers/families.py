@@ -66,11 +66,15 @@ class Kind:
         return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
+def kind_of(name: str) -> Kind:
+    return KINDS[name] if name in KINDS else FURTHER[name]
+
+
 def build(
     name: str, dtype: torch.dtype = torch.float32, seed: int = 0, wide: float | None = None
 ) -> Any:
     """The tiny model of a family, with weights drawn from `seed`; `wide` overrides its scale."""
-    kind = KINDS[name]
+    kind = kind_of(name)
     wide = kind.wide if wide is None else wide
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -478,31 +482,34 @@ def _gemma3() -> Any:
     )
 
 
-def _internvl() -> Any:
-    from transformers import (
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLVisionConfig,
-        Qwen2Config,
-    )
+def _internvl(text: Any) -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     return InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config=InternVLVisionConfig(**_TOWER, image_size=[32, 32], patch_size=[8, 8]),
-            text_config=Qwen2Config(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                intermediate_size=64,
-                num_hidden_layers=LAYERS,
-                max_position_embeddings=128,
-                tie_word_embeddings=False,
-                **_heads(),
-                **IDS,
-            ),
+            text_config=text,
             image_token_id=IMAGE,
             image_seq_length=4,
             tie_word_embeddings=False,
         )
+    )
+
+
+def _qwen_text(third: bool = False) -> Any:
+    """The text model of InternVL 2.5 or, the third, of 3.5."""
+    from transformers import Qwen2Config, Qwen3Config
+
+    return (Qwen3Config if third else Qwen2Config)(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        **({"head_dim": 16} if third else {}),
+        **_heads(),
+        **IDS,
     )
 
 
@@ -576,11 +583,15 @@ KINDS: dict[str, Kind] = {
         _prefix,
     ),
     "gemma3": Kind(_gemma3, 4, _blocks, frame=_FRAME),
-    "internvl": Kind(_internvl, 4, _square(32)),
+    "internvl": Kind(lambda: _internvl(_qwen_text()), 4, _square(32)),
     "florence2": Kind(_florence2, 16 + 1, _square(32), padding="right", wide=0.1, loud=0.02),
 }
 
 NAMES = tuple(KINDS)
+FURTHER: dict[str, Kind] = {
+    "internvl-qwen3": Kind(lambda: _internvl(_qwen_text(third=True)), 4, _square(32)),
+}
+"""Kinds that are no family of their own, for tests that are about their text model."""
 WORDLESS = [BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO]
 """Never said, where outputs go back in as a prompt: an image token there would want an image."""
 

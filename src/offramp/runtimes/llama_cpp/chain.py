@@ -1,0 +1,139 @@
+"""A chain of segments: tokens go in at the bottom and leave at an exit or at the end.
+
+A token that leaves at an exit has its state wait before the next segment. The first that must go
+deeper takes along all that wait there, in one call. So each segment gets every token once, in
+order, and its keys and values are what they would be without exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.runtimes.llama_cpp.segment import READ_AT_ONCE, Segment
+from offramp.runtimes.llama_cpp.tap import States
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """How many tokens a call may hold, from `least` to `most`, and come out bit by bit the same.
+
+    Some matrix kernels sum in another order for one row than for several: `least` is then 2, and a
+    single token is fed twice, the second time to be forgotten.
+    """
+
+    least: int = 1
+    most: int = 1
+
+
+class Decide(Protocol):
+    """Whether a token leaves at an exit."""
+
+    def __call__(self, exit: int, state: Array, logits: Array) -> bool:
+        """exit: its place in the chain, from 0. state: [D], enters it. logits: [S], it gives."""
+        ...
+
+
+class SegmentChain:
+    """The segments of one decoder, and the states that wait before each."""
+
+    def __init__(self, segments: Sequence[Segment], sizes: CallSizes) -> None:
+        """sizes: of calls above the first exit, where tokens meet. Below it each token comes alone.
+
+        A prompt goes in `READ_AT_ONCE` rows at a time, whatever follows it.
+        """
+        self.segments = segments
+        self.sizes = sizes
+        self._waiting: list[list[States]] = []
+        self.reset()
+
+    def reset(self, unused: Sequence[int] = ()) -> None:
+        """Forget everything. unused: exits, by place, that are not run from here on."""
+        for place, segment in enumerate(self.segments):
+            segment.crop(segment.length)
+            if segment.tap is not None:
+                segment.tap.stop = place in unused
+        self._waiting = [[] for _ in self.segments]
+
+    @property
+    def waits(self) -> bool:
+        """Whether any token waits at an exit."""
+        return any(self._waiting)
+
+    def run(self, states: States, decide: Decide | None = None) -> int:
+        """Run tokens [n, D] that stay together, the last of them looked at by `decide`.
+
+        Returns the place of the exit where they left, or the number of exits where they did not;
+        the logits then are the last segment's.
+        """
+        last = len(self.segments) - 1
+        for place in range(last):
+            self._waiting[place].append(states)
+            states, logits = self._through(place)
+            if decide is not None and decide(place, states[-1], logits):
+                self._waiting[place + 1].append(states)
+                return place
+        self._waiting[last].append(states)
+        return last
+
+    def finish(self, outputs: int) -> Array:
+        """Take all that wait to the end, and return logits [outputs, V] of the last of them."""
+        last = len(self.segments) - 1
+        for place in range(1, last):
+            if self._waiting[place]:
+                states, _ = self._through(place)
+                self._waiting[place + 1].append(states)
+        found = []
+        left = sum(len(states) for states in self._waiting[last])
+        segment = self.segments[last]
+        for rows in self._calls(last):
+            wanted = min(len(rows), max(0, outputs - (left - len(rows))))
+            self._feed(last, rows, max(1, wanted))
+            left -= len(rows)
+            if wanted:
+                found.append(segment.logits(wanted).copy())
+        return np.concatenate(found)
+
+    def crop(self, rows: int) -> None:
+        """Forget the last `rows` tokens; only when none waits."""
+        assert not self.waits
+        for segment in self.segments:
+            segment.crop(rows)
+
+    def _through(self, place: int) -> tuple[States, Array]:
+        """Run segment `place` over what waits before it: its states, and the last one's logits."""
+        segment = self.segments[place]
+        assert segment.tap is not None
+        found = []
+        for rows in self._calls(place):
+            self._feed(place, rows, 1)
+            found.append(segment.tap.rows()[: len(rows)].copy())
+        return np.concatenate(found) if len(found) > 1 else found[0], segment.logits(1)[0]
+
+    def _feed(self, place: int, rows: States, outputs: int) -> None:
+        idle = self.sizes.least - len(rows) if place else 0
+        if idle > 0:
+            rows = np.concatenate([rows, np.repeat(rows[-1:], idle, 0)])
+        self.segments[place].feed(rows, outputs, max(0, idle))
+
+    def _calls(self, place: int) -> Iterator[States]:
+        """What waits before segment `place`, in calls of a length that depends on no exit."""
+        waiting, self._waiting[place] = self._waiting[place], []
+        few: list[States] = []
+        for states in waiting:
+            if len(states) > 1 and not self.segments[place].length and not few:
+                yield from _cut(states, READ_AT_ONCE)  # the prompt
+            else:
+                few.append(states)
+        if few:
+            yield from _cut(np.concatenate(few) if len(few) > 1 else few[0], self.sizes.most)
+
+
+def _cut(states: States, rows: int) -> Iterator[States]:
+    return (states[i : i + rows] for i in range(0, len(states), rows))

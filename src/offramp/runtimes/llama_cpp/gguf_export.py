@@ -1,0 +1,256 @@
+"""A backbone's decoder and its exits as GGUF files for llama.cpp, cut where the exits stand.
+
+segment-0.gguf    layers below the first exit, the exit's own layer, norm, the head's rows
+...               one segment more for each further exit
+segment-N.gguf    the layers above the last exit, norm, the whole head
+digests.json      SHA-256 of each file
+
+Weights are the model's own. Embeddings and everything before the decoder stay in PyTorch: a segment
+is fed with states, and its `token_embd` is the head. Where the adapter's policy reads a shortlist,
+a segment with an exit has the head's rows of those tokens alone, and `offramp.shortlist` tells
+their ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp import __version__
+from offramp.adapter import Adapter
+from offramp.engine.exit_check import shortlist_of_policy
+from offramp.engine.policy import policy_to_json
+from offramp.errors import InputError, did_you_mean
+from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.exits import check_depths
+from offramp.runtimes.llama_cpp.architectures import (
+    Architecture,
+    architecture_of,
+    head_width,
+    layer_tensors,
+    rope_base,
+    rope_factors,
+)
+from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.storage import atomic_folder, digest_file, write_json
+
+FORMAT = 1
+DIGESTS = "digests.json"
+FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Number formats of the weights, by llama.cpp's names."""
+
+_BLOCK = 32
+"""Weights of a row that share a scale; rows of another width stay in f16."""
+
+
+@dataclass(frozen=True)
+class ExportFormats:
+    """Number formats: of the decoder's layers, of the exits' layers and of the head.
+
+    exits, head: left out, the layers' own where that has 8 bits or more, else q8_0. At 4 bits an
+    exit's score is too far from the one that its threshold was chosen for.
+    """
+
+    layers: str = "q8_0"
+    exits: str = field(default="")
+    head: str = field(default="")
+
+    def __post_init__(self) -> None:
+        careful = "q8_0" if self.layers.startswith(("q4", "q5")) else self.layers
+        for name in ("exits", "head"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, careful)
+        for name in ("layers", "exits", "head"):
+            given = getattr(self, name)
+            if given not in FORMATS:
+                raise InputError(
+                    f"GGUF format {given!r} is not known.", did_you_mean(given, FORMATS)
+                )
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """One file: the decoder layers [start, stop), and behind them an exit or, in the last, none."""
+
+    index: int
+    start: int
+    stop: int
+    exit: nn.Module | None
+
+    @property
+    def file(self) -> str:
+        return f"segment-{self.index}.gguf"
+
+
+def export_gguf(
+    adapter: Adapter,
+    folder: str | Path,
+    formats: ExportFormats | str = "q8_0",
+    *,
+    depths: Sequence[int] | None = None,
+) -> list[Path]:
+    """Write the segments of an adapter on its backbone, and return their paths.
+
+    Each file appears whole or not at all. formats: of all, or of layers, exits and head. depths: of
+    the exits to write; left out, those where the policy lets tokens leave or draft.
+
+    Raises:
+        InputError: no exit to write, an unknown format, or the package `gguf` is missing.
+        UnsupportedBackboneError: llama.cpp does not run this decoder.
+        StorageError: the files could not be written.
+    """
+    import_gguf()
+    formats = ExportFormats(formats) if isinstance(formats, str) else formats
+    architecture = architecture_of(adapter.backbone)
+    chosen = _chosen_depths(adapter, depths)
+    shortlist = shortlist_of_policy(adapter.policy, adapter.exits)
+    about = _about(adapter, chosen, formats)
+    plans = plan_segments(adapter, chosen)
+    with atomic_folder(folder) as staging:
+        for plan in plans:
+            rows = shortlist if plan.exit is not None else None
+            writer = _Writer(adapter.backbone, architecture, formats, plan)
+            writer.write(staging / plan.file, rows, {**about, "offramp.segment": plan.index})
+        digests = {plan.file: digest_file(staging / plan.file) for plan in plans}
+        write_json(staging / DIGESTS, digests)
+    return [Path(folder) / plan.file for plan in plans]
+
+
+def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
+    """The chain of segments for the exits at `depths`."""
+    edges = [0, *depths, adapter.backbone.depth]
+    exits = [*(adapter.exits.at(depth) for depth in depths), None]
+    return [SegmentPlan(i, edges[i], edges[i + 1], found) for i, found in enumerate(exits)]
+
+
+def exits_digest(adapter: Adapter) -> str:
+    """SHA-256 over the exits' tensors and the shortlist, the same in float32 and bfloat16."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(adapter.exits.modules.state_dict().items()):
+        found.update(name.encode())
+        bits = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
+        found.update(bits.numpy().tobytes())
+    shortlist = adapter.exits.shortlist
+    if shortlist is not None:
+        found.update(shortlist.cpu().long().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:
+    policy = adapter.policy
+    named = {*policy.thresholds, *policy.drafts} if depths is None else set(depths)
+    wrong = sorted(named - set(adapter.exits.depths))
+    if not named or wrong:
+        raise InputError(
+            f"No exits stand at depths {wrong}." if wrong else "The policy leaves by no exit.",
+            f"Name depths to write among {list(adapter.exits.depths)}, e.g. with --depths.",
+        )
+    if not list(adapter.exits.modules.parameters()):
+        raise InputError(
+            "Lens exits have no layer that could be written.", "Export trained exits instead."
+        )
+    return check_depths(sorted(named), adapter.backbone.depth)
+
+
+def _about(adapter: Adapter, depths: Sequence[int], formats: ExportFormats) -> dict[str, Any]:
+    """Metadata that all segments share, by key."""
+    versions = {"offramp": __version__}
+    versions |= {name: metadata.version(name) for name in ("torch", "transformers", "gguf")}
+    return {
+        "offramp.format": FORMAT,
+        "offramp.depths": list(depths),
+        "offramp.layers": adapter.backbone.depth,
+        "offramp.exits_digest": exits_digest(adapter),
+        "offramp.backbone": adapter.backbone.name,
+        "offramp.fingerprint": dump_fingerprint(adapter.backbone.fingerprint()),
+        "offramp.policy": json.dumps(policy_to_json(adapter.policy), sort_keys=True),
+        "offramp.formats": json.dumps(vars(formats)),
+        "offramp.versions": json.dumps(versions),
+    }
+
+
+class _Writer:
+    """Writes one segment."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        architecture: Architecture,
+        formats: ExportFormats,
+        plan: SegmentPlan,
+    ) -> None:
+        self.backbone = backbone
+        self.architecture = architecture
+        self.formats = formats
+        self.plan = plan
+        self.gguf = import_gguf()
+
+    def write(self, file: Path, rows: Tensor | None, about: dict[str, Any]) -> None:
+        """rows: token ids [S] of the head's rows; None: all. about: metadata by key."""
+        out = self.gguf.GGUFWriter(file, self.architecture.name)
+        try:
+            self._describe(out, self.backbone.vocabulary if rows is None else len(rows))
+            if rows is not None:
+                out.add_array("offramp.shortlist", rows.tolist())
+            for key, value in about.items():
+                add = {int: out.add_uint32, str: out.add_string, list: out.add_array}[type(value)]
+                add(key, value)
+            for name, tensor, kind in self._tensors(rows):
+                self._add(out, name, tensor, kind)
+            out.write_header_to_file()
+            out.write_kv_data_to_file()
+            out.write_tensors_to_file()
+        finally:
+            out.close()
+
+    def _describe(self, out: Any, vocabulary: int) -> None:
+        """The architecture's own metadata."""
+        config, width = self.backbone.text_config, head_width(self.backbone)
+        out.add_vocab_size(vocabulary)
+        out.add_tokenizer_model("none")
+        out.add_context_length(config.max_position_embeddings)
+        out.add_embedding_length(self.backbone.width)
+        out.add_feed_forward_length(config.intermediate_size)
+        out.add_block_count(self.plan.stop - self.plan.start + (self.plan.exit is not None))
+        out.add_head_count(config.num_attention_heads)
+        out.add_head_count_kv(config.num_key_value_heads)
+        out.add_key_length(width)
+        out.add_value_length(width)
+        out.add_rope_dimension_count(width)
+        out.add_rope_freq_base(rope_base(self.backbone))
+        out.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Tensor, str]]:
+        """Names, tensors and formats."""
+        backbone, plan, formats = self.backbone, self.plan, self.formats
+        head = backbone.head.weight.detach()
+        yield "token_embd.weight", (head if rows is None else head[rows]).float(), formats.head
+        assert backbone.norm is not None, "every architecture here ends with a norm"
+        norm = backbone.norm.weight.detach().float() + self.architecture.norm_offset
+        yield "output_norm.weight", norm, "f32"
+        factors = rope_factors(backbone)
+        if factors is not None:
+            yield "rope_freqs.weight", factors, "f32"
+        layers = [(layer, formats.layers) for layer in backbone.layers[plan.start : plan.stop]]
+        if plan.exit is not None:
+            layers.append((plan.exit, formats.exits))
+        for number, (layer, kind) in enumerate(layers):
+            for name, tensor in layer_tensors(layer, self.architecture, backbone):
+                yield f"blk.{number}.{name}", tensor, kind
+
+    def _add(self, out: Any, name: str, tensor: Tensor, kind: str) -> None:
+        array = tensor.cpu().contiguous().numpy()
+        if array.ndim == 1:
+            kind = "f32"
+        elif kind.startswith("q") and array.shape[-1] % _BLOCK:
+            kind = "f16"
+        number = self.gguf.GGMLQuantizationType[kind.upper()]
+        out.add_tensor(name, self.gguf.quants.quantize(array, number), raw_dtype=number)

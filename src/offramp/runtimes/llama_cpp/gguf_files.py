@@ -1,0 +1,113 @@
+"""Exported segments on disk: whose they are, and whether they are whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.adapter import Adapter
+from offramp.errors import AdapterError, OfframpError
+from offramp.models.backbone import same_backbone
+from offramp.runtimes.llama_cpp.gguf_export import DIGESTS, FORMAT, exits_digest
+from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.storage import digest_file, read_json
+
+_AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER."
+
+
+@dataclass(frozen=True)
+class SegmentFiles:
+    """The files of an export, in order, and what their metadata says.
+
+    depths: of the exits. cuts: the first decoder layer of each segment, and the number of layers.
+    shortlist: token ids [S] of the exits' heads; None: all. formats: of layers, exits and head.
+    """
+
+    files: tuple[Path, ...]
+    depths: tuple[int, ...]
+    cuts: tuple[int, ...]
+    shortlist: tuple[int, ...] | None
+    formats: dict[str, str]
+
+
+def read_segments(
+    folder: str | Path, adapter: Adapter, *, check_digests: bool = True
+) -> SegmentFiles:
+    """What `export_gguf` wrote for `adapter` into `folder`.
+
+    check_digests: read the files through and compare their SHA-256.
+
+    Raises:
+        AdapterError: there is no export, a file is damaged, or it is of another adapter.
+    """
+    folder = Path(folder)
+    files = _whole_files(folder, check_digests)
+    about = [_metadata(file) for file in files]
+    _check_kinship(folder, about, adapter)
+    depths = tuple(about[0]["offramp.depths"])
+    shortlist = about[0].get("offramp.shortlist")
+    return SegmentFiles(
+        files,
+        depths,
+        (0, *depths, adapter.backbone.depth),
+        None if shortlist is None else tuple(shortlist),
+        json.loads(about[0]["offramp.formats"]),
+    )
+
+
+def _whole_files(folder: Path, check_digests: bool) -> tuple[Path, ...]:
+    if not (folder / DIGESTS).is_file():
+        raise AdapterError(f"{folder} holds no exported segments ({DIGESTS} is missing).", _AGAIN)
+    try:
+        digests: dict[str, str] = dict(read_json(folder / DIGESTS))
+        names = [f"segment-{place}.gguf" for place in range(len(digests))]
+        damaged = [
+            name
+            for name in names
+            if not (folder / name).is_file()
+            or (check_digests and digest_file(folder / name) != digests[name])
+        ]
+    except (OfframpError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / DIGESTS} is damaged.", _AGAIN) from error
+    if damaged or len(names) < 2:
+        raise AdapterError(f"{folder / (damaged or [DIGESTS])[0]} is damaged or missing.", _AGAIN)
+    return tuple(folder / name for name in names)
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """The keys that offramp wrote."""
+    try:
+        fields = import_gguf().GGUFReader(file).fields
+        return {k: f.contents() for k, f in fields.items() if k.startswith("offramp.")}
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{file} is no whole GGUF file ({error}).", _AGAIN) from error
+
+
+def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) -> None:
+    """Raise `AdapterError` where the files are not of one export of this adapter."""
+    first = about[0]
+    if first.get("offramp.format") != FORMAT:
+        raise AdapterError(
+            f"{folder} has export format {first.get('offramp.format')}; this version reads "
+            f"{FORMAT}.",
+            _AGAIN,
+        )
+    shared = ("offramp.format", "offramp.depths", "offramp.exits_digest", "offramp.fingerprint")
+    for place, found in enumerate(about):
+        if found.get("offramp.segment") != place or any(found.get(k) != first[k] for k in shared):
+            raise AdapterError(f"The segments in {folder} are not of one export.", _AGAIN)
+    if len(about) != len(first["offramp.depths"]) + 1:
+        raise AdapterError(f"Segments are missing in {folder}.", _AGAIN)
+    difference = same_backbone(
+        json.loads(first["offramp.fingerprint"]), adapter.backbone.fingerprint()
+    )
+    if difference is not None:
+        raise AdapterError(
+            f"{folder} was exported for {first['offramp.backbone']!r}, not for this backbone: "
+            f"{difference}.",
+            "Use the backbone it was exported from, or export this one.",
+        )
+    if first["offramp.exits_digest"] != exits_digest(adapter):
+        raise AdapterError(f"{folder} was exported from exits other than this adapter's.", _AGAIN)

@@ -1,0 +1,28 @@
+"""The packages of the extra `llama-cpp`, imported when they are first needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from offramp.errors import InputError
+
+
+def import_gguf() -> Any:
+    """The package that reads and writes GGUF files. Raise `InputError` where it is missing."""
+    return _import("gguf")
+
+
+def import_llama_cpp() -> Any:
+    """The bindings of llama.cpp. Raise `InputError` where they are missing or do not load."""
+    return _import("llama_cpp")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its library does not load
+        raise InputError(
+            f"The llama.cpp runtime needs the package {name}: {error}.",
+            "Install it: pip install 'offramp[llama-cpp]'.",
+        ) from error

@@ -1,0 +1,181 @@
+"""One GGUF file in llama.cpp: states in, states of its tap and logits out."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import AdapterError, InputError
+from offramp.runtimes.llama_cpp.packages import import_llama_cpp
+from offramp.runtimes.llama_cpp.tap import States, Tap
+
+Logits = npt.NDArray[np.float32]
+
+READ_AT_ONCE = 512
+"""Rows of a prompt in one call."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How llama.cpp runs.
+
+    context: longest prompt with its answer, in tokens. threads: for a token and for a prompt.
+    flash_attention: its fused attention; without it several rows in a call may round otherwise than
+    one. cache: number format of keys and values, f16 or f32.
+    compiled_tap: read states by a callback in C where it can be compiled, else in Python.
+    """
+
+    context: int = 2048
+    threads: int = 1
+    flash_attention: bool = True
+    cache: str = "f16"
+    compiled_tap: bool = True
+
+
+class Segment:
+    """A model and a context of llama.cpp, fed with states at positions that go on without a gap."""
+
+    def __init__(self, file: Path, options: EngineOptions, *, tap_layer: int | None) -> None:
+        """tap_layer: the layer of the file whose output is read; None: no one's.
+
+        Raises:
+            AdapterError: llama.cpp does not load the file.
+            InputError: the context does not fit into memory, or the package is missing.
+        """
+        self._lib = lib = _library()
+        self._model: Any = None
+        self._context: Any = None
+        parameters = lib.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
+        if not self._model:
+            raise AdapterError(
+                f"llama.cpp does not load {file}.",
+                "Export it again, with the version of llama-cpp-python that is installed now.",
+            )
+        self.width = int(lib.llama_model_n_embd(self._model))
+        self.layers = int(lib.llama_model_n_layer(self._model))
+        self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+        self.tap: Tap | None = None
+        if tap_layer is not None:
+            self.tap = Tap(
+                lib._lib, f"l_out-{tap_layer}", self.width, READ_AT_ONCE,
+                compiled=options.compiled_tap,
+            )  # fmt: skip
+        self._context = lib.llama_init_from_model(self._model, self._parameters(options))
+        if not self._context:
+            self.close()
+            raise InputError(
+                f"llama.cpp makes no context of {options.context} tokens for {file}.",
+                "Ask for a shorter one: context=1024.",
+            )
+        self._memory = lib.llama_get_memory(self._context)
+        self.length = 0
+        self._batch = _Batch(lib, READ_AT_ONCE)
+
+    def feed(self, states: States, outputs: int, idle: int = 0) -> None:
+        """Run the layers over `states` [n, D], which stand behind what was fed before.
+
+        n: at most `READ_AT_ONCE`. idle: how many of the last rows only fill the call and are
+        forgotten again. outputs: of how many of those before them there will be logits, at least 1.
+        """
+        if self.tap is not None:
+            self.tap.clear()
+        batch = self._batch.fill(states, self.length, outputs, idle)
+        if (code := self._lib.llama_decode(self._context, batch)) != 0:
+            raise InputError(
+                f"llama.cpp refused {len(states)} rows at position {self.length} (code {code}).",
+                "Give a longer context, e.g. context=4096.",
+            )
+        self.length += len(states)
+        self.crop(idle)
+
+    def logits(self, rows: int) -> Logits:
+        """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
+        pointer = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+
+    def crop(self, rows: int) -> None:
+        """Forget the last `rows` rows."""
+        if rows:
+            self.length -= rows
+            self._lib.llama_memory_seq_rm(self._memory, 0, self.length, -1)
+
+    def close(self) -> None:
+        """Give the memory back; the segment is of no use afterwards."""
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _parameters(self, options: EngineOptions) -> Any:
+        lib = self._lib
+        found = lib.llama_context_default_params()
+        found.n_ctx = options.context
+        found.n_batch = found.n_ubatch = READ_AT_ONCE
+        found.n_seq_max = 1
+        found.n_threads = found.n_threads_batch = options.threads
+        found.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if options.flash_attention
+            else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        found.type_k = found.type_v = _CACHES[options.cache]
+        found.no_perf = True
+        if self.tap is not None:
+            found.cb_eval = ctypes.cast(self.tap.callback, type(found.cb_eval))
+            found.cb_eval_user_data = self.tap.user_data
+        return found
+
+
+_CACHES = {"f32": 0, "f16": 1}
+"""Their numbers in ggml."""
+
+
+class _Batch:
+    """The arrays of a llama.cpp batch, allocated once."""
+
+    def __init__(self, lib: Any, rows: int) -> None:
+        self._lib = lib
+        self._positions = np.zeros(rows, dtype=np.int32)
+        self._ones = np.ones(rows, dtype=np.int32)
+        self._outputs = np.zeros(rows, dtype=np.int8)
+        self._sequence = (ctypes.c_int32 * 1)(0)
+        one = ctypes.POINTER(ctypes.c_int32)
+        self._sequences = (one * rows)(*[ctypes.cast(self._sequence, one)] * rows)
+        self._steps = np.arange(rows, dtype=np.int32)
+        self._batch = lib.llama_batch()
+        self._batch.pos = self._positions.ctypes.data_as(one)
+        self._batch.n_seq_id = self._ones.ctypes.data_as(one)
+        self._batch.seq_id = ctypes.cast(self._sequences, ctypes.POINTER(one))
+        self._batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        self._held: States  # what the batch points to
+
+    def fill(self, states: States, start: int, outputs: int, idle: int) -> Any:
+        rows = len(states)
+        self._held = np.ascontiguousarray(states, dtype=np.float32)
+        self._batch.n_tokens = rows
+        self._batch.embd = self._held.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        np.add(self._steps[:rows], start, out=self._positions[:rows])
+        self._outputs[:rows] = 0
+        self._outputs[rows - idle - outputs : rows - idle] = 1
+        return self._batch
+
+
+@functools.cache
+def _library() -> Any:
+    """llama.cpp's functions; what it has to say goes to the logger of its bindings."""
+    lib: Any = import_llama_cpp().llama_cpp
+    log = logging.getLogger("llama-cpp-python")
+    if log.level == logging.NOTSET:  # it would write every tensor of a file to stderr
+        log.setLevel(logging.CRITICAL)
+    lib.llama_backend_init()
+    return lib

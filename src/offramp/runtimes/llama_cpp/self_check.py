@@ -1,0 +1,146 @@
+"""What the runtime relies on in this build of llama.cpp, tried out when it loads.
+
+The state between two segments is read by the internal name of a tensor; tokens that wait together
+go on in one call, which must give bit by bit what one call each gives; a prediction that is taken
+back must leave no trace; and the files must compute what the backbone does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.errors import AdapterError, UnsupportedBackboneError
+from offramp.models.backbone import Backbone
+from offramp.runtimes.llama_cpp.chain import Array, CallSizes
+from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.runtimes.llama_cpp.tap import States
+
+AT_ONCE = 32
+"""Most tokens that share a call."""
+
+_LEAST_LIKE = {"f32": 0.99, "f16": 0.99, "bf16": 0.99, "q8_0": 0.98}
+_COARSE = 0.5
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a segment gave for the probe: states [n, D] of its tap, if it has one, and logits."""
+
+    states: States | None
+    logits: Array
+
+
+def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
+    """How many tokens may share a call above the first exit, as `CallSizes` has it.
+
+    probe: states [`AT_ONCE`, D] that enter the first segment. Leaves the segments empty.
+
+    Raises:
+        UnsupportedBackboneError: the tensor between two segments is not there, or has other rows;
+            or rows that are taken back leave a trace.
+    """
+    first, *others = segments
+    states = _feed(first, probe, 1).states
+    _check_crop(first, probe)
+    found = [CallSizes(1, AT_ONCE)]
+    for segment in others:
+        assert states is not None
+        found.append(_sizes(segment, states))
+        _check_crop(segment, states)
+        states = _feed(segment, states, AT_ONCE).states
+    least, most = max(each.least for each in found), min(each.most for each in found)
+    return CallSizes(least, most) if least <= most else CallSizes(1, 1)
+
+
+def _sizes(segment: Segment, states: States) -> CallSizes:
+    for least in (1, 2):
+        few = _feed(segment, states, least)
+        for most in (AT_ONCE, AT_ONCE // 2, AT_ONCE // 4):
+            # Odd sizes too, whose remainders fall into other kernels.
+            sizes = (most, most // 2 - 1, 3)
+            if all(_same(few, _feed(segment, states, size)) for size in sizes):
+                return CallSizes(least, most)
+    return CallSizes(1, 1)
+
+
+def _check_crop(segment: Segment, states: States) -> None:
+    """Raise `UnsupportedBackboneError` where rows that are taken back leave a trace."""
+    half = len(states) // 2
+
+    def logits(rows: States) -> Array:
+        segment.feed(rows, half)
+        return segment.logits(half).copy()
+
+    segment.feed(states[:half], 1)
+    expected = logits(states[half:])
+    segment.crop(half)
+    logits(-states[half:])
+    segment.crop(half)
+    found = logits(states[half:])
+    segment.crop(segment.length)
+    if not np.array_equal(expected, found):
+        raise _unfit("keeps traces of rows that were taken back")
+
+
+def check_logits(
+    segments: Sequence[Segment], backbone: Backbone, probe: States, expected: Tensor, layers: str
+) -> float:
+    """The correlation of the last segment's logits with the backbone's, [n, V], on the probe.
+
+    layers: number format of the layers.
+
+    Raises:
+        AdapterError: it is lower than that format explains.
+    """
+    states, logits = probe, probe
+    for segment in segments:
+        seen = _feed(segment, states, len(states))
+        states, logits = seen.states if seen.states is not None else states, seen.logits
+    ours = torch.from_numpy(logits).double()
+    pair = torch.stack([ours.flatten(), expected.double().flatten()])
+    found = float(torch.corrcoef(pair)[0, 1])
+    least = _LEAST_LIKE.get(layers, _COARSE)
+    if not found >= least:
+        raise AdapterError(
+            f"The exported decoder of {backbone.name} is not the backbone's: their logits "
+            f"correlate by {found:.4f}, less than {least}.",
+            "Export it again; if that does not help, this version of llama.cpp computes it "
+            "otherwise: use --runtime torch.",
+        )
+    return found
+
+
+def _feed(segment: Segment, states: States, rows: int) -> _Seen:
+    """Run the states through a segment, `rows` in a call; it is empty before and after."""
+    taps, logits = [], []
+    for start in range(0, len(states), rows):
+        some = states[start : start + rows]
+        segment.feed(some, len(some))
+        logits.append(segment.logits(len(some)).copy())
+        if segment.tap is not None:
+            tapped = segment.tap.rows().copy()
+            if len(tapped) != len(some):
+                raise _unfit(
+                    f"gives {len(tapped)} rows of the states between its layers for {len(some)}"
+                )
+            taps.append(tapped)
+    segment.crop(segment.length)
+    return _Seen(np.concatenate(taps) if taps else None, np.concatenate(logits))
+
+
+def _same(one: _Seen, other: _Seen) -> bool:
+    if one.states is not None and not np.array_equal(one.states, other.states):  # type: ignore[arg-type]
+        return False
+    return np.array_equal(one.logits, other.logits)
+
+
+def _unfit(what: str) -> UnsupportedBackboneError:
+    return UnsupportedBackboneError(
+        f"This version of llama.cpp {what}, which exits rely on.",
+        "Install another version of llama-cpp-python, or use --runtime torch.",
+    )

@@ -1,0 +1,152 @@
+"""Reads a decoder layer's output out of llama.cpp while it computes.
+
+llama.cpp asks a callback about every tensor of its graph: first whether it is wanted, then, once it
+is computed, with its data. That is some 30 questions a layer, so a callback in Python costs more
+than a small layer; one in C costs nothing that can be measured. It is 20 lines, compiled when it is
+first needed by the system's compiler; where there is none, Python answers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+States = npt.NDArray[np.float32]
+
+_SOURCE = r"""
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+
+struct tap {
+    const char * wanted;
+    const char * (*name)(const void *);
+    size_t (*bytes)(const void *);
+    void (*get)(const void *, void *, size_t, size_t);
+    char * into;
+    size_t room, held;
+    bool stop;
+};
+
+bool offramp_tap(void * tensor, bool ask, void * user) {
+    struct tap * tap = user;
+    const bool wanted = strcmp(tap->name(tensor), tap->wanted) == 0;
+    if (ask || !wanted) return ask ? wanted : true;
+    const size_t bytes = tap->bytes(tensor);
+    if (tap->held + bytes <= tap->room) tap->get(tensor, tap->into + tap->held, 0, bytes);
+    tap->held += bytes;
+    return !tap->stop;
+}
+"""
+
+
+class _Tap(ctypes.Structure):
+    _fields_ = (
+        ("wanted", ctypes.c_char_p),
+        ("name", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("get", ctypes.c_void_p),
+        ("into", ctypes.c_void_p),
+        ("room", ctypes.c_size_t),
+        ("held", ctypes.c_size_t),
+        ("stop", ctypes.c_bool),
+    )
+
+
+class Tap:
+    """The rows of one tensor, as the last call computed them.
+
+    callback, user_data: what a llama.cpp context takes as `cb_eval`; the tap must outlive it.
+    stop: end the call once the rows are there: nothing behind them in the graph is computed.
+    """
+
+    def __init__(self, library: Any, tensor: str, width: int, rows: int, *, compiled: bool) -> None:
+        """library: with ggml's functions. tensor: its name. rows: most in one call."""
+        self._into = np.empty((rows, width), dtype=np.float32)
+        functions = [library.ggml_get_name, library.ggml_nbytes, library.ggml_backend_tensor_get]
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+        self._tap = _Tap(
+            tensor.encode(), *addresses, self._into.ctypes.data, self._into.nbytes, 0, False
+        )
+        self.user_data = ctypes.addressof(self._tap)
+        self._answer = _python_callback(library, self._tap)
+        found = _compiled() if compiled else None
+        self.compiled = found is not None
+        self.callback = ctypes.cast(self._answer if found is None else found, ctypes.c_void_p)
+
+    @property
+    def stop(self) -> bool:
+        return bool(self._tap.stop)
+
+    @stop.setter
+    def stop(self, value: bool) -> None:
+        self._tap.stop = value
+
+    def clear(self) -> None:
+        """Before a call."""
+        self._tap.held = 0
+
+    def rows(self) -> States:
+        """The rows [n, D] since `clear`, a view that the next call overwrites.
+
+        Empty where the graph holds no such tensor, or more rows than there is room for.
+        """
+        row = self._into.strides[0]
+        count, rest = divmod(self._tap.held, row)
+        return self._into[: 0 if rest or count > len(self._into) else count]
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+
+
+def _python_callback(library: Any, tap: _Tap) -> Any:
+    """What the C source does, for machines without a compiler."""
+    name: Callable[[int], bytes] = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(tap.name)
+    size: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(tap.bytes)
+    get = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
+    )(tap.get)
+    wanted = tap.wanted
+
+    def answer(tensor: int, ask: bool, _: int) -> bool:
+        if ask:
+            return bool(name(tensor) == wanted)
+        if name(tensor) != wanted:
+            return True
+        count = size(tensor)
+        if tap.held + count <= tap.room:
+            get(tensor, tap.into + tap.held, 0, count)
+        tap.held += count
+        return not bool(tap.stop)
+
+    return _Callback(answer)
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The C callback; None where it cannot be compiled here."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        logging.info("No C compiler was found: llama.cpp's layers are read by a slower callback.")
+        return None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        source, library = Path(folder) / "tap.c", Path(folder) / "tap.so"
+        source.write_text(_SOURCE, encoding="utf-8")
+        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            return ctypes.CDLL(str(library)).offramp_tap
+        except (OSError, subprocess.SubprocessError) as error:
+            logging.info("The C callback could not be compiled (%s): a slower one is used.", error)
+            return None

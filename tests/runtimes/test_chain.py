@@ -1,0 +1,153 @@
+"""Laws of the chain: each segment gets every token once, in order, whoever left where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
+
+
+class FakeTap:
+    def __init__(self) -> None:
+        self.stop = False
+        self.held = np.zeros((0, 2), dtype=np.float32)
+
+    def rows(self) -> Any:
+        return self.held
+
+
+class FakeSegment:
+    """Adds up what it was fed: a row's state depends on all rows before it."""
+
+    def __init__(self, taps: bool) -> None:
+        self.tap = FakeTap() if taps else None
+        self.fed: list[Any] = []
+        self.calls: list[int] = []
+        self.last: Any = None
+
+    @property
+    def length(self) -> int:
+        return len(self.fed)
+
+    def feed(self, states: Any, outputs: int, idle: int = 0) -> None:
+        assert 1 <= outputs <= len(states) - idle
+        self.calls.append(len(states))
+        self.fed += list(states)
+        sums = np.cumsum(np.array(self.fed), 0)[-len(states) :].astype(np.float32)
+        if self.tap is not None:
+            self.tap.held = sums
+        self.last = sums[len(sums) - idle - outputs : len(sums) - idle]
+        self.crop(idle)
+
+    def logits(self, rows: int) -> Any:
+        assert rows == len(self.last)
+        return self.last
+
+    def crop(self, rows: int) -> None:
+        self.fed = self.fed[: len(self.fed) - rows]
+
+
+def chain_of(segments: int, least: int = 1) -> SegmentChain:
+    sizes = CallSizes(least, 4)
+    return SegmentChain([FakeSegment(i < segments - 1) for i in range(segments)], sizes)  # type: ignore[misc]
+
+
+PROMPT = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]], dtype=np.float32)
+TOKENS = np.arange(30, dtype=np.float32).reshape(15, 2)
+
+
+def random_exits(seed: int) -> Any:
+    draw = np.random.default_rng(seed)
+    return lambda exit, state, logits: bool(draw.random() < 0.6)
+
+
+@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize("segments", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_segments_get_every_token_in_order(segments: int, seed: int, least: int) -> None:
+    plain, ours = chain_of(segments), chain_of(segments, least)
+    decide = random_exits(seed)
+    for chain in (plain, ours):
+        chain.run(PROMPT)
+        chain.finish(1)
+    for token in TOKENS:
+        plain.run(token[None])
+        expected = plain.finish(1)
+        if ours.run(token[None], decide) == segments - 1:
+            assert np.array_equal(ours.finish(1), expected)
+    if ours.waits:
+        assert np.array_equal(ours.finish(1), expected)
+    for one, other in zip(plain.segments, ours.segments, strict=True):
+        assert np.array_equal(one.fed, other.fed)  # type: ignore[attr-defined]
+
+
+def test_calls_are_no_longer_than_is_exact() -> None:
+    chain = chain_of(2)
+    chain.run(PROMPT, lambda *_: True)
+    for token in TOKENS:
+        chain.run(token[None], lambda *_: True)
+    chain.finish(1)
+    assert chain.segments[1].calls == [5, 4, 4, 4, 3]  # type: ignore[attr-defined]
+
+
+def test_a_call_has_as_many_rows_as_it_takes_above_the_first_exit() -> None:
+    chain = chain_of(3, least=2)
+    chain.run(PROMPT)
+    chain.finish(1)
+    for token in TOKENS:
+        chain.run(token[None])
+        chain.finish(1)
+    assert [set(each.calls) for each in chain.segments] == [{5, 1}, {5, 2}, {5, 2}]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 7, 15])
+def test_logits_are_of_the_last_tokens_however_the_calls_fall(outputs: int) -> None:
+    plain, ours = chain_of(3), chain_of(3)
+    for chain in (plain, ours):
+        chain.run(PROMPT)
+        chain.finish(1)
+    expected = []
+    for token in TOKENS:
+        plain.run(token[None])
+        expected.append(plain.finish(1)[0])
+        ours.run(token[None], random_exits(int(token[0])))
+    assert np.array_equal(ours.finish(outputs), np.array(expected)[-outputs:])
+
+
+def test_what_is_taken_back_leaves_no_trace() -> None:
+    chain, other = chain_of(3), chain_of(3)
+    for each, tokens in ((chain, TOKENS), (other, TOKENS[:10])):
+        each.run(PROMPT)
+        each.finish(1)
+        for token in tokens:
+            each.run(token[None], random_exits(1))
+        each.finish(1)
+    chain.crop(5)
+    for one, two in zip(chain.segments, other.segments, strict=True):
+        assert np.array_equal(one.fed, two.fed)  # type: ignore[attr-defined]
+
+
+def test_the_exit_sees_the_new_token_not_those_that_waited() -> None:
+    chain, seen = chain_of(3), list[float]()
+    leaves: Iterator[bool] = iter([False, True, False, True])
+
+    def decide(exit: int, state: Any, logits: Any) -> bool:
+        if exit == 1:
+            seen.append(float(state[0]))
+        return next(leaves)
+
+    chain.run(np.array([[1.0, 0.0]], dtype=np.float32), decide)
+    chain.run(np.array([[2.0, 0.0]], dtype=np.float32), decide)
+    assert seen == [1.0, 1.0 + 3.0]
+
+
+def test_unused_exits_end_their_segments_early() -> None:
+    chain = chain_of(3)
+    chain.reset(unused=(1,))
+    assert [segment.tap.stop for segment in chain.segments[:2]] == [False, True]  # type: ignore[union-attr]
+    chain.reset()
+    assert not chain.segments[1].tap.stop  # type: ignore[union-attr]

@@ -1,0 +1,313 @@
+"""Laws of the llama.cpp runtime: it writes what PyTorch writes, and lossless is lossless."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from gguf_cases import DEPTHS, GREEDY, KINDS, NEW, SHORT, adapter_of, inputs_of, refused, same
+from reference import Dice
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from offramp.engine.confidence import SCORES
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
+from offramp.models.exits import Exits, ExitSet
+
+pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+
+from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf, segment
+from offramp.runtimes.llama_cpp.gguf_export import DIGESTS
+
+EXACT = segment.EngineOptions(context=256, cache="f32", flash_attention=False)
+"""As near to PyTorch in float32 as llama.cpp comes."""
+USUAL = segment.EngineOptions(context=256)
+
+
+@pytest.fixture(scope="session")
+def loaded(exported: Callable[..., Path]) -> Iterator[Callable[..., LlamaCppRuntime]]:
+    """`loaded(name, formats)`: a runtime, loaded once; in float32 as exact as it can be."""
+    made: list[LlamaCppRuntime] = []
+
+    @cache
+    def load(name: str, formats: str = "f32") -> LlamaCppRuntime:
+        engine = EXACT if formats == "f32" else USUAL
+        made.append(LlamaCppRuntime(adapter_of(name), exported(name, formats), engine=engine))
+        return made[-1]
+
+    yield load
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_exits_it_writes_what_the_model_does(name: str, loaded: Any) -> None:
+    ours = loaded(name).generate(inputs_of(name), policy=FULL, **GREEDY)
+    stock = adapter_of(name).backbone.model.generate(**inputs_of(name), **GREEDY)
+    assert torch.equal(ours.sequences, stock)
+    assert len(set(ours.new_tokens[0].tolist())) > 3
+
+
+@pytest.mark.parametrize("more", [{}, {"exit_in_prefill": True}, {"gates": {2: 0.5}}], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_early_exits_are_those_of_pytorch(
+    name: str, more: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = replace(adapter_of(name).policy, **more)
+    found = []
+    for each in (loaded(name), adapter_of(name)):
+        monkeypatch.setitem(SCORES, "max_probability", Dice(5))
+        found.append(each.generate(inputs_of(name), policy=policy, **GREEDY))
+    assert same(*found)
+    assert len(set(found[0].depths[0].tolist())) == 3
+    assert torch.equal(found[0].scores.isnan(), found[1].scores.isnan())
+
+
+def test_scores_are_those_of_pytorch(loaded: Any) -> None:
+    for score in ("max_probability", "margin", "entropy", "patience", "agreement"):
+        policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.3), score=score, shortlist=True)
+        ours, theirs = (
+            each.generate(inputs_of("llava"), policy=policy, **GREEDY)
+            for each in (loaded("llava"), adapter_of("llava"))
+        )
+        assert same(ours, theirs)
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("formats", ["f16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_lossless_is_the_full_model_in_each_format(
+    name: str, formats: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafted = 0
+    for seed in range(3):
+        monkeypatch.setitem(SCORES, "max_probability", Dice(seed))
+        each, inputs = loaded(name, formats), inputs_of(name, seed)
+        policy = replace(adapter_of(name).policy, lossless=True, max_draft=3)
+        ours = each.generate(inputs, policy=policy, **GREEDY)
+        full = each.generate(inputs, policy=FULL, **GREEDY)
+        assert torch.equal(ours.sequences, full.sequences)
+        drafted += sum(count for count, _ in ours.rounds)
+    assert drafted > 10
+
+
+def test_lossless_rounds_are_those_of_pytorch(loaded: Any, monkeypatch: Any) -> None:
+    policy = replace(adapter_of("llava").policy, lossless=True, max_draft=4)
+    found = []
+    for each in (loaded("llava"), adapter_of("llava")):
+        monkeypatch.setitem(SCORES, "max_probability", Dice(2))
+        found.append(each.generate(inputs_of("llava"), policy=policy, **GREEDY))
+    assert same(*found)
+    assert found[0].rounds == found[1].rounds
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_the_same_seed_draws_the_same_tokens_as_pytorch(lossless: bool, loaded: Any) -> None:
+    sampling = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.3, "top_p": 0.9}
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.25), shortlist=True, lossless=lossless)
+    found = []
+    for each in (loaded("llava"), loaded("llava"), adapter_of("llava")):
+        torch.manual_seed(3)
+        found.append(each.generate(inputs_of("llava"), policy=policy, top_k=20, **sampling))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    torch.manual_seed(4)
+    other = loaded("llava").generate(inputs_of("llava"), policy=policy, top_k=20, **sampling)
+    assert not torch.equal(other.sequences, found[0].sequences)
+
+
+def test_tokens_left_early_leave_no_trace(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits after catching up are, bit by bit, those of the full model over the same tokens."""
+    each = loaded("llava", "q8_0")
+    chain = each._chain
+    states = np.random.default_rng(0).normal(size=(12, 32)).astype(np.float32)
+    chain.reset()
+    plain = np.concatenate([(chain.run(row[None]), chain.finish(1))[1] for row in states])
+    chain.reset()
+    leaves = iter([False, True, True, False, True, False, False] * 4)
+    for row in states:
+        chain.run(row[None], lambda *_: next(leaves))
+    assert chain.waits
+    assert np.array_equal(chain.finish(1), plain[-1:])
+    chain.reset()
+    for row in states[::-1]:  # other states before the last would show
+        chain.run(row[None])
+    assert not np.array_equal(chain.finish(1), plain[-1:])
+
+
+def test_tokens_stream_as_they_are_written(loaded: Any) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    found = loaded("llava").generate(inputs_of("llava"), streamer=streamer, **GREEDY)
+    assert streamer.tokens == found.sequences[0].tolist() and streamer.ended
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_it_stops_where_it_is_told(lossless: bool, loaded: Any) -> None:
+    policy = replace(adapter_of("llava").policy, lossless=lossless, thresholds={2: 0.0})
+    whole = loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
+    end = whole.new_tokens[0, 6].item()
+    first = whole.new_tokens[0].tolist().index(end)
+
+    class Stop(StoppingCriteria):
+        def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return ids[:, -1] == end
+
+    for option in ({"eos_token_id": end}, {"stopping_criteria": StoppingCriteriaList([Stop()])}):
+        found = loaded("llava").generate(inputs_of("llava"), policy=policy, **option, **GREEDY)
+        assert found.new_tokens[0].tolist() == whole.new_tokens[0, : first + 1].tolist()
+
+
+def test_constraints_count_at_the_exits_too(loaded: Any) -> None:
+    policy = ExitPolicy({2: 0.2}, shortlist=True)
+    found = [
+        each.generate(inputs_of("llava"), policy=policy, repetition_penalty=3.0, **GREEDY)
+        for each in (loaded("llava"), adapter_of("llava"))
+    ]
+    assert same(*found)
+
+
+def test_padding_before_a_prompt_changes_nothing(loaded: Any) -> None:
+    plain = inputs_of("llava")
+    padded = dict(plain)
+    gap = torch.full((1, 3), families.PAD)
+    padded["input_ids"] = torch.cat([gap, plain["input_ids"]], 1)
+    padded["attention_mask"] = torch.cat([torch.zeros_like(gap), plain["attention_mask"]], 1)
+    ours = [loaded("llava").generate(each, **GREEDY).new_tokens for each in (plain, padded)]
+    assert torch.equal(*ours)
+
+
+def test_a_callback_in_python_reads_the_same_states(exported: Any, loaded: Any) -> None:
+    slow = replace(EXACT, compiled_tap=False)
+    policy = adapter_of("llava").policy
+    with LlamaCppRuntime(adapter_of("llava"), exported("llava"), engine=slow) as each:
+        assert not each._segments[0].tap.compiled  # type: ignore[union-attr]
+        ours = each.generate(inputs_of("llava"), policy=policy, **GREEDY)
+    theirs = loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
+    assert same(ours, theirs)
+    assert torch.equal(ours.scores.nan_to_num(-1), theirs.scores.nan_to_num(-1))
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def test_a_damaged_export_is_refused(exported: Any, tmp_path: Path) -> None:
+    def load(folder: Path) -> Any:
+        return lambda: LlamaCppRuntime(adapter_of("llava"), folder, engine=EXACT)
+
+    refused(load(tmp_path), AdapterError, "holds no exported segments")
+    folder = tmp_path / "gguf"
+    shutil.copytree(exported("llava"), folder)
+    file = folder / "segment-1.gguf"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    refused(load(folder), AdapterError, "segment-1.gguf is damaged")
+    file.write_bytes(whole[:-4] + b"\0\0\1\0")
+    refused(load(folder), AdapterError, "segment-1.gguf is damaged")
+    file.unlink()
+    refused(load(folder), AdapterError, "segment-1.gguf is damaged or missing")
+    file.write_bytes(whole)
+    (folder / DIGESTS).write_text("[1]")
+    refused(load(folder), AdapterError, "is damaged")
+
+
+def test_a_truncated_file_is_refused_without_its_digest(exported: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "gguf"
+    shutil.copytree(exported("llava"), folder)
+    whole = (folder / "segment-0.gguf").read_bytes()
+    for left in (10, 200, len(whole) - 100):
+        (folder / "segment-0.gguf").write_bytes(whole[:left])
+        refused(
+            lambda: LlamaCppRuntime(adapter_of("llava"), folder, engine=EXACT, check_digests=False),
+            AdapterError,
+            "segment-0.gguf",
+        )
+
+
+def test_files_of_another_adapter_or_backbone_are_refused(exported: Any) -> None:
+    adapter = adapter_of("llava")
+    other = replace(adapter, exits=ExitSet(Exits(adapter.backbone, DEPTHS), SHORT))
+    refused(lambda: LlamaCppRuntime(other, exported("llava")), AdapterError, "other than this")
+    smol = adapter_of("smolvlm")
+    refused(lambda: LlamaCppRuntime(smol, exported("llava")), AdapterError, "this backbone")
+
+
+def test_files_that_compute_something_else_are_refused(
+    exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of("llava")
+    read = type(adapter.backbone).logits
+    monkeypatch.setattr(type(adapter.backbone), "logits", lambda *a: read(*a).flip(-1))
+    refused(lambda: LlamaCppRuntime(adapter, exported("llava")), AdapterError, "correlate")
+
+
+def test_a_tensor_that_is_not_there_is_refused(
+    exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = segment.Tap
+    monkeypatch.setattr(segment, "Tap", lambda lib, name, *a, **k: made(lib, "x" + name, *a, **k))
+    refused(
+        lambda: LlamaCppRuntime(adapter_of("llava"), exported("llava")),
+        UnsupportedBackboneError,
+        "0 rows",
+    )
+
+
+@pytest.mark.parametrize(
+    "policy, word",
+    [
+        (ExitPolicy({2: 0.5}, score="saturation", shortlist=True), "saturation"),
+        (ExitPolicy({2: 0.5}, kv="propagate", shortlist=True), "propagate"),
+        (ExitPolicy({3: 0.5}, shortlist=True), "[3]"),
+        (ExitPolicy({2: 0.5}), "shortlist"),
+    ],
+    ids=str,
+)
+def test_policies_that_cannot_be_followed_are_refused(
+    policy: ExitPolicy, word: str, loaded: Any
+) -> None:
+    refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, word)
+
+
+def test_inputs_that_do_not_fit_are_refused(loaded: Any) -> None:
+    each = loaded("llava")
+    two = families.KINDS["llava"].inputs(2)
+    refused(lambda: each.generate(two, **GREEDY), InputError, "one answer at a time")
+    one = inputs_of("llava")
+    refused(lambda: each.generate(one, max_new_tokens=300), InputError, "context of 256")
+    refused(lambda: each.generate(one, num_beams=2), InputError, "num_beams")
+    del one["pixel_values"]
+    refused(lambda: each.generate(one, **GREEDY), InputError, "without its image")
+
+
+def test_a_missing_package_is_named(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offramp.runtimes.llama_cpp import packages
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(packages.importlib, "import_module", missing)
+    segment._library.cache_clear()
+    refused(
+        lambda: export_gguf(adapter_of("llava"), exported("llava")),
+        InputError,
+        "offramp[llama-cpp]",
+    )
+    refused(packages.import_llama_cpp, InputError, "llama_cpp")
