@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from offramp import __version__
-from offramp.cli import calibrate, draft, eval, generate, inspect, train
+from offramp.cli import calibrate, draft, eval, export, generate, inspect, train
 from offramp.cli.research import analyse, bench, compare, demo, report
 from offramp.errors import OfframpError
 
@@ -22,13 +22,16 @@ examples:
   offramp draft --adapter exits --data held_out.jsonl
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
+  offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
   offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
   offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis
   offramp bench --shape opt-2.7b --depths 8      what skipping is worth on this machine
   offramp report --run exits runs/captions runs/analysis --out report.html
 """
 
-COMMANDS = (demo, train, calibrate, draft, generate, eval, compare, analyse, bench, report, inspect)
+COMMANDS = (
+    demo, train, calibrate, draft, generate, eval, export, compare, analyse, bench, report, inspect
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

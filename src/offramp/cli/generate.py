@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, backbone_options, load_adapter, policy_of
+from offramp.cli.runtime import check_runtime, load_runtime, runtime_options
 from offramp.errors import InputError
 
 
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
     parser.add_argument("--json", action="store_true", help="one JSON object for each image")
+    runtime_options(parser)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -48,7 +50,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if not arguments.image:
         raise InputError("The prompt came without its image.", "Add --image FILE.")
+    check_runtime(arguments)
     adapter, processor = load_adapter(arguments)
+    runtime = load_runtime(arguments, adapter)
     policy = replace(policy_of(arguments, adapter), lossless=arguments.mode == "lossless")
     if arguments.mode == "full":
         policy = FULL
@@ -59,7 +63,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     encoder = InputProcessor(adapter.backbone, processor)
     for image in arguments.image:
         example = Example(image, arguments.prompt, (), key=str(image))
-        result = adapter.generate(
+        result = runtime.generate(
             encoder.prompts([example]),
             policy=policy,
             max_new_tokens=arguments.max_new_tokens,
