@@ -7,19 +7,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test lint check records calibrated compare ablation analysis bench pages clean
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench pages clean
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
 
-test: $(READY)  ## the whole suite, without a network
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest
+# One worker a core; a worker takes tests from another that still has many.
+PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+RESEARCH_TESTS := tests/research tests/benchmarks tests/examples
+
+test: $(READY)  ## the tests of what is installed, without a network
+	$(PYTEST) $(RESEARCH_TESTS:%=--ignore=%)
+
+test-research: $(READY)  ## the tests of comparison, analysis, benchmarks and the photo example
+	$(PYTEST) $(RESEARCH_TESTS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test test-research
 
 records: $(READY)  ## run both demos, keep their reports in records/, rewrite the README's figures
 	$(BIN)/offramp demo --backbone opt

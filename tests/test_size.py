@@ -1,11 +1,13 @@
-"""Small enough to read: few files in a package, short files, short functions."""
+"""Small enough to read: few files in a package, short files, short functions; a file for each law."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "offramp"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "offramp"
 FILES, LINES, FUNCTION_LINES = 11, 400, 60
 NOT_YET = {
     "calibration/gates.py:cheapen",
@@ -41,3 +43,9 @@ def test_a_package_holds_few_files() -> None:
     packages = [SOURCE, *(path for path in SOURCE.rglob("*") if path.is_dir())]
     modules = {p: [f for f in p.glob("*.py") if f.name != "__init__.py"] for p in packages}
     assert {p.name: len(files) for p, files in modules.items() if len(files) > FILES} == {}
+
+
+def test_every_law_has_a_file() -> None:
+    stated = re.findall(r"(?m)^(\d+)\. ", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    files = {file.name.split("_")[1] for file in (ROOT / "tests" / "laws").glob("test_*.py")}
+    assert {f"{int(number):02}" for number in stated} == files
