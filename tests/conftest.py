@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import families
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["command_line"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,15 @@ def backbone() -> Callable[..., Any]:
 def opt(backbone: Callable[..., Any]) -> Any:
     """The tiny BLIP-2 with OPT, where one family is enough."""
     return backbone("blip2-opt")
+
+
+@pytest.fixture
+def saved_adapter(opt: Any, tmp_path: Path) -> Path:
+    """The folder of a saved adapter of `opt`."""
+    from adapters import POLICY, trained
+
+    trained(opt, policy=POLICY).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small enough to read: few files in a package, short files, short functions; a file for each law."""
+"""Small enough to read: few files a package, short files and functions; a file for each law."""
 
 from __future__ import annotations
 

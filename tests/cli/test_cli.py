@@ -1,83 +1,18 @@
-"""Laws of the command line: data on stdout, and two lines for every user's mistake."""
+"""What the commands do and show; data goes to stdout. That a mistake is two lines is law 13."""
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import TRAIN, RunCommand, assert_two_lines
 
 from offramp import cli
 from offramp.calibration import draft_thresholds as drafts
-from offramp.research.scenes import world
 from offramp.save_and_load import CONFIG
-
-RunCommand = Any
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> RunCommand:
-    """Run the command line; returns (exit code, stdout, stderr)."""
-
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures with a JSONL of captions."""
-    folder = tmp_path_factory.mktemp("photos")
-    rows = []
-    for index in range(12):
-        scene = world.scene("train", index)
-        world.render(scene).save(folder / f"{index}.png")
-        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
-    write_rows(folder / "rows.jsonl", rows)
-    return folder
-
-
-TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4)
-
-
-@pytest.fixture(scope="session")
-def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter trained by the command line for a few steps."""
-    out = tmp_path_factory.mktemp("adapter") / "exits"
-    data = photos / "rows.jsonl"
-    arguments = ["train", *TRAIN, "--data", data, "--depths", "2,5", "--out", out]
-    assert cli.main([str(a) for a in arguments]) == 0
-    return out
-
-
-@pytest.fixture
-def adapter(trained: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy that a test may damage."""
-    yield Path(shutil.copytree(trained, tmp_path / "exits"))
-
-
-def assert_two_lines(result: tuple[int, str, str], *words: str) -> None:
-    code, out, err = result
-    lines = err[err.index("error: ") :].rstrip("\n").split("\n")
-    assert code == 1
-    assert out == ""
-    assert len(lines) == 2, lines
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
 
 
 def test_help_starts_with_what_to_type() -> None:
@@ -162,11 +97,6 @@ def test_drafts_that_do_not_pay_are_not_stored(
     assert (adapter / "adapter.json").read_bytes() == before
 
 
-def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: Path) -> None:
-    arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--rounds", 0)
-    assert_two_lines(run(*arguments), "0 rounds")
-
-
 def test_generate_without_json_shows_each_word_with_its_depth(
     run: RunCommand, trained: Path, photos: Path
 ) -> None:
@@ -228,25 +158,6 @@ def test_under_accelerate_launch_two_processes_train_one_adapter(
     assert (tmp_path / "exits" / CONFIG).is_file()
 
 
-@pytest.fixture(scope="session")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with captions that `trained` has not seen."""
-    folder = tmp_path_factory.mktemp("held_out")
-    rows = []
-    for index in range(12):
-        scene = world.scene("calibration", index)
-        world.render(scene).save(folder / f"{index}.png")
-        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
-    return write_rows(folder / "rows.jsonl", rows)
-
-
-@pytest.fixture(scope="session")
-def unlabelled(held_out: Path) -> Path:
-    """The same pictures, alone."""
-    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
-    return write_rows(held_out.with_name("alone.jsonl"), [{"image": r["image"]} for r in rows])
-
-
 def test_thresholds_need_no_labels_where_the_risk_reads_none(
     run: RunCommand, adapter: Path, unlabelled: Path
 ) -> None:
@@ -260,16 +171,6 @@ def test_an_analysis_needs_no_labels(run: RunCommand, unlabelled: Path, tmp_path
     code, out, _ = run("analyse", "--backbone", "tiny-opt", "--data", unlabelled, "--decode-depths",
                        "2", "--out", tmp_path)  # fmt: skip
     assert code == 0 and "accuracy" not in json.loads(out)["teacher_forced"]["lens"]
-
-
-@pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])
-def test_two_jsonl_files_are_refused_rather_than_one_left_out(
-    run: RunCommand, command: str, adapter: Path, held_out: Path, unlabelled: Path, tmp_path: Path
-) -> None:
-    what = ("--backbone", "tiny-opt") if command == "train" else ("--adapter", adapter)
-    assert_two_lines(
-        run(command, *what, "--data", held_out, unlabelled, "--out", tmp_path), "2 files"
-    )
 
 
 def test_calibrate_stores_its_promise_in_the_adapter(
@@ -291,146 +192,3 @@ def test_calibrate_tells_how_many_answers_would_be_needed(
     assert code == 0
     assert "Nothing is promised" in out and " answers" in out
     assert json.loads((adapter / CONFIG).read_text())["policy"]["thresholds"] == {}
-
-
-# -- bad input -----------------------------------------------------------------------------------
-
-
-def train_on(run: RunCommand, data: Path, out: Path, *more: Any) -> tuple[int, str, str]:
-    return run("train", *TRAIN, "--data", data, "--out", out, *more)  # type: ignore[no-any-return]
-
-
-def test_a_corrupt_image_is_named(run: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
-    data = write_rows(tmp_path / "rows.jsonl", [{"image": "bad.png", "captions": ["a"]}] * 2)
-    assert_two_lines(train_on(run, data, tmp_path / "out"), "bad.png")
-
-
-def test_a_truncated_image_is_named(run: RunCommand, photos: Path, tmp_path: Path) -> None:
-    whole = (photos / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    data = write_rows(tmp_path / "rows.jsonl", [{"image": "cut.png", "captions": ["a"]}] * 2)
-    assert_two_lines(train_on(run, data, tmp_path / "out"), "cut.png")
-
-
-def test_a_missing_image_is_named(run: RunCommand, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", [{"image": "gone.png", "captions": ["a"]}])
-    assert_two_lines(train_on(run, data, tmp_path / "out"), "gone.png")
-
-
-def test_a_missing_data_file_is_named(run: RunCommand, tmp_path: Path) -> None:
-    assert_two_lines(train_on(run, tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl")
-
-
-def test_a_row_without_an_answer_is_refused_where_labels_are_needed(
-    run: RunCommand, photos: Path, tmp_path: Path
-) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", [{"image": str(photos / "0.png")}])
-    found = train_on(run, data, tmp_path / "out", "--regime", "supervised")
-    assert_two_lines(found, "rows.jsonl", "1")
-
-
-def test_an_empty_data_set_is_refused(run: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("")
-    assert_two_lines(train_on(run, tmp_path / "rows.jsonl", tmp_path / "out"), "rows.jsonl")
-
-
-@pytest.mark.parametrize("depths", ["0", "12", "3,3", "99"])
-def test_depths_that_do_not_fit_are_refused(
-    run: RunCommand, photos: Path, tmp_path: Path, depths: str
-) -> None:
-    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--depths", depths)
-    assert_two_lines(found, "depth")
-
-
-def test_a_training_option_out_of_range_is_refused(
-    run: RunCommand, photos: Path, tmp_path: Path
-) -> None:
-    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--temperature", 0)
-    assert_two_lines(found, "temperature")
-
-
-def generate_with(run: RunCommand, adapter: Path, photos: Path, *more: Any) -> tuple[int, str, str]:
-    return run("generate", "--adapter", adapter, "--image", photos / "0.png", *more)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [
-        ("--risk", "disagrees", "disagreement"),
-        ("--method", "upper", "upper_bound"),
-        ("--target", 1.5, "between 0 and 1"),
-        ("--confidence", "nan", "between 0 and 1"),
-        ("--score", "max_prob", "max_probability"),
-    ],
-)
-def test_a_calibration_option_that_cannot_be_used_is_refused(
-    run: RunCommand, trained: Path, held_out: Path, option: str, value: Any, words: str
-) -> None:
-    found = run("calibrate", "--adapter", trained, "--data", held_out, option, value)
-    assert_two_lines(found, words)
-
-
-def test_calibrating_on_training_pictures_is_refused(
-    run: RunCommand, trained: Path, photos: Path
-) -> None:
-    found = run("calibrate", "--adapter", trained, "--data", photos / "rows.jsonl")
-    assert_two_lines(found, "12 of 12 pictures", "training")
-
-
-def test_evaluating_on_training_pictures_is_refused(
-    run: RunCommand, trained: Path, photos: Path, tmp_path: Path
-) -> None:
-    asked = ("eval", "--task", "captions", "--adapter", trained, "--out", tmp_path / "run")
-    assert_two_lines(run(*asked, "--data", photos / "rows.jsonl"), "--allow-seen")
-
-
-def test_an_adapter_of_another_backbone_is_refused(
-    run: RunCommand, adapter: Path, photos: Path
-) -> None:
-    assert_two_lines(generate_with(run, adapter, photos, "--backbone", "tiny-t5"), "tiny-opt")
-
-
-def test_an_adapter_of_another_format_is_refused(
-    run: RunCommand, adapter: Path, photos: Path
-) -> None:
-    config = json.loads((adapter / CONFIG).read_text())
-    (adapter / CONFIG).write_text(json.dumps({**config, "format": 99}))
-    assert_two_lines(generate_with(run, adapter, photos), "99")
-
-
-def test_a_folder_without_an_adapter_is_refused(
-    run: RunCommand, tmp_path: Path, photos: Path
-) -> None:
-    assert_two_lines(generate_with(run, tmp_path, photos), "adapter")
-
-
-@pytest.mark.parametrize("threshold", ["-0.1", "1.5", "nan"])
-def test_a_threshold_out_of_range_is_refused(
-    run: RunCommand, trained: Path, photos: Path, threshold: str
-) -> None:
-    found = generate_with(run, trained, photos, f"--threshold={threshold}")
-    assert_two_lines(found, "0", "1")
-
-
-def test_an_unknown_score_lists_the_known_ones(
-    run: RunCommand, trained: Path, photos: Path
-) -> None:
-    found = generate_with(run, trained, photos, "--score", "max_prob")
-    assert_two_lines(found, "max_probability")
-
-
-def test_an_unknown_backbone_is_refused(run: RunCommand, tmp_path: Path) -> None:
-    assert_two_lines(run("inspect", tmp_path / "nowhere"), "nowhere")
-
-
-def test_a_missing_picture_to_answer_about_is_named(
-    run: RunCommand, trained: Path, tmp_path: Path
-) -> None:
-    found = run("generate", "--adapter", trained, "--image", tmp_path / "gone.jpg")
-    assert_two_lines(found, "gone.jpg")
-
-
-def test_a_prompt_without_its_image_is_refused(run: RunCommand, trained: Path) -> None:
-    found = run("generate", "--adapter", trained, "--prompt", "Question: what is it? Answer:")
-    assert_two_lines(found, "--image")

@@ -33,7 +33,6 @@ from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.research.scenes import world
 from offramp.storage import JsonlLog
 
 DEPTHS = (2, 4)
@@ -486,20 +485,6 @@ def test_a_backbone_has_no_exits_to_evaluate(tmp_path: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """Two questions about a picture of the shipped models' world."""
-    scene = world.scene("test", 0)
-    world.render(scene).save(tmp_path / "0.png")
-    rows = [
-        {"image": "0.png", "question": question, "answers": [answer]}
-        for question, answer in world.questions(scene, 2)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_the_command_evaluates_goes_on_and_scores_again(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -512,28 +497,6 @@ def test_the_command_evaluates_goes_on_and_scores_again(
         assert result["n"] == 2
         assert result["modes"] == results[0]["modes"]
         assert set(result["modes"]["full"]["metrics"]) == {"exact_match", "exact_match_normalised"}
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--task", "gqa"], "--adapter, or --backbone"),
-        (["--task", "gqq", "--backbone", "tiny-opt"], "'gqa'"),
-        (["--task", "vqa", "--backbone", "tiny-opt"], "ten people"),
-        (["--task", "gqa", "--backbone", "tiny-opt", "--format", "coc"], "'coco'"),
-        (["--task", "gqa", "--backbone", "tiny-opt", "--metrics", "bleu"], "'bleu'"),
-        (["--task", "gqa", "--adapter", "nowhere"], "nowhere"),
-        (["--task", "gqa", "--rescore"], "rows.jsonl"),
-    ],
-)
-def test_a_mistake_is_two_lines(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
-) -> None:
-    code = cli.main(["eval", *more, "--data", str(questions), "--out", str(tmp_path / "run")])
-    out, err = capsys.readouterr()
-    assert (code, out) == (1, "")
-    assert words in err
-    assert len(err[err.index("error: ") :].rstrip("\n").split("\n")) == 2
 
 
 @pytest.mark.parametrize("score", STREAKS)

@@ -1,0 +1,42 @@
+"""Adapters as after some training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits, ExitSet
+
+DEPTHS = (2, 4)
+POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin", kv="propagate", exit_in_prefill=True)
+
+
+def trained(
+    backbone: Any, judged: bool = True, options: dict[str, Any] | None = None, **more: Any
+) -> Adapter:
+    """An adapter whose exits and discriminators are no longer what they were built as."""
+    exits = Exits(backbone, DEPTHS)
+    judges = (
+        build_discriminators(backbone.width, DEPTHS, **options or {}).eval() if judged else None
+    )
+    with torch.no_grad():
+        for module in (exits, *([judges] if judges else [])):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    exits.requires_grad_(False)
+    return Adapter(
+        backbone,
+        ExitSet(exits, discriminators=judges),
+        provenance={"command": "offramp train", "seed": 7, "data_digest": "abc"},
+        metrics={"agreement": {"2": 0.75, "4": 0.875}, "step": 10},
+        **more,
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}

@@ -1,0 +1,107 @@
+"""The command line at work: fixtures for its data and adapters; `conftest.py` makes them known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp import cli
+from offramp.research.scenes import world
+
+RunCommand = Any
+TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """Run the command line; returns (exit code, stdout, stderr)."""
+
+    def command(*arguments: Any) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures with a JSONL of captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = []
+    for index in range(12):
+        scene = world.scene("train", index)
+        world.render(scene).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained by the command line for a few steps."""
+    out = tmp_path_factory.mktemp("adapter") / "exits"
+    data = photos / "rows.jsonl"
+    arguments = ["train", *TRAIN, "--data", data, "--depths", "2,5", "--out", out]
+    assert cli.main([str(a) for a in arguments]) == 0
+    return out
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy that a test may damage."""
+    yield Path(shutil.copytree(trained, tmp_path / "exits"))
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with captions that `trained` has not seen."""
+    folder = tmp_path_factory.mktemp("held_out")
+    rows = []
+    for index in range(12):
+        scene = world.scene("calibration", index)
+        world.render(scene).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def unlabelled(held_out: Path) -> Path:
+    """The same pictures, alone."""
+    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    return write_rows(held_out.with_name("alone.jsonl"), [{"image": r["image"]} for r in rows])
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Two questions about a picture of the shipped models' world."""
+    scene = world.scene("test", 0)
+    world.render(scene).save(tmp_path / "0.png")
+    rows = [
+        {"image": "0.png", "question": question, "answers": [answer]}
+        for question, answer in world.questions(scene, 2)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def assert_two_lines(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    lines = err[err.index("error: ") :].rstrip("\n").split("\n")
+    assert code == 1
+    assert out == ""
+    assert len(lines) == 2, lines
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
