@@ -28,34 +28,34 @@ lint: $(READY)  ## style and types
 
 check: lint test test-research
 
-records: $(READY)  ## run both demos, keep their reports in records/, rewrite the README's figures
+records: $(READY)  ## run both demos, keep their reports in records/, refill the pages' tables
 	$(BIN)/offramp demo --backbone opt
 	$(BIN)/offramp demo --backbone t5
 	cp runs/demo/report-opt.json benchmarks/records/demo-opt.json
 	cp runs/demo/report-t5.json benchmarks/records/demo-t5.json
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
 calibrated: $(READY)  ## what calibration promises and keeps; rewrites benchmarks/records/calibrated.json and violations.json
-	$(BIN)/python benchmarks/calibrated.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.calibrated
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
-compare: $(READY)  ## objectives and policies at equal quality; rewrites benchmarks/records/compare.json and docs/choices.md
-	$(BIN)/python benchmarks/compare.py
-	$(BIN)/python benchmarks/readme.py
+compare: $(READY)  ## objectives and policies at equal quality; rewrites benchmarks/records/compare.json and docs/defaults.md
+	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
-ablation: $(READY)  ## the adversary against none, on two cores; rewrites benchmarks/records/ablation.json and docs/choices.md
-	$(BIN)/python benchmarks/ablation.py --shard 0/2 & $(BIN)/python benchmarks/ablation.py --shard 1/2; wait
-	$(BIN)/python benchmarks/readme.py
+ablation: $(READY)  ## the adversary against none, on two cores; rewrites benchmarks/records/ablation.json and docs/defaults.md
+	$(BIN)/python -m benchmarks.ablation --shard 0/2 & $(BIN)/python -m benchmarks.ablation --shard 1/2; wait
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
 analysis: $(READY)  ## quality at every depth, overthinking; rewrites benchmarks/records/analysis.json
-	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python -m benchmarks.analysis
 
 bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
-	$(BIN)/python benchmarks/bench.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
-	$(BIN)/python benchmarks/pages.py
+	$(BIN)/python -m benchmarks.pages
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo

@@ -8,7 +8,7 @@ on test pictures and on damaged ones (four corruptions): leaving always, and by 
 that may leave while 99% of the answers stay the full model's.
 
 Budget: 25 minutes on two cores, a process on each with OMP_NUM_THREADS=1:
-    python benchmarks/ablation.py --shard 0/2 & python benchmarks/ablation.py --shard 1/2
+    python -m benchmarks.ablation --shard 0/2 & python -m benchmarks.ablation --shard 1/2
 A run that is in --out is not repeated; whoever finishes the last one writes the record.
 `--estimate` tells what is left. `--settings` measures those again and leaves the record's other
 rows as they are. `--quick` tries everything out in a few minutes, elsewhere.
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -142,7 +141,7 @@ class Place:
     def __init__(self, encoder: InputProcessor, tasks: Sequence[Task]) -> None:
         self.encoder = encoder
         examples = [e for task in tasks for e in task.examples]
-        self.judges = [partial(task.correct, example=e) for task in tasks for e in task.examples]
+        self.asked = [(task, e) for task in tasks for e in task.examples]
         rows = self_written(encoder, examples, batch_size=64, max_new_tokens=LONGEST)
         self.full = [row.ids for row in rows]
         self.store = FeatureStore(encoder, rows, (DEPTH,), batch_size=BATCH, cache="memory")
@@ -154,7 +153,8 @@ class Place:
         texts = self.encoder.tokenizer.batch_decode(
             [list(ids) for ids in answers], skip_special_tokens=True
         )
-        return mean(judge(text) for text, judge in zip(texts, self.judges, strict=True))
+        pairs = zip(texts, self.asked, strict=True)
+        return mean(task.correct(text, example) for text, (task, example) in pairs)
 
     def judged(self, adapter: Adapter) -> dict[str, float]:
         """Figures of exits: leaving always, and leaving where it is safe."""

@@ -1,13 +1,13 @@
 """Measure predicted against real speed, and peers; rewrites bench.json, peers.json, dialogues.json
 in benchmarks/records.
 
-One thread, a quiet machine with 12 GB of memory, about an hour. `python benchmarks/bench.py
-NAME...` measures only these parts; what each found stays in runs/bench for the others: opt-2.7b,
-flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
+One thread, a quiet machine with 12 GB of memory, about an hour. `python -m
+benchmarks.bench NAME...` measures only these parts; what each found stays in runs/bench for the
+others: opt-2.7b, flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
 batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
-families: full depth against HF `generate`, for every family in the tests.
+families: full depth against HF `generate`, for a tiny random model of every family.
 peers: the shipped models, with what else HF offers.
 dialogues: the shipped models, with image features and prompts kept between turns.
 """
@@ -33,14 +33,14 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
+from offramp.research import tiny_families
 from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, table
 from offramp.research.benchmark.peers import table as peers_table
 from offramp.research.benchmark.peers import time_peers
 from offramp.research.benchmark.shapes import shape
-from offramp.research.report.plots import speeds
 from offramp.research.scenes import world
 from offramp.research.scenes.tasks import captions, questions
-from offramp.storage import read_json, write_atomic, write_json
+from offramp.storage import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 RECORDS, OUT = ROOT / "benchmarks" / "records", ROOT / "runs" / "bench"
@@ -65,8 +65,6 @@ def main() -> None:
     write_json(RECORDS / "dialogues.json", dialogues)
     write_json(RECORDS / "bench.json", [entry for part in lists for entry in part])
     write_json(RECORDS / "peers.json", peers)
-    plot = speeds({f"tiny {kind.upper()}": peers[kind] for kind in TINY})
-    write_atomic(RECORDS / "peers.svg", plot)
 
 
 def _forced(name: str, shortlist: int | None = None) -> list[dict[str, Any]]:
@@ -96,12 +94,9 @@ def _batch() -> list[dict[str, Any]]:
 
 
 def _families() -> list[dict[str, Any]]:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import families
-
     entries = []
-    for name, kind in families.KINDS.items():
-        backbone = Backbone(families.build(name), name=name)
+    for name, kind in tiny_families.KINDS.items():
+        backbone = Backbone(tiny_families.build(name), name=name)
         entries += _run(backbone, kind.inputs(1), [])
     return entries
 
@@ -160,13 +155,16 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
             prompt = world.dialogue_prompt(talk[:turn], question)
             examples.append(Example(picture, prompt, (answer,), f"{index}/{turn}"))
     inputs = [encoder.prompts([example]) for example in examples]
-    options = {"max_new_tokens": 48, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
     one = VisionCache()
     adapter.generate(inputs[0], vision_cache=one, **options)
 
     def way(exits: bool, kept: bool) -> GenerateFn:
         # One picture, so that none waits there for the next round.
-        caches = {"vision_cache": VisionCache(one.nbytes), "prefix_cache": PrefixCache()}
+        caches: dict[str, Any] = {
+            "vision_cache": VisionCache(one.nbytes),
+            "prefix_cache": PrefixCache(),
+        }
         policy = adapter.policy if exits else FULL
         return exit_generate_fn(
             adapter.backbone, adapter.exits, policy, **options, **(caches if kept else {})

@@ -9,10 +9,9 @@ in some minutes, elsewhere.
 import argparse
 import json
 import logging
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer
@@ -104,8 +104,6 @@ def main() -> None:
         record = {kind: read_json(path) for kind, path in found.items()}
         target = out / "compare.json" if arguments.quick else RECORD
         write_json(target, {**record, "provenance": provenance(None, sys.argv, None)})
-        for kind in TINY:
-            shutil.copy(out / kind / "compare.svg", target.with_name(f"compare-{kind}.svg"))
 
 
 def _run(kind: str, out: Path, sizes: Sizes) -> None:
@@ -163,7 +161,7 @@ def _examples(split: str, pictures: int) -> list[Example]:
     return captions(split, pictures).examples + questions(split, pictures).examples
 
 
-def right(answers: list[Answer], examples: list[Example]) -> Any:
+def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.float64]:
     """1 where an answer is right by the world's own judges, else 0."""
     return np.array([_is_right(a.text, e) for a, e in zip(answers, examples, strict=True)], float)
 

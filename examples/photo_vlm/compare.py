@@ -2,7 +2,7 @@
 
 FREE learns from the captions that the model is sure of, without labels; cross-entropy reads all
 captions that people wrote, or those of a tenth of the photographs. Takes about six hours of one
-core; cut off, it goes on where it stopped. Then: python -m examples.photo_vlm.results
+core; cut off, it goes on where it stopped. Then: python -m benchmarks.readme
 """
 
 from __future__ import annotations

@@ -1,16 +1,71 @@
-"""The pages say what the records say."""
+"""The pages say what the records say, in Markdown that every renderer shows."""
 
-import importlib.util
+import re
 from pathlib import Path
+
+import pytest
+from benchmarks.readme import PAGES, filled
+from benchmarks.tables.markdown import fill, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_figure_of_a_page_is_its_records() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    for name in tool.PAGES:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert text == tool.rendered(name, text)
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_figure_of_a_page_is_its_records(name: str) -> None:
+    assert page(name) == filled(name)
+    assert page(name).count("<!-- table: ") == page(name).count("<!-- /table -->")
+    assert page(name).count("<!-- figure: ") == page(name).count("<!-- /figure -->")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_line_starts_with_a_figure(name: str) -> None:
+    """There a comment would begin a block of HTML, whose Markdown is not rendered."""
+    assert not re.findall(r"^\s*<!-- figure", page(name), re.MULTILINE)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(page("README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    "name", [*PAGES, *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page(name))
+    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    assert not missing
+
+
+def test_a_table_is_filled_and_what_is_around_it_stays() -> None:
+    text = (
+        "a\n\n<!-- table: t -->\n\nold\n\n<!-- /table -->\n\n"
+        "b <!-- figure: f -->0<!-- /figure -->.\n"
+    )
+    after = fill(text, {"t": lambda: table([("x", "1")], ("name", "n"))}, {"f": lambda: "7"})
+    assert after == (
+        "a\n\n<!-- table: t -->\n\n| name | n |\n| --- | --- |\n| x | 1 |\n\n<!-- /table -->\n\n"
+        "b <!-- figure: f -->7<!-- /figure -->.\n"
+    )
+
+
+def test_a_figure_may_name_a_place_in_a_record() -> None:
+    found = fill("is <!-- figure: recipe/opt/scenes:, -->?<!-- /figure -->", {}, {})
+    assert found == "is <!-- figure: recipe/opt/scenes:, -->500<!-- /figure -->"
+
+
+def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:
+    for text in (
+        "<!-- table: no -->\n<!-- /table -->",
+        "<!-- figure: recipe/no -->1<!-- /figure -->",
+    ):
+        with pytest.raises(KeyError):
+            fill(text, {}, {})
+
+
+def test_an_uneven_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 cells"):
+        table([("one",)], ("a", "b"))

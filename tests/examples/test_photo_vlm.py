@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples.photo_vlm import build, evaluate, fetch, learn, results, rows, train
+from examples.photo_vlm import build, evaluate, fetch, learn, rows, train
 from examples.photo_vlm.photos import Features, cache_features, image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, _Conv
 from PIL import Image
@@ -398,99 +398,6 @@ def test_a_damaged_bridge_is_refused(tmp_path: Path) -> None:
 def test_accuracy_takes_any_of_the_right_answers() -> None:
     question = Example(Image.new("RGB", (1, 1)), "", ("Red", "blue"), key="q")
     assert evaluate.accuracy([" red", "green"], [question, question]) == 0.5
-
-
-POINT = {
-    "chosen_by": "CIDEr drop 1%", "thresholds": {"8": 0.9}, "speedup_decode": 1.7,
-    "speedup_end_to_end": 1.4, "cider_drop": 0.004,
-    "cider_drop_interval": [-0.01, 0.02], "rouge_l": 0.4, "daquar_accuracy": 0.2,
-    "daquar_accuracy_full": 0.21,
-}  # fmt: skip
-REGIME = {
-    "regime": "unsupervised", "training_seconds": 600, "agreement": {"8": 0.9},
-    "checks": {"shortlist": {"size": 2048, "miss_rate": 0.001, "miss_bound": 0.002}},
-    "points": [POINT, {"chosen_by": "risk 1%", "thresholds": {}, "reason": "Too few."}],
-    "path": [{"thresholds": {"8": 0.9}, "cider_drop": 0.01, "predicted_speedup": 1.6}],
-    "full_vs_generate": 1.01,
-}  # fmt: skip
-LOSSLESS = {
-    "dtype": "float32", "speedup_decode": 1.3, "speedup_end_to_end": 1.2, "acceptance": 0.8,
-    "speedup_vs_generate": 1.35, "identical_captions": 9, "captions": 9,
-    "tokens_per_second": {"full": 20.0, "lossless": 26.0},
-}  # fmt: skip
-FULL = {"cider": 0.35, "bleu_4": 0.15, "meteor": 0.18, "rouge_l": 0.4, "daquar_accuracy": 0.2,
-        "captions": 1000, "questions": 600}  # fmt: skip
-CARD = {
-    "steps": 2500,
-    "seconds": 6000,
-    "curve": [{"step": 1100, "CIDEr": 0.2, "Bleu_4": 0.1, "accuracy": 0.1}],
-}
-
-
-def _curve(depths: list[int], dip: bool = False) -> dict[str, Any]:
-    fall = {"found": dip, "fall": 0.1, "from_depth": 1, "to_depth": 8}
-    return {"depths": depths, "values": [{"value": d / 16} for d in depths], "dip": fall}
-
-
-ANALYSIS = {
-    "teacher_forced": {
-        "lens": {"agreement": _curve([1, 8, 16]), "accuracy": _curve([1, 8, 16], dip=True)},
-        "exits": {"agreement": _curve([8, 16]), "accuracy": _curve([8, 16])},
-    },
-    "overthinking": {"exits": {
-        "tokens": 1200, "final": {"value": 0.5}, "oracle": {"value": 0.55},
-        "overthought": {"n": 60, "share": {"value": 0.05}},
-    }},
-}  # fmt: skip
-
-
-def test_the_results_page_says_what_was_found_and_what_was_not() -> None:
-    sizes = {"steps": 500, "captions": 1500, "questions": 700}
-    record = {
-        "full": FULL, "regimes": {"a": REGIME}, "matched": {"a": REGIME, "b": REGIME},
-        "depths": [8], "sizes": sizes, "matched_sizes": sizes, "analysis": ANALYSIS,
-        "lossless": LOSSLESS, "first": "a",
-        "lossless_bfloat16": {**LOSSLESS, "dtype": "bfloat16", "identical_captions": 7},
-        "damaged": {"a": {"blur": {"cider_full": 0.2, "cider": 0.19, "cider_drop": 0.05}}},
-        "provenance": {"threads": 1, "processor": "some"},
-    }  # fmt: skip
-    curve = {
-        "objective": "cross_entropy", "policy": "max_probability",
-        "speedup_decode": {"0.01": 1.2, "0.05": 1.5}, "free_over": {"0.01": 1.5, "0.05": 2.0},
-        "free_over_interval": {"0.01": [1.4, 1.7], "0.05": [1.9, 2.3]},
-    }  # fmt: skip
-    training = {
-        "steps": 400, "min_confidence": 0.3, "initial_layer": "closest", "labelled_fraction": 0.1,
-    }  # fmt: skip
-    plan = {"depths": [8], "several": [8, 16], "training": training, "timed": 9, "rounds": 2}
-    compared = {
-        "plan": plan, "n_train": 30, "n_test": 20, "quality_full": 0.3,
-        "equal_quality": {"curves": [curve]},
-    }  # fmt: skip
-    page = results.page(record, CARD, compared)
-    for told in (
-        "`max_probability` | 1.20x, 1.50 [1.40, 1.70] | 1.50x, 2.00 [1.90, 2.30] |",
-        "FREE there or at 8, 16.",
-        "0.350",
-        "**1.70x**",
-        "+0.4% [-1.0%, +2.0%]",
-        "off: Too few.",
-        "misses 0.10%",
-        "| 9 of 9 |",
-        "| 7 of 9 |",
-        "| 1,100 | 0.200",
-        "| blur | 0.200 | 0.190 | +5.0% |",
-        "side by side",
-        "| 8 | 50.0% | 50.0% | 50.0% | 50.0% |",
-        "| 1 | 6.2% |  | 6.2% |  |",
-        "falls by 10.0% from depth 1 to 8",
-        "wrong on 60 (5.0%;",
-    ):
-        assert told in page, told
-    assert "unsupervised" not in results.plot(record) and "a, long" in results.plot(record)
-    nothing = {**record, "regimes": {}, "matched": {}, "lossless": None, "damaged": {}}
-    empty = results.page({**nothing, "analysis": None}, CARD, None)
-    assert "No exits have been measured" in empty and "equal quality" not in empty
 
 
 TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}

@@ -335,6 +335,9 @@ def test_a_pair_has_a_line_of_its_own() -> None:
     drawn = merit.drawn({"points": points})
     for name in ("free", "distillation", "patience", "truncation", "saturation", "l2, saturation"):
         assert f">{name}<" in drawn, name
+    more = [point(0.0, 1.3, f"objective {n}") for n in range(9)]
+    crowded = merit.by_name((p["objective"], p) for p in [*more, *points])
+    assert len(crowded) == merit.MOST and {"free", "distillation"} <= crowded.keys()
 
 
 def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
@@ -548,12 +551,20 @@ def test_the_order_of_points_does_not_count() -> None:
         assert equal_quality(mixed) == expected
 
 
-def test_the_plot_shows_what_no_other_threshold_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: dict[str, Any] = {}
-    monkeypatch.setattr(merit, "tradeoff", lambda series, what, ours: shown.update(series))
+def test_a_plotted_curve_is_the_speed_at_each_drop_and_ends_at_the_fastest() -> None:
     points = [point(1 - q, s) for s, q in ((2, 0.95), (1.5, 0.94), (1.2, 1), (3, 0.1))]
-    merit.drawn({"points": points})
-    assert shown == {"full depth": [(1.0, 1.0)], "free": [(2, 0.95), (1.2, 1)]}
+    rows = merit.band(points)
+    assert rows[0] == (1.0, 1.2, 1.2, 1.2)
+    for row in rows:
+        assert row.speed == pytest.approx(speed_at(points, 1 - row.quality))
+    fast = merit.band([point(0.02, 2.0)])
+    assert fast[-1].speed == 2.0 and fast[-1].quality == pytest.approx(0.98, abs=0.003)
+
+
+def test_a_band_spans_the_seeds_around_their_mean() -> None:
+    seeds = [{**point(0.0, speed), "seed": seed} for seed, speed in enumerate((2.0, 4.0))]
+    (row,) = merit.band(seeds)
+    assert row == (1.0, pytest.approx(8 / 3), 2.0, 4.0)
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -267,8 +267,8 @@ def test_objectives_and_policies_have_a_plot_each() -> None:
     page = Page(written([Source("compare", "m", comparison())]))
     plots = [svg["aria-label"] for svg in page.all("svg")]
     assert plots == [
-        "quality kept against decoding speed: full depth, free, distillation",
-        "quality kept against decoding speed: full depth, max probability, patience",
+        "quality kept against decoding speed: free, distillation",
+        "quality kept against decoding speed: max probability, patience",
     ]
     for drop in ("0.5% drop", "1% drop"):
         assert drop in page.text
@@ -278,7 +278,7 @@ def test_a_comparison_whose_points_all_lose_much_still_has_its_table() -> None:
     value = comparison()
     value["points"] = [{**p, "quality_drop": 0.5} for p in value["points"]]
     page = Page(written([Source("compare", "m", value)]))
-    assert len(page.all("svg")) == 1 and f"All {len(value['points'])} points" in page.text
+    assert f"All {len(value['points'])} points" in page.text
 
 
 def test_figures_come_with_their_intervals(runs: Path) -> None:

@@ -181,7 +181,7 @@ class Backbone:
                 raise UnsupportedBackboneError(
                     f"{type(self.model).__name__} has no {path!r} ({type(node).__name__} has no "
                     f"{name!r}).",
-                    "Correct the paths with offramp.register_backbone; docs/backbones.md shows how "
+                    "Correct the paths with offramp.register_backbone; docs/models.md shows how "
                     "to find them.",
                 )
             node = getattr(node, name)
@@ -191,7 +191,7 @@ class Backbone:
         if not isinstance(self.layers, nn.ModuleList) or len(self.layers) < 2:
             raise UnsupportedBackboneError(
                 f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
-                "Point the family at the decoder stack; see docs/backbones.md.",
+                "Point the family at the decoder stack; see docs/models.md.",
             )
         if getattr(self.stack, "project_out", None) is not None:
             raise UnsupportedBackboneError(

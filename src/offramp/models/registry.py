@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family | str] = {
 
 
 def register_backbone(model_type: str, family: Family) -> None:
-    """Teach the library another family; see `docs/backbones.md`. Replaces an earlier entry."""
+    """Teach the library another family; see `docs/models.md`. Replaces an earlier entry."""
     FAMILIES[model_type] = family
 
 
@@ -85,7 +85,7 @@ def family_of(config: Any) -> Family:
                 f"{model_type} around the language model {text_type!r} is not known; known inside "
                 f"it are {', '.join(sorted(TEXT_FAMILIES))}.",
                 f"Add it: offramp.models.registry.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
-                "norm=..., head=...); docs/backbones.md shows how to find the paths.",
+                "norm=..., head=...); docs/models.md shows how to find the paths.",
             )
         return TEXT_FAMILIES[text_type].inside(family, vision="vision_model")
     if family is None:
@@ -93,6 +93,6 @@ def family_of(config: Any) -> Family:
             f"Backbone family {model_type!r} is not known.",
             f"{did_you_mean(model_type, FAMILIES)} To add it: "
             f"offramp.register_backbone({model_type!r}, Family(stack='path.to.the.decoder', "
-            "head='lm_head')); docs/backbones.md shows how to find the paths.",
+            "head='lm_head')); docs/models.md shows how to find the paths.",
         )
     return family

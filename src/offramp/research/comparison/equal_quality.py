@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.evaluation.statistics import Measure, interval
 from offramp.research.comparison.methods import FIXED, FREE, NEXT, SUPERVISED
-from offramp.research.report.plots import tradeoff
+from offramp.research.report.plots import Band, speed_bands
 
 OURS = (FREE, SUPERVISED, NEXT)
 """Objectives that are no baselines."""
@@ -184,25 +184,43 @@ def _name(point: Mapping[str, Any]) -> str:
 
 
 WORST = 0.08
-"""Points that lose a larger share of the quality are left out of plots."""
+"""Plots show drops of quality up to this one."""
+_DROPS = tuple(float(drop) for drop in np.linspace(0.0, WORST, 33))
+MOST = 6
+"""Lines that a plot can show without becoming a tangle."""
+SHOWN = ("free", "max_probability", "distillation", "cross_entropy", "cross_entropy_few",
+         "patience", "saturation", "logit_lens", "truncation", "agreement")  # fmt: skip
+"""Names that a plot with too many curves keeps first."""
 
 
 def drawn(found: Mapping[str, Any]) -> str:
     """The quality that is kept against measured decoding speed, a line for each (objective,
-    policy), as SVG; of each those of the first seed."""
-    points = _of(found["points"][0]["seed"], found["points"])
-    named = [(_name(p), p["speedup_decode"], p["quality_drop"]) for p in points]
-    return tradeoff(lines(named), "quality kept", ours=FREE)
+    policy), as SVG; at most `MOST` of them."""
+    curves = by_name((_name(point), point) for point in found["points"])
+    return speed_bands(curves, "quality kept", ours=FREE)
 
 
-def lines(points: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
-    """A plot's lines by name: (speed, quality kept) of points (name, speed, relative drop) that
-    lose at most `WORST` and that no other of the same name beats in both; and full depth."""
-    series = {"full depth": [(1.0, 1.0)]}
-    for name, speed, drop in points:
-        if drop <= WORST:
-            series.setdefault(name, []).append((speed, 1 - drop))
-    return {
-        name: [(s, q) for s, q in some if not any(t > s and r > q for t, r in some)]
-        for name, some in series.items()
-    }
+def by_name(points: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[Band]]:
+    """Curves of named points, at most `MOST`: those of `SHOWN` first, then in the order given."""
+    named: dict[str, list[Mapping[str, Any]]] = {}
+    for name, point in points:
+        named.setdefault(name, []).append(point)
+    first = [name for name in SHOWN if name in named]
+    names = [*first, *(name for name in named if name not in first)][:MOST]
+    return {name: band(named[name]) for name in named if name in names}
+
+
+def band(points: Points) -> list[Band]:
+    """The fastest decoding at each drop of quality: mean over the seeds, and their range.
+
+    As `speed_at` has it, so between measured points too; it ends where a larger drop no longer
+    makes anything faster.
+    """
+    seeds = [_of(seed, points) for seed in sorted({p["seed"] for p in points})]
+    rows = []
+    for drop in _DROPS:
+        speeds = [speed_at(some, drop) for some in seeds]
+        rows.append(Band(1 - drop, harmonic_mean(speeds), min(speeds), max(speeds)))
+    fastest = max(row.speed for row in rows)
+    ends = next(i for i, row in enumerate(rows) if row.speed >= fastest - 1e-9)
+    return rows[: ends + 1]

@@ -10,8 +10,8 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from xml.sax.saxutils import quoteattr
+from typing import Any, NamedTuple
+from xml.sax.saxutils import escape, quoteattr
 
 from offramp.storage import write_atomic
 
@@ -19,6 +19,8 @@ COLORS = ("#2b83c6", "#e07b00", "#1b9e77", "#c95a9b", "#8a78e8", "#a98a12")
 """Told apart by people with any colour vision, on light and on dark ground."""
 MARKERS = "osD^vPX*"
 _INK = "#0a0b0c"  # replaced by the colour of the text around the plot
+_PRINTED = "#1b2027"  # the ink on white ground
+_TITLE = 22  # points above a plot for its title
 _SIZE = (4.4, 3.1)  # inches
 _SHORT = 24  # letters of a name that leaves room for another beside it
 _STYLE: dict[str, Any] = {
@@ -38,6 +40,16 @@ _STYLE: dict[str, Any] = {
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
     ),
 }
+
+
+class Band(NamedTuple):
+    """Speeds at one level of quality: the mean over seeds, and their range."""
+
+    quality: float
+    speed: float
+    low: float
+    high: float
+
 
 Curve = Mapping[str, Any]
 """`depths`, and as many `values`, each with `value`, `low` and `high`; perhaps its `dip`."""
@@ -59,6 +71,27 @@ def _drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = 
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label={quoteattr(title)}', 1)
+
+
+def standalone(svg: str, title: str) -> str:
+    """A plot as a file of its own: on white ground with a title, so that it can be read as an image
+    on a page of any colour."""
+    found = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt" viewBox="0 0 ([\d. ]+)"', svg)
+    assert found is not None, "not a plot of this module"
+    width, height = float(found[1]), float(found[2]) + _TITLE
+    size = (
+        f'width="{width:g}pt" height="{height:g}pt" viewBox="0 {-_TITLE} {width:g} {height:g}" '
+        f'color="{_PRINTED}"'
+    )
+    ground = (
+        f"<title>{escape(title)}</title>"
+        f'<rect x="0" y="{-_TITLE}" width="{width:g}" height="{height:g}" rx="6" fill="#fff"/>'
+        f'<text x="10" y="-7" fill="{_PRINTED}" '
+        f'style="font: 600 12px system-ui, sans-serif">{escape(title)}</text>'
+    )
+    whole = svg.replace(found[0], size, 1)
+    opening = whole.index(">") + 1
+    return whole[:opening] + ground + whole[opening:]
 
 
 def _legend(axes: Any) -> None:
@@ -184,6 +217,48 @@ def tradeoff(
 
     height = _SIZE[1] + 0.2 * len(series) / (2 if max(map(len, series)) <= _SHORT else 1)
     return _drawn(f"{what} against decoding speed: {', '.join(series)}", draw, (_SIZE[0], height))
+
+
+def speed_bands(curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None) -> str:
+    """Quality against decoding speed: a line for each name through the means over seeds, and a band
+    over the seeds' range; `ours`, a name of `curves`, stands out."""
+
+    def draw(axes: Any) -> None:
+        colors = iter(COLORS)
+        for name, rows in curves.items():
+            mine = name == ours
+            color = _INK if mine else next(colors)
+            quality, speed, low, high = zip(*rows, strict=True)
+            width, order = (2.6, 3) if mine else (1.6, 2)
+            axes.plot(speed, quality, color=color, linewidth=width, zorder=order, label=name)
+            axes.plot(speed[-1], quality[-1], "o", color=color, markersize=4, zorder=order)
+            axes.fill_betweenx(quality, low, high, color=color, alpha=0.15, lw=0)
+        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.set_ylabel(what)
+        _percent(axes.yaxis)
+        _legend(axes)
+
+    height = _SIZE[1] + 0.2 * len(curves) / (2 if max(map(len, curves)) <= _SHORT else 1)
+    title = f"{what} against decoding speed: {', '.join(curves)}"
+    return _drawn(title, draw, (_SIZE[0], height))
+
+
+def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
+    """A value with its interval for each name, one below the other: (value, low, high)."""
+
+    def draw(axes: Any) -> None:
+        values, low, high = (list(column) for column in zip(*rows.values(), strict=True))
+        at = range(len(rows))
+        axes.hlines(at, low, high, color=COLORS[0], lw=2.5, alpha=0.6)
+        axes.plot(values, at, "o", color=COLORS[0], markersize=5)
+        axes.axvline(1.0, color=_INK, lw=1, linestyle=":")
+        axes.set_yticks(at, list(rows))
+        axes.invert_yaxis()
+        axes.margins(y=0.08)
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+
+    return _drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.27 * len(rows)))
 
 
 def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

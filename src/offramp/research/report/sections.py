@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from offramp.research.comparison.equal_quality import lines
+from offramp.research.comparison.equal_quality import by_name
 from offramp.research.comparison.methods import FREE
 from offramp.research.report.html import (
     between,
@@ -22,15 +22,15 @@ from offramp.research.report.html import (
 )
 from offramp.research.report.plots import (
     NAMES,
+    Band,
     analysis_plots,
     calibration_curve,
     depth_histogram,
-    tradeoff,
+    speed_bands,
 )
 
 Value = Mapping[str, Any]
 Cards = list[tuple[str, str, str]]
-Series = dict[str, list[tuple[float, float]]]
 MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
          "lossless": "lossless"}  # fmt: skip
 
@@ -100,8 +100,9 @@ def tradeoffs(value: Value) -> str:
     points = [p for p in value["points"] if p.get("speedup_decode") is not None]
     if not points:
         return paragraph("No point of this comparison was timed.", "soft")
-    first = [p for p in points if p.get("seed") == points[0].get("seed")]
-    plots = [(tradeoff(some, "quality kept", FREE), title) for title, some in _series(first)]
+    plots = [
+        (speed_bands(some, "quality kept", ours), title) for title, some, ours in _curves(points)
+    ]
     rows = [
         (
             _way(p), str(p.get("seed", "-")),
@@ -118,26 +119,21 @@ def tradeoffs(value: Value) -> str:
     return figures(plots) + _merit(value) + folded(f"All {len(points)} points", everything)
 
 
-def _series(points: Sequence[Value]) -> list[tuple[str, Series]]:
-    """Titles and series of the plots: of objectives, and of policies if there are several.
-
-    Points that lose much are for the table: they would press all else into a line.
-    """
+def _curves(points: Sequence[Value]) -> list[tuple[str, dict[str, list[Band]], str]]:
+    """Titles, curves and the one of FREE: of objectives, and of policies if there are several."""
     exits = [p for p in points if p["policy"] == "max_probability"]
     # Truncation reads a depth by the backbone's own head, whatever exits there are.
-    leaving = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
-    found: list[tuple[str, Series]] = []
-    for by, title, some in (
-        (
-            "objective",
-            "Exits by what they are trained on, all leaving by the largest probability",
-            exits,
-        ),
-        ("policy", "Policies, on the exits of FREE", leaving),
-    ):
-        rows = [(_words(p[by]), p["speedup_decode"], _mean(p["quality_drop"])) for p in some]
-        if len(series := lines(rows)) > 2 or not found:
-            found.append((f"{title}. Up and to the right is better.", series))
+    policies = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
+    found: list[tuple[str, dict[str, list[Band]], str]] = []
+    for by, title, ours, some in (
+        ("objective", "Exits by how they were trained, with the largest probability as confidence",
+         FREE, exits),
+        ("policy", "Policies, on the exits of FREE", "max probability", policies),
+    ):  # fmt: skip
+        curves = {_words(n): c for n, c in by_name((p[by], p) for p in some).items()}
+        if len(curves) > 1 or not found:
+            text = f"{title}. Up and to the right is better; bands span the seeds."
+            found.append((text, curves, ours))
     return found
 
 

@@ -1,0 +1,59 @@
+"""Draw the records: `python -m benchmarks.plots` writes docs/plots."""
+
+from typing import Any
+
+from benchmarks.tables.comparison import by_name
+from benchmarks.tables.markdown import KINDS, ROOT, record, tiny
+from benchmarks.tables.photographs import METHODS
+from offramp.research.comparison.equal_quality import drawn
+from offramp.research.report.plots import intervals, speeds, standalone, tradeoff
+from offramp.storage import write_atomic
+
+AT = "0.01"
+SHORT = ("unsupervised", "unsupervised, distillation alone", "100% labels", "10% labels")
+"""Of the regimes that were trained alike, those that are drawn; the table has all."""
+
+
+def plots() -> dict[str, tuple[str, str]]:
+    """Title and SVG of each plot by the name of its file."""
+    peers = {tiny(kind): record("peers")[kind] for kind in KINDS}
+    return {
+        **{
+            f"compare-{kind}": (f"Equal quality, {tiny(kind)}", drawn(record("compare")[kind]))
+            for kind in KINDS
+        },
+        "compare-photo": ("FREE beside each method, photographs", methods()),
+        "photo": ("CIDEr along thresholds, photographs", regimes(record("photo"))),
+        "peers": ("Decoding speed, tiny models", speeds(peers)),
+    }
+
+
+def methods() -> str:
+    """By how much FREE is faster than each method where CIDEr drops by at most 1%, as SVG."""
+    curves = by_name(record("compare-photo")["equal_quality"]["curves"])
+    rows = {
+        title: (curves[name]["free_over"][AT], *curves[name]["free_over_interval"][AT])
+        for name, title in METHODS.items()
+        if name != ("free", "max_probability")
+    }
+    return intervals(rows, "FREE times as fast, CIDEr drop of 1%")
+
+
+def regimes(record: dict[str, Any]) -> str:
+    """CIDEr kept against predicted speed along the thresholds of each regime, as SVG."""
+    shown = {f"{name}, long": one for name, one in record["regimes"].items()}
+    shown |= {name: record["matched"][name] for name in SHORT}
+    series = {
+        name: [(1.0, 1.0), *((p["predicted_speedup"], 1 - p["cider_drop"]) for p in one["path"])]
+        for name, one in shown.items()
+    }
+    return tradeoff(series, "CIDEr, in the full model's")
+
+
+def main() -> None:
+    for name, (title, svg) in plots().items():
+        write_atomic(ROOT / "docs" / "plots" / f"{name}.svg", standalone(svg, title))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The one table of the README: a row for each model, with what was guaranteed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.tables.markdown import Make, bold, record, table, times, tiny
+from benchmarks.tables.speed import forced
+
+Value = Mapping[str, Any]
+COLUMNS = ("model", "decoding", "end to end", "guaranteed", "quality, full / early exit")
+
+
+def overview() -> str:
+    """At most six rows."""
+    return table(
+        [
+            *(_tiny(kind) for kind in ("opt", "t5")),
+            _photo(),
+            _photo_lossless(),
+            _forced("OPT-2.7B shape, 90% exit at 8 of 32", 1),
+            _forced("the same, batch of 8", 8),
+        ],
+        COLUMNS,
+    )
+
+
+def _tiny(kind: str) -> tuple[str, ...]:
+    rows = record("calibrated")[kind]
+    row = next(r for r in rows if (r["risk"], r["risk_target"]) == ("disagreement", 0.01))
+    right = " / ".join(
+        f"{row[name]['questions']:.1%}" for name in ("quality_full", "quality_early")
+    )
+    return (
+        f"{tiny(kind)}, 12 layers",
+        bold(times(row["speedup_decode"])),
+        times(row["speedup_end_to_end"]),
+        f"at most {row['risk_target']:.0%} of answers change (here {row['risk_test']:.2%})",
+        f"questions right: {right}",
+    )
+
+
+def _photo() -> tuple[str, ...]:
+    photo = record("photo")
+    points = photo["regimes"][photo["first"]]["points"]
+    row = next(p for p in points if p["chosen_by"] == "risk 1%")
+    return (
+        "photo model, 30 layers",
+        bold(times(row["speedup_decode"])),
+        times(row["speedup_end_to_end"]),
+        f"captions change by at most 1%, as 1 - ROUGE-L (here {row['inconsistency_test']:.2%})",
+        f"CIDEr: {row['cider_full']:.3f} / {row['cider']:.3f}",
+    )
+
+
+def _photo_lossless() -> tuple[str, ...]:
+    one = record("photo")["lossless"]
+    return (
+        "photo model, lossless",
+        bold(times(one["speedup_decode"])),
+        times(one["speedup_end_to_end"]),
+        f"same tokens ({one['identical_captions']:,} of {one['captions']:,} captions)",
+        "the full model's",
+    )
+
+
+def _forced(title: str, batch: int) -> tuple[str, ...]:
+    entry = forced("opt-2.7b", batch, 8, "recompute", 0.9)
+    assert entry is not None, "benchmarks/records/bench.json lacks the README's case"
+    return (
+        title,
+        bold(times(entry["measured"])),
+        "not measured",
+        "none: speed only",
+        "none: random weights",
+    )
+
+
+TABLES: dict[str, Make] = {"overview": overview}
