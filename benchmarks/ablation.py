@@ -181,7 +181,7 @@ class Place:
         sure, worst, right = [], [], []
         for index in range(len(self.store)):
             batch = self.store[index]
-            states = exit_features(adapter.backbone, adapter.exits, batch)[DEPTH]
+            states = exit_features(adapter.backbone, adapter.exits.modules, batch)[DEPTH]
             logits = adapter.backbone.logits(states)
             score = SCORES["max_probability"](logits.flatten(0, 1)).view(batch.mask.shape)
             agrees = logits.argmax(-1) == batch.targets

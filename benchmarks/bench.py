@@ -109,10 +109,9 @@ def _run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
-    exits = Exits(backbone, depths).requires_grad_(False)
-    if shortlist is not None:
-        exits = ExitSet(exits, any_shortlist(backbone, shortlist))
     few = shortlist is not None
+    checks = any_shortlist(backbone, shortlist) if shortlist is not None else None
+    exits = ExitSet(Exits(backbone, depths).requires_grad_(False), checks)
     costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=few)
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
