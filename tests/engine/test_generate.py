@@ -13,14 +13,14 @@ from families import NAMES, PAD, WORDLESS
 from reference import Dice, Script, of_steps, probe
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.exit_check import ExitScorer
+from offramp.engine.exit_check import ExitScorer, decider_of
 from offramp.engine.generate import generate
 from offramp.engine.model_runner import ModelRunner
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.sampling import ActiveRows
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 
 # -- rows that are finished --------------------------------------------------------------------
 
@@ -334,8 +334,10 @@ def test_the_judge_reads_a_state_as_the_backbone_does(backbone, batch):
 
 
 def test_a_run_starts_with_nobody_waiting(backbone, exits):
-    run = ModelRunner(backbone("llava"), exits("llava"), ExitPolicy({2: 0.5}))
-    assert run.thresholds == {2: 0.5} and not run.everybody_left
+    attached = ExitSet(exits("llava"))
+    decider = decider_of(backbone("llava"), attached, ExitPolicy({2: 0.5}))
+    run = ModelRunner(backbone("llava"), attached, decider)
+    assert run.exits_on == (2,) and run.pending.next_from(0) is None
 
 
 def cache_layers():

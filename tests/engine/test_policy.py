@@ -10,8 +10,8 @@ from families import WORDLESS
 from reference import of_steps, probe
 
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, Patience
+from offramp.engine.exit_check import decider_of
 from offramp.engine.generate import generate
-from offramp.engine.model_runner import ModelRunner
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -290,8 +290,9 @@ def test_an_unknown_score_is_refused_with_the_closest(typed, meant):
 @pytest.mark.parametrize("score", [*SCORES, *STREAKS, *FEATURE_SCORES])
 def test_every_known_score_has_a_judge(score, backbone, exits):
     judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    run = ModelRunner(backbone("llava"), exits("llava"), ExitPolicy({2: 0.5}, score=score), judges)
-    assert run.thresholds == {2: 0.5}
+    attached = ExitSet(exits("llava"), discriminators=judges)
+    decider = decider_of(backbone("llava"), attached, ExitPolicy({2: 0.5}, score=score))
+    assert decider.thresholds == {2: 0.5}
 
 
 def test_a_policy_checks_its_weights():
@@ -307,10 +308,10 @@ def test_a_policy_checks_its_weights():
 def test_weights_must_fit_the_exits_with_thresholds(weights, problem, backbone, exits):
     policy = ExitPolicy({2: 0.5}, score="agreement", weights=weights)
     with pytest.raises(InputError, match=problem):
-        ModelRunner(backbone("llava"), exits("llava"), policy)
+        decider_of(backbone("llava"), ExitSet(exits("llava")), policy)
 
 
 def test_weights_of_exits_that_are_off_are_kept(backbone, exits):
     policy = ExitPolicy({2: 0.5, 4: None}, score="agreement", weights={2: 0.5, 4: 1})
-    ModelRunner(backbone("llava"), exits("llava"), policy)
+    decider_of(backbone("llava"), ExitSet(exits("llava")), policy)
     assert policy.weights == {2: 0.5, 4: 1.0}

@@ -22,7 +22,7 @@ from torch import Tensor
 from offramp.answers import self_written
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prefill, without_inputs
+from offramp.engine.prefill import Prefill, prepare, without_inputs
 from offramp.engine.teacher_forcing import Answered, Batch, _Record, exit_features, record
 from offramp.errors import DataError, InputError
 from offramp.models.exits import Exits
@@ -453,20 +453,12 @@ def test_a_reading_that_retreats_goes_on_as_if_it_had_not_advanced(
     name: str, backbone: Build
 ) -> None:
     encoder = input_processor_of(backbone(name), name)
-    found: list[list[dict[str, Any]]] = []
-
-    def read(model: Any, ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
-        for processor in ("logits_processor", "stopping_criteria"):
-            kw.pop(processor)
-        straight, back = (Prefill(view, model, ids, dict(kw)) for _ in range(2))
-        straight.advance(1)
-        back.advance(4)
-        back.retreat(3)
-        found.append([straight.advance(2), back.advance(2)])
-        return ids
-
     view = InterceptedModel(encoder.backbone, _Record(encoder.backbone, ()))
-    prompts = encoder.prompts(fakes.examples(3))
-    view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
+    prepared = prepare(view.model, encoder.prompts(fakes.examples(3)), max_new_tokens=1)
+    straight, back = (Prefill(view, prepared) for _ in range(2))
+    straight.extend(1)
+    back.extend(4)
+    back.rollback(3)
+    found = [[straight.extend(2), back.extend(2)]]
     first, second = (tensors(without_inputs(kw)) for kw in found[0])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

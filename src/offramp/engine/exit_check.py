@@ -1,7 +1,7 @@
-"""The judge: how safe it is to let a token leave at an exit, computing no more than that needs.
+"""Exit checks: the confidence of a token at an exit, and the decision which rows exit there.
 
-A score of features ("saturation", "discriminator") runs no LM head at an exit where nobody leaves;
-where everybody leaves whatever the score, no score is computed.
+No more is computed than the decision needs. A score of features ("saturation", "discriminator")
+runs no LM head at an exit where no row exits; at a threshold of 0 no score is computed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import logits_score, saturation
+from offramp.engine.confidence import (
+    check_thresholds,
+    check_weights,
+    logits_score,
+    saturation,
+)
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -25,13 +31,13 @@ Constrain = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class ExitCheck:
-    """One exit's look at a token of each row. Score and logits are computed when first asked for.
+    """A token of each row at one exit. Score and logits are computed when first asked for.
 
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it.
     """
 
-    judge: ExitScorer
+    scorer: ExitScorer
     depth: int
     state: Tensor
     entry: Tensor
@@ -41,38 +47,40 @@ class ExitCheck:
     @cached_property
     def features(self) -> Tensor:
         """The exit's state after the final norm [B, D]."""
-        return self.judge.backbone.final_norm(self.state)
+        return self.scorer.backbone.final_norm(self.state)
 
     @cached_property
-    def few(self) -> Tensor:
+    def own_logits(self) -> Tensor:
         """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
-        return self.judge.backbone.logits(self.features, self.judge.head)
+        return self.scorer.backbone.logits(self.features, self.scorer.head)
 
     @cached_property
     def logits(self) -> Tensor:
         """[B, V], without constraints: the loop puts them on once, whatever depth they are from."""
-        ids = self.judge.shortlist
+        ids = self.scorer.shortlist
         if ids is None:
-            return self.few
-        whole = self.few.new_full((len(self.few), self.judge.backbone.vocabulary), float("-inf"))
-        return whole.index_copy_(1, ids, self.few)
+            return self.own_logits
+        whole = self.own_logits.new_full(
+            (len(self.own_logits), self.scorer.backbone.vocabulary), float("-inf")
+        )
+        return whole.index_copy_(1, ids, self.own_logits)
 
     @property
     def allowed(self) -> Tensor:
         """Logits [B, S] under the constraints: a score is confidence in what may be said."""
         if self.constrain is None:
-            return self.few
-        whole, ids = self.constrain(self.logits), self.judge.shortlist
+            return self.own_logits
+        whole, ids = self.constrain(self.logits), self.scorer.shortlist
         return whole if ids is None else whole[:, ids]
 
     @cached_property
     def score(self) -> Tensor:
         """[B], in [0, 1]."""
-        return self.judge.score(self)
+        return self.scorer.score(self)
 
 
 class ExitScorer:
-    """Scores the exits of one token after the other, each token's in order of depth."""
+    """Scores exits: one token after the other, and the exits of a token in order of depth."""
 
     def __init__(
         self,
@@ -81,7 +89,7 @@ class ExitScorer:
         depths: Sequence[int],
         exits: ExitSet | None = None,
     ) -> None:
-        """depths: of the exits that may leave.
+        """depths: where tokens may exit.
 
         Raises:
             InputError: what the policy needs is missing: discriminators, weights, a shortlist.
@@ -91,7 +99,7 @@ class ExitScorer:
         self.head = None
         if exits is not None and self.shortlist is not None:
             self.head = exits.shortlist_head(backbone)
-        self.score = _rule(policy, depths, exits.discriminators if exits is not None else None)
+        self.score = _score_of(policy, depths, None if exits is None else exits.discriminators)
 
     def __call__(
         self,
@@ -101,8 +109,103 @@ class ExitScorer:
         previous: Tensor | None = None,
         constrain: Constrain | None = None,
     ) -> ExitCheck:
-        """A look at exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`."""
+        """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`."""
         return ExitCheck(self, depth, state, entry, previous, constrain)
+
+
+class ExitDecider:
+    """Decides, token by token, which rows exit at which depth, and keeps what they exited with.
+
+    thresholds: by depth, ascending. watched: layers whose input the score reads. checks: whether
+    rows may exit at all, for the token at hand. logits: of the rows that exited [B, V], None while
+    none has. depths, scores: of the token at hand [B].
+    """
+
+    def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> None:
+        """Raise `InputError` where the policy's thresholds, weights or gates do not fit."""
+        self.thresholds = check_thresholds(dict(policy.thresholds), exits.depths)
+        check_weights(policy.weights, exits.depths)
+        self.scorer = ExitScorer(backbone, policy, tuple(self.thresholds), exits)
+        self.checks = True
+        self.logits: Tensor | None = None
+        self.depths: Tensor
+        self.scores: Tensor
+        watches = policy.score == "saturation"
+        self.watched = frozenset(d - 1 for d in self.thresholds) if watches else frozenset()
+        self._layers = backbone.depth
+        self._gates = gates_of_policy(policy, exits)
+        self._open: Tensor  # rows [B] that have not exited
+        self._constrain: Constrain | None = None
+        self._fresh: tuple[Tensor, Tensor] | None = None  # depths, scores before the first check
+
+    def begin(self, unfinished: Tensor, constrain: Constrain | None, *, check: bool) -> None:
+        """A new token for each of the rows [B]; with `check=False` none exits."""
+        self.checks, self._constrain, self.logits = check, constrain, None
+        self._open = unfinished
+        if self._fresh is None or len(self._fresh[0]) != len(unfinished):
+            rows, device = len(unfinished), unfinished.device
+            self._fresh = (
+                torch.full((rows,), self._layers, device=device),
+                torch.full((rows,), float("nan"), device=device),
+            )
+        self.depths, self.scores = self._fresh
+
+    def candidates(self, depth: int, entry: Tensor) -> Tensor | None:
+        """Rows [B] that may exit at `depth`, which `entry` [B, D] enters; None where none may."""
+        if not self.checks:
+            return None
+        if depth not in self._gates:
+            return self._open
+        gate, level = self._gates[depth]
+        candidates = self._open & (gate(entry) >= level)
+        return candidates if bool(candidates.any()) else None
+
+    def decide(
+        self, depth: int, state: Tensor, entry: Tensor, previous: Tensor | None, candidates: Tensor
+    ) -> bool:
+        """Let confident `candidates` [B] exit at `depth`; True once every unfinished row has."""
+        check = self.scorer(depth, state, entry, previous, self._constrain)
+        threshold = self.thresholds[depth]
+        if threshold == 0.0:
+            self.scores = self.scores.masked_fill(candidates, float("nan"))
+            self._exit(candidates, check)
+            self._open = self._open & ~candidates
+            return not bool(self._open.any())
+        if len(state) == 1:  # the common case, in one transfer and no masks
+            self.scores = check.score
+            if not bool(check.score >= threshold):  # in the score's precision, as below
+                return False
+            self.logits, self.depths = check.logits, torch.full_like(self.depths, depth)
+            return True
+        self.scores = torch.where(candidates, check.score.to(self.scores), self.scores)
+        confident = candidates & (check.score >= threshold)
+        self._open = self._open & ~confident
+        some_exit, some_stay = torch.stack([confident, self._open]).any(1).tolist()
+        if some_exit:
+            self._exit(confident, check)
+        return not some_stay
+
+    def _exit(self, rows: Tensor, check: ExitCheck) -> None:
+        """Note that `rows` [B] exit with what `check` found."""
+        self.depths = self.depths.masked_fill(rows, check.depth)
+        self.logits = (
+            check.logits
+            if self.logits is None
+            else torch.where(rows[:, None], check.logits, self.logits)
+        )
+
+
+def decider_of(backbone: Backbone, exits: ExitSet | None, policy: ExitPolicy) -> ExitDecider | None:
+    """What decides under `policy`; None where no token exits: the full model.
+
+    Raises:
+        InputError: the policy names depths without an exit, or lacks what its score needs.
+    """
+    depths = () if exits is None else exits.depths
+    if not check_thresholds(dict(policy.thresholds), depths):
+        return None
+    assert exits is not None
+    return ExitDecider(backbone, exits, policy)
 
 
 def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:
@@ -128,12 +231,12 @@ def gates_of_policy(policy: ExitPolicy, exits: ExitSet) -> dict[int, tuple[Gate,
     return {depth: (exits.gates[depth], level) for depth, level in policy.gates.items()}
 
 
-def _rule(
+def _score_of(
     policy: ExitPolicy, depths: Sequence[int], discriminators: nn.ModuleDict | None
 ) -> Callable[[ExitCheck], Tensor]:
     of_logits = logits_score(policy.score, depths, policy.weights)
     if of_logits is not None:
-        return lambda look: of_logits(look.depth, look.allowed)
+        return lambda check: of_logits(check.depth, check.allowed)
     if policy.score == "saturation":
         return _saturation
     if discriminators is None:
@@ -141,11 +244,11 @@ def _rule(
             "The discriminator score needs the discriminators trained with the exits.",
             "Keep discriminators.safetensors in the adapter's folder, or use another score.",
         )
-    return lambda look: discriminators[str(look.depth)](
-        look.features.float(), look.entry.float()
+    return lambda check: discriminators[str(check.depth)](
+        check.features.float(), check.entry.float()
     ).sigmoid()
 
 
-def _saturation(look: ExitCheck) -> Tensor:
-    assert look.previous is not None
-    return saturation(look.entry, look.previous)
+def _saturation(check: ExitCheck) -> Tensor:
+    assert check.previous is not None
+    return saturation(check.entry, check.previous)

@@ -1,8 +1,8 @@
 """Generation: one loop for the full model, for early exits, and for lossless drafts.
 
-Hugging Face's own `generate` prepares everything (processor output, cache, logits processors,
-stopping criteria) and then hands over to the loop here. Without exits it *is* the full model: the
-baseline runs through the same code as the method.
+Hugging Face's own `generate` prepares everything (cache, logits processors, stopping criteria); the
+loop here decodes. Without exits it *is* the full model: the baseline runs through the same code as
+the method.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from offramp.engine.exit_check import decider_of
 from offramp.engine.model_runner import ModelRunner
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.engine.prefill import Prefill
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.prefill import Prefill, Prepared, prepare
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.sampling import SequenceState
 from offramp.engine.speculative import speculate
@@ -97,46 +97,33 @@ def generate(
     check_options(lambda name: asked.get(name, getattr(config, name, None)))
     check_inputs(inputs)
     policy = policy.effective
-    run = ModelRunner(backbone, exits, policy)
+    attached = None if exits is None else ExitSet.of(exits)
+    decider = decider_of(backbone, attached, policy)
+    run = ModelRunner(backbone, attached, decider, propagate=policy.kv == "propagate")
     if vision_cache is not None:
         run.view.remember_images(backbone, vision_cache)
-    loops: list[SequenceState] = []
-    rounds: list[tuple[int, int]] = []
-
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **prepared: Any,
-    ) -> Tensor:
-        # The model's own defaults may ask for what the caller did not.
-        check_options(lambda name: getattr(generation_config, name, None))
-        loop = SequenceState(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer
-        )
-        loops.append(loop)
-        run.adopt(prepared["cache"] if "cache" in prepared else prepared["past_key_values"])
-        run.constrain = loop.constraints(lambda: loop.ids)
-        served = None if prefix_cache is None else prefix_cache.serve(run)
-        if policy.lossless and run.thresholds:
-            rounds.extend(speculate(run, loop, model, prepared))
-        else:
-            _decode(run, loop, model, prepared)
-        if served is not None:
-            served.end()
-        loop.end()
-        return loop.ids
-
     try:
         with torch.inference_mode():
-            sequences = run.view.model.generate(**inputs, custom_generate=decode, **options)
+            prepared = prepare(run.view.model, inputs, **options)
+            # The model's own defaults may ask for what the caller did not.
+            check_options(lambda name: getattr(prepared.config, name, None))
+            sequence = SequenceState(prepared, streamer)
+            run.adopt(prepared.cache)
+            run.constrain = sequence.constraints(lambda: sequence.ids)
+            served = None if prefix_cache is None else prefix_cache.serve(run)
+            if policy.lossless and decider is not None:
+                rounds = speculate(run, sequence, prepared, policy.max_draft)
+            else:
+                rounds = []
+                _decode(run, sequence, prepared, policy)
+            if served is not None:
+                served.end()
+            sequence.end()
     finally:
         run.release()
-    live, depths, scores = (torch.stack(column, 1) for column in zip(*loops[0].trace, strict=True))
+    live, depths, scores = (torch.stack(column, 1) for column in zip(*sequence.trace, strict=True))
     return GenerationOutput(
-        sequences,
+        sequence.ids,
         torch.where(live, depths, 0),
         torch.where(live, scores.float(), float("nan")),
         backbone.depth,
@@ -144,21 +131,22 @@ def generate(
     )
 
 
-def _decode(run: ModelRunner, loop: SequenceState, model: Any, prepared: dict[str, Any]) -> None:
-    """Write token after token, each at the depth where it leaves, until every row is finished."""
+def _decode(
+    run: ModelRunner, sequence: SequenceState, prepared: Prepared, policy: ExitPolicy
+) -> None:
+    """Write token after token, each at the depth where it exits, until every row is finished."""
     backbone = run.backbone
-    may_leave = run.policy.exit_in_prefill and backbone.family.causal_prompt
-    run.begin(loop.unfinished, check=backbone.is_encoder_decoder or may_leave)
-    reading = Prefill(run.view, model, loop.ids, prepared)
-    run.prompt_stands_at(reading.positions)
-    loop.emit(loop.choose(run.merge(reading.logits)), run.depths, run.scores)
-    while live := loop.live:
-        run.keep(loop.written, live)
-        run.begin(loop.unfinished)
-        states = run.call(input_ids=loop.ids[:, -1:], **reading.extend(1))
-        logits = run.logits if run.everybody_left else run.merge(backbone.logits(states[:, -1]))
-        assert logits is not None
-        loop.emit(loop.choose(logits), run.depths, run.scores)
+    run.begin(sequence.unfinished, check=first_token_may_exit(backbone, policy))
+    prefill = Prefill(run.view, prepared)
+    step = run.prompt_step(prefill.positions, sequence.unfinished)
+    sequence.emit(
+        sequence.choose(step.merge(prefill.logits, backbone.depth)), step.depths, step.scores
+    )
+    while live := sequence.live:
+        run.keep_rows(sequence.written, live)
+        run.begin(sequence.unfinished)
+        step = run.step(input_ids=sequence.ids[:, -1:], **prefill.extend(1))
+        sequence.emit(sequence.choose(step.logits(backbone)), step.depths, step.scores)
 
 
 def check_inputs(inputs: Mapping[str, Any]) -> None:

@@ -1,178 +1,248 @@
-"""The driver of one generation: which layers run for the token at hand, and who waits where.
+"""Runs the decoder of one generation: the layers that the tokens at hand need, and no others.
 
-A token that leaves at depth d runs exactly d decoder layers. Keys and values of the layers that it
+A token that exits at depth d runs exactly d decoder layers. Keys and values of the layers that it
 skipped are filled by policy:
 
-recompute: the token's state waits at its exit; when a later token must go deeper, the deeper
-    layers run once over all that wait and the new token together. Exact: the cache is what the
+recompute: the token's state is pending at its exit; when a later token must go deeper, the deeper
+    layers run once over all pending states and the new token together. Exact: the cache is what the
     full model's would be.
 propagate: the state at the exit is projected to the keys and values of every skipped layer at
-    once (CALM, Schuster et al. 2022). Approximate; nothing ever waits.
+    once (CALM, Schuster et al. 2022). Approximate; nothing is ever pending.
 
-In a batch the stack runs on the rows that are still written: finished ones are taken out, of the
-cache too. A row that left early stays with the others: its keys and values are due at the deeper
-layers as well.
+In a batch the stack runs on the active rows: finished ones are taken out, of the cache too. A row
+that exited early stays with the others: its keys and values are due at the deeper layers as well.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import check_thresholds, check_weights
-from offramp.engine.exit_check import Constrain, ExitCheck, ExitScorer, gates_of_policy
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.exit_check import Constrain, ExitDecider
+from offramp.engine.kv_cache import (
+    add_exit_entries,
+    cache_name,
+    crop,
+    self_attention,
+    stand_in,
+    store_keys,
+)
 from offramp.engine.sampling import ActiveRows
-from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
-from offramp.models.shortlist import Gate
 
 
-class _KeysStored(Exception):
-    """Raised out of a layer once its keys and values are in the cache."""
+class PendingStates:
+    """States that entered an exit and have yet to run the layers behind it, by depth, in order.
+
+    Each part is the states [B, T, D] of one call, and their position ids where the stack has any.
+    """
+
+    def __init__(self, depths: Iterable[int]) -> None:
+        self._parts: dict[int, list[tuple[Tensor, Tensor | None]]] = {d: [] for d in depths}
+
+    def at(self, depth: int) -> bool:
+        """Whether any are pending at `depth`."""
+        return bool(self._parts.get(depth))
+
+    def next_from(self, start: int) -> int | None:
+        """The first depth from `start` on where any are pending."""
+        return min((d for d, parts in self._parts.items() if parts and d >= start), default=None)
+
+    def add(self, depth: int, states: Tensor, positions: Tensor | None) -> None:
+        self._parts[depth].append((states, positions))
+
+    def take(self, depth: int) -> tuple[Tensor, Tensor | None]:
+        """All states pending at `depth` [B, n, D], oldest first, and their position ids."""
+        parts, self._parts[depth] = self._parts[depth], []
+        positions = [at for _, at in parts if at is not None]
+        states = torch.cat([states for states, _ in parts], 1)
+        return states, torch.cat(positions, -1) if positions else None
+
+    def place(self, positions: Tensor | None) -> None:
+        """Set the position ids of what is pending: the prompt's are known after its pass."""
+        for depth, parts in self._parts.items():
+            self._parts[depth] = [(states, positions) for states, _ in parts]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows of these indices alone."""
+        for depth, parts in self._parts.items():
+            self._parts[depth] = [
+                (states[rows], None if at is None else at.index_select(-2, rows))
+                for states, at in parts
+            ]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one token of each row came to.
+
+    states: final-normed states [B, n, D] of the n tokens that ran to full depth together, the new
+        one last; None where all rows exited.
+    exit_logits: [B, V] where rows exited; None where none did.
+    depths, scores: of the token [B]; see `GenerationOutput`.
+    """
+
+    states: Tensor | None
+    exit_logits: Tensor | None
+    depths: Tensor
+    scores: Tensor
+
+    def logits(self, backbone: Backbone) -> Tensor:
+        """Logits [B, V] of the token: of its exit, or of the full model."""
+        if self.states is None:
+            assert self.exit_logits is not None
+            return self.exit_logits
+        return self.merge(backbone.logits(self.states[:, -1]), backbone.depth)
+
+    def merge(self, full: Tensor, layers: int) -> Tensor:
+        """Full-depth logits [B, V], but for the rows that exited before depth `layers`."""
+        if self.exit_logits is None:
+            return full
+        return torch.where((self.depths < layers)[:, None], self.exit_logits, full)
 
 
 class ModelRunner:
-    """The driver of one generation: which layers run for the token at hand, and who waits where."""
+    """The layer handler of one generation. Without a decider every layer runs: the full model.
+
+    decider: says at each exit which rows exit. exits: those it decides about. propagate: fill
+    skipped keys and values at once instead of keeping states pending.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
-        exits: ExitSet | Exits | None,
-        policy: ExitPolicy,
+        exits: ExitSet | None = None,
+        decider: ExitDecider | None = None,
+        *,
+        propagate: bool = False,
     ) -> None:
-        exits = None if exits is None else ExitSet.of(exits)
-        depths = exits.depths if exits is not None else ()
-        self.thresholds = check_thresholds(dict(policy.thresholds), depths)
-        self.backbone = backbone
-        self.policy = policy
+        self.backbone, self.exits, self.decider = backbone, exits, decider
         self.view = InterceptedModel(backbone, self)
-        self.propagate = policy.kv == "propagate"
-        self.exits = exits
-        self.judge: ExitScorer | None = None
-        self._gates: dict[int, tuple[Gate, float]] = {}
-        self._watched: frozenset[int] = frozenset()  # layers whose input an exit's score reads
-        if self.thresholds:
-            check_weights(policy.weights, depths)
-            assert exits is not None
-            self.judge = ExitScorer(backbone, policy, tuple(self.thresholds), exits)
-            self._gates = gates_of_policy(policy, exits)
-            if policy.score == "saturation":
-                self._watched = frozenset(depth - 1 for depth in self.thresholds)
-        # per generation
+        self.propagate = propagate
         self.cache: Any = None
         self.constrain: Constrain | None = None
+        self.pending = PendingStates(self.exits_on)
         self._rows = ActiveRows()
-        self._waiting: dict[int, list[tuple[Tensor, Tensor | None]]] = {
-            d: [] for d in self.thresholds
-        }
-        self._unseen: tuple[Tensor, Tensor] | None = None  # depths, scores of a token yet to start
-        # per stack call
+        # of the call of the stack at hand
         self._start = 0
         self._chunk: Tensor | None = None
         self._positions: Tensor | None = None
-        self._need: int | None = None
-        self._left: int | None = None
+        self._catch_up_at: int | None = None
+        self._exited_at: int | None = None
         self._previous: Tensor | None = None  # what entered the last watched layer [B, D]
-        # per token
-        self._check = True
-        self._open: Tensor
-        self.logits: Tensor | None = None  # of the rows that left
-        self.depths: Tensor
-        self.scores: Tensor
+
+    @property
+    def exits_on(self) -> tuple[int, ...]:
+        """Depths where tokens may exit."""
+        return () if self.decider is None else tuple(self.decider.thresholds)
+
+    def adopt(self, cache: Any) -> None:
+        """Take the empty KV cache of this generation and give the exits entries of their own.
+
+        Raises:
+            InputError: a cache that cannot have them; see `add_exit_entries`.
+        """
+        self.cache = cache
+        depths = self.exits.depths if self.exits is not None and self.exits_on else ()
+        add_exit_entries(cache, depths)
 
     def release(self) -> None:
-        """Let go of keys, values and states now: view and driver hold each other, so they would
-        stay until the garbage collector comes by."""
-        self.cache, self.constrain, self.logits, self._positions = None, None, None, None
-        self._previous, self._waiting = None, {}
+        """Drop keys, values and states now. Handler and view hold each other, so they would stay
+        until the garbage collector runs."""
+        self.cache, self.constrain, self._positions, self._previous = None, None, None, None
+        self.pending = PendingStates(())
 
     # -- one token ---------------------------------------------------------------------------
 
-    def keep(self, written: Tensor, live: int) -> None:
-        """From here on only the rows `written` [B]: the others leave the cache and what waits.
+    def keep_rows(self, active: Tensor, live: int) -> None:
+        """From here on only the rows `active` [B]: the others leave the cache and what is pending.
 
         live: how many are unfinished.
         """
-        stay = self._rows.keep(written, live)
+        stay = self._rows.keep(active, live)
         if stay is None:
             return
-        self._unseen = None
         self.cache.batch_select_indices(stay)
-        for depth, waiting in self._waiting.items():
-            self._waiting[depth] = [
-                (state[stay], None if at is None else at.index_select(-2, stay))
-                for state, at in waiting
-            ]
+        self.pending.select_rows(stay)
 
     def begin(self, unfinished: Tensor, *, check: bool = True) -> None:
-        """A new token for each row; with `check=False` nobody leaves. unfinished: rows [B]."""
-        self._check = check
-        self._left = None
-        self.logits = None
-        self._open = self._rows.pick(unfinished)
-        if self._unseen is None:
-            rows, device = len(self._open), unfinished.device
-            self._unseen = (
-                torch.full((rows,), self.backbone.depth, device=device),
-                torch.full((rows,), float("nan"), device=device),
-            )
-        self.depths, self.scores = self._unseen
+        """A new token for each row; with `check=False` no row exits. unfinished: rows [B]."""
+        self._exited_at = None
+        if self.decider is not None:
+            constrain = self._rows.gathered(self.constrain)
+            self.decider.begin(self._rows.pick(unfinished), constrain, check=check)
 
-    def prompt_stands_at(self, positions: Tensor | None) -> None:
-        """Position ids of the prompt, known after the prefill, in case it waits at an exit."""
-        for depth, waiting in self._waiting.items():
-            self._waiting[depth] = [(state, positions) for state, _ in waiting]
+    def step(self, **kw: Any) -> Step:
+        """Run the stack for the new token, with the pending states where it must go deeper.
 
-    def call(self, **kw: Any) -> Tensor:
-        """Run the stack for the new token, catching up those who wait if it must go deeper.
-
-        kw: for all rows, also those not kept. Returns final-normed states [B, n, D] of the n tokens
-        that went to full depth together, the new one last; meaningless where a row is not kept, or
-        if everybody left.
+        kw: the stack's arguments for all rows, also those that are not active; see
+        `Prefill.extend`. In what is returned, rows that are not active mean nothing.
         """
         kw = self._rows.pick_arguments(kw)
         self._positions = kw.get("position_ids")
-        kw[_cache_name(kw)] = self._cache_from(0)
-        out = self._to_the_end(self.view.stack(**kw).last_hidden_state, kw)
-        self.depths = self._rows.spread(self.depths, self.backbone.depth)
-        self.scores = self._rows.spread(self.scores, float("nan"))
-        if self.logits is not None:
-            self.logits = self._rows.spread(self.logits, 0.0)
-        return out
+        kw[cache_name(kw)] = self._cache_from(0)
+        return self._finish(self.view.stack(**kw).last_hidden_state, kw)
 
-    def flush(self, kw: dict[str, Any]) -> Tensor:
-        """Take all who wait to full depth, with no new token; their states as `call` returns them.
+    def catch_up(self, kw: dict[str, Any]) -> Step:
+        """Take all pending states to full depth, with no new token.
 
-        kw: the arguments of the last call.
+        kw: the arguments of the last step.
         """
         kw = self._rows.pick_arguments(kw)
-        self._left, self._check = None, False
-        depth = next(d for d, waiting in self._waiting.items() if waiting)
-        return self._to_the_end(self._catch_up(depth, kw), kw)
+        depth = self.pending.next_from(0)
+        assert depth is not None and self.decider is not None
+        self._exited_at, self.decider.checks = None, False
+        return self._finish(self._from(depth, kw), kw)
 
-    def _to_the_end(self, out: Tensor, kw: dict[str, Any]) -> Tensor:
-        """Catch up where tokens wait in the way; the states of all rows again."""
-        while self._need is not None:
-            out = self._catch_up(self._need, kw)
-        return self._rows.spread(out, 0.0)
+    def prompt_step(self, positions: Tensor | None, unfinished: Tensor) -> Step:
+        """What the prompt's pass, which runs the whole model, came to.
 
-    @property
-    def everybody_left(self) -> bool:
-        return self._left is not None
+        positions: its position ids, in case it is pending at an exit. unfinished: rows [B].
+        """
+        self.pending.place(positions)
+        return self._step_of(None, unfinished)
 
-    def merge(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] of the token: full-depth ones, but for the rows that left earlier."""
-        if self.logits is None:
-            return logits
-        gone = self.depths < self.backbone.depth  # not those that are finished: they did not leave
-        return torch.where(gone[:, None], self.logits, logits)
+    def _finish(self, out: Tensor, kw: dict[str, Any]) -> Step:
+        """Catch up where states are pending on the way, and put the rows in their places."""
+        while self._catch_up_at is not None:
+            out = self._from(self._catch_up_at, kw)
+        states = None if self._exited_at is not None else self._rows.spread(out, 0.0)
+        return self._step_of(states, out)
+
+    def _step_of(self, states: Tensor | None, like: Tensor) -> Step:
+        spread, full = self._rows.spread, self.backbone.depth
+        if self.decider is None:
+            depths = torch.full((len(like),), full, device=like.device)
+            scores = torch.full((len(like),), float("nan"), device=like.device)
+            return Step(states, None, spread(depths, full), spread(scores, float("nan")))
+        said = self.decider
+        return Step(
+            states,
+            None if said.logits is None else spread(said.logits, 0.0),
+            spread(said.depths, full),
+            spread(said.scores, float("nan")),
+        )
+
+    def _from(self, depth: int, kw: dict[str, Any]) -> Tensor:
+        """Run the layers from `depth` on over all that is pending there, the new token last."""
+        self._catch_up_at = None
+        self._start = depth
+        self._chunk, self._positions = self.pending.take(depth)
+        again = {name: v for name, v in kw.items() if name not in ("input_ids", "inputs_embeds")}
+        again[cache_name(kw)] = self._cache_from(depth)
+        if self._positions is not None:
+            again["position_ids"] = self._positions
+        try:
+            out = self.view.stack(inputs_embeds=self._chunk, **again).last_hidden_state
+        finally:
+            self._start, self._chunk = 0, None
+        return out  # type: ignore[no-any-return]
 
     # -- one layer ---------------------------------------------------------------------------
 
@@ -187,159 +257,62 @@ class ModelRunner:
         """What the stack gets for layer `index`: its output, or the state handed through."""
         if index < self._start:  # a catch-up enters deeper
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
-        if self._left is not None or self._need is not None:
-            if self.propagate and self._left is not None:
+        if self._exited_at is not None or self._catch_up_at is not None:
+            if self.propagate and self._exited_at is not None:
                 self._store_skipped(index, layer, hidden, args, kw)
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if index == self._start and self._chunk is not None:
             hidden = self._chunk
-        elif index in self.thresholds and not self._goes_deeper(index, hidden, args, kw):
+        elif self._is_exit(index) and not self._goes_deeper(index, hidden, args, kw):
             if self.propagate:
                 self._store_skipped(index, layer, hidden, args, kw)
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
-        if index in self._watched:
+        if self.decider is not None and index in self.decider.watched:
             self._previous = hidden[:, -1]
         return layer(hidden, *args, **kw)
+
+    def _is_exit(self, index: int) -> bool:
+        return self.decider is not None and index in self.decider.thresholds
 
     def _goes_deeper(
         self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
     ) -> bool:
-        """Run the exit at `depth`; False ends this stack call, all rows having left or waiting."""
-        assert self.exits is not None
-        waiting = self._waiting[depth]
-        candidates = self._candidates(depth, hidden[:, -1])
-        if candidates is None:  # nobody looks: only what later tokens attend to is computed
-            self._store_keys(self.exits.at(depth), hidden, args, kw)
-            leaves = False
+        """Run the exit at `depth`; False ends this call of the stack: all exited, or pending."""
+        assert self.exits is not None and self.decider is not None
+        candidates = self.decider.candidates(depth, hidden[:, -1])
+        if candidates is None:  # no check: only what later tokens attend to is computed
+            store_keys(self.cache, self.exits.at(depth), hidden, args, kw)
+            all_exit = False
         else:
-            state = self.exits.run(depth, hidden, args, kw)
-            leaves = self._leave(depth, state[:, -1], hidden[:, -1], candidates)
-        if leaves:
-            self._left = depth
+            state = self.exits.run(depth, hidden, args, kw)[:, -1]
+            all_exit = self.decider.decide(depth, state, hidden[:, -1], self._previous, candidates)
+        if all_exit:
+            self._exited_at = depth
             if not self.propagate:
-                waiting.append((hidden, self._positions))
+                self.pending.add(depth, hidden, self._positions)
             return False
-        if waiting:
-            waiting.append((hidden, self._positions))
-            self._need = depth
+        if self.pending.at(depth):
+            self.pending.add(depth, hidden, self._positions)
+            self._catch_up_at = depth
             return False
         return True
 
-    def _candidates(self, depth: int, entry: Tensor) -> Tensor | None:
-        """Rows [B] that may leave at `depth`, which `entry` [B, D] enters; None where none may."""
-        if not self._check:
-            return None
-        if depth not in self._gates:
-            return self._open
-        gate, level = self._gates[depth]
-        candidates = self._open & (gate(entry) >= level)
-        return candidates if bool(candidates.any()) else None
-
-    def _leave(self, depth: int, state: Tensor, entry: Tensor, candidates: Tensor) -> bool:
-        """Let confident rows leave at `depth`; True once no unfinished row is left."""
-        assert self.judge is not None
-        constrain = self._rows.gathered(self.constrain)
-        look = self.judge(depth, state, entry, self._previous, constrain)
-        threshold = self.thresholds[depth]
-        if threshold == 0.0:
-            self.scores = self.scores.masked_fill(candidates, float("nan"))
-            self._let_go(candidates, look)
-            self._open = self._open & ~candidates
-            return not bool(self._open.any())
-        if len(state) == 1:  # the common case, in one transfer and no masks
-            self.scores = look.score
-            if not bool(look.score >= threshold):  # in the score's precision, as below
-                return False
-            self.logits, self.depths = look.logits, torch.full_like(self.depths, depth)
-            return True
-        self.scores = torch.where(candidates, look.score.to(self.scores), self.scores)
-        leaving = candidates & (look.score >= threshold)
-        self._open = self._open & ~leaving
-        some_leave, some_stay = torch.stack([leaving, self._open]).any(1).tolist()
-        if some_leave:
-            self._let_go(leaving, look)
-        return not some_stay
-
-    def _let_go(self, rows: Tensor, look: ExitCheck) -> None:
-        """Note that `rows` [B] leave with what `look` saw."""
-        self.depths = self.depths.masked_fill(rows, look.depth)
-        self.logits = (
-            look.logits
-            if self.logits is None
-            else torch.where(rows[:, None], look.logits, self.logits)
-        )
-
-    def _catch_up(self, depth: int, kw: dict[str, Any]) -> Tensor:
-        """Run the layers from `depth` on over all who wait there, the new token last."""
-        waiting, self._waiting[depth] = self._waiting[depth], []
-        self._need = None
-        self._start = depth
-        self._chunk = torch.cat([state for state, _ in waiting], 1)
-        positions = [p for _, p in waiting]
-        self._positions = None if positions[0] is None else torch.cat(positions, -1)  # type: ignore[arg-type]
-        again = {name: v for name, v in kw.items() if name not in ("input_ids", "inputs_embeds")}
-        again[_cache_name(kw)] = self._cache_from(depth)
-        if self._positions is not None:
-            again["position_ids"] = self._positions
-        try:
-            out = self.view.stack(inputs_embeds=self._chunk, **again).last_hidden_state
-        finally:
-            self._start, self._chunk = 0, None
-        return out  # type: ignore[no-any-return]
-
     # -- the cache ---------------------------------------------------------------------------
 
-    def adopt(self, cache: Any) -> None:
-        """Take the empty KV cache of this generation and add the exits' own entries to it."""
-        self.cache = cache
-        halves = [cache]
-        if hasattr(cache, "cross_attention_cache"):
-            halves = [cache.self_attention_cache, cache.cross_attention_cache]
-        _check_cache(halves)
-        depths = self.exits.depths if self.exits is not None else ()
-        if self.thresholds:
-            for half in halves:
-                half.layers.extend(copy.deepcopy(half.layers[d]) for d in depths)
-        if len(halves) == 2:
-            cache.is_updated.update({i: False for i in range(len(halves[0].layers))})
+    def crop(self, tokens: int) -> None:
+        """Take the last `tokens` tokens out of the cache."""
+        crop(self.cache, tokens)
 
     def _cache_from(self, start: int) -> Any:
-        """The same cache entries, with lengths and masks as the layers from `start` on see them.
-
-        HF sizes the mask of each attention type by the first entry of that type. Only the layers
-        from `start` to the first exit where tokens wait run in this call, and that exit; the
-        entries of the rest are ahead or behind, so one of the same type that runs stands in for
-        each.
-        """
-        from transformers.cache_utils import Cache, EncoderDecoderCache
-
-        own = getattr(self.cache, "self_attention_cache", self.cache)
-        layers, end = own.layers, self.backbone.depth
-        stop = min((d for d, w in self._waiting.items() if w and d >= start), default=end)
-        if start == 0 and (stop == end or len({type(entry) for entry in layers}) == 1):
-            return self.cache  # the first entry of each type runs
-        at_exits = zip(self.exits.depths if self.exits else (), layers[end:], strict=False)
-        running = [*layers[start:stop], *(e for d, e in at_exits if d == stop)]
-
-        def kin(index: int) -> Any:
-            if start <= index < stop:
-                return layers[index]
-            alike = (entry for entry in running if type(entry) is type(layers[index]))
-            return next(alike, running[0])
-
-        seen = Cache(layers=[kin(i) for i in range(end)] + layers[end:])
-        if own is self.cache:
-            return seen
-        both = EncoderDecoderCache(seen, self.cache.cross_attention_cache)
-        both.is_updated = self.cache.is_updated
-        return both
-
-    def crop(self, tokens: int) -> None:
-        """Take the last `tokens` tokens out of every entry; sliding windows shrink again."""
-        own = getattr(self.cache, "self_attention_cache", self.cache)
-        for entry in own.layers:
-            if entry.is_initialized:  # an exit that is off or keeps no keys never writes to its own
-                entry.crop(-tokens)
+        """The cache as the layers from `start` to the next pending exit see it, and that exit."""
+        end, stop = self.backbone.depth, self.pending.next_from(start)
+        entries = self_attention(self.cache).layers
+        if start == 0 and (stop is None or len({type(entry) for entry in entries}) == 1):
+            return self.cache  # the first entry of each kind runs
+        if stop is None or self.exits is None:
+            return stand_in(self.cache, end, range(start, end))
+        exit_entry = end + self.exits.depths.index(stop)
+        return stand_in(self.cache, end, range(start, stop), [exit_entry])
 
     def _store_skipped(
         self,
@@ -350,45 +323,6 @@ class ModelRunner:
         kw: dict[str, Any],
     ) -> None:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
-        self._store_keys(layer, hidden, args, kw)
-        if index in self.thresholds and index != self._left and self.exits is not None:
-            self._store_keys(self.exits.at(index), hidden, args, kw)
-
-    def _store_keys(
-        self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> None:
-        """Run a layer, not compiled, no further than until its keys and values are in the cache."""
-        own = getattr(self.cache, "self_attention_cache", self.cache)
-        store = own.update
-
-        def store_and_stop(*a: Any, **k: Any) -> None:
-            store(*a, **k)
-            raise _KeysStored
-
-        own.update = store_and_stop
-        try:
-            layer._call_impl(hidden, *args, **kw)  # type: ignore[no-untyped-call]
-        except _KeysStored:
-            pass
-        finally:
-            del own.update  # the instance attribute; the method shows again
-
-
-def _cache_name(kw: Mapping[str, Any]) -> str:
-    return "past_key_values" if "past_key_values" in kw else "cache"  # renamed in transformers 5.24
-
-
-def _check_cache(halves: list[Any]) -> None:
-    from transformers.cache_utils import DynamicCache
-
-    for half in halves:
-        if not isinstance(half, DynamicCache) or half.offloading or not half.layers:
-            raise InputError(
-                f"KV cache {type(half).__name__} is not supported with exits.",
-                "Leave cache_implementation unset (the dynamic cache).",
-            )
-        if half.get_seq_length():
-            raise InputError(
-                "A KV cache from an earlier call was passed in, which lacks the exits' entries.",
-                "Pass the whole prompt and no cache.",
-            )
+        store_keys(self.cache, layer, hidden, args, kw)
+        if self._is_exit(index) and index != self._exited_at and self.exits is not None:
+            store_keys(self.cache, self.exits.at(index), hidden, args, kw)

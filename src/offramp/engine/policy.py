@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.engine.confidence import check_score, check_weights
 from offramp.errors import InputError, did_you_mean
+from offramp.models.backbone import Backbone
 
 KV_POLICIES = ("recompute", "propagate")
 
@@ -82,6 +83,17 @@ class ExitPolicy:
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds=self.drafts, drafts={}, gates={})
+
+
+def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
+    """Whether an answer's first token may exit early.
+
+    A decoder-only model reads it off the prompt, which may stay pending at an exit only where the
+    policy says so and the prompt is causal; an encoder-decoder reads it off its first step.
+    """
+    if backbone.is_encoder_decoder:
+        return True
+    return policy.exit_in_prefill and backbone.family.causal_prompt
 
 
 FULL = ExitPolicy()

@@ -1,39 +1,96 @@
-"""A prompt that the backbone has read, and the arguments every later call of its stack takes."""
+"""The prompt: what Hugging Face's `generate` prepares of a request, and one pass over it.
+
+`prepare` asks the model's own `generate` for everything up to the first forward pass (options,
+processors, criteria, cache, the encoder's states) and takes it from there, so that whoever decodes
+owns the loop. `Prefill` runs the prompt and keeps the arguments that every later step repeats.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.models.intercept import InterceptedModel
 
-_STATIC = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask")
+_REPEATED = (*CACHE_NAMES, "encoder_hidden_states", "encoder_attention_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request as Hugging Face's `generate` prepared it, before the first forward pass.
+
+    model: whose forward pass is to be run. ids: token ids [B, T] that the answer follows.
+    processors, criteria, config: of logits, of stopping, and of the generation as a whole.
+    arguments: of the forward pass; they hold the cache.
+    """
+
+    model: Any
+    ids: Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    arguments: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        """The empty KV cache."""
+        return self.arguments[cache_name(self.arguments)]
+
+
+def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
+    """What `model.generate(**inputs, **options)` would begin with; nothing is decoded.
+
+    The vision tower runs here where the family's `generate` embeds the prompt itself (BLIP-2), and
+    so does the encoder of an encoder-decoder.
+    """
+    taken: list[Prepared] = []
+
+    def take(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        **arguments: Any,
+    ) -> Tensor:
+        rules = (logits_processor, stopping_criteria, generation_config)
+        taken.append(Prepared(model, input_ids, *rules, arguments))
+        return input_ids
+
+    model.generate(**inputs, custom_generate=take, **options)
+    return taken[0]
 
 
 class Prefill:
-    """Runs the prefill of a prepared generation and keeps what the steps after it repeat."""
+    """Runs the prompt of a prepared request and keeps what the steps after it repeat.
 
-    def __init__(
-        self, view: InterceptedModel, model: Any, ids: Tensor, model_kwargs: dict[str, Any]
-    ) -> None:
-        """Run the prompt; `ids` and `model_kwargs` are what HF's `generate` prepared."""
+    logits: of the first token [B, V]. prefill: the stack's arguments. positions: the position ids
+    of the last tokens, where the stack takes any.
+    """
+
+    def __init__(self, view: InterceptedModel, prepared: Prepared) -> None:
+        """Run the prompt through `view`, whose handler decides what each layer does."""
         with view.recording() as calls:
-            inputs = model.prepare_inputs_for_generation(
-                ids, is_first_iteration=True, next_sequence_length=None, **model_kwargs
+            inputs = prepared.model.prepare_inputs_for_generation(
+                prepared.ids,
+                is_first_iteration=True,
+                next_sequence_length=None,
+                **prepared.arguments,
             )
-            self.logits: Tensor = model(**inputs, return_dict=True).logits[:, -1]
+            self.logits: Tensor = prepared.model(**inputs, return_dict=True).logits[:, -1]
         self.prefill: dict[str, Any] = calls[-1]
-        self._static = {n: self.prefill[n] for n in _STATIC if self.prefill.get(n) is not None}
+        self._static = {n: self.prefill[n] for n in _REPEATED if self.prefill.get(n) is not None}
         self._static |= {"use_cache": True, "return_dict": True}
         self.positions: Tensor | None = self.prefill.get("position_ids")
         # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one,
         # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
         decoder_only = "encoder_hidden_states" not in self._static
-        mask = (model_kwargs if decoder_only else self.prefill).get("attention_mask")
+        mask = (prepared.arguments if decoder_only else self.prefill).get("attention_mask")
         self._mask: Tensor | None = mask
 
     def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
@@ -64,11 +121,5 @@ class Prefill:
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
     """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
-    dropped = ("input_ids", "inputs_embeds", "cache", "past_key_values", "use_cache")
+    dropped = ("input_ids", "inputs_embeds", *CACHE_NAMES, "use_cache")
     return {name: value for name, value in kw.items() if name not in dropped}
-
-
-def cache_name(stack: Any) -> str:
-    """The stack's argument for the KV cache; transformers 5.24 renamed `past_key_values`."""
-    known = inspect.signature(type(stack).forward).parameters
-    return "cache" if "cache" in known else "past_key_values"

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.engine.model_runner import ModelRunner
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 
 _KNOWN = frozenset(
-    ("inputs_embeds", "position_ids", "attention_mask", "cache", "past_key_values", "use_cache",
+    ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
      "return_dict", "input_ids", "cache_position")
 )  # fmt: skip
 """Arguments of a stack that can be shortened; with others, every prompt is run whole."""
@@ -137,14 +138,14 @@ class _Served:
     def _exits(self) -> list[tuple[nn.Module, Any]]:
         """The exits that are on and attend, and their entries in the cache."""
         run = self._run
-        if not run.thresholds or run.exits is None:
+        if not run.exits_on or run.exits is None:
             return []
         entries = run.cache.layers[run.backbone.depth :]
         pairs = zip(run.exits.depths, entries, strict=True)
         return [
             (run.exits.at(depth), entry)
             for depth, entry in pairs
-            if depth in run.thresholds and list(run.exits.at(depth).parameters())
+            if depth in run.exits_on and list(run.exits.at(depth).parameters())
         ]
 
     def end(self) -> None:

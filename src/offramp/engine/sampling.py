@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.engine.prefill import Prepared
+
 
 class SequenceState:
     """Chooses, emits and stops as HF's `generate` would.
@@ -16,14 +18,13 @@ class SequenceState:
     token the rows it was live in, their depths and their scores, [B] each.
     """
 
-    def __init__(
-        self, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any
-    ) -> None:
+    def __init__(self, prepared: Prepared, streamer: Any = None) -> None:
+        ids, config, criteria = prepared.ids, prepared.config, prepared.criteria
         self.ids = ids
         self.samples = bool(config.do_sample)
         self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.trace: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        self._processors, self._criteria, self._streamer = prepared.processors, criteria, streamer
         eos = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
         self._eos: Tensor | None = eos[0].to(ids.device) if eos else None
         self._pad: Tensor | None = config._pad_token_tensor

@@ -1,7 +1,7 @@
 """Lossless decoding: the exits draft, the remaining layers verify all drafts in one batch.
 
-A token that an exit is sure of is a draft; its state waits at the exit. The first token that no
-exit is sure of, or that ends the draft, takes the waiting states through the deeper layers with it
+A token of which an exit is confident is a draft; its state is pending at the exit. The first token
+of which no exit is, or that ends the draft, takes the pending states through the deeper layers
 (nothing is computed twice), and the full model's choices at all these positions come out at once.
 Drafts are kept as far as the full model agrees; the first it does not is replaced by its own
 choice, and what was computed beyond is cropped from the cache.
@@ -16,13 +16,12 @@ bits, so in half precision two tokens whose logits tie to within that may change
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.engine.model_runner import ModelRunner
-from offramp.engine.prefill import Prefill
+from offramp.engine.model_runner import ModelRunner, Step
+from offramp.engine.prefill import Prefill, Prepared
 from offramp.engine.sampling import SequenceState
 
 
@@ -40,63 +39,66 @@ class Draft:
 
 
 def speculate(
-    run: ModelRunner, loop: SequenceState, model: Any, prepared: dict[str, Any]
+    run: ModelRunner, sequence: SequenceState, prepared: Prepared, max_draft: int
 ) -> list[tuple[int, int]]:
     """Decode until every row is finished; return (drafted, accepted) of each round.
 
     In a batch a round ends where the first unfinished row disagrees, for all rows.
     """
-    run.begin(loop.unfinished, check=False)
-    reading = Prefill(run.view, model, loop.ids, prepared)
+    full = run.backbone.depth
+    run.begin(sequence.unfinished, check=False)
+    prefill = Prefill(run.view, prepared)
     run.cache.activate_past_recording()  # sliding windows keep what a crop may need
     run.crop(0)
-    loop.emit(loop.choose(reading.logits), run.depths, run.scores)
+    last = run.prompt_step(prefill.positions, sequence.unfinished)
+    sequence.emit(sequence.choose(prefill.logits), last.depths, last.scores)
     rounds = []
-    while live := loop.live:
-        run.keep(loop.written, live)
-        drafts, states = _draft(run, loop, reading)
-        logits = run.backbone.logits(states)
+    while live := sequence.live:
+        run.keep_rows(sequence.written, live)
+        drafts, last = _draft(run, sequence, prefill, max_draft)
+        assert last.states is not None
+        logits = run.backbone.logits(last.states)
         position, accepted, agreed = 0, 0, True
-        while agreed and loop.live and position < logits.shape[1]:
-            scores = loop.process(logits[:, position])
+        while agreed and sequence.live and position < logits.shape[1]:
+            scores = sequence.process(logits[:, position])
             if position < len(drafts):
                 draft = drafts[position]
                 tokens, kept = verify(draft, scores)
-                agreed = bool((kept | ~loop.unfinished).all())
+                agreed = bool((kept | ~sequence.unfinished).all())
                 accepted += agreed
-                depths = torch.where(kept, draft.depths, run.backbone.depth)
-                loop.emit(tokens, depths, draft.scores)
+                sequence.emit(tokens, torch.where(kept, draft.depths, full), draft.scores)
             else:
-                loop.emit(
-                    loop.draw(scores), torch.full_like(run.depths, run.backbone.depth), run.scores
-                )
+                depths = torch.full_like(last.depths, full)
+                sequence.emit(sequence.draw(scores), depths, last.scores)
             position += 1
         rounds.append((len(drafts), accepted))
         undone = logits.shape[1] - position
         run.crop(undone)
-        reading.rollback(undone)
+        prefill.rollback(undone)
     return rounds
 
 
-def _draft(run: ModelRunner, loop: SequenceState, reading: Prefill) -> tuple[list[Draft], Tensor]:
-    """Draft while the exits are sure; then the full model's states [B, n, D] at all n positions."""
-    ids = loop.ids
+def _draft(
+    run: ModelRunner, sequence: SequenceState, prefill: Prefill, max_draft: int
+) -> tuple[list[Draft], Step]:
+    """Draft while the exits are confident; then the step that takes all of it to full depth."""
+    ids = sequence.ids
     drafts: list[Draft] = []
-    run.constrain = loop.constraints(lambda: ids)
+    run.constrain = sequence.constraints(lambda: ids)
     while True:
-        kw = reading.extend(1)
-        run.begin(loop.unfinished, check=len(drafts) < run.policy.max_draft)
-        states = run.call(input_ids=ids[:, -1:], **kw)
-        if not run.everybody_left:
-            return drafts, states
-        assert run.logits is not None
-        scores = loop.process(run.logits, ids)
-        tokens = loop.draw(scores)
-        probabilities = scores.softmax(-1) if loop.samples else None
-        drafts.append(Draft(tokens, run.depths, run.scores, probabilities))
+        kw = prefill.extend(1)
+        run.begin(sequence.unfinished, check=len(drafts) < max_draft)
+        step = run.step(input_ids=ids[:, -1:], **kw)
+        if step.states is not None:
+            return drafts, step
+        assert step.exit_logits is not None
+        scores = sequence.process(step.exit_logits, ids)
+        tokens = sequence.draw(scores)
+        probabilities = scores.softmax(-1) if sequence.samples else None
+        drafts.append(Draft(tokens, step.depths, step.scores, probabilities))
         ids = torch.cat([ids, tokens[:, None]], 1)
-        if loop.would_end(ids):
-            return drafts, run.flush(kw)
+        if sequence.would_end(ids):
+            return drafts, run.catch_up(kw)
 
 
 def verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:

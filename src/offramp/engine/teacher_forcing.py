@@ -8,7 +8,6 @@ masks and positions hold in training too.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data.example import Example
-from offramp.engine.prefill import Prefill, cache_name, without_inputs
+from offramp.engine.kv_cache import cache_parameter, exits_only
+from offramp.engine.prefill import Prefill, prepare, without_inputs
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, first
 from offramp.models.input_processor import InputProcessor
@@ -122,39 +122,29 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
     driver = _Record(backbone, depths)
     view = InterceptedModel(backbone, driver)
-    found: list[Batch] = []
-
-    def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
-        for name in ("logits_processor", "stopping_criteria"):
-            kw.pop(name, None)
-        reading = Prefill(view, model, input_ids, kw)
-        prompt, final = driver.take()
-        # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
-        final = final[:, -1:].clone()
-        answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
-        # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
-        answer_kw = reading.extend(ids.shape[1] - 1, mask[:, :-1])
-        if ids.shape[1] > 1:
-            view.stack(input_ids=ids[:, :-1], **answer_kw)
-            answer, rest = driver.take()
-            final = torch.cat([final, rest], 1)
-        found.append(
-            Batch(
-                prompt,
-                answer,
-                backbone.final_norm(final),
-                ids,
-                mask,
-                torch.tensor([row.labelled for row in rows], device=ids.device),
-                _plain(without_inputs(reading.prefill)),
-                _plain(without_inputs(answer_kw)),
-                tuple(row.example.key for row in rows),
-            )
-        )
-        return input_ids
-
-    view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
-    return found[0]
+    prepared = prepare(view.model, prompts, max_new_tokens=1)
+    prefill = Prefill(view, prepared)
+    prompt, final = driver.take()
+    # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
+    final = final[:, -1:].clone()
+    answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
+    # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
+    answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
+    if ids.shape[1] > 1:
+        view.stack(input_ids=ids[:, :-1], **answer_kw)
+        answer, rest = driver.take()
+        final = torch.cat([final, rest], 1)
+    return Batch(
+        prompt,
+        answer,
+        backbone.final_norm(final),
+        ids,
+        mask,
+        torch.tensor([row.labelled for row in rows], device=ids.device),
+        _plain(without_inputs(prefill.prefill)),
+        _plain(without_inputs(answer_kw)),
+        tuple(row.example.key for row in rows),
+    )
 
 
 def _plain(kw: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +183,7 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
     Differentiable in the exits. Two calls of the stack with every backbone layer skipped: one lays
     down the exits' keys and values over the prompt, the next runs them over the answer.
     """
-    cache = _exit_cache(backbone, exits)
+    cache = exits_only(backbone, exits.depths)
     parts: list[dict[int, Tensor]] = []
     for entries, kw in ((batch.prompt, batch.prompt_kw), (batch.answer, batch.answer_kw)):
         some = next(iter(entries.values()))
@@ -201,29 +191,13 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
             continue
         driver = _Replay(backbone, exits, entries)
         stack = InterceptedModel(backbone, driver).stack
-        stack(inputs_embeds=some, use_cache=True, **{cache_name(stack): cache}, **kw)
+        stack(inputs_embeds=some, use_cache=True, **{cache_parameter(stack): cache}, **kw)
         parts.append(driver.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {
         d: backbone.final_norm(torch.cat([s[:, -1:], *([answer[d]] if answer else [])], 1))
         for d, s in prompt.items()
     }
-
-
-def _exit_cache(backbone: Backbone, exits: Exits) -> Any:
-    """An empty cache with the exits' entries; the backbone's entries point at them for lengths."""
-    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-
-    def half() -> Any:
-        blank = DynamicCache(config=backbone.text_config).layers
-        own = [copy.deepcopy(blank[depth]) for depth in exits.depths]
-
-        def kin(index: int) -> Any:
-            return next((e for e in own if type(e) is type(blank[index])), own[0])
-
-        return Cache(layers=[kin(i) for i in range(backbone.depth)] + own)
-
-    return EncoderDecoderCache(half(), half()) if backbone.is_encoder_decoder else half()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data.example import Example
-from offramp.engine.model_runner import ModelRunner
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.engine.prefill import Prefill
+from offramp.engine.exit_check import ExitDecider, decider_of
+from offramp.engine.kv_cache import CACHE_NAMES, add_exit_entries
+from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
+from offramp.engine.prefill import Prefill, prepare
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
@@ -54,33 +55,30 @@ def candidate_scores(
     ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
     prompts = encoder.prompts([example])
     encoder.check_room(prompts, [(example.key, max(map(len, ids)))])
-    run = ModelRunner(backbone, exits, policy)
-    driver = _ReadAll(backbone, run.exits, tuple(run.thresholds))
+    attached = None if exits is None else ExitSet.of(exits)
+    decider = decider_of(backbone, attached, policy)
+    depths = () if decider is None else tuple(decider.thresholds)
+    driver = _ReadAll(backbone, attached, depths)
     view = InterceptedModel(backbone, driver)
-    pick = _Pick(run)
-    found: list[float] = []
-
-    def read(model: Any, input_ids: Tensor, generation_config: Any = None, **kw: Any) -> Tensor:
-        for name in ("logits_processor", "stopping_criteria"):
-            kw.pop(name, None)
-        run.adopt(kw["cache"] if "cache" in kw else kw["past_key_values"])
-        reading = Prefill(view, model, input_ids, kw)
-        prompt = driver.take(-1)
-        for start in range(0, len(ids), at_once):
-            rows, mask = encoder.pad(ids[start : start + at_once])
-            states = [{d: s.expand(len(rows), -1, -1) for d, s in part.items()} for part in prompt]
-            if rows.shape[1] > 1:
-                again = copy.copy(reading)  # `advance` moves its positions on
-                kw = _repeated(again.extend(rows.shape[1] - 1), len(rows))
-                view.stack(input_ids=rows[:, :-1], **kw)
-                parts = zip(states, driver.take(0), strict=True)
-                states = [{d: torch.cat([a[d], b[d]], 1) for d in a} for a, b in parts]
-            log_p = torch.where(mask, pick(states[0], states[1], rows), 0.0).double().sum(1)
-            found.extend((log_p / mask.sum(1) if ranking == "mean" else log_p).tolist())
-        return input_ids
-
-    view.model.generate(**prompts, custom_generate=read, max_new_tokens=1)
-    return found
+    pick = _Pick(backbone, policy, decider)
+    prepared = prepare(view.model, prompts, max_new_tokens=1)
+    add_exit_entries(prepared.cache, attached.depths if attached is not None and depths else ())
+    prefill = Prefill(view, prepared)
+    prompt = driver.take(-1)
+    likelihoods: list[float] = []
+    for start in range(0, len(ids), at_once):
+        rows, mask = encoder.pad(ids[start : start + at_once])
+        states = [{d: s.expand(len(rows), -1, -1) for d, s in part.items()} for part in prompt]
+        if rows.shape[1] > 1:
+            again = copy.copy(prefill)  # `extend` moves its positions on
+            view.stack(
+                input_ids=rows[:, :-1], **_repeated(again.extend(rows.shape[1] - 1), len(rows))
+            )
+            parts = zip(states, driver.take(0), strict=True)
+            states = [{d: torch.cat([a[d], b[d]], 1) for d in a} for a, b in parts]
+        log_p = torch.where(mask, pick(states[0], states[1], rows), 0.0).double().sum(1)
+        likelihoods += (log_p / mask.sum(1) if ranking == "mean" else log_p).tolist()
+    return likelihoods
 
 
 class _ReadAll:
@@ -121,12 +119,9 @@ class _ReadAll:
 class _Pick:
     """Log-probabilities of given tokens, each at the depth where the policy lets it leave."""
 
-    def __init__(self, run: ModelRunner) -> None:
-        self._backbone, self._thresholds, self._judge = run.backbone, run.thresholds, run.judge
-        # The first token comes out of the prompt's own pass; see `offramp.engine.generate`.
-        self._from_prompt = run.backbone.is_encoder_decoder or (
-            run.policy.exit_in_prefill and run.backbone.family.causal_prompt
-        )
+    def __init__(self, backbone: Backbone, policy: ExitPolicy, decider: ExitDecider | None) -> None:
+        self._backbone, self._decider = backbone, decider
+        self._first_too = first_token_may_exit(backbone, policy)
 
     def __call__(
         self, entries: Mapping[int, Tensor], states: Mapping[int, Tensor], ids: Tensor
@@ -134,16 +129,17 @@ class _Pick:
         """[B, A] for ids [B, A] and, by depth, what predicts them [B, A, D]."""
         full = self._backbone.final_norm(states[self._backbone.depth])
         found = _log_p(self._backbone.logits(full), ids)
+        if self._decider is None:
+            return found
         open_ = torch.ones_like(ids, dtype=torch.bool)
-        open_[:, 0] = self._from_prompt
-        for depth, threshold in sorted(self._thresholds.items()):
-            assert self._judge is not None
+        open_[:, 0] = self._first_too
+        for depth, threshold in self._decider.thresholds.items():
             state = states[depth].flatten(0, 1)
             entry, previous = (entries[d].flatten(0, 1) for d in (depth, depth - 1))
-            look = self._judge(depth, state, entry, previous)
-            leaves = open_ & (look.score.view_as(ids) >= threshold)
-            found = torch.where(leaves, _log_p(look.logits.view(*ids.shape, -1), ids), found)
-            open_ &= ~leaves
+            check = self._decider.scorer(depth, state, entry, previous)
+            exits = open_ & (check.score.view_as(ids) >= threshold)
+            found = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), found)
+            open_ &= ~exits
         return found
 
 
@@ -155,7 +151,7 @@ def _repeated(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The stack's arguments for one row, for many; the cache is copied, not shared."""
     many: dict[str, Any] = {}
     for name, value in kw.items():
-        if name in ("cache", "past_key_values"):
+        if name in CACHE_NAMES:
             many[name] = copy.deepcopy(value)
             many[name].batch_repeat_interleave(rows)
         elif name == "position_ids":  # [1, T], and in some families [3, 1, T]

@@ -92,7 +92,7 @@ class Chooser:
 
     def _said(self, look: ExitCheck, asked: Sequence[Question | None]) -> list[int | Exception]:
         assert self._scorer is not None
-        places = look.few.argmax(-1)
+        places = look.own_logits.argmax(-1)
         shortlist = self._scorer.shortlist
         tokens = places if shortlist is None else shortlist[places]
         return _by_rules(tokens, lambda i: look.logits[i : i + 1], asked)

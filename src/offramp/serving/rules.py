@@ -29,29 +29,27 @@ class RowRules:
 
     def __init__(self, prompt: Prompt, *, seed: int | None = None, streamer: Any = None) -> None:
         """Raise whatever the streamer raises on the prompt."""
-        self._state = SequenceState(
-            prompt.ids, prompt.processors, prompt.criteria, prompt.config, streamer
-        )
-        self.ids = prompt.ids
-        self._streamer, self._criteria = streamer, prompt.criteria
+        self._state = SequenceState(prompt.prepared, streamer)
+        self.ids = prompt.prepared.ids
+        self._streamer, self._criteria = streamer, prompt.prepared.criteria
         self._ends: set[int] = set()
         self._custom = False
-        for criterion in prompt.criteria:
+        for criterion in prompt.prepared.criteria:
             if hasattr(criterion, "eos_token_id"):
                 self._ends |= set(criterion.eos_token_id.flatten().tolist())
             elif type(criterion).__name__ != "MaxLengthCriteria":
                 self._custom = True
-        longest = prompt.criteria.max_length
-        self.most = None if longest is None else int(longest) - prompt.ids.shape[1]
+        longest = prompt.prepared.criteria.max_length
+        self.most = None if longest is None else int(longest) - prompt.prepared.ids.shape[1]
         self.samples = self._state.samples
-        self.plain = not self.samples and not len(prompt.processors)
+        self.plain = not self.samples and not len(prompt.prepared.processors)
         self._so_far: list[int] = []
         self._constrain = self._state.constraints(lambda: self._with(self._so_far))
         self.scored = self._constrain is not None
         self._generator: torch.Generator | None = None
         self._noise: dict[int, Tensor] = {}  # state of the generator before each place is drawn
         if self.samples:
-            self._generator = torch.Generator(prompt.ids.device)
+            self._generator = torch.Generator(prompt.prepared.ids.device)
             if seed is None:
                 self._generator.seed()
             else:

@@ -6,7 +6,6 @@ criteria and the cache; the prompt then runs at full depth, the exits storing th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.generate import check_inputs, check_options
-from offramp.engine.prefill import Prefill
+from offramp.engine.kv_cache import add_exit_entries, store_keys
+from offramp.engine.prefill import Prefill, Prepared, prepare
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.slots.keys import store_keys
 from offramp.engine.slots.runner import States
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -30,16 +29,13 @@ from offramp.models.vision_cache import VisionCache
 class Prompt:
     """A prompt that was run, and the rules for what follows it.
 
-    ids: token ids [1, T] as Hugging Face's `generate` counts them. cache: keys and values of the
-    layers, and of the exits behind them. positions: its position ids [..., 1, T], or None. real:
-    which of its columns [T] are no padding. logits: of the first token [1, V], at full depth.
+    prepared: its token ids [1, T], processors, criteria and configuration. cache: keys and values
+    of the layers, and of the exits behind them. positions: its position ids [..., 1, T], or None.
+    real: which of its columns [T] are no padding. logits: of the first token [1, V], at full depth.
     looks: what the exits made of the first token; empty where they may not say it.
     """
 
-    ids: Tensor
-    processors: Any
-    criteria: Any
-    config: Any
+    prepared: Prepared
     cache: Any
     positions: Tensor | None
     real: Tensor | None
@@ -68,7 +64,7 @@ class PromptReader:
             self.view.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
         self._depths = tuple(depths)
-        self.thresholds: dict[int, float] = {}  # what a prefix cache asks for: exits that are on
+        self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
         self._looks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._before: Tensor | None = None
@@ -92,58 +88,32 @@ class PromptReader:
                 f"A request of {len(inputs['input_ids'])} rows was submitted.",
                 "Submit each prompt as a request of its own.",
             )
-        self.thresholds = dict.fromkeys(self._depths, 1.0) if use_exits else {}
-        self._looks, found = {}, []
-
-        def run(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **prepared: Any,
-        ) -> Tensor:
-            check_options(lambda name: getattr(generation_config, name, None))
-            rules = (input_ids, logits_processor, stopping_criteria, generation_config)
-            found.append(self._read(model, rules, prepared))
-            return input_ids
-
+        self.exits_on = self._depths if use_exits else ()
+        self._looks = {}
         try:
             with torch.inference_mode():
-                self.view.model.generate(**inputs, custom_generate=run, **options)
+                prepared = prepare(self.view.model, inputs, **options)
+                check_options(lambda name: getattr(prepared.config, name, None))
+                return self._read(prepared)
         finally:
             self.cache, self._looks, self._before = None, {}, None
-        return found[0]
 
-    def _read(
-        self, model: Any, rules: tuple[Tensor, Any, Any, Any], prepared: dict[str, Any]
-    ) -> Prompt:
-        self.cache = prepared["cache"] if "cache" in prepared else prepared["past_key_values"]
-        if self.thresholds:
-            self._add_entries()
+    def _read(self, prepared: Prepared) -> Prompt:
+        self.cache = prepared.cache
+        if self.exits_on and self.exits is not None:
+            add_exit_entries(self.cache, self.exits.depths)
         served = None if self._prefix_cache is None else self._prefix_cache.serve(self)  # type: ignore[arg-type]
-        reading = Prefill(self.view, model, rules[0], prepared)
+        prefill = Prefill(self.view, prepared)
         if served is not None:
             served.end()
-        real = None
-        if not self.backbone.is_encoder_decoder and prepared.get("attention_mask") is not None:
-            real = prepared["attention_mask"][0].bool()
+        real, mask = None, prepared.arguments.get("attention_mask")
+        if not self.backbone.is_encoder_decoder and mask is not None:
+            real = mask[0].bool()
         entries, exits, previous = (
             {depth: look[part] for depth, look in self._looks.items()} for part in range(3)
         )
-        looks = States(reading.logits, entries, exits, previous)
-        return Prompt(*rules, self.cache, reading.positions, real, reading.logits, looks)
-
-    def _add_entries(self) -> None:
-        """Give the exits entries of their own, behind those of the layers."""
-        assert self.exits is not None
-        halves = [self.cache]
-        if hasattr(self.cache, "cross_attention_cache"):
-            halves = [self.cache.self_attention_cache, self.cache.cross_attention_cache]
-        for half in halves:
-            half.layers.extend(copy.deepcopy(half.layers[d]) for d in self.exits.depths)
-        if len(halves) == 2:
-            self.cache.is_updated.update(dict.fromkeys(range(len(halves[0].layers)), False))
+        looks = States(prefill.logits, entries, exits, previous)
+        return Prompt(prepared, self.cache, prefill.positions, real, prefill.logits, looks)
 
     def layer(
         self,
@@ -154,7 +124,7 @@ class PromptReader:
         kw: dict[str, Any],
     ) -> Any:
         """The layer's own output; before it, the exit that stands there."""
-        if index in self.thresholds:
+        if index in self.exits_on:
             assert self.exits is not None
             if self.backbone.is_encoder_decoder:
                 state = self.exits.run(index, hidden, args, kw)

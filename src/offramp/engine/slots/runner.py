@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.prefill import cache_name
+from offramp.engine.kv_cache import cache_parameter, store_keys
 from offramp.engine.slots.cache import SlotCache
-from offramp.engine.slots.keys import store_keys
 from offramp.engine.slots.layout import SlotCall, lay_out, one_each
 from offramp.engine.slots.masks import with_slot_masks
 from offramp.models.backbone import Backbone
@@ -74,7 +73,7 @@ class SlotRunner:
         self.view = InterceptedModel(backbone, self)
         with_slot_masks(self.view.stack)
         self._place_positions()
-        self._cache_name = cache_name(self.view.stack)
+        self._cache_name = cache_parameter(self.view.stack)
         self._offsets: Tensor | None = None  # position of column 0 [..., slots]
         self._mode = "off"
         self._call: SlotCall

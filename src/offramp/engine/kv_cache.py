@@ -1,0 +1,141 @@
+"""Keys and values of one generation: Hugging Face's cache, with entries of the exits behind it.
+
+Every entry has a length of its own, so that layers which early exits skipped may lag behind. What
+Hugging Face asks of a cache as a whole (lengths, masks) it reads from the first entry of each kind:
+where other layers run than those, a stand-in is handed over that points at the right entries.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""A stack's argument for the cache: transformers 5.24 renamed the second to the first."""
+
+
+def cache_name(arguments: Mapping[str, Any]) -> str:
+    """Under which of `CACHE_NAMES` a call's arguments hold the cache."""
+    return next((name for name in reversed(CACHE_NAMES) if name in arguments), CACHE_NAMES[0])
+
+
+def cache_parameter(stack: Any) -> str:
+    """Which of `CACHE_NAMES` a stack's `forward` takes."""
+    known = inspect.signature(type(stack).forward).parameters
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[1])
+
+
+def self_attention(cache: Any) -> Any:
+    """The part of the decoder's own tokens; in an encoder-decoder, beside that of the encoder's."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def add_exit_entries(cache: Any, depths: Sequence[int]) -> None:
+    """Give the exits at `depths` entries of their own, behind those of the layers, kind for kind.
+
+    Raises:
+        InputError: the cache is no empty dynamic one.
+    """
+    halves = [cache]
+    if hasattr(cache, "cross_attention_cache"):
+        halves = [cache.self_attention_cache, cache.cross_attention_cache]
+    _check(halves)
+    for half in halves:
+        half.layers.extend(copy.deepcopy(half.layers[depth]) for depth in depths)
+    if len(halves) == 2:
+        cache.is_updated.update(dict.fromkeys(range(len(halves[0].layers)), False))
+
+
+def _check(halves: Sequence[Any]) -> None:
+    from transformers.cache_utils import DynamicCache
+
+    for half in halves:
+        if not isinstance(half, DynamicCache) or half.offloading or not half.layers:
+            raise InputError(
+                f"KV cache {type(half).__name__} is not supported with exits.",
+                "Leave cache_implementation unset (the dynamic cache).",
+            )
+        if half.get_seq_length():
+            raise InputError(
+                "A KV cache from an earlier call was passed in, which lacks the exits' entries.",
+                "Pass the whole prompt and no cache.",
+            )
+
+
+def stand_in(cache: Any, layers: int, running: range, also: Sequence[int] = ()) -> Any:
+    """The same entries, with lengths and masks as the layers `running` see them.
+
+    layers: L of the backbone. also: entries of exits that run too. In place of a layer that does
+    not run stands an entry of its kind that does.
+    """
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    own = self_attention(cache)
+    entries = [own.layers[index] for index in (*running, *also)]
+
+    def entry_of(index: int) -> Any:
+        if index in running:
+            return own.layers[index]
+        alike = (entry for entry in entries if type(entry) is type(own.layers[index]))
+        return next(alike, entries[0])
+
+    seen = Cache(layers=[entry_of(index) for index in range(layers)] + own.layers[layers:])
+    if own is cache:
+        return seen
+    both = EncoderDecoderCache(seen, cache.cross_attention_cache)
+    both.is_updated = cache.is_updated
+    return both
+
+
+def exits_only(backbone: Backbone, depths: Sequence[int]) -> Any:
+    """An empty cache for the exits alone; the layers' entries point at theirs for lengths."""
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+    def half() -> Any:
+        blank = DynamicCache(config=backbone.text_config).layers
+        own = [copy.deepcopy(blank[depth]) for depth in depths]
+
+        def entry_of(index: int) -> Any:
+            return next((e for e in own if type(e) is type(blank[index])), own[0])
+
+        return Cache(layers=[entry_of(index) for index in range(backbone.depth)] + own)
+
+    return EncoderDecoderCache(half(), half()) if backbone.is_encoder_decoder else half()
+
+
+def crop(cache: Any, tokens: int) -> None:
+    """Take the last `tokens` tokens out of every entry; sliding windows shrink again."""
+    for entry in self_attention(cache).layers:
+        if entry.is_initialized:  # an exit that is off or keeps no keys never writes to its own
+            entry.crop(-tokens)
+
+
+class _KeysStored(Exception):
+    """Raised out of a layer once its keys and values are in the cache."""
+
+
+def store_keys(
+    cache: Any, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+) -> None:
+    """Run a layer, not compiled, no further than until its keys and values are in the cache."""
+    own = self_attention(cache)
+    store = own.update
+
+    def store_and_stop(*a: Any, **k: Any) -> None:
+        store(*a, **k)
+        raise _KeysStored
+
+    own.update = store_and_stop
+    try:
+        layer._call_impl(hidden, *args, **kw)  # type: ignore[no-untyped-call]
+    except _KeysStored:
+        pass
+    finally:
+        del own.update  # the instance attribute; the method shows again
