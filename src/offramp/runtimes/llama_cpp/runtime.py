@@ -16,6 +16,7 @@ from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.policy import ExitPolicy, GenerationOutput
+from offramp.engine.prefill import prepare
 from offramp.engine.sampling import SequenceState
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
@@ -111,33 +112,18 @@ class LlamaCppRuntime:
         view = InterceptedModel(self.backbone, entry)
         if vision_cache is not None:
             view.remember_images(self.backbone, vision_cache)
-        done: list[tuple[SequenceState, list[tuple[int, int]]]] = []
-
-        def decode(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **prepared: Any,
-        ) -> Tensor:
-            check_options(lambda name: getattr(generation_config, name, None))
-            prompt = self._prompt(entry, model, input_ids, prepared)
-            self._check_room(len(prompt), input_ids, stopping_criteria)
-            loop = SequenceState(
-                input_ids, logits_processor, stopping_criteria, generation_config, streamer
-            )
-            done.append((loop, self._decode(prompt, loop, policy)))
-            loop.end()
-            return loop.ids
-
         with self._lock, torch.inference_mode():
-            sequences = view.model.generate(**inputs, custom_generate=decode, **options)
-        loop, rounds = done[0]
+            prepared = prepare(view.model, inputs, **options)
+            check_options(lambda name: getattr(prepared.config, name, None))
+            prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
+            self._check_room(len(prompt), prepared.ids, prepared.criteria)
+            loop = SequenceState(prepared, streamer)
+            rounds = self._decode(prompt, loop, policy)
+            loop.end()
         live, depths, scores = (torch.stack(column, 1) for column in zip(*loop.trace, strict=True))
         assert bool(live.all()), "one row ends with its last token"
         return GenerationOutput(
-            sequences, depths, scores.float(), self.backbone.depth, tuple(rounds)
+            loop.ids, depths, scores.float(), self.backbone.depth, tuple(rounds)
         )
 
     def close(self) -> None:
