@@ -25,6 +25,13 @@ from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, S
 Build = Callable[..., Any]
 
 
+def unsealed(folder: Path) -> dict[str, Any]:
+    """adapter.json without its digest, as a test may change it."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    del config["digest"]
+    return config
+
+
 # -- what comes back ---------------------------------------------------------------------------
 
 
@@ -72,7 +79,7 @@ def test_a_promise_does_not_outlive_its_policy(opt: Any) -> None:
 def test_an_adapter_from_before_there_were_promises_loads_without(
     saved_adapter: Path, opt: Any
 ) -> None:
-    config = json.loads((saved_adapter / CONFIG).read_text())
+    config = unsealed(saved_adapter)
     del config["calibration"]
     (saved_adapter / CONFIG).write_text(json.dumps(config))
     loaded = Adapter.load(saved_adapter, opt)
@@ -84,6 +91,8 @@ def test_damaged_notes_of_what_was_seen_are_refused(
     text: str, saved_adapter: Path, opt: Any
 ) -> None:
     (saved_adapter / SEEN).write_text(text)
+    config = {n: v for n, v in unsealed(saved_adapter).items() if n != "files"}
+    (saved_adapter / CONFIG).write_text(json.dumps(config))  # as in adapters from before the digests
     with pytest.raises(AdapterError, match=SEEN):
         Adapter.load(saved_adapter, opt)
 
@@ -108,7 +117,7 @@ def test_a_policy_for_other_depths_is_refused(opt: Any, tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(saved_adapter: Path, opt: Any) -> None:
-    config = json.loads((saved_adapter / CONFIG).read_text())
+    config = unsealed(saved_adapter)
     (saved_adapter / CONFIG).write_text(json.dumps({**config, "format": FORMAT + 1}))
     with pytest.raises(AdapterError, match=f"format {FORMAT + 1}.*reads format {FORMAT}"):
         Adapter.load(saved_adapter, opt)
@@ -137,7 +146,7 @@ NOT_A_DICT = (None, "x", 3, [99])
 def test_a_damaged_entry_of_the_config_is_refused(
     key: str, value: Any, saved_adapter: Path, opt: Any
 ) -> None:
-    config = json.loads((saved_adapter / CONFIG).read_text())
+    config = unsealed(saved_adapter)
     (saved_adapter / CONFIG).write_text(json.dumps({**config, key: value}))
     with pytest.raises(AdapterError):
         Adapter.load(saved_adapter, opt)
@@ -147,7 +156,7 @@ def test_a_damaged_entry_of_the_config_is_refused(
     "key", ["backbone", "depths", "discriminators", "policy", "metrics", "provenance"]
 )
 def test_a_missing_entry_of_the_config_is_refused(key: str, saved_adapter: Path, opt: Any) -> None:
-    config = json.loads((saved_adapter / CONFIG).read_text())
+    config = unsealed(saved_adapter)
     del config[key]
     (saved_adapter / CONFIG).write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=key):
@@ -268,7 +277,7 @@ def test_discriminators_saved_when_they_had_one_option_load(
 ) -> None:
     saved = trained(opt, options={"conditional": conditional})
     saved.save(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = unsealed(tmp_path)
     del config["discriminators"]
     config["conditional_discriminators"] = conditional
     (tmp_path / CONFIG).write_text(json.dumps(config))

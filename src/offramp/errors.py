@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class OfframpError(Exception):
@@ -51,7 +52,12 @@ class BusyError(OfframpError, RuntimeError):
 
 
 class StorageError(OfframpError, OSError):
-    """A file cannot be read or written; a file that was to be replaced is as it was."""
+    """A file cannot be read or written; a file that was to be replaced is as it was.
+
+    result: what was to be written, where it took long to compute; see `storage.write_result`.
+    """
+
+    result: Any = None
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

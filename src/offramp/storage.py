@@ -1,11 +1,15 @@
 """What is written to disk, and how: whole or not at all, valid JSON, with its origin beside it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +31,10 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     target = Path(os.path.realpath(path))
     payload = data.encode() if isinstance(data, str) else data
     # In the same folder, because a rename is atomic only within one file system.
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / _temporary_name()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(target.parent)
         with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
@@ -55,12 +60,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             unchanged, except OSError, which becomes a StorageError; `path` is then untouched.
     """
     target = Path(os.path.realpath(path))
-    staging = target.parent / f".{secrets.token_hex(8)}.tmp"
+    staging = target.parent / _temporary_name()
     try:
         staging.mkdir(parents=True)
+        _remove_dead(target.parent)
         yield staging
         files = sorted(file for file in staging.rglob("*") if file.is_file())
+        mode = _usual_mode(staging)
         for file in files:
+            file.chmod(mode)  # some libraries create files that nobody else may read
             _sync(file)
         if target.exists():
             for file in files:
@@ -87,21 +95,79 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, _dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+def write_result(path: str | Path, value: Any) -> None:
+    """`write_json` for what took long to compute: where it cannot be written, the StorageError has
+    it as `result`, and the command line prints it."""
+    try:
+        write_json(path, value)
+    except StorageError as error:
+        error.result = value
+        raise
+
+
+def read_json(path: str | Path, *, largest: int | None = None) -> Any:
     """Read a JSON file.
 
+    largest: bytes of the largest file that is read; None: any.
+
     Raises:
-        DataError: the content is not JSON.
+        DataError: the content is not JSON, nested too deeply, or too large.
         StorageError: the file is missing or cannot be read.
     """
-    content = _read_bytes(path)
+    content = _read_bytes(path, largest)
     try:
         return json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
         raise DataError(
-            f"{path} is not valid JSON: {error}.",
+            f"{path} is not valid JSON: {'it is nested too deeply' if deep else error}.",
             "Restore the file from a copy, or write it again with the command that made it.",
         ) from error
+
+
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Raise `StorageError` where `path` could not be written, without leaving a trace.
+
+    folder: it is to be a folder of files.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and target.is_dir() is not folder:
+            raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
+        place = target if folder else target.parent
+        while not os.path.lexists(place):  # raises nothing; `stat` below does
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(place)  # names that are too long, and paths through a file, fail here
+            place = place.parent
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(target)
+        probe = place / _temporary_name()
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.", _ROOM) from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a folder for one process; the system lets go of it when that one ends, however.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be written.
+    """
+    path = Path(folder) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.", _ROOM) from error
+    with file:
+        if not _lock(file.fileno()):
+            raise StorageError(
+                f"Another run is writing to {folder}.",
+                "Wait until it has ended, or give another folder.",
+            )
+        yield  # the file stays: one that is removed could be locked twice
 
 
 class JsonlLog:
@@ -249,17 +315,85 @@ def _mend_tail(path: Path) -> None:
             file.truncate(kept)
 
 
-def _read_bytes(path: str | Path) -> bytes:
+def _read_bytes(path: str | Path, largest: int | None = None) -> bytes:
     try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting for ever
+            kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "not a plain file")
+        if largest is not None and found.st_size > largest:
+            raise DataError(
+                f"{path} has {found.st_size} bytes; at most {largest} are read.",
+                "Restore the file from a copy, or write it again with the command that made it.",
+            )
         return Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str | Path, error: OSError) -> StorageError:
+def _unreadable(path: str | Path, error: Exception) -> StorageError:
     return StorageError(
         f"Cannot read {path}: {_reason(error)}.", "Check the path and that the file may be read."
     )
+
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\.offramp-{_HOST}-(\d+)-[0-9a-f]{{16}}\.tmp")
+_tidied: set[Path] = set()
+
+
+def _temporary_name() -> str:
+    """A name that tells the machine and the process whose file it is."""
+    return f".offramp-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove what processes of this machine that have ended left half written; once a process."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            named = _TEMPORARY.fullmatch(entry.name)
+            if named and not _is_alive(int(named[1])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def _usual_mode(folder: Path) -> int:
+    """The mode of a new file, as the umask has it; asking for the umask itself would change it."""
+    probe = folder / _temporary_name()
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: two runs there are the user's to keep apart.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -267,5 +401,5 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -30,7 +30,8 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
-from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.backbone import Backbone
+from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.storage import digest_rows, write_json

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.fingerprint import fingerprint
 from offramp.models.registry import family_of
 
 
@@ -108,24 +108,8 @@ class Backbone:
         return next(self.layers.parameters()).dtype  # type: ignore[no-any-return]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this backbone from another: its shape and a sample of the decoder's weights.
-
-        The sample is read through bfloat16, so that the same checkpoint in another precision has
-        (nearly) the same one; `same_backbone` allows for the rounding.
-        """
-        tensors = [*self.layers.parameters(), *(self.norm.parameters() if self.norm else ())]
-        sample = [
-            flat[:: max(1, flat.numel() // 8)][:8].to(torch.bfloat16).view(torch.int16).tolist()
-            for flat in (t.detach().flatten().cpu() for t in tensors[:: max(1, len(tensors) // 32)])
-        ]
-        return {
-            "model_type": self.model.config.model_type,
-            "layers": self.depth,
-            "width": self.width,
-            "vocabulary": self.vocabulary,
-            "tensors": len(tensors),
-            "weights": [value for row in sample for value in row],
-        }
+        """What tells this backbone from another; see `offramp.models.fingerprint`."""
+        return fingerprint(self)
 
     # -- reading states ---------------------------------------------------------------------
 
@@ -225,18 +209,6 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
     return unwrap()  # type: ignore[no-any-return]
 
 
-def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """None where two fingerprints are of one backbone, else the difference in words."""
-    for key in ("model_type", "layers", "width", "vocabulary", "tensors"):
-        if saved.get(key) != now.get(key):
-            return f"{key} is {now.get(key)}, not {saved.get(key)}"
-    pairs = list(zip(saved["weights"], now["weights"], strict=False))
-    equal = sum(a == b for a, b in pairs) / max(1, len(pairs))
-    if len(saved["weights"]) != len(now["weights"]) or equal < 0.9:
-        return f"the decoder's weights differ ({equal:.0%} of a sample agree)"
-    return None
-
-
 def describe(backbone: Backbone) -> dict[str, Any]:
     """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
     layer = sum(p.numel() * p.element_size() for p in backbone.layers[-1].parameters())
@@ -252,8 +224,3 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in backbone.model.parameters()),
         "exit_bytes": layer,
     }
-
-
-def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
-    """One line of JSON, stable, for digests."""
-    return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))

@@ -1,84 +1,130 @@
-"""The files of an adapter's folder: how each is written, read and checked.
+"""An adapter's folder: parts to files, and files to parts.
 
-adapter.json                format version, backbone, depths, policy, calibration, provenance
+adapter.json                format version, backbone, depths, policy, calibration, provenance, and
+                            the SHA-256 of each of the other files that loading reads
 exits.safetensors           the exits' tensors, nothing of the backbone
 checks.safetensors          shortlist and gates, if there are any (`offramp.models.shortlist`)
 discriminators.safetensors  only needed for the discriminator score and for resuming
 seen.json                   digests of the images that training and calibration used
-README.md                   the model card
+README.md                   the model card; may be edited
 training/                   log, and the state that resuming needs; not pushed to the hub
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import AdapterError, DataError, StorageError
+from offramp.engine.confidence import check_thresholds
+from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
+from offramp.errors import AdapterError, DataError, InputError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits, ExitSet, check_depths
+from offramp.models.fingerprint import same_backbone
 from offramp.models.shortlist import Gate
-from offramp.storage import read_json
+from offramp.save_and_load.config import (
+    CONFIG,
+    FORMAT,
+    RESTORE,
+    AdapterConfig,
+    read_config,
+    sealed,
+)
+from offramp.save_and_load.tensors import check_shapes, read_shapes, read_tensors, write_tensors
+from offramp.storage import atomic_folder, digest_file, read_json, write_json
 
-FORMAT = 1
-CONFIG, EXITS, CHECKS, DISCRIMINATORS, SEEN, CARD = (
-    "adapter.json",
+__all__ = [
+    "CARD", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "SEEN", "AdapterConfig",
+    "AdapterParts", "check_policy_depths", "load_parts", "read_config", "save_parts",
+]  # fmt: skip
+
+EXITS, CHECKS, DISCRIMINATORS, SEEN, CARD = (
     "exits.safetensors",
     "checks.safetensors",
     "discriminators.safetensors",
     "seen.json",
     "README.md",
 )
+_LARGEST_SEEN = 2**30
+"""Bytes of the largest seen.json that is read: 50 million images."""
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(
-            f"{folder} holds no adapter ({CONFIG} is missing).",
-            "Give the folder that `offramp train --out` wrote.",
+@dataclass(frozen=True)
+class AdapterParts:
+    """What a folder holds besides the name of its backbone; see `offramp.adapter.Adapter`."""
+
+    exits: ExitSet
+    policy: ExitPolicy = FULL
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+# -- saving -----------------------------------------------------------------------------------
+
+
+def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card: str) -> None:
+    """Write the folder; each file appears whole or not at all.
+
+    Raises:
+        InputError: the exits have no tensors, or the policy names other depths than theirs.
+        StorageError: e.g. the disk is full; what was there before is untouched.
+    """
+    check_policy_depths(parts.policy, parts.exits.depths)
+    if not list(parts.exits.modules.parameters()):
+        raise InputError(
+            "Lens exits have no tensors, so there is nothing to save.",
+            "Build them where they are used: Exits(backbone, depths, lens=True).",
         )
-    try:
-        config = read_json(folder / CONFIG)
-    except (DataError, StorageError) as error:
-        raise AdapterError(
-            error.problem, "Restore the folder, or train the exits again."
-        ) from error
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise AdapterError(
-            f"{folder} has adapter format {found!r}; this version reads format {FORMAT}.",
-            "Train the exits again, or install the version of offramp that wrote it.",
-        )
-    return config  # type: ignore[no-any-return]
+    tensors = {EXITS: parts.exits.modules.state_dict()}
+    if parts.exits.measured:
+        tensors[CHECKS] = _checks_tensors(parts.exits)
+    if parts.exits.discriminators is not None:
+        tensors[DISCRIMINATORS] = parts.exits.discriminators.state_dict()
+    with atomic_folder(folder) as staging:
+        for name, state in tensors.items():
+            write_tensors(state, staging / name)
+        if parts.seen:
+            write_json(staging / SEEN, {step: list(s) for step, s in parts.seen.items()})
+        files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
+        write_json(staging / CONFIG, sealed({**_entries(backbone, parts), "files": files}))
+        (staging / CARD).write_text(card, encoding="utf-8")
+    for name in (CHECKS, DISCRIMINATORS, SEEN):
+        if name not in files:  # an earlier adapter's, which would not fit these exits
+            (Path(folder) / name).unlink(missing_ok=True)
 
 
-def _discriminator_options(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the discriminators are built; None where there are none."""
-    if "conditional_discriminators" in config:  # written when there was one option
-        conditional = config["conditional_discriminators"]
-        return None if conditional is None else {"conditional": bool(conditional)}
-    options = config["discriminators"]
-    return None if options is None else dict(options)
+def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
+    """adapter.json without the digests."""
+    discriminators = None
+    if parts.exits.discriminators is not None:
+        some: Any = next(iter(parts.exits.discriminators.values()))
+        discriminators = some.options
+    return {
+        "format": FORMAT,
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "fingerprint": backbone.fingerprint(),
+        },
+        "depths": list(parts.exits.depths),
+        "discriminators": discriminators,
+        "checks": dict(parts.exits.measured) or None,
+        "policy": policy_to_json(parts.policy),
+        "calibration": None if parts.calibration is None else dict(parts.calibration),
+        "metrics": dict(parts.metrics),
+        "provenance": dict(parts.provenance),
+    }
 
 
-def _read_seen(folder: Path) -> dict[str, list[str]]:
-    """What `seen.json` holds; nothing in an adapter from before there was one."""
-    if not (folder / SEEN).is_file():
-        return {}
-    try:
-        return {step: list(digests) for step, digests in read_json(folder / SEEN).items()}
-    except (DataError, StorageError, AttributeError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / SEEN} is damaged ({error.__class__.__name__}).",
-            "Restore the file, or train the exits again.",
-        ) from error
-
-
-def checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
+def _checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
     """Shortlist and gates by name, for a file."""
     named = {} if exits.shortlist is None else {"shortlist": exits.shortlist}
     for depth, gate in exits.gates.items():
@@ -86,63 +132,145 @@ def checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
     return named
 
 
-def _read_checks(
-    folder: Path, config: Mapping[str, Any], backbone: Backbone
-) -> tuple[Tensor | None, dict[int, Gate]]:
-    """Shortlist and gates, where the adapter has them.
+# -- loading ----------------------------------------------------------------------------------
+
+
+def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
+    """The parts of a folder whose adapter.json is read.
 
     Raises:
-        AdapterError: the file cannot be read, or does not fit the backbone's sizes.
+        AdapterError: trained for a backbone that differs from this one (the text says in what), or
+            a file is missing, damaged, or not the one that adapter.json was written with.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if config.get("checks") is None:
-        return None, {}
-    try:
-        tensors = load_file(folder / CHECKS, device=str(backbone.device))
-    except (OSError, SafetensorError) as error:
+    difference = same_backbone(config.fingerprint, backbone.fingerprint())
+    if difference is not None:
         raise AdapterError(
-            f"{folder / CHECKS} cannot be read: {str(error).splitlines()[0]}",
-            "Restore the folder, or train the exits again.",
-        ) from error
-    shortlist = tensors.get("shortlist")
-    depths = sorted({int(name.split(".")[1]) for name in tensors if name != "shortlist"})
-    gates = {d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in depths}
-    fits = all(gate.weight.shape == (backbone.width,) for gate in gates.values())
-    if shortlist is not None:
-        fits = fits and bool(((shortlist >= 0) & (shortlist < backbone.vocabulary)).all())
-    if not fits:
-        raise AdapterError(
-            "The adapter's shortlist or gates do not fit this backbone.",
-            "Restore the folder, or learn them again: offramp train --shortlist N --gates.",
+            f"{config.folder} was trained for {config.backbone!r}, not for this backbone: "
+            f"{difference}.",
+            "Load it with its own backbone, or train exits for this one.",
         )
-    return shortlist, gates
-
-
-def _write(state: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors; an OSError where they do not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # safetensors has its own error for a full disk
-        raise OSError(str(error)) from error
+        check_depths(config.depths, backbone.depth)
+        check_policy_depths(config.policy, config.depths)
+    except InputError as error:
+        raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
+    _check_digests(config)
+    return AdapterParts(
+        exits=ExitSet(
+            _load_exits(config, backbone),
+            *_load_checks(config, backbone),
+            _load_discriminators(config, backbone),
+            dict(config.checks or {}),
+        ),
+        policy=config.policy,
+        provenance=dict(config.provenance),
+        metrics=dict(config.metrics),
+        calibration=None if config.calibration is None else dict(config.calibration),
+        seen=_load_seen(config),
+    )
 
 
-def _fill(module: nn.Module, path: Path) -> None:
-    """Load exactly the module's tensors from `path`, or raise `AdapterError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
+    """Raise `InputError` where the policy names a depth at which no exit stands."""
+    for thresholds in (policy.thresholds, policy.drafts):
+        check_thresholds(dict(thresholds), depths)
 
-    for parameter in module.parameters():
-        parameter.data = torch.full_like(parameter, float("nan"))  # nothing may stay as it was
-    try:
-        module.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+
+def _check_digests(config: AdapterConfig) -> None:
+    """Raise `AdapterError` where a file is not the one that adapter.json was written with."""
+    for name, digest in (config.files or {}).items():
+        if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN):
+            raise AdapterError(f"{config.folder / CONFIG} names a file {name[:60]!r}.", RESTORE)
+        path = config.folder / name
+        if name == DISCRIMINATORS and not path.is_file():
+            continue  # only one score needs them
+        try:
+            found = digest_file(path)
+        except StorageError as error:
+            raise AdapterError(error.problem, RESTORE) from error
+        if found != digest:
+            raise AdapterError(
+                f"{path} is not the file that {CONFIG} was written with: its SHA-256 differs. It "
+                "is damaged, or a save was interrupted.",
+                RESTORE,
+            )
+
+
+def _is_there(config: AdapterConfig, name: str) -> bool:
+    """Whether the adapter has this file; one that adapter.json does not list is another's."""
+    return (config.files is None or name in config.files) and (config.folder / name).is_file()
+
+
+def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
+    path = config.folder / EXITS
+    layers = {d: backbone.layers[d].state_dict() for d in config.depths}
+    check_shapes(
+        path, {f"{d}.{n}": tuple(t.shape) for d, state in layers.items() for n, t in state.items()}
+    )
+    exits = Exits(backbone, config.depths)
+    _fill(exits, path, backbone.dtype)
+    return exits.to(backbone.device).requires_grad_(False)
+
+
+def _load_discriminators(config: AdapterConfig, backbone: Backbone) -> nn.ModuleDict | None:
+    if config.discriminators is None or not _is_there(config, DISCRIMINATORS):
+        return None
+    path = config.folder / DISCRIMINATORS
+    with torch.device("meta"):  # the file's header is compared before memory is taken
+        modules = build_discriminators(backbone.width, config.depths, **config.discriminators)
+    check_shapes(path, {n: tuple(t.shape) for n, t in modules.state_dict().items()})
+    _fill(modules, path, None)
+    return modules.to(backbone.device).eval().requires_grad_(False)
+
+
+def _fill(module: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
+    """Put a file's tensors, whose names and shapes were checked, in place of the module's."""
+    module.load_state_dict(read_tensors(path, dtype), assign=True)
+
+
+def _load_checks(
+    config: AdapterConfig, backbone: Backbone
+) -> tuple[Tensor | None, dict[int, Gate]]:
+    """Shortlist and gates, where the adapter has them."""
+    if config.checks is None:
+        return None, {}
+    path = config.folder / CHECKS
+    shapes = read_shapes(path, whole=("shortlist",))
+    gates = {int(d) for d in map(str, config.depths) if f"gates.{d}.weight" in shapes}
+    expected: dict[str, tuple[int, ...]] = {}
+    for depth in gates:
+        expected |= {f"gates.{depth}.weight": (backbone.width,), f"gates.{depth}.bias": ()}
+    if "shortlist" in shapes:
+        expected["shortlist"] = (min(shapes["shortlist"][:1] or (0,)),)
+    check_shapes(path, expected, whole=("shortlist",))
+    tensors = {n: t.to(backbone.device) for n, t in read_tensors(path).items()}
+    shortlist = tensors.get("shortlist")
+    if shortlist is not None and not _is_shortlist(shortlist, backbone.vocabulary):
         raise AdapterError(
-            f"{path} cannot be read as the exits' tensors: {str(error).splitlines()[0]}",
-            "Restore the folder, or train the exits again.",
-        ) from error
+            f"{path}: the shortlist does not fit this backbone.",
+            "Restore the folder, or learn it again: offramp train --shortlist N.",
+        )
+    return shortlist, {
+        d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in gates
+    }
+
+
+def _is_shortlist(ids: Tensor, vocabulary: int) -> bool:
+    """Whether these are ascending token ids."""
+    rising = bool((ids[1:] > ids[:-1]).all())
+    return len(ids) > 0 and rising and bool(ids[0] >= 0) and bool(ids[-1] < vocabulary)
+
+
+def _load_seen(config: AdapterConfig) -> dict[str, list[str]]:
+    """What `seen.json` holds; nothing in an adapter from before there was one."""
+    path = config.folder / SEEN
+    if not _is_there(config, SEEN):
+        return {}
+    try:
+        seen = read_json(path, largest=_LARGEST_SEEN)
+    except (DataError, StorageError) as error:
+        raise AdapterError(error.problem, RESTORE) from error
+    lists = list(seen.values()) if isinstance(seen, dict) else [None]
+    if not all(isinstance(d, list) and all(isinstance(x, str) for x in d) for d in lists):
+        raise AdapterError(f"{path} is damaged: it does not list digests by step.", RESTORE)
+    return dict(seen)

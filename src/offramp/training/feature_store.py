@@ -13,7 +13,7 @@ import torch
 from offramp.data.example import examples_digest
 from offramp.engine.teacher_forcing import Answered, Batch, group, record
 from offramp.errors import InputError
-from offramp.models.backbone import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows, write_atomic
 from offramp.training.config import CACHES

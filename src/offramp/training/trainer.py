@@ -28,8 +28,9 @@ from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
-from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
+from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.provenance import provenance

@@ -36,8 +36,9 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
 from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
-from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
+from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.comparison.equal_quality import Each, drawn, equal_quality

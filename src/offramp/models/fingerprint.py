@@ -1,0 +1,98 @@
+"""What tells one backbone from another: its sizes, and a sample of the weights of each part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from offramp.models.backbone import Backbone
+
+_SIZES = ("model_type", "layers", "width", "vocabulary", "tensors")
+_TENSORS, _VALUES = 32, 8
+"""Tensors sampled in each part, and values sampled in each tensor; at most."""
+
+PARTS = {
+    "vision": "vision tower's weights",
+    "bridge": "projector's or Q-Former's weights",
+    "embeddings": "embeddings' weights",
+    "head": "LM head's weights",
+}
+"""Parts besides the decoder, and what an error calls them."""
+
+
+def fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """Sizes, and a sample of the weights of the decoder and of each of `PARTS`.
+
+    The sample is read through bfloat16, so that the same checkpoint in another precision has
+    (nearly) the same one; `same_backbone` allows for the rounding.
+    """
+    norm = backbone.norm.parameters() if backbone.norm is not None else ()
+    decoder = [*backbone.layers.parameters(), *norm]
+    return {
+        "model_type": backbone.model.config.model_type,
+        "layers": backbone.depth,
+        "width": backbone.width,
+        "vocabulary": backbone.vocabulary,
+        "tensors": len(decoder),
+        "weights": _sample(decoder),
+        "parts": {name: _sample(tensors) for name, tensors in _parts(backbone).items()},
+    }
+
+
+def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """None where two fingerprints are of one backbone, else the difference in words.
+
+    Parts that `saved` does not name, as in adapters written before there were parts, are not
+    compared.
+    """
+    for key in _SIZES:
+        if saved.get(key) != now.get(key):
+            return f"{key} is {now.get(key)}, not {saved.get(key)}"
+    samples = [("decoder's weights", saved["weights"], now["weights"])]
+    parts = saved.get("parts", {})
+    samples += [(PARTS[n], parts[n], now["parts"][n]) for n in PARTS if n in parts]
+    for what, then, here in samples:
+        equal = sum(a == b for a, b in zip(then, here, strict=False)) / max(1, len(then))
+        if len(then) != len(here) or (then and equal < 0.9):
+            return f"the {what} differ ({equal:.0%} of a sample agree)"
+    return None
+
+
+def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    """One line of JSON, stable, for digests."""
+    return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
+
+
+def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
+    """The parameters of each of `PARTS`: the bridge is what no other part and no layer holds."""
+    model: Any = backbone.model
+    vision = _parameters(_vision(backbone))
+    embeddings = _parameters(model.get_input_embeddings())
+    head = _parameters(backbone.head)
+    known = {id(p) for p in (*vision, *embeddings, *head, *backbone.stack.parameters())}
+    bridge = [p for p in model.parameters() if id(p) not in known]
+    return {"vision": vision, "bridge": bridge, "embeddings": embeddings, "head": head}
+
+
+def _vision(backbone: Backbone) -> nn.Module | None:
+    return None if backbone.family.vision is None else backbone.vision
+
+
+def _parameters(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else list(module.parameters())
+
+
+def _sample(tensors: Sequence[Tensor]) -> list[int]:
+    """Up to `_VALUES` evenly spaced values of up to `_TENSORS` evenly spaced tensors, as the bits
+    of their bfloat16."""
+    found: list[int] = []
+    for tensor in tensors[:: max(1, len(tensors) // _TENSORS)]:
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
+        found += values.to(torch.bfloat16).view(torch.int16).tolist()
+    return found

@@ -1,0 +1,244 @@
+"""adapter.json: what it holds, and how it is checked before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.engine.policy import FULL, ExitPolicy, policy_from_json, policy_to_json
+from offramp.errors import AdapterError, DataError, InputError, StorageError
+from offramp.models.discriminator import JUDGED
+from offramp.storage import digest_rows, read_json
+
+FORMAT = 1
+CONFIG = "adapter.json"
+RESTORE = "Restore the folder, or train the exits again."
+_LARGEST = 64 * 2**20
+"""Bytes of the largest adapter.json that is read."""
+
+_REQUIRED = ("backbone", "depths", "policy", "metrics", "provenance")
+_OPTIONAL = (
+    "format", "discriminators", "conditional_discriminators", "checks", "calibration", "files",
+    "digest",
+)  # fmt: skip
+_DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """adapter.json, read and checked.
+
+    fingerprint: of the backbone; see `offramp.models.fingerprint`. discriminators: how they are
+    built; None: there are none. checks: what was measured of shortlist and gates; None: there are
+    none. files: SHA-256 of the other files by name; None in adapters written before there were.
+    """
+
+    folder: Path
+    backbone: str
+    revision: str | None
+    fingerprint: Mapping[str, Any]
+    depths: tuple[int, ...]
+    discriminators: Mapping[str, Any] | None
+    checks: Mapping[str, Any] | None
+    policy: ExitPolicy
+    calibration: Mapping[str, Any] | None
+    metrics: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    files: Mapping[str, str] | None
+    raw: Mapping[str, Any]
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of adapter.json with a digest of all of them."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))  # keys as text, tuples as lists
+    return {**plain, "digest": digest_rows([plain])}
+
+
+def read_config(folder: str | Path) -> AdapterConfig:
+    """Read and check a folder's adapter.json.
+
+    Raises:
+        AdapterError: no adapter, another format version, or damaged.
+    """
+    folder = Path(folder)
+    config = _Entries(folder / CONFIG, _read(folder))
+    config.check_format()
+    config.check_known((*_REQUIRED, *_OPTIONAL))
+    config.check_digest()
+    backbone = config.part("backbone")
+    return AdapterConfig(
+        folder=folder,
+        backbone=backbone.get("name", str),
+        revision=backbone.get("revision", str, type(None)),
+        fingerprint=_fingerprint(backbone.part("fingerprint")),
+        depths=_depths(config),
+        discriminators=_discriminators(config),
+        checks=config.optional("checks"),
+        policy=_policy(config.part("policy")),
+        calibration=config.optional("calibration"),
+        metrics=config.get("metrics", dict),
+        provenance=config.get("provenance", dict),
+        files=_files(config),
+        raw=config.values,
+    )
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """An object in a JSON file, whose entries are checked as they are taken.
+
+    where: its place in the file, such as "policy."; empty: the file itself.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    where: str = ""
+
+    def fail(self, problem: str) -> typing.NoReturn:
+        raise AdapterError(f"{self.path} is damaged: {problem}.", RESTORE)
+
+    def get(self, name: str, *kinds: type) -> Any:
+        if name not in self.values:
+            self.fail(f"it has no {self.where + name!r}")
+        value = self.values[name]
+        # True is an int to Python, and would silently be depth 1.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            self.fail(f"{self.where + name!r} is {_shown(value)}")
+        return value
+
+    def part(self, name: str) -> _Entries:
+        return _Entries(self.path, self.get(name, dict), f"{self.where}{name}.")
+
+    def optional(self, name: str) -> dict[str, Any] | None:
+        """An object, or None where it is null or missing."""
+        if self.values.get(name) is None:
+            return None
+        found: dict[str, Any] = self.get(name, dict)
+        return found
+
+    def check_known(self, names: Iterable[str]) -> None:
+        known = set(names)
+        for name in self.values:
+            if name not in known:
+                self.fail(f"{(self.where + name)[:60]!r} is not known")
+
+    def check_format(self) -> None:
+        if (found := self.values.get("format")) != FORMAT:
+            raise AdapterError(
+                f"{self.path.parent} has adapter format {_shown(found)}; this version reads format "
+                f"{FORMAT}.",
+                "Train the exits again, or install the version of offramp that wrote it.",
+            )
+
+    def check_digest(self) -> None:
+        if "digest" not in self.values:
+            return
+        rest = {n: v for n, v in self.values.items() if n != "digest"}
+        try:
+            same = self.values["digest"] == digest_rows([rest])
+        except InputError as error:
+            self.fail(error.problem.rstrip("."))
+        if not same:
+            raise AdapterError(
+                f"{self.path} was changed after it was written: its digest does not fit.",
+                "Restore it; to change a policy, use Adapter.with_policy and Adapter.save.",
+            )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} holds no adapter ({CONFIG} is missing).",
+            "Give the folder that `offramp train --out` wrote.",
+        )
+    try:
+        config = read_json(path, largest=_LARGEST)
+    except (DataError, StorageError) as error:
+        raise AdapterError(error.problem, RESTORE) from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} is damaged: it holds {_shown(config)}.", RESTORE)
+    return config
+
+
+def _depths(config: _Entries) -> tuple[int, ...]:
+    depths = config.get("depths", list)
+    rising = all(type(d) is int and d > 0 for d in depths) and sorted(set(depths)) == depths
+    if not depths or not rising:
+        config.fail(f"'depths' is {_shown(depths)}")
+    return tuple(depths)
+
+
+def _discriminators(config: _Entries) -> dict[str, Any] | None:
+    """How the discriminators are built; None where there are none."""
+    if "conditional_discriminators" in config.values:  # written when there was one option
+        conditional = config.get("conditional_discriminators", bool, type(None))
+        return None if conditional is None else {"conditional": conditional}
+    if config.get("discriminators", dict, type(None)) is None:
+        return None
+    options = config.part("discriminators")
+    options.check_known(_DISCRIMINATOR)
+    found = {name: options.get(name, _DISCRIMINATOR[name]) for name in options.values}
+    if found.get("judged", JUDGED[0]) not in JUDGED:
+        options.fail(f"'discriminators.judged' is {_shown(found['judged'])}")
+    return found
+
+
+def _policy(policy: _Entries) -> ExitPolicy:
+    hints = typing.get_type_hints(ExitPolicy)
+    policy.check_known(hints)
+    policy.get("thresholds", dict)
+    for name in policy.values:
+        kind = hints[name]
+        if typing.get_origin(kind) is None:
+            policy.get(name, kind)
+            continue
+        for depth, number in policy.get(name, dict).items():
+            # Ten digits, because a number of thousands takes Python seconds to read, or is refused.
+            plain = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (depth.isascii() and depth.isdigit() and len(depth) < 10 and plain):
+                policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {_shown(number)}")
+    try:
+        return policy_from_json({**_defaults(), **policy.values})
+    except InputError as error:
+        raise AdapterError(f"{policy.path}: {error.problem}", error.remedy) from error
+
+
+def _defaults() -> dict[str, Any]:
+    """Entries that adapters written before there were such fields do not have."""
+    return policy_to_json(FULL)
+
+
+def _fingerprint(entries: _Entries) -> dict[str, Any]:
+    names = ("model_type", "layers", "width", "vocabulary", "tensors", "weights")
+    entries.check_known((*names, "parts"))
+    entries.get("model_type", str)
+    for name in names[1:5]:
+        entries.get(name, int)
+    parts = entries.values.get("parts", {})
+    samples = [("weights", entries.get("weights", list))]
+    samples += (entries.get("parts", dict) if parts else {}).items()
+    for name, sample in samples:
+        if not isinstance(sample, list) or not all(type(value) is int for value in sample):
+            entries.fail(f"the sample {name[:60]!r} is {_shown(sample)}")
+    return dict(entries.values)
+
+
+def _files(config: _Entries) -> dict[str, str] | None:
+    files = config.optional("files")
+    if files is not None and not all(isinstance(digest, str) for digest in files.values()):
+        config.fail(f"'files' is {_shown(files)}")
+    return files
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__} that is too deep or too long to show"
+    return text if len(text) <= 60 else text[:57] + "..."
