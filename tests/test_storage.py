@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from offramp import storage
 from offramp.errors import DataError, InputError, StorageError
+from offramp.storage import places
 
 
 @contextlib.contextmanager
@@ -239,3 +242,91 @@ def test_digest_rows_sees_the_order_of_rows() -> None:
 
 def test_digest_rows_sees_where_a_row_ends() -> None:
     assert len({storage.digest_rows(rows) for rows in ([12], [1, 2], ["1\n2"], [])}) == 4
+
+
+# -- places ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_files_have_the_modes_that_the_umask_allows(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with storage.atomic_folder(tmp_path / "exits") as staging:
+            (staging / "private").touch(mode=0o600)
+        storage.write_atomic(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "exits" / "private", tmp_path / "file"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+KILLED = """
+import os, signal
+from offramp import storage
+from offramp.storage import places
+with storage.atomic_folder({path!r}) as staging:
+    (staging / "file").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_dead_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = KILLED.format(path=str(tmp_path / "exits"))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode < 0
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".tmp")
+    mine = tmp_path / places.temporary_name()  # of a process that lives
+    mine.mkdir()
+    places._tidied.discard(tmp_path)
+    storage.write_atomic(tmp_path / "report.json", "{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, "report.json"])
+
+
+def test_a_folder_is_locked_for_one_run_until_that_has_ended(tmp_path: Path) -> None:
+    with storage.locked_folder(tmp_path):
+        other = f"from offramp import storage; storage.locked_folder({str(tmp_path)!r}).__enter__()"
+        done = subprocess.run([sys.executable, "-c", other], capture_output=True, check=False)
+        assert done.returncode == 1 and b"Another run" in done.stderr
+    with storage.locked_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_could_not_be_written_is_told_before(folder: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    wrong = [
+        tmp_path / "file" / "below",
+        tmp_path / "file" / "below" / "that",
+        tmp_path / ("x" * 300),
+        tmp_path / ("x" * 300) / "below",
+        tmp_path / ("file" if folder else "folder"),
+    ]
+    for path in wrong:
+        with pytest.raises(StorageError, match="Cannot write"):
+            storage.check_writable(path, folder=folder)
+    for path in (tmp_path / "new", tmp_path / "new" / "and" / "deeper"):
+        storage.check_writable(path, folder=folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="not a plain file"):
+        storage.read_json(tmp_path / "pipe")
+
+
+def test_json_that_is_too_deep_or_too_large_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        storage.read_json(tmp_path / "deep.json")
+    (tmp_path / "large.json").write_text("[1, 2, 3]")
+    with pytest.raises(DataError, match="9 bytes; at most 8"):
+        storage.read_json(tmp_path / "large.json", largest=8)
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError) as caught:
+        storage.write_result(tmp_path / "file" / "result.json", {"n": 3})
+    assert caught.value.result == {"n": 3}

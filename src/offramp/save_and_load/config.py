@@ -11,7 +11,7 @@ from typing import Any
 
 from offramp.engine.policy import FULL, ExitPolicy, policy_from_json, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, StorageError
-from offramp.models.discriminator import JUDGED
+from offramp.models import JUDGED
 from offramp.storage import digest_rows, read_json
 
 FORMAT = 1

@@ -83,12 +83,11 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     for name, tensor in tensors.items():
         # A copy: the file's own memory is not aligned, which changes the last bit of a product.
         tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
-        if tensor.is_floating_point():
-            if not bool(tensors[name].isfinite().all()):
-                precision = str(tensors[name].dtype).removeprefix("torch.")
-                raise AdapterError(
-                    f"{path}: the tensor {name!r} is not finite in {precision}.", _RESTORE
-                )
+        if tensor.is_floating_point() and not bool(tensors[name].isfinite().all()):
+            precision = str(tensors[name].dtype).removeprefix("torch.")
+            raise AdapterError(
+                f"{path}: the tensor {name!r} is not finite in {precision}.", _RESTORE
+            )
     return tensors
 
 

@@ -1,0 +1,47 @@
+"""Values as JSON text, and files as bytes."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import DataError, InputError, StorageError
+from offramp.storage.places import reason
+
+
+def dumps(value: Any, **options: Any) -> str:
+    try:
+        text = json.dumps(value, allow_nan=False, **options)
+        text.encode()  # half a surrogate pair passes json.dumps and fails only when written
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"This value cannot be stored as JSON: {error}.",
+            "Use only dict, list, str, bool, None and finite numbers; write null for a NaN.",
+        ) from error
+    return text
+
+
+def read_bytes(path: str | Path, largest: int | None = None) -> bytes:
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting for ever
+            kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "not a plain file")
+        if largest is not None and found.st_size > largest:
+            raise DataError(
+                f"{path} has {found.st_size} bytes; at most {largest} are read.",
+                "Restore the file from a copy, or write it again with the command that made it.",
+            )
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"Cannot read {path}: {reason(error)}.", "Check the path and that the file may be read."
+    )

@@ -1,0 +1,128 @@
+"""Where files are about to be written: checked, locked, and cleared of what dead processes left."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from offramp.errors import StorageError
+
+ROOM = "Check that the folder exists, may be written and has free space, then run it again."
+
+
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Raise `StorageError` where `path` could not be written, without leaving a trace.
+
+    folder: it is to be a folder of files.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and target.is_dir() is not folder:
+            raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
+        place = target if folder else target.parent
+        while not os.path.lexists(place):  # raises nothing; `stat` below does
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(place)  # names that are too long, and paths through a file, fail here
+            place = place.parent
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(target)
+        probe = place / temporary_name()
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a folder for one process; the system lets go of it when that one ends, however.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be written.
+    """
+    path = Path(folder) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
+    with file:
+        if not _lock(file.fileno()):
+            raise StorageError(
+                f"Another run is writing to {folder}.",
+                "Wait until it has ended, or give another folder.",
+            )
+        yield  # the file stays: one that is removed could be locked twice
+
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\.offramp-{_HOST}-(\d+)-[0-9a-f]{{16}}\.tmp")
+_tidied: set[Path] = set()
+
+
+def temporary_name() -> str:
+    """A name that tells the machine and the process whose file it is."""
+    return f".offramp-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what processes of this machine that have ended left half written; once a process."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            named = _TEMPORARY.fullmatch(entry.name)
+            if named and not _is_alive(int(named[1])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode of a new file, as the umask has it; asking for the umask itself would change it."""
+    probe = folder / temporary_name()
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: two runs there are the user's to keep apart.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return True
+
+
+def sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
