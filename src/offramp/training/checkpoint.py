@@ -1,10 +1,11 @@
-"""Where a training run stands: saved whole, taken up bit for bit, or refused."""
+"""The checkpoint of a training run: saved whole, resumed to the same bits, or refused."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import pickle
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 
-from offramp.errors import TrainingError
-from offramp.storage import JsonlLog, write_atomic
+from offramp.errors import DataError, InputError, TrainingError
+from offramp.save_and_load import CONFIG
+from offramp.storage import JsonlLog, check_writable, digest_file, write_atomic
 
-STATE, HISTORY = "training/state.pt", "training/log.jsonl"
+FOLDER = "training"
+STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"
 
 
 @dataclass
@@ -35,11 +38,44 @@ class Progress:
     stale: int = 0
 
 
+def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise unless a run may write to `folder`; nothing there is touched.
+
+    Raises:
+        InputError: it holds an adapter or a checkpoint, and neither `resume` nor `overwrite`.
+        StorageError: it cannot be written.
+    """
+    check_writable(folder, folder=True)
+    if resume or overwrite:
+        return
+    for name, what in ((CONFIG, "an adapter"), (STATE, "a checkpoint")):
+        if os.path.lexists(folder / name):
+            raise InputError(
+                f"{folder} already holds {what}.",
+                "Give --resume to continue that run, --overwrite to replace it, or another --out.",
+            )
+
+
+def forget_run(folder: Path) -> None:
+    """Remove an earlier run's checkpoint and log; its adapter stays until the first better one."""
+    for name in (STATE, DIGEST, HISTORY):
+        (folder / name).unlink(missing_ok=True)
+
+
 def save_state(folder: Path, made_of: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write the checkpoint: `state`, and what it was `made_of` (options, data, backbone)."""
+    """Write the checkpoint: `state`, and what it was `made_of` (options, data, backbone).
+
+    Its SHA-256 is written first, beside that of the checkpoint before, so that a crash between the
+    two leaves a checkpoint that is known.
+    """
     buffer = io.BytesIO()
     torch.save({"made_of": dict(made_of), **state}, buffer)
-    write_atomic(folder / STATE, buffer.getvalue())
+    payload = buffer.getvalue()
+    known = [hashlib.sha256(payload).hexdigest()]
+    if (folder / STATE).is_file():
+        known.append(digest_file(folder / STATE))
+    write_atomic(folder / DIGEST, "\n".join(known) + "\n")
+    write_atomic(folder / STATE, payload)
 
 
 def load_state(
@@ -53,14 +89,12 @@ def load_state(
     path = folder / STATE
     if not path.exists():
         return None
+    _check_digest(path, folder / DIGEST)
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        then = state["made_of"]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainingError(
-            f"The checkpoint {path} is damaged ({type(error).__name__}).",
-            "Delete it and train again without --resume.",
-        ) from error
+        then = dict(state["made_of"])
+    except Exception as error:  # unpickling a damaged file raises nearly every builtin
+        raise _damaged(path, type(error).__name__) from error
     changed = [name for name in made_of if made_of[name] != then.get(name)]
     if changed:
         raise TrainingError(
@@ -70,14 +104,48 @@ def load_state(
     return state
 
 
+@contextmanager
+def restored(folder: Path) -> Iterator[None]:
+    """Around what puts a checkpoint's entries in place: one that does not fit is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise _damaged(folder / STATE, f"{type(error).__name__}: {error}") from error
+
+
+def _check_digest(path: Path, digest: Path) -> None:
+    """Raise `TrainingError` where the checkpoint is not the one that was written; those of runs
+    from before there were digests are taken as they are."""
+    if not digest.exists():
+        return
+    try:
+        known = digest.read_bytes().decode("ascii").split()
+        found = digest_file(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(digest, type(error).__name__) from error
+    if found not in known:
+        raise _damaged(path, "its SHA-256 differs")
+
+
+def _damaged(path: Path, reason: str) -> TrainingError:
+    return TrainingError(
+        f"The checkpoint {path} is damaged ({reason}).",
+        "Restore it, or train again with --overwrite instead of --resume.",
+    )
+
+
 def trim_history(folder: Path, progress: Progress) -> None:
     """Drop the log's rows that the run will write again; all of them where it starts afresh."""
     path = folder / HISTORY
     if not path.exists():
         return
+    rows = JsonlLog.read(path)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise DataError(f"{path}, row {number} has no step.", "Delete that line.")
     kept = [
         row
-        for row in JsonlLog.read(path)
+        for row in rows
         if (
             row["step"] <= progress.validated if "agreement" in row else row["step"] < progress.step
         )
@@ -85,19 +153,34 @@ def trim_history(folder: Path, progress: Progress) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that end a run: Ctrl-C, a scheduler's stop, a closed terminal."""
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that no step is half in the weights."""
-    before = signal.getsignal(signal.SIGINT)
-    held: list[tuple[Any, ...]] = []
+    """Hold `STOPPING` back until the block is done, so that no step is half in the weights."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    held: list[tuple[int, Any]] = []
     try:
-        signal.signal(signal.SIGINT, lambda *details: held.append(details))
-    except ValueError:  # not the main thread, which alone receives it
+        for number in STOPPING:
+            # One that is ignored, as under nohup, stays so.
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, lambda *details: held.append(details))
+    except ValueError:  # not the main thread, which alone receives them
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[0])
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+    if held:
+        handler = before[signal.Signals(held[0][0])]
+        if callable(handler):
+            handler(*held[0])
+        else:
+            signal.raise_signal(held[0][0])

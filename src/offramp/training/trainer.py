@@ -34,12 +34,16 @@ from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.provenance import provenance
-from offramp.storage import JsonlLog
+from offramp.storage import JsonlLog, locked_folder
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
+    FOLDER,
     HISTORY,
     Progress,
+    check_out,
+    forget_run,
     load_state,
+    restored,
     save_state,
     trim_history,
     undisturbed,
@@ -49,6 +53,11 @@ from offramp.training.feature_dataset import Stores, TrainingStates, progress_ba
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
 from offramp.training.losses import LossInputs
+from offramp.training.optimization import (
+    average_gradients,
+    build_optimizers,
+    set_learning_rate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +72,31 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     command: Sequence[str] = (),
 ) -> Adapter:
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
-    Ctrl-C leaves a checkpoint; `resume` goes on from the last one as if nothing had happened.
+    Ctrl-C leaves a checkpoint; `resume` continues from the last one, to the same result as if the
+    run had not been interrupted. `overwrite` replaces an adapter or checkpoint that is there.
 
     Raises:
+        InputError: `out` holds an adapter or a checkpoint, and neither was asked for.
+        StorageError: another run is writing to `out`, or it cannot be written.
         DataError: too few examples, no labels where the regime needs them, or an answer longer
             than the backbone's positions.
         TrainingError: a loss that is not finite (the last good adapter and checkpoint stay), or a
             checkpoint that cannot be resumed with this configuration and data.
     """
-    return Trainer(backbone, processor, examples, config, Path(out), command).run(resume)
+    out = Path(out)
+    check_out(out, resume=resume, overwrite=overwrite)
+    trainer = Trainer(backbone, processor, examples, config, out, command)
+    if not trainer.accelerator.is_main_process:  # the main one holds the folder for all
+        return trainer.run(resume)
+    with locked_folder(out / FOLDER):
+        if not resume:
+            forget_run(out)
+        return trainer.run(resume)
 
 
 class Trainer:
@@ -114,13 +135,8 @@ class Trainer:
             self.accelerator,
             out,
         )
-        self.generator_steps = torch.optim.AdamW(
-            self.exits.parameters(), lr=config.learning_rate, weight_decay=0.01
-        )
-        self.discriminator_steps = torch.optim.AdamW(
-            self.discriminators.parameters(),
-            lr=config.discriminator_learning_rate,
-            betas=(0.5, 0.9),
+        self.generator_steps, self.discriminator_steps = build_optimizers(
+            self.exits, self.discriminators, config
         )
         digest = examples_digest(self.examples)
         self.seen = {"train": sorted(picture_digests(self.examples))}
@@ -203,14 +219,14 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One generator and one discriminator step; the logged terms by depth."""
-        self._set_rate(step)
+        set_learning_rate(self.generator_steps, self.config, step)
         scene = self.game.loss_inputs(batch)
         loss, report = self.game.generator_loss(scene, step)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
         self.generator_steps.zero_grad()
         self.accelerator.backward(loss)
-        self._average(self.exits)
+        average_gradients(self.accelerator, self.exits)
         norm = float(nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0))
         self._check_finite("gradient's norm", norm, batch, step)
         self.generator_steps.step()
@@ -239,23 +255,9 @@ class Trainer:
         self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
         self.discriminator_steps.zero_grad()  # also of what the generator's loss left there
         self.accelerator.backward(loss)
-        self._average(self.discriminators)
+        average_gradients(self.accelerator, self.discriminators)
         self.discriminator_steps.step()
         return report
-
-    def _set_rate(self, step: int) -> None:
-        warm = max(1, min(50, self.config.steps // 10))
-        share = min(1.0, (step + 1) / warm)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-        for group in self.generator_steps.param_groups:
-            group["lr"] = self.config.learning_rate * share * max(0.05, cosine)
-
-    def _average(self, module: nn.Module) -> None:
-        """Mean of the gradients over processes."""
-        if self.accelerator.num_processes > 1:
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     # -- before the first step -------------------------------------------------------------------
 
@@ -357,17 +359,18 @@ class Trainer:
         save_state(self.out, self.made_of, state)
 
     def _restore(self) -> None:
-        """Take up the checkpoint in `out`, if there is one."""
+        """Continue from the checkpoint in `out`, if there is one."""
         state = load_state(self.out, self.made_of, self.backbone.device)
         if state is None:
             return
-        self.progress = Progress(**state["progress"])
-        self.best, self.agreement = state["best"], state["agreement"]
-        self.initial = state["initial"]
-        if (checks := state["checks"]) is not None:
-            self.shortlist, self.measured = checks["ids"], checks["found"]
-        for name, part in self._moving().items():
-            part.load_state_dict(state[name])
+        with restored(self.out):
+            self.progress = Progress(**state["progress"])
+            self.best, self.agreement = state["best"], state["agreement"]
+            self.initial = state["initial"]
+            if (checks := state["checks"]) is not None:
+                self.shortlist, self.measured = checks["ids"], checks["found"]
+            for name, part in self._moving().items():
+                part.load_state_dict(state[name])
 
     def _moving(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,39 @@
+"""The optimizers of a training run, their learning rate, and gradients of several processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.training.config import TrainConfig
+
+
+def build_optimizers(
+    exits: nn.Module, discriminators: nn.Module, config: TrainConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """AdamW for the exits (generator) and for the discriminators."""
+    generator = torch.optim.AdamW(exits.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    discriminator = torch.optim.AdamW(
+        discriminators.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
+    )
+    return generator, discriminator
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
+    """The exits' rate at `step`: a linear start, then a cosine down to a twentieth."""
+    warm = max(1, min(50, config.steps // 10))
+    share = min(1.0, (step + 1) / warm)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * share * max(0.05, cosine)
+
+
+def average_gradients(accelerator: Any, module: nn.Module) -> None:
+    """Mean of the gradients over processes."""
+    if accelerator.num_processes > 1:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
