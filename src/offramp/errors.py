@@ -83,5 +83,12 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
             raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))
 
 
+_LONGEST = 2000
+"""Letters of the longest line: a damaged file may hold a name of a million."""
+
+
 def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
+    line = " ".join(line.strip() for line in str(text).splitlines() if line.strip())
+    # Half of a surrogate pair, as file names may hold, cannot be written to a terminal or a file.
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

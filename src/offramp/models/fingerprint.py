@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 _SIZES = ("model_type", "layers", "width", "vocabulary", "tensors")
 _TENSORS, _VALUES = 32, 8
-"""Tensors sampled in each part, and values sampled in each tensor; at most."""
+"""Tensors sampled in each part, nearly, and values sampled in each tensor, at most."""
+_ALIKE = 0.9
+"""Share of a sample that agrees, at least: precisions round differently."""
 
 PARTS = {
     "vision": "vision tower's weights",
@@ -39,7 +41,7 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
         "width": backbone.width,
         "vocabulary": backbone.vocabulary,
         "tensors": len(decoder),
-        "weights": _sample(decoder),
+        "weights": [value for values in _sample(decoder) for value in values],
         "parts": {name: _sample(tensors) for name, tensors in _parts(backbone).items()},
     }
 
@@ -53,14 +55,24 @@ def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
     for key in _SIZES:
         if saved.get(key) != now.get(key):
             return f"{key} is {now.get(key)}, not {saved.get(key)}"
-    samples = [("decoder's weights", saved["weights"], now["weights"])]
+    pairs = list(zip(saved["weights"], now["weights"], strict=False))
+    equal = sum(a == b for a, b in pairs) / max(1, len(pairs))
+    if len(saved["weights"]) != len(now["weights"]) or equal < _ALIKE:
+        return f"the decoder's weights differ ({equal:.0%} of a sample agree)"
     parts = saved.get("parts", {})
-    samples += [(PARTS[n], parts[n], now["parts"][n]) for n in PARTS if n in parts]
-    for what, then, here in samples:
-        equal = sum(a == b for a, b in zip(then, here, strict=False)) / max(1, len(then))
-        if len(then) != len(here) or (then and equal < 0.9):
-            return f"the {what} differ ({equal:.0%} of a sample agree)"
+    for name, what in PARTS.items():
+        if name in parts and not _same_part(parts[name], now["parts"][name]):
+            return f"the {what} differ"
     return None
+
+
+def _same_part(saved: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> bool:
+    """Whether two samples are of one part: nearly all values agree, and half of each tensor's."""
+    if [len(values) for values in saved] != [len(values) for values in now]:
+        return False
+    equal = [[a == b for a, b in zip(*rows, strict=True)] for rows in zip(saved, now, strict=True)]
+    total, every = sum(map(sum, equal)), sum(map(len, equal))
+    return total >= _ALIKE * every and all(2 * sum(row) >= len(row) for row in equal)
 
 
 def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
@@ -87,12 +99,12 @@ def _parameters(module: nn.Module | None) -> list[Tensor]:
     return [] if module is None else list(module.parameters())
 
 
-def _sample(tensors: Sequence[Tensor]) -> list[int]:
-    """Up to `_VALUES` evenly spaced values of up to `_TENSORS` evenly spaced tensors, as the bits
-    of their bfloat16."""
-    found: list[int] = []
+def _sample(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Up to `_VALUES` evenly spaced values of each of about `_TENSORS` evenly spaced tensors, as
+    the bits of their bfloat16."""
+    found: list[list[int]] = []
     for tensor in tensors[:: max(1, len(tensors) // _TENSORS)]:
         flat = tensor.detach().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
-        found += values.to(torch.bfloat16).view(torch.int16).tolist()
+        found.append(values.to(torch.bfloat16).view(torch.int16).tolist())
     return found

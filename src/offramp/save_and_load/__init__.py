@@ -142,6 +142,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         AdapterError: trained for a backbone that differs from this one (the text says in what), or
             a file is missing, damaged, or not the one that adapter.json was written with.
     """
+    _check_digests(config)
     difference = same_backbone(config.fingerprint, backbone.fingerprint())
     if difference is not None:
         raise AdapterError(
@@ -154,7 +155,6 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         check_policy_depths(config.policy, config.depths)
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
-    _check_digests(config)
     return AdapterParts(
         exits=ExitSet(
             _load_exits(config, backbone),
@@ -250,6 +250,10 @@ def _load_checks(
             f"{path}: the shortlist does not fit this backbone.",
             "Restore the folder, or learn it again: offramp train --shortlist N.",
         )
+    missing = set(config.policy.gates) - gates
+    if missing or (config.policy.shortlist and shortlist is None):
+        what = f"gate at depth {min(missing)}" if missing else "shortlist"
+        raise AdapterError(f"{path} has no {what}, which the policy needs.", RESTORE)
     return shortlist, {
         d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in gates
     }

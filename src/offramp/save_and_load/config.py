@@ -221,7 +221,10 @@ def _fingerprint(entries: _Entries) -> dict[str, Any]:
         entries.get(name, int)
     parts = entries.values.get("parts", {})
     samples = [("weights", entries.get("weights", list))]
-    samples += (entries.get("parts", dict) if parts else {}).items()
+    for name, rows in (entries.get("parts", dict) if parts else {}).items():
+        if not isinstance(rows, list):
+            entries.fail(f"the sample {name[:60]!r} is {_shown(rows)}")
+        samples += [(name, row) for row in rows]
     for name, sample in samples:
         if not isinstance(sample, list) or not all(type(value) is int for value in sample):
             entries.fail(f"the sample {name[:60]!r} is {_shown(sample)}")

@@ -53,11 +53,7 @@ from offramp.training.feature_dataset import Stores, TrainingStates, progress_ba
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
 from offramp.training.losses import LossInputs
-from offramp.training.optimization import (
-    average_gradients,
-    build_optimizers,
-    set_learning_rate,
-)
+from offramp.training.optimization import average_gradients, build_optimizers, set_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -389,8 +385,6 @@ class Trainer:
         trim_history(self.out, self.progress)
         with JsonlLog(self.out / HISTORY) as history:
             yield history
-
-    # -- telling ------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:

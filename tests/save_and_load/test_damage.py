@@ -1,0 +1,374 @@
+"""A damaged file of an adapter or a checkpoint loads equal, or is refused in two lines.
+
+2,000 seeded mutations of every file, and 600 of adapter.json and the tensors whose digests were
+made again, as somebody could who wants to do harm: those load or are refused in two lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.errors import AdapterError, DataError, OfframpError, TrainingError
+from offramp.models.backbone import Backbone
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.shortlist import Gate
+from offramp.save_and_load import CARD, CHECKS, CONFIG, DISCRIMINATORS, EXITS, SEEN
+from offramp.save_and_load.config import sealed
+from offramp.storage import JsonlLog, digest_file
+from offramp.training.checkpoint import (
+    DIGEST,
+    HISTORY,
+    STATE,
+    Progress,
+    load_state,
+    restored,
+    save_state,
+    trim_history,
+)
+
+Bytes = Callable[[bytes, random.Random], bytes]
+MADE_OF = {"steps": 4, "examples": "abc"}
+
+
+@pytest.fixture(scope="module")
+def opt() -> Backbone:
+    return Backbone(families.build("blip2-opt"))
+
+
+@pytest.fixture(scope="module")
+def whole(opt: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with every file that one can have, and the checkpoint of its training."""
+    folder = tmp_path_factory.mktemp("whole") / "exits"
+    depths = (2,)
+    gate = Gate(torch.randn(opt.width), torch.randn(()))
+    found = {"shortlist": {"size": 4, "miss_rate": 0.01}, "gates": {"2": {"saved": 0.3}}}
+    exits, ids = Exits(opt, depths), torch.tensor([9, 12, 20, 33])
+    Adapter(
+        opt,
+        ExitSet(exits, ids, {2: gate}, build_discriminators(opt.width, depths), found),
+        ExitPolicy({2: 0.5}, shortlist=True, gates={2: 0.25}, drafts={2: 0.125}),
+        provenance={"seed": 7, "command": "offramp train"},
+        metrics={"agreement": {"2": 0.75}, "step": 10},
+        calibration={"risk": "disagreement", "target": 0.01, "measured": None},
+        seen={"train": ["aa", "bb"], "calibration": ["cc"]},
+    ).save(folder)
+    state = {"progress": vars(Progress(4, 4, 0.5, 2, 1)), "exits": exits.state_dict()}
+    save_state(folder, MADE_OF, state)
+    with JsonlLog(folder / HISTORY) as history:
+        for step in range(4):
+            history.append({"step": step, "loss": 0.5})
+        history.append({"step": 4, "agreement": {"2": 0.75}})
+    return folder
+
+
+# -- mutations ----------------------------------------------------------------------------------
+
+
+def flip(content: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+
+
+def overwrite(content: bytes, draw: random.Random) -> bytes:
+    place, n = draw.randrange(len(content)), draw.choice((1, 4, 64))
+    return content[:place] + draw.randbytes(n) + content[place + n :]
+
+
+def cut(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(len(content))]
+
+
+def remove(content: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(content))
+    return content[:place] + content[place + draw.choice((1, 8, 512)) :]
+
+
+def repeat(content: bytes, draw: random.Random) -> bytes:
+    place, n = draw.randrange(len(content)), draw.choice((1, 8, 512))
+    return content[: place + n] + content[place:]
+
+
+def zero(content: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(content))
+    return content[:place] + bytes(min(4096, len(content) - place)) + content[place + 4096 :]
+
+
+def early(content: bytes, draw: random.Random) -> bytes:
+    """A flip near the start, where headers are."""
+    head = min(len(content), 400)
+    return flip(content[:head], draw) + content[head:]
+
+
+MUTATIONS: tuple[Bytes, ...] = (flip, flip, early, overwrite, cut, remove, repeat, zero)
+FILES = {
+    CONFIG: 700, EXITS: 300, CHECKS: 250, DISCRIMINATORS: 200, SEEN: 200, CARD: 50, STATE: 200,
+    DIGEST: 100,
+}  # fmt: skip
+"""Mutations of each file: 2,000."""
+REFUSED = (AdapterError, TrainingError, DataError)
+
+
+def parts(folder: Path, backbone: Backbone) -> list[Any]:
+    """All that loading reads, comparable."""
+    loaded = Adapter.load(folder, backbone)
+    exits = loaded.exits
+    assert exits.discriminators is not None and exits.shortlist is not None
+    tensors = [exits.modules.state_dict(), exits.discriminators.state_dict()]
+    tensors.append({"shortlist": exits.shortlist, **vars(exits.gates[2])})
+    state = load_state(folder, MADE_OF, torch.device("cpu"))
+    assert state is not None
+    tensors.append(state["exits"])
+    numbers = [{n: t.numpy().tobytes() for n, t in some.items()} for some in tensors]
+    plain = [loaded.policy, loaded.metrics, loaded.provenance, loaded.calibration, loaded.seen]
+    return [*numbers, *plain, exits.measured, state["progress"]]
+
+
+def assert_two_lines(error: OfframpError) -> None:
+    lines = str(error).split("\n")
+    assert len(lines) == 2 and max(map(len, lines)) <= 2000
+
+
+def test_two_thousand_mutations_load_equal_or_are_refused(
+    whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    expected, refused = parts(folder, opt), 0
+    for name, times in FILES.items():
+        draw, content = random.Random(name), (folder / name).read_bytes()
+        for number in range(times):
+            mutation = draw.choice(MUTATIONS)
+            (folder / name).write_bytes(mutation(content, draw))
+            try:
+                assert parts(folder, opt) == expected, f"{name}, {number}: {mutation.__name__}"
+            except REFUSED as error:
+                assert_two_lines(error)
+                refused += 1
+        (folder / name).write_bytes(content)
+    assert sum(FILES.values()) == 2000 and refused > 1500
+    assert parts(folder, opt) == expected
+
+
+# -- somebody who wants to do harm ----------------------------------------------------------------
+
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**70, 1e308, -0.5, 2.5, "", "x", "\ud800", "9" * 5000, [], {}, [[]],
+    ["x"], [2**70], {"x": 1}, {"2": None}, {"2": -1.0}, {"2": 2}, {"\u0661": 0.5},
+    {"99999999999": 1}, {"hidden": 10**9}, {"conditional": 3}, json.loads("[" * 400 + "]" * 400),
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values inside a JSON value."""
+    inside = value.items() if isinstance(value, dict) else []
+    return [path, *(p for key, inner in inside for p in places(inner, (*path, key)))]
+
+
+def crafted(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """A copy with one to three entries replaced, removed or added."""
+    config = json.loads(json.dumps(config))
+    for _ in range(draw.randint(1, 3)):
+        *path, last = draw.choice([p for p in places(config) if p])
+        inner = config
+        for key in path:
+            inner = inner[key]
+        match draw.choice(("replace", "replace", "remove", "add")):
+            case "replace":
+                inner[last] = draw.choice(VALUES)
+            case "remove":
+                del inner[last]
+            case _:
+                inner[draw.choice(("hidden", "layers", "", "x" * 300))] = draw.choice(VALUES)
+    return config
+
+
+def test_a_config_crafted_to_harm_loads_or_is_refused(
+    whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    config = json.loads((folder / CONFIG).read_text())
+    del config["digest"]
+    draw, refused = random.Random(1), 0
+    for _ in range(400):
+        changed = crafted(config, draw)
+        with contextlib.suppress(OfframpError):  # what has no digest comes without
+            changed = sealed(changed)
+        (folder / CONFIG).write_text(json.dumps(changed))
+        try:
+            Adapter.load(folder, opt)
+        except AdapterError as error:
+            assert_two_lines(error)
+            refused += 1
+    assert 200 < refused < 400
+
+
+def odd_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> None:
+    """Change one of the tensors."""
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name]
+    match draw.choice(("nan", "inf", "int8", "shape", "empty", "remove", "add", "double", "huge")):
+        case "nan" | "inf" as what if tensor.is_floating_point():
+            tensor.view(-1)[draw.randrange(tensor.numel())] = float(what)
+        case "int8":
+            tensors[name] = tensor.to(torch.int8)
+        case "shape":
+            tensors[name] = tensor[None].contiguous()
+        case "empty":
+            tensors[name] = tensor.new_zeros(0)
+        case "remove":
+            del tensors[name]
+        case "add":
+            tensors[draw.choice(("gates.2.x", "gates.x.weight", "gates", "3.x", "shortlist.1"))] = (
+                torch.ones(2)
+            )
+        case "double":
+            tensors[name] = tensor.double()
+        case _:
+            tensors[name] = tensor.new_full(tensor.shape, 10**9).double() * 1e300
+
+
+def test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise(
+    whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    config = json.loads((folder / CONFIG).read_text())
+    del config["digest"]
+    draw, refused = random.Random(2), 0
+    expected = parts(folder, opt)
+    for name in (EXITS, CHECKS, DISCRIMINATORS):
+        content = (folder / name).read_bytes()
+        for _ in range(60):
+            tensors = load_file(whole / name)
+            odd_tensors(tensors, draw)
+            save_file(tensors, folder / name)
+            files = {**config["files"], name: digest_file(folder / name)}
+            (folder / CONFIG).write_text(json.dumps(sealed({**config, "files": files})))
+            try:
+                now = parts(folder, opt)
+                assert now[0] == expected[0] and len(now) == len(expected)
+            except AdapterError as error:
+                assert_two_lines(error)
+                refused += 1
+        (folder / name).write_bytes(content)
+    assert refused > 100
+
+
+def test_a_discriminator_of_fourteen_gigabytes_is_refused_before_it_is_built(
+    whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    config = json.loads((folder / CONFIG).read_text())
+    del config["digest"]
+    config["discriminators"]["hidden"] = 60_000
+    (folder / CONFIG).write_text(json.dumps(sealed(config)))
+    with pytest.raises(AdapterError, match=r"'discriminators\.hidden' is not known"):
+        Adapter.load(folder, opt)
+
+
+def test_a_crash_between_two_renames_is_noticed(whole: Path, opt: Backbone, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    exits = Exits(opt, (2,))
+    with torch.no_grad():
+        next(exits.parameters()).add_(1.0)
+    Adapter(opt, exits).save(tmp_path / "newer")
+    shutil.copy(tmp_path / "newer" / EXITS, folder / EXITS)
+    with pytest.raises(AdapterError, match="a save was interrupted"):
+        Adapter.load(folder, opt)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_crash_between_the_digest_and_the_checkpoint_leaves_the_one_before(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    from offramp.training import checkpoint
+
+    write, names = checkpoint.write_atomic, []
+
+    def crash(path: Path, data: Any) -> None:
+        names.append(path.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(folder, MADE_OF, {"progress": {}})
+    state = load_state(folder, MADE_OF, torch.device("cpu"))
+    assert state is not None and state["progress"]["step"] == 4
+
+
+@pytest.mark.parametrize("error", [KeyError("exits"), RuntimeError("size mismatch\nfor x")])
+def test_a_checkpoint_whose_entries_do_not_fit_is_refused(error: Exception, whole: Path) -> None:
+    with pytest.raises(TrainingError) as caught, restored(whole):
+        raise error
+    assert_two_lines(caught.value)
+
+
+def test_a_damaged_training_log_is_refused_or_read(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    content, draw = (folder / HISTORY).read_bytes(), random.Random(3)
+    for _ in range(200):
+        (folder / HISTORY).write_bytes(draw.choice(MUTATIONS)(content, draw))
+        try:
+            trim_history(folder, Progress(4, 4))
+        except DataError as error:
+            assert_two_lines(error)
+
+
+# -- wrong backbones ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("vision_model", "vision tower"),
+        ("qformer", "Q-Former"),
+        ("language_projection", "Q-Former"),
+        ("language_model.model.decoder.embed_tokens", "embeddings"),
+        ("language_model.lm_head", "LM head"),
+    ],
+)
+def test_a_backbone_with_another_part_is_refused(
+    part: str, words: str, whole: Path, opt: Backbone
+) -> None:
+    model = families.build("blip2-opt")
+    model.language_model.lm_head.weight = torch.nn.Parameter(
+        model.language_model.lm_head.weight.clone()
+    )
+    with torch.no_grad():
+        for parameter in model.get_submodule(part).parameters():
+            parameter.normal_(0.0, 0.2)
+    with pytest.raises(AdapterError, match=f"{words}.* differ"):
+        Adapter.load(whole, Backbone(model))
+
+
+def test_another_precision_is_the_same_backbone(whole: Path) -> None:
+    Adapter.load(whole, Backbone(families.build("blip2-opt", torch.bfloat16)))
+
+
+def test_an_adapter_from_before_the_digests_loads(
+    whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    config = json.loads((folder / CONFIG).read_text())
+    for name in ("digest", "files"):
+        del config[name]
+    del config["backbone"]["fingerprint"]["parts"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert parts(folder, opt) == parts(whole, opt)
