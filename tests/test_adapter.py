@@ -92,7 +92,9 @@ def test_damaged_notes_of_what_was_seen_are_refused(
 ) -> None:
     (saved_adapter / SEEN).write_text(text)
     config = {n: v for n, v in unsealed(saved_adapter).items() if n != "files"}
-    (saved_adapter / CONFIG).write_text(json.dumps(config))  # as in adapters from before the digests
+    (saved_adapter / CONFIG).write_text(
+        json.dumps(config)
+    )  # as in adapters from before the digests
     with pytest.raises(AdapterError, match=SEEN):
         Adapter.load(saved_adapter, opt)
 

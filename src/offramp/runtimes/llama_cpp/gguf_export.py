@@ -29,8 +29,9 @@ from offramp.adapter import Adapter
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import policy_to_json
 from offramp.errors import InputError, did_you_mean
-from offramp.models.backbone import Backbone, dump_fingerprint
+from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
+from offramp.models.fingerprint import dump_fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
     Architecture,
     architecture_of,

@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.adapter import Adapter
 from offramp.errors import AdapterError, OfframpError
-from offramp.models.backbone import same_backbone
+from offramp.models.fingerprint import same_backbone
 from offramp.runtimes.llama_cpp.gguf_export import DIGESTS, FORMAT, exits_digest
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.storage import digest_file, read_json
