@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks.readme import PAGES, filled
-from benchmarks.tables.markdown import fill, table
+from benchmarks.tables.markdown import fill, record, table
+
+from benchmarks import picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +27,23 @@ def test_every_figure_of_a_page_is_its_records(name: str) -> None:
 def test_no_line_starts_with_a_figure(name: str) -> None:
     """There a comment would begin a block of HTML, whose Markdown is not rendered."""
     assert not re.findall(r"^\s*<!-- figure", page(name), re.MULTILINE)
+
+
+def test_the_readmes_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    caption, depths = capsys.readouterr().out.strip().splitlines()
+    assert caption.startswith("one object on white")
+    assert depths.startswith("[2, 2, ") and depths.endswith("of 12 layers")
+
+
+def test_the_picture_is_its_record() -> None:
+    image = re.compile('href="[^"]*"')  # another zlib packs the same pixels otherwise
+    drawn = picture.draw(record("picture"))
+    assert image.sub("", page("docs/early-exit.svg")) == image.sub("", drawn)
+    modes = record("picture")["modes"]
+    assert modes["early_exit"]["words"] == modes["full"]["words"]
 
 
 def test_the_readme_is_short() -> None:

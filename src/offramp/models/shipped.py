@@ -28,3 +28,15 @@ def load_tiny(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Backbone, 
     backbone = Backbone.from_pretrained(folder, dtype=dtype)
     backbone.name = f"offramp/tiny-{kind}"
     return backbone, AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def tiny_exits(kind: str) -> Path:
+    """Folder of the exits that ship for a tiny model, for `Adapter.from_pretrained`: those of
+    `offramp demo`, calibrated. Raise `InputError` if none ship."""
+    folder = tiny_folder(kind).with_name(f"{kind}_exits")
+    if not folder.is_dir():
+        raise InputError(
+            f"No exits for the tiny model {kind!r} ship with offramp.",
+            f"Train them in a few minutes: offramp demo --backbone {kind}.",
+        )
+    return folder

@@ -95,7 +95,7 @@ def words(ids: Sequence[int], tokenizer: Any) -> list[str]:
 def token(text: str, depth: int, layers: int) -> str:
     """A token in the colour of its depth, which it also names."""
     color = depth_color(depth, layers)
-    ink = "#000" if _luminance(color) > _DARK else "#fff"
+    ink = ink_on(color)
     where = "full depth" if depth == layers else f"depth {depth} of {layers}"
     return (
         f'<span class="t" style="background:{color};color:{ink}" title="{where}">{escape(text)}'
@@ -118,6 +118,11 @@ def picture(example: Example, name: str) -> str:
     source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     width, height = image.size
     return f'<img src="{source}" alt="{escape(name)}" width="{width}" height="{height}">'
+
+
+def ink_on(color: str) -> str:
+    """Black or white, whichever can be read on "#rrggbb"."""
+    return "#000" if _luminance(color) > _DARK else "#fff"
 
 
 def _luminance(color: str) -> float:
