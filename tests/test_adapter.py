@@ -291,7 +291,7 @@ def test_discriminators_saved_when_they_had_one_option_load(
 
 def test_lens_exits_are_not_saved(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Lens exits have no tensors"):
-        Adapter(opt, Exits(opt, DEPTHS, lens=True)).save(tmp_path / "adapter")
+        Adapter(opt, Exits(opt, DEPTHS, kind="lens")).save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 

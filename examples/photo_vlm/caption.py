@@ -60,7 +60,7 @@ def said(
 
     backbone, encoder = load(model, dtype)
     if mode == "full":
-        ours = Adapter(backbone, Exits(backbone, (1,), lens=True), FULL)
+        ours = Adapter(backbone, Exits(backbone, (1,), kind="lens"), FULL)
     else:
         ours = Adapter.load(adapter, backbone)
         ours = ours.with_policy(replace(ours.policy, lossless=mode == "lossless"))

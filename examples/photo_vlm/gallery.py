@@ -39,7 +39,7 @@ def page(model: Path, adapter: Path, examples: list[Example], shown: int) -> str
     """HTML of `shown` of the photographs: half that early exit changed, half that it did not."""
     backbone, encoder = load(model)
     ours = Adapter.load(adapter, backbone)
-    full = Adapter(backbone, Exits(backbone, ours.exits.depths[:1], lens=True))
+    full = Adapter(backbone, Exits(backbone, ours.exits.depths[:1], kind="lens"))
     done: Done = {}
     scores = {}
     for mode, some, policy in (("full", full, FULL), ("early_exit", ours, ours.policy)):

@@ -152,7 +152,7 @@ class Photos:
     @cached_property
     def none(self) -> Adapter:
         """The full model."""
-        return Adapter(self.backbone, Exits(self.backbone, self.depths[:1], lens=True))
+        return Adapter(self.backbone, Exits(self.backbone, self.depths[:1], kind="lens"))
 
     @cached_property
     def full(self) -> dict[tuple[str, int], list[Answer]]:

@@ -11,14 +11,17 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
 if TYPE_CHECKING:
     from offramp.adapter import Adapter as Adapter
     from offramp.data.example import Example as Example
+    from offramp.engine.confidence import register_score as register_score
     from offramp.engine.generate import generate as generate
     from offramp.engine.policy import ExitPolicy as ExitPolicy
     from offramp.engine.policy import GenerationOutput as GenerationOutput
     from offramp.models.backbone import Backbone as Backbone
     from offramp.models.exits import Exits as Exits
+    from offramp.models.exits import register_exit as register_exit
     from offramp.models.registry import Family as Family
     from offramp.models.registry import register_backbone as register_backbone
     from offramp.training.config import TrainConfig as TrainConfig
+    from offramp.training.losses import register_loss as register_loss
 
 _HOMES = {
     "Adapter": "adapter",
@@ -31,6 +34,9 @@ _HOMES = {
     "TrainConfig": "training.config",
     "generate": "engine.generate",
     "register_backbone": "models.registry",
+    "register_exit": "models.exits",
+    "register_loss": "training.losses",
+    "register_score": "engine.confidence",
 }
 
 

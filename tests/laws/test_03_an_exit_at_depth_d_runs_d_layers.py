@@ -107,7 +107,7 @@ def test_an_exit_switched_off_is_not_even_computed(batch):
 def test_an_exit_that_keeps_no_keys_skips_layers_like_any_other(name, backbone, batch, scored):
     whole = backbone(name)
     first, second = families.depths(name)
-    lens = Exits(whole, (first, second), lens=True)
+    lens = Exits(whole, (first, second), kind="lens")
     for kv, prefill in (("recompute", True), ("propagate", True), ("propagate", False)):
         scored(Dice(3))
         policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=prefill)

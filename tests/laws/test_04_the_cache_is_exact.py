@@ -34,7 +34,7 @@ def test_recompute_is_exact_with_an_exit_at_every_depth(name, lens, backbone, ex
     """Of exits that keep keys and values of their own, and of such as keep none."""
     whole = backbone(name, wide=CALM)
     depths = tuple(range(1, whole.depth))
-    parts = Exits(whole, depths, lens=True) if lens else exits(name, wide=CALM, depths=depths)
+    parts = Exits(whole, depths, kind="lens") if lens else exits(name, wide=CALM, depths=depths)
     for rows, prefill in ((1, False), (4, False), *([(1, True), (4, True)] if lens else [])):
         scored(Dice(8))
         threshold = 0.75 if rows == 1 and not lens else 0.6
@@ -97,7 +97,10 @@ def test_the_cache_is_exact_though_a_lens_keeps_no_keys(name, backbone, batch, s
     scored(Dice(5))
     whole, inputs = backbone(name, wide=CALM), batch(name, 4)
     first, second = families.depths(name)
-    exits, policy = Exits(whole, (first, second), lens=True), ExitPolicy({first: 0.4, second: 0.5})
+    exits, policy = (
+        Exits(whole, (first, second), kind="lens"),
+        ExitPolicy({first: 0.4, second: 0.5}),
+    )
     _, errors = errors_by_depth(whole, exits, inputs, policy)
     assert set(errors) == {first, second, whole.depth}
     assert max(errors.values()) <= EXACT, errors

@@ -56,7 +56,7 @@ def test_output_is_the_full_models_whether_drafts_are_accepted_never_sometimes_o
         assert accepted(rejected) == 0
     else:
         scored(Dice(5))
-        lens = Exits(whole, families.depths(name), lens=True)  # keeps no keys of its own
+        lens = Exits(whole, families.depths(name), kind="lens")  # keeps no keys of its own
         made(lens, lossless(name, 0.1, depths=lens.depths))
     scored(Dice(5))
     made(exits(name), lossless(name, 0.3 if rows == 1 else 0.1))
@@ -140,7 +140,7 @@ def test_output_is_greedy_whatever_the_score_of_the_drafts(
 @pytest.mark.parametrize("name", ["llava", "blip2-t5", "gemma3"])
 def test_output_is_greedy_where_saturation_of_a_lens_drafts(name, backbone, batch):
     whole = backbone(name)
-    lens = Exits(whole, families.depths(name), lens=True)
+    lens = Exits(whole, families.depths(name), kind="lens")
     policy = ExitPolicy(dict.fromkeys(lens.depths, 0.9), score="saturation", lossless=True)
     for rows in (1, 4):
         inputs = batch(name, rows)

@@ -29,7 +29,7 @@ def test_state_dict_keys_start_with_the_depth(backbone):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lens_reads_the_state_that_enters_the_layer_as_if_it_were_the_last(name, backbone, batch):
     whole = backbone(name)
-    exits = Exits(whole, range(1, whole.depth), lens=True)
+    exits = Exits(whole, range(1, whole.depth), kind="lens")
     entered = {}
     handles = [
         whole.layers[d].register_forward_pre_hook(lambda _, args, d=d: entered.update({d: args[0]}))
@@ -48,7 +48,7 @@ def test_a_lens_reads_the_state_that_enters_the_layer_as_if_it_were_the_last(nam
 
 
 def test_a_lens_has_no_parameters(backbone):
-    exits = Exits(backbone("llava"), (2, 4), lens=True)
+    exits = Exits(backbone("llava"), (2, 4), kind="lens")
     assert not list(exits.parameters()) and not exits.state_dict()
 
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,16 @@ def training_options(parser: argparse.ArgumentParser, names: Collection[str] = T
     hints = typing.get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
         if field.name in names:
-            _training_option(
-                parser, field.name, hints[field.name], field.default, dict(field.metadata)
-            )
+            default = field.default if field.default_factory is MISSING else None
+            _training_option(parser, field.name, hints[field.name], default, dict(field.metadata))
 
 
 def training_config(
     arguments: argparse.Namespace, names: Collection[str] = TRAINING, **more: Any
 ) -> TrainConfig:
     """What the flags of these fields say, and `more`."""
-    return TrainConfig(**{name: getattr(arguments, name) for name in names}, **more)
+    given = {name: getattr(arguments, name) for name in names}
+    return TrainConfig(**{**given, "losses": given.get("losses") or {}}, **more)
 
 
 def _training_option(
@@ -91,7 +91,9 @@ def _training_option(
             flag, action=argparse.BooleanOptionalAction, default=default, help=shown
         )
         return
-    parse: Any = _depths if name == "depths" else hint if isinstance(hint, type) else _whole_or_none
+    parse: Any = metadata.get("parse") or (hint if isinstance(hint, type) else _whole_or_none)
+    if name == "depths":
+        parse = _depths
     parser.add_argument(
         flag, type=parse, default=default, choices=metadata.get("choices"), help=shown
     )

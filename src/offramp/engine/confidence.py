@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": margin,
     "entropy": entropy,
 }
-"""Scores [B] of one exit's logits [B, V] by name; more may be added."""
+"""Scores [B] of one exit's logits [B, V] by name."""
 
 STREAKS: dict[str, Callable[[Sequence[int], Mapping[int, float]], Callable[..., Tensor]]] = {
     "patience": Patience,
@@ -133,8 +134,34 @@ STREAKS: dict[str, Callable[[Sequence[int], Mapping[int, float]], Callable[..., 
 """Scores over the exits of one token by name: built from depths and weights, then called with each
 exit's depth and logits [B, V] in order of depth."""
 
-FEATURE_SCORES = ("saturation", "discriminator")
-"""Scores of hidden states, which need no logits."""
+FEATURE_SCORES: dict[str, Callable[[Any], Tensor]] = {
+    "saturation": lambda check: saturation(check.entry, check.previous),
+    "discriminator": lambda check: check.verdict.sigmoid(),
+}
+"""Scores [B] of a whole exit check (`offramp.engine.exit_check.ExitCheck`) by name: of hidden
+states, position or previous token. Those that do not ask for logits run no LM head."""
+
+_BUILT_IN = frozenset((*SCORES, *STREAKS, *FEATURE_SCORES))
+
+
+def register_score(name: str, score: Callable[[Any], Tensor], *, reads: str = "logits") -> None:
+    """Give a confidence score a name that policies, calibration and the command line know.
+
+    score: to [B] in [0, 1], larger is safer. With `reads="logits"` it takes one exit's logits
+        [B, V]. With `reads="check"` it takes an `ExitCheck`: `state` and `entry` [B, D], `features`
+        [B, D], `logits` [B, V], `depth`, `position` [B] in the answer from 0, `previous_token` [B];
+        calibration then decodes instead of replaying.
+
+    Raises:
+        InputError: the name is a built-in score's, or `reads` is neither.
+    """
+    if name in _BUILT_IN:
+        raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
+    if reads not in ("logits", "check"):
+        raise InputError(
+            f"A score cannot read {reads!r}.", did_you_mean(str(reads), ("logits", "check"))
+        )
+    (SCORES if reads == "logits" else FEATURE_SCORES)[name] = score
 
 
 def logits_score(
@@ -151,7 +178,7 @@ def logits_score(
 
 
 def check_score(name: str) -> str:
-    """`name`, or `InputError` with the names there are; scores added to `SCORES` are known too."""
+    """`name`, or `InputError` with the names there are."""
     known = (*SCORES, *STREAKS, *FEATURE_SCORES)
     if name not in known:
         raise InputError(f"Score {name!r} is not known.", did_you_mean(str(name), known))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.confidence import (
+    FEATURE_SCORES,
     check_thresholds,
     check_weights,
     logits_score,
-    saturation,
 )
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
@@ -34,7 +34,8 @@ class ExitCheck:
     """A token of each row at one exit. Score and logits are computed when first asked for.
 
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
-    decoder layer before `entry`, where the score reads it.
+    decoder layer before `entry`, where the score reads it. position: of the token in the answer
+    [B], from 0. previous_token: the id [B] that the token follows.
     """
 
     scorer: ExitScorer
@@ -43,6 +44,8 @@ class ExitCheck:
     entry: Tensor
     previous: Tensor | None
     constrain: Constrain | None
+    position: Tensor | None = None
+    previous_token: Tensor | None = None
 
     @cached_property
     def features(self) -> Tensor:
@@ -73,6 +76,13 @@ class ExitCheck:
         whole, ids = self.constrain(self.logits), self.scorer.shortlist
         return whole if ids is None else whole[:, ids]
 
+    @property
+    def verdict(self) -> Tensor:
+        """The discriminator's logits [B], high for the final layer's own features."""
+        assert self.scorer.discriminators is not None
+        judge = self.scorer.discriminators[str(self.depth)]
+        return judge(self.features.float(), self.entry.float())  # type: ignore[no-any-return]
+
     @cached_property
     def score(self) -> Tensor:
         """[B], in [0, 1]."""
@@ -99,7 +109,8 @@ class ExitScorer:
         self.head = None
         if exits is not None and self.shortlist is not None:
             self.head = exits.shortlist_head(backbone)
-        self.score = _score_of(policy, depths, None if exits is None else exits.discriminators)
+        self.discriminators = None if exits is None else exits.discriminators
+        self.score = _score_of(policy, depths, self.discriminators)
 
     def __call__(
         self,
@@ -108,9 +119,13 @@ class ExitScorer:
         entry: Tensor,
         previous: Tensor | None = None,
         constrain: Constrain | None = None,
+        **token: Tensor,
     ) -> ExitCheck:
-        """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`."""
-        return ExitCheck(self, depth, state, entry, previous, constrain)
+        """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`.
+
+        token: its `position` and `previous_token`, where they are known.
+        """
+        return ExitCheck(self, depth, state, entry, previous, constrain, **token)
 
 
 class ExitDecider:
@@ -130,17 +145,24 @@ class ExitDecider:
         self.logits: Tensor | None = None
         self.depths: Tensor
         self.scores: Tensor
-        watches = policy.score == "saturation"
+        watches = policy.score in FEATURE_SCORES
         self.watched = frozenset(d - 1 for d in self.thresholds) if watches else frozenset()
         self._layers = backbone.depth
         self._gates = gates_of_policy(policy, exits)
         self._open: Tensor  # rows [B] that have not exited
         self._constrain: Constrain | None = None
+        self._token: dict[str, Tensor] = {}
         self._fresh: tuple[Tensor, Tensor] | None = None  # depths, scores before the first check
 
-    def begin(self, unfinished: Tensor, constrain: Constrain | None, *, check: bool) -> None:
-        """A new token for each of the rows [B]; with `check=False` none exits."""
+    def begin(
+        self, unfinished: Tensor, constrain: Constrain | None, *, check: bool, **token: Tensor
+    ) -> None:
+        """A new token for each of the rows [B]; with `check=False` none exits.
+
+        token: its `position` and `previous_token` [B].
+        """
         self.checks, self._constrain, self.logits = check, constrain, None
+        self._token = token
         self._open = unfinished
         if self._fresh is None or len(self._fresh[0]) != len(unfinished):
             rows, device = len(unfinished), unfinished.device
@@ -164,7 +186,7 @@ class ExitDecider:
         self, depth: int, state: Tensor, entry: Tensor, previous: Tensor | None, candidates: Tensor
     ) -> bool:
         """Let confident `candidates` [B] exit at `depth`; True once every unfinished row has."""
-        check = self.scorer(depth, state, entry, previous, self._constrain)
+        check = self.scorer(depth, state, entry, previous, self._constrain, **self._token)
         threshold = self.thresholds[depth]
         if threshold == 0.0:
             self.scores = self.scores.masked_fill(candidates, float("nan"))
@@ -237,18 +259,9 @@ def _score_of(
     of_logits = logits_score(policy.score, depths, policy.weights)
     if of_logits is not None:
         return lambda check: of_logits(check.depth, check.allowed)
-    if policy.score == "saturation":
-        return _saturation
-    if discriminators is None:
+    if policy.score == "discriminator" and discriminators is None:
         raise InputError(
             "The discriminator score needs the discriminators trained with the exits.",
             "Keep discriminators.safetensors in the adapter's folder, or use another score.",
         )
-    return lambda check: discriminators[str(check.depth)](
-        check.features.float(), check.entry.float()
-    ).sigmoid()
-
-
-def _saturation(check: ExitCheck) -> Tensor:
-    assert check.previous is not None
-    return saturation(check.entry, check.previous)
+    return FEATURE_SCORES[policy.score]

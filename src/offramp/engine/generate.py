@@ -136,7 +136,7 @@ def _decode(
 ) -> None:
     """Write token after token, each at the depth where it exits, until every row is finished."""
     backbone = run.backbone
-    run.begin(sequence.unfinished, check=first_token_may_exit(backbone, policy))
+    run.begin(sequence.unfinished, sequence.ids, check=first_token_may_exit(backbone, policy))
     prefill = Prefill(run.view, prepared)
     step = run.prompt_step(prefill.positions, sequence.unfinished)
     sequence.emit(
@@ -144,7 +144,7 @@ def _decode(
     )
     while live := sequence.live:
         run.keep_rows(sequence.written, live)
-        run.begin(sequence.unfinished)
+        run.begin(sequence.unfinished, sequence.ids)
         step = run.step(input_ids=sequence.ids[:, -1:], **prefill.extend(1))
         sequence.emit(sequence.choose(step.logits(backbone)), step.depths, step.scores)
 

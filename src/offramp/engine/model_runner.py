@@ -129,6 +129,7 @@ class ModelRunner:
         self.constrain: Constrain | None = None
         self.pending = PendingStates(self.exits_on)
         self._rows = ActiveRows()
+        self._prompt_tokens: int | None = None
         # of the call of the stack at hand
         self._start = 0
         self._chunk: Tensor | None = None
@@ -149,8 +150,8 @@ class ModelRunner:
             InputError: a cache that cannot have them; see `add_exit_entries`.
         """
         self.cache = cache
-        depths = self.exits.depths if self.exits is not None and self.exits_on else ()
-        add_exit_entries(cache, depths)
+        entries = self.exits.entries if self.exits is not None and self.exits_on else ()
+        add_exit_entries(cache, entries)
 
     def release(self) -> None:
         """Drop keys, values and states now. Handler and view hold each other, so they would stay
@@ -171,12 +172,25 @@ class ModelRunner:
         self.cache.batch_select_indices(stay)
         self.pending.select_rows(stay)
 
-    def begin(self, unfinished: Tensor, *, check: bool = True) -> None:
-        """A new token for each row; with `check=False` no row exits. unfinished: rows [B]."""
+    def begin(self, unfinished: Tensor, ids: Tensor, *, check: bool = True) -> None:
+        """A new token for each row; with `check=False` no row exits.
+
+        unfinished: rows [B]. ids: token ids so far [B, T].
+        """
         self._exited_at = None
+        if self._prompt_tokens is None:
+            self._prompt_tokens = ids.shape[1]
         if self.decider is not None:
             constrain = self._rows.gathered(self.constrain)
-            self.decider.begin(self._rows.pick(unfinished), constrain, check=check)
+            rows = self._rows.pick(unfinished)
+            position = torch.full_like(rows, ids.shape[1] - self._prompt_tokens, dtype=torch.long)
+            self.decider.begin(
+                rows,
+                constrain,
+                check=check,
+                position=position,
+                previous_token=self._rows.pick(ids[:, -1]),
+            )
 
     def step(self, **kw: Any) -> Step:
         """Run the stack for the new token, with the pending states where it must go deeper.
@@ -281,7 +295,7 @@ class ModelRunner:
         assert self.exits is not None and self.decider is not None
         candidates = self.decider.candidates(depth, hidden[:, -1])
         if candidates is None:  # no check: only what later tokens attend to is computed
-            store_keys(self.cache, self.exits.at(depth), hidden, args, kw)
+            self._store_exit_keys(depth, hidden, args, kw)
             all_exit = False
         else:
             state = self.exits.run(depth, hidden, args, kw)[:, -1]
@@ -311,8 +325,8 @@ class ModelRunner:
             return self.cache  # the first entry of each kind runs
         if stop is None or self.exits is None:
             return stand_in(self.cache, end, range(start, end))
-        exit_entry = end + self.exits.depths.index(stop)
-        return stand_in(self.cache, end, range(start, stop), [exit_entry])
+        at_stop = [end + i for i, depth in enumerate(self.exits.entries) if depth == stop]
+        return stand_in(self.cache, end, range(start, stop), at_stop)
 
     def _store_skipped(
         self,
@@ -325,4 +339,15 @@ class ModelRunner:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
         store_keys(self.cache, layer, hidden, args, kw)
         if self._is_exit(index) and index != self._exited_at and self.exits is not None:
-            store_keys(self.cache, self.exits.at(index), hidden, args, kw)
+            self._store_exit_keys(index, hidden, args, kw)
+
+    def _store_exit_keys(
+        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> None:
+        """Fill the keys and values of the exit at `depth`: all of it runs, where it has several
+        entries, for the later ones read what the earlier layers make."""
+        assert self.exits is not None
+        if self.exits.entries.count(depth) > 1:
+            self.exits.run(depth, hidden, args, kw)
+        else:
+            store_keys(self.cache, self.exits.at(depth), hidden, args, kw)

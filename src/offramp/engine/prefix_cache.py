@@ -141,7 +141,7 @@ class _Served:
         if not run.exits_on or run.exits is None:
             return []
         entries = run.cache.layers[run.backbone.depth :]
-        pairs = zip(run.exits.depths, entries, strict=True)
+        pairs = zip(run.exits.entries, entries, strict=True)
         return [
             (run.exits.at(depth), entry)
             for depth, entry in pairs

@@ -46,7 +46,7 @@ def speculate(
     In a batch a round ends where the first unfinished row disagrees, for all rows.
     """
     full = run.backbone.depth
-    run.begin(sequence.unfinished, check=False)
+    run.begin(sequence.unfinished, sequence.ids, check=False)
     prefill = Prefill(run.view, prepared)
     run.cache.activate_past_recording()  # sliding windows keep what a crop may need
     run.crop(0)
@@ -87,7 +87,7 @@ def _draft(
     run.constrain = sequence.constraints(lambda: ids)
     while True:
         kw = prefill.extend(1)
-        run.begin(sequence.unfinished, check=len(drafts) < max_draft)
+        run.begin(sequence.unfinished, ids, check=len(drafts) < max_draft)
         step = run.step(input_ids=ids[:, -1:], **kw)
         if step.states is not None:
             return drafts, step

@@ -183,7 +183,7 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
     Differentiable in the exits. Two calls of the stack with every backbone layer skipped: one lays
     down the exits' keys and values over the prompt, the next runs them over the answer.
     """
-    cache = exits_only(backbone, exits.depths)
+    cache = exits_only(backbone, exits.entries)
     parts: list[dict[int, Tensor]] = []
     for entries, kw in ((batch.prompt, batch.prompt_kw), (batch.answer, batch.answer_kw)):
         some = next(iter(entries.values()))

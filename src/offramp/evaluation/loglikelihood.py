@@ -62,7 +62,7 @@ def candidate_scores(
     view = InterceptedModel(backbone, driver)
     pick = _Pick(backbone, policy, decider)
     prepared = prepare(view.model, prompts, max_new_tokens=1)
-    add_exit_entries(prepared.cache, attached.depths if attached is not None and depths else ())
+    add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
     prefill = Prefill(view, prepared)
     prompt = driver.take(-1)
     likelihoods: list[float] = []

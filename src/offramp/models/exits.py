@@ -9,13 +9,13 @@ same cache, behind the backbone's (entries L, L+1, ...). Untrained it is a copy 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from offramp.errors import InputError
+from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone
 from offramp.models.shortlist import Gate
 
@@ -64,18 +64,84 @@ class LogitLens(nn.Module):
         return hidden
 
 
-class Exits(nn.ModuleDict):
-    """Exits by depth. `state_dict` keys start with the depth; nothing is shared."""
+@dataclass(frozen=True)
+class ExitKind:
+    """How exits of a kind are built.
 
-    def __init__(self, backbone: Backbone, depths: Sequence[int], *, lens: bool = False) -> None:
-        """Copy-initialise an exit at each depth from the backbone's next layer, or place a lens."""
+    build: from the backbone, the depth and the indices of the exit's own cache entries, a module
+        that is called as a decoder layer is: `module(hidden, *args, **kw)`, hidden [B, T, D], with
+        that layer's mask, positions and cache; it returns the estimate [B, T, D] of the final
+        state, alone or first in a tuple.
+    entries: cache entries of its own, one for each layer in it that attends.
+    """
+
+    build: Callable[[Backbone, int, Sequence[int]], nn.Module]
+    entries: int = 1
+
+
+def copy_layer(layer: nn.Module, entry: int) -> nn.Module:
+    """A deep copy of a decoder layer whose attention writes to cache entry `entry`, hooks off."""
+    twin = copy.deepcopy(layer)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = entry  # type: ignore[assignment]
+    return twin
+
+
+EXIT_KINDS: dict[str, ExitKind] = {
+    "layer": ExitKind(lambda backbone, depth, own: copy_layer(backbone.layers[depth], own[0])),
+    "lens": ExitKind(lambda *_: LogitLens()),
+}
+"""Kinds of exit by name."""
+
+_BUILT_IN = frozenset(EXIT_KINDS)
+
+
+def register_exit(
+    name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
+) -> None:
+    """Give another kind of exit a name that training, adapters and the command line know.
+
+    build, entries: see `ExitKind`.
+
+    Raises:
+        InputError: the name is a built-in kind's, or there are no entries.
+    """
+    if name in _BUILT_IN or entries < 1:
+        raise InputError(
+            f"Exits of kind {name!r} with {entries} cache entries cannot be registered.",
+            f"Use another name than {', '.join(sorted(_BUILT_IN))}, and at least one entry.",
+        )
+    EXIT_KINDS[name] = ExitKind(build, entries)
+
+
+class Exits(nn.ModuleDict):
+    """Exits by depth. `state_dict` keys start with the depth; nothing is shared.
+
+    kind: of `EXIT_KINDS`. entries: the depth of each cache entry that belongs to the exits.
+    """
+
+    def __init__(self, backbone: Backbone, depths: Sequence[int], *, kind: str = "layer") -> None:
+        """Build an exit at each depth.
+
+        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "lens", the logit lens;
+            or one of `register_exit`.
+
+        Raises:
+            InputError: depths that do not fit the backbone, or an unknown kind.
+        """
         self.depths = check_depths(depths, backbone.depth)
+        check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
+        self.kind = kind
+        build, each = EXIT_KINDS[kind].build, EXIT_KINDS[kind].entries
+        self.entries = tuple(depth for depth in self.depths for _ in range(each))
+        first = backbone.depth
         super().__init__(
             {
-                str(depth): LogitLens()
-                if lens
-                else _copy_layer(backbone.layers[depth], backbone.depth + slot)
-                for slot, depth in enumerate(self.depths)
+                str(depth): build(backbone, depth, range(first + i * each, first + (i + 1) * each))
+                for i, depth in enumerate(self.depths)
             }
         )
         self.requires_grad_(True)
@@ -117,6 +183,11 @@ class ExitSet:
         """Where exits stand, ascending."""
         return self.modules.depths
 
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """The depth of each cache entry that belongs to the exits."""
+        return self.modules.entries
+
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""
         return self.modules.at(depth)
@@ -137,14 +208,3 @@ class ExitSet:
 def first(output: Any) -> Tensor:
     """The hidden state of a layer's output, which in some families is a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def _copy_layer(layer: nn.Module, slot: int) -> nn.Module:
-    """A deep copy whose attention writes to cache entry `slot`, without the user's hooks."""
-    twin = copy.deepcopy(layer)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = slot  # type: ignore[assignment]
-    return twin

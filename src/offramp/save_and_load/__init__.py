@@ -25,7 +25,7 @@ from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits, ExitSet, check_depths
+from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths
 from offramp.models.fingerprint import same_backbone
 from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
@@ -81,7 +81,7 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
     if not list(parts.exits.modules.parameters()):
         raise InputError(
             "Lens exits have no tensors, so there is nothing to save.",
-            "Build them where they are used: Exits(backbone, depths, lens=True).",
+            "Build them where they are used: Exits(backbone, depths, kind='lens').",
         )
     tensors = {EXITS: parts.exits.modules.state_dict()}
     if parts.exits.measured:
@@ -115,6 +115,7 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
             "fingerprint": backbone.fingerprint(),
         },
         "depths": list(parts.exits.depths),
+        "exit_kind": parts.exits.modules.kind,
         "discriminators": discriminators,
         "checks": dict(parts.exits.measured) or None,
         "policy": policy_to_json(parts.policy),
@@ -203,11 +204,19 @@ def _is_there(config: AdapterConfig, name: str) -> bool:
 
 def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
     path = config.folder / EXITS
-    layers = {d: backbone.layers[d].state_dict() for d in config.depths}
-    check_shapes(
-        path, {f"{d}.{n}": tuple(t.shape) for d, state in layers.items() for n, t in state.items()}
-    )
-    exits = Exits(backbone, config.depths)
+    if config.exit_kind not in EXIT_KINDS:
+        raise AdapterError(
+            f"{config.folder} holds exits of kind {config.exit_kind!r}, which is not registered.",
+            "Import the package that calls offramp.register_exit for it, then load again.",
+        )
+    if config.exit_kind == "layer":  # compared before memory is taken
+        layers = {d: backbone.layers[d].state_dict() for d in config.depths}
+        shapes = {
+            f"{d}.{n}": tuple(t.shape) for d, state in layers.items() for n, t in state.items()
+        }
+        check_shapes(path, shapes)
+    exits = Exits(backbone, config.depths, kind=config.exit_kind)
+    check_shapes(path, {n: tuple(t.shape) for n, t in exits.state_dict().items()})
     _fill(exits, path, backbone.dtype)
     return exits.to(backbone.device).requires_grad_(False)
 

@@ -22,8 +22,8 @@ _LARGEST = 64 * 2**20
 
 _REQUIRED = ("backbone", "depths", "policy", "metrics", "provenance")
 _OPTIONAL = (
-    "format", "discriminators", "conditional_discriminators", "checks", "calibration", "files",
-    "digest",
+    "format", "exit_kind", "discriminators", "conditional_discriminators", "checks", "calibration",
+    "files", "digest",
 )  # fmt: skip
 _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
@@ -32,9 +32,11 @@ _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 class AdapterConfig:
     """adapter.json, read and checked.
 
-    fingerprint: of the backbone; see `offramp.models.fingerprint`. discriminators: how they are
-    built; None: there are none. checks: what was measured of shortlist and gates; None: there are
-    none. files: SHA-256 of the other files by name; None in adapters written before there were.
+    fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
+    `offramp.models.exits.EXIT_KINDS`; "layer" in adapters written before there were others.
+    discriminators: how they are built; None: there are none. checks: what was measured of shortlist
+    and gates; None: there are none. files: SHA-256 of the other files by name; None in adapters
+    written before there were.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class AdapterConfig:
     revision: str | None
     fingerprint: Mapping[str, Any]
     depths: tuple[int, ...]
+    exit_kind: str
     discriminators: Mapping[str, Any] | None
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
@@ -76,6 +79,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
         revision=backbone.get("revision", str, type(None)),
         fingerprint=_fingerprint(backbone.part("fingerprint")),
         depths=_depths(config),
+        exit_kind=config.get("exit_kind", str) if "exit_kind" in config.values else "layer",
         discriminators=_discriminators(config),
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),

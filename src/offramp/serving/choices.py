@@ -69,7 +69,12 @@ class Chooser:
         chain = _Constraints(asked)
         constrain = chain if chain.any else None
         look = self._scorer(
-            depth, states.exits[depth], entry, states.previous.get(depth), constrain
+            depth,
+            states.exits[depth],
+            entry,
+            states.previous.get(depth),
+            constrain,
+            **_tokens(asked, entry.device),
         )
         score = look.score
         on = torch.ones_like(score, dtype=torch.bool)
@@ -101,6 +106,23 @@ class Chooser:
         """The full model's next token in each row, from final-normed states [N, D]."""
         logits = self._backbone.logits(final)
         return _by_rules(logits.argmax(-1), lambda i: logits[i : i + 1], asked)
+
+
+def _tokens(asked: Sequence[Question | None], device: torch.device) -> dict[str, Tensor]:
+    """Position in its answer and previous token of each row's token [N]; 0 where none is asked."""
+    position, previous = [], []
+    for question in asked:
+        if question is None:
+            position.append(0)
+            previous.append(0)
+        else:
+            rules, before = question
+            position.append(len(before))
+            previous.append(before[-1] if before else int(rules.ids[0, -1]))
+    return {
+        "position": torch.tensor(position, device=device),
+        "previous_token": torch.tensor(previous, device=device),
+    }
 
 
 def _by_rules(

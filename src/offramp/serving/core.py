@@ -90,7 +90,7 @@ class EngineCore:
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
         config = config or EngineConfig()
-        entries = backbone.depth + (len(exits.depths) if exits is not None else 0)
+        entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         size = config.slots * slot_bytes(
             backbone.text_config, entries, config.limit, backbone.dtype
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.teacher_forcing import Batch, exit_features
+from offramp.errors import check_known
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import Verdict, build_discriminators
 from offramp.models.exits import Exits
@@ -24,8 +25,9 @@ class AdversarialObjective:
     """Exits and discriminators on a backbone, both trained in float32, beside any precision."""
 
     def __init__(self, backbone: Backbone, depths: Sequence[int], config: TrainConfig) -> None:
+        check_known("Loss", tuple(config.losses), tuple(LOSSES))
         self.backbone, self.config = backbone, config
-        self.exits = Exits(backbone, depths)
+        self.exits = Exits(backbone, depths, kind=config.exit_kind)
         self.exits.to(torch.float32)
         self.discriminators = self.new_discriminators()
         self._head: nn.Module | None = None

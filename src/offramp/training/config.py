@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,6 +20,12 @@ INITIAL = ("next", "closest")
 
 def _option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`"l1=0.5,other=0.1"` as weights by name; raise `ValueError` where it is not of that form."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    return {name: float(weight) for name, _, weight in pairs}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ class TrainConfig:
         "behind, the one from which a linear map comes closest to the final layer",
         choices=INITIAL,
     )
+    exit_kind: str = _option(
+        "layer", "what an exit is: a copied decoder layer, or a kind registered by a plug-in"
+    )
     steps: int = _option(600, "generator steps")
     batch_size: int = _option(16, "examples in a step")
     learning_rate: float = _option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
@@ -54,6 +64,13 @@ class TrainConfig:
     cosine: float = _option(0.0, "weight of 1 - cosine similarity to the final layer's features")
     feature_matching: float = _option(
         0.0, "weight of the squared distance in the discriminator's hidden features"
+    )
+    losses: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "weights of losses that plug-ins registered, e.g. l1=0.5,other=0.1",
+            "parse": parse_weights,
+        },
     )
     temperature: float = _option(1.0, "distillation temperature")
     adversary: str = _option("logistic", "the adversarial pair of losses", choices=ADVERSARY_NAMES)
@@ -100,7 +117,7 @@ class TrainConfig:
         """The terms of the exits' loss at `step` by weight; those that are off are left out."""
         playing = step >= self.adversarial_start * self.steps
         on = {n: getattr(self, n) for n in OBJECTIVES if playing or n not in GAMES}
-        return {n: w for n, w in on.items() if w > 0}
+        return {n: w for n, w in {**on, **self.losses}.items() if w > 0}
 
     @property
     def learns_without_labels(self) -> bool:
@@ -113,6 +130,7 @@ class TrainConfig:
         positive = ("steps", "batch_size", "evaluate_every", "max_new_tokens", "temperature")
         rates = ("learning_rate", "discriminator_learning_rate")
         weights = (*OBJECTIVES, "gradient_penalty")
+        registered = [n for n, w in self.losses.items() if not w >= 0]
         return [
             *(
                 (f"{n} {value!r} is not one of {', '.join(allowed)}", value not in allowed)
@@ -121,6 +139,11 @@ class TrainConfig:
             ),
             *((f"{n} must be above 0", not getattr(self, n) > 0) for n in (*positive, *rates)),
             *((f"{n} must not be negative", not getattr(self, n) >= 0) for n in weights),
+            (f"weights of {', '.join(registered)} must not be negative", bool(registered)),
+            (
+                "the closest initial layer is of exits that are decoder layers",
+                self.initial_layer == "closest" and self.exit_kind != "layer",
+            ),
             ("no loss has a weight at the first step", not at_first),
             (
                 "the unsupervised regime needs a loss without labels at the first step: "

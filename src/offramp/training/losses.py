@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp.errors import InputError
 from offramp.models.discriminator import Verdict
 
 
@@ -101,6 +102,23 @@ LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "adversarial": adversarial,
     "feature_matching": feature_matching,
 }
+
+"""Terms of the exits' loss by name."""
+
+_BUILT_IN = frozenset(LOSSES)
+
+
+def register_loss(name: str, loss: Callable[[LossInputs], Tensor]) -> None:
+    """Give a loss a name that `TrainConfig.losses` and `offramp train --losses` know.
+
+    loss: from N answer tokens to N values; a batch's loss is their mean.
+
+    Raises:
+        InputError: the name is a built-in loss's.
+    """
+    if name in _BUILT_IN:
+        raise InputError(f"{name!r} is a built-in loss.", "Register yours under another name.")
+    LOSSES[name] = loss
 
 
 class Adversary(NamedTuple):

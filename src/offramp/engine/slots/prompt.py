@@ -101,7 +101,7 @@ class PromptReader:
     def _read(self, prepared: Prepared) -> Prompt:
         self.cache = prepared.cache
         if self.exits_on and self.exits is not None:
-            add_exit_entries(self.cache, self.exits.depths)
+            add_exit_entries(self.cache, self.exits.entries)
         served = None if self._prefix_cache is None else self._prefix_cache.serve(self)  # type: ignore[arg-type]
         prefill = Prefill(self.view, prepared)
         if served is not None:

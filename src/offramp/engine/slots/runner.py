@@ -68,7 +68,7 @@ class SlotRunner:
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
         self.layout = layout
         self.split = self.depths[0] if self.depths else backbone.depth
-        entries = backbone.depth + (len(exits.depths) if exits is not None else 0)
+        entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         self.cache = SlotCache(slots, entries, limit, backbone.is_encoder_decoder)
         self.view = InterceptedModel(backbone, self)
         with_slot_masks(self.view.stack)

@@ -186,7 +186,7 @@ class _Run:
         progress: Any,
     ) -> _Run:
         backbone = encoder.backbone
-        sets = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), lens=True))}
+        sets = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), kind="lens"))}
         adapter = model if isinstance(model, Adapter) else None
         if adapter is not None:
             sets["exits"] = adapter.exits

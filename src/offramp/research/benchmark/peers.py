@@ -102,7 +102,7 @@ def _peers(
     stock = partial(stock_generate_fn, backbone, **options)
     depth = min(adapter.policy.thresholds)
     same_depth = _mean_depth(adapter, some, options)
-    lens = Exits(backbone, (same_depth,), lens=True)
+    lens = Exits(backbone, (same_depth,), kind="lens")
     cut = ExitPolicy({same_depth: 0.0}, exit_in_prefill=True)
     drafting = {
         t: ExitPolicy(dict.fromkeys(exits.depths, t), lossless=True) for t in DRAFT_THRESHOLDS

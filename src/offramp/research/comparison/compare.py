@@ -251,7 +251,7 @@ class _Bench:
         """The objective's exits; what was trained before is taken up."""
         changes = OBJECTIVES[objective]
         if changes is None:
-            return Adapter(self.backbone, ExitSet(Exits(self.backbone, depths, lens=True)))
+            return Adapter(self.backbone, ExitSet(Exits(self.backbone, depths, kind="lens")))
         if changes.get("regime") == "supervised" and not self._labelled:
             changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
         config = replace(self.plan.training, **{**changes, "depths": depths, "seed": seed})

@@ -154,9 +154,11 @@ def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int,
             f"No exits stand at depths {wrong}." if wrong else "The policy leaves by no exit.",
             f"Name depths to write among {list(adapter.exits.depths)}, e.g. with --depths.",
         )
-    if not list(adapter.exits.modules.parameters()):
+    if adapter.exits.modules.kind != "layer":
         raise InputError(
-            "Lens exits have no layer that could be written.", "Export trained exits instead."
+            f"Exits of kind {adapter.exits.modules.kind!r} are no decoder layers, which is what "
+            "llama.cpp runs.",
+            "Export exits of kind 'layer'.",
         )
     return check_depths(sorted(named), adapter.backbone.depth)
 
