@@ -29,14 +29,18 @@ GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 
 
 class FirstToken(StoppingCriteria):
-    """Stops nothing; notes when the first token was there: what follows is decoding alone."""
+    """Stops nothing; notes when the first token was there: what follows is decoding alone.
 
-    def __init__(self) -> None:
+    clock: tells the seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: float | None = None
+        self._clock = clock
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if self.seconds is None:
-            self.seconds = time.perf_counter()
+            self.seconds = self._clock()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

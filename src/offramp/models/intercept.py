@@ -78,16 +78,16 @@ _HOOKS = (
 )
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def twin(module: nn.Module) -> nn.Module:
     """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
     for table in _HOOKS:  # a hook on the twin must not show on the original
-        twin.__dict__[table] = copy.copy(module.__dict__[table])
-    return twin
+        other.__dict__[table] = copy.copy(module.__dict__[table])
+    return other
 
 
-def _graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
+def graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
     """Hang `leaf` at `path` below the twin `root`, making twins of what lies between."""
     *between, last = path.split(".")
     node = root
@@ -95,7 +95,7 @@ def _graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
         child = node._modules[name]
         assert child is not None
         if "_is_twin" not in child.__dict__:
-            child = _twin(child)
+            child = twin(child)
             child.__dict__["_is_twin"] = True
             node._modules[name] = child
         node = child
@@ -107,19 +107,19 @@ class InterceptedModel:
 
     def __init__(self, backbone: Backbone, driver: LayerHandler) -> None:
         family = backbone.family
-        root = _twin(backbone.model)
+        root = twin(backbone.model)
         layers = nn.ModuleList(
             _LayerView(i, layer, driver) for i, layer in enumerate(backbone.layers)
         )
-        _graft(root, f"{family.stack}.{family.layers}", layers)
-        _graft(root, family.head, _HeadView(backbone.head))
+        graft(root, f"{family.stack}.{family.layers}", layers)
+        graft(root, family.head, _HeadView(backbone.head))
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)
 
     def remember_images(self, backbone: Backbone, cache: VisionCache) -> None:
         """Ask `cache` before the vision tower. Raise `InputError` if the tower is not known."""
         tower = RememberedTower(backbone.vision, cache)
-        _graft(self.model, str(backbone.family.vision), tower)
+        graft(self.model, str(backbone.family.vision), tower)
 
     @contextmanager
     def recording(self) -> Iterator[list[dict[str, Any]]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -47,9 +48,9 @@ class EngineConfig:
     slots: int = 8
     limit: int = 1024
     budget: int = 512
-    longest: int = 16
+    longest: int = 64
     guess_above: float = 0.0
-    layout: str = "flat"
+    layout: str | None = None
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +76,8 @@ class _Job:
 class EngineCore:
     """Slots, a queue of prompts, and the rounds.
 
-    calls: how many calls of each kind were made. tokens: how many were settled.
+    calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
+    tokens: how many were settled in answers that are over.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class EngineCore:
         *,
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        make_batch: Callable[..., SlotBatch] = SlotBatch,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
         config = config or EngineConfig()
@@ -95,9 +99,9 @@ class EngineCore:
             backbone.text_config, entries, config.limit, backbone.dtype
         )
         check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
-        self.config, self.policy = config, policy
+        self.config, self.policy, self.clock = config, policy, clock
         self.schedule = config.schedule or Schedule.of(config.slots)
-        self.batch = SlotBatch(
+        self.batch = make_batch(
             backbone,
             exits,
             policy,
@@ -116,7 +120,8 @@ class EngineCore:
         )
         self._queue: deque[_Job] = deque()
         self._thread: int | None = None
-        self.calls: dict[Call, int] = {"shallow": 0, "deep": 0, "full": 0}
+        self.calls = dict.fromkeys(("read", "shallow", "deep", "full"), 0)
+        self.seconds = dict.fromkeys(self.calls, 0.0)
         self.tokens = 0
 
     # -- requests ------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ class EngineCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(_Job(handle, time.perf_counter()))
+        self._queue.append(_Job(handle, self.clock()))
         return handle
 
     @property
@@ -156,8 +161,9 @@ class EngineCore:
         if not self.batch.seats:
             return None
         call = self.schedule.next_call(self._load(), full=self._full_pays())
-        {"shallow": self.batch.shallow, "deep": self.batch.deep, "full": self.batch.full}[call]()
-        self.calls[call] += 1
+        made = {"shallow": self.batch.shallow, "deep": self.batch.deep, "full": self.batch.full}
+        with self._timed(call):
+            made[call]()
         self._collect()
         return call
 
@@ -165,6 +171,13 @@ class EngineCore:
         """Make rounds until nothing is left to do."""
         while not self.idle:
             self.round()
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        begin = self.clock()
+        yield
+        self.calls[kind] += 1
+        self.seconds[kind] += self.clock() - begin
 
     def _check_thread(self) -> None:
         here = threading.get_ident()
@@ -218,9 +231,10 @@ class EngineCore:
         budget = self.config.budget
         while self._queue and len(self.batch.seats) < self.config.slots and budget > 0:
             job = self._queue.popleft()
-            job.started = time.perf_counter()
+            job.started = self.clock()
             try:
-                budget -= self._seat(job)
+                with self._timed("read"):
+                    budget -= self._seat(job)
             except Exception as error:  # whatever is wrong with a request is its own
                 job.handle.set_exception(error)
         self._collect()
@@ -232,7 +246,8 @@ class EngineCore:
         tokens = int(request.inputs["input_ids"].shape[-1])
         self._check_room(tokens, 0)
         prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
-        rules = RowRules(prompt, seed=request.seed, streamer=_Taps(request, job))
+        taps = _Taps(request, job, self.clock)
+        rules = RowRules(prompt, seed=request.seed, streamer=taps)
         own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
         self._check_room(int(own.get_seq_length()), rules.most or 0)
         self.batch.join(prompt, rules, policy, job)
@@ -262,7 +277,7 @@ class EngineCore:
         if error is not None:
             job.handle.set_exception(error)
             return
-        now, times = time.perf_counter(), job.tokens
+        now, times = self.clock(), job.tokens
         self.tokens += len(times)
         gaps = tuple(b - a for a, b in pairwise(times))
         job.handle.set_result(
@@ -280,7 +295,8 @@ class EngineCore:
 class _Taps:
     """Stands where a streamer stands: notes the times, and hands on to the request's own."""
 
-    def __init__(self, request: Request, job: _Job) -> None:
+    def __init__(self, request: Request, job: _Job, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._streamer, self._on_token, self._job = request.streamer, request.on_token, job
         self._prompt = True
 
@@ -290,7 +306,7 @@ class _Taps:
         if self._prompt:
             self._prompt = False
             return
-        self._job.tokens.append(time.perf_counter())
+        self._job.tokens.append(self._clock())
         if self._on_token is not None:
             self._on_token(int(value))
 

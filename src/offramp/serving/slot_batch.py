@@ -78,8 +78,8 @@ class SlotBatch:
         *,
         slots: int = 8,
         limit: int = 1024,
-        layout: str = "flat",
-        longest: int = 16,
+        layout: str | None = None,
+        longest: int = 64,
         guess_above: float = 0.0,
     ) -> None:
         exits = None if exits is None else ExitSet.of(exits)
@@ -88,7 +88,7 @@ class SlotBatch:
         self.depths = tuple(sorted({*policy.thresholds, *policy.drafts})) if exits else ()
         self.runner = SlotRunner(backbone, exits, self.depths, slots, limit, layout=layout)
         self.seats: list[Seat] = []
-        self._chooser = Chooser(backbone, exits, policy, self.depths)
+        self.chooser = Chooser(backbone, exits, policy, self.depths)
         self._pending: Tensor | None = None  # states before the deep layers [slots, longest, D]
 
     # -- rows ----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class SlotBatch:
         for depth in self.depths if prompt.looks.exits else ():
             if depth not in policy.thresholds:
                 continue
-            verdict = _raised(self._chooser.verdicts(depth, prompt.looks, [(rules, [])])[0])
+            verdict = _raised(self.chooser.verdicts(depth, prompt.looks, [(rules, [])])[0])
             if policy.exits(depth, verdict):
                 return Choice(verdict.token, depth, policy.shown(depth, verdict))
             score = verdict.score if verdict.open else score
@@ -157,7 +157,7 @@ class SlotBatch:
             (seat.rules, seat.row.tokens) if on else None
             for seat, on in zip(self.seats, ready, strict=True)
         ]
-        verdicts = self._chooser.verdicts(depth, states, asked)
+        verdicts = self.chooser.verdicts(depth, states, asked)
         for seat, verdict in zip(self.seats, verdicts, strict=True):
             if verdict is None:
                 seat.row.wait()
@@ -207,7 +207,7 @@ class SlotBatch:
         columns = [row.column for row in rows]
         states = self.runner.full(self._feed(rows), columns, exits=exits)
         asked = [(seat.rules, seat.row.tokens) for seat in self.seats]
-        tokens = self._chooser.full(states.final, asked)
+        tokens = self.chooser.full(states.final, asked)
         for seat, token in zip(self.seats, tokens, strict=True):
             if isinstance(token, Exception):
                 seat.error = token
@@ -266,7 +266,7 @@ class SlotBatch:
                 continue
             one = states.picked(torch.tensor([at], device=states.final.device))
             question = (seat.rules, seat.row.tokens[:place])
-            verdict = _raised(self._chooser.verdicts(depth, one, [question])[0])
+            verdict = _raised(self.chooser.verdicts(depth, one, [question])[0])
             if policy.exits(depth, verdict):
                 return Choice(verdict.token, depth, policy.shown(depth, verdict))
             score = verdict.score if verdict.open else score

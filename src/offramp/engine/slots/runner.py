@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.kv_cache import cache_parameter, store_keys
+from offramp.engine.slots.attention import CurrentCall, can_pack, with_packed_attention
 from offramp.engine.slots.cache import SlotCache
-from offramp.engine.slots.layout import SlotCall, lay_out, one_each
+from offramp.engine.slots.layout import LAYOUTS, SlotCall, lay_out, one_each
 from offramp.engine.slots.masks import with_slot_masks
+from offramp.errors import UnsupportedBackboneError, check_known
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.intercept import InterceptedModel
 
 
@@ -52,7 +54,12 @@ class SlotRunner:
     """The layer handler of a batch of slots.
 
     depths: of the exits in use, ascending; the first is where shallow and deep part. None: no
-    exits, and every call is a full one.
+    exits, and every call is a full one. layout: of deep calls; None: packed where attention is
+    Hugging Face's "sdpa", else flat.
+
+    Raises:
+        InputError: an unknown layout.
+        UnsupportedBackboneError: attention that cannot take masks of ours, or not be packed.
     """
 
     def __init__(
@@ -63,15 +70,21 @@ class SlotRunner:
         slots: int,
         limit: int,
         *,
-        layout: str = "flat",
+        layout: str | None = None,
     ) -> None:
+        check_known("Layout", [] if layout is None else [layout], LAYOUTS)
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
-        self.layout = layout
         self.split = self.depths[0] if self.depths else backbone.depth
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         self.cache = SlotCache(slots, entries, limit, backbone.is_encoder_decoder)
         self.view = InterceptedModel(backbone, self)
+        packs = can_pack(self.view.stack)
+        self.layout = layout or ("packed" if packs else "flat")
         with_slot_masks(self.view.stack)
+        self._current = CurrentCall()
+        self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
+        if self.layout == "packed":
+            self._pack(packs)
         self._place_positions()
         self._cache_name = cache_parameter(self.view.stack)
         self._offsets: Tensor | None = None  # position of column 0 [..., slots]
@@ -82,6 +95,17 @@ class SlotRunner:
         self._entries: dict[int, Tensor] = {}
         self._exits: dict[int, Tensor] = {}
         self._previous: dict[int, Tensor] = {}
+
+    def _pack(self, packs: bool) -> None:
+        """Make the twins that packed calls run."""
+        if not packs:
+            raise UnsupportedBackboneError(
+                "Deep calls can be packed for 'sdpa' attention alone.", "Use layout='flat'."
+            )
+        deep: list[nn.Module] = [*self.backbone.layers[self.split :]]
+        if self.exits is not None:
+            deep += [self.exits.at(depth) for depth in self.depths[1:]]
+        self._packed = {module: with_packed_attention(module, self._current) for module in deep}
 
     # -- rows --------------------------------------------------------------------------------
 
@@ -128,9 +152,12 @@ class SlotRunner:
         named with all its columns that are pending.
         """
         call = lay_out(self.layout, slots, columns, *self._room(columns))
-        laid = states if call.gather is None else states.index_select(0, call.gather)
+        packed = self.layout == "packed"
+        laid = states
+        if call.gather is not None and not packed:
+            laid = states.index_select(0, call.gather)
         found = self._run("deep", call, laid.view(*call.shape, -1))
-        return found if call.pick is None else found.picked(call.pick)
+        return found if call.pick is None or packed else found.picked(call.pick)
 
     def _room(self, columns: Sequence[int]) -> tuple[int, torch.device]:
         """How many columns a call reads that writes to `columns`, and the device."""
@@ -141,6 +168,7 @@ class SlotRunner:
     def _run(self, mode: str, call: SlotCall, given: Tensor) -> States:
         """One call of the stack: on tokens [B], or on states [B, T, D]."""
         self._mode, self._call, self._bias = mode, call, None
+        self._current.call = call
         self._entries, self._exits, self._previous = {}, {}, {}
         kw: dict[str, Any] = {self._cache_name: self.cache.seen_by(call)}
         if mode == "deep":
@@ -196,7 +224,11 @@ class SlotRunner:
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if index + 1 in self.depths:
             self._previous[index + 1] = hidden.flatten(0, -2)
-        return layer(hidden, *args, **kw)
+        return self._running(layer)(hidden, *args, **kw)
+
+    def _running(self, module: nn.Module) -> nn.Module:
+        """A layer or exit, or its twin in a packed call."""
+        return self._packed.get(module, module) if self._mode == "deep" else module
 
     def _at_exit(
         self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
@@ -209,7 +241,8 @@ class SlotRunner:
             store_keys(kw[self._cache_name], self.exits.at(depth), hidden, args, kw)
             return
         self._entries[depth] = hidden.flatten(0, -2)
-        self._exits[depth] = self.exits.run(depth, hidden, args, kw).flatten(0, -2)
+        exit_ = self._running(self.exits.at(depth))
+        self._exits[depth] = first(exit_(hidden, *args, **kw)).flatten(0, -2)
 
     # -- per family --------------------------------------------------------------------------
 
@@ -229,7 +262,10 @@ class SlotRunner:
                 max_distance=attention.relative_attention_max_distance,
             )
             self._bias = attention.relative_attention_bias(bucket).permute(0, 3, 1, 2)
-        return (args[0], self._bias, *args[2:])
+        across = args[4]
+        if across is None:  # zeros that fit any layout
+            across = self._bias.new_zeros(1, 1, 1, 1)
+        return (args[0], self._bias, *args[2:4], across, *args[5:])
 
     def _place_positions(self) -> None:
         """BART counts positions from one cache length for all rows: give it each token's column."""

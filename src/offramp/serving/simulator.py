@@ -1,0 +1,194 @@
+"""What a batch engine would do, call by call, from measured costs and assumed rates.
+
+The rows and the schedule are the engine's own (`Row`, `Schedule`): only what the exits say is
+drawn, and the seconds are looked up. So what is predicted is the very order of calls that runs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from offramp.errors import InputError
+from offramp.serving.row import Choice, Row
+from offramp.serving.scheduler import Load, Schedule
+from offramp.serving.unit_costs import CallCosts, seconds
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked, and how the exits do on it.
+
+    exit_rate: share of tokens that exit; 0 where every token is verified (lossless). right: share
+    of the others, guessed, that the full model agrees with. lengths: tokens of an answer, from and
+    to. arrivals: requests a second; None: there are always more than slots.
+
+    Raises:
+        InputError: shares outside [0, 1], lengths or arrivals below what can be.
+    """
+
+    exit_rate: float
+    right: float = 0.7
+    lengths: tuple[int, int] = (40, 80)
+    arrivals: float | None = None
+    guess: bool = True
+
+    def __post_init__(self) -> None:
+        shares = 0.0 <= self.exit_rate <= 1.0 and 0.0 <= self.right <= 1.0
+        lengths = 1 <= self.lengths[0] <= self.lengths[1]
+        if not shares or not lengths or (self.arrivals is not None and self.arrivals <= 0):
+            raise InputError(
+                f"{self} cannot be: shares are in [0, 1], lengths ascend from 1.",
+                "Correct the numbers.",
+            )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """tokens_per_second: decoded ones (all but the first of each answer) by the seconds of decoding
+    calls. gaps: quantiles (p50, p95, p99) of the seconds between a row's tokens, prompts of others
+    included; first: of the seconds to the first token."""
+
+    tokens_per_second: float
+    gaps: tuple[float, float, float]
+    first: tuple[float, float, float]
+
+
+@dataclass
+class _Answer:
+    row: Row
+    length: int
+    submitted: float
+    times: list[float] = field(default_factory=list)
+
+
+class _Simulation:
+    def __init__(
+        self,
+        costs: CallCosts,
+        schedule: Schedule,
+        work: Workload,
+        slots: int,
+        longest: int,
+        seed: int,
+    ) -> None:
+        self.costs, self.schedule, self.work = costs, schedule, work
+        self.slots, self.longest, self.draw = slots, longest, random.Random(seed)
+        self.now = self.decoding = 0.0
+        self.answers: list[_Answer] = []
+        self.queue: deque[float] = deque()
+        self.next_arrival = 0.0
+        self.tokens = 0
+        self.gaps: list[float] = []
+        self.firsts: list[float] = []
+
+    def step(self) -> None:
+        """A round: prompts into free slots, then one call."""
+        self._arrive()
+        while len(self.answers) < self.slots and (self.work.arrivals is None or self.queue):
+            submitted = self.queue.popleft() if self.queue else self.now
+            self.now += self.costs.read
+            answer = _Answer(Row(0, Choice(0, 0)), self.draw.randint(*self.work.lengths), submitted)
+            self.answers.append(answer)
+            self.firsts.append(self.now - submitted)
+            self._settle(answer)
+            if self.work.arrivals is not None:
+                break  # one prompt a round
+        if not self.answers:
+            self.now = max(self.now, self.next_arrival)
+            return
+        rows = [answer.row for answer in self.answers]
+        load = Load(
+            rows=len(rows),
+            ready=sum(row.ready(self.longest) for row in rows),
+            parked=sum(row.parked for row in rows),
+            oldest=max(row.waited for row in rows),
+            pending=sum(row.pending for row in rows),
+            plain=False,
+        )
+        took = self._shallow() if self.schedule.next_call(load) == "shallow" else self._deep()
+        self.now += took
+        self.decoding += took
+        for answer in list(self.answers):
+            self._settle(answer)
+
+    def _arrive(self) -> None:
+        if self.work.arrivals is None:
+            return
+        while self.next_arrival <= self.now:
+            self.queue.append(self.next_arrival)
+            self.next_arrival += self.draw.expovariate(self.work.arrivals)
+
+    def _shallow(self) -> float:
+        for answer in self.answers:
+            row = answer.row
+            if not row.ready(self.longest):
+                row.wait()
+            elif self.draw.random() < self.work.exit_rate:
+                row.say(Choice(0, 0))
+            elif self.work.guess:
+                row.guess(Choice(int(self.draw.random() >= self.work.right), 0))
+            else:
+                row.park(0.0)
+            row.held = bool(row.guesses) and len(row.choices) >= answer.length
+        return seconds(self.costs.shallow, len(self.answers))
+
+    def _deep(self) -> float:
+        states = questions = 0
+        for answer in self.answers:
+            row = answer.row
+            if not row.pending or not (row.asks or row.pending >= self.longest):
+                continue
+            states += row.pending
+            questions += len(row.questions)
+            for place in row.questions:
+                if not row.answer(place, Choice(0, 0)):
+                    break
+            row.caught_up()
+        head = seconds(self.costs.head, questions) if questions else 0.0
+        return seconds(self.costs.deep, states) + head
+
+    def _settle(self, answer: _Answer) -> None:
+        fresh = len(answer.row.settle())
+        for _ in range(min(fresh, answer.length - len(answer.times))):
+            answer.times.append(self.now)
+        if len(answer.times) >= answer.length:
+            self.answers.remove(answer)
+            self.tokens += len(answer.times) - 1
+            self.gaps += np.diff(answer.times).tolist()
+
+
+def simulate(
+    costs: CallCosts,
+    work: Workload,
+    schedule: Schedule | None = None,
+    *,
+    slots: int | None = None,
+    longest: int = 64,
+    tokens: int = 3000,
+    seed: int = 0,
+) -> Prediction:
+    """Run until answers of `tokens` tokens are over. slots: those of `costs`, if not said."""
+    slots = costs.slots if slots is None else slots
+    run = _Simulation(costs, schedule or Schedule.of(slots), work, slots, longest, seed)
+    while run.tokens < tokens:
+        run.step()
+    return Prediction(run.tokens / run.decoding, quantiles(run.gaps), quantiles(run.firsts))
+
+
+def full_depth(costs: CallCosts, slots: int | None = None) -> float:
+    """Tokens a second of a batch of `slots` rows at full depth, without exits."""
+    slots = costs.slots if slots is None else slots
+    return slots / seconds(costs.full, slots)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p50, p95, p99; NaN of nothing."""
+    if not len(values):
+        return (float("nan"),) * 3
+    p50, p95, p99 = np.quantile(np.asarray(values), [0.5, 0.95, 0.99]).tolist()
+    return p50, p95, p99

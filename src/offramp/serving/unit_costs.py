@@ -1,0 +1,178 @@
+"""What the calls of a batch engine take on this machine, by how many tokens they are over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from offramp.engine.slots.prompt import PromptReader
+from offramp.errors import InputError
+from offramp.serving.rules import RowRules
+from offramp.serving.slot_batch import RowPolicy, SlotBatch
+
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Tokens of a call for which costs are measured."""
+
+Table = tuple[tuple[int, float], ...]
+"""(tokens, seconds), ascending."""
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """Seconds of the calls, by tokens.
+
+    slots, context: rows at once, and columns in their slots, when they were measured. shallow: a
+    token of each of n rows up to the exit, its look and the choice included. deep: n pending states
+    through the layers above. head: the LM head and the choice over n questions of a deep call.
+    full: a token of each of n rows through everything. read: a prompt.
+    """
+
+    slots: int
+    context: int
+    shallow: Table
+    deep: Table
+    head: Table
+    full: Table
+    read: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CallCosts:
+        """The costs that `to_json` wrote. Raise `InputError` where it did not."""
+        try:
+            shallow, deep, head, full = (
+                tuple((int(n), float(s)) for n, s in value[name])
+                for name in ("shallow", "deep", "head", "full")
+            )
+            slots, context, read = value["slots"], value["context"], value["read"]
+            return cls(int(slots), int(context), shallow, deep, head, full, float(read))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"These are no call costs ({type(error).__name__}: {error}).",
+                "Give what CallCosts.to_json wrote.",
+            ) from error
+
+
+def seconds(table: Table, tokens: float) -> float:
+    """What a call over so many tokens takes: linear between those measured, and beyond."""
+    n, s = zip(*table, strict=True)
+    slope = max(0.0, (s[-1] - s[-2]) / (n[-1] - n[-2])) if len(n) > 1 else 0.0
+    return float(np.interp(tokens, n, s) + slope * max(0.0, tokens - n[-1]))
+
+
+def measure_calls(
+    batch: SlotBatch,
+    reader: PromptReader,
+    inputs: Mapping[str, Any],
+    *,
+    repeats: int = 5,
+    most: int = TOKENS[-1],
+    clock: Callable[[], float] = time.perf_counter,
+) -> CallCosts:
+    """Time the calls of an empty batch after the prompt `inputs` in every slot; medians.
+
+    most: tokens of the largest deep call. clock: what tells seconds.
+
+    Raises:
+        InputError: a batch with rows in it or without exits, or fewer than one repeat.
+    """
+    if batch.seats or not batch.depths or repeats < 1:
+        raise InputError(
+            f"Costs cannot be measured with {len(batch.seats)} rows seated, exits at "
+            f"{list(batch.depths)} and {repeats} repeats.",
+            "Use an empty batch with exits, and repeat at least once.",
+        )
+    timer = _Timer(batch, repeats, clock)
+    read = timer.read(reader, inputs)
+    wide = [n for n in TOKENS if n <= most]
+    narrow = sorted({n for n in TOKENS if n < batch.slots} | {batch.slots})
+    try:
+        costs = CallCosts(
+            slots=batch.slots,
+            context=batch.seats[0].row.start,
+            shallow=timer.table(timer.shallow, narrow),
+            deep=timer.table(timer.deep, wide),
+            head=timer.table(timer.head, wide),
+            full=timer.table(timer.full, narrow),
+            read=read,
+        )
+    finally:
+        while batch.seats:
+            batch.leave(batch.seats[-1])
+    return costs
+
+
+class _Timer:
+    """Makes calls as a batch makes them, on rows that stay where they are."""
+
+    def __init__(self, batch: SlotBatch, repeats: int, clock: Callable[[], float]) -> None:
+        self._batch, self._repeats, self._clock = batch, repeats, clock
+        self._sync: Callable[[], None] = (
+            torch.cuda.synchronize if batch.backbone.device.type == "cuda" else lambda: None
+        )
+
+    def read(self, reader: PromptReader, inputs: Mapping[str, Any]) -> float:
+        """Fill all slots; seconds of a prompt."""
+        took = []
+        options = {"max_new_tokens": 2, "do_sample": False}
+        for _ in range(self._batch.slots):
+            begin = self._now()
+            prompt = reader.read(inputs, options, use_exits=True)
+            self._batch.join(prompt, RowRules(prompt), RowPolicy())
+            took.append(self._now() - begin)
+        return median(took)
+
+    def table(self, call: Callable[[int], object], sizes: Sequence[int]) -> Table:
+        """Seconds of `call` for each size, sizes taking turns; a larger call is never cheaper."""
+        took: dict[int, list[float]] = {n: [] for n in sizes}
+        with torch.inference_mode():
+            for turn in range(self._repeats + 1):
+                for n in sizes:
+                    begin = self._now()
+                    call(n)
+                    if turn:  # the first one warms up
+                        took[n].append(self._now() - begin)
+        found = np.maximum.accumulate([median(took[n]) for n in sizes])
+        return tuple(zip(sizes, found.tolist(), strict=True))
+
+    def shallow(self, rows: int) -> None:
+        states = self._batch.runner.shallow(self._tokens(rows), self._columns(rows))
+        asked = [(seat.rules, [0]) for seat in self._batch.seats[:rows]]
+        self._batch.chooser.verdicts(self._batch.depths[0], states, asked)
+
+    def full(self, rows: int) -> None:
+        states = self._batch.runner.full(self._tokens(rows), self._columns(rows), exits=False)
+        self._batch.backbone.logits(states.final).argmax(-1).tolist()
+
+    def deep(self, tokens: int) -> None:
+        rows = min(tokens, self._batch.slots)
+        shares = [tokens // rows + (row < tokens % rows) for row in range(rows)]
+        slots = [row for row, share in enumerate(shares) for _ in range(share)]
+        start = self._batch.seats[0].row.start
+        columns = [start + n for share in shares for n in range(share)]
+        float(self._batch.runner.deep(self._states(tokens), slots, columns).final[0, 0])
+
+    def head(self, tokens: int) -> None:
+        self._batch.backbone.logits(self._states(tokens)).argmax(-1).tolist()
+
+    def _now(self) -> float:
+        self._sync()
+        return self._clock()
+
+    def _tokens(self, rows: int) -> torch.Tensor:
+        return torch.full((rows,), 5, device=self._batch.backbone.device)
+
+    def _columns(self, rows: int) -> list[int]:
+        return [seat.row.start for seat in self._batch.seats[:rows]]
+
+    def _states(self, tokens: int) -> torch.Tensor:
+        backbone = self._batch.backbone
+        return torch.ones(tokens, backbone.width, dtype=backbone.dtype, device=backbone.device)

@@ -1,0 +1,61 @@
+"""Laws of the engine's benchmark: the script holds, and each case is told whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from offramp.engine.policy import ExitPolicy
+from offramp.errors import InputError
+from offramp.models.exits import Exits, ExitSet
+from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table
+from offramp.research.benchmark.scripted_batch import Script, ScriptedBatch
+from offramp.research.benchmark.shapes import shape
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
+
+CONFIG = EngineConfig(slots=3, limit=128)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    known = shape("mini-opt")
+    backbone = known.build()
+    exits = Exits(backbone, (2,)).requires_grad_(False)
+    return backbone, ExitSet.of(exits), known.inputs(backbone, words=4)
+
+
+def test_tokens_exit_and_guesses_are_right_as_the_script_says(mini):
+    backbone, exits, inputs = mini
+    found = {}
+    for right in (0.0, 1.0):
+
+        def batch(*args, right=right, **more):
+            return ScriptedBatch(*args, script=Script(0.6, right), **more)
+
+        core = EngineCore(backbone, exits, ExitPolicy({2: 0.5}), CONFIG, make_batch=batch)
+        options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+        handles = [core.add(Request(inputs, "early_exit", options=options)) for _ in range(3)]
+        core.run()
+        depths = [d for h in handles for d in h.result().output.depths[0, 1:].tolist()]
+        assert sum(d == 2 for d in depths) / len(depths) == pytest.approx(0.6, abs=0.12)
+        found[right] = core.calls["shallow"]
+    assert found[1.0] < found[0.0]  # nothing falls with a guess that is right
+
+
+def test_each_case_is_predicted_measured_and_shown(mini):
+    backbone, exits, inputs = mini
+    cases = [EngineCase("early_exit", 0.75, 0.7), EngineCase("lossless", right=0.9)]
+    costs, entries = bench_engine(
+        backbone, exits, inputs, cases, CONFIG, rounds=1, requests=5, lengths=(6, 9)
+    )
+    assert [e["mode"] for e in entries] == ["full", "early_exit", "lossless"]
+    for e in entries:
+        assert min(e["predicted"], e["measured"], e["against_static"]) > 0
+        assert e["p50"] <= e["p95"] <= e["p99"]
+    shown = table(costs, entries)
+    assert all(e["name"] in shown for e in entries)
+
+
+def test_a_case_out_of_range_is_refused():
+    with pytest.raises(InputError):
+        EngineCase("early_exit", 1.5)

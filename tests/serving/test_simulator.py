@@ -1,0 +1,128 @@
+"""Laws of the schedule and of the simulation, which runs the engine's own rows under it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.slots.prompt import PromptReader
+from offramp.errors import InputError
+from offramp.serving.scheduler import Load, Schedule
+from offramp.serving.simulator import Workload, full_depth, simulate
+from offramp.serving.slot_batch import SlotBatch
+from offramp.serving.unit_costs import CallCosts, measure_calls, seconds
+
+SHALLOW, DEEP, HEAD, READ = 2.0, 5.0, 1.0, 3.0
+
+
+def costs(slots=4):
+    """Calls that cost the same over any number of tokens."""
+
+    def flat(took):
+        return ((1, took), (64, took))
+
+    return CallCosts(slots, 10, flat(SHALLOW), flat(DEEP), flat(HEAD), flat(10.0), READ)
+
+
+def test_if_all_tokens_exit_only_shallow_calls_are_paid():
+    found = simulate(costs(), Workload(1.0, lengths=(40, 40)))
+    assert found.tokens_per_second == pytest.approx(4 / SHALLOW)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_if_no_guess_is_right_every_flush_gives_a_row_one_token(patience):
+    schedule = Schedule(patience=patience, parked=4)
+    # Equal lengths, so that all rows end with the same call.
+    work = Workload(0.0, right=0.0, lengths=(40, 40))
+    found = simulate(costs(), work, schedule)
+    cycle = (patience + 1) * SHALLOW + DEEP + HEAD
+    assert found.tokens_per_second == pytest.approx(4 / cycle, rel=0.04)
+
+
+def test_if_rows_park_every_token_takes_both_calls():
+    work = Workload(0.0, guess=False, lengths=(40, 40))
+    found = simulate(costs(), work, Schedule(patience=4, parked=4))
+    assert found.tokens_per_second == pytest.approx(4 / (SHALLOW + DEEP + HEAD))
+
+
+def test_more_exits_and_better_guesses_are_never_slower():
+    rates = [simulate(costs(), Workload(p, 0.5)).tokens_per_second for p in (0.0, 0.5, 0.9, 1.0)]
+    rights = [simulate(costs(), Workload(0.5, g)).tokens_per_second for g in (0.0, 0.5, 0.9, 1.0)]
+    assert rates == sorted(rates)
+    assert rights == sorted(rights)
+
+
+def test_a_free_engine_answers_after_the_prompt_and_a_busy_one_later():
+    rare = simulate(costs(), Workload(0.9, arrivals=0.001), tokens=500)
+    often = simulate(costs(), Workload(0.9, arrivals=1.0), tokens=500)
+    assert rare.first[0] == pytest.approx(READ)
+    assert often.first[0] > 2 * READ
+
+
+def test_full_depth_is_one_call_a_token():
+    assert full_depth(costs()) == pytest.approx(4 / 10.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"exit_rate": 1.1},
+        {"exit_rate": 0.5, "right": -0.1},
+        {"exit_rate": 0.5, "lengths": (9, 3)},
+        {"exit_rate": 0.5, "arrivals": 0.0},
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(wrong):
+    with pytest.raises(InputError):
+        Workload(**wrong)
+
+
+def load(**more):
+    usual = {"rows": 4, "ready": 4, "parked": 0, "oldest": 0, "pending": 3, "plain": False}
+    return Load(**{**usual, **more})
+
+
+@pytest.mark.parametrize(
+    ("rows", "full", "call"),
+    [
+        (load(), False, "shallow"),
+        (load(oldest=3), False, "deep"),
+        (load(ready=2, parked=2), False, "deep"),
+        (load(ready=0, parked=1), False, "deep"),
+        (load(plain=True), True, "deep"),  # first what is pending
+        (load(plain=True, pending=0), True, "full"),
+        (load(plain=False, pending=0), True, "shallow"),  # a row's tokens may exit: no full depth
+    ],
+)
+def test_the_deep_layers_run_when_somebody_waited_long_enough(rows, full, call):
+    assert Schedule(patience=3, parked=2).next_call(rows, full=full) == call
+
+
+def test_costs_are_linear_between_what_was_measured_and_beyond():
+    table = ((1, 1.0), (4, 2.0), (8, 4.0))
+    assert [seconds(table, n) for n in (1, 2.5, 8, 12)] == pytest.approx([1.0, 1.5, 4.0, 6.0])
+
+
+def test_costs_come_back_from_json():
+    found = costs()
+    assert CallCosts.from_json(found.to_json()) == found
+    with pytest.raises(InputError, match="no call costs"):
+        CallCosts.from_json({"slots": 4})
+
+
+def test_measured_costs_leave_the_batch_empty_and_grow_with_tokens(backbone, exits, batch):
+    whole, some = backbone("blip2-opt"), exits("blip2-opt")
+    rows = SlotBatch(whole, some, ExitPolicy({2: 0.5}), slots=3, limit=64)
+    reader = PromptReader(whole, some, rows.depths)
+    inputs = batch("blip2-opt", 1)
+    found = measure_calls(rows, reader, inputs, repeats=1, most=8)
+    assert not rows.seats
+    assert [n for n, _ in found.shallow] == [1, 2, 3]
+    assert [n for n, _ in found.deep] == [1, 2, 4, 8]
+    for table in (found.shallow, found.deep, found.head, found.full):
+        took = [s for _, s in table]
+        assert took == sorted(took)
+        assert took[0] > 0
+    with torch.inference_mode(), pytest.raises(InputError, match="repeats"):
+        measure_calls(rows, reader, inputs, repeats=0)
