@@ -32,7 +32,7 @@ def test_if_all_tokens_exit_only_shallow_calls_are_paid():
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_if_no_guess_is_right_every_flush_gives_a_row_one_token(patience):
-    schedule = Schedule(patience=patience, parked=4)
+    schedule = Schedule(patience=patience, idle=4)
     # Equal lengths, so that all rows end with the same call.
     work = Workload(0.0, right=0.0, lengths=(40, 40))
     found = simulate(costs(), work, schedule)
@@ -42,7 +42,7 @@ def test_if_no_guess_is_right_every_flush_gives_a_row_one_token(patience):
 
 def test_if_rows_park_every_token_takes_both_calls():
     work = Workload(0.0, guess=False, lengths=(40, 40))
-    found = simulate(costs(), work, Schedule(patience=4, parked=4))
+    found = simulate(costs(), work, Schedule(patience=4, idle=4))
     assert found.tokens_per_second == pytest.approx(4 / (SHALLOW + DEEP + HEAD))
 
 
@@ -79,7 +79,7 @@ def test_a_workload_that_cannot_be_is_refused(wrong):
 
 
 def load(**more):
-    usual = {"rows": 4, "ready": 4, "parked": 0, "oldest": 0, "pending": 3, "plain": False}
+    usual = {"ready": 4, "idle": 0, "oldest": 0, "pending": 3, "plain": False}
     return Load(**{**usual, **more})
 
 
@@ -88,15 +88,15 @@ def load(**more):
     [
         (load(), False, "shallow"),
         (load(oldest=3), False, "deep"),
-        (load(ready=2, parked=2), False, "deep"),
-        (load(ready=0, parked=1), False, "deep"),
+        (load(ready=2, idle=2), False, "deep"),
+        (load(ready=0, idle=1), False, "deep"),
         (load(plain=True), True, "deep"),  # first what is pending
         (load(plain=True, pending=0), True, "full"),
         (load(plain=False, pending=0), True, "shallow"),  # a row's tokens may exit: no full depth
     ],
 )
 def test_the_deep_layers_run_when_somebody_waited_long_enough(rows, full, call):
-    assert Schedule(patience=3, parked=2).next_call(rows, full=full) == call
+    assert Schedule(patience=3, idle=2).next_call(rows, full=full) == call
 
 
 def test_costs_are_linear_between_what_was_measured_and_beyond():

@@ -209,14 +209,8 @@ class EngineCore:
 
     def _load(self) -> Load:
         rows = [seat.row for seat in self.batch.seats]
-        return Load(
-            rows=len(rows),
-            ready=self.batch.ready,
-            parked=sum(row.parked for row in rows),
-            oldest=max(row.waited for row in rows),
-            pending=sum(row.pending for row in rows),
-            plain=not any(seat.policy.thresholds for seat in self.batch.seats),
-        )
+        plain = not any(seat.policy.thresholds for seat in self.batch.seats)
+        return Load.of(rows, self.config.longest, plain=plain)
 
     def _drop_unwanted(self) -> None:
         for seat in [s for s in self.batch.seats if s.owner.handle.unwanted]:

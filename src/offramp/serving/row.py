@@ -28,7 +28,7 @@ class Row:
     choices: the answer so far, provisional ones too. fed, deep: how many of its tokens ran through
     the shallow layers, and how many of these through the deep ones. settled: how many can no longer
     change. guesses: places in the answer of those that wait for the deep layers' word. waited:
-    shallow calls since the oldest of these questions was asked.
+    shallow calls since the oldest of these questions was asked, or without this row.
     """
 
     def __init__(self, start: int, first: Choice) -> None:
@@ -58,9 +58,13 @@ class Row:
         """Whether the deep layers must speak before this row's next token can be settled."""
         return bool(self.guesses) or self.parked
 
+    def idle(self, longest: int) -> bool:
+        """Whether only a deep call gets it on: it parked, or has `longest` tokens pending."""
+        return self.parked or self.pending >= longest
+
     def ready(self, longest: int) -> bool:
         """Whether its next token can be fed, no more than `longest` being pending."""
-        return not self.parked and not self.held and self.pending < longest
+        return not self.idle(longest) and not self.held
 
     @property
     def column(self) -> int:
@@ -107,7 +111,7 @@ class Row:
 
     def wait(self) -> None:
         """A shallow call went by without this row."""
-        self.waited += self.asks
+        self.waited += 1
 
     def passed(self, choice: Choice) -> None:
         """The fed token ran through all layers at once, and `choice` came out."""

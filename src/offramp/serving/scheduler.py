@@ -6,31 +6,43 @@ row that parked idles meanwhile, and what is built on a guess that is wrong is l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from offramp.errors import InputError
+from offramp.serving.row import Row
 
 Call = Literal["shallow", "deep", "full"]
 
 
 class Load(NamedTuple):
-    """The rows at hand. ready: can be fed. parked: wait for the deep layers. oldest: shallow calls
+    """The rows at hand. ready: can be fed. idle: cannot, before a deep call. oldest: shallow calls
     since the oldest question to the deep layers. pending: tokens that wait before them. plain: no
     row's tokens may exit, so that all may run at full depth."""
 
-    rows: int
     ready: int
-    parked: int
+    idle: int
     oldest: int
     pending: int
     plain: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], longest: int, *, plain: bool) -> Load:
+        """Of at least one row, each with at most `longest` tokens pending."""
+        return cls(
+            ready=sum(row.ready(longest) for row in rows),
+            idle=sum(row.idle(longest) for row in rows),
+            oldest=max(row.waited for row in rows),
+            pending=sum(row.pending for row in rows),
+            plain=plain,
+        )
 
 
 @dataclass(frozen=True)
 class Schedule:
     """When the deep layers run: once the oldest question has waited `patience` shallow calls, once
-    `parked` rows are idle, or once no row can be fed.
+    `idle` rows are, or once no row can be fed.
 
     Defaults are the simulation's over long runs: a deadline alone is within 5% of the best.
 
@@ -39,19 +51,19 @@ class Schedule:
     """
 
     patience: int = 4
-    parked: int = 4
+    idle: int = 4
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.parked < 1:
+        if self.patience < 1 or self.idle < 1:
             raise InputError(
-                f"A schedule of {self.patience} calls and {self.parked} rows never runs.",
+                f"A schedule of {self.patience} calls and {self.idle} rows never runs.",
                 "Give whole numbers from 1.",
             )
 
     @classmethod
     def of(cls, slots: int) -> Schedule:
         """The usual one of so many slots."""
-        return cls(parked=max(1, slots // 2))
+        return cls(idle=max(1, slots // 2))
 
     def next_call(self, load: Load, *, full: bool = False) -> Call:
         """The next call for at least one row.
@@ -60,5 +72,12 @@ class Schedule:
         """
         if full and load.plain:
             return "deep" if load.pending else "full"
-        asked = load.oldest >= self.patience or load.parked >= self.parked
+        asked = load.oldest >= self.patience or load.idle >= self.idle
         return "deep" if asked or not load.ready else "shallow"
+
+
+def due(rows: Sequence[Row], longest: int) -> list[bool]:
+    """Which rows a deep call takes: those with a question; and once one has `longest` tokens
+    pending, so that it cannot be fed, all that have half as many."""
+    full = any(row.pending >= longest for row in rows)
+    return [row.asks or (full and row.pending >= max(1, longest // 2)) for row in rows]

@@ -15,7 +15,7 @@ import numpy as np
 
 from offramp.errors import InputError
 from offramp.serving.row import Choice, Row
-from offramp.serving.scheduler import Load, Schedule
+from offramp.serving.scheduler import Load, Schedule, due
 from offramp.serving.unit_costs import CallCosts, seconds
 
 
@@ -101,15 +101,7 @@ class _Simulation:
         if not self.answers:
             self.now = max(self.now, self.next_arrival)
             return
-        rows = [answer.row for answer in self.answers]
-        load = Load(
-            rows=len(rows),
-            ready=sum(row.ready(self.longest) for row in rows),
-            parked=sum(row.parked for row in rows),
-            oldest=max(row.waited for row in rows),
-            pending=sum(row.pending for row in rows),
-            plain=False,
-        )
+        load = Load.of([answer.row for answer in self.answers], self.longest, plain=False)
         took = self._shallow() if self.schedule.next_call(load) == "shallow" else self._deep()
         self.now += took
         self.decoding += took
@@ -139,9 +131,10 @@ class _Simulation:
 
     def _deep(self) -> float:
         states = questions = 0
-        for answer in self.answers:
+        takes = due([answer.row for answer in self.answers], self.longest)
+        for answer, taken in zip(self.answers, takes, strict=True):
             row = answer.row
-            if not row.pending or not (row.asks or row.pending >= self.longest):
+            if not taken:
                 continue
             states += row.pending
             questions += len(row.questions)

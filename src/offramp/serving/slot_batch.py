@@ -21,6 +21,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.serving.choices import Chooser, Verdict
 from offramp.serving.row import Choice, Row
 from offramp.serving.rules import RowRules
+from offramp.serving.scheduler import due
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,9 @@ class SlotBatch:
 
     @torch.inference_mode()
     def deep(self) -> None:
-        """Run what is pending of every row that has a question through the deep layers."""
-        chosen = [
-            (slot, seat)
-            for slot, seat in enumerate(self.seats)
-            if seat.row.pending and (seat.row.asks or seat.row.pending >= self.longest)
-        ]
+        """Run what is pending of the rows whose turn it is (`due`) through the deep layers."""
+        takes = due([seat.row for seat in self.seats], self.longest)
+        chosen = [(slot, seat) for slot, seat in enumerate(self.seats) if takes[slot]]
         if not chosen:
             return
         assert self._pending is not None
