@@ -25,8 +25,17 @@ from offramp.models.exits import Exits, ExitSet
 # -- rows that are finished --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["recompute", "propagate", "lossless"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "recompute") for name in NAMES),
+        *(
+            (name, way)
+            for name in ("blip2-opt", "blip2-t5", "llava", "qwen2.5-vl", "gemma3")
+            for way in ("propagate", "lossless")
+        ),
+    ],
+)
 def test_taking_finished_rows_out_changes_no_other_row(
     name, way, backbone, exits, batch, monkeypatch
 ):

@@ -155,7 +155,7 @@ def test_a_padded_decoder_prompt_is_masked_in_every_step(backbone, exits, batch)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_end_token_stops_a_row_and_pads_what_follows(name, backbone, exits, batch):
     whole = backbone(name)
-    for rows in ROWS:
+    for rows in ROWS if name == "llava" else (4,):
         inputs = batch(name, rows)
         free = greedy(whole.model, inputs)[:, -NEW:]
         end = {"eos_token_id": int(free[0, 4]), "pad_token_id": PAD}

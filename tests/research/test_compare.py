@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def models() -> dict[str, Backbone]:
     return {name: Backbone(families.build(name, wide=4.0)) for name in NAMES}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(models: dict[str, Backbone]) -> RunComparison:
     """Compare on a tiny family, in a folder."""
     examples = fakes.examples(14)
@@ -60,16 +61,38 @@ def run(models: dict[str, Backbone]) -> RunComparison:
     return start
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.fixture(scope="module")
+def done_once(run: RunComparison, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished comparison by `SMALL`: its folder and what it found."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+@pytest.fixture
+def finished(done_once: Any, tmp_path: Path) -> dict[str, Any]:
+    """What a finished comparison found; `tmp_path` holds a copy of its folder."""
+    folder, found = done_once
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives", "policies"),
+    [
+        ("blip2-opt", OBJECTIVES, POLICIES),
+        ("blip2-t5", ("free", "logit_lens"), ("max_probability", "patience", "fixed_depth")),
+    ],
+)
 def test_every_objective_and_policy_has_its_points(
-    run: RunComparison, tmp_path: Path, name: str
+    run: RunComparison, tmp_path: Path, name: str, objectives: Any, policies: Any
 ) -> None:
     # for what the next layer then is worth, and cross-entropy on the model's own answers
     training = replace(TRAINING, initial_layer="closest", regime="pseudo", min_confidence=0.0)
-    found = run(tmp_path, replace(PLAN, training=training), name)
+    chosen = {"objectives": tuple(objectives), "policies": tuple(policies)}
+    found = run(tmp_path, replace(PLAN, training=training, quantiles=(0.5,), **chosen), name)
     points = found["points"]
-    assert {p["objective"] for p in points} == set(OBJECTIVES)
-    assert {p["policy"] for p in points} == set(POLICIES)
+    assert {p["objective"] for p in points} == set(objectives)
+    assert {p["policy"] for p in points} == set(policies)
     layers = 6
     for point in points:
         assert 0 <= point["agreement"] <= 1
@@ -93,9 +116,8 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_what_is_done_is_not_done_again(
-    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(tmp_path)
     for owner, name in (
         (Trainer, "_step"),
         (module._Bench, "_quality"),
@@ -103,21 +125,20 @@ def test_what_is_done_is_not_done_again(
     ):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
-    assert again["points"] == first["points"]
-    assert again["equal_quality"] == first["equal_quality"]
+    assert again["points"] == finished["points"]
+    assert again["equal_quality"] == finished["equal_quality"]
 
 
 def test_an_interrupted_comparison_goes_on(
-    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole")
     with monkeypatch.context() as cut:
         cut.setattr(module, "time_interleaved", refuse)
         with pytest.raises(AssertionError):
             run(tmp_path / "cut")
     monkeypatch.setattr(module._Bench, "_quality", refuse)
     points = run(tmp_path / "cut")["points"]
-    for point, known in zip(points, whole["points"], strict=True):
+    for point, known in zip(points, finished["points"], strict=True):
         timeless = {k: v for k, v in known.items() if "speedup" not in k}
         assert {k: point[k] for k in timeless} == timeless
 
@@ -159,9 +180,8 @@ def test_every_seed_trains_anew(run: RunComparison, tmp_path: Path) -> None:
 
 
 def test_what_is_added_later_is_all_that_is_trained_and_judged(
-    run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(tmp_path)
     judged, judge = [], module._Bench._quality
 
     def noted(bench: Any, entry: Any) -> Any:
@@ -172,27 +192,25 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
     more = {"objectives": ("free", "l2"), "policies": ("max_probability", "margin"), "seeds": 2}
     found = run(tmp_path, replace(SMALL, **more))
     assert (0, "free", "max_probability") not in judged
-    assert len(judged) == len(found["points"]) - len(first["points"])
+    assert len(judged) == len(found["points"]) - len(finished["points"])
     timeless = ("quality", "agreement", "mean_depth", "thresholds")
     kept = [p for p in found["points"] if (p["seed"], p["objective"], p["policy"]) ==
             (0, "free", "max_probability")]  # fmt: skip
     assert [[p[n] for n in timeless] for p in kept] == [
-        [p[n] for n in timeless] for p in first["points"]
+        [p[n] for n in timeless] for p in finished["points"]
     ]
 
 
-@pytest.mark.parametrize("more", [{"timed": 2}, {"rounds": 2}])
-def test_another_race_trains_and_judges_nothing_anew(
-    more: dict[str, int], run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_timing_trains_and_judges_nothing_anew(
+    run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(tmp_path)
     for owner, name in ((Trainer, "_step"), (module._Bench, "_quality")):
         monkeypatch.setattr(owner, name, refuse)
-    again = run(tmp_path, replace(SMALL, **more))
-    assert [p["quality"] for p in again["points"]] == [p["quality"] for p in first["points"]]
-    assert [p["speedup_decode"] for p in again["points"]] != [
-        p["speedup_decode"] for p in first["points"]
-    ]
+    known = finished["points"]
+    for more in ({"timed": 2}, {"rounds": 2}):
+        again = run(tmp_path, replace(SMALL, **more))["points"]
+        assert [p["quality"] for p in again] == [p["quality"] for p in known]
+        assert [p["speedup_decode"] for p in again] != [p["speedup_decode"] for p in known]
 
 
 def test_points_that_do_the_same_work_have_the_same_speed(
@@ -214,8 +232,8 @@ def test_points_that_do_the_same_work_have_the_same_speed(
     assert len({speeds[one] for one in (*others, ("free", "max_probability"))}) == 4
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_comparison_in_the_folder_is_refused(run: RunComparison, tmp_path: Path) -> None:
-    run(tmp_path)
     with pytest.raises(InputError, match="another plan"):
         run(tmp_path, replace(SMALL, quantiles=(0.5,)))
     with pytest.raises(InputError, match="another test"):
@@ -303,10 +321,10 @@ def test_exits_with_a_shortlist_read_no_other_tokens(
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("finished")
 def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
     run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path)
     pairs = (("logit_lens", "saturation"), ("cross_entropy", "patience"), ("free", "saturation"))
     plan = replace(SMALL, pairs=pairs)
     found = run(tmp_path, plan)  # goes on in the folder, and adds them
@@ -583,7 +601,8 @@ def test_the_command_compares_on_ones_own_pictures(
     arguments = ["compare", "--backbone", "tiny-opt", "--data", data, "--out", tmp_path / "run",
                  "--objectives", "free", "--policies", "max_probability", "fixed_depth",
                  "--pairs", "logit_lens:saturation",
-                 "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1]  # fmt: skip
+                 "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1,
+                 "--max-new-tokens", 6]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["quality_full"] == 1
