@@ -17,12 +17,16 @@ from huggingface_hub import ModelCard
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError
-from offramp.model_card import model_card
+from offramp.model_card import model_card as card_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
 
 Build = Callable[..., Any]
+
+
+def model_card(adapter: Adapter) -> str:
+    return card_of(adapter.backbone, adapter)
 
 
 def unsealed(folder: Path) -> dict[str, Any]:

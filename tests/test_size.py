@@ -13,7 +13,6 @@ NOT_YET = {
     "calibration/gates.py:cheapen",
     "cli/eval.py:add",
     "cli/research/compare.py:add",
-    "engine/generate.py:generate",
     "research/analysis/analyse.py:analyse",
     "research/benchmark/bench.py:bench",
     "research/comparison/compare.py",

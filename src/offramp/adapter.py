@@ -79,8 +79,8 @@ class Adapter:
             InputError: the exits have no tensors.
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
-        parts = {f.name: getattr(self, f.name) for f in fields(AdapterParts)}
-        save_parts(folder, self.backbone, AdapterParts(**parts), model_card(self))
+        parts = AdapterParts(**{f.name: getattr(self, f.name) for f in fields(AdapterParts)})
+        save_parts(folder, self.backbone, parts, model_card(self.backbone, parts))
 
     @classmethod
     def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone) -> Adapter:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-if TYPE_CHECKING:
-    from offramp.adapter import Adapter
+from offramp.models.backbone import Backbone
+from offramp.save_and_load import AdapterParts
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(adapter: Adapter) -> str:
+def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
     """The card: the hub's metadata as YAML, then depths, thresholds, guarantee and provenance."""
     environment = Environment(
         loader=PackageLoader("offramp", ""),
@@ -31,7 +30,7 @@ def model_card(adapter: Adapter) -> str:
         repr=repr,
     )
     text = environment.get_template("model_card.md.jinja").render(
-        backbone=adapter.backbone,
+        backbone=backbone,
         exits=adapter.exits,
         policy=adapter.policy,
         agreement=adapter.metrics.get("agreement", {}),
@@ -39,7 +38,7 @@ def model_card(adapter: Adapter) -> str:
         provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
         nan=float("nan"),
     )
-    return f"---\n{card_data(adapter.backbone.name).to_yaml()}\n---\n{text}"
+    return f"---\n{card_data(backbone.name).to_yaml()}\n---\n{text}"
 
 
 def card_data(backbone: str) -> ModelCardData:

@@ -210,13 +210,13 @@ def test_a_calibrated_adapter_comes_back_with_its_promise(tmp_path: Path) -> Non
     assert loaded.policy == result.policy
     assert loaded.calibration == kept.calibration == result.to_json()
     assert set(loaded.seen["calibration"]) == set(picture_digests(examples()))
-    card = model_card(loaded)
+    card = model_card(loaded.backbone, loaded)
     assert f"at most {result.target:.3g}" in card and f"n = {result.n}" in card
 
 
 def test_the_card_of_an_adapter_tells_when_nothing_could_be_promised() -> None:
     kept = calibrated(adapter_at(4), found(4, target=0.01), examples())
-    assert "could not promise" in model_card(kept)
+    assert "could not promise" in model_card(kept.backbone, kept)
 
 
 # -- data that cannot carry it --------------------------------------------------------------------
