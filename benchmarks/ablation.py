@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from offramp.adapter import Adapter
-from offramp.answers import answer_ids, self_written
+from offramp.answers import answers_to, full_model_answers
 from offramp.engine.confidence import SCORES
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import exit_features
@@ -142,7 +142,7 @@ class Place:
         self.encoder = encoder
         examples = [e for task in tasks for e in task.examples]
         self.asked = [(task, e) for task in tasks for e in task.examples]
-        rows = self_written(encoder, examples, batch_size=64, max_new_tokens=LONGEST)
+        rows = full_model_answers(encoder, examples, batch_size=64, max_new_tokens=LONGEST)
         self.full = [row.ids for row in rows]
         self.store = FeatureStore(encoder, rows, (DEPTH,), batch_size=BATCH, cache="memory")
         self.store.fill()
@@ -159,13 +159,8 @@ class Place:
     def judged(self, adapter: Adapter) -> dict[str, float]:
         """Figures of exits: leaving always, and leaving where it is safe."""
         rule = ExitPolicy({DEPTH: 0.0}, exit_in_prefill=True)
-        answers = [
-            ids
-            for some in self.inputs
-            for ids in answer_ids(
-                adapter.generate(some, policy=rule, max_new_tokens=LONGEST, do_sample=False)
-            )
-        ]
+        given = answers_to(adapter, self.encoder, self.inputs, rule, max_new_tokens=LONGEST)
+        answers = [answer.ids for answer in given]
         same = [ids == full for ids, full in zip(answers, self.full, strict=True)]
         return {
             "quality": self.quality(answers),

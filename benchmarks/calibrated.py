@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.answers import Answer, free_running
+from offramp.answers import Answer, generate_answers
 from offramp.calibration.calibrate import GRID, Calibration, calibrate, path_of
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, control
@@ -144,7 +144,8 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
 
 
 def _answers(adapter: Adapter, encoder: InputProcessor, n: int, policy: ExitPolicy) -> list[Answer]:
-    return free_running(adapter, encoder, _examples("test", n), policy, 64, demo.OPTIONS)
+    examples = _examples("test", n)
+    return generate_answers(adapter, encoder, examples, policy, batch_size=64, **demo.OPTIONS)
 
 
 def _row(
@@ -197,7 +198,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     pool += _examples("test", sizes.pool - sizes.pool // 2, start=100_000)
     costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
     whole = ThresholdEvaluator.of(
-        adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], 64, demo.OPTIONS, costs
+        adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], costs=costs, **demo.OPTIONS
     )
     halves = [_halves(pool, seed) for seed in range(sizes.splits)]
     rows = []

@@ -30,7 +30,8 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research import demo
-from offramp.research.comparison.compare import compare, exits_folder
+from offramp.research.comparison.compare import compare
+from offramp.research.comparison.grid import exits_folder
 from offramp.research.comparison.methods import FEW, FREE, Plan
 from offramp.research.scenes import world
 from offramp.research.scenes.tasks import captions, questions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,32 @@ from examples.photo_vlm.evaluate import LONGEST, caption_figures
 from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
+from offramp.answers import Model, generate_answers
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.run_log import Done, Row
-from offramp.models.exits import Exits
 from offramp.research.report.gallery import gallery
 from offramp.research.report.html import Section, document, paragraph
 from offramp.storage import write_atomic
 
 
-def answers(
-    adapter: Adapter, encoder: Any, examples: Sequence[Example], policy: ExitPolicy
-) -> Iterator[Row]:
-    """A row for the gallery of each caption of a batch."""
-    prompts, longest = encoder.prompts(examples), LONGEST["captions"]
-    made = adapter.generate(prompts, policy=policy, max_new_tokens=longest, do_sample=False)
-    for example, tokens, ran in zip(examples, made.new_tokens, made.depths, strict=True):
-        ids = tokens[ran > 0]
-        (text,) = encoder.texts(ids[None])
-        yield {
-            "key": example.key, "answer": text, "ids": ids.tolist(), "depths": ran[ran > 0].tolist()
-        }  # fmt: skip
+def rows_of(model: Model, encoder: Any, examples: Sequence[Example]) -> list[Row]:
+    """A row for the gallery of each caption."""
+    answers = generate_answers(model, encoder, examples, max_new_tokens=LONGEST["captions"])
+    return [
+        {"key": e.key, "answer": a.text, "ids": list(a.ids), "depths": list(a.depths)}
+        for e, a in zip(examples, answers, strict=True)
+    ]
 
 
 def page(model: Path, adapter: Path, examples: list[Example], shown: int) -> str:
     """HTML of `shown` of the photographs: half that early exit changed, half that it did not."""
     backbone, encoder = load(model)
     ours = Adapter.load(adapter, backbone)
-    full = Adapter(backbone, Exits(backbone, ours.exits.depths[:1], kind="lens"))
     done: Done = {}
     scores = {}
-    for mode, some, policy in (("full", full, FULL), ("early_exit", ours, ours.policy)):
-        rows = [
-            row
-            for start in range(0, len(examples), 32)
-            for row in answers(some, encoder, examples[start : start + 32], policy)
-        ]
+    models: dict[str, Model] = {"full": backbone, "early_exit": ours}
+    for mode, answering in models.items():
+        rows = rows_of(answering, encoder, examples)
         texts = [row["answer"] for row in rows]
         scores[mode] = caption_figures(texts, examples, ("CIDEr",))["CIDEr"]
         done |= {(mode, row["key"]): row for row in rows}

@@ -30,7 +30,7 @@ from examples.photo_vlm.rows import read_photographs
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.answers import Answer, free_running
+from offramp.answers import Answer, generate_answers
 from offramp.calibration.calibrate import calibrate, path_of
 from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.calibration.profiler import measure_costs
@@ -146,8 +146,10 @@ class Photos:
 
     def answers(self, adapter: Adapter, name: str, examples: Sequence[Example]) -> list[Answer]:
         """Free-running greedy answers by the adapter's policy."""
-        options = {"max_new_tokens": LONGEST[name], "do_sample": False, "vision_cache": self.cache}
-        return free_running(adapter, self.encoder, examples, adapter.policy, 64, options)
+        return generate_answers(
+            adapter, self.encoder, examples,
+            batch_size=64, max_new_tokens=LONGEST[name], vision_cache=self.cache,
+        )  # fmt: skip
 
     @cached_property
     def none(self) -> Adapter:
@@ -271,11 +273,11 @@ def _tried(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
     one = photos.encoder.prompts(examples[:1])
     shortlist = adapter.policy.shortlist
     costs = measure_costs(photos.backbone, one, adapter.exits, shortlist=shortlist, repeats=3)
-    options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
     policy = replace(adapter.policy, thresholds={})
     whole = ThresholdEvaluator.of(
-        adapter, photos.encoder, examples, policy, RISKS["disagreement"], 64, options, costs
-    )
+        adapter, photos.encoder, examples, policy, RISKS["disagreement"],
+        costs=costs, max_new_tokens=LONGEST["captions"],
+    )  # fmt: skip
     # Decoded in batches either way; where a replay sees no difference, rounding hardly makes one.
     return replace(whole, doubtful=whole.doubtful & False)
 

@@ -1,10 +1,10 @@
-"""Answers to examples, in batches: by the full model, or by an adapter's policy."""
+"""Greedy answers to examples, in batches: by the full model, or by an adapter's policy."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -14,55 +14,116 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.teacher_forcing import Answered
+from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 
 log = logging.getLogger(__name__)
 
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
 
-def self_written(
+Model = Adapter | Backbone
+"""What answers: an adapter by its policy or another, or a backbone, which is the full model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as it was generated, padding left out.
+
+    ids: N tokens, the end token among them. text: decoded, without special tokens.
+    depths, scores: of each token: the layers that ran for it, and its confidence at the last exit
+        that looked at it (NaN: none did).
+    confidence: geometric mean of the probabilities that the model gave these tokens; None: not
+        asked for.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    depths: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    confidence: float | None = None
+
+
+def generate_answers(
+    model: Model,
     encoder: InputProcessor,
     examples: Sequence[Example],
+    policy: ExitPolicy | None = None,
     *,
-    batch_size: int,
-    max_new_tokens: int,
-    min_confidence: float = 0.0,
+    batch_size: int = 32,
+    confidence: bool = False,
     progress: Any = iter,
-) -> list[Answered]:
-    """Greedy answers of the full model, those below `min_confidence` dropped.
+    **options: Any,
+) -> list[Answer]:
+    """The greedy answer to each example.
 
-    Confidence is the geometric mean of the probabilities the full model gave its own tokens.
+    Args:
+        policy: of an adapter, instead of its own.
+        confidence: note `Answer.confidence` too.
+        progress: wraps the numbers at which batches begin.
+        options: of generation, such as max_new_tokens.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.
     """
-    written: list[Answered] = []
-    confidences: list[float] = []
+    answers: list[Answer] = []
     for start in progress(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        prompts = encoder.prompts(some)
-        encoder.check_room(prompts, [(e.key, max_new_tokens) for e in some])
-        confidence = _Confidence()
-        result = generate(
-            encoder.backbone,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=[confidence],
-        )
-        live = result.depths > 0
-        for row, example in enumerate(some):
-            ids = result.new_tokens[row][live[row]].tolist()
-            confidences.append(confidence.of(row, len(ids)))
-            if confidences[-1] >= min_confidence:
-                written.append(Answered(example, tuple(ids), labelled=False))
-    if min_confidence and confidences:
-        log.info(
-            f"{len(written)} of {len(confidences)} answers reach the confidence {min_confidence}: "
-            f"half reach {median(confidences):.4f}, the surest reaches {max(confidences):.4f}"
-        )
-    return written
+        chunk = examples[start : start + batch_size]
+        inputs = encoder.prompts(chunk)
+        if longest := options.get("max_new_tokens"):
+            encoder.check_room(inputs, [(example.key, longest) for example in chunk])
+        answers += answers_to(model, encoder, [inputs], policy, confidence=confidence, **options)
+    return answers
+
+
+def answers_to(
+    model: Model,
+    encoder: InputProcessor,
+    batches: Iterable[Mapping[str, Any]],
+    policy: ExitPolicy | None = None,
+    *,
+    confidence: bool = False,
+    **options: Any,
+) -> list[Answer]:
+    """The same for processor output in batches."""
+    answers: list[Answer] = []
+    for inputs in batches:
+        noted = _Confidence()
+        more: dict[str, Any] = {"logits_processor": [noted]} if confidence else {}
+        result = _generate(model, inputs, policy, {**GREEDY, **options, **more})
+        rows = answers_of(result, encoder)
+        if confidence:
+            rows = [
+                replace(answer, confidence=noted.of(row, len(answer.ids)))
+                for row, answer in enumerate(rows)
+            ]
+        answers += rows
+    return answers
+
+
+def answers_of(result: GenerationOutput, encoder: InputProcessor) -> list[Answer]:
+    """The answer in each row of a generation."""
+    texts, scores = encoder.texts(result.new_tokens), result.scores.tolist()
+    return [
+        Answer(ids, text, depths, tuple(row[: len(ids)]))
+        for (ids, depths), text, row in zip(_tokens(result), texts, scores, strict=True)
+    ]
+
+
+def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Ids and depths of each row, padding left out; it stands behind the tokens."""
+    for ids, depths in zip(result.new_tokens, result.depths, strict=True):
+        live = depths > 0
+        yield tuple(ids[live].tolist()), tuple(depths[live].tolist())
+
+
+def _generate(
+    model: Model, inputs: Mapping[str, Any], policy: ExitPolicy | None, options: Mapping[str, Any]
+) -> GenerationOutput:
+    if isinstance(model, Adapter):
+        return model.generate(inputs, policy=policy, **options)
+    return generate(model, inputs, policy=FULL if policy is None else policy, **options)
 
 
 class _Confidence:
@@ -79,40 +140,38 @@ class _Confidence:
         return float(torch.stack(self._steps)[:tokens, row].mean().exp())
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A free-running answer: its ids and text, and the score at each token's last look."""
-
-    ids: tuple[int, ...]
-    text: str
-    scores: tuple[float, ...] = ()
-
-
-def free_running(
-    adapter: Adapter,
+def full_model_answers(
     encoder: InputProcessor,
     examples: Sequence[Example],
-    policy: ExitPolicy,
+    *,
     batch_size: int,
-    options: Mapping[str, Any],
-) -> list[Answer]:
-    """Each example's answer by `policy`, in batches."""
-    found: list[Answer] = []
-    for start in range(0, len(examples), batch_size):
-        inputs = encoder.prompts(examples[start : start + batch_size])
-        result = adapter.generate(inputs, policy=policy, **options)
-        rows = zip(
-            answer_ids(result),
-            encoder.texts(result.new_tokens),
-            result.scores.tolist(),
-            strict=True,
+    max_new_tokens: int,
+    min_confidence: float = 0.0,
+    progress: Any = iter,
+) -> list[Answered]:
+    """What the full model answers, as rows for teacher forcing; below `min_confidence` dropped.
+
+    Raises:
+        DataError: a prompt leaves no room for `max_new_tokens`.
+    """
+    answers = generate_answers(
+        encoder.backbone,
+        encoder,
+        examples,
+        batch_size=batch_size,
+        confidence=min_confidence > 0,
+        progress=progress,
+        max_new_tokens=max_new_tokens,
+    )
+    sure = [answer.confidence for answer in answers if answer.confidence is not None]
+    rows = [
+        Answered(example, answer.ids, labelled=False)
+        for example, answer in zip(examples, answers, strict=True)
+        if answer.confidence is None or answer.confidence >= min_confidence
+    ]
+    if sure:
+        log.info(
+            f"{len(rows)} of {len(sure)} answers reach the confidence {min_confidence}: "
+            f"half reach {median(sure):.4f}, the highest is {max(sure):.4f}"
         )
-        found += [Answer(ids, text, tuple(scores[: len(ids)])) for ids, text, scores in rows]
-    return found
-
-
-def answer_ids(result: GenerationOutput) -> list[tuple[int, ...]]:
-    """The generated ids of each row, padding removed."""
-    rows: Tensor = result.new_tokens
-    live = result.depths > 0
-    return [tuple(row[keep].tolist()) for row, keep in zip(rows, live, strict=True)]
+    return rows

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from offramp.adapter import Adapter
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.calibration.replay import replay
 from offramp.models.input_processor import InputProcessor
 from offramp.research.scenes.tasks import Task, captions
@@ -52,7 +52,7 @@ def test_as_many_tokens_may_leave_as_the_best_threshold_of_a_replay_lets(
     examples = fakes.examples(12)
     place = tool.Place(encoder, [Task("some", examples, lambda text, example: False)])
     figures = place.judged(Adapter(encoder.backbone, trained))
-    rows = self_written(encoder, examples, batch_size=64, max_new_tokens=6)
+    rows = full_model_answers(encoder, examples, batch_size=64, max_new_tokens=6)
     found = replay(encoder, trained, rows)
     shares = [0.0]
     for threshold in np.unique(found.scores[2][found.mask]):

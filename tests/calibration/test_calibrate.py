@@ -17,7 +17,7 @@ import torch
 from risks import COARSE, DEPTHS, population, seconds
 
 from offramp.adapter import Adapter
-from offramp.answers import Answer, answer_ids, free_running
+from offramp.answers import Answer, answers_of, generate_answers
 from offramp.calibration import calibrate as module
 from offramp.calibration.calibrate import Calibration, calibrate, calibrated
 from offramp.calibration.cost_model import Costs
@@ -67,7 +67,7 @@ def adapter_at(*depths: int) -> Adapter:
 def examples(n: int = 40) -> list[Example]:
     """Half of them answered as the full model would."""
     some = fakes.examples(n)
-    full = free_running(adapter_at(4), encoder(), some, FULL, 16, OPTIONS)
+    full = generate_answers(adapter_at(4), encoder(), some, FULL, **OPTIONS)
     return [
         replace(e, answers=(a.text,)) if i % 2 and a.text else e
         for i, (e, a) in enumerate(zip(some, full, strict=True))
@@ -83,7 +83,8 @@ def found(*depths: int, policy: ExitPolicy | None = None, **more: Any) -> Calibr
 def lost(risk: str, policy: ExitPolicy, some: Sequence[Example], *depths: int) -> Any:
     """Losses [n] of all answers written again, in other batches."""
     early, full = (
-        free_running(adapter_at(*depths), encoder(), some, p, 10, OPTIONS) for p in (policy, FULL)
+        generate_answers(adapter_at(*depths), encoder(), some, p, batch_size=10, **OPTIONS)
+        for p in (policy, FULL)
     )
     return RISKS[risk].losses(early, full, some)
 
@@ -135,11 +136,11 @@ def test_the_path_is_walked_to_its_first_failure() -> None:
 def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[ExitPolicy] = []
 
-    def spy(adapter: Any, encoder: Any, some: Any, policy: ExitPolicy, *more: Any) -> Any:
+    def spy(adapter: Any, encoder: Any, some: Any, policy: ExitPolicy, **more: Any) -> Any:
         asked.extend([policy] * len(some))
-        return free_running(adapter, encoder, some, policy, *more)
+        return generate_answers(adapter, encoder, some, policy, **more)
 
-    monkeypatch.setattr("offramp.calibration.threshold_evaluator.free_running", spy)
+    monkeypatch.setattr("offramp.calibration.threshold_evaluator.generate_answers", spy)
     result = found(4)
     assert sum(policy == FULL for policy in asked) == len(examples())
     early = sum(policy != FULL for policy in asked)
@@ -157,8 +158,8 @@ def test_in_half_precision_no_answer_is_taken_for_unchanged(dtype: torch.dtype) 
         examples()[:4],
         ExitPolicy(),
         RISKS["disagreement"],
-        4,
-        OPTIONS,
+        batch_size=4,
+        **OPTIONS,
     )
     assert tried.doubtful.all() == (dtype != torch.float32)
 
@@ -194,9 +195,14 @@ def test_the_predicted_speedup_is_that_of_the_predicted_seconds() -> None:
     assert result.speedup == pytest.approx(costs().full / took)
 
 
-def test_costs_are_measured_where_they_are_not_given() -> None:
-    result = found(4, costs=None, examples=examples()[:8])
-    assert all(point.seconds is not None and point.seconds > 0 for point in result.path)
+@pytest.mark.parametrize("depths", [(4,), (4, 5)])
+def test_without_costs_no_speed_is_predicted_and_exits_share_a_threshold(
+    depths: tuple[int, ...],
+) -> None:
+    result = found(*depths, costs=None)
+    assert all(point.seconds is None for point in result.path) and result.speedup is None
+    assert all(len(set(point.thresholds.values())) == 1 for point in result.path)
+    assert result.policy.thresholds == result.path[-2].thresholds  # the last that passed
 
 
 # -- what an adapter keeps of it ----------------------------------------------------------------
@@ -335,14 +341,17 @@ def test_a_drop_is_below_zero_where_leaving_early_is_better() -> None:
     assert losses_of("rouge_l_drop", "a red ball", "a cube", "a red ball") < 0
 
 
-def test_answers_leave_padding_out() -> None:
+def test_answers_are_rows_without_their_padding() -> None:
     result = GenerationOutput(
         torch.tensor([[9, 4, 5, 1], [9, 6, 7, 8]]),
         torch.tensor([[3, 12, 0], [12, 3, 3]]),
-        torch.zeros(2, 3),
+        torch.tensor([[0.9, 0.1, math.nan], [0.2, 0.3, 0.4]]),
         12,
     )
-    assert answer_ids(result) == [(4, 5), (6, 7, 8)]
+    short, whole = answers_of(result, encoder())
+    assert (short.ids, whole.ids) == ((4, 5), (6, 7, 8))
+    assert short.depths == (3, 12) and short.scores == pytest.approx((0.9, 0.1))
+    assert whole.text == "w6 w7 w8"
 
 
 # -- the search over several exits ----------------------------------------------------------------
@@ -354,7 +363,7 @@ def test_no_candidate_is_both_safer_and_faster_than_a_point_of_the_path() -> Non
 
     def measured(thresholds: dict[int, float]) -> tuple[float, float]:
         ran = search.depths(thresholds)
-        return search.differs(ran).mean(), seconds(ran, tuple(thresholds))
+        return search.differs(thresholds).mean(), seconds(ran, tuple(thresholds))
 
     front = [measured(thresholds) for thresholds in pareto_path(search, tried, seconds, ())]
     assert len(front) >= 3

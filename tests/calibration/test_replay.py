@@ -10,7 +10,7 @@ import fakes
 import numpy as np
 import pytest
 
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.calibration.replay import Replay, replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -24,7 +24,7 @@ Build = Callable[..., Any]
 def replayed(backbone: Any, name: str, exits: Any, batch_size: int = 4) -> Any:
     encoder = InputProcessor(backbone, fakes.Blip2FakeProcessor(name))
     examples = fakes.examples(6)
-    rows = self_written(encoder, examples, batch_size=1, max_new_tokens=TOKENS)
+    rows = full_model_answers(encoder, examples, batch_size=1, max_new_tokens=TOKENS)
     return encoder, examples, rows, replay(encoder, exits, rows, batch_size=batch_size)
 
 

@@ -19,7 +19,7 @@ import reference
 import torch
 from torch import Tensor
 
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prefill, prepare, without_inputs
@@ -119,7 +119,7 @@ def test_the_final_layer_predicts_the_answers_that_the_model_wrote_itself(
     name: str, backbone: Build
 ) -> None:
     encoder = input_processor_of(backbone(name), name)
-    rows = self_written(encoder, fakes.examples(5), batch_size=3, max_new_tokens=6)
+    rows = full_model_answers(encoder, fakes.examples(5), batch_size=3, max_new_tokens=6)
     batch = record(encoder, rows, DEPTHS)
     said = encoder.backbone.logits(batch.teacher).argmax(-1)
     assert torch.equal(said[batch.mask], batch.targets[batch.mask])
@@ -350,10 +350,12 @@ def test_auto_prefers_memory_then_disk_then_streaming(
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
-def test_a_self_written_answer_is_the_models_own_greedy_one(name: str, backbone: Build) -> None:
+def test_a_full_model_answers_answer_is_the_models_own_greedy_one(
+    name: str, backbone: Build
+) -> None:
     encoder = input_processor_of(backbone(name), name)
     some = fakes.examples(3)
-    rows = self_written(encoder, some, batch_size=3, max_new_tokens=6)
+    rows = full_model_answers(encoder, some, batch_size=3, max_new_tokens=6)
     for example, row in zip(some, rows, strict=True):
         stock = encoder.backbone.model.generate(
             **encoder.prompts([example]), max_new_tokens=6, do_sample=False
@@ -366,7 +368,9 @@ def test_the_confidence_filter_keeps_the_answers_above_it(backbone: Build) -> No
     some = fakes.examples(8)
 
     def kept(bound: float) -> set[str]:
-        rows = self_written(encoder, some, batch_size=4, max_new_tokens=4, min_confidence=bound)
+        rows = full_model_answers(
+            encoder, some, batch_size=4, max_new_tokens=4, min_confidence=bound
+        )
         return {row.example.key for row in rows}
 
     sizes = [len(kept(bound)) for bound in (0.0, 0.04, 0.045, 1.0)]
@@ -383,13 +387,13 @@ def test_the_confidence_filter_tells_how_sure_the_answers_are(
     def told(bound: float) -> str:
         caplog.clear()
         with caplog.at_level("INFO", logger="offramp"):
-            self_written(encoder, some, batch_size=4, max_new_tokens=4, min_confidence=bound)
+            full_model_answers(encoder, some, batch_size=4, max_new_tokens=4, min_confidence=bound)
         return caplog.text
 
     assert told(0.0) == ""  # nothing is asked
     words = told(1.0)
     assert "0 of 8 answers reach the confidence 1.0" in words
-    median, surest = (float(x) for x in re.findall(r"(?:half|surest) reach(?:es)? ([\d.]+)", words))
+    median, surest = (float(x) for x in re.findall(r"(?:reach|highest is) ([\d.]+)", words))
     assert "0 of 8 answers" in told(surest + 0.0001)
     assert "0 of 8 answers" not in told(surest - 0.0001)
     assert re.search("[45] of 8 answers", told(median))
@@ -397,12 +401,12 @@ def test_the_confidence_filter_tells_how_sure_the_answers_are(
 
 def test_confidence_is_the_geometric_mean_of_the_token_probabilities(backbone: Build) -> None:
     encoder = input_processor_of(backbone("llava"), "llava")
-    (row,) = self_written(encoder, fakes.examples(1), batch_size=1, max_new_tokens=5)
+    (row,) = full_model_answers(encoder, fakes.examples(1), batch_size=1, max_new_tokens=5)
     batch = record(encoder, [row], DEPTHS)
     log_p = encoder.backbone.logits(batch.teacher[0]).log_softmax(-1)
     exact = float(log_p.gather(1, batch.targets[0][:, None]).mean().exp())
     for bound, n in ((exact * 0.999, 1), (exact * 1.001, 0)):
-        some = self_written(
+        some = full_model_answers(
             encoder, [row.example], batch_size=1, max_new_tokens=5, min_confidence=bound
         )
         assert len(some) == n
@@ -418,7 +422,7 @@ def test_an_answer_longer_than_the_positions_is_an_error_that_names_it(
     with pytest.raises(DataError, match=r"'e0'.*128 positions"):
         record(encoder, [row], DEPTHS)
     with pytest.raises(DataError, match="128 positions"):
-        self_written(encoder, [example], batch_size=1, max_new_tokens=130)
+        full_model_answers(encoder, [example], batch_size=1, max_new_tokens=130)
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "florence2"])

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.replay import Replay
+from offramp.calibration.replay import PolicyReplay, Replay
+from offramp.engine.policy import ExitPolicy
 
 TARGET, CONFIDENCE, N = 0.05, 0.9, 300
 LAYERS, DEPTHS, COARSE = 6, (2, 4), (0.95, 0.85, 0.7, 0.5)
@@ -51,7 +52,7 @@ def at_target(draw: Draw, kind: str) -> Any:
 
 
 @cache
-def population(n: int = 20_000, length: int = 4) -> Replay:
+def population(n: int = 20_000, length: int = 4) -> PolicyReplay:
     """Answers of a model whose exits are wrong more often where they are less sure."""
     draw = np.random.default_rng(0)
     right = np.zeros((n, length), dtype=int)
@@ -61,7 +62,7 @@ def population(n: int = 20_000, length: int = 4) -> Replay:
         sure = np.clip(1 - steep * hard + 0.05 * draw.normal(size=hard.shape), 0, 1)
         wrong = draw.random(hard.shape) < 0.3 * (1 - sure) ** 2
         scores[depth], said[depth] = sure, wrong.astype(int)
-    return Replay(LAYERS, right, right, said, scores)
+    return PolicyReplay(Replay(LAYERS, right, right, said, scores), ExitPolicy(), first=True)
 
 
 def seconds(depths: Any, exits: Sequence[int]) -> float:

@@ -55,15 +55,13 @@ def test_the_betting_bound_covers_the_mean() -> None:
 @pytest.mark.parametrize("method", ["auto", "upper_bound", "learn_then_test"])
 def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: str) -> None:
     whole, tried = population(), candidates(DEPTHS, COARSE)
-    true: Callable[[dict[int, float]], float] = cache_by_value(
-        lambda t: whole.differs(whole.depths(t)).mean()
-    )
+    true: Callable[[dict[int, float]], float] = cache_by_value(lambda t: whole.differs(t).mean())
     draw, trials, broken, given = np.random.default_rng(3), 200, 0, 0
     for _ in range(trials):
-        search = whole.part(draw.integers(0, len(whole.targets), 120))
-        tested = whole.part(draw.integers(0, len(whole.targets), 280))
+        search = whole.part(draw.integers(0, len(whole.replay.targets), 120))
+        tested = whole.part(draw.integers(0, len(whole.replay.targets), 280))
         path = pareto_path(search, tried, seconds, COARSE)
-        losses = np.stack([tested.differs(tested.depths(t)) * 1.0 for t in path], 1)
+        losses = np.stack([tested.differs(t) * 1.0 for t in path], 1)
         index = control(losses, 0.04, 0.9, method).index
         given += index is not None
         broken += index is not None and true(path[index]) > 0.04

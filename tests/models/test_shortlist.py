@@ -15,10 +15,10 @@ from reference import of_steps, probe
 from scipy.stats import binom
 
 from offramp.adapter import Adapter
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.calibration.calibrate import calibrate
 from offramp.calibration.cost_model import Costs, gate_gain, token_seconds
-from offramp.calibration.gates import cheapen
+from offramp.calibration.gates import learn_shortlist_and_gates
 from offramp.calibration.replay import replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -262,7 +262,7 @@ CHEAP = replace(COSTS, layers=families.LAYERS)
 
 def test_what_is_learnt_is_used_and_survives_the_disk(backbone, exits, tmp_path):
     adapter, encoder = adapted(backbone, exits)
-    ours = cheapen(
+    ours = learn_shortlist_and_gates(
         adapter, encoder, fakes.examples(20), shortlist=8, gates=True, costs=CHEAP, max_new_tokens=6
     )
     assert adapter.exits.shortlist is None  # the one given is left as it was
@@ -283,18 +283,18 @@ def test_what_is_learnt_is_used_and_survives_the_disk(backbone, exits, tmp_path)
 def test_gates_are_added_to_a_shortlist_and_a_new_shortlist_takes_them_off(backbone, exits):
     adapter, encoder = adapted(backbone, exits)
     options = {"costs": CHEAP, "max_new_tokens": 6}
-    first = cheapen(adapter, encoder, fakes.examples(20), shortlist=8, **options)
-    both = cheapen(first, encoder, fakes.examples(20), gates=True, **options)
+    first = learn_shortlist_and_gates(adapter, encoder, fakes.examples(20), shortlist=8, **options)
+    both = learn_shortlist_and_gates(first, encoder, fakes.examples(20), gates=True, **options)
     assert torch.equal(both.exits.shortlist, first.exits.shortlist) and both.policy.shortlist
     assert both.exits.gates and set(both.exits.measured) == {"shortlist", "gates"}
-    other = cheapen(both, encoder, fakes.examples(20), shortlist=6, **options)
+    other = learn_shortlist_and_gates(both, encoder, fakes.examples(20), shortlist=6, **options)
     assert not other.exits.gates and not other.policy.gates
     assert set(other.exits.measured) == {"shortlist"}
 
 
 def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits, tmp_path):
     adapter, encoder = adapted(backbone, exits)
-    ours = cheapen(adapter, encoder, fakes.examples(20), max_new_tokens=6)
+    ours = learn_shortlist_and_gates(adapter, encoder, fakes.examples(20), max_new_tokens=6)
     ours.save(tmp_path / "adapter")
     again = Adapter.load(tmp_path / "adapter", adapter.backbone)
     assert again.policy == ours.policy and checks_tensors(again.exits) == {}
@@ -328,9 +328,11 @@ def test_adapters_from_before_there_were_checks_load(backbone, exits, tmp_path):
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_a_replay_sees_shortlist_and_gates_as_decoding_does(name, backbone, exits):
     adapter, encoder = adapted(backbone, exits, name)
-    ours = cheapen(adapter, encoder, fakes.examples(20), shortlist=12, gates=True, costs=CHEAP)
+    ours = learn_shortlist_and_gates(
+        adapter, encoder, fakes.examples(20), shortlist=12, gates=True, costs=CHEAP
+    )
     examples = fakes.examples(10, seed=4)
-    rows = self_written(encoder, examples, batch_size=1, max_new_tokens=8)
+    rows = full_model_answers(encoder, examples, batch_size=1, max_new_tokens=8)
     seen = replay(encoder, ours.exits, rows, shortlist=True)
     depth = ours.exits.depths[0]
     # Beside the median, which may be a score: a step rounds otherwise than a pass over all of them.
@@ -382,4 +384,4 @@ def test_gates_outside_their_range_are_refused():
 def test_one_picture_cannot_be_held_out(backbone, exits):
     adapter, encoder = adapted(backbone, exits)
     with pytest.raises(DataError, match="too few"):
-        cheapen(adapter, encoder, fakes.examples(1), shortlist=4)
+        learn_shortlist_and_gates(adapter, encoder, fakes.examples(1), shortlist=4)

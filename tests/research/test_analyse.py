@@ -12,16 +12,21 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+import torch
 
 from offramp import cli
 from offramp.adapter import Adapter
+from offramp.answers import full_model_answers
 from offramp.calibration.replay import Replay
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
+from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shortlist import Gate
+from offramp.research.analysis import analyse as module
 from offramp.research.analysis.analyse import AnalysisConfig, analyse, word_class
 from offramp.research.analysis.depth_curves import (
     Bootstrap,
@@ -30,6 +35,7 @@ from offramp.research.analysis.depth_curves import (
     dip,
     first_agreement,
     overthinking,
+    overthought,
     positions,
     settled,
 )
@@ -99,11 +105,12 @@ def test_the_final_layer_has_no_overthought_token_right_and_an_oracle_has_all() 
     for n, a in each(found):
         right = [d for d, said in found.said.items() if said[n, a] == found.targets[n, a]]
         best[n, a] = right[0] if right else found.layers
-    told = by_policy(found, best, pictures(found))
+    told = by_policy(found, best, pictures(found), overthought(found))
     assert told["n_overthought"] > 0
     assert told["on_overthought"]["value"] == 1.0
     assert told["final_on_overthought"]["value"] == 0.0
-    full = by_policy(found, np.where(found.mask, found.layers, 0), pictures(found))
+    whole = np.where(found.mask, found.layers, 0)
+    full = by_policy(found, whole, pictures(found), overthought(found))
     assert full["difference"]["value"] == 0.0
     assert full["mean_depth"] == found.layers
 
@@ -294,6 +301,61 @@ def test_a_policy_that_no_replay_tells_is_judged_by_answers_alone(
     assert "policy" not in told["overthinking"]
     assert told["free_running"]["policy"]["identical"]["value"] == 1.0
     assert "cannot be replayed" in caplog.text
+
+
+# -- the policy, as decoding has it ----------------------------------------------------------------
+
+
+def learnt(backbone: Build, exits: Build, name: str) -> Adapter:
+    """An adapter whose policy reads a shortlist, behind gates that are open half of the time."""
+    wide, trained = backbone(name, wide=4.0), exits(name, wide=4.0)
+    encoder = InputProcessor(wide, fakes.Blip2FakeProcessor(name))
+    written = full_model_answers(encoder, fakes.examples(6), batch_size=6, max_new_tokens=6)
+    said = torch.tensor(sorted({token for row in written for token in row.ids}))
+    gates = {d: Gate(5 * torch.randn(wide.width), torch.zeros(())) for d in trained.depths}
+    policy = ExitPolicy(
+        dict.fromkeys(trained.depths, 0.145),
+        exit_in_prefill=True,
+        shortlist=True,
+        gates=dict.fromkeys(trained.depths, 0.5),
+    )
+    return Adapter(wide, ExitSet(trained, said, gates), policy)
+
+
+@pytest.mark.parametrize("kind", ["shortlist and gates", "a prompt that is not causal"])
+def test_the_policy_is_replayed_as_it_decodes(
+    kind: str, backbone: Build, exits: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the full model's own answers, up to the first token that differs, both run as deep."""
+    name = "blip2-opt" if kind.startswith("shortlist") else "paligemma"
+    adapter, encoder = model(backbone, exits, name)
+    if name == "blip2-opt":
+        adapter = learnt(backbone, exits, name)
+    else:
+        adapter = adapter.with_policy(
+            ExitPolicy({adapter.exits.depths[0]: 0.01}, exit_in_prefill=True)
+        )
+    written = full_model_answers(encoder, fakes.examples(6), batch_size=6, max_new_tokens=6)
+    texts = encoder.tokenizer.batch_decode([row.ids for row in written], skip_special_tokens=True)
+    examples = [
+        replace(row.example, answers=(text.strip(),))
+        for row, text in zip(written, texts, strict=True)
+        if text.strip()
+    ]
+    replayed: list[Any] = []
+    monkeypatch.setattr(module, "by_policy", lambda *given: replayed.append(given[1]) or {})
+    analyse(adapter, encoder, examples, AnalysisConfig(decode_depths=(2,), **QUICK))  # type: ignore[arg-type]
+    compared = 0
+    for example, ran in zip(examples, replayed[0].tolist(), strict=True):
+        result = adapter.generate(encoder.prompts([example]), max_new_tokens=6, do_sample=False)
+        wanted = encoder.answer_ids(example.prompt, example.answers[0])
+        made = zip(result.new_tokens[0].tolist(), result.depths[0].tolist(), strict=True)
+        for (token, depth), right, told in zip(made, wanted, ran, strict=False):
+            assert depth == told
+            compared += 1
+            if token != right:
+                break
+    assert compared >= len(examples)
 
 
 # -- plots ---------------------------------------------------------------------------------------

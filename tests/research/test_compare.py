@@ -21,11 +21,13 @@ from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.models.backbone import Backbone
-from offramp.research.comparison import compare as module
 from offramp.research.comparison import equal_quality as merit
+from offramp.research.comparison import points
 from offramp.research.comparison.compare import compare
 from offramp.research.comparison.equal_quality import LEVELS, Each, equal_quality, speed_at
+from offramp.research.comparison.grid import Grid, exits_folder
 from offramp.research.comparison.methods import OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.research.comparison.points import PointMeasurer
 from offramp.research.scenes import world
 from offramp.storage import read_json
 from offramp.training.config import TrainConfig
@@ -120,8 +122,8 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     for owner, name in (
         (Trainer, "_step"),
-        (module._Bench, "_quality"),
-        (module, "time_interleaved"),
+        (PointMeasurer, "figures"),
+        (points, "time_interleaved"),
     ):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
@@ -133,10 +135,10 @@ def test_an_interrupted_comparison_goes_on(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as cut:
-        cut.setattr(module, "time_interleaved", refuse)
+        cut.setattr(points, "time_interleaved", refuse)
         with pytest.raises(AssertionError):
             run(tmp_path / "cut")
-    monkeypatch.setattr(module._Bench, "_quality", refuse)
+    monkeypatch.setattr(PointMeasurer, "figures", refuse)
     points = run(tmp_path / "cut")["points"]
     for point, known in zip(points, finished["points"], strict=True):
         timeless = {k: v for k, v in known.items() if "speedup" not in k}
@@ -175,20 +177,20 @@ def test_every_seed_trains_anew(run: RunComparison, tmp_path: Path) -> None:
     names = [[(p["policy"], p["depths"]) for p in some] for some in by_seed]
     assert names[0] == names[1] and sum(map(len, by_seed)) == len(found["points"])
     for seed in (5, 6):
-        folder = module.exits_folder(tmp_path, seed, "free", (2,))
+        folder = exits_folder(tmp_path, seed, "free", (2,))
         assert json.loads((folder / "adapter.json").read_text())["provenance"]["seed"] == seed
 
 
 def test_what_is_added_later_is_all_that_is_trained_and_judged(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged, judge = [], module._Bench._quality
+    judged, judge = [], PointMeasurer.figures
 
     def noted(bench: Any, entry: Any) -> Any:
         judged.append((entry.seed, entry.objective, entry.policy))
         return judge(bench, entry)
 
-    monkeypatch.setattr(module._Bench, "_quality", noted)
+    monkeypatch.setattr(PointMeasurer, "figures", noted)
     more = {"objectives": ("free", "l2"), "policies": ("max_probability", "margin"), "seeds": 2}
     found = run(tmp_path, replace(SMALL, **more))
     assert (0, "free", "max_probability") not in judged
@@ -204,7 +206,7 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
 def test_another_timing_trains_and_judges_nothing_anew(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for owner, name in ((Trainer, "_step"), (module._Bench, "_quality")):
+    for owner, name in ((Trainer, "_step"), (PointMeasurer, "figures")):
         monkeypatch.setattr(owner, name, refuse)
     known = finished["points"]
     for more in ({"timed": 2}, {"rounds": 2}):
@@ -216,7 +218,7 @@ def test_another_timing_trains_and_judges_nothing_anew(
 def test_points_that_do_the_same_work_have_the_same_speed(
     run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module._Bench, "_levels", lambda *_: [1e-9])  # every token leaves
+    monkeypatch.setattr(Grid, "_levels", lambda *_: [1e-9])  # every token leaves
     plan = replace(
         SMALL,
         objectives=("distillation", "logit_lens"),
@@ -285,7 +287,7 @@ def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not
     found = run(tmp_path, replace(SMALL, objectives=("free_next_layer",), training=training))
     assert ("free_next_layer" in {p["objective"] for p in found["points"]}) == (start == "closest")
     for objective in {p["objective"] for p in found["points"]}:
-        config = read_json(module.exits_folder(tmp_path, 0, objective, (2,)) / "adapter.json")
+        config = read_json(exits_folder(tmp_path, 0, objective, (2,)) / "adapter.json")
         expected = "next" if objective == "free_next_layer" else start
         assert config["provenance"]["config"]["initial_layer"] == expected
 
@@ -301,7 +303,7 @@ def test_cross_entropy_on_own_answers_is_compared_where_free_has_pseudo_labels(
     assert own == (regime == "pseudo")
     for objective, learnt in (("cross_entropy", "supervised"), ("cross_entropy_own", "pseudo")):
         if objective == "cross_entropy" or own:
-            folder = module.exits_folder(tmp_path, 0, objective, (2,))
+            folder = exits_folder(tmp_path, 0, objective, (2,))
             config = read_json(folder / "adapter.json")["provenance"]["config"]
             assert (config["regime"], config["distillation"]) == (learnt, 0)
 
@@ -309,11 +311,14 @@ def test_cross_entropy_on_own_answers_is_compared_where_free_has_pseudo_labels(
 def test_exits_with_a_shortlist_read_no_other_tokens(
     run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rules = []
-    measured = module._Bench.measured
-    monkeypatch.setattr(
-        module._Bench, "measured", lambda bench, some: rules.extend(some) or measured(bench, some)
-    )
+    rules: list[Any] = []
+    entries = Grid.entries
+
+    def noted(grid: Grid) -> Any:
+        rules.extend(entries(grid))
+        return rules
+
+    monkeypatch.setattr(Grid, "entries", noted)
     training = replace(TRAINING, shortlist=8)
     run(tmp_path, replace(SMALL, objectives=("logit_lens",), training=training))
     assert {(e.objective, e.rule.shortlist) for e in rules} == {
@@ -333,7 +338,7 @@ def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
     curves = {(c["objective"], c["policy"]) for c in found["equal_quality"]["curves"]}
     assert curves == several
     # what is there anyway is not there twice
-    monkeypatch.setattr(module._Bench, "_quality", refuse)
+    monkeypatch.setattr(PointMeasurer, "figures", refuse)
     assert len(run(tmp_path, replace(plan, pairs=(*pairs, pairs[0])))["points"]) == len(
         found["points"]
     )

@@ -1,11 +1,13 @@
 """Laws of the race between exits and what else there is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.evaluation.timing import Timing
 from offramp.models.exits import Exits
@@ -120,3 +122,25 @@ def test_nothing_to_race_is_refused() -> None:
         time_peers(some, [])
     with pytest.raises(InputError, match="exits are all off"):
         time_peers(some.with_policy(ExitPolicy()), inputs)
+
+
+def test_lossless_drafts_by_the_adapters_own_shortlist_and_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is timed is the head that `offramp draft` would choose thresholds for."""
+    some, inputs = adapter("mini-opt", threshold=0.5)
+    ids = torch.arange(5, 45)
+    exits = replace(some.exits, shortlist=ids)
+    some = replace(some, exits=exits, policy=replace(some.policy, shortlist=True, score="margin"))
+    drafted: list[ExitPolicy] = []
+    timed = peers.exit_generate_fn
+
+    def spy(*given: Any, policy: ExitPolicy = FULL, **options: Any) -> Any:
+        drafted.append(policy)
+        return timed(*given, **({"policy": policy} if len(given) < 3 else {}), **options)
+
+    monkeypatch.setattr(peers, "exit_generate_fn", spy)
+    time_peers(some, inputs[:1], rounds=1, **OPTIONS)
+    lossless = [policy for policy in drafted if policy.lossless]
+    assert lossless
+    assert all(policy.shortlist and policy.score == "margin" for policy in lossless)

@@ -18,7 +18,7 @@ from torch import Tensor
 from training_runs import SHORT, VARIANTS, rows, same, steps, trainer, untrained
 
 from offramp.adapter import Adapter
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
@@ -328,11 +328,11 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
     written: list[int] = []
 
     def noted(*args: Any, **options: Any) -> Any:
-        found = self_written(*args, **options)
+        found = full_model_answers(*args, **options)
         written.append(len(found))
         return found
 
-    monkeypatch.setattr("offramp.training.labels.self_written", noted)
+    monkeypatch.setattr("offramp.training.labels.full_model_answers", noted)
     stores = {}
     for name, weight in (("alone", 0.0), ("both", 1.0)):
         run = trainer(opt, tmp_path / name, replace(config, distillation=weight))

@@ -8,7 +8,7 @@ the path is found on a part of the images that is not tested on (`threshold_sear
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,14 +16,13 @@ import numpy as np
 
 from offramp.adapter import Adapter
 from offramp.calibration.cost_model import Costs
-from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, TESTS, control, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
-from offramp.calibration.threshold_search import Array, Thresholds, candidates, pareto_path
+from offramp.calibration.threshold_search import Array, candidates, pareto_path
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest, split_examples
-from offramp.engine.policy import ExitPolicy, policy_to_json
+from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
 from offramp.errors import DataError, InputError, check_known
 from offramp.models.input_processor import InputProcessor
 
@@ -62,7 +61,7 @@ class Point:
         confidence. seconds: predicted, of a decoded token; None where no replay tells the depths.
     """
 
-    thresholds: Mapping[int, float]
+    thresholds: Thresholds
     risk: float
     bound: float
     seconds: float | None
@@ -99,10 +98,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored in an adapter; thresholds are keyed by depth."""
-        path = [
-            {**asdict(p), "thresholds": {str(d): t for d, t in p.thresholds.items()}}
-            for p in self.path
-        ]
+        path = [{**asdict(point), "thresholds": point.thresholds.to_json()} for point in self.path]
         return {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
 
 
@@ -134,14 +130,15 @@ def calibrate(
     """The fastest thresholds found that keep P(risk <= target) >= confidence.
 
     One exit is tested along the grid `thresholds`. Several are, each with its own threshold or
-    off, along a path found on `SEARCH` of the pictures, if the policy can be replayed (greedy,
-    kv "recompute", a score of `SCORES`); otherwise all share one threshold.
+    off, along a path found on `SEARCH` of the images, if costs are given and the policy can be
+    replayed (greedy, kv "recompute", a score of `SCORES`); otherwise all share one threshold.
 
     Args:
         examples: drawn like those to come, each on its own, and never trained on.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
-        costs: of decoding on this machine; measured where they are not given.
+        costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
+            no speed is predicted, and the fastest thresholds are the last that keep the risk.
         options: of generation, such as max_new_tokens.
 
     Raises:
@@ -157,19 +154,14 @@ def calibrate(
         )
     measure = RISKS[risk]
     _check_examples(adapter, examples, risk)
-    options = {"do_sample": False, **options}
-    whole = ThresholdEvaluator.of(adapter, encoder, examples, policy, measure, batch_size, options)
+    whole = ThresholdEvaluator.of(
+        adapter, encoder, examples, policy, measure, costs=costs, batch_size=batch_size, **options
+    )
     if measure.quality is not None and not measure.quality(whole.full, examples).any():
         raise DataError(
             f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
             "Check the prompts and the answers, or calibrate without labels: --risk disagreement.",
         )
-    if whole.replay is not None:
-        alone = encoder.prompts(examples[:1])  # as answers are decoded where speed counts
-        costs = costs or measure_costs(
-            adapter.backbone, alone, adapter.exits, score=policy.score, shortlist=policy.shortlist
-        )
-        whole = replace(whole, costs=costs)
     path, tested = path_of(whole, thresholds)
     columns, points = _walk(tested, progress(path), asked)
     return _decide(tested, columns, points, asked, examples_digest(examples))
@@ -196,18 +188,15 @@ def path_of(
     whole: ThresholdEvaluator, grid: Sequence[float]
 ) -> tuple[list[Thresholds], ThresholdEvaluator]:
     """The path, and the examples to test it on."""
-    depths = whole.adapter.exits.depths
-    if len(depths) == 1 or whole.replay is None:
-        return [dict.fromkeys(depths, t) for t in sorted(grid, reverse=True)], whole
+    depths = whole.depths
+    if len(depths) == 1 or whole.replay is None or whole.costs is None:
+        return [Thresholds.shared(depths, t) for t in sorted(grid, reverse=True)], whole
     parts = split_examples(whole.examples, {"search": SEARCH, "test": 1 - SEARCH}, seed=0)
     searched = {id(example) for example in parts["search"]}
     inside = np.array([id(example) in searched for example in whole.examples])
     search = whole.part(np.flatnonzero(inside))
     assert search.replay is not None
-    tried = candidates(depths, grid)
-    path = pareto_path(
-        search.replay, tried, search.time, grid, gates=whole.policy.gates, first=search.first
-    )
+    path = pareto_path(search.replay, candidates(depths, grid), search.time, grid)
     return path, whole.part(np.flatnonzero(~inside))
 
 
@@ -247,7 +236,7 @@ def _decide(
     elif chosen is None:
         reason = _too_little(points[0], tested, asked.target, needed)
     return Calibration(
-        policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else {}),
+        policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else Thresholds()),
         risk=asked.risk,
         target=asked.target,
         confidence=asked.confidence,

@@ -1,4 +1,4 @@
-"""Learn what makes looks at trained exits cheap, from the full model's own answers: no labels."""
+"""A shortlist and gates for trained exits, learnt from the full model's own answers: no labels."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from offramp.adapter import Adapter
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.calibration.cost_model import Costs, gate_gain
-from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example, split_examples
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
+from offramp.errors import InputError
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Gate, fit_gate, gate_level, shortlist_of
 
 HELD_OUT = 0.3
-"""Share of the pictures on which misses are counted and the gates' levels are set."""
+"""Share of the images on which misses are counted and the gates' levels are set."""
 SURE, LOST = 0.9, 0.01
 """A gate may shut out this share of the tokens whose score is at least `SURE`."""
 
 
-def cheapen(
+def learn_shortlist_and_gates(
     adapter: Adapter,
     encoder: InputProcessor,
     examples: Sequence[Example],
@@ -42,20 +42,27 @@ def cheapen(
 ) -> Adapter:
     """The adapter with a shortlist of at most so many tokens, and with gates where they pay.
 
-    Gates may be added to a shortlist that is there; a new shortlist takes the old gates off. Its
-    policy uses what was learnt; its thresholds, which were chosen without, are taken off.
+    Gates may be added to a shortlist that is there; a new shortlist removes the old gates. Its
+    policy uses what was learnt; its thresholds, which were chosen without, are removed.
     `ExitSet.measured` tells what was measured.
 
-    examples: may be those of training; labels are not read. costs: of decoding on this machine,
-    measured where gates need them and they are not given.
+    examples: may be those of training; labels are not read. costs: of decoding on this machine, by
+    `offramp.calibration.profiler.measure_costs`; gates need them.
 
     Raises:
-        DataError: too few pictures to hold some out.
-        InputError: a shortlist of less than 2 tokens.
+        DataError: too few images to hold some out.
+        InputError: a shortlist of less than 2 tokens, or gates without costs.
     """
+    if gates and costs is None:
+        raise InputError(
+            "Whether a gate pays is told by the costs of decoding, and none were given.",
+            "Measure them: offramp.calibration.profiler.measure_costs(backbone, inputs, exits).",
+        )
     parts = split_examples(examples, {"learn": 1 - HELD_OUT, "held_out": HELD_OUT}, seed=0)
     rows = {
-        name: self_written(encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        name: full_model_answers(
+            encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
         for name, some in parts.items()
     }
     exits, before = adapter.exits, adapter.policy
@@ -75,16 +82,12 @@ def cheapen(
         )
         policy = replace(policy, shortlist=True, gates={})
     if gates:
-        if costs is None:
-            alone = encoder.prompts(examples[:1])
-            costs = measure_costs(
-                adapter.backbone, alone, exits, score=policy.score, shortlist=policy.shortlist
-            )
-        seen = {
-            name: _looks(encoder, exits, some, policy, batch_size, progress)
-            for name, some in rows.items()
+        assert costs is not None
+        scored = {
+            name: _scored_states(encoder, exits, part, policy, batch_size, progress)
+            for name, part in rows.items()
         }
-        fitted, levels, found["gates"] = _gates(seen, costs)
+        fitted, levels, found["gates"] = _gates(scored, costs)
         exits = replace(exits, gates=fitted)
         policy = replace(policy, gates=levels)
     return replace(
@@ -96,13 +99,13 @@ def cheapen(
 
 
 def _gates(
-    seen: dict[str, dict[int, tuple[Tensor, Tensor]]], costs: Costs
+    scored: dict[str, dict[int, tuple[Tensor, Tensor]]], costs: Costs
 ) -> tuple[dict[int, Gate], dict[int, float], dict[str, Any]]:
     """Gates by depth, the levels of those that pay, and what was measured of each."""
     gates, levels, found = {}, {}, {}
-    for depth, (states, scores) in seen["learn"].items():
+    for depth, (states, scores) in scored["learn"].items():
         gates[depth] = fit_gate(states, scores)
-        entered, given = seen["held_out"][depth]
+        entered, given = scored["held_out"][depth]
         guesses = gates[depth](entered)
         level = gate_level(guesses, given, sure=SURE, lost=LOST)
         closed = guesses < level
@@ -118,7 +121,7 @@ def _gates(
 
 
 @torch.inference_mode()
-def _looks(
+def _scored_states(
     encoder: InputProcessor,
     exits: ExitSet,
     rows: Sequence[Answered],

@@ -18,7 +18,7 @@ import torch
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, first_token_may_exit
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
@@ -103,6 +103,58 @@ class Replay:
         return ((self.written(depths) != self.targets) & self.mask).any(1)  # type: ignore[no-any-return]
 
 
+def can_replay(policy: ExitPolicy) -> bool:
+    """Whether a replay tells what `policy` does: exact keys and values, a score of `SCORES`."""
+    return policy.kv == "recompute" and policy.score in SCORES and not policy.lossless
+
+
+@dataclass(frozen=True)
+class PolicyReplay:
+    """A replay read as a policy reads it while it decodes: its shortlist, its gates, its start.
+
+    first: whether an answer's first token may exit early.
+    """
+
+    replay: Replay
+    policy: ExitPolicy
+    first: bool
+
+    @classmethod
+    def of(
+        cls,
+        encoder: InputProcessor,
+        exits: ExitSet,
+        rows: Sequence[Answered],
+        policy: ExitPolicy,
+        *,
+        batch_size: int = 32,
+        progress: Any = iter,
+    ) -> PolicyReplay:
+        """Replay `rows` under a policy that `can_replay`; its thresholds may be others later."""
+        found = replay(
+            encoder, exits, rows, policy.score,
+            shortlist=policy.shortlist, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        return cls(found, policy, first_token_may_exit(encoder.backbone, policy))
+
+    def depths(self, thresholds: Mapping[int, float] | None = None) -> Array:
+        """The depth [N, A] at which each token exits, by the policy's thresholds or by others."""
+        by = self.policy.thresholds if thresholds is None else thresholds
+        return self.replay.depths(by, gates=self.policy.gates, first=self.first)
+
+    def differs(self, thresholds: Mapping[int, float] | None = None) -> Array:
+        """Which answers [N] would not be the full model's, if they are its greedy ones."""
+        return self.replay.differs(self.depths(thresholds))
+
+    def shut(self) -> dict[int, Array]:
+        """Tokens [N, A] that the policy's gate at each depth shuts out."""
+        return self.replay.shut(self.policy.gates)
+
+    def part(self, rows: Array) -> PolicyReplay:
+        """Only these answers."""
+        return replace(self, replay=self.replay.part(rows))
+
+
 @torch.inference_mode()
 def replay(
     encoder: InputProcessor,
@@ -116,7 +168,7 @@ def replay(
 ) -> Replay:
     """Read every exit at every token of `rows`.
 
-    rows: of `offramp.answers.self_written` for the full model's own answers, or labelled ones.
+    rows: `offramp.answers.full_model_answers` for the full model's own answers, or labelled ones.
     score: a key of `SCORES`. shortlist: exits read their shortlist alone.
 
     Raises:

@@ -5,7 +5,7 @@ The full model's answers are replayed once; only those that thresholds change ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +13,13 @@ import numpy as np
 import torch
 
 from offramp.adapter import Adapter
-from offramp.answers import Answer, free_running
+from offramp.answers import Answer, generate_answers
 from offramp.calibration.cost_model import Costs, token_seconds
-from offramp.calibration.replay import Replay, replay
+from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
-from offramp.calibration.threshold_search import Array, Thresholds
+from offramp.calibration.threshold_search import Array
 from offramp.data.example import Example
-from offramp.engine.confidence import SCORES
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy, Thresholds
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
 from offramp.models.input_processor import InputProcessor
@@ -30,20 +29,21 @@ from offramp.models.input_processor import InputProcessor
 class ThresholdEvaluator:
     """Examples with the full model's answers, to try thresholds on.
 
-    replay: what the exits say along these answers; None where a replay cannot tell that.
+    depths: of the exits. policy: whose thresholds are tried. risk: what answers lose by.
+    full: the full model's answers. answer: generates answers to examples by a policy.
+    replay: what the exits say along the full answers; None where a replay cannot tell that.
     doubtful: answers [n] of which a replay cannot be sure that they stay unchanged.
+    costs: of decoding; None: no times are predicted.
     """
 
-    adapter: Adapter
-    encoder: InputProcessor
-    examples: Sequence[Example]
+    depths: tuple[int, ...]
     policy: ExitPolicy
     risk: Risk
+    examples: Sequence[Example]
     full: Sequence[Answer]
-    replay: Replay | None
+    answer: Callable[[Sequence[Example], ExitPolicy], list[Answer]]
+    replay: PolicyReplay | None
     doubtful: Array
-    batch_size: int
-    options: Mapping[str, Any]
     costs: Costs | None = None
 
     @classmethod
@@ -54,27 +54,37 @@ class ThresholdEvaluator:
         examples: Sequence[Example],
         policy: ExitPolicy,
         risk: Risk,
-        batch_size: int,
-        options: Mapping[str, Any],
+        *,
         costs: Costs | None = None,
+        batch_size: int = 64,
+        **options: Any,
     ) -> ThresholdEvaluator:
-        """Answer the examples with the full model and replay that."""
-        full = free_running(adapter, encoder, examples, FULL, batch_size, options)
-        found, doubtful = None, np.ones(len(examples), dtype=bool)
-        if _replayable(policy, options):
+        """Answer the examples with the full model and replay that. options: of generation."""
+
+        def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
+            return generate_answers(adapter, encoder, asked, by, batch_size=batch_size, **options)
+
+        full = answer(examples, FULL)
+        replayed, doubtful = None, np.ones(len(examples), dtype=bool)
+        if can_replay(policy) and _is_greedy(options):
             rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
-            found = replay(
-                encoder, adapter.exits, rows, policy.score,
-                shortlist=policy.shortlist, batch_size=batch_size,
-            )  # fmt: skip
-            check_scores([scores[found.mask] for scores in found.scores.values()])
+            replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)
+            tokens = replayed.replay
+            check_scores([scores[tokens.mask] for scores in tokens.scores.values()])
             # In half precision a step of decoding rounds otherwise than a pass over all of them.
             if adapter.backbone.dtype == torch.float32:
-                doubtful = found.differs(found.depths({}))
+                doubtful = replayed.differs({})
         return cls(
-            adapter, encoder, examples, policy, risk, full, found, doubtful, batch_size, options,
-            costs,
-        )  # fmt: skip
+            depths=adapter.exits.depths,
+            policy=policy,
+            risk=risk,
+            examples=examples,
+            full=full,
+            answer=answer,
+            replay=replayed,
+            doubtful=doubtful,
+            costs=costs,
+        )
 
     def part(self, rows: Array) -> ThresholdEvaluator:
         """Only these examples."""
@@ -86,56 +96,40 @@ class ThresholdEvaluator:
             doubtful=self.doubtful[rows],
         )
 
-    @property
-    def first(self) -> bool:
-        """Whether an answer's first token may leave early."""
-        backbone = self.adapter.backbone
-        may = self.policy.exit_in_prefill and backbone.family.causal_prompt
-        return bool(backbone.is_encoder_decoder or may)
-
-    def losses(self, thresholds: Thresholds) -> Array:
+    def losses(self, thresholds: Mapping[int, float]) -> Array:
         """What each answer loses [n]; those that stay the full model's lose nothing."""
-        policy = replace(self.policy, thresholds=thresholds)
+        policy = replace(self.policy, thresholds=Thresholds(thresholds))
         differs = self.doubtful
         if self.replay is not None:
-            ran = self.ran(thresholds)
-            differs = differs | self.replay.differs(ran)
+            differs = differs | self.replay.differs(thresholds)
         changed = np.flatnonzero(differs).tolist()
         losses = np.zeros(len(self.examples))
         if changed:
-            some = [self.examples[i] for i in changed]
-            early = free_running(
-                self.adapter, self.encoder, some, policy, self.batch_size, self.options
-            )
+            examples = [self.examples[i] for i in changed]
+            early = self.answer(examples, policy)
             if self.replay is None and all(thresholds.values()):  # at 0 nothing is scored
                 check_scores([np.array([s for a in early for s in a.scores])])
-            losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], some)
+            losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], examples)
         return losses
 
-    def ran(self, thresholds: Thresholds) -> Array:
-        """The depth [n, A] at which each token of the full model's answers leaves."""
-        assert self.replay is not None
-        return self.replay.depths(thresholds, gates=self.policy.gates, first=self.first)
-
-    def seconds(self, thresholds: Thresholds) -> float | None:
-        """Predicted seconds of a decoded token."""
-        if self.replay is None:
+    def seconds(self, thresholds: Mapping[int, float]) -> float | None:
+        """Predicted seconds of a decoded token; None where no costs or no replay tell them."""
+        if self.replay is None or self.costs is None:
             return None
-        return self.time(self.ran(thresholds), tuple(thresholds))
+        return self.time(self.replay.depths(thresholds), tuple(thresholds))
 
     def time(self, depths: Array, exits: Sequence[int]) -> float:
         """Predicted seconds of a token of answers whose depths [n, A] are known."""
         assert self.costs is not None and self.replay is not None
         decoded = depths[:, 1:]  # the prompt's pass gives the first
-        shut = {d: some[:, 1:] for d, some in self.replay.shut(self.policy.gates).items()}
+        shut = {d: tokens[:, 1:] for d, tokens in self.replay.shut().items()}
         took = token_seconds(self.costs, decoded, exits, shut=shut)
         return float(took.sum() / max(1, (decoded > 0).sum()))
 
 
-def _replayable(policy: ExitPolicy, options: Mapping[str, Any]) -> bool:
+def _is_greedy(options: Mapping[str, Any]) -> bool:
     """Whether what is generated is the arg-max of what a replay reads."""
-    plain = set(options) <= {"max_new_tokens", "do_sample"} and not options["do_sample"]
-    return policy.kv == "recompute" and policy.score in SCORES and plain
+    return set(options) <= {"max_new_tokens", "do_sample"} and not options.get("do_sample", False)
 
 
 def check_scores(scores: Sequence[Array]) -> None:

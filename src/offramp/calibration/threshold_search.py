@@ -7,7 +7,7 @@ does not pay for the size of the search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from math import comb
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.calibration.replay import Replay
+from offramp.calibration.replay import PolicyReplay
+from offramp.engine.policy import Thresholds
 
 Array = npt.NDArray[Any]
-Thresholds = dict[int, float]
 
 LIMIT = 4096
 """Most candidates that are looked at."""
@@ -38,9 +38,9 @@ def candidates(depths: Sequence[int], grid: Sequence[float]) -> list[Thresholds]
     spread = np.linspace(0, len(grid) - 1, points).round().astype(int)
     thin = [sorted(grid, reverse=True)[i] for i in spread]
     return [
-        dict(zip(some, values, strict=True))
+        Thresholds(zip(places, values, strict=True))
         for k in range(1, size + 1)
-        for some in combinations(sorted(depths), k)
+        for places in combinations(sorted(depths), k)
         for values in product(thin, repeat=k)
     ]
 
@@ -48,36 +48,33 @@ def candidates(depths: Sequence[int], grid: Sequence[float]) -> list[Thresholds]
 def _affordable(exits: int, points: int) -> tuple[int, int]:
     """The largest sets of exits, then the finest grid, with at most `LIMIT` candidates."""
     for size in range(exits, 0, -1):
-        for some in range(points, min(FEWEST, points) - 1, -1):
-            if sum(comb(exits, k) * some**k for k in range(1, size + 1)) <= LIMIT:
-                return size, some
+        for fewer in range(points, min(FEWEST, points) - 1, -1):
+            if sum(comb(exits, k) * fewer**k for k in range(1, size + 1)) <= LIMIT:
+                return size, fewer
     return 1, min(FEWEST, points)
 
 
 def pareto_path(
-    found: Replay,
+    search: PolicyReplay,
     tried: Sequence[Thresholds],
     seconds: Callable[[Array, Sequence[int]], float],
     grid: Sequence[float],
-    *,
-    gates: Mapping[int, float] | None = None,
-    first: bool = True,
 ) -> list[Thresholds]:
     """Candidates that no other beats in both disagreement and seconds, the safest first.
 
     What is fastest among thousands was also lucky, so stricter versions of the path's first point
     lead up to it: thresholds raised to each grid value in turn.
 
-    found: of the search part. seconds: of depths [N, A] under exits that are on; all at full depth
-    without any. gates, first: see `Replay.depths`.
+    search: of the search part. seconds: of depths [N, A] under exits that are on; all at full depth
+    without any.
 
     Returns [] where no candidate is faster than the full model.
     """
-    depths = [found.depths(thresholds, gates=gates, first=first) for thresholds in tried]
-    risks = [found.differs(ran).mean() for ran in depths]
+    depths = [search.depths(thresholds) for thresholds in tried]
+    risks = [search.replay.differs(ran).mean() for ran in depths]
     times = [seconds(ran, tuple(t)) for ran, t in zip(depths, tried, strict=True)]
     path: list[Thresholds] = []
-    best = seconds(found.depths({}), ())
+    best = seconds(search.depths({}), ())
     for index in np.lexsort((times, risks)):
         if times[index] < best * (1 - STEP):
             path.append(tried[index])
@@ -89,7 +86,7 @@ def _stricter(thresholds: Thresholds, grid: Sequence[float]) -> Iterator[Thresho
     """`thresholds` with a floor that falls along the grid, as long as it raises one of them."""
     before = None
     for floor in sorted(grid, reverse=True):
-        raised = {depth: max(value, floor) for depth, value in thresholds.items()}
+        raised = Thresholds((depth, max(value, floor)) for depth, value in thresholds.items())
         if raised == thresholds:
             return
         if raised != before:

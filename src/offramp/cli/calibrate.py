@@ -71,6 +71,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from offramp.calibration.calibrate import Promise, calibrate, calibrated
+    from offramp.calibration.profiler import measure_costs
+    from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
     from offramp.models.input_processor import InputProcessor
 
@@ -85,11 +87,20 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     examples = [item.example for item in items]
     names = ("score", "kv", "exit_in_prefill")
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
+    policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
+    encoder = InputProcessor(adapter.backbone, processor)
+    costs = None
+    if can_replay(policy):  # with an answer at a time, as where speed counts
+        costs = measure_costs(
+            adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
+            score=policy.score, shortlist=policy.shortlist,
+        )  # fmt: skip
     found = calibrate(
         adapter,
-        InputProcessor(adapter.backbone, processor),
+        encoder,
         examples,
-        replace(adapter.policy, thresholds={}, lossless=False, **changes),
+        policy,
+        costs=costs,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda path: tqdm(path, "calibrate", disable=None, leave=False),

@@ -41,7 +41,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from offramp.calibration.gates import cheapen
+    from offramp.calibration.gates import learn_shortlist_and_gates
+    from offramp.calibration.profiler import measure_costs
     from offramp.models.input_processor import InputProcessor
     from offramp.training.trainer import train
 
@@ -54,9 +55,14 @@ def _train(arguments: argparse.Namespace) -> None:
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:
         if arguments.gates:
-            adapter = cheapen(
-                adapter, InputProcessor(backbone, processor), examples,
-                gates=True, max_new_tokens=config.max_new_tokens,
+            encoder = InputProcessor(backbone, processor)
+            costs = measure_costs(
+                backbone, encoder.prompts(examples[:1]), adapter.exits,
+                score=adapter.policy.score, shortlist=adapter.policy.shortlist,
+            )  # fmt: skip
+            adapter = learn_shortlist_and_gates(
+                adapter, encoder, examples,
+                gates=True, costs=costs, max_new_tokens=config.max_new_tokens,
                 progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
             )  # fmt: skip
             adapter.save(arguments.out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,36 @@ from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
 
 KV_POLICIES = ("recompute", "propagate")
+
+
+class Thresholds(dict[int, float]):
+    """A number for each exit, by depth in ascending order: thresholds, gates' levels, weights.
+
+    Not changed once it is made. As JSON its keys are text.
+    """
+
+    def __init__(self, by_depth: Mapping[int, float] | Iterable[tuple[int, float]] = ()) -> None:
+        super().__init__(sorted(dict(by_depth).items()))
+
+    @classmethod
+    def shared(cls, depths: Sequence[int], value: float) -> Thresholds:
+        """The same number at each of `depths`."""
+        return cls(dict.fromkeys(depths, value))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, float]) -> Thresholds:
+        """What `to_json` gave."""
+        return cls({int(depth): number for depth, number in value.items()})
+
+    def to_json(self) -> dict[str, float]:
+        return {str(depth): number for depth, number in self.items()}
+
+    def __str__(self) -> str:
+        """For people: "0.9 at depth 2, 0.6 at depth 4"."""
+        return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
+
+
+_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
 
 
 @dataclass(frozen=True)
@@ -72,10 +102,9 @@ class ExitPolicy:
             raise InputError(
                 f"Gates {wrong} are not in [0, 1].", "A gate guesses a score; 0 is always open."
             )
-        object.__setattr__(self, "gates", dict(self.gates))
-        object.__setattr__(self, "thresholds", dict(self.thresholds))
-        object.__setattr__(self, "drafts", dict(self.drafts))
         object.__setattr__(self, "weights", check_weights(self.weights))
+        for name in _BY_DEPTH:
+            object.__setattr__(self, name, Thresholds(getattr(self, name)))
 
     @property
     def effective(self) -> ExitPolicy:
@@ -94,10 +123,6 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     if backbone.is_encoder_decoder:
         return True
     return policy.exit_in_prefill and backbone.family.causal_prompt
-
-
-FULL = ExitPolicy()
-"""Every token at full depth."""
 
 
 @dataclass(frozen=True)
@@ -131,20 +156,13 @@ class GenerationOutput:
         return float(ran.float().mean()) if ran.numel() else 0.0
 
 
-_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
-
-
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
     """A policy as JSON, whose keys are text."""
-    by_depth = {n: getattr(policy, n) for n in _BY_DEPTH}
-    return {
-        **asdict(policy),
-        **{name: {str(d): v for d, v in values.items()} for name, values in by_depth.items()},
-    }
+    return {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
-    """The policy that `policy_to_json` wrote."""
+    """The policy that `policy_to_json` wrote, in this version or before."""
     by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
-    numbers = {name: {int(d): v for d, v in values.items()} for name, values in by_depth.items()}
+    numbers = {name: Thresholds.from_json(values) for name, values in by_depth.items()}
     return ExitPolicy(**{**value, **numbers})

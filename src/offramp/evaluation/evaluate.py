@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from offramp.adapter import Adapter
+from offramp.answers import answers_of
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -205,17 +206,11 @@ class _Answerer:
         }
         if alone and result.rounds:  # lossless
             times["rounds"] = [list(pair) for pair in result.rounds]
-        texts = self.encoder.texts(result.new_tokens)
-        rows = []
-        for item, text, ids, depths in zip(
-            items, texts, result.new_tokens, result.depths, strict=True
-        ):
-            live = depths > 0
-            rows.append(
-                {"key": item.key, "mode": mode, "answer": text, "ids": ids[live].tolist(),
-                 "depths": depths[live].tolist(), **times, **self._ranked(item, mode)}
-            )  # fmt: skip
-        return rows
+        return [
+            {"key": item.key, "mode": mode, "answer": answer.text, "ids": list(answer.ids),
+             "depths": list(answer.depths), **times, **self._ranked(item, mode)}
+            for item, answer in zip(items, answers_of(result, self.encoder), strict=True)
+        ]  # fmt: skip
 
     def warm(self, items: Sequence[Item], mode: str) -> None:
         """Generate once without a clock."""

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
-from offramp.answers import answer_ids
+from offramp.answers import Answer, generate_answers
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.evaluation.timing import (
@@ -84,8 +85,9 @@ def demo(
     log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
 
     held_out = _examples("calibration", sizes.calibration)
+    costs = measure_costs(backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibration = calibrate(
-        adapter, encoder, held_out, ExitPolicy(exit_in_prefill=True), target=target,
+        adapter, encoder, held_out, ExitPolicy(exit_in_prefill=True), target=target, costs=costs,
         progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
     adapter = calibrated(adapter, calibration, held_out)
@@ -135,8 +137,8 @@ def _measure(adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes) -> dic
     timings = time_interleaved(
         ways, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
     )
-    quality_full = {t.name: _share_right(t, full[t.name], encoder) for t in tasks}
-    quality_early = {t.name: _share_right(t, early[t.name], encoder) for t in tasks}
+    quality_full = {t.name: _share_right(t, full[t.name]) for t in tasks}
+    quality_early = {t.name: _share_right(t, early[t.name]) for t in tasks}
     depths = [d for t in tasks for answer in early[t.name] for d in answer.depths]
     pairs = [
         (a.ids, b.ids) for t in tasks for a, b in zip(full[t.name], early[t.name], strict=True)
@@ -171,33 +173,20 @@ def _measure(adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes) -> dic
     }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One free-running answer: its token ids and their depths."""
-
-    ids: tuple[int, ...]
-    depths: tuple[int, ...]
-
-
 def answers(
     adapter: Adapter, encoder: InputProcessor, tasks: Sequence[Task], policy: ExitPolicy
 ) -> dict[str, list[Answer]]:
     """Free-running answers of every task's examples, by task."""
-    found: dict[str, list[Answer]] = {}
-    for task in tasks:
-        rows: list[Answer] = []
-        for start in _bar(f"test {task.name}")(range(0, len(task.examples), 32)):
-            inputs = encoder.prompts(task.examples[start : start + 32])
-            result = adapter.generate(inputs, policy=policy, **OPTIONS)
-            for ids, depths in zip(answer_ids(result), result.depths.tolist(), strict=True):
-                rows.append(Answer(ids, tuple(d for d in depths if d)))
-        found[task.name] = rows
-    return found
+    return {
+        task.name: generate_answers(
+            adapter, encoder, task.examples, policy, progress=_bar(f"test {task.name}"), **OPTIONS
+        )
+        for task in tasks
+    }
 
 
-def _share_right(task: Task, answers: Sequence[Answer], encoder: InputProcessor) -> float:
-    texts = encoder.tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True)
-    right = [task.correct(text, e) for text, e in zip(texts, task.examples, strict=True)]
+def _share_right(task: Task, answers: Sequence[Answer]) -> float:
+    right = [task.correct(a.text, e) for a, e in zip(answers, task.examples, strict=True)]
     return sum(right) / len(right)
 
 

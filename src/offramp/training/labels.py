@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from offramp.answers import self_written
+from offramp.answers import full_model_answers
 from offramp.data.example import Example
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
@@ -50,7 +50,7 @@ def answers_of(
         for e, answer in taught[share]
     ]
     pseudo = config.regime == "pseudo"
-    written = self_written(
+    written = full_model_answers(
         encoder,
         rest[share],
         batch_size=max(config.batch_size, 16),

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter import Adapter
-from offramp.answers import self_written
-from offramp.calibration.replay import Array, Replay, replay
+from offramp.answers import Answer, generate_answers
+from offramp.calibration.replay import Array, PolicyReplay, Replay, can_replay, replay
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
-from offramp.engine.confidence import SCORES
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
@@ -44,6 +43,8 @@ from offramp.research.analysis.depth_curves import (
 )
 from offramp.research.analysis.free_running import FreeRunning, Metric, metric_for
 from offramp.storage import write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULT = "analysis.json"
@@ -202,15 +203,17 @@ class _Run:
         if metric is None:
             name, metric = metric_for(labelled, self.config.metric)
         depths = _decode_depths(self.config, self.encoder.backbone.depth)
-        options = {"max_new_tokens": self.config.max_new_tokens}
-        written = self_written(
-            self.encoder, self.examples, batch_size=self.config.batch_size,
-            progress=self.progress, **options,
-        )  # fmt: skip
-        free = FreeRunning(
-            self.encoder, self.examples, [list(row.ids) for row in written], metric, self.draws,
-            self.config.batch_size, self.progress, options,
-        )  # fmt: skip
+        options = {
+            "max_new_tokens": self.config.max_new_tokens,
+            "batch_size": self.config.batch_size,
+            "progress": self.progress,
+        }
+        full = generate_answers(self.encoder.backbone, self.encoder, self.examples, **options)
+        free = FreeRunning(self.encoder, self.examples, full, metric, self.draws, options)
+        written = [
+            Answered(example, answer.ids, labelled=False)
+            for example, answer in zip(self.examples, full, strict=True)
+        ]
         people = [
             Answered(e, tuple(self.encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
             for e in labelled
@@ -224,39 +227,50 @@ class _Run:
         running: dict[str, Any] = {"metric": name} if people else {}
         for n, exits in self.sets.items():
             running[n] = free.curves(exits, depths if n == "lens" else exits.depths)
-        found: dict[str, Any] = {"teacher_forced": forced, "free_running": running}
-        if true:
-            found["overthinking"] = {
-                n: overthinking(r, self.draws(labelled)) for n, r in true.items()
-            }
+        overthinking_by = {n: overthinking(r, self.draws(labelled)) for n, r in true.items()}
         if self.adapter is not None and self.adapter.policy.thresholds:
-            self._add_policy(found, self.adapter, free, true.get("exits"))
-        return {**found, "needed_depth": _needed(own, self.encoder, token_class)}
+            answers = free.decode(self.adapter, self.adapter.policy)
+            running["policy"] = free.by_policy(answers)
+            if true:
+                overthinking_by |= self._policy(self.adapter, free, answers, people, true["exits"])
+        return {
+            "teacher_forced": forced,
+            "free_running": running,
+            **({"overthinking": overthinking_by} if true else {}),
+            "needed_depth": _needed(own, self.encoder, token_class),
+        }
 
     def _replay(self, exits: ExitSet, rows: Sequence[Answered]) -> Replay:
-        score = self.adapter.policy.score if self.adapter else "max_probability"
+        """What exits say when they read the whole vocabulary."""
         return replay(
-            self.encoder, exits, rows, score if score in SCORES else "max_probability",
+            self.encoder, exits, rows,
             batch_size=self.config.batch_size, progress=self.progress,
         )  # fmt: skip
 
-    def _add_policy(
-        self, found: dict[str, Any], adapter: Adapter, free: FreeRunning, true: Replay | None
-    ) -> None:
-        """What the adapter's own policy makes of the examples."""
-        policy = adapter.policy
-        ids, mean_depth = free.decode(adapter.exits, policy)
-        found["free_running"]["policy"] = free.by_policy(ids, mean_depth)
-        if true is None:
-            return
-        holds = np.asarray(overthought(true).any(1))
-        found["overthinking"]["answers"] = free.against_full(ids, holds)
-        if policy.score not in SCORES or policy.lossless:
-            logging.warning("This policy cannot be replayed, so it is judged by its answers alone.")
-            return
-        first = policy.exit_in_prefill or adapter.backbone.is_encoder_decoder
-        depths = true.depths(policy.thresholds, first=first)
-        found["overthinking"]["policy"] = by_policy(true, depths, self.draws(free.labelled))
+    def _policy(
+        self,
+        adapter: Adapter,
+        free: FreeRunning,
+        answers: Sequence[Answer],
+        people: Sequence[Answered],
+        true: Replay,
+    ) -> dict[str, Any]:
+        """What the adapter's own policy makes of labelled examples, its `answers` to all given:
+        of answers against the full model's and, if the policy can be replayed, of tokens.
+
+        people: the labelled answers. true: what the exits say along them.
+        """
+        tokens = overthought(true)
+        figures = {"answers": free.against_full(answers, np.asarray(tokens.any(1)))}
+        if not can_replay(adapter.policy):
+            log.warning("This policy cannot be replayed, so it is judged by its answers alone.")
+            return figures
+        replayed = PolicyReplay.of(
+            self.encoder, adapter.exits, people, adapter.policy,
+            batch_size=self.config.batch_size, progress=self.progress,
+        )  # fmt: skip
+        draws = self.draws(free.labelled)
+        return {**figures, "policy": by_policy(replayed.replay, replayed.depths(), draws, tokens)}
 
 
 def _pictures(examples: Sequence[Example]) -> list[str]:

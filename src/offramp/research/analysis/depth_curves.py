@@ -188,16 +188,17 @@ def overthought(found: Replay) -> Array:
     return early.any(0) & (found.final != found.targets) & found.mask  # type: ignore[no-any-return]
 
 
-def by_policy(found: Replay, depths: Array, draws: Bootstrap) -> dict[str, Any]:
-    """Accuracy on labelled tokens when each leaves at its depth of `depths` [N, A].
+def by_policy(found: Replay, depths: Array, draws: Bootstrap, subset: Array) -> dict[str, Any]:
+    """Accuracy on labelled tokens when each exits at its depth of `depths` [N, A].
+
+    subset: tokens [N, A] that are overthought.
 
     Returns:
         `accuracy`, `difference` (minus the final layer's), `mean_depth`, and the same accuracy on
-        the tokens of `overthought`: `on_overthought`, with `final_on_overthought`, which is 0 by
+        the tokens of `subset`: `on_overthought`, with `final_on_overthought`, which is 0 by
         the definition of that set.
     """
     right, final = found.written(depths) == found.targets, found.final == found.targets
-    subset = overthought(found)
     return {
         "accuracy": draws.estimate(share(right, found.mask)),
         "difference": draws.estimate(share(right, found.mask), share(final, found.mask)),

@@ -1,4 +1,4 @@
-"""Whole answers, decoded with every token leaving at one depth or by a policy, and judged.
+"""Whole answers, decoded with every token exiting at one depth or by a policy, and judged.
 
 Teacher-forced figures flatter: in its own answer an exit also has to live with its own mistakes.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from offramp.adapter import Adapter
+from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array
 from offramp.data.example import Example
-from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import check_known
 from offramp.evaluation.caption_metrics import caption_scores
@@ -61,47 +62,32 @@ def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Metr
 
 @dataclass(frozen=True)
 class FreeRunning:
-    """The examples with the full model's answers `full` (ids), to compare others with.
+    """The examples with the full model's answers, to compare others with.
 
-    quality: judges answers to the examples that have references. options: of generation.
+    quality: judges answers to the examples that have references. options: of `generate_answers`.
     """
 
     encoder: InputProcessor
     examples: Sequence[Example]
-    full: Sequence[list[int]]
+    full: Sequence[Answer]
     quality: Metric
     draws: Callable[[Sequence[Example]], Bootstrap]
-    batch_size: int
-    progress: Any
     options: Mapping[str, Any]
     labelled: Sequence[Example] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labelled", [e for e in self.examples if e.answers])
 
-    def decode(self, exits: ExitSet, policy: ExitPolicy) -> tuple[list[list[int]], float]:
-        """Greedy ids of every example, and the mean depth of their tokens."""
-        found, depths = [], []
-        for start in self.progress(range(0, len(self.examples), self.batch_size)):
-            result = generate(
-                self.encoder.backbone,
-                self.encoder.prompts(self.examples[start : start + self.batch_size]),
-                exits=exits,
-                policy=policy,
-                do_sample=False,
-                num_beams=1,
-                **self.options,
-            )
-            for ids, ran in zip(result.new_tokens, result.depths, strict=True):
-                found.append(ids[ran > 0].tolist())
-                depths += ran[ran > 0].tolist()
-        return found, float(np.mean(depths))
+    def decode(self, adapter: Adapter, policy: ExitPolicy) -> list[Answer]:
+        """The answers to all examples by a policy."""
+        return generate_answers(adapter, self.encoder, self.examples, policy, **self.options)
 
     def curves(self, exits: ExitSet, depths: Sequence[int]) -> dict[str, Any]:
         """`identical` and, with references, `quality` by depth, the full depth last."""
-        # A threshold of 0: every token leaves, the first one too where the prompt allows it.
-        answers: dict[int, Sequence[list[int]]] = {
-            d: self.decode(exits, ExitPolicy({d: 0.0}, exit_in_prefill=True))[0] for d in depths
+        # A threshold of 0: every token exits, the first one too where the prompt allows it.
+        adapter = Adapter(self.encoder.backbone, exits)
+        answers: dict[int, Sequence[Answer]] = {
+            d: self.decode(adapter, ExitPolicy({d: 0.0}, exit_in_prefill=True)) for d in depths
         }
         answers[self.encoder.backbone.depth] = self.full
         found = {}
@@ -110,7 +96,7 @@ class FreeRunning:
             measures.append(("quality", self.judged, self.labelled))
         for name, measure, examples in measures:
             draws = self.draws(examples)
-            values = np.stack([measure(ids) for ids in answers.values()], 1)
+            values = np.stack([measure(given) for given in answers.values()], 1)
             found[name] = {
                 "depths": list(answers),
                 "values": [draws.mean(column) for column in values.T],
@@ -118,25 +104,27 @@ class FreeRunning:
             }
         return found
 
-    def by_policy(self, ids: Sequence[list[int]], mean_depth: float) -> dict[str, Any]:
-        """What is kept of the full model's answers, and what the others are worth."""
-        found = {
-            "mean_depth": mean_depth,
-            "identical": self.draws(self.examples).mean(self.identical(ids)),
+    def by_policy(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What a policy's answers keep of the full model's, and what they are worth."""
+        depths = [depth for answer in answers for depth in answer.depths]
+        figures: dict[str, Any] = {
+            "mean_depth": float(np.mean(depths)),
+            "identical": self.draws(self.examples).mean(self.identical(answers)),
         }
         if self.labelled:
-            draws, early = self.draws(self.labelled), self.judged(ids)
-            found["quality"] = draws.mean(early)
-            found["difference"] = draws.mean(early, self.judged(self.full))
-        return found
+            draws, early = self.draws(self.labelled), self.judged(answers)
+            figures["quality"] = draws.mean(early)
+            figures["difference"] = draws.mean(early, self.judged(self.full))
+        return figures
 
-    def against_full(self, ids: Sequence[list[int]], subset: Array) -> dict[str, Any]:
+    def against_full(self, answers: Sequence[Answer], subset: Array) -> dict[str, Any]:
         """Labelled answers that are better and worse than the full model's.
 
         subset: labelled examples [N] whose quality is also given by itself.
         """
-        early, full, draws = self.judged(ids), self.judged(self.full), self.draws(self.labelled)
-        some = draws.within(subset)
+        early, full = self.judged(answers), self.judged(self.full)
+        draws = self.draws(self.labelled)
+        within = draws.within(subset)
         return {
             "n": len(full),
             "better": int((early > full).sum()),
@@ -144,17 +132,16 @@ class FreeRunning:
             "difference": draws.mean(early, full),
             "with_overthought_tokens": {
                 "n": int(subset.sum()),
-                "policy": some.mean(early[subset]),
-                "full": some.mean(full[subset]),
+                "policy": within.mean(early[subset]),
+                "full": within.mean(full[subset]),
             },
         }
 
-    def identical(self, ids: Sequence[list[int]]) -> Array:
+    def identical(self, answers: Sequence[Answer]) -> Array:
         """Which answers [N] are the full model's, as 1 and 0."""
-        return np.array([float(a == b) for a, b in zip(ids, self.full, strict=True)])
+        return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
 
-    def judged(self, ids: Sequence[list[int]]) -> Array:
+    def judged(self, answers: Sequence[Answer]) -> Array:
         """Quality [N] of the answers to labelled examples."""
-        kept = [row for row, e in zip(ids, self.examples, strict=True) if e.answers]
-        texts = self.encoder.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        return np.asarray(self.quality([t.strip() for t in texts], self.labelled), dtype=np.float64)
+        texts = [a.text for a, e in zip(answers, self.examples, strict=True) if e.answers]
+        return np.asarray(self.quality(texts, self.labelled), dtype=np.float64)

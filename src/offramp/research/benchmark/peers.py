@@ -1,4 +1,4 @@
-"""What else a user could switch on to decode faster, raced against exits on the same backbone.
+"""What else a user could switch on to decode faster, timed against exits on the same backbone.
 
 All write greedily, from the same prompts, in the same dtype, in interleaved rounds at batch 1.
 Peers with a knob get the setting that is fastest on a few of the prompts, as the exits' lossless
@@ -18,6 +18,7 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
+from offramp.calibration.draft_thresholds import draft_policies
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.evaluation.timing import (
@@ -57,7 +58,7 @@ def time_peers(
     progress: Any = iter,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Race every peer that runs on `inputs`, prompts of batch 1.
+    """Time every peer that runs on `inputs`, prompts of batch 1, in one interleaved benchmark.
 
     draft: a smaller model with the backbone's vocabulary, for assisted generation. options: of
     generation, besides `OPTIONS`.
@@ -71,7 +72,7 @@ def time_peers(
     """
     if not inputs or not adapter.policy.thresholds:
         raise InputError(
-            "There is nothing to race: no prompts, or an adapter whose exits are all off.",
+            "There is nothing to time: no prompts, or an adapter whose exits are all off.",
             "Give some prompts, and calibrate the adapter (or set its thresholds).",
         )
     peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
@@ -104,9 +105,7 @@ def _peers(
     same_depth = _mean_depth(adapter, some, options)
     lens = Exits(backbone, (same_depth,), kind="lens")
     cut = ExitPolicy({same_depth: 0.0}, exit_in_prefill=True)
-    drafting = {
-        t: ExitPolicy(dict.fromkeys(exits.depths, t), lossless=True) for t in DRAFT_THRESHOLDS
-    }
+    own = partial(exit_generate_fn, backbone, exits, **options)
     none = "No smaller model with this vocabulary was given."
     return {
         "full": Peer({"": exit_generate_fn(backbone, **options)}),
@@ -123,11 +122,11 @@ def _peers(
         "truncation": Peer(
             {f"depth {same_depth}": exit_generate_fn(backbone, lens, cut, **options)}
         ),
-        "early_exit": Peer({"": exit_generate_fn(backbone, exits, adapter.policy, **options)}),
+        "early_exit": Peer({"": own(policy=adapter.policy)}),
         "lossless": Peer(
             {
-                f"threshold {t}": exit_generate_fn(backbone, exits, p, **options)
-                for t, p in drafting.items()
+                f"threshold {policy.drafts}": own(policy=policy)
+                for policy in draft_policies(adapter, DRAFT_THRESHOLDS)
             }
         ),
     }
