@@ -46,7 +46,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def test_every_exit_alone_and_all_together_are_tried(adapter: Adapter, timed: Any) -> None:
     found = draft_speeds(adapter, [{}], thresholds=(0.1, 0.5))
-    tried = [d.thresholds for d in found]
+    tried = [dict(d.thresholds) for d in found]
     places = [[2], [4], [2, 4]]
     assert sorted(map(str, tried)) == sorted(
         str(dict.fromkeys(place, t)) for place in places for t in (0.1, 0.5)

@@ -22,7 +22,7 @@ from offramp.errors import DataError, InputError
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.models.backbone import Backbone
 from offramp.research.comparison import equal_quality as merit
-from offramp.research.comparison import points
+from offramp.research.comparison import points as points_module
 from offramp.research.comparison.compare import compare
 from offramp.research.comparison.equal_quality import LEVELS, Each, equal_quality, speed_at
 from offramp.research.comparison.grid import Grid, exits_folder
@@ -123,7 +123,7 @@ def test_what_is_done_is_not_done_again(
     for owner, name in (
         (Trainer, "_step"),
         (PointMeasurer, "figures"),
-        (points, "time_interleaved"),
+        (points_module, "time_interleaved"),
     ):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
@@ -135,7 +135,7 @@ def test_an_interrupted_comparison_goes_on(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as cut:
-        cut.setattr(points, "time_interleaved", refuse)
+        cut.setattr(points_module, "time_interleaved", refuse)
         with pytest.raises(AssertionError):
             run(tmp_path / "cut")
     monkeypatch.setattr(PointMeasurer, "figures", refuse)
