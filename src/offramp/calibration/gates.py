@@ -59,43 +59,36 @@ def learn_shortlist_and_gates(
             "Measure them: offramp.calibration.profiler.measure_costs(backbone, inputs, exits).",
         )
     parts = split_examples(examples, {"learn": 1 - HELD_OUT, "held_out": HELD_OUT}, seed=0)
-    rows = {
-        name: full_model_answers(
-            encoder, some, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
-        for name, some in parts.items()
-    }
-    exits, before = adapter.exits, adapter.policy
-    found = dict(exits.measured)
-    policy = ExitPolicy(
-        score=before.score,
-        exit_in_prefill=before.exit_in_prefill,
-        shortlist=before.shortlist,
-        gates=before.gates,
-    )
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    rows = {name: full_model_answers(encoder, part, **options) for name, part in parts.items()}
+    exits, measured = adapter.exits, dict(adapter.exits.measured)
+    # Without thresholds, and without the KV policy, which a score does not depend on.
+    kept = ("score", "exit_in_prefill", "shortlist", "gates")
+    policy = ExitPolicy(**{name: getattr(adapter.policy, name) for name in kept})
     if shortlist is not None:
-        learn, held_out = ([row.ids for row in rows[n]] for n in ("learn", "held_out"))
-        ids, measured = shortlist_of(learn, held_out, shortlist)
-        found = {"shortlist": measured}
-        exits = ExitSet(
-            exits.modules, ids.to(encoder.backbone.device), discriminators=exits.discriminators
-        )
+        exits, measured = _with_shortlist(encoder, exits, rows, shortlist)
         policy = replace(policy, shortlist=True, gates={})
-    if gates:
-        assert costs is not None
+    if costs is not None and gates:
         scored = {
             name: _scored_states(encoder, exits, part, policy, batch_size, progress)
             for name, part in rows.items()
         }
-        fitted, levels, found["gates"] = _gates(scored, costs)
-        exits = replace(exits, gates=fitted)
-        policy = replace(policy, gates=levels)
+        fitted, levels, measured["gates"] = _gates(scored, costs)
+        exits, policy = replace(exits, gates=fitted), replace(policy, gates=levels)
     return replace(
-        adapter,
-        exits=replace(exits, measured=found),
-        policy=policy,
-        calibration=None,
+        adapter, exits=replace(exits, measured=measured), policy=policy, calibration=None
     )
+
+
+def _with_shortlist(
+    encoder: InputProcessor, exits: ExitSet, rows: dict[str, list[Answered]], size: int
+) -> tuple[ExitSet, dict[str, Any]]:
+    """The exits with a shortlist and no gates, and what was measured of it."""
+    learn, held_out = ([row.ids for row in rows[name]] for name in ("learn", "held_out"))
+    ids, measured = shortlist_of(learn, held_out, size)
+    device = encoder.backbone.device
+    with_ids = ExitSet(exits.modules, ids.to(device), discriminators=exits.discriminators)
+    return with_ids, {"shortlist": measured}
 
 
 def _gates(

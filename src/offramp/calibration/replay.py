@@ -20,7 +20,7 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy, first_token_may_exit
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
-from offramp.models.exits import ExitSet
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 
 Array = npt.NDArray[Any]
@@ -158,7 +158,7 @@ class PolicyReplay:
 @torch.inference_mode()
 def replay(
     encoder: InputProcessor,
-    exits: ExitSet,
+    exits: ExitSet | Exits,
     rows: Sequence[Answered],
     score: str = "max_probability",
     *,
@@ -174,7 +174,8 @@ def replay(
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.
     """
-    backbone, place = encoder.backbone, {id(row): i for i, row in enumerate(rows)}
+    backbone, exits = encoder.backbone, ExitSet.of(exits)
+    place = {id(row): i for i, row in enumerate(rows)}
     shape = (len(rows), max(len(row.ids) for row in rows))
     targets, final = np.full(shape, -1), np.full(shape, -1)
     said = {d: np.full(shape, -1) for d in exits.depths}
