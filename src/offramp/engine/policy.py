@@ -114,6 +114,10 @@ class ExitPolicy:
         return replace(self, thresholds=self.drafts, drafts={}, gates={})
 
 
+FULL = ExitPolicy()
+"""Every token at full depth."""
+
+
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     """Whether an answer's first token may exit early.
 
