@@ -157,7 +157,7 @@ def _page(
     legend: str,
     modes: Mapping[str, Any],
 ) -> str:
-    image = embedded(_example(), "").partition('src="')[2].partition('"')[0]
+    image = embedded(_example())["source"]
     same = modes["early_exit"]["words"] == modes["full"]["words"]
     slow = record("picture")["slower"]
     lines = [

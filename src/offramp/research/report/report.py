@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp import __version__
+from markupsafe import Markup, escape
+
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.research.report import sections
 from offramp.research.report.gallery import gallery
-from offramp.research.report.html import Section, document, heading, paragraph
+from offramp.research.report.html import Section, document
 from offramp.storage import read_json
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -56,7 +57,7 @@ class Source:
     done: Done = field(default_factory=dict)
 
 
-Show = Callable[[Source], str]
+Show = Callable[[Source], Markup]
 
 
 def read_sources(paths: Iterable[str | Path]) -> list[Source]:
@@ -133,45 +134,42 @@ def report(
         parts = [(s.name, _shown(shows[s.kind], s)) for s in sources if s.kind in shows]
         parts = [(source, html) for source, html in parts if html]
         if parts:
-            body = "\n".join(
-                (heading(source) if len(sources) > 1 else "") + html for source, html in parts
-            )
-            shown.append(Section(name, heads, body))
+            headings = (f"<h3>{escape(source)}</h3>\n" for source, _ in parts)
+            bodies = [html for _, html in parts]
+            if len(sources) > 1:
+                bodies = [Markup(h) + html for h, html in zip(headings, bodies, strict=True)]
+            shown.append(Section(name, heads, Markup("\n").join(bodies)))
         else:
-            missing.append(f"{heads} ({' or '.join(MAKERS[kind] for kind in shows)})")
+            missing.append((heads, " or ".join(MAKERS[kind] for kind in shows)))
     if where := sections.origins([(s.name, s.value) for s in sources]):
         shown.append(Section("origin", "Machine and versions", where))
     told = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
     backbones = dict.fromkeys(s.name.split(", ")[0] for s in told)
-    ending = paragraph(f"Written by offramp {__version__} report. This file fetches nothing.")
-    if missing:
-        ending = paragraph(f"Not shown, for want of its data: {'; '.join(missing)}.") + ending
-    intro = "Quality, depth and speed of early exits against the full model, as measured."
-    return document(title or f"Early exits on {' and '.join(backbones)}", intro, shown, ending)
+    return document(title or f"Early exits on {' and '.join(backbones)}", shown, missing)
 
 
 def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
     """The sections in order: id, title, and by kind of result what shows it."""
 
-    def of(show: Callable[[Mapping[str, Any]], str]) -> Show:
+    def of(show: Callable[[Mapping[str, Any]], Markup]) -> Show:
         return lambda source: show(source.value)
 
     return [
-        ("headline", "Headline", {
+        ("headline", "In short", {
             "eval": of(sections.headline_eval), "demo": of(sections.headline_demo),
             "adapter": of(sections.headline_adapter)}),
+        ("answers", "Answers, word by word", {"eval": answers}),
         ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
         ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
         ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
-        ("exits", "Where tokens leave", {"eval": of(sections.histogram)}),
-        ("answers", "Answers, token by token", {"eval": answers}),
+        ("exits", "Where tokens exit", {"eval": of(sections.histogram)}),
         ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
         ("figures", "All figures", {
             "eval": of(sections.measured_eval), "demo": of(sections.measured_demo)}),
     ]  # fmt: skip
 
 
-def _shown(show: Show, source: Source) -> str:
+def _shown(show: Show, source: Source) -> Markup:
     try:
         return show(source)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -184,15 +182,10 @@ def _shown(show: Show, source: Source) -> str:
 
 def _answers(
     source: Source, pictures: Mapping[str, Example], tokenizer_of: Callable[[str], Any]
-) -> str:
+) -> Markup:
     settings = source.value["settings"]
-    if not source.done:
-        return paragraph(f"The answers ({ROWS}) are not beside this run's result.json.", "soft")
-    known = {key for _, key in source.done} & pictures.keys()
-    hint = "" if known else paragraph("Pictures appear when --data names the data of the run.",
-                                      "soft")  # fmt: skip
-    tokenizer = tokenizer_of(settings["backbone"])
-    return hint + gallery(source.done, settings["layers"], pictures, tokenizer)
+    tokenizer = tokenizer_of(settings["backbone"]) if source.done else None
+    return gallery(source.done, settings["layers"], pictures, tokenizer)
 
 
 def local_tokenizer(name: str) -> Any:

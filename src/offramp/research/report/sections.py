@@ -1,4 +1,7 @@
-"""What the report says of each kind of result, as HTML; "" where the result does not tell it."""
+"""What the report shows of each kind of result, as HTML; "" where the result does not tell it.
+
+Here are the numbers; the sentences stand in the templates.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from markupsafe import Markup
+
 from offramp.research.comparison.equal_quality import by_name
 from offramp.research.comparison.methods import FREE
 from offramp.research.report.html import (
     between,
-    cards,
-    figures,
-    folded,
+    fine,
     metric,
-    paragraph,
     percent,
-    table,
+    render,
     times,
     with_interval,
 )
@@ -31,6 +33,7 @@ from offramp.research.report.plots import (
 
 Value = Mapping[str, Any]
 Cards = list[tuple[str, str, str]]
+NOTHING = Markup("")
 MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
          "lossless": "lossless"}  # fmt: skip
 
@@ -38,16 +41,16 @@ MODES = {"generate": "stock generate", "full": "full model", "early_exit": "earl
 # -- headline --------------------------------------------------------------------------------------
 
 
-def headline_eval(value: Value) -> str:
+def headline_eval(value: Value) -> Markup:
     """Speed, agreement and the first metrics of a run, with intervals."""
-    early = value["modes"].get("early_exit")
-    full = value["modes"].get("full")
+    early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
+    both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
+    speeds, same = both["speedup"], both["agreement"]
     found: Cards = []
-    if both := value.get("compared"):
-        for name, title in (("decode", "decoding speed"), ("end_to_end", "speed end to end")):
-            if ratio := both["speedup"].get(name):
-                found.append((title, times(ratio["value"]), between(ratio, times)))
-        same = both["agreement"]
+    for name, title in (("decode", "decoding speed"), ("end_to_end", "speed end to end")):
+        if ratio := speeds.get(name):
+            found.append((title, times(ratio["value"]), between(ratio, times)))
+    if same["value"] is not None:
         found.append(("answers as the full model's", percent(same["value"]), between(same)))
     mode = early or full
     if early and early["mean_depth"]:
@@ -57,10 +60,23 @@ def headline_eval(value: Value) -> str:
         if early and full:
             remark = f"full model {metric(name, full['metrics'][name]['value'])}"
         found.append((name, metric(name, one["value"]), remark))
-    return cards(found)
+    speed = speeds.get("end_to_end") or speeds.get("decode")
+    return render(
+        "headline", kind="eval", entries=found, same=same["value"], **_most(early),
+        speed=speed and speed["value"], whole=bool(speeds.get("end_to_end")),
+    )  # fmt: skip
 
 
-def headline_demo(value: Value) -> str:
+def _most(early: Value | None) -> dict[str, Any]:
+    """The exit at which most tokens were written, and their share; None without one."""
+    layers = early["layers"] if early else None
+    shares = {int(d): s for d, s in early["depth_shares"].items()} if early else {}
+    exits = {depth: share for depth, share in shares.items() if depth != layers and share}
+    shallow = max(exits, key=lambda depth: exits[depth]) if exits else None
+    return {"layers": layers, "shallow": shallow, "share": exits.get(shallow or 0)}
+
+
+def headline_demo(value: Value) -> Markup:
     """Speed of both modes, and quality against the full model's."""
     early, full = value["modes"]["early_exit"], value["modes"]["full"]
     found: Cards = [
@@ -76,80 +92,77 @@ def headline_demo(value: Value) -> str:
     for name, quality in early["quality"].items():
         remark = f"full model {percent(full['quality'][name])}"
         found.append((f"{name} right", percent(quality), remark))
-    return cards(found)
+    return render(
+        "headline", kind="demo", entries=found, depth=early["mean_depth"], layers=value["layers"],
+        speed=early["speedup_end_to_end"], same=early["agreement"],
+    )  # fmt: skip
 
 
-def headline_adapter(value: Value) -> str:
-    """The promise, where there is one."""
-    promise = value.get("calibration")
-    if not promise or promise.get("measured") is None:
-        return ""
-    return cards([
-        ("promised risk, at most", percent(promise["target"], 2),
-         f"{promise['risk']}, at {percent(promise['confidence'], 0)} confidence"),
-        ("measured risk", percent(promise["measured"], 2),
-         f"at most {percent(promise['bound'], 2)}, n = {promise['n']}"),
-    ])  # fmt: skip
+def headline_adapter(value: Value) -> Markup:
+    """The guarantee, where there is one."""
+    found = value.get("calibration")
+    if not found or found.get("measured") is None:
+        return NOTHING
+    entries: Cards = [
+        ("guaranteed risk, at most", fine(found["target"]),
+         f"{found['risk']}, at {percent(found['confidence'], 0)} confidence"),
+        ("measured risk", fine(found["measured"]),
+         f"at most {fine(found['bound'])}, n = {found['n']}"),
+    ]  # fmt: skip
+    asked = {name: found[name] for name in ("confidence", "risk", "target")}
+    return render("headline", kind="adapter", entries=entries, **asked)
 
 
 # -- speed and depth -------------------------------------------------------------------------------
 
 
-def tradeoffs(value: Value) -> str:
+def tradeoffs(value: Value) -> Markup:
     """Quality against measured decoding speed, by objective and policy."""
     points = [p for p in value["points"] if p.get("speedup_decode") is not None]
-    if not points:
-        return paragraph("No point of this comparison was timed.", "soft")
-    plots = [
-        (speed_bands(some, "quality kept", ours), title) for title, some, ours in _curves(points)
-    ]
     rows = [
         (
-            _way(p), str(p.get("seed", "-")),
-            percent(_mean(p["quality"]), 2), percent(_mean(p["quality_drop"]), 2),
-            percent(p.get("agreement")), times(p["speedup_decode"]),
+            _pair(p), str(p.get("seed", "-")), fine(_mean(p["quality"])),
+            fine(_mean(p["quality_drop"])), percent(p.get("agreement")),
+            times(p["speedup_decode"]),
             "-" if p.get("mean_depth") is None else f"{p['mean_depth']:.2f}",
             _thresholds(p.get("thresholds")),
         )
-        for p in sorted(points, key=lambda p: (_way(p), p["speedup_decode"]))
+        for p in sorted(points, key=lambda p: (_pair(p), p["speedup_decode"]))
     ]  # fmt: skip
-    head = ("objective, policy", "seed", "quality", "drop", "answers as full", "decoding",
-            "mean depth", "thresholds")  # fmt: skip
-    everything = table("Up and to the right is better", head, rows)
-    return figures(plots) + _merit(value) + folded(f"All {len(points)} points", everything)
+    head, merit = _equal_quality(value)
+    curves = _curves(points) if points else []
+    return render("tradeoff", points=rows, curves=curves, merit_head=head, merit=merit)
 
 
-def _curves(points: Sequence[Value]) -> list[tuple[str, dict[str, list[Band]], str]]:
-    """Titles, curves and the one of FREE: of objectives, and of policies if there are several."""
+def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
+    """A plot of the objectives, and one of the policies if there are several."""
     exits = [p for p in points if p["policy"] == "max_probability"]
     # Truncation reads a depth by the backbone's own head, whatever exits there are.
     policies = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
-    found: list[tuple[str, dict[str, list[Band]], str]] = []
-    for by, title, ours, some in (
-        ("objective", "Exits by how they were trained, with the largest probability as confidence",
-         FREE, exits),
-        ("policy", "Policies, on the exits of FREE", "max probability", policies),
+    found: list[dict[str, Any]] = []
+    for by, ours, some in (
+        ("objective", _words(FREE), exits), ("policy", "max probability", policies),
     ):  # fmt: skip
-        curves = {_words(n): c for n, c in by_name((p[by], p) for p in some).items()}
-        if len(curves) > 1 or not found:
-            text = f"{title}. Up and to the right is better; bands span the seeds."
-            found.append((text, curves, ours))
+        curves: dict[str, list[Band]] = {
+            _words(name): curve for name, curve in by_name((p[by], p) for p in some).items()
+        }
+        if len(curves) > 1 or (curves and not found):
+            found.append({"by": by, "svg": speed_bands(curves, "quality kept", ours)})
     return found
 
 
-def _merit(value: Value) -> str:
-    """Decoding speed at equal quality, the fastest first."""
+def _equal_quality(value: Value) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows of decoding speed at equal quality, the fastest first."""
     curves = value.get("equal_quality", {}).get("curves")
     if not curves:
-        return ""
+        return (), []
     levels = list(curves[0]["speedup_decode"])
     ordered = sorted(curves, key=lambda c: -c["speedup_decode"][levels[0]])
-    rows = [(_way(c), *(times(c["speedup_decode"][at]) for at in levels)) for c in ordered]
     head = ("objective, policy", *(f"{100 * float(at):g}% drop" for at in levels))
-    return table("Decoding speed at equal quality", head, rows)
+    return head, [(_pair(c), *(times(c["speedup_decode"][at]) for at in levels)) for c in ordered]
 
 
-def _way(point: Value) -> str:
+def _pair(point: Value) -> str:
     return f"{_words(point['objective'])}, {_words(point['policy'])}"
 
 
@@ -171,20 +184,6 @@ def _thresholds(value: Any) -> str:
     return ", ".join(f"{d}: {t:g}" for d, t in value.items() if t is not None) or "off"
 
 
-_CAPTIONS = {
-    "agreement": "Share of tokens at which a depth says what the final layer says, along the "
-    "model's own answers. Shaded: interval over pictures.",
-    "accuracy": "Share of reference tokens that a depth says, given the reference up to there "
-    "(teacher-forced).",
-    "identical": "Whole answers decoded with every token leaving at one depth: the share that "
-    "stays the full model's.",
-    "quality": "The same answers, judged against the references.",
-    "needed-lens": "How deep tokens go, untrained: the depth from which on every depth says the "
-    "final token.",
-    "needed-exits": "The same with trained exits: the first exit that says the final token.",
-}
-
-
 _MEASURES = {
     "agreement": "agreement",
     "accuracy": "token accuracy",
@@ -193,163 +192,158 @@ _MEASURES = {
 }
 
 
-def depths(value: Value) -> str:
-    """Curves over depth, before and after training, and what is said of dips."""
-    plots = analysis_plots(value)
-    text = "".join(paragraph(line) for line in dips(value))
-    return text + figures([(svg, _CAPTIONS[name]) for name, svg in plots.items()])
+def depths(value: Value) -> Markup:
+    """Curves over depth, before and after training, and where they dip."""
+    return render("depth", dips=_dips(value), plots=analysis_plots(value))
 
 
-def dips(value: Value) -> list[str]:
-    """A sentence for each set of exits: where its quality dips, or that it does not."""
+def _dips(value: Value) -> list[dict[str, Any]]:
+    """For each set of exits where its quality falls from a depth to a deeper one."""
     found = []
     parts = (value["teacher_forced"], value["free_running"])
     for name, title in NAMES.items():
         measured = {k: c for part in parts for k, c in part.get(name, {}).items()}
-        real = [
-            f"{_MEASURES[k]} falls by {_fine(c['dip']['fall'])} ({between(c['dip'])}) "
-            f"from depth {c['dip']['from_depth']} to {c['dip']['to_depth']}"
+        falls = [
+            {
+                "measure": _MEASURES[k], "fall": c["dip"]["fall"], "between": between(c["dip"]),
+                "start": c["dip"]["from_depth"], "stop": c["dip"]["to_depth"],
+            }
             for k, c in measured.items()
             if c["dip"]["found"]
-        ]
+        ]  # fmt: skip
         if measured:
-            text = "; ".join(real) or "no mid-crisis: no fall from a depth to a deeper one is " \
-                "larger than chance explains"  # fmt: skip
-            found.append(f"{title[0].upper()}{title[1:]}: {text}.")
+            found.append({"title": title[0].upper() + title[1:], "falls": falls})
     return found
 
 
-def histogram(value: Value) -> str:
-    """At which depths tokens of a run left."""
+def histogram(value: Value) -> Markup:
+    """At which depths tokens of a run exited."""
     early = value["modes"].get("early_exit")
     if not early:
-        return ""
+        return NOTHING
     shares = early["depth_shares"]
     rows = [(f"{d} of {early['layers']}", percent(s)) for d, s in shares.items()]
     plot = depth_histogram({"early exit": shares}, early["layers"])
-    text = f"{early['tokens']} tokens, mean depth {early['mean_depth']:.2f}."
-    shares_table = table("Share of tokens by depth", ("depth", "tokens"), rows)
-    return figures([(plot, text)], shares_table)
+    return render(
+        "exits", svg=plot, rows=rows, tokens=early["tokens"], mean_depth=early["mean_depth"]
+    )
 
 
 # -- overthinking and calibration ------------------------------------------------------------------
 
+_OVERTHINKING = {
+    "overthought": "some depth right, final layer wrong",
+    "at_risk": "final layer right, some depth wrong",
+    "only_final": "only the final layer right",
+}
 
-def overthinking(value: Value) -> str:
+
+def overthinking(value: Value) -> Markup:
     """Tokens that some exit has right and the final layer wrong, and the reverse."""
     found = value.get("overthinking")
     if not found:
-        return paragraph("The examples had no answers that tell which token is right.", "soft")
+        return render("overthinking", found=None)
     names = {n: t for n, t in NAMES.items() if n in found}
-    lines = {
-        "overthought": "some depth right, final layer wrong",
-        "at_risk": "final layer right, some depth wrong",
-        "only_final": "only the final layer right",
-    }
     rows = [("labelled tokens", *(str(found[n]["tokens"]) for n in names))]
-    rows += [(line, *(_counted(found[n][k]) for n in names)) for k, line in lines.items()]
+    rows += [(line, *(_counted(found[n][k]) for n in names)) for k, line in _OVERTHINKING.items()]
     rows += [
-        (line, *(with_interval(found[n][k], _fine) for n in names))
+        (line, *(with_interval(found[n][k], fine) for n in names))
         for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
     ]
-    parts = [table("Tokens of labelled answers, teacher-forced", ("", *names.values()), rows)]
-    if policy := found.get("policy"):
-        parts.insert(0, cards([
-            ("overthought tokens", str(policy["n_overthought"]), "an exit right, the final wrong"),
-            ("of these right by policy", percent(policy["on_overthought"]["value"]),
-             between(policy["on_overthought"]) or "final layer: 0 by definition"),
-            ("policy minus final layer", metric("", policy["difference"]["value"], signed=True),
-             f"all labelled tokens; {between(policy['difference'], _fine)}"),
-        ]))  # fmt: skip
-    if answers := found.get("answers"):
-        some = answers["with_overthought_tokens"]
-        parts.append(paragraph(
-            f"Whole answers, free-running: early exit is better in {answers['better']} and worse "
-            f"in {answers['worse']} of {answers['n']}; mean difference "
-            f"{with_interval(answers['difference'], _fine)}. In the {some['n']} answers with an "
-            f"overthought token: {with_interval(some['policy'])} by policy, "
-            f"{with_interval(some['full'])} by the full model."
-        ))  # fmt: skip
-    return "".join(parts)
+    return render(
+        "overthinking", found=found, head=("", *names.values()), rows=rows,
+        policy=_policy_cards(found.get("policy")), answers=_whole_answers(found.get("answers")),
+    )  # fmt: skip
 
 
-def _fine(value: float | None) -> str:
-    return percent(value, 2)
+def _policy_cards(policy: Value | None) -> Cards:
+    if not policy:
+        return []
+    right, difference = policy["on_overthought"], policy["difference"]
+    return [
+        ("overthought tokens", str(policy["n_overthought"]), "an exit right, the final wrong"),
+        ("of these right by policy", percent(right["value"]),
+         between(right) or "final layer: 0 by definition"),
+        ("policy minus final layer", metric("", difference["value"], signed=True),
+         f"all labelled tokens; {between(difference, fine)}"),
+    ]  # fmt: skip
+
+
+def _whole_answers(answers: Value | None) -> dict[str, Any] | None:
+    if not answers:
+        return None
+    some = answers["with_overthought_tokens"]
+    return {
+        **{name: answers[name] for name in ("better", "worse", "n")},
+        "difference": with_interval(answers["difference"], fine),
+        "overthought": some["n"],
+        "policy": with_interval(some["policy"]),
+        "full": with_interval(some["full"]),
+    }
 
 
 def _counted(value: Value) -> str:
-    return f"{value['n']}: {with_interval(value['share'], _fine)}"
+    return f"{value['n']}: {with_interval(value['share'], fine)}"
 
 
-def calibration(value: Value) -> str:
-    """The promise, and the path of thresholds it was found on."""
-    promise = value.get("calibration")
-    if not promise:
-        return paragraph("This adapter is not calibrated: nothing is promised.", "soft")
-    path = promise.get("path") or ()
-    passed = [i for i, p in enumerate(path) if p["risk"] == promise["measured"]]
-    chosen = passed[-1] if passed and promise["policy"]["thresholds"] else None
-    if chosen is None:
-        text = f"Nothing could be promised. {promise.get('reason') or ''}"
-    else:
-        text = (
-            f"With {percent(promise['confidence'], 0)} confidence the risk "
-            f"({promise['risk']}) is at most {percent(promise['target'], 2)} on data like these: "
-            f"measured {percent(promise['measured'], 2)} on n = {promise['n']}, bound "
-            f"{percent(promise['bound'], 2)}, by {promise['method']}."
-        )
-    if not path:
-        return paragraph(text)
-    plot = calibration_curve(
-        [p["risk"] for p in path], [p["bound"] for p in path], promise["target"], chosen
-    )
+def calibration(value: Value) -> Markup:
+    """The guarantee, and the path of thresholds it was found on."""
+    found = value.get("calibration")
+    if not found:
+        return render("calibration", found=None)
+    path = found.get("path") or ()
+    passed = [i for i, p in enumerate(path) if p["risk"] == found["measured"]]
+    chosen = passed[-1] if passed and found["policy"]["thresholds"] else None
+    svg = ""
+    if path:
+        risks, bounds = [p["risk"] for p in path], [p["bound"] for p in path]
+        svg = calibration_curve(risks, bounds, found["target"], chosen)
     rows = [
-        (_thresholds(p["thresholds"]), percent(p["risk"], 2), percent(p["bound"], 2),
+        (_thresholds(p["thresholds"]), fine(p["risk"]), fine(p["bound"]),
          "-" if p["seconds"] is None else f"{1e3 * p['seconds']:.2f} ms")
         for p in path
     ]  # fmt: skip
-    head = ("thresholds by depth", "risk", "bound", "a token, predicted")
-    caption = "Thresholds were tried from the safest on, until the bound passed the target."
-    return paragraph(text) + figures([(plot, caption)], table("The path", head, rows))
+    return render("calibration", found=found, chosen=chosen is not None, svg=svg, rows=rows)
 
 
 # -- all figures -----------------------------------------------------------------------------------
 
+_LATENCIES = (
+    ("an answer, median", "seconds", "p50"),
+    ("an answer, 95th percentile", "seconds", "p95"),
+    ("its decoding, median", "decode_seconds", "p50"),
+    ("its decoding, 95th percentile", "decode_seconds", "p95"),
+)
 
-def measured_eval(value: Value) -> str:
+
+def measured_eval(value: Value) -> Markup:
     """Every metric of a run by mode, its groups, and the times."""
     modes, both = value["modes"], value.get("compared", {})
-    names = list(next(iter(modes.values()))["metrics"])
-    head = ["metric", *(MODES[m] for m in modes), *(["difference"] if both else [])]
+    titles = [MODES[m] for m in modes]
     rows = []
-    for name in names:
+    for name in next(iter(modes.values()))["metrics"]:
         form = partial(metric, name)
         cells = [with_interval(modes[m]["metrics"].get(name), form) for m in modes]
         if both:
             cells.append(with_interval(both["difference"].get(name), form))
         rows.append((name, *cells))
-    parts = [table(f"Quality, n = {value['n']}", head, rows)]
-    times_ = [
+    timed = any(mode.get("latency") for mode in modes.values())
+    latency = [
         (title, *(_latency(modes[m].get("latency"), key, part) for m in modes))
-        for title, key, part in (
-            ("an answer, median", "seconds", "p50"),
-            ("an answer, 95th percentile", "seconds", "p95"),
-            ("its decoding, median", "decode_seconds", "p50"),
-            ("its decoding, 95th percentile", "decode_seconds", "p95"),
-        )
-    ]  # fmt: skip
-    if any(mode.get("latency") for mode in modes.values()):
-        parts.append(table("Time, one example at a time", ("", *(MODES[m] for m in modes)), times_))
-    missing = next(iter(modes.values()))["unavailable"]
-    parts += [paragraph(f"{name} is missing: {why}.", "soft") for name, why in missing.items()]
-    return "".join(parts)
+        for title, key, part in (_LATENCIES if timed else ())
+    ]
+    return render(
+        "figures", kind="eval", n=value["n"], rows=rows, latency=latency,
+        head=["metric", *titles, *(["difference"] if both else [])], latency_head=["", *titles],
+        missing=next(iter(modes.values()))["unavailable"],
+    )  # fmt: skip
 
 
 def _latency(value: Value | None, name: str, part: str) -> str:
     return f"{1e3 * value[name][part]:.1f} ms" if value else "-"
 
 
-def measured_demo(value: Value) -> str:
+def measured_demo(value: Value) -> Markup:
     """Every mode of a demo."""
     tasks = list(value["modes"]["full"]["quality"])
     rows = [
@@ -361,10 +355,10 @@ def measured_demo(value: Value) -> str:
     ]  # fmt: skip
     head = ("mode", "tokens/s", "seconds", "decoding", "end to end", "against generate",
             *(f"{task} right" for task in tasks))  # fmt: skip
-    return table("Medians of interleaved rounds, batch 1", head, rows)
+    return render("figures", kind="demo", head=head, rows=rows)
 
 
-def origins(named: Sequence[tuple[str, Value]]) -> str:
+def origins(named: Sequence[tuple[str, Value]]) -> Markup:
     """Where each result comes from: command, machine, versions, data."""
     rows = []
     for name, value in named:
@@ -374,5 +368,4 @@ def origins(named: Sequence[tuple[str, Value]]) -> str:
             rows.append((name, where["command"], where["date"][:10],
                          f"{machine}, {where['threads']} threads, {where['platform']}", versions,
                          str(where.get("seed")), str(where.get("data_digest"))[:16]))  # fmt: skip
-    head = ("result", "command", "date", "machine", "versions", "seed", "data digest")
-    return table("Where the figures come from", head, rows, "words") if rows else ""
+    return render("origin", rows=rows) if rows else NOTHING
