@@ -240,8 +240,8 @@ def test_the_same_results_give_the_same_page(sources: list[Source], whole: str) 
 @pytest.mark.parametrize(
     "given, shown",
     [
-        ("exits", ["headline", "calibration", "origin"]),
-        ("run", ["headline", "answers", "exits", "figures", "origin"]),
+        ("exits", ["headline", "key", "calibration", "origin"]),
+        ("run", ["headline", "answers", "key", "exits", "figures", "origin"]),
         ("analysis", ["depth", "overthinking", "origin"]),
         ("compare", ["tradeoff", "origin"]),
     ],
@@ -257,7 +257,7 @@ def test_a_section_appears_when_its_result_was_given(
 def test_all_sections_in_order(whole: str) -> None:
     page = Page(whole)
     assert page.sections == [
-        "headline", "answers", "tradeoff", "depth", "overthinking", "exits", "calibration",
+        "headline", "answers", "key", "tradeoff", "depth", "overthinking", "exits", "calibration",
         "figures", "origin",
     ]  # fmt: skip
     assert "Not shown" not in page.text
@@ -288,6 +288,13 @@ def test_figures_come_with_their_intervals(runs: Path) -> None:
     assert "90.00% (89.00% to 91.00%)" in text
     assert "SPICE is missing: no" in text
     assert "Test CPU" in text
+
+
+def test_the_page_opens_with_one_sentence_and_the_answers(runs: Path) -> None:
+    page = Page(written(read_sources([runs / "run"])))
+    assert "75% of the words were written after 2 of 12 layers; decoding was 2.3 times" in page.text
+    assert "and 50.0% of them were the same." in page.text
+    assert page.sections[:2] == ["headline", "answers"]
 
 
 def test_a_token_names_its_depth(runs: Path) -> None:

@@ -52,7 +52,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "fine": fine, "plain": plain}
+    environment.filters |= {"percent": percent, "fine": fine}
     return environment
 
 
@@ -80,11 +80,6 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def fine(value: float | None) -> str:
     return percent(value, 2)
-
-
-def plain(value: float, digits: int = 1) -> str:
-    """Without zeros at the end: 2.0 as "2"."""
-    return f"{round(value, digits):g}"
 
 
 def metric(name: str, value: float | None, *, signed: bool = False) -> str:

@@ -159,6 +159,10 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
             "eval": of(sections.headline_eval), "demo": of(sections.headline_demo),
             "adapter": of(sections.headline_adapter)}),
         ("answers", "Answers, word by word", {"eval": answers}),
+        ("key", "Key figures", {
+            "eval": of(partial(sections.headline_eval, part="figures")),
+            "demo": of(partial(sections.headline_demo, part="figures")),
+            "adapter": of(partial(sections.headline_adapter, part="figures"))}),
         ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
         ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
         ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),

@@ -38,10 +38,10 @@ MODES = {"generate": "stock generate", "full": "full model", "early_exit": "earl
          "lossless": "lossless"}  # fmt: skip
 
 
-# -- headline --------------------------------------------------------------------------------------
+# -- headline: one sentence ("lead"), or the figures -----------------------------------------------
 
 
-def headline_eval(value: Value) -> Markup:
+def headline_eval(value: Value, part: str = "lead") -> Markup:
     """Speed, agreement and the first metrics of a run, with intervals."""
     early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
     both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
@@ -62,7 +62,7 @@ def headline_eval(value: Value) -> Markup:
         found.append((name, metric(name, one["value"]), remark))
     speed = speeds.get("end_to_end") or speeds.get("decode")
     return render(
-        "headline", kind="eval", entries=found, same=same["value"], **_most(early),
+        "headline", part=part, kind="eval", entries=found, same=same["value"], **_most(early),
         speed=speed and speed["value"], whole=bool(speeds.get("end_to_end")),
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def _most(early: Value | None) -> dict[str, Any]:
     return {"layers": layers, "shallow": shallow, "share": exits.get(shallow or 0)}
 
 
-def headline_demo(value: Value) -> Markup:
+def headline_demo(value: Value, part: str = "lead") -> Markup:
     """Speed of both modes, and quality against the full model's."""
     early, full = value["modes"]["early_exit"], value["modes"]["full"]
     found: Cards = [
@@ -93,12 +93,12 @@ def headline_demo(value: Value) -> Markup:
         remark = f"full model {percent(full['quality'][name])}"
         found.append((f"{name} right", percent(quality), remark))
     return render(
-        "headline", kind="demo", entries=found, depth=early["mean_depth"], layers=value["layers"],
-        speed=early["speedup_end_to_end"], same=early["agreement"],
+        "headline", part=part, kind="demo", entries=found, same=early["agreement"],
+        depth=early["mean_depth"], layers=value["layers"], speed=early["speedup_end_to_end"],
     )  # fmt: skip
 
 
-def headline_adapter(value: Value) -> Markup:
+def headline_adapter(value: Value, part: str = "lead") -> Markup:
     """The guarantee, where there is one."""
     found = value.get("calibration")
     if not found or found.get("measured") is None:
@@ -110,7 +110,7 @@ def headline_adapter(value: Value) -> Markup:
          f"at most {fine(found['bound'])}, n = {found['n']}"),
     ]  # fmt: skip
     asked = {name: found[name] for name in ("confidence", "risk", "target")}
-    return render("headline", kind="adapter", entries=entries, **asked)
+    return render("headline", part=part, kind="adapter", entries=entries, **asked)
 
 
 # -- speed and depth -------------------------------------------------------------------------------
