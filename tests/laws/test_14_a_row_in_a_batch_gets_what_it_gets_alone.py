@@ -18,8 +18,8 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.slots.layout import LAYOUTS
 from offramp.engine.slots.prompt import PromptReader
-from offramp.serving.rules import RowRules
-from offramp.serving.slot_batch import RowPolicy, SlotBatch
+from offramp.serving.rows.rules import RowRules
+from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
 
 ROWS = 4
 NEW = (10, 6, 9, 11)

@@ -8,10 +8,10 @@ import torch
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError
-from offramp.serving.scheduler import Load, Schedule
-from offramp.serving.simulator import Workload, full_depth, simulate
-from offramp.serving.slot_batch import SlotBatch
-from offramp.serving.unit_costs import CallCosts, measure_calls, seconds
+from offramp.serving.rows.slot_batch import SlotBatch
+from offramp.serving.schedule.scheduler import Load, Schedule
+from offramp.serving.schedule.simulator import Workload, full_depth, simulate
+from offramp.serving.schedule.unit_costs import CallCosts, measure_calls, seconds
 
 SHALLOW, DEEP, HEAD, READ = 2.0, 5.0, 1.0, 3.0
 

@@ -27,9 +27,11 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.request import Completion, Handle, Request
-from offramp.serving.rules import RowRules
-from offramp.serving.scheduler import Call, Load, Schedule
-from offramp.serving.slot_batch import Seat, SlotBatch
+from offramp.serving.rows.rules import RowRules
+from offramp.serving.rows.slot_batch import Seat, SlotBatch
+from offramp.serving.schedule.pace import Pace
+from offramp.serving.schedule.scheduler import Call, Load, Schedule
+from offramp.serving.schedule.unit_costs import CallCosts
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class _Job:
 class EngineCore:
     """Slots, a queue of prompts, and the rounds.
 
+    costs: of its calls, as `measure_calls` finds them; with them the engine tunes its schedule, and
+    runs at full depth where exits do not pay. clock: tells seconds.
+
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.
     """
@@ -89,6 +94,7 @@ class EngineCore:
         *,
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
+        costs: CallCosts | None = None,
         clock: Callable[[], float] = time.perf_counter,
         make_batch: Callable[..., SlotBatch] = SlotBatch,
     ) -> None:
@@ -100,7 +106,6 @@ class EngineCore:
         )
         check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
         self.config, self.policy, self.clock = config, policy, clock
-        self.schedule = config.schedule or Schedule.of(config.slots)
         self.batch = make_batch(
             backbone,
             exits,
@@ -110,6 +115,14 @@ class EngineCore:
             layout=config.layout,
             longest=config.longest,
             guess_above=config.guess_above,
+        )
+        self.pace = Pace(
+            costs,
+            config.schedule or Schedule.of(config.slots),
+            self.batch.tallies,
+            slots=config.slots,
+            longest=config.longest,
+            fixed=config.schedule is not None,
         )
         self._reader = PromptReader(
             backbone,
@@ -160,11 +173,12 @@ class EngineCore:
         self._admit()
         if not self.batch.seats:
             return None
-        call = self.schedule.next_call(self._load(), full=self._full_pays())
+        call = self.pace.schedule.next_call(self._load(), full=self._full_pays())
         made = {"shallow": self.batch.shallow, "deep": self.batch.deep, "full": self.batch.full}
         with self._timed(call):
             made[call]()
         self._collect()
+        self.pace.review(self.tokens)
         return call
 
     def run(self) -> None:
@@ -205,7 +219,8 @@ class EngineCore:
 
     def _full_pays(self) -> bool:
         """Whether full depth is the faster way for rows whose tokens are all the full model's."""
-        return not any(seat.policy.uses_exits for seat in self.batch.seats)
+        exits = any(seat.policy.uses_exits for seat in self.batch.seats)
+        return not exits or self.pace.full(self.tokens)
 
     def _load(self) -> Load:
         rows = [seat.row for seat in self.batch.seats]
@@ -236,7 +251,9 @@ class EngineCore:
     def _seat(self, job: _Job) -> int:
         """Read the prompt of a request into a free slot; its tokens."""
         request = job.handle.request
-        policy = request.row_policy(self.policy, self.batch.depths, pays=True)
+        named = request.mode is not None or request.thresholds is not None
+        pays = named or not self.policy.thresholds or self.pace.admits()
+        policy = request.row_policy(self.policy, self.batch.depths, pays=pays)
         tokens = int(request.inputs["input_ids"].shape[-1])
         self._check_room(tokens, 0)
         prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)

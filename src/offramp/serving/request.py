@@ -11,7 +11,7 @@ from typing import Any
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.errors import InputError, check_known
-from offramp.serving.slot_batch import RowPolicy
+from offramp.serving.rows.slot_batch import RowPolicy
 
 MODES = ("full", "early_exit", "lossless")
 """The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,

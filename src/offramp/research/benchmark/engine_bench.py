@@ -30,9 +30,9 @@ from offramp.provenance import provenance
 from offramp.research.benchmark.scripted_batch import Script, ScriptedBatch
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import MODES, Request
-from offramp.serving.scheduler import Schedule
-from offramp.serving.simulator import Prediction, Workload, full_depth, quantiles, simulate
-from offramp.serving.unit_costs import CallCosts, measure_calls
+from offramp.serving.schedule.scheduler import Schedule
+from offramp.serving.schedule.simulator import Prediction, Workload, full_depth, quantiles, simulate
+from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
 
 Inputs = Mapping[str, Any]
 Clock = Callable[[], float]

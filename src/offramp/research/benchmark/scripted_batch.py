@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from offramp.engine.slots.runner import States
-from offramp.serving.choices import Chooser, Question, Verdict
-from offramp.serving.row import Choice
-from offramp.serving.rules import RowRules
-from offramp.serving.slot_batch import Seat, SlotBatch
+from offramp.serving.rows.choices import Chooser, Question, Verdict
+from offramp.serving.rows.row import Choice
+from offramp.serving.rows.rules import RowRules
+from offramp.serving.rows.slot_batch import Seat, SlotBatch
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from offramp.errors import InputError
-from offramp.serving.row import Choice, Row
-from offramp.serving.scheduler import Load, Schedule, due
-from offramp.serving.unit_costs import CallCosts, seconds
+from offramp.serving.rows.row import Choice, Row
+from offramp.serving.schedule.scheduler import Load, Schedule, due
+from offramp.serving.schedule.unit_costs import CallCosts, seconds
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from offramp.engine.slots.runner import States
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-from offramp.serving.rules import RowRules
+from offramp.serving.rows.rules import RowRules
 
 Question = tuple[RowRules, list[int]]
 """A row's rules, and the tokens of its answer that stand before the one in question."""

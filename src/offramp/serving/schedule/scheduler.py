@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from offramp.errors import InputError
-from offramp.serving.row import Row
+from offramp.serving.rows.row import Row
 
 Call = Literal["shallow", "deep", "full"]
 
@@ -81,3 +81,24 @@ def due(rows: Sequence[Row], longest: int) -> list[bool]:
     pending, so that it cannot be fed, all that have half as many."""
     full = any(row.pending >= longest for row in rows)
     return [row.asks or (full and row.pending >= max(1, longest // 2)) for row in rows]
+
+
+@dataclass
+class Tally:
+    """What the first exit did: tokens that exited, were guessed and parked; guesses that the deep
+    layers ruled on, and that they confirmed."""
+
+    exited: float = 0.0
+    guessed: float = 0.0
+    parked: float = 0.0
+    ruled: float = 0.0
+    right: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        return self.exited + self.guessed + self.parked
+
+    def fade(self) -> None:
+        """Count what was so far by half from now on."""
+        for name in ("exited", "guessed", "parked", "ruled", "right"):
+            setattr(self, name, getattr(self, name) / 2)

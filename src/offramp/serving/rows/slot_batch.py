@@ -18,10 +18,10 @@ from offramp.engine.slots.prompt import Prompt
 from offramp.engine.slots.runner import SlotRunner, States
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.serving.choices import Chooser, Verdict
-from offramp.serving.row import Choice, Row
-from offramp.serving.rules import RowRules
-from offramp.serving.scheduler import due
+from offramp.serving.rows.choices import Chooser, Verdict
+from offramp.serving.rows.row import Choice, Row
+from offramp.serving.rows.rules import RowRules
+from offramp.serving.schedule.scheduler import Tally, due
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class SlotBatch:
         self.runner = SlotRunner(backbone, exits, self.depths, slots, limit, layout=layout)
         self.seats: list[Seat] = []
         self.chooser = Chooser(backbone, exits, policy, self.depths)
+        self.tallies = {True: Tally(), False: Tally()}  # by whether a row's tokens may exit
         self._pending: Tensor | None = None  # states before the deep layers [slots, longest, D]
 
     # -- rows ----------------------------------------------------------------------------------
@@ -228,12 +229,16 @@ class SlotBatch:
     def _follow(self, seat: Seat, depth: int, verdict: Verdict) -> None:
         """Go on from what the first exit says of a fed token, if it may, or park."""
         row, policy = seat.row, seat.policy
+        tally = self.tallies[bool(policy.thresholds)]
         score = verdict.score if verdict.open else float("nan")
         if policy.exits(depth, verdict):
+            tally.exited += 1
             row.say(Choice(verdict.token, depth, policy.shown(depth, verdict)))
         elif policy.guess and verdict.score >= self.guess_above:
+            tally.guessed += 1
             row.guess(Choice(verdict.token, depth, score))
         else:
+            tally.parked += policy.uses_exits
             row.park(score if depth in policy.thresholds else float("nan"))
             return
         row.held = bool(row.guesses) and seat.rules.would_end(len(row.choices), verdict.token)
@@ -250,7 +255,12 @@ class SlotBatch:
                 choice = self._deeper_exit(i, states, seat, place)
                 if not isinstance(choice, Choice):
                     choice = self._full_choice(seat, place, largest[i], logits[i : i + 1], choice)
+                guessed = place < len(seat.row.choices)
                 right = seat.row.answer(place, choice)
+                if guessed:
+                    tally = self.tallies[bool(seat.policy.thresholds)]
+                    tally.ruled += 1
+                    tally.right += right
             except Exception as error:  # of the row's own rules: its request alone fails
                 seat.error, right = error, False
             if not right:

@@ -13,8 +13,8 @@ import torch
 
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError
-from offramp.serving.rules import RowRules
-from offramp.serving.slot_batch import RowPolicy, SlotBatch
+from offramp.serving.rows.rules import RowRules
+from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
