@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "serving": ANSWERS,
     "runtimes": ANSWERS,
     "calibration": {*ANSWERS, "evaluation"},
-    "research": {*ANSWERS, "training", "evaluation", "calibration"},
+    "research": {*ANSWERS, "training", "evaluation", "calibration", "serving"},
     "cli": {*ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "research"},
 }
 """By room, what else it may import. `offramp` itself only hands names on, when asked for them."""
