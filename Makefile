@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench pages clean
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench pages clean docs
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -57,8 +57,11 @@ bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet mach
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
 	$(BIN)/python -m benchmarks.pages
 
+docs: $(READY)  ## the documentation as a site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache runs/demo
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache runs/demo
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp instead of the folder: a venv whose install failed half-way is set up again.
