@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from offramp import __version__
-from offramp.cli import calibrate, draft, eval, export, generate, inspect, train
+from offramp.cli.commands import calibrate, draft, eval, export, generate, inspect, train
 from offramp.cli.research import analyse, bench, compare, demo, report
 from offramp.errors import OfframpError
 
