@@ -93,7 +93,7 @@ def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
 
 def test_data_and_help_do_not_wait_for_torch() -> None:
     data = [f"offramp.data.{file.stem}" for file in (SOURCE / "data").glob("[!_]*.py")]
-    modules = ["offramp.storage", "offramp.provenance", "offramp.cli", *data]
-    loaded = loaded_by(*modules, then="offramp.cli._parser()")
+    modules = ["offramp.storage", "offramp.provenance", "offramp.cli.command_line", *data]
+    loaded = loaded_by(*modules, then="offramp.cli.command_line.build_parser()")
     assert {"offramp.data.datasets", "offramp.cli"} <= loaded
     assert loaded & {"torch", "transformers", "matplotlib"} == set()

@@ -75,7 +75,7 @@ def test_a_mistake_in_what_to_evaluate_is_two_lines(
 
 def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: Path) -> None:
     arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--rounds", 0)
-    assert_two_lines(run(*arguments), "0 rounds")
+    assert_two_lines(run(*arguments), "--rounds", "from 1")
 
 
 @pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])

@@ -1,6 +1,5 @@
 """Laws of shapes and of forced exits: what is asked for runs, and is predicted as it ran."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.scripted_exits import OPTIONS
-from offramp.cli.research import bench as command
+from offramp.cli.command_line import build_parser
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.research.benchmark import shapes
@@ -190,9 +189,7 @@ def test_the_table_shows_every_case(entries: list[dict[str, Any]]) -> None:
 
 
 def run(*arguments: Any) -> None:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(["bench", *map(str, arguments)])
+    parsed = build_parser().parse_args(["bench", *map(str, arguments)])
     parsed.run(parsed)
 
 

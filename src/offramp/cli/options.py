@@ -1,25 +1,32 @@
-"""What the commands share: their options for a model, data and training, and what is read."""
+"""Options that commands share; types, defaults and choices come from the dataclasses and the dicts
+that they fill."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
-from offramp.errors import InputError
-from offramp.training.config import TrainConfig
+from offramp.cli.parser import Parser, one_of, or_none, share, whole, whole_numbers
+from offramp.cli.plugins import load_plugins
 
-TRAINING = tuple(field.name for field in fields(TrainConfig))
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Options = Callable[[Parser], None]
+_SAME: Any = object()
 
 
 def add_command(
-    commands: Any, name: str, help: str, example: str, run: Any
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    commands: Any, name: str, help: str, example: str, run: Any, options: Options
+) -> None:
+    """Add a command. options: adds its options, once the command is asked for."""
+
+    def late(parser: Parser) -> None:
+        load_plugins()
+        options(parser)
+
+    parser: Parser = commands.add_parser(
         name,
         help=help,
         description=help,
@@ -27,176 +34,184 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    return parser
+    parser.late = late
 
 
-def backbone_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument(
+def name_option(
+    group: Any,
+    flag: str,
+    names: Iterable[str],
+    help: str,
+    *,
+    default: str | None = None,
+    shown: str | None = None,
+    **more: Any,
+) -> None:
+    """An option that takes one of these names. shown: the default in words."""
+    names = list(names)
+    told = default if shown is None else shown
+    ending = "" if told is None else f" (default: {told})"
+    group.add_argument(
+        flag, metavar="NAME", default=default, choices=names,
+        help=f"{help}: {one_of(names)}{ending}", **more,
+    )  # fmt: skip
+
+
+def field_option(
+    group: Any,
+    cls: type,
+    name: str,
+    help: str | None = None,
+    *,
+    choices: Iterable[str] | None = None,
+    default: Any = _SAME,
+    shown: str | None = None,
+) -> None:
+    """The option of a dataclass's field: its type and its default, and of its metadata "help" and
+    "choices" where they are not given."""
+    field = next(field for field in fields(cls) if field.name == name)
+    hint = typing.get_type_hints(cls)[name]
+    flag = f"--{name.replace('_', '-')}"
+    if default is _SAME:
+        default = None if field.default is MISSING else field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+    text = help or field.metadata["help"]
+    known = choices if choices is not None else field.metadata.get("choices")
+    if known is not None:
+        name_option(group, flag, known, text, default=default, shown=shown)
+        return
+    told = shown or ("none" if default is None or default == {} else default)
+    text = f"{text} (default: {told})"
+    if hint is bool:
+        yes_no = argparse.BooleanOptionalAction
+        group.add_argument(flag, action=yes_no, default=default, help=text)
+        return
+    group.add_argument(
+        flag,
+        metavar=field.metadata.get("metavar") or _metavar(hint),
+        type=field.metadata.get("parse") or _parser_of(hint, name),
+        default=default,
+        help=text,
+    )
+
+
+def field_options(group: Any, cls: type, names: Collection[str], **choices: Iterable[str]) -> None:
+    """The options of these fields, in their order, with their own help. choices: by field."""
+    for field in fields(cls):
+        if field.name in names:
+            field_option(group, cls, field.name, choices=choices.get(field.name))
+
+
+def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
+    kinds = set(typing.get_args(hint)) - {type(None)}
+    optional = type(None) in typing.get_args(hint)
+    kind = kinds.pop() if optional else hint
+    number = whole(0 if name == "seed" else 1)
+    known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
+    parse = known.get(kind, whole_numbers(1))
+    return or_none(parse) if optional and parse is number else parse
+
+
+def _metavar(hint: Any) -> str:
+    kinds = {"tuple": "N,N", "int": "N", "float": "X"}
+    return next((shown for kind, shown in kinds.items() if kind in str(hint)), "TEXT")
+
+
+# -- groups -----------------------------------------------------------------------------------
+
+
+def model_options(parser: Parser, *, required: bool, adapter: bool | None = None) -> Any:
+    """Options of the backbone; adapter: whether --adapter is required, None: there is none."""
+    group = parser.add_argument_group("model")
+    if adapter is not None:
+        group.add_argument(
+            "--adapter",
+            required=adapter,
+            metavar="NAME",
+            help="folder or hub name of trained exits",
+        )
+    group.add_argument(
         "--backbone",
         required=required,
         metavar="NAME",
-        help="hub name or folder of the VLM, or tiny-opt or tiny-t5, which ship with offramp",
+        help="hub name or folder of the VLM, or tiny-opt or tiny-t5, which ship with offramp"
+        + ("" if adapter is None else " (default: the adapter's)"),
     )
-    parser.add_argument("--revision", help="hub revision of the backbone")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="precision of the backbone (default: as saved)",
+    precision_options(group)
+    return group
+
+
+def precision_options(group: Any) -> None:
+    """Which revision of the backbone, in which precision and where."""
+    group.add_argument("--revision", help="hub revision of the backbone")
+    name_option(
+        group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
+    )
+    group.add_argument(
+        "--device", default="auto", metavar="NAME",
+        help="such as cpu, cuda or cuda:1 (default: cuda where there is one; cpu for tiny models)",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="e.g. cpu or cuda (default: cpu)")
 
 
-def data_options(parser: argparse.ArgumentParser, what: str) -> None:
+def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     """Options that say which examples; what: of the examples, what the command needs."""
-    parser.add_argument(
+    from offramp.data.formats import FORMATS
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data", required=True, nargs="+", metavar="FILE",
         help=f"{what}: JSONL file, datasets name or folder, or a data set's official file (VQA: "
         "the questions; annotations beside them are found)",
     )  # fmt: skip
-    parser.add_argument(
-        "--format", default="auto", metavar="FORMAT",
-        help="auto, jsonl, coco, karpathy, nocaps, vqav2, okvqa, gqa or visdial (default: auto)",
+    name_option(group, "--format", FORMATS, "layout of the files", default="auto")
+    group.add_argument(
+        "--images", metavar="FOLDER", help="folder of the images (default: that of the data)"
+    )
+    group.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
+    group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    ending = "" if limit is None else f" (default: {limit})"
+    group.add_argument(
+        "--limit", type=whole(1), default=limit, metavar="N",
+        help=f"read at most so many examples{ending}",
     )  # fmt: skip
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder of the pictures (default: that of the data)"
+    return group
+
+
+def policy_options(parser: Parser, *, threshold: bool) -> Any:
+    """Options that change the adapter's policy; threshold: also where tokens exit."""
+    from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+    from offramp.engine.policy import KV_POLICIES
+
+    group = parser.add_argument_group("early exit")
+    if threshold:
+        group.add_argument(
+            "--threshold", type=share, metavar="X",
+            help="one threshold for all exits (default: the adapter's)",
+        )  # fmt: skip
+    scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
+    name_option(group, "--score", scores, "confidence score", shown="the adapter's")
+    name_option(
+        group, "--kv", KV_POLICIES, "keys and values of skipped layers", shown="the adapter's"
     )
-    parser.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="read at most so many examples")
+    return group
 
 
-def training_options(parser: argparse.ArgumentParser, names: Collection[str] = TRAINING) -> None:
-    """A flag for each of these fields, with its help and its default."""
-    hints = typing.get_type_hints(TrainConfig)
-    for field in fields(TrainConfig):
-        if field.name in names:
-            default = field.default if field.default_factory is MISSING else None
-            _training_option(parser, field.name, hints[field.name], default, dict(field.metadata))
-
-
-def training_config(
-    arguments: argparse.Namespace, names: Collection[str] = TRAINING, **more: Any
-) -> TrainConfig:
-    """What the flags of these fields say, and `more`."""
-    given = {name: getattr(arguments, name) for name in names}
-    return TrainConfig(**{**given, "losses": given.get("losses") or {}}, **more)
-
-
-def _training_option(
-    parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: dict[str, Any]
-) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    shown = f"{metadata['help']} (default: {'none' if default is None else default})"
-    if hint is bool:
-        parser.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default, help=shown
-        )
-        return
-    parse: Any = metadata.get("parse") or (hint if isinstance(hint, type) else _whole_or_none)
-    if name == "depths":
-        parse = _depths
-    parser.add_argument(
-        flag, type=parse, default=default, choices=metadata.get("choices"), help=shown
-    )
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _whole_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
-def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
-    """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
-    from offramp.data.formats import read_items
-
-    return read_items(
-        arguments.data, arguments.images, arguments.format,
-        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
-        require_answers=require_answers,
+def length_option(group: Any, default: int | None = 40, shown: str | None = None) -> None:
+    group.add_argument(
+        "--max-new-tokens", type=whole(1), default=default, metavar="N",
+        help=f"longest answer (default: {shown or default})",
     )  # fmt: skip
 
 
-def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:
-    """The backbone and its processor."""
-    import torch
-    from transformers import AutoProcessor
+def batch_option(group: Any, default: int, help: str = "examples at once") -> None:
+    group.add_argument(
+        "--batch-size", type=whole(1), default=default, metavar="N",
+        help=f"{help} (default: {default})",
+    )  # fmt: skip
 
-    from offramp.models.backbone import Backbone
-    from offramp.models.shipped import TINY, load_tiny
 
-    name = name or arguments.backbone
-    kind = name.removeprefix("offramp/").removeprefix("tiny-")
-    if kind in TINY and kind != name:
-        return load_tiny(kind)
-    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    backbone = Backbone.from_pretrained(
-        name, revision=arguments.revision, dtype=dtype, device=arguments.device
+def seed_option(group: Any, what: str) -> None:
+    group.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help=f"of {what} (default: 0)"
     )
-    try:
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            name, revision=arguments.revision
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"No processor could be loaded from {name!r}: {str(error).strip().splitlines()[0]}",
-            "Save the model's processor beside it: processor.save_pretrained(folder).",
-        ) from error
-    return backbone, processor
-
-
-def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
-    from offramp.adapter import Adapter
-    from offramp.save_and_load import CONFIG
-    from offramp.storage import read_json
-
-    name = arguments.backbone
-    if name is None:
-        config = Path(arguments.adapter) / CONFIG
-        if not config.is_file():
-            raise InputError(
-                f"{arguments.adapter} is not an adapter folder on this machine.",
-                "Correct --adapter, or name the --backbone of an adapter on the hub.",
-            )
-        name = read_json(config)["backbone"]["name"]
-    backbone, processor = load_model(arguments, name)
-    return Adapter.from_pretrained(arguments.adapter, backbone), processor
-
-
-def adapter_folder(arguments: argparse.Namespace) -> Path:
-    """Where a changed adapter is written: --out or, if it is on this machine, its own folder."""
-    if arguments.out is None and not Path(arguments.adapter).is_dir():
-        raise InputError(
-            f"{arguments.adapter} is not a folder on this machine.", "Say where to write: --out."
-        )
-    return Path(arguments.out or arguments.adapter)
-
-
-def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
-    """The items whose pictures the adapter did not use in these steps; tells how many are left."""
-    from offramp.data.decontamination import unseen
-    from offramp.errors import DataError
-
-    keep = unseen(adapter.seen, [item.example for item in items], steps)
-    left = [item for item, kept in zip(items, keep, strict=True) if kept]
-    logging.info("%d of %d examples are left out: seen before", len(items) - len(left), len(items))
-    if not left:
-        raise DataError(
-            f"All {len(items)} examples are of pictures that were used before.",
-            "Give other data, or more of it (--limit).",
-        )
-    return left
-
-
-def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter's policy, with what --threshold, --score and --kv change."""
-    from dataclasses import replace
-
-    policy = adapter.policy
-    if arguments.threshold is not None:
-        thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
-        policy = replace(policy, thresholds=thresholds, drafts={})
-    changes = {n: v for n in ("score", "kv") if (v := getattr(arguments, n)) is not None}
-    return replace(policy, **changes)

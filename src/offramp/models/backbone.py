@@ -43,30 +43,58 @@ class Backbone:
         self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
 
     @classmethod
+    def of(cls, model: Backbone | nn.Module) -> Backbone:
+        """`model` itself, or the backbone of a Hugging Face model.
+
+        Raises:
+            InputError: it is neither.
+        """
+        if isinstance(model, Backbone):
+            return model
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"A {type(model).__name__} is no vision-language model.",
+                "Give an offramp.Backbone or a Hugging Face model; a name is loaded with "
+                "Backbone.from_pretrained(name).",
+            )
+        return cls(model)
+
+    @classmethod
     def from_pretrained(
         cls,
         name: str | Path,
         *,
         revision: str | None = None,
         dtype: torch.dtype | str = "auto",
-        device: str = "cpu",
+        device: str | None = None,
         **kwargs: Any,
     ) -> Backbone:
-        """Load a hub name or a folder. Raise `InputError` where there is no such model."""
+        """Load a hub name or a folder.
+
+        device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
+
+        Raises:
+            InputError: there is no such model or device, or a package that it needs is missing.
+        """
         from transformers import AutoModelForImageTextToText
 
+        if device is not None:
+            check_device(device)
         try:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 str(name), revision=revision, dtype=dtype, **kwargs
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # damaged files and missing packages raise nearly every builtin
             raise InputError(
-                f"No vision-language model could be loaded from {str(name)!r}: "
-                f"{str(error).strip().splitlines()[0]}",
-                "Give a folder written by save_pretrained, or a hub name such as "
+                f"No vision-language model could be loaded from {str(name)!r}: {_reason(error)}",
+                "Install the package that it names."
+                if isinstance(error, ImportError)
+                else "Give a folder written by save_pretrained, or a hub name such as "
                 "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
             ) from error
-        return cls(model.to(device), name=str(name), revision=revision)
+        if device is not None:
+            model = model.to(device)
+        return cls(model, name=str(name), revision=revision)
 
     # -- what it is -------------------------------------------------------------------------
 
@@ -207,6 +235,44 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
             "Use an adapter that lives in the layers (LoRA and its kin), or merge it.",
         )
     return unwrap()  # type: ignore[no-any-return]
+
+
+def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+    """The processor that was saved beside a model.
+
+    Raises:
+        InputError: there is none, or a package that it needs is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            str(name), revision=revision
+        )
+    except Exception as error:  # damaged files and missing packages raise nearly every builtin
+        raise InputError(
+            f"No processor could be loaded from {str(name)!r}: {_reason(error)}",
+            "Install the package that it names."
+            if isinstance(error, ImportError)
+            else "Save the model's processor beside it: processor.save_pretrained(folder).",
+        ) from error
+
+
+def check_device(name: str) -> None:
+    """Raise `InputError` where the machine has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"The device {name!r} cannot be used: {_reason(error)}",
+            "Give cpu, or cuda on a machine with a GPU and a torch that was built for it.",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line of at most 300 letters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from offramp.errors import InputError, did_you_mean
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, load_processor
 
 TINY = ("opt", "t5")
 
@@ -20,14 +20,14 @@ def tiny_folder(kind: str) -> Path:
     return Path(__file__).parent / "shipped_models" / kind
 
 
-def load_tiny(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Backbone, Any]:
+def load_tiny(
+    kind: str, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> tuple[Backbone, Any]:
     """A shipped model, "opt" or "t5", and its processor."""
-    from transformers import AutoProcessor
-
     folder = tiny_folder(kind)
-    backbone = Backbone.from_pretrained(folder, dtype=dtype)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device)
     backbone.name = f"offramp/tiny-{kind}"
-    return backbone, AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    return backbone, load_processor(folder)
 
 
 def tiny_exits(kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,9 +24,16 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """`"l1=0.5,other=0.1"` as weights by name; raise `ValueError` where it is not of that form."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    return {name: float(weight) for name, _, weight in pairs}
+    """`"l1=0.5,other=0.1"` as weights by name.
+
+    Raises:
+        ArgumentTypeError: it is not of that form.
+    """
+    try:
+        pairs = [part.partition("=") for part in text.split(",") if part]
+        return {name: float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise ArgumentTypeError(f"{text[:60]!r} is not of the form name=0.5,other=0.1") from None
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
-    adapter_folder,
     add_command,
-    backbone_options,
+    batch_option,
     data_options,
-    load_adapter,
-    read_data,
-    unseen_items,
+    field_option,
+    length_option,
+    model_options,
+    policy_options,
 )
+from offramp.cli.output import print_json, print_text
+from offramp.cli.parser import Parser
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "calibrate",
         "Choose thresholds that keep the risk below a target, and store them in the adapter.",
@@ -27,42 +32,39 @@ def add(commands: Any) -> None:
         "  offramp calibrate --adapter exits --data vqa.jsonl --risk exact_match_drop "
         "--target 0.02",
         _calibrate,
+        _options,
     )
-    parser.add_argument("--adapter", required=True, help="folder or hub name of trained exits")
-    backbone_options(parser, required=False)
-    data_options(parser, "pictures that training has not seen, like those to come")
-    parser.add_argument(
-        "--risk",
-        default="disagreement",
-        metavar="RISK",
-        help="disagreement with the full model, or its ROUGE-L form consistency, without labels; "
-        "exact_match_drop, vqa_accuracy_drop or rouge_l_drop with them (default: disagreement)",
-    )
-    parser.add_argument("--target", type=float, default=0.01, help="of the risk (default: 0.01)")
-    parser.add_argument(
-        "--confidence", type=float, default=0.95, help="of keeping it (default: 0.95)"
-    )
-    parser.add_argument(
-        "--method",
-        default="auto",
-        metavar="METHOD",
-        help="auto, upper_bound or learn_then_test (default: auto)",
-    )
-    parser.add_argument("--score", help="confidence score, instead of the adapter's")
-    parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
-    parser.add_argument(
-        "--exit-in-prefill",
-        action=argparse.BooleanOptionalAction,
-        help="let first tokens leave early too (default: as in the adapter)",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
-    parser.add_argument(
+
+
+def _options(parser: Parser) -> None:
+    from offramp.calibration.calibrate import Promise
+    from offramp.calibration.risk_control import METHODS
+    from offramp.calibration.risk_functions import RISKS
+
+    model_options(parser, required=False, adapter=True)
+    data = data_options(parser, "images that training has not seen, like those to come")
+    data.add_argument(
         "--leave-out-seen", action="store_true",
-        help="leave out pictures that the exits were trained on, and say how many",
+        help="leave out images that the exits were trained on, and say how many",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
-    parser.add_argument("--json", action="store_true", help="the calibration as one JSON object")
+    group = parser.add_argument_group("guarantee")
+    field_option(
+        group, Promise, "risk", "of early answers; only a drop needs labels",
+        choices=RISKS,
+    )  # fmt: skip
+    field_option(group, Promise, "target", "bound of the risk")
+    field_option(group, Promise, "confidence", "probability that the bound holds")
+    field_option(group, Promise, "method", "test of the thresholds", choices=METHODS)
+    exits = policy_options(parser, threshold=False)
+    exits.add_argument(
+        "--exit-in-prefill", action=argparse.BooleanOptionalAction,
+        help="let first tokens exit early too (default: as in the adapter)",
+    )  # fmt: skip
+    group = parser.add_argument_group("answers and output")
+    length_option(group)
+    batch_option(group, 64)
+    group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
+    group.add_argument("--json", action="store_true", help="the calibration as one JSON object")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -106,12 +108,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         progress=lambda path: tqdm(path, "calibrate", disable=None, leave=False),
         **asked,
     )
+    # Before it is written, for it took long to find.
+    if arguments.json:
+        print_json(found.to_json())
+    else:
+        print_text(_table(found))
     calibrated(adapter, found, examples).save(out)
-    print(json.dumps(found.to_json(), ensure_ascii=False) if arguments.json else _table(found, out))
+    log.info("Written to %s.", out)
 
 
-def _table(found: Any, out: Path) -> str:
-    """The path and the promise, as a person reads them on a terminal."""
+def _table(found: Any) -> str:
+    """The path and the guarantee, as a person reads them on a terminal."""
     lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}"]
     for point in found.path:
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
@@ -119,13 +126,13 @@ def _table(found: Any, out: Path) -> str:
         lines.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
     lines.append("")
     if found.reason:
-        lines.append(f"Nothing is promised, and the exits are off. {found.reason}")
+        lines.append(f"Nothing is guaranteed, and the exits are off. {found.reason}")
     else:
         shown = ", ".join(f"{t:g} at depth {d}" for d, t in found.policy.thresholds.items())
         faster = f"; decoding is predicted to be {found.speedup:.2f}x" if found.speedup else ""
         lines.append(
-            f"Promised: {found.risk} at most {found.target:g}, with {found.confidence:.0%} "
+            f"Guaranteed: {found.risk} at most {found.target:g}, with {found.confidence:.0%} "
             f"confidence (measured {found.measured:.4f} on {found.n} answers){faster}. "
             f"Thresholds: {shown}."
         )
-    return "\n".join([*lines, f"Written to {out}."])
+    return "\n".join(lines)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
     add_command,
-    backbone_options,
+    batch_option,
     data_options,
-    load_adapter,
-    load_model,
-    policy_of,
-    read_data,
-    unseen_items,
+    field_option,
+    length_option,
+    model_options,
+    name_option,
+    policy_options,
 )
+from offramp.cli.output import print_json
+from offramp.cli.parser import Parser, one_of
 from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "eval",
         "Measure quality, depth and latency on a data set, with the full model and early exits.",
@@ -32,61 +34,54 @@ def add(commands: Any) -> None:
         "  offramp eval --backbone tiny-opt --mode full --task gqa --data questions.jsonl "
         "--out runs/gqa",
         _eval,
+        _options,
     )
-    parser.add_argument("--adapter", help="folder or hub name of trained exits")
-    backbone_options(parser, required=False)
-    parser.add_argument(
-        "--task", required=True, metavar="TASK", help="captions, vqa, okvqa, gqa or dialogue"
+
+
+def _options(parser: Parser) -> None:
+    model_options(parser, required=False, adapter=False)
+    data = data_options(parser, "what is evaluated")
+    data.add_argument(
+        "--allow-seen", action="store_true",
+        help="take images that the exits were trained or calibrated on",
+    )  # fmt: skip
+    data.add_argument(
+        "--leave-out-seen", action="store_true", help="leave out such images, and say how many"
     )
-    data_options(parser, "what is evaluated")
-    parser.add_argument(
-        "--mode",
-        metavar="MODE",
-        help="full, early_exit or both (default: both; without --adapter full)",
-    )
-    parser.add_argument(
-        "--threshold", type=float, help="one threshold for all exits, instead of the adapter's"
-    )
-    parser.add_argument("--score", help="confidence score, instead of the adapter's")
-    parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
-    parser.add_argument(
-        "--metrics", nargs="+", metavar="METRIC", help="only these (default: all of the task's)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="more than 1 measures quality only (default: 1)"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="default: 40 for captions, 20 for dialogue, 10 for questions",
-    )
-    parser.add_argument(
-        "--ranking",
-        default="sum",
-        metavar="HOW",
-        help="candidates' log-likelihood: sum, or mean per token (default: sum)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
+    policy_options(parser, threshold=True)
+    _evaluation_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, required=True,
         help="folder for rows.jsonl (an answer a line) and result.json",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument(
-        "--allow-seen",
-        action="store_true",
-        help="take pictures that the exits were trained or calibrated on",
-    )
-    parser.add_argument(
-        "--leave-out-seen", action="store_true", help="leave out such pictures, and say how many"
-    )
-    parser.add_argument(
-        "--rescore",
-        action="store_true",
+    )  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="continue the run in --out")
+    group.add_argument(
+        "--rescore", action="store_true",
         help="score the answers in --out again; no model is loaded",
+    )  # fmt: skip
+
+
+def _evaluation_options(parser: Parser) -> None:
+    from offramp.evaluation.tasks import MODES, RANKINGS, TASK_METRICS, Settings
+
+    group = parser.add_argument_group("evaluation")
+    name_option(group, "--task", TASK_METRICS, "task", required=True)
+    field_option(
+        group, Settings, "mode", "which models answer", choices=MODES, default=None,
+        shown="both; without --adapter full",
+    )  # fmt: skip
+    metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})
+    group.add_argument(
+        "--metrics", nargs="+", metavar="NAME", choices=metrics,
+        help=f"of the task's: {one_of(metrics)} (default: all of them)",
+    )  # fmt: skip
+    batch_option(group, 1, "examples at once; more than 1 measures quality only")
+    length_option(group, None, "40 for captions, 20 for dialogue, 10 for questions")
+    field_option(
+        group, Settings, "ranking", "a candidate's log-likelihood, of its tokens", choices=RANKINGS
     )
+    field_option(group, Settings, "seed", "of the intervals")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -95,6 +90,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from offramp.evaluation.evaluate import evaluate, rescore
     from offramp.evaluation.tasks import Settings
     from offramp.models.input_processor import InputProcessor
+    from offramp.storage import check_writable
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
     settings = {name: getattr(arguments, name) for name in names}
@@ -104,6 +100,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
+    check_writable(arguments.out, folder=True)
     items = read_data(arguments)
     if arguments.rescore:
         result = rescore(arguments.out, items, arguments.task, **settings)
@@ -124,4 +121,4 @@ def _eval(arguments: argparse.Namespace) -> None:
             progress=lambda batches: tqdm(batches, "evaluate", disable=None),
             **settings,
         )
-    print(json.dumps(result, ensure_ascii=False))
+    print_json(result)

@@ -7,12 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, backbone_options, load_adapter
-from offramp.errors import InputError
+from offramp.cli.loading import load_adapter
+from offramp.cli.options import add_command, model_options, name_option
+from offramp.cli.output import print_text
+from offramp.cli.parser import Parser, whole_numbers
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "export",
         "Write a backbone's decoder and its exits as GGUF files, for --runtime llama.cpp.",
@@ -20,38 +24,38 @@ def add(commands: Any) -> None:
         "  offramp generate --adapter exits --runtime llama.cpp --gguf exits-q8_0 "
         "--image dog.jpg",
         _export,
+        _options,
     )
-    parser.add_argument("--adapter", required=True, help="folder or hub name of trained exits")
-    backbone_options(parser, required=False)
-    parser.add_argument(
-        "--gguf", required=True, metavar="FORMAT",
-        help="number format of the layers: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0",
-    )  # fmt: skip
-    parser.add_argument(
-        "--exit-format", default="", metavar="FORMAT",
+
+
+def _options(parser: Parser) -> None:
+    from offramp.runtimes.llama_cpp.gguf_export import FORMATS
+
+    model_options(parser, required=False, adapter=True)
+    group = parser.add_argument_group("files")
+    name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
+    group.add_argument(
+        "--exit-format", default="", metavar="NAME", choices=FORMATS,
         help="of the exits' layers (default: the layers', but q8_0 where that has fewer bits)",
     )  # fmt: skip
-    parser.add_argument(
-        "--head-format", default="", metavar="FORMAT", help="of the head (default: the same)"
-    )
-    parser.add_argument(
-        "--depths", type=_depths, metavar="D,D",
-        help="exits to write (default: those where the adapter's policy lets tokens leave)",
+    group.add_argument(
+        "--head-format", default="", metavar="NAME", choices=FORMATS,
+        help="of the head (default: the same)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    group.add_argument(
+        "--depths", type=whole_numbers(1), metavar="N,N",
+        help="exits to write (default: those at which the adapter's policy has thresholds)",
+    )  # fmt: skip
+    group.add_argument("--out", type=Path, required=True, help="folder for the files")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
+    from offramp.storage import check_writable
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"{arguments.out} is a file.", "Name a folder: --out FOLDER.")
+    check_writable(arguments.out, folder=True)
     adapter, _ = load_adapter(arguments)
     for file in export_gguf(adapter, arguments.out, formats, depths=arguments.depths):
-        print(file)
-        logging.info("%.1f MB", file.stat().st_size / 1e6)
+        print_text(str(file))
+        log.info("%.1f MB", file.stat().st_size / 1e6)

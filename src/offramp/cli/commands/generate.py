@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, backbone_options, load_adapter, policy_of
-from offramp.cli.runtime import check_runtime, load_runtime, runtime_options
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
+from offramp.cli.loading import load_adapter, policy_of
+from offramp.cli.options import (
+    add_command,
+    length_option,
+    model_options,
+    name_option,
+    policy_options,
+)
+from offramp.cli.output import print_json, print_text, tell
+from offramp.cli.parser import Parser
 from offramp.errors import InputError
+
+MODES = ("early_exit", "lossless", "full")
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "generate",
         "Answer a prompt about an image, and show how deep each token ran.",
         "offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'",
         _generate,
+        _options,
     )
-    parser.add_argument("--adapter", required=True, help="folder or hub name of trained exits")
-    backbone_options(parser, required=False)
-    parser.add_argument("--image", type=Path, nargs="+", default=[], help="one or several files")
-    parser.add_argument("--prompt", default="Caption:", help="default: Caption:")
-    parser.add_argument(
-        "--mode",
+
+
+def _options(parser: Parser) -> None:
+    model_options(parser, required=False, adapter=True)
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="one or several files"
+    )
+    group.add_argument("--prompt", default="Caption:", help="what is asked (default: Caption:)")
+    length_option(group)
+    group.add_argument("--json", action="store_true", help="one JSON object for each image")
+    exits = policy_options(parser, threshold=True)
+    name_option(
+        exits, "--mode", MODES,
+        "exits end a token; only draft it, and the full model verifies; or are off",
         default="early_exit",
-        choices=("early_exit", "lossless", "full"),
-        help="lossless: exits draft and the full model verifies; full: exits off",
-    )
-    parser.add_argument("--threshold", type=float,
-                        help="one threshold for all exits, instead of the adapter's")  # fmt: skip
-    parser.add_argument("--score", help="confidence score, instead of the adapter's")
-    parser.add_argument("--kv", help="recompute or propagate, instead of the adapter's")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each image")
+    )  # fmt: skip
     runtime_options(parser)
 
 
@@ -57,8 +70,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.mode == "full":
         policy = FULL
     elif not policy.effective.thresholds:
-        logging.warning(
-            "The adapter has no thresholds, so no token leaves early; give --threshold."
+        log.warning(
+            "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
+            "or find thresholds with `offramp calibrate`."
         )
     encoder = InputProcessor(adapter.backbone, processor)
     for image in arguments.image:
@@ -84,16 +98,16 @@ def _show(image: Path, result: Any, encoder: Any, *, as_json: bool) -> None:
         text = encoder.texts(result.new_tokens)[0]
         row = {"image": str(image), "answer": text, "layers": result.layers,
                "mean_depth": result.mean_depth, "steps": steps}  # fmt: skip
-        print(json.dumps(row, ensure_ascii=False))
+        print_json(row)
         return
-    color = sys.stdout.isatty()
+    color = sys.stdout is not None and sys.stdout.isatty()
     words = [_paint(t, d, result.layers, color) for t, d in zip(tokens, depths, strict=True)]
-    print(f"{image}: {' '.join(words)}")
-    print(f"mean depth {result.mean_depth:.1f} of {result.layers}", file=sys.stderr)
+    print_text(f"{image}: {' '.join(words)}")
+    tell(f"mean depth {result.mean_depth:.1f} of {result.layers}")
 
 
 def _paint(token: str, depth: int, layers: int, color: bool) -> str:
-    """A token with its depth: green where it left early, plain at full depth."""
+    """A token with its depth: green where it exited early, plain at full depth."""
     if not color:
         return f"{token.strip()}/{depth}"
     shade = 46 if depth <= layers / 3 else 190 if depth < layers else 250

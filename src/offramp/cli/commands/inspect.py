@@ -7,45 +7,61 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, load_model
+from offramp.cli.loading import load_model
+from offramp.cli.options import add_command, precision_options
+from offramp.cli.output import print_json, print_text
+from offramp.cli.parser import Parser
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "inspect",
         "Describe an adapter, or what exits could be attached to a backbone.",
         "offramp inspect tiny-opt",
         _inspect,
+        _options,
     )
+
+
+def _options(parser: Parser) -> None:
     parser.add_argument("name", help="adapter folder, or hub name or folder of a VLM")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--revision", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="auto", help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    precision_options(parser.add_argument_group("model"))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
-    from offramp.storage import read_json
 
-    config = Path(arguments.name) / CONFIG
-    if config.is_file():
-        found = read_json(config)
-        found["backbone"].pop("fingerprint", None)
-    else:
-        from offramp.models.backbone import describe
-        from offramp.models.exits import propose_depths
-
-        backbone, _ = load_model(arguments, arguments.name)
-        found = describe(backbone)
-        found["proposed_depths"] = {
-            n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth
-        }
+    is_adapter = (Path(arguments.name) / CONFIG).is_file()
+    found = _adapter(arguments.name) if is_adapter else _backbone(arguments)
     if arguments.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     for key, value in found.items():
-        print(
+        print_text(
             f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}"
         )
+
+
+def _adapter(name: str) -> dict[str, Any]:
+    """What adapter.json holds, without the digests."""
+    from offramp.save_and_load import read_config
+
+    found = dict(read_config(name).raw)
+    for digest in ("digest", "files"):
+        found.pop(digest, None)
+    found["backbone"] = {n: v for n, v in found["backbone"].items() if n != "fingerprint"}
+    return found
+
+
+def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
+    from offramp.models.backbone import describe
+    from offramp.models.exits import propose_depths
+
+    backbone, _ = load_model(arguments, arguments.name)
+    found = describe(backbone)
+    found["proposed_depths"] = {
+        n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth
+    }
+    return found

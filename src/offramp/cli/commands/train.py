@@ -1,40 +1,58 @@
-"""`offramp train`: its flags are the fields of `TrainConfig`."""
+"""`offramp train`: its options are the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import (
-    add_command,
-    backbone_options,
-    data_options,
-    load_model,
-    read_data,
-    training_config,
-    training_options,
-)
+from offramp.cli.loading import load_model, read_data
+from offramp.cli.options import add_command, data_options, field_options, model_options
+from offramp.cli.output import print_json
+from offramp.cli.parser import Parser
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "train",
         "Train exits on a frozen VLM from images with captions, questions, or nothing but prompts.",
         "offramp train --backbone tiny-opt --data photos.jsonl --out exits --steps 400",
         _train,
+        _options,
     )
-    backbone_options(parser, required=True)
+
+
+def _options(parser: Parser) -> None:
+    from offramp.models.exits import EXIT_KINDS
+    from offramp.training.config import TrainConfig
+
+    kinds = [kind for kind in EXIT_KINDS if kind != "lens"]  # which has nothing to train
+    model_options(parser, required=True)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
+    group = parser.add_argument_group("training")
+    field_options(group, TrainConfig, _fields(), exit_kind=kinds)
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    group.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --out"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the adapter or checkpoint in --out"
+    )
+    group.add_argument(
         "--gates", action="store_true",
-        help="learn a gate before each exit, where it pays, that guesses if a look is worth it",
+        help="learn a gate before each exit, where it pays: it predicts whether the exit is worth "
+        "running",
     )  # fmt: skip
-    training_options(parser)
+
+
+def _fields() -> tuple[str, ...]:
+    from dataclasses import fields
+
+    from offramp.training.config import TrainConfig
+
+    return tuple(field.name for field in fields(TrainConfig))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -44,13 +62,19 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.calibration.gates import learn_shortlist_and_gates
     from offramp.calibration.profiler import measure_costs
     from offramp.models.input_processor import InputProcessor
+    from offramp.training.checkpoint import check_out
+    from offramp.training.config import TrainConfig
     from offramp.training.trainer import train
 
-    config = training_config(arguments)
+    config = TrainConfig(**{n: getattr(arguments, n) for n in _fields()})
+    check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
-    adapter = train(backbone, processor, examples, config, arguments.out, resume=arguments.resume)
+    adapter = train(
+        backbone, processor, examples, config, arguments.out,
+        resume=arguments.resume, overwrite=arguments.overwrite,
+    )  # fmt: skip
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:
@@ -67,4 +91,4 @@ def _train(arguments: argparse.Namespace) -> None:
             )  # fmt: skip
             adapter.save(arguments.out)
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
-        print(json.dumps({"adapter": str(arguments.out), **adapter.metrics, **learnt}))
+        print_json({"adapter": str(arguments.out), **adapter.metrics, **learnt})

@@ -1,1 +1,1 @@
-"""Commands of `offramp.research`."""
+"""Commands of `offramp.research`, which is imported when one of them is run."""

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import (
-    add_command,
-    backbone_options,
-    data_options,
-    load_adapter,
-    load_model,
-    read_data,
-)
+from offramp.cli.loading import load_adapter, load_model, read_data
+from offramp.cli.options import add_command, data_options, field_option, model_options
+from offramp.cli.output import print_json
+from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "analyse",
         "Measure quality at every depth, with exits and without, and where tokens go wrong.",
@@ -27,31 +22,33 @@ def add(commands: Any) -> None:
         "  offramp analyse --backbone Salesforce/blip2-opt-2.7b --data held_out.jsonl "
         "--out runs/lens",
         _analyse,
+        _options,
     )
-    parser.add_argument("--adapter", help="folder or hub name of trained exits")
-    backbone_options(parser, required=False)
-    data_options(parser, "held-out data; without answers it tells agreement only")
-    parser.add_argument(
-        "--metric",
-        metavar="METRIC",
-        help="quality of answers: exact_match, vqa_accuracy or rouge_l (default: rouge_l for long "
-        "answers, else exact_match)",
-    )
-    parser.add_argument(
-        "--decode-depths",
-        type=lambda text: tuple(int(part) for part in text.split(",")),
-        metavar="DEPTHS",
-        help="decode with every token leaving at these, e.g. 2,4,8 (default: at most twelve)",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
-    parser.add_argument(
-        "--allow-seen",
-        action="store_true",
-        help="take pictures that the exits were trained or calibrated on",
-    )
-    parser.add_argument(
+
+
+def _options(parser: Parser) -> None:
+    from offramp.research.analysis.analyse import AnalysisConfig
+    from offramp.research.analysis.free_running import METRICS
+
+    model_options(parser, required=False, adapter=False)
+    data = data_options(parser, "held-out data; without answers it tells agreement only")
+    data.add_argument(
+        "--allow-seen", action="store_true",
+        help="take images that the exits were trained or calibrated on",
+    )  # fmt: skip
+    group = parser.add_argument_group("analysis")
+    field_option(
+        group, AnalysisConfig, "metric", "quality of answers", choices=METRICS,
+        shown="rouge_l for long answers, else exact_match",
+    )  # fmt: skip
+    field_option(
+        group, AnalysisConfig, "decode_depths", "decode with every token exiting at these",
+        shown="at most twelve",
+    )  # fmt: skip
+    field_option(group, AnalysisConfig, "max_new_tokens", "longest answer")
+    field_option(group, AnalysisConfig, "batch_size", "examples at once")
+    field_option(group, AnalysisConfig, "seed", "of the intervals")
+    group.add_argument(
         "--out", type=Path, required=True, help="folder for analysis.json and its plots (SVG)"
     )
 
@@ -61,11 +58,13 @@ def _analyse(arguments: argparse.Namespace) -> None:
 
     from offramp.models.input_processor import InputProcessor
     from offramp.research.analysis.analyse import AnalysisConfig, analyse
+    from offramp.storage import check_writable
 
     names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
     config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})
     if arguments.adapter is None and arguments.backbone is None:
         raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
+    check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False)
     if arguments.adapter is None:
         backbone, processor = load_model(arguments)
@@ -82,4 +81,4 @@ def _analyse(arguments: argparse.Namespace) -> None:
         allow_seen=arguments.allow_seen,
         progress=lambda things: tqdm(things, "analyse", disable=None, leave=False),
     )
-    print(json.dumps(result, ensure_ascii=False))
+    print_json(result)

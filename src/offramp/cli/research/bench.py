@@ -6,12 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, backbone_options, load_adapter, load_model
+from offramp.cli.loading import choose_device, load_adapter, load_model
+from offramp.cli.options import add_command, model_options, name_option
+from offramp.cli.output import print_text, tell
+from offramp.cli.parser import Parser, one_of, share, whole
 from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "bench",
         "Measure the parts of decoding on this machine, predict the speed of exits from them, and "
@@ -20,52 +23,69 @@ def add(commands: Any) -> None:
         "  offramp bench --backbone Salesforce/blip2-opt-2.7b --dtype bfloat16 --out bench.json\n"
         "  offramp bench --adapter exits --peers --data questions.jsonl",
         _bench,
+        _options,
     )
-    parser.add_argument(
-        "--shape", metavar="NAME",
-        help="a decoder with random weights: opt-2.7b, flan-t5-xl, llava-7b, smollm2-135m, "
-        "mini-opt, mini-t5 or mini-llava",
-    )  # fmt: skip
-    backbone_options(parser, required=False)
-    parser.add_argument("--adapter", help="folder or hub name of trained exits")
-    parser.add_argument(
-        "--depths", type=int, nargs="+", metavar="DEPTH",
-        help="where to force exits (default: the adapter's; else a quarter and half of the depth)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rates", type=float, nargs="*", metavar="SHARE",
-        help="shares of tokens that leave (default: 0.5 0.75 0.9); 0: a check that never fires",
-    )  # fmt: skip
-    parser.add_argument(
-        "--acceptance", type=float, nargs="*", metavar="SHARE", default=(0.8,),
-        help="lossless: shares of drafts that are right (default: 0.8)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--policy", nargs="+", metavar="POLICY", default=("recompute", "propagate", "lossless"),
-        help="recompute, propagate or lossless (default: all three; lossless at batch 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shortlist", type=int, metavar="TOKENS",
-        help="tokens that exits read (default: the adapter's shortlist, or all)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="rows decoded together (default: 1)")
-    parser.add_argument(
-        "--independent", action="store_true", help="rows leave by plans of their own"
+
+
+def _options(parser: Parser) -> None:
+    from offramp.research.benchmark.shapes import SHAPES
+
+    model = model_options(parser, required=False, adapter=False)
+    name_option(model, "--shape", SHAPES, "a decoder with random weights")
+    _case_options(parser)
+    group = parser.add_argument_group("timing and output")
+    group.add_argument(
+        "--threads", type=whole(1), metavar="N", help="of the CPU (default: torch's)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--tokens", type=int, default=40, help="decoded by each (default: 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument(
+    for flag, default, help in (
+        ("--batch", 1, "rows decoded together"),
+        ("--tokens", 40, "decoded by each"),
+        ("--rounds", 5, "of the timing"),
+        ("--limit", 20, "prompts, at most"),
+    ):
+        group.add_argument(
+            flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
+        )
+    group.add_argument(
         "--peers", action="store_true",
-        help="race the adapter against what else HF offers, on the prompts of --data",
+        help="time the adapter and what else HF offers, on the prompts of --data",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--data", nargs="+", metavar="FILE",
         help="prompts for --peers, as in offramp eval (default for tiny-opt and tiny-t5: their "
         "world's)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, default=20, help="at most so many (default: 20)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
+    group.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
+
+
+def _case_options(parser: Parser) -> None:
+    from offramp.research.benchmark.bench import POLICIES, RATES
+
+    group = parser.add_argument_group("scripted exits")
+    group.add_argument(
+        "--depths", type=whole(1), nargs="+", metavar="DEPTH",
+        help="where to script exits (default: the adapter's; else a quarter and half of the depth)",
+    )  # fmt: skip
+    rates = " ".join(map(str, RATES))
+    group.add_argument(
+        "--rates", type=share, nargs="*", metavar="SHARE",
+        help=f"shares of tokens that exit (default: {rates}); 0: a check that never fires",
+    )  # fmt: skip
+    group.add_argument(
+        "--acceptance", type=share, nargs="*", metavar="SHARE", default=(0.8,),
+        help="lossless: shares of drafts that are right (default: 0.8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--policy", nargs="+", metavar="NAME", default=tuple(POLICIES), choices=POLICIES,
+        help=f"{one_of(POLICIES)} (default: all; lossless at batch 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shortlist", type=whole(2), metavar="N",
+        help="tokens that exits read (default: the adapter's shortlist, or all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--independent", action="store_true", help="rows exit at depths of their own"
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -75,20 +95,21 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from offramp.provenance import provenance
     from offramp.research.report.plots import speeds
-    from offramp.storage import write_atomic, write_json
+    from offramp.storage import check_writable, write_atomic, write_result
 
     if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
         raise InputError(
-            "What is to be measured is not clear.", "Give --shape, or --backbone or --adapter."
+            "Nothing to measure was named, or too much.",
+            "Give --shape, or --backbone or --adapter.",
         )
+    if arguments.out is not None:
+        check_writable(arguments.out)
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InputError(f"{arguments.threads} threads cannot run.", "Give at least 1.")
         torch.set_num_threads(arguments.threads)
     found = _race(arguments) if arguments.peers else _force(arguments)
     if arguments.out is not None:
-        write_json(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
-        print(f"record: {arguments.out}", file=sys.stderr)
+        write_result(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
+        tell(f"record: {arguments.out}")
         if arguments.peers:
             write_atomic(arguments.out.with_suffix(".svg"), speeds(found["peers"]))
 
@@ -125,7 +146,7 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
         shortlist=arguments.shortlist,
     )  # fmt: skip
-    print(table(costs, entries))
+    print_text(table(costs, entries))
     return {"costs": costs.to_json(), "entries": entries}
 
 
@@ -137,7 +158,7 @@ def _race(arguments: argparse.Namespace) -> dict[str, Any]:
     from offramp.research.scenes.tasks import captions, questions
 
     if arguments.adapter is None:
-        raise InputError("Peers are raced against trained exits.", "Give --adapter.")
+        raise InputError("Peers are timed against trained exits.", "Give --adapter.")
     adapter, processor = load_adapter(arguments)
     if arguments.data is not None:
         examples = [item.example for item in read_items(arguments.data, limit=arguments.limit)]
@@ -145,18 +166,16 @@ def _race(arguments: argparse.Namespace) -> dict[str, Any]:
         some = max(1, arguments.limit // 3)
         examples = captions("test", some).examples + questions("test", some).examples
     else:
-        raise InputError("There are no prompts to race on.", "Give --data.")
+        raise InputError("There are no prompts to time.", "Give --data.")
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([example]) for example in examples]
     peers = time_peers(adapter, inputs, rounds=arguments.rounds, progress=_bar("rounds"))
-    print(table(peers))
+    print_text(table(peers))
     return {"peers": {adapter.backbone.name: peers}}
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The backbone, a prompt for each row of the batch, and trained exits if there are."""
-    if arguments.batch < 1:
-        raise InputError(f"A batch of {arguments.batch} is none.", "Give --batch from 1.")
     if arguments.shape is not None:
         import torch
 
@@ -166,9 +185,10 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         # What such decoders are run in; the minis are there to try things, which float32 is not.
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         backbone = known.build(dtype)
-        backbone.model.to(arguments.device)
+        device = choose_device(arguments.device)
+        backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
-        return backbone, {n: v.to(arguments.device) for n, v in rows.items()}, None
+        return backbone, {n: v.to(device) for n, v in rows.items()}, None
     from PIL import Image
 
     from offramp.data.example import Example

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.loading import load_model
 from offramp.cli.options import (
     add_command,
-    backbone_options,
-    load_model,
-    training_config,
-    training_options,
+    field_option,
+    field_options,
+    model_options,
+    name_option,
 )
+from offramp.cli.output import print_json
+from offramp.cli.parser import Parser, one_of, whole
 
 TRAINING = (
     "regime", "initial_layer", "steps", "batch_size", "learning_rate", "labelled_fraction",
@@ -23,71 +25,84 @@ TRAINING = (
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "compare",
-        "Train exits by several objectives, let tokens leave by several policies, and tell how "
-        "fast each is at equal quality.",
+        "Train exits by several objectives, decode by several policies, and tell how fast each is "
+        "at equal quality.",
         "offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare\n"
         "  offramp compare --backbone tiny-opt --data questions.jsonl --quality exact_match \\\n"
         "      --objectives free distillation --policies max_probability --out runs/compare",
         _compare,
+        _options,
     )
-    backbone_options(parser, required=True)
-    parser.add_argument(
+
+
+def _options(parser: Parser) -> None:
+    from offramp.research.comparison.methods import QUALITIES, Plan
+    from offramp.training.config import TrainConfig
+
+    model_options(parser, required=True)
+    _data_options(parser)
+    _method_options(parser)
+    field_options(parser.add_argument_group("training"), TrainConfig, TRAINING)
+    group = parser.add_argument_group("measuring and output")
+    name_option(
+        group, "--quality", ("agreement", *QUALITIES),
+        "agreement with the full model, which needs no references, or a metric against the data's",
+        default="agreement",
+    )  # fmt: skip
+    field_option(group, Plan, "timed", "test examples that are timed")
+    field_option(group, Plan, "rounds", "rounds of the timing")
+    field_option(group, Plan, "seeds", "train and time everything so often; figures are means")
+    group.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for compare.json, compare.svg and what an interrupted run continues from",
+    )  # fmt: skip
+
+
+def _data_options(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data", required=True, metavar="SOURCE",
-        help="JSONL file, or a datasets name or folder; split by picture",
+        help="JSONL file, or a datasets name or folder; split by image",
     )  # fmt: skip
-    parser.add_argument("--split", help="only rows of this split")
-    parser.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    parser.add_argument("--limit", type=int, help="read at most so many examples")
-    parser.add_argument(
-        "--test-fraction", type=float, default=0.3,
-        help="share of the pictures to test on; the others train (default: 0.3)",
+    group.add_argument("--split", help="only rows of this split")
+    group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    group.add_argument("--limit", type=whole(1), metavar="N", help="read at most so many examples")
+    group.add_argument(
+        "--test-fraction", type=float, default=0.3, metavar="X",
+        help="share of the images to test on; the others train (default: 0.3)",
     )  # fmt: skip
-    parser.add_argument(
-        "--quality", default="agreement", metavar="NAME",
-        help="agreement with the full model, which needs no references; or exact_match, "
-        "vqa_accuracy, rouge_l or cider against the data's (default: agreement)",
+
+
+def _method_options(parser: Parser) -> None:
+    from offramp.research.comparison.methods import OBJECTIVES, POLICIES
+
+    group = parser.add_argument_group("methods")
+    group.add_argument(
+        "--objectives", nargs="+", metavar="NAME", choices=OBJECTIVES,
+        help=f"{one_of(OBJECTIVES)}; free is always there (default: all). cross_entropy_few uses "
+        "--labelled-fraction of the answers, cross_entropy_own goes beside --regime pseudo, "
+        "free_next_layer beside --initial-layer closest",
     )  # fmt: skip
-    parser.add_argument(
-        "--objectives", nargs="+", metavar="NAME",
-        help="of logit_lens, cross_entropy, cross_entropy_few (on --labelled-fraction of the "
-        "answers), cross_entropy_own (beside --regime pseudo), distillation, l2, cosine, "
-        "adversarial, free_supervised, free_next_layer (beside --initial-layer closest) and free, "
-        "which is always there (default: all)",
+    group.add_argument(
+        "--policies", nargs="+", metavar="NAME", choices=POLICIES,
+        help=f"{one_of(POLICIES)}, on FREE's exits (default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--policies", nargs="+", metavar="NAME",
-        help="of max_probability, margin, entropy, patience, agreement, saturation, discriminator, "
-        "fixed_depth and truncation, on FREE's exits (default: all)",
-    )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--pairs", nargs="+", type=_pair, metavar="OBJECTIVE:POLICY",
         help="methods as they were published, such as logit_lens:saturation (MuE on a frozen "
         "model) or cross_entropy:patience (PABEE), at the depths of --several",
     )  # fmt: skip
-    parser.add_argument(
-        "--depths", type=int, nargs="+", metavar="DEPTH",
+    group.add_argument(
+        "--depths", type=whole(1), nargs="+", metavar="DEPTH",
         help="of the exits of every objective (default: a quarter of the layers)",
     )  # fmt: skip
-    parser.add_argument(
-        "--several", type=int, nargs="+", metavar="DEPTH",
+    group.add_argument(
+        "--several", type=whole(1), nargs="+", metavar="DEPTH",
         help="of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
-    )  # fmt: skip
-    training_options(parser, TRAINING)
-    parser.add_argument(
-        "--timed", type=int, default=12, help="test examples in the race (default: 12)"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the race (default: 5)")
-    parser.add_argument(
-        "--seeds", type=int, default=1,
-        help="train and race everything so often; figures are means (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, required=True,
-        help="folder for compare.json, compare.svg and what a run that was cut off goes on with",
     )  # fmt: skip
 
 
@@ -99,18 +114,19 @@ def _pair(text: str) -> tuple[str, str]:
 def _compare(arguments: argparse.Namespace) -> None:
     from offramp.data.datasets import read_examples
     from offramp.data.example import split_examples
-    from offramp.errors import check_known
     from offramp.research.comparison.compare import compare
     from offramp.research.comparison.methods import QUALITIES, Plan
+    from offramp.storage import check_writable
+    from offramp.training.config import TrainConfig
 
-    check_known("Quality", [arguments.quality], ("agreement", *QUALITIES))
     given = ("objectives", "policies", "pairs", "depths", "several")
     chosen: dict[str, Any] = {
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
     same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
-    training = training_config(arguments, TRAINING, patience=None)
+    training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, patience=None)
     plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
+    check_writable(arguments.out, folder=True)
     examples = read_examples(
         arguments.data,
         split=arguments.split,
@@ -128,4 +144,4 @@ def _compare(arguments: argparse.Namespace) -> None:
         plan,
         quality=QUALITIES.get(arguments.quality),
     )
-    print(json.dumps({"quality_full": found["quality_full"], **found["equal_quality"]}))
+    print_json({"quality_full": found["quality_full"], **found["equal_quality"]})

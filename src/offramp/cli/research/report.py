@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command
+from offramp.cli.options import add_command, name_option
+from offramp.cli.output import print_json
+from offramp.cli.parser import Parser
 
 
 def add(commands: Any) -> None:
-    parser = add_command(
+    add_command(
         commands,
         "report",
         "Write one self-contained HTML page of what the other commands measured.",
         "offramp report --run exits runs/captions runs/analysis --data photos.jsonl "
         "--out report.html",
         _report,
+        _options,
     )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.data.formats import FORMATS
+
     parser.add_argument(
         "--run",
         dest="sources",
@@ -28,12 +35,10 @@ def add(commands: Any) -> None:
         help="folders (of an adapter, or what eval, analyse, compare or demo wrote), or JSON files",
     )
     parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their pictures"
+        "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
     )
-    parser.add_argument(
-        "--format", default="auto", metavar="FORMAT", help="of --data; see offramp eval"
-    )
-    parser.add_argument("--images", metavar="FOLDER", help="folder of the pictures of --data")
+    name_option(parser, "--format", FORMATS, "layout of --data", default="auto")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --data")
     parser.add_argument("--split", help="only this split of --data")
     parser.add_argument("--title", default="", help="default: made of the backbones' names")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file")
@@ -42,8 +47,9 @@ def add(commands: Any) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from offramp.data.formats import read_items
     from offramp.research.report.report import read_sources, report
-    from offramp.storage import write_atomic
+    from offramp.storage import check_writable, write_atomic
 
+    check_writable(arguments.out)
     sources = read_sources(arguments.sources)
     items = (
         read_items(arguments.data, arguments.images, arguments.format, split=arguments.split)
@@ -52,4 +58,4 @@ def _report(arguments: argparse.Namespace) -> None:
     )
     page = report(sources, [item.example for item in items], title=arguments.title)
     write_atomic(arguments.out, page)
-    print(json.dumps({"report": str(arguments.out), "bytes": len(page.encode())}))
+    print_json({"report": str(arguments.out), "bytes": len(page.encode())})

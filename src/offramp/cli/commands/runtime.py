@@ -6,35 +6,34 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import InputError, did_you_mean
+from offramp.cli.options import name_option
+from offramp.cli.parser import Parser, whole
+from offramp.errors import InputError
 
 RUNTIMES = ("torch", "llama.cpp")
 
 
-def runtime_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runtime", default="torch", metavar="NAME",
-        help=f"{' or '.join(RUNTIMES)}, which runs the decoder from --gguf (default: torch)",
+def runtime_options(parser: Parser) -> None:
+    group = parser.add_argument_group("runtime")
+    name_option(
+        group, "--runtime", RUNTIMES, "what runs the decoder; llama.cpp needs --gguf",
+        default="torch",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
     )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of llama.cpp's decoder (default: 1)"
-    )
-    parser.add_argument(
-        "--context", type=int, default=2048,
+    group.add_argument(
+        "--threads", type=whole(1), default=1, metavar="N",
+        help="of llama.cpp's decoder (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--context", type=whole(1), default=2048, metavar="N",
         help="longest prompt with its answer for llama.cpp, in tokens (default: 2048)",
     )  # fmt: skip
 
 
 def check_runtime(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for a mistake that should not wait for the model."""
-    if arguments.runtime not in RUNTIMES:
-        raise InputError(
-            f"Runtime {arguments.runtime!r} is not known.",
-            did_you_mean(arguments.runtime, RUNTIMES),
-        )
     if (arguments.runtime == "torch") != (arguments.gguf is None):
         raise InputError(
             "--runtime llama.cpp and --gguf FOLDER go together.",

@@ -1,0 +1,152 @@
+"""Which commands there are, how one is run, and what is said where it fails."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from offramp import __version__
+from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
+from offramp.cli.parser import Parser, UsageError
+from offramp.errors import OfframpError, StorageError
+
+EXAMPLES = """\
+examples:
+  offramp demo                                   train, calibrate and time exits on a tiny model
+  offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
+  offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
+  offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
+  offramp draft --adapter exits --data held_out.jsonl
+  offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
+  offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
+  offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
+  offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
+  offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis
+  offramp bench --shape opt-2.7b --depths 8      what skipping is worth on this machine
+  offramp report --run exits runs/captions runs/analysis --out report.html
+"""
+
+COMMANDS = {
+    name: f"offramp.cli.{room}.{name}"
+    for room, names in (
+        ("research", ("demo",)),
+        ("commands", ("train", "calibrate", "draft", "generate", "eval", "export")),
+        ("research", ("compare", "analyse", "bench", "report")),
+        ("commands", ("inspect",)),
+    )
+    for name in names
+}
+"""Modules by command; each has `add(commands)`, which imports nothing heavy."""
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run a command; see `offramp.cli.main` for what is returned."""
+    prepare_output()
+    _prepare_logging()
+    with _stoppable() as stopped:
+        try:
+            return end_output(_run(argv))
+        except KeyboardInterrupt:
+            return _stop(stopped)
+        except BrokenPipeError:
+            return close_output()
+        except (ImportError, OSError, RuntimeError):
+            if stopped:  # libraries that are being imported turn Ctrl-C into errors of their own
+                return _stop(stopped)
+            raise
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = build_parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = arguments.run
+        command(arguments)
+    except UsageError as error:
+        tell(f"error: {error}")
+        return 2
+    except StorageError as error:
+        if error.result is not None:
+            with contextlib.suppress(OfframpError):
+                print_json(error.result)
+        tell(f"error: {error}")
+        return 1
+    except OfframpError as error:
+        tell(f"error: {error}")
+        return 1
+    except ImportError as error:
+        if (error.name or "offramp").partition(".")[0] == "offramp":
+            raise
+        tell(f"error: {missing_package(error)}")
+        return 1
+    except MemoryError:
+        tell("error: There is not enough memory.\nGive a smaller --batch-size or --limit.")
+        return 1
+    return 0
+
+
+def missing_package(error: ImportError) -> str:
+    """What to install, in two lines."""
+    reason = " ".join(str(error).split())[:300]
+    package = (error.name or "").partition(".")[0].replace("_", "-")
+    remedy = f"pip install {package}" if package else "Install the package that it names."
+    return f"A package is missing or broken: {reason.rstrip('.')}.\n{remedy}"
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; a command's own options are made when it is asked for."""
+    parser = Parser(
+        prog="offramp",
+        description="Early exits for frozen Hugging Face vision-language models that really skip "
+        "layers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"offramp {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
+    for module in COMMANDS.values():
+        import_module(module).add(commands)
+    return parser
+
+
+def _prepare_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # a closed stderr is no reason to stop
+    for noisy in ("httpx", "huggingface_hub", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _stop(stopped: Sequence[int]) -> int:
+    tell("interrupted")
+    return 128 + (stopped[-1] if stopped else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """While it runs, SIGTERM and SIGHUP stop a command as Ctrl-C does; yields what came."""
+    stopped: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # What is ignored, as SIGHUP is under nohup, stays so.
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        if number is not None and signal.getsignal(number) in usual:
+            with contextlib.suppress(ValueError):  # not the main thread, which alone receives them
+                before[number] = signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

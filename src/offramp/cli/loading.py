@@ -1,0 +1,138 @@
+"""What commands read: data, backbone with its processor, adapter; and where they may write."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import DataError, InputError
+
+log = logging.getLogger(__name__)
+
+
+def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
+    """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
+    from offramp.data.formats import read_items
+
+    return read_items(
+        arguments.data, arguments.images, arguments.format,
+        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
+        require_answers=require_answers,
+    )  # fmt: skip
+
+
+def load_model(
+    arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """The backbone and its processor. revision: where --revision does not give another."""
+    import torch
+
+    from offramp.models.backbone import Backbone, load_processor
+    from offramp.models.shipped import TINY, load_tiny
+
+    name = name or arguments.backbone
+    revision = arguments.revision or revision
+    dtype: Any = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    kind = name.removeprefix("offramp/").removeprefix("tiny-")
+    is_tiny = kind in TINY and kind != name
+    device = choose_device(arguments.device, is_tiny=is_tiny)
+    if is_tiny:
+        if revision is not None:
+            raise InputError(
+                f"{name} ships with offramp and has no revision {revision!r}.",
+                "Leave --revision out.",
+            )
+        return load_tiny(kind, torch.float32 if dtype == "auto" else dtype, device)
+    backbone = Backbone.from_pretrained(name, revision=revision, dtype=dtype, device=device)
+    return backbone, load_processor(name, revision=revision)
+
+
+def choose_device(asked: str, *, is_tiny: bool = False) -> str:
+    """Where the backbone runs; says which and why, where the machine has a GPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    from offramp.models.backbone import check_device
+
+    gpu = torch.cuda.is_available()
+    if asked != "auto":
+        check_device(asked)
+        device, why = asked, "as asked"
+    elif gpu and not is_tiny:
+        device, why = "cuda", "this machine has a GPU; --device cpu runs on the processor"
+    else:
+        device, why = "cpu", "a tiny model is faster there; --device cuda runs on the GPU"
+    if gpu:
+        log.info("device: %s (%s)", device, why)
+    return device
+
+
+def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
+    from offramp.adapter import Adapter
+    from offramp.save_and_load import read_config
+
+    if not Path(arguments.adapter).is_dir():
+        if arguments.backbone is None:
+            raise InputError(
+                f"{arguments.adapter} is not an adapter folder on this machine.",
+                "Correct --adapter, or name the --backbone of an adapter on the hub.",
+            )
+        backbone, processor = load_model(arguments)
+        return Adapter.from_pretrained(arguments.adapter, backbone), processor
+    config = read_config(arguments.adapter)
+    named = arguments.backbone
+    backbone, processor = load_model(
+        arguments, named or config.backbone, None if named else config.revision
+    )
+    return Adapter.load(config, backbone), processor
+
+
+def adapter_folder(arguments: argparse.Namespace) -> Path:
+    """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
+
+    Raises:
+        InputError: neither is given. StorageError: it cannot be written.
+    """
+    from offramp.storage import check_writable
+
+    if arguments.out is None and not Path(arguments.adapter).is_dir():
+        raise InputError(
+            f"{arguments.adapter} is not a folder on this machine.", "Say where to write: --out."
+        )
+    out = Path(arguments.out or arguments.adapter)
+    check_writable(out, folder=True)
+    return out
+
+
+def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
+    """The items whose images the adapter did not use in these steps; says how many are left out."""
+    from offramp.data.decontamination import unseen
+
+    keep = unseen(adapter.seen, [item.example for item in items], steps)
+    left = [item for item, kept in zip(items, keep, strict=True) if kept]
+    log.info("%d of %d examples are left out: used before", len(items) - len(left), len(items))
+    if not left:
+        raise DataError(
+            f"All {len(items)} examples are of images that were used before.",
+            "Give other data, or more of it (--limit).",
+        )
+    return left
+
+
+def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
+    """The adapter's policy, with what --threshold, --score and --kv change."""
+    from dataclasses import replace
+
+    policy = adapter.policy
+    if arguments.threshold is not None:
+        thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
+        policy = replace(policy, thresholds=thresholds, drafts={})
+    changes = {n: v for n in ("score", "kv") if (v := getattr(arguments, n)) is not None}
+    return replace(policy, **changes)

@@ -1,0 +1,88 @@
+"""What a command prints: results on stdout, all else on stderr; and what if neither works."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import Any
+
+from offramp.errors import StorageError
+
+CLOSED = 128 + 13
+"""Exit code where the reader of a pipe has gone: that of a program that SIGPIPE stopped."""
+
+
+def prepare_output() -> None:
+    """Make every text printable: what an encoding lacks is written as an escape."""
+    if sys.stderr is None:  # closed; progress bars would fail
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def print_text(text: str) -> None:
+    """A line of the result.
+
+    Raises:
+        StorageError: stdout is closed or full. BrokenPipeError: its reader has gone.
+    """
+    if sys.stdout is None:
+        raise StorageError("stdout is closed.", "Redirect it to a file, or to /dev/null.")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget()
+        raise _full(error) from error
+
+
+def print_json(value: Any) -> None:
+    """A result as one line of JSON; as ASCII where stdout is not Unicode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
+    # Half of a surrogate pair, as file names may hold, is written as JSON's own escape.
+    print_text(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def tell(text: str) -> None:
+    """A line for the user, on stderr; lost where that is closed or full."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_output(code: int) -> int:
+    """Flush stdout; its exit code where that fails, else `code`."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return close_output()
+    except OSError as error:
+        _forget()
+        tell(f"error: {_full(error)}")
+        return 1
+    return code
+
+
+def close_output() -> int:
+    """The exit code where the reader of stdout has gone, to which nothing more is written."""
+    _forget()
+    return CLOSED
+
+
+def _full(error: OSError) -> StorageError:
+    return StorageError(
+        f"Cannot write to stdout: {error.strerror}.", "Redirect it to where there is room."
+    )
+
+
+def _forget() -> None:
+    """Keep the interpreter from failing on stdout once more when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())

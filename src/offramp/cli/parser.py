@@ -1,0 +1,105 @@
+"""An argument parser whose mistakes are two lines and whose options are made on the first use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from offramp.errors import InputError, did_you_mean
+
+
+class UsageError(InputError):
+    """A command line that cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError` where argparse prints its usage and exits.
+
+    late: adds the options, on the first use, for they may need modules that take seconds to load.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.late: Callable[[Parser], None] | None = None
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late(self)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self._refuse(rest[0])
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}.", self._remedy())
+
+    def _refuse(self, word: str) -> NoReturn:
+        """Raise for a word that no option takes."""
+        flag = word.partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        hint = did_you_mean(flag, known).partition("?")
+        close = f"{hint[0]}? " if hint[1] and flag.startswith("-") else ""
+        what = "The option" if flag.startswith("-") else "The argument"
+        raise UsageError(f"{what} {flag!r} is not known.", f"{close}{self._remedy()}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            known = [str(choice) for choice in action.choices]
+            raise UsageError(
+                f"{name} {_short(str(value))!r} is not known.", did_you_mean(str(value), known)
+            )
+
+    def _remedy(self) -> str:
+        return f"See {self.prog} --help."
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A type of options: whole numbers from `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not least <= number < 2**63:
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from {least}")
+        return number
+
+    return parse
+
+
+def share(text: str) -> float:
+    """A type of options: numbers from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a number") from None
+    if not 0.0 <= number <= 1.0:
+        raise argparse.ArgumentTypeError(f"{number} is not in [0, 1]")
+    return number
+
+
+def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """A type of options: whole numbers from `least`, with commas between."""
+    one = whole(least)
+    return lambda text: tuple(one(part) for part in text.split(","))
+
+
+def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of options: what `parse` takes, or none."""
+    return lambda text: None if text.lower() == "none" else parse(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Names as a help text lists them."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
