@@ -126,7 +126,7 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
     if exits is None:
         quarters = (max(1, backbone.depth // 4), max(1, backbone.depth // 2))
         depths = check_depths(arguments.depths or sorted(set(quarters)), backbone.depth)
-        exits = Exits(backbone, depths).requires_grad_(False)
+        exits = ExitSet(Exits(backbone, depths).requires_grad_(False))
     rates = RATES if arguments.rates is None else arguments.rates
     cases = [
         Case(depth, rate, policy)
@@ -136,7 +136,7 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
         for rate in (arguments.acceptance if policy == "lossless" else rates)
     ]
     if arguments.shortlist is not None:
-        exits = replace(ExitSet.of(exits), shortlist=any_shortlist(backbone, arguments.shortlist))
+        exits = replace(exits, shortlist=any_shortlist(backbone, arguments.shortlist))
     costs = measure_costs(
         backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs"),
         shortlist=exits.shortlist is not None,
