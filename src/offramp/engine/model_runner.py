@@ -16,8 +16,7 @@ that exited early stays with the others: its keys and values are due at the deep
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +77,7 @@ class PendingStates:
             ]
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
+class Step(NamedTuple):
     """What one token of each row came to.
 
     states: final-normed states [B, n, D] of the n tokens that ran to full depth together, the new
@@ -128,8 +126,12 @@ class ModelRunner:
         self.cache: Any = None
         self.constrain: Constrain | None = None
         self.pending = PendingStates(self.exits_on)
+        self._exits_at = frozenset(self.exits_on)
+        self._watched = frozenset() if decider is None else decider.watched
+        self._one_kind = False  # whether all entries of the cache are alike
         self._rows = ActiveRows()
         self._prompt_tokens: int | None = None
+        self._full: tuple[Tensor, Tensor] | None = None  # depths, scores of the full model
         # of the call of the stack at hand
         self._start = 0
         self._chunk: Tensor | None = None
@@ -152,6 +154,7 @@ class ModelRunner:
         self.cache = cache
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(cache, entries)
+        self._one_kind = len({type(entry) for entry in self_attention(cache).layers}) == 1
 
     def release(self) -> None:
         """Drop keys, values and states now. Handler and view hold each other, so they would stay
@@ -182,15 +185,12 @@ class ModelRunner:
             self._prompt_tokens = ids.shape[1]
         if self.decider is not None:
             constrain = self._rows.gathered(self.constrain)
-            rows = self._rows.pick(unfinished)
-            position = torch.full_like(rows, ids.shape[1] - self._prompt_tokens, dtype=torch.long)
-            self.decider.begin(
-                rows,
-                constrain,
-                check=check,
-                position=position,
-                previous_token=self._rows.pick(ids[:, -1]),
-            )
+            rows, token = self._rows.pick(unfinished), {}
+            if self.decider.watched:  # a score that may read more than logits
+                place = ids.shape[1] - self._prompt_tokens
+                token["position"] = torch.full_like(rows, place, dtype=torch.long)
+                token["previous_token"] = self._rows.pick(ids[:, -1])
+            self.decider.begin(rows, constrain, check=check, **token)
 
     def step(self, **kw: Any) -> Step:
         """Run the stack for the new token, with the pending states where it must go deeper.
@@ -232,9 +232,13 @@ class ModelRunner:
     def _step_of(self, states: Tensor | None, like: Tensor) -> Step:
         spread, full = self._rows.spread, self.backbone.depth
         if self.decider is None:
-            depths = torch.full((len(like),), full, device=like.device)
-            scores = torch.full((len(like),), float("nan"), device=like.device)
-            return Step(states, None, spread(depths, full), spread(scores, float("nan")))
+            if self._full is None:
+                rows, device = len(like), like.device  # of the prompt's pass: all rows
+                self._full = (
+                    torch.full((rows,), full, device=device),
+                    torch.full((rows,), float("nan"), device=device),
+                )
+            return Step(states, None, *self._full)
         said = self.decider
         return Step(
             states,
@@ -277,16 +281,13 @@ class ModelRunner:
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if index == self._start and self._chunk is not None:
             hidden = self._chunk
-        elif self._is_exit(index) and not self._goes_deeper(index, hidden, args, kw):
+        elif index in self._exits_at and not self._goes_deeper(index, hidden, args, kw):
             if self.propagate:
                 self._store_skipped(index, layer, hidden, args, kw)
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
-        if self.decider is not None and index in self.decider.watched:
+        if index in self._watched:
             self._previous = hidden[:, -1]
         return layer(hidden, *args, **kw)
-
-    def _is_exit(self, index: int) -> bool:
-        return self.decider is not None and index in self.decider.thresholds
 
     def _goes_deeper(
         self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
@@ -319,9 +320,10 @@ class ModelRunner:
 
     def _cache_from(self, start: int) -> Any:
         """The cache as the layers from `start` to the next pending exit see it, and that exit."""
+        if start == 0 and self._one_kind:
+            return self.cache  # the first entry runs
         end, stop = self.backbone.depth, self.pending.next_from(start)
-        entries = self_attention(self.cache).layers
-        if start == 0 and (stop is None or len({type(entry) for entry in entries}) == 1):
+        if start == 0 and stop is None:
             return self.cache  # the first entry of each kind runs
         if stop is None or self.exits is None:
             return stand_in(self.cache, end, range(start, end))
@@ -338,7 +340,7 @@ class ModelRunner:
     ) -> None:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
         store_keys(self.cache, layer, hidden, args, kw)
-        if self._is_exit(index) and index != self._exited_at and self.exits is not None:
+        if index in self._exits_at and index != self._exited_at and self.exits is not None:
             self._store_exit_keys(index, hidden, args, kw)
 
     def _store_exit_keys(
