@@ -1,7 +1,7 @@
-"""Confidence scores: how safe it is to leave at an exit. In [0, 1], larger is safer.
+"""Confidence scores: how safe it is to exit early. In [0, 1], larger is safer.
 
-One direction, always: a token leaves iff `score >= threshold`. Every score is computed in float32,
-where entropy cannot become NaN. `SCORES` look at one exit's logits, `STREAKS` also at what the
+One direction, always: a token exits iff `score >= threshold`. Every score is computed in float32,
+where entropy cannot become NaN. `SCORES` read one exit's logits, `STREAKS` also at what the
 exits before it said of the same token, and `FEATURE_SCORES` at hidden states alone.
 """
 
@@ -59,14 +59,14 @@ class _Streak:
 class Patience:
     """How long the exits have agreed (PABEE, Zhou et al. 2020).
 
-    With E exits that may leave, the score [B] is n / (E - 1), where n counts the exits just before
+    With E exits that are on, the score [B] is n / (E - 1), where n counts the exits just before
     this one that choose its token, one after the other. A threshold t is a patience of
     ceil(t * (E - 1)) agreeing pairs in a row, and the threshold for a patience of n is n / (E - 1).
     The first exit has nothing to agree with and scores 0, as does a single one.
     """
 
     def __init__(self, depths: Sequence[int], weights: Mapping[int, float]) -> None:
-        """depths: of the exits that may leave. weights: not used."""
+        """depths: of the exits that are on. weights: not used."""
         self._streak = _Streak(min(depths))
         self._most = max(1, len(depths) - 1)
 
@@ -80,13 +80,13 @@ class Agreement:
     """Confidence that agreeing exits gather (BEEM, Bajpai and Hanawal 2025).
 
     The sum of w_i * p_i over this exit and those just before it that choose its token, one after
-    the other, over the sum of w_i over all exits that may leave. p_i is the largest probability
+    the other, over the sum of w_i over all exits that are on. p_i is the largest probability
     of exit i and w_i its weight, e.g. its accuracy. Only exits that all agree, each of them
     certain, reach 1, and the first exit reaches its own share of the weights.
     """
 
     def __init__(self, depths: Sequence[int], weights: Mapping[int, float]) -> None:
-        """depths: of the exits that may leave. weights: by depth; empty: all count alike.
+        """depths: of the exits that are on. weights: by depth; empty: all count alike.
 
         Raises:
             InputError: weights leave out one of these exits, or are all 0 there.
@@ -100,7 +100,7 @@ class Agreement:
         total = sum(weights.get(d, 1.0) for d in depths)
         if total == 0:
             raise InputError(
-                f"The weights of depths {list(depths)}, where tokens may leave, are all 0.",
+                f"The weights of depths {list(depths)}, where tokens may exit, are all 0.",
                 "Give at least one of them a weight above 0, e.g. the exit's accuracy.",
             )
         self._streak = _Streak(min(depths))
@@ -169,7 +169,7 @@ def logits_score(
 ) -> Callable[[int, Tensor], Tensor] | None:
     """`name` as a function of depth and logits [B, V]; None for a score of features.
 
-    depths: of the exits that may leave. weights: see `Agreement`.
+    depths: of the exits that are on. weights: see `Agreement`.
     """
     if name in STREAKS:
         return STREAKS[name](depths, weights)
@@ -224,7 +224,7 @@ def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> d
     if off:
         raise InputError(
             f"Thresholds {off} are outside [0, 1].",
-            "Give numbers from 0 (always leave) to 1, or None to switch an exit off.",
+            "Give numbers from 0 (always exit) to 1, or None to switch an exit off.",
         )
     return on
 

@@ -1,4 +1,4 @@
-"""When tokens leave, and what a generation returns."""
+"""When tokens exit early, and what a generation returns."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """When tokens leave, and what fills the cache behind them.
+    """When tokens exit early, and what fills the cache behind them.
 
-    thresholds: by depth; a token leaves at the first depth where score >= threshold. A depth that
-        is missing is off and costs nothing; at one with 0 every token leaves, and no score is
+    thresholds: by depth; a token exits at the first depth where score >= threshold. A depth that
+        is missing is off and costs nothing; at one with 0 every token exits, and no score is
         computed there. Empty: the full model.
     score: a key of `SCORES` (one exit's logits) or of `STREAKS` ("patience", "agreement": what the
         exits so far agree on), "saturation" (of hidden states) or "discriminator".
@@ -62,12 +62,12 @@ class ExitPolicy:
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
         gates, which are about leaving for good. `offramp draft` finds the fastest.
-    exit_in_prefill: also let the first token leave early, the prompt waiting at its exit until a
+    exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too; off where the prompt is not causal.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
-    gates: by depth; an exit is run only where the adapter's gate guesses a score of at least that.
-        A depth that is missing is always looked at.
+    gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
+        that. A depth that is missing has no gate.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class ExitPolicy:
         wrong = {d: g for d, g in self.gates.items() if not 0.0 <= g <= 1.0}
         if wrong:
             raise InputError(
-                f"Gates {wrong} are not in [0, 1].", "A gate guesses a score; 0 is always open."
+                f"Gates {wrong} are not in [0, 1].", "A gate predicts a score; 0 is always open."
             )
         object.__setattr__(self, "weights", check_weights(self.weights))
         for name in _BY_DEPTH:
@@ -135,8 +135,8 @@ class GenerationOutput:
 
     sequences: token ids [B, T], prompt included where HF's `generate` includes it.
     depths: decoder layers run for each new token [B, N]; 0 where a finished row is padded.
-    scores: confidence [B, N] at the last exit that looked at the token (with which it left, if it
-        left); NaN where none looked, and where a threshold of 0 let it leave unseen.
+    scores: confidence [B, N] at the last exit that checked the token (with which it exited, if it
+        did); NaN where none did, and at a threshold of 0, where no score is computed.
     layers: depth L of the full model.
     rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. A kept draft
         counts at the depth of the exit that wrote it, though the full model confirmed it later.

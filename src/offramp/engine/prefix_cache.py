@@ -49,7 +49,7 @@ class PrefixCache:
 
     reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
     Batches of one, decoder-only backbones with plain attention and a causal prompt; others, and
-    prompts that early exits left waiting, run as ever.
+    prompts that stay pending at an exit, run as ever.
 
     Raises:
         InputError: `prompts` is below 1.
@@ -157,7 +157,7 @@ class _Served:
         layers = self._run.cache.layers[: self._run.backbone.depth]
         entries = [*layers, *(entry for _, entry in exits)]
         if any(not e.is_initialized or e.get_seq_length() < length for e in entries):
-            return  # it waits at an exit
+            return  # it is pending at an exit
         with torch.inference_mode():
             self._cache.keep(
                 _Kept(

@@ -96,7 +96,9 @@ class SequenceState:
 
 
 class ActiveRows:
-    """Which rows of a batch of `total` are kept, and the way there and back.
+    """Which rows of a batch are still generated: picks them, and puts results back in place.
+
+    total: rows of the batch.
 
     kept: their indices [b], or None while all are.
     """
@@ -108,7 +110,7 @@ class ActiveRows:
     def keep(self, written: Tensor, live: int) -> Tensor | None:
         """Keep the rows `written` [B] alone, the last one in any case.
 
-        live: how many are unfinished; looked at first, for `written` costs a transfer. Returns
+        live: how many are unfinished; compared first, for `written` costs a transfer. Returns
         which of those kept so far stay, None where all do.
         """
         self.total = len(written)

@@ -80,7 +80,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class _Record:
-    """A driver that runs every layer, and notes the states at some depths and the last one."""
+    """Runs every layer, and records the states at some depths and the last one."""
 
     def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
         self.depths, self.last = frozenset(depths), backbone.depth - 1
@@ -120,11 +120,11 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     ids, mask = encoder.pad([row.ids for row in rows])
     prompts = encoder.prompts([row.example for row in rows])
     encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
-    driver = _Record(backbone, depths)
-    view = InterceptedModel(backbone, driver)
+    handler = _Record(backbone, depths)
+    view = InterceptedModel(backbone, handler)
     prepared = prepare(view.model, prompts, max_new_tokens=1)
     prefill = Prefill(view, prepared)
-    prompt, final = driver.take()
+    prompt, final = handler.take()
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
     final = final[:, -1:].clone()
     answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
@@ -132,7 +132,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
     if ids.shape[1] > 1:
         view.stack(input_ids=ids[:, :-1], **answer_kw)
-        answer, rest = driver.take()
+        answer, rest = handler.take()
         final = torch.cat([final, rest], 1)
     return Batch(
         prompt,
@@ -158,7 +158,7 @@ def _plain(kw: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Replay:
-    """A driver that runs the exits, each on its recorded states, and skips the backbone."""
+    """Runs the exits, each on its recorded states, and skips the backbone."""
 
     def __init__(self, backbone: Backbone, exits: Exits, entries: Mapping[int, Tensor]) -> None:
         self.backbone, self.exits, self.entries = backbone, exits, entries
@@ -189,10 +189,10 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
         some = next(iter(entries.values()))
         if some.shape[1] == 0:
             continue
-        driver = _Replay(backbone, exits, entries)
-        stack = InterceptedModel(backbone, driver).stack
+        handler = _Replay(backbone, exits, entries)
+        stack = InterceptedModel(backbone, handler).stack
         stack(inputs_embeds=some, use_cache=True, **{cache_parameter(stack): cache}, **kw)
-        parts.append(driver.states)
+        parts.append(handler.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {
         d: backbone.final_norm(torch.cat([s[:, -1:], *([answer[d]] if answer else [])], 1))

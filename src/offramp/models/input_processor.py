@@ -40,7 +40,7 @@ class InputProcessor:
         texts = [self.prompt_text(example.prompt) for example in examples]
         images: list[Any] = [example.open_image() for example in examples]
         if not type(self.processor).__name__.startswith(_PLACES_IMAGE):
-            images = [[image] for image in images]  # one picture for each text
+            images = [[image] for image in images]  # one image for each text
         batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         device, dtype = self.backbone.device, self.backbone.dtype
         return {

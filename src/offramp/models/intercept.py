@@ -1,9 +1,9 @@
-"""A vision-language model seen through a driver, which decides what each decoder layer does.
+"""Intercepts the decoder layers of a vision-language model: a handler decides what each one does.
 
-Nothing of the user's model is ever patched. A view is a chain of shallow twins of the modules from
-the root down to the decoder layers; the twins share every parameter and buffer with the original,
-and the twin stack's layers are thin wrappers that ask a *driver* what to do. Each generation has a
-view and a driver of its own, so two of them cannot meet.
+Nothing of the user's model is ever patched. An intercepted model is a chain of shallow twins of the
+modules from the root down to the decoder layers; the twins share every parameter and buffer with
+the original, and the twin stack's layers are thin wrappers that ask a *handler* what to do. Each
+generation has an intercepted model and a handler of its own, so generation is thread-safe.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class LayerHandler(Protocol):
 
 
 class _LayerView(nn.Module):
-    """Stands where a decoder layer stood in the twin stack and hands its calls to the driver."""
+    """Stands where a decoder layer stood in the twin stack and hands its calls to the handler."""
 
-    def __init__(self, index: int, layer: nn.Module, driver: LayerHandler) -> None:
+    def __init__(self, index: int, layer: nn.Module, handler: LayerHandler) -> None:
         super().__init__()
         # Past nn.Module's registration: the view owns neither the layer nor its parameters.
-        self.__dict__.update(_index=index, _layer=layer, _driver=driver)
+        self.__dict__.update(_index=index, _layer=layer, _handler=handler)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)  # e.g. attention_type, read by some stacks
 
     def __call__(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
-        return self._driver.layer(self._index, self._layer, hidden, args, kw)
+        return self._handler.layer(self._index, self._layer, hidden, args, kw)
 
 
 class _HeadView(nn.Module):
@@ -103,13 +103,13 @@ def graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
 
 
 class InterceptedModel:
-    """A VLM seen through a driver: run the model whole, or its decoder stack alone."""
+    """A VLM whose layers ask a handler: run it whole, or its decoder stack alone."""
 
-    def __init__(self, backbone: Backbone, driver: LayerHandler) -> None:
+    def __init__(self, backbone: Backbone, handler: LayerHandler) -> None:
         family = backbone.family
         root = twin(backbone.model)
         layers = nn.ModuleList(
-            _LayerView(i, layer, driver) for i, layer in enumerate(backbone.layers)
+            _LayerView(i, layer, handler) for i, layer in enumerate(backbone.layers)
         )
         graft(root, f"{family.stack}.{family.layers}", layers)
         graft(root, family.head, _HeadView(backbone.head))

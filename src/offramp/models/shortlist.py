@@ -61,7 +61,7 @@ def shortlist_of(
         raise InputError(
             f"A shortlist of {size} tokens cannot be made from {len(answers)} answers, with "
             f"{len(held_out)} held out.",
-            "Ask for at least 2 tokens, and give answers of at least two pictures.",
+            "Ask for at least 2 tokens, and give answers of at least two images.",
         )
     ids = sorted(token for token, _ in counts.most_common(size))
     known = set(ids)
