@@ -14,7 +14,7 @@ from offramp.research.demo import DemoSizes, demo, table
 from offramp.research.scenes import world
 from offramp.research.scenes.tasks import captions
 
-SMALL = DemoSizes(train=24, calibration=8, quality=6, timed=2, rounds=1, steps=8)
+SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=4, timed=1, rounds=1, steps=4)
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])

@@ -2,17 +2,16 @@
 
 import re
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from offramp.models.shipped import tiny_folder
 from offramp.research.scenes import world
 
 SCENES = list(world.scenes("train", 150))
-TINY = Path(world.__file__).with_name("tiny")
 
 
 def colour_at(scene: world.Scene, place: int) -> np.ndarray:
@@ -220,7 +219,7 @@ def test_the_vocabulary_covers_every_text() -> None:
 
 @pytest.mark.parametrize("backbone", ["opt", "t5"])
 def test_shipped_models_load_plainly_caption_and_answer(backbone: str) -> None:
-    folder = TINY / backbone
+    folder = tiny_folder(backbone)
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     text = model.config.text_config
@@ -245,7 +244,7 @@ def test_shipped_models_load_plainly_caption_and_answer(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["opt", "t5"])
 def test_shipped_tokenizers_are_lossless(backbone: str) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / backbone)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder(backbone))
     turns = world.questions(SCENES[0], 3)
     texts = [world.caption(s) for s in SCENES[:20]]
     texts += [world.dialogue_prompt(turns[:-1], turns[-1][0]), "Zebras? Déjà vu: 12 of them!"]

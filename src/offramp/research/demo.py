@@ -55,6 +55,7 @@ class DemoSizes:
 
     train: int = 1200
     calibration: int = 400
+    drafts: int = 10
     quality: int = 500
     timed: int = 40
     rounds: int = 5
@@ -93,8 +94,10 @@ def demo(
     adapter = calibrated(adapter, calibration, held_out)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 
-    some = [encoder.prompts([e]) for e in _examples("calibration", 10)]
-    drafting = draft_speeds(adapter, some, progress=_bar("draft threshold"), **OPTIONS)
+    some = [encoder.prompts([e]) for e in _examples("calibration", sizes.drafts)]
+    drafting = draft_speeds(
+        adapter, some, rounds=min(3, sizes.rounds), progress=_bar("draft threshold"), **OPTIONS
+    )
     adapter = with_drafts(adapter, drafting)
     adapter.save(out / kind)
     log.info(f"lossless drafts by {dict(adapter.policy.drafts)}")
