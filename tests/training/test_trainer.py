@@ -11,7 +11,6 @@ from typing import Any
 
 import fakes
 import families
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -755,6 +754,8 @@ def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
 
 
 def test_a_backbone_with_lora_trains(tmp_path: Path) -> None:
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(families.build("llava"), config)
     one = Backbone(wrapped)
