@@ -23,7 +23,7 @@ from offramp.answers import full_model_answers
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prefill, prepare, without_inputs
-from offramp.engine.teacher_forcing import Answered, Batch, _Record, exit_features, record
+from offramp.engine.teacher_forcing import Answered, Batch, StateRecorder, exit_features, record
 from offramp.errors import DataError, InputError
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
@@ -457,7 +457,7 @@ def test_a_reading_that_retreats_goes_on_as_if_it_had_not_advanced(
     name: str, backbone: Build
 ) -> None:
     encoder = input_processor_of(backbone(name), name)
-    view = InterceptedModel(encoder.backbone, _Record(encoder.backbone, ()))
+    view = InterceptedModel(encoder.backbone, StateRecorder(encoder.backbone, ()))
     prepared = prepare(view.model, encoder.prompts(fakes.examples(3)), max_new_tokens=1)
     straight, back = (Prefill(view, prepared) for _ in range(2))
     straight.extend(1)

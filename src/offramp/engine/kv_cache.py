@@ -139,3 +139,19 @@ def store_keys(
         pass
     finally:
         del own.update  # the instance attribute; the method shows again
+
+
+def repeat_rows(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The stack's arguments for one row, for many; the cache is copied, not shared."""
+    many: dict[str, Any] = {}
+    for name, value in kw.items():
+        if name in CACHE_NAMES:
+            many[name] = copy.deepcopy(value)
+            many[name].batch_repeat_interleave(rows)
+        elif name == "position_ids":  # [1, T], and in some families [3, 1, T]
+            many[name] = value.repeat_interleave(rows, -2)
+        elif isinstance(value, Tensor):
+            many[name] = value.repeat_interleave(rows, 0)
+        else:
+            many[name] = value
+    return many

@@ -8,7 +8,7 @@ masks and positions hold in training too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from offramp.data.example import Example
 from offramp.engine.kv_cache import cache_parameter, exits_only
 from offramp.engine.prefill import Prefill, prepare, without_inputs
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, first
+from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 
@@ -79,13 +79,25 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-class _Record:
-    """Runs every layer, and records the states at some depths and the last one."""
+class StateRecorder:
+    """Runs every layer, and records states on the way.
 
-    def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
-        self.depths, self.last = frozenset(depths), backbone.depth - 1
-        self.states: dict[int, Tensor] = {}
-        self.final: Tensor | None = None
+    entered: layers whose input is recorded, by depth. exits: run at the depths `run_at`, beside the
+    layers.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        entered: Collection[int],
+        exits: ExitSet | None = None,
+        run_at: Collection[int] = (),
+    ) -> None:
+        self._entered, self._run_at = frozenset(entered), frozenset(run_at)
+        self._exits, self._last = exits, backbone.depth - 1
+        self._entries: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
+        self._final: Tensor | None = None
 
     def layer(
         self,
@@ -95,18 +107,22 @@ class _Record:
         args: tuple[Any, ...],
         kw: dict[str, Any],
     ) -> Any:
-        if index in self.depths:
-            self.states[index] = hidden
+        if index in self._entered:
+            self._entries[index] = hidden
+        if index in self._run_at:
+            assert self._exits is not None
+            self._states[index] = self._exits.run(index, hidden, args, kw)
         out = layer(hidden, *args, **kw)
-        if index == self.last:
-            self.final = first(out)
+        if index == self._last:
+            self._final = first(out)
         return out
 
-    def take(self) -> tuple[dict[int, Tensor], Tensor]:
-        """The states by depth and the final one [B, T, D] of the last call of the stack."""
-        assert self.final is not None
-        (states, self.states), (final, self.final) = (self.states, {}), (self.final, None)
-        return states, final
+    def take(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+        """Entries and exit states by depth, and the final state, of the last call [B, T, D]."""
+        assert self._final is not None
+        taken = (self._entries, self._states, self._final)
+        self._entries, self._states, self._final = {}, {}, None
+        return taken
 
 
 @torch.no_grad()  # not inference_mode: training saves these states for its backward pass
@@ -120,11 +136,11 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     ids, mask = encoder.pad([row.ids for row in rows])
     prompts = encoder.prompts([row.example for row in rows])
     encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
-    handler = _Record(backbone, depths)
+    handler = StateRecorder(backbone, depths)
     view = InterceptedModel(backbone, handler)
     prepared = prepare(view.model, prompts, max_new_tokens=1)
     prefill = Prefill(view, prepared)
-    prompt, final = handler.take()
+    prompt, _, final = handler.take()
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
     final = final[:, -1:].clone()
     answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
@@ -132,7 +148,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
     if ids.shape[1] > 1:
         view.stack(input_ids=ids[:, :-1], **answer_kw)
-        answer, rest = handler.take()
+        answer, _, rest = handler.take()
         final = torch.cat([final, rest], 1)
     return Batch(
         prompt,

@@ -1,21 +1,22 @@
-"""Candidate answers ranked by their likelihood, each token at the depth where it would leave."""
+"""Candidate answers ranked by their likelihood, each token at the depth where it would exit."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.exit_check import ExitDecider, decider_of
-from offramp.engine.kv_cache import CACHE_NAMES, add_exit_entries
+from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefill import Prefill, prepare
+from offramp.engine.teacher_forcing import StateRecorder
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet, first
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 
@@ -45,7 +46,7 @@ def candidate_scores(
     """Log-likelihood of each candidate after the example's prompt, its end token included.
 
     The prompt is read once; candidates follow it teacher-forced, `at_once` in a pass. Under a
-    policy each token counts with its probability at the depth where it would leave. All layers
+    policy each token counts with its probability at the depth where it would exit. All layers
     run all the same, so this takes as long as the full model.
 
     Raises:
@@ -58,106 +59,97 @@ def candidate_scores(
     attached = None if exits is None else ExitSet.of(exits)
     decider = decider_of(backbone, attached, policy)
     depths = () if decider is None else tuple(decider.thresholds)
-    driver = _ReadAll(backbone, attached, depths)
-    view = InterceptedModel(backbone, driver)
-    pick = _Pick(backbone, policy, decider)
+    entered = {depth - k for depth in depths for k in (0, 1)}  # "saturation" reads both
+    handler = StateRecorder(backbone, entered, attached, depths)
+    view = InterceptedModel(backbone, handler)
     prepared = prepare(view.model, prompts, max_new_tokens=1)
     add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
     prefill = Prefill(view, prepared)
-    prompt = driver.take(-1)
+    prompt = _States(*handler.take()).last()
+    pick = _Pick(backbone, policy, decider, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
     for start in range(0, len(ids), at_once):
         rows, mask = encoder.pad(ids[start : start + at_once])
-        states = [{d: s.expand(len(rows), -1, -1) for d, s in part.items()} for part in prompt]
+        states = prompt.repeated(len(rows))
         if rows.shape[1] > 1:
             again = copy.copy(prefill)  # `extend` moves its positions on
-            view.stack(
-                input_ids=rows[:, :-1], **_repeated(again.extend(rows.shape[1] - 1), len(rows))
-            )
-            parts = zip(states, driver.take(0), strict=True)
-            states = [{d: torch.cat([a[d], b[d]], 1) for d in a} for a, b in parts]
-        log_p = torch.where(mask, pick(states[0], states[1], rows), 0.0).double().sum(1)
+            kw = again.extend(rows.shape[1] - 1)
+            view.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
+            states = states.followed_by(_States(*handler.take()))
+        log_p = torch.where(mask, pick(states, rows), 0.0).double().sum(1)
         likelihoods += (log_p / mask.sum(1) if ranking == "mean" else log_p).tolist()
     return likelihoods
 
 
-class _ReadAll:
-    """A driver that runs every layer and, on the way, the exits at `depths`."""
+@dataclass(frozen=True)
+class _States:
+    """States [B, T, D] that predict tokens: what enters layers and what exits make of it, by depth,
+    and the final one."""
 
-    def __init__(self, backbone: Backbone, exits: ExitSet | None, depths: Sequence[int]) -> None:
-        self._exits, self._depths, self._last = exits, frozenset(depths), backbone.depth - 1
-        self._noted = frozenset(d - k for d in depths for k in (0, 1))  # "saturation" reads both
-        self.entries: dict[int, Tensor] = {}
-        self.states: dict[int, Tensor] = {}
+    entries: Mapping[int, Tensor]
+    exits: Mapping[int, Tensor]
+    final: Tensor
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        if index in self._noted:
-            self.entries[index] = hidden
-        if index in self._depths:
-            assert self._exits is not None
-            self.states[index] = self._exits.run(index, hidden, args, kw)
-        out = layer(hidden, *args, **kw)
-        if index == self._last:
-            self.states[self._last + 1] = first(out)
-        return out
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _States:
+        entries, exits = (
+            {d: change(state) for d, state in part.items()} for part in (self.entries, self.exits)
+        )
+        return _States(entries, exits, change(self.final))
 
-    def take(self, start: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Entries and states by depth of the last call, from token `start` on; L is the model's."""
-        return (
-            {depth: hidden[:, start:] for depth, hidden in self.entries.items()},
-            {depth: state[:, start:] for depth, state in self.states.items()},
+    def last(self) -> _States:
+        """Of the last token alone."""
+        return self._each(lambda state: state[:, -1:])
+
+    def repeated(self, rows: int) -> _States:
+        """Of one row, for many."""
+        return self._each(lambda state: state.expand(rows, -1, -1))
+
+    def followed_by(self, more: _States) -> _States:
+        """These tokens and then those."""
+
+        def joined(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {depth: torch.cat([a[depth], b[depth]], 1) for depth in a}
+
+        return _States(
+            joined(self.entries, more.entries),
+            joined(self.exits, more.exits),
+            torch.cat([self.final, more.final], 1),
         )
 
 
 class _Pick:
-    """Log-probabilities of given tokens, each at the depth where the policy lets it leave."""
+    """Log-probabilities of given tokens, each at the depth where the policy lets it exit."""
 
-    def __init__(self, backbone: Backbone, policy: ExitPolicy, decider: ExitDecider | None) -> None:
-        self._backbone, self._decider = backbone, decider
+    def __init__(
+        self, backbone: Backbone, policy: ExitPolicy, decider: ExitDecider | None, before: int
+    ) -> None:
+        """before: the token that the answers follow."""
+        self._backbone, self._decider, self._before = backbone, decider, before
         self._first_too = first_token_may_exit(backbone, policy)
 
-    def __call__(
-        self, entries: Mapping[int, Tensor], states: Mapping[int, Tensor], ids: Tensor
-    ) -> Tensor:
-        """[B, A] for ids [B, A] and, by depth, what predicts them [B, A, D]."""
-        full = self._backbone.final_norm(states[self._backbone.depth])
-        found = _log_p(self._backbone.logits(full), ids)
+    def __call__(self, states: _States, ids: Tensor) -> Tensor:
+        """[B, A] for ids [B, A] and the states that predict them."""
+        full = self._backbone.final_norm(states.final)
+        log_p = _log_p(self._backbone.logits(full), ids)
         if self._decider is None:
-            return found
+            return log_p
+        token = {
+            "position": torch.arange(ids.shape[1], device=ids.device).expand_as(ids).flatten(),
+            "previous_token": torch.cat(
+                [torch.full_like(ids[:, :1], self._before), ids[:, :-1]], 1
+            ).flatten(),
+        }
         open_ = torch.ones_like(ids, dtype=torch.bool)
         open_[:, 0] = self._first_too
         for depth, threshold in self._decider.thresholds.items():
-            state = states[depth].flatten(0, 1)
-            entry, previous = (entries[d].flatten(0, 1) for d in (depth, depth - 1))
-            check = self._decider.scorer(depth, state, entry, previous)
+            entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
+            state = states.exits[depth].flatten(0, 1)
+            check = self._decider.scorer(depth, state, entry, previous, None, **token)
             exits = open_ & (check.score.view_as(ids) >= threshold)
-            found = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), found)
+            log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
-        return found
+        return log_p
 
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def _repeated(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The stack's arguments for one row, for many; the cache is copied, not shared."""
-    many: dict[str, Any] = {}
-    for name, value in kw.items():
-        if name in CACHE_NAMES:
-            many[name] = copy.deepcopy(value)
-            many[name].batch_repeat_interleave(rows)
-        elif name == "position_ids":  # [1, T], and in some families [3, 1, T]
-            many[name] = value.repeat_interleave(rows, -2)
-        elif isinstance(value, Tensor):
-            many[name] = value.repeat_interleave(rows, 0)
-        else:
-            many[name] = value
-    return many
