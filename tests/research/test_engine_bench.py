@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from offramp import cli
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.exits import Exits, ExitSet
@@ -12,6 +13,8 @@ from offramp.research.benchmark.scripted_batch import Script, ScriptedBatch
 from offramp.research.benchmark.shapes import shape
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
+from offramp.serving.schedule.unit_costs import CallCosts
+from offramp.storage import read_json
 
 CONFIG = EngineConfig(slots=3, limit=128)
 
@@ -54,6 +57,20 @@ def test_each_case_is_predicted_measured_and_shown(mini):
         assert e["p50"] <= e["p95"] <= e["p99"]
     shown = table(costs, entries)
     assert all(e["name"] in shown for e in entries)
+
+
+def test_the_command_writes_what_it_shows(tmp_path, capsys):
+    out = tmp_path / "engine.json"
+    arguments = [
+        "bench", "--engine", "--shape", "mini-opt", "--dtype", "float32", "--slots", "2",
+        "--lengths", "3", "4", "--rates", "0.9", "--acceptance", "--rounds", "1", "--out", str(out),
+    ]  # fmt: skip
+    assert not cli.main(arguments)
+    shown, written = capsys.readouterr().out, read_json(out)
+    assert [entry["mode"] for entry in written["entries"]] == ["full", "early_exit"]
+    assert all(entry["name"] in shown for entry in written["entries"])
+    costs = CallCosts.from_json(written["costs"])
+    assert costs.slots == 2
 
 
 def test_a_case_out_of_range_is_refused():

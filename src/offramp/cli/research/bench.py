@@ -10,6 +10,7 @@ from offramp.cli.loading import choose_device, load_adapter, load_model
 from offramp.cli.options import add_command, model_options, name_option
 from offramp.cli.output import print_text, tell
 from offramp.cli.parser import Parser, one_of, share, whole
+from offramp.cli.research.engine import bench_of_engine, engine_options
 from offramp.errors import InputError
 
 
@@ -21,6 +22,7 @@ def add(commands: Any) -> None:
         "measure it.",
         "offramp bench --shape smollm2-135m --depths 8 15\n"
         "  offramp bench --backbone Salesforce/blip2-opt-2.7b --dtype bfloat16 --out bench.json\n"
+        "  offramp bench --shape smollm2-135m --engine --slots 8 --shortlist 4096\n"
         "  offramp bench --adapter exits --peers --data questions.jsonl",
         _bench,
         _options,
@@ -33,6 +35,7 @@ def _options(parser: Parser) -> None:
     model = model_options(parser, required=False, adapter=False)
     name_option(model, "--shape", SHAPES, "a decoder with random weights")
     _case_options(parser)
+    engine_options(parser)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
         "--threads", type=whole(1), metavar="N", help="of the CPU (default: torch's)"
@@ -106,7 +109,11 @@ def _bench(arguments: argparse.Namespace) -> None:
         check_writable(arguments.out)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    found = _race(arguments) if arguments.peers else _force(arguments)
+    if arguments.engine:
+        arguments.batch = 1
+        found = bench_of_engine(arguments, _subject(arguments))
+    else:
+        found = _race(arguments) if arguments.peers else _force(arguments)
     if arguments.out is not None:
         write_result(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
         tell(f"record: {arguments.out}")

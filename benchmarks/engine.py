@@ -1,0 +1,94 @@
+"""Measure the batch engine: many requests at once, predicted and measured; rewrites
+benchmarks/records/engine.json.
+
+Scripted exits on random weights in real sizes; one thread, a quiet machine. `python -m
+benchmarks.engine NAME...` measures only these shapes, and leaves the record's others: opt-2.7b (12
+GB of memory in float32, 6 in bfloat16), flan-t5-xl (7, 4), smollm2-135m. About 40, 25 and 10
+minutes on a core that nobody else uses.
+
+--dtype: float32 or bfloat16; the latter where the processor has instructions for it (AMX, AVX-512
+BF16), else it is many times slower. --slots: rows at once. --cpu-time: seconds of the thread, not
+of the clock, for a machine that others use too; load averages are in the record.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from offramp.models.exits import Exits, ExitSet
+from offramp.provenance import provenance
+from offramp.research.benchmark.bench import any_shortlist
+from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table
+from offramp.research.benchmark.shapes import shape
+from offramp.serving.core import EngineConfig
+from offramp.storage import read_json, write_json
+
+RECORD = Path(__file__).parent / "records" / "engine.json"
+DEPTHS = {"opt-2.7b": 8, "flan-t5-xl": 6, "smollm2-135m": 7, "mini-opt": 2}
+SHORTLISTS = {"smollm2-135m": 4096}
+"""Where the whole vocabulary costs several layers."""
+CASES = (
+    EngineCase("early_exit", 0.75, 0.7),
+    EngineCase("early_exit", 0.75, guess=False),
+    EngineCase("early_exit", 0.9, 0.7),
+    EngineCase("early_exit", 0.9, guess=False),
+    EngineCase("lossless", right=0.9),
+)
+WITHIN = 0.1
+"""How far off a prediction may be, as a share of what was measured."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=["opt-2.7b", "flan-t5-xl", "smollm2-135m"])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--slots", type=int, nargs="+", default=[8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
+    parser.add_argument("--cpu-time", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.shapes:
+        for slots in arguments.slots:
+            write(name, arguments.dtype, slots, measure(name, slots, arguments))
+
+
+def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Costs and entries of one shape and size."""
+    known = shape(name)
+    backbone = known.build(getattr(torch, arguments.dtype))
+    exits = ExitSet(Exits(backbone, (DEPTHS[name],)).requires_grad_(False))
+    size = SHORTLISTS.get(name)
+    if size is not None:
+        exits = replace(exits, shortlist=any_shortlist(backbone, size))
+    inputs = known.inputs(backbone)
+    limit = inputs["input_ids"].shape[1] + arguments.lengths[1] + 1
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    costs, entries = bench_engine(
+        backbone, exits, inputs, CASES, EngineConfig(slots=slots, limit=limit),
+        rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
+        clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
+    )  # fmt: skip
+    print(table(costs, entries))
+    for entry in entries:
+        entry["clock"] = "thread" if arguments.cpu_time else "wall"
+        entry["within"] = abs(entry["predicted"] / entry["measured"] - 1.0) <= WITHIN
+    return {"costs": costs.to_json(), "entries": entries, "load": os.getloadavg()}
+
+
+def write(name: str, dtype: str, slots: int, found: dict[str, Any]) -> None:
+    """Put one shape and size into the record, beside what it holds of others."""
+    record = read_json(RECORD) if RECORD.is_file() else {}
+    record[f"{name}, {dtype}, {slots} slots"] = found
+    record["provenance"] = provenance(0, ["benchmarks.engine"], None)
+    write_json(RECORD, record)
+
+
+if __name__ == "__main__":
+    main()
