@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.fetch import LANGUAGE, VISION, fetch
 from examples.photo_vlm.learn import Bridge
 from examples.photo_vlm.photos import image_processor
 from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, Neck
-
 from offramp.errors import DataError
 from offramp.storage import atomic_folder, read_json, write_json
 
@@ -33,7 +33,8 @@ def load_language(work: Path, **kwargs: Any) -> tuple[Any, Any]:
     lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **kwargs)
     # The weights are no longer quantized, and must not be taken for it when they are saved.
     del lm.config.quantization_config
-    return lm.eval().requires_grad_(False), tokenizer
+    lm.requires_grad_(False)
+    return lm.train(False), tokenizer
 
 
 def load_network(work: Path) -> EfficientNetLite0:
@@ -42,7 +43,7 @@ def load_network(work: Path) -> EfficientNetLite0:
     network = EfficientNetLite0()
     network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("_fc.")})
     network.requires_grad_(False)
-    return network.eval()  # type: ignore[no-untyped-call]
+    return network.eval()
 
 
 def new_bridge(lm_config: Any, tower: LiteTowerConfig) -> Bridge:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from examples.photo_vlm.command import command, parser_of
-
 from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT
 from offramp.data.example import Example
 from offramp.errors import InputError
@@ -23,9 +22,9 @@ def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
     Raises:
         InputError: there is none.
     """
-    import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from transformers import AutoProcessor
 
+    import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from offramp.models.backbone import Backbone
     from offramp.models.input_processor import InputProcessor
 
@@ -56,11 +55,11 @@ def said(
     """The answer to one example in a mode, how long it took, and how deep its tokens ran."""
     from offramp.adapter import Adapter
     from offramp.engine.policy import FULL
-    from offramp.models.exits import Exits
+    from offramp.models.exits import Exits, ExitSet
 
     backbone, encoder = load(model, dtype)
     if mode == "full":
-        ours = Adapter(backbone, Exits(backbone, (1,), kind="lens"), FULL)
+        ours = Adapter(backbone, ExitSet(Exits(backbone, (1,), kind="lens")), FULL)
     else:
         ours = Adapter.load(adapter, backbone)
         ours = ours.with_policy(replace(ours.policy, lossless=mode == "lossless"))

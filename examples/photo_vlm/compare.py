@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import read_photographs
-
 from offramp.research.comparison.compare import compare
 from offramp.research.comparison.methods import QUALITIES, Plan
 from offramp.storage import write_json

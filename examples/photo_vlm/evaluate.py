@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from examples.photo_vlm.caption import answer, load
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import ids_of, read_photographs
-from torch import Tensor
-
 from offramp.data.example import Example
 from offramp.evaluation.statistics import Measure
 from offramp.storage import write_json

@@ -7,7 +7,6 @@ python -m examples.photo_vlm.exits train --backbone runs/photo_vlm/model --data 
 import sys
 
 import examples.photo_vlm.vision  # noqa: F401  registers the tower
-
 from offramp.cli import main
 
 if __name__ == "__main__":

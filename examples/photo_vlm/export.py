@@ -15,7 +15,6 @@ from examples.photo_vlm.fetch import LANGUAGE, VISION
 from examples.photo_vlm.learn import load_state
 from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
 from examples.photo_vlm.vision import LiteTowerConfig
-
 from offramp.provenance import provenance
 from offramp.storage import digest_file
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.photo_vlm.command import command, parser_of
-
 from offramp.errors import DataError, StorageError
 from offramp.storage import digest_file, write_atomic
 

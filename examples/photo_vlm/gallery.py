@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.command import WORK, command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, caption_figures
 from examples.photo_vlm.rows import read_photographs
-
 from offramp.adapter import Adapter
 from offramp.answers import Model, generate_answers
 from offramp.data.example import Example
 from offramp.evaluation.run_log import Done, Row
 from offramp.research.report.gallery import gallery
-from offramp.research.report.html import Section, document, paragraph
+from offramp.research.report.html import Section, document
 from offramp.storage import write_atomic
 
 
@@ -43,13 +44,14 @@ def page(model: Path, adapter: Path, examples: list[Example], shown: int) -> str
         done |= {(mode, row["key"]): row for row in rows}
     pictures = {e.key: e for e in examples}
     body = gallery(done, backbone.depth, pictures, encoder.tokenizer, each=shown // 2)
-    intro = (
+    told = (
         f"{len(examples)} photographs, exits at {', '.join(map(str, ours.policy.thresholds))} of "
         f"{backbone.depth} layers: CIDEr {scores['full']:.3f} at full depth, "
-        f"{scores['early_exit']:.3f} with early exits."
+        f"{scores['early_exit']:.3f} with early exits. Research-only photographs: not for "
+        "publication."
     )
-    ending = paragraph("Research-only photographs: not for publication.")
-    return document("Photographs", intro, [Section("answers", "Captions", body)], ending)
+    whole = Markup("<p>{}</p>\n{}").format(told, body)
+    return document("Photographs", [Section("answers", "Captions", whole)])
 
 
 @command

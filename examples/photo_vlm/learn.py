@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.photo_vlm.rows import Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.photo_vlm.rows import Batch
 from offramp.errors import DataError
 from offramp.storage import write_atomic
 

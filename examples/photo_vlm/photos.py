@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.vision import FEATURES, GRID
 from torch import Tensor, nn
 
+from examples.photo_vlm.vision import FEATURES, GRID
 from offramp.data.example import Example
 from offramp.errors import DataError
 from offramp.storage import digest_rows, read_json, write_json

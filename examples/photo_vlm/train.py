@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from examples.photo_vlm.build import load_language, load_network, new_bridge
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import (
@@ -31,8 +33,6 @@ from examples.photo_vlm.learn import (
 from examples.photo_vlm.photos import cache_features
 from examples.photo_vlm.rows import ActiveRows, ids_of, pack, read_photographs
 from examples.photo_vlm.vision import LiteTowerConfig
-from torch import Tensor
-
 from offramp.errors import InputError
 from offramp.storage import JsonlLog
 

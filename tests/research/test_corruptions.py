@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ def test_size_and_mode_stay(name: str, mode: str, size: tuple[int, int]) -> None
 def test_same_seed_same_pixels(name: str) -> None:
     once, again = (corrupt(SCENES[0], name, 2, 7) for _ in range(2))
     assert once.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_jpeg_is_what_an_encoder_makes_of_it(mode: str) -> None:
+    whole, packed = SCENES[1].convert(mode), io.BytesIO()
+    whole.save(packed, "JPEG", quality=15)
+    assert corrupt(whole, "jpeg", 3, 0).tobytes() == Image.open(packed).convert(mode).tobytes()
 
 
 def test_another_seed_another_noise() -> None:

@@ -1,0 +1,163 @@
+"""The photographs that exits are trained and measured on, and what the full model says of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from examples.photo_vlm.evaluate import (
+    LONGEST,
+    METRICS,
+    accuracy,
+    caption_figures,
+)
+from examples.photo_vlm.rows import read_photographs
+from offramp.adapter import Adapter
+from offramp.answers import Answer, generate_answers
+from offramp.data.example import Example
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.vision_cache import VisionCache
+from offramp.training.feature_dataset import Stores
+
+SHORTLIST = 2048
+DROPS = (0.01, 0.03)
+"""Relative drops of CIDEr within which the fastest thresholds are looked for."""
+CONFIDENCE = 0.95
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Captions of a small model: few tokens are said with more than nine tenths of the probability."""
+DRAFTS = (0.0, 0.1, 0.2, 0.3, 0.5)
+SEVERITY = 3
+
+_ALONE = {"adversarial": 0.0}
+_LABELS_ONLY = {"distillation": 0.0, "adversarial": 0.0}
+REGIMES: dict[str, dict[str, Any]] = {
+    "unsupervised": {},
+    "unsupervised, distillation alone": _ALONE,
+    "100% labels": {"regime": "supervised"},
+    "10% labels": {"regime": "mixed", "labelled_fraction": 0.1},
+    "1% labels": {"regime": "mixed", "labelled_fraction": 0.01},
+    "pseudo-labels": {"regime": "pseudo", "min_confidence": 0.35},  # about the surer half
+    "100% labels, cross-entropy alone": {"regime": "supervised", **_LABELS_ONLY},
+}
+"""Changes to the `TrainConfig`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Photographs with captions and questions to train exits on, steps, examples measured, and
+    the risks that are promised."""
+
+    captions: int = 6000
+    questions: int = 1000
+    steps: int = 12_000
+    held_out: int = 1000
+    asked: int = 600
+    timed: int = 20
+    rounds: int = 5
+    damaged: int = 200
+    targets: tuple[float, ...] = (0.01, 0.05)
+
+
+SMALL = Sizes(
+    captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=10, rounds=3, targets=()
+)  # fmt: skip
+"""To hold regimes against each other, in a quarter of an hour each."""
+QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
+SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
+
+
+def _half(example: Example) -> int:
+    """0 to choose on, 1 to measure on: by a hash of the photograph."""
+    return hashlib.sha256(f"half:{example.group}".encode()).digest()[0] % 2
+
+
+class Photos:
+    """The built model, the photographs, and the full model's answers to them."""
+
+    def __init__(
+        self, built: tuple[Any, Any], data: Path, sizes: Sizes, depths: Sequence[int]
+    ) -> None:
+        """built: backbone and encoder."""
+        self.backbone, self.encoder = built
+        self.sizes, self.depths = sizes, tuple(depths)
+        splits = read_photographs(data)
+        self.train = splits["captions"][: sizes.captions] + splits["questions"][: sizes.questions]
+        self.held = {
+            "captions": splits["captions_val"][: sizes.held_out],
+            "questions": splits["questions_val"][: sizes.asked],
+        }
+        self.cache = VisionCache(1 << 28)
+        self.stores: dict[Any, Stores] = {}
+
+    @property
+    def timed(self) -> list[dict[str, Any]]:
+        """Prompts to be timed on: captions of the measuring half."""
+        return self._prompts(1, self.sizes.timed)
+
+    @property
+    def drafted(self) -> list[dict[str, Any]]:
+        """Prompts that drafts are tried on: captions of the choosing half."""
+        return self._prompts(0, 6)
+
+    def _prompts(self, half: int, count: int) -> list[dict[str, Any]]:
+        return [self.encoder.prompts([e]) for e in self.part("captions", half)[:count]]
+
+    def part(self, name: str, half: int) -> list[Example]:
+        return [e for e in self.held[name] if _half(e) == half]
+
+    def answers(self, adapter: Adapter, name: str, examples: Sequence[Example]) -> list[Answer]:
+        """Free-running greedy answers by the adapter's policy."""
+        return generate_answers(
+            adapter, self.encoder, examples,
+            batch_size=64, max_new_tokens=LONGEST[name], vision_cache=self.cache,
+        )  # fmt: skip
+
+    @cached_property
+    def none(self) -> Adapter:
+        """The full model."""
+        return Adapter(self.backbone, ExitSet(Exits(self.backbone, self.depths[:1], kind="lens")))
+
+    @cached_property
+    def full(self) -> dict[tuple[str, int], list[Answer]]:
+        """The full model's answers by task and half."""
+        return {
+            (name, half): self.answers(self.none, name, self.part(name, half))
+            for name in LONGEST
+            for half in (0, 1)
+        }
+
+
+def cider(answers: Sequence[Answer], examples: Sequence[Example]) -> float:
+    return caption_figures([a.text for a in answers], examples, ("CIDEr",))["CIDEr"]
+
+
+# -- the full model ---------------------------------------------------------------------------
+
+
+def full_figures(photos: Photos) -> dict[str, Any]:
+    """The full model on all held-out photographs."""
+    both = {
+        name: [
+            (answer, example)
+            for half in (0, 1)
+            for answer, example in zip(
+                photos.full[name, half], photos.part(name, half), strict=True
+            )
+        ]
+        for name in LONGEST
+    }
+    captions, questions = ([list(side) for side in zip(*both[n], strict=True)] for n in LONGEST)
+    scores = caption_figures([a.text for a in captions[0]], captions[1], METRICS)
+    return {
+        "cider": scores["CIDEr"],
+        "bleu_4": scores["Bleu_4"],
+        "meteor": scores["METEOR"],
+        "rouge_l": scores["ROUGE_L"],
+        "daquar_accuracy": accuracy([a.text for a in questions[0]], questions[1]),
+        "captions": len(captions[0]),
+        "questions": len(questions[0]),
+    }

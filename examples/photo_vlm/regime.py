@@ -1,0 +1,219 @@
+"""One regime: its exits trained, their thresholds chosen on one half, measured on the other."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from examples.photo_vlm.evaluate import (
+    LONGEST,
+    METRICS,
+    accuracy,
+    caption_measures,
+)
+from examples.photo_vlm.held_out import (
+    CONFIDENCE,
+    DROPS,
+    REGIMES,
+    SHORTLIST,
+    THRESHOLDS,
+    Photos,
+    cider,
+)
+from offramp.adapter import Adapter
+from offramp.calibration.calibrate import calibrate, path_of
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
+from offramp.engine.policy import ExitPolicy
+from offramp.evaluation.statistics import interval
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import Trainer
+
+
+def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
+    """The exits of a regime, with a shortlist; those in the folder, if they are whole.
+
+    No gates: they guess where a score reaches 0.9, and most captions' tokens leave below that.
+    """
+    if (folder / "adapter.json").is_file():
+        adapter = Adapter.load(folder, photos.backbone)
+        if "seconds" in adapter.metrics:
+            return adapter
+    sizes = photos.sizes
+    config = TrainConfig(
+        depths=photos.depths, steps=sizes.steps, patience=None, learning_rate=5e-4,
+        evaluate_every=max(1, sizes.steps // 12), max_new_tokens=LONGEST["captions"],
+        shortlist=min(SHORTLIST, photos.backbone.vocabulary), **REGIMES[regime],
+    )  # fmt: skip
+    began = time.perf_counter()
+    processor = photos.encoder.processor
+    resume = (folder / "training").is_dir()
+    trainer = Trainer(photos.backbone, processor, photos.train, config, folder)
+    adapter = trainer.run(resume=resume, kept=photos.stores)
+    seconds = time.perf_counter() - began
+    adapter = replace(adapter, metrics={**adapter.metrics, "seconds": round(seconds)})
+    adapter.save(folder)
+    return adapter
+
+
+def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
+    """What a regime's exits are worth at several thresholds."""
+    adapter = trained(photos, regime, folder)
+    whole = _tried(photos, adapter)
+    path = _path(photos, adapter, whole)
+    chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
+    targets = photos.sizes.targets
+    promises = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t) for t in targets}
+    policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
+    policies |= {n: found.policy for n, found in promises.items() if found.policy.thresholds}
+    policies[ALWAYS] = replace(
+        whole.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], 0.0)
+    )
+    timings = timings_of(photos, adapter, policies)
+    rows = []
+    for name in (*chosen, *promises, ALWAYS):
+        row: dict[str, Any] = {"chosen_by": name}
+        if name in promises:
+            found = promises[name]
+            row |= {
+                "risk_target": found.target, "confidence": found.confidence, "risk": found.risk,
+                "risk_bound": found.bound, "n_calibration": found.n, "reason": found.reason,
+            }  # fmt: skip
+        policy = policies.get(name)
+        rows.append({**row, **(_row(photos, adapter, policy, timings, name) if policy else OFF)})
+    return {
+        "regime": regime,
+        "training_seconds": adapter.metrics.get("seconds"),
+        "agreement": adapter.metrics["agreement"],
+        "checks": dict(adapter.exits.measured),
+        "path": path,
+        "points": rows,
+        "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
+    }
+
+
+ALWAYS = "every token at the exit"
+OFF = {"thresholds": {}, "speedup_decode": 1.0, "speedup_end_to_end": 1.0, "cider_drop": 0.0}
+
+
+def _tried(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
+    """Captions of the choosing half, with what the exits say along the full model's."""
+    examples = photos.part("captions", 0)
+    one = photos.encoder.prompts(examples[:1])
+    shortlist = adapter.policy.shortlist
+    costs = measure_costs(photos.backbone, one, adapter.exits, shortlist=shortlist, repeats=3)
+    policy = replace(adapter.policy, thresholds={})
+    whole = ThresholdEvaluator.of(
+        adapter, photos.encoder, examples, policy, RISKS["disagreement"],
+        costs=costs, max_new_tokens=LONGEST["captions"],
+    )  # fmt: skip
+    # Decoded in batches either way; where a replay sees no difference, rounding hardly makes one.
+    return replace(whole, doubtful=whole.doubtful & False)
+
+
+def _path(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator) -> list[dict[str, Any]]:
+    """CIDEr on the choosing half along the path, as long as it does not fall too far."""
+    path, _ = path_of(whole, THRESHOLDS)
+    full, never = cider(photos.full["captions", 0], whole.examples), whole.seconds({})
+    found = []
+    for thresholds in tqdm(path, "thresholds", disable=None, leave=False):
+        policy = replace(whole.policy, thresholds=thresholds)
+        answers = photos.answers(adapter.with_policy(policy), "captions", whole.examples)
+        drop = 1 - cider(answers, whole.examples) / full
+        early = whole.seconds(thresholds)
+        assert never and early, "the costs were measured"
+        faster = never / early
+        row = {"thresholds": {str(d): t for d, t in thresholds.items()}}
+        found.append({**row, "cider_drop": drop, "predicted_speedup": faster})
+        print(f"  {found[-1]}", file=sys.stderr)
+        if drop > 2 * max(DROPS):
+            break
+    return found
+
+
+def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
+    """The fastest thresholds whose captions lose at most so much CIDEr; none, if none do."""
+    good = [row for row in path if row["cider_drop"] <= limit]
+    nothing: dict[str, Any] = {"thresholds": {}}
+    best = max(good, key=lambda row: float(row["predicted_speedup"]), default=nothing)
+    return {int(d): t for d, t in best["thresholds"].items()}
+
+
+def _guaranteed(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float) -> Any:
+    """Thresholds with a guarantee, without labels: captions as like the full model's as asked."""
+    return calibrate(
+        adapter, photos.encoder, whole.examples, whole.policy, target=target,
+        confidence=CONFIDENCE, risk="consistency", costs=whole.costs, thresholds=THRESHOLDS,
+        max_new_tokens=LONGEST["captions"],
+    )  # fmt: skip
+
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+
+
+def timings_of(
+    photos: Photos, adapter: Adapter, policies: dict[str, ExitPolicy]
+) -> dict[str, Timing]:
+    """Interleaved timing on captions of the measuring half."""
+    methods: dict[str, GenerateFn] = {
+        "generate": stock_generate_fn(photos.backbone, **OPTIONS),
+        "full": exit_generate_fn(photos.backbone, **OPTIONS),
+    }
+    methods |= {
+        name: exit_generate_fn(photos.backbone, adapter.exits, policy, **OPTIONS)
+        for name, policy in policies.items()
+    }
+    bar = partial(tqdm, desc="timing", disable=None, leave=False)
+    return time_interleaved(methods, photos.timed, rounds=photos.sizes.rounds, progress=bar)
+
+
+def _row(
+    photos: Photos, adapter: Adapter, policy: ExitPolicy, timings: dict[str, Timing], name: str
+) -> dict[str, Any]:
+    """What thresholds give on the measuring half."""
+    ours = adapter.with_policy(policy)
+    captions, questions = photos.part("captions", 1), photos.part("questions", 1)
+    early = photos.answers(ours, "captions", captions)
+    scores = caption_measures([a.text for a in early], captions, METRICS)
+    texts = [a.text for a in photos.full["captions", 1]]
+    full = caption_measures(texts, captions, ("CIDEr",))["CIDEr"]
+    low, high = interval(scores["CIDEr"], minus=full) or (float("nan"),) * 2
+    asked = photos.answers(ours, "questions", questions)
+    right = [accuracy([a.text for a in some], questions)
+             for some in (photos.full["questions", 1], asked)]  # fmt: skip
+    return {
+        "thresholds": {str(d): t for d, t in policy.thresholds.items()},
+        "gates": {str(d): g for d, g in policy.gates.items() if d in policy.thresholds},
+        "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
+        "speedup_end_to_end": speedup(timings["full"].seconds, timings[name].seconds),
+        "speedup_vs_generate": speedup(timings["generate"].decode, timings[name].decode),
+        "cider_full": full.value,
+        "cider": scores["CIDEr"].value,
+        "cider_drop": 1 - scores["CIDEr"].value / full.value,
+        "cider_drop_interval": [-high / full.value, -low / full.value],
+        "bleu_4": scores["Bleu_4"].value,
+        "meteor": scores["METEOR"].value,
+        "rouge_l": scores["ROUGE_L"].value,
+        "inconsistency_test": float(
+            RISKS["consistency"].losses(early, photos.full["captions", 1], captions).mean()
+        ),
+        "daquar_accuracy_full": right[0],
+        "daquar_accuracy": right[1],
+        "n_test": len(captions),
+        "n_questions": len(questions),
+    }
