@@ -31,7 +31,7 @@ from examples.photo_vlm.held_out import (
     cider,
     full_figures,
 )
-from examples.photo_vlm.regime import ALWAYS, OPTIONS, measured
+from examples.photo_vlm.regime import ALWAYS, OPTIONS, measured, timings_of
 from offramp.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.data.example import Example
