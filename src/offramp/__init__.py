@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from offramp.models.exits import register_exit as register_exit
     from offramp.models.registry import Family as Family
     from offramp.models.registry import register_backbone as register_backbone
+    from offramp.serving.batch_engine import BatchEngine as BatchEngine
+    from offramp.serving.core import EngineConfig as EngineConfig
     from offramp.training.config import TrainConfig as TrainConfig
     from offramp.training.losses import register_loss as register_loss
 
 _HOMES = {
     "Adapter": "adapter",
     "Backbone": "models.backbone",
+    "BatchEngine": "serving.batch_engine",
+    "EngineConfig": "serving.core",
     "Example": "data.example",
     "Exits": "models.exits",
     "Family": "models.registry",
