@@ -233,6 +233,15 @@ def test_beams_in_the_models_own_defaults_are_refused_and_can_be_overridden(batc
     assert made.depths.shape == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "gemma3", "florence2"])
+def test_a_turn_without_an_image_is_decoded_as_the_model_does(name, backbone):
+    words = torch.randint(families.FIRST_WORD, families.VOCABULARY, (2, 6))
+    inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    ours = generate(backbone(name), inputs, max_new_tokens=5, do_sample=False)
+    theirs = backbone(name).model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours.sequences, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_image_is_refused(name, backbone, batch):
     inputs = batch(name, 1)

@@ -12,8 +12,9 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
-from offramp.models.backbone import Backbone, same_backbone
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
+from offramp.models.fingerprint import same_backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.registry import Family, register_backbone
 
@@ -139,17 +140,20 @@ def unknown_model(model_type="my_vlm"):
     return model
 
 
-def test_an_unknown_family_is_refused_with_how_to_register_it():
-    with pytest.raises(UnsupportedBackboneError, match="register_backbone") as caught:
-        Backbone(unknown_model())
-    assert "my_vlm" in str(caught.value) and "Family(" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 2
+def test_an_unknown_family_is_found_by_watching(batch):
+    whole = Backbone(unknown_model())
+    assert whole.family.discovered and whole.family.stack == "model.language_model"
+    ours = generate(whole, batch("llava", 4), max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(ours.sequences, greedy(whole.model, batch("llava", 4)))
 
 
-def test_an_unknown_text_model_inside_a_known_wrapper_is_refused(monkeypatch):
+def test_an_unknown_text_model_inside_a_known_wrapper_is_found(monkeypatch, batch):
     monkeypatch.delitem(registry.TEXT_FAMILIES, "opt")
-    with pytest.raises(UnsupportedBackboneError, match="TEXT_FAMILIES"):
+    whole = Backbone(families.build("blip2-opt"), example=batch("blip2-opt", 1))
+    assert whole.family.stack == "language_model.model.decoder"
+    with pytest.raises(UnsupportedBackboneError, match="example=inputs") as caught:
         Backbone(families.build("blip2-opt"))
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_registered_family_works(monkeypatch, batch):

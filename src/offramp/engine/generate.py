@@ -7,6 +7,7 @@ the method.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def generate(
     config = options.get("generation_config")
     asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
     check_options(lambda name: asked.get(name, getattr(config, name, None)))
-    check_inputs(inputs)
+    check_inputs(inputs, backbone.model)
     policy = policy.effective
     attached = None if exits is None else ExitSet.of(exits)
     decider = decider_of(backbone, attached, policy)
@@ -115,7 +116,8 @@ def generate(
                 rounds = speculate(run, sequence, prepared, policy.max_draft)
             else:
                 rounds = []
-                _decode(run, sequence, prepared, policy)
+                first_exits = first_token_may_exit(backbone, policy)
+                decode_steps(run, sequence, prepared, first_exits=first_exits)
             if served is not None:
                 served.end()
             sequence.end()
@@ -131,12 +133,15 @@ def generate(
     )
 
 
-def _decode(
-    run: ModelRunner, sequence: SequenceState, prepared: Prepared, policy: ExitPolicy
+def decode_steps(
+    run: ModelRunner, sequence: SequenceState, prepared: Prepared, *, first_exits: bool
 ) -> None:
-    """Write token after token, each at the depth where it exits, until every row is finished."""
+    """Write token after token, each at the depth where it exits, until every row is finished.
+
+    first_exits: whether the first token may exit; see `first_token_may_exit`.
+    """
     backbone = run.backbone
-    run.begin(sequence.unfinished, sequence.ids, check=first_token_may_exit(backbone, policy))
+    run.begin(sequence.unfinished, sequence.ids, check=first_exits)
     prefill = Prefill(run.view, prepared)
     step = run.prompt_step(prefill.positions, sequence.unfinished)
     sequence.emit(
@@ -149,11 +154,25 @@ def _decode(
         sequence.emit(sequence.choose(step.logits(backbone)), step.depths, step.scores)
 
 
-def check_inputs(inputs: Mapping[str, Any]) -> None:
-    images = [
-        name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None
-    ]
-    if not images:
+_IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", "inputs_embeds")
+
+
+def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
+    """Raise `InputError` where the prompt, or the model, wants an image and none came.
+
+    A prompt without an image token, as a chat's later turns may be, needs none.
+    """
+    if any(name.startswith(_IMAGES) and inputs[name] is not None for name in inputs):
+        return
+    required = inspect.signature(model.generate).parameters.get("pixel_values")
+    ids = inputs.get("input_ids")
+    names = ("image_token_id", "image_token_index")
+    marks = {getattr(model.config, name, None) for name in names} - {None}
+    if (
+        ids is None
+        or (required is not None and required.default is inspect.Parameter.empty)
+        or any(bool((ids == mark).any()) for mark in marks)
+    ):
         raise InputError(
             "The prompt came without its image (no pixel_values in the inputs).",
             "Pass the processor both: processor(images=image, text=prompt, return_tensors='pt').",

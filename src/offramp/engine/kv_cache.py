@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError
@@ -37,17 +38,24 @@ def self_attention(cache: Any) -> Any:
     return getattr(cache, "self_attention_cache", cache)
 
 
-def add_exit_entries(cache: Any, depths: Sequence[int]) -> None:
+def add_exit_entries(cache: Any, depths: Sequence[int], layers: int = 0) -> None:
     """Give the exits at `depths` entries of their own, behind those of the layers, kind for kind.
+
+    layers: L of the backbone.
 
     Raises:
         InputError: the cache is no empty dynamic one.
     """
+    from transformers.cache_utils import DynamicLayer
+
     halves = [cache]
     if hasattr(cache, "cross_attention_cache"):
         halves = [cache.self_attention_cache, cache.cross_attention_cache]
     _check(halves)
     for half in halves:
+        if depths:  # a cache made without a configuration grows when it is written to
+            entry: Any = DynamicLayer
+            half.layers.extend(entry() for _ in range(len(half.layers), layers))
         half.layers.extend(copy.deepcopy(half.layers[depth]) for depth in depths)
     if len(halves) == 2:
         cache.is_updated.update(dict.fromkeys(range(len(halves[0].layers)), False))
@@ -57,34 +65,55 @@ def _check(halves: Sequence[Any]) -> None:
     from transformers.cache_utils import DynamicCache
 
     for half in halves:
-        if not isinstance(half, DynamicCache) or half.offloading or not half.layers:
+        if not isinstance(half, DynamicCache) or half.offloading:
             raise InputError(
                 f"KV cache {type(half).__name__} is not supported with exits.",
                 "Leave cache_implementation unset (the dynamic cache).",
             )
-        if half.get_seq_length():
+        if any(map(_length, half.layers)):
             raise InputError(
                 "A KV cache from an earlier call was passed in, which lacks the exits' entries.",
                 "Pass the whole prompt and no cache.",
             )
 
 
-def stand_in(cache: Any, layers: int, running: range, also: Sequence[int] = ()) -> Any:
+def _length(entry: Any) -> int:
+    """Tokens in an entry; 0 for one that keeps a state instead (convolution, linear attention)."""
+    return int(entry.get_seq_length()) if hasattr(entry, "get_seq_length") else 0
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep `rows` [b] of every entry, states of convolutions and linear attention included."""
+    cache.reorder_cache(rows)  # an index_select, whatever it was made for
+
+
+def stand_in(
+    cache: Any,
+    layers: int,
+    running: range,
+    also: Sequence[int] = (),
+    *,
+    rare: Collection[int] = (),
+    tokens: int = 0,
+) -> Any:
     """The same entries, with lengths and masks as the layers `running` see them.
 
     layers: L of the backbone. also: entries of exits that run too. In place of a layer that does
-    not run stands an entry of its kind that does.
+    not run stands an entry of its kind that does, or an empty one of the right length.
+    rare: layers whose keys are not the text's. tokens: how many those that run have seen, where
+    none of them keeps keys.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
     own = self_attention(cache)
-    entries = [own.layers[index] for index in (*running, *also)]
+    entries = [own.layers[index] for index in (*running, *also) if index not in rare]
+    seen_by_them = max(map(_length, entries), default=0) or tokens
 
     def entry_of(index: int) -> Any:
         if index in running:
             return own.layers[index]
         alike = (entry for entry in entries if type(entry) is type(own.layers[index]))
-        return next(alike, entries[0])
+        return next(alike, None) or _blank(own.layers[index], seen_by_them)
 
     seen = Cache(layers=[entry_of(index) for index in range(layers)] + own.layers[layers:])
     if own is cache:
@@ -92,6 +121,18 @@ def stand_in(cache: Any, layers: int, running: range, also: Sequence[int] = ()) 
     both = EncoderDecoderCache(seen, cache.cross_attention_cache)
     both.is_updated = cache.is_updated
     return both
+
+
+def _blank(entry: Any, tokens: int) -> Any:
+    """An entry of the same kind with this many tokens, for masks alone: no layer that runs writes
+    to it."""
+    made = copy.copy(entry)
+    if hasattr(made, "get_seq_length"):
+        made.keys = made.values = torch.zeros(1).expand(1, 1, tokens, 1)
+        made.is_initialized = True
+        if hasattr(made, "cumulative_length"):
+            made.cumulative_length = tokens
+    return made
 
 
 def exits_only(backbone: Backbone, depths: Sequence[int]) -> Any:
@@ -110,11 +151,30 @@ def exits_only(backbone: Backbone, depths: Sequence[int]) -> Any:
     return EncoderDecoderCache(half(), half()) if backbone.is_encoder_decoder else half()
 
 
-def crop(cache: Any, tokens: int) -> None:
-    """Take the last `tokens` tokens out of every entry; sliding windows shrink again."""
-    for entry in self_attention(cache).layers:
-        if entry.is_initialized:  # an exit that is off or keeps no keys never writes to its own
+def crop(cache: Any, tokens: int, rare: Collection[int] = ()) -> None:
+    """Take the last `tokens` tokens out of every entry but the `rare`; sliding windows shrink."""
+    for index, entry in enumerate(self_attention(cache).layers):
+        # An exit that is off or keeps no keys never writes to its own.
+        if index not in rare and _is_written(entry):
             entry.crop(-tokens)
+
+
+def _is_written(entry: Any) -> bool:
+    states = getattr(entry, "is_conv_states_initialized", {})
+    return bool(getattr(entry, "is_initialized", False)) or any(states.values())
+
+
+def check_croppable(cache: Any) -> None:
+    """Raise `InputError` where tokens cannot be taken back, once the prompt has been read.
+
+    A recurrent state holds the whole text in one tensor: what a rejected draft did to it stays.
+    """
+    for entry in self_attention(cache).layers:
+        if any(getattr(entry, "is_recurrent_states_initialized", {}).values()):
+            raise InputError(
+                "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
+                "Use a policy with lossless=False.",
+            )
 
 
 class _KeysStored(Exception):

@@ -26,6 +26,7 @@ from offramp.engine.kv_cache import (
     add_exit_entries,
     cache_name,
     crop,
+    select_rows,
     self_attention,
     stand_in,
     store_keys,
@@ -36,14 +37,37 @@ from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 
 
+class _Part(NamedTuple):
+    """States [B, T, D] of one call, their position ids, and their token ids [B, T]."""
+
+    states: Tensor
+    positions: Tensor | None
+    ids: Tensor | None
+
+    def select_rows(self, rows: Tensor) -> _Part:
+        """Position ids may have an axis before the rows, and one row for all."""
+        at, ids = self.positions, self.ids
+        if at is not None and at.shape[-2] > 1:
+            at = at.index_select(-2, rows)
+        return _Part(self.states[rows], at, None if ids is None else ids[rows])
+
+
+def _joined(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """Along the last axis; None where one is not known."""
+    known = list(parts)
+    whole = [part for part in known if part is not None]
+    return torch.cat(whole, -1) if whole and len(whole) == len(known) else None
+
+
 class PendingStates:
     """States that entered an exit and have yet to run the layers behind it, by depth, in order.
 
-    Each part is the states [B, T, D] of one call, and their position ids where the stack has any.
+    Each part is the states [B, T, D] of one call, their position ids where the stack has any, and
+    their token ids where they are known.
     """
 
     def __init__(self, depths: Iterable[int]) -> None:
-        self._parts: dict[int, list[tuple[Tensor, Tensor | None]]] = {d: [] for d in depths}
+        self._parts: dict[int, list[_Part]] = {d: [] for d in depths}
 
     def at(self, depth: int) -> bool:
         """Whether any are pending at `depth`."""
@@ -53,28 +77,24 @@ class PendingStates:
         """The first depth from `start` on where any are pending."""
         return min((d for d, parts in self._parts.items() if parts and d >= start), default=None)
 
-    def add(self, depth: int, states: Tensor, positions: Tensor | None) -> None:
-        self._parts[depth].append((states, positions))
+    def add(self, depth: int, part: _Part) -> None:
+        self._parts[depth].append(part)
 
-    def take(self, depth: int) -> tuple[Tensor, Tensor | None]:
-        """All states pending at `depth` [B, n, D], oldest first, and their position ids."""
+    def take(self, depth: int) -> _Part:
+        """All that is pending at `depth`, oldest first."""
         parts, self._parts[depth] = self._parts[depth], []
-        positions = [at for _, at in parts if at is not None]
-        states = torch.cat([states for states, _ in parts], 1)
-        return states, torch.cat(positions, -1) if positions else None
+        states = torch.cat([part.states for part in parts], 1)
+        return _Part(states, _joined(p.positions for p in parts), _joined(p.ids for p in parts))
 
     def place(self, positions: Tensor | None) -> None:
         """Set the position ids of what is pending: the prompt's are known after its pass."""
         for depth, parts in self._parts.items():
-            self._parts[depth] = [(states, positions) for states, _ in parts]
+            self._parts[depth] = [_Part(part.states, positions, None) for part in parts]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of these indices alone."""
         for depth, parts in self._parts.items():
-            self._parts[depth] = [
-                (states[rows], None if at is None else at.index_select(-2, rows))
-                for states, at in parts
-            ]
+            self._parts[depth] = [part.select_rows(rows) for part in parts]
 
 
 class Step(NamedTuple):
@@ -136,6 +156,8 @@ class ModelRunner:
         self._start = 0
         self._chunk: Tensor | None = None
         self._positions: Tensor | None = None
+        self._ids: Tensor | None = None
+        self._tokens = 0  # that have entered the first layer
         self._catch_up_at: int | None = None
         self._exited_at: int | None = None
         self._previous: Tensor | None = None  # what entered the last watched layer [B, D]
@@ -153,7 +175,7 @@ class ModelRunner:
         """
         self.cache = cache
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
-        add_exit_entries(cache, entries)
+        add_exit_entries(cache, entries, self.backbone.depth)
         self._one_kind = len({type(entry) for entry in self_attention(cache).layers}) == 1
 
     def release(self) -> None:
@@ -172,7 +194,7 @@ class ModelRunner:
         stay = self._rows.keep(active, live)
         if stay is None:
             return
-        self.cache.batch_select_indices(stay)
+        select_rows(self.cache, stay)
         self.pending.select_rows(stay)
 
     def begin(self, unfinished: Tensor, ids: Tensor, *, check: bool = True) -> None:
@@ -199,7 +221,7 @@ class ModelRunner:
         `Prefill.extend`. In what is returned, rows that are not active mean nothing.
         """
         kw = self._rows.pick_arguments(kw)
-        self._positions = kw.get("position_ids")
+        self._positions, self._ids = kw.get("position_ids"), kw.get("input_ids")
         kw[cache_name(kw)] = self._cache_from(0)
         return self._finish(self.view.stack(**kw).last_hidden_state, kw)
 
@@ -251,13 +273,17 @@ class ModelRunner:
         """Run the layers from `depth` on over all that is pending there, the new token last."""
         self._catch_up_at = None
         self._start = depth
-        self._chunk, self._positions = self.pending.take(depth)
+        self._chunk, self._positions, self._ids = self.pending.take(depth)
         again = {name: v for name, v in kw.items() if name not in ("input_ids", "inputs_embeds")}
         again[cache_name(kw)] = self._cache_from(depth)
         if self._positions is not None:
             again["position_ids"] = self._positions
+        if self.backbone.reads_ids and self._ids is not None:
+            again["input_ids"] = self._ids
+        else:
+            again["inputs_embeds"] = self._chunk
         try:
-            out = self.view.stack(inputs_embeds=self._chunk, **again).last_hidden_state
+            out = self.view.stack(**again).last_hidden_state
         finally:
             self._start, self._chunk = 0, None
         return out  # type: ignore[no-any-return]
@@ -273,6 +299,8 @@ class ModelRunner:
         kw: dict[str, Any],
     ) -> Any:
         """What the stack gets for layer `index`: its output, or the state handed through."""
+        if index == 0 and self._start == 0:
+            self._tokens += hidden.shape[1]
         if index < self._start:  # a catch-up enters deeper
             return self.backbone.skipped_layer_output(index, hidden, args, kw)
         if self._exited_at is not None or self._catch_up_at is not None:
@@ -304,10 +332,10 @@ class ModelRunner:
         if all_exit:
             self._exited_at = depth
             if not self.propagate:
-                self.pending.add(depth, hidden, self._positions)
+                self.pending.add(depth, _Part(hidden, self._positions, self._ids))
             return False
         if self.pending.at(depth):
-            self.pending.add(depth, hidden, self._positions)
+            self.pending.add(depth, _Part(hidden, self._positions, self._ids))
             self._catch_up_at = depth
             return False
         return True
@@ -316,7 +344,8 @@ class ModelRunner:
 
     def crop(self, tokens: int) -> None:
         """Take the last `tokens` tokens out of the cache."""
-        crop(self.cache, tokens)
+        self._tokens -= tokens
+        crop(self.cache, tokens, self.backbone.rare_layers)
 
     def _cache_from(self, start: int) -> Any:
         """The cache as the layers from `start` to the next pending exit see it, and that exit."""
@@ -325,10 +354,12 @@ class ModelRunner:
         end, stop = self.backbone.depth, self.pending.next_from(start)
         if start == 0 and stop is None:
             return self.cache  # the first entry of each kind runs
+        tokens = self._tokens - (0 if self._chunk is None else self._chunk.shape[1])
+        seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens}
         if stop is None or self.exits is None:
-            return stand_in(self.cache, end, range(start, end))
+            return stand_in(self.cache, end, range(start, end), **seen)
         at_stop = [end + i for i, depth in enumerate(self.exits.entries) if depth == stop]
-        return stand_in(self.cache, end, range(start, stop), at_stop)
+        return stand_in(self.cache, end, range(start, stop), at_stop, **seen)
 
     def _store_skipped(
         self,

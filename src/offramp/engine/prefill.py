@@ -17,6 +17,8 @@ from torch import Tensor
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.models.intercept import InterceptedModel
 
+_BY_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
+"""Masks of Mllama's cross-attention, a row for each token: later ones see what the last did."""
 _REPEATED = (*CACHE_NAMES, "encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -85,12 +87,15 @@ class Prefill:
             self.logits: Tensor = prepared.model(**inputs, return_dict=True).logits[:, -1]
         self.prefill: dict[str, Any] = calls[-1]
         self._static = {n: self.prefill[n] for n in _REPEATED if self.prefill.get(n) is not None}
-        self._static |= {"use_cache": True, "return_dict": True}
+        switches = {n: v for n, v in self.prefill.items() if isinstance(v, bool)}  # is_decoder
+        self._static |= {**switches, "use_cache": True, "return_dict": True}
+        rows = {n: self.prefill[n] for n in _BY_TOKEN if self.prefill.get(n) is not None}
+        self._static |= {name: value[..., -1:, :] for name, value in rows.items()}
         self.positions: Tensor | None = self.prefill.get("position_ids")
         # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one,
         # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
-        decoder_only = "encoder_hidden_states" not in self._static
-        mask = (prepared.arguments if decoder_only else self.prefill).get("attention_mask")
+        encoded = prepared.model.config.is_encoder_decoder
+        mask = (self.prefill if encoded else prepared.arguments).get("attention_mask")
         self._mask: Tensor | None = mask
 
     def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.engine.kv_cache import check_croppable
 from offramp.engine.model_runner import ModelRunner, Step
 from offramp.engine.prefill import Prefill, Prepared
 from offramp.engine.sampling import SequenceState
@@ -48,6 +49,7 @@ def speculate(
     full = run.backbone.depth
     run.begin(sequence.unfinished, sequence.ids, check=False)
     prefill = Prefill(run.view, prepared)
+    check_croppable(run.cache)
     run.cache.activate_past_recording()  # sliding windows keep what a crop may need
     run.crop(0)
     last = run.prompt_step(prefill.positions, sequence.unfinished)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.discovery.paths import discover
+from offramp.models.discovery.probe import accepts
+from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.registry import family_of
+from offramp.models.registry import Family, registered_family
 
 
 class Backbone:
@@ -21,13 +25,31 @@ class Backbone:
     (0-based), and the state at full depth is what the final norm reads.
     """
 
-    def __init__(self, model: nn.Module, *, name: str = "", revision: str | None = None) -> None:
-        """Raise `UnsupportedBackboneError` where the decoder cannot be found or driven."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str = "",
+        revision: str | None = None,
+        example: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Find the decoder, by the registry or by watching it run, and check it against the model.
+
+        example: what the model's processor returned for a prompt with an image; needed only where
+            the model does not run without one.
+
+        Raises:
+            UnsupportedBackboneError: the decoder cannot be found or driven, or it is not read as
+                the model reads itself (`offramp.models.discovery.self_check`).
+        """
         model = _unwrap_peft(model)
         self.model: Any = model
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = revision
-        self.family = family_of(model.config)
+        model.eval()
+        model.requires_grad_(False)  # HF resets it on load
+        _refuse_hooks(model)  # before anything runs: their forwards would run past our twins
+        self.family: Family = registered_family(model.config) or discover(model, example)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
         self.norm = (
@@ -36,11 +58,19 @@ class Backbone:
         self.head = self._find(self.family.head)
         self.text_config: Any = self.stack.config
         self._check_drivable()
-        model.eval()
-        model.requires_grad_(False)  # HF resets it on load
         scale = self.family.hidden_scale
-        self._scale = scale(self.text_config) if scale else 1.0
-        self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
+        self._softcap = _softcap(self.text_config, model.config)
+        self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
+        kinds = [type(layer) for layer in self.layers]
+        common = max(kinds, key=kinds.count)
+        self.rare_layers = frozenset(i for i, kind in enumerate(kinds) if kind is not common)
+        """Layers of another kind than most: Mllama's cross-attention, with the image's keys."""
+        self.lossless = True
+        """Whether drafts can be taken back, as far as decoding has shown."""
+        self.reads_ids = accepts(self.stack, "per_layer_inputs")
+        """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
+        self._layout = self_check(self, example)
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:
@@ -96,6 +126,13 @@ class Backbone:
             model = model.to(device)
         return cls(model, name=str(name), revision=revision)
 
+    def learn(self, *, causal_prompt: bool, lossless: bool) -> None:
+        """Take over what decoding showed: whether the first token may exit out of the prompt, and
+        whether drafts can be taken back. What is registered as impossible stays so."""
+        causal = causal_prompt and (self.family.discovered or self.family.causal_prompt)
+        self.family = replace(self.family, causal_prompt=causal)
+        self.lossless = lossless
+
     # -- what it is -------------------------------------------------------------------------
 
     @property
@@ -106,12 +143,12 @@ class Backbone:
     @property
     def width(self) -> int:
         """Width D of the decoder's states."""
-        return int(self.text_config.hidden_size)
+        return self._layout.width
 
     @property
     def vocabulary(self) -> int:
-        """Rows V of the LM head."""
-        return int(self.head.weight.shape[0])
+        """Tokens V that logits are over."""
+        return self._layout.vocabulary
 
     @property
     def vision(self) -> Any:
@@ -148,8 +185,12 @@ class Backbone:
         """
         rows = normed.reshape(-1, normed.shape[-1])
         logits = (head or self.head)(rows * self._scale if self._scale != 1.0 else rows)
+        if self.family.logit_scale != 1.0:
+            logits = logits * self.family.logit_scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
+        if len(self._suppressed) and head is None:
+            logits = logits.index_fill(1, self._suppressed, torch.finfo(logits.dtype).min)
         return logits.view(*normed.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def head_rows(self, ids: Tensor) -> nn.Linear:
@@ -176,7 +217,8 @@ class Backbone:
         a skipped block must do the same.
         """
         if self.family.layers != "block":
-            return hidden
+            values = self._layout.returns[index]
+            return (hidden, *[None] * (values - 1)) if values else hidden
         _, bias, _, _, cross_bias = args[:5]
         attention = self.layers[index].layer[0].SelfAttention
         if bias is None and attention.has_relative_attention_bias:
@@ -205,18 +247,36 @@ class Backbone:
                 f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
                 "Point the family at the decoder stack; see docs/models.md.",
             )
+        inside = f"{self.family.stack}.{self.family.layers}."
+        if self.family.head.startswith(inside):
+            raise UnsupportedBackboneError(
+                f"The LM head {self.family.head!r} lies inside the layers.",
+                "Correct head in register_backbone; see docs/models.md.",
+            )
         if getattr(self.stack, "project_out", None) is not None:
             raise UnsupportedBackboneError(
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
-        for path in ("", *_prefixes(self.family.stack)):
-            node = self._find(path) if path else self.model
-            if hasattr(node, "_hf_hook"):  # its patched forward would run past our twin
-                raise UnsupportedBackboneError(
-                    "The model's layers are offloaded or sharded by accelerate hooks.",
-                    "Load it without device_map, on one device.",
-                )
+        for path in _prefixes(self.family.stack):
+            _refuse_hooks(self._find(path))
+
+
+def _refuse_hooks(module: Any) -> None:
+    if hasattr(module, "_hf_hook"):
+        raise UnsupportedBackboneError(
+            "The model's layers are offloaded or sharded by accelerate hooks.",
+            "Load it without device_map, on one device.",
+        )
+
+
+def _softcap(*configs: Any) -> float | None:
+    """The bound of a soft cap on logits, where one of the configurations has it."""
+    for config in configs:
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            return float(cap)
+    return None
 
 
 def _prefixes(path: str) -> Iterator[str]:

@@ -91,7 +91,11 @@ def copy_layer(layer: nn.Module, entry: int) -> nn.Module:
 
 
 EXIT_KINDS: dict[str, ExitKind] = {
-    "layer": ExitKind(lambda backbone, depth, own: copy_layer(backbone.layers[depth], own[0])),
+    "layer": ExitKind(
+        lambda backbone, depth, own: copy_layer(
+            backbone.layers[copied_index(backbone, depth)], own[0]
+        )
+    ),
     "lens": ExitKind(lambda *_: LogitLens()),
 }
 """Kinds of exit by name."""
@@ -208,3 +212,10 @@ class ExitSet:
 def first(output: Any) -> Tensor:
     """The hidden state of a layer's output, which in some families is a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def copied_index(backbone: Backbone, depth: int) -> int:
+    """The layer that an exit at `depth` is copied from: the next one, or the nearest of the common
+    kind where that is of a rare one."""
+    alike = (index for index in range(backbone.depth) if index not in backbone.rare_layers)
+    return min(alike, key=lambda index: (abs(index - depth), index < depth))

@@ -8,7 +8,7 @@ generation has an intercepted model and a handler of its own, so generation is t
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from offramp.models.backbone import Backbone
+from offramp.models.discovery.twin import graft, twin
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
 
@@ -45,8 +46,10 @@ class _LayerView(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)  # e.g. attention_type, read by some stacks
 
-    def __call__(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
-        return self._handler.layer(self._index, self._layer, hidden, args, kw)
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        if not args:  # some stacks name everything
+            args = (kw.pop("hidden_states"),)
+        return self._handler.layer(self._index, self._layer, args[0], args[1:], kw)
 
 
 class _HeadView(nn.Module):
@@ -67,39 +70,6 @@ class _HeadView(nn.Module):
         if hidden.dim() == 3 and hidden.shape[1] == 1:
             return self._head(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
         return self._head(hidden)  # type: ignore[no-any-return]
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def twin(module: nn.Module) -> nn.Module:
-    """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
-    other = copy.copy(module)
-    other._modules = dict(module._modules)
-    for table in _HOOKS:  # a hook on the twin must not show on the original
-        other.__dict__[table] = copy.copy(module.__dict__[table])
-    return other
-
-
-def graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Hang `leaf` at `path` below the twin `root`, making twins of what lies between."""
-    *between, last = path.split(".")
-    node = root
-    for name in between:
-        child = node._modules[name]
-        assert child is not None
-        if "_is_twin" not in child.__dict__:
-            child = twin(child)
-            child.__dict__["_is_twin"] = True
-            node._modules[name] = child
-        node = child
-    node._modules[last] = leaf
 
 
 class InterceptedModel:
@@ -126,9 +96,10 @@ class InterceptedModel:
         """Collect the keyword arguments with which the stack is called."""
         calls: list[dict[str, Any]] = []
 
+        names = [*inspect.signature(type(self.stack).forward).parameters][1:]
+
         def note(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
-            assert not args, "decoder stacks are called with keywords"
-            calls.append(dict(kw))
+            calls.append({**dict(zip(names, args, strict=False)), **kw})
 
         handle = self.stack.register_forward_pre_hook(note, with_kwargs=True)
         try:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offramp.errors import UnsupportedBackboneError, did_you_mean
-
 
 @dataclass(frozen=True)
 class Family:
@@ -20,10 +18,14 @@ class Family:
     stack: the module whose `forward` loops over the decoder layers.
     layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
     head: the LM head.
-    hidden_scale: factor on the normed state before the head, from the text config (T5 ties).
+    hidden_scale: factor on the normed state before the head, or a function of the text config that
+        gives it (T5 ties).
+    logit_scale: factor on what the head makes (Granite, mup). suppressed: ids of tokens whose
+        logits the model puts at the lowest number (Chameleon's image tokens).
     vision: the vision tower, which reads the image and nothing else.
     causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
         features join between layers (Qwen3-VL); the prompt then always runs at full depth.
+    discovered: found by watching the model, not registered.
     """
 
     stack: str
@@ -31,8 +33,11 @@ class Family:
     norm: str | None = "norm"
     head: str = "lm_head"
     vision: str | None = None
-    hidden_scale: Callable[[Any], float] | None = None
+    hidden_scale: Callable[[Any], float] | float | None = None
+    logit_scale: float = 1.0
+    suppressed: tuple[int, ...] = ()
     causal_prompt: bool = True
+    discovered: bool = False
 
     def inside(self, prefix: str, vision: str | None) -> Family:
         """This text family, held under `prefix` by a model with the vision tower `vision`."""
@@ -71,28 +76,15 @@ FAMILIES: dict[str, Family | str] = {
 
 
 def register_backbone(model_type: str, family: Family) -> None:
-    """Teach the library another family; see `docs/models.md`. Replaces an earlier entry."""
+    """Teach the library a family; see `docs/models.md`. Replaces an earlier entry, and comes before
+    what watching the model would find."""
     FAMILIES[model_type] = family
 
 
-def family_of(config: Any) -> Family:
-    model_type = getattr(config, "model_type", type(config).__name__)
-    family = FAMILIES.get(model_type)
+def registered_family(config: Any) -> Family | None:
+    """The family of a model's configuration; None where none is registered."""
+    family = FAMILIES.get(getattr(config, "model_type", type(config).__name__))
     if isinstance(family, str):
-        text_type = config.get_text_config().model_type
-        if text_type not in TEXT_FAMILIES:
-            raise UnsupportedBackboneError(
-                f"{model_type} around the language model {text_type!r} is not known; known inside "
-                f"it are {', '.join(sorted(TEXT_FAMILIES))}.",
-                f"Add it: offramp.models.registry.TEXT_FAMILIES[{text_type!r}] = Family(stack=..., "
-                "norm=..., head=...); docs/models.md shows how to find the paths.",
-            )
-        return TEXT_FAMILIES[text_type].inside(family, vision="vision_model")
-    if family is None:
-        raise UnsupportedBackboneError(
-            f"Backbone family {model_type!r} is not known.",
-            f"{did_you_mean(model_type, FAMILIES)} To add it: "
-            f"offramp.register_backbone({model_type!r}, Family(stack='path.to.the.decoder', "
-            "head='lm_head')); docs/models.md shows how to find the paths.",
-        )
+        inside = TEXT_FAMILIES.get(config.get_text_config().model_type)
+        return None if inside is None else inside.inside(family, vision="vision_model")
     return family

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from offramp.engine.slots.layout import SlotCall
-from offramp.models.intercept import graft, twin
+from offramp.models.discovery.twin import graft, twin
 
 PACKED = "offramp_packed"
 

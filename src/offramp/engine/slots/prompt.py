@@ -82,7 +82,7 @@ class PromptReader:
         config = options.get("generation_config")
         asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs)
+        check_inputs(inputs, self.view.model)
         if len(inputs["input_ids"]) != 1 or asked.get("num_return_sequences", 1) != 1:
             raise InputError(
                 f"A request of {len(inputs['input_ids'])} rows was submitted.",

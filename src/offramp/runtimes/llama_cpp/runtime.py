@@ -105,7 +105,7 @@ class LlamaCppRuntime:
         config = options.get("generation_config")
         asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs)
+        check_inputs(inputs, self.backbone.model)
         policy = (self.policy if policy is None else policy).effective
         self._check_policy(policy)
         entry = _Entry()

@@ -1,0 +1,1 @@
+"""Where the decoder of any model is, found by watching it run, and checked against the model."""

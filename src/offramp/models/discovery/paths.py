@@ -1,0 +1,317 @@
+"""From the calls of one decoding step to a `Family`: layers, stack, norm, head and their scales.
+
+The outermost list whose members run in the step is the layers, what encloses their calls is the
+stack, the child of the stack that takes exactly the last layer's output is the norm, and the last
+module of vocabulary width is the head. Ratios between what one returns and the next takes give the
+scales. Nothing is believed: `self_check` holds the result to the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import UnsupportedBackboneError
+from offramp.models.discovery.probe import accepts, text_prompt
+from offramp.models.discovery.watch import Call, Watch, first_tensor, watch
+from offramp.models.registry import Family
+
+_TOWERS = (
+    "vision_tower",
+    "vision_model",
+    "visual",
+    "vision_encoder",
+    "vision_embed_tokens",
+    "vqmodel",
+    "encoder",
+)
+
+
+def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
+    """The family of a model that is not registered.
+
+    example: what its processor returned for a prompt with an image; needed where the model does
+        not run without one.
+
+    Raises:
+        UnsupportedBackboneError: it cannot be run, or its decoder is not one chain of layers.
+    """
+    if not hasattr(model, "generate"):
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} does not generate text token by token.",
+            "Use a model whose class has generate() with a KV cache.",
+        )
+    seen = _watched(model, example)
+    layers = _layers(model, seen.last)
+    stack = _stack(model, layers)
+    _check_chain(layers)
+    last = first_tensor(layers[-1].out)
+    assert last is not None
+    norm, normed = _norm(seen.last, stack, layers[-1], last)
+    logits = _logits(model, seen.last)
+    head, scale = _head(seen.last, layers[-1], normed, logits)
+    made = first_tensor(head.out)
+    assert made is not None
+    cap = _softcap(model, stack.module)
+    logit_scale, suppressed = _readout(model, made, logits, cap)
+    return Family(
+        stack=stack.path,
+        layers=_inside(stack.path, layers[0].path.rpartition(".")[0]),
+        norm=None if norm is None else _inside(stack.path, norm.path),
+        head=head.path,
+        vision=_tower(model, stack.path),
+        hidden_scale=scale,
+        logit_scale=logit_scale,
+        suppressed=suppressed,
+        causal_prompt=False,
+        discovered=True,
+    )
+
+
+def _watched(model: Any, example: Mapping[str, Any] | None) -> Watch:
+    try:
+        seen = watch(model, text_prompt(model) if example is None else example)
+    except Exception as error:  # whatever this model raises on a prompt it does not take
+        alone = " without an image" if example is None else ""
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} could not be watched generating{alone}: "
+            f"{type(error).__name__}: {str(error)[:200]}",
+            "Give what its processor returns for one prompt with an image: Backbone(model, "
+            "example=inputs); or register it, see docs/models.md."
+            if example is None
+            else "Check that model.generate(**example, max_new_tokens=3) works.",
+        ) from error
+    if len(seen.steps) < 2:
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} does not generate token by token.",
+            "Use a model that calls its decoder once for each token.",
+        )
+    return seen
+
+
+def _inside(stack: str, path: str) -> str:
+    """`path` from the stack on; from the model, behind a dot, where it lies elsewhere."""
+    return path[len(stack) + 1 :] if stack and path.startswith(f"{stack}.") else f".{path}"
+
+
+def _layers(model: Any, calls: Sequence[Call]) -> list[Call]:
+    """The calls of the outermost list's members, in order."""
+    lists = {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    members: dict[str, list[Call]] = {}
+    for call in calls:
+        parent, _, name = call.path.rpartition(".")
+        if parent in lists and name.isdigit():
+            members.setdefault(parent, []).append(call)
+    outer = {
+        path: found
+        for path, found in members.items()
+        if len({c.path for c in found}) == len(lists[path])
+        and not any(
+            a.path.rpartition(".")[0] in members and a.path.rpartition(".")[0] != path
+            for a in found[0].around()
+        )
+    }
+    if len(outer) > 1:
+        final = {p: max(c.order for c in found) for p, found in outer.items()}
+        last = max(final, key=final.__getitem__)
+        level = {p: found[0].level for p, found in outer.items()}
+        if any(level[p] == level[last] and p != last for p in outer):
+            raise UnsupportedBackboneError(
+                f"Layers of {' and of '.join(sorted(outer))} run side by side in every step.",
+                "This decoder is not one chain of layers, so none can be left out; see "
+                "docs/models.md.",
+            )
+        outer = {last: outer[last]}
+    if not outer:
+        raise UnsupportedBackboneError(
+            f"No list of decoder layers runs in each step of {type(model).__name__}.",
+            "Register its paths with offramp.register_backbone; docs/models.md shows how.",
+        )
+    (path, found), *_ = outer.items()
+    if len(found) != len(lists[path]):
+        raise UnsupportedBackboneError(
+            f"Layers of {path} run more than once for a token ({len(found)} calls of "
+            f"{len(lists[path])} layers).",
+            "A decoder that loops over its layers cannot leave any out; see docs/models.md.",
+        )
+    return found
+
+
+def _stack(model: Any, layers: Sequence[Call]) -> Call:
+    """The nearest call around the layers that takes embeddings in the tokens' place."""
+    for call in layers[0].around():
+        if accepts(call.module, "inputs_embeds"):
+            return call
+    raise UnsupportedBackboneError(
+        f"The module around {layers[0].path.rpartition('.')[0]} does not take inputs_embeds.",
+        "Register its paths with offramp.register_backbone; docs/models.md shows how.",
+    )
+
+
+def _check_chain(layers: Sequence[Call]) -> None:
+    """Raise where what a layer takes is not what the one before it returned."""
+    for before, after in itertools.pairwise(layers):
+        out, entry = first_tensor(before.out), after.given
+        assert out is not None
+        if out.dim() != 3:
+            raise UnsupportedBackboneError(
+                f"States of {before.path} carry another axis: {list(out.shape)}, not [B, T, D].",
+                "Exits read one state for a token; models with several streams (AltUp, "
+                "hyper-connections) are not supported.",
+            )
+        if entry is None or entry.shape != out.shape or not torch.equal(entry, out):
+            raise UnsupportedBackboneError(
+                f"Something changes the states between {before.path} and {after.path} in every "
+                "step.",
+                "Only decoders whose layers follow on one another can be left early; see "
+                "docs/models.md.",
+            )
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one, other)
+
+
+def _norm(
+    calls: Sequence[Call], stack: Call, layer: Call, last: Tensor
+) -> tuple[Call | None, Tensor]:
+    """The module that takes exactly the last layer's output and makes the stack's, if any."""
+    made = first_tensor(_hidden(stack.out))
+    assert made is not None
+    after = [c for c in calls if c.order > layer.order and not _is_under(c, layer)]
+    for call in after:
+        out = first_tensor(call.out)
+        if call.path.startswith(f"{stack.path}.") and _same(call.given, last) and out is not None:
+            return call, out
+    if _same(made, last):
+        return None, last
+    raise UnsupportedBackboneError(
+        f"What {stack.path} returns is not its last layer's output under one norm.",
+        "Register its paths with offramp.register_backbone; docs/models.md shows how.",
+    )
+
+
+def _is_under(call: Call, other: Call) -> bool:
+    return any(a is other for a in call.around()) or call is other
+
+
+def _hidden(out: Any) -> Any:
+    return getattr(out, "last_hidden_state", out)
+
+
+def _logits(model: Any, calls: Sequence[Call]) -> Tensor:
+    logits = getattr(calls[0].out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} returns no logits in a decoding step.",
+            "Use a model with a language-modelling head.",
+        )
+    return logits
+
+
+def _head(
+    calls: Sequence[Call], layer: Call, normed: Tensor, logits: Tensor
+) -> tuple[Call, float | None]:
+    """The module that reads the normed state, times a constant, into logits."""
+    after = [c for c in calls if c.order > layer.order and not _is_under(c, layer)]
+    wide = [c for c in after if _width(c.out) == logits.shape[-1] and c.level > 0]
+    for call in reversed(wide):  # the innermost that reads the state itself
+        if any(True for _ in call.module.children()):
+            continue
+        for reader in (call, *call.around()):
+            if reader.level == 0:
+                break
+            scale = _ratio(reader.given, normed)
+            if scale is not None:
+                return reader, None if scale == 1.0 else scale
+    raise UnsupportedBackboneError(
+        "No module reads the last normed state into logits.",
+        "Register its paths with offramp.register_backbone; docs/models.md shows how.",
+    )
+
+
+def _width(out: Any) -> int | None:
+    tensor = first_tensor(out)
+    return None if tensor is None or tensor.dim() == 0 else int(tensor.shape[-1])
+
+
+def _ratio(one: Tensor | None, other: Tensor) -> float | None:
+    """The constant c with one = c * other for the last token, if there is one."""
+    if one is None or not one.is_floating_point() or one.shape[-1] != other.shape[-1]:
+        return None
+    a, b = one.reshape(-1, one.shape[-1])[-1].double(), other[0, -1].double()
+    scale = float((a * b).sum() / (b * b).sum())
+    close = (a - scale * b).abs().max() <= _tolerance(one) * a.abs().max()
+    if not close or scale == 0.0:
+        return None
+    return 1.0 if abs(scale - 1.0) < 1e-6 else scale
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return 1e-5 if tensor.dtype in (torch.float32, torch.float64) else 1.6e-2
+
+
+def _softcap(model: Any, stack: Any) -> float | None:
+    for config in (getattr(stack, "config", None), model.config.get_text_config(decoder=True)):
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            return float(cap)
+    return None
+
+
+def _readout(
+    model: Any, made: Tensor, logits: Tensor, cap: float | None
+) -> tuple[float, tuple[int, ...]]:
+    """The factor between what the head makes and the logits, and the tokens that are never said."""
+    x = made.reshape(-1, made.shape[-1])[-1].double()
+    y = logits.reshape(-1, logits.shape[-1])[-1].double()
+    lowest = torch.finfo(logits.dtype).min / 2
+    never = y <= lowest  # the model may write that into what its head returned
+    x, y = x[~never], y[~never]
+    if cap is not None:
+        y = torch.atanh((y / cap).clamp(-0.999999, 0.999999)) * cap
+    scale = float((x * y).sum() / (x * x).sum())
+    if float((y - scale * x).abs().max()) > 20 * _tolerance(logits) * float(y.abs().max()):
+        raise UnsupportedBackboneError(
+            "The model's logits are not its head's output times a constant.",
+            "Its readout is not known; see docs/models.md.",
+        )
+    return _named(model.config.to_dict(), scale), tuple(never.nonzero()[:, 0].tolist())
+
+
+def _named(config: Mapping[str, Any], scale: float) -> float:
+    """The number that the configuration means by a measured factor: a field, or one over it."""
+    if abs(scale - 1.0) < 1e-4:
+        return 1.0
+    for value in _numbers(config):
+        for exact in (value, 1 / value):
+            if abs(exact - scale) < 1e-4 * abs(scale):
+                return exact
+    return scale
+
+
+def _numbers(config: Mapping[str, Any]) -> list[float]:
+    found: list[float] = []
+    for value in config.values():
+        if isinstance(value, Mapping):
+            found += _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value:
+            found.append(float(value))
+    return found
+
+
+def _tower(model: Any, stack: str) -> str | None:
+    """The vision tower by the usual names, outside the decoder."""
+    for prefix in ("model.", ""):
+        for name in _TOWERS:
+            path = f"{prefix}{name}"
+            node: Any = model
+            for part in path.split("."):
+                node = getattr(node, part, None)
+            if isinstance(node, nn.Module) and not f"{stack}.".startswith(f"{path}."):
+                return path
+    return None

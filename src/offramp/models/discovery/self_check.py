@@ -1,0 +1,233 @@
+"""Whether a model is read as it reads itself: one short prompt at load.
+
+Part 1: the final norm over the last layer's output is what the decoder stack returns. It catches a
+norm that was missed, and states that carry another axis.
+Part 2: logits read from that state are the model's own. It catches factors on states or logits,
+which leave every greedy token as it is and put every threshold and every sample at another
+temperature.
+
+What only decoding shows is left to `offramp.engine.self_check.decoding`, part 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import UnsupportedBackboneError
+from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
+from offramp.models.discovery.watch import first_tensor
+
+if TYPE_CHECKING:
+    from offramp.models.backbone import Backbone
+
+_WIDE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Largest difference allowed, relative to the largest value; elsewhere `_HALF`."""
+_HALF = 3e-2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the probe measured of a decoder.
+
+    width: of its states. vocabulary: of its logits. returns: for each layer, how many values it
+    returns; 0 where it returns the state alone.
+    """
+
+    width: int
+    vocabulary: int
+    returns: tuple[int, ...]
+
+
+class _Listener:
+    """A handler that runs every layer and notes what it returns."""
+
+    def __init__(self, layers: int) -> None:
+        self.returns = [0] * layers
+        self.last: Tensor | None = None
+
+    def layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> Any:
+        out = layer(hidden, *args, **kw)
+        self.returns[index] = len(out) if isinstance(out, tuple) else 0
+        self.last = first_tensor(out)
+        return out
+
+
+def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> Layout:
+    """Parts 1 and 2 of the self-check, and the layout that the probe shows.
+
+    Raises:
+        UnsupportedBackboneError: a part failed, or no prompt could be run.
+    """
+    from offramp.models.intercept import InterceptedModel  # it imports the backbone
+
+    listener = _Listener(backbone.depth)
+    view = InterceptedModel(backbone, listener)
+    made: dict[str, Any] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, out: made.__setitem__(name, out)
+
+    reader = view.model.get_submodule(_around(backbone.family.stack, backbone.family.head))
+    handles = [
+        view.stack.register_forward_hook(note("stack")),
+        reader.register_forward_hook(note("reader")),
+    ]
+    try:
+        with torch.inference_mode():
+            _run(view.model, reader, example)
+            if listener.last is None or "stack" not in made:
+                raise UnsupportedBackboneError(
+                    f"{backbone.family.stack}.{backbone.family.layers} did not run in the probe.",
+                    "Point the family at the language decoder; see docs/models.md.",
+                )
+            normed = _check_norm(backbone, listener.last, made["stack"])
+            logits = _check_logits(backbone, normed, made["reader"])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Layout(int(listener.last.shape[-1]), int(logits.shape[-1]), tuple(listener.returns))
+
+
+def _around(stack: str, head: str) -> str:
+    """The path of the innermost module that holds both."""
+    shared = []
+    for one, other in zip(stack.split("."), head.split("."), strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    return ".".join(shared)
+
+
+def _run(model: Any, reader: Any, example: Mapping[str, Any] | None) -> None:
+    """Run the module that returns logits on a prompt without an image, else the model on `example`.
+
+    Ways to feed a decoder, likelier ones first: as text, as text behind states that an encoder
+    might have made, and by the whole model's `generate`.
+    """
+    failure: Exception | None = None
+    for call in (_as_text, _behind_encoder, _generate):
+        try:
+            call(model, reader, example)
+        except UnsupportedBackboneError:
+            raise
+        except Exception as error:  # each model has its own way to refuse a prompt
+            failure = failure or error
+            continue
+        return
+    raise UnsupportedBackboneError(
+        f"{type(model).__name__} could not be probed: {type(failure).__name__}: "
+        f"{str(failure)[:200]}",
+        "Give what its processor returns for one prompt with an image: "
+        "Backbone(model, example=inputs).",
+    ) from failure
+
+
+def _as_text(model: Any, reader: Any, _: Any) -> None:
+    ids = prompt_ids(model)
+    more: dict[str, Any] = {}
+    if reader.config.is_encoder_decoder:
+        more["decoder_input_ids"] = ids
+    reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+
+
+def _behind_encoder(model: Any, reader: Any, _: Any) -> None:
+    ids = prompt_ids(model)
+    parameter = next(p for p in reader.parameters() if p.is_floating_point())
+    states = encoder_states(model.config, ids.device, parameter.dtype)
+    if accepts(reader, "encoder_outputs"):
+        reader(encoder_outputs=states, decoder_input_ids=ids, use_cache=False)
+    else:
+        hidden = states.last_hidden_state
+        reader(input_ids=ids, encoder_hidden_states=hidden, use_cache=False)
+
+
+def _generate(model: Any, _: Any, example: Mapping[str, Any] | None) -> None:
+    given = text_prompt(model) if example is None else example
+    model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
+
+
+def _check_norm(backbone: Backbone, last: Tensor, out: Any) -> Tensor:
+    """Part 1."""
+    made = first_tensor(getattr(out, "last_hidden_state", out))
+    assert made is not None
+    family = backbone.family
+    if last.dim() != 3:
+        raise UnsupportedBackboneError(
+            f"Self-check, part 1: states of {family.stack}.{family.layers} carry another axis: "
+            f"{list(last.shape)}, not [B, T, D].",
+            "Exits read one state for a token; decoders with several streams (AltUp, "
+            "hyper-connections) are not supported.",
+        )
+    normed = backbone.final_norm(last)
+    apart = _apart(normed, made)
+    if apart is None or apart > _allowed(made):
+        found = "of another shape" if apart is None else f"off by {apart:.1e}"
+        raise UnsupportedBackboneError(
+            f"Self-check, part 1: norm={family.norm!r} over the last layer's output is not what "
+            f"{family.stack} returns ({found}).",
+            _remedy(backbone, "norm"),
+        )
+    return normed
+
+
+def _check_logits(backbone: Backbone, normed: Tensor, out: Any) -> Tensor:
+    """Part 2."""
+    theirs = getattr(out, "logits", None)
+    if not isinstance(theirs, Tensor):
+        raise UnsupportedBackboneError(
+            f"Self-check, part 2: {type(backbone.model).__name__} returned no logits.",
+            _remedy(backbone, "head"),
+        )
+    ours = backbone.logits(normed[:, -theirs.shape[1] :])
+    apart = _apart(ours, theirs)
+    if apart is None or apart > _allowed(theirs):
+        family = backbone.family
+        factor = float((ours.double() * theirs.double()).sum() / ours.double().square().sum())
+        raise UnsupportedBackboneError(
+            f"Self-check, part 2: logits read by head={family.head!r} are not the model's own "
+            f"(off by {'shape' if apart is None else f'{apart:.1e}'}"
+            + (f"; theirs are about {factor:.4g} times ours)." if apart is not None else ")."),
+            _remedy(backbone, "head, hidden_scale or logit_scale"),
+        )
+    return theirs
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float | None:
+    """The largest difference over the largest value; None where shapes differ."""
+    if ours.shape != theirs.shape:
+        return None
+    a, b = ours.double(), theirs.double()
+    low = b <= torch.finfo(theirs.dtype).min / 2  # tokens that are never said
+    if not torch.equal(low, a <= torch.finfo(theirs.dtype).min / 2):
+        return float("inf")
+    largest = float(b[~low].abs().max())
+    difference = (a - b)[~low].abs().max()
+    if torch.isnan(difference):
+        return 0.0 if torch.equal(a.isnan(), b.isnan()) else float("inf")
+    return float(difference) / max(largest, 1e-30)
+
+
+def _allowed(tensor: Tensor) -> float:
+    return _WIDE.get(tensor.dtype, _HALF)
+
+
+def _remedy(backbone: Backbone, fields: str) -> str:
+    kind = backbone.model.config.model_type
+    if backbone.family.discovered:
+        return (
+            f"It was found by watching; name the paths: register_backbone({kind!r}, Family(...)); "
+            "see docs/models.md."
+        )
+    return f"Correct {fields} in register_backbone({kind!r}, Family(...)); see docs/models.md."

@@ -1,0 +1,81 @@
+"""Part 3 of the self-check tells what a model can do with exits."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import zoo
+
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.self_check.decoding import adopt_findings, check_decoding
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+
+
+def checked(name, rows=1):
+    model = zoo.build(name)
+    whole = Backbone(model, example=zoo.inputs(name, model, 1))
+    return whole, check_decoding(whole, zoo.inputs(name, model, rows), depths=(2, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["lfm2_vl", "chameleon", "exaone4_5"])
+def test_all_of_decoding_is_the_models_own(name, rows):
+    _, found = checked(name, rows)
+    outcomes = (found.plain, found.exits, found.first_token, found.lossless)
+    assert all(map(found.holds, outcomes)), found
+
+
+def test_a_cross_attention_layer_is_no_exit_and_keeps_the_images_keys():
+    """Mllama: layer 4 attends to the image alone, so an exit at depth 4 is copied from layer 5."""
+    whole, found = checked("mllama", 3)
+    kinds = {type(Exits(whole, (4,)).at(4)), type(whole.layers[5])}
+    assert len(kinds) == 1 and kinds != {type(whole.layers[4])}
+    assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h_omni"])
+def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
+    whole, found = checked(name, 3)
+    assert found.holds(found.plain) and found.holds(found.exits), found
+    assert str(found.lossless).startswith("refused"), found
+    inputs = zoo.inputs(name, whole.model, 1)
+    policy = ExitPolicy({2: 0.5}, lossless=True)
+    with pytest.raises(InputError, match="recurrent"):
+        generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_prompt_that_looks_ahead_is_told_from_one_that_does_not(name, batch):
+    whole = Backbone(families.build(name))
+    depth = 1 if name == "qwen3-vl" else 2  # where visual features still join
+    found = check_decoding(whole, batch(name, 1), depths=(depth, 4))
+    assert found.holds(found.plain) and found.holds(found.exits), found
+    assert found.holds(found.first_token) == (name not in families.LOOKS_AHEAD), found
+
+
+def test_layers_that_read_the_tokens_again_get_those_that_wait():
+    """Gemma 4 adds an embedding of the token in every layer."""
+    _, found = checked("gemma4", 3)
+    assert found.holds(found.exits) and found.holds(found.lossless), found
+
+
+@pytest.mark.parametrize("name", ["git", "mistral_large4"])
+def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
+    whole, found = checked(name)
+    with pytest.raises(UnsupportedBackboneError, match="part 3") as caught:
+        adopt_findings(whole, found)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_what_held_is_taken_over(batch):
+    whole = Backbone(families.build("gemma3"))
+    adopt_findings(whole, check_decoding(whole, batch("gemma3", 1)))
+    assert not whole.family.causal_prompt and whole.lossless
+    model = zoo.build("aya_vision")
+    found = Backbone(model)
+    assert not found.family.causal_prompt  # not known before an image was seen
+    adopt_findings(found, check_decoding(found, zoo.inputs("aya_vision", model, 1)))
+    assert found.family.causal_prompt
