@@ -197,9 +197,8 @@ def counted(whole, call):
 def of_features(score, whole, threshold):
     judges = build_discriminators(whole.width, DEPTHS, conditional=True)
     return {
-        "exits": Exits(whole, DEPTHS),
+        "exits": ExitSet(Exits(whole, DEPTHS), discriminators=judges),
         "policy": ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score),
-        "discriminators": judges if score == "discriminator" else None,
         "max_new_tokens": NEW,
     }
 

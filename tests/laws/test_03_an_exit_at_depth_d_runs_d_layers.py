@@ -62,7 +62,8 @@ def test_under_recompute_a_skipped_layer_runs_only_when_a_later_token_needs_it(n
 def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(kv, lens, batch):
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
-    exits, policy = Exits(whole, (2,), lens=lens), ExitPolicy({2: 0.0}, kv=kv)
+    exits = Exits(whole, (2,), kind="lens" if lens else "layer")
+    policy = ExitPolicy({2: 0.0}, kv=kv)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
     )

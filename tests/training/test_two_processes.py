@@ -20,6 +20,7 @@ from offramp.models.backbone import Backbone
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
 from offramp.training.labels import answers_of
+from offramp.training.optimization import set_learning_rate
 
 
 def free_port() -> int:
@@ -83,7 +84,7 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
         )
     start_closest(run.game, [store[i] for store in stores for i in range(len(store))])
     for step in range(SHARED.steps):
-        run._set_rate(step)
+        set_learning_rate(run.generator_steps, SHARED, step)
         batches = [store[run._order(step, len(store))] for store in stores]
         losses = [
             run.game.generator_loss(run.game.loss_inputs(batch), step)[0] for batch in batches

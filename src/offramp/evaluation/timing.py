@@ -92,7 +92,7 @@ def time_interleaved(
         decode = dict.fromkeys(names, 0.0)
         for place, some in enumerate(inputs):
             for name in random.Random(f"{number}:{place}").sample(names, len(names)):
-                clock = FirstToken()
+                clock = FirstToken(time.perf_counter)
                 begin = time.perf_counter()
                 answer = ways[name](some, StoppingCriteriaList([clock]))
                 end = time.perf_counter()

@@ -15,14 +15,14 @@ from typing import Any
 from torch import nn
 
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.models.exits import Exits, ExitSet
 
 FREEZING: dict[str, Any] = {"freezing": True}
 
 
 @contextmanager
 def compiled(
-    backbone: Backbone, exits: ExitSet | None = None, *, backend: str = "inductor"
+    backbone: Backbone, exits: ExitSet | Exits | None = None, *, backend: str = "inductor"
 ) -> Iterator[bool]:
     """Compile for as long as the context lasts; yields whether it could be done.
 
@@ -38,7 +38,7 @@ def compiled(
         return
     import torch._dynamo
 
-    own = () if exits is None else exits.modules.values()
+    own = () if exits is None else ExitSet.of(exits).modules.values()
     layers: list[nn.Module] = [*backbone.layers, *own]
     options = FREEZING if backend == "inductor" else None
     # All layers are one piece of code to the compiler, and each with each kind of call counts.

@@ -67,10 +67,16 @@ class _Listener:
 def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> Layout:
     """Parts 1 and 2 of the self-check, and the layout that the probe shows.
 
+    A model without weights (on the meta device) cannot run; its layout is what its shapes say.
+
     Raises:
         UnsupportedBackboneError: a part failed, or no prompt could be run.
     """
     from offramp.models.intercept import InterceptedModel  # it imports the backbone
+
+    if any(parameter.is_meta for parameter in backbone.layers.parameters()):
+        width, vocabulary = backbone.text_config.hidden_size, len(backbone.head.weight)
+        return Layout(int(width), vocabulary, (0,) * backbone.depth)
 
     listener = _Listener(backbone.depth)
     view = InterceptedModel(backbone, listener)
