@@ -617,7 +617,7 @@ def test_the_command_compares_on_ones_own_pictures(
 
 def test_an_unknown_quality_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "compare --backbone tiny-opt --data x.jsonl --out x --quality exactmatch"
-    assert cli.main(arguments.split()) == 1
+    assert cli.main(arguments.split()) == 2
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 2
     assert "Did you mean 'exact_match'" in lines[1]
