@@ -13,8 +13,11 @@ from families import one_row
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.errors import BusyError, InputError
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.slots.cache import SlotCache
+from offramp.errors import BusyError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
@@ -238,6 +241,47 @@ def test_what_cannot_be_batched_fails_its_request_in_two_lines(options, said, ad
         bad.result(timeout=0)
     assert len(str(error.value).splitlines()) == 2
     assert good.result(timeout=0)
+
+
+@pytest.mark.parametrize("name", ["blip2-t5", "florence2"])
+def test_an_answer_longer_than_a_slot_is_refused_behind_an_encoder_too(
+    name, backbone, exits, batch
+):
+    """A long prompt is the encoder's, and takes no columns of the slot."""
+    policy = ExitPolicy({2: 0.05})
+    engine = EngineCore(backbone(name), exits(name), policy, EngineConfig(slots=2, limit=12))
+    inputs = one_row(name, batch(name, 1), 0)
+    fits, too_long = (engine.add(request(inputs, new=new)) for new in (11, 12))
+    engine.run()
+    assert fits.result(timeout=0)
+    with pytest.raises(InputError, match="slot of 12"):
+        too_long.result(timeout=0)
+
+
+def test_states_that_are_no_keys_and_values_are_refused():
+    from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer()]
+    with pytest.raises(UnsupportedBackboneError, match="one by one"):
+        SlotCache(slots=2, entries=1, limit=8).load(0, cache, None)
+
+
+def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, batch):
+    name = "llava"
+    vision, prefix = VisionCache(), PrefixCache()
+    policy = ExitPolicy({2: 0.05})
+    some = {"vision_cache": vision, "prefix_cache": prefix}
+    engine = EngineCore(backbone(name), exits(name), policy, SMALL, **some)
+    inputs = one_row(name, batch(name, 1), 0)
+    handles = [engine.add(request(inputs)) for _ in range(3)]
+    engine.run()
+    assert (vision.misses, vision.hits) == (1, 2)
+    assert prefix.reused > 0
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = generate(backbone(name), inputs, exits=exits(name), policy=policy, **options)
+    for handle in handles:
+        assert torch.equal(handle.result().output.sequences, alone.sequences)
 
 
 def test_a_batch_of_rows_is_not_a_request(adapter, batch):

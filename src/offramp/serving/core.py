@@ -255,7 +255,8 @@ class EngineCore:
         pays = named or not self.policy.thresholds or self.pace.admits()
         policy = request.row_policy(self.policy, self.batch.depths, pays=pays)
         tokens = int(request.inputs["input_ids"].shape[-1])
-        self._check_room(tokens, 0)
+        if not self.batch.backbone.is_encoder_decoder:  # else these are the encoder's
+            self._check_room(tokens, 0)
         prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
         taps = _Taps(request, job, self.clock)
         rules = RowRules(prompt, seed=request.seed, streamer=taps)
@@ -265,8 +266,9 @@ class EngineCore:
         return tokens
 
     def _check_room(self, prompt: int, answer: int) -> None:
+        """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
         limit = self.config.limit
-        if not self.batch.backbone.is_encoder_decoder and prompt + answer > limit:
+        if prompt + answer > limit:
             raise InputError(
                 f"A prompt of {prompt} tokens and an answer of up to {answer} do not fit into a "
                 f"slot of {limit}.",

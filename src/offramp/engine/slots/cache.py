@@ -17,10 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+)
+from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 from offramp.engine.slots.layout import SlotCall
-from offramp.errors import InputError
+from offramp.errors import InputError, UnsupportedBackboneError
 
 BUCKET = 64
 """Columns are added by multiples of this."""
@@ -151,8 +157,12 @@ class SlotCache:
         """Take over a prompt of one row from the cache it was run with; return its length.
 
         real: which of the prompt's columns [T] are no padding; None: all.
+
+        Raises:
+            UnsupportedBackboneError: layers that keep a state instead of keys and values.
         """
         own = getattr(source, "self_attention_cache", source)
+        _check_entries(own.layers)
         length = int(own.get_seq_length())
         kept = None if real is None or bool(real.all()) else real
         total = length if kept is None else int(kept.sum())
@@ -239,6 +249,16 @@ def check_memory(needed: int, free: int | None, slots: int, limit: int) -> None:
             f"{slots} slots of {limit} tokens need {needed / 1e9:.2f} GB for keys and values, and "
             f"{free / 1e9:.2f} GB are free.",
             f"Ask for at most {max(0, int(slots * free / needed))} slots, or for shorter ones.",
+        )
+
+
+def _check_entries(entries: Sequence[Any]) -> None:
+    wrong = {type(e).__name__ for e in entries if type(e) not in (DynamicLayer, SlidingLayer)}
+    if wrong:
+        raise UnsupportedBackboneError(
+            f"The model keeps {', '.join(sorted(wrong))}, and not keys and values by token, as "
+            "slots do.",
+            "Answer its requests one by one with generate.",
         )
 
 
