@@ -8,25 +8,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import logits_score
 from offramp.engine.exit_check import gates_of_policy, shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefill import Prepared
 from offramp.engine.sampling import SequenceState
 from offramp.engine.speculative import Draft, verify
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.tap import States
 
 
+class GreedyRow(SequenceState):
+    """One greedy row without processors: what costs a small model a tenth of a token is left out.
+
+    Token ids lie in one buffer, logits are not copied, and ends are looked up as numbers.
+    """
+
+    def __init__(self, prepared: Prepared, streamer: Any = None) -> None:
+        super().__init__(prepared, streamer)
+        known = (MaxLengthCriteria, EosTokenCriteria)
+        self._others = [c for c in self._criteria if type(c) not in known]
+        self._longest: int | None = self._criteria.max_length
+        self._ends = frozenset([] if self._eos is None else self._eos.tolist())
+        self._buffer = prepared.ids.new_zeros(1, 2 * prepared.ids.shape[1] + 64)
+        self._buffer[:, : self.ids.shape[1]] = self.ids
+        self._live = 1
+        self._one = torch.ones(1, dtype=torch.bool)
+
+    @classmethod
+    def fits(cls, prepared: Prepared) -> bool:
+        """Whether the next token is the largest logit, whatever stands before it."""
+        return len(prepared.ids) == 1 and not prepared.config.do_sample and not prepared.processors
+
+    @property
+    def live(self) -> int:
+        return self._live
+
+    def process(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        return logits
+
+    def emit(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
+        length = self.ids.shape[1]
+        if length == self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.zeros_like(self._buffer)], 1)
+        self._buffer[0, length] = tokens[0]
+        self.ids = self._buffer[:, : length + 1]
+        self.trace.append((self._one, depths, scores))
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        stops = [bool(stop(self.ids, None)) for stop in self._others]
+        self._live = int(not (self.would_end(self.ids) or any(stops)))
+
+    def would_end(self, ids: Tensor) -> bool:
+        if self._longest is not None and ids.shape[1] >= self._longest:
+            return True
+        return bool(self._ends) and int(ids[0, -1]) in self._ends
+
+
 class ExitLook:
     """Decides at each exit, and remembers what the last look at a token saw.
 
-    depth: where the token at hand left, or the full depth. score: at its last look, or NaN. logits:
-    [1, V], if it left.
+    depth: where the token at hand left, or the full depth. score: at its last look, or NaN.
+    few: logits [1, S] of what the exit can say, if the token left there.
     """
 
     def __init__(self, adapter: Adapter, policy: ExitPolicy, depths: tuple[int, ...]) -> None:
@@ -42,11 +92,11 @@ class ExitLook:
         self._rule = score
         self.constrain: Callable[[Tensor], Tensor] | None = None
         self.depth, self.score = self._layers, math.nan
-        self.logits: Tensor | None = None
+        self.few: Tensor | None = None
 
     def begin(self) -> None:
         """A new token."""
-        self.depth, self.score, self.logits = self._layers, math.nan, None
+        self.depth, self.score, self.few = self._layers, math.nan, None
 
     def __call__(self, exit: int, state: Array, logits: Array) -> bool:
         """Whether the token leaves at this exit of the chain; see `Decide`."""
@@ -66,8 +116,21 @@ class ExitLook:
             self.score = float(score)
             if not bool(score >= threshold):
                 return False
-        self.depth, self.logits = depth, self._whole(few)
+        self.depth, self.few = depth, few
         return True
+
+    @property
+    def logits(self) -> Tensor:
+        """[1, V], of a token that left."""
+        assert self.few is not None
+        return self._whole(self.few)
+
+    @property
+    def largest(self) -> Tensor:
+        """The token id [1] of the largest logit, of a token that left."""
+        assert self.few is not None
+        place = self.few.argmax(-1)
+        return place if self._shortlist is None else self._shortlist[place]
 
     def _whole(self, few: Tensor) -> Tensor:
         """Logits [1, V] of logits [1, S] of the shortlist."""
@@ -102,6 +165,7 @@ class Decoder:
         self.embed = embed
         self.policy = policy
         self.layers = look.depth
+        self.greedy = isinstance(loop, GreedyRow)
         look.constrain = loop.constraints(lambda: loop.ids)
 
     def decode(self, prompt: States) -> None:
@@ -112,17 +176,15 @@ class Decoder:
             self._emit(self.embed(self.loop.ids[:, -1:]), self.look)
 
     def _emit(self, states: States, look: ExitLook | None) -> None:
-        logits = self._step(states, look)
-        loop, seen = self.loop, self.look
-        loop.emit(loop.choose(logits), torch.tensor([seen.depth]), torch.tensor([seen.score]))
-
-    def _step(self, states: States, look: ExitLook | None) -> Tensor:
-        """Logits [1, V] for the token after `states`."""
-        self.look.begin()
+        """Run `states`, and write the token after them."""
+        seen, loop = self.look, self.loop
+        seen.begin()
         self.chain.run(states, look)
-        if self.look.logits is not None:
-            return self.look.logits
-        return torch.from_numpy(self.chain.finish(1))
+        if seen.few is None:
+            token = loop.choose(torch.from_numpy(self.chain.finish(1)))
+        else:
+            token = seen.largest if self.greedy else loop.choose(seen.logits)
+        loop.emit(token, torch.tensor([seen.depth]), torch.tensor([seen.score]))
 
     # -- lossless -----------------------------------------------------------------------------
 
@@ -147,11 +209,15 @@ class Decoder:
             may_leave = len(drafts) < self.policy.max_draft
             self.chain.run(self.embed(ids[:, -1:]), look if may_leave else None)
             fed += 1
-            if look.logits is None:
+            if look.few is None:
                 break
-            scores = loop.process(look.logits, ids)
-            token = loop.draw(scores)
-            probabilities = scores.softmax(-1) if loop.samples else None
+            probabilities = None
+            if self.greedy:
+                token = look.largest
+            else:
+                scores = loop.process(look.logits, ids)
+                token = loop.draw(scores)
+                probabilities = scores.softmax(-1) if loop.samples else None
             drafts.append(
                 Draft(token, torch.tensor([look.depth]), torch.tensor([look.score]), probabilities)
             )

@@ -125,6 +125,12 @@ def export_gguf(
     return [Path(folder) / plan.file for plan in plans]
 
 
+def export_whole(backbone: Backbone, file: Path, formats: ExportFormats) -> None:
+    """The decoder without exits in one file, which is what llama.cpp runs alone: for comparison."""
+    plan = SegmentPlan(0, 0, backbone.depth, None)
+    _Writer(backbone, architecture_of(backbone), formats, plan).write(file, None, {})
+
+
 def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
     """The chain of segments for the exits at `depths`."""
     edges = [0, *depths, adapter.backbone.depth]

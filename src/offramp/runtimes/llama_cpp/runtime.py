@@ -24,7 +24,7 @@ from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
-from offramp.runtimes.llama_cpp.decoding import Decoder, ExitLook
+from offramp.runtimes.llama_cpp.decoding import Decoder, ExitLook, GreedyRow
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
@@ -72,6 +72,15 @@ class LlamaCppRuntime:
             raise
         self._chain = SegmentChain(self._segments, sizes)
 
+    rows = 1
+    """Prompts in one call of `generate`."""
+
+    @property
+    def name(self) -> str:
+        """The engine, and the number formats of its weights."""
+        formats = self.files.formats
+        return f"llama.cpp {formats['layers']}, exits {formats['exits']}, head {formats['head']}"
+
     @property
     def backbone(self) -> Backbone:
         return self.adapter.backbone
@@ -108,7 +117,7 @@ class LlamaCppRuntime:
         check_inputs(inputs, self.backbone.model)
         policy = (self.policy if policy is None else policy).effective
         self._check_policy(policy)
-        entry = _Entry()
+        entry = DecoderEntry()
         view = InterceptedModel(self.backbone, entry)
         if vision_cache is not None:
             view.remember_images(self.backbone, vision_cache)
@@ -117,7 +126,8 @@ class LlamaCppRuntime:
             check_options(lambda name: getattr(prepared.config, name, None))
             prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
             self._check_room(len(prompt), prepared.ids, prepared.criteria)
-            loop = SequenceState(prepared, streamer)
+            kind = GreedyRow if GreedyRow.fits(prepared) else SequenceState
+            loop = kind(prepared, streamer)
             rounds = self._decode(prompt, loop, policy)
             loop.end()
         live, depths, scores = (torch.stack(column, 1) for column in zip(*loop.trace, strict=True))
@@ -156,7 +166,9 @@ class LlamaCppRuntime:
         embedded = self.backbone.stack.get_input_embeddings()(ids)
         return np.asarray(embedded[0].float().cpu().numpy())
 
-    def _prompt(self, entry: _Entry, model: Any, ids: Tensor, prepared: dict[str, Any]) -> States:
+    def _prompt(
+        self, entry: DecoderEntry, model: Any, ids: Tensor, prepared: dict[str, Any]
+    ) -> States:
         """The states [T, D] that enter the decoder for a prepared prompt, padding left out."""
         if len(ids) != 1:
             raise InputError(
@@ -181,7 +193,7 @@ class LlamaCppRuntime:
             ids = torch.randint(self.backbone.vocabulary, (1, AT_ONCE), generator=draw)
             ids = ids.to(self.backbone.device)
             probe = self._embed(ids)
-            entry = _Entry()
+            entry = DecoderEntry()
             stack = InterceptedModel(self.backbone, entry).stack
             if not np.array_equal(
                 entry.states(lambda: stack(input_ids=ids))[0].float().cpu(), probe
@@ -238,7 +250,7 @@ class _Entered(Exception):
     """Raised out of the decoder's first layer, once it is known what enters it."""
 
 
-class _Entry:
+class DecoderEntry:
     """Stands before the decoder's layers, and keeps what enters the first."""
 
     def __init__(self) -> None:

@@ -78,7 +78,9 @@ class Segment:
             )
         self._memory = lib.llama_get_memory(self._context)
         self.length = 0
-        self._batch = _Batch(lib, READ_AT_ONCE)
+        self._batch = _Batch(lib, READ_AT_ONCE, self.width)
+        self._address = 0
+        self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
     def feed(self, states: States, outputs: int, idle: int = 0) -> None:
         """Run the layers over `states` [n, D], which stand behind what was fed before.
@@ -100,7 +102,11 @@ class Segment:
     def logits(self, rows: int) -> Logits:
         """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
         pointer = self._lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+        address = ctypes.addressof(pointer.contents)
+        if address != self._address or rows > len(self._logits):  # it moves when it grows
+            self._logits = np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+            self._address = address
+        return self._logits[:rows]
 
     def crop(self, rows: int) -> None:
         """Forget the last `rows` rows."""
@@ -143,8 +149,8 @@ _CACHES = {"f32": 0, "f16": 1}
 class _Batch:
     """The arrays of a llama.cpp batch, allocated once."""
 
-    def __init__(self, lib: Any, rows: int) -> None:
-        self._lib = lib
+    def __init__(self, lib: Any, rows: int, width: int) -> None:
+        self._states = np.zeros((rows, width), dtype=np.float32)
         self._positions = np.zeros(rows, dtype=np.int32)
         self._ones = np.ones(rows, dtype=np.int32)
         self._outputs = np.zeros(rows, dtype=np.int8)
@@ -157,13 +163,12 @@ class _Batch:
         self._batch.n_seq_id = self._ones.ctypes.data_as(one)
         self._batch.seq_id = ctypes.cast(self._sequences, ctypes.POINTER(one))
         self._batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        self._held: States  # what the batch points to
+        self._batch.embd = self._states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def fill(self, states: States, start: int, outputs: int, idle: int) -> Any:
         rows = len(states)
-        self._held = np.ascontiguousarray(states, dtype=np.float32)
+        self._states[:rows] = states
         self._batch.n_tokens = rows
-        self._batch.embd = self._held.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         np.add(self._steps[:rows], start, out=self._positions[:rows])
         self._outputs[:rows] = 0
         self._outputs[rows - idle - outputs : rows - idle] = 1
