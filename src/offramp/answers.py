@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,27 @@ log = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
 
-Model = Adapter | Backbone
+
+class Runtime(Protocol):
+    """An engine that generates for an adapter in PyTorch's place.
+
+    name: with what changes its answers, such as the number format. rows: most in one call.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    def generate(
+        self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
+    ) -> GenerationOutput:
+        """As `Adapter.generate`."""
+        ...
+
+
+Model = Adapter | Runtime | Backbone
 """What answers: an adapter by its policy or another, or a backbone, which is the full model."""
 
 
@@ -121,9 +141,9 @@ def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[i
 def _generate(
     model: Model, inputs: Mapping[str, Any], policy: ExitPolicy | None, options: Mapping[str, Any]
 ) -> GenerationOutput:
-    if isinstance(model, Adapter):
-        return model.generate(inputs, policy=policy, **options)
-    return generate(model, inputs, policy=FULL if policy is None else policy, **options)
+    if isinstance(model, Backbone):
+        return generate(model, inputs, policy=FULL if policy is None else policy, **options)
+    return model.generate(inputs, policy=policy, **options)
 
 
 class _Confidence:

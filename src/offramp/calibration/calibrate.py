@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter import Adapter
+from offramp.answers import Runtime
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_control import METHODS, TESTS, control, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
@@ -79,6 +80,7 @@ class Calibration:
         the safest point); None where that is above the target, so that no number would.
     speedup: of decoding, predicted from measured costs.
     path: what was tested, up to the first failure.
+    runtime: whose answers the promise is about, by name; None: PyTorch's.
     """
 
     policy: ExitPolicy
@@ -95,6 +97,7 @@ class Calibration:
     reason: str
     path: tuple[Point, ...]
     data_digest: str
+    runtime: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored in an adapter; thresholds are keyed by depth."""
@@ -124,6 +127,7 @@ def calibrate(
     thresholds: Sequence[float] = GRID,
     batch_size: int = 64,
     costs: Costs | None = None,
+    runtime: Runtime | None = None,
     progress: Any = iter,
     **options: Any,
 ) -> Calibration:
@@ -139,6 +143,8 @@ def calibrate(
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
+        runtime: answers in the adapter's place, e.g. with quantised weights: the promise is then of
+            its answers, and all exits share one threshold.
         options: of generation, such as max_new_tokens.
 
     Raises:
@@ -155,8 +161,9 @@ def calibrate(
     measure = RISKS[risk]
     _check_examples(adapter, examples, risk)
     whole = ThresholdEvaluator.of(
-        adapter, encoder, examples, policy, measure, costs=costs, batch_size=batch_size, **options
-    )
+        adapter, encoder, examples, policy, measure,
+        costs=costs, batch_size=batch_size, runtime=runtime, **options,
+    )  # fmt: skip
     if measure.quality is not None and not measure.quality(whole.full, examples).any():
         raise DataError(
             f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
@@ -164,7 +171,8 @@ def calibrate(
         )
     path, tested = path_of(whole, thresholds)
     columns, points = _walk(tested, progress(path), asked)
-    return _decide(tested, columns, points, asked, examples_digest(examples))
+    found = _decide(tested, columns, points, asked, examples_digest(examples))
+    return replace(found, runtime=None if runtime is None else runtime.name)
 
 
 def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from offramp.adapter import Adapter
-from offramp.answers import Answer, generate_answers
+from offramp.answers import Answer, Runtime, generate_answers
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
@@ -57,16 +57,22 @@ class ThresholdEvaluator:
         *,
         costs: Costs | None = None,
         batch_size: int = 64,
+        runtime: Runtime | None = None,
         **options: Any,
     ) -> ThresholdEvaluator:
-        """Answer the examples with the full model and replay that. options: of generation."""
+        """Answer the examples with the full model and replay that.
+
+        runtime: answers in the adapter's place; nothing is replayed then, as that would be the
+            adapter's own exits. options: of generation.
+        """
+        model, rows_at_once = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 
         def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
-            return generate_answers(adapter, encoder, asked, by, batch_size=batch_size, **options)
+            return generate_answers(model, encoder, asked, by, batch_size=rows_at_once, **options)
 
         full = answer(examples, FULL)
         replayed, doubtful = None, np.ones(len(examples), dtype=bool)
-        if can_replay(policy) and _is_greedy(options):
+        if runtime is None and can_replay(policy) and _is_greedy(options):
             rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
             replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)
             tokens = replayed.replay

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from offramp.adapter import Adapter
-from offramp.answers import answers_of
+from offramp.answers import GREEDY, Runtime, answers_of
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -49,6 +49,7 @@ def evaluate(
     policy: ExitPolicy | None = None,
     *,
     out: str | Path,
+    runtime: Runtime | None = None,
     resume: bool = False,
     allow_seen: bool = False,
     progress: Any = iter,
@@ -62,6 +63,7 @@ def evaluate(
         task: of `offramp.evaluation.tasks.TASKS`.
         policy: when tokens leave early. Default: the adapter's.
         out: the run's folder; see the module for its files.
+        runtime: answers in the adapter's place; not for dialogue, whose candidates PyTorch ranks.
         resume: go on with the run in `out`; what is answered there is kept.
         allow_seen: take pictures that the adapter was trained or calibrated on.
         progress: wraps the batches that are still to do.
@@ -89,7 +91,7 @@ def evaluate(
             ("train", "calibration"),
             "Evaluate on other pictures, or say --allow-seen for figures that flatter.",
         )
-    answerer = _Answerer(model, encoder, plan, policy)
+    answerer = _Answerer(model, encoder, plan, policy, runtime)
     stored = answerer.stored()
     with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
         _fill(rows, answerer, items, progress)
@@ -145,7 +147,10 @@ class _Answerer:
         encoder: InputProcessor,
         plan: Settings,
         policy: ExitPolicy | None,
+        runtime: Runtime | None = None,
     ) -> None:
+        _check_runtime(runtime, plan)
+        self.runtime = runtime
         adapter = model if isinstance(model, Adapter) else None
         self.backbone = model.backbone if isinstance(model, Adapter) else model
         self.exits = adapter.exits if adapter else None
@@ -184,6 +189,7 @@ class _Answerer:
             "batch_size": self.plan.batch_size,
             "max_new_tokens": self.plan.longest,
             "ranking": self.plan.ranking if self.plan.task == "dialogue" else None,
+            **({} if self.runtime is None else {"runtime": self.runtime.name}),
         }
 
     def answer(self, items: Sequence[Item], mode: str) -> list[Row]:
@@ -217,16 +223,11 @@ class _Answerer:
         self._generate(self.encoder.prompts([item.example for item in items]), mode, None)
 
     def _generate(self, inputs: Mapping[str, Any], mode: str, stop: Any) -> GenerationOutput:
-        return generate(
-            self.backbone,
-            inputs,
-            exits=self.exits,
-            policy=self.policies[mode],
-            max_new_tokens=self.plan.longest,
-            do_sample=False,
-            num_beams=1,
-            stopping_criteria=stop,
-        )
+        policy, longest = self.policies[mode], self.plan.longest
+        options = {**GREEDY, "max_new_tokens": longest, "stopping_criteria": stop}
+        if self.runtime is not None:
+            return self.runtime.generate(inputs, policy=policy, **options)
+        return generate(self.backbone, inputs, exits=self.exits, policy=policy, **options)
 
     def _ranked(self, item: Item, mode: str) -> dict[str, Any]:
         if self.plan.task != "dialogue":
@@ -242,6 +243,22 @@ class _Answerer:
             at_once=self.plan.candidates_at_once,
         )
         return {"candidate_scores": scores, "ranked_by": "policy" if policy.thresholds else "full"}
+
+
+def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
+    """Raise `InputError` where `runtime` cannot do what is planned."""
+    if runtime is None:
+        return
+    if plan.task == "dialogue":
+        raise InputError(
+            f"The runtime {runtime.name} ranks no candidates, which dialogue needs.",
+            "Evaluate dialogue with --runtime torch.",
+        )
+    if plan.batch_size > runtime.rows:
+        raise InputError(
+            f"The runtime {runtime.name} answers {runtime.rows} at a time, not {plan.batch_size}.",
+            f"Use --batch-size {runtime.rows}.",
+        )
 
 
 def _digest(modules: Sequence[nn.Module]) -> str:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
     add_command,
@@ -65,6 +66,7 @@ def _options(parser: Parser) -> None:
     batch_option(group, 64)
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     group.add_argument("--json", action="store_true", help="the calibration as one JSON object")
+    runtime_options(parser)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -80,6 +82,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     Promise(**asked)  # a mistake should not wait for data and model
+    check_runtime(arguments)
     out = adapter_folder(arguments)
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
@@ -91,8 +94,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
     encoder = InputProcessor(adapter.backbone, processor)
-    costs = None
-    if can_replay(policy):  # with an answer at a time, as where speed counts
+    costs, runtime = None, load_runtime(arguments, adapter)
+    if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
         costs = measure_costs(
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
             score=policy.score, shortlist=policy.shortlist,
@@ -103,6 +106,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         examples,
         policy,
         costs=costs,
+        runtime=runtime,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda path: tqdm(path, "calibrate", disable=None, leave=False),

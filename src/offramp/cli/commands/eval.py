@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
     add_command,
@@ -60,6 +61,7 @@ def _options(parser: Parser) -> None:
         "--rescore", action="store_true",
         help="score the answers in --out again; no model is loaded",
     )  # fmt: skip
+    runtime_options(parser)
 
 
 def _evaluation_options(parser: Parser) -> None:
@@ -98,6 +100,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     settings["mode"] = arguments.mode or ("full" if alone else "both")
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
+    check_runtime(arguments)
+    if alone and arguments.runtime != "torch":
+        raise InputError("--runtime llama.cpp runs an adapter.", "Give --adapter.")
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
     check_writable(arguments.out, folder=True)
@@ -116,6 +121,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             arguments.task,
             None if alone else policy_of(arguments, model),
             out=arguments.out,
+            runtime=None if alone else load_runtime(arguments, model),
             resume=arguments.resume,
             allow_seen=arguments.allow_seen,
             progress=lambda batches: tqdm(batches, "evaluate", disable=None),

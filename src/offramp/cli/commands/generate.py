@@ -65,7 +65,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise InputError("The prompt came without its image.", "Add --image FILE.")
     check_runtime(arguments)
     adapter, processor = load_adapter(arguments)
-    runtime = load_runtime(arguments, adapter)
+    runtime = load_runtime(arguments, adapter) or adapter
     policy = replace(policy_of(arguments, adapter), lossless=arguments.mode == "lossless")
     if arguments.mode == "full":
         policy = FULL

@@ -42,10 +42,10 @@ def check_runtime(arguments: argparse.Namespace) -> None:
 
 
 def load_runtime(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """What generates for `adapter`: itself, or the llama.cpp runtime."""
+    """What generates in the adapter's place; None: it does that itself."""
     check_runtime(arguments)
     if arguments.runtime == "torch":
-        return adapter
+        return None
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
     engine = EngineOptions(context=arguments.context, threads=arguments.threads)
