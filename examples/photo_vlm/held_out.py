@@ -70,7 +70,7 @@ QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
 
 
-def _half(example: Example) -> int:
+def half_of(example: Example) -> int:
     """0 to choose on, 1 to measure on: by a hash of the photograph."""
     return hashlib.sha256(f"half:{example.group}".encode()).digest()[0] % 2
 
@@ -107,7 +107,7 @@ class Photos:
         return [self.encoder.prompts([e]) for e in self.part("captions", half)[:count]]
 
     def part(self, name: str, half: int) -> list[Example]:
-        return [e for e in self.held[name] if _half(e) == half]
+        return [e for e in self.held[name] if half_of(e) == half]
 
     def answers(self, adapter: Adapter, name: str, examples: Sequence[Example]) -> list[Answer]:
         """Free-running greedy answers by the adapter's policy."""
