@@ -56,6 +56,13 @@ def test_without_exits_it_writes_what_the_model_does(name: str, loaded: Any) -> 
     assert len(set(ours.new_tokens[0].tolist())) > 3
 
 
+def test_an_answer_may_be_much_longer_than_its_prompt(loaded: Any) -> None:
+    longer = {"max_new_tokens": 100, "do_sample": False}
+    ours = loaded("llava").generate(inputs_of("llava"), policy=FULL, **longer)
+    stock = adapter_of("llava").backbone.model.generate(**inputs_of("llava"), **longer)
+    assert torch.equal(ours.sequences, stock)
+
+
 @pytest.mark.parametrize("more", [{}, {"exit_in_prefill": True}, {"gates": {2: 0.5}}], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_early_exits_are_those_of_pytorch(
