@@ -4,8 +4,8 @@ parameters; writes benchmarks/records/ablation.json.
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
 OPT the same after long training on few pictures. Every seed has pictures, split, order and
 discriminator of its own, which all games of that seed share, so that differences are paired. Judged
-on test pictures and on damaged ones (four corruptions): leaving always, and by the share of tokens
-that may leave while 99% of the answers stay the full model's.
+on test images and on corrupted ones: exiting always, and by the share of tokens that may exit
+while 99% of the answers stay the full model's.
 
 Budget: 25 minutes on two cores, a process on each with OMP_NUM_THREADS=1:
     python -m benchmarks.ablation --shard 0/2 & python -m benchmarks.ablation --shard 1/2
@@ -157,7 +157,7 @@ class Place:
         return mean(task.correct(text, example) for text, (task, example) in pairs)
 
     def judged(self, adapter: Adapter) -> dict[str, float]:
-        """Figures of exits: leaving always, and leaving where it is safe."""
+        """Figures of exits: exiting always, and exiting where it is safe."""
         rule = ExitPolicy({DEPTH: 0.0}, exit_in_prefill=True)
         given = answers_to(adapter, self.encoder, self.inputs, rule, max_new_tokens=LONGEST)
         answers = [answer.ids for answer in given]
@@ -171,7 +171,7 @@ class Place:
     @torch.inference_mode()
     def _replayed(self, adapter: Adapter) -> dict[str, float]:
         """Over the tokens of the full model's answers: the share on which exit and final layer
-        agree, and the largest share that may leave by one threshold while `KEPT` of the answers
+        agree, and the largest share that may exit by one threshold while `KEPT` of the answers
         stay as they are. Exact: up to the first token that differs both have read the same."""
         sure, worst, right = [], [], []
         for index in range(len(self.store)):

@@ -6,7 +6,7 @@ benchmarks.bench NAME...` measures only these parts; what each found stays in ru
 others: opt-2.7b, flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
-batch: eight rows of OPT-2.7B, leaving each on its own, and all together.
+batch: eight rows of OPT-2.7B, exiting each on its own, and all together.
 families: full depth against HF `generate`, for a tiny random model of every family.
 peers: the shipped models, with what else HF offers.
 dialogues: the shipped models, with image features and prompts kept between turns.
@@ -158,7 +158,7 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     one = VisionCache()
     adapter.generate(inputs[0], vision_cache=one, **options)
 
-    def way(exits: bool, kept: bool) -> GenerateFn:
+    def method(exits: bool, kept: bool) -> GenerateFn:
         # One picture, so that none waits there for the next round.
         caches: dict[str, Any] = {
             "vision_cache": VisionCache(one.nbytes),
@@ -169,11 +169,11 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
             adapter.backbone, adapter.exits, policy, **options, **(caches if kept else {})
         )
 
-    ways = {
-        "full": way(False, False), "full, kept": way(False, True),
-        "early_exit": way(True, False), "early_exit, kept": way(True, True),
+    methods = {
+        "full": method(False, False), "full, kept": method(False, True),
+        "early_exit": method(True, False), "early_exit, kept": method(True, True),
     }  # fmt: skip
-    timings = time_interleaved(ways, inputs, rounds=ROUNDS)
+    timings = time_interleaved(methods, inputs, rounds=ROUNDS)
     return {
         name: {
             "speedup_end_to_end": speedup(timings["full"].seconds, timing.seconds),

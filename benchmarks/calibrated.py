@@ -1,8 +1,8 @@
 """Calibrate exits for both shipped models and keep what came of it.
 
 records/calibrated.json: thresholds for each target and risk, found on one set of pictures and
-    measured on another: risk, quality, and decoding time in one interleaved race.
-records/violations.json: how often a promise fails over random splits of a pool of answers, each
+    measured on another: risk, quality, and decoding time, interleaved.
+records/violations.json: how often a guarantee fails over random splits of a pool of answers, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
     The pool's own risk stands for the true one; that of a half scatters around it.
 """
@@ -129,13 +129,15 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
         for risk in MEASURED
         for target in TARGETS
     ]  # fmt: skip
-    ways: dict[str, GenerateFn] = {
+    methods: dict[str, GenerateFn] = {
         "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
         "full": demo.exit_generate_fn(adapter, FULL),
     }
-    ways |= {str(i): demo.exit_generate_fn(adapter, one.policy) for i, one in enumerate(found)}
+    methods |= {str(i): demo.exit_generate_fn(adapter, one.policy) for i, one in enumerate(found)}
     timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
-    timings = time_interleaved(ways, timed, rounds=sizes.rounds, progress=partial(_bar, "timing"))
+    timings = time_interleaved(
+        methods, timed, rounds=sizes.rounds, progress=partial(_bar, "timing")
+    )
     full = _answers(adapter, encoder, sizes.test, FULL)
     return [
         _row(one, timings, str(i), full, _answers(adapter, encoder, sizes.test, one.policy))

@@ -60,7 +60,7 @@ THRESHOLD = 0.9
 @dataclass(frozen=True)
 class Sizes:
     """Pictures to train and test on (a caption and two questions each), by what `STEPS` are
-    divided, the interleaved timing, and the captions that recompute and propagate race on.
+    divided, the interleaved timing, and the captions that recompute and propagate are timed on.
 
     finer_test, finer_seeds: pictures and seeds for FREE beside distillation alone.
     """
@@ -179,10 +179,10 @@ def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, An
     thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
     policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
     timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
-    ways = {
+    methods = {
         name: demo.exit_generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()
     }
-    timings = time_interleaved(ways, timed, rounds=sizes.rounds)
+    timings = time_interleaved(methods, timed, rounds=sizes.rounds)
     tasks = [captions("test", sizes.test), questions("test", sizes.test)]
     full = demo.answers(adapter, encoder, tasks, FULL)
     found: dict[str, Any] = {"threshold": THRESHOLD}

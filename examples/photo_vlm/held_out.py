@@ -49,7 +49,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Sizes:
     """Photographs with captions and questions to train exits on, steps, examples measured, and
-    the risks that are promised."""
+    the risks that are guaranteed."""
 
     captions: int = 6000
     questions: int = 1000

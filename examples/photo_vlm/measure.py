@@ -89,10 +89,10 @@ def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
 
 
 def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
-    """What is needed to leave by the first policy that was found: its exits, no discriminators.
+    """What is needed to exit by the first policy that was found: its exits, no discriminators.
 
     Raises:
-        InputError: none of the policies leaves early.
+        InputError: none of the policies exits early.
     """
     chosen = (row for row in found["points"] if row["chosen_by"] != ALWAYS)
     row = next((row for row in chosen if row["thresholds"]), None)

@@ -48,7 +48,7 @@ from offramp.training.trainer import Trainer
 def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     """The exits of a regime, with a shortlist; those in the folder, if they are whole.
 
-    No gates: they guess where a score reaches 0.9, and most captions' tokens leave below that.
+    No gates: they predict where a score reaches 0.9, and most captions' tokens exit below that.
     """
     if (folder / "adapter.json").is_file():
         adapter = Adapter.load(folder, photos.backbone)
@@ -78,18 +78,18 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
     path = _path(photos, adapter, whole)
     chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
     targets = photos.sizes.targets
-    promises = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t) for t in targets}
+    guarantees = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t) for t in targets}
     policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
-    policies |= {n: found.policy for n, found in promises.items() if found.policy.thresholds}
+    policies |= {n: found.policy for n, found in guarantees.items() if found.policy.thresholds}
     policies[ALWAYS] = replace(
         whole.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], 0.0)
     )
     timings = timings_of(photos, adapter, policies)
     rows = []
-    for name in (*chosen, *promises, ALWAYS):
+    for name in (*chosen, *guarantees, ALWAYS):
         row: dict[str, Any] = {"chosen_by": name}
-        if name in promises:
-            found = promises[name]
+        if name in guarantees:
+            found = guarantees[name]
             row |= {
                 "risk_target": found.target, "confidence": found.confidence, "risk": found.risk,
                 "risk_bound": found.bound, "n_calibration": found.n, "reason": found.reason,

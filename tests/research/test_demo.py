@@ -47,6 +47,13 @@ def test_the_report_has_every_figure(report: Any) -> None:
         assert report["modes"]["lossless"][figure] > 0
 
 
+def test_the_page_shows_answers_word_by_word(folder: Path, report: Any) -> None:
+    page = (folder / "report.html").read_text()
+    assert "A word ran" in page and "Answers, word by word" in page
+    assert page.count('<article class="answer"') > 0 and page.count('<img src="data:image/png') > 0
+    assert page.count('<span class="t"') > report["layers"]
+
+
 def test_mean_depth_counts_every_token(report: Any) -> None:
     assert report["exits"][0] <= report["modes"]["early_exit"]["mean_depth"] <= report["layers"]
 

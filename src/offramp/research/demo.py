@@ -1,4 +1,4 @@
-"""The first run: exits for a tiny VLM, trained, calibrated and raced against the full model.
+"""The first run: exits for a tiny VLM, trained, calibrated and timed beside the full model.
 
 Four sets of pictures that no two steps share: `train` for the exits (no labels: the model writes
 the answers), `calibration` for the threshold, `test` for quality and speed.
@@ -25,6 +25,7 @@ from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
+from offramp.evaluation.run_log import Done
 from offramp.evaluation.timing import (
     GenerateFn,
     Timing,
@@ -37,8 +38,10 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
 from offramp.provenance import provenance
+from offramp.research.report.report import Source
+from offramp.research.report.report import report as page
 from offramp.research.scenes.tasks import Task, captions, questions
-from offramp.storage import write_json
+from offramp.storage import write_atomic, write_json
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 
@@ -46,6 +49,8 @@ log = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 DEPTHS = {"opt": (2,), "t5": (2,)}
+SHOWN = 8
+"""Of each task's answers, those on the page."""
 TARGET = 0.0075  # of answers; below the 1% of quality that the demo is meant to keep
 
 
@@ -65,7 +70,8 @@ class DemoSizes:
 def demo(
     kind: str, out: Path, sizes: DemoSizes = DemoSizes(), *, target: float = TARGET, seed: int = 0
 ) -> dict[str, Any]:
-    """Run everything for the tiny model `kind`; write `out`/report.json and return it."""
+    """Run everything for the tiny model `kind`; write `out`/report.json and
+    report.html, and return the former."""
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     started = time.perf_counter()
     backbone, processor = load_tiny(kind)
@@ -102,7 +108,7 @@ def demo(
     adapter.save(out / kind)
     log.info(f"lossless drafts by {dict(adapter.policy.drafts)}")
 
-    report = _measure(adapter, encoder, sizes)
+    report, shown = _measure(adapter, encoder, sizes)
     report |= {
         "backbone": f"tiny-{kind}",
         "training_seconds": training_seconds,
@@ -115,15 +121,25 @@ def demo(
     }
     write_json(out / "report.json", report)
     write_json(out / f"report-{kind}.json", report)
+    name = f"{report['backbone']}, demo"
+    write_atomic(out / "report.html", page([Source("demo", name, report, shown)], some_of_each()))
     return report
+
+
+def some_of_each() -> list[Example]:
+    """The test pictures whose answers the page shows."""
+    return _examples("test", SHOWN)
 
 
 def _examples(split: str, pictures: int) -> list[Example]:
     return captions(split, pictures).examples + questions(split, pictures).examples
 
 
-def _measure(adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes) -> dict[str, Any]:
-    """Quality over the test pictures and interleaved timing over some of them, for each mode."""
+def _measure(
+    adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes
+) -> tuple[dict[str, Any], Done]:
+    """Quality over the test pictures and interleaved timing over some of them, for each mode; and
+    some answers by mode and key."""
     backbone = adapter.backbone
     tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]
     full = answers(adapter, encoder, tasks, FULL)
@@ -167,12 +183,27 @@ def _measure(adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes) -> dic
         "acceptance": sum(kept for _, kept in rounds) / max(1, sum(made for made, _ in rounds)),
         **_speedups(timings, "lossless"),
     }
-    return {
+    report = {
         "layers": backbone.depth,
         "exits": list(adapter.exits.depths),
         "full_equals_generate": timings["full"].answers == timings["generate"].answers,
         "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
         "modes": modes,
+    }
+    return report, {**_rows("full", tasks, full), **_rows("early_exit", tasks, early)}
+
+
+def _rows(mode: str, tasks: Sequence[Task], answers: Mapping[str, Sequence[Answer]]) -> Done:
+    """The answers to some of each task's examples, as an evaluation keeps them."""
+    return {
+        (mode, example.key): {
+            "key": example.key,
+            "answer": answer.text,
+            "ids": list(answer.ids),
+            "depths": list(answer.depths),
+        }
+        for task in tasks
+        for example, answer in list(zip(task.examples, answers[task.name], strict=True))[:SHOWN]
     }
 
 

@@ -45,4 +45,5 @@ def _demo(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out, folder=True)
     report = demo(arguments.backbone, arguments.out, target=arguments.target, seed=arguments.seed)
     print_text(table(report))
-    tell(f"report: {arguments.out / 'report.json'}")
+    tell(f"figures: {arguments.out / 'report.json'}")
+    tell(f"open {arguments.out / 'report.html'}")

@@ -154,7 +154,7 @@ def depth_histogram(shares: Mapping[str, Mapping[str, float]], layers: int) -> s
             shift = (slot + 0.5) * width - 0.4
             at = [int(depth) + shift for depth in some]
             axes.bar(at, list(some.values()), width, color=COLORS[slot % len(COLORS)], label=name)
-        _depth_axis(axes, layers, "depth at which a token leaves")
+        _depth_axis(axes, layers, "depth at which a token exits")
         axes.set_ylabel("share of tokens")
         _percent(axes.yaxis)
         if len(shares) > 1:

@@ -158,7 +158,7 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
         ("headline", "In short", {
             "eval": of(sections.headline_eval), "demo": of(sections.headline_demo),
             "adapter": of(sections.headline_adapter)}),
-        ("answers", "Answers, word by word", {"eval": answers}),
+        ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
         ("key", "Key figures", {
             "eval": of(partial(sections.headline_eval, part="figures")),
             "demo": of(partial(sections.headline_demo, part="figures")),
@@ -187,7 +187,9 @@ def _shown(show: Show, source: Source) -> Markup:
 def _answers(
     source: Source, pictures: Mapping[str, Example], tokenizer_of: Callable[[str], Any]
 ) -> Markup:
-    settings = source.value["settings"]
+    if source.kind == "demo" and not source.done:
+        return Markup("")
+    settings = source.value["settings"] if source.kind == "eval" else source.value
     tokenizer = tokenizer_of(settings["backbone"]) if source.done else None
     return gallery(source.done, settings["layers"], pictures, tokenizer)
 
@@ -198,7 +200,7 @@ def local_tokenizer(name: str) -> Any:
 
     from offramp.models.shipped import TINY, tiny_folder
 
-    kind = name.removeprefix("offramp/tiny-")
+    kind = name.removeprefix("offramp/").removeprefix("tiny-")
     place = str(tiny_folder(kind)) if kind in TINY else name
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
