@@ -65,7 +65,7 @@ DATA = {
         _VISDIAL.format("train", "."),
     ),
 }  # fmt: skip
-"""NoCaps is zero-shot: its exits are trained and calibrated on COCO, and the guarantee is COCO's."""
+"""NoCaps is zero-shot: its exits are trained and calibrated on COCO, and so is the guarantee."""
 
 
 def commands(
