@@ -15,6 +15,7 @@ from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
+from offramp.models.quantized.weights import float_dtype
 from offramp.models.registry import Family, registered_family
 
 
@@ -170,7 +171,7 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.layers.parameters()).dtype  # type: ignore[no-any-return]
+        return float_dtype(self.layers)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this backbone from another; see `offramp.models.fingerprint`."""

@@ -8,7 +8,6 @@ same cache, behind the backbone's (entries L, L+1, ...). Untrained it is a copy 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone
+from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.shortlist import Gate
 
 
@@ -80,8 +80,8 @@ class ExitKind:
 
 
 def copy_layer(layer: nn.Module, entry: int) -> nn.Module:
-    """A deep copy of a decoder layer whose attention writes to cache entry `entry`, hooks off."""
-    twin = copy.deepcopy(layer)
+    """A deep copy of a decoder layer, in float, that writes to cache entry `entry`, hooks off."""
+    twin = float_copy(layer, float_dtype(layer))
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

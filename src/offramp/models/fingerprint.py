@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from offramp.models.quantized.weights import float_parameters, scheme
+
 if TYPE_CHECKING:
     from offramp.models.backbone import Backbone
 
@@ -27,6 +29,10 @@ PARTS = {
 """Parts besides the decoder, and what an error calls them."""
 
 
+_TOGETHER = 0.98
+"""Cosine of two samples of one decoder's weights, one of them quantised: in 4 bits above 0.99."""
+
+
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
     """Sizes, and a sample of the weights of the decoder and of each of `PARTS`.
 
@@ -34,8 +40,10 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     (nearly) the same one; `same_backbone` allows for the rounding.
     """
     norm = backbone.norm.parameters() if backbone.norm is not None else ()
-    decoder = [*backbone.layers.parameters(), *norm]
+    decoder = [*float_parameters(backbone.layers), *norm]
+    held_in = scheme(backbone.layers)
     return {
+        **({} if held_in is None else {"quantized": held_in}),
         "model_type": backbone.model.config.model_type,
         "layers": backbone.depth,
         "width": backbone.width,
@@ -55,6 +63,8 @@ def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
     for key in _SIZES:
         if saved.get(key) != now.get(key):
             return f"{key} is {now.get(key)}, not {saved.get(key)}"
+    if saved.get("quantized") != now.get("quantized"):
+        return _same_values(saved["weights"], now["weights"])
     pairs = list(zip(saved["weights"], now["weights"], strict=False))
     equal = sum(a == b for a, b in pairs) / max(1, len(pairs))
     if len(saved["weights"]) != len(now["weights"]) or equal < _ALIKE:
@@ -64,6 +74,15 @@ def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
         if name in parts and not _same_part(parts[name], now["parts"][name]):
             return f"the {what} differ"
     return None
+
+
+def _same_values(saved: Sequence[int], now: Sequence[int]) -> str | None:
+    """None where two samples are of one decoder in different bits: they go together."""
+    if len(saved) != len(now):
+        return "the decoder's weights differ"
+    pair = torch.tensor([saved, now], dtype=torch.int16).view(torch.bfloat16).double()
+    together = float(torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=0))
+    return None if together > _TOGETHER else f"the decoder's weights differ ({together:.2f})"
 
 
 def _same_part(saved: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> bool:
@@ -83,20 +102,21 @@ def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
 def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
     """The parameters of each of `PARTS`: the bridge is what no other part and no layer holds."""
     model: Any = backbone.model
-    vision = _parameters(_vision(backbone))
-    embeddings = _parameters(model.get_input_embeddings())
-    head = _parameters(backbone.head)
-    known = {id(p) for p in (*vision, *embeddings, *head, *backbone.stack.parameters())}
-    bridge = [p for p in model.parameters() if id(p) not in known]
-    return {"vision": vision, "bridge": bridge, "embeddings": embeddings, "head": head}
+    parts = {
+        "vision": _vision(backbone),
+        "embeddings": model.get_input_embeddings(),
+        "head": backbone.head,
+    }
+    held = [backbone.stack, *(part for part in parts.values() if part is not None)]
+    known = {id(parameter) for part in held for parameter in part.parameters()}
+    found = {
+        name: [] if part is None else list(float_parameters(part)) for name, part in parts.items()
+    }
+    return {**found, "bridge": list(float_parameters(model, known))}
 
 
 def _vision(backbone: Backbone) -> nn.Module | None:
     return None if backbone.family.vision is None else backbone.vision
-
-
-def _parameters(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else list(module.parameters())
 
 
 def _sample(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -12,6 +12,7 @@ training/                   log, and the state that resuming needs; not pushed t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,9 @@ from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths
+from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import same_backbone
+from offramp.models.quantized.weights import scheme
 from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
     CONFIG,
@@ -144,7 +146,8 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
             a file is missing, damaged, or not the one that adapter.json was written with.
     """
     _check_digests(config)
-    difference = same_backbone(config.fingerprint, backbone.fingerprint())
+    now = backbone.fingerprint()
+    difference = same_backbone(config.fingerprint, now)
     if difference is not None:
         raise AdapterError(
             f"{config.folder} was trained for {config.backbone!r}, not for this backbone: "
@@ -156,6 +159,15 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         check_policy_depths(config.policy, config.depths)
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
+    calibration = config.calibration
+    was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
+    if was != held_in:
+        calibration = None  # what was guaranteed was measured on other logits
+        warnings.warn(
+            f"{config.folder} was trained beside a backbone in {was or 'float'}, this one is in "
+            f"{held_in or 'float'}: calibrate again, its guarantees do not hold here.",
+            stacklevel=3,
+        )
     return AdapterParts(
         exits=ExitSet(
             _load_exits(config, backbone),
@@ -166,7 +178,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         policy=config.policy,
         provenance=dict(config.provenance),
         metrics=dict(config.metrics),
-        calibration=None if config.calibration is None else dict(config.calibration),
+        calibration=None if calibration is None else dict(calibration),
         seen=_load_seen(config),
     )
 
@@ -209,8 +221,10 @@ def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
             f"{config.folder} holds exits of kind {config.exit_kind!r}, which is not registered.",
             "Import the package that calls offramp.register_exit for it, then load again.",
         )
-    if config.exit_kind == "layer":  # compared before memory is taken
-        layers = {d: backbone.layers[d].state_dict() for d in config.depths}
+    copied = {d: backbone.layers[copied_index(backbone, d)] for d in config.depths}
+    # Compared before memory is taken; of quantised layers the copies alone show it.
+    if config.exit_kind == "layer" and not any(map(scheme, copied.values())):
+        layers = {d: layer.state_dict() for d, layer in copied.items()}
         shapes = {
             f"{d}.{n}": tuple(t.shape) for d, state in layers.items() for n, t in state.items()
         }

@@ -219,8 +219,10 @@ def _defaults() -> dict[str, Any]:
 
 def _fingerprint(entries: _Entries) -> dict[str, Any]:
     names = ("model_type", "layers", "width", "vocabulary", "tensors", "weights")
-    entries.check_known((*names, "parts"))
+    entries.check_known((*names, "parts", "quantized"))
     entries.get("model_type", str)
+    if "quantized" in entries.values:
+        entries.get("quantized", str)
     for name in names[1:5]:
         entries.get(name, int)
     parts = entries.values.get("parts", {})

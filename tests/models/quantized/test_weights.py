@@ -1,0 +1,102 @@
+"""Exits beside quantised linears are float copies of the values that the backbone computes with."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.self_check.decoding import check_decoding
+from offramp.errors import AdapterError, UnsupportedBackboneError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.quantized.weights import float_copy, is_quantized, scheme
+
+
+class Codes(torch.Tensor):
+    """A weight in 8 bits and a scale a row, as libraries hold them: an opaque tensor subclass."""
+
+    @staticmethod
+    def __new__(cls, codes, scales):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scales.dtype)
+
+    def __init__(self, codes, scales):
+        self.codes, self.scales = codes, scales
+
+    def dequantize(self):
+        return self.codes.to(self.scales.dtype) * self.scales
+
+    def __repr__(self):
+        return "Codes()"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scales)
+        plain = [a.dequantize() if isinstance(a, Codes) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def quantize(module):
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            scales = part.weight.detach().abs().amax(1, keepdim=True) / 127
+            codes = (part.weight.detach() / scales).round().to(torch.int8)
+            part.weight = nn.Parameter(Codes(codes, scales), requires_grad=False)
+
+
+@pytest.fixture
+def quantized():
+    model = families.build("llava").requires_grad_(False)
+    quantize(model.model.language_model)
+    return Backbone(model)
+
+
+def test_an_exit_is_a_float_copy_of_the_quantised_layer(quantized):
+    layer = quantized.layers[2]
+    exit = Exits(quantized, (2,)).at(2)
+    assert scheme(layer) == "Codes" and scheme(exit) is None
+    assert torch.equal(exit.mlp.up_proj.weight, layer.mlp.up_proj.weight.dequantize())
+    states = torch.randn(1, 3, families.WIDTH)
+    exit.mlp(states).sum().backward()
+    assert exit.mlp.up_proj.weight.grad is not None
+
+
+def test_decoding_is_the_quantised_models_own(quantized, batch):
+    found = check_decoding(quantized, batch("llava", 1), depths=(2, 4))
+    outcomes = (found.plain, found.exits, found.first_token, found.lossless)
+    assert all(map(found.holds, outcomes)), found
+
+
+def test_an_adapter_goes_there_and_back(quantized, tmp_path):
+    Adapter(quantized, Exits(quantized, (2,)), ExitPolicy({2: 0.5})).save(tmp_path)
+    again = Adapter.load(tmp_path, quantized)
+    assert again.exits.depths == (2,)
+
+
+def test_a_float_models_adapter_loads_beside_it_with_a_warning_and_without_its_guarantee(
+    quantized, tmp_path
+):
+    plain = Backbone(families.build("llava"))
+    Adapter(plain, Exits(plain, (2,)), ExitPolicy({2: 0.5})).save(tmp_path)
+    with pytest.warns(UserWarning, match="calibrate again"):
+        assert Adapter.load(tmp_path, quantized).calibration is None
+    other = Backbone(families.build("llava", seed=1))
+    quantize(other.model.model.language_model)
+    with pytest.raises(AdapterError, match="differ"):
+        Adapter.load(tmp_path, other)
+
+
+def test_a_scheme_that_is_not_known_is_refused_in_two_lines():
+    class Packed(nn.Linear):
+        pass
+
+    odd = Packed(4, 4)
+    odd.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
+    assert is_quantized(odd)
+    with pytest.raises(UnsupportedBackboneError, match="Packed") as caught:
+        float_copy(nn.Sequential(odd), torch.float32)
+    assert len(str(caught.value).splitlines()) == 2
