@@ -297,7 +297,8 @@ def test_learning_neither_shortlist_nor_gates_survives_the_disk(backbone, exits,
     ours = learn_shortlist_and_gates(adapter, encoder, fakes.examples(20), max_new_tokens=6)
     ours.save(tmp_path / "adapter")
     again = Adapter.load(tmp_path / "adapter", adapter.backbone)
-    assert again.policy == ours.policy and again.exits.shortlist is None
+    assert again.policy == ours.policy
+    assert again.exits.shortlist is None and not again.exits.gates
 
 
 def test_checks_of_another_size_or_half_a_file_are_refused(backbone, exits, tmp_path):
