@@ -38,7 +38,7 @@ from offramp.research.benchmark.bench import RATES, Case, any_shortlist, bench, 
 from offramp.research.benchmark.peers import table as peers_table
 from offramp.research.benchmark.peers import time_peers
 from offramp.research.benchmark.shapes import shape
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 from offramp.research.scenes.tasks import captions, questions
 from offramp.storage import read_json, write_json
 
@@ -149,9 +149,9 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     examples = []
     for index in range(DIALOGUES):
         scene = world.scene("test", index)
-        talk, picture = world.dialogue(scene, TURNS), world.render(scene)
+        talk, picture = language.dialogue(scene, TURNS), world.render(scene)
         for turn, (question, answer) in enumerate(talk):
-            prompt = world.dialogue_prompt(talk[:turn], question)
+            prompt = language.dialogue_prompt(talk[:turn], question)
             examples.append(Example(picture, prompt, (answer,), f"{index}/{turn}"))
     inputs = [encoder.prompts([example]) for example in examples]
     options: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}

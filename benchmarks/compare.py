@@ -33,7 +33,7 @@ from offramp.research import demo
 from offramp.research.comparison.compare import compare
 from offramp.research.comparison.grid import exits_folder
 from offramp.research.comparison.methods import FEW, FREE, Plan
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 from offramp.research.scenes.tasks import captions, questions
 from offramp.storage import read_json, write_json
 from offramp.training.config import TrainConfig
@@ -169,9 +169,9 @@ def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.
 
 def _is_right(text: str, example: Example) -> bool:
     if example.prompt != world.CAPTION_PROMPT:
-        return world.answer_correct(text, example.answers[0])
+        return language.answer_correct(text, example.answers[0])
     split, index = example.key.split()[0].split("/")
-    return world.caption_correct(text, world.scene(split, int(index)))
+    return language.caption_correct(text, world.scene(split, int(index)))
 
 
 def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, Any]:

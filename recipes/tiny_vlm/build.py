@@ -19,7 +19,7 @@ from transformers import (
     T5Config,
 )
 
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 WIDTH = 128
 HEADS = 4
@@ -55,7 +55,7 @@ def build_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words(world.vocabulary()), trainer)
+    tokenizer.train_from_iterator(words(language.vocabulary()), trainer)
     template = "</s> $A" if backbone == "opt" else "$A </s>"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("</s>", EOS)]

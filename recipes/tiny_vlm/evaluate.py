@@ -9,7 +9,7 @@ from build import MAX_NEW_TOKENS, build_processor
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 Item = tuple[world.Scene, str, str]  # scene, prompt, reference answer
 
@@ -58,9 +58,9 @@ def caption_scores(
 ) -> dict[str, float]:
     """Share of captions fully right, share right among four-object scenes, F1 of the facts."""
     texts = said(model, processor, [(s, world.CAPTION_PROMPT, "") for s in scenes])
-    right = [world.caption_correct(t, s) for t, s in zip(texts, scenes, strict=True)]
+    right = [language.caption_correct(t, s) for t, s in zip(texts, scenes, strict=True)]
     claims = [
-        (world.caption_attributes(t), world.scene_facts(s))
+        (language.caption_attributes(t), language.scene_facts(s))
         for t, s in zip(texts, scenes, strict=True)
     ]
     hits = sum(len(a & b) for a, b in claims)
@@ -80,11 +80,11 @@ def question_scores(
     each: int,
 ) -> tuple[float, dict[str, float]]:
     """Accuracy of single questions, overall and by kind."""
-    asked = [(s, q, a) for s in scenes for q, a in world.questions(s, each)]
-    texts = said(model, processor, [(s, world.question_prompt(q), a) for s, q, a in asked])
+    asked = [(s, q, a) for s in scenes for q, a in language.questions(s, each)]
+    texts = said(model, processor, [(s, language.question_prompt(q), a) for s, q, a in asked])
     kinds: dict[str, list[bool]] = defaultdict(list)
     for (_, question, answer), text in zip(asked, texts, strict=True):
-        kinds[world.question_kind(question)].append(world.answer_correct(text, answer))
+        kinds[language.question_kind(question)].append(language.answer_correct(text, answer))
     overall = share(r for results in kinds.values() for r in results)
     return overall, {kind: share(results) for kind, results in sorted(kinds.items())}
 
@@ -96,19 +96,19 @@ def dialogue_scores(
     rounds: int,
 ) -> tuple[float, dict[str, float]]:
     """Accuracy of dialogue turns, overall and by turn; history is the model's own answers."""
-    talks = [world.dialogue(s, rounds) for s in scenes]
-    histories: list[list[world.QA]] = [[] for _ in scenes]
+    talks = [language.dialogue(s, rounds) for s in scenes]
+    histories: list[list[language.QA]] = [[] for _ in scenes]
     turns: dict[str, float] = {}
     for turn in range(rounds):
         asked = [
-            (s, world.dialogue_prompt(h, talk[turn][0]), talk[turn][1])
+            (s, language.dialogue_prompt(h, talk[turn][0]), talk[turn][1])
             for s, h, talk in zip(scenes, histories, talks, strict=True)
         ]
         texts = said(model, processor, asked)
         for history, talk, text in zip(histories, talks, texts, strict=True):
             history.append((talk[turn][0], text))
         turns[f"turn_{turn + 1}"] = share(
-            world.answer_correct(t, item[2]) for t, item in zip(texts, asked, strict=True)
+            language.answer_correct(t, item[2]) for t, item in zip(texts, asked, strict=True)
         )
     return sum(turns.values()) / rounds, turns
 

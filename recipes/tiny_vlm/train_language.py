@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForConditionalGeneration
 
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 IGNORE = -100
 PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates
@@ -61,7 +61,7 @@ class Texts:
         """Token ids without specials; a text splits at spaces, so whole words can be remembered."""
         return [i for chunk in text.split() for i in self.chunk(chunk)]
 
-    def rounds(self, turns: list[world.QA]) -> Row:
+    def rounds(self, turns: list[language.QA]) -> Row:
         """OPT: `</s> prompt answer prompt answer ...`, labels for answers and their ends."""
         ids, labels = [EOS], [IGNORE]
         for prompt, answer in turns:
@@ -70,20 +70,20 @@ class Texts:
             labels += [IGNORE] * (len(asked) - 1) + said + [EOS]
         return ids, labels
 
-    def turn(self, turns: list[world.QA]) -> Row:
+    def turn(self, turns: list[language.QA]) -> Row:
         """T5: encoder ids of all rounds, decoder labels of the last answer."""
         prompt, answer = turns[-1]
         history = " ".join(f"{p} {a}" for p, a in turns[:-1])
         return [*self.ids(f"{history} {prompt}"), EOS], [*self.ids(answer), EOS]
 
 
-def asked(turns: list[world.QA]) -> list[world.QA]:
-    return [(world.question_prompt(q), a) for q, a in turns]
+def asked(turns: list[language.QA]) -> list[language.QA]:
+    return [(language.question_prompt(q), a) for q, a in turns]
 
 
 def captions(texts: Texts, backbone: str, scenes: list[world.Scene]) -> list[Row]:
     make = texts.rounds if backbone == "opt" else texts.turn
-    return [make([(world.CAPTION_PROMPT, world.caption(s))]) for s in scenes]
+    return [make([(world.CAPTION_PROMPT, language.caption(s))]) for s in scenes]
 
 
 def answers(
@@ -93,13 +93,13 @@ def answers(
     rows = []
     for i, scene in enumerate(scenes):
         if i % 3 == 0:
-            turns = world.dialogue(scene, 5)
+            turns = language.dialogue(scene, 5)
             if backbone == "t5":
                 turns = turns[: int(rng.integers(1, 6))]
         else:
-            found = world.questions(scene, 8)
+            found = language.questions(scene, 8)
             count = 5 if backbone == "opt" else 1
-            weights = [3.0 if world.question_kind(q) in HARD else 1.0 for q, _ in found]
+            weights = [3.0 if language.question_kind(q) in HARD else 1.0 for q, _ in found]
             share = np.array(weights) / sum(weights)
             turns = [found[j] for j in rng.choice(len(found), min(count, len(found)), False, share)]
         rows.append((texts.rounds if backbone == "opt" else texts.turn)(asked(turns)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from offramp import cli
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 RunCommand = Any
 TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4)
@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(12):
         scene = world.scene("train", index)
         world.render(scene).save(folder / f"{index}.png")
-        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+        rows.append({"image": f"{index}.png", "captions": [language.caption(scene)]})
     write_rows(folder / "rows.jsonl", rows)
     return folder
 
@@ -71,7 +71,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(12):
         scene = world.scene("calibration", index)
         world.render(scene).save(folder / f"{index}.png")
-        rows.append({"image": f"{index}.png", "captions": [world.caption(scene)]})
+        rows.append({"image": f"{index}.png", "captions": [language.caption(scene)]})
     return write_rows(folder / "rows.jsonl", rows)
 
 
@@ -89,7 +89,7 @@ def questions(tmp_path: Path) -> Path:
     world.render(scene).save(tmp_path / "0.png")
     rows = [
         {"image": "0.png", "question": question, "answers": [answer]}
-        for question, answer in world.questions(scene, 2)
+        for question, answer in language.questions(scene, 2)
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

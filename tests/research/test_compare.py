@@ -28,7 +28,7 @@ from offramp.research.comparison.equal_quality import LEVELS, Each, equal_qualit
 from offramp.research.comparison.grid import Grid, exits_folder
 from offramp.research.comparison.methods import OBJECTIVES, POLICIES, QUALITIES, Plan
 from offramp.research.comparison.points import PointMeasurer
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 from offramp.storage import read_json
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import TrainingStates
@@ -600,7 +600,7 @@ def test_the_command_compares_on_ones_own_pictures(
     for index in range(10):
         scene = world.scene("train", index)
         world.render(scene).save(tmp_path / f"{index}.png")
-        rows.append(json.dumps({"image": f"{index}.png", "captions": [world.caption(scene)]}))
+        rows.append(json.dumps({"image": f"{index}.png", "captions": [language.caption(scene)]}))
     data = tmp_path / "photos.jsonl"
     data.write_text("\n".join(rows))
     arguments = ["compare", "--backbone", "tiny-opt", "--data", data, "--out", tmp_path / "run",

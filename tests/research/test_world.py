@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from offramp.models.shipped import tiny_folder
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 SCENES = list(world.scenes("train", 150))
 
@@ -28,8 +28,8 @@ def test_a_scene_depends_on_split_and_index_only() -> None:
     again = world.scene("test", 7)
     assert again == world.scene("test", 7) != world.scene("test", 8)
     assert world.render(again).tobytes() == world.render(world.scene("test", 7)).tobytes()
-    assert world.questions(again, 6) == world.questions(again, 6)
-    assert world.dialogue(again, 6) == world.dialogue(again, 6)
+    assert language.questions(again, 6) == language.questions(again, 6)
+    assert language.dialogue(again, 6) == language.dialogue(again, 6)
 
 
 def test_splits_never_share_a_seed() -> None:
@@ -73,15 +73,15 @@ def test_large_objects_cover_more_pixels_than_small_ones() -> None:
 
 def test_captions_parse_back_to_the_scene() -> None:
     for scene in SCENES:
-        text = world.caption(scene)
-        assert world.caption_attributes(text) == world.scene_facts(scene)
-        assert world.caption_correct(text, scene)
-        assert world.caption_correct(f"  {text.upper()} ", scene)
+        text = language.caption(scene)
+        assert language.caption_attributes(text) == language.scene_facts(scene)
+        assert language.caption_correct(text, scene)
+        assert language.caption_correct(f"  {text.upper()} ", scene)
 
 
 def test_a_caption_with_one_wrong_word_is_wrong() -> None:
     for scene in SCENES[:60]:
-        words = world.caption(scene).split()
+        words = language.caption(scene).split()
         for i, word in enumerate(words):
             bare = word.strip(",.:")
             for family in (
@@ -93,19 +93,19 @@ def test_a_caption_with_one_wrong_word_is_wrong() -> None:
             ):
                 if bare in family:
                     other = word.replace(bare, next(w for w in family if w != bare))
-                    assert not world.caption_correct(
+                    assert not language.caption_correct(
                         " ".join([*words[:i], other, *words[i + 1 :]]), scene
                     )
 
 
 def test_missing_invented_repeated_and_unreadable_captions_are_wrong() -> None:
     scene = next(s for s in SCENES if len(s.objects) == 2)
-    text = world.caption(scene)
+    text = language.caption(scene)
     first, second = text.split(": ")[1].rstrip(".").split(" and ")
-    assert not world.caption_correct(text.replace(f" and {second}", ""), scene)
-    assert not world.caption_correct(text.replace(".", f" and {first}."), scene)
-    assert not world.caption_correct(text.replace(" and ", " banana "), scene)
-    assert not world.caption_correct("", scene)
+    assert not language.caption_correct(text.replace(f" and {second}", ""), scene)
+    assert not language.caption_correct(text.replace(".", f" and {first}."), scene)
+    assert not language.caption_correct(text.replace(" and ", " banana "), scene)
+    assert not language.caption_correct("", scene)
 
 
 def count_of(question: str, scene: world.Scene) -> int:
@@ -125,8 +125,8 @@ def named(phrase: str, scene: world.Scene) -> world.Thing:
 def test_counts_relations_and_comparisons_follow_from_the_scene() -> None:
     checked = dict.fromkeys(("count", "relation", "larger", "exists"), 0)
     for scene in SCENES:
-        for question, answer in world.questions(scene, 12):
-            kind = world.question_kind(question)
+        for question, answer in language.questions(scene, 12):
+            kind = language.question_kind(question)
             if kind == "count":
                 assert world.COUNTS.index(answer) == count_of(question, scene)
             elif kind == "exists":
@@ -153,17 +153,17 @@ def test_counts_relations_and_comparisons_follow_from_the_scene() -> None:
 
 
 def test_every_kind_is_asked_and_yes_is_no_safe_guess() -> None:
-    asked = [qa for scene in SCENES for qa in world.questions(scene, 12)]
-    assert {world.question_kind(q) for q, _ in asked} == set(world.QUESTIONS)
+    asked = [qa for scene in SCENES for qa in language.questions(scene, 12)]
+    assert {language.question_kind(q) for q, _ in asked} == set(language.QUESTIONS)
     for kind in ("exists", "relation", "same", "more"):
-        answers = [a for q, a in asked if world.question_kind(q) == kind]
+        answers = [a for q, a in asked if language.question_kind(q) == kind]
         assert 0.35 < answers.count("yes") / len(answers) < 0.65
 
 
 def test_dialogues_refer_back_to_the_object_spoken_of_last() -> None:
     for scene in SCENES[:80]:
-        turns = world.dialogue(scene, 8)
-        assert len(turns) == 8 and world.question_kind(turns[0][0]) != "follow_up"
+        turns = language.dialogue(scene, 8)
+        assert len(turns) == 8 and language.question_kind(turns[0][0]) != "follow_up"
         focus: list[world.Thing] = []
         for question, answer in turns:
             if match := re.search(r"the object at the (\w+ \w+)", question):
@@ -174,19 +174,19 @@ def test_dialogues_refer_back_to_the_object_spoken_of_last() -> None:
                 assert answer == focus[0].color
             elif question == "where is it?":
                 assert answer == world.place_name(focus[0].place)
-    assert any("it?" in q for scene in SCENES for q, _ in world.dialogue(scene, 4))
+    assert any("it?" in q for scene in SCENES for q, _ in language.dialogue(scene, 4))
 
 
 def test_prompts_chain_as_blip2_does() -> None:
-    chained = world.dialogue_prompt([("what color is the circle?", "red")], "where is it?")
+    chained = language.dialogue_prompt([("what color is the circle?", "red")], "where is it?")
     assert (
         chained == "Question: what color is the circle? Answer: red Question: where is it? Answer:"
     )
 
 
 def test_answers_are_judged_up_to_case_and_spaces() -> None:
-    assert world.answer_correct(" Top  left. ", "top left")
-    assert not world.answer_correct("top", "top left")
+    assert language.answer_correct(" Top  left. ", "top left")
+    assert not language.answer_correct("top", "top left")
 
 
 @pytest.mark.parametrize("kind", world.CORRUPTIONS)
@@ -205,13 +205,13 @@ def test_corruptions_keep_the_size_and_grow_with_severity(kind: str) -> None:
 
 
 def test_the_vocabulary_covers_every_text() -> None:
-    known = set(world.vocabulary())
+    known = set(language.vocabulary())
     for scene in SCENES:
-        turns = [*world.questions(scene, 12), *world.dialogue(scene, 6)]
+        turns = [*language.questions(scene, 12), *language.dialogue(scene, 6)]
         texts = [
             world.CAPTION_PROMPT,
-            world.caption(scene),
-            world.dialogue_prompt(turns[:-1], turns[-1][0]),
+            language.caption(scene),
+            language.dialogue_prompt(turns[:-1], turns[-1][0]),
         ]
         for text in texts:
             assert set(re.findall(r"\w+|[^\w\s]", text)) <= known
@@ -234,19 +234,20 @@ def test_shipped_models_load_plainly_caption_and_answer(backbone: str) -> None:
 
     scenes = list(world.scenes("validation", 20))
     captions = say(scenes, [world.CAPTION_PROMPT] * len(scenes))
-    assert sum(world.caption_correct(c, s) for c, s in zip(captions, scenes, strict=True)) >= 12
-    asked = [(s, *qa) for s in scenes for qa in islice(world.questions(s, 2), 2)]
-    answers = say([s for s, _, _ in asked], [world.question_prompt(q) for _, q, _ in asked])
+    assert sum(language.caption_correct(c, s) for c, s in zip(captions, scenes, strict=True)) >= 12
+    asked = [(s, *qa) for s in scenes for qa in islice(language.questions(s, 2), 2)]
+    answers = say([s for s, _, _ in asked], [language.question_prompt(q) for _, q, _ in asked])
     assert (
-        sum(world.answer_correct(t, a) for t, (_, _, a) in zip(answers, asked, strict=True)) >= 32
+        sum(language.answer_correct(t, a) for t, (_, _, a) in zip(answers, asked, strict=True))
+        >= 32
     )
 
 
 @pytest.mark.parametrize("backbone", ["opt", "t5"])
 def test_shipped_tokenizers_are_lossless(backbone: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder(backbone))
-    turns = world.questions(SCENES[0], 3)
-    texts = [world.caption(s) for s in SCENES[:20]]
-    texts += [world.dialogue_prompt(turns[:-1], turns[-1][0]), "Zebras? Déjà vu: 12 of them!"]
+    turns = language.questions(SCENES[0], 3)
+    texts = [language.caption(s) for s in SCENES[:20]]
+    texts += [language.dialogue_prompt(turns[:-1], turns[-1][0]), "Zebras? Déjà vu: 12 of them!"]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text

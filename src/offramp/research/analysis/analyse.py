@@ -137,15 +137,7 @@ def analyse(
             the adapter's training or calibration.
         InputError: a decode depth is not one of the backbone's.
     """
-    if not examples:
-        raise DataError("There are no examples to analyse.", "Give at least one.")
-    if isinstance(model, Adapter) and not allow_seen:
-        check_no_overlap(
-            model.seen,
-            examples,
-            ("train", "calibration"),
-            "Analyse other pictures, or say --allow-seen for figures that flatter.",
-        )
+    _check_examples(model, examples, allow_seen)
     run = _Run.of(model, encoder, examples, config, progress)
     result = {
         "format": FORMAT,
@@ -164,6 +156,21 @@ def analyse(
         write_json(Path(out) / RESULT, result)
         save_analysis(result, Path(out))
     return result
+
+
+def _check_examples(
+    model: Adapter | Backbone, examples: Sequence[Example], allow_seen: bool
+) -> None:
+    if not examples:
+        raise DataError("There are no examples to analyse.", "Give at least one.")
+    if isinstance(model, Adapter) and not allow_seen:
+        check_no_overlap(
+            model.seen,
+            examples,
+            ("train", "calibration"),
+            "Analyse other images, or allow these with --allow-seen: figures on images that the "
+            "exits know are too good.",
+        )
 
 
 @dataclass(frozen=True)

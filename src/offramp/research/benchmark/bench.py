@@ -88,21 +88,17 @@ def bench(
         InputError: depths that do not fit, lossless cases in a batch, nothing to measure.
     """
     rows = len(inputs["input_ids"])
-    if tokens < 1 or rounds < 1 or (rows > 1 and any(c.policy == "lossless" for c in cases)):
-        raise InputError(
-            f"{tokens} tokens in {rounds} rounds of batch {rows} cannot be measured like that.",
-            "Give at least one token and one round, and lossless cases a batch of 1.",
-        )
+    _check_measurable(cases, rows, tokens, rounds)
     if exits is None and cases:
         depths = check_depths(sorted({c.depth for c in cases}), backbone.depth)
         exits = Exits(backbone, depths).requires_grad_(False)
     greedy = {"max_new_tokens": 1 + tokens, **OPTIONS}
     reference = generate(backbone, inputs, **greedy).new_tokens[0]
     exits = None if exits is None else ExitSet.of(exits)
-    if exits is not None and exits.shortlist is not None:
-        shortlist = shortlist or len(exits.shortlist)
-    if shortlist is not None and exits is not None:
-        exits = replace(exits, shortlist=any_shortlist(backbone, shortlist, reference))
+    if exits is not None:
+        shortlist = shortlist or (None if exits.shortlist is None else len(exits.shortlist))
+        if shortlist is not None:
+            exits = replace(exits, shortlist=any_shortlist(backbone, shortlist, reference))
     runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     for runner in runners.values():
         runner.plan(reference, independent, seed)
@@ -113,13 +109,11 @@ def bench(
     ways |= {name: runner.run for name, runner in runners.items()}
     timings = time_interleaved(ways, [inputs], rounds=rounds, progress=progress)
 
-    def ratio(slow: str, fast: str) -> float:
-        return speedup(timings[slow].decode, timings[fast].decode)
-
-    against_stock = ratio("generate", "full")
+    full = timings["full"].decode
+    against_stock = speedup(timings["generate"].decode, full)
     entries = [entry(backbone, "full", rows, None, None, 1.0, against_stock, rounds)]
-    for case in cases:
-        runner, measured = runners[repr(case)], ratio("full", repr(case))
+    for name, runner in runners.items():
+        measured, case = speedup(full, timings[name].decode), runner.case
         entries.append(
             entry(
                 backbone, case.policy, rows, case.depth, case.rate, runner.predicted, measured,
@@ -127,6 +121,14 @@ def bench(
             )
         )  # fmt: skip
     return entries
+
+
+def _check_measurable(cases: Sequence[Case], rows: int, tokens: int, rounds: int) -> None:
+    if tokens < 1 or rounds < 1 or (rows > 1 and any(c.policy == "lossless" for c in cases)):
+        raise InputError(
+            f"{tokens} tokens in {rounds} rounds of batch {rows} cannot be measured like that.",
+            "Give at least one token and one round, and lossless cases a batch of 1.",
+        )
 
 
 def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -> Tensor:
@@ -193,7 +195,7 @@ class _Runner:
         tokens: int,
     ) -> None:
         assert exits is not None
-        self._case, self._backbone, self._exits, self._costs = case, backbone, exits, costs
+        self.case, self._backbone, self._exits, self._costs = case, backbone, exits, costs
         self._score, self._rows, self._tokens = score, rows, tokens
         self._lossless = case.policy == "lossless"
         self._options = dict(POLICIES[case.policy])
@@ -213,7 +215,7 @@ class _Runner:
         draw = torch.Generator().manual_seed(seed)
         if self._lossless:
             self._leave = torch.ones(len(reference), 1, dtype=torch.bool)
-            wrong = round((1.0 - self._case.rate) * self._tokens)
+            wrong = round((1.0 - self.case.rate) * self._tokens)
             at = 1 + torch.randperm(self._tokens, generator=draw)[:wrong]
             said, size = reference, self._backbone.vocabulary
             if self._ids is not None:
@@ -222,9 +224,9 @@ class _Runner:
             self._says[at] = (said[at] + 1) % size
             return
         if independent:
-            leave = torch.rand(self._tokens, self._rows, generator=draw) < self._case.rate
+            leave = torch.rand(self._tokens, self._rows, generator=draw) < self.case.rate
         else:
-            leave = spread(self._tokens, self._case.rate)[:, None].expand(-1, self._rows)
+            leave = spread(self._tokens, self.case.rate)[:, None].expand(-1, self._rows)
         self._leave = torch.cat([torch.zeros(1, self._rows, dtype=torch.bool), leave])
 
     def run(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
@@ -232,7 +234,7 @@ class _Runner:
         script = Script(self._leave, says=self._says, score=self._score)
         found = generate_forced(
             self._backbone, inputs, self._exits, script, 1 + self._tokens,
-            depth=self._case.depth, criteria=list(stop), **self._options,
+            depth=self.case.depth, criteria=list(stop), **self._options,
         )  # fmt: skip
         self._rounds = found.rounds
         return found.new_tokens.flatten()
@@ -243,20 +245,20 @@ class _Runner:
         full = self._tokens * self._costs.full
         if self._lossless:
             drafted = [made for made, _ in self._rounds]
-            at, longest = self._case.depth, self._options["max_draft"]
+            at, longest = self.case.depth, self._options["max_draft"]
             return full / rounds_seconds(self._costs, at, drafted, longest)
         # A step is as deep as its deepest row.
         left = self._leave[1:].all(1).numpy()
-        depths = np.where(left, self._case.depth, self._costs.layers)
+        depths = np.where(left, self.case.depth, self._costs.layers)
         kv = self._options["kv"]
-        return full / float(token_seconds(self._costs, depths, [self._case.depth], kv=kv))
+        return full / float(token_seconds(self._costs, depths, [self.case.depth], kv=kv))
 
     def extra(self, measured: float) -> dict[str, Any]:
         """What else is worth knowing of a case that ran."""
         if self._lossless:
             made, kept = (sum(counts) for counts in zip(*self._rounds, strict=True))
             return {"max_draft": self._options["max_draft"], "drafted": made, "accepted": kept}
-        if self._case.rate == 0.0:
+        if self.case.rate == 0.0:
             layer = self._costs.layer[0]
             return {"check_layers": (1.0 / measured - 1.0) * self._costs.full / layer}
         return {}

@@ -210,34 +210,43 @@ def bench_engine(
                     shortlist=shortlist, seed=number, clock=clock,
                 )
             )  # fmt: skip
-    base = median(static)
-    speeds = {case: median(run.tokens_per_second for run in runs[case]) for case in cases}
     predictions = {case: predict_case(costs, case, config, lengths) for case in cases}
-    full, full_predicted = speeds[cases[0]], predictions[cases[0]].tokens_per_second
-    entries = []
-    for case in cases:
-        predicted, of = (
-            predictions[case],
-            (base, base) if case.mode == "full" else (full_predicted, full),
+    shared: dict[str, Any] = {
+        "depth": exits.depths[0],
+        "rounds": rounds,
+        "lengths": lengths,
+        "context": costs.context,
+    }
+    figures = _figures(runs, predictions, median(static))
+    return costs, [_entry(backbone, case, config, **shared, **figures[case]) for case in cases]
+
+
+def _figures(
+    runs: Mapping[EngineCase, Sequence[Measured]],
+    predictions: Mapping[EngineCase, Any],
+    static: float,
+) -> dict[EngineCase, dict[str, Any]]:
+    """Speeds and gaps of each case, the full model's first; static: tokens a second of the batch
+    that Hugging Face's `generate` decodes."""
+    speeds = {case: median(run.tokens_per_second for run in some) for case, some in runs.items()}
+    full = next(iter(runs))
+    figures = {}
+    for case, speed in speeds.items():
+        predicted = predictions[case]
+        against, predicted_against = (
+            (static, static)
+            if case.mode == "full"
+            else (speeds[full], predictions[full].tokens_per_second)
         )
-        entries.append(
-            _entry(
-                backbone,
-                case,
-                config,
-                depth=exits.depths[0],
-                predicted=predicted.tokens_per_second / of[0],
-                measured=speeds[case] / of[1],
-                against_static=speeds[case] / base,
-                tokens_per_second=speeds[case],
-                gaps=quantiles([gap for run in runs[case] for gap in run.gaps]),
-                predicted_gaps=predicted.gaps,
-                rounds=rounds,
-                lengths=lengths,
-                context=costs.context,
-            )
-        )
-    return costs, entries
+        figures[case] = {
+            "predicted": predicted.tokens_per_second / predicted_against,
+            "measured": speed / against,
+            "against_static": speed / static,
+            "tokens_per_second": speed,
+            "gaps": quantiles([gap for run in runs[case] for gap in run.gaps]),
+            "predicted_gaps": predicted.gaps,
+        }
+    return figures
 
 
 def _entry(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from offramp.data.example import Example
-from offramp.research.scenes import world
+from offramp.research.scenes import language, world
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ def captions(split: str, n: int, start: int = 0) -> Task:
     """Pictures to describe; a caption is right when every attribute of it is."""
     scenes = {f"{split}/{i}": world.scene(split, i) for i in range(start, start + n)}
     examples = [
-        Example(world.render(s), world.CAPTION_PROMPT, (world.caption(s),), key, group=key)
+        Example(world.render(s), world.CAPTION_PROMPT, (language.caption(s),), key, group=key)
         for key, s in scenes.items()
     ]
     return Task(
-        "captions", examples, lambda text, example: world.caption_correct(text, scenes[example.key])
+        "captions",
+        examples,
+        lambda text, example: language.caption_correct(text, scenes[example.key]),
     )
 
 
@@ -36,12 +38,12 @@ def questions(split: str, n: int, start: int = 0, each: int = 2) -> Task:
     for index in range(start, start + n):
         scene = world.scene(split, index)
         picture = world.render(scene)
-        for turn, (question, answer) in enumerate(world.questions(scene, each)):
-            prompt = world.question_prompt(question)
+        for turn, (question, answer) in enumerate(language.questions(scene, each)):
+            prompt = language.question_prompt(question)
             key = f"{split}/{index}/{turn}"
             examples.append(Example(picture, prompt, (answer,), key, group=f"{split}/{index}"))
     return Task(
         "questions",
         examples,
-        lambda text, example: world.answer_correct(text, example.answers[0]),
+        lambda text, example: language.answer_correct(text, example.answers[0]),
     )
