@@ -14,6 +14,7 @@ PAGES = (
     "docs/results.md",
     "docs/defaults.md",
     "docs/photographs.md",
+    "docs/runtimes.md",
     "recipes/tiny_vlm/README.md",
 )
 

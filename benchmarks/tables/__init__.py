@@ -1,12 +1,12 @@
 """The tables and figures of the Markdown pages by name."""
 
-from benchmarks.tables import comparison, overview, photographs, speed, tiny
+from benchmarks.tables import comparison, llama_cpp, overview, photographs, speed, tiny
 from benchmarks.tables.markdown import Make
 
-_MODULES = (overview, tiny, comparison, speed, photographs)
+_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp)
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make
-    for module in (tiny, comparison, speed, photographs)
+    for module in (tiny, comparison, speed, photographs, llama_cpp)
     for name, make in module.FIGURES.items()
 }
