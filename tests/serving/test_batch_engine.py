@@ -284,6 +284,23 @@ def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, ba
         assert torch.equal(handle.result().output.sequences, alone.sequences)
 
 
+@pytest.mark.parametrize("name", [NAME, "paligemma"])
+def test_a_first_token_may_exit_where_it_may_alone(name, backbone, exits, batch):
+    """Not where the prompt looks ahead."""
+    whole, some = backbone(name), exits(name)
+    policy = ExitPolicy({2: 0.0}, exit_in_prefill=True)
+    engine = EngineCore(whole, some, policy, SMALL)
+    inputs = one_row(name, batch(name, 1), 0)
+    handle = engine.add(request(inputs))
+    engine.run()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = generate(whole, inputs, exits=some, policy=policy, **options)
+    ours = handle.result().output
+    assert torch.equal(ours.sequences, alone.sequences)
+    assert torch.equal(ours.depths, alone.depths)
+    assert (ours.depths[0, 0] == 2) == (name == NAME)
+
+
 def test_a_batch_of_rows_is_not_a_request(adapter, batch):
     engine = core(adapter)
     handle = engine.add(request(batch(NAME, 2)))

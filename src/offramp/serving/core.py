@@ -130,6 +130,7 @@ class EngineCore:
             self.batch.depths,
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
+            first_may_exit=policy.exit_in_prefill,
         )
         self._queue: deque[_Job] = deque()
         self._thread: int | None = None

@@ -46,7 +46,9 @@ class Prompt:
 class PromptReader:
     """The layer handler of prompts; not for two threads at once.
 
-    depths: of the exits in use. vision_cache, prefix_cache: as in `generate`.
+    depths: of the exits in use. vision_cache, prefix_cache: as in `generate`. first_may_exit: let
+    the exits look at the first token (`exit_in_prefill`); behind an encoder they always do, and
+    where a prompt is not causal they never do.
     """
 
     def __init__(
@@ -57,12 +59,15 @@ class PromptReader:
         *,
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
+        first_may_exit: bool = False,
     ) -> None:
         self.backbone, self.exits = backbone, exits
         self.view = InterceptedModel(backbone, self)
         if vision_cache is not None:
             self.view.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
+        causal = first_may_exit and backbone.family.causal_prompt
+        self._looks_at_first = backbone.is_encoder_decoder or causal
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
@@ -126,7 +131,7 @@ class PromptReader:
         """The layer's own output; before it, the exit that stands there."""
         if index in self.exits_on:
             assert self.exits is not None
-            if self.backbone.is_encoder_decoder:
+            if self._looks_at_first:
                 state = self.exits.run(index, hidden, args, kw)
                 assert self._before is not None
                 self._looks[index] = (hidden[:, -1], state[:, -1], self._before)
