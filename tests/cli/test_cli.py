@@ -109,6 +109,7 @@ def test_generate_without_json_shows_each_word_with_its_depth(
 
 def test_inspecting_a_backbone_proposes_depths_it_has(run: RunCommand) -> None:
     code, out, _ = run("inspect", "tiny-t5", "--json")
+    assert json.loads(out)["decoding"]["lossless"] == "exact"
     found = json.loads(out)
     assert code == 0
     for depths in found["proposed_depths"].values():

@@ -50,6 +50,24 @@ def load_model(
     return backbone, load_processor(name, revision=revision)
 
 
+def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
+    """Part 3 of the self-check on one example, taken over by the backbone; what came out, in words.
+
+    Raises:
+        UnsupportedBackboneError: decoding with exits would not be the model's own.
+    """
+    from offramp.engine.self_check.decoding import adopt_findings, check_decoding
+    from offramp.models.input_processor import InputProcessor
+
+    found = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))
+    adopt_findings(backbone, found)
+    return {
+        "exits": "the model's own logits, to rounding",
+        "first_token": "may exit" if found.holds(found.first_token) else "runs whole",
+        "lossless": "exact" if found.holds(found.lossless) else "refused",
+    }
+
+
 def choose_device(asked: str, *, is_tiny: bool = False) -> str:
     """Where the backbone runs; says which and why, where the machine has a GPU.
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import load_model
+from offramp.cli.loading import check_exits, load_model
 from offramp.cli.options import add_command, precision_options
 from offramp.cli.output import print_json, print_text
 from offramp.cli.parser import Parser
@@ -56,11 +56,16 @@ def _adapter(name: str) -> dict[str, Any]:
 
 
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
+    from PIL import Image
+
+    from offramp.data.example import Example
     from offramp.models.backbone import describe
     from offramp.models.exits import propose_depths
 
-    backbone, _ = load_model(arguments, arguments.name)
+    backbone, processor = load_model(arguments, arguments.name)
     found = describe(backbone)
+    blank = Example(Image.new("RGB", (64, 64)), "Describe the image.", (), "blank")
+    found["decoding"] = check_exits(backbone, processor, blank)
     found["proposed_depths"] = {
         n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth
     }

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import load_model, read_data
+from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import add_command, data_options, field_options, model_options
 from offramp.cli.output import print_json
 from offramp.cli.parser import Parser
@@ -71,6 +71,7 @@ def _train(arguments: argparse.Namespace) -> None:
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
+    check_exits(backbone, processor, examples[0])
     adapter = train(
         backbone, processor, examples, config, arguments.out,
         resume=arguments.resume, overwrite=arguments.overwrite,
