@@ -2,7 +2,7 @@
 
 records/calibrated.json: thresholds for each target and risk, found on one set of pictures and
     measured on another: risk, quality, and decoding time, interleaved.
-records/violations.json: how often a guarantee fails over random splits of a pool of answers, each
+records/violations.json: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
     The pool's own risk stands for the true one; that of a half scatters around it.
 """
@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
-from offramp.calibration.calibrate import GRID, Calibration, calibrate, path_of
+from offramp.calibration.attempts import by_image, images_of
+from offramp.calibration.calibrate import (
+    GRID,
+    Calibration,
+    Guarantee,
+    calibrate,
+    path_of,
+    split_images,
+)
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, control
 from offramp.calibration.risk_functions import RISKS
@@ -56,13 +64,14 @@ POLICY = ExitPolicy(exit_in_prefill=True)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pictures used by each part; each gives one caption and two questions."""
+    """Images used by each part; each gives one caption and two questions, of the pool `asked`."""
 
     train: int = 1200
     steps: int = 1000
-    calibration: int = 1000
+    calibration: int = 2000
     test: int = 1000
-    pool: int = 1000
+    pool: int = 2400
+    asked: int = 4
     splits: int = 50
     timed: int = 40
     rounds: int = 7
@@ -100,10 +109,11 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _examples(split: str, pictures: int, start: int = 0) -> tuple[Example, ...]:
+def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[Example, ...]:
+    """A caption and up to so many questions of each image."""
     return (
-        *captions(split, pictures, start).examples,
-        *questions(split, pictures, start).examples,
+        *captions(split, images, start).examples,
+        *questions(split, images, start, asked).examples,
     )
 
 
@@ -173,6 +183,7 @@ def _row(
         "risk_bound": found.bound,
         "risk_test": float(RISKS[found.risk].losses(early, full, asked).mean()),
         "n_calibration": found.n,
+        "answers_calibration": found.answers,
         "n_test": len(asked),
         "speedup_predicted": found.speedup,
         "speedup_decode": speedup(baseline.decode, ours.decode),
@@ -196,8 +207,9 @@ def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
 
 
 def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
-    pool = _examples("calibration", sizes.pool // 2, start=100_000)
-    pool += _examples("test", sizes.pool - sizes.pool // 2, start=100_000)
+    half = sizes.pool // 2
+    pool = _examples("calibration", half, 100_000, sizes.asked)
+    pool += _examples("test", sizes.pool - half, 100_000, sizes.asked)
     costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
     whole = ThresholdEvaluator.of(
         adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], costs=costs, **demo.OPTIONS
@@ -218,7 +230,8 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
             {
                 "risk": risk,
                 **setting,
-                "n_pool": len(pool),
+                "n_pool": sizes.pool,
+                "answers": len(pool),
                 **_shares([o[i] for o in outcomes], setting["risk_target"]),
             }
             for i, setting in enumerate(_settings())
@@ -242,20 +255,20 @@ def _split(
     tried: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
 ) -> list[dict[str, Any]]:
     """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
-    path, tested = path_of(tried.part(calibration), GRID)
-    place = {id(example): i for i, example in enumerate(tried.examples)}
-    rows = [place[id(example)] for example in tested.examples]
+    half = tried.part(calibration)
+    search, tested = split_images(half, images_of(half.examples))
+    path = path_of(half, search, GRID)
     columns: list[Any] = []
     for thresholds in path:
-        columns.append(lost(tuple(thresholds.items()))[rows])
+        columns.append(by_image(lost(tuple(thresholds.items()))[calibration], tested))
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)
     found = []
     for setting in _settings():
-        index = control(
-            losses, setting["risk_target"], CONFIDENCE, setting["method"], tried.risk.low
-        ).index
+        level = Guarantee(setting["risk_target"], CONFIDENCE).level(1)
+        target, method = setting["risk_target"], setting["method"]
+        index = control(losses, target, level, method, tried.risk.low).index
         if index is None:
             found.append({"index": None, "test": 0.0, "pool": 0.0})
             continue

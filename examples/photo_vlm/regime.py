@@ -27,7 +27,8 @@ from examples.photo_vlm.held_out import (
     cider,
 )
 from offramp.adapter import Adapter
-from offramp.calibration.calibrate import calibrate, path_of
+from offramp.calibration.attempts import images_of
+from offramp.calibration.calibrate import calibrate, path_of, split_images
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
@@ -128,7 +129,8 @@ def _tried(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
 
 def _path(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator) -> list[dict[str, Any]]:
     """CIDEr on the choosing half along the path, as long as it does not fall too far."""
-    path, _ = path_of(whole, THRESHOLDS)
+    search, _ = split_images(whole, images_of(whole.examples))
+    path = path_of(whole, search, THRESHOLDS)
     full, never = cider(photos.full["captions", 0], whole.examples), whole.seconds({})
     found = []
     for thresholds in tqdm(path, "thresholds", disable=None, leave=False):

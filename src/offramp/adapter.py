@@ -32,6 +32,7 @@ class Adapter:
     by depth on validation data.
     calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
     seen: see `offramp.data.decontamination`; empty where it is not known.
+    attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
     """
 
     backbone: Backbone
@@ -41,6 +42,7 @@ class Adapter:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    attempts: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         self.exits = ExitSet.of(self.exits)

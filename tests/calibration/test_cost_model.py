@@ -16,10 +16,10 @@ from offramp.calibration.cost_model import (
     token_seconds,
 )
 from offramp.calibration.profiler import measure_costs
-from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
 from offramp.errors import InputError
+from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.models.exits import Exits
 from offramp.research.benchmark.shapes import shape
 

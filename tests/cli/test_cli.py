@@ -192,5 +192,21 @@ def test_calibrate_tells_how_many_answers_would_be_needed(
 ) -> None:
     code, out, _ = run("calibrate", "--adapter", adapter, "--data", held_out, "--score", "margin")
     assert code == 0
-    assert "Nothing is guaranteed" in out and " answers" in out
+    assert "Nothing is guaranteed" in out and " images" in out
     assert json.loads((adapter / CONFIG).read_text())["policy"]["thresholds"] == {}
+
+
+def test_calibrate_that_can_guarantee_nothing_leaves_the_thresholds(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    def policy() -> Any:
+        return json.loads((adapter / CONFIG).read_text())["policy"]
+
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out)
+    assert run(*asked, "--target", 0.9, "--confidence", 0.5)[0] == 0
+    before = policy()
+    assert before["thresholds"]
+    code, out, _ = run(*asked, "--target", 0.001)
+    assert code == 0 and "attempt 2 on these images" in out and policy() == before
+    assert [a["number"] for a in json.loads((adapter / "attempts.json").read_text())] == [1, 2]
+    assert run(*asked, "--target", 0.001, "--write")[0] == 0 and not policy()["thresholds"]

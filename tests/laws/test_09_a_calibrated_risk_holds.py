@@ -14,6 +14,7 @@ from risks import (
     DEPTHS,
     LOST,
     TARGET,
+    Draw,
     allowed,
     at_target,
     drawn,
@@ -22,7 +23,14 @@ from risks import (
     truth,
 )
 
-from offramp.calibration.risk_control import METHODS, TESTS, betting_upper_bound, control
+from offramp.calibration.attempts import ImageRows, by_image, error_share
+from offramp.calibration.risk_control import (
+    METHODS,
+    TESTS,
+    betting_p_values,
+    betting_upper_bound,
+    control,
+)
 from offramp.calibration.threshold_search import candidates, pareto_path
 
 
@@ -67,6 +75,65 @@ def test_a_promise_after_a_search_is_broken_no_more_often_than_stated(method: st
         broken += index is not None and true(path[index]) > 0.04
     assert given > trials / 2
     assert broken / trials <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / trials)
+
+
+# -- images, growing lists, and many attempts ------------------------------------------------------
+
+STATED, TRIALS = 0.05, 1000
+JUST_ABOVE = 1.001 * TARGET
+
+
+def clustered(draw: Draw, rows: int, correlation: float, images: int = 100) -> Any:
+    """Losses [images * rows, TRIALS] of 0 and 1, image by image, of a mean just above the target.
+
+    Each answer repeats what its image says with probability sqrt(correlation), and is drawn alone
+    otherwise.
+    """
+    repeats = draw.random((images, rows, TRIALS)) < correlation**0.5
+    together, alone = (draw.random((images, k, TRIALS)) < JUST_ABOVE for k in (1, rows))
+    return np.where(repeats, together, alone).reshape(images * rows, TRIALS).astype(float)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 10])
+@pytest.mark.parametrize("correlation", [0.3, 1.0])
+def test_a_guarantee_holds_where_answers_share_images(rows: int, correlation: float) -> None:
+    draw = np.random.default_rng(rows)
+    losses = clustered(draw, rows, correlation)
+    images = [ImageRows("", "", tuple(range(i, i + rows))) for i in range(0, len(losses), rows)]
+    p = betting_p_values(by_image(losses, images), TARGET)
+    assert (p <= STATED * error_share(1)).mean() <= allowed(STATED, TRIALS)
+    if rows == 10 and correlation == 1:  # what counting answers would do
+        each = betting_p_values(draw.permutation(losses), TARGET)
+        assert (each <= STATED).mean() > 2 * STATED
+
+
+def test_a_guarantee_holds_where_the_list_grows_until_it_passes() -> None:
+    draw = np.random.default_rng(0)
+    losses = (draw.random((400, TRIALS)) < JUST_ABOVE).astype(float)
+    level = STATED * error_share(1)
+    passed = [betting_p_values(losses[:n], TARGET) <= level for n in range(50, 401, 50)]
+    assert np.any(passed, 0).mean() <= allowed(STATED, TRIALS)
+
+
+@pytest.mark.parametrize("method", TESTS)
+def test_a_guarantee_holds_where_ten_settings_are_tried_on_the_same_images(method: str) -> None:
+    """Each setting loses on other images, the hardest case; the first that passes is taken."""
+    draw, n, settings = np.random.default_rng(1), 300, 10
+    losses = (draw.random((n, settings, TRIALS)) < JUST_ABOVE).astype(float)
+    if method == "upper_bound":
+        p = betting_p_values(losses, TARGET)
+    else:
+        by_count = [TESTS[method](np.repeat([1.0, 0.0], [k, n - k]), TARGET) for k in range(n)]
+        p = np.array(by_count)[losses.sum(0).astype(int)]
+    levels = np.array([STATED * error_share(k) for k in range(1, settings + 1)])
+    assert (p <= levels[:, None]).any(0).mean() <= allowed(STATED, TRIALS)
+    assert (p <= STATED).any(0).mean() > 2 * STATED  # each at the full level
+
+
+def test_a_share_of_the_error_budget_is_left_for_every_attempt() -> None:
+    shares = [error_share(k) for k in range(1, 10_000)]
+    assert min(shares) > 0 and sum(shares) <= 1
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
 
 
 def cache_by_value(function: Callable[[dict[int, float]], float]) -> Any:

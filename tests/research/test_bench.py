@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from offramp.calibration.cost_model import Costs
-from offramp.calibration.scripted_exits import OPTIONS
 from offramp.cli.command_line import build_parser
 from offramp.engine.generate import generate
 from offramp.errors import InputError
+from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.research.benchmark import shapes
 from offramp.research.benchmark.bench import Case, bench, spread, table
 from offramp.research.benchmark.shapes import SHAPES, shape

@@ -1,9 +1,10 @@
-"""Thresholds with a promise: on answers to come, the risk stays below a target at a confidence.
+"""Thresholds with a guarantee: on answers to come, the risk stays below a target at a confidence.
 
 One pass of the full model over the examples tells what it answers, a replay of these answers what
 the exits would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
-the path is found on a part of the images that is not tested on (`threshold_search`).
+the path is found on a part of the images that is not tested on (`threshold_search`). What is
+counted is images, and all attempts on the same images share one error budget (`attempts`).
 """
 
 from __future__ import annotations
@@ -16,28 +17,50 @@ import numpy as np
 
 from offramp.adapter import Adapter
 from offramp.answers import Runtime
+from offramp.calibration.attempts import (
+    Attempt,
+    ImageRows,
+    Turn,
+    by_image,
+    error_share,
+    images_of,
+    recorded,
+    turn_of,
+)
 from offramp.calibration.cost_model import Costs
-from offramp.calibration.risk_control import METHODS, TESTS, control, samples_needed, upper_bound
+from offramp.calibration.risk_control import (
+    METHODS,
+    TESTS,
+    control,
+    first_test,
+    samples_needed,
+    upper_bound,
+)
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import Array, candidates, pareto_path
 from offramp.data.decontamination import check_no_overlap, picture_digests
-from offramp.data.example import Example, examples_digest, split_examples
+from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
 from offramp.errors import DataError, InputError, check_known
+from offramp.evaluation.evaluate import tensor_digest
 from offramp.models.input_processor import InputProcessor
+from offramp.storage import digest_rows
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 SEARCH = 0.3
-"""Share of the pictures on which several exits' path is found."""
+"""Share of the images on which several exits' path is found."""
 
 
 # -- what is asked, and what is found --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What is asked for: P(risk <= target) >= confidence, and the method to find it by."""
+class Guarantee:
+    """What is asked for: P(risk <= target) >= confidence, and the method to find it by.
+
+    The risk of an image is the mean of what its answers lose.
+    """
 
     target: float = 0.01
     confidence: float = 0.95
@@ -53,13 +76,21 @@ class Promise:
         check_known("Risk", [self.risk], tuple(RISKS))
         check_known("Method", [self.method], METHODS)
 
+    def level(self, attempt: int) -> float:
+        """The confidence at which the test of attempt `attempt`, from 1, is made."""
+        return 1 - (1 - self.confidence) * error_share(attempt)
+
+    def images_needed(self, risk: float = 0.0, attempt: int = 1) -> int | None:
+        """The fewest images that keep the target at a measured `risk`; None: no number would."""
+        return samples_needed(self.target, self.level(attempt), self.method, risk)
+
 
 @dataclass(frozen=True)
 class Point:
     """A point of the path.
 
-    risk, bound: measured on the testing examples, and what the method bounds it by at the
-        confidence. seconds: predicted, of a decoded token; None where no replay tells the depths.
+    risk, bound: measured on the tested images, and what the method bounds it by.
+    seconds: predicted, of a decoded token; None where no replay or no costs tell it.
     """
 
     thresholds: Thresholds
@@ -70,17 +101,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was promised, and on what evidence.
+    """What is guaranteed, and on what evidence.
 
     policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
-        could be promised, and then `reason` says why.
+        can be guaranteed, and then `reason` says why.
     method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
-    measured, bound: the risk of the n tested answers, and its upper bound at the confidence.
-    needed: answers that would promise the target at the risk measured (where nothing passed: at
-        the safest point); None where that is above the target, so that no number would.
+    measured, bound: the risk of the n tested images, and its upper bound.
+    n, answers: images tested, and answers to them.
+    attempt: number of this attempt among those on the same images. level: the confidence at which
+        its tests were made, so that all attempts together keep `confidence`.
+    needed: images that would be enough at the risk measured (where nothing passed: at the safest
+        point); None where that is above the target, so that no number would.
     speedup: of decoding, predicted from measured costs.
     path: what was tested, up to the first failure.
-    runtime: whose answers the promise is about, by name; None: PyTorch's.
+    attempts: all that were made with these exits, this one included.
+    runtime: whose answers the guarantee is about, by name; None: PyTorch's.
     """
 
     policy: ExitPolicy
@@ -92,23 +127,35 @@ class Calibration:
     measured: float | None
     bound: float | None
     n: int
+    answers: int
+    attempt: int
+    level: float
     needed: int | None
     speedup: float | None
     reason: str
     path: tuple[Point, ...]
     data_digest: str
+    attempts: tuple[Attempt, ...] = ()
     runtime: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored in an adapter; thresholds are keyed by depth."""
+        """As it is stored in an adapter, without the attempts; thresholds are keyed by depth."""
         path = [{**asdict(point), "thresholds": point.thresholds.to_json()} for point in self.path]
-        return {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
+        entries = {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
+        del entries["attempts"]
+        return entries
 
 
 def calibrated(adapter: Adapter, found: Calibration, examples: Sequence[Example]) -> Adapter:
-    """The adapter with the policy that was found, the promise, and the pictures it stands on."""
+    """The adapter with the policy that was found, its guarantee, and the images it stands on."""
     seen = {**adapter.seen, "calibration": sorted(picture_digests(examples))}
-    return replace(adapter.with_policy(found.policy, found.to_json()), seen=seen)
+    attempted = with_attempts(adapter, found)
+    return replace(attempted.with_policy(found.policy, found.to_json()), seen=seen)
+
+
+def with_attempts(adapter: Adapter, found: Calibration) -> Adapter:
+    """The adapter as it is, with the attempts made: what is left of a calibration that failed."""
+    return replace(adapter, attempts=[attempt.to_json() for attempt in found.attempts])
 
 
 # -- calibration ----------------------------------------------------------------------------------
@@ -138,7 +185,7 @@ def calibrate(
     replayed (greedy, kv "recompute", a score of `SCORES`); otherwise all share one threshold.
 
     Args:
-        examples: drawn like those to come, each on its own, and never trained on.
+        examples: of images drawn like those to come, each on its own, and never trained on.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
@@ -149,30 +196,44 @@ def calibrate(
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: no examples, pictures that training used, no references where the risk needs
+        DataError: no examples, images that training used, no references where the risk needs
             them, a full model that is wrong everywhere, or scores that are constant or NaN.
     """
-    asked = Promise(target, confidence, risk, method)
+    asked = Guarantee(target, confidence, risk, method)
     if policy.lossless:
         raise InputError(
             "Lossless answers are the full model's, so there is no risk to calibrate.",
             "Calibrate a policy with lossless=False.",
         )
-    measure = RISKS[risk]
     _check_examples(adapter, examples, risk)
     whole = ThresholdEvaluator.of(
-        adapter, encoder, examples, policy, measure,
+        adapter, encoder, examples, policy, RISKS[risk],
         costs=costs, batch_size=batch_size, runtime=runtime, **options,
     )  # fmt: skip
-    if measure.quality is not None and not measure.quality(whole.full, examples).any():
-        raise DataError(
-            f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
-            "Check the prompts and the answers, or calibrate without labels: --risk disagreement.",
-        )
-    path, tested = path_of(whole, thresholds)
-    columns, points = _walk(tested, progress(path), asked)
-    found = _decide(tested, columns, points, asked, examples_digest(examples))
-    return replace(found, runtime=None if runtime is None else runtime.name)
+    _check_quality(whole)
+    attempts = tuple(map(Attempt.from_json, adapter.attempts))
+    name = None if runtime is None else runtime.name
+    settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
+    digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
+    trial = _trial(whole, thresholds, attempts, digest, asked)
+    losses, points = _walk(trial, progress(trial.turn.path or ()), asked)
+    found = _decide(trial, losses, points, asked, examples_digest(examples))
+    if points:  # else nothing was tested, and no errors were risked
+        attempts = recorded(attempts, _attempt(trial, found, digest, settings))
+    return replace(found, attempts=attempts, runtime=name)
+
+
+def _attempt(trial: _Trial, found: Calibration, asked: str, settings: dict[str, Any]) -> Attempt:
+    """What is kept of an attempt."""
+    outcome: dict[str, Any] = {n: getattr(found, n) for n in ("n", "measured", "bound", "reason")}
+    return Attempt(
+        asked=asked,
+        settings=settings,
+        number=trial.turn.number,
+        images=tuple(image.name for image in trial.turn.images),
+        path=trial.turn.path or (),
+        outcome={**outcome, "thresholds": Thresholds(found.policy.thresholds).to_json()},
+    )
 
 
 def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) -> None:
@@ -192,49 +253,131 @@ def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) ->
     )
 
 
+def _check_quality(whole: ThresholdEvaluator) -> None:
+    """Raise `DataError` where the full model has no quality to lose."""
+    quality, examples = whole.risk.quality, whole.examples
+    if quality is not None and not quality(whole.full, examples).any():
+        raise DataError(
+            f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
+            "Check the prompts and the answers, or calibrate without labels: --risk disagreement.",
+        )
+
+
+def _settings(
+    asked: Guarantee, policy: ExitPolicy, grid: Sequence[float], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What an attempt depends on besides exits and images."""
+    plain = replace(policy, thresholds={}, drafts={})
+    shown = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
+    return {**asdict(asked), "policy": policy_to_json(plain), "grid": list(grid), "options": shown}
+
+
+# -- the path, and what it is tested on ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is tested: examples, their images in the order of the bets, and the turn's path.
+
+    images: their rows are places in `tested.examples`. level: confidence of each test.
+    """
+
+    tested: ThresholdEvaluator
+    images: tuple[ImageRows, ...]
+    turn: Turn
+    level: float
+
+    def losses(self, thresholds: Thresholds) -> Array:
+        """What each image loses [n]."""
+        return by_image(self.tested.losses(thresholds), self.images)
+
+
+def _trial(
+    whole: ThresholdEvaluator,
+    grid: Sequence[float],
+    attempts: Sequence[Attempt],
+    digest: str,
+    asked: Guarantee,
+) -> _Trial:
+    images = images_of(whole.examples)
+    search, tested = split_images(whole, images)
+    any_time = TESTS[first_test(asked.method)].any_time
+    turn = turn_of(attempts, digest, tested, any_time=any_time)
+    if turn.path is None:
+        turn = replace(turn, path=tuple(path_of(whole, search, grid)))
+    rows = [row for image in turn.images for row in image.rows]
+    starts = np.cumsum([0, *(len(image.rows) for image in turn.images)]).tolist()
+    moved = tuple(
+        replace(image, rows=tuple(range(start, start + len(image.rows))))
+        for image, start in zip(turn.images, starts, strict=False)
+    )
+    return _Trial(whole.part(np.array(rows)), moved, turn, asked.level(turn.number))
+
+
+def split_images(
+    whole: ThresholdEvaluator, images: Sequence[ImageRows]
+) -> tuple[list[ImageRows], list[ImageRows]]:
+    """Images on which a path is searched, and those on which it is tested: by rank, so that more
+    images move none from one to the other.
+
+    Raises:
+        DataError: too few images for both.
+    """
+    if not searches(whole):
+        return [], list(images)
+    search = [image for image in images if image.rank < SEARCH]
+    tested = [image for image in images if image.rank >= SEARCH]
+    if not search or not tested:
+        raise DataError(
+            f"{len(images)} images are too few to search thresholds on some and test on others.",
+            "Bring more images, or calibrate an adapter with one exit.",
+        )
+    return search, tested
+
+
+def searches(whole: ThresholdEvaluator) -> bool:
+    """Whether each exit may have a threshold of its own."""
+    return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
+
+
 def path_of(
-    whole: ThresholdEvaluator, grid: Sequence[float]
-) -> tuple[list[Thresholds], ThresholdEvaluator]:
-    """The path, and the examples to test it on."""
-    depths = whole.depths
-    if len(depths) == 1 or whole.replay is None or whole.costs is None:
-        return [Thresholds.shared(depths, t) for t in sorted(grid, reverse=True)], whole
-    parts = split_examples(whole.examples, {"search": SEARCH, "test": 1 - SEARCH}, seed=0)
-    searched = {id(example) for example in parts["search"]}
-    inside = np.array([id(example) in searched for example in whole.examples])
-    search = whole.part(np.flatnonzero(inside))
-    assert search.replay is not None
-    path = pareto_path(search.replay, candidates(depths, grid), search.time, grid)
-    return path, whole.part(np.flatnonzero(~inside))
+    whole: ThresholdEvaluator, search: Sequence[ImageRows], grid: Sequence[float]
+) -> list[Thresholds]:
+    """Thresholds to test, the safest first; without a search one threshold for all exits."""
+    if not searches(whole):
+        return [Thresholds.shared(whole.depths, t) for t in sorted(grid, reverse=True)]
+    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
+    assert part.replay is not None
+    return pareto_path(part.replay, candidates(whole.depths, grid), part.time, grid)
 
 
-def _walk(
-    tested: ThresholdEvaluator, path: Iterable[Thresholds], asked: Promise
-) -> tuple[Array, list[Point]]:
+def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:
     """Losses [n, K] and points of the path, up to the first that fails."""
-    method = "upper_bound" if asked.method == "auto" else asked.method
-    columns = [np.zeros((len(tested.examples), 0))]
+    method = first_test(asked.method)
+    columns = [np.zeros((len(trial.images), 0))]
     points: list[Point] = []
     for thresholds in path:
-        losses = tested.losses(thresholds)
+        losses = trial.losses(thresholds)
         columns.append(losses[:, None])
-        bound = upper_bound(losses, asked.confidence, method)
-        points.append(Point(thresholds, float(losses.mean()), bound, tested.seconds(thresholds)))
-        if TESTS[method](losses, asked.target) > 1 - asked.confidence:
+        bound = upper_bound(losses, trial.level, method)
+        seconds = trial.tested.seconds(thresholds)
+        points.append(Point(thresholds, float(losses.mean()), bound, seconds))
+        if TESTS[method](losses, asked.target) > 1 - trial.level:
             break
     return np.concatenate(columns, 1), points
 
 
 def _decide(
-    tested: ThresholdEvaluator, losses: Array, points: Sequence[Point], asked: Promise, digest: str
+    trial: _Trial, losses: Array, points: Sequence[Point], asked: Guarantee, digest: str
 ) -> Calibration:
-    """The fastest point that keeps the promise, if it beats the full model; else none, and why."""
-    decision = control(losses, asked.target, asked.confidence, asked.method, tested.risk.low)
+    """The fastest point that passed, if it beats the full model; else none, and why."""
+    tested = trial.tested
+    decision = control(losses, asked.target, trial.level, asked.method, tested.risk.low)
     passed = [] if decision.index is None else points[: decision.index + 1]
-    # All that passed keep the promise, so any may be taken: the last where no times are known.
+    # All that passed keep the risk, so any may be taken: the last where no times are known.
     chosen = min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None)
     measured = (chosen or points[0]).risk if points else 0.0
-    needed = samples_needed(asked.target, asked.confidence, decision.method, measured)
+    needed = samples_needed(asked.target, trial.level, decision.method, measured)
     full = tested.seconds({})
     speedup = full / chosen.seconds if chosen and full and chosen.seconds else None
     reason = ""
@@ -242,7 +385,7 @@ def _decide(
         chosen = speedup = None
         reason = "No exit is predicted to pay: its checks cost more than they save."
     elif chosen is None:
-        reason = _too_little(points[0], tested, asked.target, needed)
+        reason = _too_little(points[0], trial, asked.target, needed)
     return Calibration(
         policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else Thresholds()),
         risk=asked.risk,
@@ -252,7 +395,10 @@ def _decide(
         monotone=decision.monotone,
         measured=chosen.risk if chosen else None,
         bound=chosen.bound if chosen else None,
-        n=len(tested.examples),
+        n=len(trial.images),
+        answers=len(tested.examples),
+        attempt=trial.turn.number,
+        level=trial.level,
         needed=needed,
         speedup=speedup,
         reason=reason,
@@ -261,12 +407,10 @@ def _decide(
     )
 
 
-def _too_little(
-    safest: Point, tested: ThresholdEvaluator, target: float, needed: int | None
-) -> str:
+def _too_little(safest: Point, trial: _Trial, target: float, needed: int | None) -> str:
     measured = (
-        f"At the safest thresholds the risk is {safest.risk:.4f} on {len(tested.examples)} answers"
+        f"At the safest thresholds the risk is {safest.risk:.4f} on {len(trial.images)} images"
     )
     if needed is None:
-        return f"{measured}, which is above the target: no number of answers would do."
-    return f"{measured}; to promise {target:g} at that risk, about {needed} answers are needed."
+        return f"{measured}, which is above the target: no number of images would do."
+    return f"{measured}; to guarantee {target:g} at that risk, about {needed} images are needed."

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.calibration.cost_model import LENGTHS, Costs
-from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.engine.confidence import SCORES
 from offramp.engine.generate import generate
 from offramp.errors import InputError
+from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.shortlist import Gate

@@ -1,14 +1,15 @@
-"""Statistics of a promise: tests and bounds for the mean of bounded losses, and walks along a path.
+"""Statistics of a guarantee: tests and bounds for the mean of bounded losses, walks along a path.
 
-A path is a sequence of settings, the safest first; `losses` [n, K] holds what each of n answers
-loses at each of its K points. "The risk" is a mean loss over all answers to come. Losses are at
-most 1; those below 0 are gains. Answers count as independent draws.
+A path is a sequence of settings, the safest first; `losses` [n, K] holds what each of n images
+loses at each of its K points. "The risk" is a mean loss over all images to come. Losses are at
+most 1; those below 0 are gains. Images count as independent draws, in an order that does not depend
+on what they lose (`offramp.calibration.attempts`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offramp.calibration.attempts import error_share
 from offramp.errors import InputError, did_you_mean
 
 Array = npt.NDArray[Any]
@@ -43,39 +45,57 @@ def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
     return min(1.0, math.exp(-n * divergence), bentkus)
 
 
-def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
-    """P-value of "the true risk is above `target`" for losses [n] of at most `high`.
+def betting_p_values(losses: Array, target: float, high: float = 1.0) -> Array:
+    """P-values [...] of "the true risk is above `target`" for losses [n, ...] of at most `high`.
 
-    Waudby-Smith and Ramdas (2024): who bets at every answer that its loss lies below the target
+    Waudby-Smith and Ramdas (2024): who bets at every image that its loss lies below the target
     cannot expect to gain if the risk is above it, so by Ville's inequality a fortune that ever
-    grew c-fold has p = 1/c. The fortune is split over bets that are `FRACTIONS` of the largest
-    one that cannot ruin, 1 / (high - target). Losses may be negative without a limit. They are
-    shuffled, always in the same way, because the order of a data set is not a random one.
+    grew c-fold has p = 1/c, however often one looks. The fortune is split over bets that are
+    `FRACTIONS` of the largest one that cannot ruin, 1 / (high - target). Losses may be negative
+    without a limit. The bets are made in the order of the losses: a longer list goes on with them.
     """
     if target >= high:
-        return 0.0
-    order = np.random.default_rng(0).permutation(len(losses))
-    gains = (target - losses[order, None]) * FRACTIONS / (high - target)
-    fortune = np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=1)
-    return float(np.exp(-np.maximum(fortune.max(initial=0.0), 0.0)))
+        return np.zeros(losses.shape[1:])
+    gains = (target - losses[..., None]) * FRACTIONS / (high - target)
+    fortune = np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1)
+    return np.asarray(np.exp(-np.maximum(fortune.max(0, initial=0.0), 0.0)))
+
+
+def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
+    """The same for losses [n]."""
+    return float(betting_p_values(losses, target, high))
 
 
 def _hoeffding_bentkus(losses: Array, target: float) -> float:
     return hoeffding_bentkus(float(np.maximum(losses, 0.0).mean()), len(losses), target)
 
 
-TESTS: dict[str, Callable[[Array, float], float]] = {
-    "upper_bound": betting_p_value,
-    "learn_then_test": _hoeffding_bentkus,
+@dataclass(frozen=True)
+class RiskTest:
+    """A p-value of losses [n] and a target.
+
+    any_time: whether it stays valid when more images are drawn after a look at it.
+    """
+
+    p_value: Callable[[Array, float], float]
+    any_time: bool
+
+    def __call__(self, losses: Array, target: float) -> float:
+        return self.p_value(losses, target)
+
+
+TESTS: dict[str, RiskTest] = {
+    "upper_bound": RiskTest(betting_p_value, any_time=True),
+    "learn_then_test": RiskTest(_hoeffding_bentkus, any_time=False),
 }
-"""P-values of losses [n] and a target by method. The second takes gains as 0."""
+"""By method. The second takes gains as 0."""
 
 METHODS = ("auto", *TESTS)
 
 
 def upper_bound(losses: Array, confidence: float, method: str = "upper_bound") -> float:
     """The least target in [mean, 1] that losses [n] pass at `confidence`: a bound on the risk."""
-    test = TESTS[_first_of(method)]
+    test = TESTS[first_test(method)]
     low, high = float(losses.mean()), 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
@@ -95,7 +115,7 @@ def learn_then_test(losses: Array, target: float, confidence: float) -> int | No
     """The last point before the first whose Hoeffding-Bentkus test fails, or None.
 
     Learn-then-Test (Angelopoulos et al. 2021) with fixed-sequence testing. Gains count as 0, which
-    makes the promise stricter than asked.
+    makes the guarantee stricter than asked.
     """
     return _walk(losses, target, confidence, "learn_then_test")
 
@@ -135,7 +155,7 @@ def monotone(losses: Array, level: float = 0.05, low: float = 0.0) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """The last point of a path that keeps the promise (None: none does), and how it was found."""
+    """The last point of a path that keeps the risk (None: none does), and how it was found."""
 
     index: int | None
     method: str
@@ -150,14 +170,14 @@ def control(
     "auto" is `upper_bound_control`; where the risk is not monotone it falls back on
     `learn_then_test`. On a finite path both walks are fixed-sequence tests and hold for any risk;
     what monotonicity adds is that every safer setting, those between the points too, keeps the
-    promise. As the choice of method sees the data, the fall-back returns the safer of both walks'
+    risk. As the choice of method sees the data, the fall-back returns the safer of both walks'
     points: it is wrong only where the upper-bound walk passed a point it should not have, which
     happens with probability <= 1 - confidence whatever the other walk does.
 
     Raises:
         InputError: an unknown method.
     """
-    _first_of(method)
+    first_test(method)
     steady = monotone(losses, 1 - confidence, low)
     if method != "auto":
         return Decision(_walk(losses, target, confidence, method), method, steady)
@@ -172,14 +192,14 @@ def control(
 def samples_needed(
     target: float, confidence: float, method: str = "auto", risk: float = 0.0
 ) -> int | None:
-    """The fewest answers that would promise `target` at a measured `risk`; None: no number would.
+    """The fewest images that would guarantee `target` at a measured `risk`; None: no number would.
 
     Exact where the risk is 0; above, for losses of 0 and 1.
     """
     if risk >= target:
         return None
     risk = max(risk, 0.0)
-    if _first_of(method) == "learn_then_test":
+    if first_test(method) == "learn_then_test":
 
         def passes(n: int) -> bool:
             return hoeffding_bentkus(risk, n, target) <= 1 - confidence
@@ -202,8 +222,25 @@ def samples_needed(
     return most
 
 
-def _first_of(method: str) -> str:
+def first_test(method: str) -> str:
     """The test a method begins with. Raise `InputError` if it is not known."""
     if method not in METHODS:
         raise InputError(f"Method {method!r} is not known.", did_you_mean(method, METHODS))
     return "upper_bound" if method == "auto" else method
+
+
+def images_needed(
+    targets: Sequence[float] = (0.01, 0.02, 0.05), confidence: float = 0.95, method: str = "auto"
+) -> list[dict[str, Any]]:
+    """What a first attempt needs: for each target the images where no answer loses anything, and
+    where half the target is measured."""
+    level = 1 - (1 - confidence) * error_share(1)
+    return [
+        {
+            "target": target,
+            "confidence": confidence,
+            "at_no_loss": samples_needed(target, level, method),
+            "at_half_the_target": samples_needed(target, level, method, target / 2),
+        }
+        for target in targets
+    ]

@@ -194,6 +194,10 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     name_option(
         group, "--kv", KV_POLICIES, "keys and values of skipped layers", shown="the adapter's"
     )
+    group.add_argument(
+        "--exit-in-prefill", action=argparse.BooleanOptionalAction,
+        help="let first tokens exit early too, where the prompt is causal (default: the adapter's)",
+    )  # fmt: skip
     return group
 
 

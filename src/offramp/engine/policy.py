@@ -118,6 +118,14 @@ FULL = ExitPolicy()
 """Every token at full depth."""
 
 
+def default_policy(backbone: Backbone, **changes: Any) -> ExitPolicy:
+    """What new exits start with: first tokens may exit early where the family's prompt is causal.
+
+    changes: other fields of `ExitPolicy`.
+    """
+    return ExitPolicy(exit_in_prefill=backbone.family.causal_prompt, **changes)
+
+
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     """Whether an answer's first token may exit early.
 

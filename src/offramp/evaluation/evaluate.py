@@ -180,7 +180,7 @@ class _Answerer:
             "task": self.plan.task,
             "backbone": self.backbone.name,
             "fingerprint": digest_rows([dump_fingerprint(self.backbone.fingerprint())]),
-            "exits": _digest([m for m in trained if m]) if trained else None,
+            "exits": tensor_digest([m for m in trained if m]) if trained else None,
             # Every field, so that none can change unnoticed.
             "policy": policy_to_json(policy) if self.exits is not None else None,
             "layers": self.backbone.depth,
@@ -261,7 +261,7 @@ def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
         )
 
 
-def _digest(modules: Sequence[nn.Module]) -> str:
+def tensor_digest(modules: Sequence[nn.Module]) -> str:
     """SHA-256 over the tensors of trained modules."""
     found = hashlib.sha256()
     for module in modules:

@@ -6,6 +6,7 @@ exits.safetensors           the exits' tensors, nothing of the backbone
 checks.safetensors          shortlist and gates, if there are any (`offramp.models.shortlist`)
 discriminators.safetensors  only needed for the discriminator score and for resuming
 seen.json                   digests of the images that training and calibration used
+attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
 README.md                   the model card; may be edited
 training/                   log, and the state that resuming needs; not pushed to the hub
 """
@@ -42,15 +43,17 @@ from offramp.save_and_load.tensors import check_shapes, read_shapes, read_tensor
 from offramp.storage import atomic_folder, digest_file, read_json, write_json
 
 __all__ = [
-    "CARD", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "SEEN", "AdapterConfig",
-    "AdapterParts", "check_policy_depths", "load_parts", "read_config", "save_parts",
+    "ATTEMPTS", "CARD", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "SEEN",
+    "AdapterConfig", "AdapterParts", "check_policy_depths", "load_parts", "read_config",
+    "save_parts",
 ]  # fmt: skip
 
-EXITS, CHECKS, DISCRIMINATORS, SEEN, CARD = (
+EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
     "exits.safetensors",
     "checks.safetensors",
     "discriminators.safetensors",
     "seen.json",
+    "attempts.json",
     "README.md",
 )
 _LARGEST_SEEN = 2**30
@@ -67,6 +70,7 @@ class AdapterParts:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    attempts: Sequence[Mapping[str, Any]] = ()
 
 
 # -- saving -----------------------------------------------------------------------------------
@@ -95,10 +99,12 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
             write_tensors(state, staging / name)
         if parts.seen:
             write_json(staging / SEEN, {step: list(s) for step, s in parts.seen.items()})
+        if parts.attempts:
+            write_json(staging / ATTEMPTS, list(parts.attempts))
         files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
         write_json(staging / CONFIG, sealed({**_entries(backbone, parts), "files": files}))
         (staging / CARD).write_text(card, encoding="utf-8")
-    for name in (CHECKS, DISCRIMINATORS, SEEN):
+    for name in (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
         if name not in files:  # an earlier adapter's, which would not fit these exits
             (Path(folder) / name).unlink(missing_ok=True)
 
@@ -180,6 +186,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         metrics=dict(config.metrics),
         calibration=None if calibration is None else dict(calibration),
         seen=_load_seen(config),
+        attempts=_load_attempts(config),
     )
 
 
@@ -192,7 +199,7 @@ def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
 def _check_digests(config: AdapterConfig) -> None:
     """Raise `AdapterError` where a file is not the one that adapter.json was written with."""
     for name, digest in (config.files or {}).items():
-        if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN):
+        if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
             raise AdapterError(f"{config.folder / CONFIG} names a file {name[:60]!r}.", RESTORE)
         path = config.folder / name
         if name == DISCRIMINATORS and not path.is_file():
@@ -301,3 +308,24 @@ def _load_seen(config: AdapterConfig) -> dict[str, list[str]]:
     if not all(isinstance(d, list) and all(isinstance(x, str) for x in d) for d in lists):
         raise AdapterError(f"{path} is damaged: it does not list digests by step.", RESTORE)
     return dict(seen)
+
+
+def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
+    """What `attempts.json` holds; nothing where none was made."""
+    path = config.folder / ATTEMPTS
+    if not _is_there(config, ATTEMPTS):
+        return []
+    try:
+        attempts = read_json(path, largest=_LARGEST_SEEN)
+    except (DataError, StorageError) as error:
+        raise AdapterError(error.problem, RESTORE) from error
+    kinds = {"asked": str, "settings": dict, "number": int, "images": list, "path": list,
+             "outcome": dict}  # fmt: skip
+    if not isinstance(attempts, list) or not all(
+        isinstance(attempt, dict)
+        and attempt.keys() == kinds.keys()
+        and all(isinstance(attempt[name], kind) for name, kind in kinds.items())
+        for attempt in attempts
+    ):
+        raise AdapterError(f"{path} is damaged: it does not list attempts.", RESTORE)
+    return attempts

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import default_policy
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
@@ -331,7 +331,7 @@ class Trainer:
         return Adapter(
             self.backbone,
             ExitSet(exits, self.shortlist, discriminators=discriminators, measured=self.measured),
-            ExitPolicy(shortlist=self.shortlist is not None),
+            default_policy(self.backbone, shortlist=self.shortlist is not None),
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={
                 "agreement": self.agreement,

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.calibration.calibrate import Promise
+    from offramp.calibration.calibrate import Guarantee
     from offramp.calibration.risk_control import METHODS
     from offramp.calibration.risk_functions import RISKS
 
@@ -50,20 +50,21 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     group = parser.add_argument_group("guarantee")
     field_option(
-        group, Promise, "risk", "of early answers; only a drop needs labels",
+        group, Guarantee, "risk", "of early answers; only a drop needs labels",
         choices=RISKS,
     )  # fmt: skip
-    field_option(group, Promise, "target", "bound of the risk")
-    field_option(group, Promise, "confidence", "probability that the bound holds")
-    field_option(group, Promise, "method", "test of the thresholds", choices=METHODS)
-    exits = policy_options(parser, threshold=False)
-    exits.add_argument(
-        "--exit-in-prefill", action=argparse.BooleanOptionalAction,
-        help="let first tokens exit early too (default: as in the adapter)",
-    )  # fmt: skip
+    field_option(group, Guarantee, "target", "bound of the risk")
+    field_option(group, Guarantee, "confidence", "probability that the bound holds")
+    field_option(group, Guarantee, "method", "test of the thresholds", choices=METHODS)
+    policy_options(parser, threshold=False)
     group = parser.add_argument_group("answers and output")
     length_option(group)
     batch_option(group, 64)
+    group.add_argument(
+        "--write", action="store_true",
+        help="where nothing can be guaranteed, switch the exits off; else the adapter's thresholds "
+        "stay as they were",
+    )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     group.add_argument("--json", action="store_true", help="the calibration as one JSON object")
     runtime_options(parser)
@@ -74,14 +75,19 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from offramp.calibration.calibrate import Promise, calibrate, calibrated
+    from offramp.calibration.calibrate import Guarantee, calibrate, calibrated, with_attempts
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
     from offramp.models.input_processor import InputProcessor
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
-    Promise(**asked)  # a mistake should not wait for data and model
+    guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
+    log.info(
+        "A guarantee of %g needs %d images where no answer loses anything, and about %d where half "
+        "the target is measured; where several exits are searched, 30%% of the images go to that.",
+        guarantee.target, guarantee.images_needed(), guarantee.images_needed(guarantee.target / 2),
+    )  # fmt: skip
     check_runtime(arguments)
     out = adapter_folder(arguments)
     labelled = RISKS[arguments.risk].quality is not None
@@ -117,8 +123,14 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         print_json(found.to_json())
     else:
         print_text(_table(found))
-    calibrated(adapter, found, examples).save(out)
-    log.info("Written to %s.", out)
+    if not found.reason or arguments.write:
+        calibrated(adapter, found, examples).save(out)
+        log.info("Written to %s.", out)
+        return
+    # The attempt alone: it used a share of the error budget.
+    kept = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else out
+    with_attempts(adapter, found).save(kept)
+    log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", kept)
 
 
 def _table(found: Any) -> str:
@@ -129,14 +141,18 @@ def _table(found: Any) -> str:
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
         lines.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
     lines.append("")
+    if found.attempt > 1:
+        lines.append(
+            f"This is attempt {found.attempt} on these images, so it is tested at a confidence of "
+            f"{found.level:.2%}: all attempts together keep {found.confidence:.0%}."
+        )
     if found.reason:
-        lines.append(f"Nothing is guaranteed, and the exits are off. {found.reason}")
+        lines.append(f"Nothing is guaranteed. {found.reason}")
     else:
-        shown = ", ".join(f"{t:g} at depth {d}" for d, t in found.policy.thresholds.items())
         faster = f"; decoding is predicted to be {found.speedup:.2f}x" if found.speedup else ""
         lines.append(
             f"Guaranteed: {found.risk} at most {found.target:g}, with {found.confidence:.0%} "
-            f"confidence (measured {found.measured:.4f} on {found.n} answers){faster}. "
-            f"Thresholds: {shown}."
+            f"confidence (measured {found.measured:.4f} on {found.n} images, {found.answers} "
+            f"answers){faster}. Thresholds: {found.policy.thresholds}."
         )
     return "\n".join(lines)

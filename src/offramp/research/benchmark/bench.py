@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.calibration.cost_model import Costs, best_draft, rounds_seconds, token_seconds
-from offramp.calibration.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.engine.generate import generate
 from offramp.errors import InputError, did_you_mean
+from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_fn, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths

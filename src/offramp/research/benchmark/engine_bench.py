@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.calibration.scripted_exits import OPTIONS
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError, check_known
+from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
