@@ -177,7 +177,7 @@ def test_a_policy_that_cannot_be_replayed_shares_one_threshold() -> None:
 
 def test_several_exits_are_tested_on_pictures_that_the_search_did_not_use() -> None:
     result = found(4, 5)
-    assert 0.6 < result.n / len(examples()) < 0.8
+    assert 0.5 < result.n / len(examples()) < 0.9  # 70% of them, by a hash of their content
     assert any(len(set(point.thresholds.values())) > 1 for point in result.path)
 
 

@@ -10,6 +10,7 @@ import pytest
 from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
+from offramp.calibration.attempts import ImageRows, by_image
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
@@ -104,7 +105,9 @@ def test_p_values_are_small_where_the_risk_is() -> None:
 
 def test_the_order_of_the_data_wins_no_bet() -> None:
     sorted_by_difficulty = np.repeat([0.0, 1.0], [900, 100])
-    assert betting_p_value(sorted_by_difficulty, 0.05) > 0.05
+    images = [ImageRows(str(i), "", (i,)) for i in range(1000)]
+    images.sort(key=lambda image: image.rank)
+    assert betting_p_value(by_image(sorted_by_difficulty, images), 0.05) > 0.05
 
 
 @pytest.mark.parametrize("method", TESTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import add_command, data_options, field_options, model_options
 from offramp.cli.output import print_json
 from offramp.cli.parser import Parser
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
@@ -61,6 +64,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     from offramp.calibration.gates import learn_shortlist_and_gates
     from offramp.calibration.profiler import measure_costs
+    from offramp.calibration.risk_control import images_needed
     from offramp.models.input_processor import InputProcessor
     from offramp.training.checkpoint import check_out
     from offramp.training.config import TrainConfig
@@ -68,6 +72,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = TrainConfig(**{n: getattr(arguments, n) for n in _fields()})
     check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
+    needed = images_needed((0.01,))[0]
+    log.info(
+        "To calibrate these exits to 1%% later needs %d images that training does not see, where "
+        "no answer loses anything, and about %d where half of that is lost.",
+        needed["at_no_loss"], needed["at_half_the_target"],
+    )  # fmt: skip
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)

@@ -37,11 +37,11 @@ def _options(parser: Parser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.calibrate import Promise
+    from offramp.calibration.calibrate import Guarantee
     from offramp.research.demo import demo, table
     from offramp.storage import check_writable
 
-    Promise(target=arguments.target)  # a mistake should not wait for training
+    Guarantee(target=arguments.target)  # a mistake should not wait for training
     check_writable(arguments.out, folder=True)
     report = demo(arguments.backbone, arguments.out, target=arguments.target, seed=arguments.seed)
     print_text(table(report))

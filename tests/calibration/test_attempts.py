@@ -1,0 +1,117 @@
+"""Laws of attempts: images count by content, a longer list continues, others share the errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import fakes
+import numpy as np
+
+from offramp.calibration.attempts import (
+    Attempt,
+    ImageRows,
+    by_image,
+    error_share,
+    images_of,
+    recorded,
+    turn_of,
+)
+from offramp.data.example import Example
+from offramp.engine.policy import Thresholds
+
+PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
+
+
+def copies(folder: Path, n: int) -> list[Example]:
+    """One photograph in `n` files, each under its own key and group."""
+    files = [folder / f"{i}.png" for i in range(n)]
+    for file in files:
+        fakes.picture(7).save(file)
+    return [Example(file, "Caption:", (), file.name, group=file.name) for file in files]
+
+
+def attempt(asked: str, images: list[ImageRows], number: int = 1) -> Attempt:
+    return Attempt(asked, {}, number, tuple(image.name for image in images), PATH, {})
+
+
+# -- images ---------------------------------------------------------------------------------------
+
+
+def test_copies_under_other_names_are_one_image(tmp_path: Path) -> None:
+    (image,) = images_of(copies(tmp_path, 400))
+    assert image.rows == tuple(range(400))
+
+
+def test_questions_about_one_image_are_one_image_by_name_or_content() -> None:
+    some = fakes.examples(4)
+    named = [replace(e, group="a" if i < 2 else "") for i, e in enumerate(some)]
+    again = replace(some[3], key="other", prompt="w9")
+    assert sorted(image.rows for image in images_of([*named, again])) == [(0, 1), (2,), (3, 4)]
+
+
+def test_an_image_loses_the_mean_of_what_its_answers_lose() -> None:
+    images = [ImageRows("a", "", (0, 2)), ImageRows("b", "", (1,))]
+    assert by_image(np.array([1.0, -1.0, 0.0]), images).tolist() == [0.5, -1.0]
+
+
+def test_the_order_of_the_images_does_not_depend_on_that_of_the_examples() -> None:
+    some = fakes.examples(20)
+    names = [image.name for image in images_of(some)]
+    assert names == [image.name for image in images_of(some[::-1])]
+    assert names != sorted(names)
+
+
+# -- attempts -------------------------------------------------------------------------------------
+
+
+def test_a_longer_list_goes_on_with_the_bets_of_a_shorter_one() -> None:
+    few, more = images_of(fakes.examples(8)), images_of(fakes.examples(20))
+    turn = turn_of([attempt("1%", few)], "1%", more, any_time=True)
+    assert (turn.number, turn.path) == (1, PATH)
+    assert [i.name for i in turn.images][:8] == [i.name for i in few]
+    assert {i.name for i in turn.images} == {i.name for i in more}
+
+
+def test_other_settings_on_the_same_images_take_the_next_share() -> None:
+    images = images_of(fakes.examples(8))
+    attempts: tuple[Attempt, ...] = ()
+    for number in range(1, 5):
+        turn = turn_of(attempts, f"setting {number}", images, any_time=True)
+        assert turn.number == number and turn.path is None
+        attempts = recorded(attempts, attempt(f"setting {number}", images, number))
+    assert turn_of(attempts, "setting 2", images, any_time=True).number == 2
+    assert sum(error_share(a.number) for a in attempts) < 1
+
+
+def test_fresh_images_have_a_budget_of_their_own() -> None:
+    first, other = images_of(fakes.examples(8)), images_of(fakes.examples(16)[8:])
+    assert turn_of([attempt("1%", first)], "2%", other, any_time=True).number == 1
+
+
+def test_a_test_of_a_fixed_number_of_images_does_not_go_on() -> None:
+    few, more = images_of(fakes.examples(8)), images_of(fakes.examples(20))
+    before = [attempt("1%", few)]
+    assert turn_of(before, "1%", more, any_time=False).number == 2
+    assert turn_of(before, "1%", few, any_time=False).number == 1
+
+
+def test_another_question_about_an_image_is_another_draw() -> None:
+    some = fakes.examples(8)
+    asked = [*some, replace(some[0], key="more", prompt="w50 w51")]
+    turn = turn_of([attempt("1%", images_of(some))], "1%", images_of(asked), any_time=True)
+    assert turn.number == 2
+
+
+def test_two_attempts_that_grow_into_each_other_do_not_share_a_share() -> None:
+    first, other = images_of(fakes.examples(8)), images_of(fakes.examples(16)[8:])
+    before = [attempt("1%", first), attempt("2%", other)]
+    turn = turn_of(before, "1%", images_of(fakes.examples(16)), any_time=True)
+    assert turn.number == 2
+
+
+def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
+    few, more = images_of(fakes.examples(8)), images_of(fakes.examples(20))
+    whole = attempt("1%", more)
+    assert Attempt.from_json(whole.to_json()) == whole
+    assert recorded([whole], attempt("1%", few)) == (whole,)
