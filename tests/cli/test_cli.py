@@ -199,8 +199,9 @@ def test_calibrate_tells_how_many_answers_would_be_needed(
 def test_calibrate_that_can_guarantee_nothing_leaves_the_thresholds(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
-    def policy() -> Any:
-        return json.loads((adapter / CONFIG).read_text())["policy"]
+    def policy() -> dict[str, object]:
+        found: dict[str, object] = json.loads((adapter / CONFIG).read_text())["policy"]
+        return found
 
     asked = ("calibrate", "--adapter", adapter, "--data", held_out)
     assert run(*asked, "--target", 0.9, "--confidence", 0.5)[0] == 0
