@@ -24,18 +24,11 @@ from tqdm import tqdm
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.attempts import by_image, images_of
-from offramp.calibration.calibrate import (
-    GRID,
-    Calibration,
-    Guarantee,
-    calibrate,
-    path_of,
-    split_images,
-)
+from offramp.calibration.calibrate import GRID, Calibration, Guarantee, calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, control
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import ThresholdEvaluator
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (

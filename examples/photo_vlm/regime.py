@@ -28,10 +28,10 @@ from examples.photo_vlm.held_out import (
 )
 from offramp.adapter import Adapter
 from offramp.calibration.attempts import images_of
-from offramp.calibration.calibrate import calibrate, path_of, split_images
+from offramp.calibration.calibrate import calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import ThresholdEvaluator
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import interval
 from offramp.evaluation.timing import (

@@ -37,8 +37,8 @@ from offramp.calibration.risk_control import (
     upper_bound,
 )
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import ThresholdEvaluator
-from offramp.calibration.threshold_search import Array, candidates, pareto_path
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
+from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
@@ -48,8 +48,6 @@ from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows
 
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-SEARCH = 0.3
-"""Share of the images on which several exits' path is found."""
 
 
 # -- what is asked, and what is found --------------------------------------------------------------
@@ -181,7 +179,7 @@ def calibrate(
     """The fastest thresholds found that keep P(risk <= target) >= confidence.
 
     One exit is tested along the grid `thresholds`. Several are, each with its own threshold or
-    off, along a path found on `SEARCH` of the images, if costs are given and the policy can be
+    off, along a path found on a part of the images, if costs are given and the policy can be
     replayed (greedy, kv "recompute", a score of `SCORES`); otherwise all share one threshold.
 
     Args:
@@ -312,43 +310,6 @@ def _trial(
         for image, start in zip(turn.images, starts, strict=False)
     )
     return _Trial(whole.part(np.array(rows)), moved, turn, asked.level(turn.number))
-
-
-def split_images(
-    whole: ThresholdEvaluator, images: Sequence[ImageRows]
-) -> tuple[list[ImageRows], list[ImageRows]]:
-    """Images on which a path is searched, and those on which it is tested: by rank, so that more
-    images move none from one to the other.
-
-    Raises:
-        DataError: too few images for both.
-    """
-    if not searches(whole):
-        return [], list(images)
-    search = [image for image in images if image.rank < SEARCH]
-    tested = [image for image in images if image.rank >= SEARCH]
-    if not search or not tested:
-        raise DataError(
-            f"{len(images)} images are too few to search thresholds on some and test on others.",
-            "Bring more images, or calibrate an adapter with one exit.",
-        )
-    return search, tested
-
-
-def searches(whole: ThresholdEvaluator) -> bool:
-    """Whether each exit may have a threshold of its own."""
-    return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
-
-
-def path_of(
-    whole: ThresholdEvaluator, search: Sequence[ImageRows], grid: Sequence[float]
-) -> list[Thresholds]:
-    """Thresholds to test, the safest first; without a search one threshold for all exits."""
-    if not searches(whole):
-        return [Thresholds.shared(whole.depths, t) for t in sorted(grid, reverse=True)]
-    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
-    assert part.replay is not None
-    return pareto_path(part.replay, candidates(whole.depths, grid), part.time, grid)
 
 
 def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:

@@ -14,15 +14,19 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, Runtime, generate_answers
+from offramp.calibration.attempts import ImageRows
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
-from offramp.calibration.threshold_search import Array
+from offramp.calibration.threshold_search import Array, candidates, pareto_path
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, Thresholds
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
 from offramp.models.input_processor import InputProcessor
+
+SEARCH = 0.3
+"""Share of the images on which several exits' path is found."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,46 @@ class ThresholdEvaluator:
         shut = {d: tokens[:, 1:] for d, tokens in self.replay.shut().items()}
         took = token_seconds(self.costs, decoded, exits, shut=shut)
         return float(took.sum() / max(1, (decoded > 0).sum()))
+
+
+# -- the path ----------------------------------------------------------------------------------
+
+
+def split_images(
+    whole: ThresholdEvaluator, images: Sequence[ImageRows]
+) -> tuple[list[ImageRows], list[ImageRows]]:
+    """Images on which a path is searched, and those on which it is tested: by rank, so that more
+    images move none from one to the other.
+
+    Raises:
+        DataError: too few images for both.
+    """
+    if not searches(whole):
+        return [], list(images)
+    search = [image for image in images if image.rank < SEARCH]
+    tested = [image for image in images if image.rank >= SEARCH]
+    if not search or not tested:
+        raise DataError(
+            f"{len(images)} images are too few to search thresholds on some and test on others.",
+            "Bring more images, or calibrate an adapter with one exit.",
+        )
+    return search, tested
+
+
+def searches(whole: ThresholdEvaluator) -> bool:
+    """Whether each exit may have a threshold of its own."""
+    return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
+
+
+def path_of(
+    whole: ThresholdEvaluator, search: Sequence[ImageRows], grid: Sequence[float]
+) -> list[Thresholds]:
+    """Thresholds to test, the safest first; without a search one threshold for all exits."""
+    if not searches(whole):
+        return [Thresholds.shared(whole.depths, t) for t in sorted(grid, reverse=True)]
+    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
+    assert part.replay is not None
+    return pareto_path(part.replay, candidates(whole.depths, grid), part.time, grid)
 
 
 def _is_greedy(options: Mapping[str, Any]) -> bool:

@@ -75,7 +75,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from offramp.calibration.calibrate import Guarantee, calibrate, calibrated, with_attempts
+    from offramp.calibration.calibrate import Guarantee, calibrate
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
@@ -123,11 +123,20 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         print_json(found.to_json())
     else:
         print_text(_table(found))
+    _store(adapter, found, examples, arguments, out)
+
+
+def _store(
+    adapter: Any, found: Any, examples: Any, arguments: argparse.Namespace, out: Path
+) -> None:
+    """The calibrated adapter; where nothing is guaranteed, the attempt alone, which used a share of
+    the error budget."""
+    from offramp.calibration.calibrate import calibrated, with_attempts
+
     if not found.reason or arguments.write:
         calibrated(adapter, found, examples).save(out)
         log.info("Written to %s.", out)
         return
-    # The attempt alone: it used a share of the error budget.
     kept = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else out
     with_attempts(adapter, found).save(kept)
     log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", kept)
