@@ -360,3 +360,16 @@ def test_a_folder_is_loaded_without_the_hub(hub: Hub, saved_adapter: Path, opt: 
 def test_a_name_that_the_hub_does_not_give_is_an_adapter_error(hub: Hub, opt: Any) -> None:
     with pytest.raises(AdapterError, match=r"nobody/nothing.*offline"):
         Adapter.from_pretrained("nobody/nothing", opt)
+
+
+def test_a_hugging_face_model_is_a_backbone(saved_adapter: Path, opt: Any, batch: Build) -> None:
+    loaded = Adapter.from_pretrained(saved_adapter, opt.model)
+    inputs = batch("blip2-opt", 1)
+    expected = Adapter.load(saved_adapter, opt).generate(inputs, max_new_tokens=3)
+    assert torch.equal(loaded.generate(inputs, max_new_tokens=3).sequences, expected.sequences)
+    assert Exits(opt.model, (2,)).depths == (2,)
+
+
+def test_what_is_no_backbone_is_not_called_a_damaged_adapter(saved_adapter: Path) -> None:
+    with pytest.raises(InputError, match="str is no vision-language model"):
+        Adapter.load(saved_adapter, "blip2-opt")  # type: ignore[arg-type]

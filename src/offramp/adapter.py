@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import AdapterError
@@ -45,6 +47,7 @@ class Adapter:
     attempts: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
 
     def generate(
@@ -85,7 +88,7 @@ class Adapter:
         save_parts(folder, self.backbone, parts, model_card(self.backbone, parts))
 
     @classmethod
-    def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone) -> Adapter:
+    def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone | nn.Module) -> Adapter:
         """Read a folder written by `save`; or one whose adapter.json `read_config` has read.
 
         Raises:
@@ -93,13 +96,14 @@ class Adapter:
                 that differs from this one (the text says in what).
         """
         config = folder if isinstance(folder, AdapterConfig) else read_config(folder)
+        backbone = Backbone.of(backbone)
         return cls(backbone, **vars(load_parts(config, backbone)))
 
     # -- hub ----------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, backbone: Backbone, *, revision: str | None = None
+        cls, name: str | Path, backbone: Backbone | nn.Module, *, revision: str | None = None
     ) -> Adapter:
         """Load from a folder, or from the hub by name."""
         if Path(name).is_dir():

@@ -11,6 +11,8 @@ from offramp.data.example import Example
 from offramp.data.image import content_digest
 from offramp.errors import DataError
 
+log = logging.getLogger(__name__)
+
 Seen = Mapping[str, Sequence[str]]
 """Picture digests, sorted, by the step that used them: "train", "calibration"."""
 
@@ -60,7 +62,7 @@ def check_no_overlap(
     An adapter that does not tell its training pictures gets a warning.
     """
     if "train" not in seen:
-        logging.warning(
+        log.warning(
             "The adapter does not tell which pictures it was trained on; make sure that these are "
             "others."
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from offramp.engine.exit_check import decider_of
 from offramp.engine.model_runner import ModelRunner
@@ -73,7 +74,7 @@ def check_options(wanted: Callable[[str], Any]) -> None:
 
 
 def generate(
-    backbone: Backbone,
+    backbone: Backbone | nn.Module,
     inputs: Mapping[str, Any],
     *,
     exits: ExitSet | Exits | None = None,
@@ -85,6 +86,7 @@ def generate(
 ) -> GenerationOutput:
     """Generate with early exits; without `exits` or thresholds, with the full model.
 
+    backbone: a `Backbone`, or a Hugging Face model.
     inputs: what the HF processor returned. vision_cache: image features kept between calls, for
     several questions on an image. prefix_cache: keys and values of prompts kept between calls, for
     the next turn of a dialogue. options: HF's own generation options (max_new_tokens,
@@ -92,6 +94,7 @@ def generate(
     stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
     search, assisted and contrastive decoding, static or quantised caches.
     """
+    backbone = Backbone.of(backbone)
     # Before HF sees them, which would refuse some in other words and build caches for others.
     config = options.get("generation_config")
     asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}

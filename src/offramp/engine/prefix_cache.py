@@ -8,12 +8,13 @@ asked then.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import Cache, LRUCache
 from torch import Tensor, nn
 
 from offramp.engine.kv_cache import CACHE_NAMES
@@ -45,7 +46,7 @@ class _Kept:
 
 
 class PrefixCache:
-    """The last few prompts of a backbone, for its next ones.
+    """The last few prompts of a backbone, for its next ones. Thread-safe.
 
     reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
     Batches of one, decoder-only backbones with plain attention and a causal prompt; others, and
@@ -62,8 +63,9 @@ class PrefixCache:
             )
         self.prompts = prompts
         self.reused = self.run = 0
-        self._held: OrderedDict[int, _Kept] = OrderedDict()
+        self._held: LRUCache[int, _Kept] = LRUCache(prompts)
         self._count = 0
+        self._lock = threading.Lock()
 
     def serve(self, run: ModelRunner) -> _Served | None:
         """Stand before the prompt of the generation that `run` drives; None where none is kept."""
@@ -77,24 +79,33 @@ class PrefixCache:
 
         modules: the exits that will attend to it.
         """
-        found, most = None, 0
-        for key, kept in self._held.items():
+        with self._lock:
+            # Not as `items` does, which would mark all of them as used.
+            candidates = [(key, Cache.__getitem__(self._held, key)) for key in self._held]
+        best, found, most = None, None, 0
+        for key, kept in candidates:
             known = [module for module, _ in kept.exits]
-            fits = kept.backbone is backbone and all(any(m is k for k in known) for m in modules)
+            same = kept.backbone.model is backbone.model
+            fits = same and all(any(m is k for k in known) for m in modules)
             common = min(kept.common(embeds), len(embeds) - 1) if fits else 0
             if common > most:
-                found, most = key, common
-        if found is None:
-            return None, 0
-        self._held.move_to_end(found)
-        return self._held[found], most
+                best, found, most = key, kept, common
+        with self._lock:
+            if best is not None:
+                self._held.get(best)  # marks it as used
+        return found, most
+
+    def count(self, reused: int, run: int) -> None:
+        """Add to the prompt tokens that were taken from here, and that were run."""
+        with self._lock:
+            self.reused += reused
+            self.run += run
 
     def keep(self, kept: _Kept) -> None:
-        """Take a prompt in; the one that was not asked for the longest goes."""
-        self._count += 1
-        self._held[self._count] = kept
-        while len(self._held) > self.prompts:
-            self._held.popitem(last=False)
+        """Add a prompt; the least recently used one is dropped."""
+        with self._lock:
+            self._count += 1
+            self._held[self._count] = kept
 
 
 class _Served:
@@ -120,8 +131,7 @@ class _Served:
         kept, common = self._cache.best(
             self._run.backbone, [module for module, _ in exits], self._embeds
         )
-        self._cache.reused += common
-        self._cache.run += embeds.shape[1] - common
+        self._cache.count(common, embeds.shape[1] - common)
         if kept is None:
             return None
         for entry, (keys, values) in zip(self._run.cache.layers, kept.layers, strict=False):

@@ -37,12 +37,14 @@ from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.storage import digest_rows, write_json
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 RESULT = "result.json"
 
 
 def evaluate(
-    model: Adapter | Backbone,
+    model: Adapter | Backbone | nn.Module,
     encoder: InputProcessor,
     examples: Sequence[Item | Example],
     task: str,
@@ -84,6 +86,7 @@ def evaluate(
     """
     plan = Settings(task, **settings)
     items = as_items(examples, task)
+    model = model if isinstance(model, Adapter) else Backbone.of(model)
     if isinstance(model, Adapter) and plan.mode != "full" and not allow_seen:
         check_no_overlap(
             model.seen,
@@ -164,9 +167,9 @@ class _Answerer:
         given = policy if policy is not None else adapter.policy if adapter else FULL
         self.policies = {"full": FULL, "early_exit": given}
         if plan.mode != "full" and not given.effective.thresholds:
-            logging.warning("The policy has no thresholds, so no token leaves early.")
+            log.warning("The policy has no thresholds, so no token leaves early.")
         if plan.task == "dialogue" and given.kv != "recompute":
-            logging.warning(
+            log.warning(
                 "Under KV policy %s a candidate's likelihood depends on where earlier tokens left; "
                 "the full model ranks in both modes.", given.kv,
             )  # fmt: skip

@@ -24,6 +24,8 @@ from offramp.evaluation.run_log import Done, Row
 from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
 from offramp.evaluation.tasks import Settings
 
+log = logging.getLogger(__name__)
+
 Pairs = Sequence[tuple[Item, Row]]
 
 
@@ -39,13 +41,13 @@ def score(
         raise DataError("None of these examples has been answered.", "Evaluate them first.")
     missing = len(items) - len(answered)
     if missing:
-        logging.warning("%d of %d examples have no answer and are left out.", missing, len(items))
+        log.warning("%d of %d examples have no answer and are left out.", missing, len(items))
     pairs = {m: [(i, done[m, i.key]) for i in answered] for m in plan.modes}
     measured = {m: _MEASURERS[plan.task](pairs[m], plan) for m in plan.modes}
     for metric, why in measured[plan.modes[0]].unavailable.items():
-        logging.warning("%s is unavailable: %s.", metric, why)
+        log.warning("%s is unavailable: %s.", metric, why)
     if note := measured[plan.modes[0]].tokenizer_note:
-        logging.warning("Captions were split into words %s.", note)
+        log.warning("Captions were split into words %s.", note)
     scoring = {n: getattr(plan, n) for n in ("confidence", "resamples", "seed")}
     result = {
         "task": plan.task,

@@ -17,6 +17,8 @@ from torch import nn
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 
+log = logging.getLogger(__name__)
+
 FREEZING: dict[str, Any] = {"freezing": True}
 
 
@@ -33,7 +35,7 @@ def compiled(
     """
     reason = _missing(backbone) if backend == "inductor" else None
     if reason is not None:
-        logging.warning("Decoding is not compiled: %s", reason)
+        log.warning("Decoding is not compiled: %s", reason)
         yield False
         return
     import torch._dynamo

@@ -127,7 +127,9 @@ class Exits(nn.ModuleDict):
     kind: of `EXIT_KINDS`. entries: the depth of each cache entry that belongs to the exits.
     """
 
-    def __init__(self, backbone: Backbone, depths: Sequence[int], *, kind: str = "layer") -> None:
+    def __init__(
+        self, backbone: Backbone | nn.Module, depths: Sequence[int], *, kind: str = "layer"
+    ) -> None:
         """Build an exit at each depth.
 
         kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "lens", the logit lens;
@@ -136,6 +138,7 @@ class Exits(nn.ModuleDict):
         Raises:
             InputError: depths that do not fit the backbone, or an unknown kind.
         """
+        backbone = Backbone.of(backbone)
         self.depths = check_depths(depths, backbone.depth)
         check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
         self.kind = kind

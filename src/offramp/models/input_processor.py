@@ -21,7 +21,8 @@ _ADDS_BEHIND = {"PaliGemma": "\n"}
 class InputProcessor:
     """A backbone's processor, asked for batches."""
 
-    def __init__(self, backbone: Backbone, processor: Any) -> None:
+    def __init__(self, backbone: Backbone | nn.Module, processor: Any) -> None:
+        backbone = Backbone.of(backbone)
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None:
             raise InputError(

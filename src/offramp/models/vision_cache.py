@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 
 from offramp.errors import InputError
 
 
 class VisionCache:
-    """Outputs of one backbone's vision tower, by a digest of what it was given.
+    """Outputs of vision towers, by the tower and a digest of what it was given. Thread-safe.
 
-    The least recently used are dropped. hits, misses: calls of the tower that were answered from
+    The least recently used are dropped. hits, misses: calls of a tower that were answered from
     here, and that were not. nbytes: of the tensors held, never above `max_bytes`.
 
     Raises:
@@ -35,30 +37,34 @@ class VisionCache:
                 "Give a size above 0, or use no cache.",
             )
         self.max_bytes = max_bytes
-        self.hits = self.misses = self.nbytes = 0
-        self._held: OrderedDict[str, Any] = OrderedDict()
+        self.hits = self.misses = 0
+        # By a reference that does not keep the tower: another one is never taken for it.
+        self._held: LRUCache[tuple[weakref.ref[nn.Module], str], Any] = LRUCache(
+            max_bytes, getsizeof=_nbytes
+        )
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._held.currsize)
 
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
-        key = _digest([*args, kw])
-        if key in self._held:
-            self.hits += 1
-            self._held.move_to_end(key)
-            return copy.copy(self._held[key])
-        self.misses += 1
+        key = (weakref.ref(tower), _digest([*args, kw]))
+        with self._lock:
+            found = self._held.get(key)
+            if found is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+        if found is not None:
+            return copy.copy(found)
+        # Outside the lock: two threads may run the same image, but none waits for another's.
         output = tower(*args, **kw)
-        self._keep(key, copy.copy(output))
+        if _nbytes(output) <= self.max_bytes:
+            with self._lock:
+                self._held[key] = copy.copy(output)
         return output
-
-    def _keep(self, key: str, output: Any) -> None:
-        size = _nbytes(output)
-        if size > self.max_bytes:
-            return
-        self._held[key] = output
-        self.nbytes += size
-        while self.nbytes > self.max_bytes:
-            _, dropped = self._held.popitem(last=False)
-            self.nbytes -= _nbytes(dropped)
 
 
 class RememberedTower(nn.Module):

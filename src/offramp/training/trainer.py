@@ -61,7 +61,7 @@ PROBED = 8  # batches by which initial layers are chosen
 
 
 def train(
-    backbone: Backbone,
+    backbone: Backbone | nn.Module,
     processor: Any,
     examples: Sequence[Example],
     config: TrainConfig,
@@ -100,13 +100,14 @@ class Trainer:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | nn.Module,
         processor: Any,
         examples: Sequence[Example],
         config: TrainConfig,
         out: Path,
         command: Sequence[str] = (),
     ) -> None:
+        backbone = Backbone.of(backbone)
         self.examples = list(examples)
         if not self.examples:
             raise DataError(

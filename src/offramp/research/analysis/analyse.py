@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
@@ -98,7 +99,7 @@ class AnalysisConfig:
 
 
 def analyse(
-    model: Adapter | Backbone,
+    model: Adapter | Backbone | nn.Module,
     encoder: InputProcessor,
     examples: Sequence[Example],
     config: AnalysisConfig = AnalysisConfig(),
@@ -137,6 +138,7 @@ def analyse(
             the adapter's training or calibration.
         InputError: a decode depth is not one of the backbone's.
     """
+    model = model if isinstance(model, Adapter) else Backbone.of(model)
     _check_examples(model, examples, allow_seen)
     run = _Run.of(model, encoder, examples, config, progress)
     result = {

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+log = logging.getLogger(__name__)
+
 States = npt.NDArray[np.float32]
 
 _SOURCE = r"""
@@ -138,7 +140,7 @@ def _compiled() -> Any:
     """The C callback; None where it cannot be compiled here."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        logging.info("No C compiler was found: llama.cpp's layers are read by a slower callback.")
+        log.info("No C compiler was found: llama.cpp's layers are read by a slower callback.")
         return None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source, library = Path(folder) / "tap.c", Path(folder) / "tap.so"
@@ -148,5 +150,5 @@ def _compiled() -> Any:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(str(library)).offramp_tap
         except (OSError, subprocess.SubprocessError) as error:
-            logging.info("The C callback could not be compiled (%s): a slower one is used.", error)
+            log.info("The C callback could not be compiled (%s): a slower one is used.", error)
             return None
