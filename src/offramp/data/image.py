@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +36,9 @@ def open_rgb(image: Path | Image.Image | EncodedImage, name: str) -> Image.Image
     try:
         if isinstance(image, Image.Image):
             return _to_rgb(image, name)
+        if isinstance(image, Path) and not stat.S_ISREG(os.stat(image).st_mode):
+            # A pipe would keep its reader waiting for ever.
+            raise DataError(f"{name} is not a file.", "Give the path of an image file.")
         source = image if isinstance(image, Path) else io.BytesIO(image.read())
         with warnings.catch_warnings():
             # `_to_rgb` refuses at this limit, where Pillow only warns.
