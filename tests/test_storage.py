@@ -300,6 +300,7 @@ def test_what_could_not_be_written_is_told_before(folder: bool, tmp_path: Path) 
         tmp_path / "file" / "below" / "that",
         tmp_path / ("x" * 300),
         tmp_path / ("x" * 300) / "below",
+        tmp_path / "new" / ("x" * 300),
         tmp_path / ("file" if folder else "folder"),
     ]
     for path in wrong:

@@ -3,6 +3,7 @@ them in a folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ class Adapter:
         cls, name: str | Path, backbone: Backbone | nn.Module, *, revision: str | None = None
     ) -> Adapter:
         """Load from a folder, or from the hub by name."""
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             return cls.load(name, backbone)
         from huggingface_hub import snapshot_download
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from offramp.adapter import Adapter
     from offramp.save_and_load import read_config
 
-    if not Path(arguments.adapter).is_dir():
+    if not os.path.isdir(arguments.adapter):
         if arguments.backbone is None:
             raise InputError(
                 f"{arguments.adapter} is not an adapter folder on this machine.",
@@ -120,7 +121,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
     """
     from offramp.storage import check_writable
 
-    if arguments.out is None and not Path(arguments.adapter).is_dir():
+    if arguments.out is None and not os.path.isdir(arguments.adapter):
         raise InputError(
             f"{arguments.adapter} is not a folder on this machine.", "Say where to write: --out."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class _Entries:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AdapterError(
             f"{folder} holds no adapter ({CONFIG} is missing).",
             "Give the folder that `offramp train --out` wrote.",

@@ -27,12 +27,13 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
         if target.exists() and target.is_dir() is not folder:
             raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
         place = target if folder else target.parent
-        while not os.path.lexists(place):  # raises nothing; `stat` below does
+        while not os.path.lexists(place):
             with contextlib.suppress(FileNotFoundError):
-                os.stat(place)  # names that are too long, and paths through a file, fail here
+                os.stat(place)  # a path through a file fails here
             place = place.parent
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(target)
+        longest = os.pathconf(place, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in target.relative_to(place).parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         probe = place / temporary_name()
         probe.touch(exist_ok=False)
         probe.unlink()

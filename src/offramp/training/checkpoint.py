@@ -87,7 +87,7 @@ def load_state(
         TrainingError: it is damaged, or was made of something else (the text says what differs).
     """
     path = folder / STATE
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     _check_digest(path, folder / DIGEST)
     try:

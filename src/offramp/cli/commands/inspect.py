@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from offramp.cli.loading import check_exits, load_model
 from offramp.cli.options import add_command, precision_options
 from offramp.cli.output import print_json, print_text
 from offramp.cli.parser import Parser
+from offramp.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -33,7 +34,15 @@ def _options(parser: Parser) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
 
-    is_adapter = (Path(arguments.name) / CONFIG).is_file()
+    is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
+    given = [
+        n for n in ("revision", "dtype", "device") if getattr(arguments, n) not in (None, "auto")
+    ]
+    if is_adapter and given:
+        raise InputError(
+            f"{arguments.name} is an adapter, to which --{given[0]} says nothing.",
+            f"Leave --{given[0]} out, or name a backbone.",
+        )
     found = _adapter(arguments.name) if is_adapter else _backbone(arguments)
     if arguments.json:
         print_json(found)

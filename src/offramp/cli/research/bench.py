@@ -188,11 +188,10 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
         from offramp.research.benchmark.shapes import shape
 
-        known = shape(arguments.shape)
+        known, device = shape(arguments.shape), choose_device(arguments.device)
         # What such decoders are run in; the minis are there to try things, which float32 is not.
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         backbone = known.build(dtype)
-        device = choose_device(arguments.device)
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
         return backbone, {n: v.to(device) for n, v in rows.items()}, None

@@ -7,6 +7,7 @@ end of the page names what was not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,8 +70,9 @@ def read_sources(paths: Iterable[str | Path]) -> list[Source]:
     """
     found: list[Source] = []
     for path in map(Path, paths):
-        files = [path / name for name in FILES if (path / name).is_file()]
-        some = [s for file in (files if path.is_dir() else [path]) for s in _in_file(file)]
+        # Not Path.is_file, which raises on names that are too long.
+        files = [path / name for name in FILES if os.path.isfile(path / name)]
+        some = [s for file in (files if os.path.isdir(path) else [path]) for s in _in_file(file)]
         if not some:
             raise InputError(
                 f"{path} holds nothing that a report can show.",
