@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "offramp"
 FILES, LINES, FUNCTION_LINES = 11, 400, 60
+NOT_YET: set[str] = set()
+"""What is still too long; to be empty."""
 
 
 def too_long(file: Path) -> set[str]:
@@ -25,7 +27,7 @@ def too_long(file: Path) -> set[str]:
 
 def test_no_file_and_no_function_is_too_long() -> None:
     found = set().union(*map(too_long, SOURCE.rglob("*.py")))
-    assert found == set()
+    assert found - NOT_YET == set()
 
 
 def test_a_package_holds_few_files() -> None:
