@@ -89,10 +89,9 @@ def generate(
     backbone: a `Backbone`, or a Hugging Face model. inputs: what the HF processor returned.
     vision_cache: image features kept between calls, for several questions on an image.
     prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
-    options: HF's own generation options (max_new_tokens, min_new_tokens, do_sample, temperature,
-    top_k, top_p, repetition_penalty, logits_processor, stopping_criteria, generation_config, ...).
-    Raise `InputError` for those not supported: beam search, assisted and contrastive decoding,
-    static or quantised caches.
+    options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
+    stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
+    search, assisted and contrastive decoding, static or quantised caches.
     """
     backbone = Backbone.of(backbone)
     # Before HF sees them, which would refuse some in other words and build caches for others.
