@@ -2,7 +2,7 @@
 parameters; writes benchmarks/records/ablation.json.
 
 Labels: all, a tenth, a hundredth and none; then, without labels, the adversary's variants, and on
-OPT the same after long training on few pictures. Every seed has pictures, split, order and
+OPT the same after long training on few images. Every seed has images, split, order and
 discriminator of its own, which all games of that seed share, so that differences are paired. Judged
 on test images and on corrupted ones: exiting always, and by the share of tokens that may exit
 while 99% of the answers stay the full model's.
@@ -74,8 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pictures (a caption and two questions each), steps of training, and the same for long
-    training on few pictures."""
+    """Images (a caption and two questions each), steps of training, and the same for long
+    training on few images."""
 
     pictures: int = 300
     steps: int = 300
@@ -136,7 +136,7 @@ def cells(seeds: int, settings: Sequence[str] = tuple(SETTINGS)) -> Iterator[lis
 
 
 class Place:
-    """Test pictures, and what the full model makes of them: recorded once, read by every run."""
+    """Test images, and what the full model makes of them: recorded once, read by every run."""
 
     def __init__(self, encoder: InputProcessor, tasks: Sequence[Task]) -> None:
         self.encoder = encoder
@@ -189,7 +189,7 @@ class Place:
 
 
 class Bench:
-    """A backbone with its test pictures, whole and damaged."""
+    """A backbone with its test images, whole and damaged."""
 
     def __init__(self, kind: str, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -234,7 +234,7 @@ class Bench:
 
 
 def _damaged(task: Task) -> Task:
-    """The same task on damaged pictures, the corruptions in turn."""
+    """The same task on damaged images, the corruptions in turn."""
     names = list(CORRUPTIONS)
     turns = {group: i for i, group in enumerate(dict.fromkeys(e.group for e in task.examples))}
     damaged = [

@@ -1,7 +1,7 @@
 """Quality at every depth of the tiny models, with exits and without; writes
 benchmarks/records/analysis.json.
 
-Exits at several depths are trained without labels; test pictures are judged by the world's exact
+Exits at several depths are trained without labels; test images are judged by the world's exact
 ground truth: a caption is right when every attribute of it is, an answer when it is the reference.
 """
 
@@ -30,7 +30,7 @@ from offramp.training.trainer import train
 
 OUT = Path(__file__).parent / "records" / "analysis.json"
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
-TRAIN, TEST = 400, 200  # pictures; each gives a caption and two questions
+TRAIN, TEST = 400, 200  # images; each gives a caption and two questions
 
 CLASSES = {
     "colour": (*world.COLORS, *world.BACKGROUNDS),

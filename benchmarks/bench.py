@@ -159,7 +159,7 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     adapter.generate(inputs[0], vision_cache=one, **options)
 
     def method(exits: bool, kept: bool) -> GenerateFn:
-        # One picture, so that none waits there for the next round.
+        # One image, so that none waits there for the next round.
         caches: dict[str, Any] = {
             "vision_cache": VisionCache(one.nbytes),
             "prefix_cache": PrefixCache(),

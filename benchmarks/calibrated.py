@@ -1,6 +1,6 @@
 """Calibrate exits for both shipped models and keep what came of it.
 
-records/calibrated.json: thresholds for each target and risk, found on one set of pictures and
+records/calibrated.json: thresholds for each target and risk, found on one set of images and
     measured on another: risk, quality, and decoding time, interleaved.
 records/violations.json: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
@@ -237,7 +237,7 @@ def _settings() -> list[dict[str, Any]]:
 
 
 def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
-    """Rows of two halves that share no picture."""
+    """Rows of two halves that share no image."""
     groups = sorted({e.group for e in pool})
     first = set(np.random.default_rng(seed).permutation(groups)[: len(groups) // 2].tolist())
     inside = np.array([e.group in first for e in pool])

@@ -59,10 +59,10 @@ THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pictures to train and test on (a caption and two questions each), by what `STEPS` are
+    """Images to train and test on (a caption and two questions each), by what `STEPS` are
     divided, the interleaved timing, and the captions that recompute and propagate are timed on.
 
-    finer_test, finer_seeds: pictures and seeds for FREE beside distillation alone.
+    finer_test, finer_seeds: images and seeds for FREE beside distillation alone.
     """
 
     train: int = 400

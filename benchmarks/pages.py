@@ -1,7 +1,7 @@
 """Write docs/report-opt.html and docs/report-t5.html, and two screenshots where Chromium is there.
 
 They show the committed records (demo, analysis, compare), the adapters that the demo
-left in runs/demo, and answers of those to some test pictures, which are decoded here.
+left in runs/demo, and answers of those to some test images, which are decoded here.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def page(kind: str, runs: Path) -> str:
 
 
 def answered(kind: str, runs: Path) -> list[Example]:
-    """Evaluate the demo's adapter on some test pictures; returns the examples."""
+    """Evaluate the demo's adapter on some test images; returns the examples."""
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(DEMO / kind, backbone)
     tasks: dict[str, tuple[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What every error of offramp promises its reader."""
+"""What every error of offramp guarantees its reader."""
 
 import pickle
 

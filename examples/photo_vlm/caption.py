@@ -85,7 +85,7 @@ DTYPES = ("float32", "bfloat16")
 @command
 def main() -> None:
     parser = parser_of("caption", "photo.jpg --mode full --json", str(__doc__), "model")
-    parser.add_argument("photo", type=Path, help="any picture that Pillow reads")
+    parser.add_argument("photo", type=Path, help="any image that Pillow reads")
     parser.add_argument("--mode", choices=MODES, default="full", help="default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0],

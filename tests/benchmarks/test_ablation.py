@@ -1,4 +1,4 @@
-"""Laws of the ablation: seeds are paired, and what may leave is what a replay says may leave."""
+"""Laws of the ablation: seeds are paired, and what may exit is what a replay says may exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of calibration: what is promised was measured on free-running answers, or nothing is."""
+"""Laws of calibration: what is guaranteed was measured on free-running answers, or nothing is."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def lost(risk: str, policy: ExitPolicy, some: Sequence[Example], *depths: int) -
     return RISKS[risk].losses(early, full, some)
 
 
-# -- what is promised -------------------------------------------------------------------------
+# -- what is guaranteed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_no_examples_are_refused() -> None:
 
 def test_pictures_that_training_used_are_refused() -> None:
     trained_on = replace(adapter_at(4), seen={"train": list(picture_digests(examples()[3:5]))})
-    with pytest.raises(DataError, match=r"2 of 40 pictures were used in training.*'e3'"):
+    with pytest.raises(DataError, match=r"2 of 40 images were used in training.*'e3'"):
         calibrate(trained_on, encoder(), examples(), ExitPolicy(), **LAX)
 
 

@@ -77,7 +77,7 @@ def test_tokens_that_wait_at_the_end_are_never_paid_for() -> None:
 
 
 def test_with_two_exits_a_chunk_meets_the_next_exit_whole() -> None:
-    """One leaves at 2, the next takes it to 5 and leaves there, the third takes both up."""
+    """One exits at 2, the next takes it to 5 and leaves there, the third takes both up."""
     seconds = token_seconds(COSTS, [2, 5, LAYERS], [2, 5])
     first = 0.5 + 2 + 3.5 + 0.1
     second = 0.5 + 2 + 3.5 + 0.3 + 3 * 1.1 + 1.0 * 1.1 + 2.5 + 0.1

@@ -29,7 +29,7 @@ def replayed(backbone: Any, name: str, exits: Any, batch_size: int = 4) -> Any:
 
 
 def middling(found: Replay) -> list[dict[int, float]]:
-    """Threshold vectors that let some tokens leave at each depth and not others."""
+    """Threshold vectors that let some tokens exit at each depth and not others."""
     vectors = [{d: float(np.nanmedian(s)) for d, s in found.scores.items()}]
     for depth, scores in found.scores.items():
         vectors += [{depth: float(np.nanquantile(scores, q))} for q in (0.3, 0.9)]

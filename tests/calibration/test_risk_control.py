@@ -25,7 +25,7 @@ from offramp.calibration.risk_control import (
 )
 from offramp.errors import InputError
 
-# -- promises ---------------------------------------------------------------------------------
+# -- guarantees ---------------------------------------------------------------------------------
 
 
 def test_a_promise_that_can_be_given_mostly_is() -> None:

@@ -296,13 +296,13 @@ def test_a_data_set_that_does_not_load_is_a_data_error(monkeypatch: pytest.Monke
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match="someone/pictures: ConnectionError: no network"):
+    with pytest.raises(DataError, match="someone/images: ConnectionError: no network"):
         read_examples("someone/pictures")
 
 
 @pytest.fixture
 def saved_set(tmp_path: Path) -> Path:
-    """Two splits on disk; in `train`, one picture with two questions and another with one."""
+    """Two splits on disk; in `train`, one image with two questions and another with one."""
     import datasets
 
     red, blue = (Image.new("RGB", (4, 3), color) for color in ("red", "blue"))
@@ -356,7 +356,7 @@ def test_a_single_saved_split_reads_without_a_name(saved_set: Path) -> None:
     assert len(read_examples(saved_set / "val")) == 1
 
 
-# Pictures
+# Images
 
 
 def pixel(example: Example) -> tuple[int, ...]:
@@ -493,7 +493,7 @@ def test_an_example_reports_all_that_is_wrong_with_it() -> None:
 
 
 def many(pictures: int = 20, questions: int = 3) -> list[Example]:
-    """Examples of different pictures, interleaved."""
+    """Examples of different images, interleaved."""
     return [
         example(Path(f"{picture}.png"), ("yes",), f"{picture}#{question}")
         for question in range(questions)

@@ -1,4 +1,4 @@
-"""Laws of seen pictures: none that training or calibration used comes back unnoticed."""
+"""Laws of seen images: none that training or calibration used comes back unnoticed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_picture_is_known_by_content_not_by_name(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         fakes.picture(3).save(tmp_path / name)
     seen = {"train": list(picture_digests([Example(tmp_path / "a.png", "", (), "a")]))}
-    with pytest.raises(DataError, match=r"1 of 1 pictures were used in training.*'b'"):
+    with pytest.raises(DataError, match=r"1 of 1 images were used in training.*'b'"):
         check_no_overlap(seen, [Example(tmp_path / "b.png", "", (), "b")], ("train",), ADVICE)
 
 
@@ -77,7 +77,7 @@ def test_evaluation_refuses_pictures_of_training_and_calibration_unless_told(
         seen={"train": [], step: list(picture_digests(some[:2]))},
     )
     run: dict[str, Any] = {"max_new_tokens": 2, "resamples": 10, "batch_size": 3}
-    with pytest.raises(DataError, match="2 of 3 pictures"):
+    with pytest.raises(DataError, match="2 of 3 images"):
         evaluate(adapter, encoder, some, "gqa", out=tmp_path / "run", **run)
     assert not (tmp_path / "run").exists()
     told = evaluate(adapter, encoder, some, "gqa", out=tmp_path / "run", allow_seen=True, **run)

@@ -131,7 +131,7 @@ Make = Callable[..., Made]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Write a miniature data set, changed by `change`; its files and its picture folder."""
+    """Write a miniature data set, changed by `change`; its files and its image folder."""
 
     def write(layout: str, change: Callable[[dict[str, Any]], Any] | None = None) -> Made:
         files = copy.deepcopy(FILES[layout])
@@ -183,7 +183,7 @@ def test_nocaps_tells_domains_apart(make: Make) -> None:
 def test_karpathy_takes_the_test_split_unless_told_otherwise(make: Make) -> None:
     files, pictures = make("karpathy")
     assert keys(read_items(files, pictures)) == ["a.jpg", "b.jpg"]
-    with pytest.raises(DataError, match=r"no pictures of the split 'tset'.*\n.*'test'"):
+    with pytest.raises(DataError, match=r"no images of the split 'tset'.*\n.*'test'"):
         read_items(files, pictures, split="tset")
 
 

@@ -317,7 +317,7 @@ def test_a_generation_tells_depth_and_score_of_every_new_token(
 def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
     backbone, exits, batch, scored
 ):
-    # Looks, token by token: leaves at 2 on the dot; at 4; passes both; leaves at 2.
+    # Looks, token by token: exits at 2 on the dot; at 4; passes both; exits at 2.
     scored(Script([0.5, 0.4, 0.7, 0.4999, 0.6999, 1.0]))
     made = generate(
         backbone("llava"),

@@ -1,5 +1,5 @@
 """Laws of the policies: each equals a slow reference, costs no head it does not read, and keeps
-what the decode loop promises."""
+what the decode loop guarantees."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ THRESHOLDS = {
 
 
 def by(score, name, **more):
-    """A policy under which tokens leave at several depths, and some at none."""
+    """A policy under which tokens exit at several depths, and some at none."""
     weights = WEIGHTS if score == "agreement" else {}
     thresholds = dict.fromkeys(DEPTHS, THRESHOLDS[score][name])
     return ExitPolicy(thresholds, score=score, weights=weights, **more)
@@ -114,7 +114,7 @@ def record(whole, inputs, made, parts):
 
 
 def walk(score, name, recorded, row, step):
-    """Depth and score at which a token leaves, exit by exit."""
+    """Depth and score at which a token exits, exit by exit."""
     for place, depth in enumerate(DEPTHS):
         found = SLOW[score](Seen(recorded, row, step, DEPTHS[: place + 1]))
         if found >= THRESHOLDS[score][name]:
@@ -261,7 +261,7 @@ def test_each_token_is_looked_at_once_by_each_exit_up_to_its_own(name, rows, dec
     assert looks == [d for reached in deepest for d in DEPTHS if d <= reached]
 
 
-# -- what the decode loop promises --------------------------------------------------------------
+# -- what the decode loop guarantees --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", SLOW)

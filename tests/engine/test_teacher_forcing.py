@@ -157,7 +157,7 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
         features = exit_features(encoder.backbone, exits, record(encoder, rows, DEPTHS))
     for depth in DEPTHS:
         steps = torch.cat([state[:, -1:] for state in seen[depth]], 1)
-        # Where nobody may leave at the prompt, its exit states are not computed.
+        # Where nobody may exit at the prompt, its exit states are not computed.
         looked = encoder.backbone.is_encoder_decoder or encoder.backbone.family.causal_prompt
         assert steps.shape[1] == (5 if looked else 4)
         wanted = encoder.backbone.final_norm(steps)

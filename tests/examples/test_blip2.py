@@ -47,7 +47,7 @@ def captions(root: Path) -> None:
 
 
 def questions(root: Path) -> None:
-    """VQA v2 and OK-VQA, which share their layout and COCO's pictures; and GQA."""
+    """VQA v2 and OK-VQA, which share their layout and COCO's images; and GQA."""
     for place, split in enumerate(("train", "val")):
         asked, answered = [], []
         for n in range(COUNT):

@@ -36,7 +36,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures with a JSONL of captions."""
+    """A folder of images with a JSONL of captions."""
     folder = tmp_path_factory.mktemp("photos")
     rows = []
     for index in range(12):
@@ -65,7 +65,7 @@ def adapter(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with captions that `trained` has not seen."""
+    """Images with captions that `trained` has not seen."""
     folder = tmp_path_factory.mktemp("held_out")
     rows = []
     for index in range(12):
@@ -77,14 +77,14 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unlabelled(held_out: Path) -> Path:
-    """The same pictures, alone."""
+    """The same images, alone."""
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     return write_rows(held_out.with_name("alone.jsonl"), [{"image": r["image"]} for r in rows])
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Two questions about a picture of the shipped models' world."""
+    """Two questions about a image of the shipped models' world."""
     scene = world.scene("test", 0)
     world.render(scene).save(tmp_path / "0.png")
     rows = [

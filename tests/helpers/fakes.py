@@ -70,7 +70,7 @@ def picture(number: int) -> Image.Image:
 
 
 def examples(n: int, words: int = 5, seed: int = 0) -> list[Example]:
-    """`n` examples with prompts and answers of different lengths, each with its own picture."""
+    """`n` examples with prompts and answers of different lengths, each with its own image."""
     draw = torch.Generator().manual_seed(seed)
 
     def text(length: int) -> str:

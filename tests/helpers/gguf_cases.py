@@ -25,7 +25,7 @@ SHORT = torch.arange(8, 96, 2)
 
 @cache
 def adapter_of(name: str) -> Adapter:
-    """Exits at two depths that let tokens leave now and then, with a shortlist and a gate."""
+    """Exits at two depths that let tokens exit now and then, with a shortlist and a gate."""
     backbone = Backbone(families.build(name), name=name)
     exits = Exits(backbone, DEPTHS)
     draw = torch.Generator().manual_seed(7)

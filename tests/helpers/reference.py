@@ -114,7 +114,7 @@ class StepLogitsWarper:
 
 
 class Dice:
-    """A score that knows nothing, so that tokens leave here and there."""
+    """A score that knows nothing, so that tokens exit here and there."""
 
     def __init__(self, seed: int = 0) -> None:
         self._draw = torch.Generator().manual_seed(seed)

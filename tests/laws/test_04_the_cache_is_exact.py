@@ -1,5 +1,5 @@
 """Law 4: with the exact cache policy, what is read at (token, depth) does not depend on where
-earlier tokens left."""
+earlier tokens exited."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def train_on(run: RunCommand, data: Path, out: Path, *more: Any) -> tuple[int, s
 
 
 def test_a_corrupt_image_is_named(run: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "bad.png").write_bytes(b"not a image")
     data = write_rows(tmp_path / "rows.jsonl", [{"image": "bad.png", "captions": ["a"]}] * 2)
     assert_two_lines(train_on(run, data, tmp_path / "out"), "bad.png")
 
@@ -167,7 +167,7 @@ def test_calibrating_on_training_pictures_is_refused(
     run: RunCommand, trained: Path, photos: Path
 ) -> None:
     found = run("calibrate", "--adapter", trained, "--data", photos / "rows.jsonl")
-    assert_two_lines(found, "12 of 12 pictures", "training")
+    assert_two_lines(found, "12 of 12 images", "training")
 
 
 def test_evaluating_on_training_pictures_is_refused(

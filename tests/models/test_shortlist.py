@@ -353,7 +353,7 @@ def test_a_replay_sees_shortlist_and_gates_as_decoding_does(name, backbone, exit
 
 
 def test_what_a_shortlist_misses_counts_as_risk(backbone, exits):
-    """Exits that always leave and can say two tokens only: nothing can be promised."""
+    """Exits that always leave and can say two tokens only: nothing can be guaranteed."""
     adapter, encoder = adapted(backbone, exits)
     few = replace(adapter, exits=replace(adapter.exits, shortlist=torch.tensor([4, 5])))
     found = calibrate(

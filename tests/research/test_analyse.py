@@ -137,7 +137,7 @@ def test_a_token_has_one_position() -> None:
 
 
 def flat(rise: list[float], pictures: int = 200, seed: int = 0) -> tuple[Any, Bootstrap]:
-    """Right answers of `pictures` pictures by depth, with the expected values `rise`."""
+    """Right answers of `pictures` images by depth, with the expected values `rise`."""
     hits = np.random.default_rng(seed).random((pictures, len(rise))) < np.array(rise)
     return hits.astype(float), Bootstrap([str(i) for i in range(pictures)])
 

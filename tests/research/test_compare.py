@@ -218,7 +218,7 @@ def test_another_timing_trains_and_judges_nothing_anew(
 def test_points_that_do_the_same_work_have_the_same_speed(
     run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Grid, "_levels", lambda *_: [1e-9])  # every token leaves
+    monkeypatch.setattr(Grid, "_levels", lambda *_: [1e-9])  # every token exits
     plan = replace(
         SMALL,
         objectives=("distillation", "logit_lens"),
@@ -383,7 +383,7 @@ def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
 def test_nothing_to_test_on_is_refused(run: RunComparison, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         run(tmp_path, test=[])
-    with pytest.raises(DataError, match="1 of 4 pictures were used in training"):
+    with pytest.raises(DataError, match="1 of 4 images were used in training"):
         run(tmp_path, test=fakes.examples(13)[9:])
 
 
@@ -491,8 +491,8 @@ def test_figures_of_several_seeds_are_means() -> None:
 
 
 def each(gain: float) -> Each:
-    """Of `HAND`'s points, two answers to each of 40 pictures; a point's drop as it says, and
-    `gain` more for FREE's two, on half of the pictures."""
+    """Of `HAND`'s points, two answers to each of 40 images; a point's drop as it says, and
+    `gain` more for FREE's two, on half of the images."""
     full = np.ones(80)
     early = np.stack([full - p["quality_drop"] for p in HAND])
     early[:2, ::4] += 2 * gain
@@ -514,7 +514,7 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_pictures_differ() -> None:
     (curve,) = (c for c in found["curves"] if c["objective"] == "distillation")
     low, high = curve["free_over_interval"]["0.01"]
     assert low < curve["free_over"]["0.01"] < high
-    # all of a picture's answers are drawn together: alone they would say twice as much
+    # all of a image's answers are drawn together: alone they would say twice as much
     alone = equal_quality(points, replace(each(0.004), groups=[str(i) for i in range(80)]))
     (other,) = (c for c in alone["curves"] if c["objective"] == "distillation")
     near, far = other["free_over_interval"]["0.01"]

@@ -1,4 +1,4 @@
-"""Laws of damaged pictures: repeatable, of the same form, and worse with every severity."""
+"""Laws of damaged images: repeatable, of the same form, and worse with every severity."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def raced() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def without_draft() -> tuple[Adapter, dict[str, Any]]:
-    """An OPT that every token leaves at the exit, and its race."""
+    """An OPT that every token exits at the exit, and its race."""
     some, inputs = adapter("mini-opt", threshold=0.0)
     return some, time_peers(some, inputs[:1], rounds=1, **OPTIONS)
 

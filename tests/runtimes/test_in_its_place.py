@@ -1,4 +1,4 @@
-"""Laws of a runtime in the adapter's place: what is measured and promised is of its answers."""
+"""Laws of a runtime in the adapter's place: what is measured and guaranteed is of its answers."""
 
 from __future__ import annotations
 

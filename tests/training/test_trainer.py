@@ -672,7 +672,7 @@ def test_no_examples_is_a_data_error(opt: Any, tmp_path: Path) -> None:
 def test_a_damaged_picture_is_named_before_anything_is_generated(
     opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     some = fakes.examples(12)
     some[7] = replace(some[7], image=tmp_path / "bad.png")
     monkeypatch.setattr("offramp.training.feature_dataset.answers_of", None)

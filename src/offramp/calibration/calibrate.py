@@ -188,8 +188,8 @@ def calibrate(
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
-        runtime: answers in the adapter's place, e.g. with quantised weights: the promise is then of
-            its answers, and all exits share one threshold.
+        runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
+            of its answers, and all exits share one threshold.
         options: of generation, such as max_new_tokens.
 
     Raises:
@@ -247,7 +247,7 @@ def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) ->
             "Add answers, or calibrate without labels: --risk disagreement or consistency.",
         )
     check_no_overlap(
-        adapter.seen, examples, ("train",), "Calibrate on pictures that training has not seen."
+        adapter.seen, examples, ("train",), "Calibrate on images that training has not seen."
     )
 
 

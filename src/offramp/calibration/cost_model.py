@@ -113,7 +113,7 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 
 
 def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") -> float:
-    """Seconds per token when a share leave[d] of all tokens leaves at depth d, the rest nowhere.
+    """Seconds per token when a share leave[d] of all tokens exits at depth d, the rest nowhere.
 
     Of the tokens a share r_k gets past exit k, each with 1 / r_k on average that run together:
 
@@ -164,7 +164,7 @@ def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
 
 
 def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | None:
-    """The smallest share, in percent steps, that must leave at `depth` for its exit to pay.
+    """The smallest share, in percent steps, that must exit at `depth` for its exit to pay.
 
     None where not even all tokens leaving would pay.
     """
@@ -180,7 +180,7 @@ def token_seconds(
     kv: str = "recompute",
     shut: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> Array:
-    """Seconds of decoding sequences whose depths are known, so that who waits for whom is too.
+    """Seconds of decoding sequences whose depths are known, and so which states are pending when.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
         behind its end. The first token of an answer comes out of the prefill: leave it out.

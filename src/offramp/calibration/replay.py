@@ -75,9 +75,9 @@ class Replay:
         gates: Mapping[int, float] | None = None,
         first: bool = True,
     ) -> Array:
-        """The depth [N, A] at which each token leaves; 0 where there is none.
+        """The depth [N, A] at which each token exits; 0 where there is none.
 
-        first: whether the first token of an answer may leave early. A decoder-only model reads it
+        first: whether the first token of an answer may exit early. A decoder-only model reads it
         off the prompt, at full depth unless `ExitPolicy.exit_in_prefill`.
         """
         found = np.where(self.mask, self.layers, 0)
@@ -92,7 +92,7 @@ class Replay:
         return found
 
     def written(self, depths: Array) -> Array:
-        """The token [N, A] that is written when each leaves at its depth of `depths` [N, A]."""
+        """The token [N, A] that is written when each exits at its depth of `depths` [N, A]."""
         found = self.final
         for depth, said in self.said.items():
             found = np.where(depths == depth, said, found)

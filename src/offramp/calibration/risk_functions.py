@@ -1,6 +1,6 @@
-"""What early answers lose against the full model's: the risks that can be promised, and answers.
+"""What early answers lose against the full model's: the risks that can be guaranteed, and answers.
 
-A risk with labels is a drop of quality, of whole free-running answers: below 0 where leaving early
+A risk with labels is a drop of quality, of whole free-running answers: below 0 where exiting early
 gives the better answer.
 """
 

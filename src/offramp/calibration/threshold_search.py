@@ -1,7 +1,7 @@
 """Threshold vectors for several exits: what could be tried, and in which order it is tested.
 
 Pareto testing (Laufer-Goldshtein et al. 2023): one part of the data finds a path from safe to fast
-through all candidates, another part tests the path from its safe end, so that what is promised
+through all candidates, another part tests the path from its safe end, so that what is guaranteed
 does not pay for the size of the search.
 """
 

@@ -1,4 +1,4 @@
-"""An official data set on disk: its parsed files, checked as they are read, and its pictures."""
+"""An official data set on disk: its parsed files, checked as they are read, and its images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offramp.storage import read_json
 
 @dataclass
 class Source:
-    """The files of one data set, where its pictures are, and how they are asked about.
+    """The files of one data set, where its images are, and how they are asked about.
 
     content: of the first file; others: of the rest.
     expected: the remedy where the content is not what a reader expects.
@@ -44,7 +44,7 @@ class Source:
         (path, content), *others = parsed
         folder = Path(images).expanduser() if images is not None else path.parent
         if not folder.is_dir():
-            raise DataError(f"The picture folder {folder} does not exist.", "Correct --images.")
+            raise DataError(f"The image folder {folder} does not exist.", "Correct --images.")
         return cls(path, content, [other for _, other in others], folder, prompt, split, expected)
 
     def second(self, name: str) -> Any:
@@ -72,13 +72,13 @@ class Source:
         return rows
 
     def picture(self, names: Sequence[str]) -> Path:
-        """The first of these files that is in the picture folder."""
+        """The first of these files that is in the image folder."""
         for name in names:
             # Not Path.is_file, which raises on names that are too long.
             if os.path.isfile(path := self.images / name):
                 return path
         raise DataError(
-            f"The picture {names[0]} of {self.path} is not in {self.images} "
+            f"The image {names[0]} of {self.path} is not in {self.images} "
             f"(looked for: {', '.join(names)}).",
             "Give the folder that holds it as --images.",
         )

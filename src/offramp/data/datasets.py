@@ -1,4 +1,4 @@
-"""Reading what a user brings: pictures with prompts and, where they have them, answers.
+"""Reading what a user brings: images with prompts and, where they have them, answers.
 
 A row of a JSONL file (or of a Hugging Face data set) is one of
 
@@ -232,7 +232,7 @@ def _rounds(row: _Row, prompts: _Prompts) -> list[Turn]:
 
 
 def _image(row: _Row) -> tuple[Path | Image.Image | EncodedImage, str]:
-    """Where the row's picture is, and the name that all rows of this picture share."""
+    """Where the row's image is, and the name that all rows of this image share."""
     value = row.fields.get("image")
     if value is None:
         row.fail(

@@ -1,4 +1,4 @@
-"""Which pictures an adapter was trained and calibrated on, so that no figure comes from them."""
+"""Which images an adapter was trained and calibrated on, so that no figure comes from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from offramp.errors import DataError
 log = logging.getLogger(__name__)
 
 Seen = Mapping[str, Sequence[str]]
-"""Picture digests, sorted, by the step that used them: "train", "calibration"."""
+"""Image digests, sorted, by the step that used them: "train", "calibration"."""
 
 DIGITS = 16
-"""Hex digits kept of a digest: a million pictures hold two of the same less than once in 10^7."""
+"""Hex digits kept of a digest: a million images hold two of the same less than once in 10^7."""
 
 
 def _digests(examples: Sequence[Example]) -> list[str]:
-    """Each example's picture digest; a file is read once, however many questions are asked."""
+    """Each example's image digest; a file is read once, however many questions are asked."""
     read: dict[Any, str] = {}
     found = []
     for example in examples:
@@ -33,7 +33,7 @@ def _digests(examples: Sequence[Example]) -> list[str]:
 
 
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
-    """The key of the first example of each distinct picture, by the picture's digest.
+    """The key of the first example of each distinct image, by the image's digest.
 
     Raises:
         StorageError: an image file cannot be read.
@@ -45,7 +45,7 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> list[bool]:
-    """For each example, whether its picture was used in none of the `steps`.
+    """For each example, whether its image was used in none of the `steps`.
 
     Raises:
         StorageError: an image file cannot be read.
@@ -57,13 +57,13 @@ def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> lis
 def check_no_overlap(
     seen: Seen, examples: Sequence[Example], steps: Sequence[str], advice: str
 ) -> None:
-    """Raise `DataError`, with `advice`, where a picture was used in one of the `steps`.
+    """Raise `DataError`, with `advice`, where a image was used in one of the `steps`.
 
-    An adapter that does not tell its training pictures gets a warning.
+    An adapter without the digests of its training images gets a warning.
     """
     if "train" not in seen:
         log.warning(
-            "The adapter does not tell which pictures it was trained on; make sure that these are "
+            "The adapter does not tell which images it was trained on; make sure that these are "
             "others."
         )
     if not any(seen.get(step) for step in steps):

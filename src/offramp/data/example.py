@@ -16,15 +16,15 @@ from offramp.storage import digest_rows
 
 @dataclass(frozen=True)
 class Example:
-    """One picture, one prompt, and the answers that count as right.
+    """One image, one prompt, and the answers that count as right.
 
     Args:
-        image: a file, a picture in memory, or something whose `read()` gives a file's bytes.
+        image: a file, a image in memory, or something whose `read()` gives a file's bytes.
         prompt: what the backbone is asked; may be empty, which some backbones caption best with.
         answers: any of them is right; empty means unlabelled.
         key: names the example in digests; the same on every machine.
-        group: names the picture; examples that share it never land in different splits. Empty
-            means that `split_examples` tells pictures apart by path or, in memory, by pixels.
+        group: names the image; examples that share it never land in different splits. Empty
+            means that `split_examples` tells images apart by path or, in memory, by pixels.
     """
 
     image: Path | Image.Image | EncodedImage
@@ -53,7 +53,7 @@ class Example:
             )
 
     def open_image(self) -> Image.Image:
-        """The picture as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
+        """The image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
         Raises:
             DataError: the image is missing, damaged, too large (Pillow's `MAX_IMAGE_PIXELS`) or of
@@ -66,19 +66,19 @@ class Example:
 def split_examples(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-    """Split by picture: all examples of one picture land in the same split.
+    """Split by image: all examples of one image land in the same split.
 
     Args:
-        fractions: share of the *pictures* for each split, in (0, 1], summing to at most 1; what is
+        fractions: share of the *images* for each split, in (0, 1], summing to at most 1; what is
             left over is left out.
-        seed: same pictures, fractions and seed, same splits, whatever the order of `examples`.
+        seed: same images, fractions and seed, same splits, whatever the order of `examples`.
 
     Returns:
         The examples of each split, in the order they came in.
 
     Raises:
         InputError: the fractions cannot be used.
-        DataError: there are too few pictures to give every split one.
+        DataError: there are too few images to give every split one.
     """
     total = math.fsum(fractions.values())
     # Written so that NaN fails too; the margin lets 0.7 + 0.2 + 0.1 be 1.
@@ -97,8 +97,8 @@ def split_examples(
         members = groups[start : round(share * len(groups))]
         if not members:
             raise DataError(
-                f"{len(groups)} pictures are too few to give split {name!r} a share of {fraction}.",
-                "Bring more pictures or give it a larger share.",
+                f"{len(groups)} images are too few to give split {name!r} a share of {fraction}.",
+                "Bring more images or give it a larger share.",
             )
         home.update(dict.fromkeys(members, name))
     splits: dict[str, list[Example]] = {name: [] for name in fractions}
@@ -132,7 +132,7 @@ def examples_digest(examples: Iterable[Example]) -> str:
 
 
 def picture_of(example: Example) -> str:
-    """A name of the example's picture, the same for all examples of it."""
+    """A name of the example's image, the same for all examples of it."""
     if not example.group and isinstance(example.image, Path):
         return str(example.image.resolve())
     return example.group or content_digest(example.image)

@@ -21,7 +21,7 @@ def _texts(values: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _coco_names(image_id: int, subset: str) -> list[str]:
-    """Names under which a COCO picture is found: with or without its subset, in its own folder."""
+    """Names under which a COCO image is found: with or without its subset, in its own folder."""
     plain = f"{image_id:012d}.jpg"
     names = [f"COCO_{subset}_{plain}", plain] if subset else [plain]
     return [*names, *(f"{subset}/{name}" for name in names if subset)]
@@ -31,7 +31,7 @@ def _coco_names(image_id: int, subset: str) -> list[str]:
 
 
 def coco(source: Source) -> Iterator[Item]:
-    """COCO captions and NoCaps: one item a picture, all of its captions as references."""
+    """COCO captions and NoCaps: one item a image, all of its captions as references."""
     captions: dict[Any, list[str]] = {}
     for row in source.rows(source.content, "annotations"):
         image_id = source.get(row, "image_id", (int, str), "an annotation")
@@ -67,8 +67,8 @@ def karpathy(source: Source) -> Iterator[Item]:
         yield Item(Example(path, source.caption_prompt(), texts, name, name))
     if wanted not in found:
         raise DataError(
-            f"{source.path} has no pictures of the split {wanted!r}.",
-            did_you_mean(wanted, sorted(found)) or "The file has no pictures.",
+            f"{source.path} has no images of the split {wanted!r}.",
+            did_you_mean(wanted, sorted(found)) or "The file has no images.",
         )
 
 
@@ -171,7 +171,7 @@ def visdial(source: Source) -> Iterator[Item]:
 
 
 def _visdial_names(image_id: int, subset: str) -> list[str]:
-    """Its own pictures, of 2018, or those of COCO that the training dialogues are about."""
+    """Its own images, of 2018, or those of COCO that the training dialogues are about."""
     years = [f"{subset}2018", subset] if subset in ("val", "test") else [subset]
     own = [f"VisualDialog_{year}_{image_id:012d}.jpg" for year in years]
     coco = [n for s in ("train2014", "val2014") for n in _coco_names(image_id, s)]

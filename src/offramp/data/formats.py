@@ -1,6 +1,6 @@
 """Official files of captioning, VQA and dialogue data sets as items, as they are downloaded.
 
-Nothing is fetched: the annotation files and the folder of pictures are the user's.
+Nothing is fetched: the annotation files and the folder of images are the user's.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ def read_items(
         files: the official file; for VQA v2 and OK-VQA the questions and the annotations, for
             VisDial the dialogues and, where there are some, the dense annotations. Files that
             stand beside the first under their official names need not be given.
-        images: the folder of pictures. Default: the folder of the first file.
+        images: the folder of images. Default: the folder of the first file.
         layout: of `LAYOUTS`, "jsonl", or "auto", which looks at what the file holds.
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
         limit: stop after this many examples.
-        require_answers: of JSONL and `datasets`; False: pictures alone are enough.
+        require_answers: of JSONL and `datasets`; False: images alone are enough.
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: another layout than the one expected, or a picture or annotation is missing.
+        DataError: another layout than the one expected, or a image or annotation is missing.
         StorageError: a file cannot be read.
     """
     check_known("Data format", [layout], FORMATS)

@@ -61,7 +61,7 @@ def open_rgb(image: Path | Image.Image | EncodedImage, name: str) -> Image.Image
 
 
 def content_digest(image: Path | Image.Image | EncodedImage) -> str:
-    """SHA-256 of a picture: of its file's bytes, or of its pixels if it has no file.
+    """SHA-256 of a image: of its file's bytes, or of its pixels if it has no file.
 
     Raises:
         StorageError: the file cannot be read.

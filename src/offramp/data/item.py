@@ -36,6 +36,6 @@ class Item:
         return self.example.key
 
     def digest(self) -> str:
-        """SHA-256 over what the model is asked: prompt, picture and candidates."""
+        """SHA-256 over what the model is asked: prompt, image and candidates."""
         picture = content_digest(self.example.image)
         return digest_rows([[self.example.prompt, picture, list(self.candidates)]])

@@ -281,7 +281,7 @@ def _utf8_java() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Data is on stdout; a child process that chats there would spoil it."""
+    """Send what child processes print on stdout, which carries data, to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

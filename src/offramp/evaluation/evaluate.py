@@ -63,11 +63,11 @@ def evaluate(
         model: an adapter; or a backbone, for the full model alone (mode "full").
         examples: with references; for dialogue, `Item`s with candidates.
         task: of `offramp.evaluation.tasks.TASKS`.
-        policy: when tokens leave early. Default: the adapter's.
+        policy: when tokens exit early. Default: the adapter's.
         out: the run's folder; see the module for its files.
         runtime: answers in the adapter's place; not for dialogue, whose candidates PyTorch ranks.
         resume: go on with the run in `out`; what is answered there is kept.
-        allow_seen: take pictures that the adapter was trained or calibrated on.
+        allow_seen: take images that the adapter was trained or calibrated on.
         progress: wraps the batches that are still to do.
         settings: fields of `offramp.evaluation.tasks.Settings`.
 
@@ -80,7 +80,7 @@ def evaluate(
 
     Raises:
         InputError: an argument or setting cannot be used, or `out` holds another run.
-        DataError: the examples cannot be evaluated on this task, or share pictures with the
+        DataError: the examples cannot be evaluated on this task, or share images with the
             adapter's training or calibration.
         StorageError: a file cannot be read or written.
     """
@@ -92,7 +92,8 @@ def evaluate(
             model.seen,
             [item.example for item in items],
             ("train", "calibration"),
-            "Evaluate on other pictures, or say --allow-seen for figures that flatter.",
+            "Evaluate on other images, or allow these with --allow-seen: the figures are then too "
+            "good.",
         )
     answerer = _Answerer(model, encoder, plan, policy, runtime)
     stored = answerer.stored()
@@ -167,15 +168,15 @@ class _Answerer:
         given = policy if policy is not None else adapter.policy if adapter else FULL
         self.policies = {"full": FULL, "early_exit": given}
         if plan.mode != "full" and not given.effective.thresholds:
-            log.warning("The policy has no thresholds, so no token leaves early.")
+            log.warning("The policy has no thresholds, so no token exits early.")
         if plan.task == "dialogue" and given.kv != "recompute":
             log.warning(
-                "Under KV policy %s a candidate's likelihood depends on where earlier tokens left; "
-                "the full model ranks in both modes.", given.kv,
+                "Under KV policy %s a candidate's likelihood depends on where earlier tokens "
+                "exited; the full model ranks in both modes.", given.kv,
             )  # fmt: skip
 
     def stored(self) -> dict[str, Any]:
-        """What the answers depend on: a run with other values is not gone on with."""
+        """What the answers depend on: a run with other values is not resumed."""
         trained = [self.exits.modules, self.exits.discriminators] if self.exits else []
         policy = self.policies["early_exit"]
         return {

@@ -120,7 +120,7 @@ def _metrics(measures: Mapping[str, Measure], pairs: Pairs, plan: Settings) -> d
 def _shown(
     measure: Measure, items: Sequence[Item], plan: Settings, minus: Measure | None = None
 ) -> dict[str, Any]:
-    """A metric as JSON; questions about one picture are resampled together."""
+    """A metric as JSON; questions about one image are resampled together."""
     ends = interval(
         measure,
         [item.example.group or item.key for item in items],

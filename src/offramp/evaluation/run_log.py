@@ -1,4 +1,4 @@
-"""The answers of an evaluation on disk: a log that an interrupted run is gone on with.
+"""The answers of an evaluation on disk: an append-only log from which a run resumes.
 
 rows.jsonl    the settings, then for each example and mode: key, mode, answer, ids, depths, seconds,
               decode_seconds, prompt_digest; in dialogue also candidate_scores and ranked_by; in

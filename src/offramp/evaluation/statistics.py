@@ -76,7 +76,7 @@ def interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval (Efron and Tibshirani 1993) over examples, or over groups.
 
-    groups: a name for each example; those that share one (the questions about one picture) are
+    groups: a name for each example; those that share one (the questions about one image) are
         drawn together, because they are not independent.
     minus: another measure of the same examples; the interval is then that of the difference, with
         the same draws for both.
@@ -95,7 +95,7 @@ def interval(
         return None
     draw = np.random.default_rng(seed)
     found = []
-    for start in range(0, resamples, 50):  # in parts, or 5,000 pictures would take 40 MB
+    for start in range(0, resamples, 50):  # in parts, or 5,000 images would take 40 MB
         some = min(50, resamples - start)
         times = draw.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=some)
         with np.errstate(divide="ignore", invalid="ignore"):

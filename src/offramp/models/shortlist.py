@@ -45,7 +45,7 @@ def shortlist_of(
     """The `size` most frequent tokens of `answers`, and how often those of `held_out` are missed.
 
     The bound is Clopper and Pearson's (1934), over tokens, and holds for answers drawn like the
-    held-out ones; tokens of one answer are not independent, so it is a guide, and the promise about
+    held-out ones. Tokens of one answer are not independent, so it is a guide; the guarantee about
     whole answers is that of calibration, in which every miss counts as a difference.
 
     Returns ids [S], ascending, and `tokens`, `missed`, `miss_rate`, `miss_bound`, `confidence`.

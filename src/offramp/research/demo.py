@@ -1,6 +1,6 @@
 """The first run: exits for a tiny VLM, trained, calibrated and timed beside the full model.
 
-Four sets of pictures that no two steps share: `train` for the exits (no labels: the model writes
+Four sets of images that no two steps share: `train` for the exits (no labels: the model writes
 the answers), `calibration` for the threshold, `test` for quality and speed.
 """
 
@@ -56,7 +56,7 @@ TARGET = 0.0075  # of answers; below the 1% of quality that the demo is meant to
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Pictures used by each part; each gives one caption and two questions."""
+    """Images used by each part; each gives one caption and two questions."""
 
     train: int = 1200
     calibration: int = 1000
@@ -127,7 +127,7 @@ def demo(
 
 
 def some_of_each() -> list[Example]:
-    """The test pictures whose answers the page shows."""
+    """The test images whose answers the page shows."""
     return _examples("test", SHOWN)
 
 
@@ -138,7 +138,7 @@ def _examples(split: str, pictures: int) -> list[Example]:
 def _measure(
     adapter: Adapter, encoder: InputProcessor, sizes: DemoSizes
 ) -> tuple[dict[str, Any], Done]:
-    """Quality over the test pictures and interleaved timing over some of them, for each mode; and
+    """Quality over the test images and interleaved timing over some of them, for each mode; and
     some answers by mode and key."""
     backbone = adapter.backbone
     tasks = [captions("test", sizes.quality), questions("test", sizes.quality)]

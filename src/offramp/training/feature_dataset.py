@@ -52,11 +52,11 @@ class TrainingStates:
         return (self.depths, one.regime, answers.get(one.regime), *split)
 
     def record(self) -> Stores:
-        """Split the examples by picture, answer them as the regime says, and record the states.
+        """Split the examples by image, answer them as the regime says, and record the states.
 
         Raises:
             DataError: too few examples or answers, no labels where the regime needs them, a
-                damaged picture, or an answer longer than the backbone's positions.
+                damaged image, or an answer longer than the backbone's positions.
         """
         self._check_pictures()
         held_out = self.config.validation_fraction
@@ -73,9 +73,9 @@ class TrainingStates:
         )
 
     def _check_pictures(self) -> None:
-        """Open each picture once: a damaged one should stop the run now, not hours into it."""
+        """Open each image once: a damaged one should stop the run now, not hours into it."""
         distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
-        for example in progress_bar(self.accelerator, "checking pictures")(distinct.values()):
+        for example in progress_bar(self.accelerator, "checking images")(distinct.values()):
             example.open_image()
 
     def _store(self, name: str, examples: Sequence[Example], config: TrainConfig) -> FeatureStore:

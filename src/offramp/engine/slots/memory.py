@@ -1,4 +1,4 @@
-"""How much memory is free, asked before slots are promised."""
+"""How much memory is free, asked before slots are guaranteed."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _check_chain(layers: Sequence[Call]) -> None:
             raise UnsupportedBackboneError(
                 f"Something changes the states between {before.path} and {after.path} in every "
                 "step.",
-                "Only decoders whose layers follow on one another can be left early; see "
+                "Only decoders whose layers follow on one another can be exited early; see "
                 "docs/models.md.",
             )
 

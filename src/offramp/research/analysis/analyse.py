@@ -118,7 +118,7 @@ def analyse(
             several answers the first is the one whose tokens count as right.
         quality: of answers, instead of `METRICS`; `config.metric` then only names it.
         token_class: groups tokens for `needed_depth`; the end token is always "end".
-        allow_seen: take pictures that the adapter was trained or calibrated on.
+        allow_seen: take images that the adapter was trained or calibrated on.
 
     Returns:
         `layers`, `exits`, `n` examples, `pictures`; by kind of exit ("lens", "exits"):
@@ -134,7 +134,7 @@ def analyse(
         What cannot be told is absent. Values have `value`, `low`, `high`.
 
     Raises:
-        DataError: no examples, a prompt leaves no room for an answer, or pictures are shared with
+        DataError: no examples, a prompt leaves no room for an answer, or images are shared with
             the adapter's training or calibration.
         InputError: a decode depth is not one of the backbone's.
     """

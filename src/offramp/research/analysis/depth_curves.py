@@ -2,7 +2,7 @@
 
 A token is overthought when some exit has it right and the final layer wrong (Kaya et al. 2019). A
 dip, or mid-crisis, is a fall of quality from one depth to a deeper one. Every share comes with a
-bootstrap interval over pictures.
+bootstrap interval over images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITIONS = ("first", "middle", "end")
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn: over `groups`, the name of each example's picture."""
+    """How intervals are drawn: over `groups`, the name of each example's image."""
 
     groups: Sequence[str]
     confidence: float = 0.95

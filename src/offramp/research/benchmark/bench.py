@@ -36,7 +36,7 @@ RATES = (0.5, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens that leave at `depth`.
+    """Tokens that exit at `depth`.
 
     rate: share of tokens that leave; lossless, where all are drafted: share of drafts that are
         right. max_draft: lossless only; None: what the cost model finds fastest.
@@ -265,7 +265,7 @@ class _Runner:
 
 
 def spread(tokens: int, rate: float) -> Tensor:
-    """Which of `tokens` tokens leave [N]: a share `rate`, those that stay evenly between."""
+    """Which of `tokens` tokens exit [N]: a share `rate`, those that stay evenly between."""
     stayed = ((1.0 - rate) * torch.arange(tokens + 1) + 1e-6).floor()
     return stayed.diff() == 0
 

@@ -2,7 +2,7 @@
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
 exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
-test pictures, and decoding speed from a race in which all points take turns, and those that do the
+test images, and decoding speed from a race in which all points take turns, and those that do the
 same work run as one. The figure of merit is the speed at a quality, a mean over seeds; see
 `offramp.research.comparison.equal_quality`.
 
@@ -51,7 +51,7 @@ def compare(
     more seeds or another timing, what is there is not trained or judged again, but all points
     are timed anew.
 
-    train, test: of different pictures.
+    train, test: of different images.
     quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
         which needs no reference.
 
@@ -64,14 +64,12 @@ def compare(
 
     Raises:
         InputError: `out` holds another comparison.
-        DataError: the examples cannot be used, or train and test share pictures.
+        DataError: the examples cannot be used, or train and test share images.
     """
     if not train or not test:
         raise DataError("There are no examples to compare on.", "Give some to train and to test.")
     used = {"train": sorted(picture_digests(train))}
-    check_no_overlap(
-        used, test, ("train",), "Split by picture: offramp.data.example.split_examples."
-    )
+    check_no_overlap(used, test, ("train",), "Split by image: offramp.data.example.split_examples.")
     log = PointLog(Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality))
     measurer = PointMeasurer(backbone, processor, test, plan, quality)
     entries = Grid(measurer, processor, train, Path(out), plan).entries()

@@ -27,8 +27,8 @@ LEVELS = (0.005, 0.01, 0.02, 0.05)
 def speed_at(points: Points, drop: float) -> float:
     """The fastest decoding of a curve, against the full model, at a relative quality drop.
 
-    Between two points, and between a point and the full model (drop 0, speed 1), the line in drop
-    and time counts: it is what a coin that picks one of the two for each answer gets.
+    Between two points, and between a point and the full model (drop 0, speed 1), drop and time are
+    interpolated linearly: choosing one of the two at random for each answer gives that in the mean.
     """
     some = [(0.0, 1.0), *((p["quality_drop"], 1 / p["speedup_decode"]) for p in points)]
     good = [(d, t) for d, t in some if d <= drop]
@@ -46,7 +46,7 @@ class Each:
     """What figures are made of, for intervals: qualities of single answers, and single rounds.
 
     full: qualities of the full model's, one for each test example [N]; early: at each point [P, N].
-    groups: a name for each example; those of one picture share theirs, and are drawn together.
+    groups: a name for each example; those of one image share theirs, and are drawn together.
     full_seconds: of decoding in each round of the race that a point ran in [P, R], by the full
         model; seconds: by the point [P, R].
     """
@@ -58,7 +58,7 @@ class Each:
     seconds: Array
 
     def interval(self, figure: Callable[[Array, Array], float]) -> list[float]:
-        """The bootstrap's 95%, over pictures and rounds, of what is a figure of the points'
+        """The bootstrap's 95%, over images and rounds, of what is a figure of the points'
         relative drops of quality [P] and their speeds [P]."""
         rounds = self.seconds.shape[1]
         draw = np.random.default_rng(0)
@@ -71,7 +71,7 @@ class Each:
 
         rows = np.column_stack([self.full, self.early.T])
         found = interval(Measure(0.0, rows, of), self.groups, resamples=RESAMPLES)
-        if found is None:  # a single picture
+        if found is None:  # a single image
             drops = 1 - self.early.sum(1) / max(self.full.sum(), 1e-9)
             found = (figure(drops, self._speeds(np.arange(rounds))),) * 2
         return list(found)
@@ -94,7 +94,7 @@ def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
         pair against all of them, and cross_entropy, which reads all labels, against the FREE that
         does too;
         `free_over_by_seed`, the same for each seed alone; and with `each` also
-        `free_over_interval`, the bootstrap's 95% over test pictures and rounds of the race.
+        `free_over_interval`, the bootstrap's 95% over test images and rounds of the race.
         `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
         it, and `free_over_best_baseline`: by how much.
     """

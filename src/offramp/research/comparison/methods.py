@@ -55,7 +55,7 @@ POLICIES: dict[str, str] = {
     **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
     **dict.fromkeys(FIXED, "max_probability"),
 }
-"""The score that decides. "fixed_depth": every token leaves at one FREE exit; "truncation": every
+"""The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every
 token is read at one depth by the backbone's own norm and head, the layers above cut off."""
 
 QUALITIES: dict[str, Quality] = {
@@ -80,7 +80,7 @@ class Plan:
     several: of those FREE exits that the policies are tried on besides; patience and agreement
         need more than one. None: a quarter, a half and three quarters of the layers.
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
-        from 0, where all leave, for a curve must reach the quality at which it is read.
+        from 0, where all exit, for a curve must reach the quality at which it is read.
     training: what all objectives share.
     seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
         are means.

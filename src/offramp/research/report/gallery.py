@@ -15,8 +15,8 @@ from offramp.evaluation.run_log import ROWS, Done, Row
 from offramp.research.report.html import render
 from offramp.research.report.plots import depth_color
 
-_SIDE = 240  # pixels of the longer side of a picture
-_SMALL = 100  # up to here a picture is kept exactly
+_SIDE = 240  # pixels of the longer side of a image
+_SMALL = 100  # up to here a image is kept exactly
 _DARK = 0.179  # the luminance on which black and white have the same contrast, 4.58
 
 
@@ -25,7 +25,7 @@ def gallery(
 ) -> Markup:
     """Answers of a run that early exit changed, and some that it did not.
 
-    done: rows by mode and key; empty where they are not there. pictures: examples by key, as far as
+    done: rows by mode and key; empty where they are not there. images: examples by key, as far as
     they are known. tokenizer: turns ids into words; None: answers are shown whole.
     """
     early = {key: row for (mode, key), row in done.items() if mode == "early_exit"}

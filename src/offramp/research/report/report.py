@@ -121,7 +121,7 @@ def report(
 ) -> str:
     """The page as HTML.
 
-    examples: the data of the runs, for their pictures, prompts and references.
+    examples: the data of the runs, for their images, prompts and references.
     title: default: "Early exits on" the backbones.
     tokenizer_of: a backbone's tokenizer by the backbone's name, or None where there is none;
         default: those on this machine.

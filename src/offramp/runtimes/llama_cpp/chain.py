@@ -1,6 +1,6 @@
-"""A chain of segments: tokens go in at the bottom and leave at an exit or at the end.
+"""A chain of segments: tokens go in at the bottom and exit at an exit or at the end.
 
-A token that leaves at an exit has its state wait before the next segment. The first that must go
+A token that exits at an exit has its state wait before the next segment. The first that must go
 deeper takes along all that wait there, in one call. So each segment gets every token once, in
 order, and its keys and values are what they would be without exits.
 """
@@ -33,7 +33,7 @@ class CallSizes:
 
 
 class Decide(Protocol):
-    """Whether a token leaves at an exit."""
+    """Whether a token exits at an exit."""
 
     def __call__(self, exit: int, state: Array, logits: Array) -> bool:
         """exit: its place in the chain, from 0. state: [D], enters it. logits: [S], it gives."""

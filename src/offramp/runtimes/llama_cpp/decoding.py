@@ -76,7 +76,7 @@ class ExitLook:
     """Decides at each exit, and remembers what the last look at a token saw.
 
     depth: where the token at hand left, or the full depth. score: at its last look, or NaN.
-    few: logits [1, S] of what the exit can say, if the token left there.
+    few: logits [1, S] of what the exit can say, if the token exited there.
     """
 
     def __init__(self, adapter: Adapter, policy: ExitPolicy, depths: tuple[int, ...]) -> None:
@@ -99,7 +99,7 @@ class ExitLook:
         self.depth, self.score, self.few = self._layers, math.nan, None
 
     def __call__(self, exit: int, state: Array, logits: Array) -> bool:
-        """Whether the token leaves at this exit of the chain; see `Decide`."""
+        """Whether the token exits at this exit of the chain; see `Decide`."""
         depth = self._depths[exit]
         threshold = self._thresholds.get(depth)
         if threshold is None:

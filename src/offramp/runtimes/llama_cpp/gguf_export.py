@@ -101,7 +101,7 @@ def export_gguf(
     """Write the segments of an adapter on its backbone, and return their paths.
 
     Each file appears whole or not at all. formats: of all, or of layers, exits and head. depths: of
-    the exits to write; left out, those where the policy lets tokens leave or draft.
+    the exits to write; left out, those where the policy lets tokens exit or draft.
 
     Raises:
         InputError: no exit to write, an unknown format, or the package `gguf` is missing.
