@@ -296,7 +296,7 @@ def test_a_data_set_that_does_not_load_is_a_data_error(monkeypatch: pytest.Monke
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match="someone/images: ConnectionError: no network"):
+    with pytest.raises(DataError, match="someone/pictures: ConnectionError: no network"):
         read_examples("someone/pictures")
 
 

@@ -74,7 +74,7 @@ def check_no_overlap(
         if shared:
             purpose = {"train": "training", "calibration": "calibration"}[step]
             raise DataError(
-                f"{len(shared)} of {len(pictures)} pictures were used in {purpose}, for instance "
+                f"{len(shared)} of {len(pictures)} images were used in {purpose}, for instance "
                 f"that of example {shared[0]!r}.",
                 advice,
             )
