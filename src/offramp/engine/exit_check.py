@@ -110,7 +110,10 @@ class ExitScorer:
         if exits is not None and self.shortlist is not None:
             self.head = exits.shortlist_head(backbone)
         self.discriminators = None if exits is None else exits.discriminators
+        own = None if exits is None else exits.score
         self.score = _score_of(policy, depths, self.discriminators)
+        if own is not None:
+            self.score = lambda check: own(check.allowed)
 
     def __call__(
         self,

@@ -6,9 +6,8 @@ verdict is replaced, and for lossless runs one logit is raised, which decides wh
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +23,12 @@ from offramp.models.exits import Exits, ExitSet
 OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
 """Greedy, and to the last token asked for: random weights may end a sentence anywhere."""
 
-_numbers = itertools.count()
-
 
 class Script(StoppingCriteria):
-    """A plan of who leaves, by position: at one exit.
+    """A plan of which tokens exit, by position: at one exit.
 
-    leave: [N, B]; whether the token at each position (0 is the one out of the prefill) leaves;
-        behind the plan nobody does.
+    leave: [N, B]; whether the token at each position (0 is the one out of the prefill) exits;
+        behind the plan none does.
     says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own;
         with a shortlist, their places in it.
     score: the real score, whose time is paid.
@@ -47,7 +44,7 @@ class Script(StoppingCriteria):
         self._written = self._looked = 0
 
     def judge(self, logits: Tensor) -> Tensor:
-        """Scores [B] of logits [B, V]: 1 where the plan says leave, else 0."""
+        """Scores [B] of logits [B, V]: 1 where the plan says exit, else 0."""
         position = self._written + self._looked
         self._looked += 1
         verdict = self._score(logits) * 0  # not a new tensor, which would not wait for the score
@@ -74,29 +71,17 @@ def generate_forced(
     criteria: Sequence[StoppingCriteria] = (),
     **policy: Any,
 ) -> GenerationOutput:
-    """Write `tokens` tokens, leaving at `depth` (the first exit) as `script` says.
+    """Write `tokens` tokens, exiting at `depth` (the first exit) as `script` says.
 
     policy: what `ExitPolicy` takes besides thresholds and score.
     """
     at = exits.depths[0] if depth is None else depth
-    with _known(script) as name:
-        return generate(
-            backbone,
-            inputs,
-            exits=exits,
-            policy=ExitPolicy({at: 0.5}, score=name, **policy),
-            max_new_tokens=tokens,
-            stopping_criteria=StoppingCriteriaList([*criteria, script]),
-            **OPTIONS,
-        )
-
-
-@contextmanager
-def _known(script: Script) -> Iterator[str]:
-    """Put the script among the scores, under a name of its own, for as long as it is needed."""
-    name = f"forced-{next(_numbers)}"
-    SCORES[name] = script.judge
-    try:
-        yield name
-    finally:
-        del SCORES[name]
+    return generate(
+        backbone,
+        inputs,
+        exits=replace(ExitSet.of(exits), score=script.judge),
+        policy=ExitPolicy({at: 0.5}, **policy),
+        max_new_tokens=tokens,
+        stopping_criteria=StoppingCriteriaList([*criteria, script]),
+        **OPTIONS,
+    )
