@@ -118,6 +118,7 @@ class _Case:
             "max_new_tokens": TOKENS,
             # To read an id that marks an image wants an image.
             "suppress_tokens": special_ids(backbone.model),
+            "forced_eos_token_id": None,
         }
         made = backbone.model.generate(
             **self.inputs,

@@ -1,0 +1,124 @@
+"""Every image-text-to-text type of transformers, tiny: what offramp does with it.
+
+    python benchmarks/models_table.py            # run all types, keep the record, rewrite the table
+    python benchmarks/models_table.py --table    # rewrite the table of docs/models.md alone
+
+A type is built with random weights (`tests/helpers/zoo.py`), loaded with one prompt with an image,
+and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
+self-check (`offramp.engine.self_check.decoding`), logits and tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "models.json"
+PAGE = ROOT / "docs" / "models.md"
+START, END = "<!-- table: models -->", "<!-- end: models -->"
+COLUMNS = ("plain", "exits", "first_token", "lossless")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="rewrite the table alone")
+    parser.add_argument("types", nargs="*", help="run these alone")
+    arguments = parser.parse_args()
+    from offramp.storage import read_json, write_json
+
+    record = read_json(RECORD) if RECORD.is_file() else {"types": {}}
+    if not arguments.table:
+        import transformers
+
+        record["transformers"] = transformers.__version__
+        for name, found in run(arguments.types):
+            record["types"][name] = found
+            write_json(RECORD, record)
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n{table(record)}\n{END}{after}", encoding="utf-8")
+
+
+def run(types: list[str]) -> Any:
+    """(type, what was found) of each type, in the order of transformers."""
+    warnings.filterwarnings("ignore")
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    import torch
+    import zoo
+
+    from offramp.engine.self_check.decoding import check_decoding
+    from offramp.errors import OfframpError
+    from offramp.models.backbone import Backbone
+    from offramp.models.registry import registered_family
+
+    torch.set_num_threads(1)
+    for name in types or zoo.names():
+        found: dict[str, Any] = {}
+        try:
+            model = zoo.build(name)
+            example = zoo.inputs(name, model, 1)
+            if hasattr(model, "generate"):
+                with torch.inference_mode():
+                    model.generate(**example, max_new_tokens=2, do_sample=False)
+        except Exception as error:  # a type's own reasons, kept as they are
+            yield name, {"not_built": f"{type(error).__name__}: {str(error)[:160]}"}
+            continue
+        try:
+            whole = Backbone(model, example=example)
+        except OfframpError as error:
+            yield name, {"refused": error.problem}
+            continue
+        family = whole.family
+        found["registered"] = registered_family(model.config) is not None
+        found["paths"] = [family.stack, family.layers, family.norm, family.head]
+        for rows in (1, 3):
+            check = check_decoding(whole, zoo.inputs(name, model, rows), depths=(2, 4))
+            found[str(rows)] = {column: getattr(check, column) for column in COLUMNS}
+            found["allowed"] = check.allowed
+        yield name, found
+        print(name, found, file=sys.stderr, flush=True)
+
+
+def verdict(found: dict[str, Any], column: str) -> str:
+    """exact, no, or refused, in both batches."""
+    outcomes = [found[rows][column] for rows in ("1", "3")]
+    if all(isinstance(o, float) and o <= found["allowed"] for o in outcomes):
+        return "exact"
+    if column == "first_token":
+        return "never"  # measured: the first token then runs whole
+    if column == "lossless" and any(str(o).startswith("refused") for o in outcomes):
+        return "refused"
+    return "no"
+
+
+def table(record: dict[str, Any]) -> str:
+    rows = []
+    for name, found in record["types"].items():
+        if "not_built" in found or "refused" in found:
+            why = found.get("refused") or f"not built tiny: {found['not_built']}"
+            rows.append((name, "", f"refused: {why}" if "refused" in found else why, "", "", ""))
+            continue
+        cells = {column: verdict(found, column) for column in COLUMNS}
+        stack = f"`{found['paths'][0]}`" + (" (registered)" if found["registered"] else "")
+        if "no" in (cells["plain"], cells["exits"]):
+            cells = dict.fromkeys(COLUMNS, "refused by part 3")
+        rows.append((name, stack, *cells.values()))
+    exact = sum(row[2] == row[3] == "exact" for row in rows)
+    head = (
+        f"transformers {record['transformers']}: {len(rows)} types, {exact} exact without exits and"
+        " with them.\n\n"
+        "| type | decoder stack | without exits | exits | first token early | lossless |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(
+        "| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The table of model types says what the record holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from offramp.storage import read_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_holds_the_records_table() -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import models_table
+
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    inside = page.partition(models_table.START)[2].partition(models_table.END)[0]
+    assert inside.strip() == models_table.table(read_json(models_table.RECORD))
+
+
+def test_sixty_types_are_exact() -> None:
+    from benchmarks import models_table
+
+    types = read_json(models_table.RECORD)["types"].values()
+    run = [found for found in types if "1" in found]
+    exact = [
+        f for f in run if {models_table.verdict(f, c) for c in ("plain", "exits")} == {"exact"}
+    ]
+    assert len(exact) >= 60
