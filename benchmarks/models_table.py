@@ -1,9 +1,9 @@
 """Every image-text-to-text type of transformers, tiny: what offramp does with it.
 
-    python benchmarks/models_table.py            # run all types, keep the record, rewrite the table
-    python benchmarks/models_table.py --table    # rewrite the table of docs/models.md alone
+    python -m benchmarks.models_table            # run all types, keep the record, rewrite the table
+    python -m benchmarks.models_table --table    # rewrite the table of docs/models.md alone
 
-A type is built with random weights (`tests/helpers/zoo.py`), loaded with one prompt with an image,
+A type is built with random weights (`benchmarks.zoo`), loaded with one prompt with an image,
 and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
 self-check (`offramp.engine.self_check.decoding`), logits and tokens.
 """
@@ -47,10 +47,9 @@ def main() -> None:
 def run(types: list[str]) -> Any:
     """(type, what was found) of each type, in the order of transformers."""
     warnings.filterwarnings("ignore")
-    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import torch
-    import zoo
 
+    from benchmarks import zoo
     from offramp.engine.self_check.decoding import check_decoding
     from offramp.errors import OfframpError
     from offramp.models.backbone import Backbone

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import families
 import pytest
-import zoo
 
+from benchmarks import zoo
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import adopt_findings, check_decoding

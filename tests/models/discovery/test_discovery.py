@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import families
 import pytest
-import zoo
 
+from benchmarks import zoo
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover

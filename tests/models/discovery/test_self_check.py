@@ -7,8 +7,8 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-import zoo
 
+from benchmarks import zoo
 from offramp.errors import UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone

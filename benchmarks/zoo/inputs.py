@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo_config import BOS, IMAGE, PAD
+
+from benchmarks.zoo.config import BOS, IMAGE, PAD
 
 Words = Sequence[Sequence[int]]
 
@@ -38,7 +39,7 @@ def _patch(model: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def _square(model: Any, size: int | None = None) -> Callable[[int], Tensor]:
+def _square(model: Any, size: int | None = None) -> Callable[..., Tensor]:
     if size is None:
         found = getattr(_sight(model), "image_size", None) or 28
         size = int(found if isinstance(found, int) else found[0])
@@ -61,7 +62,7 @@ def _patches(model: Any, rows: int, times: int | None = None) -> dict[str, Tenso
 def _features(model: Any) -> Callable[..., Any]:
     for part in (model, getattr(model, "model", None)):
         if hasattr(part, "get_image_features"):
-            return part.get_image_features  # type: ignore[no-any-return]
+            return part.get_image_features  # type: ignore[no-any-return, union-attr]
     raise LookupError("no get_image_features")
 
 
@@ -76,7 +77,7 @@ def count(model: Any, given: dict[str, Tensor], rows: int) -> int:
     if isinstance(features, list) and isinstance(features[0], tuple):
         features = features[0][1]
     if isinstance(features, list | tuple):
-        return sum(f.reshape(-1, f.shape[-1]).shape[0] for f in features) // rows
+        return int(sum(f.reshape(-1, f.shape[-1]).shape[0] for f in features)) // rows
     return int(features.reshape(-1, features.shape[-1]).shape[0]) // rows
 
 

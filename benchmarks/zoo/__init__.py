@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import families
 import torch
 from torch import Tensor
-from zoo_config import BOS, FIRST_WORD, PAD, VOCABULARY, shrink
-from zoo_inputs import IMAGES, by_signature, pad
+
+from benchmarks.zoo.config import BOS, FIRST_WORD, PAD, VOCABULARY, shrink
+from benchmarks.zoo.inputs import IMAGES, by_signature, pad
+from offramp.research import tiny_families as families
 
 PROMPTS = (6, 3, 5)
 """Words in each row's prompt: rows of a batch need padding."""
 CHANGES: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("zoo_types.json").read_text(encoding="utf-8")
+    Path(__file__).with_name("types.json").read_text(encoding="utf-8")
 )
-"""What the rules of `zoo_config` do not guess, laid over the tiny configuration."""
+"""What the rules of `benchmarks.zoo.config` do not guess, laid over the tiny configuration."""
 
 
 def names() -> tuple[str, ...]:
@@ -40,12 +41,11 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     whole = dict(old)
     for name, value in new.items():
         inside = whole.get(name)
-        deep = isinstance(value, Mapping) and isinstance(inside, Mapping)
-        whole[name] = (
-            _merge(inside, value)
-            if deep and name not in ("per_layer_config", "vocabulary_map")
-            else value
-        )
+        deep = name not in ("per_layer_config", "vocabulary_map")
+        if deep and isinstance(value, Mapping) and isinstance(inside, Mapping):
+            whole[name] = _merge(inside, value)
+        else:
+            whole[name] = value
     return whole
 
 
@@ -75,7 +75,7 @@ def build(name: str, seed: int = 0, wide: float = 0.25, loud: float = 0.1) -> An
         return families.build(AS_BEFORE[name], seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config(name))
+        model: Any = AutoModelForImageTextToText.from_config(config(name))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for path, parameter in model.named_parameters():
                 if not parameter.is_floating_point():
