@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.tables.markdown import KINDS, Make, bold, level, record, table, times, tiny
-from offramp.calibration.risk_control import METHODS, samples_needed
+from offramp.calibration.risk_control import images_needed
 from offramp.research.comparison.equal_quality import LEVELS, equal_quality
 
 Value = Mapping[str, Any]
@@ -66,15 +66,13 @@ def calibrated() -> str:
     return table(rows, columns)
 
 
-def answers_needed() -> str:
-    """Held-out answers that a guarantee takes, by target, measured risk and method."""
-    rows = []
-    for target in (0.01, 0.02, 0.05):
-        for risk in (0.0, target / 4, target / 2):
-            needed = (samples_needed(target, 0.95, method, risk) for method in METHODS[1:])
-            cells = ("none is enough" if n is None else f"{n:,}" for n in needed)
-            rows.append((f"{target:.0%}", f"{risk:.2%}", *cells))
-    return table(rows, ("target", "measured risk", *(f"`{method}`" for method in METHODS[1:])))
+def needed_images() -> str:
+    """Images that a first attempt at 95% confidence needs, by the target."""
+    rows = [
+        (f"{row['target']:.0%}", f"{row['at_no_loss']:,}", f"{row['at_half_the_target']:,}")
+        for row in images_needed()
+    ]
+    return table(rows, ("target", "nothing lost", "half the target lost"))
 
 
 def _splits() -> list[Value]:
@@ -161,7 +159,7 @@ def recipe() -> str:
 TABLES: dict[str, Make] = {
     "demo": demo,
     "calibrated": calibrated,
-    "answers-needed": answers_needed,
+    "images-needed": needed_images,
     "labels": labels,
     "recipe": recipe,
 }
