@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -232,8 +233,9 @@ def test_pixels_come_in_the_backbones_precision(backbone: Build) -> None:
 
 
 def with_ends(one: Any, generation: Any) -> Any:
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation))
-    return SimpleNamespace(model=model, is_encoder_decoder=False)
+    whole = copy.copy(one)
+    whole.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation))
+    return whole
 
 
 @pytest.mark.parametrize(("generation", "eos"), [(0, 0), ([7, 9], 7), (5, 5), (None, 2)])
