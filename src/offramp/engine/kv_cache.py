@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
 
 CACHE_NAMES = ("cache", "past_key_values")
 """A stack's argument for the cache: transformers 5.24 renamed the second to the first."""
@@ -199,6 +200,22 @@ def store_keys(
         pass
     finally:
         del own.update  # the instance attribute; the method shows again
+
+
+def store_exit_keys(
+    cache: Any,
+    exits: ExitSet,
+    depth: int,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kw: dict[str, Any],
+) -> None:
+    """Fill the keys and values of the exit at `depth`: all of it runs, where it has several
+    entries, for the later ones read what the earlier layers make."""
+    if exits.entries.count(depth) > 1:
+        exits.run(depth, hidden, args, kw)
+    else:
+        store_keys(cache, exits.at(depth), hidden, args, kw)
 
 
 def repeat_rows(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:

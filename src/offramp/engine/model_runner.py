@@ -29,6 +29,7 @@ from offramp.engine.kv_cache import (
     select_rows,
     self_attention,
     stand_in,
+    store_exit_keys,
     store_keys,
 )
 from offramp.engine.sampling import ActiveRows
@@ -324,7 +325,7 @@ class ModelRunner:
         assert self.exits is not None and self.decider is not None
         candidates = self.decider.candidates(depth, hidden[:, -1])
         if candidates is None:  # no check: only what later tokens attend to is computed
-            self._store_exit_keys(depth, hidden, args, kw)
+            store_exit_keys(self.cache, self.exits, depth, hidden, args, kw)
             all_exit = False
         else:
             state = self.exits.run(depth, hidden, args, kw)[:, -1]
@@ -372,15 +373,4 @@ class ModelRunner:
         """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
         store_keys(self.cache, layer, hidden, args, kw)
         if index in self._exits_at and index != self._exited_at and self.exits is not None:
-            self._store_exit_keys(index, hidden, args, kw)
-
-    def _store_exit_keys(
-        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> None:
-        """Fill the keys and values of the exit at `depth`: all of it runs, where it has several
-        entries, for the later ones read what the earlier layers make."""
-        assert self.exits is not None
-        if self.exits.entries.count(depth) > 1:
-            self.exits.run(depth, hidden, args, kw)
-        else:
-            store_keys(self.cache, self.exits.at(depth), hidden, args, kw)
+            store_exit_keys(self.cache, self.exits, index, hidden, args, kw)

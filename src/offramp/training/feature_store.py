@@ -97,7 +97,7 @@ class FeatureStore:
         return record(self._encoder, self._groups[index], self._depths)
 
     def clear(self) -> None:
-        """Let go of all batches, on disk too."""
+        """Drop all batches, on disk too."""
         self._batches.clear()
         if self._place is not None:
             shutil.rmtree(self._place, ignore_errors=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.generate import check_inputs, check_options
-from offramp.engine.kv_cache import add_exit_entries, store_keys
+from offramp.engine.kv_cache import add_exit_entries, store_exit_keys
 from offramp.engine.prefill import Prefill, Prepared, prepare
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.slots.runner import States
@@ -136,6 +136,6 @@ class PromptReader:
                 assert self._before is not None
                 self._looks[index] = (hidden[:, -1], state[:, -1], self._before)
             else:
-                store_keys(self.cache, self.exits.at(index), hidden, args, kw)
+                store_exit_keys(self.cache, self.exits, index, hidden, args, kw)
         self._before = hidden[:, -1]
         return layer(hidden, *args, **kw)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.kv_cache import cache_parameter, store_keys
+from offramp.engine.kv_cache import cache_parameter, store_exit_keys
 from offramp.engine.slots.attention import CurrentCall, can_pack, with_packed_attention
 from offramp.engine.slots.cache import SlotCache
 from offramp.engine.slots.layout import LAYOUTS, SlotCall, lay_out, one_each
@@ -238,7 +238,7 @@ class SlotRunner:
         if self._mode == "shallow" and depth > self.split:
             return
         if self._mode == "full":
-            store_keys(kw[self._cache_name], self.exits.at(depth), hidden, args, kw)
+            store_exit_keys(kw[self._cache_name], self.exits, depth, hidden, args, kw)
             return
         self._entries[depth] = hidden.flatten(0, -2)
         exit_ = self._running(self.exits.at(depth))

@@ -1,6 +1,7 @@
 """Whole answers, decoded with every token exiting at one depth or by a policy, and judged.
 
-Teacher-forced figures flatter: in its own answer an exit also has to live with its own mistakes.
+Teacher-forced figures are too good: in its own answer an exit also has to live with its own
+mistakes.
 """
 
 from __future__ import annotations
