@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.models.exits import Exits, ExitSet
 
 CACHE_NAMES = ("cache", "past_key_values")
 """A stack's argument for the cache: transformers 5.24 renamed the second to the first."""
@@ -204,7 +204,7 @@ def store_keys(
 
 def store_exit_keys(
     cache: Any,
-    exits: ExitSet,
+    exits: ExitSet | Exits,
     depth: int,
     hidden: Tensor,
     args: tuple[Any, ...],
