@@ -1,8 +1,10 @@
 """A result says where it comes from."""
 
 import json
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from offramp.provenance import provenance
 
@@ -34,3 +36,15 @@ def test_provenance_names_the_versions_that_ran() -> None:
 def test_a_command_is_shown_by_name_not_by_where_it_lies() -> None:
     shown = provenance(None, ["/somewhere/bin/offramp", "train", "--out", "my exits"], None)
     assert shown["command"] == "offramp train --out 'my exits'"
+
+
+def test_provenance_names_the_commit_that_ran() -> None:
+    here = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", here, "rev-parse", "HEAD"], check=False, capture_output=True, text=True
+    )
+    found = provenance(None, "", None)["versions"]["commit"]
+    if asked.returncode:  # the sources without their history
+        assert found is None
+    else:
+        assert found.removesuffix("+changed") == asked.stdout.strip()

@@ -4,9 +4,11 @@ import contextlib
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ def provenance(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "offramp": __version__,
+            "commit": _commit(),
             "torch": _version("torch"),
             "transformers": _version("transformers"),
             "python": platform.python_version(),
@@ -41,6 +44,7 @@ def provenance(
         "platform": platform.platform(),
         "processor": _processor(),
         "accelerator": torch.cuda.get_device_name() if torch is not None and has_gpu else None,
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else os.cpu_count(),
     }
 
@@ -54,6 +58,29 @@ def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _commit() -> str | None:
+    """The git commit this code was run from, "+changed" where files differ from it; None where the
+    package was installed from a wheel, whose version then says all."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *command],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("+changed" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git here, or no checkout
         return None
 
 
