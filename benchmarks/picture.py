@@ -52,7 +52,7 @@ def measure() -> dict[str, Any]:
     """The caption by both, and for each token the median of the CPU seconds it took."""
     torch.set_num_threads(1)
     backbone, processor = load_tiny("opt")
-    adapter = Adapter.from_pretrained(tiny_exits("opt"), backbone)
+    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
     encoder = InputProcessor(backbone, processor)
     inputs = encoder.prompts([_example()])
     policies = {"early_exit": adapter.policy, "full": ExitPolicy()}

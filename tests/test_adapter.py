@@ -325,13 +325,18 @@ class Hub:
     def create_repo(self, repo_id: str, **options: Any) -> None:
         self.created[repo_id] = options
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        self.branches = (repo_id, branch)
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
         shutil.copytree(folder_path, self.place)
+        self.uploaded = options
         return f"https://hub/{repo_id}/commit/1"
 
-    def download(self, name: str, revision: str | None = None) -> str:
+    def download(self, name: str, revision: str | None = None, **options: Any) -> str:
         if name not in self.created:
             raise OSError("offline")
+        self.downloaded = {"revision": revision, **options}
         return str(self.place)
 
 
@@ -348,22 +353,44 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, saved_adapter: Path
     assert saved.push_to_hub("me/exits", token="t") == "https://hub/me/exits/commit/1"
     assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
     assert {p.name for p in hub.place.iterdir()} == {CONFIG, EXITS, DISCRIMINATORS, CARD}
-    loaded = Adapter.from_pretrained("me/exits", opt)
+    loaded = Adapter.from_pretrained(opt, "me/exits")
     state = loaded.exits.modules.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in saved.exits.modules.state_dict().items())
 
 
+def test_the_hubs_usual_arguments_reach_it(hub: Hub, saved_adapter: Path, opt: Any) -> None:
+    saved = Adapter.load(saved_adapter, opt)
+    saved.push_to_hub(
+        "me/exits", commit_message="New exits", private=False, revision="v2", create_pr=True
+    )
+    assert hub.created["me/exits"]["private"] is False and hub.branches == ("me/exits", "v2")
+    assert hub.uploaded == {
+        "commit_message": "New exits", "commit_description": None, "revision": "v2",
+        "create_pr": True,
+    }  # fmt: skip
+    Adapter.from_pretrained(opt, "me/exits", revision="v2", token="t", local_files_only=True)
+    assert hub.downloaded == {"revision": "v2", "token": "t", "local_files_only": True}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_arguments_in_the_other_order_are_refused_with_the_remedy(
+    kind: type, saved_adapter: Path, opt: Any
+) -> None:
+    with pytest.raises(InputError, match=r"\nThe model comes first: .*\(model, folder_or_name\)"):
+        Adapter.from_pretrained(kind(saved_adapter), opt)  # type: ignore[arg-type]
+
+
 def test_a_folder_is_loaded_without_the_hub(hub: Hub, saved_adapter: Path, opt: Any) -> None:
-    assert Adapter.from_pretrained(saved_adapter, opt).policy == POLICY
+    assert Adapter.from_pretrained(opt, saved_adapter).policy == POLICY
 
 
 def test_a_name_that_the_hub_does_not_give_is_an_adapter_error(hub: Hub, opt: Any) -> None:
     with pytest.raises(AdapterError, match=r"nobody/nothing.*offline"):
-        Adapter.from_pretrained("nobody/nothing", opt)
+        Adapter.from_pretrained(opt, "nobody/nothing")
 
 
 def test_a_hugging_face_model_is_a_backbone(saved_adapter: Path, opt: Any, batch: Build) -> None:
-    loaded = Adapter.from_pretrained(saved_adapter, opt.model)
+    loaded = Adapter.from_pretrained(opt.model, saved_adapter)
     inputs = batch("blip2-opt", 1)
     expected = Adapter.load(saved_adapter, opt).generate(inputs, max_new_tokens=3)
     assert torch.equal(loaded.generate(inputs, max_new_tokens=3).sequences, expected.sequences)

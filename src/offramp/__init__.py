@@ -9,21 +9,41 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from offramp.adapter import Adapter as Adapter
-    from offramp.data.example import Example as Example
-    from offramp.engine.confidence import register_score as register_score
-    from offramp.engine.generate import generate as generate
-    from offramp.engine.policy import ExitPolicy as ExitPolicy
-    from offramp.engine.policy import GenerationOutput as GenerationOutput
-    from offramp.models.backbone import Backbone as Backbone
-    from offramp.models.exits import Exits as Exits
-    from offramp.models.exits import register_exit as register_exit
-    from offramp.models.registry import Family as Family
-    from offramp.models.registry import register_backbone as register_backbone
-    from offramp.serving.batch_engine import BatchEngine as BatchEngine
-    from offramp.serving.core import EngineConfig as EngineConfig
-    from offramp.training.config import TrainConfig as TrainConfig
-    from offramp.training.losses import register_loss as register_loss
+    from offramp.adapter import Adapter, attach
+    from offramp.calibration.calibrate import calibrate
+    from offramp.data.example import Example
+    from offramp.engine.confidence import register_score
+    from offramp.engine.generate import generate
+    from offramp.engine.policy import ExitPolicy, GenerationOutput
+    from offramp.models.backbone import Backbone
+    from offramp.models.exits import Exits, register_exit
+    from offramp.models.registry import Family, register_backbone
+    from offramp.serving.batch_engine import BatchEngine
+    from offramp.serving.core import EngineConfig
+    from offramp.training.config import TrainConfig
+    from offramp.training.losses import register_loss
+    from offramp.training.trainer import train
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "BatchEngine",
+    "EngineConfig",
+    "Example",
+    "ExitPolicy",
+    "Exits",
+    "Family",
+    "GenerationOutput",
+    "TrainConfig",
+    "attach",
+    "calibrate",
+    "generate",
+    "register_backbone",
+    "register_exit",
+    "register_loss",
+    "register_score",
+    "train",
+]
 
 _HOMES = {
     "Adapter": "adapter",
@@ -31,16 +51,19 @@ _HOMES = {
     "BatchEngine": "serving.batch_engine",
     "EngineConfig": "serving.core",
     "Example": "data.example",
+    "ExitPolicy": "engine.policy",
     "Exits": "models.exits",
     "Family": "models.registry",
-    "ExitPolicy": "engine.policy",
     "GenerationOutput": "engine.policy",
     "TrainConfig": "training.config",
+    "attach": "adapter",
+    "calibrate": "calibration.calibrate",
     "generate": "engine.generate",
     "register_backbone": "models.registry",
     "register_exit": "models.exits",
     "register_loss": "training.losses",
     "register_score": "engine.confidence",
+    "train": "training.trainer",
 }
 
 
@@ -51,3 +74,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"offramp.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,16 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
 
-from offramp.engine.generate import generate
+from offramp.engine.generate import IMAGES, generate, generate_prepared
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.errors import AdapterError
+from offramp.engine.prefill import Prepared
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.models.exits import Exits, ExitSet
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
@@ -27,9 +29,37 @@ from offramp.save_and_load import (
 )
 
 
-@dataclass
+def attach(
+    model: Backbone | nn.Module, exits: str | Path | Adapter | ExitSet | Exits, **hub: Any
+) -> Adapter:
+    """Attach exits to a Hugging Face model, which is not changed.
+
+    exits: a folder or a hub name; or exits made for this model, with no thresholds yet. hub: as of
+        `Adapter.from_pretrained`.
+
+    Raises:
+        AdapterError: no such exits, or they do not fit the model.
+        InputError: an adapter that is attached to another model.
+    """
+    if isinstance(exits, ExitSet | Exits):
+        return Adapter(Backbone.of(model), ExitSet.of(exits))
+    if not isinstance(exits, Adapter):
+        return Adapter.from_pretrained(model, exits, **hub)
+    ours = exits.backbone
+    if model is not ours and Backbone.of(model).model is not ours.model:
+        raise InputError(
+            f"These exits are attached to another model, {ours.name}.",
+            "Save them, and attach the folder: offramp.attach(model, folder).",
+        )
+    return exits
+
+
+@dataclass(repr=False)
 class Adapter:
     """Exits attached to a backbone, and the policy they exit early by.
+
+    As `custom_generate` of the model's own `generate` it decodes in its place:
+    `model.generate(**inputs, custom_generate=adapter)`.
 
     provenance: versions, seed, data digest and command of the training run; `metrics`: agreement
     by depth on validation data.
@@ -51,17 +81,118 @@ class Adapter:
         self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
 
-    def generate(
-        self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
-    ) -> GenerationOutput:
-        """Generate by the adapter's policy, or by another; see `offramp.generate`."""
-        return generate(
-            self.backbone,
-            inputs,
-            exits=self.exits,
-            policy=self.policy if policy is None else policy,
-            **options,
+    def __repr__(self) -> str:
+        depths = ", ".join(map(str, self.exits.depths))
+        ends = str(self.policy.thresholds) or "none"
+        calibration = self.calibration or {}
+        promised = calibration.get("measured") is not None
+        bound = f"{calibration.get('risk')} <= {calibration.get('target')}" if promised else "none"
+        return (
+            f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
+            f"thresholds: {ends}; guarantee: {bound})"
         )
+
+    # -- generating -----------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate with early exits, called as a Hugging Face model's `generate`.
+
+        `generate(**inputs, max_new_tokens=40)` returns the sequences [B, T], a LongTensor; with
+        `return_dict_in_generate=True` a `GenerationOutput`, which has depths and scores besides.
+        `generate(inputs, ...)`, with what the processor returned as one argument, always does.
+
+        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name.
+        mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
+        policy, exit_policy: two names of one thing; None: the adapter's policy.
+        options: see `offramp.generate`.
+
+        Raises:
+            InputError: an option that is not supported, or a prompt without its image.
+        """
+        chosen = self._policy(mode, policy, exit_policy)
+        if isinstance(inputs, Mapping):
+            return generate(self.backbone, inputs, exits=self.exits, policy=chosen, **options)
+        asked = options.pop("return_dict_in_generate", None)
+        if asked is None:
+            asked = _returns_dict(self.backbone.model, options.get("generation_config"))
+        # Told apart by what they are: a processor's output may have any names.
+        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
+        if inputs is not None:
+            read["input_ids"] = inputs
+        rest = {name: value for name, value in options.items() if name not in read}
+        made = generate(self.backbone, read, exits=self.exits, policy=chosen, **rest)
+        return made if asked else made.sequences.clone()
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        prefix_cache: PrefixCache | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode in place of the model's own loop, as `custom_generate`; see `generate`.
+
+        `model.generate` hands a streamer to no `custom_generate`: for one, call `generate` of the
+        adapter.
+
+        Raises:
+            InputError: the exits are attached to another model, or an option is not supported.
+        """
+        rules = (logits_processor, stopping_criteria, generation_config)
+        made = generate_prepared(
+            self.backbone,
+            Prepared(model, input_ids, *rules, model_kwargs),
+            exits=self.exits,
+            policy=self._policy(mode, policy, exit_policy),
+            prefix_cache=prefix_cache,
+        )
+        asked = getattr(generation_config, "return_dict_in_generate", False)
+        return made if asked else made.sequences.clone()
+
+    def _policy(
+        self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
+    ) -> ExitPolicy:
+        if policy is not None and exit_policy is not None:
+            raise InputError("policy and exit_policy were both given.", "Give one of them.")
+        chosen = exit_policy if policy is None else policy
+        return (self.policy if chosen is None else chosen).in_mode(mode)
 
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None
@@ -78,7 +209,7 @@ class Adapter:
 
     # -- disk ---------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the folder; each file appears whole or not at all.
 
         Raises:
@@ -86,11 +217,16 @@ class Adapter:
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
         parts = AdapterParts(**{f.name: getattr(self, f.name) for f in fields(AdapterParts)})
-        save_parts(folder, self.backbone, parts, model_card(self.backbone, parts))
+        save_parts(save_directory, self.backbone, parts, model_card(self.backbone, parts))
+
+    def save(self, folder: str | Path) -> None:
+        """`save_pretrained` by a shorter name."""
+        self.save_pretrained(folder)
 
     @classmethod
     def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone | nn.Module) -> Adapter:
-        """Read a folder written by `save`; or one whose adapter.json `read_config` has read.
+        """Read a folder written by `save_pretrained`; or one whose adapter.json `read_config` has
+        read.
 
         Raises:
             AdapterError: no adapter, another format version, damaged, or trained for a backbone
@@ -104,34 +240,79 @@ class Adapter:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, backbone: Backbone | nn.Module, *, revision: str | None = None
+        cls,
+        model: Backbone | nn.Module,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        **hub: Any,
     ) -> Adapter:
-        """Load from a folder, or from the hub by name."""
+        """Load from a folder, or from the hub by name, in the order of PEFT's arguments.
+
+        hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
+
+        Raises:
+            InputError: the arguments came in the other order.
+            AdapterError: as for `load`, or the hub gave none.
+        """
+        if isinstance(model, str | Path):
+            raise InputError(
+                f"from_pretrained got {str(model)!r} where the model goes.",
+                "The model comes first: Adapter.from_pretrained(model, folder_or_name).",
+            )
+        name = pretrained_model_name_or_path
         if os.path.isdir(name):
-            return cls.load(name, backbone)
+            return cls.load(name, model)
         from huggingface_hub import snapshot_download
 
         try:
-            folder = snapshot_download(str(name), revision=revision)
+            folder = snapshot_download(str(name), revision=revision, **hub)
         except Exception as error:  # offline, missing, private: hub errors share no useful base
             raise AdapterError(
                 f"No adapter folder {str(name)!r}, and the hub gave none: {error}",
                 "Correct the path or the name, or be online.",
             ) from error
-        return cls.load(folder, backbone)
+        return cls.load(folder, model)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload the folder's files (no training state) and return the commit's address."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add offramp exits",
+        commit_description: str | None = None,
+        private: bool | None = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload the folder's files (no training state) and return the commit's address.
+
+        private: of a repository that is created; unlike with transformers it is, unless you say
+            otherwise. revision: a branch, created if need be.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            self.save_pretrained(folder)
             return str(
                 api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message="Add offramp exits"
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
                 )
             )
+
+
+def _returns_dict(model: Any, config: Any) -> bool:
+    """What the generation config, the caller's or else the model's, says of the output."""
+    config = config or getattr(model, "generation_config", None)
+    return bool(getattr(config, "return_dict_in_generate", False))

@@ -175,7 +175,6 @@ def refused_options():
     return {
         "num_beams": {"num_beams": 2},
         "num_beams, sampling": {"num_beams": 2, "do_sample": True, "num_return_sequences": 3},
-        "return_dict_in_generate": {"return_dict_in_generate": True},
         "output_scores": {"return_dict_in_generate": True, "output_scores": True},
         "assistant_model": {"assistant_model": object()},
         "cache_implementation": {"cache_implementation": "static"},
@@ -193,7 +192,6 @@ def refused_options():
         "negative_prompt_ids": {"negative_prompt_ids": torch.ones(1, 1, dtype=torch.long)},
         "custom_generate": {"custom_generate": "someone/something"},
         "force_words_ids": {"force_words_ids": [[9]], "num_beams": 2},
-        "stop_strings": {"stop_strings": ["."]},
         "token_healing": {"token_healing": True},
         "generation_config": {"generation_config": GenerationConfig(num_beams=4)},
     }
@@ -207,7 +205,6 @@ def test_an_option_that_is_not_done_is_refused(option, backbone, batch):
             generate(backbone(name), batch(name, 1), max_new_tokens=3, **options)
     assert option in str(caught.value) or option in (
         "num_beams, sampling",
-        "output_scores",
         "quantized",
         "offloaded",
         "generation_config",

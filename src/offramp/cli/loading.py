@@ -104,7 +104,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
                 "Correct --adapter, or name the --backbone of an adapter on the hub.",
             )
         backbone, processor = load_model(arguments)
-        return Adapter.from_pretrained(arguments.adapter, backbone), processor
+        return Adapter.from_pretrained(backbone, arguments.adapter), processor
     config = read_config(arguments.adapter)
     named = arguments.backbone
     backbone, processor = load_model(

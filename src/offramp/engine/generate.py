@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,12 +47,14 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "negative_prompt_ids": _always,
     "num_beam_groups": lambda groups: groups > 1,
     "num_beams": lambda beams: beams > 1,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "output_logits": bool,
+    "output_scores": bool,
     "past_key_values": _always,
     "penalty_alpha": bool,
     "prefill_chunk_size": _always,
     "prompt_lookup_num_tokens": bool,
-    "return_dict_in_generate": bool,
-    "stop_strings": _always,
     "synced_gpus": bool,
     "token_healing": bool,
     "use_cache": lambda yes: not yes,
@@ -68,8 +71,7 @@ def check_options(wanted: Callable[[str], Any]) -> None:
         raise InputError(
             f"Generation option {', '.join(refused)} is not supported with early exits.",
             "Use greedy decoding or sampling with the default cache (num_beams=1 where the model's "
-            "own defaults ask for beams, a StopStringCriteria for stop_strings); for the rest call "
-            "the model's own generate.",
+            "own defaults ask for beams); for the rest call the model's own generate.",
         )
 
 
@@ -90,8 +92,9 @@ def generate(
     vision_cache: image features kept between calls, for several questions on an image.
     prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
-    stopping_criteria, generation_config, ...). Raise `InputError` for those not supported: beam
-    search, assisted and contrastive decoding, static or quantised caches.
+    stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
+    `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
+    quantised caches.
     """
     backbone = Backbone.of(backbone)
     # Before HF sees them, which would refuse some in other words and build caches for others.
@@ -99,10 +102,7 @@ def generate(
     asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
     check_options(lambda name: asked.get(name, getattr(config, name, None)))
     check_inputs(inputs, backbone.model)
-    policy = policy.effective
-    attached = None if exits is None else ExitSet.of(exits)
-    decider = decider_of(backbone, attached, policy)
-    run = ModelRunner(backbone, attached, decider, propagate=policy.kv == "propagate")
+    run, policy = _runner(backbone, exits, policy)
     if vision_cache is not None:
         run.view.remember_images(backbone, vision_cache)
     try:
@@ -110,27 +110,79 @@ def generate(
             prepared = prepare(run.view.model, inputs, **options)
             # The model's own defaults may ask for what the caller did not.
             check_options(lambda name: getattr(prepared.config, name, None))
-            sequence = SequenceState(prepared, streamer)
-            run.adopt(prepared.cache)
-            run.constrain = sequence.constraints(lambda: sequence.ids)
-            served = None if prefix_cache is None else prefix_cache.serve(run)
-            if policy.lossless and decider is not None:
-                rounds = speculate(run, sequence, prepared, policy.max_draft)
-            else:
-                rounds = []
-                first_exits = first_token_may_exit(backbone, policy)
-                decode_steps(run, sequence, prepared, first_exits=first_exits)
-            if served is not None:
-                served.end()
-            sequence.end()
+            return _decode(run, policy, prepared, prefix_cache, streamer)
     finally:
         run.release()
+
+
+def generate_prepared(
+    backbone: Backbone,
+    prepared: Prepared,
+    *,
+    exits: ExitSet | Exits | None = None,
+    policy: ExitPolicy = FULL,
+    prefix_cache: PrefixCache | None = None,
+) -> GenerationOutput:
+    """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
+
+    prepared: of the backbone's model or, as in BLIP-2, of the language model in it.
+
+    Raises:
+        InputError: it is of another model, or asks for what the loop does not do.
+    """
+    check_options(lambda name: getattr(prepared.config, name, None))
+    path = next((n for n, m in backbone.model.named_modules() if m is prepared.model), None)
+    if path is None:
+        raise InputError(
+            f"The exits are attached to {backbone.name}, and another model was asked to generate.",
+            "Attach them to that model: offramp.attach(model, exits).",
+        )
+    run, policy = _runner(backbone, exits, policy)
+    try:
+        with torch.inference_mode():
+            twin = run.view.model.get_submodule(path)
+            return _decode(run, policy, replace(prepared, model=twin), prefix_cache)
+    finally:
+        run.release()
+
+
+def _runner(
+    backbone: Backbone, exits: ExitSet | Exits | None, policy: ExitPolicy
+) -> tuple[ModelRunner, ExitPolicy]:
+    """What runs the decoder, and the policy that is in effect."""
+    policy = policy.effective
+    attached = None if exits is None else ExitSet.of(exits)
+    decider = decider_of(backbone, attached, policy)
+    return ModelRunner(backbone, attached, decider, propagate=policy.kv == "propagate"), policy
+
+
+def _decode(
+    run: ModelRunner,
+    policy: ExitPolicy,
+    prepared: Prepared,
+    prefix_cache: PrefixCache | None = None,
+    streamer: Any = None,
+) -> GenerationOutput:
+    """Decode by a policy that is in effect."""
+    sequence = SequenceState(prepared, streamer)
+    run.adopt(prepared.cache)
+    run.constrain = sequence.constraints(lambda: sequence.ids)
+    served = None if prefix_cache is None else prefix_cache.serve(run)
+    rounds: list[tuple[int, int]] = []
+    if policy.lossless and run.decider is not None:
+        rounds = speculate(run, sequence, prepared, policy.max_draft)
+    else:
+        first_exits = first_token_may_exit(run.backbone, policy)
+        decode_steps(run, sequence, prepared, first_exits=first_exits)
+    if served is not None:
+        served.end()
+    sequence.end()
     live, depths, scores = (torch.stack(column, 1) for column in zip(*sequence.trace, strict=True))
     return GenerationOutput(
         sequence.ids,
         torch.where(live, depths, 0),
         torch.where(live, scores.float(), float("nan")),
-        backbone.depth,
+        run.backbone.depth,
         tuple(rounds),
     )
 
@@ -156,7 +208,8 @@ def decode_steps(
         sequence.emit(sequence.choose(step.logits(backbone)), step.depths, step.scores)
 
 
-_IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", "inputs_embeds")
+IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", "inputs_embeds")
+"""How the names of a processor's outputs begin that stand for an image."""
 
 
 def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
@@ -164,7 +217,7 @@ def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
 
     A prompt without an image token, as a chat's later turns may be, needs none.
     """
-    if any(name.startswith(_IMAGES) and inputs[name] is not None for name in inputs):
+    if any(name.startswith(IMAGES) and inputs[name] is not None for name in inputs):
         return
     required = inspect.signature(model.generate).parameters.get("pixel_values")
     ids = inputs.get("input_ids")

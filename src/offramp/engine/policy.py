@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from offramp.engine.confidence import check_score, check_weights
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import InputError, check_known, did_you_mean
 from offramp.models.backbone import Backbone
 
 KV_POLICIES = ("recompute", "propagate")
+MODES = ("early_exit", "lossless", "full")
+"""Exits end a token; only draft it, and the full model verifies; or are off."""
 
 
 class Thresholds(dict[int, float]):
@@ -113,6 +115,17 @@ class ExitPolicy:
             return self
         return replace(self, thresholds=self.drafts, drafts={}, gates={})
 
+    def in_mode(self, mode: str | None) -> ExitPolicy:
+        """The same thresholds in one of `MODES`; None: the policy as it is.
+
+        Raises:
+            InputError: the mode is not known, or lossless with keys and values that are not exact.
+        """
+        if mode is None:
+            return self
+        check_known("Mode", [mode], MODES)
+        return FULL if mode == "full" else replace(self, lossless=mode == "lossless")
+
 
 FULL = ExitPolicy()
 """Every token at full depth."""
@@ -160,6 +173,15 @@ class GenerationOutput:
     def new_tokens(self) -> Tensor:
         """The generated ids [B, N]."""
         return self.sequences[:, self.sequences.shape[1] - self.depths.shape[1] :]
+
+    def decode(self, processor: Any, *, skip_special_tokens: bool = True) -> list[str]:
+        """The answers as text, one a row, without the spaces around them.
+
+        processor: the model's processor or its tokenizer.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        texts = tokenizer.batch_decode(self.new_tokens, skip_special_tokens=skip_special_tokens)
+        return [text.strip() for text in texts]
 
     @property
     def mean_depth(self) -> float:

@@ -7,14 +7,17 @@ owns the loop. `Prefill` runs the prompt and keeps the arguments that every late
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
+from offramp.errors import InputError
 from offramp.models.intercept import InterceptedModel
 
 _BY_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
@@ -48,8 +51,12 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     """What `model.generate(**inputs, **options)` would begin with; nothing is decoded.
 
     The vision tower runs here where the family's `generate` embeds the prompt itself (BLIP-2), and
-    so does the encoder of an encoder-decoder.
+    so does the encoder of an encoder-decoder. `stop_strings` become a stopping criterion.
+
+    Raises:
+        InputError: `stop_strings` without the tokenizer or the processor.
     """
+    options = _with_stop_strings(options)
     taken: list[Prepared] = []
 
     def take(
@@ -66,6 +73,31 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
 
     model.generate(**inputs, custom_generate=take, **options)
     return taken[0]
+
+
+def _with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
+    """Generation options with `stop_strings` as the criterion that Hugging Face makes of them.
+
+    Made here because `generate` drops the tokenizer where `custom_generate` is given.
+    """
+    config = options.get("generation_config")
+    strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    processor = options.pop("processor", None)
+    tokenizer = options.pop("tokenizer", None) or getattr(processor, "tokenizer", processor)
+    if not strings:
+        return options
+    if tokenizer is None:
+        raise InputError(
+            f"To stop at {strings!r}, generation must know how tokens are spelt.",
+            "Add tokenizer=processor.tokenizer, or processor=processor.",
+        )
+    if config is not None and config.stop_strings:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+        options["generation_config"] = config
+    stop = StopStringCriteria(tokenizer, strings)
+    criteria = [*(options.get("stopping_criteria") or ()), stop]
+    return {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
 
 
 class Prefill:

@@ -134,6 +134,12 @@ class Backbone:
         self.family = replace(self.family, causal_prompt=causal)
         self.lossless = lossless
 
+    def __repr__(self) -> str:
+        return (
+            f"Backbone({self.name}: {type(self.model).__name__}, {self.depth} layers, width "
+            f"{self.width}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
     # -- what it is -------------------------------------------------------------------------
 
     @property
