@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits
 from offramp.models.intercept import InterceptedModel
 
@@ -23,18 +23,12 @@ class Probe:
         self.estimates: dict[int, Tensor] = {}  # what the exits make of the state at their depth
         self.logits: dict[int, Tensor] = {}
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
+    def layer(self, call: LayerCall) -> Any:
+        index = call.index
         if self.exits is not None and index in self.exits.depths:
-            state = self.estimates[index] = self.exits.run(index, hidden, args, kw)
+            state = self.estimates[index] = self.exits.run(index, call)
             self.logits[index] = self.backbone.logits(self.backbone.final_norm(state))
-        out = layer(hidden, *args, **kw)
+        out = call.run(call.layer)
         self.outputs[index + 1] = out[0] if isinstance(out, tuple) else out
         return out
 

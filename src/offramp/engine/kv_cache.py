@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits, ExitSet
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -182,10 +182,8 @@ class _KeysStored(Exception):
     """Raised out of a layer once its keys and values are in the cache."""
 
 
-def store_keys(
-    cache: Any, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-) -> None:
-    """Run a layer, not compiled, no further than until its keys and values are in the cache."""
+def store_keys(cache: Any, module: nn.Module, call: LayerCall) -> None:
+    """Run a layer or exit, not compiled, only until its keys and values are in the cache."""
     own = self_attention(cache)
     store = own.update
 
@@ -195,27 +193,23 @@ def store_keys(
 
     own.update = store_and_stop
     try:
-        layer._call_impl(hidden, *args, **kw)  # type: ignore[no-untyped-call]
+        call.run(module._call_impl)
     except _KeysStored:
         pass
     finally:
         del own.update  # the instance attribute; the method shows again
 
 
-def store_exit_keys(
-    cache: Any,
-    exits: ExitSet | Exits,
-    depth: int,
-    hidden: Tensor,
-    args: tuple[Any, ...],
-    kw: dict[str, Any],
-) -> None:
-    """Fill the keys and values of the exit at `depth`: all of it runs, where it has several
-    entries, for the later ones read what the earlier layers make."""
+def store_exit_keys(cache: Any, exits: ExitSet | Exits, call: LayerCall) -> None:
+    """Fill the keys and values of the exit that stands before the called layer.
+
+    All of an exit with several entries runs: the later ones read what the earlier layers make.
+    """
+    depth = call.index
     if exits.entries.count(depth) > 1:
-        exits.run(depth, hidden, args, kw)
+        exits.run(depth, call)
     else:
-        store_keys(cache, exits.at(depth), hidden, args, kw)
+        store_keys(cache, exits.at(depth), call)
 
 
 def repeat_rows(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -16,10 +16,11 @@ that exited early stays with the others: its keys and values are due at the deep
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.exit_check import Constrain, ExitDecider
 from offramp.engine.kv_cache import (
@@ -33,7 +34,7 @@ from offramp.engine.kv_cache import (
     store_keys,
 )
 from offramp.engine.sampling import ActiveRows
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 
@@ -291,44 +292,37 @@ class ModelRunner:
 
     # -- one layer ---------------------------------------------------------------------------
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        """What the stack gets for layer `index`: its output, or the state handed through."""
+    def layer(self, call: LayerCall) -> Any:
+        """What the stack gets for a layer: its output, or the state handed through."""
+        index = call.index
         if index == 0 and self._start == 0:
-            self._tokens += hidden.shape[1]
+            self._tokens += call.hidden.shape[1]
         if index < self._start:  # a catch-up enters deeper
-            return self.backbone.skipped_layer_output(index, hidden, args, kw)
+            return self.backbone.skipped_layer_output(call)
         if self._exited_at is not None or self._catch_up_at is not None:
             if self.propagate and self._exited_at is not None:
-                self._store_skipped(index, layer, hidden, args, kw)
-            return self.backbone.skipped_layer_output(index, hidden, args, kw)
+                self._store_skipped(call)
+            return self.backbone.skipped_layer_output(call)
         if index == self._start and self._chunk is not None:
-            hidden = self._chunk
-        elif index in self._exits_at and not self._goes_deeper(index, hidden, args, kw):
+            call = replace(call, hidden=self._chunk)
+        elif index in self._exits_at and not self._goes_deeper(call):
             if self.propagate:
-                self._store_skipped(index, layer, hidden, args, kw)
-            return self.backbone.skipped_layer_output(index, hidden, args, kw)
+                self._store_skipped(call)
+            return self.backbone.skipped_layer_output(call)
         if index in self._watched:
-            self._previous = hidden[:, -1]
-        return layer(hidden, *args, **kw)
+            self._previous = call.hidden[:, -1]
+        return call.run(call.layer)
 
-    def _goes_deeper(
-        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> bool:
-        """Run the exit at `depth`; False ends this call of the stack: all exited, or pending."""
+    def _goes_deeper(self, call: LayerCall) -> bool:
+        """Run the exit before this layer; False ends the pass: all exited, or are pending."""
         assert self.exits is not None and self.decider is not None
+        depth, hidden = call.index, call.hidden
         candidates = self.decider.candidates(depth, hidden[:, -1])
         if candidates is None:  # no check: only what later tokens attend to is computed
-            store_exit_keys(self.cache, self.exits, depth, hidden, args, kw)
+            store_exit_keys(self.cache, self.exits, call)
             all_exit = False
         else:
-            state = self.exits.run(depth, hidden, args, kw)[:, -1]
+            state = self.exits.run(depth, call)[:, -1]
             all_exit = self.decider.decide(depth, state, hidden[:, -1], self._previous, candidates)
         if all_exit:
             self._exited_at = depth
@@ -362,15 +356,9 @@ class ModelRunner:
         at_stop = [end + i for i, depth in enumerate(self.exits.entries) if depth == stop]
         return stand_in(self.cache, end, range(start, stop), at_stop, **seen)
 
-    def _store_skipped(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> None:
-        """Fill layer `index`'s keys and values (and those of an exit there) from `hidden`."""
-        store_keys(self.cache, layer, hidden, args, kw)
+    def _store_skipped(self, call: LayerCall) -> None:
+        """Fill a skipped layer's keys and values, and those of an exit there."""
+        index = call.index
+        store_keys(self.cache, call.layer, call)
         if index in self._exits_at and index != self._exited_at and self.exits is not None:
-            store_exit_keys(self.cache, self.exits, index, hidden, args, kw)
+            store_exit_keys(self.cache, self.exits, call)

@@ -9,16 +9,16 @@ masks and positions hold in training too.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.kv_cache import cache_parameter, exits_only
 from offramp.engine.prefill import Prefill, prepare, without_inputs
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
@@ -99,21 +99,14 @@ class StateRecorder:
         self._states: dict[int, Tensor] = {}
         self._final: Tensor | None = None
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        if index in self._entered:
-            self._entries[index] = hidden
-        if index in self._run_at:
+    def layer(self, call: LayerCall) -> Any:
+        if call.index in self._entered:
+            self._entries[call.index] = call.hidden
+        if call.index in self._run_at:
             assert self._exits is not None
-            self._states[index] = self._exits.run(index, hidden, args, kw)
-        out = layer(hidden, *args, **kw)
-        if index == self._last:
+            self._states[call.index] = self._exits.run(call.index, call)
+        out = call.run(call.layer)
+        if call.index == self._last:
             self._final = first(out)
         return out
 
@@ -180,17 +173,11 @@ class _Replay:
         self.backbone, self.exits, self.entries = backbone, exits, entries
         self.states: dict[int, Tensor] = {}
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        if index in self.entries:
-            self.states[index] = self.exits.run(index, self.entries[index], args, kw)
-        return self.backbone.skipped_layer_output(index, hidden, args, kw)
+    def layer(self, call: LayerCall) -> Any:
+        if call.index in self.entries:
+            entry = replace(call, hidden=self.entries[call.index])
+            self.states[call.index] = self.exits.run(call.index, entry)
+        return self.backbone.skipped_layer_output(call)
 
 
 def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, Tensor]:

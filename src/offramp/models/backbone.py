@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,25 @@ from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
 from offramp.models.quantized.weights import float_dtype
 from offramp.models.registry import Family, registered_family
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One call of a decoder layer by its stack.
+
+    index: of the layer, from 0. hidden: the state that enters it [B, T, D]. args, kw: what the
+    stack passes beside it (mask, positions, cache), in the family's own names.
+    """
+
+    index: int
+    layer: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kw: dict[str, Any]
+
+    def run(self, module: Callable[..., Any]) -> Any:
+        """What `module`, called as the stack called the layer, returns."""
+        return module(self.hidden, *self.args, **self.kw)
 
 
 class Backbone:
@@ -215,25 +234,23 @@ class Backbone:
 
     # -- driving ----------------------------------------------------------------------------
 
-    def skipped_layer_output(
-        self, index: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> Any:
-        """What layer `index` would return if it left `hidden` [B, T, D] as it is.
+    def skipped_layer_output(self, call: LayerCall) -> Any:
+        """What the layer would return if it left the state as it is.
 
         T5's layers hand the attention biases on, from block 0, which computes the relative one:
         a skipped block must do the same.
         """
         if self.family.layers != "block":
-            values = self._layout.returns[index]
-            return (hidden, *[None] * (values - 1)) if values else hidden
-        _, bias, _, _, cross_bias = args[:5]
-        attention = self.layers[index].layer[0].SelfAttention
+            values = self._layout.returns[call.index]
+            return (call.hidden, *[None] * (values - 1)) if values else call.hidden
+        _, bias, _, _, cross_bias = call.args[:5]
+        attention = self.layers[call.index].layer[0].SelfAttention
         if bias is None and attention.has_relative_attention_bias:
-            cache = kw.get("cache", kw.get("past_key_values"))
+            cache = call.kw.get("cache", call.kw.get("past_key_values"))
             past = cache.get_seq_length() if cache is not None else 0
-            new = hidden.shape[1]
-            bias = attention.compute_bias(new, past + new, hidden.device, past)
-        return hidden, bias, cross_bias
+            new = call.hidden.shape[1]
+            bias = attention.compute_bias(new, past + new, call.hidden.device, past)
+        return call.hidden, bias, cross_bias
 
     def _find(self, path: str) -> Any:
         node = self.model

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.shortlist import Gate
 
@@ -158,9 +158,12 @@ class Exits(nn.ModuleDict):
         """The exit at `depth`."""
         return self[str(depth)]
 
-    def run(self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
-        """The estimate [B, T, D] of the final state, before the final norm."""
-        return first(self[str(depth)](hidden, *args, **kw))
+    def run(self, depth: int, call: LayerCall) -> Tensor:
+        """The exit's estimate [B, T, D] of the final state, before the final norm.
+
+        call: of the layer that the exit stands before.
+        """
+        return first(call.run(self[str(depth)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,9 +204,9 @@ class ExitSet:
         """The exit at `depth`."""
         return self.modules.at(depth)
 
-    def run(self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
+    def run(self, depth: int, call: LayerCall) -> Tensor:
         """The estimate [B, T, D] of the final state; see `Exits.run`."""
-        return self.modules.run(depth, hidden, args, kw)
+        return self.modules.run(depth, call)
 
     def shortlist_head(self, backbone: Backbone) -> nn.Linear | None:
         """The LM head's rows of the shortlist, made once; None without one."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
@@ -23,15 +23,8 @@ from offramp.models.vision_cache import RememberedTower, VisionCache
 class LayerHandler(Protocol):
     """Decides, call by call, what happens at a decoder layer."""
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        """The output of layer `index` (0-based) for `hidden` [B, T, D]."""
+    def layer(self, call: LayerCall) -> Any:
+        """What the stack gets for the call: the layer's output, or what stands for it."""
         ...
 
 
@@ -49,7 +42,7 @@ class _LayerView(nn.Module):
     def __call__(self, *args: Any, **kw: Any) -> Any:
         if not args:  # some stacks name everything
             args = (kw.pop("hidden_states"),)
-        return self._handler.layer(self._index, self._layer, args[0], args[1:], kw)
+        return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
 
 
 class _HeadView(nn.Module):

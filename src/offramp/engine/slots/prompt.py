@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.kv_cache import add_exit_entries, store_exit_keys
@@ -19,7 +19,7 @@ from offramp.engine.prefill import Prefill, Prepared, prepare
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.slots.runner import States
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
@@ -120,22 +120,16 @@ class PromptReader:
         looks = States(prefill.logits, entries, exits, previous)
         return Prompt(prepared, self.cache, prefill.positions, real, prefill.logits, looks)
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
+    def layer(self, call: LayerCall) -> Any:
         """The layer's own output; before it, the exit that stands there."""
-        if index in self.exits_on:
+        newest = call.hidden[:, -1]
+        if call.index in self.exits_on:
             assert self.exits is not None
             if self._looks_at_first:
-                state = self.exits.run(index, hidden, args, kw)
+                state = self.exits.run(call.index, call)
                 assert self._before is not None
-                self._looks[index] = (hidden[:, -1], state[:, -1], self._before)
+                self._looks[call.index] = (newest, state[:, -1], self._before)
             else:
-                store_exit_keys(self.cache, self.exits, index, hidden, args, kw)
-        self._before = hidden[:, -1]
-        return layer(hidden, *args, **kw)
+                store_exit_keys(self.cache, self.exits, call)
+        self._before = newest
+        return call.run(call.layer)

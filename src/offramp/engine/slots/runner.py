@@ -9,7 +9,7 @@ all layers, no exit looked at.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from offramp.engine.slots.cache import SlotCache
 from offramp.engine.slots.layout import LAYOUTS, SlotCall, lay_out, one_each
 from offramp.engine.slots.masks import with_slot_masks
 from offramp.errors import UnsupportedBackboneError, check_known
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.intercept import InterceptedModel
 
@@ -203,54 +203,46 @@ class SlotRunner:
 
     # -- one layer ---------------------------------------------------------------------------
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        """What the stack gets for layer `index`: its output, or the state handed through."""
-        args = self._with_bias(args)
+    def layer(self, call: LayerCall) -> Any:
+        """What the stack gets for a layer: its output, or the state handed through."""
+        if self.backbone.family.layers == "block":
+            call = replace(call, args=self._with_bias(call.args))
+        index = call.index
         if self._mode == "deep" and index <= self.split:
             if index < self.split:
-                return self.backbone.skipped_layer_output(index, hidden, args, kw)
+                return self.backbone.skipped_layer_output(call)
             assert self._chunk is not None
-            hidden = self._chunk
+            call = replace(call, hidden=self._chunk)
         elif index in self.depths and self._mode != "bare":
-            self._at_exit(index, hidden, args, kw)
+            self._at_exit(call)
         if self._mode == "shallow" and index >= self.split:
-            return self.backbone.skipped_layer_output(index, hidden, args, kw)
+            return self.backbone.skipped_layer_output(call)
         if index + 1 in self.depths:
-            self._previous[index + 1] = hidden.flatten(0, -2)
-        return self._running(layer)(hidden, *args, **kw)
+            self._previous[index + 1] = call.hidden.flatten(0, -2)
+        return call.run(self._running(call.layer))
 
     def _running(self, module: nn.Module) -> nn.Module:
         """A layer or exit, or its twin in a packed call."""
         return self._packed.get(module, module) if self._mode == "deep" else module
 
-    def _at_exit(
-        self, depth: int, hidden: Tensor, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> None:
-        """Run the exit at `depth`, or in a full call no more of it than its keys and values."""
+    def _at_exit(self, call: LayerCall) -> None:
+        """Run the exit before this layer, or in a full call only store its keys and values."""
         assert self.exits is not None
+        depth = call.index
         if self._mode == "shallow" and depth > self.split:
             return
         if self._mode == "full":
-            store_exit_keys(kw[self._cache_name], self.exits, depth, hidden, args, kw)
+            store_exit_keys(call.kw[self._cache_name], self.exits, call)
             return
-        self._entries[depth] = hidden.flatten(0, -2)
-        exit_ = self._running(self.exits.at(depth))
-        self._exits[depth] = first(exit_(hidden, *args, **kw)).flatten(0, -2)
+        self._entries[depth] = call.hidden.flatten(0, -2)
+        state = first(call.run(self._running(self.exits.at(depth))))
+        self._exits[depth] = state.flatten(0, -2)
 
     # -- per family --------------------------------------------------------------------------
 
     def _with_bias(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """T5's blocks hand on a relative bias that the first computes for one offset of all rows;
         here it is one for each query [R, heads, W, K]."""
-        if self.backbone.family.layers != "block":
-            return args
         if self._bias is None:
             attention = self.backbone.layers[0].layer[0].SelfAttention
             queries = self._call.queries[..., None]

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
 from offramp.models.discovery.watch import first_tensor
 
 if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone
+    from offramp.models.backbone import Backbone, LayerCall
 
 _WIDE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest difference allowed, relative to the largest value; elsewhere `_HALF`."""
@@ -52,16 +52,9 @@ class _Listener:
         self.returns = [0] * layers
         self.last: Tensor | None = None
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        out = layer(hidden, *args, **kw)
-        self.returns[index] = len(out) if isinstance(out, tuple) else 0
+    def layer(self, call: LayerCall) -> Any:
+        out = call.run(call.layer)
+        self.returns[call.index] = len(out) if isinstance(out, tuple) else 0
         self.last = first_tensor(out)
         return out
 

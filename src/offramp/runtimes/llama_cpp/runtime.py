@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
@@ -19,7 +19,7 @@ from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.engine.prefill import prepare
 from offramp.engine.sampling import SequenceState
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
@@ -256,15 +256,8 @@ class DecoderEntry:
     def __init__(self) -> None:
         self._states: Tensor | None = None
 
-    def layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kw: dict[str, Any],
-    ) -> Any:
-        self._states = hidden
+    def layer(self, call: LayerCall) -> Any:
+        self._states = call.hidden
         raise _Entered
 
     def states(self, call: Callable[[], Any]) -> Tensor:
