@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from offramp.answers import Answer
+from offramp.calibration.risk_functions import Array, Quality
 from offramp.data.example import Example
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.research.analysis.analyse import AnalysisConfig, analyse
-from offramp.research.analysis.free_running import Metric
 from offramp.research.scenes import world
 from offramp.research.scenes.tasks import Task, captions, questions
 from offramp.storage import read_json, write_json
@@ -48,13 +50,13 @@ def word_class(text: str, _: int) -> str:
     return next((name for name, words in CLASSES.items() if word in words), "grammar")
 
 
-def judge(tasks: Sequence[Task]) -> Metric:
+def judge(tasks: Sequence[Task]) -> Quality:
     """1 for answers that their task calls right, else 0."""
     task_of = {example.key: task for task in tasks for example in task.examples}
 
-    def right(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        pairs = zip(texts, examples, strict=True)
-        return [float(task_of[e.key].correct(text, e)) for text, e in pairs]
+    def right(answers: Sequence[Answer], examples: Sequence[Example]) -> Array:
+        pairs = zip(answers, examples, strict=True)
+        return np.array([float(task_of[e.key].correct(a.text, e)) for a, e in pairs])
 
     return right
 

@@ -18,8 +18,9 @@ from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import read_photographs
+from offramp.calibration.risk_functions import QUALITIES
 from offramp.research.comparison.compare import compare
-from offramp.research.comparison.methods import QUALITIES, Plan
+from offramp.research.comparison.methods import Plan
 from offramp.storage import write_json
 from offramp.training.config import TrainConfig
 

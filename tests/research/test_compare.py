@@ -17,6 +17,7 @@ import pytest
 
 from offramp import cli
 from offramp.answers import Answer
+from offramp.calibration.risk_functions import QUALITIES
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.evaluation.caption_metrics import caption_scores
@@ -26,7 +27,7 @@ from offramp.research.comparison import points as points_module
 from offramp.research.comparison.compare import compare
 from offramp.research.comparison.equal_quality import LEVELS, Each, equal_quality, speed_at
 from offramp.research.comparison.grid import Grid, exits_folder
-from offramp.research.comparison.methods import OBJECTIVES, POLICIES, QUALITIES, Plan
+from offramp.research.comparison.methods import OBJECTIVES, POLICIES, Plan
 from offramp.research.comparison.points import PointMeasurer
 from offramp.research.scenes import language, world
 from offramp.storage import read_json

@@ -15,11 +15,9 @@ import numpy.typing as npt
 
 from offramp.answers import Answer
 from offramp.data.example import Example
-from offramp.evaluation.caption_metrics import caption_scores
-from offramp.evaluation.metrics import exact_match, vqa_accuracy
+from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 
 Array = npt.NDArray[Any]
-
 
 Losses = Callable[[Sequence[Answer], Sequence[Answer], Sequence[Example]], Array]
 """What each early answer loses [n] against the full model's answer to the same example."""
@@ -44,34 +42,25 @@ def _differs(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Exampl
     return np.array([float(a.ids != b.ids) for a, b in zip(early, full, strict=True)])
 
 
-def _scored(metric: str, answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
-    """A caption metric [n] as pycocoevalcap has it, the same with Java and without."""
-    texts = {str(i): answer.text for i, answer in enumerate(answers)}
-    right = {str(i): some for i, some in enumerate(references)}
-    scored = caption_scores(texts, right, metrics=(metric,), tokenizer="simple")
-    return np.array(scored.each[metric])
-
-
-def _rouge_l(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> Array:
-    """ROUGE-L F [n] (Lin 2004)."""
-    return _scored("ROUGE_L", answers, references)
-
-
-def cider(answers: Sequence[Answer], examples: Sequence[Example]) -> Array:
-    """CIDEr-D [n] in [0, 10] (Vedantam et al. 2015), words weighted by these examples' captions.
-
-    It is no risk: what one answer loses by it has no bound that would be of use.
-    """
-    return _scored("CIDEr", answers, [example.answers for example in examples])
-
-
 def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
     losses = np.array([float(a.text != b.text) for a, b in zip(early, full, strict=True)])
     # Nothing is like an empty answer.
     some = [i for i in np.flatnonzero(losses).tolist() if full[i].text]
     if some:
-        losses[some] = 1 - _rouge_l([early[i] for i in some], [[full[i].text] for i in some])
+        texts, references = [early[i].text for i in some], [[full[i].text] for i in some]
+        losses[some] = 1 - ANSWER_QUALITIES["rouge_l"](texts, references)
     return losses
+
+
+def _quality(name: str) -> Quality:
+    judge = ANSWER_QUALITIES[name]
+    return lambda answers, examples: judge(
+        [answer.text for answer in answers], [example.answers for example in examples]
+    )
+
+
+QUALITIES: dict[str, Quality] = {name: _quality(name) for name in ANSWER_QUALITIES}
+"""Qualities of whole answers against the data's."""
 
 
 def _drop(quality: Quality) -> Risk:
@@ -83,18 +72,13 @@ def _drop(quality: Quality) -> Risk:
     return Risk(losses, -1.0, quality)
 
 
-def _judged(judge: Callable[[str, Sequence[str]], float]) -> Quality:
-    return lambda answers, examples: np.array(
-        [judge(a.text, e.answers) for a, e in zip(answers, examples, strict=True)]
-    )
-
+BOUNDED = ("exact_match", "vqa_accuracy", "rouge_l")
+"""Qualities whose drop is a risk: what one answer can lose is at most 1."""
 
 RISKS: dict[str, Risk] = {
     "disagreement": Risk(_differs),
     "consistency": Risk(_inconsistency),
-    "exact_match_drop": _drop(_judged(exact_match)),
-    "vqa_accuracy_drop": _drop(_judged(vqa_accuracy)),
-    "rouge_l_drop": _drop(lambda given, examples: _rouge_l(given, [e.answers for e in examples])),
+    **{f"{name}_drop": _drop(QUALITIES[name]) for name in BOUNDED},
 }
 """Risks by name. "disagreement": the share of answers that differ from the full model's;
 "consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the

@@ -11,15 +11,9 @@ import numpy as np
 
 from offramp.data.item import Item
 from offramp.errors import DataError
+from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import caption_scores
-from offramp.evaluation.metrics import (
-    Measured,
-    exact_match,
-    gold_rank,
-    ndcg,
-    rank_measures,
-    vqa_accuracy,
-)
+from offramp.evaluation.metrics import Measured, gold_rank, ndcg, rank_measures
 from offramp.evaluation.run_log import Done, Row
 from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
 from offramp.evaluation.tasks import Settings
@@ -76,18 +70,10 @@ def _measure_captions(pairs: Pairs, plan: Settings) -> Measured:
     )
 
 
-_JUDGES: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "vqa_accuracy": vqa_accuracy,
-    "exact_match": exact_match,
-    "exact_match_normalised": lambda answer, right: exact_match(answer, right, normalise=True),
-}
-
-
 def _measure_questions(pairs: Pairs, plan: Settings) -> Measured:
-    def measure(name: str) -> Measure:
-        return mean_of([_JUDGES[name](row["answer"], item.references) for item, row in pairs])
-
-    return Measured({name: measure(name) for name in plan.wanted})
+    answers = [row["answer"] for _, row in pairs]
+    references = [item.references for item, _ in pairs]
+    return Measured({n: mean_of(ANSWER_QUALITIES[n](answers, references)) for n in plan.wanted})
 
 
 def _measure_dialogue(pairs: Pairs, plan: Settings) -> Measured:

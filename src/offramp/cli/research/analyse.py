@@ -39,7 +39,7 @@ def _options(parser: Parser) -> None:
     group = parser.add_argument_group("analysis")
     field_option(
         group, AnalysisConfig, "metric", "quality of answers", choices=METRICS,
-        shown="rouge_l for long answers, else exact_match",
+        shown="rouge_l for long answers, else exact_match_normalised",
     )  # fmt: skip
     field_option(
         group, AnalysisConfig, "decode_depths", "decode with every token exiting at these",

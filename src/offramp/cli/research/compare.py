@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.research.comparison.methods import QUALITIES, Plan
+    from offramp.calibration.risk_functions import QUALITIES
+    from offramp.research.comparison.methods import Plan
     from offramp.training.config import TrainConfig
 
     model_options(parser, required=True)
@@ -112,10 +113,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from offramp.calibration.risk_functions import QUALITIES
     from offramp.data.datasets import read_examples
     from offramp.data.example import split_examples
     from offramp.research.comparison.compare import compare
-    from offramp.research.comparison.methods import QUALITIES, Plan
+    from offramp.research.comparison.methods import Plan
     from offramp.storage import check_writable
     from offramp.training.config import TrainConfig
 

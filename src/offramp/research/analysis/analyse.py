@@ -22,17 +22,18 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array, PolicyReplay, Replay, can_replay, replay
+from offramp.calibration.risk_functions import Quality
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
+from offramp.evaluation.statistics import Bootstrap
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.research.analysis.depth_curves import (
     POSITIONS,
-    Bootstrap,
     by_kind,
     by_policy,
     curve,
@@ -42,7 +43,7 @@ from offramp.research.analysis.depth_curves import (
     positions,
     settled,
 )
-from offramp.research.analysis.free_running import FreeRunning, Metric, metric_for
+from offramp.research.analysis.free_running import FreeRunning, metric_for
 from offramp.storage import write_json
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def analyse(
     examples: Sequence[Example],
     config: AnalysisConfig = AnalysisConfig(),
     *,
-    quality: Metric | None = None,
+    quality: Quality | None = None,
     token_class: TokenClass = word_class,
     out: str | Path | None = None,
     allow_seen: bool = False,
@@ -206,7 +207,7 @@ class _Run:
         config = self.config
         return Bootstrap(_pictures(examples), config.confidence, config.resamples, config.seed)
 
-    def measure(self, quality: Metric | None, token_class: TokenClass) -> dict[str, Any]:
+    def measure(self, quality: Quality | None, token_class: TokenClass) -> dict[str, Any]:
         labelled = [e for e in self.examples if e.answers]
         name, metric = self.config.metric or "quality", quality
         if metric is None:

@@ -8,60 +8,14 @@ bootstrap interval over images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from offramp.calibration.replay import Array, Replay
-from offramp.evaluation.statistics import Measure, interval
+from offramp.evaluation.statistics import Bootstrap
 
 POSITIONS = ("first", "middle", "end")
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are drawn: over `groups`, the name of each example's image."""
-
-    groups: Sequence[str]
-    confidence: float = 0.95
-    resamples: int = 1000
-    seed: int = 0
-
-    def estimate(self, sums: Array, minus: Array | None = None) -> dict[str, Any]:
-        """`value`, `low` and `high` of a ratio of sums [N, 2], or of the difference of two.
-
-        All None where nothing is counted; low and high None where nothing can be resampled.
-        """
-        parts = [sums] if minus is None else [sums, minus]
-        if any(part[:, 1].sum() == 0 for part in parts):
-            return {"value": None, "low": None, "high": None}
-        measures = [
-            Measure(float(p[:, 0].sum() / p[:, 1].sum()), p.astype(np.float64)) for p in parts
-        ]
-        ends = interval(
-            measures[0],
-            self.groups,
-            minus=measures[1] if minus is not None else None,
-            confidence=self.confidence,
-            resamples=self.resamples,
-            seed=self.seed,
-        )
-        value = measures[0].value - (measures[1].value if minus is not None else 0.0)
-        low, high = ends or (None, None)
-        return {"value": value, "low": low, "high": high}
-
-    def mean(self, values: Array, minus: Array | None = None) -> dict[str, Any]:
-        """The same of a mean over examples [N], or of the difference of two."""
-        one = np.ones(len(values))
-        return self.estimate(
-            np.stack([values, one], 1), None if minus is None else np.stack([minus, one], 1)
-        )
-
-    def within(self, chosen: Array) -> Bootstrap:
-        """The same for some of the examples, `chosen` [N]."""
-        groups = [g for g, yes in zip(self.groups, chosen, strict=True) if yes]
-        return Bootstrap(groups, self.confidence, self.resamples, self.seed)
 
 
 def share(hits: Array, mask: Array) -> Array:
@@ -92,9 +46,8 @@ def curve(found: Replay, wanted: Array, draws: Bootstrap) -> dict[str, Any]:
 def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> dict[str, Any]:
     """The largest fall of a curve from one depth to a deeper one.
 
-    The pair of depths is picked because its fall is the largest, so the interval is simultaneous
-    over all pairs: fall -+ q * deviation, where q is the quantile over bootstrap draws of the
-    largest studentised error of any pair (max-t; Romano and Wolf 2005).
+    The pair of depths is picked because its fall is the largest, so its interval is simultaneous
+    over all pairs; see `Bootstrap.simultaneous`.
 
     Args:
         depths: of the K points of the curve, ascending.
@@ -104,9 +57,7 @@ def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> 
         `fall` (0 where the curve never falls), `low`, `high`, `from_depth`, `to_depth`, and
         `found`: whether the interval is above 0.
     """
-    _, place = np.unique(np.asarray(draws.groups), return_inverse=True)
-    summed = np.zeros((int(place.max()) + 1, len(depths) + 1))
-    np.add.at(summed, place, np.column_stack([hits, counts]))
+    sums = draws.by_group(np.column_stack([hits, counts]))
     above = np.triu_indices(len(depths), 1)
 
     def falls(sums: Array) -> Array:
@@ -114,26 +65,17 @@ def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> 
         fallen: Array = values[..., above[0]] - values[..., above[1]]
         return fallen
 
-    observed = falls(summed.sum(0))
+    observed = falls(sums.sum(0))
     best = int(observed.argmax())
     none = {"fall": 0.0, "low": None, "high": None, "from_depth": None, "to_depth": None}
     if observed[best] <= 0:
         return {**none, "found": False}
-    ends: dict[str, Any] = {"low": None, "high": None, "found": False}
-    if len(summed) > 1:
-        draw = np.random.default_rng(draws.seed)
-        even = np.full(len(summed), 1 / len(summed))
-        errors = falls(draw.multinomial(len(summed), even, size=draws.resamples) @ summed)
-        errors -= observed
-        deviation = errors.std(0)
-        varies = deviation > 0
-        largest = (np.abs(errors[:, varies]) / deviation[varies]).max(1)
-        reach = float(np.quantile(largest, draws.confidence) * deviation[best])
-        low, high = float(observed[best]) - reach, float(observed[best]) + reach
-        ends = {"low": low, "high": high, "found": low > 0}
+    low, high = draws.simultaneous(sums, falls, best) or (None, None)
     return {
         "fall": float(observed[best]),
-        **ends,
+        "low": low,
+        "high": high,
+        "found": low is not None and low > 0,
         "from_depth": int(depths[above[0][best]]),
         "to_depth": int(depths[above[1][best]]),
     }

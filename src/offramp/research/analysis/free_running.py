@@ -15,50 +15,30 @@ import numpy as np
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array
+from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.example import Example
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import check_known
-from offramp.evaluation.caption_metrics import caption_scores
-from offramp.evaluation.metrics import exact_match, vqa_accuracy
+from offramp.evaluation.statistics import Bootstrap
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.research.analysis.depth_curves import Bootstrap, dip
+from offramp.research.analysis.depth_curves import dip
 
 _LONG = 5  # words
 
-Metric = Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
-"""The quality in [0, 1] of an answer to each example."""
+METRICS = tuple(name for name in QUALITIES if name != "cider")
+"""Qualities that are shares, in [0, 1]."""
 
 
-def _each(one: Callable[[str, Sequence[str]], float]) -> Metric:
-    return lambda texts, examples: [
-        one(text, example.answers) for text, example in zip(texts, examples, strict=True)
-    ]
-
-
-def _rouge_l(texts: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
-    answers = {str(i): text for i, text in enumerate(texts)}
-    references = {str(i): example.answers for i, example in enumerate(examples)}
-    scored = caption_scores(answers, references, metrics=("ROUGE_L",), tokenizer="simple")
-    return scored.each["ROUGE_L"]
-
-
-METRICS: dict[str, Metric] = {
-    "exact_match": _each(lambda text, right: exact_match(text, right, normalise=True)),
-    "vqa_accuracy": _each(vqa_accuracy),
-    "rouge_l": _rouge_l,
-}
-
-
-def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Metric]:
+def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Quality]:
     """The metric `name`; None: rouge_l where answers have more than five words on average, else
-    exact_match. Raise `InputError` if it is not known.
+    exact_match_normalised. Raise `InputError` if it is not known.
     """
-    check_known("Metric", [name] if name else [], tuple(METRICS))
+    check_known("Metric", [name] if name else [], METRICS)
     words = [len(answer.split()) for e in examples for answer in e.answers]
     long = bool(words) and sum(words) / len(words) > _LONG
-    name = name or ("rouge_l" if long else "exact_match")
-    return name, METRICS[name]
+    name = name or ("rouge_l" if long else "exact_match_normalised")
+    return name, QUALITIES[name]
 
 
 @dataclass(frozen=True)
@@ -71,7 +51,7 @@ class FreeRunning:
     encoder: InputProcessor
     examples: Sequence[Example]
     full: Sequence[Answer]
-    quality: Metric
+    quality: Quality
     draws: Callable[[Sequence[Example]], Bootstrap]
     options: Mapping[str, Any]
     labelled: Sequence[Example] = field(init=False)
@@ -144,5 +124,5 @@ class FreeRunning:
 
     def judged(self, answers: Sequence[Answer]) -> Array:
         """Quality [N] of the answers to labelled examples."""
-        texts = [a.text for a, e in zip(answers, self.examples, strict=True) if e.answers]
-        return np.asarray(self.quality(texts, self.labelled), dtype=np.float64)
+        asked = [a for a, e in zip(answers, self.examples, strict=True) if e.answers]
+        return np.asarray(self.quality(asked, self.labelled), dtype=np.float64)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.risk_functions import Quality
+from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest, picture_of
 from offramp.errors import DataError, InputError
@@ -30,7 +30,7 @@ from offramp.models.fingerprint import dump_fingerprint
 from offramp.provenance import provenance
 from offramp.research.comparison.equal_quality import Each, drawn, equal_quality
 from offramp.research.comparison.grid import Grid
-from offramp.research.comparison.methods import DEFAULT, QUALITIES, Plan
+from offramp.research.comparison.methods import DEFAULT, Plan
 from offramp.research.comparison.points import Entry, PointMeasurer, bar
 from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
 

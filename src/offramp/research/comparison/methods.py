@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.calibration.risk_functions import RISKS, Quality, cider
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
 from offramp.errors import InputError, check_known
 from offramp.training.config import OBJECTIVES as TERMS
@@ -57,12 +56,6 @@ POLICIES: dict[str, str] = {
 }
 """The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every
 token is read at one depth by the backbone's own norm and head, the layers above cut off."""
-
-QUALITIES: dict[str, Quality] = {
-    **{n.removesuffix("_drop"): risk.quality for n, risk in RISKS.items() if risk.quality},
-    "cider": cider,
-}
-"""Qualities against the data's answers."""
 
 
 @dataclass(frozen=True)
