@@ -1,1 +1,1 @@
-"""A VLM on real photographs from two registry packages: SmolLM2-135M and EfficientNet-lite0."""
+"""A small VLM on real photographs, made of SmolLM2-135M and EfficientNet-lite0."""

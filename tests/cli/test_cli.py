@@ -36,7 +36,9 @@ def test_every_command_is_there_and_its_help_shows_it_at_work(
 def test_training_tells_its_agreement_by_depth_on_stdout(
     run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run("train", *TRAIN, "--data", photos / "rows.jsonl", "--out", tmp_path / "x")
+    code, out, _ = run(
+        "train", *TRAIN, "--json", "--data", photos / "rows.jsonl", "--out", tmp_path / "x"
+    )  # fmt: skip
     assert code == 0
     told = json.loads(out)
     assert all(0 <= share <= 1 for share in told["agreement"].values())
@@ -145,7 +147,7 @@ def test_under_accelerate_launch_two_processes_train_one_adapter(
     # `--multi_gpu` means several processes; on a CPU they talk through gloo.
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    ours = ["-m", "offramp.cli", "train", *TRAIN, "--data", photos / "rows.jsonl"]
+    ours = ["-m", "offramp.cli", "train", *TRAIN, "--json", "--data", photos / "rows.jsonl"]
     ours += ["--out", tmp_path / "exits", "--validation-fraction", "0.25"]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, *map(str, ours)],
@@ -171,7 +173,7 @@ def test_thresholds_need_no_labels_where_the_risk_reads_none(
 
 def test_an_analysis_needs_no_labels(run: RunCommand, unlabelled: Path, tmp_path: Path) -> None:
     code, out, _ = run("analyse", "--backbone", "tiny-opt", "--data", unlabelled, "--decode-depths",
-                       "2", "--out", tmp_path)  # fmt: skip
+                       "2", "--out", tmp_path, "--json")  # fmt: skip
     assert code == 0 and "accuracy" not in json.loads(out)["teacher_forced"]["lens"]
 
 

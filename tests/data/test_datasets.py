@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp.data.datasets import Example, examples_digest, read_examples, split_examples
+from offramp.data.datasets import (
+    CAPTION_PROMPT,
+    Example,
+    examples_digest,
+    read_examples,
+    split_examples,
+)
 from offramp.errors import DataError, InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -589,3 +595,16 @@ def test_real_data_reads_whole(name: str, split: str | None, count: int) -> None
     examples = read_examples(SHARED / f"{name}.jsonl", split=split, require_answers=True)
     assert len(examples) == count
     assert examples[-1].open_image().mode == "RGB"
+
+
+def test_a_folder_of_images_is_data(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("b.JPG", "a.png", "more/c.jpeg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = read_examples(tmp_path)
+    assert [Path(e.image).name for e in found] == ["a.png", "b.JPG", "c.jpeg"]  # type: ignore[arg-type]
+    assert {e.prompt for e in found} == {CAPTION_PROMPT} and not any(e.answers for e in found)
+    assert len({e.key for e in found}) == 3
+    with pytest.raises(DataError, match="has no answer"):
+        read_examples(tmp_path, require_answers=True)

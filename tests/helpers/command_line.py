@@ -84,7 +84,7 @@ def unlabelled(held_out: Path) -> Path:
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Two questions about a image of the shipped models' world."""
+    """Two questions about an image of the shipped models' world."""
     scene = world.scene("test", 0)
     world.render(scene).save(tmp_path / "0.png")
     rows = [

@@ -93,7 +93,7 @@ def train_on(run: RunCommand, data: Path, out: Path, *more: Any) -> tuple[int, s
 
 
 def test_a_corrupt_image_is_named(run: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"not a image")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     data = write_rows(tmp_path / "rows.jsonl", [{"image": "bad.png", "captions": ["a"]}] * 2)
     assert_two_lines(train_on(run, data, tmp_path / "out"), "bad.png")
 

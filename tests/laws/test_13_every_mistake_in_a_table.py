@@ -45,6 +45,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "half.jsonl": '{"image": "good.png", "captions": [3]}\n',
         "bad-image.jsonl": row.replace("good.png", "not-an-image.png"),
         "empty.json": "", "deep.json": "[" * 100_000, "list.json": "[]", "other.json": '{"a": 1}',
+        "list.yaml": "- 1", "broken.yaml": "a: [", "unknown.yaml": "sptes: 3", "text.yaml": "hello",
+        "quiet.yaml": "quiet: 3", "deep.yaml": "[" * 3000,
     }  # fmt: skip
     for name, text in texts.items():
         (root / name).write_text(text)
@@ -105,8 +107,11 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "report": {"--run": adapter},
         "demo": {},
         "inspect": {"": adapter},
+        "env": {},
+        "completion": {"": ["bash"]},
     }[command]
-    return given if command in ("generate", "inspect") else {**given, "--out": [str(out)]}
+    silent = ("generate", "inspect", "env", "completion")
+    return given if command in silent else {**given, "--out": [str(out)]}
 
 
 def options_of(command: str) -> list[argparse.Action]:
@@ -165,6 +170,10 @@ IMAGES = (
     SURROGATE,
     "empty.jsonl",
 )
+CONFIGS = (
+    "gone.yaml", "folder", "pipe", "list.yaml", "broken.yaml", "unknown.yaml", "text.yaml",
+    "quiet.yaml", "deep.yaml", "good.png", "", SURROGATE,
+)  # fmt: skip
 OUTS = ("good.jsonl/below", "good.jsonl/below/that", LONG, f"new/{LONG}", "pipe/below")
 DEVICES = ("foo", "cuda:99", "", "cpu:x", LONG, SURROGATE)
 
@@ -181,6 +190,9 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
     tables["--data"] = files_of(tree, DATA)
     tables["--image"] = files_of(tree, IMAGES)
     tables["--device"] = list(DEVICES)
+    tables["--config"] = files_of(tree, CONFIGS)
+    if command == "generate":
+        tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"]}
     outs = (*OUTS, "folder" if command in ("bench", "report") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []

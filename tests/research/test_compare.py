@@ -515,7 +515,7 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_pictures_differ() -> None:
     (curve,) = (c for c in found["curves"] if c["objective"] == "distillation")
     low, high = curve["free_over_interval"]["0.01"]
     assert low < curve["free_over"]["0.01"] < high
-    # all of a image's answers are drawn together: alone they would say twice as much
+    # all of an image's answers are drawn together: alone they would say twice as much
     alone = equal_quality(points, replace(each(0.004), groups=[str(i) for i in range(80)]))
     (other,) = (c for c in alone["curves"] if c["objective"] == "distillation")
     near, far = other["free_over_interval"]["0.01"]

@@ -39,7 +39,7 @@ COMMANDS = {
         ("research", ("demo",)),
         ("commands", ("train", "calibrate", "draft", "generate", "eval", "export")),
         ("research", ("compare", "analyse", "bench", "report")),
-        ("commands", ("inspect",)),
+        ("commands", ("inspect", "env", "completion")),
     )
     for name in names
 }
@@ -66,6 +66,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
+        if getattr(arguments, "quiet", False):
+            logging.getLogger("offramp").setLevel(logging.WARNING)
         command: Callable[[argparse.Namespace], None] = arguments.run
         command(arguments)
     except UsageError as error:
@@ -117,6 +119,7 @@ def build_parser() -> Parser:
 
 def _prepare_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("offramp").setLevel(logging.NOTSET)  # as before an earlier --quiet
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
     for noisy in ("httpx", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

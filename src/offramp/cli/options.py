@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from offramp.cli.parser import Parser, one_of, or_none, share, whole, whole_numbers
+from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole, whole_numbers
 from offramp.cli.plugins import load_plugins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,13 +18,24 @@ _SAME: Any = object()
 
 
 def add_command(
-    commands: Any, name: str, help: str, example: str, run: Any, options: Options
+    commands: Any,
+    name: str,
+    help: str,
+    example: str,
+    run: Any,
+    options: Options,
+    *,
+    result: bool = True,
 ) -> None:
-    """Add a command. options: adds its options, once the command is asked for."""
+    """Add a command. options: adds its options, once the command is asked for.
+
+    result: whether it prints one, which --json then prints as JSON.
+    """
 
     def late(parser: Parser) -> None:
         load_plugins()
         options(parser)
+        _common_options(parser, result=result)
 
     parser: Parser = commands.add_parser(
         name,
@@ -35,6 +46,18 @@ def add_command(
     )
     parser.set_defaults(run=run)
     parser.late = late
+
+
+def _common_options(parser: Parser, *, result: bool) -> None:
+    """What every command takes."""
+    group = parser.add_argument_group("every command")
+    if result:
+        group.add_argument("--json", action="store_true", help="print the result as JSON")
+    group.add_argument("--quiet", action="store_true", help="print results and errors only")
+    group.add_argument(
+        "--config", metavar="FILE",
+        help="options as lines of a YAML file, such as steps: 400; what is typed here wins",
+    )  # fmt: skip
 
 
 def name_option(
@@ -87,6 +110,9 @@ def field_option(
         yes_no = argparse.BooleanOptionalAction
         group.add_argument(flag, action=yes_no, default=default, help=text)
         return
+    if "tuple" in str(hint):
+        depths_option(group, flag, text, default=default)
+        return
     group.add_argument(
         flag,
         metavar=field.metadata.get("metavar") or _metavar(hint),
@@ -94,6 +120,14 @@ def field_option(
         default=default,
         help=text,
     )
+
+
+def depths_option(group: Any, flag: str, help: str, *, default: Any = None) -> None:
+    """An option that lists depths, as 3,6."""
+    group.add_argument(
+        flag, metavar="N,N", type=whole_numbers(1), nargs="+", action=Flattened, default=default,
+        help=help,
+    )  # fmt: skip
 
 
 def field_options(group: Any, cls: type, names: Collection[str], **choices: Iterable[str]) -> None:
@@ -109,12 +143,12 @@ def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
     kind = kinds.pop() if optional else hint
     number = whole(0 if name == "seed" else 1)
     known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
-    parse = known.get(kind, whole_numbers(1))
+    parse = known[kind]
     return or_none(parse) if optional and parse is number else parse
 
 
 def _metavar(hint: Any) -> str:
-    kinds = {"tuple": "N,N", "int": "N", "float": "X"}
+    kinds = {"int": "N", "float": "X"}
     return next((shown for kind, shown in kinds.items() if kind in str(hint)), "TEXT")
 
 
@@ -161,8 +195,8 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", required=True, nargs="+", metavar="FILE",
-        help=f"{what}: JSONL file, datasets name or folder, or a data set's official file (VQA: "
-        "the questions; annotations beside them are found)",
+        help=f"{what}: JSONL file, folder of images, datasets name or folder, or a data set's "
+        "official file (VQA: the questions; annotations beside them are found)",
     )  # fmt: skip
     name_option(group, "--format", FORMATS, "layout of the files", default="auto")
     group.add_argument(
@@ -176,6 +210,28 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
         help=f"read at most so many examples{ending}",
     )  # fmt: skip
     return group
+
+
+def measured_options(
+    parser: Parser, what: str, *, adapter: bool, allow_seen: bool, leave_out: str | None = None
+) -> None:
+    """Model and data of a command that measures an adapter on images it should not have seen.
+
+    adapter: whether --adapter is required. allow_seen: whether images that it has seen may be
+    taken. leave_out: by which steps, where --leave-out-seen leaves them out.
+    """
+    model_options(parser, required=False, adapter=adapter)
+    data = data_options(parser, what)
+    if allow_seen:
+        data.add_argument(
+            "--allow-seen", action="store_true",
+            help="take images that the exits were trained or calibrated on",
+        )  # fmt: skip
+    if leave_out is not None:
+        data.add_argument(
+            "--leave-out-seen", action="store_true",
+            help=f"leave out images that the exits were {leave_out} on, and say how many",
+        )  # fmt: skip
 
 
 def policy_options(parser: Parser, *, threshold: bool) -> Any:

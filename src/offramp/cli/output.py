@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from offramp.errors import StorageError
@@ -47,6 +48,35 @@ def print_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
     # Half of a surrogate pair, as file names may hold, is written as JSON's own escape.
     print_text(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def show_result(value: Any, text: str | None = None, *, as_json: bool) -> None:
+    """A command's result: as JSON, or for people. text: the latter, if `plain` does not do."""
+    if as_json:
+        print_json(value)
+    else:
+        print_text(plain(value) if text is None else text)
+
+
+def plain(value: Any, indent: str = "") -> str:
+    """Nested values as indented lines."""
+    if not isinstance(value, Mapping):
+        return f"{indent}{_word(value)}"
+    lines = []
+    for name, part in value.items():
+        nested = isinstance(part, Mapping) and part
+        lines.append(f"{indent}{name}:" if nested else f"{indent}{name}: {_word(part)}")
+        if nested:
+            lines.append(plain(part, f"{indent}  "))
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_word, value)) or "none"
+    return "none" if value is None or value == {} else str(value)
 
 
 def tell(text: str) -> None:

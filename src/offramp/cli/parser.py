@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from offramp.cli.config_file import with_config
 from offramp.errors import InputError, did_you_mean
 
 
@@ -26,13 +28,27 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        if self.late is not None:
-            late, self.late = self.late, None
-            late(self)
-        found, rest = super().parse_known_args(args, namespace)
+        self._load()
+        typed = sys.argv[1:] if args is None else list(args)
+        typed = with_config(typed, self._option_string_actions)
+        found, rest = super().parse_known_args(typed, namespace)
         if rest:
             self._refuse(rest[0])
         return found, rest
+
+    def loaded(self) -> Iterator[argparse.Action]:
+        """All options, those of commands included, which are made for it."""
+        self._load()
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command.loaded()
+
+    def _load(self) -> None:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late(self)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}.", self._remedy())
@@ -88,6 +104,19 @@ def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
     """A type of options: whole numbers from `least`, with commas between."""
     one = whole(least)
     return lambda text: tuple(one(part) for part in text.split(","))
+
+
+class Flattened(argparse.Action):
+    """Stores what several words came to as one tuple: "3,6" and "3 6" are the same list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(number for word in values for number in word))
 
 
 def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:

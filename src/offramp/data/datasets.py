@@ -23,18 +23,13 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from offramp.data.example import Example, examples_digest, split_examples
-from offramp.data.image import EncodedImage, content_digest
+from offramp.data.image import EncodedImage, content_digest, image_names
 from offramp.errors import DataError, InputError, StorageError, did_you_mean
 
 __all__ = [
-    "CAPTION_PROMPT",
-    "QUESTION_PROMPT",
-    "EncodedImage",
-    "Example",
-    "examples_digest",
-    "read_examples",
-    "split_examples",
-]
+    "CAPTION_PROMPT", "QUESTION_PROMPT", "EncodedImage", "Example", "examples_digest",
+    "read_examples", "split_examples",
+]  # fmt: skip
 
 CAPTION_PROMPT = "Caption:"
 QUESTION_PROMPT = "Question: {question} Answer:"
@@ -64,8 +59,8 @@ def read_examples(
     """Read examples; images are looked for, but not decoded.
 
     Args:
-        source: a JSONL file; a folder that holds one, or that `datasets` saved, or with Parquet
-            files; or the name of a data set for `datasets.load_dataset`.
+        source: a JSONL file; a folder of images, that holds one such file, that `datasets` saved,
+            or with Parquet files; or the name of a data set for `datasets.load_dataset`.
         split: only the rows of this split; None means all of them.
         prompt_template: for questions and dialogues, a text with `{question}`; for captions, the
             prompt itself, which may be empty. Defaults: QUESTION_PROMPT and CAPTION_PROMPT.
@@ -262,9 +257,12 @@ def _rows(source: str | Path, split: str | None) -> Iterator[_Row]:
         files = sorted(path.glob("*.jsonl"))
         if _is_saved_by_datasets(path) or (not files and any(path.rglob("*.parquet"))):
             return _dataset_rows(str(path), split)
+        if not files and (names := image_names(path)):
+            rows = (_Row({"image": n}, f"{path}/{n}", i, path) for i, n in enumerate(names, 1))
+            return _of_split(rows, split, str(path))
         if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            problem = f"The folder {source} should hold one JSONL file; found: {found}."
+            found = ", ".join(file.name for file in files) or "none, and no images"
+            problem = f"The folder {source} should hold images or one JSONL file; found: {found}."
             raise DataError(problem, "Give the path of the file itself.")
         path = files[0]
     if os.path.isfile(path):

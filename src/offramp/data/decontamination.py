@@ -57,7 +57,7 @@ def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> lis
 def check_no_overlap(
     seen: Seen, examples: Sequence[Example], steps: Sequence[str], advice: str
 ) -> None:
-    """Raise `DataError`, with `advice`, where a image was used in one of the `steps`.
+    """Raise `DataError`, with `advice`, where an image was used in one of the `steps`.
 
     An adapter without the digests of its training images gets a warning.
     """

@@ -19,7 +19,7 @@ class Example:
     """One image, one prompt, and the answers that count as right.
 
     Args:
-        image: a file, a image in memory, or something whose `read()` gives a file's bytes.
+        image: a file, an image in memory, or something whose `read()` gives a file's bytes.
         prompt: what the backbone is asked; may be empty, which some backbones caption best with.
         answers: any of them is right; empty means unlabelled.
         key: names the example in digests; the same on every machine.

@@ -31,7 +31,7 @@ def _coco_names(image_id: int, subset: str) -> list[str]:
 
 
 def coco(source: Source) -> Iterator[Item]:
-    """COCO captions and NoCaps: one item a image, all of its captions as references."""
+    """COCO captions and NoCaps: one item an image, all of its captions as references."""
     captions: dict[Any, list[str]] = {}
     for row in source.rows(source.content, "annotations"):
         image_id = source.get(row, "image_id", (int, str), "an annotation")

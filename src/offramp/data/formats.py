@@ -97,7 +97,7 @@ def read_items(
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: another layout than the one expected, or a image or annotation is missing.
+        DataError: another layout than the one expected, or an image or annotation is missing.
         StorageError: a file cannot be read.
     """
     check_known("Data format", [layout], FORMATS)

@@ -24,6 +24,15 @@ class EncodedImage(Protocol):
         ...
 
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def image_names(folder: Path) -> list[str]:
+    """The images in a folder and those below it, in order, as paths from there."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
 def open_rgb(image: Path | Image.Image | EncodedImage, name: str) -> Image.Image:
     """An image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
@@ -61,7 +70,7 @@ def open_rgb(image: Path | Image.Image | EncodedImage, name: str) -> Image.Image
 
 
 def content_digest(image: Path | Image.Image | EncodedImage) -> str:
-    """SHA-256 of a image: of its file's bytes, or of its pixels if it has no file.
+    """SHA-256 of an image: of its file's bytes, or of its pixels if it has no file.
 
     Raises:
         StorageError: the file cannot be read.

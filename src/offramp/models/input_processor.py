@@ -42,7 +42,18 @@ class InputProcessor:
         images: list[Any] = [example.open_image() for example in examples]
         if not type(self.processor).__name__.startswith(_PLACES_IMAGE):
             images = [[image] for image in images]  # one image for each text
-        batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        return self._on_device(
+            self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        )
+
+    def text_prompt(self, prompt: str) -> dict[str, Any]:
+        """What `generate` takes for a prompt without an image, where the model answers those."""
+        text = prompt
+        if getattr(self.processor, "chat_template", None):
+            text = self._chat([{"type": "text", "text": prompt}])
+        return self._on_device(self.tokenizer([text], return_tensors="pt"))
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device, dtype = self.backbone.device, self.backbone.dtype
         return {
             name: value.to(device, dtype if value.is_floating_point() else None)
@@ -53,16 +64,16 @@ class InputProcessor:
     def prompt_text(self, prompt: str) -> str:
         """The prompt in the form the backbone was tuned on: chat template or image placeholder."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            return str(
-                self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            )
+            return self._chat([{"type": "image"}, {"type": "text", "text": prompt}])
         placeholder = getattr(self.processor, "image_token", None)
         if placeholder is None or type(self.processor).__name__.startswith(_PLACES_IMAGE):
             return prompt
         return prompt if str(placeholder) in prompt else f"{placeholder}\n{prompt}"
+
+    def _chat(self, content: list[dict[str, str]]) -> str:
+        """The chat template about one message of the user's."""
+        messages = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
 
     def answer_ids(self, prompt: str, answer: str) -> list[int]:
         """The ids generation would have to write after `prompt`, end token included.

@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
@@ -37,6 +36,7 @@ from offramp.evaluation.timing import exit_generate_fn as any_way
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
+from offramp.progress import progress
 from offramp.provenance import provenance
 from offramp.research.report.report import Source
 from offramp.research.report.report import report as page
@@ -270,7 +270,7 @@ def _peak_bytes() -> int | None:
 
 
 def _bar(title: str) -> Any:
-    return lambda things: tqdm(things, title, disable=None, leave=False)
+    return lambda things: progress(things, title)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from offramp.data.example import Example, split_examples
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
 from offramp.models.input_processor import InputProcessor
+from offramp.progress import progress
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of, labelled_examples
@@ -122,4 +122,4 @@ class TrainingStates:
 def progress_bar(accelerator: Accelerator, title: str) -> Any:
     """What wraps things to iterate in a progress bar, on the process that tells."""
     quiet = not accelerator.is_main_process
-    return lambda things: tqdm(things, title, disable=quiet or None, leave=False)
+    return lambda things: progress(things, title, tell=not quiet)

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
@@ -33,6 +32,7 @@ from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.fingerprint import dump_fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
+from offramp.progress import progress_bar as steps_bar
 from offramp.provenance import provenance
 from offramp.storage import JsonlLog, locked_folder
 from offramp.training.adversarial import AdversarialObjective
@@ -186,7 +186,7 @@ class Trainer:
             while True:
                 if self._is_due():
                     self._validate(validation, history)
-                    bar.set_postfix(best_agreement=f"{self.progress.best:.4f}")
+                    bar.set_postfix(best_agreement=f"{self.progress.best:.4f}", refresh=False)
                 if self._is_over():
                     return
                 step = self.progress.step
@@ -393,6 +393,4 @@ class Trainer:
 
     def _bar(self) -> Any:
         quiet = not self.accelerator.is_main_process
-        return tqdm(
-            total=self.config.steps, initial=self.progress.step, desc="train", disable=quiet or None
-        )
+        return steps_bar("train", total=self.config.steps, done=self.progress.step, tell=not quiet)

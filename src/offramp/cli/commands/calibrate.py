@@ -12,13 +12,12 @@ from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_
 from offramp.cli.options import (
     add_command,
     batch_option,
-    data_options,
     field_option,
     length_option,
-    model_options,
+    measured_options,
     policy_options,
 )
-from offramp.cli.output import print_json, print_text
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
@@ -42,12 +41,8 @@ def _options(parser: Parser) -> None:
     from offramp.calibration.risk_control import METHODS
     from offramp.calibration.risk_functions import RISKS
 
-    model_options(parser, required=False, adapter=True)
-    data = data_options(parser, "images that training has not seen, like those to come")
-    data.add_argument(
-        "--leave-out-seen", action="store_true",
-        help="leave out images that the exits were trained on, and say how many",
-    )  # fmt: skip
+    what = "images that training has not seen, like those to come"
+    measured_options(parser, what, adapter=True, allow_seen=False, leave_out="trained")
     group = parser.add_argument_group("guarantee")
     field_option(
         group, Guarantee, "risk", "of early answers; only a drop needs labels",
@@ -66,20 +61,18 @@ def _options(parser: Parser) -> None:
         "stay as they were",
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
-    group.add_argument("--json", action="store_true", help="the calibration as one JSON object")
     runtime_options(parser)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from tqdm import tqdm
-
     from offramp.calibration.calibrate import Guarantee, calibrate
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
     from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
 
     asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
     guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
@@ -106,6 +99,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
             score=policy.score, shortlist=policy.shortlist,
         )  # fmt: skip
+    _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     found = calibrate(
         adapter,
         encoder,
@@ -115,15 +109,37 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         runtime=runtime,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
-        progress=lambda path: tqdm(path, "calibrate", disable=None, leave=False),
+        progress=lambda path: progress(path, "calibrate"),
         **asked,
     )
     # Before it is written, for it took long to find.
-    if arguments.json:
-        print_json(found.to_json())
-    else:
-        print_text(_table(found))
+    show_result(found.to_json(), _table(found), as_json=arguments.json)
     _store(adapter, found, examples, arguments, out)
+
+
+def _say_how_long(
+    model: Any, encoder: Any, examples: Any, policy: Any, arguments: argparse.Namespace
+) -> None:
+    """From a few answers of the full model: all are answered once by it, and then read once again,
+    where that tells what exits would say, or else answered at each of the thresholds."""
+    import time
+
+    from offramp.answers import generate_answers
+    from offramp.calibration.calibrate import GRID
+    from offramp.calibration.replay import can_replay
+    from offramp.engine.policy import FULL
+    from offramp.progress import duration
+
+    rows = min(arguments.batch_size, getattr(model, "rows", 8), len(examples))
+    begin = time.perf_counter()
+    generate_answers(
+        model, encoder, examples[:rows], FULL,
+        batch_size=rows, max_new_tokens=arguments.max_new_tokens,
+    )  # fmt: skip
+    once = (time.perf_counter() - begin) * len(examples) / rows
+    replayed = arguments.runtime == "torch" and can_replay(policy)
+    passes = 2 if replayed else 1 + len(GRID)
+    log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 
 
 def _store(

@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
 from offramp.cli.options import add_command, data_options, model_options
-from offramp.cli.output import print_json, print_text
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
@@ -40,36 +40,55 @@ def _options(parser: Parser) -> None:
         help="longest answer (default: 40)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
-    group.add_argument("--json", action="store_true", help="all that was timed, as JSON")
 
 
 def _draft(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
     from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
 
     out = adapter_folder(arguments)
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
     encoder = InputProcessor(adapter.backbone, processor)
+    inputs = [encoder.prompts([item.example]) for item in items]
+    _say_how_long(adapter, inputs, arguments)
     found = draft_speeds(
         adapter,
-        [encoder.prompts([item.example]) for item in items],
+        inputs,
         rounds=arguments.rounds,
-        progress=lambda rounds: tqdm(rounds, "timing", disable=None, leave=False),
+        progress=lambda rounds: progress(rounds, "timing"),
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
     )
     chosen = with_drafts(adapter, found)
     better = chosen is not adapter
-    if arguments.json:
-        print_json([{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in found])
-    else:
-        print_text(_table(found, better=better))
+    rows = [{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in found]
+    show_result(rows, _table(found, better=better), as_json=arguments.json)
     if better:
         chosen.save(out)
         log.info("Written to %s.", out)
+
+
+def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> None:
+    """From one answer of the full model, which is about as long as any way of drafting takes."""
+    import time
+
+    from offramp.calibration.draft_thresholds import draft_policies
+    from offramp.engine.policy import FULL
+    from offramp.progress import duration
+
+    ways = 1 + len(draft_policies(adapter))
+    begin = time.perf_counter()
+    adapter.generate(
+        inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
+    )
+    answers = ways * (min(3, len(inputs)) + arguments.rounds * len(inputs))
+    took = (time.perf_counter() - begin) * answers
+    log.info(
+        "Timing %d ways to decode on %d prompts, in %d rounds, takes about %s.",
+        ways, len(inputs), arguments.rounds, duration(took),
+    )  # fmt: skip
 
 
 def _table(found: Any, *, better: bool) -> str:

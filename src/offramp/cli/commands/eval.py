@@ -11,14 +11,13 @@ from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, 
 from offramp.cli.options import (
     add_command,
     batch_option,
-    data_options,
     field_option,
     length_option,
-    model_options,
+    measured_options,
     name_option,
     policy_options,
 )
-from offramp.cli.output import print_json
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of
 from offramp.errors import InputError
 
@@ -40,15 +39,10 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, required=False, adapter=False)
-    data = data_options(parser, "what is evaluated")
-    data.add_argument(
-        "--allow-seen", action="store_true",
-        help="take images that the exits were trained or calibrated on",
+    measured_options(
+        parser, "what is evaluated",
+        adapter=False, allow_seen=True, leave_out="trained or calibrated",
     )  # fmt: skip
-    data.add_argument(
-        "--leave-out-seen", action="store_true", help="leave out such images, and say how many"
-    )
     policy_options(parser, threshold=True)
     _evaluation_options(parser)
     group = parser.add_argument_group("output")
@@ -87,11 +81,10 @@ def _evaluation_options(parser: Parser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from offramp.evaluation.evaluate import evaluate, rescore
     from offramp.evaluation.tasks import Settings
     from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
     from offramp.storage import check_writable
 
     names = ("batch_size", "max_new_tokens", "ranking", "seed")
@@ -124,7 +117,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             runtime=None if alone else load_runtime(arguments, model),
             resume=arguments.resume,
             allow_seen=arguments.allow_seen,
-            progress=lambda batches: tqdm(batches, "evaluate", disable=None),
+            progress=lambda batches: progress(batches, "evaluate"),
             **settings,
         )
-    print_json(result)
+    show_result(result, as_json=arguments.json)

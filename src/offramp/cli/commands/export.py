@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_adapter
-from offramp.cli.options import add_command, model_options, name_option
-from offramp.cli.output import print_text
-from offramp.cli.parser import Parser, whole_numbers
+from offramp.cli.options import add_command, depths_option, model_options, name_option
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,14 @@ def _options(parser: Parser) -> None:
     model_options(parser, required=False, adapter=True)
     group = parser.add_argument_group("files")
     name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
-    group.add_argument(
-        "--exit-format", default="", metavar="NAME", choices=FORMATS,
-        help="of the exits' layers (default: the layers', but q8_0 where that has fewer bits)",
+    name_option(
+        group, "--exit-format", FORMATS, "that of the exits' layers", default="",
+        shown="the layers', but q8_0 where that has fewer bits",
     )  # fmt: skip
-    group.add_argument(
-        "--head-format", default="", metavar="NAME", choices=FORMATS,
-        help="of the head (default: the same)",
-    )  # fmt: skip
-    group.add_argument(
-        "--depths", type=whole_numbers(1), metavar="N,N",
-        help="exits to write (default: those at which the adapter's policy has thresholds)",
+    name_option(group, "--head-format", FORMATS, "that of the head", default="", shown="the exits'")
+    depths_option(
+        group, "--depths",
+        "exits to write (default: those at which the adapter's policy has thresholds)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
 
@@ -56,6 +53,8 @@ def _export(arguments: argparse.Namespace) -> None:
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
     check_writable(arguments.out, folder=True)
     adapter, _ = load_adapter(arguments)
-    for file in export_gguf(adapter, arguments.out, formats, depths=arguments.depths):
-        print_text(str(file))
-        log.info("%.1f MB", file.stat().st_size / 1e6)
+    files = export_gguf(adapter, arguments.out, formats, depths=arguments.depths)
+    sizes = {str(file): file.stat().st_size for file in files}
+    show_result(sizes, "\n".join(sizes), as_json=arguments.json)
+    for name, size in sizes.items():
+        log.info("%s: %.1f MB", Path(name).name, size / 1e6)

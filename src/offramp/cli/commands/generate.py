@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,9 @@ from offramp.cli.options import (
     policy_options,
 )
 from offramp.cli.output import print_json, print_text, tell
-from offramp.cli.parser import Parser
+from offramp.cli.parser import Parser, share, whole
 from offramp.errors import InputError
 
-MODES = ("early_exit", "lossless", "full")
 log = logging.getLogger(__name__)
 
 
@@ -30,21 +31,41 @@ def add(commands: Any) -> None:
         commands,
         "generate",
         "Answer a prompt about an image, and show how deep each token ran.",
-        "offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'",
+        "offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
+        "  offramp generate --adapter exits --image dog.jpg --interactive --stream\n"
+        "  offramp generate --adapter exits --image dog.jpg --temperature 0.7 --seed 1",
         _generate,
         _options,
     )
 
 
 def _options(parser: Parser) -> None:
+    from offramp.engine.policy import MODES
+
     model_options(parser, required=False, adapter=True)
     group = parser.add_argument_group("question")
     group.add_argument(
-        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="one or several files"
-    )
+        "--image", type=Path, nargs="+", default=[], metavar="FILE",
+        help="one or several files; none, where the model also answers text alone",
+    )  # fmt: skip
     group.add_argument("--prompt", default="Caption:", help="what is asked (default: Caption:)")
+    group.add_argument(
+        "--interactive", action="store_true",
+        help="ask for prompts, line by line, each about the same image; an empty line ends it",
+    )  # fmt: skip
+    group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     length_option(group)
-    group.add_argument("--json", action="store_true", help="one JSON object for each image")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, metavar="X", help="sample, at this temperature")
+    group.add_argument(
+        "--top-p", type=share, metavar="X", help="sample from the likeliest tokens of this share"
+    )
+    group.add_argument(
+        "--top-k", type=whole(1), metavar="N", help="sample from so many of the likeliest tokens"
+    )
+    group.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="of sampling (default: 0)"
+    )
     exits = policy_options(parser, threshold=True)
     name_option(
         exits, "--mode", MODES,
@@ -55,55 +76,128 @@ def _options(parser: Parser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from offramp.data.example import Example
-    from offramp.engine.policy import FULL
     from offramp.models.input_processor import InputProcessor
 
-    if not arguments.image:
-        raise InputError("The prompt came without its image.", "Add --image FILE.")
+    options = _generation_options(arguments)
     check_runtime(arguments)
+    _check_images(arguments)
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter) or adapter
-    policy = replace(policy_of(arguments, adapter), lossless=arguments.mode == "lossless")
-    if arguments.mode == "full":
-        policy = FULL
-    elif not policy.effective.thresholds:
+    policy = policy_of(arguments, adapter).in_mode(arguments.mode)
+    if arguments.mode != "full" and not policy.effective.thresholds:
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
         )
+    if adapter.backbone.family.vision and (arguments.interactive or len(arguments.image) > 1):
+        from offramp.models.vision_cache import VisionCache
+
+        options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
-    for image in arguments.image:
-        example = Example(image, arguments.prompt, (), key=str(image))
-        result = runtime.generate(
-            encoder.prompts([example]),
-            policy=policy,
-            max_new_tokens=arguments.max_new_tokens,
-            do_sample=False,
+    if arguments.stream:
+        options["streamer"] = _streamer(encoder.tokenizer)
+    for image, inputs in _questions(arguments, encoder):
+        result = _answer(runtime, inputs, policy, arguments.seed, options)
+        _show(image, result, encoder, arguments)
+
+
+def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `generate` is asked for. Raise `InputError` for what cannot be sampled by."""
+    drawn = {n: getattr(arguments, n) for n in ("temperature", "top_p", "top_k")}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    wrong = [name for name in ("temperature", "top_p") if name in given and not given[name] > 0]
+    if wrong:
+        raise InputError(
+            f"--{wrong[0].replace('_', '-')} is {given[wrong[0]]:g}, from which nothing is drawn.",
+            "Give a number above 0; without sampling options the likeliest token is taken.",
         )
-        _show(image, result, encoder, as_json=arguments.json)
+    if arguments.stream and arguments.json:
+        raise InputError("--stream prints text, and --json none.", "Give one of them.")
+    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": bool(given), **given}
 
 
-def _show(image: Path, result: Any, encoder: Any, *, as_json: bool) -> None:
+def _check_images(arguments: argparse.Namespace) -> None:
+    """Raise `DataError` or `InputError` for images that should not wait for the model."""
+    if arguments.interactive and len(arguments.image) > 1:
+        raise InputError(
+            f"--interactive asks about one image, and {len(arguments.image)} were given.",
+            "Give one --image.",
+        )
+
+
+def _questions(
+    arguments: argparse.Namespace, encoder: Any
+) -> Iterator[tuple[Path | None, dict[str, Any]]]:
+    """The images and, for each, what `generate` takes."""
+    from offramp.data.example import Example
+
+    for prompt in _typed() if arguments.interactive else [arguments.prompt]:
+        for image in arguments.image:
+            yield image, encoder.prompts([Example(image, prompt, (), key=str(image))])
+        if not arguments.image:
+            yield None, encoder.text_prompt(prompt)
+
+
+def _typed() -> Iterator[str]:
+    """Lines of stdin, up to an empty one."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            tell("")
+            return
+        yield line
+
+
+def _answer(
+    runtime: Any, inputs: dict[str, Any], policy: Any, seed: int, options: dict[str, Any]
+) -> Any:
+    """One answer; each starts from the seed anew."""
+    import torch
+
+    from offramp.engine.generate import check_inputs
+
+    backbone = runtime.backbone
+    try:
+        check_inputs(inputs, backbone.model)
+    except InputError as error:
+        raise InputError(error.problem, "Add --image FILE.") from error
+    torch.manual_seed(seed)
+    return runtime.generate(inputs, policy=policy, **options)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints words as soon as they are whole."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Namespace) -> None:
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
-    if as_json:
+    if arguments.json:
         steps = [
             {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
             for t, i, d, s in zip(tokens, ids, depths, scores, strict=True)
         ]
         text = encoder.texts(result.new_tokens)[0]
-        row = {"image": str(image), "answer": text, "layers": result.layers,
-               "mean_depth": result.mean_depth, "steps": steps}  # fmt: skip
+        row = {"image": None if image is None else str(image), "answer": text,
+               "layers": result.layers, "mean_depth": result.mean_depth,
+               "steps": steps}  # fmt: skip
         print_json(row)
         return
-    color = sys.stdout is not None and sys.stdout.isatty()
-    words = [_paint(t, d, result.layers, color) for t, d in zip(tokens, depths, strict=True)]
-    print_text(f"{image}: {' '.join(words)}")
-    tell(f"mean depth {result.mean_depth:.1f} of {result.layers}")
+    if not arguments.stream:
+        color = _in_color()
+        words = [_paint(t, d, result.layers, color) for t, d in zip(tokens, depths, strict=True)]
+        print_text(f"{'' if image is None else f'{image}: '}{' '.join(words)}")
+    log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
+
+
+def _in_color() -> bool:
+    """On a terminal, where NO_COLOR (no-color.org) is not set."""
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _paint(token: str, depth: int, layers: int, color: bool) -> str:

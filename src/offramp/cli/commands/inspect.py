@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any
 
 from offramp.cli.loading import check_exits, load_model
 from offramp.cli.options import add_command, precision_options
-from offramp.cli.output import print_json, print_text
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
@@ -27,7 +26,6 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     parser.add_argument("name", help="adapter folder, or hub name or folder of a VLM")
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
     precision_options(parser.add_argument_group("model"))
 
 
@@ -44,13 +42,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             f"Leave --{given[0]} out, or name a backbone.",
         )
     found = _adapter(arguments.name) if is_adapter else _backbone(arguments)
-    if arguments.json:
-        print_json(found)
-        return
-    for key, value in found.items():
-        print_text(
-            f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}"
-        )
+    show_result(found, as_json=arguments.json)
 
 
 def _adapter(name: str) -> dict[str, Any]:

@@ -9,10 +9,30 @@ from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import add_command, data_options, field_options, model_options
-from offramp.cli.output import print_json
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
+
+
+GROUPS = {
+    "exits": ("depths", "exit_kind", "initial_layer", "shortlist"),
+    "labels and answers": (
+        "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
+    ),
+    "objective": (
+        "distillation", "adversarial", "cross_entropy", "l2", "cosine", "feature_matching",
+        "losses", "temperature",
+    ),
+    "discriminator": (
+        "adversary", "adversarial_start", "conditional", "judged", "spectral_norm",
+        "gradient_penalty", "discriminator_learning_rate",
+    ),
+    "schedule": (
+        "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
+    ),
+}  # fmt: skip
+"""Fields of `TrainConfig` as the help groups them."""
 
 
 def add(commands: Any) -> None:
@@ -33,8 +53,8 @@ def _options(parser: Parser) -> None:
     kinds = [kind for kind in EXIT_KINDS if kind != "lens"]  # which has nothing to train
     model_options(parser, required=True)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
-    group = parser.add_argument_group("training")
-    field_options(group, TrainConfig, _fields(), exit_kind=kinds)
+    for title, names in GROUPS.items():
+        field_options(parser.add_argument_group(title), TrainConfig, names, exit_kind=kinds)
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     group.add_argument(
@@ -50,27 +70,19 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def _fields() -> tuple[str, ...]:
-    from dataclasses import fields
-
-    from offramp.training.config import TrainConfig
-
-    return tuple(field.name for field in fields(TrainConfig))
-
-
 def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
-    from tqdm import tqdm
 
     from offramp.calibration.gates import learn_shortlist_and_gates
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.risk_control import images_needed
     from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
     from offramp.training.checkpoint import check_out
     from offramp.training.config import TrainConfig
     from offramp.training.trainer import train
 
-    config = TrainConfig(**{n: getattr(arguments, n) for n in _fields()})
+    config = TrainConfig(**{n: getattr(arguments, n) for names in GROUPS.values() for n in names})
     check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
     needed = images_needed((0.01,))[0]
     log.info(
@@ -98,8 +110,9 @@ def _train(arguments: argparse.Namespace) -> None:
             adapter = learn_shortlist_and_gates(
                 adapter, encoder, examples,
                 gates=True, costs=costs, max_new_tokens=config.max_new_tokens,
-                progress=lambda some: tqdm(some, "gates", disable=None, leave=False),
+                progress=lambda some: progress(some, "gates"),
             )  # fmt: skip
             adapter.save(arguments.out)
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
-        print_json({"adapter": str(arguments.out), **adapter.metrics, **learnt})
+        result = {"adapter": str(arguments.out), **adapter.metrics, **learnt}
+        show_result(result, as_json=arguments.json)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
-from offramp.cli.options import add_command, data_options, field_option, model_options
-from offramp.cli.output import print_json
+from offramp.cli.options import add_command, field_option, measured_options
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
@@ -30,12 +30,8 @@ def _options(parser: Parser) -> None:
     from offramp.research.analysis.analyse import AnalysisConfig
     from offramp.research.analysis.free_running import METRICS
 
-    model_options(parser, required=False, adapter=False)
-    data = data_options(parser, "held-out data; without answers it tells agreement only")
-    data.add_argument(
-        "--allow-seen", action="store_true",
-        help="take images that the exits were trained or calibrated on",
-    )  # fmt: skip
+    what = "held-out data; without answers it tells agreement only"
+    measured_options(parser, what, adapter=False, allow_seen=True)
     group = parser.add_argument_group("analysis")
     field_option(
         group, AnalysisConfig, "metric", "quality of answers", choices=METRICS,
@@ -54,9 +50,8 @@ def _options(parser: Parser) -> None:
 
 
 def _analyse(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
     from offramp.research.analysis.analyse import AnalysisConfig, analyse
     from offramp.storage import check_writable
 
@@ -79,6 +74,6 @@ def _analyse(arguments: argparse.Namespace) -> None:
         config,
         out=arguments.out,
         allow_seen=arguments.allow_seen,
-        progress=lambda things: tqdm(things, "analyse", disable=None, leave=False),
+        progress=lambda things: progress(things, "analyse"),
     )
-    print_json(result)
+    show_result(result, as_json=arguments.json)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import choose_device, load_adapter, load_model
-from offramp.cli.options import add_command, model_options, name_option
-from offramp.cli.output import print_text, tell
+from offramp.cli.options import add_command, depths_option, model_options, name_option
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of, share, whole
 from offramp.cli.research.engine import bench_of_engine, engine_options
 from offramp.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
@@ -20,7 +23,7 @@ def add(commands: Any) -> None:
         "bench",
         "Measure the parts of decoding on this machine, predict the speed of exits from them, and "
         "measure it.",
-        "offramp bench --shape smollm2-135m --depths 8 15\n"
+        "offramp bench --shape smollm2-135m --depths 8,15\n"
         "  offramp bench --backbone Salesforce/blip2-opt-2.7b --dtype bfloat16 --out bench.json\n"
         "  offramp bench --shape smollm2-135m --engine --slots 8 --shortlist 4096\n"
         "  offramp bench --adapter exits --peers --data questions.jsonl",
@@ -65,9 +68,9 @@ def _case_options(parser: Parser) -> None:
     from offramp.research.benchmark.bench import POLICIES, RATES
 
     group = parser.add_argument_group("scripted exits")
-    group.add_argument(
-        "--depths", type=whole(1), nargs="+", metavar="DEPTH",
-        help="where to script exits (default: the adapter's; else a quarter and half of the depth)",
+    depths_option(
+        group, "--depths",
+        "where to script exits (default: the adapter's; else a quarter and half of the depth)",
     )  # fmt: skip
     rates = " ".join(map(str, RATES))
     group.add_argument(
@@ -111,18 +114,19 @@ def _bench(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.engine:
         arguments.batch = 1
-        found = bench_of_engine(arguments, _subject(arguments))
+        found, text = bench_of_engine(arguments, _subject(arguments))
     else:
-        found = _race(arguments) if arguments.peers else _force(arguments)
+        found, text = _race(arguments) if arguments.peers else _force(arguments)
+    show_result(found, text, as_json=arguments.json)
     if arguments.out is not None:
         write_result(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
-        tell(f"record: {arguments.out}")
+        log.info("record: %s", arguments.out)
         if arguments.peers:
             write_atomic(arguments.out.with_suffix(".svg"), speeds(found["peers"]))
 
 
-def _force(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Costs and forced exits."""
+def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Costs and forced exits, and their table."""
     from dataclasses import replace
 
     from offramp.calibration.profiler import measure_costs
@@ -153,12 +157,11 @@ def _force(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
         shortlist=arguments.shortlist,
     )  # fmt: skip
-    print_text(table(costs, entries))
-    return {"costs": costs.to_json(), "entries": entries}
+    return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 
 
-def _race(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The adapter and its peers."""
+def _race(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The adapter and its peers, and their table."""
     from offramp.data.formats import read_items
     from offramp.models.input_processor import InputProcessor
     from offramp.research.benchmark.peers import table, time_peers
@@ -177,8 +180,7 @@ def _race(arguments: argparse.Namespace) -> dict[str, Any]:
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([example]) for example in examples]
     peers = time_peers(adapter, inputs, rounds=arguments.rounds, progress=_bar("rounds"))
-    print_text(table(peers))
-    return {"peers": {adapter.backbone.name: peers}}
+    return {"peers": {adapter.backbone.name: peers}}, table(peers)
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -212,6 +214,6 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _bar(title: str) -> Any:
-    from tqdm import tqdm
+    from offramp.progress import progress
 
-    return lambda things: tqdm(things, title, disable=None, leave=False)
+    return lambda things: progress(things, title)

@@ -9,12 +9,13 @@ from typing import Any
 from offramp.cli.loading import load_model
 from offramp.cli.options import (
     add_command,
+    depths_option,
     field_option,
     field_options,
     model_options,
     name_option,
 )
-from offramp.cli.output import print_json
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of, whole
 
 TRAINING = (
@@ -96,13 +97,12 @@ def _method_options(parser: Parser) -> None:
         help="methods as they were published, such as logit_lens:saturation (MuE on a frozen "
         "model) or cross_entropy:patience (PABEE), at the depths of --several",
     )  # fmt: skip
-    group.add_argument(
-        "--depths", type=whole(1), nargs="+", metavar="DEPTH",
-        help="of the exits of every objective (default: a quarter of the layers)",
-    )  # fmt: skip
-    group.add_argument(
-        "--several", type=whole(1), nargs="+", metavar="DEPTH",
-        help="of FREE's exits for policies that need more than one (default: a quarter, a half and "
+    depths_option(
+        group, "--depths", "of the exits of every objective (default: a quarter of the layers)"
+    )
+    depths_option(
+        group, "--several",
+        "of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
     )  # fmt: skip
 
@@ -146,4 +146,5 @@ def _compare(arguments: argparse.Namespace) -> None:
         plan,
         quality=QUALITIES.get(arguments.quality),
     )
-    print_json({"quality_full": found["quality_full"], **found["equal_quality"]})
+    result = {"quality_full": found["quality_full"], **found["equal_quality"]}
+    show_result(result, as_json=arguments.json)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, name_option, seed_option
-from offramp.cli.output import print_text, tell
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
@@ -16,16 +19,19 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         "Train exits on a tiny VLM, calibrate them, and time them against the full model.",
-        "offramp demo --backbone t5",
+        "offramp demo --backbone tiny-t5",
         _demo,
         _options,
     )
 
 
 def _options(parser: Parser) -> None:
-    from offramp.models.shipped import TINY
+    from offramp.models.shipped import TINY, short_name
 
-    name_option(parser, "--backbone", TINY, "which tiny model", default="opt")
+    name_option(
+        parser, "--backbone", [f"tiny-{kind}" for kind in TINY], "which tiny model",
+        default="tiny-opt", type=lambda name: f"tiny-{short_name(name)}",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)"
     )
@@ -38,12 +44,14 @@ def _options(parser: Parser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from offramp.calibration.calibrate import Guarantee
+    from offramp.models.shipped import short_name
     from offramp.research.demo import demo, table
     from offramp.storage import check_writable
 
     Guarantee(target=arguments.target)  # a mistake should not wait for training
     check_writable(arguments.out, folder=True)
-    report = demo(arguments.backbone, arguments.out, target=arguments.target, seed=arguments.seed)
-    print_text(table(report))
-    tell(f"figures: {arguments.out / 'report.json'}")
-    tell(f"open {arguments.out / 'report.html'}")
+    kind = short_name(arguments.backbone)
+    report = demo(kind, arguments.out, target=arguments.target, seed=arguments.seed)
+    show_result(report, table(report), as_json=arguments.json)
+    log.info("figures: %s", arguments.out / "report.json")
+    log.info("open %s", arguments.out / "report.html")

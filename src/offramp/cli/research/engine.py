@@ -6,7 +6,6 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from offramp.cli.output import print_text
 from offramp.cli.parser import Parser, share, whole
 
 
@@ -31,8 +30,10 @@ def engine_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def bench_of_engine(arguments: argparse.Namespace, subject: tuple[Any, Any, Any]) -> dict[str, Any]:
-    """Costs of calls, and each case predicted and measured."""
+def bench_of_engine(
+    arguments: argparse.Namespace, subject: tuple[Any, Any, Any]
+) -> tuple[dict[str, Any], str]:
+    """Costs of calls, and each case predicted and measured; and their table."""
     from offramp.models.exits import Exits, ExitSet
     from offramp.research.benchmark.bench import any_shortlist
     from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table
@@ -53,5 +54,4 @@ def bench_of_engine(arguments: argparse.Namespace, subject: tuple[Any, Any, Any]
         backbone, exits, inputs, cases, config, rounds=arguments.rounds,
         lengths=tuple(arguments.lengths), shortlist=exits.shortlist is not None,
     )  # fmt: skip
-    print_text(table(costs, entries))
-    return {"costs": costs.to_json(), "entries": entries}
+    return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, name_option
-from offramp.cli.output import print_json
+from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 
 
@@ -58,4 +58,5 @@ def _report(arguments: argparse.Namespace) -> None:
     )
     page = report(sources, [item.example for item in items], title=arguments.title)
     write_atomic(arguments.out, page)
-    print_json({"report": str(arguments.out), "bytes": len(page.encode())})
+    result = {"report": str(arguments.out), "bytes": len(page.encode())}
+    show_result(result, as_json=arguments.json)

@@ -1,4 +1,4 @@
-"""What else a user could switch on to decode faster, timed against exits on the same backbone.
+"""Other ways to decode faster that transformers offers, timed against exits on one backbone.
 
 All write greedily, from the same prompts, in the same dtype, in interleaved rounds at batch 1.
 Peers with a knob get the setting that is fastest on a few of the prompts, as the exits' lossless

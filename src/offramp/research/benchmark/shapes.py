@@ -27,7 +27,7 @@ _TOWER: dict[str, Any] = {
     "num_attention_heads": 2,
 }
 _PICTURE: dict[str, Any] = {"image_size": 28, "patch_size": 14}
-_PATCHES = 4  # of such a image; as many query tokens are read from it
+_PATCHES = 4  # of such an image; as many query tokens are read from it
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Shape:
     def inputs(
         self, backbone: Backbone, batch: int = 1, words: int = 32, seed: int = 0
     ) -> dict[str, Tensor]:
-        """What a processor would return for `batch` prompts of a image and `words` words."""
+        """What a processor would return for `batch` prompts of an image and `words` words."""
         draw = torch.Generator().manual_seed(seed)
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
         ids = torch.cat([torch.full((batch, _PATCHES), IMAGE), text], 1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -21,6 +20,7 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
 from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.progress import progress
 from offramp.research.comparison.methods import Plan
 
 
@@ -173,4 +173,4 @@ class _Inputs:
 
 
 def bar(title: str) -> Any:
-    return lambda things: tqdm(things, title, disable=None, leave=False)
+    return lambda things: progress(things, title)

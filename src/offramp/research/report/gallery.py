@@ -15,8 +15,8 @@ from offramp.evaluation.run_log import ROWS, Done, Row
 from offramp.research.report.html import render
 from offramp.research.report.plots import depth_color
 
-_SIDE = 240  # pixels of the longer side of a image
-_SMALL = 100  # up to here a image is kept exactly
+_SIDE = 240  # pixels of the longer side of an image
+_SMALL = 100  # up to here an image is kept exactly
 _DARK = 0.179  # the luminance on which black and white have the same contrast, 4.58
 
 

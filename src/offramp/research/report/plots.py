@@ -192,10 +192,14 @@ def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:
 
 
 def tradeoff(
-    series: Mapping[str, Sequence[tuple[float, float]]], what: str, ours: str | None = None
+    series: Mapping[str, Sequence[tuple[float, ...]]], what: str, ours: str | None = None
 ) -> str:
-    """Quality against decoding speed: (speedup, quality) points by series, joined by speed; `ours`,
-    a name of `series`, stands out."""
+    """Quality against decoding speed: points by series, joined by speed; `ours`, a name of
+    `series`, stands out.
+
+    series: points (speedup, quality) or, with the interval of the quality, (speedup, quality, low,
+        high).
+    """
 
     def draw(axes: Any) -> None:
         for slot, (name, points) in enumerate(series.items()):
@@ -207,9 +211,10 @@ def tradeoff(
             if name == ours:
                 style = {"color": _INK, "linewidth": 2.6, "zorder": 3}
             marker = MARKERS[slot % len(MARKERS)]
-            axes.plot(
-                *zip(*sorted(points), strict=True), marker=marker, markersize=5, label=name, **style
-            )
+            speed, quality, *ends = zip(*sorted(points), strict=True)
+            axes.plot(speed, quality, marker=marker, markersize=5, label=name, **style)
+            if ends:
+                axes.vlines(speed, *ends, color=style["color"], lw=1.2, alpha=0.5)
         axes.set_xlabel("decoding speed (full depth = 1)")
         axes.set_ylabel(what)
         _percent(axes.yaxis)

@@ -1,0 +1,76 @@
+"""`offramp env`: what a bug report needs to know of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import metadata
+from typing import Any
+
+from offramp.cli.options import add_command
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
+
+PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "env",
+        "Show versions, devices, threads and optional packages, as a bug report needs them.",
+        "offramp env",
+        _env,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    """None of its own."""
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from offramp.provenance import provenance
+
+    here = provenance(None, "", None)
+    gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
+    found = {
+        "offramp": here["versions"]["offramp"],
+        "commit": here["versions"]["commit"],
+        "python": here["versions"]["python"],
+        "platform": here["platform"],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "optional": optional_packages(),
+        "devices": {"cpu": here["processor"], **gpus},
+        "cores": here["cores"],
+        "threads": here["threads"],
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+    show_result(found, as_json=arguments.json)
+
+
+def optional_packages() -> dict[str, str]:
+    """Packages of the extras by name: the version, or what to install."""
+    from packaging.requirements import Requirement
+
+    try:
+        named = [Requirement(text) for text in metadata.requires("offramp") or ()]
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        return {}
+    found = {}
+    for package in named:
+        extra = str(package.marker or "").partition("extra == ")[2].strip("\"'")
+        if extra and extra not in ("all", "dev", "docs"):
+            version = _version(package.name)
+            found[package.name] = version or f"not installed: pip install 'offramp[{extra}]'"
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,78 @@
+"""Progress of long jobs: a bar on a terminal, and elsewhere a line every tenth.
+
+`logging.getLogger("offramp").setLevel(logging.WARNING)` silences both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+LONG = 5.0
+"""Seconds after which a job is long enough for lines."""
+
+
+def progress(things: Iterable[Any], title: str, *, tell: bool = True) -> Any:
+    """`things`, whose iteration is shown. tell: False shows nothing."""
+    return progress_bar(title, things, tell=tell)
+
+
+def progress_bar(
+    title: str,
+    things: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    done: int = 0,
+    tell: bool = True,
+) -> Any:
+    """A tqdm bar over `things`, or over `total` steps that the caller counts.
+
+    done: steps that were taken before. tell: False shows nothing.
+    """
+    if total is None and hasattr(things, "__len__"):
+        total = len(things)  # type: ignore[arg-type]
+    silent = not tell or logging.getLogger("offramp").level > logging.INFO
+    options: dict[str, Any] = {"desc": title, "total": total, "initial": done, "leave": False}
+    if silent or _on_a_terminal() or not total:
+        return tqdm(things, disable=silent or None, **options)
+    return tqdm(
+        things,
+        file=_Lines(),
+        delay=LONG,
+        mininterval=0,
+        maxinterval=math.inf,
+        miniters=math.ceil(total / 10),
+        bar_format="{desc}: {n_fmt} of {total_fmt} after {elapsed}, about {remaining} left",
+        **options,
+    )
+
+
+def duration(seconds: float) -> str:
+    """For people: "40 seconds", "3 minutes", "2 hours"."""
+    for unit, size in (("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}s"
+    number = max(1, round(seconds))
+    return f"{number} second{'s' if number > 1 else ''}"
+
+
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+class _Lines:
+    """A file for tqdm that logs what is drawn as lines."""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            log.info("%s", line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,172 @@
+"""What every command takes and how its help reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from command_line import TRAIN, RunCommand, assert_two_lines
+
+from offramp.cli.command_line import COMMANDS, build_parser
+from offramp.cli.commands.env import optional_packages
+from offramp.cli.commands.train import GROUPS
+from offramp.cli.parser import Parser
+from offramp.training.config import TrainConfig
+
+
+@cache
+def parser_of(command: str) -> Parser:
+    parser = build_parser()
+    list(parser.loaded())
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: Parser = commands.choices[command]
+    return found
+
+
+def actions() -> Iterator[tuple[str, argparse.Action]]:
+    for command in COMMANDS:
+        yield from ((command, action) for action in parser_of(command)._actions)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_same(command: str) -> None:
+    known = parser_of(command)._option_string_actions
+    assert {"--quiet", "--config", "--help"} <= set(known)
+    assert ("--json" in known) is (command != "completion")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_list_of_options_is_long(command: str) -> None:
+    for group in parser_of(command)._action_groups:
+        assert len(group._group_actions) <= 10, group.title
+
+
+def test_every_field_of_a_training_run_is_in_one_group() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
+
+
+def test_help_names_every_choice() -> None:
+    for command, action in actions():
+        for choice in action.choices or ():
+            assert str(choice) in (action.help or ""), (command, action.dest, choice)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench", "export", "analyse"])
+@pytest.mark.parametrize("spelling", [["3,6"], ["3", "6"], ["3", "6,8"]])
+def test_a_list_of_depths_is_spelt_one_way_and_taken_in_two(
+    command: str, spelling: list[str]
+) -> None:
+    flag = "--decode-depths" if command == "analyse" else "--depths"
+    action = parser_of(command)._option_string_actions[flag]
+    assert action.metavar == "N,N"
+    alone = Parser()
+    alone._add_action(action)
+    depths = getattr(alone.parse_args([flag, *spelling]), action.dest)
+    assert depths == tuple(int(n) for word in spelling for n in word.split(","))
+
+
+@pytest.mark.parametrize("name", ["opt", "tiny-opt", "offramp/tiny-opt"])
+def test_a_tiny_model_has_one_name_and_the_old_one(name: str) -> None:
+    assert parser_of("demo").parse_args(["--backbone", name]).backbone == "tiny-opt"
+
+
+# -- --config -----------------------------------------------------------------------------------
+
+
+def parsed(tmp_path: Path, text: str, *words: str) -> argparse.Namespace:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    needed = ["--backbone", "tiny-opt", "--data", "a", "--out", "b"]
+    return parser_of("train").parse_args([*needed, "--config", str(file), *words])
+
+
+def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    text = (
+        "steps: 7\nbatch_size: 4\ndepths: [2, 5]\nconditional: false\ngates: true\n"
+        "resume: false\npatience: null\nlosses: {l1: 0.5}\nlimit: 3\nlearning-rate: 1.0e-4\n"
+    )
+    found = parsed(tmp_path, text, "--steps", "9")
+    assert (found.steps, found.batch_size, found.depths) == (9, 4, (2, 5))
+    assert (found.conditional, found.gates, found.resume) == (False, True, False)
+    assert (found.patience, found.losses, found.learning_rate) == (None, {"l1": 0.5}, 1e-4)
+
+
+def test_a_file_may_give_what_is_required(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("backbone: tiny-opt\ndata: [a.jsonl]\nout: x\n")
+    found = parser_of("train").parse_args([f"--config={file}"])
+    assert (found.backbone, found.data, found.out) == ("tiny-opt", ["a.jsonl"], Path("x"))
+
+
+def test_an_unknown_option_in_a_file_is_answered_with_the_nearest(
+    run: RunCommand, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("stpes: 3\n")
+    assert_two_lines(run("train", "--config", tmp_path / "run.yaml"), "stpes", "'steps'")
+
+
+# -- output -------------------------------------------------------------------------------------
+
+
+def test_results_are_text_for_people_and_json_where_asked(
+    run: RunCommand, photos: Path, tmp_path: Path
+) -> None:
+    asked = ("train", *TRAIN, "--data", photos)  # a folder of images, and of one JSONL
+    code, text, _ = run(*asked, "--out", tmp_path / "a")
+    _, shown, _ = run(*asked, "--out", tmp_path / "b", "--json")
+    told = json.loads(shown)
+    assert code == 0 and "agreement:" in text and "{" not in text
+    assert all(f"{depth}: {share:.4g}" in text for depth, share in told["agreement"].items())
+
+
+def test_quiet_leaves_results_and_errors() -> None:
+    def stderr(*words: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "offramp.cli", *words], capture_output=True, text=True,
+            check=False,
+        ).stderr  # fmt: skip
+
+    missing = ("calibrate", "--adapter", "gone", "--data", "gone.jsonl")
+    assert "A guarantee of 0.01 needs" in stderr(*missing)
+    quiet = stderr(*missing, "--quiet")
+    assert quiet.startswith("error: ") and len(quiet.splitlines()) == 2
+
+
+def test_env_tells_versions_devices_and_what_is_missing(run: RunCommand) -> None:
+    import torch
+
+    code, out, _ = run("env", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["packages"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads() and "cpu" in found["devices"]
+
+
+def test_a_package_that_is_not_installed_comes_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = ["numpy>=1", "nowhere-to-be-found>=1; extra == 'eval'", "ruff; extra == 'dev'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: needs)
+    expected = {"nowhere-to-be-found": "not installed: pip install 'offramp[eval]'"}
+    assert optional_packages() == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_options_and_names(shell: str, run: RunCommand) -> None:
+    pytest.importorskip("shtab")
+    code, out, _ = run("completion", shell)
+    assert code == 0
+    assert all(word in out for word in ("calibrate", "--threshold", "max_probability", "lossless"))
+
+
+def test_the_completion_for_bash_is_a_script_that_bash_reads(run: RunCommand) -> None:
+    pytest.importorskip("shtab")
+    script = run("completion", "bash")[1]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
