@@ -1,8 +1,6 @@
 """What the commands do and show; data goes to stdout. That a mistake is two lines is law 13."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -136,30 +134,6 @@ def test_a_finished_run_resumes_to_the_same_adapter(
     )
     assert code == 0
     assert (adapter / "exits.safetensors").read_bytes() == before
-
-
-def test_under_accelerate_launch_two_processes_train_one_adapter(
-    photos: Path, tmp_path: Path
-) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    # `--multi_gpu` means several processes; on a CPU they talk through gloo.
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    ours = ["-m", "offramp.cli", "train", *TRAIN, "--json", "--data", photos / "rows.jsonl"]
-    ours += ["--out", tmp_path / "exits", "--validation-fraction", "0.25"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, *map(str, ours)],
-        check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapter"] == str(tmp_path / "exits")
-    assert (tmp_path / "exits" / CONFIG).is_file()
 
 
 def test_thresholds_need_no_labels_where_the_risk_reads_none(

@@ -12,14 +12,16 @@ from typing import Any
 import fakes
 import families
 import torch
+from command_line import TRAIN
 from training_runs import SHARED
 
+from offramp import cli
 from offramp.errors import TrainingError
 from offramp.models.backbone import Backbone
 from offramp.training import trainer as module
 
 torch.set_num_threads(1)
-OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+OUT, PHOTOS, RANK = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
 
 
 def forbidden(*_: Any, **__: Any) -> None:
@@ -70,4 +72,7 @@ try:
     run.run()
 except TrainingError as error:
     (OUT / f"poisoned-{RANK}.json").write_text(json.dumps(str(error)))
-run.accelerator.end_training()  # gloo's threads can abort a process that just exits
+
+# The command line last: it ends what the processes share.
+data = ["--data", str(PHOTOS / "rows.jsonl"), "--validation-fraction", "0.25"]
+sys.exit(cli.main(["train", "--json", *map(str, TRAIN), *data, "--out", str(OUT / "exits")]))

@@ -17,6 +17,7 @@ from training_runs import SHARED, same, steps, trainer
 
 from offramp.adapter import Adapter
 from offramp.models.backbone import Backbone
+from offramp.save_and_load import CONFIG
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
 from offramp.training.labels import answers_of
@@ -30,30 +31,40 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left behind that ran `helpers/two_processes.py`."""
+def launched(
+    photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """What two processes left behind that accelerate started with `helpers/two_processes.py`."""
     out = tmp_path_factory.mktemp("two")
     script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(out)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return out
+    # `--multi_gpu` means several processes; on a CPU they talk through gloo.
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, out, photos],
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.fixture
+def two_processes(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """The folder of `launched`."""
+    return launched[0]
+
+
+def test_under_accelerate_launch_the_command_line_trains_one_adapter(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = launched
+    assert json.loads(done.stdout)["adapter"] == str(out / "exits")
+    assert (out / "exits" / CONFIG).is_file()
 
 
 def test_two_processes_end_with_the_same_exits(two_processes: Path) -> None:
