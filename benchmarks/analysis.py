@@ -66,7 +66,7 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
     config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None)
     examples = captions("train", TRAIN).examples + questions("train", TRAIN).examples
     adapter = train(backbone, processor, examples, config, folder)
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD), exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))
     tasks = [captions("test", TEST), questions("test", TEST)]
     return analyse(
         adapter.with_policy(policy),

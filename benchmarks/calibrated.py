@@ -52,7 +52,7 @@ DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
 TASKS = {"captions": captions, "questions": questions}
-POLICY = ExitPolicy(exit_in_prefill=True)
+POLICY = ExitPolicy()
 
 
 @dataclass(frozen=True)

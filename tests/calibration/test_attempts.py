@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import fakes
 import numpy as np
+from PIL import Image
 
 from offramp.calibration.attempts import (
     Attempt,
@@ -19,6 +21,7 @@ from offramp.calibration.attempts import (
 )
 from offramp.data.example import Example
 from offramp.engine.policy import Thresholds
+from offramp.research.scenes import world
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
 
@@ -41,6 +44,22 @@ def attempt(asked: str, images: list[ImageRows], number: int = 1) -> Attempt:
 def test_copies_under_other_names_are_one_image(tmp_path: Path) -> None:
     (image,) = images_of(copies(tmp_path, 400))
     assert image.rows == tuple(range(400))
+
+
+def test_images_encoded_again_or_resized_are_one_image(tmp_path: Path) -> None:
+    image = world.render(world.scene("test", 0))
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.jpg", quality=60)
+    image.resize((144, 144)).save(tmp_path / "c.webp")
+    image.resize((50, 50), Image.Resampling.LANCZOS).save(tmp_path / "d.png")
+    copies = [Example(tmp_path / n, "Caption:", (), n, group=n) for n in os.listdir(tmp_path)]
+    scenes = [
+        Example(world.render(world.scene("test", i)), "Caption:", (), f"e{i}")
+        for i in range(1, 200)
+    ]
+    images = images_of([*copies, *scenes])
+    assert len(images) == 200
+    assert (0, 1, 2, 3) in [image.rows for image in images]
 
 
 def test_questions_about_one_image_are_one_image_by_name_or_content() -> None:

@@ -390,3 +390,13 @@ def test_candidates_stay_few_however_many_exits_there_are(exits: int) -> None:
     assert len(tried) <= LIMIT
     assert {depth for thresholds in tried for depth in thresholds} == set(range(1, exits + 1))
     assert {max(module.GRID), min(module.GRID)} <= {v for t in tried for v in t.values()}
+
+
+def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert found(4).policy.exit_in_prefill
+    backbone = encoder().backbone
+    looking_ahead = replace(backbone.family, causal_prompt=False)
+    monkeypatch.setattr(backbone, "family", looking_ahead)
+    assert not found(4).policy.exit_in_prefill

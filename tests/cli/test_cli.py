@@ -154,7 +154,7 @@ def test_an_analysis_needs_no_labels(run: RunCommand, unlabelled: Path, tmp_path
 def test_calibrate_stores_its_promise_in_the_adapter(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
-    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--exit-in-prefill")
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
     code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--risk", "rouge_l_drop")
     told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
     assert code == 0

@@ -133,6 +133,16 @@ def test_rows_after_the_limit_are_not_read(write: Write) -> None:
     assert len(read_examples(write({"image": "a.png"}, "not JSON"), limit=1)) == 1
 
 
+def test_a_limit_splits_no_image(write: Write) -> None:
+    asked = [{"image": image, "question": f"{i}?"} for i, image in enumerate("abab")]
+    rows = [{**row, "image": f"./{row['image']}.png"} for row in asked]
+    lost = [{"image": "gone.png"}, {"image": ""}, {"image": 3}, "not JSON", {"image": "a.png"}]
+    found = read_examples(write(*rows[:3], *lost, rows[3]), limit=1)
+    assert [e.key for e in found] == ["a.png#1", "a.png#3", "a.png#8"]
+    rounds = [{"question": "q?", "answer": "a"}] * 3
+    assert len(read_examples(write({"image": "a.png", "dialogue": rounds}), limit=2)) == 3
+
+
 def test_spellings_of_one_path_are_one_picture(write: Write) -> None:
     path = write({"image": "a.png"}, {"image": "./a.png"}, {"image": "x/../a.png"})
     (path.parent / "x").mkdir()

@@ -251,6 +251,19 @@ def test_a_limit_stops_before_later_rows_are_looked_at(make: Make) -> None:
     assert len(read_items(files, pictures, limit=1)) == 1
 
 
+def test_a_limit_splits_no_image(make: Make) -> None:
+    def scattered(content: Any) -> None:
+        last = {"imageId": "a", "question": "Is it big?", "answer": "yes"}
+        content |= {"22": {"imageId": "gone"}, "23": {}, "24": last}
+
+    files, pictures = make("gqa", scattered)
+    assert [item.key for item in read_items(files, pictures, limit=1)] == ["20", "24"]
+    files, pictures = make("vqav2")
+    assert len(read_items(files, pictures, limit=1)) == 2
+    files, pictures = make("visdial")
+    assert len(read_items(files, pictures, limit=1)) == 2
+
+
 def test_jsonl_is_read_as_everywhere(make: Make, tmp_path: Path) -> None:
     _, pictures = make("gqa")
     rows = [{"image": "pictures/a.jpg", "question": "Why?", "answers": ["so"]}]

@@ -12,7 +12,7 @@ from reference import of_steps, probe
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, Patience
 from offramp.engine.exit_check import decider_of
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, policy_from_json, policy_to_json, resolved
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
@@ -314,3 +314,26 @@ def test_weights_of_exits_that_are_off_are_kept(backbone, exits):
     policy = ExitPolicy({2: 0.5, 4: None}, score="agreement", weights={2: 0.5, 4: 1})
     decider_of(backbone("llava"), ExitSet(exits("llava")), policy)
     assert policy.weights == {2: 0.5, 4: 1.0}
+
+
+# -- the first token --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5", "gemma3", "qwen3-vl"])
+def test_a_first_token_may_exit_by_default_where_the_prompt_is_causal(
+    backbone, exits, batch, name
+) -> None:
+    whole, parts = backbone(name), exits(name)
+    rule = ExitPolicy({parts.depths[0]: 0.0})
+    made = generate(whole, batch(name, 1), exits=parts, policy=rule, max_new_tokens=2,
+                    do_sample=False, suppress_tokens=WORDLESS)  # fmt: skip
+    early = whole.is_encoder_decoder or whole.family.causal_prompt
+    assert made.depths.tolist() == [[parts.depths[0] if early else whole.depth, parts.depths[0]]]
+    assert resolved(rule, whole).exit_in_prefill == whole.family.causal_prompt
+
+
+def test_a_stored_policy_keeps_what_it_said_of_the_first_token() -> None:
+    told = policy_to_json(ExitPolicy({2: 0.5}, exit_in_prefill=False))
+    assert not policy_from_json(told).exit_in_prefill
+    del told["exit_in_prefill"]  # as adapters were written before there was a choice
+    assert not policy_from_json(told).exit_in_prefill

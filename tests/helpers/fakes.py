@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import families
+import numpy as np
 import torch
 from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
 from PIL import Image
@@ -66,7 +67,10 @@ class Blip2FakeProcessor:
 
 
 def picture(number: int) -> Image.Image:
-    return Image.new("RGB", (8, 8), (number % 256, number // 256, 0))
+    """A picture that looks like no other; the fake processor reads its first pixel alone."""
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    pixels[0, 0] = (number % 256, number // 256, 0)
+    return Image.fromarray(pixels)
 
 
 def examples(n: int, words: int = 5, seed: int = 0) -> list[Example]:

@@ -63,7 +63,7 @@ def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(kv, lens, ba
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
     exits = Exits(whole, (2,), kind="lens" if lens else "layer")
-    policy = ExitPolicy({2: 0.0}, kv=kv)
+    policy = ExitPolicy({2: 0.0}, kv=kv, exit_in_prefill=False)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
     )

@@ -2,7 +2,8 @@
 
 A guarantee counts images. Answers to several questions about one image are not independent, so the
 loss of an image is the mean over its answers. Images are told apart by content, so that copies
-under other names count once, and by the name that examples share (`Example.group`).
+under other names count once, those that were encoded again or resized too, and by the name that
+examples share (`Example.group`).
 
 Trying until it works breaks a guarantee, unless all attempts on the same images share one error
 budget. The first attempt may use `FIRST` of it and attempt k >= 2 the share
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from offramp.data.example import Example
 from offramp.data.image import content_digest
+from offramp.data.near_copies import near_copies
 from offramp.engine.policy import Thresholds
 from offramp.storage import digest_rows
 
@@ -65,34 +67,48 @@ class ImageRows:
         return int(hashlib.sha256(self.image.encode()).hexdigest()[:13], 16) / 16**13
 
 
+class _Names:
+    """Names of images, of which some turn out to be of the same one."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        """The first of all names of its image."""
+        while self._parent.setdefault(name, name) != name:
+            name = self._parent[name]
+        return name
+
+    def join(self, one: str, other: str) -> None:
+        # The smaller name stays, so that the order of the examples does not matter.
+        first, second = sorted((self.root(one), self.root(other)))
+        self._parent[second] = first
+
+
 def images_of(examples: Sequence[Example]) -> list[ImageRows]:
     """The images of some examples, in the order of their ranks.
 
     Raises:
-        StorageError: an image file cannot be read.
+        StorageError: an image file cannot be read. DataError: it is no image.
     """
     digests: dict[Any, str] = {}
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
-    contents = []
+    contents: list[str] = []
+    shown: dict[str, Example] = {}  # an example of each content
+    names = _Names()
     for example in examples:
         key = example.image if hasattr(example.image, "parts") else id(example.image)
         if key not in digests:
             digests[key] = content_digest(example.image)[:DIGITS]
         contents.append(digests[key])
-        # Of two names the smaller one stays, so that the order of the examples does not matter.
-        first, second = sorted((root(f"content {digests[key]}"),
-                                root(f"group {example.group}" if example.group else
-                                     f"content {digests[key]}")))  # fmt: skip
-        parent[second] = first
+        shown.setdefault(digests[key], example)
+        if example.group:
+            names.join(f"content {digests[key]}", f"group {example.group}")
+    distinct = list(shown)
+    for first, second in near_copies([shown[content] for content in distinct]):
+        names.join(f"content {distinct[first]}", f"content {distinct[second]}")
     clusters: dict[str, list[int]] = {}
     for row, digest in enumerate(contents):
-        clusters.setdefault(root(f"content {digest}"), []).append(row)
+        clusters.setdefault(names.root(f"content {digest}"), []).append(row)
     images = [
         ImageRows(min(contents[row] for row in rows), _asked(examples, rows), tuple(rows))
         for rows in clusters.values()

@@ -41,7 +41,7 @@ from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of,
 from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
+from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json, resolved
 from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.evaluate import tensor_digest
 from offramp.models.input_processor import InputProcessor
@@ -197,7 +197,7 @@ def calibrate(
         DataError: no examples, images that training used, no references where the risk needs
             them, a full model that is wrong everywhere, or scores that are constant or NaN.
     """
-    asked = Guarantee(target, confidence, risk, method)
+    asked, policy = Guarantee(target, confidence, risk, method), resolved(policy, encoder.backbone)
     if policy.lossless:
         raise InputError(
             "Lossless answers are the full model's, so there is no risk to calibrate.",

@@ -207,7 +207,7 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     ending = "" if limit is None else f" (default: {limit})"
     group.add_argument(
         "--limit", type=whole(1), default=limit, metavar="N",
-        help=f"read at most so many examples{ending}",
+        help=f"read so many examples, and what else is asked about their images{ending}",
     )  # fmt: skip
     return group
 
@@ -250,11 +250,17 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     name_option(
         group, "--kv", KV_POLICIES, "keys and values of skipped layers", shown="the adapter's"
     )
-    group.add_argument(
-        "--exit-in-prefill", action=argparse.BooleanOptionalAction,
-        help="let first tokens exit early too, where the prompt is causal (default: the adapter's)",
-    )  # fmt: skip
+    first_token_option(group)
     return group
+
+
+def first_token_option(
+    group: Any, *, default: bool | None = None, shown: str = "the adapter's"
+) -> None:
+    group.add_argument(
+        "--exit-in-prefill", action=argparse.BooleanOptionalAction, default=default,
+        help=f"let first tokens exit early too, where the prompt is causal (default: {shown})",
+    )  # fmt: skip
 
 
 def length_option(group: Any, default: int | None = 40, shown: str | None = None) -> None:

@@ -19,6 +19,7 @@ class Source:
 
     content: of the first file; others: of the rest.
     expected: the remedy where the content is not what a reader expects.
+    only: images that are still read, by name; None: all of them.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class Source:
     prompt: str | None
     split: str | None
     expected: str
+    only: set[str] | None = None
 
     @classmethod
     def open(
@@ -53,6 +55,10 @@ class Source:
             return self.others[-1]
         path = self.path.with_name(name)
         return read_json(path) if path != self.path and path.is_file() else None
+
+    def leaves_out(self, row: Any, name: str) -> bool:
+        """Whether a row, which names its image as `name`, is about one that is not read."""
+        return self.only is not None and not (has(row, name) and str(row[name]) in self.only)
 
     def fail(self, problem: str) -> NoReturn:
         """Raise a `DataError` that says what was found and what is expected."""

@@ -38,6 +38,8 @@ def coco(source: Source) -> Iterator[Item]:
         text = source.get(row, "caption", str, f"the annotation of image {image_id}")
         captions.setdefault(image_id, []).append(text)
     for row in source.rows(source.content, "images"):
+        if source.leaves_out(row, "id"):
+            continue
         image_id = source.get(row, "id", (int, str), "an image")
         name = source.get(row, "file_name", str, f"image {image_id}")
         found = _texts(captions.get(image_id, ()))
@@ -53,6 +55,8 @@ def karpathy(source: Source) -> Iterator[Item]:
     wanted = source.split or "test"
     found: set[str] = set()
     for number, row in enumerate(source.rows(source.content, "images")):
+        if source.leaves_out(row, "filename"):
+            continue
         split = source.get(row, "split", str, f"image {number}")
         found.add(split)
         if split != wanted:
@@ -90,6 +94,8 @@ def vqa(source: Source) -> Iterator[Item]:
     }
     subset = str(source.content.get("data_subtype", ""))
     for row in source.rows(source.content, "questions"):
+        if source.leaves_out(row, "image_id"):
+            continue
         number = source.get(row, "question_id", (int, str), "a question")
         where = f"question {number}"
         image_id = source.get(row, "image_id", int, where)
@@ -118,6 +124,8 @@ def gqa(source: Source) -> Iterator[Item]:
     if not isinstance(source.content, dict):
         source.fail("is no object of questions")
     for number, row in source.content.items():
+        if source.leaves_out(row, "imageId"):
+            continue
         where = f"question {number}"
         image_id = source.get(row, "imageId", str, where)
         answer = source.get(row, "answer", str, where)
@@ -145,6 +153,8 @@ def visdial(source: Source) -> Iterator[Item]:
     questions, answers, dialogs = lists
     relevances = _relevances(source)
     for dialog in dialogs:
+        if source.leaves_out(dialog, "image_id"):
+            continue
         image_id = source.get(dialog, "image_id", int, "a dialogue")
         path = source.picture(_visdial_names(image_id, str(source.content.get("split", ""))))
         history = source.get(dialog, "caption", str, f"the dialogue on image {image_id}").strip()

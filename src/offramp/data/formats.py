@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from offramp.data import format_readers as readers
@@ -92,7 +91,7 @@ def read_items(
         layout: of `LAYOUTS`, "jsonl", or "auto", which looks at what the file holds.
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
-        limit: stop after this many examples.
+        limit: stop after this many examples, and read only what else is asked about their images.
         require_answers: of JSONL and `datasets`; False: images alone are enough.
 
     Raises:
@@ -121,7 +120,11 @@ def read_items(
     source = Source.open(files, images, prompt, split, known)
     name = layout if layout != "auto" else _recognised(source)
     source.expected = f"The {name} layout is: {LAYOUTS[name].shape}."
-    items = list(islice(LAYOUTS[name].read(source), limit))
+    items: list[Item] = []
+    for item in LAYOUTS[name].read(source):
+        items.append(item)
+        if len(items) == limit:
+            source.only = {item.example.group for item in items}
     if not items:
         source.fail("holds no examples")
     return items

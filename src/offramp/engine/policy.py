@@ -65,7 +65,8 @@ class ExitPolicy:
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
         gates, which are about leaving for good. `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
-        later token needs it deeper. Exact too; off where the prompt is not causal.
+        later token needs it deeper. Exact too. True means where the prompt is causal, which the
+        backbone's family says: see `resolved`.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
     gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
@@ -75,7 +76,7 @@ class ExitPolicy:
     thresholds: Mapping[int, float] = field(default_factory=dict)
     score: str = "max_probability"
     kv: str = "recompute"
-    exit_in_prefill: bool = False
+    exit_in_prefill: bool = True
     lossless: bool = False
     max_draft: int = 8
     drafts: Mapping[int, float] = field(default_factory=dict)
@@ -131,12 +132,11 @@ FULL = ExitPolicy()
 """Every token at full depth."""
 
 
-def default_policy(backbone: Backbone, **changes: Any) -> ExitPolicy:
-    """What new exits start with: first tokens may exit early where the family's prompt is causal.
-
-    changes: other fields of `ExitPolicy`.
-    """
-    return ExitPolicy(exit_in_prefill=backbone.family.causal_prompt, **changes)
+def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
+    """The policy as it runs on this backbone: first tokens exit early only where the prompt is
+    causal. What adapters store, so that they say what was measured."""
+    first = policy.exit_in_prefill and backbone.family.causal_prompt
+    return replace(policy, exit_in_prefill=first)
 
 
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
@@ -145,9 +145,7 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     A decoder-only model reads it off the prompt, which may stay pending at an exit only where the
     policy says so and the prompt is causal; an encoder-decoder reads it off its first step.
     """
-    if backbone.is_encoder_decoder:
-        return True
-    return policy.exit_in_prefill and backbone.family.causal_prompt
+    return backbone.is_encoder_decoder or resolved(policy, backbone).exit_in_prefill
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,8 @@ def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
-    """The policy that `policy_to_json` wrote, in this version or before."""
+    """The policy that `policy_to_json` wrote, in this version or before; what does not say whether
+    first tokens may exit is from before they could."""
     by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
     numbers = {name: Thresholds.from_json(values) for name, values in by_depth.items()}
-    return ExitPolicy(**{**value, **numbers})
+    return ExitPolicy(**{"exit_in_prefill": False, **value, **numbers})

@@ -23,7 +23,7 @@ from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy, default_policy, policy_to_json
+from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.evaluation.run_log import Done
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -94,7 +94,7 @@ def demo(
     held_out = _examples("calibration", sizes.calibration)
     costs = measure_costs(backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibration = calibrate(
-        adapter, encoder, held_out, default_policy(backbone), target=target, costs=costs,
+        adapter, encoder, held_out, ExitPolicy(), target=target, costs=costs,
         progress=_bar("calibrate"), **OPTIONS,
     )  # fmt: skip
     adapter = calibrated(adapter, calibration, held_out)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.slots.cache import check_memory, slot_bytes
 from offramp.engine.slots.memory import free_bytes
@@ -130,7 +130,7 @@ class EngineCore:
             self.batch.depths,
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
-            first_may_exit=policy.exit_in_prefill,
+            first_may_exit=first_token_may_exit(backbone, policy),
         )
         self._queue: deque[_Job] = deque()
         self._thread: int | None = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import default_policy
+from offramp.engine.policy import ExitPolicy, resolved
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
@@ -332,7 +332,7 @@ class Trainer:
         return Adapter(
             self.backbone,
             ExitSet(exits, self.shortlist, discriminators=discriminators, measured=self.measured),
-            default_policy(self.backbone, shortlist=self.shortlist is not None),
+            resolved(ExitPolicy(shortlist=self.shortlist is not None), self.backbone),
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={
                 "agreement": self.agreement,

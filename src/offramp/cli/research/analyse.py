@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
-from offramp.cli.options import add_command, field_option, measured_options
+from offramp.cli.options import add_command, field_option, first_token_option, measured_options
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
@@ -41,6 +41,7 @@ def _options(parser: Parser) -> None:
         group, AnalysisConfig, "decode_depths", "decode with every token exiting at these",
         shown="at most twelve",
     )  # fmt: skip
+    first_token_option(group)
     field_option(group, AnalysisConfig, "max_new_tokens", "longest answer")
     field_option(group, AnalysisConfig, "batch_size", "examples at once")
     field_option(group, AnalysisConfig, "seed", "of the intervals")
@@ -55,7 +56,9 @@ def _analyse(arguments: argparse.Namespace) -> None:
     from offramp.research.analysis.analyse import AnalysisConfig, analyse
     from offramp.storage import check_writable
 
-    names = ("metric", "decode_depths", "max_new_tokens", "batch_size", "seed")
+    names = (
+        "metric", "decode_depths", "exit_in_prefill", "max_new_tokens", "batch_size", "seed"
+    )  # fmt: skip
     config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})
     if arguments.adapter is None and arguments.backbone is None:
         raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")

@@ -12,6 +12,7 @@ from offramp.cli.options import (
     depths_option,
     field_option,
     field_options,
+    first_token_option,
     model_options,
     name_option,
 )
@@ -71,7 +72,10 @@ def _data_options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--split", help="only rows of this split")
     group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    group.add_argument("--limit", type=whole(1), metavar="N", help="read at most so many examples")
+    group.add_argument(
+        "--limit", type=whole(1), metavar="N",
+        help="read so many examples, and what else is asked about their images",
+    )  # fmt: skip
     group.add_argument(
         "--test-fraction", type=float, default=0.3, metavar="X",
         help="share of the images to test on; the others train (default: 0.3)",
@@ -105,6 +109,7 @@ def _method_options(parser: Parser) -> None:
         "of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
     )  # fmt: skip
+    first_token_option(group, default=True, shown="they do")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -125,7 +130,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     chosen: dict[str, Any] = {
         n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
     }
-    same = {n: getattr(arguments, n) for n in ("seeds", "timed", "rounds", "max_new_tokens")}
+    names = ("exit_in_prefill", "seeds", "timed", "rounds", "max_new_tokens")
+    same = {n: getattr(arguments, n) for n in names}
     training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, patience=None)
     plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
     check_writable(arguments.out, folder=True)

@@ -47,9 +47,11 @@ class PromptReader:
     """The layer handler of prompts; not for two threads at once.
 
     depths: of the exits in use. vision_cache, prefix_cache: as in `generate`. first_may_exit: let
-    the exits look at the first token (`exit_in_prefill`); behind an encoder they always do, and
-    where a prompt is not causal they never do.
+    the exits look at the first token, as `first_token_may_exit` has it; behind an encoder they
+    always do.
     """
+
+    exited = False  # every prompt runs whole
 
     def __init__(
         self,
@@ -66,8 +68,7 @@ class PromptReader:
         if vision_cache is not None:
             self.view.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
-        causal = first_may_exit and backbone.family.causal_prompt
-        self._looks_at_first = backbone.is_encoder_decoder or causal
+        self._looks_at_first = backbone.is_encoder_decoder or first_may_exit
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None

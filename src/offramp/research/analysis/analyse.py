@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from offramp.calibration.replay import Array, PolicyReplay, Replay, can_replay, 
 from offramp.calibration.risk_functions import Quality
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError
 from offramp.evaluation.statistics import Bootstrap
@@ -74,6 +75,8 @@ class AnalysisConfig:
 
     metric: of `offramp.research.analysis.free_running.METRICS`; None: see `metric_for`.
     decode_depths: depths of free-running decoding; None: all, or twelve spread evenly.
+    exit_in_prefill: whether first tokens exit early too, where the prompt is causal; None: as the
+        adapter's policy has it, and where a depth is forced they do.
     max_new_tokens: longest answer.
     batch_size: changes memory and time, not results.
     confidence, resamples, seed: of the bootstrap intervals.
@@ -81,6 +84,7 @@ class AnalysisConfig:
 
     metric: str | None = None
     decode_depths: tuple[int, ...] | None = None
+    exit_in_prefill: bool | None = None
     max_new_tokens: int = 40
     batch_size: int = 32
     confidence: float = 0.95
@@ -201,6 +205,9 @@ class _Run:
         adapter = model if isinstance(model, Adapter) else None
         if adapter is not None:
             sets["exits"] = adapter.exits
+            if (first := config.exit_in_prefill) is not None:
+                policy = replace(adapter.policy, exit_in_prefill=first)
+                adapter = replace(adapter, policy=policy)
         return cls(adapter, encoder, examples, config, sets, progress)
 
     def draws(self, examples: Sequence[Example]) -> Bootstrap:
@@ -219,7 +226,10 @@ class _Run:
             "progress": self.progress,
         }
         full = generate_answers(self.encoder.backbone, self.encoder, self.examples, **options)
-        free = FreeRunning(self.encoder, self.examples, full, metric, self.draws, options)
+        forced_policy = ExitPolicy(exit_in_prefill=self.config.exit_in_prefill is not False)
+        free = FreeRunning(
+            self.encoder, self.examples, full, metric, self.draws, options, forced_policy
+        )
         written = [
             Answered(example, answer.ids, labelled=False)
             for example, answer in zip(self.examples, full, strict=True)

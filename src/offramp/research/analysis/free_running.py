@@ -7,7 +7,7 @@ mistakes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array
 from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.example import Example
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import check_known
 from offramp.evaluation.statistics import Bootstrap
 from offramp.models.exits import ExitSet
@@ -46,6 +46,7 @@ class FreeRunning:
     """The examples with the full model's answers, to compare others with.
 
     quality: judges answers to the examples that have references. options: of `generate_answers`.
+    forced: the policy by which every token exits at one depth; its thresholds are set here.
     """
 
     encoder: InputProcessor
@@ -54,6 +55,7 @@ class FreeRunning:
     quality: Quality
     draws: Callable[[Sequence[Example]], Bootstrap]
     options: Mapping[str, Any]
+    forced: ExitPolicy = FULL
     labelled: Sequence[Example] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class FreeRunning:
         # A threshold of 0: every token exits, the first one too where the prompt allows it.
         adapter = Adapter(self.encoder.backbone, exits)
         answers: dict[int, Sequence[Answer]] = {
-            d: self.decode(adapter, ExitPolicy({d: 0.0}, exit_in_prefill=True)) for d in depths
+            d: self.decode(adapter, replace(self.forced, thresholds={d: 0.0})) for d in depths
         }
         answers[self.encoder.backbone.depth] = self.full
         found = {}

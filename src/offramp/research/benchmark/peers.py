@@ -104,7 +104,7 @@ def _peers(
     depth = min(adapter.policy.thresholds)
     same_depth = _mean_depth(adapter, some, options)
     lens = Exits(backbone, (same_depth,), kind="lens")
-    cut = ExitPolicy({same_depth: 0.0}, exit_in_prefill=True)
+    cut = ExitPolicy({same_depth: 0.0})
     own = partial(exit_generate_fn, backbone, exits, **options)
     none = "No smaller model with this vocabulary was given."
     return {

@@ -100,6 +100,8 @@ def _settings(
     fixed = asdict(plan)
     for name in ("objectives", "policies", "pairs", "seeds", "timed", "rounds"):
         del fixed[name]
+    if plan.exit_in_prefill:  # so it always was before it was a choice, and those runs go on
+        del fixed["exit_in_prefill"]
     return {
         "backbone": dump_fingerprint(backbone.fingerprint()),
         "train": examples_digest(train),

@@ -79,8 +79,11 @@ class Grid:
         if (key := (seed, objective, depths)) not in self._adapters:
             self._adapters[key] = self._trained(*key)
         adapter = self._adapters[key]
-        shortlist = adapter.policy.shortlist
-        rule = ExitPolicy(score=POLICIES[policy], exit_in_prefill=True, shortlist=shortlist)
+        rule = ExitPolicy(
+            score=POLICIES[policy],
+            exit_in_prefill=self.plan.exit_in_prefill,
+            shortlist=adapter.policy.shortlist,
+        )
         if policy in FIXED:
             rules = [replace(rule, thresholds=Thresholds({d: 0.0})) for d in depths]
         else:

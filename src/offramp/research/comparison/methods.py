@@ -75,6 +75,7 @@ class Plan:
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all exit, for a curve must reach the quality at which it is read.
     training: what all objectives share.
+    exit_in_prefill: as in `ExitPolicy`, for every point.
     seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
         are means.
     timed: test examples in the race. rounds: its rounds. Both may be others later.
@@ -88,6 +89,7 @@ class Plan:
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
     seeds: int = 1
+    exit_in_prefill: bool = True
     timed: int = 12
     rounds: int = 5
     batch_size: int = 64

@@ -1,0 +1,242 @@
+"""The rows of what a user brings, wherever they stand: a JSONL file, or a Hugging Face data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from offramp.data.image import content_digest, image_names
+from offramp.errors import DataError, StorageError, did_you_mean
+
+CAPTIONS = ("captions", "caption")
+ANSWERS = ("answers", "answer")
+FIELDS = ("image", *CAPTIONS, "question", *ANSWERS, "dialogue", "prompt", "split")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of one row, with what an error needs to name it."""
+
+    fields: Mapping[str, Any]
+    where: str  # such as "cats.jsonl, line 3"
+    number: int  # of the line or row, from 1
+    base: Path  # the folder that image paths are relative to
+    error: DataError | None = None  # why it has no fields
+
+    def image_name(self) -> str | None:
+        """The name that all rows of its image share; None where it names none."""
+        value = self.fields.get("image")
+        if isinstance(value, Image.Image | Cell):
+            return content_digest(value)[:16]
+        if not isinstance(value, str) or not value.strip():
+            return None
+        return Path(os.path.relpath(self.base / value, self.base)).as_posix()
+
+    def has(self, names: Sequence[str]) -> bool:
+        return any(self.fields.get(name) is not None for name in names)
+
+    def text(self, name: str) -> str:
+        return self._checked(name, self.fields.get(name))
+
+    def texts(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The texts under the first of these names that the row has; () where it has none."""
+        for name in names:
+            value = self.fields.get(name)
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                # VQA data sets on the hub keep each answer in an object of its own.
+                plain = (v.get("answer") if isinstance(v, dict) else v for v in values)
+                return tuple(self._checked(name, v) for v in plain)
+        return ()
+
+    def _checked(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            self.fail_as_wrong(name, value, "a text in quotes")
+        if not value.strip():
+            self.fail(f"has an empty {name!r}", "Fill it in, or remove the row.")
+        return value
+
+    def fail(self, problem: str, remedy: str) -> NoReturn:
+        raise DataError(f"{self.where} {problem}.", remedy)
+
+    def fail_as_wrong(self, name: str, value: Any, expected: str) -> NoReturn:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        self.fail(f"has {shown} as {name!r}", f"Make it {expected}.")
+
+    def fail_without_answer(self) -> NoReturn:
+        # A misspelt field is ignored like any other unknown one; here is where it shows.
+        hints = (did_you_mean(name, FIELDS) for name in self.fields if name not in FIELDS)
+        self.fail(
+            f"has no answer; its fields are {', '.join(self.fields)}",
+            next((hint for hint in hints if hint.startswith("Did")), "")
+            or "Add 'captions', or 'answers' to the question, or train without labels.",
+        )
+
+
+def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    """The rows of any source, those of other splits left out."""
+    if source == "":
+        raise DataError(
+            "There is no data of the name ''.", "Give a JSONL file, a folder or a name."
+        )
+    path = Path(source).expanduser()
+    if os.path.isdir(path):
+        files = sorted(path.glob("*.jsonl"))
+        if _is_saved_by_datasets(path) or (not files and any(path.rglob("*.parquet"))):
+            return _dataset_rows(str(path), split)
+        if not files and (names := image_names(path)):
+            rows = (Row({"image": n}, f"{path}/{n}", i, path) for i, n in enumerate(names, 1))
+            return _of_split(rows, split, str(path))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none, and no images"
+            problem = f"The folder {source} should hold images or one JSONL file; found: {found}."
+            raise DataError(problem, "Give the path of the file itself.")
+        path = files[0]
+    if os.path.isfile(path):
+        return _of_split(_jsonl_rows(path), split, str(path))
+    if _looks_like_path(source):
+        raise DataError(f"{source} does not exist.", "Correct the path.")
+    return _dataset_rows(str(source), split)
+
+
+def _looks_like_path(source: str | Path) -> bool:
+    # A data set on the hub is NAME or OWNER/NAME, and neither starts with a dot.
+    name = str(source)
+    return (
+        isinstance(source, Path)
+        or name.endswith((".jsonl", ".json", ".ndjson", ".csv", ".parquet"))
+        or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    )
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row_of(line, path, number)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot read {path}: {error.strerror}.", "Check that the file may be read."
+        ) from error
+
+
+def _row_of(line: bytes, path: Path, number: int) -> Row:
+    where = f"{path}, line {number}"
+    try:
+        return Row(_parse(line, where, number), where, number, path.parent)
+    except DataError as error:  # raised where the row is asked for
+        return Row({}, where, number, path.parent, error)
+
+
+def _parse(line: bytes, where: str, number: int) -> dict[str, Any]:
+    try:
+        # The byte-order mark that some editors put in front is no part of the data.
+        fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text.", "Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        problem = f"{where} is not valid JSON: {error}."
+        raise DataError(problem, "Write one JSON object a line.") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where} is not a JSON object.", "Write one JSON object a line.")
+    return fields
+
+
+def _of_split(rows: Iterator[Row], split: str | None, name: str) -> Iterator[Row]:
+    """Keep the rows whose "split" is this one; rows without the field belong to none."""
+    if split is None:
+        yield from rows
+        return
+    found: dict[str, int] = {}
+    for row in rows:
+        if row.error is not None:
+            yield row
+        elif row.has(["split"]):
+            label = row.text("split")
+            found[label] = found.get(label, 0) + 1
+            if label == split:
+                yield row
+    if split not in found:
+        raise DataError(
+            f"{name} has no rows of the split {split!r}.",
+            did_you_mean(split, found) or "Give each row a 'split', or do not ask for one.",
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The encoded image of one row of a data set; read when wanted, so that memory stays small."""
+
+    dataset: Any  # a datasets.Dataset whose image column is not decoded
+    index: int
+
+    def read(self) -> bytes:
+        content: bytes = self.dataset[self.index]["image"]["bytes"]
+        return content
+
+
+def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
+    """Rows of a Hugging Face data set, from a folder or by name."""
+    dataset, split = _load(name, split)
+    base = Path(name) if os.path.isdir(name) else Path()
+
+    def rows() -> Iterator[Row]:
+        for index, fields in enumerate(dataset):
+            image = fields.get("image")
+            if isinstance(image, dict):
+                inside = image.get("bytes") is not None
+                fields["image"] = Cell(dataset, index) if inside else image.get("path")
+            yield Row(fields, f"{name}, row {index + 1}", index + 1, base)
+
+    return _of_split(rows(), split, name)
+
+
+def _load(name: str, split: str | None) -> tuple[Any, str | None]:
+    """The data set, and the split still to be picked by the rows' own field."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"Reading {name} needs the package 'datasets', which is not installed.",
+            "Install it with: pip install 'offramp[data]'; or give a JSONL file.",
+        ) from error
+    try:
+        if _is_saved_by_datasets(Path(name)):
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name)
+    except Exception as error:  # whatever its many file formats and the network raise
+        raise DataError(
+            f"Cannot load the data set {name}: {type(error).__name__}: {error}.",
+            "Check the name and the connection; for data of your own, give the path of a file.",
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset, split = _one_split(dataset, split, name), None
+    elif split is not None and "split" not in dataset.column_names and split == str(dataset.split):
+        split = None
+    dataset = dataset.with_format(None)
+    if isinstance(dataset.features.get("image"), datasets.Image):
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset, split
+
+
+def _one_split(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split is not None and split in splits:
+        return splits[split]
+    problem = f"has no split {split!r}" if split else "has several splits, and none was named"
+    raise DataError(f"The data set {name} {problem}.", did_you_mean(split or "", splits))
+
+
+def _is_saved_by_datasets(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
