@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "offramp"
-GROUND = {"offramp", "errors", "storage", "provenance", "progress"}
+GROUND = {"offramp", "errors", "missing", "storage", "provenance", "progress"}
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "save_and_load", "model_card", "adapter"}
 ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
+    "missing": set(),
     "storage": {"errors"},
     "progress": set(),
     "provenance": {"offramp", "errors", "storage"},

@@ -16,6 +16,7 @@ from offramp import __version__
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
 from offramp.errors import OfframpError, StorageError
+from offramp.missing import how_to_install, missing_package
 
 EXAMPLES = """\
 examples:
@@ -57,6 +58,8 @@ def run(argv: Sequence[str] | None = None) -> int:
             return _stop(stopped)
         except BrokenPipeError:
             return close_output()
+        except SystemExit as end:  # argparse's, after --help and --version
+            raise SystemExit(end_output(end.code if isinstance(end.code, int) else 0)) from None
         except (ImportError, OSError, RuntimeError):
             if stopped:  # libraries that are being imported turn Ctrl-C into errors of their own
                 return _stop(stopped)
@@ -83,22 +86,17 @@ def _run(argv: Sequence[str] | None) -> int:
         tell(f"error: {error}")
         return 1
     except ImportError as error:
-        if (error.name or "offramp").partition(".")[0] == "offramp":
-            raise
-        tell(f"error: {missing_package(error)}")
+        if (error.name or "").partition(".")[0] == "offramp":
+            raise  # a mistake of ours
+        package, reason = missing_package(error), " ".join(str(error).split())[:300]
+        what = "A package" if package is None else f"The package {package}"
+        tell(f"error: {what} is missing or broken: {reason.rstrip('.')}.\n"
+             f"{how_to_install(package)}")  # fmt: skip
         return 1
     except MemoryError:
         tell("error: There is not enough memory.\nGive a smaller --batch-size or --limit.")
         return 1
     return 0
-
-
-def missing_package(error: ImportError) -> str:
-    """What to install, in two lines."""
-    reason = " ".join(str(error).split())[:300]
-    package = (error.name or "").partition(".")[0].replace("_", "-")
-    remedy = f"pip install {package}" if package else "Install the package that it names."
-    return f"A package is missing or broken: {reason.rstrip('.')}.\n{remedy}"
 
 
 def build_parser() -> Parser:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.missing import how_to_install, missing_package
 from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
@@ -135,13 +136,11 @@ class Backbone:
                 str(name), revision=revision, dtype=dtype, **kwargs
             )
         except Exception as error:  # damaged files and missing packages raise nearly every builtin
-            raise InputError(
-                f"No vision-language model could be loaded from {str(name)!r}: {_reason(error)}",
-                "Install the package that it names."
-                if isinstance(error, ImportError)
-                else "Give a folder written by save_pretrained, or a hub name such as "
+            raise _not_loaded(
+                f"No vision-language model could be loaded from {str(name)!r}", error,
+                "Give a folder written by save_pretrained, or a hub name such as "
                 "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
-            ) from error
+            ) from error  # fmt: skip
         if device is not None:
             model = model.to(device)
         return cls(model, name=str(name), revision=revision)
@@ -334,12 +333,20 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
             str(name), revision=revision
         )
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
-        raise InputError(
-            f"No processor could be loaded from {str(name)!r}: {_reason(error)}",
-            "Install the package that it names."
-            if isinstance(error, ImportError)
-            else "Save the model's processor beside it: processor.save_pretrained(folder).",
-        ) from error
+        raise _not_loaded(
+            f"No processor could be loaded from {str(name)!r}", error,
+            "Save the model's processor beside it: processor.save_pretrained(folder).",
+        ) from error  # fmt: skip
+
+
+def _not_loaded(what: str, error: Exception, remedy: str) -> InputError:
+    """What is raised where transformers could not load `what`; remedy: where all packages are
+    there."""
+    package = missing_package(error)
+    if package is None and not isinstance(error, ImportError):
+        return InputError(f"{what}: {_reason(error)}", remedy)
+    named = "" if package is None else f"the package {package} is missing or broken: "
+    return InputError(f"{what}: {named}{_reason(error)}", how_to_install(package))
 
 
 def check_device(name: str) -> None:
