@@ -378,3 +378,21 @@ def test_a_generation_lets_go_of_its_cache_without_the_garbage_collector(backbon
         assert seen and not any(ref() is not None and ref().is_initialized for ref in seen)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("mode", ["full", "early", "lossless"])
+def test_what_is_longer_than_the_positions_is_refused(mode, backbone, exits, batch):
+    whole, inputs = backbone("blip2-opt"), batch("blip2-opt", 1)
+    limit, prompt = whole.positions, inputs["input_ids"].shape[1]
+    rule = FULL if mode == "full" else ExitPolicy({2: 0.05}, lossless=mode == "lossless")
+    run = {"exits": exits("blip2-opt"), "policy": rule, "do_sample": False, "eos_token_id": None}
+    # The last token is not read, so it needs no position.
+    last = generate(whole, inputs, max_new_tokens=limit - prompt + 1, **run)
+    assert last.new_tokens.shape[1] == limit - prompt + 1
+    with pytest.raises(InputError, match=f"{limit} positions"):
+        generate(whole, inputs, max_new_tokens=limit - prompt + 3, **run)
+    words = torch.full((1, limit), families.FIRST_WORD)
+    longer = {n: torch.cat([v, words if n == "input_ids" else torch.ones_like(words)], 1)
+              for n, v in inputs.items() if n in ("input_ids", "attention_mask")}  # fmt: skip
+    with pytest.raises(InputError, match=f"{limit} positions"):
+        generate(whole, {**inputs, **longer}, max_new_tokens=1, **run)

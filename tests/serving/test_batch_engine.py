@@ -243,6 +243,20 @@ def test_what_cannot_be_batched_fails_its_request_in_two_lines(options, said, ad
     assert good.result(timeout=0)
 
 
+def test_a_slot_has_no_more_tokens_than_the_backbone_has_positions(backbone, exits, batch):
+    whole, inputs = backbone("blip2-opt"), one_row("blip2-opt", batch("blip2-opt", 1), 0)
+    config = EngineConfig(slots=2, limit=400)
+    engine = EngineCore(whole, exits("blip2-opt"), ExitPolicy({2: 0.05}), config)
+    words = torch.full((1, whole.positions), 10)
+    long = {n: torch.cat([v, words], 1) if n in ("input_ids", "attention_mask") else v
+            for n, v in inputs.items()}  # fmt: skip
+    handles = [engine.add(request(inputs, new=200)), engine.add(request(long, new=1))]
+    engine.run()
+    for handle in handles:
+        with pytest.raises(InputError, match=f"of {whole.positions}"):
+            handle.result(timeout=0)
+
+
 @pytest.mark.parametrize("name", ["blip2-t5", "florence2"])
 def test_an_answer_longer_than_a_slot_is_refused_behind_an_encoder_too(
     name, backbone, exits, batch

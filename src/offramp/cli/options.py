@@ -7,6 +7,7 @@ import argparse
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any
 
 from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole, whole_numbers
@@ -93,7 +94,7 @@ def field_option(
     """The option of a dataclass's field: its type and its default, and of its metadata "help" and
     "choices" where they are not given."""
     field = next(field for field in fields(cls) if field.name == name)
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     flag = f"--{name.replace('_', '-')}"
     if default is _SAME:
         default = None if field.default is MISSING else field.default
@@ -128,6 +129,11 @@ def depths_option(group: Any, flag: str, help: str, *, default: Any = None) -> N
         flag, metavar="N,N", type=whole_numbers(1), nargs="+", action=Flattened, default=default,
         help=help,
     )  # fmt: skip
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def field_options(group: Any, cls: type, names: Collection[str], **choices: Iterable[str]) -> None:

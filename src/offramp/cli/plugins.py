@@ -9,12 +9,19 @@ imported, or a function that does when it is called:
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from offramp.errors import InputError
 
 GROUP = "offramp.plugins"
 _loaded: set[str] = set()
+
+
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """Looked for once: it reads a file of every package that is installed."""
+    return tuple(entry_points(group=GROUP))
 
 
 def load_plugins() -> None:
@@ -23,7 +30,7 @@ def load_plugins() -> None:
     Raises:
         InputError: one cannot be loaded.
     """
-    for point in entry_points(group=GROUP):
+    for point in _points():
         if point.value in _loaded:
             continue
         try:

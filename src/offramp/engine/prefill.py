@@ -108,7 +108,13 @@ class Prefill:
     """
 
     def __init__(self, view: InterceptedModel, prepared: Prepared) -> None:
-        """Run the prompt through `view`, whose handler decides what each layer does."""
+        """Run the prompt through `view`, whose handler decides what each layer does.
+
+        Raises:
+            InputError: it is longer than the backbone's positions.
+        """
+        self._limit, self._read = view.backbone.positions, 0
+        self._take(_longest(prepared))
         with view.recording() as calls:
             inputs = prepared.model.prepare_inputs_for_generation(
                 prepared.ids,
@@ -134,7 +140,11 @@ class Prefill:
         """Arguments for the stack's next call, on `tokens` new tokens for each row.
 
         real: which of them [B, tokens] are no padding; all of them when left out.
+
+        Raises:
+            InputError: the backbone has no more positions.
         """
+        self._take(tokens)
         kw = dict(self._static)
         if self.positions is not None:
             ahead = torch.arange(1, tokens + 1, device=self.positions.device)
@@ -150,10 +160,30 @@ class Prefill:
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens that `extend` counted."""
+        self._read -= tokens
         if self.positions is not None:
             self.positions = self.positions[..., -1:] - tokens
         if self._mask is not None:
             self._mask = self._mask[:, : self._mask.shape[1] - tokens]
+
+    def _take(self, tokens: int) -> None:
+        """Count tokens that are read. An embedding would raise IndexError or, on a GPU, stop all
+        that follows."""
+        self._read += tokens
+        if self._limit is not None and self._read > self._limit:
+            raise InputError(
+                f"Prompt and answer are longer than the backbone's {self._limit} positions.",
+                "Shorten the prompt, or lower max_new_tokens.",
+            )
+
+
+def _longest(prepared: Prepared) -> int:
+    """Tokens of the longest prompt that the decoder is to read, its padding left out."""
+    embeds, mask = (prepared.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
+    read: int = (prepared.ids if embeds is None else embeds).shape[1]
+    if prepared.model.config.is_encoder_decoder or mask is None or mask.dim() != 2:
+        return prepared.ids.shape[1] if prepared.model.config.is_encoder_decoder else read
+    return min(read, int(mask.sum(1).max()))
 
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:

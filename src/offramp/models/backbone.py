@@ -186,6 +186,13 @@ class Backbone:
         return self._find(self.family.vision)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that its learned positions are for; None: rotary and relative ones have no end."""
+        if not isinstance(getattr(self.stack, "embed_positions", None), nn.Embedding):
+            return None
+        return int(self.text_config.max_position_embeddings)
+
+    @property
     def is_encoder_decoder(self) -> bool:
         return bool(getattr(self.text_config, "is_encoder_decoder", False))
 

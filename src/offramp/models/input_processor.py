@@ -100,9 +100,9 @@ class InputProcessor:
         prompts: a batch; answers: for each row its example's key and its answer's tokens. The last
         token is never read, so it needs no position. Rotary and relative ones have no end.
         """
-        if not isinstance(getattr(self.backbone.stack, "embed_positions", None), nn.Embedding):
+        limit = self.backbone.positions
+        if limit is None:
             return
-        limit = int(self.backbone.text_config.max_position_embeddings)
         starts = [1] * len(answers)
         if not self.backbone.is_encoder_decoder:
             starts = prompts["attention_mask"].sum(1).tolist()

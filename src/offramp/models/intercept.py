@@ -76,6 +76,7 @@ class InterceptedModel:
         )
         graft(root, f"{family.stack}.{family.layers}", layers)
         graft(root, family.head, _HeadView(backbone.head))
+        self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)
 

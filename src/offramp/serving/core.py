@@ -268,11 +268,13 @@ class EngineCore:
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
-        limit = self.config.limit
+        positions = self.batch.backbone.positions or self.config.limit
+        limit = min(self.config.limit, positions)
         if prompt + answer > limit:
+            what = "a slot" if limit == self.config.limit else "the backbone's positions, a slot"
             raise InputError(
-                f"A prompt of {prompt} tokens and an answer of up to {answer} do not fit into a "
-                f"slot of {limit}.",
+                f"A prompt of {prompt} tokens and an answer of up to {answer} do not fit into "
+                f"{what} of {limit}.",
                 "Shorten them (max_new_tokens), or give the engine a larger limit.",
             )
 
