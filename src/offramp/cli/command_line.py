@@ -58,8 +58,6 @@ def run(argv: Sequence[str] | None = None) -> int:
             return _stop(stopped)
         except BrokenPipeError:
             return close_output()
-        except SystemExit as end:  # argparse's, after --help and --version
-            raise SystemExit(end_output(end.code if isinstance(end.code, int) else 0)) from None
         except (ImportError, OSError, RuntimeError):
             if stopped:  # libraries that are being imported turn Ctrl-C into errors of their own
                 return _stop(stopped)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from offramp.cli.config_file import with_config
+from offramp.cli.output import print_text
 from offramp.errors import InputError, did_you_mean
 
 
@@ -49,6 +50,10 @@ class Parser(argparse.ArgumentParser):
         if self.late is not None:
             late, self.late = self.late, None
             late(self)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and version: argparse's own says nothing where they cannot be written."""
+        print_text(message.rstrip("\n"))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}.", self._remedy())

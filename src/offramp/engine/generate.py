@@ -167,12 +167,14 @@ def _decode(
     sequence = SequenceState(prepared, streamer)
     run.adopt(prepared.cache)
     run.constrain = sequence.constraints(lambda: sequence.ids)
+    first_exits = first_token_may_exit(run.backbone, policy)
+    if run.decider is not None and first_exits and run.propagate:
+        prefix_cache = None  # the prompt's keys may be approximate
     served = None if prefix_cache is None else prefix_cache.serve(run)
     rounds: list[tuple[int, int]] = []
     if policy.lossless and run.decider is not None:
         rounds = speculate(run, sequence, prepared, policy.max_draft)
     else:
-        first_exits = first_token_may_exit(run.backbone, policy)
         decode_steps(run, sequence, prepared, first_exits=first_exits)
     if served is not None:
         served.end()

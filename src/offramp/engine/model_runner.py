@@ -169,12 +169,6 @@ class ModelRunner:
         """Depths where tokens may exit."""
         return () if self.decider is None else tuple(self.decider.thresholds)
 
-    @property
-    def exited(self) -> bool:
-        """Whether all rows of the call at hand exited: deeper layers have its tokens pending, or
-        propagated and so not exactly."""
-        return self._exited_at is not None
-
     def adopt(self, cache: Any) -> None:
         """Take the empty KV cache of this generation and give the exits entries of their own.
 

@@ -161,13 +161,13 @@ class _Served:
     def end(self) -> None:
         """Keep the prompt, if all layers have it as the full model would."""
         self._hook.remove()
-        if self._embeds is None or self._run.exited:
+        if self._embeds is None:
             return
         length, exits = len(self._embeds), self._exits()
         layers = self._run.cache.layers[: self._run.backbone.depth]
         entries = [*layers, *(entry for _, entry in exits)]
         if any(not e.is_initialized or e.get_seq_length() < length for e in entries):
-            return
+            return  # it is pending at an exit
         with torch.inference_mode():
             self._cache.keep(
                 _Kept(

@@ -51,8 +51,6 @@ class PromptReader:
     always do.
     """
 
-    exited = False  # every prompt runs whole
-
     def __init__(
         self,
         backbone: Backbone,
