@@ -153,6 +153,8 @@ def _runner(
     policy = policy.effective
     attached = None if exits is None else ExitSet.of(exits)
     decider = decider_of(backbone, attached, policy)
+    if policy.lossless and decider is not None:
+        backbone.check_lossless()
     return ModelRunner(backbone, attached, decider, propagate=policy.kv == "propagate"), policy
 
 

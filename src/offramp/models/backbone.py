@@ -152,6 +152,15 @@ class Backbone:
         self.family = replace(self.family, causal_prompt=causal)
         self.lossless = lossless
 
+    def check_lossless(self) -> None:
+        """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache."""
+        if not self.lossless:
+            raise UnsupportedBackboneError(
+                f"Lossless decoding takes drafts back, and {type(self.model).__name__} was found "
+                "unable to.",
+                "Use a policy with lossless=False: early exit or the full model.",
+            )
+
     def __repr__(self) -> str:
         return (
             f"Backbone({self.name}: {type(self.model).__name__}, {self.depth} layers, width "

@@ -34,6 +34,7 @@ from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
     CONFIG,
     FORMAT,
+    LEARNT,
     RESTORE,
     AdapterConfig,
     read_config,
@@ -130,7 +131,13 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         "calibration": None if parts.calibration is None else dict(parts.calibration),
         "metrics": dict(parts.metrics),
         "provenance": dict(parts.provenance),
+        **({"decoding": _learnt(backbone)} if backbone.family.discovered else {}),
     }
+
+
+def _learnt(backbone: Backbone) -> dict[str, bool]:
+    values = (backbone.family.causal_prompt, backbone.lossless)
+    return dict(zip(LEARNT, values, strict=True))
 
 
 def _checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
@@ -165,6 +172,8 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         check_policy_depths(config.policy, config.depths)
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
+    if config.decoding is not None and backbone.family.discovered:
+        backbone.learn(**config.decoding)
     calibration = config.calibration
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
     if was != held_in:

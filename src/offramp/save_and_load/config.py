@@ -24,8 +24,10 @@ _LARGEST = 64 * 2**20
 _REQUIRED = ("backbone", "depths", "policy", "metrics", "provenance")
 _OPTIONAL = (
     "format", "exit_kind", "discriminators", "conditional_discriminators", "checks", "calibration",
-    "files", "digest",
+    "files", "digest", "decoding",
 )  # fmt: skip
+LEARNT = ("causal_prompt", "lossless")
+"""What decoding shows of a backbone that was discovered."""
 _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
 
@@ -50,6 +52,7 @@ class AdapterConfig:
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
     calibration: Mapping[str, Any] | None
+    decoding: Mapping[str, bool] | None
     metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, str] | None
@@ -85,6 +88,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),
         calibration=config.optional("calibration"),
+        decoding=_decoding(config),
         metrics=config.get("metrics", dict),
         provenance=config.get("provenance", dict),
         files=_files(config),
@@ -176,6 +180,15 @@ def _depths(config: _Entries) -> tuple[int, ...]:
     if not depths or not rising:
         config.fail(f"'depths' is {_shown(depths)}")
     return tuple(depths)
+
+
+def _decoding(config: _Entries) -> dict[str, bool] | None:
+    """What decoding showed of a discovered backbone; see `Backbone.learn`."""
+    if config.values.get("decoding") is None:
+        return None
+    shown = config.part("decoding")
+    shown.check_known(LEARNT)
+    return {name: shown.get(name, bool) for name in LEARNT}
 
 
 def _discriminators(config: _Entries) -> dict[str, Any] | None:

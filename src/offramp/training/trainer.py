@@ -25,6 +25,7 @@ from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, resolved
+from offramp.engine.self_check.decoding import check_discovered
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
@@ -83,9 +84,11 @@ def train(
             than the backbone's positions.
         TrainingError: a loss that is not finite (the last good adapter and checkpoint stay), or a
             checkpoint that cannot be resumed with this configuration and data.
+        UnsupportedBackboneError: a discovered backbone does not decode as the model itself does.
     """
-    out = Path(out)
+    out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
+    check_discovered(backbone, processor, examples[:1])
     trainer = Trainer(backbone, processor, examples, config, out, command)
     if not trainer.accelerator.is_main_process:  # the main one holds the folder for all
         return trainer.run(resume)

@@ -6,6 +6,7 @@ import families
 import pytest
 
 from benchmarks import zoo
+from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import adopt_findings, check_decoding
@@ -79,3 +80,26 @@ def test_what_held_is_taken_over(batch):
     assert not found.family.causal_prompt  # not known before an image was seen
     adopt_findings(found, check_decoding(found, zoo.inputs("aya_vision", model, 1)))
     assert found.family.causal_prompt
+
+
+def test_lossless_is_refused_in_two_lines_where_drafts_cannot_be_taken_back():
+    model = zoo.build("inkling_mm_model")
+    whole, inputs = Backbone(model), zoo.inputs("inkling_mm_model", model, 1)
+    adopt_findings(whole, check_decoding(whole, inputs))
+    exits = Exits(whole, (1,)).requires_grad_(False)
+    with pytest.raises(UnsupportedBackboneError, match="drafts") as caught:
+        generate(whole, inputs, exits=exits, policy=ExitPolicy({1: 0.5}, lossless=True))
+    assert len(str(caught.value).splitlines()) == 2
+    generate(whole, inputs, exits=exits, policy=ExitPolicy({1: 0.5}), max_new_tokens=2)
+
+
+def test_an_adapter_remembers_what_decoding_showed_of_a_discovered_backbone(tmp_path):
+    model = zoo.build("aya_vision")
+    whole = Backbone(model)
+    adopt_findings(whole, check_decoding(whole, zoo.inputs("aya_vision", model, 1)))
+    whole.lossless = False
+    Adapter(whole, Exits(whole, (1,))).save(tmp_path / "exits")
+    fresh = Backbone(model)
+    assert not fresh.family.causal_prompt and fresh.lossless
+    Adapter.load(tmp_path / "exits", fresh)
+    assert fresh.family.causal_prompt and not fresh.lossless

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.data.example import Example
 from offramp.engine.exit_check import ExitDecider
 from offramp.engine.generate import decode_steps
 from offramp.engine.model_runner import ModelRunner
@@ -25,6 +26,7 @@ from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids
 from offramp.models.exits import Exits, ExitSet, propose_depths
+from offramp.models.input_processor import InputProcessor
 
 TOKENS = 10
 _PLAN = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
@@ -316,3 +318,13 @@ def adopt_findings(backbone: Backbone, found: DecodeCheck) -> None:
     backbone.learn(
         causal_prompt=found.holds(found.first_token), lossless=found.holds(found.lossless)
     )
+
+
+def check_discovered(backbone: Backbone, processor: Any, examples: Sequence[Example]) -> None:
+    """Check a discovered backbone on `examples`, and take over what holds; see `adopt_findings`.
+
+    What is registered has tests of its own.
+    """
+    if backbone.family.discovered and examples:
+        prompts = InputProcessor(backbone, processor).prompts(examples)
+        adopt_findings(backbone, check_decoding(backbone, prompts))
