@@ -489,6 +489,7 @@ def test_the_command_evaluates_goes_on_and_scores_again(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["eval", "--task", "gqa", "--data", str(questions), "--out", str(tmp_path / "run")]
+    arguments.append("--json")
     results = []
     for more in (["--backbone", "tiny-opt"], ["--backbone", "tiny-opt", "--resume"], ["--rescore"]):
         assert cli.main([*arguments, *more]) == 0

@@ -97,6 +97,7 @@ def test_train_calibrate_and_evaluate(
         if options[0] == "calibrate":  # half of what the test would see, or nothing is left of it
             options[options.index("--limit") + 1] = str(COUNT // 2)
             options.append("--write")  # so few can guarantee nothing, and would leave the adapter
+        options.append("--json")
         if options[0] == "eval" and DATA[name].task in FAST:
             options += ["--metrics", FAST[DATA[name].task]]
         assert cli.main(options) == 0, capsys.readouterr().err

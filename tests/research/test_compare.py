@@ -608,7 +608,7 @@ def test_the_command_compares_on_ones_own_pictures(
                  "--objectives", "free", "--policies", "max_probability", "fixed_depth",
                  "--pairs", "logit_lens:saturation",
                  "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1,
-                 "--max-new-tokens", 6]  # fmt: skip
+                 "--max-new-tokens", 6, "--json"]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["quality_full"] == 1

@@ -394,7 +394,7 @@ def test_a_result_of_another_form_is_named(kind: str) -> None:
 
 def test_the_command_writes_the_page(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = runs / "deep" / "report.html"
-    assert cli.main(["report", "--run", str(runs / "run"), "--out", str(out)]) == 0
+    assert cli.main(["report", "--run", str(runs / "run"), "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {"report": str(out), "bytes": len(out.read_bytes())}
     assert Page(out.read_text()).all("h1")
