@@ -15,6 +15,7 @@ PAGES = (
     "docs/defaults.md",
     "docs/photographs.md",
     "docs/runtimes.md",
+    "docs/serving.md",
     "recipes/tiny_vlm/README.md",
 )
 

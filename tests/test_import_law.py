@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "offramp"
-GROUND = {"offramp", "errors", "missing", "storage", "provenance", "progress"}
+GROUND = {"offramp", "errors", "missing", "storage", "provenance", "progress", "betting"}
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "save_and_load", "model_card", "adapter"}
 ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
     "missing": set(),
+    "betting": set(),
     "storage": {"errors"},
     "progress": set(),
     "provenance": {"offramp", "errors", "storage"},
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "evaluation": ANSWERS,
     "serving": ANSWERS,
     "runtimes": ANSWERS,
+    "integrations": {*ANSWERS, "serving"},
     "calibration": {*ANSWERS, "evaluation"},
     "research": {*ANSWERS, "training", "evaluation", "calibration", "serving"},
     "cli": {*ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "research"},

@@ -1,9 +1,9 @@
 """The tables and figures of the Markdown pages by name."""
 
-from benchmarks.tables import comparison, llama_cpp, overview, photographs, speed, tiny
+from benchmarks.tables import comparison, llama_cpp, overview, photographs, serving, speed, tiny
 from benchmarks.tables.markdown import Make
 
-_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp)
+_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving)
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make

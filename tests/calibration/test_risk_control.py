@@ -10,11 +10,11 @@ import pytest
 from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
+from offramp.betting import betting_p_value
 from offramp.calibration.attempts import ImageRows, by_image
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
-    betting_p_value,
     control,
     hoeffding_bentkus,
     learn_then_test,

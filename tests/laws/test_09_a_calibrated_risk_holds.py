@@ -23,11 +23,11 @@ from risks import (
     truth,
 )
 
+from offramp.betting import betting_p_values
 from offramp.calibration.attempts import ImageRows, by_image, error_share
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
-    betting_p_values,
     betting_upper_bound,
     control,
 )

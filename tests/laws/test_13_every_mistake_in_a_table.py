@@ -101,6 +101,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "calibrate": {"--adapter": adapter, "--data": data},
         "draft": {"--adapter": adapter, "--data": data},
         "generate": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
+        "serve": {"": adapter},
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
         "compare": {**model, "--data": data},
@@ -112,7 +113,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "env": {},
         "completion": {"": ["bash"]},
     }[command]
-    silent = ("generate", "inspect", "env", "completion")
+    silent = ("generate", "serve", "inspect", "env", "completion")
     return given if command in silent else {**given, "--out": [str(out)]}
 
 
@@ -214,6 +215,13 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
         yield from (("", value) for value in files_of(tree, BACKBONES))
         damaged = [name for name in ADAPTERS if name.startswith("adapter-")][:-2]
         yield from (("", value) for value in files_of(tree, tuple(damaged)))
+    if command == "serve":
+        yield from (("", value) for value in files_of(tree, ADAPTERS))
+        yield from (
+            ("--api-keys", value) for value in files_of(tree, ("gone", "folder", "good.png"))
+        )
+        yield from (("--image-folder", value) for value in files_of(tree, ("gone", "good.png")))
+        yield from (("--port", "65536"), ("--metrics-prefix", "a b"), ("--watch-level", "0"))
     if command == "report":
         runs = ("gone", "folder", "good.png", "pipe", LONG, SURROGATE, "adapter-deep", "other.json")
         yield from (("--run", value) for value in files_of(tree, runs))

@@ -143,14 +143,16 @@ class Puts:
 
 @pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
 def test_streamers_and_callbacks_get_settled_tokens_one_by_one(mode, adapter, rows):
-    ours, theirs, tokens = Puts(), Puts(), []
+    ours, theirs, choices = Puts(), Puts(), []
     engine = core(adapter)
-    handle = engine.add(request(rows[0], mode, streamer=ours, on_token=tokens.append))
+    handle = engine.add(request(rows[0], mode, streamer=ours, on_token=choices.append))
     engine.run()
     expected = alone(adapter, rows[0], mode, max_new_tokens=8, streamer=theirs)
     assert ours.puts == theirs.puts
     assert ours.ended
-    assert tokens == expected[0, -8:].tolist()
+    output = handle.result().output
+    assert [choice.token for choice in choices] == expected[0, -8:].tolist()
+    assert [choice.depth for choice in choices] == output.depths[0].tolist()
     assert len(handle.result().gaps) == 7
 
 

@@ -17,15 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offramp.betting import FRACTIONS, SHARES, betting_p_value
 from offramp.calibration.attempts import error_share
 from offramp.errors import InputError, did_you_mean
 
 Array = npt.NDArray[Any]
-
-FRACTIONS = np.array([0.1, 0.3, 0.6, 0.9])
-"""What part of the largest allowed bet is staked; rare losses want much, noisy ones little."""
-SHARES = np.log(FRACTIONS / FRACTIONS.sum())
-"""Logarithms of the shares of the fortune behind each; rare losses are the usual case."""
 
 
 def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
@@ -43,27 +39,6 @@ def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
     # Rounded, because 3 / 1200 * 1200 is a little more than 3.
     bentkus = math.e * float(binom.cdf(math.ceil(round(n * risk, 6)), n, target))
     return min(1.0, math.exp(-n * divergence), bentkus)
-
-
-def betting_p_values(losses: Array, target: float, high: float = 1.0) -> Array:
-    """P-values [...] of "the true risk is above `target`" for losses [n, ...] of at most `high`.
-
-    Waudby-Smith and Ramdas (2024): who bets at every image that its loss lies below the target
-    cannot expect to gain if the risk is above it, so by Ville's inequality a fortune that ever
-    grew c-fold has p = 1/c, however often one looks. The fortune is split over bets that are
-    `FRACTIONS` of the largest one that cannot ruin, 1 / (high - target). Losses may be negative
-    without a limit. The bets are made in the order of the losses: a longer list goes on with them.
-    """
-    if target >= high:
-        return np.zeros(losses.shape[1:])
-    gains = (target - losses[..., None]) * FRACTIONS / (high - target)
-    fortune = np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1)
-    return np.asarray(np.exp(-np.maximum(fortune.max(0, initial=0.0), 0.0)))
-
-
-def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
-    """The same for losses [n]."""
-    return float(betting_p_values(losses, target, high))
 
 
 def _hoeffding_bentkus(losses: Array, target: float) -> float:

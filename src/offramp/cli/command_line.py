@@ -26,6 +26,7 @@ examples:
   offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
   offramp draft --adapter exits --data held_out.jsonl
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
+  offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
   offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
@@ -38,7 +39,7 @@ COMMANDS = {
     name: f"offramp.cli.{room}.{name}"
     for room, names in (
         ("research", ("demo",)),
-        ("commands", ("train", "calibrate", "draft", "generate", "eval", "export")),
+        ("commands", ("train", "calibrate", "draft", "generate", "serve", "eval", "export")),
         ("research", ("compare", "analyse", "bench", "report")),
         ("commands", ("inspect", "env", "completion")),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from offramp.data.example import Example
@@ -19,7 +21,7 @@ _ADDS_BEHIND = {"PaliGemma": "\n"}
 
 
 class InputProcessor:
-    """A backbone's processor, asked for batches."""
+    """A backbone's processor, asked for batches. Thread-safe."""
 
     def __init__(self, backbone: Backbone | nn.Module, processor: Any) -> None:
         backbone = Backbone.of(backbone)
@@ -35,23 +37,50 @@ class InputProcessor:
         if not backbone.is_encoder_decoder:
             tokenizer.padding_side = "left"
         self.eos = _end_token(backbone, tokenizer)
+        # Fast tokenizers keep padding as a state, and refuse a second thread that changes it.
+        self._lock = threading.Lock()
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `generate` takes for these examples: one padded batch, on the backbone's device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
         images: list[Any] = [example.open_image() for example in examples]
-        if not type(self.processor).__name__.startswith(_PLACES_IMAGE):
+        if not self._places_image:
             images = [[image] for image in images]  # one image for each text
-        return self._on_device(
-            self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        )
+        return self._processed(texts, images)
+
+    def of_text(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """The same of one text that has its placeholders already, with any number of images.
+
+        Raises:
+            InputError: several images where the processor takes one a text.
+        """
+        if len(images) > 1 and self._places_image:
+            raise InputError(
+                f"This model takes one image with a prompt, and {len(images)} came.",
+                "Ask about each image on its own.",
+            )
+        given: Any = list(images) if self._places_image else [list(images)]
+        return self._processed([text], given if images else None)
+
+    def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The same of token ids."""
+        tokens = torch.tensor([list(ids)], device=self.backbone.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def text_prompt(self, prompt: str) -> dict[str, Any]:
         """What `generate` takes for a prompt without an image, where the model answers those."""
         text = prompt
-        if getattr(self.processor, "chat_template", None):
-            text = self._chat([{"type": "text", "text": prompt}])
-        return self._on_device(self.tokenizer([text], return_tensors="pt"))
+        if self.has_template:
+            content = [{"type": "text", "text": prompt}]
+            text = self.template_text([{"role": "user", "content": content}])
+        with self._lock:
+            batch = self.tokenizer([text], return_tensors="pt")
+        return self._on_device(batch)
+
+    def _processed(self, texts: Sequence[str], images: Any) -> dict[str, Any]:
+        with self._lock:
+            batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        return self._on_device(batch)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device, dtype = self.backbone.device, self.backbone.dtype
@@ -63,17 +92,59 @@ class InputProcessor:
 
     def prompt_text(self, prompt: str) -> str:
         """The prompt in the form the backbone was tuned on: chat template or image placeholder."""
-        if getattr(self.processor, "chat_template", None):
-            return self._chat([{"type": "image"}, {"type": "text", "text": prompt}])
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder is None or type(self.processor).__name__.startswith(_PLACES_IMAGE):
+        if self.has_template:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            return self.template_text([{"role": "user", "content": content}])
+        if self.image_mark is not None and self.image_mark in prompt:
             return prompt
-        return prompt if str(placeholder) in prompt else f"{placeholder}\n{prompt}"
+        return self.placed(prompt, 1)
 
-    def _chat(self, content: list[dict[str, str]]) -> str:
-        """The chat template about one message of the user's."""
-        messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+    @property
+    def has_template(self) -> bool:
+        """Whether the processor knows how a conversation is written."""
+        return bool(getattr(self.processor, "chat_template", None))
+
+    def template_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as its chat template writes it, up to where the answer begins."""
+        return str(self.processor.apply_chat_template(list(turns), add_generation_prompt=True))
+
+    def conversation_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """Turns as the model reads them; by its chat template or, without one, the text of the
+        only turn.
+
+        turns: role and content, which is a list of {"type": "text", "text": ...} and
+            {"type": "image"}.
+
+        Raises:
+            InputError: several turns without a chat template.
+        """
+        if self.has_template:
+            return self.template_text(turns)
+        if len(turns) > 1 or turns[0]["role"] != "user":
+            raise InputError(
+                "This model has no chat template, and a conversation of several turns came.",
+                "Send one turn of the role 'user', whose text is the prompt as the model was tuned "
+                "on it.",
+            )
+        parts = turns[0]["content"]
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        return self.placed(text, sum(part["type"] == "image" for part in parts))
+
+    @property
+    def image_mark(self) -> str | None:
+        """What stands for an image in a text; None: nothing does."""
+        mark = getattr(self.processor, "image_token", None)
+        return None if mark is None else str(mark)
+
+    def placed(self, prompt: str, images: int) -> str:
+        """A prompt behind the placeholders of its images, where the processor wants any."""
+        if self.image_mark is None or self._places_image or not images:
+            return prompt
+        return f"{self.image_mark * images}\n{prompt}"
+
+    @property
+    def _places_image(self) -> bool:
+        return type(self.processor).__name__.startswith(_PLACES_IMAGE)
 
     def answer_ids(self, prompt: str, answer: str) -> list[int]:
         """The ids generation would have to write after `prompt`, end token included.

@@ -120,6 +120,11 @@ class BatchEngine:
         """Requests in slots."""
         return self.core.running
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all that was submitted is answered; False where `timeout` seconds passed."""
         with self._changed:

@@ -27,6 +27,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.request import Completion, Handle, Request
+from offramp.serving.rows.row import Choice
 from offramp.serving.rows.rules import RowRules
 from offramp.serving.rows.slot_batch import Seat, SlotBatch
 from offramp.serving.schedule.pace import Pace
@@ -260,7 +261,7 @@ class EngineCore:
             self._check_room(tokens, 0)
         prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
         taps = _Taps(request, job, self.clock)
-        rules = RowRules(prompt, seed=request.seed, streamer=taps)
+        rules = RowRules(prompt, seed=request.seed, streamer=taps, on_choice=taps.settled)
         own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
         self._check_room(int(own.get_seq_length()), rules.most or 0)
         self.batch.join(prompt, rules, policy, job)
@@ -314,17 +315,15 @@ class _Taps:
     def __init__(self, request: Request, job: _Job, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._streamer, self._on_token, self._job = request.streamer, request.on_token, job
-        self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if self._streamer is not None:
             self._streamer.put(value)
-        if self._prompt:
-            self._prompt = False
-            return
+
+    def settled(self, choice: Choice) -> None:
         self._job.tokens.append(self._clock())
         if self._on_token is not None:
-            self._on_token(int(value))
+            self._on_token(choice)
 
     def end(self) -> None:
         if self._streamer is not None:

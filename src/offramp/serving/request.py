@@ -11,13 +11,14 @@ from typing import Any
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.errors import InputError, check_known
+from offramp.serving.rows.row import Choice
 from offramp.serving.rows.slot_batch import RowPolicy
 
 MODES = ("full", "early_exit", "lossless")
 """The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,
 drafted by the exits."""
 
-OnToken = Callable[[int], None]
+OnToken = Callable[[Choice], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +28,9 @@ class Request:
     inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
     own policy, at full depth while the engine finds that exits do not pay. thresholds: by depth,
     instead of the policy's; early exit only. seed: of its own generator; only matters with
-    `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token, or each
-    settled token's id; they run in the engine's thread and must be quick. options: Hugging Face's
-    generation options.
+    `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
+    settled token with its depth and score; they run in the engine's thread and must be quick.
+    options: Hugging Face's generation options.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.

@@ -102,7 +102,7 @@ def run_case(
     draw = random.Random(seed)
     written = [0]
 
-    def count(_: int) -> None:
+    def count(_: Any) -> None:
         written[0] += 1
 
     handles = []

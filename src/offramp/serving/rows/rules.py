@@ -10,7 +10,7 @@ that a guess and the full model share it makes them agree often (Daliri et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offramp.engine.sampling import SequenceState
 from offramp.engine.slots.prompt import Prompt
+from offramp.serving.rows.row import Choice
 
 
 class RowRules:
@@ -27,11 +28,19 @@ class RowRules:
     processors change what an exit's score is about.
     """
 
-    def __init__(self, prompt: Prompt, *, seed: int | None = None, streamer: Any = None) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int | None = None,
+        streamer: Any = None,
+        on_choice: Callable[[Choice], None] | None = None,
+    ) -> None:
         """Raise whatever the streamer raises on the prompt."""
         self._state = SequenceState(prompt.prepared, streamer)
         self.ids = prompt.prepared.ids
         self._streamer, self._criteria = streamer, prompt.prepared.criteria
+        self._on_choice = on_choice
         self._ends: set[int] = set()
         self._custom = False
         for criterion in prompt.prepared.criteria:
@@ -80,14 +89,17 @@ class RowRules:
         its end token. Other criteria are only asked about what is settled."""
         return last in self._ends or (self.most is not None and tokens >= self.most)
 
-    def emit(self, tokens: Sequence[int]) -> bool:
+    def emit(self, tokens: Sequence[int], choice: Choice) -> bool:
         """Give out the answer's last token, all of it being `tokens`; True where it is over.
 
-        Raise whatever the streamer or a criterion raises.
+        choice: the last token with its depth and score. Raise whatever the streamer or a criterion
+        raises.
         """
         self._noise.pop(len(tokens) - 1, None)  # that place is settled
         if self._streamer is not None:
             self._streamer.put(torch.tensor(tokens[-1:]))
+        if self._on_choice is not None:
+            self._on_choice(choice)
         if self._custom:
             return bool(self._criteria(self._with(tokens), None).all())
         return self.would_end(len(tokens), tokens[-1])

@@ -297,7 +297,7 @@ class SlotBatch:
         tokens = row.tokens
         try:
             for n in range(begin + 1, begin + len(fresh) + 1):
-                if seat.rules.emit(tokens[:n]):
+                if seat.rules.emit(tokens[:n], row.choices[n - 1]):
                     row.end(n)
                     seat.over = True
                     return

@@ -1,0 +1,45 @@
+"""Tables of the server: the watched guarantee's simulation, and what HTTP leaves of the engine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.tables.markdown import RECORDS, Make, record, table
+
+WATCHED = ("promised", "called broken though it holds", "twice the risk", "3 times", "10 times")
+HTTP = ("clients", "mode", "tokens a second", "of the engine's", "first token p50, p95", "gap p50")
+
+
+def watched() -> str:
+    """False alarms, and images until a broken promise is noticed, by how much it is exceeded."""
+    found = record("watched")
+    rows = []
+    for entry in found["entries"]:
+        false = f"{entry['false_alarms']:.2%} of {entry['streams']} over {entry['images']} images"
+        delays = [_delay(entry["delays"][ratio]) for ratio in ("2", "3", "10")]
+        rows.append((f"at most {entry['target']:.2%}", false, *delays))
+    return table(rows, WATCHED)
+
+
+def _delay(found: Mapping[str, Any]) -> str:
+    return f"{found['median_images']:.0f} (p95 {found['p95_images']:.0f}) images"
+
+
+def http() -> str:
+    """Empty until it was measured."""
+    if not (RECORDS / "serving.json").is_file() or "http" not in (found := record("serving")):
+        return ""
+    rows = [
+        (
+            str(entry["clients"]),
+            entry["mode"].replace("_", " "),
+            f"{entry['tokens_per_second']:.0f}",
+            f"{entry['share']:.2f}",
+            f"{1000 * entry['first']['p50']:.0f}, {1000 * entry['first']['p95']:.0f} ms",
+            f"{1000 * entry['gap']['p50']:.1f} ms",
+        )
+        for entry in found["http"]["entries"]
+    ]
+    return table(rows, HTTP)
+
+
+TABLES: dict[str, Make] = {"watched": watched, "serving": http}

@@ -1,0 +1,237 @@
+"""`offramp serve`: OpenAI's API, and a page to look at."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.loading import choose_device
+from offramp.cli.options import add_command, name_option, precision_options
+from offramp.cli.output import print_json, tell
+from offramp.cli.parser import Parser, or_none, share, whole
+from offramp.errors import InputError, StorageError
+
+MODES = ("full", "early_exit", "lossless")
+KEYS = "OFFRAMP_API_KEYS"
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "serve",
+        "Serve a model with its exits: OpenAI's API, metrics, and a page to look at.",
+        "offramp serve tiny-opt",
+        _serve,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    parser.add_argument(
+        "name", help="folder or hub name of trained exits; or tiny-opt or tiny-t5, which ship"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
+    )
+    precision_options(model)
+    model.add_argument(
+        "--threads", type=or_none(whole(1)), metavar="N",
+        help="of the processor, for one call (default: PyTorch's own choice)",
+    )  # fmt: skip
+    engine = parser.add_argument_group("engine")
+    name_option(
+        engine, "--mode", MODES, "of requests that name none", shown="as the adapter's policy says"
+    )
+    _number(engine, "--slots", 8, "answers written at once")
+    _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
+    _number(engine, "--queue", 64, "requests that may wait; more are refused")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    group.add_argument(
+        "--port", type=whole(0), default=8000, metavar="N",
+        help="port (default: 8000; 0: one that is free)",
+    )  # fmt: skip
+    group.add_argument("--served-name", metavar="TEXT", help="the model's name in requests")
+    group.add_argument(
+        "--api-keys", type=Path, metavar="FILE",
+        help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
+        "(default: no key is needed)",
+    )  # fmt: skip
+    _number(group, "--timeout", 300, "seconds that an answer may take")
+    _number(group, "--drain", 30, "seconds for answers under way after SIGTERM")
+    group.add_argument(
+        "--metrics-prefix", default="offramp", metavar="TEXT",
+        help="before the metrics' names, such as vllm (default: offramp)",
+    )  # fmt: skip
+    _watch_options(parser.add_argument_group("watched guarantee"))
+    images = parser.add_argument_group("images")
+    _number(images, "--images", 8, "images of one request")
+    _number(images, "--image-bytes", 10 * 2**20, "bytes of an encoded image")
+    _number(images, "--image-pixels", 20_000_000, "pixels of an image")
+    images.add_argument(
+        "--image-domains", nargs="+", default=[], metavar="HOST",
+        help="hosts that images are fetched from; .example.org: all below it too (default: none)",
+    )  # fmt: skip
+    images.add_argument(
+        "--image-folder", type=Path, metavar="FOLDER",
+        help="folder whose images file:// may name (default: none)",
+    )  # fmt: skip
+
+
+def _watch_options(group: Any) -> None:
+    from offramp.serving.monitor.watcher import ACTIONS
+
+    group.add_argument(
+        "--watch", type=share, default=0.01, metavar="X",
+        help="share of requests that the full model answers too, when idle; 0: none (default: "
+        "0.01)",
+    )  # fmt: skip
+    group.add_argument(
+        "--watch-level", type=share, default=0.01, metavar="X",
+        help="how often, at most, a guarantee that holds is ever called broken (default: 0.01)",
+    )  # fmt: skip
+    name_option(
+        group, "--when-broken", ACTIONS, "what answers are once the guarantee is broken",
+        default="lossless",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-watched", type=Path, metavar="FOLDER",
+        help="write images and prompts of watched requests there, for `offramp calibrate`; only "
+        "with the consent of those who ask (default: nothing is written)",
+    )  # fmt: skip
+
+
+def _number(group: Any, flag: str, default: int, help: str) -> None:
+    group.add_argument(
+        flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from offramp.serving.server.app import create_app
+    from offramp.serving.server.run import listen, serve
+
+    place = listen(arguments.host, arguments.port)
+    service = _service(arguments, config)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    def ready(address: str) -> None:
+        if arguments.json:
+            print_json({"model": config.name, "url": address})
+        tell(f"offramp serves {config.name}: {address} (a page), {address}/v1 (OpenAI's API)")
+
+    serve(create_app(service), service, place, ready=ready)
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """The server's configuration; what is wrong with it is told before a model is loaded."""
+    from offramp.serving.server.config import ImageLimits, ServerConfig
+
+    if arguments.port > 65535:
+        raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
+    if not arguments.metrics_prefix.isidentifier():
+        raise InputError(
+            f"Metrics cannot be named {arguments.metrics_prefix!r}.",
+            "Give a word of letters, digits and underscores.",
+        )
+    name = arguments.served_name or Path(arguments.name).name or arguments.name
+    images = ImageLimits(
+        count=arguments.images,
+        bytes=arguments.image_bytes,
+        pixels=arguments.image_pixels,
+        domains=tuple(arguments.image_domains),
+        folder=arguments.image_folder,
+    )
+    return ServerConfig(
+        name=name,
+        keys=tuple(_keys(arguments.api_keys)),
+        queue=arguments.queue,
+        seconds=float(arguments.timeout),
+        drain_seconds=float(arguments.drain),
+        mode=arguments.mode,
+        metrics=arguments.metrics_prefix,
+        images=images,
+        body=max(32 * 2**20, 2 * arguments.image_bytes * arguments.images),
+    )
+
+
+def _keys(file: Path | None) -> list[str]:
+    """The keys of a file, or of the environment.
+
+    Raises:
+        InputError: the file holds none. StorageError: it cannot be read.
+    """
+    from offramp.serving.server.middleware import keys_of
+
+    if file is None:
+        return list(keys_of(os.environ.get(KEYS, "")))
+    try:
+        keys = keys_of(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"The keys in {file} cannot be read: {getattr(error, 'strerror', None) or 'no text'}.",
+            "Name a text file with a key a line.",
+        ) from error
+    if not keys:
+        raise InputError(f"{file} holds no key.", "Write a key a line.")
+    return list(keys)
+
+
+def _service(arguments: argparse.Namespace, config: Any) -> Any:
+    """The model, loaded and running."""
+    import torch
+
+    from offramp.serving.core import EngineConfig
+    from offramp.serving.server.service import Service
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    model, processor = _model(arguments)
+    sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
+    watch, loss = _watched(arguments, model)
+    return Service(model, processor, config, sizes, watch=watch, loss=loss)
+
+
+def _watched(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """How the guarantee is watched, and what an answer loses by its risk."""
+    from offramp.calibration.risk_functions import RISKS
+    from offramp.serving.monitor.watcher import Promise, WatchConfig, differs
+
+    promise = Promise.of(getattr(model, "calibration", None))
+    watch = WatchConfig(
+        share=arguments.watch or 1.0,
+        level=arguments.watch_level,
+        action=arguments.when_broken,
+        keep=arguments.keep_watched,
+    )
+    if arguments.watch == 0:
+        return None, differs
+    if promise is None:
+        return watch, differs
+    risk = RISKS.get(promise.risk)
+    if risk is None or risk.quality is not None:
+        log.warning(
+            "The guarantee of %r needs right answers, which requests do not bring: it is not "
+            "watched.", promise.risk,
+        )  # fmt: skip
+        return None, differs
+    return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """An adapter and its processor; of a tiny model without exits, the backbone."""
+    from offramp.serving.loading import load_served, tiny_kind
+
+    return load_served(
+        arguments.name,
+        backbone=arguments.backbone,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        device=choose_device(arguments.device, is_tiny=tiny_kind(arguments.name) is not None),
+    )

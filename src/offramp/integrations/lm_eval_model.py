@@ -1,0 +1,82 @@
+"""`lm_eval --model offramp --model_args adapter=FOLDER`: generation tasks, with images or without.
+
+Found by the entry point `lm_eval.models`, which EleutherAI's harness reads in versions after
+0.4.13; before, import this module in the process and call `lm_eval.simple_evaluate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from offramp.errors import InputError
+from offramp.integrations.harness import Ask, HarnessModel
+
+
+class OfframpLM(LM):
+    """arguments: as of `HarnessModel`. batch_size and device are the harness's; the first is the
+    number of slots."""
+
+    MULTIMODAL = True
+
+    def __init__(
+        self,
+        adapter: str,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and str(batch_size).isdecimal():
+            arguments.setdefault("slots", int(batch_size))
+        self.name = adapter
+        self.harness = HarnessModel(adapter, device=device, **arguments)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answers to requests whose args are a context, options and, with images, a dict of
+        them."""
+        asked = []
+        for request in requests:
+            context, options, *more = request.args
+            images = more[0].get("visual", []) if more else []
+            for mark in ("<image>",):  # the harness's own placeholder
+                context = context.replace(mark, self.harness.encoder.image_mark or "")
+            asked.append(Ask(context, images, options))
+        texts = [told.text for told in self.harness.answers(asked)]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args[:2], text)
+        return texts
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise InputError(
+            "Log-likelihoods are not defined where tokens exit at depths of their own.",
+            "Choose generation tasks; `offramp eval` ranks candidate answers.",
+        )
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        self.loglikelihood(requests)
+        return []
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return str(getattr(self.harness.encoder.processor, "chat_template", None) or "")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The harness's turns as one prompt."""
+        turns = [
+            {
+                "role": turn["role"],
+                "content": [{"type": "text", "text": turn["content"]}]
+                if isinstance(turn["content"], str)
+                else turn["content"],
+            }
+            for turn in chat_history
+        ]
+        return self.harness.encoder.conversation_text(turns)

@@ -1,0 +1,98 @@
+"""`python -m lmms_eval --model offramp --model_args adapter=FOLDER`, by the entry point
+`lmms_eval.models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmms_eval.api.model import lmms
+
+from offramp.errors import InputError
+from offramp.integrations.harness import Ask, HarnessModel
+
+
+def manifest() -> Any:
+    """What the entry point tells of the model."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        model_id="offramp",
+        chat_class_path="offramp.integrations.lmms_eval_model.OfframpLmms",
+    )
+
+
+class OfframpLmms(lmms):
+    """arguments: as of `HarnessModel`. batch_size and device are the harness's; the first is the
+    number of slots."""
+
+    is_simple = False
+
+    def __init__(
+        self,
+        adapter: str,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and str(batch_size).isdecimal():
+            arguments.setdefault("slots", int(batch_size))
+        self.harness = HarnessModel(adapter, device=device, **arguments)
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        """The answers to requests whose args are a context, a function to messages, options, and
+        where the document is."""
+        asked = []
+        for request in requests:
+            _, doc_to_messages, options, doc, task, split = request.args
+            messages = doc_to_messages(self.task_dict[task][split][doc])
+            asked.append(Ask(*_parts(messages), options))
+        told = self.harness.answers(asked)
+        for request, answer in zip(requests, told, strict=True):
+            self.cache_hook.add_partial(
+                "generate_until", (request.args[0], request.args[2]), answer.text
+            )
+        return [_result(answer.text, answer.tokens) for answer in told]
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise InputError("Tasks of several rounds are not supported.", "Choose tasks of one round.")
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise InputError(
+            "Log-likelihoods are not defined where tokens exit at depths of their own.",
+            "Choose generation tasks; `offramp eval` ranks candidate answers.",
+        )
+
+
+def _parts(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Turns, and the images in them.
+
+    Raises:
+        InputError: video or sound.
+    """
+    turns, images = [], []
+    for message in messages:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "text":
+                content.append({"type": "text", "text": part["text"]})
+            elif part["type"] == "image":
+                content.append({"type": "image"})
+                images.append(part["url"])
+            else:
+                raise InputError(
+                    f"A task brings {part['type']}, and the model reads text and images.",
+                    "Choose tasks of images.",
+                )
+        turns.append({"role": message["role"], "content": content})
+    return turns, images
+
+
+def _result(text: str, tokens: int) -> Any:
+    """With its tokens, where the harness counts them."""
+    try:
+        from lmms_eval.api.instance import GenerationResult, TokenCounts
+    except ImportError:
+        return text
+    return GenerationResult(text=text, token_counts=TokenCounts(output_tokens=tokens))

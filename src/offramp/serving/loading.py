@@ -1,0 +1,89 @@
+"""What is served, by name: an adapter finds its backbone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from offramp.adapter import Adapter
+from offramp.errors import AdapterError, InputError
+from offramp.models.backbone import Backbone, load_processor
+from offramp.models.shipped import TINY, load_tiny, tiny_exits
+from offramp.save_and_load import read_config
+
+log = logging.getLogger(__name__)
+
+
+def load_served(
+    name: str,
+    *,
+    backbone: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[Adapter | Backbone, Any]:
+    """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
+
+    name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
+    adapter's own, with revision: of it.
+
+    Raises:
+        AdapterError: there is no such adapter, or it does not fit. InputError: a revision of a
+        model that ships.
+    """
+    if tiny_kind(name) is not None and not os.path.isdir(name):
+        model, processor = _load_backbone(name, revision, dtype, device)
+        try:
+            folder = tiny_exits(str(tiny_kind(name)))
+        except InputError:
+            log.info("%s ships without exits: every token runs at full depth", name)
+            return model, processor
+        return Adapter.from_pretrained(folder, model), processor
+    config = read_config(adapter_folder(name))
+    if backbone is None:
+        revision = revision or config.revision
+    model, processor = _load_backbone(backbone or config.backbone, revision, dtype, device)
+    return Adapter.load(config, model), processor
+
+
+def tiny_kind(name: str) -> str | None:
+    """Which tiny model is meant; None: none."""
+    kind = name.removeprefix("offramp/").removeprefix("tiny-")
+    return kind if kind in TINY and kind != name else None
+
+
+def _load_backbone(
+    name: str, revision: str | None, dtype: str, device: str | None
+) -> tuple[Backbone, Any]:
+    exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if (kind := tiny_kind(name)) is not None:
+        if revision is not None:
+            raise InputError(
+                f"{name} ships with offramp and has no revision {revision!r}.",
+                "Leave the revision out.",
+            )
+        return load_tiny(kind, torch.float32 if dtype == "auto" else exact, device)
+    backbone = Backbone.from_pretrained(name, revision=revision, dtype=exact, device=device)
+    return backbone, load_processor(name, revision=revision)
+
+
+def adapter_folder(name: str) -> str:
+    """The adapter's folder on this machine, fetched from the hub if it is not there.
+
+    Raises:
+        AdapterError: the hub gave none.
+    """
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name))
+    except Exception as error:  # offline, missing, private: hub errors share no useful base
+        raise AdapterError(
+            f"No adapter folder {name!r}, and the hub gave none: {error}",
+            "Correct the path or the name, or be online; tiny-opt and tiny-t5 ship with offramp.",
+        ) from error

@@ -1,0 +1,1 @@
+"""A guarantee that is watched while requests come in."""

@@ -1,0 +1,194 @@
+"""The server on many machines, by Ray; needs the extra `ray`.
+
+    from ray import serve
+    from offramp.serving.ray_deployment import RayConfig, deployment
+
+    serve.run(deployment(RayConfig("this/folder", max_replicas=8)))
+
+A replica is a process with an engine of its own, behind Ray's proxy; the routes are those of
+`offramp serve`. Replicas are added while more requests are under way than they have slots.
+`Captioner` answers millions of images offline, as a class for `ray.data.Dataset.map_batches`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from offramp.adapter import Adapter
+from offramp.data.image import open_rgb
+from offramp.errors import InputError, OfframpError
+from offramp.models.input_processor import InputProcessor
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineConfig
+from offramp.serving.loading import load_served
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """What every replica serves, and how many there are.
+
+    adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. server:
+    fields of `ServerConfig` beside the name. loading: as of `load_served`. cpus, gpus: of a
+    replica. threads: of the processor, for one call. watch: whether the guarantee is watched; each
+    replica watches its own requests, and each may be wrong at the level.
+
+    Raises:
+        InputError: no replicas, or fewer at most than at least.
+    """
+
+    adapter: str
+    name: str | None = None
+    slots: int = 8
+    limit: int = 1024
+    queue: int = 64
+    min_replicas: int = 1
+    max_replicas: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    threads: int | None = None
+    watch: bool = True
+    server: Mapping[str, Any] = field(default_factory=dict)
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise InputError(
+                f"From {self.min_replicas} to {self.max_replicas} replicas are none.",
+                "Give whole numbers from 1, the larger one last.",
+            )
+
+
+def replica_app(config: RayConfig) -> FastAPI:
+    """The application of one replica; built in its process, as it holds the model."""
+    import torch
+
+    from offramp.serving.monitor.watcher import WatchConfig
+    from offramp.serving.server.app import create_app
+    from offramp.serving.server.config import ServerConfig
+    from offramp.serving.server.service import Service
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, processor = load_served(config.adapter, **config.loading)
+    name = config.name or Path(config.adapter).name
+    server = ServerConfig(name=name, queue=config.queue, **config.server)
+    sizes = EngineConfig(config.slots, config.limit)
+    watch = WatchConfig() if config.watch else None
+    return create_app(Service(model, processor, server, sizes, watch=watch))
+
+
+def deployment(config: RayConfig) -> Any:
+    """An application for `serve.run`.
+
+    A replica takes as many requests as it has slots and places in its queue, and the proxy keeps
+    as many again waiting before it refuses; both are Ray's limits beside the server's own.
+    """
+    from ray import serve
+
+    room = config.slots + config.queue
+    drain = float(config.server.get("drain_seconds", 30.0))
+
+    def build() -> FastAPI:
+        return replica_app(config)
+
+    @serve.deployment(
+        name=f"offramp-{Path(config.adapter).name}",
+        max_ongoing_requests=room,
+        max_queued_requests=room,
+        autoscaling_config={
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.slots,
+        },
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        graceful_shutdown_timeout_s=drain + 5,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    @serve.ingress(build)
+    class Replica:
+        """Nothing beside the application."""
+
+    return Replica.bind()
+
+
+class Captioner:
+    """Answers one prompt about the images of a batch: a class for `map_batches`.
+
+        dataset.map_batches(
+            Captioner, fn_constructor_kwargs={"adapter": "this/folder"}, batch_size=256,
+            concurrency=8, num_gpus=1,
+        )
+
+    A batch has a column "image" of paths, encoded bytes or arrays [H, W, 3]; the columns "answer",
+    "mean_depth" and "error" are added. An image that cannot be read has an error and no answer.
+
+    adapter: as `offramp serve` takes it. options: of generation.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        *,
+        prompt: str = "Caption:",
+        column: str = "image",
+        slots: int = 8,
+        limit: int = 1024,
+        mode: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        model, processor = load_served(adapter, **(loading or {}))
+        backbone = model.backbone if isinstance(model, Adapter) else model
+        self._encoder = InputProcessor(backbone, processor)
+        self._engine = BatchEngine(model, self._encoder, EngineConfig(slots, limit), queue=1024)
+        self._prompt, self._column, self._mode = prompt, column, mode
+        self._options = {"max_new_tokens": 64, "do_sample": False, **options}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        handles = [self._submit(image) for image in batch[self._column]]
+        answers, depths, errors = [], [], []
+        for handle in handles:
+            try:
+                if isinstance(handle, OfframpError):
+                    raise handle
+                output = handle.result().output
+                answers.append(self._encoder.texts(output.new_tokens)[0])
+                depths.append(output.mean_depth)
+                errors.append("")
+            except OfframpError as error:
+                answers.append("")
+                depths.append(float("nan"))
+                errors.append(error.problem)
+        return {**batch, "answer": answers, "mean_depth": depths, "error": errors}
+
+    def _submit(self, image: Any) -> Any:
+        try:
+            opened = open_rgb(as_image(image), "An image")
+            text = self._encoder.prompt_text(self._prompt)
+            inputs = self._encoder.of_text(text, [opened])
+            return self._engine.submit(inputs, mode=self._mode, wait=True, **self._options)
+        except OfframpError as error:
+            return error
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def as_image(value: Any) -> Any:
+    """What `open_rgb` opens, of a cell: a path, encoded bytes, or an array [H, W] or [H, W, 3]."""
+    if isinstance(value, str):
+        return Path(value)
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    if isinstance(value, Image.Image):
+        return value
+    return Image.fromarray(value)

@@ -1,0 +1,1 @@
+"""OpenAI's API over a batch engine; needs the extra `serve`."""

@@ -1,0 +1,259 @@
+"""One request on its way: its answers from the engine's thread to the client, whole or in pieces.
+
+The engine's thread calls back with every settled token; the event loop turns these into text. A
+client that goes away, and a request that takes too long, free their slots within a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offramp.serving.request import Completion, Handle
+from offramp.serving.rows.row import Choice
+from offramp.serving.server.api.options import Generation, generation
+from offramp.serving.server.api.protocol import ChatRequest, Sampling
+from offramp.serving.server.api.replies import DONE, Reply, Written, event
+from offramp.serving.server.api.text import TextStream
+from offramp.serving.server.errors import ApiError, api_error
+from offramp.serving.server.service import Place, Service, Use
+
+Inputs = Mapping[str, Any]
+Event = tuple[int, Choice | None]
+"""Number of a choice, and its next token; None: it is over."""
+OnAnswer = Callable[[Inputs, Generation, Completion], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """One answer while it is written."""
+
+    handle: Handle
+    how: Generation
+    inputs: Inputs
+    written: Written
+    stream: TextStream
+
+
+class Answering:
+    """The answers to one request. Made, and used, in the event loop's thread.
+
+    prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
+    has taken too long, by the loop's clock. on_answer: told of every answer that is over.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Sampling,
+        prompts: list[Inputs],
+        use: Use,
+        place: Place,
+        until: float,
+        on_answer: OnAnswer | None = None,
+    ) -> None:
+        """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
+        self._service, self._request, self._place = service, request, place
+        self._loop, self._until, self._on_answer = asyncio.get_running_loop(), until, on_answer
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        sizes = [service.room_behind(inputs) for inputs in prompts]
+        self.reply = Reply(
+            service.config.name,
+            isinstance(request, ChatRequest),
+            use.named,
+            service.backbone.depth,
+            sum(tokens for tokens, _ in sizes),
+            service.tokenizer,
+            use.fell_back,
+        )
+        hows = [
+            generation(
+                request, service.backbone.model, service.tokenizer, service.config,
+                prompt=tokens, room=room, choice=choice,
+            )
+            for tokens, room in sizes
+            for choice in range(request.n)
+        ]  # fmt: skip
+        repeated = [inputs for inputs in prompts for _ in range(request.n)]
+        self.choices: list[_Choice] = []
+        try:
+            for index, (inputs, how) in enumerate(zip(repeated, hows, strict=True)):
+                self.choices.append(self._submit(index, inputs, how, use))
+        except BaseException:
+            self.leave()
+            raise
+
+    def _submit(self, index: int, inputs: Inputs, how: Generation, use: Use) -> _Choice:
+        noted = how.logprobs
+
+        def settled(choice: Choice) -> None:  # in the engine's thread
+            if noted is not None:
+                noted.settle(choice.token)
+            if self._request.stream:
+                self._tell((index, choice))
+
+        handle = self._service.submit(inputs, use, seed=how.seed, on_token=settled, **how.options)
+        handle.add_done_callback(lambda _: self._tell((index, None)))
+        stream = TextStream(self._service.tokenizer, self._request.stops)
+        return _Choice(handle, how, inputs, Written(index), stream)
+
+    def _tell(self, what: Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, what)
+
+    def leave(self) -> None:
+        """Whatever is not over yet is not wanted."""
+        for choice in self.choices:
+            if not choice.handle.done():
+                self._service.metrics.ended("abort")
+            self._service.over(choice.handle)
+        self._place.leave()
+
+    # -- whole -------------------------------------------------------------------------------------
+
+    async def whole(self, receive: Callable[[], Any]) -> dict[str, Any]:
+        """The reply, once all answers are over. receive: tells when the client has gone.
+
+        Raises:
+            ApiError: what went wrong with an answer; the client has gone (499).
+        """
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            left = len(self.choices)
+            while left:
+                found = asyncio.ensure_future(self._next())
+                await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not found.done():
+                    found.cancel()
+                    raise ApiError(499, "The client has gone.", code="client_gone")
+                index, choice = found.result()
+                if choice is None:
+                    self._finish(self.choices[index])
+                    left -= 1
+            written = [choice.written for choice in self.choices]
+            return self._named().whole(written, [choice.how.logprobs for choice in self.choices])
+        finally:
+            gone.cancel()
+            self.leave()
+
+    async def _next(self) -> Event:
+        try:
+            async with asyncio.timeout_at(self._until):
+                return await self._events.get()
+        except TimeoutError:
+            raise ApiError(
+                504,
+                f"The answer took longer than {self._service.config.seconds:g} seconds.",
+                code="timeout",
+            ) from None
+
+    def _finish(self, choice: _Choice) -> str:
+        """Note what is known of an answer that is over; the last piece of its text."""
+        try:
+            done = choice.handle.result()
+        except CancelledError:
+            raise ApiError(503, "The server is stopping.", code="stopping") from None
+        except Exception as error:
+            raise api_error(error) from error
+        written = choice.written
+        written.tokens = done.output.new_tokens[0].tolist()
+        written.depths = done.output.depths[0].tolist()
+        if not self._request.stream:
+            for token in written.tokens:
+                choice.stream.put(token)
+        last = choice.stream.finish()
+        written.text = choice.stream.text
+        ended = written.tokens[-1] in self._service.ends and not self._request.ignore_eos
+        full = len(written.tokens) >= choice.how.longest
+        stopped = choice.stream.stopped or ended or not full
+        written.reason = "stop" if stopped else "length"
+        mode = self._mode(done)
+        first = choice.written.index % self._request.n == 0
+        tokens = int(choice.inputs["input_ids"].shape[-1]) if first else 0
+        self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
+        if self._on_answer is not None:
+            self._on_answer(choice.inputs, choice.how, done)
+        return last
+
+    def _mode(self, done: Completion) -> str:
+        """How exits were used: at full depth, where the engine found that they do not pay."""
+        early = self.reply.mode == "early_exit"
+        return "full" if early and not done.early_exit else self.reply.mode
+
+    def _named(self) -> Reply:
+        """The reply with what was done, now that it is."""
+        modes = {self._mode(c.handle.result()) for c in self.choices if c.written.reason}
+        if len(modes) != 1:
+            return self.reply
+        reply = replace(self.reply, mode=modes.pop())
+        object.__setattr__(reply, "id", self.reply.id)
+        object.__setattr__(reply, "created", self.reply.created)
+        return reply
+
+    # -- in pieces ---------------------------------------------------------------------------------
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The reply as server-sent events. What fails before the first is raised, what fails later
+        is an event."""
+        options = self._request.stream_options
+        each = options is not None and options.continuous_usage_stats
+        left, begun = len(self.choices), False
+        try:
+            while left:
+                news = [await self._next()]
+                while not self._events.empty():
+                    news.append(self._events.get_nowait())
+                chunks: list[dict[str, Any]] = []
+                for index, token in news:
+                    choice = self.choices[index]
+                    chunks += self._ended(choice) if token is None else self._wrote(choice, token)
+                    left -= token is None
+                if self.reply.chat and not begun:
+                    chunks = [*(self.reply.opening(c.written.index) for c in self.choices), *chunks]
+                begun = True
+                if each:
+                    usage = self.reply.usage([choice.written for choice in self.choices])
+                    chunks = [{**chunk, "usage": usage} for chunk in chunks]
+                if chunks:
+                    yield b"".join(map(event, chunks))
+            if options is not None and options.include_usage:
+                yield event(self._named().counted([choice.written for choice in self.choices]))
+            yield DONE
+        except ApiError as error:
+            if not begun:
+                raise
+            yield event(error.body) + DONE
+        finally:
+            self.leave()
+
+    def _wrote(self, choice: _Choice, token: Choice) -> list[dict[str, Any]]:
+        written = choice.written
+        written.tokens.append(token.token)
+        written.depths.append(token.depth)
+        piece = choice.stream.put(token.token)
+        return self._piece(choice, piece) if piece else []
+
+    def _ended(self, choice: _Choice) -> list[dict[str, Any]]:
+        piece = self._finish(choice)
+        told = choice.how.logprobs is not None or self._request.offramp is not None
+        rest = told and choice.written.told < len(choice.written.tokens)
+        chunks = self._piece(choice, piece) if piece or rest else []
+        return [*chunks, self.reply.ending(choice.written)]
+
+    def _piece(self, choice: _Choice, piece: str) -> list[dict[str, Any]]:
+        """A chunk of text, with what is told of the tokens since the last one."""
+        written = choice.written
+        begin, offset = written.told, len(written.text)
+        written.text += piece if written.reason is None else ""
+        written.told = len(written.tokens)
+        depths = None if self._request.offramp is None else written.depths[begin:]
+        logprobs = self.reply.logprobs(written, choice.how.logprobs, begin, offset)
+        return [self.reply.piece(written, piece, logprobs, depths)]
+
+
+async def _gone(receive: Callable[[], Any]) -> None:
+    """Return once the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

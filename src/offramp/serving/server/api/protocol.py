@@ -1,0 +1,278 @@
+"""Requests of OpenAI's API, as far as they are supported; every other field is refused.
+
+A field that is null counts as left out. Fields that ask for nothing (a user's name, an empty list
+of tools) are taken; what would change an answer is supported or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from offramp.serving.request import MODES
+
+
+class Strict(BaseModel):
+    """Nothing unknown, nothing converted, null means left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: field for name, field in value.items() if field is not None}
+        return value
+
+
+def _depths(value: Any) -> Any:
+    """JSON's keys are text; depths are numbers."""
+    if isinstance(value, Mapping):
+        return {
+            int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 6 else key: field
+            for key, field in value.items()
+        }
+    return value
+
+
+class OfframpOptions(Strict):
+    """How the answer uses the exits. mode: of `MODES`; left out: the server's. thresholds: by
+    depth, instead of the adapter's."""
+
+    mode: Literal["full", "early_exit", "lossless"] | None = None
+    thresholds: (
+        Annotated[
+            dict[int, Annotated[float, Field(ge=0, le=1)]],
+            BeforeValidator(_depths),
+            Field(min_length=1, max_length=64),
+        ]
+        | None
+    ) = None
+
+
+assert set(MODES) == {"full", "early_exit", "lossless"}
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+class ImageUrl(Strict):
+    """url: a data URI, or what the server's allow-lists name."""
+
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(Strict):
+    """One turn. Images stand in the user's."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(min_length=1)]
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content
+
+    @model_validator(mode="after")
+    def _images_are_the_users(self) -> Message:
+        if self.role != "user" and any(part.type == "image_url" for part in self.parts):
+            raise ValueError("images stand in messages of the role 'user'")
+        return self
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "functions": ([],),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+"""Fields that are not supported, and the values with which they ask for nothing: these are taken,
+every other value is refused."""
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Sampling(Strict):
+    """What both kinds of completion share. temperature: left out: as the model's own generation
+    configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    offramp: OfframpOptions | None = None
+    # Names for the caller's own use.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+
+        def empty(name: str, field: Any) -> bool:
+            nothing = _ASKS_FOR_NOTHING.get(name, ())
+            return any(type(field) is type(value) and field == value for value in nothing)
+
+        fields = cls.model_fields
+        return {n: field for n, field in value.items() if n in fields or not empty(n, field)}
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true")
+        options = self.offramp
+        if options and options.thresholds and options.mode not in (None, "early_exit"):
+            raise ValueError("offramp.thresholds are for offramp.mode 'early_exit'")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest answer that was asked for."""
+        return self.max_tokens
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        """How many of the likeliest tokens to report at each place; None: no probabilities."""
+        raise NotImplementedError
+
+
+class ChatRequest(Sampling):
+    """Of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs=true")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class CompletionRequest(Sampling):
+    """Of `/v1/completions`. prompt: text or token ids, one or several. images: of every prompt, as
+    `image_url` of a chat has them; an extension."""
+
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)]
+    images: list[str] = Field(default_factory=list)
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+
+def asked_text(request: Sampling) -> str:
+    """What a request with one image asks: its only prompt, or the texts of its last message."""
+    if isinstance(request, ChatRequest):
+        return "\n".join(p.text for p in request.messages[-1].parts if p.type == "text")
+    assert isinstance(request, CompletionRequest)
+    return str(request.prompts[0])
+
+
+class TokenizeRequest(Strict):
+    """Of `/tokenize`: a text, or a conversation as the model would read it, images left out."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """Of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=100_000)]

@@ -1,0 +1,181 @@
+"""Answers and chunks of a stream, as OpenAI's API has them; plain dicts, made per token."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from offramp.serving.server.api.options import LogprobWarper
+
+
+@dataclass
+class Written:
+    """One choice, while and after it is written.
+
+    depths: of its tokens. reason: why it ended; None: it has not. told: tokens whose depths and
+    log-probabilities were given out.
+    """
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: str | None = None
+    told: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all parts of one reply say alike.
+
+    mode: how the exits were used. layers: of the full model. fell_back: whether the adapter's own
+    thresholds were not used because the watched guarantee is broken.
+    """
+
+    model: str
+    chat: bool
+    mode: str
+    layers: int
+    prompt_tokens: int
+    tokenizer: Any
+    fell_back: bool = False
+    id: str = ""
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        object.__setattr__(self, "id", f"{prefix}-{uuid.uuid4().hex}")
+        object.__setattr__(self, "created", int(time.time()))
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def usage(self, choices: Sequence[Written]) -> dict[str, Any]:
+        """Tokens so far, and how deep they ran. accepted_drafts: of lossless answers, tokens that
+        an exit wrote and the full model confirmed."""
+        depths = [depth for choice in choices for depth in choice.depths]
+        written = len(depths)
+        early = sum(depth < self.layers for depth in depths)
+        told: dict[str, Any] = {
+            "mode": self.mode,
+            "layers": self.layers,
+            "mean_depth": sum(depths) / written if written else None,
+            "depths": {str(depth): n for depth, n in sorted(Counter(depths).items())},
+            "accepted_drafts": early if self.mode == "lossless" else 0,
+        }
+        if self.fell_back:
+            told["guarantee"] = "broken"
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+            "offramp": told,
+        }
+
+    def whole(
+        self, choices: Sequence[Written], noted: Sequence[LogprobWarper | None]
+    ) -> dict[str, Any]:
+        """The reply to a request without a stream."""
+        rows = []
+        for choice, logprobs in zip(choices, noted, strict=True):
+            row: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
+            row["logprobs"] = self.logprobs(choice, logprobs, 0, 0)
+            if self.chat:
+                row["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            else:
+                row["text"] = choice.text
+            rows.append(row)
+        return {**self._frame(""), "choices": rows, "usage": self.usage(choices)}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The chunk that says who speaks; of chats alone."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def piece(
+        self,
+        choice: Written,
+        text: str,
+        logprobs: Any,
+        depths: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """A chunk of text. depths: of its tokens, where they were asked for."""
+        content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+        if depths is not None:
+            content["offramp"] = {"depths": list(depths)}
+        return self._chunk(choice.index, content, None, logprobs)
+
+    def ending(self, choice: Written) -> dict[str, Any]:
+        """The chunk that says why a choice ended."""
+        content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return self._chunk(choice.index, content, choice.reason)
+
+    def counted(self, choices: Sequence[Written]) -> dict[str, Any]:
+        """The last chunk: the usage alone."""
+        return {**self._frame(".chunk"), "choices": [], "usage": self.usage(choices)}
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        name = f"chat.completion{kind}" if self.chat else "text_completion"
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def _chunk(
+        self, index: int, content: dict[str, Any], reason: str | None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        row = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._frame(".chunk"), "choices": [row]}
+
+    # -- log-probabilities -------------------------------------------------------------------------
+
+    def logprobs(
+        self, choice: Written, noted: LogprobWarper | None, begin: int, offset: int
+    ) -> dict[str, Any] | None:
+        """Those of a choice's tokens from number `begin` on. offset: of their first letter."""
+        if noted is None:
+            return None
+        if self.chat:
+            places = range(begin, len(choice.tokens))
+            return {"content": [self._place(choice, noted, n) for n in places], "refusal": None}
+        rows: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        for n in range(begin, len(choice.tokens)):
+            token, place = choice.tokens[n], noted.places[n]
+            text = self._text(token)
+            rows["tokens"].append(text)
+            rows["token_logprobs"].append(_finite(place.value))
+            rows["top_logprobs"].append({self._text(i): _finite(v) for i, v in place.top.items()})
+            rows["text_offset"].append(offset)
+            offset += len(text)
+        return rows
+
+    def _place(self, choice: Written, noted: LogprobWarper, n: int) -> dict[str, Any]:
+        token, place = choice.tokens[n], noted.places[n]
+        return {
+            **self._entry(token, place.value),
+            "top_logprobs": [self._entry(i, value) for i, value in place.top.items()],
+        }
+
+    def _entry(self, token: int, value: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity; OpenAI's least is -9999."""
+    return max(value, -9999.0)
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return (
+        b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    )
+
+
+DONE = b"data: [DONE]\n\n"

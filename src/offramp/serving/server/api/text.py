@@ -1,0 +1,94 @@
+"""Answers as text while they are written: nothing is given out that a later token could change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_HALF = "\ufffd"
+"""What a letter decodes to of which not all bytes are there yet."""
+
+
+class TextStream:
+    """One answer's text, token by token. Its pieces together are the decoded answer, without
+    special tokens, outer spaces, and what stands behind the first of the strings `stops`."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ids: list[int] = []
+        self._from = self._until = 0  # tokens that the next ones are decoded with, and decoded ones
+        self._text = ""
+        self._sent = 0
+        self.stopped = False
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def put(self, token: int) -> str:
+        """The piece that is certain now; often empty."""
+        self._ids.append(token)
+        # Decoded with a few tokens before it, as spaces depend on the neighbour.
+        before = self._decode(self._ids[self._from : self._until])
+        both = self._decode(self._ids[self._from :])
+        if not both.endswith(_HALF) and len(both) > len(before):
+            self._text += both[len(before) :]
+            self._from, self._until = self._until, len(self._ids)
+        return self._give(self._certain())
+
+    def finish(self) -> str:
+        """The last piece."""
+        whole = self._decode(self._ids).strip()
+        sent = self._shown()[: self._sent]
+        # A tokenizer whose text of a whole is not that of its parts: what was sent stands.
+        self._text = whole if whole.startswith(sent) else self._shown()
+        return self._give(len(self._cut(self._shown())))
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        return self._shown()[: self._sent]
+
+    def _shown(self) -> str:
+        return self._text.lstrip()
+
+    def _cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.stopped = bool(places)
+        return text[: min(places)].rstrip() if places else text.rstrip()
+
+    def _certain(self) -> int:
+        """Letters that no later token takes back: no outer spaces, no half of a stop string."""
+        text = self._shown()
+        certain = len(self._cut(text))
+        if self.stopped:
+            return certain
+        for stop in self._stops:
+            for part in range(min(len(stop) - 1, len(text)), 0, -1):
+                if text.endswith(stop[:part]):
+                    certain = min(certain, len(text[:-part].rstrip()))
+                    break
+        return certain
+
+    def _give(self, until: int) -> str:
+        piece = self._shown()[self._sent : until]
+        self._sent = max(self._sent, until)
+        return piece
+
+
+class StopStrings:
+    """A stopping criterion: whether the answer behind the prompt holds one of some strings."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._longest = max(map(len, stops))
+        self._prompt: int | None = None  # the first call has one token behind it
+
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        if self._prompt is None:
+            self._prompt = ids.shape[1] - 1
+        # A token has a letter or more, but those of letters with several tokens.
+        tail = ids[:, self._prompt :][:, -(4 * self._longest + 8) :]
+        texts = self._tokenizer.batch_decode(tail, skip_special_tokens=True)
+        over = [any(stop in text for stop in self._stops) for text in texts]
+        return ids.new_tensor(over).bool()

@@ -1,0 +1,258 @@
+"""The routes: OpenAI's API, tokens, health and numbers, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+from offramp import __version__
+from offramp.serving.monitor.watcher import Sample
+from offramp.serving.request import Completion
+from offramp.serving.server.answering import Answering, Inputs, OnAnswer
+from offramp.serving.server.api.options import Generation
+from offramp.serving.server.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+    asked_text,
+)
+from offramp.serving.server.errors import ApiError, add_handlers
+from offramp.serving.server.middleware import Gate
+from offramp.serving.server.service import Service
+
+Prepared = tuple[list[Inputs], Sequence[Any]]
+"""Inputs of each prompt, and the images that they share."""
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application of a service; when it shuts down, the service is closed."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="offramp", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_middleware(Gate, config=service.config, refused=service.metrics.refused)
+    add_handlers(app)
+    _add_openai(app, service)
+    _add_tokens(app, service)
+    _add_operations(app, service)
+    return app
+
+
+# -- OpenAI's API ----------------------------------------------------------------------------------
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        prompter = service.prompter
+        urls = prompter.images_of(body.messages)
+
+        async def prompts() -> Prepared:
+            make = lambda images: prompter.conversation(body.messages, images)  # noqa: E731
+            inputs, images = await service.prepare(urls, make)
+            return [inputs], images
+
+        return await _answer(service, body, request, body.n, prompts)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        prompter, given = service.prompter, body.prompts
+        urls = prompter.check_images(body.images)
+        prompter.check_text([text for text in given if isinstance(text, str)], "prompt")
+        if urls and not isinstance(given[0], str):
+            raise ApiError(400, "Images need a prompt of text, not of token ids.", param="images")
+
+        def make(images: Sequence[Any]) -> Any:
+            return [
+                prompter.text(p, images) if isinstance(p, str) else prompter.ids(p) for p in given
+            ]
+
+        async def prompts() -> Prepared:
+            inputs: Any
+            inputs, images = await service.prepare(urls, make)
+            return inputs, images
+
+        return await _answer(service, body, request, body.n * len(given), prompts)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model_card(service)
+
+
+async def _answer(
+    service: Service,
+    body: Sampling,
+    request: Request,
+    answers: int,
+    prompts: Callable[[], Awaitable[Prepared]],
+) -> Response:
+    """The response to a completion. prompts: makes its inputs."""
+    until = asyncio.get_running_loop().time() + service.config.seconds
+    service.check_model(body.model)
+    place = service.admit(answers)
+    try:
+        use = service.use_of(body)
+        async with asyncio.timeout_at(until):
+            inputs, images = await prompts()
+        watch = _watch(service, body, images) if service.watches(body, use, len(images)) else None
+        answering = Answering(service, body, inputs, use, place, until, watch)
+    except TimeoutError:
+        place.leave()
+        seconds = service.config.seconds
+        raise ApiError(504, f"The prompt took longer than {seconds:g} seconds.") from None
+    except BaseException:
+        place.leave()
+        raise
+    told = request.scope.get("offramp", {})
+    told |= {"mode": use.named, "prompt_tokens": answering.reply.prompt_tokens}
+    if not body.stream:
+        reply = await answering.whole(request.receive)
+        usage = reply["usage"]
+        told |= {"completion_tokens": usage["completion_tokens"]}
+        told |= {"mean_depth": usage["offramp"]["mean_depth"]}
+        return JSONResponse(reply)
+    pieces = answering.pieces()
+    try:
+        first = await anext(pieces)  # what fails before it is an error object, not a stream
+    except BaseException:
+        await pieces.aclose()  # type: ignore[attr-defined]
+        raise
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(
+        _stream(first, pieces, answering, told), media_type="text/event-stream", headers=headers
+    )
+
+
+def _watch(service: Service, body: Sampling, images: Sequence[Any]) -> OnAnswer:
+    """Has an answer compared with the full model's."""
+
+    def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
+        if how.plain and done.early_exit and service.watcher is not None:
+            sample = Sample(inputs, how.options, done.output, images[0], asked_text(body))
+            service.watcher.offer(sample)
+
+    return compare
+
+
+async def _stream(
+    first: bytes, pieces: AsyncIterator[bytes], answering: Answering, told: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for piece in pieces:
+            yield piece
+    finally:
+        answering.leave()
+        told["completion_tokens"] = sum(len(c.written.tokens) for c in answering.choices)
+
+
+def model_card(service: Service) -> dict[str, Any]:
+    """What is served, as `/v1/models` lists it."""
+    adapter = service.adapter
+    return {
+        "id": service.config.name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "offramp",
+        "root": service.backbone.name,
+        "parent": None,
+        "max_model_len": service.limit,
+        "input_modalities": ["text", "image"],
+        "output_modalities": ["text"],
+        "offramp": {
+            "layers": service.backbone.depth,
+            "exits": list(service.engine.core.batch.depths),
+            "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
+            "guarantee": _promise(adapter.calibration) if adapter else None,
+            "watch": None if service.watcher is None else service.watcher.told(),
+            "chat_template": service.prompter.processor.has_template,
+        },
+    }
+
+
+def _promise(calibration: Any) -> dict[str, Any] | None:
+    """What was calibrated, in a few fields."""
+    if not calibration or calibration.get("measured") is None:
+        return None
+    return {name: calibration[name] for name in ("risk", "target", "confidence", "n")}
+
+
+# -- tokens, health, numbers -----------------------------------------------------------------------
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    prompter = service.prompter
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        service.check_model(body.model)
+        if body.messages is not None:
+            prompter.images_of(body.messages)
+        else:
+            prompter.check_text([body.prompt or ""], "prompt")
+
+        def work() -> list[int]:
+            text = body.prompt or ""
+            if body.messages is not None:
+                text = prompter.conversation_text(body.messages)
+            special = body.add_special_tokens
+            return list(service.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+        tokens = await service.in_worker(work)
+        return {"count": len(tokens), "max_model_len": service.limit, "tokens": tokens}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        service.check_model(body.model)
+        known = len(service.tokenizer)
+        if wrong := [token for token in body.tokens if token >= known]:
+            said = f"There is no token {wrong[0]}: the vocabulary has {known}."
+            raise ApiError(400, said, param="tokens", code="invalid_value")
+        text = await service.in_worker(lambda: service.tokenizer.decode(body.tokens))
+        return {"prompt": text}
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    page = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not service.alive:
+            raise ApiError(503, "The engine has stopped.", code="unavailable")
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        if service.draining or not service.alive:
+            raise ApiError(503, "The server is stopping.", code="stopping")
+        return {"status": "ready"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> str:
+        return page

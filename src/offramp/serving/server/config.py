@@ -1,0 +1,90 @@
+"""What a server allows, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from offramp.errors import InputError
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What images a request may bring.
+
+    count: in one request. bytes: of an encoded image. pixels: of a decoded one; both are checked
+    before anything is decoded. domains: hosts that images are fetched from ("example.org" means it
+    alone, ".example.org" what lies below it too); none by default. folder: of this machine, whose
+    images `file://` may name. seconds: a fetch may take. redirects: that are followed, each checked
+    as the first address was.
+
+    Raises:
+        InputError: a number below 1, a folder that is none.
+    """
+
+    count: int = 8
+    bytes: int = 10 * MIB
+    pixels: int = 20_000_000
+    domains: Sequence[str] = ()
+    folder: Path | None = None
+    seconds: float = 10.0
+    redirects: int = 3
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("count", "bytes", "pixels", "seconds"))
+        if self.folder is not None and not self.folder.is_dir():
+            raise InputError(
+                f"Images cannot be read from {self.folder}: it is no folder.",
+                "Name the folder whose images requests may ask about.",
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server behaves.
+
+    name: of the model, in requests and answers. keys: any of them opens everything but `/health`
+    and `/ready`; none: everything is open. queue: requests that may wait beside those in slots.
+    body, messages, characters: bytes of a request, its messages, and its text. choices: answers to
+    one request (`n`, and prompts of a completion). default_tokens: longest answer, where neither
+    the request nor the model says one. seconds: from a request's arrival to the end of its answer.
+    body_seconds: until a request's header, and then its body, has come. drain_seconds: how long
+    answers may take after SIGTERM. mode: of requests that name none; None: the adapter's policy.
+    metrics: prefix of the metrics' names; `vllm` for dashboards that know these.
+
+    Raises:
+        InputError: a number below 1.
+    """
+
+    name: str
+    keys: Sequence[str] = field(default=(), repr=False)
+    queue: int = 64
+    body: int = 32 * MIB
+    messages: int = 256
+    characters: int = 400_000
+    choices: int = 16
+    default_tokens: int = 256
+    seconds: float = 300.0
+    body_seconds: float = 30.0
+    drain_seconds: float = 30.0
+    mode: str | None = None
+    metrics: str = "offramp"
+    images: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        names = ("queue", "body", "messages", "characters", "choices", "default_tokens")
+        _check_positive(self, (*names, "seconds", "body_seconds", "drain_seconds"))
+        if any(not key.strip() for key in self.keys):
+            raise InputError("An API key is empty.", "Leave it out, or give a secret.")
+
+
+def _check_positive(config: object, names: Sequence[str]) -> None:
+    wrong = {name: getattr(config, name) for name in names if not getattr(config, name) > 0}
+    if wrong:
+        raise InputError(
+            f"The server cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
+            "Give numbers above 0.",
+        )

@@ -1,0 +1,1 @@
+"""Messages and images of a request, as a model's processor wants them."""

@@ -1,0 +1,152 @@
+"""Images from the web: from allowed hosts alone, never from a private network.
+
+A name is resolved once, all its addresses must be public, and the connection goes to the address
+that was checked, so that a second answer of the name server changes nothing. A redirect is a new
+address, checked in the same way. Proxies of the environment are not used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offramp.serving.server.config import ImageLimits
+from offramp.serving.server.errors import ApiError
+
+Address = tuple[str, int]
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CHUNK = 64 * 1024
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet; IPv4 inside IPv6 is looked at itself."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None and not _public(inner):
+            return False
+    return _public(ip)
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def _public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_global and not ip.is_multicast
+
+
+def resolve(host: str, port: int) -> Sequence[str]:
+    """All addresses of a host."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _refused(message: str, status: int = 403) -> ApiError:
+    return ApiError(status, message, param="image_url", code="image_not_allowed")
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Gets images from allowed hosts. resolve, allowed: how names become addresses, and which of
+    these may be connected to."""
+
+    limits: ImageLimits
+    resolve: Callable[[str, int], Sequence[str]] = resolve
+    allowed: Callable[[str], bool] = is_public
+
+    def fetch(self, url: str) -> bytes:
+        """The body at `url`. Blocks. Raise `ApiError` where it may not, or cannot, be had."""
+        end = time.monotonic() + self.limits.seconds
+        for _ in range(self.limits.redirects + 1):
+            answer = self._get(url, end)
+            if isinstance(answer, bytes):
+                return answer
+            url = urllib.parse.urljoin(url, answer)
+        raise _refused(f"The image's address redirects more than {self.limits.redirects} times.")
+
+    def _get(self, url: str, end: float) -> bytes | str:
+        """The body, or where it was moved to."""
+        parts, host, port = self._checked(url)
+        try:
+            addresses = self.resolve(host, port)
+        except (OSError, UnicodeError) as error:
+            raise _refused("The image's host is not known.", 400) from error
+        if not addresses or not all(map(self.allowed, addresses)):
+            raise _refused("The image's host is not one of the open internet.")
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        query = urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
+        target = path + (f"?{query}" if query else "")
+        left = max(0.001, end - time.monotonic())
+        connection = _connection(parts.scheme, host, (addresses[0], port), left)
+        try:
+            connection.request(
+                "GET", target, headers={"Accept": "image/*", "User-Agent": "offramp"}
+            )
+            response = connection.getresponse()
+            if response.status in _REDIRECTS:
+                return response.getheader("Location") or ""
+            if response.status != 200:
+                raise _refused(f"The image's host answered {response.status}.", 400)
+            return self._body(response, end)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _refused("The image could not be fetched.", 400) from error
+        finally:
+            connection.close()
+
+    def _checked(self, url: str) -> tuple[urllib.parse.SplitResult, str, int]:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
+        except ValueError as error:
+            raise _refused("The image's address is not one.", 400) from error
+        if parts.scheme not in ("http", "https") or parts.username is not None or not host:
+            raise _refused("The image's address is not one of http or https.", 400)
+        if not any(
+            host == domain.lower() or (domain.startswith(".") and host.endswith(domain.lower()))
+            for domain in self.limits.domains
+        ):
+            raise _refused(
+                "This server does not fetch images from there. Send the image as a data URI."
+            )
+        usual = 443 if parts.scheme == "https" else 80
+        return parts, host, usual if port is None else port
+
+    def _body(self, response: http.client.HTTPResponse, end: float) -> bytes:
+        most, chunks, size = self.limits.bytes, [], 0
+        declared = response.getheader("Content-Length", "0")
+        if declared.isdecimal() and int(declared) > most:
+            raise _refused(f"The image is larger than the {most} bytes allowed.", 413)
+        while chunk := response.read1(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                raise _refused(f"The image is larger than the {most} bytes allowed.", 413)
+            if time.monotonic() > end:
+                raise _refused("The image took too long to come.", 400)
+        return b"".join(chunks)
+
+
+def _connection(
+    scheme: str, host: str, address: Address, seconds: float
+) -> http.client.HTTPConnection:
+    """A connection to an address that was checked, with the name of its host."""
+
+    def connect(*_: object, **__: object) -> socket.socket:
+        return socket.create_connection(address, timeout=seconds)
+
+    if scheme == "https":
+        context = ssl.create_default_context()
+        secure = http.client.HTTPSConnection(host, address[1], timeout=seconds, context=context)
+        secure._create_connection = connect  # type: ignore[attr-defined]
+        return secure
+    plain = http.client.HTTPConnection(host, address[1], timeout=seconds)
+    plain._create_connection = connect  # type: ignore[attr-defined]
+    return plain

@@ -1,0 +1,128 @@
+"""Images of requests: where they come from, and what is refused before anything is decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import stat
+import urllib.parse
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from offramp.data.image import open_rgb
+from offramp.errors import DataError
+from offramp.serving.server.config import ImageLimits
+from offramp.serving.server.errors import ApiError
+from offramp.serving.server.inputs.fetch import Fetcher
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What is opened. Others are rare, and some of their readers start programs or read far more than
+the file holds."""
+_DATA = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
+
+
+def image_error(message: str, status: int = 400, code: str = "invalid_image") -> ApiError:
+    return ApiError(status, message, param="image_url", code=code)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Opens the images that requests name. Thread-safe; its methods block."""
+
+    limits: ImageLimits
+    fetcher: Fetcher
+
+    @classmethod
+    def of(cls, limits: ImageLimits) -> ImageSource:
+        return cls(limits, Fetcher(limits))
+
+    def open(self, url: str) -> Image.Image:
+        """The image as 8-bit RGB. Raise `ApiError` where it cannot be had, or is too large."""
+        return self.decode(self.encoded(url))
+
+    def encoded(self, url: str) -> bytes:
+        """The file's bytes."""
+        scheme = url[:8].partition(":")[0].lower()
+        if scheme == "data":
+            return self._from_data(url)
+        if scheme in ("http", "https"):
+            return self.fetcher.fetch(url)
+        if scheme == "file":
+            return self._from_folder(url)
+        raise image_error("An image must be a data URI (data:image/png;base64,...).")
+
+    def decode(self, encoded: bytes) -> Image.Image:
+        """Open an image whose size its header says, before its pixels are."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise self._too_many_pixels("An image") from error
+        except Exception as error:  # decoders of damaged files raise nearly every builtin
+            raise image_error(
+                f"The image is not readable; known formats: {', '.join(FORMATS)}."
+            ) from error
+        with image:
+            if image.width * image.height > self.limits.pixels:
+                size = f"{image.width} x {image.height}"
+                raise self._too_many_pixels(f"An image of {size} pixels")
+            try:
+                return open_rgb(image, "The image")
+            except DataError as error:
+                raise image_error(f"{error.problem}") from error
+
+    def _from_data(self, url: str) -> bytes:
+        match = _DATA.match(url)
+        if match is None or not match[1].lower().rstrip().endswith("base64"):
+            raise image_error("A data URI must be in base64: data:image/png;base64,...")
+        most = self.limits.bytes
+        if (len(url) - match.end()) * 3 // 4 > most + 1024:
+            raise self._too_many_bytes()
+        text = url[match.end() :]
+        if "%" in text:
+            text = urllib.parse.unquote(text)
+        text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+        try:
+            data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise image_error("The data URI is not whole base64.") from error
+        if len(data) > most:
+            raise self._too_many_bytes()
+        return data
+
+    def _from_folder(self, url: str) -> bytes:
+        folder = self.limits.folder
+        if folder is None:
+            raise image_error("This server reads no files. Send the image as a data URI.", 403)
+        parts = urllib.parse.urlsplit(url)
+        try:
+            path = Path(urllib.parse.unquote(parts.path)).resolve()
+            inside = path.is_relative_to(folder.resolve()) and parts.netloc in ("", "localhost")
+            # One answer for what lies outside and what is missing: it tells nothing of the machine.
+            if not inside or not stat.S_ISREG(path.stat().st_mode):
+                raise OSError("not a file of the folder")
+            if path.stat().st_size > self.limits.bytes:
+                raise self._too_many_bytes()
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise image_error("There is no such image in the server's folder.", 404) from error
+
+    def _too_many_pixels(self, what: str) -> ApiError:
+        return image_error(
+            f"{what} is larger than the {self.limits.pixels} pixels allowed. Shrink it.",
+            413,
+            "image_too_large",
+        )
+
+    def _too_many_bytes(self) -> ApiError:
+        return image_error(
+            f"An image is larger than the {self.limits.bytes} bytes allowed. Shrink it.",
+            413,
+            "image_too_large",
+        )

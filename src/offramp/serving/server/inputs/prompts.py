@@ -1,0 +1,151 @@
+"""Conversations and texts with images, as the inputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from offramp.engine.generate import check_inputs
+from offramp.errors import InputError, OfframpError
+from offramp.models.input_processor import InputProcessor
+from offramp.serving.server.api.protocol import Message
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.errors import ApiError
+
+
+class Prompter:
+    """Makes prompts. Thread-safe, as `InputProcessor` is."""
+
+    def __init__(self, processor: InputProcessor, config: ServerConfig) -> None:
+        self.processor, self.config = processor, config
+
+    # -- checks, before any image is opened --------------------------------------------------------
+
+    def images_of(self, messages: Sequence[Message]) -> list[str]:
+        """The addresses of a conversation's images, in order.
+
+        Raises:
+            ApiError: too many of them, too many messages, too much text.
+        """
+        if len(messages) > self.config.messages:
+            raise ApiError(
+                400,
+                f"{len(messages)} messages are more than the {self.config.messages} allowed.",
+                param="messages",
+                code="too_many_messages",
+            )
+        parts = [part for message in messages for part in message.parts]
+        self.check_text([part.text for part in parts if part.type == "text"], "messages")
+        return self.check_images([p.image_url.url for p in parts if p.type == "image_url"])
+
+    def check_images(self, urls: Sequence[str]) -> list[str]:
+        """`urls`, where there are not too many."""
+        if len(urls) > self.config.images.count:
+            raise ApiError(
+                400,
+                f"{len(urls)} images are more than the {self.config.images.count} allowed.",
+                param="image_url",
+                code="too_many_images",
+            )
+        return list(urls)
+
+    def check_text(self, texts: Sequence[str], param: str) -> None:
+        """Raise `ApiError` for more text than is ever read, and for text that stands for images."""
+        if sum(map(len, texts)) > self.config.characters:
+            raise ApiError(
+                400,
+                f"The text is longer than the {self.config.characters} characters allowed.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+            raise ApiError(400, "The text is not valid Unicode.", param=param, code="invalid_value")
+        mark = self.processor.image_mark
+        if mark is not None and any(mark in text for text in texts):
+            raise ApiError(
+                400,
+                f"The text holds {mark!r}, which stands for images. Send images as content parts.",
+                param=param,
+                code="invalid_value",
+            )
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def conversation(
+        self, messages: Sequence[Message], images: Sequence[Image.Image]
+    ) -> Mapping[str, Any]:
+        """A conversation's inputs; its images are already opened. Blocks while it computes."""
+        return self._inputs(self.conversation_text(messages), images)
+
+    def conversation_text(self, messages: Sequence[Message]) -> str:
+        """A conversation as the model reads it.
+
+        Raises:
+            ApiError: several messages to a model without a chat template.
+        """
+        turns = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": [
+                    {"type": "text", "text": part.text}
+                    if part.type == "text"
+                    else {"type": "image"}
+                    for part in message.parts
+                ],
+            }
+            for message in messages
+        ]
+        try:
+            return self.processor.conversation_text(turns)
+        except InputError as error:
+            said = f"{error.problem} {error.remedy}"
+            raise ApiError(400, said, param="messages", code="no_chat_template") from error
+        except Exception as error:  # templates raise what they like for turns out of order
+            said = f"The model's chat template refuses these messages: {error}"
+            raise ApiError(400, said, param="messages", code="invalid_value") from error
+
+    def text(self, prompt: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
+        """The inputs of a prompt that is taken as it is, with its images before it."""
+        return self._inputs(self.processor.placed(prompt, len(images)), images)
+
+    def ids(self, tokens: Sequence[int]) -> Mapping[str, Any]:
+        """The inputs of token ids."""
+        known = len(self.processor.tokenizer)
+        if wrong := [token for token in tokens if token >= known]:
+            raise ApiError(
+                400,
+                f"There is no token {wrong[0]}: the vocabulary has {known}.",
+                param="prompt",
+                code="invalid_value",
+            )
+        return self._checked(self.processor.of_ids(tokens))
+
+    def _inputs(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
+        try:
+            return self._checked(self.processor.of_text(text, images))
+        except (ApiError, OfframpError):
+            raise
+        except Exception as error:  # a processor raises nearly anything for what it cannot take
+            raise ApiError(
+                400,
+                f"The model's processor refuses this prompt: {type(error).__name__}: {error}",
+                code="invalid_value",
+            ) from error
+
+    def _checked(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Inputs of at least a token, with the image that the model needs."""
+        if inputs["input_ids"].shape[-1] == 0:
+            raise ApiError(400, "The prompt is empty.", code="invalid_value")
+        try:
+            check_inputs(inputs, self.processor.backbone.model)
+        except InputError as error:
+            raise ApiError(
+                400,
+                "This model needs an image with every prompt. Add a content part "
+                '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}.',
+                param="messages",
+                code="image_missing",
+            ) from error
+        return inputs

@@ -1,0 +1,309 @@
+"""The engine as a service: who is let in, what a request becomes, and what is counted of it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import FULL
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineConfig
+from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
+from offramp.serving.request import Handle
+from offramp.serving.server.api.protocol import Sampling
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.errors import ApiError
+from offramp.serving.server.inputs.images import ImageSource
+from offramp.serving.server.inputs.prompts import Prompter
+from offramp.serving.server.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Use:
+    """How an answer uses the exits: as of `BatchEngine.submit`. named: the mode in words.
+
+    fell_back: the adapter's own thresholds would have been used, were its guarantee not broken.
+    """
+
+    mode: str | None
+    thresholds: Mapping[int, float] | None
+    named: str
+    fell_back: bool = False
+
+
+class Place:
+    """Room for some answers, to be given back."""
+
+    def __init__(self, service: Service, answers: int) -> None:
+        self._service, self._answers = service, answers
+
+    def leave(self) -> None:
+        """Give it back; a second time changes nothing."""
+        self._service.under_way -= self._answers
+        self._answers = 0
+
+
+class Service:
+    """A model being served. Its methods are called from the event loop's thread alone.
+
+    under_way: answers that were let in and are not over. draining: whether no more are let in.
+    """
+
+    def __init__(
+        self,
+        model: Adapter | Backbone,
+        processor: Any,
+        config: ServerConfig,
+        engine: EngineConfig | None = None,
+        *,
+        workers: int = 2,
+        images: ImageSource | None = None,
+        watch: WatchConfig | None = None,
+        loss: Loss = differs,
+        **more: Any,
+    ) -> None:
+        """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
+        all. loss: of its risk. more: as of `BatchEngine`.
+
+        Raises:
+            InputError: slots that memory does not hold; a policy that cannot be batched.
+        """
+        self.adapter = model if isinstance(model, Adapter) else None
+        self.backbone = model.backbone if isinstance(model, Adapter) else model
+        self.policy = FULL if self.adapter is None else self.adapter.policy
+        self.config = config
+        sizes = engine or EngineConfig()
+        longest = learned_positions(self.backbone)
+        if longest is not None and longest < sizes.limit:
+            sizes = replace(sizes, limit=longest)
+        self.room = config.queue + sizes.slots
+        self.limit = sizes.limit
+        self.engine = BatchEngine(model, None, sizes, queue=self.room + 64, workers=1, **more)
+        encoder = InputProcessor(self.backbone, processor)
+        self.prompter = Prompter(encoder, config)
+        self.images = images or ImageSource.of(config.images)
+        # Decodes while another thread encodes, which a fast tokenizer does not like.
+        self.tokenizer = copy.deepcopy(encoder.tokenizer)
+        self.ends = end_tokens(self.backbone.model, encoder.eos)
+        self.metrics = Metrics(config.metrics, config.name)
+        self.watcher: Watcher | None = None
+        if watch is not None and self.adapter is not None:
+            promise = Promise.of(self.adapter.calibration)
+            self.watcher = Watcher(self.engine, encoder, promise, watch, loss=loss)
+        self._add_gauges()
+        self.under_way = 0
+        self.draining = False
+        self.started = int(time.time())
+        self._typical = 1.0  # seconds of an answer, lately
+        self._handles: set[Handle] = set()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
+
+    # -- who is let in -----------------------------------------------------------------------------
+
+    def admit(self, answers: int) -> Place:
+        """Room for so many answers.
+
+        Raises:
+            ApiError: there is none (429), too many at once (400), the server is stopping (503).
+        """
+        if self.draining:
+            raise ApiError(
+                503, "The server is stopping.", code="stopping", headers={"Retry-After": "5"}
+            )
+        if answers > min(self.config.choices, self.room):
+            most = min(self.config.choices, self.room)
+            raise ApiError(
+                400,
+                f"{answers} answers at once are more than the {most} allowed.",
+                param="n",
+                code="too_many_choices",
+            )
+        if self.under_way + answers > self.room:
+            rounds = self.under_way / self.engine.core.config.slots
+            wait = min(60, max(1, math.ceil(rounds * self._typical)))
+            raise ApiError(
+                429,
+                f"The server is busy: {self.under_way} answers are under way or waiting.",
+                code="queue_full",
+                headers={"Retry-After": str(wait)},
+            )
+        self.under_way += answers
+        return Place(self, answers)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise `ApiError` where a request names another model."""
+        if name not in (None, "", self.config.name):
+            raise ApiError(
+                404,
+                f"The model {name[:200]!r} is not served here; {self.config.name!r} is.",
+                param="model",
+                code="model_not_found",
+            )
+
+    # -- what a request becomes --------------------------------------------------------------------
+
+    async def prepare(
+        self, urls: Sequence[str], make: Callable[[Sequence[Any]], Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], Sequence[Any]]:
+        """A prompt's inputs and its images, opened and processed in worker threads."""
+        loop = asyncio.get_running_loop()
+
+        def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
+            images = [self.images.open(url) for url in urls]
+            return make(images), images
+
+        return await loop.run_in_executor(self._pool, work)
+
+    async def in_worker(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, out of a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def use_of(self, request: Sampling) -> Use:
+        """How the answers to a request use the exits."""
+        asked = request.offramp
+        mode = (asked and asked.mode) or self.config.mode
+        thresholds = asked.thresholds if asked else None
+        if thresholds is not None:
+            return Use("early_exit", thresholds, "early_exit")
+        replaced = None if self.watcher is None else self.watcher.replaces
+        if replaced is not None and self._own(mode):
+            return Use(replaced, None, replaced, fell_back=True)
+        if mode is None:
+            own = "lossless" if self.policy.lossless else "early_exit"
+            exits = self.policy.thresholds or (self.policy.lossless and self.policy.drafts)
+            return Use(None, None, own if exits else "full")
+        return Use(mode, None, mode)
+
+    def _own(self, mode: str | None) -> bool:
+        """Whether a request that names `mode` gets the thresholds that were calibrated."""
+        exits = bool(self.policy.thresholds) and not self.policy.lossless
+        return exits and mode in (None, "early_exit")
+
+    def watches(self, request: Sampling, use: Use, images: int) -> bool:
+        """Whether the answer to a request is to be compared with the full model's."""
+        own = use.named == "early_exit" and use.thresholds is None
+        watched = own and request.n == 1 and images == 1
+        return self.watcher is not None and watched and self.watcher.draws()
+
+    def room_behind(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of a prompt, and of the longest answer that fits behind it."""
+        tokens = int(inputs["input_ids"].shape[-1])
+        if not self.backbone.is_encoder_decoder:
+            return tokens, self.limit - tokens
+        return tokens, self.limit - 1 if tokens <= self.limit else 0
+
+    def submit(self, inputs: Mapping[str, Any], use: Use, **more: Any) -> Handle:
+        """Hand a prompt to the engine. more: as of `BatchEngine.submit`."""
+        handle = self.engine.submit(inputs, mode=use.mode, thresholds=use.thresholds, **more)
+        self._handles.add(handle)
+        return handle
+
+    def over(self, handle: Handle) -> None:
+        """A request is answered, or nobody waits for its answer."""
+        self._handles.discard(handle)
+        if not handle.done():
+            self.engine.cancel(handle)
+        elif not handle.cancelled() and handle.exception() is None:
+            self._typical += 0.1 * (handle.result().total - self._typical)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self.engine.alive
+
+    def stop_admitting(self) -> None:
+        """Let no more requests in; those under way go on."""
+        self.draining = True
+
+    def abort(self) -> None:
+        """End all requests; who waits for one is told that the server is stopping."""
+        for handle in list(self._handles):
+            self.engine.cancel(handle)
+
+    def close(self) -> None:
+        """Stop the engine; what is under way is dropped."""
+        self.draining = True
+        if self.watcher is not None:
+            self.watcher.close()
+        self.engine.close(drain=False)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- numbers -----------------------------------------------------------------------------------
+
+    def _add_gauges(self) -> None:
+        engine, gauge = self.engine, self.metrics.gauge
+        gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
+        gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
+        gauge("kv_cache_usage_perc", "Share of the slots' columns in use, 0 to 1.", self._cache_use)
+        tallies = engine.core.batch.tallies
+
+        def rate(part: str, whole: Callable[[Any], int], exiting: bool) -> Callable[[], float]:
+            def value() -> float:
+                tally = tallies[exiting]
+                return getattr(tally, part) / whole(tally) if whole(tally) else math.nan
+
+            return value
+
+        gauge(
+            "exit_rate", "Share of early exit's tokens that exited, lately.",
+            rate("exited", lambda tally: tally.tokens, True),
+        )  # fmt: skip
+        gauge(
+            "draft_acceptance_rate", "Share of lossless drafts that were right, lately.",
+            rate("right", lambda tally: tally.ruled, False),
+        )  # fmt: skip
+
+        if self.watcher is not None:
+            self._add_risk(self.watcher)
+
+    def _add_risk(self, watcher: Watcher) -> None:
+        gauge, risk = self.metrics.gauge, watcher.risk
+        gauge("watched_images", "Images whose answers were compared.", lambda: risk.n)
+        gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)
+        gauge("live_risk", "Mean loss of the answers compared.", lambda: risk.mean or 0.0)
+        gauge("live_risk_lower", "The risk is above, at all times.", lambda: risk.interval[0])
+        gauge("live_risk_upper", "The risk is below, at all times.", lambda: risk.interval[1])
+        gauge("guarantee_broken", "1 where the guarantee is broken.", lambda: watcher.broken)
+        if risk.promised is not None:
+            promised = risk.promised
+            gauge("risk_target", "The risk that is guaranteed.", lambda: promised)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that were let in and have no slot yet."""
+        return max(0, self.under_way - self.engine.running)
+
+    def _cache_use(self) -> float:
+        used = 0
+        with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
+            used = sum(seat.row.start + seat.row.fed for seat in list(self.engine.core.batch.seats))
+        return used / (self.engine.core.config.slots * self.limit)
+
+
+def learned_positions(backbone: Backbone) -> int | None:
+    """Tokens that a model has positions for, where it learned them one by one."""
+    if not isinstance(getattr(backbone.stack, "embed_positions", None), nn.Embedding):
+        return None
+    return int(backbone.text_config.max_position_embeddings)
+
+
+def end_tokens(model: Any, usual: int) -> frozenset[int]:
+    """Ids that end an answer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        return frozenset({usual})
+    return frozenset(named if isinstance(named, list) else [named])

@@ -1,0 +1,92 @@
+"""A server of the shipped model, in the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import uvicorn
+from PIL import Image
+
+from offramp.adapter import Adapter
+from offramp.models.shipped import load_tiny, tiny_exits
+from offramp.research.scenes import tasks
+from offramp.serving.core import EngineConfig
+from offramp.serving.server.app import create_app
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.run import Server, protocol
+from offramp.serving.server.service import Service
+
+NAME = "tiny-opt"
+
+
+@cache
+def shipped() -> tuple[Adapter, Any]:
+    """The shipped model with its exits, and its processor."""
+    backbone, processor = load_tiny("opt", device="cpu")
+    return Adapter.from_pretrained(tiny_exits("opt"), backbone), processor
+
+
+@cache
+def scene_examples() -> list[Any]:
+    """Captions and questions of the shipped model's world."""
+    return [*tasks.captions("test", 6).examples, *tasks.questions("test", 5).examples]
+
+
+def service_of(slots: int = 8, limit: int = 256, more: Any = None, **config: Any) -> Service:
+    adapter, processor = shipped()
+    settings = ServerConfig(**{"name": NAME, **config})
+    return Service(adapter, processor, settings, EngineConfig(slots, limit), **(more or {}))
+
+
+def data_uri(image: Image.Image, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def messages(example: Any, *, image: str | None = None) -> list[dict[str, Any]]:
+    """An example as a chat."""
+    url = data_uri(example.image) if image is None else image
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": example.prompt},
+    ]
+    return [{"role": "user", "content": content}]
+
+
+class _Quiet(Server):
+    """In a thread that is not the main one, which alone has signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def running(service: Service) -> Iterator[str]:
+    """The server at work; its address."""
+    config = uvicorn.Config(
+        create_app(service),
+        port=0,
+        http=protocol(service.config.body_seconds),
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=10,
+    )
+    socket = config.bind_socket()
+    server = _Quiet(config, service)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

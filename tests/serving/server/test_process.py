@@ -1,0 +1,151 @@
+"""Laws of the server's process: it starts, and told to stop it ends what it has begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from command_line import RunCommand, assert_two_lines
+
+from serving import messages, scene_examples
+
+WITHIN = 240.0
+"""Seconds that anything may take on a machine that others use too."""
+
+
+class Process:
+    """`offramp serve tiny-opt`, with its log."""
+
+    def __init__(self, log: Path, *more: str) -> None:
+        self.port = free_port()
+        words = ["serve", "tiny-opt", "--port", str(self.port), "--threads", "1", *more]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "offramp.cli", *words],
+                stdout=file, stderr=subprocess.STDOUT, env=environment,
+            )  # fmt: skip
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + WITHIN
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError(self.log.read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    begun: list[Process] = []
+
+    def one(*more: str) -> Process:
+        begun.append(Process(tmp_path / f"{len(begun)}.log", *more))
+        return begun[-1]
+
+    yield one
+    for server in begun:
+        server.process.kill()
+        server.process.wait()
+
+
+def body(tokens: int, **more: Any) -> dict[str, Any]:
+    return {
+        "messages": messages(scene_examples()[0]), "max_completion_tokens": tokens,
+        "ignore_eos": True, "offramp": {"mode": "full"}, "stream": True, **more,
+    }  # fmt: skip
+
+
+def test_sigterm_lets_answers_end_and_takes_no_new_ones(start: Any) -> None:
+    server = start("--drain", "200")
+    server.wait_until_ready()
+    chat = f"{server.url}/v1/chat/completions"
+    begun, pieces = threading.Event(), []
+
+    def client() -> None:
+        with httpx.stream("POST", chat, json=body(100), timeout=WITHIN) as answer:
+            for piece in answer.iter_lines():
+                pieces.append(piece)
+                begun.set()
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert begun.wait(WITHIN)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(httpx.TransportError):
+        httpx.post(chat, json=body(5), timeout=10).raise_for_status()
+        raise httpx.TransportError("it was taken")  # pragma: no cover
+    thread.join(WITHIN)
+    assert server.process.wait(WITHIN) == 0
+    rows = [json.loads(line[6:]) for line in pieces if line.startswith("data: {")]
+    assert rows[-1]["choices"][0]["finish_reason"] == "length"
+    assert "data: [DONE]" in pieces
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    [row] = [json.loads(line) for line in log.splitlines() if line.startswith('{"request_id"')]
+    assert row["completion_tokens"] == 100
+    assert "base64" not in log
+
+
+def test_what_the_drain_does_not_wait_for_ends_with_an_error_object(start: Any) -> None:
+    server = start("--drain", "1", "--limit", "256")
+    server.wait_until_ready()
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def client() -> None:
+        chat = f"{server.url}/v1/chat/completions"
+        for _ in range(40):
+            try:
+                with httpx.stream("POST", chat, json=body(230), timeout=WITHIN) as answer:
+                    lines.clear()
+                    for line in answer.iter_lines():
+                        lines.append(line)
+                        begun.set()
+            except httpx.TransportError:
+                return
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert begun.wait(WITHIN)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(WITHIN) == 0
+    thread.join(WITHIN)
+    assert not thread.is_alive()
+    ended = "data: [DONE]" in lines
+    assert ended, lines[-3:]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no such host", "\u00e9" * 100])
+def test_an_address_that_cannot_be_had_is_two_lines_before_a_model_loads(
+    host: str, run: RunCommand
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = run("serve", "tiny-opt", "--host", host, "--port", port)
+    assert_two_lines(found, "cannot listen", str(port))

@@ -1,0 +1,98 @@
+"""Laws of a risk that is watched: a true promise is rarely called broken, a false one soon is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offramp.betting import (
+    FRACTIONS,
+    RunningRisk,
+    betting_p_value,
+    first_alarms,
+    stakes_above,
+)
+
+TARGETS = (0.0075, 0.02, 0.1, 0.5)
+
+
+def draws(risk: float, n: int, streams: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random((n, streams)) < risk).astype(float)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_promise_that_holds_is_called_broken_at_most_at_its_level(target: float) -> None:
+    """Over 5,000 draws, looked at after each: the level is of ever, not of each look."""
+    for level in (0.2, 0.02):
+        alarms = first_alarms(draws(target, 5_000, 500), target, level) > 0
+        assert alarms.mean() <= level + 2 * np.sqrt(level / len(alarms))
+
+
+def test_that_also_holds_of_losses_between_and_of_a_risk_that_moves_below_the_promise() -> None:
+    random = np.random.default_rng(1)
+    between = random.beta(0.1 * 0.5, 0.9 * 0.5, (3_000, 500))
+    assert (first_alarms(between, 0.1, 0.05) > 0).mean() <= 0.05 + 0.02
+    moving = 0.05 + 0.05 * np.sin(np.arange(3_000) / 50)[:, None]
+    losses = (random.random((3_000, 500)) < moving).astype(float)
+    assert (first_alarms(losses, 0.1, 0.05) > 0).mean() <= 0.05
+
+
+@pytest.mark.parametrize("target", [0.0075, 0.02, 0.1])
+def test_a_doubled_risk_is_noticed_within_twenty_over_the_target(target: float) -> None:
+    alarms = first_alarms(draws(2 * target, int(100 / target), 100), target, 0.01)
+    assert (alarms > 0).all()
+    assert np.median(alarms) < 20 / target
+    tenfold = first_alarms(draws(min(10 * target, 0.9), int(20 / target), 100), target, 0.01)
+    assert (tenfold > 0).all() and np.median(tenfold) < 2 / target
+
+
+def test_no_bet_can_ruin() -> None:
+    claims = np.geomspace(1e-5, 0.99, 50)
+    stakes = stakes_above(claims)
+    assert (stakes > 0).all()
+    assert (1 - stakes * claims[:, None] >= 0.1 - 1e-9).all()
+
+
+def test_one_by_one_is_the_same_as_all_together() -> None:
+    losses = draws(0.04, 800, 5)
+    for stream in range(5):
+        risk = RunningRisk(0.02, level=0.05)
+        seen = 0
+        for number, loss in enumerate(losses[:, stream], 1):
+            risk.add(loss)
+            seen = seen or number * risk.broken
+        assert seen == first_alarms(losses, 0.02, 0.05)[stream]
+        assert risk.n == 800 and risk.mean == pytest.approx(losses[:, stream].mean())
+
+
+def test_the_interval_covers_the_risk_at_all_times_together() -> None:
+    missed = 0
+    for seed in range(60):
+        risk = RunningRisk(None, confidence=0.8)
+        wrong = False
+        for loss in draws(0.05, 500, 1, seed)[:, 0]:
+            risk.add(loss)
+            low, high = risk.interval
+            wrong |= not low <= 0.05 <= high
+        missed += wrong
+    assert missed <= 0.2 * 60 + 2 * np.sqrt(60 * 0.2 * 0.8)
+    assert 0 < low < 0.05 < high < 0.12
+
+
+def test_the_upper_end_is_what_calibration_would_bound() -> None:
+    losses = draws(0.01, 600, 1)[:, 0]
+    risk = RunningRisk(None, confidence=0.9)
+    risk.extend(losses.tolist())
+    _, high = risk.interval
+    assert betting_p_value(losses, high) <= 0.05 < betting_p_value(losses, high / 1.08)
+
+
+def test_without_a_promise_nothing_is_broken_and_no_loss_is_out_of_range() -> None:
+    risk = RunningRisk(None)
+    assert risk.mean is None and risk.interval == (0.0, 1.0)
+    risk.extend([1.0] * 500)
+    assert not risk.broken and risk.interval[0] > 0.9
+    for loss in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="not in"):
+            risk.add(loss)
+    assert len(FRACTIONS) == 4
