@@ -22,7 +22,7 @@ RATIOS = (1.5, 2.0, 3.0, 10.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=2000)
+    parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()
