@@ -219,7 +219,7 @@ def engine_alone(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
     """Tokens a second of the engine, by mode and requests under way at once; the images are opened
     and the prompts processed in its worker threads, as the server does."""
     backbone, processor = load_tiny("opt")
-    adapter = Adapter.from_pretrained(tiny_exits("opt"), backbone)
+    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
     examples = captions("test", min(32, arguments.requests)).examples
     speeds = {}
     config = EngineConfig(SLOTS, 256)

@@ -80,7 +80,8 @@ def bodies() -> list[dict[str, Any]]:
 
 async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     """What was seen in so many seconds."""
-    good, seen, statuses = bodies(), {}, Counter[str]()
+    good, statuses = bodies(), Counter[str]()
+    seen: dict[int, str] = {}
     wrong: list[str] = []
     memory: list[float] = []
     end = time.monotonic() + seconds

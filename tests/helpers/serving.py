@@ -30,7 +30,7 @@ NAME = "tiny-opt"
 def shipped() -> tuple[Adapter, Any]:
     """The shipped model with its exits, and its processor."""
     backbone, processor = load_tiny("opt", device="cpu")
-    return Adapter.from_pretrained(tiny_exits("opt"), backbone), processor
+    return Adapter.from_pretrained(backbone, tiny_exits("opt")), processor
 
 
 @cache

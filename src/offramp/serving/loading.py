@@ -11,7 +11,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.errors import AdapterError, InputError
 from offramp.models.backbone import Backbone, load_processor
-from offramp.models.shipped import TINY, load_tiny, tiny_exits
+from offramp.models.shipped import TINY, load_tiny, short_name, tiny_exits
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def load_served(
         except InputError:
             log.info("%s ships without exits: every token runs at full depth", name)
             return model, processor
-        return Adapter.from_pretrained(folder, model), processor
+        return Adapter.from_pretrained(model, folder), processor
     config = read_config(adapter_folder(name))
     if backbone is None:
         revision = revision or config.revision
@@ -51,7 +51,7 @@ def load_served(
 
 def tiny_kind(name: str) -> str | None:
     """Which tiny model is meant; None: none."""
-    kind = name.removeprefix("offramp/").removeprefix("tiny-")
+    kind = short_name(name)
     return kind if kind in TINY and kind != name else None
 
 

@@ -79,6 +79,7 @@ class Answering:
         ]  # fmt: skip
         repeated = [inputs for inputs in prompts for _ in range(request.n)]
         self.choices: list[_Choice] = []
+        self._left = False
         try:
             for index, (inputs, how) in enumerate(zip(repeated, hows, strict=True)):
                 self.choices.append(self._submit(index, inputs, how, use))
@@ -104,8 +105,9 @@ class Answering:
         self._loop.call_soon_threadsafe(self._events.put_nowait, what)
 
     def leave(self) -> None:
-        """Whatever is not over yet is not wanted."""
-        for choice in self.choices:
+        """Whatever is not over yet is not wanted; a second time changes nothing."""
+        left, self._left = self._left, True
+        for choice in () if left else self.choices:
             if not choice.handle.done():
                 self._service.metrics.ended("abort")
             self._service.over(choice.handle)
@@ -185,14 +187,29 @@ class Answering:
     def _named(self) -> Reply:
         """The reply with what was done, now that it is."""
         modes = {self._mode(c.handle.result()) for c in self.choices if c.written.reason}
-        if len(modes) != 1:
-            return self.reply
-        reply = replace(self.reply, mode=modes.pop())
-        object.__setattr__(reply, "id", self.reply.id)
-        object.__setattr__(reply, "created", self.reply.created)
-        return reply
+        return replace(self.reply, mode=modes.pop()) if len(modes) == 1 else self.reply
 
     # -- in pieces ---------------------------------------------------------------------------------
+
+    async def first(self, pieces: AsyncIterator[bytes], receive: Callable[[], Any]) -> bytes:
+        """The first of `pieces`, unless the client goes away before it is there.
+
+        Raises:
+            ApiError: what went wrong; the client has gone (499).
+        """
+        gone = asyncio.ensure_future(_gone(receive))
+        begun = asyncio.ensure_future(anext(pieces))  # type: ignore[arg-type]
+        try:
+            await asyncio.wait({begun, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not begun.done():
+                raise ApiError(499, "The client has gone.", code="client_gone")
+            return await begun
+        except BaseException:
+            begun.cancel()
+            self.leave()
+            raise
+        finally:
+            gone.cancel()
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events. What fails before the first is raised, what fails later

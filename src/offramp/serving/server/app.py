@@ -130,11 +130,8 @@ async def _answer(
         told |= {"mean_depth": usage["offramp"]["mean_depth"]}
         return JSONResponse(reply)
     pieces = answering.pieces()
-    try:
-        first = await anext(pieces)  # what fails before it is an error object, not a stream
-    except BaseException:
-        await pieces.aclose()  # type: ignore[attr-defined]
-        raise
+    # What fails before the first piece is an error object, not a stream.
+    first = await answering.first(pieces, request.receive)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(
         _stream(first, pieces, answering, told), media_type="text/event-stream", headers=headers

@@ -109,6 +109,8 @@ class Service:
         self._typical = 1.0  # seconds of an answer, lately
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
+        # Their own: a host that is slow to answer keeps nobody else's image from being decoded.
+        self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
     # -- who is let in -----------------------------------------------------------------------------
 
@@ -159,9 +161,13 @@ class Service:
     ) -> tuple[Mapping[str, Any], Sequence[Any]]:
         """A prompt's inputs and its images, opened and processed in worker threads."""
         loop = asyncio.get_running_loop()
+        read = self.images.encoded
+        files = await asyncio.gather(
+            *(loop.run_in_executor(self._fetchers, read, url) for url in urls)
+        )
 
         def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
-            images = [self.images.open(url) for url in urls]
+            images = [self.images.decode(file) for file in files]
             return make(images), images
 
         return await loop.run_in_executor(self._pool, work)
@@ -240,7 +246,8 @@ class Service:
         if self.watcher is not None:
             self.watcher.close()
         self.engine.close(drain=False)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # -- numbers -----------------------------------------------------------------------------------
 

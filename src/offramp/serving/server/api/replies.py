@@ -48,9 +48,10 @@ class Reply:
     created: int = 0
 
     def __post_init__(self) -> None:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        object.__setattr__(self, "id", f"{prefix}-{uuid.uuid4().hex}")
-        object.__setattr__(self, "created", int(time.time()))
+        if not self.id:
+            prefix = "chatcmpl" if self.chat else "cmpl"
+            object.__setattr__(self, "id", f"{prefix}-{uuid.uuid4().hex}")
+            object.__setattr__(self, "created", int(time.time()))
 
     # -- parts -------------------------------------------------------------------------------------
 
