@@ -95,12 +95,13 @@ def test_each_image_counts_once_and_too_many_are_let_go(engine: BatchEngine) -> 
 def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_path: Path) -> None:
     watcher = watcher_of(engine, replace(ALL, keep=tmp_path / "kept"))
     try:
-        watched(engine, [*tasks.captions("test", 8).examples, scene_examples()[7]], watcher)
+        question = tasks.questions("test", 1, 50).examples[0]
+        watched(engine, [*tasks.captions("test", 8).examples, question], watcher)
     finally:
         watcher.close()
     items = read_items([str(tmp_path / "kept" / "rows.jsonl")], None, "auto")
     assert len(items) == 9
-    assert items[-1].example.prompt == scene_examples()[7].prompt
+    assert items[-1].example.prompt == question.prompt
     adapter, _ = shipped()
     assert engine.processor is not None
     found = calibrate(
