@@ -8,12 +8,16 @@ from collections.abc import Iterator
 EXTRAS = {
     "accelerate": "train",
     "datasets": "data",
+    "fastapi": "serve",
     "gguf": "llama-cpp",
     "llama-cpp-python": "llama-cpp",
     "matplotlib": "report",
     "peft": "peft",
+    "prometheus-client": "serve",
     "pycocoevalcap": "eval",
+    "ray": "ray",
     "scipy": "calibrate",
+    "uvicorn": "serve",
 }
 """Extras of offramp that bring a package."""
 
