@@ -86,6 +86,10 @@ def replica_app(config: RayConfig) -> FastAPI:
     return create_app(Service(model, processor, server, sizes, watch=watch))
 
 
+class Replica:
+    """What Ray builds the application around."""
+
+
 def deployment(config: RayConfig) -> Any:
     """An application for `serve.run`.
 
@@ -100,7 +104,7 @@ def deployment(config: RayConfig) -> Any:
     def build() -> FastAPI:
         return replica_app(config)
 
-    @serve.deployment(
+    deployed = serve.deployment(
         name=f"offramp-{Path(config.adapter).name}",
         max_ongoing_requests=room,
         max_queued_requests=room,
@@ -113,11 +117,7 @@ def deployment(config: RayConfig) -> Any:
         graceful_shutdown_timeout_s=drain + 5,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    @serve.ingress(build)
-    class Replica:
-        """Nothing beside the application."""
-
-    return Replica.bind()
+    return deployed(serve.ingress(build)(Replica)).bind()
 
 
 class Captioner:

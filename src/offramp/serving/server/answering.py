@@ -198,7 +198,7 @@ class Answering:
             ApiError: what went wrong; the client has gone (499).
         """
         gone = asyncio.ensure_future(_gone(receive))
-        begun = asyncio.ensure_future(anext(pieces))  # type: ignore[arg-type]
+        begun = asyncio.ensure_future(anext(pieces))
         try:
             await asyncio.wait({begun, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not begun.done():
