@@ -207,7 +207,7 @@ class Bench:
 
     def run(self, group: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         """Train and judge one cell after the other; all share their recorded states."""
-        kept: dict[Any, Stores] = {}
+        recorded: dict[Any, Stores] = {}
         setting = SETTINGS[group[0].setting]
         sizes, seed = self.sizes, group[0].seed
         pictures, steps = (sizes.few, sizes.long) if setting.few else (sizes.pictures, sizes.steps)
@@ -224,7 +224,7 @@ class Bench:
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
                 trainer = Trainer(self.backbone, self.processor, examples, config, Path(folder))
-                adapter = trainer.run(kept=kept)
+                adapter = trainer.run(recorded=recorded)
             yield {
                 "key": cell.key(sizes),
                 "cell": cell._asdict(),
@@ -258,10 +258,10 @@ FIGURES = [
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each backbone, setting and game the figures over seeds, and what they differ from
     distillation alone by, paired, with a 95% t-interval."""
-    found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    by_game: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         kind, setting, game, seed = Cell(**row["cell"])
-        found.setdefault((kind, setting, game), {})[seed] = row
+        by_game.setdefault((kind, setting, game), {})[seed] = row
     return [
         {
             "backbone": kind,
@@ -271,12 +271,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             **{
                 f"{name}_{place}": {
                     **_spread([by_seed[s][place][name] for s in sorted(by_seed)]),
-                    **_difference(by_seed, found[kind, setting, ALONE], place, name),
+                    **_difference(by_seed, by_game[kind, setting, ALONE], place, name),
                 }
                 for place, name in FIGURES
             },
         }
-        for (kind, setting, game), by_seed in found.items()
+        for (kind, setting, game), by_seed in by_game.items()
     ]
 
 
@@ -322,11 +322,11 @@ def main() -> None:
         seconds = mean(row["seconds"] for row in rows.values()) if rows else float("nan")
         print(f"{len(left)} of {len(wanted)} runs are left: {len(left) * seconds / 60:.0f} minutes")
         return
-    found = [rows[key] for key in wanted]
+    done = [rows[key] for key in wanted]
     if set(arguments.settings) == set(SETTINGS):
-        _write(target, found, out, sizes)
+        _write(target, done, out, sizes)
     else:
-        _renew(target, found)
+        _renew(target, done)
 
 
 def _run(groups: Sequence[Sequence[Cell]], out: Path, part: int, sizes: Sizes) -> None:

@@ -85,11 +85,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
-    found: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
+    analyses: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
     for kind in arguments.backbone:
         with tempfile.TemporaryDirectory() as folder:
-            found[kind] = analysed(kind, folder)
-        write_json(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
+            analyses[kind] = analysed(kind, folder)
+        write_json(arguments.out, {**analyses, "provenance": provenance(0, sys.argv, None)})
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def _batch() -> list[dict[str, Any]]:
     own = _run(backbone, inputs, [Case(quarter, r) for r in rates], SHORTLIST, independent=True)
     together = _run(backbone, inputs, [Case(quarter, RATES[-1])], SHORTLIST)
     return [
-        *({**each, "rows": "independent"} for each in own),
-        *({**each, "rows": "together"} for each in together),
+        *({**row, "rows": "independent"} for row in own),
+        *({**row, "rows": "together"} for row in together),
     ]
 
 
@@ -122,26 +122,26 @@ def _run(
 
 
 def _peers() -> dict[str, Any]:
-    found = {kind: _peers_of(kind) for kind in TINY}
-    return {**found, "provenance": provenance(None, sys.argv, None)}
+    peers = {kind: _peers_of(kind) for kind in TINY}
+    return {**peers, "provenance": provenance(None, sys.argv, None)}
 
 
 def _peers_of(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
     examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
     inputs = [encoder.prompts([example]) for example in examples]
-    found = time_peers(
+    peers = time_peers(
         adapter, inputs, rounds=ROUNDS,
         progress=lambda rounds: tqdm(rounds, f"peers {kind}", disable=None, leave=False),
     )  # fmt: skip
-    print(peers_table(found), file=sys.stderr)
-    return found
+    print(peers_table(peers), file=sys.stderr)
+    return peers
 
 
 def _dialogues() -> dict[str, Any]:
     """Turns of dialogues, answered with and without what can be kept from one call to the next."""
-    found = {kind: _dialogues_of(kind) for kind in TINY}
-    return {**found, "provenance": provenance(None, sys.argv, None)}
+    dialogues = {kind: _dialogues_of(kind) for kind in TINY}
+    return {**dialogues, "provenance": provenance(None, sys.argv, None)}
 
 
 def _dialogues_of(kind: str) -> dict[str, Any]:
@@ -155,18 +155,18 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
             examples.append(Example(picture, prompt, (answer,), f"{index}/{turn}"))
     inputs = [encoder.prompts([example]) for example in examples]
     options: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
-    one = VisionCache()
-    adapter.generate(inputs[0], vision_cache=one, **options)
+    first_image = VisionCache()
+    adapter.generate(inputs[0], vision_cache=first_image, **options)
 
-    def method(exits: bool, kept: bool) -> GenerateFn:
+    def method(exits: bool, caching: bool) -> GenerateFn:
         # One image, so that none waits there for the next round.
         caches: dict[str, Any] = {
-            "vision_cache": VisionCache(one.nbytes),
+            "vision_cache": VisionCache(first_image.nbytes),
             "prefix_cache": PrefixCache(),
         }
         policy = adapter.policy if exits else FULL
         return exit_generate_fn(
-            adapter.backbone, adapter.exits, policy, **options, **(caches if kept else {})
+            adapter.backbone, adapter.exits, policy, **options, **(caches if caching else {})
         )
 
     methods = {

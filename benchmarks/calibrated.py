@@ -114,8 +114,10 @@ def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
     config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
     with tempfile.TemporaryDirectory() as folder:
-        some = _examples("train", sizes.train)
-        return train(backbone, processor, some, config, folder), InputProcessor(backbone, processor)
+        examples = _examples("train", sizes.train)
+        return train(backbone, processor, examples, config, folder), InputProcessor(
+            backbone, processor
+        )
 
 
 # -- calibrated.json ------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
 def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
     held_out = _examples("calibration", sizes.calibration)
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
-    found = [
+    calibrations = [
         calibrate(
             adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
             costs=costs, progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
@@ -136,15 +138,24 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
         "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
         "full": demo.exit_generate_fn(adapter, FULL),
     }
-    methods |= {str(i): demo.exit_generate_fn(adapter, one.policy) for i, one in enumerate(found)}
+    methods |= {
+        str(i): demo.exit_generate_fn(adapter, calibration.policy)
+        for i, calibration in enumerate(calibrations)
+    }
     timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
     timings = time_interleaved(
         methods, timed, rounds=sizes.rounds, progress=partial(_bar, "timing")
     )
     full = _answers(adapter, encoder, sizes.test, FULL)
     return [
-        _row(one, timings, str(i), full, _answers(adapter, encoder, sizes.test, one.policy))
-        for i, one in enumerate(found)
+        _row(
+            calibration,
+            timings,
+            str(i),
+            full,
+            _answers(adapter, encoder, sizes.test, calibration.policy),
+        )
+        for i, calibration in enumerate(calibrations)
     ]
 
 
@@ -154,7 +165,7 @@ def _answers(adapter: Adapter, encoder: InputProcessor, n: int, policy: ExitPoli
 
 
 def _row(
-    found: Calibration,
+    calibration: Calibration,
     timings: dict[str, Timing],
     name: str,
     full: Sequence[Answer],
@@ -163,22 +174,22 @@ def _row(
     pictures = len(full) // 3
     asked = _examples("test", pictures)
     stock, baseline, ours = timings["generate"], timings["full"], timings[name]
-    right = {name: [_right(some, name, pictures) for some in (full, early)] for name in TASKS}
+    right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
     every = np.concatenate([np.subtract(*pair) for pair in right.values()])
     return {
-        "risk": found.risk,
-        "risk_target": found.target,
-        "confidence": found.confidence,
-        "method": found.method,
-        "monotone": found.monotone,
-        "thresholds": {str(d): t for d, t in found.policy.thresholds.items()},
-        "risk_calibration": found.measured,
-        "risk_bound": found.bound,
-        "risk_test": float(RISKS[found.risk].losses(early, full, asked).mean()),
-        "n_calibration": found.n,
-        "answers_calibration": found.answers,
+        "risk": calibration.risk,
+        "risk_target": calibration.target,
+        "confidence": calibration.confidence,
+        "method": calibration.method,
+        "monotone": calibration.monotone,
+        "thresholds": {str(d): t for d, t in calibration.policy.thresholds.items()},
+        "risk_calibration": calibration.measured,
+        "risk_bound": calibration.bound,
+        "risk_test": float(RISKS[calibration.risk].losses(early, full, asked).mean()),
+        "n_calibration": calibration.n,
+        "answers_calibration": calibration.answers,
         "n_test": len(asked),
-        "speedup_predicted": found.speedup,
+        "speedup_predicted": calibration.speedup,
         "speedup_decode": speedup(baseline.decode, ours.decode),
         "speedup_end_to_end": speedup(baseline.seconds, ours.seconds),
         "speedup_vs_generate": speedup(stock.decode, ours.decode),
@@ -191,8 +202,8 @@ def _row(
 def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
     """Which answers to a task's questions are right, as its world knows."""
     task = TASKS[name]("test", pictures)
-    some = answers[:pictures] if name == "captions" else answers[pictures:]
-    pairs = zip(some, task.examples, strict=True)
+    asked = answers[:pictures] if name == "captions" else answers[pictures:]
+    pairs = zip(asked, task.examples, strict=True)
     return np.array([task.correct(answer.text, example) for answer, example in pairs], float)
 
 
@@ -210,15 +221,15 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     halves = [_halves(pool, seed) for seed in range(sizes.splits)]
     rows = []
     for risk in MEASURED:
-        tried = replace(whole, risk=RISKS[risk])
+        evaluator = replace(whole, risk=RISKS[risk])
 
         @cache
         def lost(
-            thresholds: tuple[tuple[int, float], ...], tried: ThresholdEvaluator = tried
+            thresholds: tuple[tuple[int, float], ...], evaluator: ThresholdEvaluator = evaluator
         ) -> Any:
-            return tried.losses(dict(thresholds))
+            return evaluator.losses(dict(thresholds))
 
-        outcomes = [_split(tried, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
+        outcomes = [_split(evaluator, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
         rows += [
             {
                 "risk": risk,
@@ -245,10 +256,10 @@ def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
 
 
 def _split(
-    tried: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
+    evaluator: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
 ) -> list[dict[str, Any]]:
     """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
-    half = tried.part(calibration)
+    half = evaluator.part(calibration)
     search, tested = split_images(half, images_of(half.examples))
     path = path_of(half, search, GRID)
     columns: list[Any] = []
@@ -257,19 +268,19 @@ def _split(
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)
-    found = []
+    outcomes = []
     for setting in _settings():
         level = Guarantee(setting["risk_target"], CONFIDENCE).level(1)
         target, method = setting["risk_target"], setting["method"]
-        index = control(losses, target, level, method, tried.risk.low).index
+        index = control(losses, target, level, method, evaluator.risk.low).index
         if index is None:
-            found.append({"index": None, "test": 0.0, "pool": 0.0})
+            outcomes.append({"index": None, "test": 0.0, "pool": 0.0})
             continue
         chosen = path[index]
         everywhere = lost(tuple(chosen.items()))
-        full, ours = tried.seconds({}), tried.seconds(chosen)
+        full, ours = evaluator.seconds({}), evaluator.seconds(chosen)
         assert full and ours
-        found.append(
+        outcomes.append(
             {
                 "index": index,
                 "test": float(everywhere[test].mean()),
@@ -277,29 +288,31 @@ def _split(
                 "speedup": full / ours,
             }
         )
-    return found
+    return outcomes
 
 
-def _shares(found: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
-    given = [one for one in found if one["index"] is not None]
+def _shares(outcomes: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+    guaranteed = [outcome for outcome in outcomes if outcome["index"] is not None]
     return {
-        "splits": len(found),
-        "promised": len(given),
-        "violations": sum(one["test"] > target for one in found),
-        "violations_by_pool_risk": sum(one["pool"] > target for one in found),
+        "splits": len(outcomes),
+        "promised": len(guaranteed),
+        "violations": sum(outcome["test"] > target for outcome in outcomes),
+        "violations_by_pool_risk": sum(outcome["pool"] > target for outcome in outcomes),
         "stated_share": 1 - CONFIDENCE,
-        "mean_risk_test": float(np.mean([one["test"] for one in found])),
-        "mean_risk_pool": float(np.mean([one["pool"] for one in found])),
-        "largest_risk_test": max(one["test"] for one in found),
-        "mean_index": float(np.mean([one["index"] for one in given])) if given else None,
-        "mean_speedup_predicted": float(np.mean([one["speedup"] for one in given]))
-        if given
+        "mean_risk_test": float(np.mean([outcome["test"] for outcome in outcomes])),
+        "mean_risk_pool": float(np.mean([outcome["pool"] for outcome in outcomes])),
+        "largest_risk_test": max(outcome["test"] for outcome in outcomes),
+        "mean_index": float(np.mean([outcome["index"] for outcome in guaranteed]))
+        if guaranteed
+        else None,
+        "mean_speedup_predicted": float(np.mean([outcome["speedup"] for outcome in guaranteed]))
+        if guaranteed
         else None,
     }
 
 
-def _bar(title: str, things: Any) -> Any:
-    return tqdm(things, title, disable=None, leave=False)
+def _bar(title: str, iterable: Any) -> Any:
+    return tqdm(iterable, title, disable=None, leave=False)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,9 @@ def main() -> None:
     out = arguments.out / "quick" if arguments.quick else arguments.out
     for kind in TINY if arguments.backbone is None else (arguments.backbone,):
         _run(kind, out / kind, QUICK if arguments.quick else Sizes())
-    found = {kind: out / kind / "record.json" for kind in TINY}
-    if all(path.exists() for path in found.values()):
-        record = {kind: read_json(path) for kind, path in found.items()}
+    files = {kind: out / kind / "record.json" for kind in TINY}
+    if all(path.exists() for path in files.values()):
+        record = {kind: read_json(path) for kind, path in files.items()}
         target = out / "compare.json" if arguments.quick else RECORD
         write_json(target, {**record, "provenance": provenance(None, sys.argv, None)})
 
@@ -127,15 +127,15 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         rounds=sizes.rounds,
     )
     against = partial(compare, backbone, processor, _examples("train", sizes.train), quality=right)
-    found = against(_examples("test", sizes.test), out, plan)
-    found["distillation"] = _finer(
+    comparison = against(_examples("test", sizes.test), out, plan)
+    comparison["distillation"] = _finer(
         against, out / "distillation", plan, sizes.finer_test, sizes.finer_seeds[kind]
     )
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
-    found["kv"] = _kv(free, InputProcessor(backbone, processor), sizes)
-    found["seconds"] = time.perf_counter() - began
-    write_json(out / "record.json", found)
-    print(json.dumps({kind: found["equal_quality"], "kv": found["kv"]}), file=sys.stderr)
+    comparison["kv"] = _kv(free, InputProcessor(backbone, processor), sizes)
+    comparison["seconds"] = time.perf_counter() - began
+    write_json(out / "record.json", comparison)
+    print(json.dumps({kind: comparison["equal_quality"], "kv": comparison["kv"]}), file=sys.stderr)
 
 
 def _finer(
@@ -152,10 +152,10 @@ def _finer(
         quantiles=DENSE,
         seeds=seeds,
     )
-    found = against(_examples("test", test), out, alone)
-    curves = found["equal_quality"]["curves"]
+    comparison = against(_examples("test", test), out, alone)
+    curves = comparison["equal_quality"]["curves"]
     curve = next(c for c in curves if c["objective"] == "distillation")
-    return {**curve, "n_test": found["n_test"]}
+    return {**curve, "n_test": comparison["n_test"]}
 
 
 def _examples(split: str, pictures: int) -> list[Example]:
@@ -185,15 +185,15 @@ def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, An
     timings = time_interleaved(methods, timed, rounds=sizes.rounds)
     tasks = [captions("test", sizes.test), questions("test", sizes.test)]
     full = demo.answers(adapter, encoder, tasks, FULL)
-    found: dict[str, Any] = {"threshold": THRESHOLD}
+    figures: dict[str, Any] = {"threshold": THRESHOLD}
     for name, policy in policies.items():
         ours = demo.answers(adapter, encoder, tasks, policy)
         pairs = [(a.ids, b.ids) for t in full for a, b in zip(full[t], ours[t], strict=True)]
-        found[name] = {
+        figures[name] = {
             "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
             "identical_answers": sum(a == b for a, b in pairs) / len(pairs),
         }
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -82,10 +82,10 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     return {"costs": costs.to_json(), "entries": entries, "load": os.getloadavg()}
 
 
-def write(name: str, dtype: str, slots: int, found: dict[str, Any]) -> None:
+def write(name: str, dtype: str, slots: int, figures: dict[str, Any]) -> None:
     """Put one shape and size into the record, beside what it holds of others."""
     record = read_json(RECORD) if RECORD.is_file() else {}
-    record[f"{name}, {dtype}, {slots} slots"] = found
+    record[f"{name}, {dtype}, {slots} slots"] = figures
     record["provenance"] = provenance(0, ["benchmarks.engine"], None)
     write_json(RECORD, record)
 

@@ -59,10 +59,10 @@ class Clock(FirstToken):
 
     cpu: float | None = None
 
-    def __call__(self, *given: Any, **more: Any) -> torch.Tensor:
+    def __call__(self, *positional: Any, **named: Any) -> torch.Tensor:
         if self.cpu is None:
             self.cpu = time.process_time()
-        return super().__call__(*given, **more)
+        return super().__call__(*positional, **named)
 
 
 Way = Callable[[Mapping[str, Any], Clock], Answer]
@@ -84,16 +84,16 @@ class OneFile:
         with torch.inference_mode():
             states = entry.states(lambda: model(**inputs))[0].float().numpy()
         self.segment.crop(self.segment.length)
-        found: list[int] = []
-        while len(found) < OPTIONS["max_new_tokens"]:
+        tokens: list[int] = []
+        while len(tokens) < OPTIONS["max_new_tokens"]:
             self.segment.feed(states, 1)
-            found.append(int(np.argmax(self.segment.logits(1))))
-            if len(found) == 1:
+            tokens.append(int(np.argmax(self.segment.logits(1))))
+            if len(tokens) == 1:
                 clock(torch.zeros(1, 1, dtype=torch.long), None)
-            if found[-1] == self.end:
+            if tokens[-1] == self.end:
                 break
-            states = self.embeddings[found[-1]][None]
-        return tuple(found)
+            states = self.embeddings[tokens[-1]][None]
+        return tuple(tokens)
 
 
 def generating(generate: Callable[..., Any], **options: Any) -> Way:
@@ -101,8 +101,8 @@ def generating(generate: Callable[..., Any], **options: Any) -> Way:
 
     def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
         stop = StoppingCriteriaList([clock])
-        found = generate(inputs, stopping_criteria=stop, **OPTIONS, **options)
-        return tuple(found.new_tokens[0].tolist())
+        output = generate(inputs, stopping_criteria=stop, **OPTIONS, **options)
+        return tuple(output.new_tokens[0].tolist())
 
     return run
 
@@ -184,24 +184,24 @@ def answers(bench: Bench) -> dict[str, Any]:
     skipped = {("generate", "full"), ("offramp, torch", "lossless")}
     ways = {n: w for n, w in ways.items() if n[2] in COMPARED and (n[0], n[2]) not in skipped}
     file = OUT / "answers.jsonl"
-    kept = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
+    rows_by_key = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
     with JsonlLog(file) as log:
         for example in tqdm(bench.photographs, "answers", disable=None):
-            if example.key not in kept:
+            if example.key not in rows_by_key:
                 inputs = bench.encoder.prompts([example])
                 said = {"/".join(name): list(way(inputs, Clock())) for name, way in ways.items()}
-                kept[example.key] = {"key": example.key, **said}
-                log.append(kept[example.key])
-    rows = [kept[example.key] for example in bench.photographs]
+                rows_by_key[example.key] = {"key": example.key, **said}
+                log.append(rows_by_key[example.key])
+    rows = [rows_by_key[example.key] for example in bench.photographs]
     return compare([*ways], bench, rows)
 
 
 def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> dict[str, Any]:
     """Counts of identical answers, and CIDEr. rows: for each photograph, ids by joined names."""
-    found = {name: [tuple(row["/".join(name)]) for row in rows] for name in names}
+    answers = {name: [tuple(row["/".join(name)]) for row in rows] for name in names}
 
-    def same(one: Name, other: Name) -> int:
-        return sum(a == b for a, b in zip(found[one], found[other], strict=True))
+    def same(name: Name, other: Name) -> int:
+        return sum(a == b for a, b in zip(answers[name], answers[other], strict=True))
 
     ours, torch_ = "offramp, llama.cpp", "offramp, torch"
     full, early = (torch_, "float32", "full"), (torch_, "float32", "early_exit")
@@ -218,12 +218,12 @@ def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> dict[st
             for layers in FORMATS
         },
         "float32": {"early_as_full": same(early, full)},
-        "cider": _cider(bench, found, full),
+        "cider": _cider(bench, answers, full),
     }
 
 
 def _cider(
-    bench: Bench, found: Mapping[Name, Sequence[Answer]], full: Name
+    bench: Bench, answers_of: Mapping[Name, Sequence[Answer]], full: Name
 ) -> list[dict[str, Any]]:
     """CIDEr of each way, and its difference from the float32 full model, with its interval."""
     right = {str(i): example.answers for i, example in enumerate(bench.photographs)}
@@ -234,10 +234,10 @@ def _cider(
         scored = caption_scores(said, right, metrics=("CIDEr",), tokenizer="simple")
         return scored.measures["CIDEr"]
 
-    whole = measure(found[full])
+    whole = measure(answers_of[full])
     rows = []
-    for (runtime, layers, mode), some in found.items():
-        value = measure(some)
+    for (runtime, layers, mode), answers in answers_of.items():
+        value = measure(answers)
         difference = interval(value, minus=whole)
         rows.append(
             {
@@ -266,14 +266,14 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     load_before = os.getloadavg()[0]
     for number in tqdm(range(rounds), "timings", disable=None):
-        for some in inputs:
+        for prompt in inputs:
             for name in [list(ways)[i] for i in draw.permutation(len(ways))]:
-                seconds, wall, cpu, count = _timed(ways[name], some)
+                seconds, wall, cpu, count = _timed(ways[name], prompt)
                 for place, value in enumerate((seconds, wall, cpu)):
                     spent[name][number][place] += value
                 tokens[name] += count
     rows = []
-    for name, each in spent.items():
+    for name, totals in spent.items():
         runtime, layers, mode = name
         decoded = tokens[name] / rounds
         rows.append(
@@ -281,9 +281,9 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
                 "runtime": runtime,
                 "format": layers,
                 "mode": mode,
-                "tokens_per_second": decoded / median(r[1] for r in each),
-                "cpu_tokens_per_second": decoded / median(r[2] for r in each),
-                "end_to_end_seconds": median(r[0] for r in each) / len(inputs),
+                "tokens_per_second": decoded / median(r[1] for r in totals),
+                "cpu_tokens_per_second": decoded / median(r[2] for r in totals),
+                "end_to_end_seconds": median(r[0] for r in totals) / len(inputs),
                 "tokens": decoded,
             }
         )
@@ -326,12 +326,12 @@ def callback(bench: Bench, rounds: int) -> dict[str, Any]:
         runtime = bench.runtime("q4_1", replace(ENGINE, compiled_tap=compiled))
         ways[name] = generating(runtime.generate, policy=policy)
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            each = [_timed(way, some) for some in inputs]
-            found[name].append(1e3 * sum(t[2] for t in each) / sum(t[3] for t in each))
-    return {name: median(values) for name, values in found.items()}
+            timed = [_timed(way, prompt) for prompt in inputs]
+            milliseconds[name].append(1e3 * sum(t[2] for t in timed) / sum(t[3] for t in timed))
+    return {name: median(values) for name, values in milliseconds.items()}
 
 
 def main() -> None:

@@ -36,12 +36,12 @@ def main() -> None:
         import transformers
 
         record["transformers"] = transformers.__version__
-        for name, found in run(arguments.types):
-            record["types"][name] = found
+        for name, outcome in run(arguments.types):
+            record["types"][name] = outcome
             write_json(RECORD, record)
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
+    before, _, following = text.partition(START)
+    _, _, after = following.partition(END)
     PAGE.write_text(f"{before}{START}\n{table(record)}\n{END}{after}", encoding="utf-8")
 
 
@@ -58,7 +58,7 @@ def run(types: list[str]) -> Any:
 
     torch.set_num_threads(1)
     for name in types or zoo.names():
-        found: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         try:
             model = zoo.build(name)
             example = zoo.inputs(name, model, 1)
@@ -74,20 +74,20 @@ def run(types: list[str]) -> Any:
             yield name, {"refused": error.problem}
             continue
         family = whole.family
-        found["registered"] = registered_family(model.config) is not None
-        found["paths"] = [family.stack, family.layers, family.norm, family.head]
+        outcome["registered"] = registered_family(model.config) is not None
+        outcome["paths"] = [family.stack, family.layers, family.norm, family.head]
         for rows in (1, 3):
             check = check_decoding(whole, zoo.inputs(name, model, rows), depths=(2, 4))
-            found[str(rows)] = {column: getattr(check, column) for column in COLUMNS}
-            found["allowed"] = check.allowed
-        yield name, found
-        print(name, found, file=sys.stderr, flush=True)
+            outcome[str(rows)] = {column: getattr(check, column) for column in COLUMNS}
+            outcome["allowed"] = check.allowed
+        yield name, outcome
+        print(name, outcome, file=sys.stderr, flush=True)
 
 
-def verdict(found: dict[str, Any], column: str) -> str:
+def verdict(outcome: dict[str, Any], column: str) -> str:
     """exact, no, or refused, in both batches."""
-    outcomes = [found[rows][column] for rows in ("1", "3")]
-    if all(isinstance(o, float) and o <= found["allowed"] for o in outcomes):
+    outcomes = [outcome[rows][column] for rows in ("1", "3")]
+    if all(isinstance(o, float) and o <= outcome["allowed"] for o in outcomes):
         return "exact"
     if column == "first_token":
         return "never"  # measured: the first token then runs whole
@@ -104,8 +104,8 @@ def table(record: dict[str, Any]) -> str:
             why = f"refused: {found['refused']}" if "refused" in found else UNTRIED
             rows.append((name, "", why, "", "", ""))
             continue
-        cells = {column: verdict(found, column) for column in COLUMNS}
-        stack = f"`{found['paths'][0]}`" + (" (registered)" if found["registered"] else "")
+        cells = {column: verdict(outcome, column) for column in COLUMNS}
+        stack = f"`{outcome['paths'][0]}`" + (" (registered)" if outcome["registered"] else "")
         if "no" in (cells["plain"], cells["exits"]):
             cells = {**dict.fromkeys(COLUMNS, ""), "plain": "refused: not exact in check 3"}
         rows.append((name, stack, *cells.values()))

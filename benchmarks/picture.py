@@ -74,7 +74,7 @@ def measure() -> dict[str, Any]:
             name: {
                 "words": words(out.new_tokens[0].tolist(), encoder.tokenizer),
                 "depths": out.depths[0].tolist(),
-                "seconds": [0.0, *(median(some) for some in zip(*taken[name], strict=True))],
+                "seconds": [0.0, *(median(seconds) for seconds in zip(*taken[name], strict=True))],
             }
             for name, out in outputs.items()
         },
@@ -86,11 +86,11 @@ def _example() -> Example:
     return Example(world.render(world.scene("test", SCENE)), world.CAPTION_PROMPT, (), "picture")
 
 
-def draw(found: Mapping[str, Any]) -> str:
+def draw(measured: Mapping[str, Any]) -> str:
     """The record as an animated SVG on a ground of its own; at rest, all words are there."""
-    modes, layers = found["modes"], found["layers"]
+    modes, layers = measured["modes"], measured["layers"]
     totals = {name: sum(mode["seconds"]) for name, mode in modes.items()}
-    loop = found["slower"] * max(totals.values()) + HOLD
+    loop = measured["slower"] * max(totals.values()) + HOLD
     parts, styles, top = [], [], 140.0
     for name, title in TITLES.items():
         mode = modes[name]
@@ -103,7 +103,7 @@ def draw(found: Mapping[str, Any]) -> str:
         chips = list(_placed(mode["words"], top))
         rows = zip(chips, mode["depths"], mode["seconds"], strict=True)
         for n, ((x, y, width, word), at, seconds) in enumerate(rows):
-            reached += seconds * found["slower"]
+            reached += seconds * measured["slower"]
             color = depth_color(at, layers)
             styles.append(_appears(f"{name[0]}{n}", reached, loop))
             parts.append(
@@ -115,7 +115,7 @@ def draw(found: Mapping[str, Any]) -> str:
         top = chips[-1][1] + 22 + 34
     height = top - 12
     depths = sorted({d for mode in modes.values() for d in mode["depths"]})
-    return _page(parts, styles, height, _legend(depths, layers, found["slower"]), modes)
+    return _page(parts, styles, height, _legend(depths, layers, measured["slower"]), modes)
 
 
 def _placed(texts: Sequence[str], top: float) -> Iterator[tuple[float, float, float, str]]:
@@ -164,7 +164,7 @@ def _page(
         f"A tiny VLM captions this image{', the same words twice' if same else ''}.",
         f"Shown {slow} times slower than it ran.",
     ]
-    told = "".join(
+    intro = "".join(
         f'<text x="126" y="{34 + 20 * n}" class="intro">{escape(line)}</text>'
         for n, line in enumerate(lines)
     )
@@ -181,7 +181,7 @@ text{{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
 </style>
 <rect width="{WIDTH}" height="{height:g}" rx="10" fill="#fff"/>
 <image x="{MARGIN}" y="16" width="96" height="96" href="{image}" style="image-rendering:pixelated"/>
-{told}{legend}
+{intro}{legend}
 {"".join(parts)}
 </svg>
 """

@@ -41,11 +41,11 @@ def methods() -> str:
 
 def regimes(record: dict[str, Any]) -> str:
     """CIDEr kept, with its interval, against measured speed at the thresholds of each regime."""
-    shown = {f"{name}, long": one for name, one in record["regimes"].items()}
+    shown = {f"{name}, long": regime for name, regime in record["regimes"].items()}
     shown |= {name: record["matched"][name] for name in SHORT}
     series = {
-        name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in one["points"] if p["thresholds"])]
-        for name, one in shown.items()
+        name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])]
+        for name, regime in shown.items()
     }
     return tradeoff(series, "CIDEr, in the full model's")
 

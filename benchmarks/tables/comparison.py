@@ -43,7 +43,7 @@ def by_name(curves: list[Value]) -> dict[tuple[str, str], Value]:
 def _equal_quality(cell: Cell) -> str:
     curves = [record("compare")[kind]["equal_quality"]["curves"] for kind in KINDS]
     heads = [f"{tiny(k)}, {level(at)}" for k in KINDS for at in curves[0][0]["speedup_decode"]]
-    rows = equal_quality_rows([by_name(some) for some in curves], cell)
+    rows = equal_quality_rows([by_name(curves_of_kind) for curves_of_kind in curves], cell)
     return table(rows, ("objective", "policy", *heads))
 
 
@@ -55,8 +55,8 @@ def keys_and_values() -> str:
     """What fills the cache above the exit."""
     rows = []
     for policy in ("recompute", "propagate"):
-        found = [record("compare")[kind]["kv"][policy] for kind in KINDS]
-        cells = (f"{times(f['speedup_decode'])}, {f['identical_answers']:.1%}" for f in found)
+        figures = [record("compare")[kind]["kv"][policy] for kind in KINDS]
+        cells = (f"{times(f['speedup_decode'])}, {f['identical_answers']:.1%}" for f in figures)
         rows.append((f"`{policy}`", *cells))
     return table(rows, ("policy", *map(tiny, KINDS)))
 
@@ -68,9 +68,11 @@ def seeds() -> str:
         ratios = record("compare")[kind]["distillation"]["free_over_by_seed"]
         cells = (
             with_range(
-                f"{mean(some):.3f}", [end for end in t_interval(some) if end is not None], ".3f"
+                f"{mean(by_seed):.3f}",
+                [end for end in t_interval(by_seed) if end is not None],
+                ".3f",
             )
-            for some in ratios.values()
+            for by_seed in ratios.values()
         )
         rows.append((tiny(kind), str(len(next(iter(ratios.values())))), *cells))
     return table(rows, ("", "seeds", *map(level, ratios)))

@@ -57,9 +57,9 @@ def identical() -> str:
     ]
     scores = {(s["runtime"], s["format"], s["mode"]): s for s in answers["cider"]}
     for mode in ("full", "early_exit", "lossless"):
-        found = [scores["offramp, llama.cpp", layers, mode] for layers in FORMATS]
+        by_format = [scores["offramp, llama.cpp", layers, mode] for layers in FORMATS]
         title = f"CIDEr, {MODES[mode].removeprefix('ours, ')}"
-        rows.append((title, *(_cider(each) for each in found)))
+        rows.append((title, *(_cider(score) for score in by_format)))
     return table(rows, ("", *FORMATS))
 
 

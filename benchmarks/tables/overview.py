@@ -54,20 +54,22 @@ def _photo() -> tuple[str, ...]:
 
 def _llama_cpp(layers: str) -> tuple[str, ...]:
     """Exits inside llama.cpp, against llama.cpp alone in the same format."""
-    found = record("llama-cpp")
+    measured = record("llama-cpp")
     way = next(
         w
-        for w in found["timings"]["ways"]
+        for w in measured["timings"]["ways"]
         if (w["runtime"], w["format"], w["mode"]) == ("offramp, llama.cpp", layers, "early_exit")
     )
-    scores = {(c["runtime"], c["format"], c["mode"]): c["CIDEr"] for c in found["answers"]["cider"]}
+    scores = {
+        (c["runtime"], c["format"], c["mode"]): c["CIDEr"] for c in measured["answers"]["cider"]
+    }
     full, early = (scores["offramp, llama.cpp", layers, mode] for mode in ("full", "early_exit"))
     return (
         f"the same inside llama.cpp, {layers}",
         f"**{way['over_llama_cpp']:.2f}x** of llama.cpp alone",
         "not measured",
         "none: its threshold is the PyTorch model's",
-        f"CIDEr: {full:.3f} / {early:.3f} on {found['answers']['photographs']} photographs",
+        f"CIDEr: {full:.3f} / {early:.3f} on {measured['answers']['photographs']} photographs",
     )
 
 

@@ -67,16 +67,16 @@ def _chosen(row: Value) -> list[str]:
 def lossless() -> str:
     """Drafts that the full model verifies, in both precisions."""
     rows = []
-    for one in (_photo()["lossless"], _photo()["lossless_bfloat16"]):
+    for row in (_photo()["lossless"], _photo()["lossless_bfloat16"]):
         rows.append(
             (
-                one["dtype"],
-                bold(times(one["speedup_decode"])),
-                times(one["speedup_end_to_end"]),
-                times(one["speedup_vs_generate"]),
-                f"{one['identical_captions']:,} of {one['captions']:,}",
-                f"{one['acceptance']:.0%}",
-                *(f"{one['tokens_per_second'][name]:.1f}" for name in ("full", "lossless")),
+                row["dtype"],
+                bold(times(row["speedup_decode"])),
+                times(row["speedup_end_to_end"]),
+                times(row["speedup_vs_generate"]),
+                f"{row['identical_captions']:,} of {row['captions']:,}",
+                f"{row['acceptance']:.0%}",
+                *(f"{row['tokens_per_second'][name]:.1f}" for name in ("full", "lossless")),
             )
         )
     return table(
@@ -90,33 +90,33 @@ def lossless() -> str:
 
 def corrupted() -> str:
     """CIDEr under each corruption, of each regime's exits."""
-    found = _photo()["damaged"]
-    heads = [f"{regime}, {what}" for regime in found for what in ("early", "drop")]
+    by_regime = _photo()["damaged"]
+    heads = [f"{regime}, {what}" for regime in by_regime for what in ("early", "drop")]
     rows = []
-    for name, one in next(iter(found.values())).items():
+    for name, first in next(iter(by_regime.values())).items():
         cells = [
             text
-            for f in found.values()
+            for f in by_regime.values()
             for text in (f"{f[name]['cider']:.3f}", f"{f[name]['cider_drop']:+.1%}")
         ]
-        rows.append((name, f"{one['cider_full']:.3f}", *cells))
+        rows.append((name, f"{first['cider_full']:.3f}", *cells))
     return table(rows, ("corruption", "CIDEr, full", *heads))
 
 
 def regimes() -> str:
     """Regimes of equal training, side by side."""
-    found = list(_photo()["matched"].values())
+    matched = list(_photo()["matched"].values())
     rows = []
-    for one in found:
+    for regime in matched:
         cells = (
             f"{times(row['speedup_decode'])}, {row['cider_drop']:+.1%}"
             if row["thresholds"]
             else "off"
-            for row in one["points"]
+            for row in regime["points"]
         )
-        agreement = ", ".join(f"{a:.1%}" for a in one["agreement"].values())
-        rows.append((one["regime"], agreement, *cells))
-    return table(rows, ("regime", "agreement", *(row["chosen_by"] for row in found[0]["points"])))
+        agreement = ", ".join(f"{a:.1%}" for a in regime["agreement"].values())
+        rows.append((regime["regime"], agreement, *cells))
+    return table(rows, ("regime", "agreement", *(row["chosen_by"] for row in matched[0]["points"])))
 
 
 def by_depth() -> str:

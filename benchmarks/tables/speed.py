@@ -15,13 +15,13 @@ def _forced_entries() -> list[Value]:
 
 def forced(shape: str, batch: int, depth: int, policy: str, rate: float) -> Value | None:
     """One measured case; in a batch that of rows which exit independently."""
-    found = [
+    entries = [
         e for e in _forced_entries()
         if (e["shape"], e["batch"], e["exit_depth"]) == (shape, batch, depth)
         and (e["policy"], e["exit_rate"]) == (policy, rate)
         and e.get("rows", "independent") == "independent"
     ]  # fmt: skip
-    return found[0] if found else None
+    return entries[0] if entries else None
 
 
 CASES = {
@@ -82,11 +82,11 @@ PEERS = {
 def peers() -> str:
     """What else could be switched on, interleaved."""
 
-    def cells(found: Value) -> list[str]:
-        if "not_applicable" in found:
+    def cells(peer: Value) -> list[str]:
+        if "not_applicable" in peer:
             return ["does not run", "", ""]
-        speeds = [times(found[name]) for name in ("speedup_decode", "speedup_end_to_end")]
-        return [*speeds, f"{found['identical']:.0%}"]
+        speeds = [times(peer[name]) for name in ("speedup_decode", "speedup_end_to_end")]
+        return [*speeds, f"{peer['identical']:.0%}"]
 
     rows = [
         (_peer(name), *(c for kind in KINDS for c in cells(record("peers")[kind][name])))
@@ -113,9 +113,9 @@ DIALOGUES = {
 def dialogues() -> str:
     """Turns of dialogues, end to end, with and without caches between calls."""
 
-    def cells(found: Value) -> list[str]:
-        same = "yes" if found["same_answers"] else "NO"
-        return [times(found["speedup_end_to_end"]), f"{found['prefill_share']:.0%}", same]
+    def cells(turns: Value) -> list[str]:
+        same = "yes" if turns["same_answers"] else "NO"
+        return [times(turns["speedup_end_to_end"]), f"{turns['prefill_share']:.0%}", same]
 
     rows = [
         (title, *(c for kind in KINDS for c in cells(record("dialogues")[kind][name])))

@@ -28,9 +28,9 @@ def pad(rows: Words, side: str = "left") -> dict[str, Tensor]:
 
 def _sight(model: Any) -> Any:
     for name in ("vision_config", "visual_config", "vit_config", "encoder"):
-        found = getattr(model.config, name, None)
-        if found is not None:
-            return getattr(found, "vision_config", found)
+        config = getattr(model.config, name, None)
+        if config is not None:
+            return getattr(config, "vision_config", config)
     return model.config
 
 
@@ -41,8 +41,8 @@ def _patch(model: Any) -> int:
 
 def _square(model: Any, size: int | None = None) -> Callable[..., Tensor]:
     if size is None:
-        found = getattr(_sight(model), "image_size", None) or 28
-        size = int(found if isinstance(found, int) else found[0])
+        configured = getattr(_sight(model), "image_size", None) or 28
+        size = int(configured if isinstance(configured, int) else configured[0])
     return lambda *lead: torch.randn(*lead, 3, size, size)
 
 
@@ -66,10 +66,10 @@ def _features(model: Any) -> Callable[..., Any]:
     raise LookupError("no get_image_features")
 
 
-def count(model: Any, given: dict[str, Tensor], rows: int) -> int:
+def count(model: Any, pixels: dict[str, Tensor], rows: int) -> int:
     """Tokens that each image takes in the prompt."""
     with torch.no_grad():
-        features = _features(model)(**given)
+        features = _features(model)(**pixels)
     for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
         if getattr(features, name, None) is not None:
             features = getattr(features, name)
@@ -83,30 +83,30 @@ def count(model: Any, given: dict[str, Tensor], rows: int) -> int:
 
 def image_id(model: Any) -> int:
     for name in ("image_token_id", "image_token_index", "image_patch_id"):
-        found = getattr(model.config, name, None)
-        if found is not None:
-            return int(found)
+        token_id = getattr(model.config, name, None)
+        if token_id is not None:
+            return int(token_id)
     return IMAGE
 
 
 def put(
     model: Any,
     words: Words,
-    given: dict[str, Tensor],
+    pixels: dict[str, Tensor],
     taken: int | None = None,
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     side: str = "left",
 ) -> dict[str, Any]:
-    """Ids with `taken` image tokens before the words of each row, and what was `given`."""
+    """Ids with `taken` image tokens before the words of each row, and the `pixels`."""
     if taken is None:
-        taken = count(model, given, len(words))
+        taken = count(model, pixels, len(words))
     image = image_id(model)
     text: dict[str, Any] = pad([[*frame[0], *[image] * taken, *frame[1], *w] for w in words], side)
     names = inspect.signature(model.forward).parameters
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in names:
             text[name] = (text["input_ids"] == image).long()
-    return {**text, **given}
+    return {**text, **pixels}
 
 
 def by_signature(model: Any, words: Words) -> dict[str, Any]:
@@ -114,10 +114,10 @@ def by_signature(model: Any, words: Words) -> dict[str, Any]:
     rows = len(words)
     names = inspect.signature(model.forward).parameters
     if "image_grid_thw" in names:
-        given = _patches(model, rows)
+        pixels = _patches(model, rows)
     else:
-        given = {"pixel_values": _square(model)(rows)}
-    return put(model, words, given)
+        pixels = {"pixel_values": _square(model)(rows)}
+    return put(model, words, pixels)
 
 
 def _framed(model: Any, words: Words) -> dict[str, Any]:
@@ -140,67 +140,67 @@ def _tiles(model: Any, words: Words) -> dict[str, Any]:
 
 def _docling(model: Any, words: Words) -> dict[str, Any]:
     mask = torch.ones(len(words), 1, dtype=torch.bool)
-    given = {"pixel_values": _square(model)(len(words), 1), "pixel_attention_mask": mask}
-    return put(model, words, given)
+    pixels = {"pixel_values": _square(model)(len(words), 1), "pixel_attention_mask": mask}
+    return put(model, words, pixels)
 
 
 def _crops(model: Any, words: Words) -> dict[str, Any]:
-    pixels = _square(model)(len(words), 2)
-    size = pixels.shape[-1]
-    given = {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]] * len(words))}
-    return put(model, words, given)
+    crops = _square(model)(len(words), 2)
+    size = crops.shape[-1]
+    pixels = {"pixel_values": crops, "image_sizes": torch.tensor([[size, size]] * len(words))}
+    return put(model, words, pixels)
 
 
 def _sized(model: Any, words: Words) -> dict[str, Any]:
-    pixels = _square(model)(len(words))
-    size = pixels.shape[-1]
-    given = {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]] * len(words))}
-    return put(model, words, given)
+    square = _square(model)(len(words))
+    size = square.shape[-1]
+    pixels = {"pixel_values": square, "image_sizes": torch.tensor([[size, size]] * len(words))}
+    return put(model, words, pixels)
 
 
 def _cpm(model: Any, words: Words) -> dict[str, Any]:
     """MiniCPM lays the patches of all images in one long strip."""
     patch = _patch(model)
     sizes = torch.tensor([[4, 4]] * len(words))
-    given = {
+    pixels = {
         "pixel_values": torch.randn(1, 3, patch, 16 * patch * len(words)),
         "target_sizes": sizes,
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _nemotron(model: Any, words: Words) -> dict[str, Any]:
-    given = {
+    pixels = {
         "pixel_values": torch.randn(16 * len(words), 3 * _patch(model) ** 2),
         "image_grid_hw": torch.tensor([[4, 4]] * len(words)),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _siglip2(model: Any, words: Words) -> dict[str, Any]:
-    given = {
+    pixels = {
         "pixel_values": torch.randn(len(words), 16, 3 * _patch(model) ** 2),
         "spatial_shapes": torch.tensor([[4, 4]] * len(words)),
         "pixel_attention_mask": torch.ones(len(words), 16, dtype=torch.long),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _video_llama(model: Any, words: Words) -> dict[str, Any]:
-    given = {
+    pixels = {
         **_patches(model, len(words)),
         "image_merge_sizes": torch.tensor([2] * len(words)),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _paddle(model: Any, words: Words) -> dict[str, Any]:
     patch = _patch(model)
-    given = {
+    pixels = {
         "pixel_values": torch.randn(16 * len(words), 3, patch, patch),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * len(words)),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _inkling(model: Any, words: Words) -> dict[str, Any]:
@@ -213,23 +213,23 @@ def _inkling(model: Any, words: Words) -> dict[str, Any]:
 def _inkling2(model: Any, words: Words) -> dict[str, Any]:
     patch = _patch(model)
     side = model.config.vision_config.spatial_merge_size * patch
-    given = {
+    pixels = {
         "pixel_values": torch.randn(4 * len(words), side, side, 3),
         "image_grid_thw": torch.tensor([[1, 2, 2]] * len(words)),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _molmo(model: Any, words: Words) -> dict[str, Any]:
     patch, rows = _patch(model), len(words)
     places = model.config.vision_config.num_position_embeddings
     pooling = (torch.arange(4) + places * torch.arange(rows)[:, None]).reshape(-1, 1)
-    given = {
+    pixels = {
         "pixel_values": torch.randn(rows, places, 3 * patch * patch),
         "image_token_pooling": pooling,
         "image_grids": torch.tensor([[2, 2, 0, 0]] * rows),
     }
-    text = put(model, words, given, taken=4)
+    text = put(model, words, pixels, taken=4)
     return {**text, "image_num_crops": torch.tensor([1] * rows)}
 
 
@@ -237,11 +237,11 @@ def _gemma4(model: Any, words: Words) -> dict[str, Any]:
     config = _sight(model)
     patch, rows = getattr(config, "model_patch_size", config.patch_size), len(words)
     places = torch.tensor([[x, y] for y in range(4) for x in range(4)])
-    given = {
+    pixels = {
         "pixel_values": torch.rand(rows, 16, 3 * patch * patch),
         "image_position_ids": places.expand(rows, -1, -1),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _local(model: Any, words: Words) -> dict[str, Any]:
@@ -254,8 +254,8 @@ def _perception(model: Any, words: Words) -> dict[str, Any]:
 
 def _fuyu(model: Any, words: Words) -> dict[str, Any]:
     patch = model.config.patch_size
-    given = {"pixel_values": torch.randn(len(words), 4, 3 * patch * patch)}
-    return put(model, words, given, taken=4)
+    pixels = {"pixel_values": torch.randn(len(words), 4, 3 * patch * patch)}
+    return put(model, words, pixels, taken=4)
 
 
 def _text_alone(model: Any, words: Words) -> dict[str, Any]:
@@ -269,11 +269,11 @@ def _gemma3n(model: Any, words: Words) -> dict[str, Any]:
 
 def _hybrid(model: Any, words: Words) -> dict[str, Any]:
     fine = model.config.high_res_vision_config.image_size
-    given = {
+    pixels = {
         "pixel_values": _square(model)(len(words)),
         "high_res_pixel_values": torch.randn(len(words), 3, fine, fine),
     }
-    return put(model, words, given)
+    return put(model, words, pixels)
 
 
 def _blank(model: Any, words: Words) -> dict[str, Any]:
@@ -355,9 +355,9 @@ def _seq2seq(model: Any, words: Words) -> dict[str, Any]:
 
 
 def _omni(model: Any, words: Words) -> dict[str, Any]:
-    given = {**_patches(model, len(words))}
+    pixels = {**_patches(model, len(words))}
     start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
-    return put(model, words, given, frame=((start,), (end,)))
+    return put(model, words, pixels, frame=((start,), (end,)))
 
 
 def _video_blip(model: Any, words: Words) -> dict[str, Any]:

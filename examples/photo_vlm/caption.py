@@ -105,13 +105,13 @@ def main() -> None:
     example = Example(arguments.photo, prompt, (), key=str(arguments.photo))
     example.open_image()  # before the model is loaded, so that a bad photograph is told at once
     mode, dtype = arguments.mode, arguments.dtype
-    found = said(arguments.model, arguments.adapter, mode, dtype, example, arguments.longest)
+    answer = said(arguments.model, arguments.adapter, mode, dtype, example, arguments.longest)
     if arguments.json:
         row = {"photo": str(arguments.photo), "prompt": prompt, "mode": mode, "dtype": dtype}
-        row |= found
+        row |= answer
         print(json.dumps(row, ensure_ascii=False))
     else:
-        print(found["text"])
+        print(answer["text"])
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ def main() -> None:
     plan, (taught, tested) = (QUICK, QUICK_SIZES) if arguments.quick else (PLAN, SIZES)
     place = arguments.work / ("compared-quick" if arguments.quick else "compared")
     train, test = splits["captions"][:taught], splits["captions_val"][:tested]
-    found = compare(
+    comparison = compare(
         backbone, encoder.processor, train, test, place, plan, quality=QUALITIES["cider"]
     )
-    write_json(arguments.out, found)
-    print(found["equal_quality"], file=sys.stderr)
+    write_json(arguments.out, comparison)
+    print(comparison["equal_quality"], file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def caption_measures(
 def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
     """Share of questions whose answer is one of the right ones, case and outer spaces aside."""
     right = [
-        answer.strip().lower() in {one.strip().lower() for one in example.answers}
+        answer.strip().lower() in {reference.strip().lower() for reference in example.answers}
         for answer, example in zip(answers, examples, strict=True)
     ]
     return sum(right) / len(right)

@@ -71,10 +71,10 @@ def fetch(weights: Weights, work: Path) -> Path:
 
 def check(file: Path, digest: str) -> None:
     """Raise `DataError` where the file's SHA-256 is another."""
-    found = digest_file(file)
-    if found != digest:
+    actual = digest_file(file)
+    if actual != digest:
         raise DataError(
-            f"{file} has the SHA-256 {found[:16]}..., not {digest[:16]}...: its content changed.",
+            f"{file} has the SHA-256 {actual[:16]}..., not {digest[:16]}...: its content changed.",
             "Remove it and run python -m examples.photo_vlm.fetch again; if it happens again, the "
             "package has changed, and this recipe with its bridge is not made for it.",
         )

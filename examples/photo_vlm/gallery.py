@@ -43,14 +43,14 @@ def page(model: Path, adapter: Path, examples: list[Example], shown: int) -> str
         scores[mode] = caption_figures(texts, examples, ("CIDEr",))["CIDEr"]
         done |= {(mode, row["key"]): row for row in rows}
     pictures = {e.key: e for e in examples}
-    body = gallery(done, backbone.depth, pictures, encoder.tokenizer, each=shown // 2)
-    told = (
+    body = gallery(done, backbone.depth, pictures, encoder.tokenizer, per_group=shown // 2)
+    summary = (
         f"{len(examples)} photographs, exits at {', '.join(map(str, ours.policy.thresholds))} of "
         f"{backbone.depth} layers: CIDEr {scores['full']:.3f} at full depth, "
         f"{scores['early_exit']:.3f} with early exits. Research-only photographs: not for "
         "publication."
     )
-    whole = Markup("<p>{}</p>\n{}").format(told, body)
+    whole = Markup("<p>{}</p>\n{}").format(summary, body)
     return document("Photographs", [Section("answers", "Captions", whole)])
 
 

@@ -65,8 +65,8 @@ def text_loss(bridge: Bridge, lm: Any, features: Tensor, batch: Batch) -> Tensor
     lies outside costs nothing and is soon all that the model says."""
     visual = bridge(features)
     embedding = lm.get_input_embeddings()
-    rest = embedding(batch.ids[:, visual.shape[1] :])
-    inputs = torch.cat((visual.to(rest.dtype), rest), 1)
+    words = embedding(batch.ids[:, visual.shape[1] :])
+    inputs = torch.cat((visual.to(words.dtype), words), 1)
     hidden = lm.model(
         inputs_embeds=inputs,
         attention_mask=batch.mask,
@@ -106,8 +106,8 @@ class WordDetector(nn.Module):
         """present [B, W]: 1 where a caption has the word. A small term keeps tokens as long as
         words are."""
         off = visual.float().norm(dim=2) / self.length - 1
-        each = F.binary_cross_entropy_with_logits(self(visual), present, reduction="none")
-        loss: Tensor = each.sum(1).mean() + 10 * off.square().mean()
+        entropies = F.binary_cross_entropy_with_logits(self(visual), present, reduction="none")
+        loss: Tensor = entropies.sum(1).mean() + 10 * off.square().mean()
         return loss
 
 

@@ -54,47 +54,47 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
     drafting = draft_speeds(adapter, photos.drafted, thresholds=DRAFTS, **OPTIONS)
     policy = replace(adapter.policy, lossless=True, drafts=drafting[0].thresholds)
     timings = timings_of(photos, adapter, {"lossless": policy})
-    same, drafted, kept = 0, 0, 0
+    same, drafted, accepted = 0, 0, 0
     for example in tqdm(examples, "lossless", disable=None, leave=False):
         prompt = photos.encoder.prompts([example])
         made = adapter.generate(prompt, policy=policy, **OPTIONS)
         full = photos.none.generate(prompt, policy=FULL, **OPTIONS)
         same += bool(torch.equal(made.sequences, full.sequences))
         drafted += sum(n for n, _ in made.rounds)
-        kept += sum(n for _, n in made.rounds)
+        accepted += sum(n for _, n in made.rounds)
     return {
         "dtype": str(photos.backbone.dtype).removeprefix("torch."),
         "speedup_decode": speedup(timings["full"].decode, timings["lossless"].decode),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings["lossless"].seconds),
         "speedup_vs_generate": speedup(timings["generate"].decode, timings["lossless"].decode),
-        "tokens_per_second": {name: one.tokens_per_second for name, one in timings.items()},
+        "tokens_per_second": {name: timing.tokens_per_second for name, timing in timings.items()},
         "identical": same == len(examples),
         "identical_captions": same,
         "captions": len(examples),
-        "acceptance": kept / max(1, drafted),
+        "acceptance": accepted / max(1, drafted),
         "drafts": {str(d): t for d, t in policy.drafts.items()},
     }
 
 
 def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     """CIDEr on damaged photographs, full and early."""
-    found: dict[str, Any] = {}
-    some = photos.part("captions", 1)[: photos.sizes.damaged]
+    figures: dict[str, Any] = {}
+    photographs = photos.part("captions", 1)[: photos.sizes.damaged]
     for name in CORRUPTIONS:
-        examples = [corrupted(e, name, SEVERITY, seed=0) for e in some]
+        examples = [corrupted(e, name, SEVERITY, seed=0) for e in photographs]
         full = cider(photos.answers(photos.none, "captions", examples), examples)
         early = cider(photos.answers(adapter, "captions", examples), examples)
-        found[name] = {"cider_full": full, "cider": early, "cider_drop": 1 - early / full}
-    return found
+        figures[name] = {"cider_full": full, "cider": early, "cider_drop": 1 - early / full}
+    return figures
 
 
-def shipped(adapter: Adapter, found: dict[str, Any]) -> Adapter:
+def shipped(adapter: Adapter, figures: dict[str, Any]) -> Adapter:
     """What is needed to exit by the first policy that was found: its exits, no discriminators.
 
     Raises:
         InputError: none of the policies exits early.
     """
-    chosen = (row for row in found["points"] if row["chosen_by"] != ALWAYS)
+    chosen = (row for row in figures["points"] if row["chosen_by"] != ALWAYS)
     row = next((row for row in chosen if row["thresholds"]), None)
     if row is None:
         raise InputError("These exits have no thresholds that keep what was asked.", "Train on.")
@@ -121,11 +121,11 @@ def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
         config = AnalysisConfig(
             decode_depths=photos.depths, max_new_tokens=LONGEST["captions"], resamples=200
         )
-        some = photos.part("captions", 1)[: photos.sizes.damaged]
+        photographs = photos.part("captions", 1)[: photos.sizes.damaged]
         bar = partial(tqdm, desc="depths", disable=None, leave=False)
-        analyse(adapter, photos.encoder, some, config, out=out, progress=bar)
-    found = read_json(path)
-    return {name: found[name] for name in ("teacher_forced", "free_running", "overthinking")}
+        analyse(adapter, photos.encoder, photographs, config, out=out, progress=bar)
+    result = read_json(path)
+    return {name: result[name] for name in ("teacher_forced", "free_running", "overthinking")}
 
 
 # -- all of it --------------------------------------------------------------------------------
@@ -161,18 +161,18 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
 
 def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
     """The record, of what has been measured so far."""
-    found: dict[str, Any] = {"full": read_json(work / "measured-whole" / "full.json")}
+    parts: dict[str, Any] = {"full": read_json(work / "measured-whole" / "full.json")}
     for size, name in (("whole", "regimes"), ("small", "matched")):
         files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
-        found[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+        parts[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
     place = work / "measured-whole"
     files = {r: place / f"damaged-{_slug(r)}.json" for r in REGIMES}
-    found["damaged"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+    parts["damaged"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
     for name in ("first", "lossless", "lossless_bfloat16", "analysis"):
         file = place / f"{name}.json"
-        found[name] = read_json(file) if file.is_file() else None
+        parts[name] = read_json(file) if file.is_file() else None
     sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
-    return {**found, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
+    return {**parts, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
 
 
 @command

@@ -65,7 +65,7 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     processor = photos.encoder.processor
     resume = (folder / "training").is_dir()
     trainer = Trainer(photos.backbone, processor, photos.train, config, folder)
-    adapter = trainer.run(resume=resume, kept=photos.stores)
+    adapter = trainer.run(resume=resume, recorded=photos.stores)
     seconds = time.perf_counter() - began
     adapter = replace(adapter, metrics={**adapter.metrics, "seconds": round(seconds)})
     adapter.save(folder)
@@ -75,13 +75,17 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
 def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
     """What a regime's exits are worth at several thresholds."""
     adapter = trained(photos, regime, folder)
-    whole = _tried(photos, adapter)
+    whole = _evaluator(photos, adapter)
     path = _path(photos, adapter, whole)
     chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
     targets = photos.sizes.targets
     guarantees = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t) for t in targets}
     policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
-    policies |= {n: found.policy for n, found in guarantees.items() if found.policy.thresholds}
+    policies |= {
+        n: calibration.policy
+        for n, calibration in guarantees.items()
+        if calibration.policy.thresholds
+    }
     policies[ALWAYS] = replace(
         whole.policy, thresholds=dict.fromkeys(adapter.exits.depths[:1], 0.0)
     )
@@ -90,10 +94,11 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
     for name in (*chosen, *guarantees, ALWAYS):
         row: dict[str, Any] = {"chosen_by": name}
         if name in guarantees:
-            found = guarantees[name]
+            calibration = guarantees[name]
             row |= {
-                "risk_target": found.target, "confidence": found.confidence, "risk": found.risk,
-                "risk_bound": found.bound, "n_calibration": found.n, "reason": found.reason,
+                "risk_target": calibration.target, "confidence": calibration.confidence,
+                "risk": calibration.risk, "risk_bound": calibration.bound,
+                "n_calibration": calibration.n, "reason": calibration.reason,
             }  # fmt: skip
         policy = policies.get(name)
         rows.append({**row, **(_row(photos, adapter, policy, timings, name) if policy else OFF)})
@@ -112,12 +117,12 @@ ALWAYS = "every token at the exit"
 OFF = {"thresholds": {}, "speedup_decode": 1.0, "speedup_end_to_end": 1.0, "cider_drop": 0.0}
 
 
-def _tried(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
+def _evaluator(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
     """Captions of the choosing half, with what the exits say along the full model's."""
     examples = photos.part("captions", 0)
-    one = photos.encoder.prompts(examples[:1])
+    prompt = photos.encoder.prompts(examples[:1])
     shortlist = adapter.policy.shortlist
-    costs = measure_costs(photos.backbone, one, adapter.exits, shortlist=shortlist, repeats=3)
+    costs = measure_costs(photos.backbone, prompt, adapter.exits, shortlist=shortlist, repeats=3)
     policy = replace(adapter.policy, thresholds={})
     whole = ThresholdEvaluator.of(
         adapter, photos.encoder, examples, policy, RISKS["disagreement"],
@@ -132,7 +137,7 @@ def _path(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator) -> list[d
     search, _ = split_images(whole, images_of(whole.examples))
     path = path_of(whole, search, THRESHOLDS)
     full, never = cider(photos.full["captions", 0], whole.examples), whole.seconds({})
-    found = []
+    rows = []
     for thresholds in tqdm(path, "thresholds", disable=None, leave=False):
         policy = replace(whole.policy, thresholds=thresholds)
         answers = photos.answers(adapter.with_policy(policy), "captions", whole.examples)
@@ -141,11 +146,11 @@ def _path(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator) -> list[d
         assert never and early, "the costs were measured"
         faster = never / early
         row = {"thresholds": {str(d): t for d, t in thresholds.items()}}
-        found.append({**row, "cider_drop": drop, "predicted_speedup": faster})
-        print(f"  {found[-1]}", file=sys.stderr)
+        rows.append({**row, "cider_drop": drop, "predicted_speedup": faster})
+        print(f"  {rows[-1]}", file=sys.stderr)
         if drop > 2 * max(DROPS):
             break
-    return found
+    return rows
 
 
 def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
@@ -196,8 +201,8 @@ def _row(
     full = caption_measures(texts, captions, ("CIDEr",))["CIDEr"]
     low, high = interval(scores["CIDEr"], minus=full) or (float("nan"),) * 2
     asked = photos.answers(ours, "questions", questions)
-    right = [accuracy([a.text for a in some], questions)
-             for some in (photos.full["questions", 1], asked)]  # fmt: skip
+    right = [accuracy([a.text for a in answers], questions)
+             for answers in (photos.full["questions", 1], asked)]  # fmt: skip
     return {
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
         "gates": {str(d): g for d, g in policy.gates.items() if d in policy.thresholds},

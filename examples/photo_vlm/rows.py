@@ -217,7 +217,7 @@ class ActiveRows:
         if draw.random() < 0.15:
             texts: tuple[Text, ...] = (self._text(rounds[:3]),)
         else:
-            texts = tuple(self._text([one]) for one in rounds)
+            texts = tuple(self._text([turn]) for turn in rounds)
         # A question's row has few answer tokens beside a caption's.
         return Row(self.images[examples[0].group], texts, weight=2.0)
 

@@ -73,8 +73,8 @@ class Trainer:
         self.detector, self._present = _detector(lm, rows)
         self.optimizer = self._new_optimizer()
 
-    def run(self, until: int, each: Callable[[dict[str, float]], bool]) -> None:
-        """Take steps until step `until`, or until `each`, told of every step, returns False."""
+    def run(self, until: int, report: Callable[[dict[str, float]], bool]) -> None:
+        """Take steps until step `until`, or until `report`, called after each, returns False."""
         while self.step < until:
             start = time.perf_counter()
             if self.step == self.settings.align:
@@ -82,7 +82,7 @@ class Trainer:
             row = self._take()
             self.step += 1
             self.seconds += time.perf_counter() - start
-            if not each({"step": self.step, "seconds": self.seconds, **row}):
+            if not report({"step": self.step, "seconds": self.seconds, **row}):
                 return
 
     def save(self, path: Path) -> None:
@@ -174,10 +174,10 @@ def _validate(trainer: Trainer, tokenizer: Any, splits: Any, count: int) -> dict
         examples = held[:: max(1, len(held) // count)][:count]
         batches = (
             (
-                trainer.features[[trainer.rows.images[e.group] for e in some]],
-                [e.prompt for e in some],
+                trainer.features[[trainer.rows.images[e.group] for e in batch]],
+                [e.prompt for e in batch],
             )
-            for some in (examples[i : i + 50] for i in range(0, len(examples), 50))
+            for batch in (examples[i : i + 50] for i in range(0, len(examples), 50))
         )
         answers = answers_from_features(trainer.bridge, trainer.lm, tokenizer, batches, longest)
         if split == "captions":
@@ -206,7 +206,10 @@ def main() -> None:
     settings = Settings(arguments.steps, arguments.align, arguments.rate)
     splits = read_photographs(arguments.data)
     features = cache_features(
-        load_network(work).bfloat16(), [e for some in splits.values() for e in some], work, _say
+        load_network(work).bfloat16(),
+        [e for examples in splits.values() for e in examples],
+        work,
+        _say,
     )
     lm, tokenizer = load_language(work, attn_implementation="eager")
     torch.manual_seed(settings.seed)

@@ -49,7 +49,7 @@ def test_captions_equal_the_published_cases_without_java(name: str) -> None:
         assert value == pytest.approx(case["pycocoevalcap_1.2"][metric], abs=1e-12)
         published = case["published"][metric]
         assert value == pytest.approx(published, abs=1e-4)
-        assert found.each[metric] == pytest.approx(case["per_item"][metric], abs=1e-12)
+        assert found.by_example[metric] == pytest.approx(case["per_item"][metric], abs=1e-12)
 
 
 @java
@@ -68,8 +68,8 @@ def test_captions_equal_the_published_cases_with_java() -> None:
         {"a": ["un caf\u00fc"], "b": ["\u732b \u732b"]},
         metrics=["METEOR"],
     )
-    assert unicode.each["METEOR"][1] == 0.0
-    assert unicode.each["METEOR"][0] < 1.0  # letters outside ASCII are not all one
+    assert unicode.by_example["METEOR"][1] == 0.0
+    assert unicode.by_example["METEOR"][0] < 1.0  # letters outside ASCII are not all one
 
 
 GUIDE = [

@@ -23,13 +23,13 @@ DIGITS = 16
 def _digests(examples: Sequence[Example]) -> list[str]:
     """Each example's image digest; a file is read once, however many questions are asked."""
     read: dict[Any, str] = {}
-    found = []
+    digests = []
     for example in examples:
         name = example.image if isinstance(example.image, Path) else id(example.image)
         if name not in read:
             read[name] = content_digest(example.image)[:DIGITS]
-        found.append(read[name])
-    return found
+        digests.append(read[name])
+    return digests
 
 
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
@@ -38,10 +38,10 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
     Raises:
         StorageError: an image file cannot be read.
     """
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for digest, example in zip(_digests(examples), examples, strict=True):
-        found.setdefault(digest, example.key)
-    return found
+        keys.setdefault(digest, example.key)
+    return keys
 
 
 def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> list[bool]:

@@ -42,23 +42,23 @@ def coco(source: Source) -> Iterator[Item]:
             continue
         image_id = source.get(row, "id", (int, str), "an image")
         name = source.get(row, "file_name", str, f"image {image_id}")
-        found = _texts(captions.get(image_id, ()))
-        if not found:
+        texts = _texts(captions.get(image_id, ()))
+        if not texts:
             source.fail(f"has no caption for image {image_id}")
         groups = {"domain": row["domain"]} if isinstance(row.get("domain"), str) else {}
         path = source.picture([name, Path(name).name])
         key = str(image_id)
-        yield Item(Example(path, source.caption_prompt(), found, key, key), groups=groups)
+        yield Item(Example(path, source.caption_prompt(), texts, key, key), groups=groups)
 
 
 def karpathy(source: Source) -> Iterator[Item]:
     wanted = source.split or "test"
-    found: set[str] = set()
+    splits: set[str] = set()
     for number, row in enumerate(source.rows(source.content, "images")):
         if source.leaves_out(row, "filename"):
             continue
         split = source.get(row, "split", str, f"image {number}")
-        found.add(split)
+        splits.add(split)
         if split != wanted:
             continue
         name = source.get(row, "filename", str, f"image {number}")
@@ -69,10 +69,10 @@ def karpathy(source: Source) -> Iterator[Item]:
         names = [f"{row['filepath']}/{name}"] if isinstance(row.get("filepath"), str) else []
         path = source.picture([*names, name])
         yield Item(Example(path, source.caption_prompt(), texts, name, name))
-    if wanted not in found:
+    if wanted not in splits:
         raise DataError(
             f"{source.path} has no images of the split {wanted!r}.",
-            did_you_mean(wanted, sorted(found)) or "The file has no images.",
+            did_you_mean(wanted, sorted(splits)) or "The file has no images.",
         )
 
 
@@ -165,19 +165,19 @@ def visdial(source: Source) -> Iterator[Item]:
             asked = _told(source, place, "question", questions, where).removesuffix("?") + "?"
             prompt = f"{history} {source.question_prompt(asked)}".lstrip()
             options = source.get(turn, "answer_options", list, where)
-            told = tuple(_told(source, o, "answer_options", answers, where) for o in options)
+            candidates = tuple(_told(source, o, "answer_options", answers, where) for o in options)
             gold = source.get(turn, "gt_index", int, where)
-            if not 0 <= gold < len(told):
-                source.fail(f"has {gold} as 'gt_index' in {where}, of {len(told)} options")
+            if not 0 <= gold < len(candidates):
+                source.fail(f"has {gold} as 'gt_index' in {where}, of {len(candidates)} options")
             relevance = relevances.get((image_id, number), ())
-            if relevance and len(relevance) != len(told):
+            if relevance and len(relevance) != len(candidates):
                 source.fail(
-                    f"has {len(told)} candidates and {len(relevance)} relevances in {where}"
+                    f"has {len(candidates)} candidates and {len(relevance)} relevances in {where}"
                 )
             key = f"{image_id}.{number}"
-            example = Example(path, prompt, (told[gold],), key, str(image_id))
-            yield Item(example, candidates=told, gold=gold, relevance=relevance)
-            history = f"{prompt} {told[gold]}"
+            example = Example(path, prompt, (candidates[gold],), key, str(image_id))
+            yield Item(example, candidates=candidates, gold=gold, relevance=relevance)
+            history = f"{prompt} {candidates[gold]}"
 
 
 def _visdial_names(image_id: int, subset: str) -> list[str]:
@@ -202,11 +202,11 @@ def _relevances(source: Source) -> dict[tuple[int, int], tuple[float, ...]]:
         return {}
     if not isinstance(rows, list):
         source.fail(f"came with {shown(rows)} where a list of dense annotations belongs")
-    found = {}
+    relevances = {}
     for row in rows:
         image_id = source.get(row, "image_id", int, "a dense annotation")
         number = source.get(row, "round_id", int, "a dense annotation")
         named = "relevance" if "relevance" in row else "gt_relevance"
         values = source.get(row, named, list, f"the dense annotation of image {image_id}")
-        found[image_id, number] = tuple(map(float, values))
-    return found
+        relevances[image_id, number] = tuple(map(float, values))
+    return relevances

@@ -72,8 +72,8 @@ class Patience:
 
     def __call__(self, depth: int, logits: Tensor) -> Tensor:
         """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
-        one = torch.ones(len(logits), device=logits.device)
-        return (self._streak.add(depth, logits, one) - 1.0) / self._most
+        ones = torch.ones(len(logits), device=logits.device)
+        return (self._streak.add(depth, logits, ones) - 1.0) / self._most
 
 
 class Agreement:

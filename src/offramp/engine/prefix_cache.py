@@ -82,18 +82,18 @@ class PrefixCache:
         with self._lock:
             # Not as `items` does, which would mark all of them as used.
             candidates = [(key, Cache.__getitem__(self._held, key)) for key in self._held]
-        best, found, most = None, None, 0
-        for key, kept in candidates:
-            known = [module for module, _ in kept.exits]
-            same = kept.backbone.model is backbone.model
+        best, prompt, most = None, None, 0
+        for key, candidate in candidates:
+            known = [module for module, _ in candidate.exits]
+            same = candidate.backbone.model is backbone.model
             fits = same and all(any(m is k for k in known) for m in modules)
-            common = min(kept.common(embeds), len(embeds) - 1) if fits else 0
+            common = min(candidate.common(embeds), len(embeds) - 1) if fits else 0
             if common > most:
-                best, found, most = key, kept, common
+                best, prompt, most = key, candidate, common
         with self._lock:
             if best is not None:
                 self._held.get(best)  # marks it as used
-        return found, most
+        return prompt, most
 
     def count(self, reused: int, run: int) -> None:
         """Add to the prompt tokens that were taken from here, and that were run."""
@@ -101,11 +101,11 @@ class PrefixCache:
             self.reused += reused
             self.run += run
 
-    def keep(self, kept: _Kept) -> None:
+    def keep(self, prompt: _Kept) -> None:
         """Add a prompt; the least recently used one is dropped."""
         with self._lock:
             self._count += 1
-            self._held[self._count] = kept
+            self._held[self._count] = prompt
 
 
 class _Served:
@@ -120,24 +120,24 @@ class _Served:
         """Before the stack's first call: the prompt."""
         self._hook.remove()
         embeds = kw.get("inputs_embeds")
-        given = {name for name, value in kw.items() if value is not None}
+        present = {name for name, value in kw.items() if value is not None}
         mask = kw.get("attention_mask")
-        if embeds is None or len(embeds) != 1 or given - _KNOWN or not _plain(self._run.cache):
+        if embeds is None or len(embeds) != 1 or present - _KNOWN or not _plain(self._run.cache):
             return None
         if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
             return None
         self._embeds = embeds[0].clone()
         exits = self._exits()
-        kept, common = self._cache.best(
+        cached, common = self._cache.best(
             self._run.backbone, [module for module, _ in exits], self._embeds
         )
         self._cache.count(common, embeds.shape[1] - common)
-        if kept is None:
+        if cached is None:
             return None
-        for entry, (keys, values) in zip(self._run.cache.layers, kept.layers, strict=False):
+        for entry, (keys, values) in zip(self._run.cache.layers, cached.layers, strict=False):
             entry.update(keys[:, :, :common], values[:, :, :common])
         for module, entry in exits:
-            keys, values = next(pair for known, pair in kept.exits if known is module)
+            keys, values = next(pair for known, pair in cached.exits if known is module)
             entry.update(keys[:, :, :common], values[:, :, :common])
         shorter = {**kw, "inputs_embeds": embeds[:, common:]}
         for name in ("position_ids", "cache_position"):

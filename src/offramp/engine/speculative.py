@@ -65,10 +65,10 @@ def speculate(
             scores = sequence.process(logits[:, position])
             if position < len(drafts):
                 draft = drafts[position]
-                tokens, kept = verify(draft, scores)
-                agreed = bool((kept | ~sequence.unfinished).all())
+                tokens, accepts = verify(draft, scores)
+                agreed = bool((accepts | ~sequence.unfinished).all())
                 accepted += agreed
-                sequence.emit(tokens, torch.where(kept, draft.depths, full), draft.scores)
+                sequence.emit(tokens, torch.where(accepts, draft.depths, full), draft.scores)
             else:
                 depths = torch.full_like(last.depths, full)
                 sequence.emit(sequence.draw(scores), depths, last.scores)
@@ -110,9 +110,9 @@ def verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:
         return tokens, tokens == draft.tokens
     p, q, drafted = scores.softmax(-1), draft.probabilities, draft.tokens[:, None]
     ratio = p.gather(1, drafted) / q.gather(1, drafted)
-    kept = (torch.rand_like(ratio) < ratio).squeeze(1)
-    rest = (p - q).clamp(min=0)
+    accepts = (torch.rand_like(ratio) < ratio).squeeze(1)
+    residual = (p - q).clamp(min=0)
     # Where p == q nothing is left, and nothing was rejected either.
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    redrawn = torch.multinomial(rest, 1).squeeze(1)
-    return torch.where(kept, draft.tokens, redrawn), kept
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+    redrawn = torch.multinomial(residual, 1).squeeze(1)
+    return torch.where(accepts, draft.tokens, redrawn), accepts

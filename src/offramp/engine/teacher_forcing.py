@@ -141,8 +141,8 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
     if ids.shape[1] > 1:
         view.stack(input_ids=ids[:, :-1], **answer_kw)
-        answer, _, rest = handler.take()
-        final = torch.cat([final, rest], 1)
+        answer, _, later = handler.take()
+        final = torch.cat([final, later], 1)
     return Batch(
         prompt,
         answer,
@@ -189,12 +189,12 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
     cache = exits_only(backbone, exits.entries)
     parts: list[dict[int, Tensor]] = []
     for entries, kw in ((batch.prompt, batch.prompt_kw), (batch.answer, batch.answer_kw)):
-        some = next(iter(entries.values()))
-        if some.shape[1] == 0:
+        states = next(iter(entries.values()))
+        if states.shape[1] == 0:
             continue
         handler = _Replay(backbone, exits, entries)
         stack = InterceptedModel(backbone, handler).stack
-        stack(inputs_embeds=some, use_cache=True, **{cache_parameter(stack): cache}, **kw)
+        stack(inputs_embeds=states, use_cache=True, **{cache_parameter(stack): cache}, **kw)
         parts.append(handler.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {

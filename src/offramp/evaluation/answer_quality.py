@@ -35,7 +35,7 @@ def _caption_metric(
         metrics=(name,),
         tokenizer="simple",
     )
-    return np.array(scored.each[name])
+    return np.array(scored.by_example[name])
 
 
 ANSWER_QUALITIES: dict[str, AnswerQuality] = {

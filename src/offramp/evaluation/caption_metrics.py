@@ -59,22 +59,22 @@ def caption_scores(
     need_pycocoevalcap()
     texts = {key: [text, *references[key]] for key, text in answers.items()}
     words, used, note = _words(texts, tokenizer)
-    given = {key: some[:1] for key, some in words.items()}
-    right = {key: some[1:] for key, some in words.items()}
-    found = Measured({}, tokenizer=used, tokenizer_note=note)
+    candidates = {key: texts[:1] for key, texts in words.items()}
+    expected = {key: texts[1:] for key, texts in words.items()}
+    result = Measured({}, tokenizer=used, tokenizer_note=note)
     for name in metrics:
-        if name in found.measures or name in found.unavailable:
+        if name in result.measures or name in result.unavailable:
             continue
         family = BLEU if name in BLEU else (name,)
         try:
-            scored = _SCORERS["Bleu" if name in BLEU else name](right, given)
+            scored = _SCORERS["Bleu" if name in BLEU else name](expected, candidates)
         except _Unavailable as why:
-            found.unavailable.update({n: str(why) for n in family if n in metrics})
+            result.unavailable.update({n: str(why) for n in family if n in metrics})
             continue
-        for one, (measure, each) in zip(family, scored, strict=True):
-            if one in metrics:
-                found.measures[one], found.each[one] = measure, each
-    return found
+        for metric, (measure, by_example) in zip(family, scored, strict=True):
+            if metric in metrics:
+                result.measures[metric], result.by_example[metric] = measure, by_example
+    return result
 
 
 def _check_captions(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
@@ -135,10 +135,10 @@ def _simple(texts: Texts) -> Texts:
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     def words(text: str) -> str:
-        found = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
-        return " ".join(word for word in found if word not in PUNCTUATIONS)
+        parts = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
+        return " ".join(word for word in parts if word not in PUNCTUATIONS)
 
-    return {key: [words(text) for text in some] for key, some in texts.items()}
+    return {key: [words(text) for text in group] for key, group in texts.items()}
 
 
 def _ptb(texts: Texts) -> Texts:
@@ -146,14 +146,14 @@ def _ptb(texts: Texts) -> Texts:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     _need_java()
-    rows = {key: [{"caption": _one_line(text)} for text in some] for key, some in texts.items()}
+    rows = {key: [{"caption": _one_line(text)} for text in group] for key, group in texts.items()}
     try:
-        found: Texts = PTBTokenizer().tokenize(rows)
+        words: Texts = PTBTokenizer().tokenize(rows)
     except OSError as error:  # it writes beside its own source
         raise _Unavailable(str(error)) from error
-    if {k: len(v) for k, v in found.items()} != {k: len(v) for k, v in rows.items()}:
+    if {k: len(v) for k, v in words.items()} != {k: len(v) for k, v in rows.items()}:
         raise _Unavailable("it gave back another number of lines than it was given")
-    return found
+    return words
 
 
 def _bleu(references: Texts, answers: Texts) -> list[Scored]:
@@ -163,7 +163,7 @@ def _bleu(references: Texts, answers: Texts) -> list[Scored]:
     scorer = BleuScorer(n=4)
     for key, (answer,) in answers.items():
         scorer += (answer, references[key])
-    values, each = scorer.compute_score(option="closest", verbose=0)
+    values, by_order = scorer.compute_score(option="closest", verbose=0)
     rows = np.array(
         [
             [*c["correct"], *c["guess"], c["testlen"],
@@ -173,8 +173,8 @@ def _bleu(references: Texts, answers: Texts) -> list[Scored]:
         dtype=np.float64,
     )  # fmt: skip
     return [
-        (Measure(float(value), rows, _bleu_of(order)), list(map(float, some)))
-        for order, (value, some) in enumerate(zip(values, each, strict=True), 1)
+        (Measure(float(value), rows, _bleu_of(order)), list(map(float, by_example)))
+        for order, (value, by_example) in enumerate(zip(values, by_order, strict=True), 1)
     ]
 
 
@@ -185,8 +185,8 @@ def _bleu_of(order: int) -> Callable[[Array], Array]:
         precision = (sums[..., :order] + 1e-15) / (sums[..., 4 : 4 + order] + 1e-9)
         ratio = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
         brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-        found: Array = precision.prod(-1) ** (1 / order) * brevity
-        return found
+        score: Array = precision.prod(-1) ** (1 / order) * brevity
+        return score
 
     return bleu
 
@@ -194,30 +194,30 @@ def _bleu_of(order: int) -> Callable[[Array], Array]:
 def _rouge(references: Texts, answers: Texts) -> list[Scored]:
     from pycocoevalcap.rouge.rouge import Rouge
 
-    _, each = Rouge().compute_score(references, answers)
-    return [(mean_of(each), list(map(float, each)))]
+    _, by_example = Rouge().compute_score(references, answers)
+    return [(mean_of(by_example), list(map(float, by_example)))]
 
 
 def _cider(references: Texts, answers: Texts) -> list[Scored]:
     """CIDEr; what a word is worth comes from all the references, in an interval's samples too."""
     from pycocoevalcap.cider.cider import Cider
 
-    _, each = Cider().compute_score(references, answers)
+    _, by_example = Cider().compute_score(references, answers)
     note = "document frequencies are those of all the references, in the interval too"
     if len(answers) == 1:
         note = "0 by definition: with one example every word is in all references"
-    return [(mean_of(each, note), list(map(float, each)))]
+    return [(mean_of(by_example, note), list(map(float, by_example)))]
 
 
 def _meteor(references: Texts, answers: Texts) -> list[Scored]:
     _need_java()
     try:
-        value, each = _meteor_process().compute_score(references, answers)
+        value, by_example = _meteor_process().compute_score(references, answers)
     except (OSError, ValueError) as error:
         _meteor_process.cache_clear()
         raise _Unavailable(f"METEOR's Java program failed: {error}") from error
     note = "no interval: its corpus score is not a function of sums over examples"
-    return [(Measure(value, None, note=note), each)]
+    return [(Measure(value, None, note=note), by_example)]
 
 
 @functools.cache
@@ -245,14 +245,14 @@ def _spice(references: Texts, answers: Texts) -> list[Scored]:
 
     try:
         with _stdout_to_stderr():
-            _, found = Spice().compute_score(references, answers)
+            _, scores = Spice().compute_score(references, answers)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise _Unavailable(f"SPICE's Java program failed: {error} (it wants Java 8)") from error
-    by_key = dict(zip(sorted(references), (float(f["All"]["f"]) for f in found), strict=True))
-    each = [by_key[key] for key in answers]
-    if not all(map(math.isfinite, each)):
+    by_key = dict(zip(sorted(references), (float(f["All"]["f"]) for f in scores), strict=True))
+    by_example = [by_key[key] for key in answers]
+    if not all(map(math.isfinite, by_example)):
         raise _Unavailable("SPICE gave no number for some examples")
-    return [(mean_of(each), each)]
+    return [(mean_of(by_example), by_example)]
 
 
 _SCORERS: dict[str, Callable[[Texts, Texts], list[Scored]]] = {
@@ -283,10 +283,10 @@ def _utf8_java() -> Iterator[None]:
 def _stdout_to_stderr() -> Iterator[None]:
     """Send what child processes print on stdout, which carries data, to stderr."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)

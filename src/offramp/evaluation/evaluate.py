@@ -165,14 +165,14 @@ class _Answerer:
                 "backbone has none.",
                 "Give an adapter, or evaluate with mode 'full'.",
             )
-        given = policy if policy is not None else adapter.policy if adapter else FULL
-        self.policies = {"full": FULL, "early_exit": given}
-        if plan.mode != "full" and not given.effective.thresholds:
+        early = policy if policy is not None else adapter.policy if adapter else FULL
+        self.policies = {"full": FULL, "early_exit": early}
+        if plan.mode != "full" and not early.effective.thresholds:
             log.warning("The policy has no thresholds, so no token exits early.")
-        if plan.task == "dialogue" and given.kv != "recompute":
+        if plan.task == "dialogue" and early.kv != "recompute":
             log.warning(
                 "Under KV policy %s a candidate's likelihood depends on where earlier tokens "
-                "exited; the full model ranks in both modes.", given.kv,
+                "exited; the full model ranks in both modes.", early.kv,
             )  # fmt: skip
 
     def stored(self) -> dict[str, Any]:
@@ -267,12 +267,12 @@ def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
 
 def tensor_digest(modules: Sequence[nn.Module]) -> str:
     """SHA-256 over the tensors of trained modules."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().float().numpy().tobytes())
-    return found.hexdigest()
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fill(rows: RunLog, answerer: _Answerer, items: Sequence[Item], progress: Any) -> None:

@@ -23,19 +23,16 @@ RECALLS = (1, 5, 10)
 class Measured:
     """The metrics of one set of answers, and those that could not be computed with the reason.
 
-    each: of captions: values by example, in the order of the answers; BLEU and METEOR of a corpus
-        are not the mean of theirs.
+    by_example: of captions: each metric's values, in the order of the answers; BLEU and METEOR of
+        a corpus are not the mean of these.
     tokenizer: of captions: "ptb", as in published numbers, or "simple", and then the note says why.
     """
 
     measures: dict[str, Measure]
     unavailable: dict[str, str] = field(default_factory=dict)
-    each: dict[str, list[float]] = field(default_factory=dict)
+    by_example: dict[str, list[float]] = field(default_factory=dict)
     tokenizer: str | None = None
     tokenizer_note: str = ""
-
-
-# -- intervals -----------------------------------------------------------------------------------
 
 
 # -- questions -----------------------------------------------------------------------------------
@@ -63,12 +60,12 @@ would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll yo
 
 def _contractions() -> dict[str, str]:
     """What is respelled: each of these words with one of its apostrophes left out."""
-    found = {"somebody'd": "somebodyd"}  # the wrong way round, officially
+    spelled = {"somebody'd": "somebodyd"}  # the wrong way round, officially
     for word in _SPELLED.split():
         for place, letter in enumerate(word):
             if letter == "'":
-                found[word[:place] + word[place + 1 :]] = word
-    return found
+                spelled[word[:place] + word[place + 1 :]] = word
+    return spelled
 
 
 _CONTRACTIONS = _contractions()
@@ -117,14 +114,14 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
             f"{len(answers)}.",
             "For data with one right answer use exact match (--task gqa).",
         )
-    given = _one_space(answer)
+    said = _one_space(answer)
     right = [_one_space(text) for text in answers] * (10 // len(answers))
     if len(set(right)) > 1:
-        given = normalise_answer(given)
+        said = normalise_answer(said)
         right = [normalise_answer(text) for text in right]
-    matches = sum(text == given for text in right)
-    each = [min(1.0, (matches - (text == given)) / 3) for text in right]
-    return sum(each) / len(each)
+    matches = sum(text == said for text in right)
+    accuracies = [min(1.0, (matches - (text == said)) / 3) for text in right]
+    return sum(accuracies) / len(accuracies)
 
 
 def exact_match(answer: str, answers: Sequence[str], *, normalise: bool = False) -> float:
@@ -148,13 +145,13 @@ def gold_rank(scores: Sequence[float], gold: int) -> int:
 
     Ties count against the model: constant scores earn the last rank.
     """
-    each = finite(scores, _UNRANKED)
-    if not 0 <= gold < len(each):
+    values = finite(scores, _UNRANKED)
+    if not 0 <= gold < len(values):
         raise DataError(
-            f"The right candidate is number {gold}, of {len(each)}.",
-            f"Give a number from 0 to {len(each) - 1}.",
+            f"The right candidate is number {gold}, of {len(values)}.",
+            f"Give a number from 0 to {len(values) - 1}.",
         )
-    return int((each >= each[gold]).sum())
+    return int((values >= values[gold]).sum())
 
 
 def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
@@ -163,21 +160,21 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     VisDial's form (Das et al. 2017, challenge 2018): gain is the relevance, discount log2(rank+1).
     Ties count against the model.
     """
-    each, gain = finite(scores, _UNRANKED), finite(relevance, _UNRANKED)
+    values, gain = finite(scores, _UNRANKED), finite(relevance, _UNRANKED)
     k = int((gain != 0).sum())
-    if len(each) != len(gain) or k == 0:
+    if len(values) != len(gain) or k == 0:
         raise DataError(
-            f"NDCG has {len(each)} scores and {len(gain)} relevances, {k} of them not 0.",
+            f"NDCG has {len(values)} scores and {len(gain)} relevances, {k} of them not 0.",
             "Give a relevance for each candidate, at least one above 0.",
         )
     discount = np.log2(np.arange(k) + 2)
-    order = np.lexsort((gain, -each))
+    order = np.lexsort((gain, -values))
     best = np.sort(gain)[::-1]
     return float((gain[order][:k] / discount).sum() / (best[:k] / discount).sum())
 
 
 def rank_measures(ranks: Sequence[int]) -> dict[str, Measure]:
     """Recall at 1, 5 and 10, mean rank and mean reciprocal rank of ranks from 1."""
-    each = np.asarray(ranks, dtype=np.float64)
-    found = {f"recall@{k}": mean_of((each <= k).astype(float)) for k in RECALLS}
-    return {**found, "mean_rank": mean_of(each), "mrr": mean_of(1 / each)}
+    values = np.asarray(ranks, dtype=np.float64)
+    recalls = {f"recall@{k}": mean_of((values <= k).astype(float)) for k in RECALLS}
+    return {**recalls, "mean_rank": mean_of(values), "mrr": mean_of(1 / values)}

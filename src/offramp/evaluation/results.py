@@ -123,12 +123,15 @@ def _shown(
 
 def _by_group(pairs: Pairs, plan: Settings) -> dict[str, Any]:
     """Metrics within each group that the data names, such as VQA's answer types."""
-    found: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for name, value in sorted({group for item, _ in pairs for group in item.groups.items()}):
-        some = [(item, row) for item, row in pairs if item.groups.get(name) == value]
-        measures = _MEASURERS[plan.task](some, plan).measures
-        found.setdefault(name, {})[value] = {"n": len(some), **_metrics(measures, some, plan)}
-    return found
+        members = [(item, row) for item, row in pairs if item.groups.get(name) == value]
+        measures = _MEASURERS[plan.task](members, plan).measures
+        groups.setdefault(name, {})[value] = {
+            "n": len(members),
+            **_metrics(measures, members, plan),
+        }
+    return groups
 
 
 # -- one mode ------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def _mode(pairs: Pairs, measured: Measured, plan: Settings) -> dict[str, Any]:
     rows = [row for _, row in pairs]
     depths = Counter(depth for row in rows for depth in row["depths"])
     tokens = sum(depths.values())
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "metrics": _metrics(measured.measures, pairs, plan),
         "unavailable": measured.unavailable,
         "by_group": _by_group(pairs, plan),
@@ -148,28 +151,28 @@ def _mode(pairs: Pairs, measured: Measured, plan: Settings) -> dict[str, Any]:
         "latency": _latency(rows),
     }
     if measured.tokenizer is not None:
-        found["tokenizer"] = measured.tokenizer
+        figures["tokenizer"] = measured.tokenizer
         if measured.tokenizer_note:
-            found["tokenizer_note"] = measured.tokenizer_note
+            figures["tokenizer_note"] = measured.tokenizer_note
     if rounds := [pair for row in rows for pair in row.get("rounds", ())]:
-        found["drafted"], found["accepted"] = (sum(pair[k] for pair in rounds) for k in (0, 1))
+        figures["drafted"], figures["accepted"] = (sum(pair[k] for pair in rounds) for k in (0, 1))
     if plan.task == "dialogue":
-        found["ranked_by"] = sorted({row["ranked_by"] for row in rows})
-    return found
+        figures["ranked_by"] = sorted({row["ranked_by"] for row in rows})
+    return figures
 
 
 def _latency(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Seconds an answer takes, from processed input on; None where batches were larger than 1."""
     if any(row.get("seconds") is None for row in rows):
         return None
-    found: dict[str, Any] = {}
+    latency: dict[str, Any] = {}
     for name in ("seconds", "decode_seconds"):
         p50, p95 = np.percentile([row[name] for row in rows], [50, 95])
-        found[name] = {"p50": float(p50), "p95": float(p95)}
+        latency[name] = {"p50": float(p50), "p95": float(p95)}
     decoded = sum(len(row["ids"]) - 1 for row in rows)
     took = sum(row["decode_seconds"] for row in rows)
-    found["tokens_per_second"] = decoded / took if took > 0 and decoded else None
-    return found
+    latency["tokens_per_second"] = decoded / took if took > 0 and decoded else None
+    return latency
 
 
 # -- full against early --------------------------------------------------------------------------

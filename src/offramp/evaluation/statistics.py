@@ -21,8 +21,8 @@ Array = NDArray[np.float64]
 
 def _ratio(sums: Array) -> Array:
     """Sum over count: the value of every metric that is a mean over examples."""
-    found: Array = sums[..., 0] / sums[..., 1]
-    return found
+    ratio: Array = sums[..., 0] / sums[..., 1]
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Measure:
 
 def mean_of(values: Sequence[float] | Array, note: str = "") -> Measure:
     """The mean of one value for each example. Raise `DataError` where there is none, or a NaN."""
-    each = finite(values, "values have no mean")
-    return Measure(float(each.mean()), np.stack([each, np.ones_like(each)], 1), note=note)
+    numbers = finite(values, "values have no mean")
+    return Measure(float(numbers.mean()), np.stack([numbers, np.ones_like(numbers)], 1), note=note)
 
 
 def mean_of_some(values: Sequence[float | None]) -> Measure:
@@ -56,14 +56,14 @@ def mean_of_some(values: Sequence[float | None]) -> Measure:
 
 def finite(values: Sequence[float] | Array, problem: str) -> Array:
     """At least one number, and no NaN, else a `DataError` that names the problem with so many."""
-    each = np.asarray(values, dtype=np.float64)
-    if not each.size or not np.isfinite(each).all():
+    numbers = np.asarray(values, dtype=np.float64)
+    if not numbers.size or not np.isfinite(numbers).all():
         raise DataError(
-            f"{each.size} {problem}: {int((~np.isfinite(each)).sum())} are not finite.",
+            f"{numbers.size} {problem}: {int((~np.isfinite(numbers)).sum())} are not finite.",
             "Evaluate at least one example, and look for NaN in the model, e.g. from half "
             "precision.",
         )
-    return each
+    return numbers
 
 
 def interval(
@@ -97,16 +97,16 @@ def interval(
     if len(rows) < 2:
         return None
     draw = np.random.default_rng(seed)
-    found = []
+    parts = []
     for start in range(0, resamples, 50):  # in parts, or 5,000 images would take 40 MB
-        some = min(50, resamples - start)
-        times = _times(draw, len(rows), some)
+        count = min(50, resamples - start)
+        times = _times(draw, len(rows), count)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = measure.of(times @ rows)
             if minus is not None and other is not None:
                 value = value - minus.of(times @ other)
-        found.append(value)
-    values = np.concatenate(found)
+        parts.append(value)
+    values = np.concatenate(parts)
     values = values[np.isfinite(values)]  # a draw may hold no example that counts
     if not values.size:
         return None
@@ -152,9 +152,9 @@ class Bootstrap:
 
     def mean(self, values: Array, minus: Array | None = None) -> dict[str, Any]:
         """The same of a mean over examples [N], or of the difference of two."""
-        one = np.ones(len(values))
+        ones = np.ones(len(values))
         return self.estimate(
-            np.stack([values, one], 1), None if minus is None else np.stack([minus, one], 1)
+            np.stack([values, ones], 1), None if minus is None else np.stack([minus, ones], 1)
         )
 
     def within(self, chosen: Array) -> Bootstrap:

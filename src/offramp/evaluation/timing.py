@@ -84,17 +84,17 @@ def time_interleaved(
     """Time every way on every input, after one untimed pass over a few."""
     names = list(ways)
     for name in names:
-        for some in inputs[:3]:
-            ways[name](some, StoppingCriteriaList())
+        for prompt in inputs[:3]:
+            ways[name](prompt, StoppingCriteriaList())
     timings = {name: Timing() for name in names}
     for number in progress(range(rounds)):
         total = dict.fromkeys(names, 0.0)
         decode = dict.fromkeys(names, 0.0)
-        for place, some in enumerate(inputs):
+        for place, prompt in enumerate(inputs):
             for name in random.Random(f"{number}:{place}").sample(names, len(names)):
                 clock = FirstToken(time.perf_counter)
                 begin = time.perf_counter()
-                answer = ways[name](some, StoppingCriteriaList([clock]))
+                answer = ways[name](prompt, StoppingCriteriaList([clock]))
                 end = time.perf_counter()
                 assert clock.seconds is not None
                 total[name] += end - begin
@@ -117,9 +117,9 @@ def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         with torch.inference_mode():
-            found = backbone.model.generate(**inputs, stopping_criteria=stop, **options)
+            sequences = backbone.model.generate(**inputs, stopping_criteria=stop, **options)
         prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
-        return found[:, prompt:].flatten()  # type: ignore[no-any-return]
+        return sequences[:, prompt:].flatten()  # type: ignore[no-any-return]
 
     return run
 
@@ -133,10 +133,10 @@ def exit_generate_fn(
     """Generation by `policy`; without thresholds the full model, through the same loop."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        found = generate(
+        output = generate(
             backbone, inputs, exits=exits, policy=policy,
             stopping_criteria=stop, **options,
         )  # fmt: skip
-        return found.new_tokens.flatten()
+        return output.new_tokens.flatten()
 
     return run

@@ -142,12 +142,14 @@ class Exits(nn.ModuleDict):
         self.depths = check_depths(depths, backbone.depth)
         check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
         self.kind = kind
-        build, each = EXIT_KINDS[kind].build, EXIT_KINDS[kind].entries
-        self.entries = tuple(depth for depth in self.depths for _ in range(each))
+        build, entries = EXIT_KINDS[kind].build, EXIT_KINDS[kind].entries
+        self.entries = tuple(depth for depth in self.depths for _ in range(entries))
         first = backbone.depth
         super().__init__(
             {
-                str(depth): build(backbone, depth, range(first + i * each, first + (i + 1) * each))
+                str(depth): build(
+                    backbone, depth, range(first + i * entries, first + (i + 1) * entries)
+                )
                 for i, depth in enumerate(self.depths)
             }
         )

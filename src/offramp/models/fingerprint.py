@@ -109,10 +109,10 @@ def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
     }
     held = [backbone.stack, *(part for part in parts.values() if part is not None)]
     known = {id(parameter) for part in held for parameter in part.parameters()}
-    found = {
+    tensors = {
         name: [] if part is None else list(float_parameters(part)) for name, part in parts.items()
     }
-    return {**found, "bridge": list(float_parameters(model, known))}
+    return {**tensors, "bridge": list(float_parameters(model, known))}
 
 
 def _vision(backbone: Backbone) -> nn.Module | None:
@@ -122,9 +122,9 @@ def _vision(backbone: Backbone) -> nn.Module | None:
 def _sample(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Up to `_VALUES` evenly spaced values of each of about `_TENSORS` evenly spaced tensors, as
     the bits of their bfloat16."""
-    found: list[list[int]] = []
+    samples: list[list[int]] = []
     for tensor in tensors[:: max(1, len(tensors) // _TENSORS)]:
         flat = tensor.detach().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
-        found.append(values.to(torch.bfloat16).view(torch.int16).tolist())
-    return found
+        samples.append(values.to(torch.bfloat16).view(torch.int16).tolist())
+    return samples

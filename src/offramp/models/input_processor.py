@@ -208,10 +208,10 @@ def _end_token(backbone: Backbone, tokenizer: Any) -> int:
     configs = (model, getattr(model, "language_model", None))
     settings = [getattr(m, "generation_config", None) for m in configs]
     named = [getattr(c, "eos_token_id", None) for c in settings] + [tokenizer.eos_token_id]
-    found = next((eos for eos in named if eos is not None), None)  # 0 is an id too
-    if found is None:
+    eos = next((ids for ids in named if ids is not None), None)  # 0 is an id too
+    if eos is None:
         raise InputError(
             "Neither the backbone's generation config nor the tokenizer names an end token.",
             "Set tokenizer.eos_token, so that answers can end.",
         )
-    return int(found[0] if isinstance(found, list) else found)
+    return int(eos[0] if isinstance(eos, list) else eos)

@@ -95,8 +95,8 @@ def fit_gate(states: Tensor, scores: Tensor, *, decay: float = 1e-3) -> Gate:
 
     def loss() -> Tensor:
         descent.zero_grad()
-        each = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y)
-        total: Tensor = each + decay * weight.square().sum()
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y)
+        total: Tensor = entropy + decay * weight.square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 

@@ -52,13 +52,13 @@ class VisionCache:
         """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
         key = (weakref.ref(tower), _digest([*args, kw]))
         with self._lock:
-            found = self._held.get(key)
-            if found is None:
+            cached = self._held.get(key)
+            if cached is None:
                 self.misses += 1
             else:
                 self.hits += 1
-        if found is not None:
-            return copy.copy(found)
+        if cached is not None:
+            return copy.copy(cached)
         # Outside the lock: two threads may run the same image, but none waits for another's.
         output = tower(*args, **kw)
         if _nbytes(output) <= self.max_bytes:
@@ -83,15 +83,15 @@ class RememberedTower(nn.Module):
 
 
 def _digest(value: Any) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
         if isinstance(part, Tensor):
-            found.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
+            digest.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
             flat = part.detach().contiguous().cpu().flatten()
-            found.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         else:
-            found.update(repr(part).encode())
-    return found.hexdigest()
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
 
 
 def _nbytes(value: Any) -> int:

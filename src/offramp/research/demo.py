@@ -100,9 +100,9 @@ def demo(
     adapter = calibrated(adapter, calibration, held_out)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 
-    some = [encoder.prompts([e]) for e in _examples("calibration", sizes.drafts)]
+    drafted = [encoder.prompts([e]) for e in _examples("calibration", sizes.drafts)]
     drafting = draft_speeds(
-        adapter, some, rounds=min(3, sizes.rounds), progress=_bar("draft threshold"), **OPTIONS
+        adapter, drafted, rounds=min(3, sizes.rounds), progress=_bar("draft threshold"), **OPTIONS
     )
     adapter = with_drafts(adapter, drafting)
     adapter.save(out / kind)
@@ -179,8 +179,9 @@ def _measure(
         "quality": quality_full,
         "identical": timings["lossless"].answers == timings["full"].answers,
         "draft_threshold": next(iter(lossless.effective.thresholds.values()), None),
-        "mean_accepted_drafts": sum(kept for _, kept in rounds) / max(1, len(rounds)),
-        "acceptance": sum(kept for _, kept in rounds) / max(1, sum(made for made, _ in rounds)),
+        "mean_accepted_drafts": sum(accepted for _, accepted in rounds) / max(1, len(rounds)),
+        "acceptance": sum(accepted for _, accepted in rounds)
+        / max(1, sum(made for made, _ in rounds)),
         **_speedups(timings, "lossless"),
     }
     report = {
@@ -270,7 +271,7 @@ def _peak_bytes() -> int | None:
 
 
 def _bar(title: str) -> Any:
-    return lambda things: progress(things, title)
+    return lambda iterable: progress(iterable, title)
 
 
 def table(report: Mapping[str, Any]) -> str:

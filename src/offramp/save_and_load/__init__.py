@@ -114,8 +114,8 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
     """adapter.json without the digests."""
     discriminators = None
     if parts.exits.discriminators is not None:
-        some: Any = next(iter(parts.exits.discriminators.values()))
-        discriminators = some.options
+        discriminator: Any = next(iter(parts.exits.discriminators.values()))
+        discriminators = discriminator.options
     return {
         "format": FORMAT,
         "backbone": {
@@ -214,10 +214,10 @@ def _check_digests(config: AdapterConfig) -> None:
         if name == DISCRIMINATORS and not path.is_file():
             continue  # only one score needs them
         try:
-            found = digest_file(path)
+            actual = digest_file(path)
         except StorageError as error:
             raise AdapterError(error.problem, RESTORE) from error
-        if found != digest:
+        if actual != digest:
             raise AdapterError(
                 f"{path} is not the file that {CONFIG} was written with: its SHA-256 differs. It "
                 "is damaged, or a save was interrupted.",

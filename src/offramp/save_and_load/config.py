@@ -126,8 +126,8 @@ class _Entries:
         """An object, or None where it is null or missing."""
         if self.values.get(name) is None:
             return None
-        found: dict[str, Any] = self.get(name, dict)
-        return found
+        entry: dict[str, Any] = self.get(name, dict)
+        return entry
 
     def check_known(self, names: Iterable[str]) -> None:
         known = set(names)
@@ -136,19 +136,19 @@ class _Entries:
                 self.fail(f"{(self.where + name)[:60]!r} is not known")
 
     def check_format(self) -> None:
-        if (found := self.values.get("format")) != FORMAT:
+        if (version := self.values.get("format")) != FORMAT:
             raise AdapterError(
-                f"{self.path.parent} has adapter format {_shown(found)}; this version reads format "
-                f"{FORMAT}.",
+                f"{self.path.parent} has adapter format {_shown(version)}; this version reads "
+                f"format {FORMAT}.",
                 "Train the exits again, or install the version of offramp that wrote it.",
             )
 
     def check_digest(self) -> None:
         if "digest" not in self.values:
             return
-        rest = {n: v for n, v in self.values.items() if n != "digest"}
+        signed = {n: v for n, v in self.values.items() if n != "digest"}
         try:
-            same = self.values["digest"] == digest_rows([rest])
+            same = self.values["digest"] == digest_rows([signed])
         except InputError as error:
             self.fail(error.problem.rstrip("."))
         if not same:
@@ -200,10 +200,10 @@ def _discriminators(config: _Entries) -> dict[str, Any] | None:
         return None
     options = config.part("discriminators")
     options.check_known(_DISCRIMINATOR)
-    found = {name: options.get(name, _DISCRIMINATOR[name]) for name in options.values}
-    if found.get("judged", JUDGED[0]) not in JUDGED:
-        options.fail(f"'discriminators.judged' is {_shown(found['judged'])}")
-    return found
+    values = {name: options.get(name, _DISCRIMINATOR[name]) for name in options.values}
+    if values.get("judged", JUDGED[0]) not in JUDGED:
+        options.fail(f"'discriminators.judged' is {_shown(values['judged'])}")
+    return values
 
 
 def _policy(policy: _Entries) -> ExitPolicy:

@@ -54,15 +54,15 @@ def read_shapes(path: Path, whole: tuple[str, ...] = ()) -> dict[str, tuple[int,
 
 def check_shapes(path: Path, expected: Shapes, whole: tuple[str, ...] = ()) -> None:
     """Raise `AdapterError` where the header's names and shapes are not exactly these."""
-    found = read_shapes(path, whole)
-    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+    shapes = read_shapes(path, whole)
+    missing, unknown = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     if missing or unknown:
         which = f"no {min(missing)!r}" if missing else f"{min(unknown)[:60]!r}, which is not known"
         raise AdapterError(f"{path} holds {which}.", _RESTORE)
     for name, shape in expected.items():
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise AdapterError(
-                f"{path}: the tensor {name!r} is {_shown(found[name])}, not {_shown(shape)}.",
+                f"{path}: the tensor {name!r} is {_shown(shapes[name])}, not {_shown(shape)}.",
                 _RESTORE,
             )
 

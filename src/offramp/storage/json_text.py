@@ -25,13 +25,13 @@ def dumps(value: Any, **options: Any) -> str:
 
 def read_bytes(path: str | Path, largest: int | None = None) -> bytes:
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting for ever
-            kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting for ever
+            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
             raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "not a plain file")
-        if largest is not None and found.st_size > largest:
+        if largest is not None and status.st_size > largest:
             raise DataError(
-                f"{path} has {found.st_size} bytes; at most {largest} are read.",
+                f"{path} has {status.st_size} bytes; at most {largest} are read.",
                 "Restore the file from a copy, or write it again with the command that made it.",
             )
         return Path(path).read_bytes()

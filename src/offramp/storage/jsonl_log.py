@@ -106,11 +106,11 @@ def _mend_tail(path: Path) -> None:
         return
     with open(path, "rb+") as file:
         content = file.read()
-        kept = content.rfind(b"\n") + 1
-        tail = content[kept:]
+        whole = content.rfind(b"\n") + 1
+        tail = content[whole:]
         if not tail:
             return
         if _is_object(tail):
             file.write(b"\n")
         else:
-            file.truncate(kept)
+            file.truncate(whole)

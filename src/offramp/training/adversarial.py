@@ -44,17 +44,17 @@ class AdversarialObjective:
 
     def new_discriminators(self) -> nn.ModuleDict:
         """Untrained ones, by depth."""
-        one = self.config
+        config = self.config
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.manual_seed(one.seed)
-            some = build_discriminators(
+            torch.manual_seed(config.seed)
+            discriminators = build_discriminators(
                 self.backbone.width,
                 self.exits.depths,
-                conditional=one.conditional,
-                spectral_norm=one.spectral_norm,
-                judged=one.judged,
+                conditional=config.conditional,
+                spectral_norm=config.spectral_norm,
+                judged=config.judged,
             )
-        return some.to(self.backbone.device)
+        return discriminators.to(self.backbone.device)
 
     def features(self, batch: Batch) -> dict[int, Tensor]:
         """Final-normed exit states [B, A, D] by depth; see `exit_features`."""
@@ -78,11 +78,11 @@ class AdversarialObjective:
             targets, labelled = places.clamp(min=0), labelled * (places >= 0)
         scene = {}
         for depth, states in features.items():
-            kept = states[keep]
+            answered = states[keep]
             scene[depth] = LossInputs(
-                logits=self.logits(kept),
+                logits=self.logits(answered),
                 teacher_logits=teacher_logits,
-                features=kept,
+                features=answered,
                 teacher_features=teacher,
                 targets=targets,
                 labelled=labelled,
@@ -149,5 +149,5 @@ class AdversarialObjective:
         """What the discriminator at `depth` makes of states [N, D] at the batch's answer tokens."""
         entries = batch.entries(depth)[batch.mask].float()
         rows = batch.mask.nonzero()[:, 0]
-        one: Any = self.discriminators[str(depth)]
-        return lambda features: one.judge(features.float(), entries, rows)
+        discriminator: Any = self.discriminators[str(depth)]
+        return lambda features: discriminator.judge(features.float(), entries, rows)

@@ -120,10 +120,10 @@ def _check_digest(path: Path, digest: Path) -> None:
         return
     try:
         known = digest.read_bytes().decode("ascii").split()
-        found = digest_file(path)
+        actual = digest_file(path)
     except (OSError, ValueError) as error:
         raise _damaged(digest, type(error).__name__) from error
-    if found not in known:
+    if actual not in known:
         raise _damaged(path, "its SHA-256 differs")
 
 
@@ -143,14 +143,14 @@ def trim_history(folder: Path, progress: Progress) -> None:
     for number, row in enumerate(rows, 1):
         if type(row.get("step")) is not int:
             raise DataError(f"{path}, row {number} has no step.", "Delete that line.")
-    kept = [
+    current = [
         row
         for row in rows
         if (
             row["step"] <= progress.validated if "agreement" in row else row["step"] < progress.step
         )
     ]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in current))
 
 
 STOPPING = tuple(

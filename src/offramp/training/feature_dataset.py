@@ -43,13 +43,19 @@ class TrainingStates:
     @property
     def key(self) -> tuple[Any, ...]:
         """All that the states depend on, beside the examples and the backbone."""
-        one = self.config
+        config = self.config
         answers = {
-            "mixed": (one.labelled_fraction, one.learns_without_labels),
-            "pseudo": (one.min_confidence,),
+            "mixed": (config.labelled_fraction, config.learns_without_labels),
+            "pseudo": (config.min_confidence,),
         }
-        split = (one.seed, one.validation_fraction, one.batch_size, one.max_new_tokens, one.cache)
-        return (self.depths, one.regime, answers.get(one.regime), *split)
+        split = (
+            config.seed,
+            config.validation_fraction,
+            config.batch_size,
+            config.max_new_tokens,
+            config.cache,
+        )
+        return (self.depths, config.regime, answers.get(config.regime), *split)
 
     def record(self) -> Stores:
         """Split the examples by image, answer them as the regime says, and record the states.
@@ -122,4 +128,4 @@ class TrainingStates:
 def progress_bar(accelerator: Accelerator, title: str) -> Any:
     """What wraps things to iterate in a progress bar, on the process that tells."""
     quiet = not accelerator.is_main_process
-    return lambda things: progress(things, title, tell=not quiet)
+    return lambda iterable: progress(iterable, title, tell=not quiet)

@@ -55,7 +55,7 @@ class FeatureStore:
     @property
     def answers(self) -> list[tuple[int, ...]]:
         """Token ids of every answer, in the order of the batches."""
-        return [row.ids for some in self._groups for row in some]
+        return [row.ids for rows in self._groups for row in rows]
 
     def _choose(self, cache: str, memory_bytes: int) -> str:
         if cache != "auto":
@@ -109,13 +109,13 @@ class FeatureStore:
     def _digest(self) -> str:
         """What the states depend on: files of another run in the same folder are not taken up."""
         backbone = self._encoder.backbone
-        rows = [row for some in self._groups for row in some]
+        rows = [row for group in self._groups for row in group]
         made_of = [
             dump_fingerprint(backbone.fingerprint()),
             str(backbone.dtype),
             self._depths,
             examples_digest(row.example for row in rows),
-            [[[row.ids, row.labelled] for row in some] for some in self._groups],
+            [[[row.ids, row.labelled] for row in group] for group in self._groups],
         ]
         return digest_rows(made_of)
 

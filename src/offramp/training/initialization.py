@@ -44,14 +44,18 @@ def start_closest(
     learnt = [batch for n, batch in enumerate(batches) if n % 4] or judged
     distances: dict[int, dict[int, float]] = {depth: {} for depth in exits.depths}
     for behind in progress(range(len(layers) - exits.depths[0])):
-        tried = {d: d + behind for d in exits.depths if _fits(weights.get(d + behind), exits.at(d))}
-        for depth, layer in tried.items():
+        candidates = {
+            d: d + behind for d in exits.depths if _fits(weights.get(d + behind), exits.at(d))
+        }
+        for depth, layer in candidates.items():
             exits.at(depth).load_state_dict(weights[layer])
-        found = _probed(game, learnt, judged) if tried else {}
-        for depth, layer in tried.items():
-            distance = agreed(found[depth])
+        distance_at = _probed(game, learnt, judged) if candidates else {}
+        for depth, layer in candidates.items():
+            distance = agreed(distance_at[depth])
             distances[depth][layer] = distance if math.isfinite(distance) else math.inf
-    chosen = {depth: min(some, key=lambda i: some[i]) for depth, some in distances.items()}
+    chosen = {
+        depth: min(by_layer, key=lambda i: by_layer[i]) for depth, by_layer in distances.items()
+    }
     for depth, layer in chosen.items():
         exits.at(depth).load_state_dict(weights[layer])
     return chosen
@@ -63,12 +67,12 @@ def _probed(
     """KL(final || probe) of the exits as they are, by depth: the mean over `judged`'s tokens."""
     (states, final), (others, target) = _features(game, learnt), _features(game, judged)
     wanted = game.logits(target).float()
-    found = {}
+    distances = {}
     for depth in game.exits.depths:
         probe = linear_probe(states[depth], final)
         said = game.logits(probe(others[depth]).to(target.dtype)).float()
-        found[depth] = kl(wanted, said).mean()
-    return found
+        distances[depth] = kl(wanted, said).mean()
+    return distances
 
 
 def _features(
@@ -78,7 +82,9 @@ def _features(
     exits = [game.features(batch) for batch in batches]
     masks = [batch.mask for batch in batches]
     return {
-        depth: torch.cat([some[depth][mask] for some, mask in zip(exits, masks, strict=True)])
+        depth: torch.cat(
+            [features[depth][mask] for features, mask in zip(exits, masks, strict=True)]
+        )
         for depth in game.exits.depths
     }, torch.cat([batch.teacher[batch.mask] for batch in batches])
 
@@ -93,7 +99,7 @@ def linear_probe(states: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
     gram = centred.T @ centred
     gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-6)
     slope = torch.linalg.solve(gram, centred.T @ (final - target))
-    return lambda some: (some.float() - middle) @ slope + target
+    return lambda others: (others.float() - middle) @ slope + target
 
 
 def _fits(weights: Mapping[str, Tensor] | None, exit: nn.Module) -> bool:

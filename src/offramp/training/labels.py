@@ -43,7 +43,7 @@ def answers_of(
             "Add answers, or use --regime unsupervised.",
         )
     chosen = {id(example) for example in labelled}
-    rest = [example for example in examples if id(example) not in chosen]
+    unlabelled = [example for example in examples if id(example) not in chosen]
     taught = [(e, answer) for e in labelled for answer in most_given(e.answers)]
     rows = [
         Answered(e, tuple(encoder.answer_ids(e.prompt, answer)), labelled=True)
@@ -52,7 +52,7 @@ def answers_of(
     pseudo = config.regime == "pseudo"
     written = full_model_answers(
         encoder,
-        rest[share],
+        unlabelled[share],
         batch_size=max(config.batch_size, 16),
         max_new_tokens=config.max_new_tokens,
         min_confidence=config.min_confidence if pseudo else 0.0,

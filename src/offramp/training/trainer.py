@@ -156,16 +156,16 @@ class Trainer:
 
     # -- the run ------------------------------------------------------------------------------
 
-    def run(self, resume: bool = False, kept: dict[Any, Stores] | None = None) -> Adapter:
+    def run(self, resume: bool = False, recorded: dict[Any, Stores] | None = None) -> Adapter:
         """Train to the last step, or until validation stops improving.
 
-        kept: states that runs on the same examples and backbone share: what this run would record
-            too is read, else recorded and put there; None: recorded, then let go.
+        recorded: states that runs on the same examples and backbone share. What this run needs is
+            read from there, or recorded and added; None: recorded for this run alone.
         """
         if resume:
             self._restore()
         if not self._is_over():
-            shared = {} if kept is None else kept
+            shared = {} if recorded is None else recorded
             if (key := self.states.key) not in shared:
                 shared[key] = self.states.record()
             stores = shared[key]
@@ -178,7 +178,7 @@ class Trainer:
                     if self.accelerator.is_main_process:
                         self._checkpoint()
                     raise
-            for store in stores if kept is None else ():
+            for store in stores if recorded is None else ():
                 store.clear()
         return self._best_adapter()
 
@@ -267,11 +267,11 @@ class Trainer:
         if size is None:
             return
         learn, held_out = (gather_object(s.answers) for s in (train_store, validation))
-        ids, found = shortlist_of(learn, held_out, size)
+        ids, misses = shortlist_of(learn, held_out, size)
         ids = ids.to(self.backbone.device)
-        self.shortlist, self.measured = ids, {"shortlist": found}
+        self.shortlist, self.measured = ids, {"shortlist": misses}
         self.game.narrow(ids)
-        self._say(f"shortlist: {len(ids)} tokens, {found['miss_rate']:.2%} of others missed")
+        self._say(f"shortlist: {len(ids)} tokens, {misses['miss_rate']:.2%} of others missed")
 
     def _start(self, train_store: FeatureStore) -> None:
         """Choose the layers that exits are copies of, unless they have left that behind."""

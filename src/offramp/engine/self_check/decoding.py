@@ -295,20 +295,20 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
     if not ours.numel():
         return 0.0
     a, b = ours.double(), theirs.to(ours.device).double()
-    told = b > -1e30  # tokens that are never said stand at the lowest number
-    largest = float(b[told].abs().max())
-    difference = float((a - b)[told].abs().max())
+    sayable = b > -1e30  # tokens that are never said stand at the lowest number
+    largest = float(b[sayable].abs().max())
+    difference = float((a - b)[sayable].abs().max())
     return float("inf") if difference != difference else difference / max(largest, 1e-30)
 
 
-def adopt_findings(backbone: Backbone, found: DecodeCheck) -> None:
+def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
     """Let the backbone do what held, and refuse what did not.
 
     Raises:
         UnsupportedBackboneError: decoding without exits, or with them, is not the model's own.
     """
-    for name, outcome in (("without exits", found.plain), ("with exits", found.exits)):
-        if not found.holds(outcome):
+    for name, outcome in (("without exits", check.plain), ("with exits", check.exits)):
+        if not check.holds(outcome):
             how = f"off by {outcome:.1e}" if isinstance(outcome, float) else outcome
             raise UnsupportedBackboneError(
                 f"Self-check, part 3: decoding {name} is not {type(backbone.model).__name__}'s "
@@ -316,7 +316,7 @@ def adopt_findings(backbone: Backbone, found: DecodeCheck) -> None:
                 "This model cannot be decoded with exits; please report its model_type.",
             )
     backbone.learn(
-        causal_prompt=found.holds(found.first_token), lossless=found.holds(found.lossless)
+        causal_prompt=check.holds(check.first_token), lossless=check.holds(check.lossless)
     )
 
 

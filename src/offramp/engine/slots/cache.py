@@ -164,15 +164,15 @@ class SlotCache:
         own = getattr(source, "self_attention_cache", source)
         _check_entries(own.layers)
         length = int(own.get_seq_length())
-        kept = None if real is None or bool(real.all()) else real
-        total = length if kept is None else int(kept.sum())
+        columns = None if real is None or bool(real.all()) else real
+        total = length if columns is None else int(columns.sum())
         self.reserve(total + 1)
         for mine, entry in zip(self.own, own.layers, strict=False):
             if not entry.is_initialized:
                 continue
             keys, values = entry.keys, entry.values
-            if kept is not None:  # sliding layers hold the last columns alone
-                there = kept[length - keys.shape[2] :]
+            if columns is not None:  # sliding layers hold the last columns alone
+                there = columns[length - keys.shape[2] :]
                 keys, values = keys[:, :, there], values[:, :, there]
             mine.load(slot, keys, values, total - keys.shape[2])
         if self.cross:

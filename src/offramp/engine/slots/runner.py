@@ -156,8 +156,8 @@ class SlotRunner:
         laid = states
         if call.gather is not None and not packed:
             laid = states.index_select(0, call.gather)
-        found = self._run("deep", call, laid.view(*call.shape, -1))
-        return found if call.pick is None or packed else found.picked(call.pick)
+        out = self._run("deep", call, laid.view(*call.shape, -1))
+        return out if call.pick is None or packed else out.picked(call.pick)
 
     def _room(self, columns: Sequence[int]) -> tuple[int, torch.device]:
         """How many columns a call reads that writes to `columns`, and the device."""
@@ -165,16 +165,16 @@ class SlotRunner:
         self.cache.reserve(width)
         return width, self.backbone.device
 
-    def _run(self, mode: str, call: SlotCall, given: Tensor) -> States:
+    def _run(self, mode: str, call: SlotCall, inputs: Tensor) -> States:
         """One call of the stack: on tokens [B], or on states [B, T, D]."""
         self._mode, self._call, self._bias = mode, call, None
         self._current.call = call
         self._entries, self._exits, self._previous = {}, {}, {}
         kw: dict[str, Any] = {self._cache_name: self.cache.seen_by(call)}
         if mode == "deep":
-            self._chunk = kw["inputs_embeds"] = given
+            self._chunk = kw["inputs_embeds"] = inputs
         else:
-            kw["input_ids"] = given[:, None]
+            kw["input_ids"] = inputs[:, None]
         # Some stacks size a mask of their own by the cache where they are given none.
         kw["attention_mask"] = call.slots.new_ones(call.shape[0], call.width)
         if self._offsets is not None:

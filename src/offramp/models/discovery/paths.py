@@ -107,18 +107,18 @@ def _layers(model: Any, calls: Sequence[Call]) -> list[Call]:
         if parent in lists and name.isdigit():
             members.setdefault(parent, []).append(call)
     outer = {
-        path: found
-        for path, found in members.items()
-        if len({c.path for c in found}) == len(lists[path])
+        path: chain
+        for path, chain in members.items()
+        if len({c.path for c in chain}) == len(lists[path])
         and not any(
             a.path.rpartition(".")[0] in members and a.path.rpartition(".")[0] != path
-            for a in found[0].around()
+            for a in chain[0].around()
         )
     }
     if len(outer) > 1:
-        final = {p: max(c.order for c in found) for p, found in outer.items()}
+        final = {p: max(c.order for c in chain) for p, chain in outer.items()}
         last = max(final, key=final.__getitem__)
-        level = {p: found[0].level for p, found in outer.items()}
+        level = {p: chain[0].level for p, chain in outer.items()}
         if any(level[p] == level[last] and p != last for p in outer):
             raise UnsupportedBackboneError(
                 f"Layers of {' and of '.join(sorted(outer))} run side by side in every step.",
@@ -131,14 +131,14 @@ def _layers(model: Any, calls: Sequence[Call]) -> list[Call]:
             f"No list of decoder layers runs in each step of {type(model).__name__}.",
             "Register its paths with offramp.register_backbone; docs/models.md shows how.",
         )
-    (path, found), *_ = outer.items()
-    if len(found) != len(lists[path]):
+    (path, chain), *_ = outer.items()
+    if len(chain) != len(lists[path]):
         raise UnsupportedBackboneError(
-            f"Layers of {path} run more than once for a token ({len(found)} calls of "
+            f"Layers of {path} run more than once for a token ({len(chain)} calls of "
             f"{len(lists[path])} layers).",
             "A decoder that loops over its layers cannot leave any out; see docs/models.md.",
         )
-    return found
+    return chain
 
 
 def _stack(model: Any, layers: Sequence[Call]) -> Call:
@@ -155,7 +155,7 @@ def _stack(model: Any, layers: Sequence[Call]) -> Call:
 def _check_chain(layers: Sequence[Call]) -> None:
     """Raise where what a layer takes is not what the one before it returned."""
     for before, after in itertools.pairwise(layers):
-        out, entry = first_tensor(before.out), after.given
+        out, entry = first_tensor(before.out), after.input
         assert out is not None
         if out.dim() != 3:
             raise UnsupportedBackboneError(
@@ -172,8 +172,8 @@ def _check_chain(layers: Sequence[Call]) -> None:
             )
 
 
-def _same(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(one, other)
+def _same(tensor: Tensor | None, other: Tensor) -> bool:
+    return tensor is not None and tensor.shape == other.shape and torch.equal(tensor, other)
 
 
 def _norm(
@@ -185,7 +185,7 @@ def _norm(
     after = [c for c in calls if c.order > layer.order and not _is_under(c, layer)]
     for call in after:
         out = first_tensor(call.out)
-        if call.path.startswith(f"{stack.path}.") and _same(call.given, last) and out is not None:
+        if call.path.startswith(f"{stack.path}.") and _same(call.input, last) and out is not None:
             return call, out
     if _same(made, last):
         return None, last
@@ -225,7 +225,7 @@ def _head(
         for reader in (call, *call.around()):
             if reader.level == 0:
                 break
-            scale = _ratio(reader.given, normed)
+            scale = _ratio(reader.input, normed)
             if scale is not None:
                 return reader, None if scale == 1.0 else scale
     raise UnsupportedBackboneError(
@@ -239,13 +239,13 @@ def _width(out: Any) -> int | None:
     return None if tensor is None or tensor.dim() == 0 else int(tensor.shape[-1])
 
 
-def _ratio(one: Tensor | None, other: Tensor) -> float | None:
-    """The constant c with one = c * other for the last token, if there is one."""
-    if one is None or not one.is_floating_point() or one.shape[-1] != other.shape[-1]:
+def _ratio(tensor: Tensor | None, other: Tensor) -> float | None:
+    """The constant c with tensor = c * other for the last token, if there is one."""
+    if tensor is None or not tensor.is_floating_point() or tensor.shape[-1] != other.shape[-1]:
         return None
-    a, b = one.reshape(-1, one.shape[-1])[-1].double(), other[0, -1].double()
+    a, b = tensor.reshape(-1, tensor.shape[-1])[-1].double(), other[0, -1].double()
     scale = float((a * b).sum() / (b * b).sum())
-    close = (a - scale * b).abs().max() <= _tolerance(one) * a.abs().max()
+    close = (a - scale * b).abs().max() <= _tolerance(tensor) * a.abs().max()
     if not close or scale == 0.0:
         return None
     return 1.0 if abs(scale - 1.0) < 1e-6 else scale
@@ -295,13 +295,13 @@ def _named(config: Mapping[str, Any], scale: float) -> float:
 
 
 def _numbers(config: Mapping[str, Any]) -> list[float]:
-    found: list[float] = []
+    numbers: list[float] = []
     for value in config.values():
         if isinstance(value, Mapping):
-            found += _numbers(value)
+            numbers += _numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and value:
-            found.append(float(value))
-    return found
+            numbers.append(float(value))
+    return numbers
 
 
 def _tower(model: Any, stack: str) -> str | None:

@@ -104,10 +104,10 @@ def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> 
 def _around(stack: str, head: str) -> str:
     """The path of the innermost module that holds both."""
     shared = []
-    for one, other in zip(stack.split("."), head.split("."), strict=False):
-        if one != other:
+    for name, other in zip(stack.split("."), head.split("."), strict=False):
+        if name != other:
             break
-        shared.append(one)
+        shared.append(name)
     return ".".join(shared)
 
 
@@ -155,14 +155,14 @@ def _behind_encoder(model: Any, reader: Any, _: Any) -> None:
 
 
 def _generate(model: Any, _: Any, example: Mapping[str, Any] | None) -> None:
-    given = text_prompt(model) if example is None else example
-    model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
+    inputs = text_prompt(model) if example is None else example
+    model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
 
 
 def _check_norm(backbone: Backbone, last: Tensor, out: Any) -> Tensor:
     """Part 1."""
-    made = first_tensor(getattr(out, "last_hidden_state", out))
-    assert made is not None
+    returned = first_tensor(getattr(out, "last_hidden_state", out))
+    assert returned is not None
     family = backbone.family
     if last.dim() != 3:
         raise UnsupportedBackboneError(
@@ -172,12 +172,12 @@ def _check_norm(backbone: Backbone, last: Tensor, out: Any) -> Tensor:
             "hyper-connections) are not supported.",
         )
     normed = backbone.final_norm(last)
-    apart = _apart(normed, made)
-    if apart is None or apart > _allowed(made):
-        found = "of another shape" if apart is None else f"off by {apart:.1e}"
+    apart = _apart(normed, returned)
+    if apart is None or apart > _allowed(returned):
+        difference = "of another shape" if apart is None else f"off by {apart:.1e}"
         raise UnsupportedBackboneError(
             f"Self-check, part 1: norm={family.norm!r} over the last layer's output is not what "
-            f"{family.stack} returns ({found}).",
+            f"{family.stack} returns ({difference}).",
             _remedy(backbone, "norm"),
         )
     return normed

@@ -17,14 +17,14 @@ class Call:
     """One call of a module.
 
     path: dotted, from the model. level: calls it is nested in. inside: the call around it.
-    given: the first tensor it was handed. out: what it returned. order: place among all calls.
+    input: the first tensor it was handed. out: what it returned. order: place among all calls.
     """
 
     path: str
     module: nn.Module
     level: int
     inside: Call | None
-    given: Tensor | None
+    input: Tensor | None
     kw: dict[str, Any]
     positional: int
     order: int
@@ -76,8 +76,8 @@ def twin_tree(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
     return copied(model, ""), paths
 
 
-def watch(model: Any, given: Mapping[str, Any], *, steps: int = 3) -> Watch:
-    """Generate `steps` tokens greedily on `given` and record the calls of the last step.
+def watch(model: Any, inputs: Mapping[str, Any], *, steps: int = 3) -> Watch:
+    """Generate `steps` tokens greedily on `inputs` and record the calls of the last step.
 
     Whatever the model raises comes through.
     """
@@ -110,6 +110,6 @@ def watch(model: Any, given: Mapping[str, Any], *, steps: int = 3) -> Watch:
         module.register_forward_hook(leave)
     with torch.inference_mode():
         root.generate(  # type: ignore[operator]
-            **given, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, num_beams=1
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, num_beams=1
         )
     return seen

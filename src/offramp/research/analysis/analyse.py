@@ -308,13 +308,13 @@ def _needed(
         "class": (classes, sorted(set(classes.flat) - {""})),
         "token": (texts, [t for t, _ in Counter(texts.flat).most_common(_SHOWN + 1) if t]),
     }
-    found: dict[str, Any] = {}
-    for name, some in own.items():
-        needed = settled(some) if name == "lens" else first_agreement(some)
-        everything = np.where(needed > 0, "all", "")
-        found[name] = {"all": by_kind(needed, everything, ["all"])["all"]}
-        found[name] |= {by: by_kind(needed, *kind) for by, kind in kinds.items()}
-    return found
+    needed_by_exits: dict[str, Any] = {}
+    for name, replayed in own.items():
+        depths = settled(replayed) if name == "lens" else first_agreement(replayed)
+        everything = np.where(depths > 0, "all", "")
+        needed_by_exits[name] = {"all": by_kind(depths, everything, ["all"])["all"]}
+        needed_by_exits[name] |= {by: by_kind(depths, *kind) for by, kind in kinds.items()}
+    return needed_by_exits
 
 
 def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:

@@ -26,20 +26,20 @@ def share(hits: Array, mask: Array) -> Array:
 # -- quality by depth ------------------------------------------------------------------------------
 
 
-def right_by_depth(found: Replay, wanted: Array) -> dict[int, Array]:
+def right_by_depth(replay: Replay, wanted: Array) -> dict[int, Array]:
     """Where [N, A] each depth says the `wanted` token, the full depth last."""
-    return {d: said == wanted for d, said in {**found.said, found.layers: found.final}.items()}
+    return {d: said == wanted for d, said in {**replay.said, replay.layers: replay.final}.items()}
 
 
-def curve(found: Replay, wanted: Array, draws: Bootstrap) -> dict[str, Any]:
+def curve(replay: Replay, wanted: Array, draws: Bootstrap) -> dict[str, Any]:
     """Token accuracy against `wanted` [N, A] at each depth, and its dip."""
-    right = right_by_depth(found, wanted)
-    sums = {d: share(hits, found.mask) for d, hits in right.items()}
+    right = right_by_depth(replay, wanted)
+    sums = {d: share(hits, replay.mask) for d, hits in right.items()}
     hits = np.stack([s[:, 0] for s in sums.values()], 1)
     return {
         "depths": list(sums),
         "values": [draws.estimate(s) for s in sums.values()],
-        "dip": dip(list(sums), hits, found.mask.sum(1), draws),
+        "dip": dip(list(sums), hits, replay.mask.sum(1), draws),
     }
 
 
@@ -84,7 +84,7 @@ def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> 
 # -- overthinking ----------------------------------------------------------------------------------
 
 
-def overthinking(found: Replay, draws: Bootstrap) -> dict[str, Any]:
+def overthinking(replay: Replay, draws: Bootstrap) -> dict[str, Any]:
     """How often early depths and the final layer are right and wrong, on labelled answers.
 
     Returns:
@@ -94,43 +94,43 @@ def overthinking(found: Replay, draws: Bootstrap) -> dict[str, Any]:
         right, every early depth wrong); `by_depth`: tokens that leaving there would mend and
         spoil.
     """
-    right = right_by_depth(found, found.targets)
-    final = right.pop(found.layers)
-    each = np.stack(list(right.values()))
+    right = right_by_depth(replay, replay.targets)
+    final = right.pop(replay.layers)
+    early = np.stack(list(right.values()))
     sets = {
-        "overthought": each.any(0) & ~final,
-        "at_risk": final & ~each.all(0),
-        "only_final": final & ~each.any(0),
+        "overthought": early.any(0) & ~final,
+        "at_risk": final & ~early.all(0),
+        "only_final": final & ~early.any(0),
     }
     return {
-        "tokens": int(found.mask.sum()),
-        "final": draws.estimate(share(final, found.mask)),
-        "oracle": draws.estimate(share(final | each.any(0), found.mask)),
+        "tokens": int(replay.mask.sum()),
+        "final": draws.estimate(share(final, replay.mask)),
+        "oracle": draws.estimate(share(final | early.any(0), replay.mask)),
         **{
             name: {
-                "n": int((hits & found.mask).sum()),
-                "share": draws.estimate(share(hits, found.mask)),
+                "n": int((hits & replay.mask).sum()),
+                "share": draws.estimate(share(hits, replay.mask)),
             }
             for name, hits in sets.items()
         },
         "by_depth": [
             {
                 "depth": depth,
-                "mended": int((hits & ~final & found.mask).sum()),
-                "spoiled": int((~hits & final & found.mask).sum()),
+                "mended": int((hits & ~final & replay.mask).sum()),
+                "spoiled": int((~hits & final & replay.mask).sum()),
             }
             for depth, hits in right.items()
         ],
     }
 
 
-def overthought(found: Replay) -> Array:
+def overthought(replay: Replay) -> Array:
     """Which tokens [N, A] some early depth has right and the final layer wrong."""
-    early = np.stack([said == found.targets for said in found.said.values()])
-    return early.any(0) & (found.final != found.targets) & found.mask  # type: ignore[no-any-return]
+    early = np.stack([said == replay.targets for said in replay.said.values()])
+    return early.any(0) & (replay.final != replay.targets) & replay.mask  # type: ignore[no-any-return]
 
 
-def by_policy(found: Replay, depths: Array, draws: Bootstrap, subset: Array) -> dict[str, Any]:
+def by_policy(replay: Replay, depths: Array, draws: Bootstrap, subset: Array) -> dict[str, Any]:
     """Accuracy on labelled tokens when each exits at its depth of `depths` [N, A].
 
     subset: tokens [N, A] that are overthought.
@@ -140,11 +140,11 @@ def by_policy(found: Replay, depths: Array, draws: Bootstrap, subset: Array) -> 
         the tokens of `subset`: `on_overthought`, with `final_on_overthought`, which is 0 by
         the definition of that set.
     """
-    right, final = found.written(depths) == found.targets, found.final == found.targets
+    right, final = replay.written(depths) == replay.targets, replay.final == replay.targets
     return {
-        "accuracy": draws.estimate(share(right, found.mask)),
-        "difference": draws.estimate(share(right, found.mask), share(final, found.mask)),
-        "mean_depth": float(depths[found.mask].mean()),
+        "accuracy": draws.estimate(share(right, replay.mask)),
+        "difference": draws.estimate(share(right, replay.mask), share(final, replay.mask)),
+        "mean_depth": float(depths[replay.mask].mean()),
         "n_overthought": int(subset.sum()),
         "on_overthought": draws.estimate(share(right, subset)),
         "final_on_overthought": draws.estimate(share(final, subset)),
@@ -154,26 +154,26 @@ def by_policy(found: Replay, depths: Array, draws: Bootstrap, subset: Array) -> 
 # -- how deep tokens need to go --------------------------------------------------------------------
 
 
-def settled(found: Replay) -> Array:
+def settled(replay: Replay) -> Array:
     """The depth [N, A] from which on every depth says the final layer's token; 0 for no token."""
-    depths = np.array([*found.said, found.layers])
-    same = np.stack([said == found.final for said in found.said.values()])
+    depths = np.array([*replay.said, replay.layers])
+    same = np.stack([said == replay.final for said in replay.said.values()])
     run = np.logical_and.accumulate(same[::-1]).sum(0)
-    return np.where(found.mask, depths[len(same) - run], 0)
+    return np.where(replay.mask, depths[len(same) - run], 0)
 
 
-def first_agreement(found: Replay) -> Array:
+def first_agreement(replay: Replay) -> Array:
     """The first depth [N, A] that says the final layer's token; 0 for no token."""
-    depths = np.array([*found.said, found.layers])
-    same = np.stack([*(said == found.final for said in found.said.values()), found.mask])
-    return np.where(found.mask, depths[same.argmax(0)], 0)
+    depths = np.array([*replay.said, replay.layers])
+    same = np.stack([*(said == replay.final for said in replay.said.values()), replay.mask])
+    return np.where(replay.mask, depths[same.argmax(0)], 0)
 
 
 def positions(targets: Array, end: int) -> Array:
     """The position [N, A] of each token: one of `POSITIONS`, "" behind an answer."""
-    found = np.where(targets >= 0, "middle", "")
-    found[:, 0] = np.where(targets[:, 0] >= 0, "first", "")
-    return np.where(targets == end, "end", found)
+    names = np.where(targets >= 0, "middle", "")
+    names[:, 0] = np.where(targets[:, 0] >= 0, "first", "")
+    return np.where(targets == end, "end", names)
 
 
 def by_kind(needed: Array, kinds: Array, order: Sequence[str]) -> dict[str, Any]:
@@ -181,15 +181,15 @@ def by_kind(needed: Array, kinds: Array, order: Sequence[str]) -> dict[str, Any]
 
     needed: depths [N, A]; 0 is no token. kinds: [N, A].
     """
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for kind in order:
         depths = needed[(kinds == kind) & (needed > 0)]
         if depths.size:
             seen, times = np.unique(depths, return_counts=True)
             pairs = zip(seen, times, strict=True)
-            found[kind] = {
+            rows[kind] = {
                 "n": int(depths.size),
                 "mean_depth": float(depths.mean()),
                 "depth_shares": {str(d): float(n / depths.size) for d, n in pairs},
             }
-    return found
+    return rows

@@ -73,19 +73,19 @@ class FreeRunning:
             d: self.decode(adapter, replace(self.forced, thresholds={d: 0.0})) for d in depths
         }
         answers[self.encoder.backbone.depth] = self.full
-        found = {}
+        curves = {}
         measures = [("identical", self.identical, self.examples)]
         if self.labelled:
             measures.append(("quality", self.judged, self.labelled))
         for name, measure, examples in measures:
             draws = self.draws(examples)
-            values = np.stack([measure(given) for given in answers.values()], 1)
-            found[name] = {
+            values = np.stack([measure(decoded) for decoded in answers.values()], 1)
+            curves[name] = {
                 "depths": list(answers),
                 "values": [draws.mean(column) for column in values.T],
                 "dip": dip(list(answers), values, np.ones(len(values)), draws),
             }
-        return found
+        return curves
 
     def by_policy(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """What a policy's answers keep of the full model's, and what they are worth."""

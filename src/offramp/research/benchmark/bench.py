@@ -137,16 +137,16 @@ def any_shortlist(backbone: Backbone, size: int, spoken: Tensor | None = None) -
     Raises:
         InputError: a size that the vocabulary does not have, or that holds not all of `spoken`.
     """
-    some = torch.unique(spoken) if spoken is not None else torch.zeros(0, dtype=torch.long)
-    if not max(2, len(some)) <= size <= backbone.vocabulary:
+    needed = torch.unique(spoken) if spoken is not None else torch.zeros(0, dtype=torch.long)
+    if not max(2, len(needed)) <= size <= backbone.vocabulary:
         raise InputError(
             f"A shortlist of {size} out of {backbone.vocabulary} tokens cannot be.",
-            f"Give a number from {max(2, len(some))} to {backbone.vocabulary}.",
+            f"Give a number from {max(2, len(needed))} to {backbone.vocabulary}.",
         )
     others = torch.ones(backbone.vocabulary, dtype=torch.bool)
-    others[some.cpu()] = False
-    rest = others.nonzero()[: size - len(some), 0]
-    return torch.cat([some.cpu(), rest]).sort().values.to(backbone.device)
+    others[needed.cpu()] = False
+    fillers = others.nonzero()[: size - len(needed), 0]
+    return torch.cat([needed.cpu(), fillers]).sort().values.to(backbone.device)
 
 
 def entry(
@@ -232,12 +232,12 @@ class _Runner:
     def run(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         """The `GenerateFn` of `race`."""
         script = Script(self._leave, says=self._says, score=self._score)
-        found = generate_forced(
+        output = generate_forced(
             self._backbone, inputs, self._exits, script, 1 + self._tokens,
             depth=self.case.depth, criteria=list(stop), **self._options,
         )  # fmt: skip
-        self._rounds = found.rounds
-        return found.new_tokens.flatten()
+        self._rounds = output.rounds
+        return output.new_tokens.flatten()
 
     @property
     def predicted(self) -> float:
@@ -256,8 +256,8 @@ class _Runner:
     def extra(self, measured: float) -> dict[str, Any]:
         """What else is worth knowing of a case that ran."""
         if self._lossless:
-            made, kept = (sum(counts) for counts in zip(*self._rounds, strict=True))
-            return {"max_draft": self._options["max_draft"], "drafted": made, "accepted": kept}
+            made, accepted = (sum(counts) for counts in zip(*self._rounds, strict=True))
+            return {"max_draft": self._options["max_draft"], "drafted": made, "accepted": accepted}
         if self.case.rate == 0.0:
             layer = self._costs.layer[0]
             return {"check_layers": (1.0 / measured - 1.0) * self._costs.full / layer}

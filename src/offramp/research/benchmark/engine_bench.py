@@ -228,7 +228,9 @@ def _figures(
 ) -> dict[EngineCase, dict[str, Any]]:
     """Speeds and gaps of each case, the full model's first; static: tokens a second of the batch
     that Hugging Face's `generate` decodes."""
-    speeds = {case: median(run.tokens_per_second for run in some) for case, some in runs.items()}
+    speeds = {
+        case: median(run.tokens_per_second for run in repeats) for case, repeats in runs.items()
+    }
     full = next(iter(runs))
     figures = {}
     for case, speed in speeds.items():
@@ -250,10 +252,10 @@ def _figures(
 
 
 def _entry(
-    backbone: Backbone, case: EngineCase, config: EngineConfig, *, depth: int, **found: Any
+    backbone: Backbone, case: EngineCase, config: EngineConfig, *, depth: int, **figures: Any
 ) -> dict[str, Any]:
     origin = provenance(None, "", None)
-    p50, p95, p99 = found.pop("gaps")
+    p50, p95, p99 = figures.pop("gaps")
     return {
         "name": f"{backbone.name}, {config.slots} slots: {case.label}",
         "shape": backbone.name,
@@ -267,7 +269,7 @@ def _entry(
         "p50": p50,
         "p95": p95,
         "p99": p99,
-        **found,
+        **figures,
         "load": os.getloadavg()[0],
         "machine": {n: origin[n] for n in ("processor", "platform", "accelerator", "threads")},
         "versions": origin["versions"],

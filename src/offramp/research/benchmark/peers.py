@@ -76,14 +76,14 @@ def time_peers(
             "Give some prompts, and calibrate the adapter (or set its thresholds).",
         )
     peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
-    found: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, dict[str, Any]] = {}
     ways: dict[str, GenerateFn] = {}
     settings: dict[str, str] = {}
     for name, peer in peers.items():
         with _settings_kept(adapter.backbone.model):
             reason = peer.reason or _reason(peer, inputs[0])
         if reason is not None:
-            found[name] = {"not_applicable": reason}
+            skipped[name] = {"not_applicable": reason}
             continue
         settings[name] = _fastest(peer.ways, inputs[:TUNING])
         ways[name] = peer.ways[settings[name]]
@@ -91,18 +91,18 @@ def time_peers(
     bursting = [name for name in ways if peers[name].bursts]
     speeds = _speeds(timings, bursting)
     return {
-        name: found[name] if name in found else {**speeds[name], "setting": settings[name]}
+        name: skipped[name] if name in skipped else {**speeds[name], "setting": settings[name]}
         for name in peers
     }
 
 
 def _peers(
-    adapter: Adapter, some: Sequence[Mapping[str, Any]], draft: Any, options: dict[str, Any]
+    adapter: Adapter, prompts: Sequence[Mapping[str, Any]], draft: Any, options: dict[str, Any]
 ) -> dict[str, Peer]:
     backbone, exits = adapter.backbone, adapter.exits
     stock = partial(stock_generate_fn, backbone, **options)
     depth = min(adapter.policy.thresholds)
-    same_depth = _mean_depth(adapter, some, options)
+    same_depth = _mean_depth(adapter, prompts, options)
     lens = Exits(backbone, (same_depth,), kind="lens")
     cut = ExitPolicy({same_depth: 0.0})
     own = partial(exit_generate_fn, backbone, exits, **options)
@@ -133,23 +133,23 @@ def _peers(
 
 
 def _mean_depth(
-    adapter: Adapter, some: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    adapter: Adapter, prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> int:
     """The whole depth nearest to the mean of the exits' tokens, below the full one."""
     depths: list[int] = [
-        d for x in some for d in adapter.generate(x, **options).depths[0].tolist() if d
+        d for x in prompts for d in adapter.generate(x, **options).depths[0].tolist() if d
     ]
     return min(max(1, round(sum(depths) / len(depths))), adapter.backbone.depth - 1)
 
 
-def _reason(peer: Peer, some: Mapping[str, Any]) -> str | None:
+def _reason(peer: Peer, prompt: Mapping[str, Any]) -> str | None:
     """Why the peer does not run on this backbone; None if it does."""
     for way in peer.ways.values():
         try:
-            way(some, StoppingCriteriaList())
+            way(prompt, StoppingCriteriaList())
         except Exception as error:  # whatever a model that was not made for it runs into
-            told = str(error).strip().splitlines() or [""]
-            return f"{type(error).__name__}: {told[0]}"
+            lines = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0]}"
     return None
 
 
@@ -166,11 +166,11 @@ def _settings_kept(model: Any) -> Iterator[None]:
             config.__dict__.update(before)
 
 
-def _fastest(ways: Mapping[str, GenerateFn], some: Sequence[Mapping[str, Any]]) -> str:
+def _fastest(ways: Mapping[str, GenerateFn], prompts: Sequence[Mapping[str, Any]]) -> str:
     """The setting that takes least time in all; where there is one, that."""
     if len(ways) == 1:
         return next(iter(ways))
-    timings = time_interleaved(ways, some, rounds=3)
+    timings = time_interleaved(ways, prompts, rounds=3)
     return min(timings, key=lambda name: median(timings[name].seconds))
 
 
@@ -198,12 +198,12 @@ def _speeds(timings: Mapping[str, Timing], bursting: Sequence[str]) -> dict[str,
 def table(peers: Mapping[str, Mapping[str, Any]]) -> str:
     """Peers as a person reads them on a terminal."""
     lines = [f"{'':24}{'decode':>9}{'end to end':>12}{'identical':>11}"]
-    for name, found in peers.items():
-        if "not_applicable" in found:
-            lines.append(f"{name:24}not applicable: {found['not_applicable']}")
+    for name, peer in peers.items():
+        if "not_applicable" in peer:
+            lines.append(f"{name:24}not applicable: {peer['not_applicable']}")
             continue
         lines.append(
-            f"{name:24}{found['speedup_decode']:>8.2f}x{found['speedup_end_to_end']:>11.2f}x"
-            f"{found['identical']:>11.1%}  {found['setting']}"
+            f"{name:24}{peer['speedup_decode']:>8.2f}x{peer['speedup_end_to_end']:>11.2f}x"
+            f"{peer['identical']:>11.1%}  {peer['setting']}"
         )
     return "\n".join(lines)

@@ -64,14 +64,14 @@ class _ScriptedChooser(Chooser):
     def verdicts(
         self, depth: int, states: States, asked: Sequence[Question | None]
     ) -> list[Verdict | Exception | None]:
-        found = super().verdicts(depth, states, asked)
-        for i, (question, verdict) in enumerate(zip(asked, found, strict=True)):
+        verdicts = super().verdicts(depth, states, asked)
+        for i, (question, verdict) in enumerate(zip(asked, verdicts, strict=True)):
             if question is not None and isinstance(verdict, Verdict):
                 rules, before = question
                 rate, row = self._script.exit_rate, _number(rules)
                 exits = self._script.happens("exit", rate, row, len(before))
-                found[i] = replace(verdict, score=float(exits))
-        return found
+                verdicts[i] = replace(verdict, score=float(exits))
+        return verdicts
 
 
 _numbers: WeakKeyDictionary[RowRules, int] = WeakKeyDictionary()

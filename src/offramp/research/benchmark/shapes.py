@@ -126,9 +126,9 @@ def _copy_round(pool: Tensor, offset: int, flat: Tensor) -> None:
     """Fill `flat` from the pool, from `offset` on and round and round."""
     done = 0
     while done < len(flat):
-        some = pool[offset : offset + len(flat) - done]
-        flat[done : done + len(some)] = some
-        done, offset = done + len(some), 0
+        chunk = pool[offset : offset + len(flat) - done]
+        flat[done : done + len(chunk)] = chunk
+        done, offset = done + len(chunk), 0
 
 
 # -- text models ------------------------------------------------------------------------------

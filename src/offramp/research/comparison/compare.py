@@ -1,7 +1,7 @@
 """What each idea is worth: objectives and policies through one loop, at equal quality.
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
-exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
+exits. Samples pair is a curve of points, one for each threshold: quality of free-running answers on
 test images, and decoding speed from a race in which all points take turns, and those that do the
 same work run as one. The figure of merit is the speed at a quality, a mean over seeds; see
 `offramp.research.comparison.equal_quality`.
@@ -28,7 +28,7 @@ from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint
 from offramp.provenance import provenance
-from offramp.research.comparison.equal_quality import Each, drawn, equal_quality
+from offramp.research.comparison.equal_quality import Samples, drawn, equal_quality
 from offramp.research.comparison.grid import Grid
 from offramp.research.comparison.methods import DEFAULT, Plan
 from offramp.research.comparison.points import Entry, PointMeasurer, bar
@@ -73,13 +73,13 @@ def compare(
     log = PointLog(Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality))
     measurer = PointMeasurer(backbone, processor, test, plan, quality)
     entries = Grid(measurer, processor, train, Path(out), plan).entries()
-    points, each = log.measured(measurer, entries)
+    points, samples = log.measured(measurer, entries)
     comparison = {
         "quality_full": measurer.quality_full,
         "n_train": len(train),
         "n_test": len(test),
         "points": points,
-        "equal_quality": equal_quality(points, each),
+        "equal_quality": equal_quality(points, samples),
         "plan": asdict(plan),
         "provenance": provenance(plan.training.seed, sys.argv, examples_digest([*train, *test])),
     }
@@ -120,7 +120,7 @@ class PointLog:
 
     def measured(
         self, measurer: PointMeasurer, entries: Sequence[Entry]
-    ) -> tuple[list[dict[str, Any]], Each]:
+    ) -> tuple[list[dict[str, Any]], Samples]:
         """Every entry's point, and what its figures are made of; what the log holds is not measured
         again."""
         with JsonlLog(self._path) as rows:
@@ -131,7 +131,7 @@ class PointLog:
                 if key not in self._rows:
                     self._rows[key] = {**entry.name, **measurer.figures(entry)}
                     rows.append({"key": key, "row": self._rows[key]})
-            found, each, seconds = [], [], []
+            points, qualities, seconds = [], [], []
             for _, same in groupby(entries, key=lambda entry: entry.seed):
                 racing = {digest_rows([entry.name]): entry for entry in same}
                 timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *racing])
@@ -141,18 +141,18 @@ class PointLog:
                 raced = self._rows[timed]
                 for key in racing:
                     point = {**self._rows[key], **raced[key]}
-                    each.append(point.pop("each"))
+                    qualities.append(point.pop("each"))
                     seconds.append((raced["full"]["decode"], point.pop("decode")))
-                    found.append(point)
+                    points.append(point)
         groups = [picture_of(example) for example in measurer.test]
         full, early = np.array(seconds).swapaxes(0, 1)
-        return found, Each(measurer.qualities_full, np.array(each), groups, full, early)
+        return points, Samples(measurer.qualities_full, np.array(qualities), groups, full, early)
 
 
 def _name_of(quality: Quality | None) -> str:
     if quality is None:
         return "agreement"
-    known = (name for name, one in QUALITIES.items() if one is quality)
+    known = (name for name, candidate in QUALITIES.items() if candidate is quality)
     return next(known, getattr(quality, "__qualname__", type(quality).__name__))
 
 

@@ -30,9 +30,9 @@ def speed_at(points: Points, drop: float) -> float:
     Between two points, and between a point and the full model (drop 0, speed 1), drop and time are
     interpolated linearly: choosing one of the two at random for each answer gives that in the mean.
     """
-    some = [(0.0, 1.0), *((p["quality_drop"], 1 / p["speedup_decode"]) for p in points)]
-    good = [(d, t) for d, t in some if d <= drop]
-    bad = [(d, t) for d, t in some if d > drop]
+    curve = [(0.0, 1.0), *((p["quality_drop"], 1 / p["speedup_decode"]) for p in points)]
+    good = [(d, t) for d, t in curve if d <= drop]
+    bad = [(d, t) for d, t in curve if d > drop]
     mixed = [t + (s - t) * (drop - d) / (e - d) for d, t in good for e, s in bad]
     return float(1 / min([*mixed, *(t for _, t in good)]))
 
@@ -42,7 +42,7 @@ def _of(seed: int, points: Points) -> list[Mapping[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Each:
+class Samples:
     """What figures are made of, for intervals: qualities of single answers, and single rounds.
 
     full: qualities of the full model's, one for each test example [N]; early: at each point [P, N].
@@ -70,22 +70,24 @@ class Each:
             return np.array([figure(*both) for both in zip(drops, speeds, strict=True)])
 
         rows = np.column_stack([self.full, self.early.T])
-        found = interval(Measure(0.0, rows, of), self.groups, resamples=RESAMPLES)
-        if found is None:  # a single image
+        ends = interval(Measure(0.0, rows, of), self.groups, resamples=RESAMPLES)
+        if ends is None:  # a single image
             drops = 1 - self.early.sum(1) / max(self.full.sum(), 1e-9)
-            found = (figure(drops, self._speeds(np.arange(rounds))),) * 2
-        return list(found)
+            ends = (figure(drops, self._speeds(np.arange(rounds))),) * 2
+        return list(ends)
 
     def _speeds(self, rounds: NDArray[np.int64]) -> Array:
         """Of every point [P], if these had been the rounds of all races."""
-        full, early = (np.median(some[:, rounds], 1) for some in (self.full_seconds, self.seconds))
+        full, early = (
+            np.median(seconds[:, rounds], 1) for seconds in (self.full_seconds, self.seconds)
+        )
         return np.asarray(full / early)
 
 
-def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
+def equal_quality(points: Points, samples: Samples | None = None) -> dict[str, Any]:
     """Speeds at equal quality.
 
-    each: of the same points; None: no intervals.
+    samples: of the same points; None: no intervals.
 
     Returns:
         `curves`: for each (objective, policy) `speedup_decode`, its `speed_at` each of `LEVELS`,
@@ -93,23 +95,26 @@ def equal_quality(points: Points, each: Each | None = None) -> dict[str, Any]:
         faster there: an objective is held against FREE's exits at its own depths, a policy and a
         pair against all of them, and cross_entropy, which reads all labels, against the FREE that
         does too;
-        `free_over_by_seed`, the same for each seed alone; and with `each` also
+        `free_over_by_seed`, the same for each seed alone; and with `samples` also
         `free_over_interval`, the bootstrap's 95% over test images and rounds of the race.
         `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
         it, and `free_over_best_baseline`: by how much.
     """
-    found = [_curve(*pair) for pair in _pairs(points)]
-    if each is not None:
-        for curve, pair in zip(found, _pairs(points), strict=True):
+    curves = [_curve(*pair) for pair in _pairs(points)]
+    if samples is not None:
+        for curve, pair in zip(curves, _pairs(points), strict=True):
             curve["free_over_interval"] = {
-                str(level): each.interval(partial(_over, points, pair, level)) for level in LEVELS
+                str(level): samples.interval(partial(_over, points, pair, level))
+                for level in LEVELS
             }
-    baselines = [c for c in found if c["objective"] not in OURS or c["policy"] != "max_probability"]
-    if not baselines or all(c["objective"] != FREE for c in found):
-        return {"curves": found}
+    baselines = [
+        c for c in curves if c["objective"] not in OURS or c["policy"] != "max_probability"
+    ]
+    if not baselines or all(c["objective"] != FREE for c in curves):
+        return {"curves": curves}
     best = {str(level): _closest(baselines, str(level)) for level in LEVELS}
     return {
-        "curves": found,
+        "curves": curves,
         "best_baseline": {
             level: {"objective": c["objective"], "policy": c["policy"]} for level, c in best.items()
         },
@@ -123,14 +128,14 @@ def _pairs(points: Points) -> list[tuple[Points, Points]]:
     for point in points:
         curves.setdefault((point["objective"], point["policy"]), []).append(point)
     free, supervised = (curves.get((name, "max_probability"), []) for name in (FREE, SUPERVISED))
-    found: list[tuple[Points, Points]] = []
+    pairs: list[tuple[Points, Points]] = []
     for (objective, policy), theirs in sorted(curves.items()):
         depths = [p["depths"] for p in theirs]
         ours = supervised if objective == "cross_entropy" and supervised else free
         alike = [p for p in ours if p["depths"] in depths]
         of_objective = objective != FREE and policy == "max_probability"
-        found.append((theirs, alike if of_objective else ours))
-    return found
+        pairs.append((theirs, alike if of_objective else ours))
+    return pairs
 
 
 def _curve(theirs: Points, free: Points, levels: Sequence[float] = LEVELS) -> dict[str, Any]:
@@ -154,11 +159,11 @@ def _over(
     points: Points, pair: tuple[Points, Points], level: float, drops: Array, speeds: Array
 ) -> float:
     """By how much FREE is ahead in a pair, if these were the points' drops and speeds [P]."""
-    found = {
+    resampled = {
         id(point): {**point, "quality_drop": float(drop), "speedup_decode": float(speed)}
         for point, drop, speed in zip(points, drops, speeds, strict=True)
     }
-    theirs, free = ([found[id(point)] for point in some] for some in pair)
+    theirs, free = ([resampled[id(point)] for point in curve] for curve in pair)
     return float(_curve(theirs, free, (level,))["free_over"][str(level)])
 
 
@@ -167,8 +172,8 @@ def ahead(curve: Mapping[str, Any], level: str, spread: str = "free_over_interva
 
     spread: what the brackets span; or "free_over_by_seed".
     """
-    some = curve[spread][level]
-    return f"{curve['free_over'][level]:.2f} [{min(some):.2f}, {max(some):.2f}]"
+    values = curve[spread][level]
+    return f"{curve['free_over'][level]:.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
@@ -193,10 +198,10 @@ SHOWN = ("free", "max_probability", "distillation", "cross_entropy", "cross_entr
 """Names that a plot with too many curves keeps first."""
 
 
-def drawn(found: Mapping[str, Any]) -> str:
+def drawn(comparison: Mapping[str, Any]) -> str:
     """The quality that is kept against measured decoding speed, a line for each (objective,
     policy), as SVG; at most `MOST` of them."""
-    curves = by_name((_name(point), point) for point in found["points"])
+    curves = by_name((_name(point), point) for point in comparison["points"])
     return speed_bands(curves, "quality kept", ours=FREE)
 
 
@@ -219,7 +224,7 @@ def band(points: Points) -> list[Band]:
     seeds = [_of(seed, points) for seed in sorted({p["seed"] for p in points})]
     rows = []
     for drop in _DROPS:
-        speeds = [speed_at(some, drop) for some in seeds]
+        speeds = [speed_at(curve, drop) for curve in seeds]
         rows.append(Band(1 - drop, harmonic_mean(speeds), min(speeds), max(speeds)))
     fastest = max(row.speed for row in rows)
     ends = next(i for i, row in enumerate(rows) if row.speed >= fastest - 1e-9)

@@ -52,26 +52,26 @@ class Grid:
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
         cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
-        found = [
+        entries = [
             entry
             for objective in plan.others(labelled=self._labelled)
             for entry in curve(objective, "max_probability", depths)
         ]
         for policy in dict.fromkeys(("max_probability", *plan.policies)):
             if policy == "truncation":
-                found += curve("logit_lens", policy, cut)
+                entries += curve("logit_lens", policy, cut)
                 continue
             if policy not in (*STREAKS, *FIXED):
-                found += curve(FREE, policy, depths)
-            found += curve(FREE, policy, several)
-        there = {(entry.objective, entry.policy) for entry in found}
+                entries += curve(FREE, policy, depths)
+            entries += curve(FREE, policy, several)
+        there = {(entry.objective, entry.policy) for entry in entries}
         for objective, policy in dict.fromkeys(plan.pairs):
             if (objective, policy) not in there:
-                found += curve(objective, policy, several)
-        for store in (one for pair in self._stores.values() for one in pair):
+                entries += curve(objective, policy, several)
+        for store in (store for pair in self._stores.values() for store in pair):
             store.clear()
         self._stores = {}
-        return found
+        return entries
 
     def _curve(
         self, seed: int, objective: str, policy: str, depths: tuple[int, ...]
@@ -125,7 +125,7 @@ class Grid:
         folder = exits_folder(self.out, seed, objective, depths)
         trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
-        return trainer.run(resume=True, kept=self._stores)
+        return trainer.run(resume=True, recorded=self._stores)
 
 
 def exits_folder(out: Path, seed: int, objective: str, depths: Sequence[int]) -> Path:

@@ -69,14 +69,14 @@ class PointMeasurer:
         """Quality of the answers by a point, and how deep their tokens ran."""
         answers = self.answers(entry.adapter, entry.rule, self._batches)
         same = [a.ids == b.ids for a, b in zip(answers, self.full, strict=True)]
-        each = self._qualities(answers)
-        quality = float(each.mean())
+        qualities = self._qualities(answers)
+        quality = float(qualities.mean())
         return {
             "quality": quality,
             "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
             "agreement": sum(same) / len(same),
             "mean_depth": float(np.mean([depth for a in answers for depth in a.depths])),
-            "each": np.round(each, 6).tolist(),
+            "each": np.round(qualities, 6).tolist(),
         }
 
     def _qualities(self, answers: Sequence[Answer]) -> Any:
@@ -173,4 +173,4 @@ class _Inputs:
 
 
 def bar(title: str) -> Any:
-    return lambda things: progress(things, title)
+    return lambda iterable: progress(iterable, title)

@@ -21,7 +21,7 @@ _DARK = 0.179  # the luminance on which black and white have the same contrast, 
 
 
 def gallery(
-    done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any, each: int = 6
+    done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any, per_group: int = 6
 ) -> Markup:
     """Answers of a run that early exit changed, and some that it did not.
 
@@ -34,16 +34,23 @@ def gallery(
     changed = [key for key in both if early[key]["ids"] != full[key]["ids"]]
     same = [key for key in (both or early) if key not in changed]
     same.sort(key=lambda key: mean(early[key]["depths"] or [layers]))
-    kept = same[:: max(1, len(same) // each)][:each]  # from the fastest to the slowest
-    shown = [*changed[:each], *kept]
+    unchanged = same[:: max(1, len(same) // per_group)][
+        :per_group
+    ]  # from the fastest to the slowest
+    shown = [*changed[:per_group], *unchanged]
     depths = sorted({d for key in shown for d in early[key]["depths"]} | {layers})
 
     def answers(keys: Sequence[str]) -> list[dict[str, Any]]:
         return [_answer(early[k], full.get(k), layers, pictures.get(k), tokenizer) for k in keys]
 
     groups = [
-        {"changed": True, "n": len(changed), "of": len(both), "answers": answers(changed[:each])},
-        {"changed": False, "n": len(same), "of": len(both), "answers": answers(kept)},
+        {
+            "changed": True,
+            "n": len(changed),
+            "of": len(both),
+            "answers": answers(changed[:per_group]),
+        },
+        {"changed": False, "n": len(same), "of": len(both), "answers": answers(unchanged)},
     ]
     return render(
         "answers", not_here="" if done else ROWS, groups=groups if early else [], layers=layers,

@@ -76,9 +76,9 @@ def _drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = 
 def standalone(svg: str, title: str) -> str:
     """A plot as a file of its own: on white ground with a title, so that it can be read as an image
     on a page of any colour."""
-    found = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt" viewBox="0 0 ([\d. ]+)"', svg)
-    assert found is not None, "not a plot of this module"
-    width, height = float(found[1]), float(found[2]) + _TITLE
+    head = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt" viewBox="0 0 ([\d. ]+)"', svg)
+    assert head is not None, "not a plot of this module"
+    width, height = float(head[1]), float(head[2]) + _TITLE
     size = (
         f'width="{width:g}pt" height="{height:g}pt" viewBox="0 {-_TITLE} {width:g} {height:g}" '
         f'color="{_PRINTED}"'
@@ -89,7 +89,7 @@ def standalone(svg: str, title: str) -> str:
         f'<text x="10" y="-7" fill="{_PRINTED}" '
         f'style="font: 600 12px system-ui, sans-serif">{escape(title)}</text>'
     )
-    whole = svg.replace(found[0], size, 1)
+    whole = svg.replace(head[0], size, 1)
     opening = whole.index(">") + 1
     return whole[:opening] + ground + whole[opening:]
 
@@ -150,10 +150,12 @@ def depth_histogram(shares: Mapping[str, Mapping[str, float]], layers: int) -> s
 
     def draw(axes: Any) -> None:
         width = 0.8 / len(shares)
-        for slot, (name, some) in enumerate(shares.items()):
+        for slot, (name, by_depth) in enumerate(shares.items()):
             shift = (slot + 0.5) * width - 0.4
-            at = [int(depth) + shift for depth in some]
-            axes.bar(at, list(some.values()), width, color=COLORS[slot % len(COLORS)], label=name)
+            at = [int(depth) + shift for depth in by_depth]
+            axes.bar(
+                at, list(by_depth.values()), width, color=COLORS[slot % len(COLORS)], label=name
+            )
         _depth_axis(axes, layers, "depth at which a token exits")
         axes.set_ylabel("share of tokens")
         _percent(axes.yaxis)
@@ -170,13 +172,13 @@ def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:
     """
 
     def draw(axes: Any) -> None:
-        for row, some in enumerate(kinds.values()):
+        for row, kind in enumerate(kinds.values()):
             left = 0.0
-            for depth, part in some["depth_shares"].items():
+            for depth, part in kind["depth_shares"].items():
                 color = depth_color(int(depth), layers)
                 axes.barh(row, part, 0.72, left, color=color, edgecolor=_INK, lw=0.3)
                 left += part
-            axes.text(1.015, row, f"{some['mean_depth']:.1f}", va="center")
+            axes.text(1.015, row, f"{kind['mean_depth']:.1f}", va="center")
         names = [n if len(n) <= _SHORT else f"{n[: _SHORT - 1]}\u2026" for n in kinds]
         labels = [f"{n} ({s['n']})" for n, s in zip(names, kinds.values(), strict=True)]
         axes.set_yticks(range(len(kinds)), labels)
@@ -272,16 +274,20 @@ def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     peers: by backbone what `offramp.research.benchmark.peers.time_peers` found.
     """
     ran = {
-        backbone: {name: p["speedup_decode"] for name, p in found.items() if "speedup_decode" in p}
-        for backbone, found in peers.items()
+        backbone: {
+            name: p["speedup_decode"] for name, p in by_name.items() if "speedup_decode" in p
+        }
+        for backbone, by_name in peers.items()
     }
-    names = list(dict.fromkeys(name for found in ran.values() for name in found))
+    names = list(dict.fromkeys(name for by_name in ran.values() for name in by_name))
     height = 0.8 / len(ran)
 
     def draw(axes: Any) -> None:
-        for slot, (backbone, found) in enumerate(ran.items()):
-            at = [names.index(name) + (slot + 0.5) * height - 0.4 for name in found]
-            bars = axes.barh(at, list(found.values()), height, color=COLORS[slot], label=backbone)
+        for slot, (backbone, speed_of) in enumerate(ran.items()):
+            at = [names.index(name) + (slot + 0.5) * height - 0.4 for name in speed_of]
+            bars = axes.barh(
+                at, list(speed_of.values()), height, color=COLORS[slot], label=backbone
+            )
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
         axes.axvline(1.0, color=_INK, lw=1, linestyle=":")
         axes.set_yticks(range(len(names)), names)
@@ -338,7 +344,7 @@ NAMES = {"lens": "untrained (logit lens)", "exits": "trained exits"}
 
 def analysis_plots(result: Mapping[str, Any]) -> dict[str, str]:
     """The plots of `offramp.research.analysis.analyse.analyse`'s result by name."""
-    layers, found = result["layers"], {}
+    layers, plots = result["layers"], {}
     parts = {"forced": result["teacher_forced"], "free": result["free_running"]}
     titles = {
         "agreement": "agreement with the final layer",
@@ -350,11 +356,11 @@ def analysis_plots(result: Mapping[str, Any]) -> dict[str, str]:
         for measure, title in titles.items():
             curves = {n: part[k][measure] for k, n in NAMES.items() if measure in part.get(k, {})}
             if curves:
-                found[measure] = by_depth(curves, layers, title)
+                plots[measure] = by_depth(curves, layers, title)
     for name, needed in result["needed_depth"].items():
         kinds = {**{k: v for k, v in needed["position"].items() if k != "end"}, **needed["class"]}
-        found[f"needed-{name}"] = depths_by_kind({"all": needed["all"], **kinds}, layers)
-    return found
+        plots[f"needed-{name}"] = depths_by_kind({"all": needed["all"], **kinds}, layers)
+    return plots
 
 
 def save_analysis(result: Mapping[str, Any], folder: Path) -> None:

@@ -68,18 +68,18 @@ def read_sources(paths: Iterable[str | Path]) -> list[Source]:
         InputError: a path holds nothing that can be shown.
         DataError, StorageError: a file is damaged or cannot be read.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     for path in map(Path, paths):
         # Not Path.is_file, which raises on names that are too long.
         files = [path / name for name in FILES if os.path.isfile(path / name)]
-        some = [s for file in (files if os.path.isdir(path) else [path]) for s in _in_file(file)]
-        if not some:
+        in_path = [s for file in (files if os.path.isdir(path) else [path]) for s in _in_file(file)]
+        if not in_path:
             raise InputError(
                 f"{path} holds nothing that a report can show.",
                 f"Give folders with {', '.join(FILES)}, or such files themselves.",
             )
-        found += some
-    return found
+        sources += in_path
+    return sources
 
 
 def _in_file(file: Path) -> list[Source]:
@@ -105,8 +105,8 @@ def _kind(value: Mapping[str, Any]) -> str | None:
 
 def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
     """The backbone without its owner, and what tells the result from others of this backbone."""
-    given = value["settings"] if kind == "eval" else value
-    backbone = given.get("backbone", otherwise)
+    settings = value["settings"] if kind == "eval" else value
+    backbone = settings.get("backbone", otherwise)
     name = str(backbone["name"] if isinstance(backbone, Mapping) else backbone)
     name = name.rstrip("/").rsplit("/", 1)[-1] if name else otherwise
     return f"{name}, {value['task'] if kind == 'eval' else kind}"
@@ -145,8 +145,8 @@ def report(
             missing.append((heads, " or ".join(MAKERS[kind] for kind in shows)))
     if where := sections.origins([(s.name, s.value) for s in sources]):
         shown.append(Section("origin", "Machine and versions", where))
-    told = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
-    backbones = dict.fromkeys(s.name.split(", ")[0] for s in told)
+    named = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
+    backbones = dict.fromkeys(s.name.split(", ")[0] for s in named)
     return document(title or f"Early exits on {' and '.join(backbones)}", shown, missing)
 
 

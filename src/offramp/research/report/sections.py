@@ -46,23 +46,23 @@ def headline_eval(value: Value, part: str = "lead") -> Markup:
     early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
     both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
     speeds, same = both["speedup"], both["agreement"]
-    found: Cards = []
+    cards: Cards = []
     for name, title in (("decode", "decoding speed"), ("end_to_end", "speed end to end")):
         if ratio := speeds.get(name):
-            found.append((title, times(ratio["value"]), between(ratio, times)))
+            cards.append((title, times(ratio["value"]), between(ratio, times)))
     if same["value"] is not None:
-        found.append(("answers as the full model's", percent(same["value"]), between(same)))
+        cards.append(("answers as the full model's", percent(same["value"]), between(same)))
     mode = early or full
     if early and early["mean_depth"]:
-        found.append(("mean depth", f"{early['mean_depth']:.2f}", f"of {early['layers']} layers"))
-    for name, one in list(mode["metrics"].items())[-4:] if mode else ():
-        remark = between(one, partial(metric, name))
+        cards.append(("mean depth", f"{early['mean_depth']:.2f}", f"of {early['layers']} layers"))
+    for name, measure in list(mode["metrics"].items())[-4:] if mode else ():
+        remark = between(measure, partial(metric, name))
         if early and full:
             remark = f"full model {metric(name, full['metrics'][name]['value'])}"
-        found.append((name, metric(name, one["value"]), remark))
+        cards.append((name, metric(name, measure["value"]), remark))
     speed = speeds.get("end_to_end") or speeds.get("decode")
     return render(
-        "headline", part=part, kind="eval", entries=found, same=same["value"], **_most(early),
+        "headline", part=part, kind="eval", entries=cards, same=same["value"], **_most(early),
         speed=speed and speed["value"], whole=bool(speeds.get("end_to_end")),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def _most(early: Value | None) -> dict[str, Any]:
 def headline_demo(value: Value, part: str = "lead") -> Markup:
     """Speed of both modes, and quality against the full model's."""
     early, full = value["modes"]["early_exit"], value["modes"]["full"]
-    found: Cards = [
+    cards: Cards = [
         ("decoding speed, early exit", times(early["speedup_decode"]), "full depth = 1"),
         ("speed end to end, early exit", times(early["speedup_end_to_end"]), "full depth = 1"),
         ("answers as the full model's", percent(early["agreement"]), ""),
@@ -87,29 +87,29 @@ def headline_demo(value: Value, part: str = "lead") -> Markup:
     ]
     if lossless := value["modes"].get("lossless"):
         same = "identical" if lossless["identical"] else "NOT identical"
-        found.insert(2, ("decoding speed, lossless", times(lossless["speedup_decode"]),
+        cards.insert(2, ("decoding speed, lossless", times(lossless["speedup_decode"]),
                          f"answers {same} to the full model's"))  # fmt: skip
     for name, quality in early["quality"].items():
         remark = f"full model {percent(full['quality'][name])}"
-        found.append((f"{name} right", percent(quality), remark))
+        cards.append((f"{name} right", percent(quality), remark))
     return render(
-        "headline", part=part, kind="demo", entries=found, same=early["agreement"],
+        "headline", part=part, kind="demo", entries=cards, same=early["agreement"],
         depth=early["mean_depth"], layers=value["layers"], speed=early["speedup_end_to_end"],
     )  # fmt: skip
 
 
 def headline_adapter(value: Value, part: str = "lead") -> Markup:
     """The guarantee, where there is one."""
-    found = value.get("calibration")
-    if not found or found.get("measured") is None:
+    guarantee = value.get("calibration")
+    if not guarantee or guarantee.get("measured") is None:
         return NOTHING
     entries: Cards = [
-        ("guaranteed risk, at most", fine(found["target"]),
-         f"{found['risk']}, at {percent(found['confidence'], 0)} confidence"),
-        ("measured risk", fine(found["measured"]),
-         f"at most {fine(found['bound'])}, n = {found['n']}"),
+        ("guaranteed risk, at most", fine(guarantee["target"]),
+         f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence"),
+        ("measured risk", fine(guarantee["measured"]),
+         f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}"),
     ]  # fmt: skip
-    asked = {name: found[name] for name in ("confidence", "risk", "target")}
+    asked = {name: guarantee[name] for name in ("confidence", "risk", "target")}
     return render("headline", part=part, kind="adapter", entries=entries, **asked)
 
 
@@ -139,16 +139,16 @@ def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
     exits = [p for p in points if p["policy"] == "max_probability"]
     # Truncation reads a depth by the backbone's own head, whatever exits there are.
     policies = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
-    found: list[dict[str, Any]] = []
-    for by, ours, some in (
+    plots: list[dict[str, Any]] = []
+    for by, ours, chosen in (
         ("objective", _words(FREE), exits), ("policy", "max probability", policies),
     ):  # fmt: skip
         curves: dict[str, list[Band]] = {
-            _words(name): curve for name, curve in by_name((p[by], p) for p in some).items()
+            _words(name): curve for name, curve in by_name((p[by], p) for p in chosen).items()
         }
-        if len(curves) > 1 or (curves and not found):
-            found.append({"by": by, "svg": speed_bands(curves, "quality kept", ours)})
-    return found
+        if len(curves) > 1 or (curves and not plots):
+            plots.append({"by": by, "svg": speed_bands(curves, "quality kept", ours)})
+    return plots
 
 
 def _equal_quality(value: Value) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -199,7 +199,7 @@ def depths(value: Value) -> Markup:
 
 def _dips(value: Value) -> list[dict[str, Any]]:
     """For each set of exits where its quality falls from a depth to a deeper one."""
-    found = []
+    dips = []
     parts = (value["teacher_forced"], value["free_running"])
     for name, title in NAMES.items():
         measured = {k: c for part in parts for k, c in part.get(name, {}).items()}
@@ -212,8 +212,8 @@ def _dips(value: Value) -> list[dict[str, Any]]:
             if c["dip"]["found"]
         ]  # fmt: skip
         if measured:
-            found.append({"title": title[0].upper() + title[1:], "falls": falls})
-    return found
+            dips.append({"title": title[0].upper() + title[1:], "falls": falls})
+    return dips
 
 
 def histogram(value: Value) -> Markup:
@@ -240,19 +240,19 @@ _OVERTHINKING = {
 
 def overthinking(value: Value) -> Markup:
     """Tokens that some exit has right and the final layer wrong, and the reverse."""
-    found = value.get("overthinking")
-    if not found:
-        return render("overthinking", found=None)
-    names = {n: t for n, t in NAMES.items() if n in found}
-    rows = [("labelled tokens", *(str(found[n]["tokens"]) for n in names))]
-    rows += [(line, *(_counted(found[n][k]) for n in names)) for k, line in _OVERTHINKING.items()]
+    figures = value.get("overthinking")
+    if not figures:
+        return render("overthinking", figures=None)
+    names = {n: t for n, t in NAMES.items() if n in figures}
+    rows = [("labelled tokens", *(str(figures[n]["tokens"]) for n in names))]
+    rows += [(line, *(_counted(figures[n][k]) for n in names)) for k, line in _OVERTHINKING.items()]
     rows += [
-        (line, *(with_interval(found[n][k], fine) for n in names))
+        (line, *(with_interval(figures[n][k], fine) for n in names))
         for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
     ]
     return render(
-        "overthinking", found=found, head=("", *names.values()), rows=rows,
-        policy=_policy_cards(found.get("policy")), answers=_whole_answers(found.get("answers")),
+        "overthinking", figures=figures, head=("", *names.values()), rows=rows,
+        policy=_policy_cards(figures.get("policy")), answers=_whole_answers(figures.get("answers")),
     )  # fmt: skip
 
 
@@ -272,13 +272,13 @@ def _policy_cards(policy: Value | None) -> Cards:
 def _whole_answers(answers: Value | None) -> dict[str, Any] | None:
     if not answers:
         return None
-    some = answers["with_overthought_tokens"]
+    overthought = answers["with_overthought_tokens"]
     return {
         **{name: answers[name] for name in ("better", "worse", "n")},
         "difference": with_interval(answers["difference"], fine),
-        "overthought": some["n"],
-        "policy": with_interval(some["policy"]),
-        "full": with_interval(some["full"]),
+        "overthought": overthought["n"],
+        "policy": with_interval(overthought["policy"]),
+        "full": with_interval(overthought["full"]),
     }
 
 
@@ -288,22 +288,22 @@ def _counted(value: Value) -> str:
 
 def calibration(value: Value) -> Markup:
     """The guarantee, and the path of thresholds it was found on."""
-    found = value.get("calibration")
-    if not found:
-        return render("calibration", found=None)
-    path = found.get("path") or ()
-    passed = [i for i, p in enumerate(path) if p["risk"] == found["measured"]]
-    chosen = passed[-1] if passed and found["policy"]["thresholds"] else None
+    guarantee = value.get("calibration")
+    if not guarantee:
+        return render("calibration", guarantee=None)
+    path = guarantee.get("path") or ()
+    passed = [i for i, p in enumerate(path) if p["risk"] == guarantee["measured"]]
+    chosen = passed[-1] if passed and guarantee["policy"]["thresholds"] else None
     svg = ""
     if path:
         risks, bounds = [p["risk"] for p in path], [p["bound"] for p in path]
-        svg = calibration_curve(risks, bounds, found["target"], chosen)
+        svg = calibration_curve(risks, bounds, guarantee["target"], chosen)
     rows = [
         (_thresholds(p["thresholds"]), fine(p["risk"]), fine(p["bound"]),
          "-" if p["seconds"] is None else f"{1e3 * p['seconds']:.2f} ms")
         for p in path
     ]  # fmt: skip
-    return render("calibration", found=found, chosen=chosen is not None, svg=svg, rows=rows)
+    return render("calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, rows=rows)
 
 
 # -- all figures -----------------------------------------------------------------------------------

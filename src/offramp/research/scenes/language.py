@@ -72,8 +72,8 @@ def caption_attributes(text: str) -> set[Fact]:
 
 def caption_correct(text: str, scene: Scene) -> bool:
     """Whether a caption states exactly this scene: nothing wrong, missing or unreadable."""
-    rest, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
-    readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", rest) is not None
+    leftover, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
+    readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", leftover) is not None
     return (
         readable
         and objects == len(scene.objects)
@@ -299,14 +299,14 @@ def questions(scene: Scene, n: int) -> list[QA]:
     """
     rng = generator_of(scene.seed, "questions")
     weights = np.array([RARE.get(kind, 1.0) for kind in QUESTIONS])
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for _ in range(4):  # rounds: a kind may fail on a scene that has nothing to compare
         order = rng.choice(len(QUESTIONS), len(QUESTIONS), replace=False, p=weights / weights.sum())
         for i in order:
             made = list(QUESTIONS.values())[i](rng, scene)
-            if made and len(found) < n:
-                found.setdefault(*made)
-    return list(found.items())
+            if made and len(pairs) < n:
+                pairs.setdefault(*made)
+    return list(pairs.items())
 
 
 # ---------------------------------------------------------------- dialogues

@@ -32,13 +32,13 @@ def captions(split: str, n: int, start: int = 0) -> Task:
     )
 
 
-def questions(split: str, n: int, start: int = 0, each: int = 2) -> Task:
-    """`n` pictures, `each` questions on each; an answer is right when it is the reference."""
+def questions(split: str, n: int, start: int = 0, per_picture: int = 2) -> Task:
+    """`n` images, `per_picture` questions on each; an answer is right when it is the reference."""
     examples = []
     for index in range(start, start + n):
         scene = world.scene(split, index)
         picture = world.render(scene)
-        for turn, (question, answer) in enumerate(language.questions(scene, each)):
+        for turn, (question, answer) in enumerate(language.questions(scene, per_picture)):
             prompt = language.question_prompt(question)
             key = f"{split}/{index}/{turn}"
             examples.append(Example(picture, prompt, (answer,), key, group=f"{split}/{index}"))

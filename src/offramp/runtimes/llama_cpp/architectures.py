@@ -70,18 +70,18 @@ def architecture_of(backbone: Backbone) -> Architecture:
         UnsupportedBackboneError: llama.cpp's graph is not this decoder's, in kind or in a setting.
     """
     config = backbone.text_config
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None or backbone.is_encoder_decoder:
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None or backbone.is_encoder_decoder:
         raise UnsupportedBackboneError(
             f"The llama.cpp runtime does not run the decoder {config.model_type!r}.",
             f"It runs {', '.join(ARCHITECTURES)}; use --runtime torch for this backbone.",
         )
     if not backbone.family.causal_prompt:
         raise _unfit(backbone, "prompt that looks ahead, or visual features between its layers")
-    problem = next(_misfits(backbone, found), None)
+    problem = next(_misfits(backbone, architecture), None)
     if problem is not None:
         raise _unfit(backbone, problem)
-    return found
+    return architecture
 
 
 def _unfit(backbone: Backbone, what: str) -> UnsupportedBackboneError:
@@ -129,8 +129,8 @@ def _rope_type(config: Any) -> str:
 def head_width(backbone: Backbone) -> int:
     """Width of one attention head."""
     config = backbone.text_config
-    given = getattr(config, "head_dim", None)
-    return int(given or backbone.width // config.num_attention_heads)
+    width = getattr(config, "head_dim", None)
+    return int(width or backbone.width // config.num_attention_heads)
 
 
 def rope_base(backbone: Backbone) -> float:

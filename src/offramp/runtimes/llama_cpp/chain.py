@@ -89,7 +89,7 @@ class SegmentChain:
             if self._waiting[place]:
                 states, _ = self._through(place)
                 self._waiting[place + 1].append(states)
-        found = []
+        logits = []
         left = sum(len(states) for states in self._waiting[last])
         segment = self.segments[last]
         for rows in self._calls(last):
@@ -97,8 +97,8 @@ class SegmentChain:
             self._feed(last, rows, max(1, wanted))
             left -= len(rows)
             if wanted:
-                found.append(segment.logits(wanted).copy())
-        return np.concatenate(found)
+                logits.append(segment.logits(wanted).copy())
+        return np.concatenate(logits)
 
     def crop(self, rows: int) -> None:
         """Forget the last `rows` tokens; only when none waits."""
@@ -110,11 +110,11 @@ class SegmentChain:
         """Run segment `place` over what waits before it: its states, and the last one's logits."""
         segment = self.segments[place]
         assert segment.tap is not None
-        found = []
+        states = []
         for rows in self._calls(place):
             self._feed(place, rows, 1)
-            found.append(segment.tap.rows()[: len(rows)].copy())
-        return np.concatenate(found) if len(found) > 1 else found[0], segment.logits(1)[0]
+            states.append(segment.tap.rows()[: len(rows)].copy())
+        return np.concatenate(states) if len(states) > 1 else states[0], segment.logits(1)[0]
 
     def _feed(self, place: int, rows: States, outputs: int) -> None:
         idle = self.sizes.least - len(rows) if place else 0

@@ -239,8 +239,8 @@ class Decoder:
                 loop.emit(loop.draw(scores), full, torch.tensor([self.look.score]))
                 return place + 1, accepted
             draft = drafts[place]
-            token, kept = verify(draft, scores)
-            agreed = bool(kept)
+            token, accepts = verify(draft, scores)
+            agreed = bool(accepts)
             accepted += agreed
             loop.emit(token, draft.depths if agreed else full, draft.scores)
             if not agreed or not loop.live:

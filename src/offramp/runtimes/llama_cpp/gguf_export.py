@@ -70,10 +70,10 @@ class ExportFormats:
             if not getattr(self, name):
                 object.__setattr__(self, name, careful)
         for name in ("layers", "exits", "head"):
-            given = getattr(self, name)
-            if given not in FORMATS:
+            value = getattr(self, name)
+            if value not in FORMATS:
                 raise InputError(
-                    f"GGUF format {given!r} is not known.", did_you_mean(given, FORMATS)
+                    f"GGUF format {value!r} is not known.", did_you_mean(value, FORMATS)
                 )
 
 
@@ -135,20 +135,22 @@ def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
     """The chain of segments for the exits at `depths`."""
     edges = [0, *depths, adapter.backbone.depth]
     exits = [*(adapter.exits.at(depth) for depth in depths), None]
-    return [SegmentPlan(i, edges[i], edges[i + 1], found) for i, found in enumerate(exits)]
+    return [
+        SegmentPlan(i, edges[i], edges[i + 1], exit_module) for i, exit_module in enumerate(exits)
+    ]
 
 
 def exits_digest(adapter: Adapter) -> str:
     """SHA-256 over the exits' tensors and the shortlist, the same in float32 and bfloat16."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(adapter.exits.modules.state_dict().items()):
-        found.update(name.encode())
+        digest.update(name.encode())
         bits = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
-        found.update(bits.numpy().tobytes())
+        digest.update(bits.numpy().tobytes())
     shortlist = adapter.exits.shortlist
     if shortlist is not None:
-        found.update(shortlist.cpu().long().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(shortlist.cpu().long().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:

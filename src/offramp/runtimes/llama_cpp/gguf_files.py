@@ -95,8 +95,10 @@ def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) 
             _AGAIN,
         )
     shared = ("offramp.format", "offramp.depths", "offramp.exits_digest", "offramp.fingerprint")
-    for place, found in enumerate(about):
-        if found.get("offramp.segment") != place or any(found.get(k) != first[k] for k in shared):
+    for place, metadata in enumerate(about):
+        if metadata.get("offramp.segment") != place or any(
+            metadata.get(k) != first[k] for k in shared
+        ):
             raise AdapterError(f"The segments in {folder} are not of one export.", _AGAIN)
     if len(about) != len(first["offramp.depths"]) + 1:
         raise AdapterError(f"Segments are missing in {folder}.", _AGAIN)

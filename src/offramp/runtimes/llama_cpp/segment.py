@@ -124,22 +124,22 @@ class Segment:
 
     def _parameters(self, options: EngineOptions) -> Any:
         lib = self._lib
-        found = lib.llama_context_default_params()
-        found.n_ctx = options.context
-        found.n_batch = found.n_ubatch = READ_AT_ONCE
-        found.n_seq_max = 1
-        found.n_threads = found.n_threads_batch = options.threads
-        found.flash_attn_type = (
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = options.context
+        parameters.n_batch = parameters.n_ubatch = READ_AT_ONCE
+        parameters.n_seq_max = 1
+        parameters.n_threads = parameters.n_threads_batch = options.threads
+        parameters.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
             if options.flash_attention
             else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        found.type_k = found.type_v = _CACHES[options.cache]
-        found.no_perf = True
+        parameters.type_k = parameters.type_v = _CACHES[options.cache]
+        parameters.no_perf = True
         if self.tap is not None:
-            found.cb_eval = ctypes.cast(self.tap.callback, type(found.cb_eval))
-            found.cb_eval_user_data = self.tap.user_data
-        return found
+            parameters.cb_eval = ctypes.cast(self.tap.callback, type(parameters.cb_eval))
+            parameters.cb_eval_user_data = self.tap.user_data
+        return parameters
 
 
 _CACHES = {"f32": 0, "f16": 1}
@@ -155,13 +155,13 @@ class _Batch:
         self._ones = np.ones(rows, dtype=np.int32)
         self._outputs = np.zeros(rows, dtype=np.int8)
         self._sequence = (ctypes.c_int32 * 1)(0)
-        one = ctypes.POINTER(ctypes.c_int32)
-        self._sequences = (one * rows)(*[ctypes.cast(self._sequence, one)] * rows)
+        int_pointer = ctypes.POINTER(ctypes.c_int32)
+        self._sequences = (int_pointer * rows)(*[ctypes.cast(self._sequence, int_pointer)] * rows)
         self._steps = np.arange(rows, dtype=np.int32)
         self._batch = lib.llama_batch()
-        self._batch.pos = self._positions.ctypes.data_as(one)
-        self._batch.n_seq_id = self._ones.ctypes.data_as(one)
-        self._batch.seq_id = ctypes.cast(self._sequences, ctypes.POINTER(one))
+        self._batch.pos = self._positions.ctypes.data_as(int_pointer)
+        self._batch.n_seq_id = self._ones.ctypes.data_as(int_pointer)
+        self._batch.seq_id = ctypes.cast(self._sequences, ctypes.POINTER(int_pointer))
         self._batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         self._batch.embd = self._states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 

@@ -47,13 +47,13 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
     first, *others = segments
     states = _feed(first, probe, 1).states
     _check_crop(first, probe)
-    found = [CallSizes(1, AT_ONCE)]
+    sizes = [CallSizes(1, AT_ONCE)]
     for segment in others:
         assert states is not None
-        found.append(_sizes(segment, states))
+        sizes.append(_sizes(segment, states))
         _check_crop(segment, states)
         states = _feed(segment, states, AT_ONCE).states
-    least, most = max(each.least for each in found), min(each.most for each in found)
+    least, most = max(size.least for size in sizes), min(size.most for size in sizes)
     return CallSizes(least, most) if least <= most else CallSizes(1, 1)
 
 
@@ -81,9 +81,9 @@ def _check_crop(segment: Segment, states: States) -> None:
     segment.crop(half)
     logits(-states[half:])
     segment.crop(half)
-    found = logits(states[half:])
+    actual = logits(states[half:])
     segment.crop(segment.length)
-    if not np.array_equal(expected, found):
+    if not np.array_equal(expected, actual):
         raise _unfit("keeps traces of rows that were taken back")
 
 
@@ -103,40 +103,40 @@ def check_logits(
         states, logits = seen.states if seen.states is not None else states, seen.logits
     ours = torch.from_numpy(logits).double()
     pair = torch.stack([ours.flatten(), expected.double().flatten()])
-    found = float(torch.corrcoef(pair)[0, 1])
+    correlation = float(torch.corrcoef(pair)[0, 1])
     least = _LEAST_LIKE.get(layers, _COARSE)
-    if not found >= least:
+    if not correlation >= least:
         raise AdapterError(
             f"The exported decoder of {backbone.name} is not the backbone's: their logits "
-            f"correlate by {found:.4f}, less than {least}.",
+            f"correlate by {correlation:.4f}, less than {least}.",
             "Export it again; if that does not help, this version of llama.cpp computes it "
             "otherwise: use --runtime torch.",
         )
-    return found
+    return correlation
 
 
 def _feed(segment: Segment, states: States, rows: int) -> _Seen:
     """Run the states through a segment, `rows` in a call; it is empty before and after."""
     taps, logits = [], []
     for start in range(0, len(states), rows):
-        some = states[start : start + rows]
-        segment.feed(some, len(some))
-        logits.append(segment.logits(len(some)).copy())
+        call = states[start : start + rows]
+        segment.feed(call, len(call))
+        logits.append(segment.logits(len(call)).copy())
         if segment.tap is not None:
             tapped = segment.tap.rows().copy()
-            if len(tapped) != len(some):
+            if len(tapped) != len(call):
                 raise _unfit(
-                    f"gives {len(tapped)} rows of the states between its layers for {len(some)}"
+                    f"gives {len(tapped)} rows of the states between its layers for {len(call)}"
                 )
             taps.append(tapped)
     segment.crop(segment.length)
     return _Seen(np.concatenate(taps) if taps else None, np.concatenate(logits))
 
 
-def _same(one: _Seen, other: _Seen) -> bool:
-    if one.states is not None and not np.array_equal(one.states, other.states):  # type: ignore[arg-type]
+def _same(first: _Seen, second: _Seen) -> bool:
+    if first.states is not None and not np.array_equal(first.states, second.states):  # type: ignore[arg-type]
         return False
-    return np.array_equal(one.logits, other.logits)
+    return np.array_equal(first.logits, second.logits)
 
 
 def _unfit(what: str) -> UnsupportedBackboneError:

@@ -83,9 +83,9 @@ class Tap:
         )
         self.user_data = ctypes.addressof(self._tap)
         self._answer = _python_callback(library, self._tap)
-        found = _compiled() if compiled else None
-        self.compiled = found is not None
-        self.callback = ctypes.cast(self._answer if found is None else found, ctypes.c_void_p)
+        callback = _compiled() if compiled else None
+        self.compiled = callback is not None
+        self.callback = ctypes.cast(self._answer if callback is None else callback, ctypes.c_void_p)
 
     @property
     def stop(self) -> bool:
@@ -105,8 +105,8 @@ class Tap:
         Empty where the graph holds no such tensor, or more rows than there is room for.
         """
         row = self._into.strides[0]
-        count, rest = divmod(self._tap.held, row)
-        return self._into[: 0 if rest or count > len(self._into) else count]
+        count, partial_bytes = divmod(self._tap.held, row)
+        return self._into[: 0 if partial_bytes or count > len(self._into) else count]
 
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
