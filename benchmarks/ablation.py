@@ -9,8 +9,8 @@ while 99% of the answers stay the full model's.
 
 Budget: 25 minutes on two cores, a process on each with OMP_NUM_THREADS=1:
     python -m benchmarks.ablation --shard 0/2 & python -m benchmarks.ablation --shard 1/2
-A run that is in --out is not repeated; whoever finishes the last one writes the record.
-`--estimate` tells what is left. `--settings` measures those again and leaves the record's other
+A run that is in --out is not repeated; the process that finishes the last one writes the record.
+`--estimate` prints what is left. `--settings` measures those again and leaves the record's other
 rows as they are. `--quick` tries everything out in a few minutes, elsewhere.
 """
 
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=tuple(SETTINGS))
     parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--estimate", action="store_true", help="only tell what is left")
+    parser.add_argument("--estimate", action="store_true", help="only print what is left")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -159,7 +159,7 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
     adapter.generate(inputs[0], vision_cache=first_image, **options)
 
     def method(exits: bool, caching: bool) -> GenerateFn:
-        # One image, so that none waits there for the next round.
+        # Room for one image, so that none is still there in the next round.
         caches: dict[str, Any] = {
             "vision_cache": VisionCache(first_image.nbytes),
             "prefix_cache": PrefixCache(),

@@ -136,10 +136,10 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     ]  # fmt: skip
     methods: dict[str, GenerateFn] = {
         "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
-        "full": demo.exit_generate_fn(adapter, FULL),
+        "full": demo.generate_fn(adapter, FULL),
     }
     methods |= {
-        str(i): demo.exit_generate_fn(adapter, calibration.policy)
+        str(i): demo.generate_fn(adapter, calibration.policy)
         for i, calibration in enumerate(calibrations)
     }
     timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]

@@ -2,8 +2,8 @@
 benchmarks/records/compare.json.
 
 Takes some three hours of one core on OPT and five on T5. `--backbone` runs one model, and what it
-found waits in --out for the other; cut off, it goes on where it stopped. `--quick` tries it all out
-in some minutes, elsewhere.
+found is kept in --out for the other; an interrupted run resumes where it stopped. `--quick` tries
+it all out in some minutes, elsewhere.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def _finer(
     against: Callable[..., Any], out: Path, plan: Plan, test: int, seeds: int
 ) -> dict[str, Any]:
     """The curve of distillation alone, which differs from FREE by the adversary and little else: it
-    takes more answers and more seeds to tell them apart."""
+    takes more answers and more seeds to see a difference."""
     alone = replace(
         plan,
         objectives=("distillation",),
@@ -175,13 +175,11 @@ def _is_right(text: str, example: Example) -> bool:
 
 
 def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, Any]:
-    """What fills the cache behind tokens that left: speed, and answers that stay the same."""
+    """What fills the cache behind tokens that exited: speed, and answers that stay the same."""
     thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
     policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
     timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
-    methods = {
-        name: demo.exit_generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()
-    }
+    methods = {name: demo.generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()}
     timings = time_interleaved(methods, timed, rounds=sizes.rounds)
     tasks = [captions("test", sizes.test), questions("test", sizes.test)]
     full = demo.answers(adapter, encoder, tasks, FULL)

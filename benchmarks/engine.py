@@ -4,7 +4,7 @@ benchmarks/records/engine.json.
 Scripted exits on random weights in real sizes; one thread, a quiet machine. `python -m
 benchmarks.engine NAME...` measures only these shapes, and leaves the record's others: opt-2.7b (12
 GB of memory in float32, 6 in bfloat16), flan-t5-xl (7, 4), smollm2-135m. About 40, 25 and 10
-minutes on a core that nobody else uses.
+minutes on an idle core.
 
 --dtype: float32 or bfloat16; the latter where the processor has instructions for it (AMX, AVX-512
 BF16), else it is many times slower. --slots: rows at once. --cpu-time: seconds of the thread, not

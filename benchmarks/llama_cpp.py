@@ -65,8 +65,8 @@ class Clock(FirstToken):
         return super().__call__(*positional, **named)
 
 
-Way = Callable[[Mapping[str, Any], Clock], Answer]
-"""Answers one prompt, and tells the clock when the first token is there."""
+Method = Callable[[Mapping[str, Any], Clock], Answer]
+"""Answers one prompt, and calls the clock when the first token is there."""
 
 
 class OneFile:
@@ -96,8 +96,8 @@ class OneFile:
         return tuple(tokens)
 
 
-def generating(generate: Callable[..., Any], **options: Any) -> Way:
-    """A way by anything that takes what `Adapter.generate` takes."""
+def generating(generate: Callable[..., Any], **options: Any) -> Method:
+    """A method by anything that takes what `Adapter.generate` takes."""
 
     def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
         stop = StoppingCriteriaList([clock])
@@ -107,7 +107,7 @@ def generating(generate: Callable[..., Any], **options: Any) -> Way:
     return run
 
 
-def stock(adapter: Adapter) -> Way:
+def stock(adapter: Adapter) -> Method:
     """Hugging Face's own `generate`."""
 
     def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
@@ -155,20 +155,20 @@ class Bench:
             export_whole(self.adapter.backbone, file, ExportFormats(layers))
         return OneFile(self.adapter, file, self.encoder.eos)
 
-    def ways(self, **options: Any) -> dict[Name, Way]:
+    def methods(self, **options: Any) -> dict[Name, Method]:
         """By runtime, format and mode."""
         adapter = self.adapter
-        ways: dict[Name, Way] = {("generate", "float32", "full"): stock(adapter)}
+        methods: dict[Name, Method] = {("generate", "float32", "full"): stock(adapter)}
         for mode, policy in self.policies.items():
-            way = generating(adapter.generate, policy=policy, **options)
-            ways["offramp, torch", "float32", mode] = way
+            method = generating(adapter.generate, policy=policy, **options)
+            methods["offramp, torch", "float32", mode] = method
         for layers in FORMATS:
-            ways["llama.cpp", layers, "full"] = self.one_file(layers)
+            methods["llama.cpp", layers, "full"] = self.one_file(layers)
             runtime = self.runtime(layers)
             for mode, policy in self.policies.items():
-                way = generating(runtime.generate, policy=policy, **options)
-                ways["offramp, llama.cpp", layers, mode] = way
-        return ways
+                method = generating(runtime.generate, policy=policy, **options)
+                methods["offramp, llama.cpp", layers, mode] = method
+        return methods
 
 
 # -- answers ------------------------------------------------------------------------------------
@@ -180,20 +180,23 @@ COMPARED = ("full", "early_exit", "lossless")
 
 def answers(bench: Bench) -> dict[str, Any]:
     """Which answers are the same, and what they are worth. What is answered already is kept."""
-    ways = bench.ways(vision_cache=VisionCache(1 << 28))
+    methods = bench.methods(vision_cache=VisionCache(1 << 28))
     skipped = {("generate", "full"), ("offramp, torch", "lossless")}
-    ways = {n: w for n, w in ways.items() if n[2] in COMPARED and (n[0], n[2]) not in skipped}
+    methods = {n: w for n, w in methods.items() if n[2] in COMPARED and (n[0], n[2]) not in skipped}
     file = OUT / "answers.jsonl"
     rows_by_key = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
     with JsonlLog(file) as log:
         for example in tqdm(bench.photographs, "answers", disable=None):
             if example.key not in rows_by_key:
                 inputs = bench.encoder.prompts([example])
-                said = {"/".join(name): list(way(inputs, Clock())) for name, way in ways.items()}
+                said = {
+                    "/".join(name): list(method(inputs, Clock()))
+                    for name, method in methods.items()
+                }
                 rows_by_key[example.key] = {"key": example.key, **said}
                 log.append(rows_by_key[example.key])
     rows = [rows_by_key[example.key] for example in bench.photographs]
-    return compare([*ways], bench, rows)
+    return compare([*methods], bench, rows)
 
 
 def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> dict[st
 def _cider(
     bench: Bench, answers_of: Mapping[Name, Sequence[Answer]], full: Name
 ) -> list[dict[str, Any]]:
-    """CIDEr of each way, and its difference from the float32 full model, with its interval."""
+    """CIDEr of each method, and its difference from the float32 full model, with its interval."""
     right = {str(i): example.answers for i, example in enumerate(bench.photographs)}
 
     def measure(answers: Sequence[Answer]) -> Any:
@@ -257,18 +260,18 @@ def _cider(
 
 def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     """Tokens a second of decoding, interleaved; medians of rounds."""
-    ways = bench.ways()
+    methods = bench.methods()
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
-    for way in ways.values():
-        way(inputs[0], Clock())
-    spent = {name: [[0.0, 0.0, 0.0] for _ in range(rounds)] for name in ways}
-    tokens = dict.fromkeys(ways, 0)
+    for method in methods.values():
+        method(inputs[0], Clock())
+    spent = {name: [[0.0, 0.0, 0.0] for _ in range(rounds)] for name in methods}
+    tokens = dict.fromkeys(methods, 0)
     draw = np.random.default_rng(0)
     load_before = os.getloadavg()[0]
     for number in tqdm(range(rounds), "timings", disable=None):
         for prompt in inputs:
-            for name in [list(ways)[i] for i in draw.permutation(len(ways))]:
-                seconds, wall, cpu, count = _timed(ways[name], prompt)
+            for name in [list(methods)[i] for i in draw.permutation(len(methods))]:
+                seconds, wall, cpu, count = _timed(methods[name], prompt)
                 for place, value in enumerate((seconds, wall, cpu)):
                     spent[name][number][place] += value
                 tokens[name] += count
@@ -296,17 +299,17 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     }
 
 
-def _timed(way: Way, inputs: Mapping[str, Any]) -> tuple[float, float, float, int]:
+def _timed(method: Method, inputs: Mapping[str, Any]) -> tuple[float, float, float, int]:
     """Seconds in all; of decoding alone, on the wall and of the CPU; and tokens decoded."""
     clock, begin = Clock(), time.perf_counter()
-    answer = way(inputs, clock)
+    answer = method(inputs, clock)
     end, cpu = time.perf_counter(), time.process_time()
     assert clock.seconds is not None and clock.cpu is not None
     return end - begin, end - clock.seconds, cpu - clock.cpu, len(answer) - 1
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each way's CPU speed over llama.cpp's own at its format, and over Hugging Face's."""
+    """Each method's CPU speed over llama.cpp's own at its format, and over Hugging Face's."""
     speeds = {(r["runtime"], r["format"], r["mode"]): r["cpu_tokens_per_second"] for r in rows}
     stock_speed = speeds["generate", "float32", "full"]
     for row in rows:
@@ -318,18 +321,18 @@ def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def callback(bench: Bench, rounds: int) -> dict[str, Any]:
-    """CPU milliseconds of a token that leaves, by the callback that reads its state."""
+    """CPU milliseconds of a token that exits, by the callback that reads its state."""
     policy = bench.policies["every_token"]
     kinds = {"compiled": True, "python": False}
-    ways = {}
+    methods = {}
     for name, compiled in kinds.items():
         runtime = bench.runtime("q4_1", replace(ENGINE, compiled_tap=compiled))
-        ways[name] = generating(runtime.generate, policy=policy)
+        methods[name] = generating(runtime.generate, policy=policy)
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
-    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
+    milliseconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
-        for name, way in ways.items():
-            timed = [_timed(way, prompt) for prompt in inputs]
+        for name, method in methods.items():
+            timed = [_timed(method, prompt) for prompt in inputs]
             milliseconds[name].append(1e3 * sum(t[2] for t in timed) / sum(t[3] for t in timed))
     return {name: median(values) for name, values in milliseconds.items()}
 

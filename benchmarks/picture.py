@@ -1,7 +1,7 @@
 """The README's image: one caption written with early exits and by the full model, word by word.
 
 `python -m benchmarks.picture --measure` generates the caption on the tiny OPT model, times every
-token in interleaved runs, and keeps both in benchmarks/records/image.json; without the flag the
+token in interleaved runs, and keeps both in benchmarks/records/picture.json; without the flag the
 record is drawn, as docs/early-exit.svg.
 """
 

@@ -19,7 +19,7 @@ ELSEWHERE = {
     "recipe": ROOT / "recipes" / "tiny_vlm" / "record.json",
     "bridge": ROOT / "examples" / "photo_vlm" / "bridge" / "bridge.json",
 }
-"""Records that lie beside what they tell of."""
+"""Records that lie beside what they are about."""
 
 KINDS = ("opt", "t5")
 """The tiny models, in the order of the columns."""

@@ -103,7 +103,7 @@ def main() -> None:
     if arguments.question:
         prompt = QUESTION_PROMPT.replace("{question}", arguments.question)
     example = Example(arguments.photo, prompt, (), key=str(arguments.photo))
-    example.open_image()  # before the model is loaded, so that a bad photograph is told at once
+    example.open_image()  # before the model is loaded, so that a bad photograph is reported at once
     mode, dtype = arguments.mode, arguments.dtype
     answer = said(arguments.model, arguments.adapter, mode, dtype, example, arguments.longest)
     if arguments.json:

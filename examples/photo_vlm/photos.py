@@ -55,7 +55,7 @@ class Features:
 def cache_features(net: nn.Module, examples: Sequence[Example], work: Path, say: Any) -> Features:
     """Compute what the cache does not have yet; the card is written last, so half a cache is none.
 
-    say: told the size before anything is written, and how far it is.
+    say: called with the size before anything is written, and with the progress.
     """
     photographs = {example.group: example for example in examples}
     wanted = digest_rows([name] for name in photographs)

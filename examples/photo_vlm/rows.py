@@ -162,7 +162,7 @@ def _common_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return shortest
 
 
-class ActiveRows:
+class PackedRows:
     """Batches of packed rows: a pure function of the step, so that a run resumes exactly."""
 
     def __init__(

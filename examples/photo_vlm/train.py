@@ -31,7 +31,7 @@ from examples.photo_vlm.learn import (
     text_loss,
 )
 from examples.photo_vlm.photos import cache_features
-from examples.photo_vlm.rows import ActiveRows, ids_of, pack, read_photographs
+from examples.photo_vlm.rows import PackedRows, ids_of, pack, read_photographs
 from examples.photo_vlm.vision import LiteTowerConfig
 from offramp.errors import InputError
 from offramp.storage import JsonlLog
@@ -60,7 +60,7 @@ class Trainer:
         self,
         bridge: Bridge,
         lm: Any,
-        rows: ActiveRows,
+        rows: PackedRows,
         features: Any,
         visual: int,
         settings: Settings,
@@ -151,7 +151,7 @@ class Trainer:
         return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def _detector(lm: Any, rows: ActiveRows) -> tuple[WordDetector, Tensor]:
+def _detector(lm: Any, rows: PackedRows) -> tuple[WordDetector, Tensor]:
     """The detector of words that are neither in nearly all captions nor in hardly any, and which
     photographs have which: [photographs, W]."""
     spoken = rows.spoken()
@@ -215,7 +215,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     tower = LiteTowerConfig()
     bridge = new_bridge(lm.config, tower)
-    rows = ActiveRows(splits, features.places, ids_of(tokenizer), tokenizer.eos_token_id)
+    rows = PackedRows(splits, features.places, ids_of(tokenizer), tokenizer.eos_token_id)
     trainer = Trainer(bridge, lm, rows, features, tower.tokens, settings)
     if arguments.resume and state.exists():
         trainer.load(state)

@@ -81,7 +81,7 @@ def trainer(settings: train.Settings = SETTINGS) -> train.Trainer:
     places = {"c0": 0, "c1": 1, "c2": 2, "c3": 3, "q": 4}
     features = torch.rand(5, 49, 1280)
     bridge = build.new_bridge(lm.config, TOWER)
-    learner = rows.ActiveRows(splits(), places, ids, END)
+    learner = rows.PackedRows(splits(), places, ids, END)
     return train.Trainer(bridge, lm, learner, features, TOWER.tokens, settings)
 
 

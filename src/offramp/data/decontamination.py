@@ -63,7 +63,7 @@ def check_no_overlap(
     """
     if "train" not in seen:
         log.warning(
-            "The adapter does not tell which images it was trained on; make sure that these are "
+            "The adapter does not say which images it was trained on; make sure that these are "
             "others."
         )
     if not any(seen.get(step) for step in steps):

@@ -18,7 +18,7 @@ from offramp.errors import InputError, check_known
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout is read, how it is recognised, and what a user is told about its shape."""
+    """How a layout is read, how it is recognised, and how its shape is explained to a user."""
 
     read: Callable[[Source], Iterator[Item]]
     fits: Callable[[Source], bool]

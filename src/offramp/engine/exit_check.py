@@ -135,8 +135,8 @@ class ExitDecider:
     """Decides, token by token, which rows exit at which depth, and keeps what they exited with.
 
     thresholds: by depth, ascending. watched: layers whose input the score reads. checks: whether
-    rows may exit at all, for the token at hand. logits: of the rows that exited [B, V], None while
-    none has. depths, scores: of the token at hand [B].
+    rows may exit at all, for the current token. logits: of the rows that exited [B, V], None while
+    none has. depths, scores: of the current token [B].
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> None:

@@ -1,4 +1,4 @@
-"""Runs the decoder of one generation: the layers that the tokens at hand need, and no others.
+"""Runs the decoder of one generation: the layers that the current tokens need, and no others.
 
 A token that exits at depth d runs exactly d decoder layers. Keys and values of the layers that it
 skipped are filled by policy:
@@ -154,7 +154,7 @@ class ModelRunner:
         self._rows = ActiveRows()
         self._prompt_tokens: int | None = None
         self._full: tuple[Tensor, Tensor] | None = None  # depths, scores of the full model
-        # of the call of the stack at hand
+        # of the current call of the stack
         self._start = 0
         self._chunk: Tensor | None = None
         self._positions: Tensor | None = None

@@ -1,8 +1,8 @@
 """The prompt: what Hugging Face's `generate` prepares of a request, and one pass over it.
 
 `prepare` asks the model's own `generate` for everything up to the first forward pass (options,
-processors, criteria, cache, the encoder's states) and takes it from there, so that whoever decodes
-owns the loop. `Prefill` runs the prompt and keeps the arguments that every later step repeats.
+processors, criteria, cache, the encoder's states) and takes it from there, so that the caller owns
+the decoding loop. `Prefill` runs the prompt and keeps the arguments that every later step repeats.
 """
 
 from __future__ import annotations

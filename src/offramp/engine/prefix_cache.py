@@ -50,7 +50,7 @@ class PrefixCache:
 
     reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
     Batches of one, decoder-only backbones with plain attention and a causal prompt; others, and
-    prompts that stay pending at an exit, run as ever.
+    prompts that stay pending at an exit, run without it.
 
     Raises:
         InputError: `prompts` is below 1.

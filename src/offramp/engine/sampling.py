@@ -86,7 +86,7 @@ class SequenceState:
         """The processors that say what may come (minimum length, repetition penalty, the user's
         own), without the warpers that only shape sampling (temperature, top-k, top-p, ...).
 
-        ids: tells the tokens so far [B, T] at the time of the call.
+        ids: returns the tokens so far [B, T] at the time of the call.
         """
         hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
         if not hard:

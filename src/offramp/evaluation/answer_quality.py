@@ -46,4 +46,4 @@ ANSWER_QUALITIES: dict[str, AnswerQuality] = {
     "cider": partial(_caption_metric, "CIDEr"),
 }
 """In [0, 1], but "cider", in [0, 10]. "rouge_l": the F score (Lin 2004). "cider": CIDEr-D (Vedantam
-et al. 2015), words weighted by the references at hand."""
+et al. 2015), words weighted by these references."""

@@ -1,4 +1,4 @@
-"""Exits that leave by a plan instead of by confidence: speed can be measured on any weights.
+"""Exits that follow a plan instead of confidence: speed can be measured on any weights.
 
 Everything is paid as usual: the exit's layer, the head, the real score, its transfer. Only the
 verdict is replaced, and for lossless runs one logit is raised, which decides what the exit drafts.

@@ -1,6 +1,6 @@
-"""Wall-clock comparison of ways to generate: interleaved, free-running, batch 1.
+"""Wall-clock comparison of generation methods: interleaved, free-running, batch 1.
 
-Each example is answered by every way in turn, in an order that is drawn anew each time: drift of
+Each example is answered by every method in turn, in an order that is drawn anew each time: drift of
 the machine falls on all alike, and none always comes behind one that leaves its weights in the
 processor's cache. A round is one pass over all examples; figures are medians of rounds.
 """
@@ -31,7 +31,7 @@ GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 class FirstToken(StoppingCriteria):
     """Stops nothing; notes when the first token was there: what follows is decoding alone.
 
-    clock: tells the seconds.
+    clock: returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -75,17 +75,17 @@ class Timing:
 
 
 def time_interleaved(
-    ways: Mapping[str, GenerateFn],
+    methods: Mapping[str, GenerateFn],
     inputs: Sequence[Mapping[str, Any]],
     *,
     rounds: int = 5,
     progress: Any = iter,
 ) -> dict[str, Timing]:
-    """Time every way on every input, after one untimed pass over a few."""
-    names = list(ways)
+    """Time every method on every input, after one untimed pass over a few."""
+    names = list(methods)
     for name in names:
         for prompt in inputs[:3]:
-            ways[name](prompt, StoppingCriteriaList())
+            methods[name](prompt, StoppingCriteriaList())
     timings = {name: Timing() for name in names}
     for number in progress(range(rounds)):
         total = dict.fromkeys(names, 0.0)
@@ -94,7 +94,7 @@ def time_interleaved(
             for name in random.Random(f"{number}:{place}").sample(names, len(names)):
                 clock = FirstToken(time.perf_counter)
                 begin = time.perf_counter()
-                answer = ways[name](prompt, StoppingCriteriaList([clock]))
+                answer = methods[name](prompt, StoppingCriteriaList([clock]))
                 end = time.perf_counter()
                 assert clock.seconds is not None
                 total[name] += end - begin

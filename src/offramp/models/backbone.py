@@ -214,7 +214,7 @@ class Backbone:
         return float_dtype(self.layers)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this backbone from another; see `offramp.models.fingerprint`."""
+        """What identifies this backbone; see `offramp.models.fingerprint`."""
         return fingerprint(self)
 
     # -- reading states ---------------------------------------------------------------------
@@ -331,7 +331,7 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedBackboneError(
             "A prompt-learning PEFT adapter changes the input, outside the layers.",
-            "Use an adapter that lives in the layers (LoRA and its kin), or merge it.",
+            "Use an adapter that lives in the layers (such as LoRA), or merge it.",
         )
     return unwrap()  # type: ignore[no-any-return]
 

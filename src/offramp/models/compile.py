@@ -2,7 +2,7 @@
 
 With the weights frozen into the code a layer over one token takes about 0.7 of its eager time on a
 CPU, and a layer takes some five seconds to compile. What decoding does with the layers is not
-compiled: which of them run is decided as ever.
+compiled: the decisions which of them run stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def compiled(
 ) -> Iterator[bool]:
     """Compile for as long as the context lasts; yields whether it could be done.
 
-    Without a C++ compiler on a CPU it is told, and all runs as before. The first tokens are slow,
+    Without a C++ compiler on a CPU it warns, and nothing is compiled. The first tokens are slow,
     while the code is made; new lengths of a batch or of a chunk are compiled once more. For
     decoding only: the weights must not change meanwhile, and hooks set after the first call may not
     be seen.

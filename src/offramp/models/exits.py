@@ -154,7 +154,7 @@ class Exits(nn.ModuleDict):
             }
         )
         self.requires_grad_(True)
-        self.eval()  # dropout off: the layers are frozen kin, and resuming must be exact
+        self.eval()  # no dropout: like the frozen layers, and resuming must be exact
 
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""

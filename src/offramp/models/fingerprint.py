@@ -1,4 +1,4 @@
-"""What tells one backbone from another: its sizes, and a sample of the weights of each part."""
+"""What identifies a backbone: its sizes, and a sample of the weights of each part."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ from offramp.evaluation.run_log import Done
 from offramp.evaluation.timing import (
     GenerateFn,
     Timing,
+    exit_generate_fn,
     speedup,
     stock_generate_fn,
     time_interleaved,
 )
-from offramp.evaluation.timing import exit_generate_fn as any_way
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
@@ -146,15 +146,15 @@ def _measure(
     early = answers(adapter, encoder, tasks, adapter.policy)
 
     lossless = replace(adapter.policy, lossless=True)
-    ways: dict[str, GenerateFn] = {
+    methods: dict[str, GenerateFn] = {
         "generate": stock_generate_fn(backbone, **OPTIONS),
-        "full": exit_generate_fn(adapter, FULL),
-        "early_exit": exit_generate_fn(adapter, adapter.policy),
-        "lossless": exit_generate_fn(adapter, lossless),
+        "full": generate_fn(adapter, FULL),
+        "early_exit": generate_fn(adapter, adapter.policy),
+        "lossless": generate_fn(adapter, lossless),
     }
     timed = _examples("test", sizes.timed)
     timings = time_interleaved(
-        ways, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
+        methods, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
     )
     quality_full = {t.name: _share_right(t, full[t.name]) for t in tasks}
     quality_early = {t.name: _share_right(t, early[t.name]) for t in tasks}
@@ -225,9 +225,9 @@ def _share_right(task: Task, answers: Sequence[Answer]) -> float:
     return sum(right) / len(right)
 
 
-def exit_generate_fn(adapter: Adapter, policy: ExitPolicy) -> GenerateFn:
+def generate_fn(adapter: Adapter, policy: ExitPolicy) -> GenerateFn:
     """The adapter's exits by `policy`, with the demo's options."""
-    return any_way(adapter.backbone, adapter.exits, policy, **OPTIONS)
+    return exit_generate_fn(adapter.backbone, adapter.exits, policy, **OPTIONS)
 
 
 def _speed(timing: Timing) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _draft_rounds(
 
 
 def _peak_bytes() -> int | None:
-    """The process's largest resident size so far; None where the system does not tell."""
+    """The process's largest resident size so far; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -77,7 +77,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         files = sorted(file for file in staging.rglob("*") if file.is_file())
         mode = usual_mode(staging)
         for file in files:
-            file.chmod(mode)  # some libraries create files that nobody else may read
+            file.chmod(mode)  # some libraries create files that only their owner may read
             sync(file)
         if target.exists():
             for file in files:

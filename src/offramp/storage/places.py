@@ -43,7 +43,7 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: str | Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a folder for one process; the system lets go of it when that one ends, however.
+    """Hold a folder for one process; the system releases it when the process ends, even by a crash.
 
     Raises:
         StorageError: another process holds it, or the folder cannot be written.
@@ -69,7 +69,7 @@ _tidied: set[Path] = set()
 
 
 def temporary_name() -> str:
-    """A name that tells the machine and the process whose file it is."""
+    """A file name with the machine and the process that writes the file."""
     return f".offramp-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 

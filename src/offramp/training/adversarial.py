@@ -1,7 +1,7 @@
 """The two players of FREE training, and what each of them loses on a batch.
 
 The generator is the exits: their features should pass for the final layer's, and read as it does.
-The discriminators tell the two apart. Nothing here moves a weight.
+The discriminators tell the two apart. Nothing here updates a weight.
 """
 
 from __future__ import annotations

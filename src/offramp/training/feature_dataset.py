@@ -101,7 +101,7 @@ class TrainingStates:
         return store
 
     def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
-        """This process's answers; all have as many, so that no process waits for ever."""
+        """This process's answers; all have as many, so that no process hangs."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if len(examples) < world:
             raise DataError(
@@ -126,6 +126,6 @@ class TrainingStates:
 
 
 def progress_bar(accelerator: Accelerator, title: str) -> Any:
-    """What wraps things to iterate in a progress bar, on the process that tells."""
+    """A function that wraps an iterable in a progress bar, on the main process only."""
     quiet = not accelerator.is_main_process
     return lambda iterable: progress(iterable, title, tell=not quiet)

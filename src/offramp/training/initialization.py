@@ -2,7 +2,7 @@
 
 The layer right behind an exit knows the states that come there, but not the final layer's features;
 a deeper one knows those features, but not those states. What each makes of the states that come is
-told by a linear probe (Alain and Bengio 2017): how closely a linear map of its output gives the
+measured by a linear probe (Alain and Bengio 2017): how closely a linear map of its output gives the
 final layer's features, which is what training then has to learn.
 """
 

@@ -25,7 +25,7 @@ class LossInputs:
 
     logits, teacher_logits: [N, V]. features, teacher_features: final-normed states [N, D].
     targets: [N] token ids. labelled: [N], 1 where a person wrote the token. judge: the
-    discriminator's verdict on states [N, D] of these tokens, or None when there is no game; asked
+    discriminator's verdict on states [N, D] of these tokens, or None without one; asked
     only where a term needs it. adversary: a key of `ADVERSARIES`.
     """
 
@@ -66,7 +66,7 @@ def distillation(t: LossInputs) -> Tensor:
 
 
 def cross_entropy(t: LossInputs) -> Tensor:
-    """-log p(target), 0 where nobody wrote the target. Bound: >= 0."""
+    """-log p(target), 0 where the target is not labelled. Bound: >= 0."""
     return F.cross_entropy(t.logits.float(), t.targets, reduction="none") * t.labelled
 
 

@@ -1,6 +1,6 @@
-"""FREE training: exits against discriminators, on a backbone that never moves.
+"""FREE training: exits against discriminators, on a frozen backbone.
 
-Each step runs the exits over one recorded batch, asks the discriminators, and moves first the
+Each step runs the exits over one recorded batch, asks the discriminators, and updates first the
 exits (generator) and then the discriminators. Runs on several processes under `accelerate launch`:
 each reads its own share of the batches and gradients are averaged.
 """
@@ -235,7 +235,7 @@ class Trainer:
         return report
 
     def _agreed(self, loss: Tensor) -> float:
-        """The mean over processes: one that is not finite stops them all, none waits for ever."""
+        """The mean over processes: one that is not finite stops them all, so that none hangs."""
         return float(self.accelerator.reduce(loss.detach().clone(), "mean"))
 
     def _check_finite(self, what: str, value: float, batch: Batch, step: int) -> None:

@@ -27,7 +27,7 @@ class SlotCall:
     reads: slots whose keys are read, one for each row of queries [R]; None: the first R slots.
     queries: columns of the queries [R, W]; (R, W) is (B, T), but where calls are packed.
     width: how many columns are read.
-    gather: for each of the R * W places the token that stands there, where not all are told apart.
+    gather: for each of the R * W places the token that stands there, where not all differ.
     pick: for each token its place.
     """
 

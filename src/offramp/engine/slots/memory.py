@@ -1,4 +1,4 @@
-"""How much memory is free, asked before slots are guaranteed."""
+"""How much memory is free, asked before slots are allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def free_bytes(device: torch.device | None = None) -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell.
+    """Memory that can be had without swapping; None where the system does not report it.
 
     device: of an accelerator, whose own memory is meant; else the machine's.
     """

@@ -273,7 +273,7 @@ class SlotRunner:
 
 
 class _ColumnPositions(nn.Module):
-    """Learned positions of the columns at hand, whatever a stack thinks they are."""
+    """Learned positions of the current call's columns, in place of those that the stack counts."""
 
     def __init__(self, embed: nn.Module, runner: SlotRunner) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 Two views of the same examples. Teacher-forced: one pass over known answers reads every depth at
 every token, so that tokens can be compared one by one. Free-running: whole answers are decoded with
-every token leaving at one depth, which is what an answer really loses there. "Lens" is the logit
+every token exiting at one depth, which is what an answer really loses there. "Lens" is the logit
 lens (nostalgebraist 2020): the state at a depth read by the final norm and LM head, untrained.
 """
 
@@ -119,7 +119,7 @@ def analyse(
 
     Args:
         model: an adapter, or a backbone for the lens alone.
-        examples: those with answers tell accuracy and quality, the others agreement only. Of
+        examples: accuracy and quality are measured on those with answers, agreement on all. Of
             several answers the first is the one whose tokens count as right.
         quality: of answers, instead of `METRICS`; `config.metric` then only names it.
         token_class: groups tokens for `needed_depth`; the end token is always "end".
@@ -136,7 +136,7 @@ def analyse(
             `by_policy`, and `answers`: free-running answers better and worse than the full model's;
         `needed_depth`: by `position`, `class` and `token`: for the lens the depth from which on
             every depth says the final token, for exits the first that says it.
-        What cannot be told is absent. Values have `value`, `low`, `high`.
+        What cannot be measured is absent. Values have `value`, `low`, `high`.
 
     Raises:
         DataError: no examples, a prompt leaves no room for an answer, or images are shared with

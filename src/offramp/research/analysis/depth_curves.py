@@ -91,7 +91,7 @@ def overthinking(replay: Replay, draws: Bootstrap) -> dict[str, Any]:
         `tokens`; `final`, the accuracy of the final layer; `oracle`, right at any depth; and three
         sets of tokens, each with its size `n` and its `share`: `overthought` (some early depth
         right, final wrong), `at_risk` (final right, some early depth wrong), `only_final` (final
-        right, every early depth wrong); `by_depth`: tokens that leaving there would mend and
+        right, every early depth wrong); `by_depth`: tokens that exiting there would mend and
         spoil.
     """
     right = right_by_depth(replay, replay.targets)

@@ -1,4 +1,4 @@
-"""Predicted against measured: decoding speed of exits that leave by a plan, on any weights.
+"""Predicted against measured: decoding speed of exits that follow a plan, on any weights.
 
 Every case decodes as many tokens as the full model does, through the same loop, in interleaved
 rounds; figures are ratios of medians. What was predicted is the cost of the very plan that ran.
@@ -38,7 +38,7 @@ RATES = (0.5, 0.75, 0.9)
 class Case:
     """Tokens that exit at `depth`.
 
-    rate: share of tokens that leave; lossless, where all are drafted: share of drafts that are
+    rate: share of tokens that exit; lossless, where all are drafted: share of drafts that are
         right. max_draft: lossless only; None: what the cost model finds fastest.
     """
 
@@ -79,7 +79,7 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Measure each case, and full depth against HF's own `generate`, after the prompt `inputs`.
 
-    tokens: decoded by each, behind the first. independent: rows of a batch leave by plans of their
+    tokens: decoded by each, behind the first. independent: rows of a batch exit by plans of their
     own, drawn from `seed`; else together. shortlist: exits read so many tokens of the vocabulary,
     what the full model says among them; `costs` must be measured so too. Returns an entry for each
     case: see `entry`.
@@ -102,12 +102,12 @@ def bench(
     runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
     for runner in runners.values():
         runner.plan(reference, independent, seed)
-    ways = {
+    methods = {
         "generate": stock_generate_fn(backbone, **greedy),
         "full": exit_generate_fn(backbone, **greedy),
     }
-    ways |= {name: runner.run for name, runner in runners.items()}
-    timings = time_interleaved(ways, [inputs], rounds=rounds, progress=progress)
+    methods |= {name: runner.run for name, runner in runners.items()}
+    timings = time_interleaved(methods, [inputs], rounds=rounds, progress=progress)
 
     full = timings["full"].decode
     against_stock = speedup(timings["generate"].decode, full)
@@ -211,7 +211,7 @@ class _Runner:
         self._rounds: tuple[tuple[int, int], ...] = ()
 
     def plan(self, reference: Tensor, independent: bool, seed: int) -> None:
-        """Decide who leaves; reference: what the full model says [N]."""
+        """Decide which tokens exit; reference: what the full model says [N]."""
         draw = torch.Generator().manual_seed(seed)
         if self._lossless:
             self._leave = torch.ones(len(reference), 1, dtype=torch.bool)
@@ -230,7 +230,7 @@ class _Runner:
         self._leave = torch.cat([torch.zeros(1, self._rows, dtype=torch.bool), leave])
 
     def run(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        """The `GenerateFn` of `race`."""
+        """The `GenerateFn` of `time_interleaved`."""
         script = Script(self._leave, says=self._says, score=self._score)
         output = generate_forced(
             self._backbone, inputs, self._exits, script, 1 + self._tokens,

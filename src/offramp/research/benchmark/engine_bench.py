@@ -191,8 +191,8 @@ def bench_engine(
     """Costs, and an entry for each case and the full model.
 
     predicted, measured: speed in multiples of the full model's in the same engine; of the full
-    model, of the static batch's. against_static: of every case. clock: tells seconds; on a machine
-    that others use too, `time.thread_time` with one thread.
+    model, of the static batch's. against_static: of every case. clock: returns seconds; on a shared
+    machine, `time.thread_time` with one thread.
     """
     cases = [EngineCase("full"), *(case for case in cases if case.mode != "full")]
     costs = costs_of(

@@ -39,12 +39,12 @@ TUNING = 5  # prompts on which settings are compared
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to generate, in each of its settings; or the reason why there is none.
+    """A method to generate, in each of its settings; or the reason why there is none.
 
     bursts: its first round writes several tokens, so the end of the prefill does not show.
     """
 
-    ways: Mapping[str, GenerateFn] = field(default_factory=dict)
+    methods: Mapping[str, GenerateFn] = field(default_factory=dict)
     reason: str | None = None
     bursts: bool = False
 
@@ -77,7 +77,7 @@ def time_peers(
         )
     peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
     skipped: dict[str, dict[str, Any]] = {}
-    ways: dict[str, GenerateFn] = {}
+    methods: dict[str, GenerateFn] = {}
     settings: dict[str, str] = {}
     for name, peer in peers.items():
         with _settings_kept(adapter.backbone.model):
@@ -85,10 +85,10 @@ def time_peers(
         if reason is not None:
             skipped[name] = {"not_applicable": reason}
             continue
-        settings[name] = _fastest(peer.ways, inputs[:TUNING])
-        ways[name] = peer.ways[settings[name]]
-    timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
-    bursting = [name for name in ways if peers[name].bursts]
+        settings[name] = _fastest(peer.methods, inputs[:TUNING])
+        methods[name] = peer.methods[settings[name]]
+    timings = time_interleaved(methods, inputs, rounds=rounds, progress=progress)
+    bursting = [name for name in methods if peers[name].bursts]
     speeds = _speeds(timings, bursting)
     return {
         name: skipped[name] if name in skipped else {**speeds[name], "setting": settings[name]}
@@ -144,9 +144,9 @@ def _mean_depth(
 
 def _reason(peer: Peer, prompt: Mapping[str, Any]) -> str | None:
     """Why the peer does not run on this backbone; None if it does."""
-    for way in peer.ways.values():
+    for method in peer.methods.values():
         try:
-            way(prompt, StoppingCriteriaList())
+            method(prompt, StoppingCriteriaList())
         except Exception as error:  # whatever a model that was not made for it runs into
             lines = str(error).strip().splitlines() or [""]
             return f"{type(error).__name__}: {lines[0]}"
@@ -166,11 +166,11 @@ def _settings_kept(model: Any) -> Iterator[None]:
             config.__dict__.update(before)
 
 
-def _fastest(ways: Mapping[str, GenerateFn], prompts: Sequence[Mapping[str, Any]]) -> str:
+def _fastest(methods: Mapping[str, GenerateFn], prompts: Sequence[Mapping[str, Any]]) -> str:
     """The setting that takes least time in all; where there is one, that."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    timings = time_interleaved(ways, prompts, rounds=3)
+    if len(methods) == 1:
+        return next(iter(methods))
+    timings = time_interleaved(methods, prompts, rounds=3)
     return min(timings, key=lambda name: median(timings[name].seconds))
 
 

@@ -55,7 +55,7 @@ class ScriptedBatch(SlotBatch):
 
 
 class _ScriptedChooser(Chooser):
-    """Asks the exits as ever, and says of their scores what the script does."""
+    """Runs the exits as usual, and replaces their scores by what the script says."""
 
     def __init__(self, real: Chooser, script: Script) -> None:
         self.__dict__.update(real.__dict__)

@@ -1,9 +1,9 @@
 """What each idea is worth: objectives and policies through one loop, at equal quality.
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
-exits. Samples pair is a curve of points, one for each threshold: quality of free-running answers on
-test images, and decoding speed from a race in which all points take turns, and those that do the
-same work run as one. The figure of merit is the speed at a quality, a mean over seeds; see
+exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
+test images, and decoding speed in interleaved rounds, where points that do the same work
+run as one. Compared is the speed at equal quality, a mean over seeds; see
 `offramp.research.comparison.equal_quality`.
 
 A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
@@ -133,16 +133,16 @@ class PointLog:
                     rows.append({"key": key, "row": self._rows[key]})
             points, qualities, seconds = [], [], []
             for _, same in groupby(entries, key=lambda entry: entry.seed):
-                racing = {digest_rows([entry.name]): entry for entry in same}
-                timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *racing])
+                entries_by_key = {digest_rows([entry.name]): entry for entry in same}
+                timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *entries_by_key])
                 if timed not in self._rows:
-                    self._rows[timed] = measurer.time(racing)
+                    self._rows[timed] = measurer.time(entries_by_key)
                     rows.append({"key": timed, "row": self._rows[timed]})
-                raced = self._rows[timed]
-                for key in racing:
-                    point = {**self._rows[key], **raced[key]}
+                measured = self._rows[timed]
+                for key in entries_by_key:
+                    point = {**self._rows[key], **measured[key]}
                     qualities.append(point.pop("each"))
-                    seconds.append((raced["full"]["decode"], point.pop("decode")))
+                    seconds.append((measured["full"]["decode"], point.pop("decode")))
                     points.append(point)
         groups = [picture_of(example) for example in measurer.test]
         full, early = np.array(seconds).swapaxes(0, 1)

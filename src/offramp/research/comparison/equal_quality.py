@@ -1,4 +1,4 @@
-"""Figures of merit: how fast each (objective, policy) decodes at equal quality."""
+"""Speedup at equal quality: how fast each (objective, policy) decodes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Samples:
 
     full: qualities of the full model's, one for each test example [N]; early: at each point [P, N].
     groups: a name for each example; those of one image share theirs, and are drawn together.
-    full_seconds: of decoding in each round of the race that a point ran in [P, R], by the full
+    full_seconds: of decoding in each round that a point ran in [P, R], by the full
         model; seconds: by the point [P, R].
     """
 
@@ -77,7 +77,7 @@ class Samples:
         return list(ends)
 
     def _speeds(self, rounds: NDArray[np.int64]) -> Array:
-        """Of every point [P], if these had been the rounds of all races."""
+        """Of every point [P], if these had been all rounds."""
         full, early = (
             np.median(seconds[:, rounds], 1) for seconds in (self.full_seconds, self.seconds)
         )
@@ -96,7 +96,7 @@ def equal_quality(points: Points, samples: Samples | None = None) -> dict[str, A
         pair against all of them, and cross_entropy, which reads all labels, against the FREE that
         does too;
         `free_over_by_seed`, the same for each seed alone; and with `samples` also
-        `free_over_interval`, the bootstrap's 95% over test images and rounds of the race.
+        `free_over_interval`, the bootstrap's 95% over test images and rounds.
         `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
         it, and `free_over_best_baseline`: by how much.
     """

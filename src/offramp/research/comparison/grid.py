@@ -96,7 +96,7 @@ class Grid:
         return [Entry(seed, objective, policy, adapter, r) for r in rules]
 
     def _levels(self, adapter: Adapter, rule: ExitPolicy) -> list[float]:
-        """Thresholds that spread what leaves: quantiles of scores, or the steps of an
+        """Thresholds that spread what exits: quantiles of scores, or the steps of an
         agreement."""
         depths = adapter.exits.depths
         if rule.score == "patience":
@@ -106,7 +106,7 @@ class Grid:
             steps = weights.cumsum() / weights.sum()
             return sorted({float(s * p) for s in steps for p in (0.8, 0.95, 0.99)})
         measurer = self.measurer
-        probe = measurer.encoder.prompts(measurer.some(self.plan.batch_size))
+        probe = measurer.encoder.prompts(measurer.sample(self.plan.batch_size))
         scores: list[float] = []
         for depth in depths:
             sure = replace(rule, thresholds=Thresholds({depth: 1.0}))

@@ -1,4 +1,4 @@
-"""What is compared: objectives to train exits by, policies to leave by, and the plan of a run."""
+"""What is compared: objectives to train exits by, policies to exit by, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Plan:
     exit_in_prefill: as in `ExitPolicy`, for every point.
     seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
         are means.
-    timed: test examples in the race. rounds: its rounds. Both may be others later.
+    timed: test examples to be timed on. rounds: its rounds. Both may be others later.
     """
 
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
@@ -112,7 +112,7 @@ class Plan:
             )
 
     def others(self, *, labelled: bool) -> list[str]:
-        """Those of `objectives` that this plan can tell from FREE, which is not among them.
+        """Those of `objectives` that differ from FREE in this plan; FREE is not among them.
 
         labelled: whether all examples have answers.
         """

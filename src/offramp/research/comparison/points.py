@@ -92,7 +92,7 @@ class PointMeasurer:
         model = self.backbone if adapter is None else adapter
         return answers_to(model, self.encoder, batches, rule, max_new_tokens=longest)
 
-    def some(self, n: int) -> list[Example]:
+    def sample(self, n: int) -> list[Example]:
         """About `n` test examples, spread over all, since kinds of examples may come one by one."""
         return self.test[:: max(1, len(self.test) // n)][:n]
 
@@ -109,17 +109,17 @@ class PointMeasurer:
         """Speeds against the full model and each round's seconds of decoding, by key.
 
         All points of a seed take turns at one answer, and then at the next. Those that do the same
-        work on it race as one: it says nothing about them that the machine was slower for one.
+        work on it are timed as one: that the machine was slower for one says nothing about them.
         """
         ran = {key: Timing() for key in ("full", *entries)}
-        for example in bar("timing")(self.some(self.plan.timed)):
+        for example in bar("timing")(self.sample(self.plan.timed)):
             inputs = self.encoder.prompts([example])
-            ways: dict[str, GenerateFn] = {"full": partial(self._way, None, FULL)}
+            methods: dict[str, GenerateFn] = {"full": partial(self._new_tokens, None, FULL)}
             works = {"full": "full"}
             for key, entry in entries.items():
                 works[key] = self._work(entry, inputs)
-                ways.setdefault(works[key], partial(self._way, entry.adapter, entry.rule))
-            timings = time_interleaved(ways, [inputs], rounds=self.plan.rounds)
+                methods.setdefault(works[key], partial(self._new_tokens, entry.adapter, entry.rule))
+            timings = time_interleaved(methods, [inputs], rounds=self.plan.rounds)
             for key, work in works.items():
                 ran[key] = ran[key] + timings[work]
         full = ran["full"]
@@ -141,7 +141,7 @@ class PointMeasurer:
         kind = type(exits.at(exits.depths[0])).__name__
         return str((kind, exits.depths, rule.score, rule.shortlist, unseen, depths))
 
-    def _way(
+    def _new_tokens(
         self,
         adapter: Adapter | None,
         rule: ExitPolicy,

@@ -25,7 +25,7 @@ def gallery(
 ) -> Markup:
     """Answers of a run that early exit changed, and some that it did not.
 
-    done: rows by mode and key; empty where they are not there. images: examples by key, as far as
+    done: rows by mode and key; empty where they are not there. pictures: examples by key, as far as
     they are known. tokenizer: turns ids into words; None: answers are shown whole.
     """
     early = {key: row for (mode, key), row in done.items() if mode == "early_exit"}

@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "analysis": ("teacher_forced", "needed_depth"),
     "compare": ("points",),
 }
-"""What can be shown, and the keys that tell it."""
+"""What can be shown, and the keys that it is recognised by."""
 
 MAKERS = {
     "adapter": "offramp train, then offramp calibrate",
@@ -104,7 +104,7 @@ def _kind(value: Mapping[str, Any]) -> str | None:
 
 
 def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
-    """The backbone without its owner, and what tells the result from others of this backbone."""
+    """The backbone without its owner, and the task or kind of the result."""
     settings = value["settings"] if kind == "eval" else value
     backbone = settings.get("backbone", otherwise)
     name = str(backbone["name"] if isinstance(backbone, Mapping) else backbone)

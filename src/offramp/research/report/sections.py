@@ -1,4 +1,4 @@
-"""What the report shows of each kind of result, as HTML; "" where the result does not tell it.
+"""What the report shows of each kind of result, as HTML; "" where the result does not hold it.
 
 Here are the numbers; the sentences stand in the templates.
 """
@@ -129,9 +129,9 @@ def tradeoffs(value: Value) -> Markup:
         )
         for p in sorted(points, key=lambda p: (_pair(p), p["speedup_decode"]))
     ]  # fmt: skip
-    head, merit = _equal_quality(value)
+    head, speeds = _equal_quality(value)
     curves = _curves(points) if points else []
-    return render("tradeoff", points=rows, curves=curves, merit_head=head, merit=merit)
+    return render("tradeoff", points=rows, curves=curves, speeds_head=head, speeds=speeds)
 
 
 def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""Damaged pictures at five severities, to see what exits do on what they were not trained for.
+"""Corrupted images at five severities, to see what exits do on what they were not trained for.
 
 Four of the corruptions of Hendrycks and Dietterich 2019, with their strengths, which were set on
-pictures of 224 pixels; blur is in pixels and scales with the shorter side. torchvision's blur,
+images of 224 pixels; blur is in pixels and scales with the shorter side. torchvision's blur,
 noise and contrast are other functions (another kernel, another generator, one mean for all
-channels): the records would not be those of these pictures.
+channels): the records would not be those of these images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REFERENCE_SIDE = 224  # pixels
 _MODES = ("L", "RGB")
 
 Corruption = Callable[[Image.Image, int, np.random.Generator], Image.Image]
-"""A damaged copy of an L or RGB picture; severity from 0 here; same size and mode."""
+"""A corrupted copy of an L or RGB picture; severity from 0 here; same size and mode."""
 
 
 def _blur(picture: Image.Image, severity: int, _: np.random.Generator) -> Image.Image:
@@ -60,12 +60,12 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(picture: Image.Image, name: str, severity: int, seed: int) -> Image.Image:
-    """A damaged copy, same size and mode.
+    """A corrupted copy, same size and mode.
 
     name: of `CORRUPTIONS`. severity: 1 (mild) to 5. seed: same seed, same pixels.
 
     Raises:
-        InputError: an unknown name or severity, or a picture that is neither L nor RGB.
+        InputError: an unknown name or severity, or an image that is neither L nor RGB.
     """
     if name not in CORRUPTIONS:
         raise InputError(f"Corruption {name!r} is not known.", did_you_mean(name, CORRUPTIONS))
@@ -82,9 +82,9 @@ def corrupt(picture: Image.Image, name: str, severity: int, seed: int) -> Image.
 
 
 def corrupted(example: Example, name: str, severity: int, seed: int) -> Example:
-    """The same question about a damaged picture, in the same group as the whole one.
+    """The same question about a corrupted image, in the same group as the whole one.
 
-    Examples about one picture see the same damage; that of two pictures is drawn apart.
+    Examples about one image see the same corruption; that of two images is drawn apart.
     """
     group = picture_of(example)
     own = hashlib.sha256(f"{seed}:{group}".encode()).digest()

@@ -1,8 +1,8 @@
 """A chain of segments: tokens go in at the bottom and exit at an exit or at the end.
 
-A token that exits at an exit has its state wait before the next segment. The first that must go
-deeper takes along all that wait there, in one call. So each segment gets every token once, in
-order, and its keys and values are what they would be without exits.
+The state of a token that exits stays pending before the next segment. The first that must go
+deeper takes along all that are pending there, in one call. So each segment gets every token once,
+in order, and its keys and values are what they would be without exits.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Decide(Protocol):
 
 
 class SegmentChain:
-    """The segments of one decoder, and the states that wait before each."""
+    """The segments of one decoder, and the states pending before each."""
 
     def __init__(self, segments: Sequence[Segment], sizes: CallSizes) -> None:
-        """sizes: of calls above the first exit, where tokens meet. Below it each token comes alone.
+        """sizes: of calls above the first exit, where tokens share a call. Below it none do.
 
         A prompt goes in `READ_AT_ONCE` rows at a time, whatever follows it.
         """
@@ -63,7 +63,7 @@ class SegmentChain:
 
     @property
     def waits(self) -> bool:
-        """Whether any token waits at an exit."""
+        """Whether any token is pending at an exit."""
         return any(self._waiting)
 
     def run(self, states: States, decide: Decide | None = None) -> int:
@@ -83,7 +83,7 @@ class SegmentChain:
         return last
 
     def finish(self, outputs: int) -> Array:
-        """Take all that wait to the end, and return logits [outputs, V] of the last of them."""
+        """Take all pending tokens to the end; logits [outputs, V] of the last of them."""
         last = len(self.segments) - 1
         for place in range(1, last):
             if self._waiting[place]:
@@ -101,13 +101,13 @@ class SegmentChain:
         return np.concatenate(logits)
 
     def crop(self, rows: int) -> None:
-        """Forget the last `rows` tokens; only when none waits."""
+        """Forget the last `rows` tokens; only when none is pending."""
         assert not self.waits
         for segment in self.segments:
             segment.crop(rows)
 
     def _through(self, place: int) -> tuple[States, Array]:
-        """Run segment `place` over what waits before it: its states, and the last one's logits."""
+        """Run segment `place` over what is pending before it: states, and the last one's logits."""
         segment = self.segments[place]
         assert segment.tap is not None
         states = []
@@ -123,7 +123,7 @@ class SegmentChain:
         self.segments[place].feed(rows, outputs, max(0, idle))
 
     def _calls(self, place: int) -> Iterator[States]:
-        """What waits before segment `place`, in calls of a length that depends on no exit."""
+        """What is pending before segment `place`, in calls of a length that depends on no exit."""
         waiting, self._waiting[place] = self._waiting[place], []
         few: list[States] = []
         for states in waiting:

@@ -73,9 +73,9 @@ class GreedyRow(SequenceState):
 
 
 class ExitLook:
-    """Decides at each exit, and remembers what the last look at a token saw.
+    """Decides at each exit, and remembers what the last check of a token saw.
 
-    depth: where the token at hand left, or the full depth. score: at its last look, or NaN.
+    depth: where the current token exited, or the full depth. score: of its last check, or NaN.
     few: logits [1, S] of what the exit can say, if the token exited there.
     """
 
@@ -121,13 +121,13 @@ class ExitLook:
 
     @property
     def logits(self) -> Tensor:
-        """[1, V], of a token that left."""
+        """[1, V], of a token that exited."""
         assert self.few is not None
         return self._whole(self.few)
 
     @property
     def largest(self) -> Tensor:
-        """The token id [1] of the largest logit, of a token that left."""
+        """The token id [1] of the largest logit, of a token that exited."""
         assert self.few is not None
         place = self.few.argmax(-1)
         return place if self._shortlist is None else self._shortlist[place]

@@ -7,7 +7,7 @@ digests.json      SHA-256 of each file
 
 Weights are the model's own. Embeddings and everything before the decoder stay in PyTorch: a segment
 is fed with states, and its `token_embd` is the head. Where the adapter's policy reads a shortlist,
-a segment with an exit has the head's rows of those tokens alone, and `offramp.shortlist` tells
+a segment with an exit has the head's rows of those tokens alone, and `offramp.shortlist` holds
 their ids.
 """
 

@@ -1,6 +1,6 @@
 """What the runtime relies on in this build of llama.cpp, tried out when it loads.
 
-The state between two segments is read by the internal name of a tensor; tokens that wait together
+The state between two segments is read by the internal name of a tensor; pending tokens
 go on in one call, which must give bit by bit what one call each gives; a prediction that is taken
 back must leave no trace; and the files must compute what the backbone does.
 """
