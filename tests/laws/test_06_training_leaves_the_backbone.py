@@ -44,7 +44,7 @@ def test_what_the_discriminators_lose_is_nothing_to_the_exits(
     variant: str, opt: Any, tmp_path: Path
 ) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, **VARIANTS[variant]))
-    scene = run.game.loss_inputs(run.states.record()[0][0])
-    run.game.discriminator_loss(scene)[0].backward()
+    inputs = run.objective.loss_inputs(run.states.record()[0][0])
+    run.objective.discriminator_loss(inputs)[0].backward()
     assert all(p.grad is None for p in run.exits.parameters())
     assert all(p.grad is not None for p in run.discriminators.parameters())

@@ -66,12 +66,12 @@ def test_an_exit_starts_as_the_layer_behind_it_that_is_closest_to_the_final_one(
     one = backbone(name)
     run = trainer(one, tmp_path, name=name)
     first, *others = (store[0] for store in run.states.record())
-    chosen = start_closest(run.game, [first, *others])
+    chosen = start_closest(run.objective, [first, *others])
 
     @torch.no_grad()
     def distance(depth: int, layer: int) -> float:
         run.exits.at(depth).load_state_dict(one.layers[layer].state_dict())
-        judged, *learnt = (run.game.loss_inputs(batch)[depth] for batch in (first, *others))
+        judged, *learnt = (run.objective.loss_inputs(batch)[depth] for batch in (first, *others))
         probe = linear_probe(
             torch.cat([terms.features for terms in learnt]),
             torch.cat([terms.teacher_features for terms in learnt]),
@@ -101,7 +101,7 @@ def test_a_layer_that_makes_the_final_features_up_to_a_linear_map_is_chosen(
     opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(opt, tmp_path, n=60)
-    real, marked = run.game.features, opt.layers[4].state_dict()
+    real, marked = run.objective.features, opt.layers[4].state_dict()
     turn = torch.randn(opt.width, opt.width, generator=torch.Generator().manual_seed(0))
 
     def features(batch: Any) -> dict[int, Tensor]:
@@ -110,9 +110,9 @@ def test_a_layer_that_makes_the_final_features_up_to_a_linear_map_is_chosen(
             found[2] = batch.teacher @ turn
         return found
 
-    monkeypatch.setattr(run.game, "features", features)
+    monkeypatch.setattr(run.objective, "features", features)
     store = run.states.record()[0]
-    assert start_closest(run.game, [store[i] for i in range(len(store))])[2] == 4
+    assert start_closest(run.objective, [store[i] for i in range(len(store))])[2] == 4
 
 
 def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_else_fits(
@@ -126,7 +126,7 @@ def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_els
     for layer in (3, 5):
         wider = {**opt.layers[layer].state_dict(), "adapter.weight": torch.ones(2, 2)}
         monkeypatch.setattr(opt.layers[layer], "state_dict", lambda wider=wider: wider)
-    chosen = start_closest(other.game, [other.states.record()[0][0]])
+    chosen = start_closest(other.objective, [other.states.record()[0][0]])
     assert chosen[2] in (2, 4) and chosen[4] == 4
 
 
@@ -239,13 +239,13 @@ def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
     run = trainer(one, tmp_path, config, name=name)
     batch = run.states.record()[0][0]
     before, counted = (
-        run.game.generator_loss(run.game.loss_inputs(batch), 0),
-        run.game.agreeing(batch),
+        run.objective.generator_loss(run.objective.loss_inputs(batch), 0),
+        run.objective.agreeing(batch),
     )
-    run.game.narrow(torch.arange(one.vocabulary))
-    after = run.game.generator_loss(run.game.loss_inputs(batch), 0)
+    run.objective.narrow(torch.arange(one.vocabulary))
+    after = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
     torch.testing.assert_close(before, after)
-    assert counted == run.game.agreeing(batch)
+    assert counted == run.objective.agreeing(batch)
 
 
 def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path:
     batch = run.states.record()[0][0]
     targets = batch.targets[batch.mask]
     ids = targets.unique()[::2].contiguous()
-    run.game.narrow(ids)
+    run.objective.narrow(ids)
     known = torch.isin(targets, ids)
     assert known.any() and not known.all()
-    report = run.game.generator_loss(run.game.loss_inputs(batch), 0)[1]
+    report = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)[1]
     teacher = opt.logits(batch.teacher[batch.mask])
-    counts = run.game.agreeing(batch)
-    for place, (depth, states) in enumerate(run.game.features(batch).items()):
+    counts = run.objective.agreeing(batch)
+    for place, (depth, states) in enumerate(run.objective.features(batch).items()):
         logits = opt.logits(states[batch.mask])[:, ids]
         said = ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
@@ -300,11 +300,11 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
     config = replace(SHORT, regime="supervised", distillation=0.0, adversarial=0.0)
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
-    loss, report = run.game.generator_loss(run.game.loss_inputs(batch), 0)
+    loss, report = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
     assert set(report) == {"cross_entropy/2", "cross_entropy/4"}
     words = [w for e in run.examples if e.key in batch.keys for w in e.answers[0].split()]
     assert int(batch.mask.sum()) == len(words) + len(batch.keys)  # and each answer's end
-    read = [opt.logits(states)[batch.mask] for states in run.game.features(batch).values()]
+    read = [opt.logits(states)[batch.mask] for states in run.objective.features(batch).values()]
     targets = batch.targets[batch.mask]
     wanted = sum(-x.log_softmax(-1)[range(len(x)), targets].mean() for x in read)
     torch.testing.assert_close(loss, wanted)
@@ -313,7 +313,9 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
 def test_a_term_is_in_the_loss_with_its_weight(opt: Any, tmp_path: Path) -> None:
     weights: dict[str, Any] = {name: 0.25 + i for i, name in enumerate(OBJECTIVES)}
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", **weights))
-    loss, report = run.game.generator_loss(run.game.loss_inputs(run.states.record()[0][0]), 0)
+    loss, report = run.objective.generator_loss(
+        run.objective.loss_inputs(run.states.record()[0][0]), 0
+    )
     assert set(report) == {f"{name}/{depth}" for name in OBJECTIVES for depth in (2, 4)}
     total = sum(weights[name.split("/")[0]] * value for name, value in report.items())
     assert loss.item() == pytest.approx(total)
@@ -347,11 +349,11 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
 def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
     batch = run.states.record()[0][0]
-    whole = run.game.generator_loss(run.game.loss_inputs(batch), 0)[1]
+    whole = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)[1]
     parts = []
     for row in range(len(batch.labelled)):
         one = replace(batch, labelled=torch.arange(len(batch.labelled)) == row)
-        parts.append(run.game.generator_loss(run.game.loss_inputs(one), 0)[1])
+        parts.append(run.objective.generator_loss(run.objective.loss_inputs(one), 0)[1])
     for depth in (2, 4):
         name = f"cross_entropy/{depth}"
         assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-5)
@@ -364,7 +366,7 @@ def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
     batch = replace(batch, labelled=torch.zeros_like(batch.labelled))
-    loss, _ = run.game.generator_loss(run.game.loss_inputs(batch), 0)
+    loss, _ = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
     loss.backward()
     assert loss == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in run.exits.parameters())
@@ -401,7 +403,7 @@ def test_a_verdict_on_an_answer_does_not_depend_on_padding(opt: Any, tmp_path: P
         mask=torch.cat([batch.mask, batch.mask.new_zeros(rows, 3)], 1),
     )
     assert len({int(n) for n in batch.mask.sum(1)}) > 1  # answers of different lengths
-    first, second = (run.game._judge(2, b)(b.teacher[b.mask]).logits for b in (batch, padded))
+    first, second = (run.objective._judge(2, b)(b.teacher[b.mask]).logits for b in (batch, padded))
     assert torch.equal(first, second)
     assert len(set(first.tolist())) == rows
 
@@ -610,13 +612,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(opt, tmp_path)
-    real = run.game.generator_loss
+    real = run.objective.generator_loss
 
     def steep(*args: Any) -> Any:
         loss, report = real(*args)
         return loss + (loss * 0).sqrt(), report
 
-    monkeypatch.setattr(run.game, "generator_loss", steep)
+    monkeypatch.setattr(run.objective, "generator_loss", steep)
     with pytest.raises(TrainingError, match="gradient's norm is nan at step 0"):
         run.run()
     assert same(untrained(run), dict(run.exits.state_dict()))
@@ -627,7 +629,7 @@ def test_a_discriminator_loss_that_is_not_finite_is_an_error(
 ) -> None:
     run = trainer(opt, tmp_path)
     lost = (torch.tensor(float("inf")), {"discriminator/2": float("inf")})
-    monkeypatch.setattr(run.game, "discriminator_loss", lambda *_: lost)
+    monkeypatch.setattr(run.objective, "discriminator_loss", lambda *_: lost)
     with pytest.raises(TrainingError, match="discriminators' loss is inf at step 0"):
         run.run()
 

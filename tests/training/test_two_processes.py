@@ -93,12 +93,13 @@ def test_two_processes_do_what_one_does_with_the_mean_of_their_gradients(
         stores.append(
             FeatureStore(run.states.encoder, found[:fewest], (2, 4), batch_size=4, cache="stream")
         )
-    start_closest(run.game, [store[i] for store in stores for i in range(len(store))])
+    start_closest(run.objective, [store[i] for store in stores for i in range(len(store))])
     for step in range(SHARED.steps):
         set_learning_rate(run.generator_steps, SHARED, step)
         batches = [store[run._order(step, len(store))] for store in stores]
         losses = [
-            run.game.generator_loss(run.game.loss_inputs(batch), step)[0] for batch in batches
+            run.objective.generator_loss(run.objective.loss_inputs(batch), step)[0]
+            for batch in batches
         ]
         run.generator_steps.zero_grad()
         (sum(losses) / 2).backward()  # type: ignore[union-attr]

@@ -59,8 +59,8 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes that all tensors hold; what two of them share counts once."""
-        held = {s.data_ptr(): s.nbytes() for t in _tensors(self.__dict__) for s in [_storage(t)]}
-        return sum(held.values())
+        storages = [tensor.untyped_storage() for tensor in _tensors(self.__dict__)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def entries(self, depth: int) -> Tensor:
         """States entering the exit at `depth` at the predicting positions [B, A, D]."""
@@ -73,10 +73,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item)
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
 
 
 class StateRecorder:

@@ -25,7 +25,7 @@ def follows_policy(policy: ExitPolicy) -> bool:
     """Whether the likelihood of a given text is well defined under this policy.
 
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
-    left, so one pass over a candidate gives every token's exit and its probability there. With
+    exited, so one pass over a candidate gives every token's exit and its probability there. With
     propagated ones they do; candidates are then ranked by the full model. So they are in lossless
     mode, where what comes out is the full model's.
     """

@@ -1,4 +1,4 @@
-"""The feature classifier of the adversarial game: is this state an exit's or the final layer's?"""
+"""The feature classifier of adversarial training: is this state an exit's or the final layer's?"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.models.quantized.weights import float_parameters, scheme
 
@@ -103,7 +103,7 @@ def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
     """The parameters of each of `PARTS`: the bridge is what no other part and no layer holds."""
     model: Any = backbone.model
     parts = {
-        "vision": _vision(backbone),
+        "vision": None if backbone.family.vision is None else backbone.vision,
         "embeddings": model.get_input_embeddings(),
         "head": backbone.head,
     }
@@ -113,10 +113,6 @@ def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
         name: [] if part is None else list(float_parameters(part)) for name, part in parts.items()
     }
     return {**tensors, "bridge": list(float_parameters(model, known))}
-
-
-def _vision(backbone: Backbone) -> nn.Module | None:
-    return None if backbone.family.vision is None else backbone.vision
 
 
 def _sample(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -122,13 +122,10 @@ def demo(
     write_json(out / "report.json", report)
     write_json(out / f"report-{kind}.json", report)
     name = f"{report['backbone']}, demo"
-    write_atomic(out / "report.html", page([Source("demo", name, report, shown)], some_of_each()))
+    write_atomic(
+        out / "report.html", page([Source("demo", name, report, shown)], _examples("test", SHOWN))
+    )
     return report
-
-
-def some_of_each() -> list[Example]:
-    """The test images whose answers the page shows."""
-    return _examples("test", SHOWN)
 
 
 def _examples(split: str, pictures: int) -> list[Example]:

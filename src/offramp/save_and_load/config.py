@@ -220,15 +220,11 @@ def _policy(policy: _Entries) -> ExitPolicy:
             plain = isinstance(number, int | float) and not isinstance(number, bool)
             if not (depth.isascii() and depth.isdigit() and len(depth) < 10 and plain):
                 policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {_shown(number)}")
+    defaults = policy_to_json(FULL)  # of fields that older adapters do not have
     try:
-        return policy_from_json({**_defaults(), **policy.values})
+        return policy_from_json({**defaults, **policy.values})
     except InputError as error:
         raise AdapterError(f"{policy.path}: {error.problem}", error.remedy) from error
-
-
-def _defaults() -> dict[str, Any]:
-    """Entries that adapters written before there were such fields do not have."""
-    return policy_to_json(FULL)
 
 
 def _fingerprint(entries: _Entries) -> dict[str, Any]:

@@ -76,10 +76,10 @@ class AdversarialObjective:
         if self._places is not None:
             places = self._places[targets]
             targets, labelled = places.clamp(min=0), labelled * (places >= 0)
-        scene = {}
+        inputs = {}
         for depth, states in features.items():
             answered = states[keep]
-            scene[depth] = LossInputs(
+            inputs[depth] = LossInputs(
                 logits=self.logits(answered),
                 teacher_logits=teacher_logits,
                 features=answered,
@@ -90,10 +90,10 @@ class AdversarialObjective:
                 adversary=self.config.adversary,
                 temperature=self.config.temperature,
             )
-        return scene
+        return inputs
 
     def generator_loss(
-        self, scene: Mapping[int, LossInputs], step: int
+        self, inputs: Mapping[int, LossInputs], step: int
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum over terms and depths at `step`, and each term by itself, unweighted.
 
@@ -103,7 +103,7 @@ class AdversarialObjective:
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
         weights = self.config.weights(step)
-        for depth, terms in scene.items():
+        for depth, terms in inputs.items():
             for name, weight in weights.items():
                 value = LOSSES[name](terms).mean()
                 report[f"{name}/{depth}"] = value.item()
@@ -111,13 +111,13 @@ class AdversarialObjective:
         return loss, report
 
     def discriminator_loss(
-        self, scene: Mapping[int, LossInputs]
+        self, inputs: Mapping[int, LossInputs]
     ) -> tuple[Tensor, dict[str, float]]:
         """The sum over depths, and each depth's by itself; no gradient reaches the exits."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
         penalised = self.config.gradient_penalty > 0
-        for depth, terms in scene.items():
+        for depth, terms in inputs.items():
             assert terms.judge is not None
             teacher = terms.teacher_features.detach().float().requires_grad_(penalised)
             final = terms.judge(teacher).logits

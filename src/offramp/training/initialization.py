@@ -24,7 +24,7 @@ RIDGE = 0.01  # of the features' mean variance
 
 @torch.no_grad()
 def start_closest(
-    game: AdversarialObjective,
+    objective: AdversarialObjective,
     batches: Sequence[Batch],
     *,
     agreed: Callable[[Tensor], float] = float,
@@ -38,7 +38,7 @@ def start_closest(
 
     agreed: the mean of a value over all processes, which must choose alike.
     """
-    layers, exits = game.backbone.layers, game.exits
+    layers, exits = objective.backbone.layers, objective.exits
     weights = {i: layer.state_dict() for i, layer in enumerate(layers)}
     judged = batches[::4]
     learnt = [batch for n, batch in enumerate(batches) if n % 4] or judged
@@ -49,7 +49,7 @@ def start_closest(
         }
         for depth, layer in candidates.items():
             exits.at(depth).load_state_dict(weights[layer])
-        distance_at = _probed(game, learnt, judged) if candidates else {}
+        distance_at = _probed(objective, learnt, judged) if candidates else {}
         for depth, layer in candidates.items():
             distance = agreed(distance_at[depth])
             distances[depth][layer] = distance if math.isfinite(distance) else math.inf
@@ -62,30 +62,30 @@ def start_closest(
 
 
 def _probed(
-    game: AdversarialObjective, learnt: Sequence[Batch], judged: Sequence[Batch]
+    objective: AdversarialObjective, learnt: Sequence[Batch], judged: Sequence[Batch]
 ) -> dict[int, Tensor]:
     """KL(final || probe) of the exits as they are, by depth: the mean over `judged`'s tokens."""
-    (states, final), (others, target) = _features(game, learnt), _features(game, judged)
-    wanted = game.logits(target).float()
+    (states, final), (others, target) = _features(objective, learnt), _features(objective, judged)
+    wanted = objective.logits(target).float()
     distances = {}
-    for depth in game.exits.depths:
+    for depth in objective.exits.depths:
         probe = linear_probe(states[depth], final)
-        said = game.logits(probe(others[depth]).to(target.dtype)).float()
+        said = objective.logits(probe(others[depth]).to(target.dtype)).float()
         distances[depth] = kl(wanted, said).mean()
     return distances
 
 
 def _features(
-    game: AdversarialObjective, batches: Sequence[Batch]
+    objective: AdversarialObjective, batches: Sequence[Batch]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Features [N, D] of the exits by depth, and of the final layer, at all answer tokens."""
-    exits = [game.features(batch) for batch in batches]
+    exits = [objective.features(batch) for batch in batches]
     masks = [batch.mask for batch in batches]
     return {
         depth: torch.cat(
             [features[depth][mask] for features, mask in zip(exits, masks, strict=True)]
         )
-        for depth in game.exits.depths
+        for depth in objective.exits.depths
     }, torch.cat([batch.teacher[batch.mask] for batch in batches])
 
 

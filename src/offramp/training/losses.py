@@ -146,7 +146,7 @@ ADVERSARIES: dict[str, Adversary] = {
         lambda final, exit: F.softplus(exit - final),
     ),
 }
-"""The games that can be played, by name.
+"""Adversarial losses of both players, by name.
 
 logistic: non-saturating (Goodfellow et al. 2014). Bound: both >= 0.
 hinge: Lim and Ye 2017. The discriminator's is >= 0, the generator's has no bound.

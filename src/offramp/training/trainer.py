@@ -123,10 +123,10 @@ class Trainer:
             )
         self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
         self.backbone, self.config, self.out = backbone, config, out
-        self.game = AdversarialObjective(
+        self.objective = AdversarialObjective(
             backbone, config.depths or propose_depths(backbone.depth), config
         )
-        self.exits, self.discriminators = self.game.exits, self.game.discriminators
+        self.exits, self.discriminators = self.objective.exits, self.objective.discriminators
         self.states = TrainingStates(
             InputProcessor(backbone, processor),
             self.examples,
@@ -220,8 +220,8 @@ class Trainer:
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One generator and one discriminator step; the logged terms by depth."""
         set_learning_rate(self.generator_steps, self.config, step)
-        scene = self.game.loss_inputs(batch)
-        loss, report = self.game.generator_loss(scene, step)
+        inputs = self.objective.loss_inputs(batch)
+        loss, report = self.objective.generator_loss(inputs, step)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
         self.generator_steps.zero_grad()
@@ -231,7 +231,7 @@ class Trainer:
         self._check_finite("gradient's norm", norm, batch, step)
         self.generator_steps.step()
         if self.config.has_discriminator:
-            report |= self._discriminate(batch, scene, step)
+            report |= self._discriminate(batch, inputs, step)
         return report
 
     def _agreed(self, loss: Tensor) -> float:
@@ -249,9 +249,9 @@ class Trainer:
             )
 
     def _discriminate(
-        self, batch: Batch, scene: Mapping[int, LossInputs], step: int
+        self, batch: Batch, inputs: Mapping[int, LossInputs], step: int
     ) -> dict[str, float]:
-        loss, report = self.game.discriminator_loss(scene)
+        loss, report = self.objective.discriminator_loss(inputs)
         self._check_finite("discriminators' loss", self._agreed(loss), batch, step)
         self.discriminator_steps.zero_grad()  # also of what the generator's loss left there
         self.accelerator.backward(loss)
@@ -270,18 +270,18 @@ class Trainer:
         ids, misses = shortlist_of(learn, held_out, size)
         ids = ids.to(self.backbone.device)
         self.shortlist, self.measured = ids, {"shortlist": misses}
-        self.game.narrow(ids)
+        self.objective.narrow(ids)
         self._say(f"shortlist: {len(ids)} tokens, {misses['miss_rate']:.2%} of others missed")
 
     def _start(self, train_store: FeatureStore) -> None:
-        """Choose the layers that exits are copies of, unless they have left that behind."""
+        """Choose the layers that exits are copies of, unless the run is past that."""
         if self.config.initial_layer == "next" or self.progress.step:
             return
         count = len(train_store)
         spread = range(0, count, math.ceil(count / PROBED))
         batches = [train_store[index] for index in spread]
         self.initial = start_closest(
-            self.game,
+            self.objective,
             batches,
             agreed=self._agreed,
             progress=progress_bar(self.accelerator, "initial layers"),
@@ -311,7 +311,7 @@ class Trainer:
 
     def _agreement(self, store: FeatureStore) -> dict[str, float]:
         """Share of answer tokens on which exit and final layer agree, by depth, all processes'."""
-        counts = torch.tensor([self.game.agreeing(store[i]) for i in range(len(store))]).sum(0)
+        counts = torch.tensor([self.objective.agreeing(store[i]) for i in range(len(store))]).sum(0)
         counts = self.accelerator.reduce(counts.to(self.backbone.device), "sum")
         *same, tokens = counts.tolist()
         return {str(d): n / tokens for d, n in zip(self.exits.depths, same, strict=True)}
@@ -330,7 +330,7 @@ class Trainer:
         exits.to(self.backbone.device, self.backbone.dtype).requires_grad_(False)
         discriminators = None
         if self.config.has_discriminator:
-            discriminators = self.game.new_discriminators().eval().requires_grad_(False)
+            discriminators = self.objective.new_discriminators().eval().requires_grad_(False)
             discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,

@@ -180,7 +180,7 @@ def _norm(
     calls: Sequence[Call], stack: Call, layer: Call, last: Tensor
 ) -> tuple[Call | None, Tensor]:
     """The module that takes exactly the last layer's output and makes the stack's, if any."""
-    made = first_tensor(_hidden(stack.out))
+    made = first_tensor(getattr(stack.out, "last_hidden_state", stack.out))
     assert made is not None
     after = [c for c in calls if c.order > layer.order and not _is_under(c, layer)]
     for call in after:
@@ -197,10 +197,6 @@ def _norm(
 
 def _is_under(call: Call, other: Call) -> bool:
     return any(a is other for a in call.around()) or call is other
-
-
-def _hidden(out: Any) -> Any:
-    return getattr(out, "last_hidden_state", out)
 
 
 def _logits(model: Any, calls: Sequence[Call]) -> Tensor:

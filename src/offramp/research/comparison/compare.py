@@ -2,8 +2,8 @@
 
 Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
 exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
-test images, and decoding speed in interleaved rounds, where points that do the same work
-run as one. Compared is the speed at equal quality, a mean over seeds; see
+test images, and decoding speed in interleaved rounds, where points that do the same work run as
+one. Compared is the speed at equal quality, a mean over seeds; see
 `offramp.research.comparison.equal_quality`.
 
 A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is

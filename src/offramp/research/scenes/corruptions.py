@@ -24,7 +24,7 @@ _REFERENCE_SIDE = 224  # pixels
 _MODES = ("L", "RGB")
 
 Corruption = Callable[[Image.Image, int, np.random.Generator], Image.Image]
-"""A corrupted copy of an L or RGB picture; severity from 0 here; same size and mode."""
+"""A corrupted copy of an L or RGB image; severity from 0 here; same size and mode."""
 
 
 def _blur(picture: Image.Image, severity: int, _: np.random.Generator) -> Image.Image:

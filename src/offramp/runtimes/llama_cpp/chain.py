@@ -69,7 +69,7 @@ class SegmentChain:
     def run(self, states: States, decide: Decide | None = None) -> int:
         """Run tokens [n, D] that stay together, the last of them looked at by `decide`.
 
-        Returns the place of the exit where they left, or the number of exits where they did not;
+        Returns the place of the exit where they exited, or the number of exits where they did not;
         the logits then are the last segment's.
         """
         last = len(self.segments) - 1

@@ -72,11 +72,11 @@ class GreedyRow(SequenceState):
         return bool(self._ends) and int(ids[0, -1]) in self._ends
 
 
-class ExitLook:
+class ChainDecider:
     """Decides at each exit, and remembers what the last check of a token saw.
 
     depth: where the current token exited, or the full depth. score: of its last check, or NaN.
-    few: logits [1, S] of what the exit can say, if the token exited there.
+    exit_logits: logits [1, S] of what the exit can say, if the token exited there.
     """
 
     def __init__(self, adapter: Adapter, policy: ExitPolicy, depths: tuple[int, ...]) -> None:
@@ -92,11 +92,11 @@ class ExitLook:
         self._rule = score
         self.constrain: Callable[[Tensor], Tensor] | None = None
         self.depth, self.score = self._layers, math.nan
-        self.few: Tensor | None = None
+        self.exit_logits: Tensor | None = None
 
     def begin(self) -> None:
         """A new token."""
-        self.depth, self.score, self.few = self._layers, math.nan, None
+        self.depth, self.score, self.exit_logits = self._layers, math.nan, None
 
     def __call__(self, exit: int, state: Array, logits: Array) -> bool:
         """Whether the token exits at this exit of the chain; see `Decide`."""
@@ -108,42 +108,42 @@ class ExitLook:
             gate, level = self._gates[depth]
             if not bool(gate(torch.from_numpy(state)[None]) >= level):
                 return False
-        few = torch.from_numpy(logits)[None]
+        exit_logits = torch.from_numpy(logits)[None]
         if threshold == 0.0:
             self.score = math.nan
         else:
-            score = self._rule(depth, self._allowed(few))
+            score = self._rule(depth, self._allowed(exit_logits))
             self.score = float(score)
             if not bool(score >= threshold):
                 return False
-        self.depth, self.few = depth, few
+        self.depth, self.exit_logits = depth, exit_logits
         return True
 
     @property
     def logits(self) -> Tensor:
         """[1, V], of a token that exited."""
-        assert self.few is not None
-        return self._whole(self.few)
+        assert self.exit_logits is not None
+        return self._whole(self.exit_logits)
 
     @property
     def largest(self) -> Tensor:
         """The token id [1] of the largest logit, of a token that exited."""
-        assert self.few is not None
-        place = self.few.argmax(-1)
+        assert self.exit_logits is not None
+        place = self.exit_logits.argmax(-1)
         return place if self._shortlist is None else self._shortlist[place]
 
-    def _whole(self, few: Tensor) -> Tensor:
+    def _whole(self, exit_logits: Tensor) -> Tensor:
         """Logits [1, V] of logits [1, S] of the shortlist."""
         if self._shortlist is None:
-            return few
-        whole = few.new_full((1, self._vocabulary), -torch.inf)
-        return whole.index_copy_(1, self._shortlist, few)
+            return exit_logits
+        whole = exit_logits.new_full((1, self._vocabulary), -torch.inf)
+        return whole.index_copy_(1, self._shortlist, exit_logits)
 
-    def _allowed(self, few: Tensor) -> Tensor:
+    def _allowed(self, exit_logits: Tensor) -> Tensor:
         """Logits [1, S] under the constraints: a score is confidence in what may be said."""
         if self.constrain is None:
-            return few
-        whole = self.constrain(self._whole(few))
+            return exit_logits
+        whole = self.constrain(self._whole(exit_logits))
         return whole if self._shortlist is None else whole[:, self._shortlist]
 
 
@@ -153,38 +153,38 @@ class Decoder:
     def __init__(
         self,
         chain: SegmentChain,
-        look: ExitLook,
-        loop: SequenceState,
+        decider: ChainDecider,
+        sequence: SequenceState,
         embed: Callable[[Tensor], States],
         policy: ExitPolicy,
     ) -> None:
         """embed: the states [1, D] that enter the decoder for token ids [1, 1]."""
         self.chain = chain
-        self.look = look
-        self.loop = loop
+        self.decider = decider
+        self.sequence = sequence
         self.embed = embed
         self.policy = policy
-        self.layers = look.depth
-        self.greedy = isinstance(loop, GreedyRow)
-        look.constrain = loop.constraints(lambda: loop.ids)
+        self.layers = decider.depth
+        self.greedy = isinstance(sequence, GreedyRow)
+        decider.constrain = sequence.constraints(lambda: sequence.ids)
 
     def decode(self, prompt: States) -> None:
         """Write until the row is finished. prompt: states [T, D] that enter the decoder."""
-        first = self.look if self.policy.exit_in_prefill and self.policy.thresholds else None
+        first = self.decider if self.policy.exit_in_prefill and self.policy.thresholds else None
         self._emit(prompt, first)
-        while self.loop.live:
-            self._emit(self.embed(self.loop.ids[:, -1:]), self.look)
+        while self.sequence.live:
+            self._emit(self.embed(self.sequence.ids[:, -1:]), self.decider)
 
-    def _emit(self, states: States, look: ExitLook | None) -> None:
+    def _emit(self, states: States, decide: ChainDecider | None) -> None:
         """Run `states`, and write the token after them."""
-        seen, loop = self.look, self.loop
-        seen.begin()
-        self.chain.run(states, look)
-        if seen.few is None:
-            token = loop.choose(torch.from_numpy(self.chain.finish(1)))
+        decider, sequence = self.decider, self.sequence
+        decider.begin()
+        self.chain.run(states, decide)
+        if decider.exit_logits is None:
+            token = sequence.choose(torch.from_numpy(self.chain.finish(1)))
         else:
-            token = seen.largest if self.greedy else loop.choose(seen.logits)
-        loop.emit(token, torch.tensor([seen.depth]), torch.tensor([seen.score]))
+            token = decider.largest if self.greedy else sequence.choose(decider.logits)
+        sequence.emit(token, torch.tensor([decider.depth]), torch.tensor([decider.score]))
 
     # -- lossless -----------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Decoder:
         """Write what the full model would; return (drafted, accepted) of each round."""
         self._emit(prompt, None)
         rounds = []
-        while self.loop.live:
+        while self.sequence.live:
             drafts, logits = self._draft()
             written, accepted = self._verify(drafts, logits)
             rounds.append((len(drafts), accepted))
@@ -201,28 +201,33 @@ class Decoder:
 
     def _draft(self) -> tuple[list[Draft], Tensor]:
         """Drafts as long as an exit is sure, and the full model's logits [n, V] at all n tokens."""
-        loop, look = self.loop, self.look
-        ids, fed, drafts = loop.ids, 0, list[Draft]()
-        look.constrain = loop.constraints(lambda: ids)
+        sequence, decider = self.sequence, self.decider
+        ids, fed, drafts = sequence.ids, 0, list[Draft]()
+        decider.constrain = sequence.constraints(lambda: ids)
         while True:
-            look.begin()
-            may_leave = len(drafts) < self.policy.max_draft
-            self.chain.run(self.embed(ids[:, -1:]), look if may_leave else None)
+            decider.begin()
+            may_exit = len(drafts) < self.policy.max_draft
+            self.chain.run(self.embed(ids[:, -1:]), decider if may_exit else None)
             fed += 1
-            if look.few is None:
+            if decider.exit_logits is None:
                 break
             probabilities = None
             if self.greedy:
-                token = look.largest
+                token = decider.largest
             else:
-                scores = loop.process(look.logits, ids)
-                token = loop.draw(scores)
-                probabilities = scores.softmax(-1) if loop.samples else None
+                scores = sequence.process(decider.logits, ids)
+                token = sequence.draw(scores)
+                probabilities = scores.softmax(-1) if sequence.samples else None
             drafts.append(
-                Draft(token, torch.tensor([look.depth]), torch.tensor([look.score]), probabilities)
+                Draft(
+                    token,
+                    torch.tensor([decider.depth]),
+                    torch.tensor([decider.score]),
+                    probabilities,
+                )
             )
             ids = torch.cat([ids, token[:, None]], 1)
-            if loop.would_end(ids):
+            if sequence.would_end(ids):
                 break
         return drafts, torch.from_numpy(self.chain.finish(fed))
 
@@ -231,18 +236,18 @@ class Decoder:
 
         Returns how many tokens were written, and how many of them were drafts.
         """
-        loop, full = self.loop, torch.tensor([self.layers])
+        sequence, full = self.sequence, torch.tensor([self.layers])
         accepted = 0
         for place in range(len(logits)):
-            scores = loop.process(logits[place : place + 1])
+            scores = sequence.process(logits[place : place + 1])
             if place == len(drafts):
-                loop.emit(loop.draw(scores), full, torch.tensor([self.look.score]))
+                sequence.emit(sequence.draw(scores), full, torch.tensor([self.decider.score]))
                 return place + 1, accepted
             draft = drafts[place]
             token, accepts = verify(draft, scores)
             agreed = bool(accepts)
             accepted += agreed
-            loop.emit(token, draft.depths if agreed else full, draft.scores)
-            if not agreed or not loop.live:
+            sequence.emit(token, draft.depths if agreed else full, draft.scores)
+            if not agreed or not sequence.live:
                 return place + 1, accepted
         return len(logits), accepted

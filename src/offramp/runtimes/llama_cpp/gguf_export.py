@@ -159,7 +159,7 @@ def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int,
     wrong = sorted(named - set(adapter.exits.depths))
     if not named or wrong:
         raise InputError(
-            f"No exits stand at depths {wrong}." if wrong else "The policy leaves by no exit.",
+            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
             f"Name depths to write among {list(adapter.exits.depths)}, e.g. with --depths.",
         )
     if adapter.exits.modules.kind != "layer":

@@ -24,7 +24,7 @@ from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
-from offramp.runtimes.llama_cpp.decoding import Decoder, ExitLook, GreedyRow
+from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder, GreedyRow
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
@@ -127,13 +127,15 @@ class LlamaCppRuntime:
             prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
             self._check_room(len(prompt), prepared.ids, prepared.criteria)
             kind = GreedyRow if GreedyRow.fits(prepared) else SequenceState
-            loop = kind(prepared, streamer)
-            rounds = self._decode(prompt, loop, policy)
-            loop.end()
-        live, depths, scores = (torch.stack(column, 1) for column in zip(*loop.trace, strict=True))
+            sequence = kind(prepared, streamer)
+            rounds = self._decode(prompt, sequence, policy)
+            sequence.end()
+        live, depths, scores = (
+            torch.stack(column, 1) for column in zip(*sequence.trace, strict=True)
+        )
         assert bool(live.all()), "one row ends with its last token"
         return GenerationOutput(
-            loop.ids, depths, scores.float(), self.backbone.depth, tuple(rounds)
+            sequence.ids, depths, scores.float(), self.backbone.depth, tuple(rounds)
         )
 
     def close(self) -> None:
@@ -150,12 +152,12 @@ class LlamaCppRuntime:
     # -- one generation -----------------------------------------------------------------------
 
     def _decode(
-        self, prompt: States, loop: SequenceState, policy: ExitPolicy
+        self, prompt: States, sequence: SequenceState, policy: ExitPolicy
     ) -> list[tuple[int, int]]:
         unused = [i for i, depth in enumerate(self.files.depths) if depth not in policy.thresholds]
         self._chain.reset(unused)
-        look = ExitLook(self.adapter, policy, self.files.depths)
-        decoder = Decoder(self._chain, look, loop, self._embed, policy)
+        decider = ChainDecider(self.adapter, policy, self.files.depths)
+        decoder = Decoder(self._chain, decider, sequence, self._embed, policy)
         if policy.lossless and policy.thresholds:
             return decoder.speculate(prompt)
         decoder.decode(prompt)
