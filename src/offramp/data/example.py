@@ -98,7 +98,7 @@ def split_examples(
         if not members:
             raise DataError(
                 f"{len(groups)} images are too few to give split {name!r} a share of {fraction}.",
-                "Bring more images or give it a larger share.",
+                "Give more images, or give it a larger share.",
             )
         home.update(dict.fromkeys(members, name))
     splits: dict[str, list[Example]] = {name: [] for name in fractions}

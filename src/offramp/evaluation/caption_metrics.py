@@ -124,7 +124,7 @@ def _words(texts: Texts, tokenizer: str) -> tuple[Texts, str, str]:
         if tokenizer == "ptb":
             raise InputError(
                 f"The PTB tokenizer did not run: {why}.",
-                "Mend that, or use the simple tokenizer (not comparable to papers).",
+                "Repair that, or use the simple tokenizer (not comparable to papers).",
             ) from why
         note = f"without the PTB tokenizer ({why}), so not comparable to published numbers"
         return _simple(texts), "simple", note

@@ -32,7 +32,7 @@ class RunLog(JsonlLog):
         if started and not resume:
             raise InputError(
                 f"{path.parent} already holds answers.",
-                "Give --resume to go on with that run, or another --out.",
+                "Give --resume to continue that run, or another --out.",
             )
         if started:
             before, self.done = read_rows(path)

@@ -90,7 +90,7 @@ def _parse_row(line: bytes, path: str | Path, number: int) -> dict[str, Any]:
 
 
 def _bad_line(path: str | Path, number: int, what: str) -> DataError:
-    return DataError(f"{path}, line {number} {what}.", "Mend or delete that line.")
+    return DataError(f"{path}, line {number} {what}.", "Repair or delete that line.")
 
 
 def _is_object(line: bytes) -> bool:

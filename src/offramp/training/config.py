@@ -47,7 +47,7 @@ class TrainConfig:
         "unsupervised",
         "supervised: answers from the data, of several those given most often, so all captions; "
         "unsupervised: the frozen model writes them and its final layer teaches; pseudo: as "
-        "labels, those it is sure of; mixed: a fraction labelled",
+        "labels, those it is confident of; mixed: a fraction labelled",
         choices=REGIMES,
     )
     initial_layer: str = _option(

@@ -12,16 +12,16 @@ from offramp.training.config import OBJECTIVES as TERMS
 from offramp.training.config import TrainConfig
 
 FREE = "free"
-"""The objective that all else is held against, with max_probability. It reads no label."""
+"""The objective that all else is compared with, by max_probability. It reads no label."""
 SUPERVISED = "free_supervised"
-"""FREE that reads the labels too: what cross_entropy, which reads them, is held against."""
+"""FREE that reads the labels too: what cross_entropy, which reads them, is compared with."""
 NEXT = "free_next_layer"
 """FREE whose exits start as the next layer each, where the plan lets them start elsewhere."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
 OWN = "cross_entropy_own"
 """Cross-entropy alone on the answers that FREE learns from, where the plan lets it learn from those
-of the model's own that it is sure of: what those answers are worth without the other terms."""
+of the model's own that it is confident of: what those answers are worth without the other terms."""
 FIXED = ("fixed_depth", "truncation")
 """Policies without a score."""
 

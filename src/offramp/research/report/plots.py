@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape, quoteattr
 from offramp.storage import write_atomic
 
 COLORS = ("#2b83c6", "#e07b00", "#1b9e77", "#c95a9b", "#8a78e8", "#a98a12")
-"""Told apart by people with any colour vision, on light and on dark ground."""
+"""Distinguishable with any colour vision, on light and on dark ground."""
 MARKERS = "osD^vPX*"
 _INK = "#0a0b0c"  # replaced by the colour of the text around the plot
 _PRINTED = "#1b2027"  # the ink on white ground
