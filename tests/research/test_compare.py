@@ -25,7 +25,7 @@ from offramp.models.backbone import Backbone
 from offramp.research.comparison import equal_quality as merit
 from offramp.research.comparison import points as points_module
 from offramp.research.comparison.compare import compare
-from offramp.research.comparison.equal_quality import LEVELS, Each, equal_quality, speed_at
+from offramp.research.comparison.equal_quality import LEVELS, Samples, equal_quality, speed_at
 from offramp.research.comparison.grid import Grid, exits_folder
 from offramp.research.comparison.methods import OBJECTIVES, POLICIES, Plan
 from offramp.research.comparison.points import PointMeasurer
@@ -491,7 +491,7 @@ def test_figures_of_several_seeds_are_means() -> None:
             assert min(ratios) - 1e-9 <= both["free_over"][level] <= max(ratios) + 1e-9
 
 
-def each(gain: float) -> Each:
+def each(gain: float) -> Samples:
     """Of `HAND`'s points, two answers to each of 40 images; a point's drop as it says, and
     `gain` more for FREE's two, on half of the images."""
     full = np.ones(80)
@@ -499,7 +499,7 @@ def each(gain: float) -> Each:
     early[:2, ::4] += 2 * gain
     early[:2, 1::4] += 2 * gain
     seconds = np.array([[1 / p["speedup_decode"]] for p in HAND])
-    return Each(full, early, [str(i // 2) for i in range(80)], np.ones_like(seconds), seconds)
+    return Samples(full, early, [str(i // 2) for i in range(80)], np.ones_like(seconds), seconds)
 
 
 def test_intervals_have_no_width_where_answers_do_not_differ() -> None:
