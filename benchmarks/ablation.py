@@ -159,8 +159,8 @@ class Place:
     def judged(self, adapter: Adapter) -> dict[str, float]:
         """Figures of exits: exiting always, and exiting where it is safe."""
         rule = ExitPolicy({DEPTH: 0.0})
-        given = answers_to(adapter, self.encoder, self.inputs, rule, max_new_tokens=LONGEST)
-        answers = [answer.ids for answer in given]
+        decoded = answers_to(adapter, self.encoder, self.inputs, rule, max_new_tokens=LONGEST)
+        answers = [answer.ids for answer in decoded]
         same = [ids == full for ids, full in zip(answers, self.full, strict=True)]
         return {
             "quality": self.quality(answers),

@@ -96,8 +96,8 @@ def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
             rows = (Row({"image": n}, f"{path}/{n}", i, path) for i, n in enumerate(names, 1))
             return _of_split(rows, split, str(path))
         if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none, and no images"
-            problem = f"The folder {source} should hold images or one JSONL file; found: {found}."
+            listed = ", ".join(file.name for file in files) or "none, and no images"
+            problem = f"The folder {source} should hold images or one JSONL file; found: {listed}."
             raise DataError(problem, "Give the path of the file itself.")
         path = files[0]
     if os.path.isfile(path):
@@ -156,19 +156,19 @@ def _of_split(rows: Iterator[Row], split: str | None, name: str) -> Iterator[Row
     if split is None:
         yield from rows
         return
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for row in rows:
         if row.error is not None:
             yield row
         elif row.has(["split"]):
             label = row.text("split")
-            found[label] = found.get(label, 0) + 1
+            counts[label] = counts.get(label, 0) + 1
             if label == split:
                 yield row
-    if split not in found:
+    if split not in counts:
         raise DataError(
             f"{name} has no rows of the split {split!r}.",
-            did_you_mean(split, found) or "Give each row a 'split', or do not ask for one.",
+            did_you_mean(split, counts) or "Give each row a 'split', or do not ask for one.",
         )
 
 

@@ -76,7 +76,7 @@ class Plan:
         from 0, where all exit, for a curve must reach the quality at which it is read.
     training: what all objectives share.
     exit_in_prefill: as in `ExitPolicy`, for every point.
-    seeds: how often all of it is trained and raced anew, from `training.seed` on; figures of merit
+    seeds: how often all of it is trained and timed anew, from `training.seed` on; speeds
         are means.
     timed: test examples to be timed on. rounds: its rounds. Both may be others later.
     """
