@@ -98,10 +98,10 @@ def verdict(outcome: dict[str, Any], column: str) -> str:
 
 def table(record: dict[str, Any]) -> str:
     rows = []
-    for name, found in record["types"].items():
-        if "not_built" in found or "refused" in found:
+    for name, outcome in record["types"].items():
+        if "not_built" in outcome or "refused" in outcome:
             # The record keeps what the type's own code raised.
-            why = f"refused: {found['refused']}" if "refused" in found else UNTRIED
+            why = f"refused: {outcome['refused']}" if "refused" in outcome else UNTRIED
             rows.append((name, "", why, "", "", ""))
             continue
         cells = {column: verdict(outcome, column) for column in COLUMNS}
