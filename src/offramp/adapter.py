@@ -145,12 +145,12 @@ class Adapter:
         asked = options.pop("return_dict_in_generate", None)
         if asked is None:
             asked = _returns_dict(self.backbone.model, options.get("generation_config"))
-        # Told apart by what they are: a processor's output may have any names.
+        # Recognised by type or name: a processor's output may have any names.
         read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
         if inputs is not None:
             read["input_ids"] = inputs
-        rest = {name: value for name, value in options.items() if name not in read}
-        made = generate(self.backbone, read, exits=self.exits, policy=chosen, **rest)
+        settings = {name: value for name, value in options.items() if name not in read}
+        made = generate(self.backbone, read, exits=self.exits, policy=chosen, **settings)
         return made if asked else made.sequences.clone()
 
     def __call__(

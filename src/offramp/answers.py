@@ -53,7 +53,7 @@ class Answer:
 
     ids: N tokens, the end token among them. text: decoded, without special tokens.
     depths, scores: of each token: the layers that ran for it, and its confidence at the last exit
-        that looked at it (NaN: none did).
+        that checked it (NaN: none did).
     confidence: geometric mean of the probabilities that the model gave these tokens; None: not
         asked for.
     """

@@ -43,7 +43,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
 
 def card_data(backbone: str) -> ModelCardData:
     """The hub's metadata. The hub refuses a card whose base model is a local folder, so only a hub
-    name is told."""
+    name is given."""
     is_hub_name = _HUB_NAME.fullmatch(backbone) is not None and not Path(backbone).exists()
     return ModelCardData(
         base_model=backbone if is_hub_name else None,

@@ -18,31 +18,31 @@ LONG = 5.0
 """Seconds after which a job is long enough for lines."""
 
 
-def progress(things: Iterable[Any], title: str, *, tell: bool = True) -> Any:
-    """`things`, whose iteration is shown. tell: False shows nothing."""
-    return progress_bar(title, things, tell=tell)
+def progress(iterable: Iterable[Any], title: str, *, tell: bool = True) -> Any:
+    """`iterable`, whose iteration is shown. tell: False shows nothing."""
+    return progress_bar(title, iterable, tell=tell)
 
 
 def progress_bar(
     title: str,
-    things: Iterable[Any] | None = None,
+    iterable: Iterable[Any] | None = None,
     *,
     total: int | None = None,
     done: int = 0,
     tell: bool = True,
 ) -> Any:
-    """A tqdm bar over `things`, or over `total` steps that the caller counts.
+    """A tqdm bar over `iterable`, or over `total` steps that the caller counts.
 
     done: steps that were taken before. tell: False shows nothing.
     """
-    if total is None and hasattr(things, "__len__"):
-        total = len(things)  # type: ignore[arg-type]
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)  # type: ignore[arg-type]
     silent = not tell or logging.getLogger("offramp").level > logging.INFO
     options: dict[str, Any] = {"desc": title, "total": total, "initial": done, "leave": False}
     if silent or _on_a_terminal() or not total:
-        return tqdm(things, disable=silent or None, **options)
+        return tqdm(iterable, disable=silent or None, **options)
     return tqdm(
-        things,
+        iterable,
         file=_Lines(),
         delay=LONG,
         mininterval=0,

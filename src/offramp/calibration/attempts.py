@@ -1,7 +1,7 @@
 """Attempts at a guarantee: the images they bet on, in which order, and the errors they may make.
 
 A guarantee counts images. Answers to several questions about one image are not independent, so the
-loss of an image is the mean over its answers. Images are told apart by content, so that copies
+loss of an image is the mean over its answers. Images are identified by content, so that copies
 under other names count once, those that were encoded again or resized too, and by the name that
 examples share (`Example.group`).
 
@@ -203,7 +203,7 @@ def turn_of(
 
 def recorded(attempts: Sequence[Attempt], attempt: Attempt) -> tuple[Attempt, ...]:
     """The attempts with another one, in place of the one that it continues."""
-    kept = [a for a in attempts if (a.asked, a.number) != (attempt.asked, attempt.number)]
-    continued = [a for a in attempts if a not in kept]
+    others = [a for a in attempts if (a.asked, a.number) != (attempt.asked, attempt.number)]
+    continued = [a for a in attempts if a not in others]
     longest = max((*continued, attempt), key=lambda a: len(a.images))
-    return (*kept, Attempt(**{**vars(attempt), "images": longest.images}))
+    return (*others, Attempt(**{**vars(attempt), "images": longest.images}))

@@ -1,7 +1,7 @@
 """Thresholds with a guarantee: on answers to come, the risk stays below a target at a confidence.
 
-One pass of the full model over the examples tells what it answers, a replay of these answers what
-the exits would have said; only answers that thresholds change are generated again. A path of
+One pass of the full model over the examples gives its answers, a replay of these what the exits
+would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
 the path is found on a part of the images that is not tested on (`threshold_search`). What is
 counted is images, and all attempts on the same images share one error budget (`attempts`).
@@ -88,7 +88,7 @@ class Point:
     """A point of the path.
 
     risk, bound: measured on the tested images, and what the method bounds it by.
-    seconds: predicted, of a decoded token; None where no replay or no costs tell it.
+    seconds: predicted, of a decoded token; None without a replay or costs.
     """
 
     thresholds: Thresholds
@@ -144,16 +144,16 @@ class Calibration:
         return entries
 
 
-def calibrated(adapter: Adapter, found: Calibration, examples: Sequence[Example]) -> Adapter:
+def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Example]) -> Adapter:
     """The adapter with the policy that was found, its guarantee, and the images it stands on."""
     seen = {**adapter.seen, "calibration": sorted(picture_digests(examples))}
-    attempted = with_attempts(adapter, found)
-    return replace(attempted.with_policy(found.policy, found.to_json()), seen=seen)
+    attempted = with_attempts(adapter, calibration)
+    return replace(attempted.with_policy(calibration.policy, calibration.to_json()), seen=seen)
 
 
-def with_attempts(adapter: Adapter, found: Calibration) -> Adapter:
+def with_attempts(adapter: Adapter, calibration: Calibration) -> Adapter:
     """The adapter as it is, with the attempts made: what is left of a calibration that failed."""
-    return replace(adapter, attempts=[attempt.to_json() for attempt in found.attempts])
+    return replace(adapter, attempts=[attempt.to_json() for attempt in calibration.attempts])
 
 
 # -- calibration ----------------------------------------------------------------------------------
@@ -215,22 +215,26 @@ def calibrate(
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(whole, thresholds, attempts, digest, asked)
     losses, points = _walk(trial, progress(trial.turn.path or ()), asked)
-    found = _decide(trial, losses, points, asked, examples_digest(examples))
+    calibration = _decide(trial, losses, points, asked, examples_digest(examples))
     if points:  # else nothing was tested, and no errors were risked
-        attempts = recorded(attempts, _attempt(trial, found, digest, settings))
-    return replace(found, attempts=attempts, runtime=name)
+        attempts = recorded(attempts, _attempt(trial, calibration, digest, settings))
+    return replace(calibration, attempts=attempts, runtime=name)
 
 
-def _attempt(trial: _Trial, found: Calibration, asked: str, settings: dict[str, Any]) -> Attempt:
+def _attempt(
+    trial: _Trial, calibration: Calibration, asked: str, settings: dict[str, Any]
+) -> Attempt:
     """What is kept of an attempt."""
-    outcome: dict[str, Any] = {n: getattr(found, n) for n in ("n", "measured", "bound", "reason")}
+    outcome: dict[str, Any] = {
+        n: getattr(calibration, n) for n in ("n", "measured", "bound", "reason")
+    }
     return Attempt(
         asked=asked,
         settings=settings,
         number=trial.turn.number,
         images=tuple(image.name for image in trial.turn.images),
         path=trial.turn.path or (),
-        outcome={**outcome, "thresholds": Thresholds(found.policy.thresholds).to_json()},
+        outcome={**outcome, "thresholds": Thresholds(calibration.policy.thresholds).to_json()},
     )
 
 

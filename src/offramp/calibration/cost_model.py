@@ -1,8 +1,8 @@
 """The cost model: what decoding takes on this machine, predicted from its measured parts.
 
 A token costs what is fixed, the layers it runs, the checks it meets, and the LM head. With exact
-keys and values (`recompute`) a token that goes deeper takes those that wait along, and a layer over
-n positions costs little more than over one, because its weights are read once.
+keys and values (`recompute`) a token that goes deeper takes the pending ones along, and a layer
+over n positions costs little more than over one, because its weights are read once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Costs:
     layers: decoder layers L. batch: rows decoded together. context: tokens in the cache.
     layer, head: one decoder layer, and the LM head, over 1, 2, 4 and 8 positions of each row.
     exit: an exit's own layer, over one position.
-    check: the rest of a look at an exit: norm, head, score, and the transfer of its verdict.
-    leave: what a token that leaves pays besides; negative where it saves, e.g. the final norm.
+    check: the rest of a check: norm, head, score, and the transfer of its verdict.
+    leave: what a token that exits costs besides; negative where it saves, e.g. the final norm.
     score: the score of given logits; part of `check`.
     store: keys and values alone of one layer: that tokens skipped (`propagate`), or of an exit that
-        nobody looks at.
+        is not checked.
     gate: a gate's guess and its verdict.
     token: everything that is neither layers nor head: embedding, masks, Python.
-    reenter: entering the decoder again in the middle, for the tokens that waited there.
+    reenter: entering the decoder again in the middle, for the tokens pending there.
     """
 
     layers: int
@@ -119,7 +119,7 @@ def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
 
     seconds = token + sum_k r_k ((d_{k+1} - d_k) layer(1 / r_k) + exit_{k+1} + check) + r_end head
 
-    Tokens are taken to leave independently of each other for the share that finds somebody waiting.
+    Tokens are assumed to exit independently of each other, for the share that finds others pending.
 
     Raises:
         InputError: depths outside 1..L-1, shares outside [0, 1] or summing to more than 1.
@@ -131,13 +131,13 @@ def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
         if reach <= 0.0:
             return seconds
         together = 1.0 / reach if kv == "recompute" else 1.0
-        one = float(layer_seconds(costs, together))
-        seconds += reach * (depth - start) * one
+        layer = float(layer_seconds(costs, together))
+        seconds += reach * (depth - start) * layer
         if kv == "recompute":
             seconds += reach * (1.0 - reach / before) * costs.reenter
         if depth == costs.layers:
             return seconds + reach * costs.head[0]
-        seconds += reach * (costs.exit * one / costs.layer[0] + costs.check)
+        seconds += reach * (costs.exit * layer / costs.layer[0] + costs.check)
         gone = leave[depth]
         seconds += gone * costs.leave
         if kv == "propagate":
@@ -156,7 +156,7 @@ def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
     """Seconds per token that a gate before the exit at `depth` saves; below 0 where it costs.
 
     shut: share of the tokens that it shuts out, of which only keys and values are computed; lost:
-    share of all tokens that it shuts out and the exit would have let go.
+    share of all tokens that it shuts out and the exit would have let exit.
     """
     look = costs.exit + costs.check - costs.store
     deeper = (costs.layers - depth) * costs.layer[0] + costs.head[0]
@@ -166,7 +166,7 @@ def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
 def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | None:
     """The smallest share, in percent steps, that must exit at `depth` for its exit to pay.
 
-    None where not even all tokens leaving would pay.
+    None where not even all tokens exiting would pay.
     """
     shares = (percent / 100 for percent in range(1, 101))
     return next((s for s in shares if speedup(costs, {depth: s}, kv=kv) >= 1.0), None)
@@ -184,7 +184,7 @@ def token_seconds(
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
         behind its end. The first token of an answer comes out of the prefill: leave it out.
-    exits: depths of the exits that are on; a token meets every one up to where it leaves.
+    exits: depths of the exits that are on; a token meets every one up to where it exits.
     shut: by depth, of the exits that have a gate, tokens shaped as `depths` that it shuts out.
 
     Returns [A] (or a scalar array).
@@ -214,8 +214,8 @@ def token_seconds(
         if depth in gated:
             looked = arrived & ~np.atleast_2d(gated[depth])
             seconds += arrived.sum(1) * costs.gate + (arrived & ~looked).sum(1) * costs.store
-        one = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
-        seconds += one * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
+        checked = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
+        seconds += checked * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
         left = (ran == depth).sum(1)
         seconds += left * costs.leave
         if kv == "propagate":

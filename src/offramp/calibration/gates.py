@@ -44,7 +44,7 @@ def learn_shortlist_and_gates(
 
     Gates may be added to a shortlist that is there; a new shortlist removes the old gates. Its
     policy uses what was learnt; its thresholds, which were chosen without, are removed.
-    `ExitSet.measured` tells what was measured.
+    `ExitSet.measured` has what was measured.
 
     examples: may be those of training; labels are not read. costs: of decoding on this machine, by
     `offramp.calibration.profiler.measure_costs`; gates need them.
@@ -55,7 +55,7 @@ def learn_shortlist_and_gates(
     """
     if gates and costs is None:
         raise InputError(
-            "Whether a gate pays is told by the costs of decoding, and none were given.",
+            "Whether a gate pays depends on the costs of decoding, and none were given.",
             "Measure them: offramp.calibration.profiler.measure_costs(backbone, inputs, exits).",
         )
     parts = split_examples(examples, {"learn": 1 - HELD_OUT, "held_out": HELD_OUT}, seed=0)
@@ -63,8 +63,8 @@ def learn_shortlist_and_gates(
     rows = {name: full_model_answers(encoder, part, **options) for name, part in parts.items()}
     exits, measured = adapter.exits, dict(adapter.exits.measured)
     # Without thresholds, and without the KV policy, which a score does not depend on.
-    kept = ("score", "exit_in_prefill", "shortlist", "gates")
-    policy = ExitPolicy(**{name: getattr(adapter.policy, name) for name in kept})
+    fields = ("score", "exit_in_prefill", "shortlist", "gates")
+    policy = ExitPolicy(**{name: getattr(adapter.policy, name) for name in fields})
     if shortlist is not None:
         exits, measured = _with_shortlist(encoder, exits, rows, shortlist)
         policy = replace(policy, shortlist=True, gates={})
@@ -95,22 +95,22 @@ def _gates(
     scored: dict[str, dict[int, tuple[Tensor, Tensor]]], costs: Costs
 ) -> tuple[dict[int, Gate], dict[int, float], dict[str, Any]]:
     """Gates by depth, the levels of those that pay, and what was measured of each."""
-    gates, levels, found = {}, {}, {}
+    gates, levels, measured = {}, {}, {}
     for depth, (states, scores) in scored["learn"].items():
         gates[depth] = fit_gate(states, scores)
-        entered, given = scored["held_out"][depth]
+        entered, actual = scored["held_out"][depth]
         guesses = gates[depth](entered)
-        level = gate_level(guesses, given, sure=SURE, lost=LOST)
+        level = gate_level(guesses, actual, sure=SURE, lost=LOST)
         closed = guesses < level
-        shut, lost = float(closed.float().mean()), float((closed & (given >= SURE)).float().mean())
+        shut, lost = float(closed.float().mean()), float((closed & (actual >= SURE)).float().mean())
         gain = gate_gain(costs, depth, shut=shut, lost=lost)
         if gain > 0:
             levels[depth] = level
-        found[str(depth)] = {
-            "level": level, "shut": shut, "lost": lost, "tokens": len(given),
+        measured[str(depth)] = {
+            "level": level, "shut": shut, "lost": lost, "tokens": len(actual),
             "gain_layers": gain / costs.layer[0], "used": gain > 0,
         }  # fmt: skip
-    return gates, levels, found
+    return gates, levels, measured
 
 
 @torch.inference_mode()
@@ -126,14 +126,14 @@ def _scored_states(
     backbone = encoder.backbone
     ids = shortlist_of_policy(policy, exits)
     head = None if ids is None else exits.shortlist_head(backbone)
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {d: [] for d in exits.depths}
-    for some in progress(group(rows, batch_size)):
-        batch = record(encoder, some, exits.depths)
+    scored: dict[int, list[tuple[Tensor, Tensor]]] = {d: [] for d in exits.depths}
+    for answered in progress(group(rows, batch_size)):
+        batch = record(encoder, answered, exits.depths)
         for depth, features in exit_features(backbone, exits.modules, batch).items():
             logits = backbone.logits(features[batch.mask], head)
             scores = SCORES[policy.score](logits).float()
-            found[depth].append((batch.entries(depth)[batch.mask].float(), scores))
+            scored[depth].append((batch.entries(depth)[batch.mask].float(), scores))
     return {
         depth: (torch.cat([s for s, _ in parts]), torch.cat([s for _, s in parts]))
-        for depth, parts in found.items()
+        for depth, parts in scored.items()
     }

@@ -2,7 +2,7 @@
 
 Layers alone, one after the other on the same input, would be timed from a warm cache and without
 what happens between them. So whole tokens of forced generations are timed, the calls of layers,
-exits and head within them by hooks, and what is left over is told apart by the kind of token.
+exits and head within them by hooks, and what is left over is attributed by the kind of token.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _layer(token: _Token, positions: int) -> float:
     return fmean(s for kind, n, s in token.calls if kind == "layer" and n == positions)
 
 
-class _Watch(StoppingCriteria):
+class _Stopwatch(StoppingCriteria):
     """Stops nothing; notes each token's time and the calls within it.
 
     hook: seconds that noting a call takes, which the tokens' times then leave out.
@@ -138,15 +138,15 @@ def measure_costs(
     if exits is None:
         exits = Exits(backbone, propose_depths(backbone.depth)).requires_grad_(False)
     exits = ExitSet.of(exits)
-    found, hook = _Found(), _hook_seconds(backbone.device)
+    measured, hook = _Measurements(), _hook_seconds(backbone.device)
     for number in progress(range(repeats + 1)):
         tokens = _round(backbone, inputs, exits, score, hook, shortlist)
         if number:
-            found.add(tokens)
+            measured.add(tokens)
     rows = len(inputs["input_ids"])
     prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
     heads, scored, gate = _small_parts(backbone, rows, score, repeats)
-    return found.costs(
+    return measured.costs(
         layers=backbone.depth,
         depth=exits.depths[0],
         batch=rows,
@@ -171,7 +171,7 @@ def _round(
     """Tokens of one round, by kind."""
 
     def forced(plan: Sequence[str], kv: str) -> list[_Token]:
-        watch = _Watch(backbone.device, hook)
+        watch = _Stopwatch(backbone.device, hook)
         leave = torch.tensor([False, *(kind == "leave" for kind in plan)])
         script = Script(leave[:, None].expand(-1, len(inputs["input_ids"])), score=score)
         with watch.inside(backbone, exits):
@@ -181,7 +181,7 @@ def _round(
             )  # fmt: skip
         return watch.tokens
 
-    watch = _Watch(backbone.device, hook)
+    watch = _Stopwatch(backbone.device, hook)
     with watch.inside(backbone, exits):
         stop = StoppingCriteriaList([watch])
         generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=1 + FULL, **OPTIONS)
@@ -192,22 +192,22 @@ def _round(
 
 
 def _hook_seconds(device: torch.device) -> float:
-    """Seconds that `_Watch` takes to note one call."""
-    module, some = nn.Identity(), torch.zeros(1, 1)
+    """Seconds that `_Stopwatch` takes to note one call."""
+    module, tensor = nn.Identity(), torch.zeros(1, 1)
 
     def calls() -> float:
         begin = time.perf_counter()
         for _ in range(1000):
-            module(some)
+            module(tensor)
         return (time.perf_counter() - begin) / 1000
 
     bare = min(calls() for _ in range(3))
-    watch = _Watch(device)
+    watch = _Stopwatch(device)
     watch.hook("none", module)
     return max(0.0, min(calls() for _ in range(3)) - bare)
 
 
-class _Found:
+class _Measurements:
     """The tokens of all rounds, by kind, and what they come to."""
 
     def __init__(self) -> None:
@@ -232,16 +232,16 @@ class _Found:
         gate: float,
     ) -> Costs:
         """Solve for the parts, simplest kind of token first; heads: relative to one position."""
-        one = self._median("full", partial(_layer, positions=1))
+        layer = self._median("full", partial(_layer, positions=1))
         more = [self._median(f"deep{n}", partial(_layer, positions=n)) for n in LENGTHS[1:]]
         head = self._median("full", lambda t: t.head)
-        rest = self._median("full", lambda t: t.seconds - t.layers - t.head)
+        overhead = self._median("full", lambda t: t.seconds - t.layers - t.head)
 
         def outside(token: _Token) -> float:
-            return token.seconds - token.layers - token.exit - rest
+            return token.seconds - token.layers - token.exit - overhead
 
         check = max(0.0, self._median("stay", lambda t: outside(t) - t.head))
-        leave = max(self._median("leave", outside) - check, -min(check, rest))
+        leave = max(self._median("leave", outside) - check, -min(check, overhead))
         deep = [self._median(f"deep{n}", lambda t: outside(t) - t.head) for n in LENGTHS[1:]]
         store = self._median("store", outside) - check - leave
         return Costs(
@@ -249,14 +249,14 @@ class _Found:
             batch=batch,
             context=context,
             # A longer run is never cheaper; where it seems so, that is noise.
-            layer=tuple(np.maximum.accumulate([one, *more]).tolist()),
+            layer=tuple(np.maximum.accumulate([layer, *more]).tolist()),
             head=tuple(np.maximum.accumulate(head * np.array(heads)).tolist()),
             exit=self._median("stay", lambda t: t.exit),
             check=check,
             leave=leave,
             score=score,
             store=max(0.0, store / (layers - depth)),
-            token=rest,
+            token=overhead,
             reenter=max(0.0, median(deep) - check),
             gate=gate,
         )
@@ -266,12 +266,12 @@ def _small_parts(
     backbone: Backbone, rows: int, score: str, repeats: int
 ) -> tuple[list[float], float, float]:
     """The head over `LENGTHS` positions relative to one; seconds of a score, and of a gate."""
-    some = torch.randn(rows, LENGTHS[-1], backbone.width).to(backbone.device, backbone.dtype)
-    states = {n: some[:, :n].contiguous() for n in LENGTHS}
+    sample = torch.randn(rows, LENGTHS[-1], backbone.width).to(backbone.device, backbone.dtype)
+    states = {n: sample[:, :n].contiguous() for n in LENGTHS}
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
     scored, guessed = [], []
-    gate = Gate(torch.zeros(backbone.width, device=backbone.device), some.new_zeros(()).float())
-    watch = _Watch(backbone.device)
+    gate = Gate(torch.zeros(backbone.width, device=backbone.device), sample.new_zeros(()).float())
+    watch = _Stopwatch(backbone.device)
     with torch.inference_mode():
         for _ in range(repeats + 1):
             for n, state in states.items():
@@ -282,7 +282,7 @@ def _small_parts(
             SCORES[score](logits[:, -1])
             scored.append(watch.now() - begin)
             begin = watch.now()
-            bool((gate(some[:, -1]) >= 0.5).any())
+            bool((gate(sample[:, -1]) >= 0.5).any())
             guessed.append(watch.now() - begin)
     heads = [median(seconds[n]) / median(seconds[1]) for n in LENGTHS]
     return heads, median(scored), median(guessed)

@@ -1,9 +1,9 @@
 """What every exit would have said at every token of known answers, from one full-depth pass.
 
-With exact keys and values an exit reads the same state whatever left before, so on the full
-model's own greedy answers a replay tells, without decoding again, which answers would stay the
+With exact keys and values an exit reads the same state whatever exited before, so on the full
+model's own greedy answers a replay shows, without decoding again, which answers would stay the
 same under any thresholds: up to the first token that differs the two generations are one. After
-that they part, and only decoding tells more.
+that they part, and only decoding shows more.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Replay:
         first: whether the first token of an answer may exit early. A decoder-only model reads it
         off the prompt, at full depth unless `ExitPolicy.exit_in_prefill`.
         """
-        found = np.where(self.mask, self.layers, 0)
+        depths = np.where(self.mask, self.layers, 0)
         shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
             leaves = self.mask & (self.scores[depth] >= thresholds[depth])
@@ -88,15 +88,15 @@ class Replay:
                 leaves &= ~shut[depth]
             if not first:
                 leaves[:, 0] = False
-            found = np.where(leaves, depth, found)
-        return found
+            depths = np.where(leaves, depth, depths)
+        return depths
 
     def written(self, depths: Array) -> Array:
         """The token [N, A] that is written when each exits at its depth of `depths` [N, A]."""
-        found = self.final
+        tokens = self.final
         for depth, said in self.said.items():
-            found = np.where(depths == depth, said, found)
-        return found
+            tokens = np.where(depths == depth, said, tokens)
+        return tokens
 
     def differs(self, depths: Array) -> Array:
         """Which answers [N] would not be the full model's, if the targets are its greedy ones."""
@@ -104,7 +104,7 @@ class Replay:
 
 
 def can_replay(policy: ExitPolicy) -> bool:
-    """Whether a replay tells what `policy` does: exact keys and values, a score of `SCORES`."""
+    """Whether a replay shows what `policy` does: exact keys and values, a score of `SCORES`."""
     return policy.kv == "recompute" and policy.score in SCORES and not policy.lossless
 
 
@@ -131,11 +131,11 @@ class PolicyReplay:
         progress: Any = iter,
     ) -> PolicyReplay:
         """Replay `rows` under a policy that `can_replay`; its thresholds may be others later."""
-        found = replay(
+        replayed = replay(
             encoder, exits, rows, policy.score,
             shortlist=policy.shortlist, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        return cls(found, policy, first_token_may_exit(encoder.backbone, policy))
+        return cls(replayed, policy, first_token_may_exit(encoder.backbone, policy))
 
     def depths(self, thresholds: Mapping[int, float] | None = None) -> Array:
         """The depth [N, A] at which each token exits, by the policy's thresholds or by others."""
@@ -184,10 +184,10 @@ def replay(
     guesses = {d: np.full(shape, np.nan) for d in gates}
     ids = shortlist_of_policy(ExitPolicy(shortlist=shortlist), exits)
     head = None if ids is None else exits.shortlist_head(backbone)
-    for some in progress(group(rows, batch_size)):
-        batch = record(encoder, some, exits.depths)
+    for answered in progress(group(rows, batch_size)):
+        batch = record(encoder, answered, exits.depths)
         states = {backbone.depth: batch.teacher, **exit_features(backbone, exits.modules, batch)}
-        where = np.ix_([place[id(row)] for row in some], range(batch.targets.shape[1]))
+        where = np.ix_([place[id(row)] for row in answered], range(batch.targets.shape[1]))
         mask = batch.mask.cpu().numpy()
 
         def put(array: Array, values: torch.Tensor, where: Any = where, mask: Array = mask) -> None:

@@ -45,10 +45,10 @@ def _differs(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Exampl
 def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
     losses = np.array([float(a.text != b.text) for a, b in zip(early, full, strict=True)])
     # Nothing is like an empty answer.
-    some = [i for i in np.flatnonzero(losses).tolist() if full[i].text]
-    if some:
-        texts, references = [early[i].text for i in some], [[full[i].text] for i in some]
-        losses[some] = 1 - ANSWER_QUALITIES["rouge_l"](texts, references)
+    answered = [i for i in np.flatnonzero(losses).tolist() if full[i].text]
+    if answered:
+        texts, references = [early[i].text for i in answered], [[full[i].text] for i in answered]
+        losses[answered] = 1 - ANSWER_QUALITIES["rouge_l"](texts, references)
     return losses
 
 

@@ -35,7 +35,7 @@ class ThresholdEvaluator:
 
     depths: of the exits. policy: whose thresholds are tried. risk: what answers lose by.
     full: the full model's answers. answer: generates answers to examples by a policy.
-    replay: what the exits say along the full answers; None where a replay cannot tell that.
+    replay: what the exits say along the full answers; None where a replay cannot show that.
     doubtful: answers [n] of which a replay cannot be sure that they stay unchanged.
     costs: of decoding; None: no times are predicted.
     """
@@ -123,7 +123,7 @@ class ThresholdEvaluator:
         return losses
 
     def seconds(self, thresholds: Mapping[int, float]) -> float | None:
-        """Predicted seconds of a decoded token; None where no costs or no replay tell them."""
+        """Predicted seconds of a decoded token; None without costs or a replay."""
         if self.replay is None or self.costs is None:
             return None
         return self.time(self.replay.depths(thresholds), tuple(thresholds))
@@ -156,7 +156,7 @@ def split_images(
     if not search or not tested:
         raise DataError(
             f"{len(images)} images are too few to search thresholds on some and test on others.",
-            "Bring more images, or calibrate an adapter with one exit.",
+            "Give more images, or calibrate an adapter with one exit.",
         )
     return search, tested
 
@@ -184,14 +184,14 @@ def _is_greedy(options: Mapping[str, Any]) -> bool:
 
 def check_scores(scores: Sequence[Array]) -> None:
     """Raise `DataError` where the scores of all exits are constant, or one is NaN everywhere."""
-    known = [some[~np.isnan(some)] for some in scores]
+    known = [exit_scores[~np.isnan(exit_scores)] for exit_scores in scores]
     if not all(map(len, known)):
         raise DataError(
             "The scores of an exit are NaN.",
             "Look for NaN in the exits and the model, e.g. from half precision.",
         )
-    if all(np.ptp(some) == 0 for some in known):
+    if all(np.ptp(exit_scores) == 0 for exit_scores in known):
         raise DataError(
-            f"All scores are the same ({known[0][0]:.4g}), so no threshold tells tokens apart.",
+            f"All scores are the same ({known[0][0]:.4g}), so no threshold separates tokens.",
             "Use another --score, or train the exits longer.",
         )

@@ -56,7 +56,7 @@ def _affordable(exits: int, points: int) -> tuple[int, int]:
 
 def pareto_path(
     search: PolicyReplay,
-    tried: Sequence[Thresholds],
+    candidates: Sequence[Thresholds],
     seconds: Callable[[Array, Sequence[int]], float],
     grid: Sequence[float],
 ) -> list[Thresholds]:
@@ -70,14 +70,14 @@ def pareto_path(
 
     Returns [] where no candidate is faster than the full model.
     """
-    depths = [search.depths(thresholds) for thresholds in tried]
+    depths = [search.depths(thresholds) for thresholds in candidates]
     risks = [search.replay.differs(ran).mean() for ran in depths]
-    times = [seconds(ran, tuple(t)) for ran, t in zip(depths, tried, strict=True)]
+    times = [seconds(ran, tuple(t)) for ran, t in zip(depths, candidates, strict=True)]
     path: list[Thresholds] = []
     best = seconds(search.depths({}), ())
     for index in np.lexsort((times, risks)):
         if times[index] < best * (1 - STEP):
-            path.append(tried[index])
+            path.append(candidates[index])
             best = times[index]
     return [*_stricter(path[0], grid), *path] if path else []
 

@@ -26,7 +26,7 @@ def with_config(args: Sequence[str], options: Mapping[str, argparse.Action]) -> 
     path = _path(args)
     if path is None or "--config" not in options:
         return list(args)
-    found: list[str] = []
+    added: list[str] = []
     for name, value in _read(path).items():
         flag = f"--{str(name).replace('_', '-')}"
         if flag not in options or flag in ("--config", "--help"):
@@ -35,8 +35,8 @@ def with_config(args: Sequence[str], options: Mapping[str, argparse.Action]) -> 
                 f"{path} sets {str(name)!r}, which is no option of this command.",
                 did_you_mean(flag[2:], known),
             )
-        found += _as_arguments(flag, value, options[flag], path)
-    return [*found, *args]
+        added += _as_arguments(flag, value, options[flag], path)
+    return [*added, *args]
 
 
 def _path(args: Sequence[str]) -> str | None:

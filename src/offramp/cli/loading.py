@@ -60,12 +60,12 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
     from offramp.engine.self_check.decoding import adopt_findings, check_decoding
     from offramp.models.input_processor import InputProcessor
 
-    found = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))
-    adopt_findings(backbone, found)
+    check = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))
+    adopt_findings(backbone, check)
     return {
         "exits": "the model's own logits, to rounding",
-        "first_token": "may exit" if found.holds(found.first_token) else "runs whole",
-        "lossless": "exact" if found.holds(found.lossless) else "refused",
+        "first_token": "may exit" if check.holds(check.first_token) else "runs whole",
+        "lossless": "exact" if check.holds(check.lossless) else "refused",
     }
 
 
@@ -135,7 +135,7 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
     from offramp.data.decontamination import unseen
 
     keep = unseen(adapter.seen, [item.example for item in items], steps)
-    left = [item for item, kept in zip(items, keep, strict=True) if kept]
+    left = [item for item, is_unseen in zip(items, keep, strict=True) if is_unseen]
     log.info("%d of %d examples are left out: used before", len(items) - len(left), len(items))
     if not left:
         raise DataError(

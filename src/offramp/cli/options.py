@@ -73,8 +73,8 @@ def name_option(
 ) -> None:
     """An option that takes one of these names. shown: the default in words."""
     names = list(names)
-    told = default if shown is None else shown
-    ending = "" if told is None else f" (default: {told})"
+    default_text = default if shown is None else shown
+    ending = "" if default_text is None else f" (default: {default_text})"
     group.add_argument(
         flag, metavar="NAME", default=default, choices=names,
         help=f"{help}: {one_of(names)}{ending}", **more,
@@ -105,8 +105,8 @@ def field_option(
     if known is not None:
         name_option(group, flag, known, text, default=default, shown=shown)
         return
-    told = shown or ("none" if default is None or default == {} else default)
-    text = f"{text} (default: {told})"
+    default_text = shown or ("none" if default is None or default == {} else default)
+    text = f"{text} (default: {default_text})"
     if hint is bool:
         yes_no = argparse.BooleanOptionalAction
         group.add_argument(flag, action=yes_no, default=default, help=text)

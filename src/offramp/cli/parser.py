@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
         self._load()
         typed = sys.argv[1:] if args is None else list(args)
         typed = with_config(typed, self._option_string_actions)
-        found, rest = super().parse_known_args(typed, namespace)
-        if rest:
-            self._refuse(rest[0])
-        return found, rest
+        parsed, unknown = super().parse_known_args(typed, namespace)
+        if unknown:
+            self._refuse(unknown[0])
+        return parsed, unknown
 
     def loaded(self) -> Iterator[argparse.Action]:
         """All options, those of commands included, which are made for it."""
@@ -107,8 +107,8 @@ def share(text: str) -> float:
 
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
     """A type of options: whole numbers from `least`, with commas between."""
-    one = whole(least)
-    return lambda text: tuple(one(part) for part in text.split(","))
+    number = whole(least)
+    return lambda text: tuple(number(part) for part in text.split(","))
 
 
 class Flattened(argparse.Action):

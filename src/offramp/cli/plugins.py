@@ -34,10 +34,10 @@ def load_plugins() -> None:
         if point.value in _loaded:
             continue
         try:
-            found = point.load()
-            if callable(found):
-                found()
-        except Exception as error:  # whatever a stranger's module raises
+            plugin = point.load()
+            if callable(plugin):
+                plugin()
+        except Exception as error:  # whatever a foreign module raises
             raise InputError(
                 f"The plug-in {point.name!r} ({point.value}) failed: {type(error).__name__}: "
                 f"{error}.",

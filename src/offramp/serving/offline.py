@@ -33,7 +33,7 @@ def map_examples(
                 yield from _finished(under_way)
         while under_way:
             yield from _finished(under_way)
-    finally:  # whoever stops listening wants no more
+    finally:  # a caller that stops iterating wants no more
         for handle in under_way:
             engine.cancel(handle)
 

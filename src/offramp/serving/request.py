@@ -76,8 +76,8 @@ class Request:
             )
         if mode == "lossless":
             return RowPolicy()
-        given = policy.thresholds if self.thresholds is None else self.thresholds
-        return RowPolicy(check_thresholds(dict(given), depths))
+        thresholds = policy.thresholds if self.thresholds is None else self.thresholds
+        return RowPolicy(check_thresholds(dict(thresholds), depths))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             score=policy.score, shortlist=policy.shortlist,
         )  # fmt: skip
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
-    found = calibrate(
+    calibration = calibrate(
         adapter,
         encoder,
         examples,
@@ -113,15 +113,15 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         **asked,
     )
     # Before it is written, for it took long to find.
-    show_result(found.to_json(), _table(found), as_json=arguments.json)
-    _store(adapter, found, examples, arguments, out)
+    show_result(calibration.to_json(), _table(calibration), as_json=arguments.json)
+    _store(adapter, calibration, examples, arguments, out)
 
 
 def _say_how_long(
     model: Any, encoder: Any, examples: Any, policy: Any, arguments: argparse.Namespace
 ) -> None:
     """From a few answers of the full model: all are answered once by it, and then read once again,
-    where that tells what exits would say, or else answered at each of the thresholds."""
+    where that shows what exits would say, or else answered at each of the thresholds."""
     import time
 
     from offramp.answers import generate_answers
@@ -143,41 +143,44 @@ def _say_how_long(
 
 
 def _store(
-    adapter: Any, found: Any, examples: Any, arguments: argparse.Namespace, out: Path
+    adapter: Any, calibration: Any, examples: Any, arguments: argparse.Namespace, out: Path
 ) -> None:
     """The calibrated adapter; where nothing is guaranteed, the attempt alone, which used a share of
     the error budget."""
     from offramp.calibration.calibrate import calibrated, with_attempts
 
-    if not found.reason or arguments.write:
-        calibrated(adapter, found, examples).save(out)
+    if not calibration.reason or arguments.write:
+        calibrated(adapter, calibration, examples).save(out)
         log.info("Written to %s.", out)
         return
-    kept = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else out
-    with_attempts(adapter, found).save(kept)
-    log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", kept)
+    folder = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else out
+    with_attempts(adapter, calibration).save(folder)
+    log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", folder)
 
 
-def _table(found: Any) -> str:
+def _table(calibration: Any) -> str:
     """The path and the guarantee, as a person reads them on a terminal."""
     lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}"]
-    for point in found.path:
+    for point in calibration.path:
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
         lines.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
     lines.append("")
-    if found.attempt > 1:
+    if calibration.attempt > 1:
         lines.append(
-            f"This is attempt {found.attempt} on these images, so it is tested at a confidence of "
-            f"{found.level:.2%}: all attempts together keep {found.confidence:.0%}."
+            f"This is attempt {calibration.attempt} on these images, so it is tested at a "
+            f"confidence of {calibration.level:.2%}: all attempts together keep "
+            f"{calibration.confidence:.0%}."
         )
-    if found.reason:
-        lines.append(f"Nothing is guaranteed. {found.reason}")
+    if calibration.reason:
+        lines.append(f"Nothing is guaranteed. {calibration.reason}")
     else:
-        faster = f"; decoding is predicted to be {found.speedup:.2f}x" if found.speedup else ""
+        speed = calibration.speedup
+        faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
-            f"Guaranteed: {found.risk} at most {found.target:g}, with {found.confidence:.0%} "
-            f"confidence (measured {found.measured:.4f} on {found.n} images, {found.answers} "
-            f"answers){faster}. Thresholds: {found.policy.thresholds}."
+            f"Guaranteed: {calibration.risk} at most {calibration.target:g}, with "
+            f"{calibration.confidence:.0%} confidence (measured {calibration.measured:.4f} on "
+            f"{calibration.n} images, {calibration.answers} answers){faster}. Thresholds: "
+            f"{calibration.policy.thresholds}."
         )
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def _draft(arguments: argparse.Namespace) -> None:
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
     _say_how_long(adapter, inputs, arguments)
-    found = draft_speeds(
+    draftings = draft_speeds(
         adapter,
         inputs,
         rounds=arguments.rounds,
@@ -61,10 +61,10 @@ def _draft(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
     )
-    chosen = with_drafts(adapter, found)
+    chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter
-    rows = [{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in found]
-    show_result(rows, _table(found, better=better), as_json=arguments.json)
+    rows = [{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in draftings]
+    show_result(rows, _table(draftings, better=better), as_json=arguments.json)
     if better:
         chosen.save(out)
         log.info("Written to %s.", out)
@@ -91,12 +91,12 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
     )  # fmt: skip
 
 
-def _table(found: Any, *, better: bool) -> str:
+def _table(draftings: Any, *, better: bool) -> str:
     """The thresholds that were timed and the choice, as a person reads it on a terminal."""
     lines = [f"{'drafts':<40}{'decoding':>10}"]
-    for drafting in found:
+    for drafting in draftings:
         lines.append(f"{_words(drafting.thresholds):<40}{drafting.speedup:>9.2f}x")
-    best = found[0]
+    best = draftings[0]
     said = (
         f"Lossless decoding drafts by {_words(best.thresholds)} from here on, "
         f"{best.speedup:.2f}x as fast as the full model."

@@ -37,7 +37,7 @@ def _env(arguments: argparse.Namespace) -> None:
 
     here = provenance(None, "", None)
     gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
-    found = {
+    environment = {
         "offramp": here["versions"]["offramp"],
         "commit": here["versions"]["commit"],
         "python": here["versions"]["python"],
@@ -49,7 +49,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "threads": here["threads"],
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-    show_result(found, as_json=arguments.json)
+    show_result(environment, as_json=arguments.json)
 
 
 def optional_packages() -> dict[str, str]:
@@ -60,13 +60,13 @@ def optional_packages() -> dict[str, str]:
         named = [Requirement(text) for text in metadata.requires("offramp") or ()]
     except metadata.PackageNotFoundError:  # run from a source tree that was not installed
         return {}
-    found = {}
+    packages = {}
     for package in named:
         extra = str(package.marker or "").partition("extra == ")[2].strip("\"'")
         if extra and extra not in ("all", "dev", "docs"):
             version = _version(package.name)
-            found[package.name] = version or f"not installed: pip install 'offramp[{extra}]'"
-    return found
+            packages[package.name] = version or f"not installed: pip install 'offramp[{extra}]'"
+    return packages
 
 
 def _version(name: str) -> str | None:

@@ -104,16 +104,19 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `generate` is asked for. Raise `InputError` for what cannot be sampled by."""
     drawn = {n: getattr(arguments, n) for n in ("temperature", "top_p", "top_k")}
-    given = {name: value for name, value in drawn.items() if value is not None}
-    wrong = [name for name in ("temperature", "top_p") if name in given and not given[name] > 0]
+    sampling = {name: value for name, value in drawn.items() if value is not None}
+    wrong = [
+        name for name in ("temperature", "top_p") if name in sampling and not sampling[name] > 0
+    ]
     if wrong:
         raise InputError(
-            f"--{wrong[0].replace('_', '-')} is {given[wrong[0]]:g}, from which nothing is drawn.",
+            f"--{wrong[0].replace('_', '-')} is {sampling[wrong[0]]:g}, from which nothing can be "
+            "drawn.",
             "Give a number above 0; without sampling options the likeliest token is taken.",
         )
     if arguments.stream and arguments.json:
         raise InputError("--stream prints text, and --json none.", "Give one of them.")
-    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": bool(given), **given}
+    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": bool(sampling), **sampling}
 
 
 def _check_images(arguments: argparse.Namespace) -> None:

@@ -33,27 +33,27 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
 
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
-    given = [
+    named = [
         n for n in ("revision", "dtype", "device") if getattr(arguments, n) not in (None, "auto")
     ]
-    if is_adapter and given:
+    if is_adapter and named:
         raise InputError(
-            f"{arguments.name} is an adapter, to which --{given[0]} says nothing.",
-            f"Leave --{given[0]} out, or name a backbone.",
+            f"{arguments.name} is an adapter, to which --{named[0]} says nothing.",
+            f"Leave --{named[0]} out, or name a backbone.",
         )
-    found = _adapter(arguments.name) if is_adapter else _backbone(arguments)
-    show_result(found, as_json=arguments.json)
+    description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
+    show_result(description, as_json=arguments.json)
 
 
 def _adapter(name: str) -> dict[str, Any]:
     """What adapter.json holds, without the digests."""
     from offramp.save_and_load import read_config
 
-    found = dict(read_config(name).raw)
+    entries = dict(read_config(name).raw)
     for digest in ("digest", "files"):
-        found.pop(digest, None)
-    found["backbone"] = {n: v for n, v in found["backbone"].items() if n != "fingerprint"}
-    return found
+        entries.pop(digest, None)
+    entries["backbone"] = {n: v for n, v in entries["backbone"].items() if n != "fingerprint"}
+    return entries
 
 
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
     from offramp.models.exits import propose_depths
 
     backbone, processor = load_model(arguments, arguments.name)
-    found = describe(backbone)
+    description = describe(backbone)
     blank = Example(Image.new("RGB", (64, 64)), "Describe the image.", (), "blank")
-    found["decoding"] = check_exits(backbone, processor, blank)
-    found["proposed_depths"] = {
+    description["decoding"] = check_exits(backbone, processor, blank)
+    description["proposed_depths"] = {
         n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth
     }
-    return found
+    return description

@@ -110,7 +110,7 @@ def _train(arguments: argparse.Namespace) -> None:
             adapter = learn_shortlist_and_gates(
                 adapter, encoder, examples,
                 gates=True, costs=costs, max_new_tokens=config.max_new_tokens,
-                progress=lambda some: progress(some, "gates"),
+                progress=lambda iterable: progress(iterable, "gates"),
             )  # fmt: skip
             adapter.save(arguments.out)
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}

@@ -30,7 +30,7 @@ def _options(parser: Parser) -> None:
     from offramp.research.analysis.analyse import AnalysisConfig
     from offramp.research.analysis.free_running import METRICS
 
-    what = "held-out data; without answers it tells agreement only"
+    what = "held-out data; without answers it gives agreement only"
     measured_options(parser, what, adapter=False, allow_seen=True)
     group = parser.add_argument_group("analysis")
     field_option(
@@ -77,6 +77,6 @@ def _analyse(arguments: argparse.Namespace) -> None:
         config,
         out=arguments.out,
         allow_seen=arguments.allow_seen,
-        progress=lambda things: progress(things, "analyse"),
+        progress=lambda iterable: progress(iterable, "analyse"),
     )
     show_result(result, as_json=arguments.json)

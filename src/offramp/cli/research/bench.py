@@ -114,15 +114,15 @@ def _bench(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.engine:
         arguments.batch = 1
-        found, text = bench_of_engine(arguments, _subject(arguments))
+        result, text = bench_of_engine(arguments, _subject(arguments))
     else:
-        found, text = _race(arguments) if arguments.peers else _force(arguments)
-    show_result(found, text, as_json=arguments.json)
+        result, text = _time_peers(arguments) if arguments.peers else _force(arguments)
+    show_result(result, text, as_json=arguments.json)
     if arguments.out is not None:
-        write_result(arguments.out, {**found, "provenance": provenance(0, sys.argv, None)})
+        write_result(arguments.out, {**result, "provenance": provenance(0, sys.argv, None)})
         log.info("record: %s", arguments.out)
         if arguments.peers:
-            write_atomic(arguments.out.with_suffix(".svg"), speeds(found["peers"]))
+            write_atomic(arguments.out.with_suffix(".svg"), speeds(result["peers"]))
 
 
 def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -160,7 +160,7 @@ def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 
 
-def _race(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _time_peers(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The adapter and its peers, and their table."""
     from offramp.data.formats import read_items
     from offramp.models.input_processor import InputProcessor
@@ -173,8 +173,8 @@ def _race(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if arguments.data is not None:
         examples = [item.example for item in read_items(arguments.data, limit=arguments.limit)]
     elif adapter.backbone.name.startswith("offramp/tiny-"):
-        some = max(1, arguments.limit // 3)
-        examples = captions("test", some).examples + questions("test", some).examples
+        scenes = max(1, arguments.limit // 3)
+        examples = captions("test", scenes).examples + questions("test", scenes).examples
     else:
         raise InputError("There are no prompts to time.", "Give --data.")
     encoder = InputProcessor(adapter.backbone, processor)
@@ -216,4 +216,4 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _bar(title: str) -> Any:
     from offramp.progress import progress
 
-    return lambda things: progress(things, title)
+    return lambda iterable: progress(iterable, title)

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "compare",
-        "Train exits by several objectives, decode by several policies, and tell how fast each is "
+        "Train exits by several objectives, decode by several policies, and show how fast each is "
         "at equal quality.",
         "offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare\n"
         "  offramp compare --backbone tiny-opt --data questions.jsonl --quality exact_match \\\n"
@@ -126,9 +126,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from offramp.storage import check_writable
     from offramp.training.config import TrainConfig
 
-    given = ("objectives", "policies", "pairs", "depths", "several")
+    names = ("objectives", "policies", "pairs", "depths", "several")
     chosen: dict[str, Any] = {
-        n: tuple(v) for n in given if (v := getattr(arguments, n)) is not None
+        n: tuple(v) for n in names if (v := getattr(arguments, n)) is not None
     }
     names = ("exit_in_prefill", "seeds", "timed", "rounds", "max_new_tokens")
     same = {n: getattr(arguments, n) for n in names}
@@ -144,7 +144,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     share = arguments.test_fraction
     parts = split_examples(examples, {"train": 1 - share, "test": share}, arguments.seed)
-    found = compare(
+    comparison = compare(
         *load_model(arguments),
         parts["train"],
         parts["test"],
@@ -152,5 +152,5 @@ def _compare(arguments: argparse.Namespace) -> None:
         plan,
         quality=QUALITIES.get(arguments.quality),
     )
-    result = {"quality_full": found["quality_full"], **found["equal_quality"]}
+    result = {"quality_full": comparison["quality_full"], **comparison["equal_quality"]}
     show_result(result, as_json=arguments.json)

@@ -135,7 +135,7 @@ def _by_rules(
             rules, before = question
             try:
                 chosen[i] = rules.choose(logits(i), before)
-            except Exception as error:  # a stranger's processor: its request alone fails
+            except Exception as error:  # a processor of the caller's: its request alone fails
                 chosen[i] = error
     return chosen
 

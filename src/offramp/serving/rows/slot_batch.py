@@ -1,7 +1,7 @@
 """Rows in slots, and the three calls that move them on. One thread's, and knows no queue.
 
-Whatever runs when, each row's answer is what its request alone would get: who is guessed, parked
-or caught up together changes the order of work, not its outcome.
+Whatever runs when, each row's answer is what its request alone would get: which rows guess, park
+or catch up together changes the order of work, not its outcome.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RowPolicy:
 
 @dataclass(eq=False)
 class Seat:
-    """A row in its slot, with its rules and what it is to be told. error: why it failed."""
+    """A row in its slot, with its rules and what it is to take next. error: why it failed."""
 
     row: Row
     rules: RowRules
@@ -272,9 +272,9 @@ class SlotBatch:
         for depth in self.depths[1:]:
             if depth not in policy.thresholds:
                 continue
-            one = states.picked(torch.tensor([at], device=states.final.device))
+            state = states.picked(torch.tensor([at], device=states.final.device))
             question = (seat.rules, seat.row.tokens[:place])
-            verdict = _raised(self.chooser.verdicts(depth, one, [question])[0])
+            verdict = _raised(self.chooser.verdicts(depth, state, [question])[0])
             if policy.exits(depth, verdict):
                 return Choice(verdict.token, depth, policy.shown(depth, verdict))
             score = verdict.score if verdict.open else score
@@ -301,7 +301,9 @@ class SlotBatch:
                     row.end(n)
                     seat.over = True
                     return
-        except Exception as error:  # a stranger's streamer or criterion: its request alone fails
+        except (
+            Exception
+        ) as error:  # a streamer or criterion of the caller's: its request alone fails
             seat.error = error
 
 

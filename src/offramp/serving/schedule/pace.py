@@ -85,7 +85,7 @@ class Pace:
         right = tally.right / tally.ruled if tally.ruled else 0.0
         work = Workload(rate, right, (20, 60), guess=tally.guessed > tally.parked)
         slots, longest = self._sizes["slots"], self._sizes["longest"]
-        found = simulate(
+        simulated = simulate(
             self._costs, work, schedule, slots=slots, longest=longest, tokens=_SIMULATED
         )
-        return found.tokens_per_second
+        return simulated.tokens_per_second

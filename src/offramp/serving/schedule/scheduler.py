@@ -17,7 +17,7 @@ Call = Literal["shallow", "deep", "full"]
 
 
 class Load(NamedTuple):
-    """The rows at hand. ready: can be fed. idle: cannot, before a deep call. oldest: shallow calls
+    """The rows in slots. ready: can be fed. idle: cannot, before a deep call. oldest: shallow calls
     since the oldest question to the deep layers. pending: tokens that wait before them. plain: no
     row's tokens may exit, so that all may run at full depth."""
 

@@ -79,7 +79,7 @@ def measure_calls(
 ) -> CallCosts:
     """Time the calls of an empty batch after the prompt `inputs` in every slot; medians.
 
-    most: tokens of the largest deep call. clock: what tells seconds.
+    most: tokens of the largest deep call. clock: returns seconds.
 
     Raises:
         InputError: a batch with rows in it or without exits, or fewer than one repeat.
@@ -140,8 +140,8 @@ class _Timer:
                     call(n)
                     if turn:  # the first one warms up
                         took[n].append(self._now() - begin)
-        found = np.maximum.accumulate([median(took[n]) for n in sizes])
-        return tuple(zip(sizes, found.tolist(), strict=True))
+        seconds = np.maximum.accumulate([median(took[n]) for n in sizes])
+        return tuple(zip(sizes, seconds.tolist(), strict=True))
 
     def shallow(self, rows: int) -> None:
         states = self._batch.runner.shallow(self._tokens(rows), self._columns(rows))
