@@ -79,9 +79,9 @@ class _Names:
             name = self._parent[name]
         return name
 
-    def join(self, one: str, other: str) -> None:
+    def join(self, name: str, other: str) -> None:
         # The smaller name stays, so that the order of the examples does not matter.
-        first, second = sorted((self.root(one), self.root(other)))
+        first, second = sorted((self.root(name), self.root(other)))
         self._parent[second] = first
 
 
