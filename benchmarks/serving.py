@@ -80,11 +80,11 @@ def main() -> None:
         }
     own = engine_alone(arguments)
     entries = []
-    for (mode, clients), found in over_http.items():
-        speed = found["tokens"] / found["seconds"]
+    for (mode, clients), measured in over_http.items():
+        speed = measured["tokens"] / measured["seconds"]
         entry = Entry(
             mode, clients, arguments.requests, speed, own[mode, clients],
-            speed / own[mode, clients], spread(found["first"]), spread(found["gaps"]),
+            speed / own[mode, clients], spread(measured["first"]), spread(measured["gaps"]),
         )  # fmt: skip
         entries.append(asdict(entry))
         print(

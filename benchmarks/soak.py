@@ -2,7 +2,7 @@
 benchmarks/records/serving.json under "soak".
 
 32 clients ask about images from 1 pixel to the limit; 10% go away in the middle of an answer, 5%
-send a bad request, some sample. It is told: every status that was not the client's own fault, the
+send a bad request, some sample. Recorded is every status that was not the client's own fault, the
 server's memory over time, and whether sampled answers are those of the same requests asked one by
 one afterwards. `taskset -c 0,1 python -m benchmarks.soak` takes 10 minutes and two for the answers.
 
@@ -45,10 +45,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()
     with Server("--image-pixels", str(LIMIT), "--queue", str(4 * arguments.clients)) as server:
-        found = asyncio.run(soak(server, arguments.clients, arguments.seconds))
-    print(found)
+        figures = asyncio.run(soak(server, arguments.clients, arguments.seconds))
+    print(figures)
     record = read_json(arguments.out) if arguments.out.is_file() else {}
-    record["soak"] = {**found, "load": os.getloadavg()}
+    record["soak"] = {**figures, "load": os.getloadavg()}
     record["provenance"] = provenance(0, ["benchmarks.soak"], None)
     write_json(arguments.out, record)
 

@@ -38,10 +38,10 @@ def entry(target: float, streams: int, images: int) -> dict[str, Any]:
     false = alarms(target, target, streams, images) > 0
     delays = {}
     for ratio in RATIOS:
-        found = alarms(target, ratio * target, 200, images)
-        noticed = found[found > 0]
+        alarmed = alarms(target, ratio * target, 200, images)
+        noticed = alarmed[alarmed > 0]
         delays[f"{ratio:g}"] = {
-            "noticed": float((found > 0).mean()),
+            "noticed": float((alarmed > 0).mean()),
             "median_images": float(np.median(noticed)) if len(noticed) else None,
             "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
         }

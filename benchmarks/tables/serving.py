@@ -11,22 +11,22 @@ HTTP = ("clients", "mode", "tokens a second", "of the engine's", "first token p5
 
 def watched() -> str:
     """False alarms, and images until a broken promise is noticed, by how much it is exceeded."""
-    found = record("watched")
+    measured = record("watched")
     rows = []
-    for entry in found["entries"]:
+    for entry in measured["entries"]:
         false = f"{entry['false_alarms']:.2%} of {entry['streams']} over {entry['images']} images"
         delays = [_delay(entry["delays"][ratio]) for ratio in ("2", "3", "10")]
         rows.append((f"at most {entry['target']:.2%}", false, *delays))
     return table(rows, WATCHED)
 
 
-def _delay(found: Mapping[str, Any]) -> str:
-    return f"{found['median_images']:.0f} (p95 {found['p95_images']:.0f}) images"
+def _delay(delay: Mapping[str, Any]) -> str:
+    return f"{delay['median_images']:.0f} (p95 {delay['p95_images']:.0f}) images"
 
 
 def http() -> str:
     """Empty until it was measured."""
-    if not (RECORDS / "serving.json").is_file() or "http" not in (found := record("serving")):
+    if not (RECORDS / "serving.json").is_file() or "http" not in (measured := record("serving")):
         return ""
     rows = [
         (
@@ -37,7 +37,7 @@ def http() -> str:
             f"{1000 * entry['first']['p50']:.0f}, {1000 * entry['first']['p95']:.0f} ms",
             f"{1000 * entry['gap']['p50']:.1f} ms",
         )
-        for entry in found["http"]["entries"]
+        for entry in measured["http"]["entries"]
     ]
     return table(rows, HTTP)
 

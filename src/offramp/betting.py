@@ -1,4 +1,4 @@
-"""Bets against a claim about a mean: how fast they gain tells how wrong the claim is.
+"""Bets against a claim about a mean: how fast they gain shows how wrong the claim is.
 
 Waudby-Smith and Ramdas (2024): who bets at every draw that bounded losses have a mean on one side
 of a claim cannot expect to gain where the claim is true, so by Ville's inequality a fortune that
@@ -33,7 +33,7 @@ def betting_p_values(losses: Array, target: float, high: float = 1.0) -> Array:
 
     The fortune is split over bets that are `FRACTIONS` of the largest one that cannot ruin,
     1 / (high - target). Losses may be negative without a limit. The bets are made in the order of
-    the losses: a longer list goes on with them.
+    the losses: a longer list continues them.
     """
     if target >= high:
         return np.zeros(losses.shape[1:])

@@ -162,10 +162,12 @@ def visdial(source: Source) -> Iterator[Item]:
         for number, turn in enumerate(rounds, 1):
             where = f"round {number} on image {image_id}"
             place = source.get(turn, "question", int, where)
-            asked = _told(source, place, "question", questions, where).removesuffix("?") + "?"
+            asked = _text_at(source, place, "question", questions, where).removesuffix("?") + "?"
             prompt = f"{history} {source.question_prompt(asked)}".lstrip()
             options = source.get(turn, "answer_options", list, where)
-            candidates = tuple(_told(source, o, "answer_options", answers, where) for o in options)
+            candidates = tuple(
+                _text_at(source, o, "answer_options", answers, where) for o in options
+            )
             gold = source.get(turn, "gt_index", int, where)
             if not 0 <= gold < len(candidates):
                 source.fail(f"has {gold} as 'gt_index' in {where}, of {len(candidates)} options")
@@ -188,7 +190,7 @@ def _visdial_names(image_id: int, subset: str) -> list[str]:
     return list(dict.fromkeys([*own, *coco]))
 
 
-def _told(source: Source, place: Any, name: str, texts: list[Any], where: str) -> str:
+def _text_at(source: Source, place: Any, name: str, texts: list[Any], where: str) -> str:
     """The text in one of the file's lists that a turn points at by its place."""
     if not isinstance(place, int) or not 0 <= place < len(texts) or not _texts([texts[place]]):
         source.fail(f"points at {name} {place} in {where}, which is no text in its list")

@@ -63,7 +63,7 @@ class ExitPolicy:
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
-        gates, which are about leaving for good. `offramp draft` finds the fastest.
+        gates, which are about final exits. `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too. True means where the prompt is causal, which the
         backbone's family says: see `resolved`.

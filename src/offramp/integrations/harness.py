@@ -37,7 +37,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Told:
+class HarnessAnswer:
     """An answer, and how many tokens it took."""
 
     text: str
@@ -69,10 +69,10 @@ class HarnessModel:
         config = EngineConfig(int(slots), int(limit))
         self._engine = BatchEngine(model, self.encoder, config, queue=max(64, 4 * int(slots)))
 
-    def answers(self, asked: Iterable[Ask]) -> list[Told]:
+    def answers(self, asked: Iterable[Ask]) -> list[HarnessAnswer]:
         """The answers, in order; many are under way at once."""
         under_way = [self._submit(ask) for ask in asked]
-        return [self._told(handle, stops) for handle, stops in under_way]
+        return [self._answer(handle, stops) for handle, stops in under_way]
 
     def close(self) -> None:
         self._engine.close()
@@ -91,21 +91,21 @@ class HarnessModel:
         handle = self._engine.submit(inputs, mode=self._mode, wait=True, **options)
         return handle, stops
 
-    def _told(self, handle: Future[Any], stops: tuple[str, ...]) -> Told:
+    def _answer(self, handle: Future[Any], stops: tuple[str, ...]) -> HarnessAnswer:
         output = handle.result().output
         [text] = self.encoder.texts(output.new_tokens)
         for stop in stops:
             text = text.split(stop)[0] if stop else text
-        return Told(text.strip(), int(output.depths.shape[1]))
+        return HarnessAnswer(text.strip(), int(output.depths.shape[1]))
 
 
-def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def generation_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Hugging Face's options and the stop strings, of a harness's.
 
     Raises:
         InputError: beams, or an option that is not known.
     """
-    left = {name: value for name, value in given.items() if value is not None}
+    left = {name: value for name, value in asked.items() if value is not None}
     until = left.pop("until", ())
     stops = (until,) if isinstance(until, str) else tuple(until)
     named = ("max_new_tokens", "max_gen_toks", "max_tokens")

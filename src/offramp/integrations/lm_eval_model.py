@@ -44,7 +44,7 @@ class OfframpLM(LM):
             for mark in ("<image>",):  # the harness's own placeholder
                 context = context.replace(mark, self.harness.encoder.image_mark or "")
             asked.append(Ask(context, images, options))
-        texts = [told.text for told in self.harness.answers(asked)]
+        texts = [answer.text for answer in self.harness.answers(asked)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args[:2], text)
         return texts

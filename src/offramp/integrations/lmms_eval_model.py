@@ -12,7 +12,7 @@ from offramp.integrations.harness import Ask, HarnessModel
 
 
 def manifest() -> Any:
-    """What the entry point tells of the model."""
+    """What the entry point says of the model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
@@ -48,12 +48,12 @@ class OfframpLmms(lmms):
             _, doc_to_messages, options, doc, task, split = request.args
             messages = doc_to_messages(self.task_dict[task][split][doc])
             asked.append(Ask(*_parts(messages), options))
-        told = self.harness.answers(asked)
-        for request, answer in zip(requests, told, strict=True):
+        answers = self.harness.answers(asked)
+        for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(
                 "generate_until", (request.args[0], request.args[2]), answer.text
             )
-        return [_result(answer.text, answer.tokens) for answer in told]
+        return [_result(answer.text, answer.tokens) for answer in answers]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise InputError("Tasks of several rounds are not supported.", "Choose tasks of one round.")

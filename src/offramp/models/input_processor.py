@@ -59,8 +59,8 @@ class InputProcessor:
                 f"This model takes one image with a prompt, and {len(images)} came.",
                 "Ask about each image on its own.",
             )
-        given: Any = list(images) if self._places_image else [list(images)]
-        return self._processed([text], given if images else None)
+        batch: Any = list(images) if self._places_image else [list(images)]
+        return self._processed([text], batch if images else None)
 
     def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
         """The same of token ids."""

@@ -1,7 +1,7 @@
 """Many requests at once: early exits in a continuous batch, from any thread.
 
 One thread owns the model and makes the rounds (`offramp.serving.core`). Images are opened and
-prompts processed in worker threads. The queue is bounded: a flood is refused, not swallowed.
+prompts processed in worker threads. The queue is bounded: beyond that, requests are refused.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class BatchEngine:
             return self._changed.wait_for(lambda: self._idle, timeout)
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests and stop; those at hand are answered first, or dropped."""
+        """Take no more requests and stop; those submitted are answered first, or dropped."""
         with self._changed:
             self._closed, self._dropped = True, not drain
             self._changed.notify_all()
@@ -196,7 +196,7 @@ class BatchEngine:
                     return
             try:
                 self.core.round()
-            except Exception as error:  # the model itself: who was in its batch must hear of it
+            except Exception as error:  # the model itself failed: so did all requests in the batch
                 self.core.fail_all(error)
             with self._changed:
                 self._changed.notify_all()

@@ -1,6 +1,6 @@
 """The batch engine without its threads: requests in, rounds of work, answers out.
 
-A round drops who is unwanted, reads prompts into free slots as far as its budget goes, and makes
+A round drops cancelled requests, reads prompts into free slots as far as its budget goes, and makes
 one call. Everything happens in the thread that makes the rounds.
 """
 
@@ -80,7 +80,7 @@ class EngineCore:
     """Slots, a queue of prompts, and the rounds.
 
     costs: of its calls, as `measure_calls` finds them; with them the engine tunes its schedule, and
-    runs at full depth where exits do not pay. clock: tells seconds.
+    runs at full depth where exits do not pay. clock: returns seconds.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.

@@ -70,7 +70,7 @@ def test_a_stream_that_turns_to_damaged_images_is_noticed(engine: BatchEngine) -
             if watcher.broken:
                 break
         assert watcher.broken and watcher.replaces == "lossless"
-        assert watcher.told()["lower"] > 0.0075
+        assert watcher.report()["lower"] > 0.0075
     finally:
         watcher.close()
 

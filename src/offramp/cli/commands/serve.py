@@ -130,7 +130,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    """The server's configuration; what is wrong with it is told before a model is loaded."""
+    """The server's configuration; mistakes in it are reported before a model is loaded."""
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     if arguments.port > 65535:

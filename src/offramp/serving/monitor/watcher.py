@@ -108,7 +108,7 @@ class Sample:
 class Watcher:
     """Compares in a thread of its own; started at once, ended by `close`.
 
-    promise: None: the risk is told, and nothing is judged. loss: of the promise's risk. seed: of
+    promise: None: the risk is reported, not judged. loss: of the promise's risk. seed: of
     the draw.
     """
 
@@ -160,8 +160,8 @@ class Watcher:
         """The mode that takes early exit's place; None: early exit goes on."""
         return self.config.action if self.broken and self.config.action != "warn" else None
 
-    def told(self) -> dict[str, Any]:
-        """For the page and for programs: what is known of the risk now."""
+    def report(self) -> dict[str, Any]:
+        """What is known of the risk now, as JSON for the page and for programs."""
         low, high = self.risk.interval
         return {
             "images": self.risk.n,
@@ -183,7 +183,7 @@ class Watcher:
         return True
 
     def close(self) -> None:
-        """Stop; what waits is let go."""
+        """Stop; what is queued is dropped."""
         self._closed.set()
         self._thread.join()
         if self._log is not None:
@@ -230,7 +230,7 @@ class Watcher:
             self._warn()
 
     def _wait_until_idle(self) -> bool:
-        """Wait for a slot that nobody else wants; False where the watch ends first."""
+        """Wait for a slot that no request needs; False where the watch ends first."""
         slots = self._engine.core.config.slots
         while self._engine.waiting or self._engine.running >= max(1, slots // 2):
             if self._closed.wait(_PAUSE):
@@ -251,8 +251,8 @@ class Watcher:
     def _warn(self) -> None:
         assert self.promise is not None
         low, _ = self.risk.interval
-        told = {
+        event = {
             "event": "guarantee_broken", "risk": self.promise.risk, "promised": self.promise.target,
             "lower_bound": low, "images": self.risk.n, "action": self.config.action,
         }  # fmt: skip
-        log.warning(json.dumps(told))
+        log.warning(json.dumps(event))

@@ -42,7 +42,7 @@ class Answering:
     """The answers to one request. Made, and used, in the event loop's thread.
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
-    has taken too long, by the loop's clock. on_answer: told of every answer that is over.
+    has taken too long, by the loop's clock. on_answer: called with every answer that is over.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Answering:
     # -- whole -------------------------------------------------------------------------------------
 
     async def whole(self, receive: Callable[[], Any]) -> dict[str, Any]:
-        """The reply, once all answers are over. receive: tells when the client has gone.
+        """The reply, once all answers are over. receive: ends when the client has gone.
 
         Raises:
             ApiError: what went wrong with an answer; the client has gone (499).
@@ -125,12 +125,12 @@ class Answering:
         try:
             left = len(self.choices)
             while left:
-                found = asyncio.ensure_future(self._next())
-                await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not found.done():
-                    found.cancel()
+                step = asyncio.ensure_future(self._next())
+                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    step.cancel()
                     raise ApiError(499, "The client has gone.", code="client_gone")
-                index, choice = found.result()
+                index, choice = step.result()
                 if choice is None:
                     self._finish(self.choices[index])
                     left -= 1
@@ -215,7 +215,7 @@ class Answering:
         """The reply as server-sent events. What fails before the first is raised, what fails later
         is an event."""
         options = self._request.stream_options
-        each = options is not None and options.continuous_usage_stats
+        continuous = options is not None and options.continuous_usage_stats
         left, begun = len(self.choices), False
         try:
             while left:
@@ -230,7 +230,7 @@ class Answering:
                 if self.reply.chat and not begun:
                     chunks = [*(self.reply.opening(c.written.index) for c in self.choices), *chunks]
                 begun = True
-                if each:
+                if continuous:
                     usage = self.reply.usage([choice.written for choice in self.choices])
                     chunks = [{**chunk, "usage": usage} for chunk in chunks]
                 if chunks:
@@ -254,17 +254,17 @@ class Answering:
 
     def _ended(self, choice: _Choice) -> list[dict[str, Any]]:
         piece = self._finish(choice)
-        told = choice.how.logprobs is not None or self._request.offramp is not None
-        rest = told and choice.written.told < len(choice.written.tokens)
-        chunks = self._piece(choice, piece) if piece or rest else []
+        detailed = choice.how.logprobs is not None or self._request.offramp is not None
+        unsent = detailed and choice.written.sent < len(choice.written.tokens)
+        chunks = self._piece(choice, piece) if piece or unsent else []
         return [*chunks, self.reply.ending(choice.written)]
 
     def _piece(self, choice: _Choice, piece: str) -> list[dict[str, Any]]:
-        """A chunk of text, with what is told of the tokens since the last one."""
+        """A chunk of text, with the details of the tokens since the last one."""
         written = choice.written
-        begin, offset = written.told, len(written.text)
+        begin, offset = written.sent, len(written.text)
         written.text += piece if written.reason is None else ""
-        written.told = len(written.tokens)
+        written.sent = len(written.tokens)
         depths = None if self._request.offramp is None else written.depths[begin:]
         logprobs = self.reply.logprobs(written, choice.how.logprobs, begin, offset)
         return [self.reply.piece(written, piece, logprobs, depths)]

@@ -69,15 +69,15 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        prompter, given = service.prompter, body.prompts
+        prompter, asked = service.prompter, body.prompts
         urls = prompter.check_images(body.images)
-        prompter.check_text([text for text in given if isinstance(text, str)], "prompt")
-        if urls and not isinstance(given[0], str):
+        prompter.check_text([text for text in asked if isinstance(text, str)], "prompt")
+        if urls and not isinstance(asked[0], str):
             raise ApiError(400, "Images need a prompt of text, not of token ids.", param="images")
 
         def make(images: Sequence[Any]) -> Any:
             return [
-                prompter.text(p, images) if isinstance(p, str) else prompter.ids(p) for p in given
+                prompter.text(p, images) if isinstance(p, str) else prompter.ids(p) for p in asked
             ]
 
         async def prompts() -> Prepared:
@@ -85,7 +85,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             inputs, images = await service.prepare(urls, make)
             return inputs, images
 
-        return await _answer(service, body, request, body.n * len(given), prompts)
+        return await _answer(service, body, request, body.n * len(asked), prompts)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -121,20 +121,20 @@ async def _answer(
     except BaseException:
         place.leave()
         raise
-    told = request.scope.get("offramp", {})
-    told |= {"mode": use.named, "prompt_tokens": answering.reply.prompt_tokens}
+    entry = request.scope.get("offramp", {})
+    entry |= {"mode": use.named, "prompt_tokens": answering.reply.prompt_tokens}
     if not body.stream:
         reply = await answering.whole(request.receive)
         usage = reply["usage"]
-        told |= {"completion_tokens": usage["completion_tokens"]}
-        told |= {"mean_depth": usage["offramp"]["mean_depth"]}
+        entry |= {"completion_tokens": usage["completion_tokens"]}
+        entry |= {"mean_depth": usage["offramp"]["mean_depth"]}
         return JSONResponse(reply)
     pieces = answering.pieces()
     # What fails before the first piece is an error object, not a stream.
     first = await answering.first(pieces, request.receive)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(
-        _stream(first, pieces, answering, told), media_type="text/event-stream", headers=headers
+        _stream(first, pieces, answering, entry), media_type="text/event-stream", headers=headers
     )
 
 
@@ -150,7 +150,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any]) -> OnAnswer:
 
 
 async def _stream(
-    first: bytes, pieces: AsyncIterator[bytes], answering: Answering, told: dict[str, Any]
+    first: bytes, pieces: AsyncIterator[bytes], answering: Answering, entry: dict[str, Any]
 ) -> AsyncIterator[bytes]:
     try:
         yield first
@@ -158,7 +158,7 @@ async def _stream(
             yield piece
     finally:
         answering.leave()
-        told["completion_tokens"] = sum(len(c.written.tokens) for c in answering.choices)
+        entry["completion_tokens"] = sum(len(c.written.tokens) for c in answering.choices)
 
 
 def model_card(service: Service) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def model_card(service: Service) -> dict[str, Any]:
             "exits": list(service.engine.core.batch.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
             "guarantee": _promise(adapter.calibration) if adapter else None,
-            "watch": None if service.watcher is None else service.watcher.told(),
+            "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": service.prompter.processor.has_template,
         },
     }

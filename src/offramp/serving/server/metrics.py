@@ -51,8 +51,8 @@ class Metrics:
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A number that is asked for when the metrics are."""
-        found = Gauge(f"{self._prefix}:{name}", text, ["model_name"], registry=self.registry)
-        found.labels(self._model).set_function(value)
+        gauge = Gauge(f"{self._prefix}:{name}", text, ["model_name"], registry=self.registry)
+        gauge.labels(self._model).set_function(value)
 
     def answered(
         self, done: Completion, depths: Iterable[int], prompt: int, reason: str, mode: str

@@ -27,7 +27,7 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    """An ASGI middleware. refused: told the status of every answer that is an error.
+    """An ASGI middleware. refused: called with the status of every answer that is an error.
 
     A route may put what is worth a log line into `scope["offramp"]`.
     """
@@ -83,13 +83,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         body = await self._body(headers, receive)
-        given = False
+        body_sent = False
 
         async def whole() -> Message:
-            nonlocal given
-            if given:
+            nonlocal body_sent
+            if body_sent:
                 return await receive()
-            given = True
+            body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, whole, send)
@@ -105,7 +105,7 @@ class Gate:
                 return False
         elif kind.lower() != "bearer":
             return False
-        # All are compared, so that the time tells nothing of which one is close.
+        # All are compared, so that the time does not show which one is close.
         return any([hmac.compare_digest(sent, key) for key in self._keys])
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:

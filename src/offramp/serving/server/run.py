@@ -60,7 +60,7 @@ def protocol(header_seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it lets answers under way end, and ends itself as a command that worked."""
+    """HarnessAnswer to stop, it lets answers under way end, and ends itself as a command that worked."""
 
     def __init__(
         self, config: uvicorn.Config, service: Service, ready: Callable[[], None] | None = None
@@ -107,22 +107,22 @@ def listen(host: str, port: int) -> socket.socket:
         [family, kind, proto, _, address] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, proto)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise InputError(
             f"The server cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}.",
             "Free the port, or name another one: --port.",
         ) from error
-    found.set_inheritable(False)
-    return found
+    listener.set_inheritable(False)
+    return listener
 
 
 def serve(
     app: FastAPI, service: Service, place: socket.socket, *, ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. place: from `listen`. ready: told the address."""
+    """Serve until SIGTERM or Ctrl-C. place: from `listen`. ready: called with the address."""
     config = uvicorn.Config(
         app,
         http=protocol(service.config.body_seconds),

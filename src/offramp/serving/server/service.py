@@ -1,4 +1,4 @@
-"""The engine as a service: who is let in, what a request becomes, and what is counted of it."""
+"""The engine as a service: requests are admitted, answered and counted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Service:
         self._typical = 1.0  # seconds of an answer, lately
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
-        # Their own: a host that is slow to answer keeps nobody else's image from being decoded.
+        # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
     # -- who is let in -----------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Service:
         return handle
 
     def over(self, handle: Handle) -> None:
-        """A request is answered, or nobody waits for its answer."""
+        """A request is answered, or its client has gone."""
         self._handles.discard(handle)
         if not handle.done():
             self.engine.cancel(handle)
@@ -232,11 +232,11 @@ class Service:
         return self.engine.alive
 
     def stop_admitting(self) -> None:
-        """Let no more requests in; those under way go on."""
+        """Admit no more requests; those under way continue."""
         self.draining = True
 
     def abort(self) -> None:
-        """End all requests; who waits for one is told that the server is stopping."""
+        """End all requests; their clients get an error that the server is stopping."""
         for handle in list(self._handles):
             self.engine.cancel(handle)
 

@@ -17,7 +17,7 @@ from offramp.serving.server.api.options import LogprobWarper
 class Written:
     """One choice, while and after it is written.
 
-    depths: of its tokens. reason: why it ended; None: it has not. told: tokens whose depths and
+    depths: of its tokens. reason: why it ended; None: it has not. sent: tokens whose depths and
     log-probabilities were given out.
     """
 
@@ -26,7 +26,7 @@ class Written:
     depths: list[int] = field(default_factory=list)
     text: str = ""
     reason: str | None = None
-    told: int = 0
+    sent: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reply:
         depths = [depth for choice in choices for depth in choice.depths]
         written = len(depths)
         early = sum(depth < self.layers for depth in depths)
-        told: dict[str, Any] = {
+        offramp: dict[str, Any] = {
             "mode": self.mode,
             "layers": self.layers,
             "mean_depth": sum(depths) / written if written else None,
@@ -69,12 +69,12 @@ class Reply:
             "accepted_drafts": early if self.mode == "lossless" else 0,
         }
         if self.fell_back:
-            told["guarantee"] = "broken"
+            offramp["guarantee"] = "broken"
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
-            "offramp": told,
+            "offramp": offramp,
         }
 
     def whole(

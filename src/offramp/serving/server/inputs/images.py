@@ -104,7 +104,7 @@ class ImageSource:
         try:
             path = Path(urllib.parse.unquote(parts.path)).resolve()
             inside = path.is_relative_to(folder.resolve()) and parts.netloc in ("", "localhost")
-            # One answer for what lies outside and what is missing: it tells nothing of the machine.
+            # One answer for what lies outside and what is missing: it shows nothing of the machine.
             if not inside or not stat.S_ISREG(path.stat().st_mode):
                 raise OSError("not a file of the folder")
             if path.stat().st_size > self.limits.bytes:
