@@ -60,7 +60,7 @@ def protocol(header_seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """HarnessAnswer to stop, it lets answers under way end, and ends itself as a command that worked."""
+    """On a signal to stop it finishes answers under way, and ends as a command that worked."""
 
     def __init__(
         self, config: uvicorn.Config, service: Service, ready: Callable[[], None] | None = None
