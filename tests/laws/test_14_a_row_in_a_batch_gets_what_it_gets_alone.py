@@ -15,9 +15,10 @@ import torch
 from families import NAMES, one_row
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, first_token_may_exit
 from offramp.engine.slots.layout import LAYOUTS
 from offramp.engine.slots.prompt import PromptReader
+from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, copy_layer, first
 from offramp.serving.rows.rules import RowRules
 from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
 
@@ -97,15 +98,10 @@ def serve(
     noted: every other request notes its logits, from this one on.
     """
     draw = random.Random(seed)
-    batch = SlotBatch(
-        whole,
-        exits,
-        ExitPolicy(dict.fromkeys(exits.depths, 0.5)),
-        slots=slots,
-        limit=64,
-        **settings,
-    )
-    reader = PromptReader(whole, exits, exits.depths)
+    policy = ExitPolicy(dict.fromkeys(exits.depths, 0.5))
+    batch = SlotBatch(whole, exits, policy, slots=slots, limit=64, **settings)
+    early = first_token_may_exit(whole, policy)
+    reader = PromptReader(whole, exits, exits.depths, first_may_exit=early)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
     cancelled = False
@@ -164,6 +160,29 @@ def test_a_row_in_a_batch_gets_what_it_gets_alone(name, backbone, exits, batch):
         for number, seen in notes.items():
             for length, logits in asked[number].logits.by_length.items():
                 torch.testing.assert_close(seen.by_length[length], logits, atol=EXACT, rtol=0)
+
+
+class TwoLayers(torch.nn.ModuleList):
+    """An exit of two layers, each with keys and values of its own."""
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        for layer in self:
+            hidden = first(layer(hidden, *args, **kw))
+        return hidden
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
+def test_an_exit_of_several_layers_keeps_all_its_keys(name, backbone, batch, monkeypatch):
+    kind = ExitKind(
+        lambda whole, depth, own: TwoLayers(copy_layer(whole.layers[depth], e) for e in own), 2
+    )
+    monkeypatch.setitem(EXIT_KINDS, "two_layers", kind)
+    whole = backbone(name)
+    torch.manual_seed(0)
+    exits = Exits(whole, (2, 4), kind="two_layers").requires_grad_(False)
+    asked = requests(name, whole, exits, batch(name, ROWS))
+    done, _ = serve(whole, exits, asked, slots=3, seed=0)
+    check(asked, done)
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
