@@ -48,7 +48,12 @@ def start(tmp_path: Path) -> Callable[..., Any]:
     (tmp_path / "say.py").write_text(COMMAND)
     source = str(Path(__file__).parents[2] / "src")
 
-    def run(*words: str, preexec_fn: Any = None, stdout: Any = subprocess.PIPE, **more: str) -> Any:
+    def heed_signals() -> None:  # a shell's background jobs ignore Ctrl-C, and so would these
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run(
+        *words: str, preexec_fn: Any = heed_signals, stdout: Any = subprocess.PIPE, **more: str
+    ) -> Any:
         path = os.pathsep.join([str(tmp_path), source])
         return subprocess.Popen(
             [sys.executable, "-c", START, *(words or ("say",))],

@@ -127,25 +127,34 @@ def test_a_candidates_score_is_its_likelihood_under_an_uncached_forward(name: st
         assert score == pytest.approx(float(log_p(logits, ids).sum()), abs=2e-3)
 
 
+def splitting(confidences: torch.Tensor) -> float:
+    """A threshold that no confidence [N, 2] is near, by which some tokens exit at each exit, and
+    some at none."""
+    ordered = confidences.flatten().sort().values
+    for below in ordered.diff().argsort(descending=True):
+        middle = float(ordered[below : below + 2].mean())
+        early, late = (confidences >= middle).T
+        if early.any() and (late & ~early).any() and not (early | late).all():
+            return middle
+    raise AssertionError("no threshold sends tokens to each depth")
+
+
 @pytest.mark.parametrize("name", families.CAUSAL_PROMPT)
 def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> None:
     encoder, exits = input_processor_of(name), exits_of(name)
     example = fakes.examples(3)[2]
     ids = [encoder.answer_ids(example.prompt, text) for text in CANDIDATES]
     logits = [logits_of(name, example, some, exits) for some in ids]
-    confidences = torch.cat([max_probability(some[d]) for some in logits for d in DEPTHS]).sort()
-    middle = len(confidences.values) // 2  # between two scores, so that none is near it
-    threshold = float(confidences.values[middle - 1 : middle + 1].mean())
+    by_place = [torch.stack([max_probability(some[d]) for d in DEPTHS], 1) for some in logits]
+    threshold = splitting(torch.cat(by_place))
     policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold))
     found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
     depths = set()
     for score, some, by_depth in zip(found, ids, logits, strict=True):
         total = 0.0
         for place in range(len(some)):
-            # the first token of a decoder-only model comes with the prompt, at full depth
-            may_leave = place > 0 or encoder.backbone.is_encoder_decoder
             sure = [d for d in DEPTHS if float(max_probability(by_depth[d][place])) >= threshold]
-            depth = sure[0] if sure and may_leave else encoder.backbone.depth
+            depth = sure[0] if sure else encoder.backbone.depth
             total += float(log_p(by_depth[depth], some)[place])
             depths.add(depth)
         assert score == pytest.approx(total, abs=2e-3)
@@ -239,7 +248,7 @@ def test_depths_add_up(tmp_path: Path) -> None:
     full, early = result["modes"]["full"], result["modes"]["early_exit"]
     assert full["depth_shares"] == {"6": 1.0}
     assert full["mean_depth"] == 6
-    assert set(early["depth_shares"]) == {"2", "6"}  # the first token comes with the prompt
+    assert set(early["depth_shares"]) == {"2"}
     assert sum(early["depth_shares"].values()) == pytest.approx(1)
     shares = early["depth_shares"].items()
     assert early["mean_depth"] == pytest.approx(sum(int(d) * share for d, share in shares))

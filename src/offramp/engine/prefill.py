@@ -144,7 +144,8 @@ class Prefill:
         Raises:
             InputError: the backbone has no more positions.
         """
-        self._take(tokens)
+        if real is None:  # padded rows are not all that long: their caller knows
+            self._take(tokens)
         kw = dict(self._static)
         if self.positions is not None:
             ahead = torch.arange(1, tokens + 1, device=self.positions.device)
