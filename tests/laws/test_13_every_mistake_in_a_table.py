@@ -48,7 +48,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bad-image.jsonl": row.replace("good.png", "not-an-image.png"),
         "empty.json": "", "deep.json": "[" * 100_000, "list.json": "[]", "other.json": '{"a": 1}',
         "list.yaml": "- 1", "broken.yaml": "a: [", "unknown.yaml": "sptes: 3", "text.yaml": "hello",
-        "quiet.yaml": "quiet: 3", "deep.yaml": "[" * 3000,
+        "quiet.yaml": "quiet: 3", "deep.yaml": "[" * 500,
     }  # fmt: skip
     for name, text in texts.items():
         (root / name).write_text(text)
