@@ -256,7 +256,7 @@ def test_an_adapter_that_does_not_tell_its_pictures_is_warned_of(
 ) -> None:
     old = replace(adapter_at(4), seen={})
     calibrate(old, encoder(), examples()[:4], ExitPolicy(), costs=costs(), **LAX)
-    assert "does not tell" in caplog.text
+    assert "does not say" in caplog.text
 
 
 @pytest.mark.parametrize("risk", ["exact_match_drop", "vqa_accuracy_drop", "rouge_l_drop"])
