@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -84,6 +85,8 @@ def running(service: Service) -> Iterator[str]:
     server = _Quiet(config, service)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
     thread.start()
+    while not server.started and thread.is_alive():  # before that, connections are refused
+        time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
