@@ -32,15 +32,14 @@ def load_model(
     import torch
 
     from offramp.models.backbone import Backbone, load_processor
-    from offramp.models.shipped import TINY, load_tiny
+    from offramp.models.shipped import load_tiny, tiny_kind
 
     name = name or arguments.backbone
     revision = arguments.revision or revision
     dtype: Any = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    kind = name.removeprefix("offramp/").removeprefix("tiny-")
-    is_tiny = kind in TINY and kind != name
-    device = choose_device(arguments.device, is_tiny=is_tiny)
-    if is_tiny:
+    kind = tiny_kind(name)
+    device = choose_device(arguments.device, is_tiny=kind is not None)
+    if kind is not None:
         if revision is not None:
             raise InputError(
                 f"{name} ships with offramp and has no revision {revision!r}.",

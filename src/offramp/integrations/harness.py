@@ -45,9 +45,9 @@ class HarnessAnswer:
 
 
 class HarnessModel:
-    """An adapter behind a harness. adapter: as `offramp serve` takes it. mode: how exits are used;
-    None: as the adapter's policy says. slots: requests at once. limit: tokens of a prompt and its
-    answer.
+    """An adapter behind a harness. adapter: as `offramp serve` takes it. batch_size: the harness's,
+    the number of slots where it is a number. mode: how exits are used; None: as the adapter's
+    policy says. slots: requests at once. limit: tokens of a prompt and its answer.
 
     Raises:
         AdapterError: there is no such adapter.
@@ -56,9 +56,10 @@ class HarnessModel:
     def __init__(
         self,
         adapter: str,
+        batch_size: int | str | None = None,
         *,
         mode: str | None = None,
-        slots: int | str = 8,
+        slots: int | str | None = None,
         limit: int | str = 2048,
         **more: Any,
     ) -> None:
@@ -66,8 +67,10 @@ class HarnessModel:
         self.backbone = model.backbone if isinstance(model, Adapter) else model
         self.encoder = InputProcessor(self.backbone, processor)
         self._mode = mode
-        config = EngineConfig(int(slots), int(limit))
-        self._engine = BatchEngine(model, self.encoder, config, queue=max(64, 4 * int(slots)))
+        if slots is None:
+            slots = batch_size if str(batch_size).isdecimal() else 8
+        config = EngineConfig(int(slots or 0), int(limit))
+        self._engine = BatchEngine(model, self.encoder, config, queue=max(64, 4 * config.slots))
 
     def answers(self, asked: Iterable[Ask]) -> list[HarnessAnswer]:
         """The answers, in order; many are under way at once."""
@@ -97,6 +100,14 @@ class HarnessModel:
         for stop in stops:
             text = text.split(stop)[0] if stop else text
         return HarnessAnswer(text.strip(), int(output.depths.shape[1]))
+
+
+def no_loglikelihood() -> InputError:
+    """What a harness is told that asks for log-likelihoods."""
+    return InputError(
+        "Log-likelihoods are not defined where tokens exit at depths of their own.",
+        "Choose generation tasks; `offramp eval` ranks candidate answers.",
+    )
 
 
 def generation_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

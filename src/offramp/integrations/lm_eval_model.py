@@ -10,8 +10,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from offramp.errors import InputError
-from offramp.integrations.harness import Ask, HarnessModel
+from offramp.integrations.harness import Ask, HarnessModel, no_loglikelihood
 
 
 class OfframpLM(LM):
@@ -29,10 +28,8 @@ class OfframpLM(LM):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        if batch_size is not None and str(batch_size).isdecimal():
-            arguments.setdefault("slots", int(batch_size))
         self.name = adapter
-        self.harness = HarnessModel(adapter, device=device, **arguments)
+        self.harness = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers to requests whose args are a context, options and, with images, a dict of
@@ -41,8 +38,8 @@ class OfframpLM(LM):
         for request in requests:
             context, options, *more = request.args
             images = more[0].get("visual", []) if more else []
-            for mark in ("<image>",):  # the harness's own placeholder
-                context = context.replace(mark, self.harness.encoder.image_mark or "")
+            # the harness's own placeholder
+            context = context.replace("<image>", self.harness.encoder.image_mark or "")
             asked.append(Ask(context, images, options))
         texts = [answer.text for answer in self.harness.answers(asked)]
         for request, text in zip(requests, texts, strict=True):
@@ -50,10 +47,7 @@ class OfframpLM(LM):
         return texts
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise InputError(
-            "Log-likelihoods are not defined where tokens exit at depths of their own.",
-            "Choose generation tasks; `offramp eval` ranks candidate answers.",
-        )
+        raise no_loglikelihood()
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         self.loglikelihood(requests)

@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 
 from offramp.errors import InputError
-from offramp.integrations.harness import Ask, HarnessModel
+from offramp.integrations.harness import Ask, HarnessModel, no_loglikelihood
 
 
 def manifest() -> Any:
@@ -36,9 +36,7 @@ class OfframpLmms(lmms):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        if batch_size is not None and str(batch_size).isdecimal():
-            arguments.setdefault("slots", int(batch_size))
-        self.harness = HarnessModel(adapter, device=device, **arguments)
+        self.harness = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """The answers to requests whose args are a context, a function to messages, options, and
@@ -59,10 +57,7 @@ class OfframpLmms(lmms):
         raise InputError("Tasks of several rounds are not supported.", "Choose tasks of one round.")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise InputError(
-            "Log-likelihoods are not defined where tokens exit at depths of their own.",
-            "Choose generation tasks; `offramp eval` ranks candidate answers.",
-        )
+        raise no_loglikelihood()
 
 
 def _parts(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:

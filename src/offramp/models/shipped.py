@@ -18,6 +18,12 @@ def short_name(name: str) -> str:
     return name.removeprefix("offramp/").removeprefix("tiny-")
 
 
+def tiny_kind(name: str) -> str | None:
+    """Which tiny model is meant, as "tiny-opt" is; None: none."""
+    kind = short_name(name)
+    return kind if kind in TINY and kind != name else None
+
+
 def tiny_folder(kind: str) -> Path:
     """Folder of a shipped model, for plain `from_pretrained`. Raise `InputError` if unknown.
 

@@ -11,7 +11,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.errors import AdapterError, InputError
 from offramp.models.backbone import Backbone, load_processor
-from offramp.models.shipped import TINY, load_tiny, short_name, tiny_exits
+from offramp.models.shipped import load_tiny, tiny_exits, tiny_kind
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,6 @@ def load_served(
         revision = revision or config.revision
     model, processor = _load_backbone(backbone or config.backbone, revision, dtype, device)
     return Adapter.load(config, model), processor
-
-
-def tiny_kind(name: str) -> str | None:
-    """Which tiny model is meant; None: none."""
-    kind = short_name(name)
-    return kind if kind in TINY and kind != name else None
 
 
 def _load_backbone(

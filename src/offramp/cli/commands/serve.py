@@ -226,7 +226,8 @@ def _watched(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """An adapter and its processor; of a tiny model without exits, the backbone."""
-    from offramp.serving.loading import load_served, tiny_kind
+    from offramp.models.shipped import tiny_kind
+    from offramp.serving.loading import load_served
 
     return load_served(
         arguments.name,

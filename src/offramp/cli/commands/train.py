@@ -93,7 +93,8 @@ def _train(arguments: argparse.Namespace) -> None:
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
-    check_exits(backbone, processor, examples[0])
+    if not backbone.family.discovered:  # those `train` checks itself
+        check_exits(backbone, processor, examples[0])
     adapter = train(
         backbone, processor, examples, config, arguments.out,
         resume=arguments.resume, overwrite=arguments.overwrite,

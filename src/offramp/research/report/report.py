@@ -200,9 +200,9 @@ def local_tokenizer(name: str) -> Any:
     """A backbone's tokenizer, if it is on this machine; None if not."""
     from transformers import AutoTokenizer
 
-    from offramp.models.shipped import TINY, tiny_folder
+    from offramp.models.shipped import TINY, short_name, tiny_folder
 
-    kind = name.removeprefix("offramp/").removeprefix("tiny-")
+    kind = short_name(name)
     place = str(tiny_folder(kind)) if kind in TINY else name
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
