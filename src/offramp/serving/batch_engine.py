@@ -7,7 +7,7 @@ prompts processed in worker threads. The queue is bounded: beyond that, requests
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,8 @@ class BatchEngine:
 
     model: an adapter, or a backbone alone. processor: turns examples into inputs; not needed where
     inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
-    open images and run the processor. more: as of `EngineCore`.
+    open images and run the processor. on_round: called in the engine's thread after every round,
+    behind what the round told its requests. more: as of `EngineCore`.
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -41,6 +42,7 @@ class BatchEngine:
         *,
         queue: int = 64,
         workers: int = 2,
+        on_round: Callable[[], None] | None = None,
         **more: Any,
     ) -> None:
         if queue < 1 or workers < 1:
@@ -52,7 +54,7 @@ class BatchEngine:
             self.core = EngineCore(model.backbone, model.exits, model.policy, config, **more)
         else:
             self.core = EngineCore(model, None, FULL, config, **more)
-        self.processor, self.queue = processor, queue
+        self.processor, self.queue, self._on_round = processor, queue, on_round
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         self._changed = threading.Condition()
         self._preparing: set[Handle] = set()
@@ -198,5 +200,7 @@ class BatchEngine:
                 self.core.round()
             except Exception as error:  # the model itself failed: so did all requests in the batch
                 self.core.fail_all(error)
+            if self._on_round is not None:
+                self._on_round()
             with self._changed:
                 self._changed.notify_all()

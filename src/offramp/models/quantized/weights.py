@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,6 +94,6 @@ def float_parameters(module: nn.Module, besides: Collection[int] = ()) -> Iterat
 
 def float_dtype(module: nn.Module) -> torch.dtype:
     """The precision of the states: that of a norm, which no scheme quantises."""
-    plain = [p for p in module.parameters() if p.is_floating_point() and type(p.data) is Tensor]
-    narrow = [p for p in plain if p.dim() == 1]
-    return (narrow or plain)[0].dtype
+    plain = (p for p in module.parameters() if p.is_floating_point() and type(p.data) is Tensor)
+    first = next(plain)
+    return next((p for p in chain([first], plain) if p.dim() == 1), first).dtype

@@ -57,7 +57,8 @@ class Answering:
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
-        self._loop, self._until, self._on_answer = asyncio.get_running_loop(), until, on_answer
+        self._until, self._on_answer = until, on_answer
+        service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         sizes = [service.room_behind(inputs) for inputs in prompts]
         self.reply = Reply(
@@ -90,7 +91,7 @@ class Answering:
     def _submit(self, index: int, inputs: Inputs, how: Generation, use: Use) -> _Choice:
         noted = how.logprobs
 
-        def settled(choice: Choice) -> None:  # in the engine's thread
+        def settled(choice: Choice) -> None:
             if noted is not None:
                 noted.settle(choice.token)
             if self._request.stream:
@@ -101,8 +102,8 @@ class Answering:
         stream = TextStream(self._service.tokenizer, self._request.stops)
         return _Choice(handle, how, inputs, Written(index), stream)
 
-    def _tell(self, what: Event) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, what)
+    def _tell(self, what: Event) -> None:  # in the engine's thread
+        self._service.outbox.put(self._events, what)
 
     def leave(self) -> None:
         """Whatever is not over yet is not wanted; a second time changes nothing."""

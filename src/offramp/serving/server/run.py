@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from offramp.errors import InputError
 from offramp.serving.server.errors import error_object
 from offramp.serving.server.service import Service
 
+SWITCH_SECONDS = 0.0005
+"""How long Python's threads may keep the engine's waiting for their common lock."""
 HEADER_BYTES = 32 * 1024
 """Of a request's first line and header together."""
 
@@ -141,4 +144,19 @@ def serve(
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     server = Server(config, service, lambda: ready(address))
-    asyncio.run(server.serve([place]))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        with asyncio.Runner(loop_factory=_event_loop()) as runner:
+            runner.run(server.serve([place]))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # as on Windows
+        return None
+    return new_event_loop

@@ -28,6 +28,7 @@ from offramp.serving.server.errors import ApiError
 from offramp.serving.server.inputs.images import ImageSource
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
+from offramp.serving.server.outbox import Outbox
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Service:
             sizes = replace(sizes, limit=longest)
         self.room = config.queue + sizes.slots
         self.limit = sizes.limit
-        self.engine = BatchEngine(model, None, sizes, queue=self.room + 64, workers=1, **more)
+        self.outbox = Outbox()
+        self.engine = BatchEngine(
+            model, None, sizes, queue=self.room + 64, workers=1, on_round=self.outbox.flush, **more
+        )
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.images = images or ImageSource.of(config.images)

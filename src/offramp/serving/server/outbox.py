@@ -1,0 +1,37 @@
+"""From the engine's thread to the event loop: what a round brought, in one call.
+
+A call into the loop wakes its thread, and the two then wait for each other's lock on Python. One
+call a token held the engine up for as long as the tokens took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+class Outbox:
+    """`put` and `flush` are for the engine's thread."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news: list[tuple[asyncio.Queue[Any], Any]] = []
+
+    def open(self) -> None:
+        """Remember the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, queue: asyncio.Queue[Any], what: Any) -> None:
+        """Something for a queue of the loop's, at the next flush."""
+        self._news.append((queue, what))
+
+    def flush(self) -> None:
+        """Hand over what was put since the last time."""
+        if self._news and self._loop is not None:
+            news, self._news = self._news, []
+            self._loop.call_soon_threadsafe(_deliver, news)
+
+
+def _deliver(news: list[tuple[asyncio.Queue[Any], Any]]) -> None:
+    for queue, what in news:
+        queue.put_nowait(what)
