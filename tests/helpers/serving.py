@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 
 from offramp.adapter import Adapter
 from offramp.models.shipped import load_tiny, tiny_exits
@@ -21,6 +22,7 @@ from offramp.research.scenes import tasks
 from offramp.serving.core import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.models import Models
 from offramp.serving.server.run import Server, protocol
 from offramp.serving.server.service import Service
 
@@ -60,6 +62,11 @@ def messages(example: Any, *, image: str | None = None) -> list[dict[str, Any]]:
         {"type": "text", "text": example.prompt},
     ]
     return [{"role": "user", "content": content}]
+
+
+def asking(served: Service | Models) -> TestClient:
+    """A client of the application itself: no socket, no thread of a server; replies come whole."""
+    return TestClient(create_app(served), raise_server_exceptions=False)
 
 
 class _Quiet(Server):

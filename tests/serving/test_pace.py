@@ -89,3 +89,16 @@ def test_rows_go_on_exactly_where_full_depth_takes_over(backbone, exits, batch, 
         own = policy if handle.result().early_exit else ExitPolicy()
         alone = generate(whole, rows[i % 4], exits=exits(NAME), policy=own, **options)
         assert torch.equal(handle.result().output.sequences, alone.sequences)
+
+
+def test_an_engine_that_measured_its_calls_goes_by_them_and_answers_as_before(
+    backbone, exits, batch
+):
+    whole, row = backbone(NAME), one_row(NAME, batch(NAME, 1), 0)
+    policy, options = ExitPolicy({2: 0.05}), {"max_new_tokens": 9, "do_sample": False}
+    engine = EngineCore(whole, exits(NAME), policy, EngineConfig(slots=2, limit=64))
+    assert engine.tune(row, repeats=1) == engine.pace.costs
+    handle = engine.add(Request(row, options=options))
+    engine.run()
+    alone = generate(whole, row, exits=exits(NAME), policy=policy, **options)
+    assert torch.equal(handle.result().output.sequences, alone.sequences)

@@ -32,7 +32,7 @@ from offramp.serving.rows.rules import RowRules
 from offramp.serving.rows.slot_batch import Seat, SlotBatch
 from offramp.serving.schedule.pace import Pace
 from offramp.serving.schedule.scheduler import Call, Load, Schedule
-from offramp.serving.schedule.unit_costs import CallCosts
+from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,17 @@ class EngineCore:
         self.calls = dict.fromkeys(("read", "shallow", "deep", "full"), 0)
         self.seconds = dict.fromkeys(self.calls, 0.0)
         self.tokens = 0
+
+    def tune(self, inputs: Mapping[str, Any], *, repeats: int = 5) -> CallCosts:
+        """Measure what its calls take after the prompt `inputs`, and go by that from now on.
+
+        Raises:
+            InputError: requests are being answered, or there are no exits.
+        """
+        most = max(8, min(64, 8 * self.config.slots))
+        costs = measure_calls(self.batch, self._reader, inputs, repeats=repeats, most=most)
+        self.pace.costs = costs
+        return costs
 
     # -- requests ------------------------------------------------------------------------------
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from offramp.adapter import Adapter
-from offramp.errors import AdapterError, InputError
+from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone, load_processor
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits, tiny_kind
 from offramp.save_and_load import read_config
 
@@ -24,16 +28,28 @@ def load_served(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
     name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
-    adapter's own, with revision: of it.
+    adapter's own, with revision: of it. chat_template: file of the one that writes conversations,
+    instead of the processor's own.
 
     Raises:
         AdapterError: there is no such adapter, or it does not fit. InputError: a revision of a
-        model that ships.
+        model that ships, a template that does not work. StorageError: it cannot be read.
     """
+    text = None if chat_template is None else _template_of(chat_template)
+    model, processor = _load(name, backbone, revision, dtype, device)
+    if text is None:
+        return model, processor
+    return model, _with_template(model, processor, text, str(chat_template))
+
+
+def _load(
+    name: str, backbone: str | None, revision: str | None, dtype: str, device: str | None
+) -> tuple[Adapter | Backbone, Any]:
     if tiny_kind(name) is not None and not os.path.isdir(name):
         model, processor = _load_backbone(name, revision, dtype, device)
         try:
@@ -81,3 +97,46 @@ def adapter_folder(name: str) -> str:
             f"No adapter folder {name!r}, and the hub gave none: {error}",
             "Correct the path or the name, or be online; tiny-opt and tiny-t5 ship with offramp.",
         ) from error
+
+
+# -- chat templates --------------------------------------------------------------------------------
+
+
+def _template_of(file: Path) -> str:
+    """A template's text; read before a model is, which takes longer."""
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"The chat template {file} cannot be read: "
+            f"{getattr(error, 'strerror', None) or 'no text'}.",
+            "Name a text file with a Jinja template.",
+        ) from error
+
+
+def _with_template(model: Adapter | Backbone, processor: Any, text: str, name: str) -> Any:
+    """The processor with another chat template, which is tried on one turn with an image."""
+    changed = copy.copy(processor)
+    changed.chat_template = text
+    backbone = model.backbone if isinstance(model, Adapter) else model
+    encoder, asked = InputProcessor(backbone, changed), "What is shown?"
+    try:
+        written = encoder.prompt_text(asked)
+        encoder.of_text(written, [plain_image()])
+    except Exception as error:  # Jinja's, the template's own, or the processor's
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"The chat template {name} does not work: {type(error).__name__}: {first}",
+            "Give one that writes messages of texts and images as the model was tuned on them.",
+        ) from error
+    if asked not in written:
+        raise InputError(
+            f"The chat template {name} leaves out what is asked.",
+            "Let it write the parts of a message: {% for part in message.content %}, part.text.",
+        )
+    return changed
+
+
+def plain_image() -> Image.Image:
+    """What a model is tried on."""
+    return Image.new("RGB", (64, 64), "gray")

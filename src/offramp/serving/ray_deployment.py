@@ -6,14 +6,17 @@
     serve.run(deployment(RayConfig("this/folder", max_replicas=8)))
 
 A replica is a process with an engine of its own, behind Ray's proxy; the routes are those of
-`offramp serve`. Replicas are added while more requests are under way than they have slots.
+`offramp serve`. Replicas are added while more requests are under way than they have slots. Other
+adapters of the same backbone share its weights: `RayConfig(..., others={"name": "that/folder"})`.
 `Captioner` answers millions of images offline, as a class for `ray.data.Dataset.map_batches`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,30 +26,38 @@ from PIL import Image
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
 from offramp.errors import InputError, OfframpError
+from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.loading import load_served
+from offramp.serving.loading import adapter_folder, load_served
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from offramp.serving.server.models import Models
+    from offramp.serving.server.service import Service
 
 
 @dataclass(frozen=True)
 class RayConfig:
     """What every replica serves, and how many there are.
 
-    adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. server:
-    fields of `ServerConfig` beside the name. loading: as of `load_served`. cpus, gpus: of a
-    replica. threads: of the processor, for one call. watch: whether the guarantee is watched; each
-    replica watches its own requests, and each may be wrong at the level.
+    adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. others:
+    adapters of the same backbone by the name that a request's `model` gives; a replica holds the
+    `held` that were asked for last, each with slots of its own. server: fields of `ServerConfig`
+    beside the name. loading: as of `load_served`. cpus, gpus: of a replica. threads: of the
+    processor, for one call. watch: whether the guarantee is watched; each replica watches its own
+    requests, and each may be wrong at the level.
 
     Raises:
-        InputError: no replicas, or fewer at most than at least.
+        InputError: no replicas, or fewer at most than at least; two adapters of one name.
     """
 
     adapter: str
     name: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
+    held: int = 4
     slots: int = 8
     limit: int = 1024
     queue: int = 64
@@ -65,6 +76,16 @@ class RayConfig:
                 f"From {self.min_replicas} to {self.max_replicas} replicas are none.",
                 "Give whole numbers from 1, the larger one last.",
             )
+        if self.served in self.others or self.held < 1:
+            raise InputError(
+                f"Adapters {[self.served, *self.others]} cannot be served, {self.held} at once.",
+                "Give each a name of its own, and hold one or more.",
+            )
+
+    @property
+    def served(self) -> str:
+        """The first adapter's name in requests."""
+        return self.name or Path(self.adapter).name
 
 
 def replica_app(config: RayConfig) -> FastAPI:
@@ -79,11 +100,58 @@ def replica_app(config: RayConfig) -> FastAPI:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, processor = load_served(config.adapter, **config.loading)
-    name = config.name or Path(config.adapter).name
-    server = ServerConfig(name=name, queue=config.queue, **config.server)
     sizes = EngineConfig(config.slots, config.limit)
-    watch = WatchConfig() if config.watch else None
-    return create_app(Service(model, processor, server, sizes, watch=watch))
+
+    def start(name: str, model: Adapter | Backbone) -> Service:
+        server = ServerConfig(name=name, queue=config.queue, **config.server)
+        watch = WatchConfig() if config.watch else None
+        return Service(model, processor, server, sizes, watch=watch)
+
+    first = start(config.served, model)
+    return create_app(_multiplexed(config, first, start) if config.others else first)
+
+
+def _multiplexed(
+    config: RayConfig, first: Service, start: Callable[[str, Adapter], Service]
+) -> Models:
+    """The models of a replica; Ray counts which ones it holds, and lets the oldest go."""
+    from ray import serve
+
+    from offramp.serving.server.models import Models
+
+    def adapter(name: str) -> Adapter:
+        return Adapter.from_pretrained(first.backbone, adapter_folder(config.others[name]))
+
+    for name in config.others:  # one that does not fit is refused now, not when it is asked for
+        adapter(name)
+    held: dict[str, Service] = {}
+
+    @serve.multiplexed(max_num_models_per_replica=config.held)
+    async def load(name: str) -> _Held:
+        held[name] = await asyncio.to_thread(lambda: start(name, adapter(name)))
+        return _Held(held, name)
+
+    async def service(name: str) -> Service:
+        found: _Held = await load(name)
+        return found.service
+
+    return Models(first, tuple(config.others), service, held)
+
+
+class _Held:
+    """A service that a replica holds. Ray deletes it, in a thread, where others take its place."""
+
+    def __init__(self, held: dict[str, Service], name: str) -> None:
+        self._held, self._name, self.service = held, name, held[name]
+
+    def __del__(self) -> None:
+        """Wait for the answers under way, as long as answers may take, and stop the engine."""
+        end = time.monotonic() + self.service.config.seconds
+        while self.service.under_way and time.monotonic() < end:
+            time.sleep(0.02)
+        if self._held.get(self._name) is self.service:
+            del self._held[self._name]
+            self.service.close()
 
 
 class Replica:
@@ -105,7 +173,7 @@ def deployment(config: RayConfig) -> Any:
         return replica_app(config)
 
     deployed = serve.deployment(
-        name=f"offramp-{Path(config.adapter).name}",
+        name=f"offramp-{config.served}",
         max_ongoing_requests=room,
         max_queued_requests=room,
         autoscaling_config={

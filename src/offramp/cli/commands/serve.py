@@ -40,6 +40,10 @@ def _options(parser: Parser) -> None:
     )
     precision_options(model)
     model.add_argument(
+        "--chat-template", type=Path, metavar="FILE",
+        help="Jinja template that writes conversations (default: the processor's, if it has one)",
+    )  # fmt: skip
+    model.add_argument(
         "--threads", type=or_none(whole(1)), metavar="N",
         help="of the processor, for one call (default: PyTorch's own choice)",
     )  # fmt: skip
@@ -50,6 +54,11 @@ def _options(parser: Parser) -> None:
     _number(engine, "--slots", 8, "answers written at once")
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
+    engine.add_argument(
+        "--measure-calls", action="store_true",
+        help="time the model's calls first; requests that name no mode then use the exits only "
+        "while these are found to pay (default: they are taken to)",
+    )  # fmt: skip
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument(
@@ -148,6 +157,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         domains=tuple(arguments.image_domains),
         folder=arguments.image_folder,
     )
+    body = max(32 * 2**20, 2 * arguments.image_bytes * arguments.images)
     return ServerConfig(
         name=name,
         keys=tuple(_keys(arguments.api_keys)),
@@ -157,7 +167,8 @@ def _config(arguments: argparse.Namespace) -> Any:
         mode=arguments.mode,
         metrics=arguments.metrics_prefix,
         images=images,
-        body=max(32 * 2**20, 2 * arguments.image_bytes * arguments.images),
+        body=body,
+        bodies=max(2**30, 4 * body),
     )
 
 
@@ -195,7 +206,10 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     model, processor = _model(arguments)
     sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
     watch, loss = _watched(arguments, model)
-    return Service(model, processor, config, sizes, watch=watch, loss=loss)
+    service = Service(model, processor, config, sizes, watch=watch, loss=loss)
+    if arguments.measure_calls:
+        service.measure_calls()
+    return service
 
 
 def _watched(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
@@ -235,4 +249,5 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         revision=arguments.revision,
         dtype=arguments.dtype,
         device=choose_device(arguments.device, is_tiny=tiny_kind(arguments.name) is not None),
+        chat_template=arguments.chat_template,
     )

@@ -40,7 +40,7 @@ class Pace:
         fixed: bool,
     ) -> None:
         self.schedule = schedule
-        self._costs, self._tallies, self._fixed = costs, tallies, fixed
+        self.costs, self._tallies, self._fixed = costs, tallies, fixed
         self._sizes = {"slots": slots, "longest": longest}
         self._pays = {True: True, False: True}
         self._requests = self._reviewed = 0
@@ -60,10 +60,10 @@ class Pace:
 
     def review(self, tokens: int) -> None:
         """Judge anew, once enough was written since the last time."""
-        if self._costs is None or tokens - self._reviewed < EVERY:
+        if self.costs is None or tokens - self._reviewed < EVERY:
             return
         self._reviewed = tokens
-        full = full_depth(self._costs, self._sizes["slots"])
+        full = full_depth(self.costs, self._sizes["slots"])
         seen = {exiting: t for exiting, t in self._tallies.items() if t.tokens >= ENOUGH}
         for exiting, tally in seen.items():
             best = max(self._candidates(), key=lambda schedule: self._speed(tally, schedule))
@@ -80,12 +80,12 @@ class Pace:
         return [replace(self.schedule, patience=patience) for patience in sorted(waits)]
 
     def _speed(self, tally: Tally, schedule: Schedule) -> float:
-        assert self._costs is not None
+        assert self.costs is not None
         rate = tally.exited / tally.tokens
         right = tally.right / tally.ruled if tally.ruled else 0.0
         work = Workload(rate, right, (20, 60), guess=tally.guessed > tally.parked)
         slots, longest = self._sizes["slots"], self._sizes["longest"]
         simulated = simulate(
-            self._costs, work, schedule, slots=slots, longest=longest, tokens=_SIMULATED
+            self.costs, work, schedule, slots=slots, longest=longest, tokens=_SIMULATED
         )
         return simulated.tokens_per_second

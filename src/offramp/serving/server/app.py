@@ -26,37 +26,41 @@ from offramp.serving.server.api.protocol import (
 )
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
+from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.service import Service
 
 Prepared = tuple[list[Inputs], Sequence[Any]]
 """Inputs of each prompt, and the images that they share."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service; when it shuts down, the service is closed."""
+def create_app(served: Service | Models) -> FastAPI:
+    """The ASGI application of a service, or of several; when it shuts down, they are closed."""
+    models = served if isinstance(served, Models) else Models(served)
+    service = models.first
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.close)
+        await asyncio.to_thread(models.close)
 
     app = FastAPI(
         title="offramp", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.add_middleware(Gate, config=service.config, refused=service.metrics.refused)
     add_handlers(app)
-    _add_openai(app, service)
-    _add_tokens(app, service)
-    _add_operations(app, service)
+    _add_openai(app, models)
+    _add_tokens(app, models)
+    _add_operations(app, models)
     return app
 
 
 # -- OpenAI's API ----------------------------------------------------------------------------------
 
 
-def _add_openai(app: FastAPI, service: Service) -> None:
+def _add_openai(app: FastAPI, models: Models) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
+        service = await models.of(body.model)
         prompter = service.prompter
         urls = prompter.images_of(body.messages)
 
@@ -69,6 +73,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
+        service = await models.of(body.model)
         prompter, asked = service.prompter, body.prompts
         urls = prompter.check_images(body.images)
         prompter.check_text([text for text in asked if isinstance(text, str)], "prompt")
@@ -88,13 +93,12 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         return await _answer(service, body, request, body.n * len(asked), prompts)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(service)]}
+    async def cards() -> dict[str, Any]:
+        return {"object": "list", "data": models.cards()}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return model_card(service)
+    async def card(name: str) -> dict[str, Any]:
+        return model_card(await models.of(name))
 
 
 async def _answer(
@@ -106,13 +110,13 @@ async def _answer(
 ) -> Response:
     """The response to a completion. prompts: makes its inputs."""
     until = asyncio.get_running_loop().time() + service.config.seconds
-    service.check_model(body.model)
     place = service.admit(answers)
     try:
         use = service.use_of(body)
         async with asyncio.timeout_at(until):
             inputs, images = await prompts()
         watch = _watch(service, body, images) if service.watches(body, use, len(images)) else None
+        del images  # they are large, and answers take long
         answering = Answering(service, body, inputs, use, place, until, watch)
     except TimeoutError:
         place.leave()
@@ -161,46 +165,14 @@ async def _stream(
         entry["completion_tokens"] = sum(len(c.written.tokens) for c in answering.choices)
 
 
-def model_card(service: Service) -> dict[str, Any]:
-    """What is served, as `/v1/models` lists it."""
-    adapter = service.adapter
-    return {
-        "id": service.config.name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "offramp",
-        "root": service.backbone.name,
-        "parent": None,
-        "max_model_len": service.limit,
-        "input_modalities": ["text", "image"],
-        "output_modalities": ["text"],
-        "offramp": {
-            "layers": service.backbone.depth,
-            "exits": list(service.engine.core.batch.depths),
-            "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
-            "guarantee": _promise(adapter.calibration) if adapter else None,
-            "watch": None if service.watcher is None else service.watcher.report(),
-            "chat_template": service.prompter.processor.has_template,
-        },
-    }
-
-
-def _promise(calibration: Any) -> dict[str, Any] | None:
-    """What was calibrated, in a few fields."""
-    if not calibration or calibration.get("measured") is None:
-        return None
-    return {name: calibration[name] for name in ("risk", "target", "confidence", "n")}
-
-
 # -- tokens, health, numbers -----------------------------------------------------------------------
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
-    prompter = service.prompter
-
+def _add_tokens(app: FastAPI, models: Models) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        service.check_model(body.model)
+        service = await models.of(body.model)
+        prompter = service.prompter
         if body.messages is not None:
             prompter.images_of(body.messages)
         else:
@@ -218,7 +190,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        service.check_model(body.model)
+        service = await models.of(body.model)
         known = len(service.tokenizer)
         if wrong := [token for token in body.tokens if token >= known]:
             said = f"There is no token {wrong[0]}: the vocabulary has {known}."
@@ -227,18 +199,18 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return {"prompt": text}
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, models: Models) -> None:
     page = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if not service.alive:
+        if not all(service.alive for service in models.loaded):
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        if service.draining or not service.alive:
+        if models.first.draining or not models.first.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
@@ -248,7 +220,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(models.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> str:

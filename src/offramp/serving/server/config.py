@@ -48,12 +48,13 @@ class ServerConfig:
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
     and `/ready`; none: everything is open. queue: requests that may wait beside those in slots.
-    body, messages, characters: bytes of a request, its messages, and its text. choices: answers to
-    one request (`n`, and prompts of a completion). default_tokens: longest answer, where neither
-    the request nor the model says one. seconds: from a request's arrival to the end of its answer.
-    body_seconds: until a request's header, and then its body, has come. drain_seconds: how long
-    answers may take after SIGTERM. mode: of requests that name none; None: the adapter's policy.
-    metrics: prefix of the metrics' names; `vllm` for dashboards that know these.
+    body, messages, characters: bytes of a request, its messages, and its text. bodies: bytes of all
+    requests under way. choices: answers to one request (`n`, and prompts of a completion).
+    default_tokens: longest answer, where neither the request nor the model says one. seconds: from
+    a request's arrival to the end of its answer. body_seconds: until a request's header, and then
+    its body, has come. drain_seconds: how long answers may take after SIGTERM. mode: of requests
+    that name none; None: the adapter's policy. metrics: prefix of the metrics' names; `vllm` for
+    dashboards that know these.
 
     Raises:
         InputError: a number below 1.
@@ -63,6 +64,7 @@ class ServerConfig:
     keys: Sequence[str] = field(default=(), repr=False)
     queue: int = 64
     body: int = 32 * MIB
+    bodies: int = 1024 * MIB
     messages: int = 256
     characters: int = 400_000
     choices: int = 16
@@ -75,7 +77,7 @@ class ServerConfig:
     images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        names = ("queue", "body", "messages", "characters", "choices", "default_tokens")
+        names = ("queue", "body", "bodies", "messages", "characters", "choices", "default_tokens")
         _check_positive(self, (*names, "seconds", "body_seconds", "drain_seconds"))
         if any(not key.strip() for key in self.keys):
             raise InputError("An API key is empty.", "Leave it out, or give a secret.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from offramp.serving.request import Completion
 
@@ -81,6 +82,25 @@ class Metrics:
         """A request was answered by an error."""
         self._refused.labels(self._model, str(status)).inc()
 
-    def text(self) -> bytes:
-        """All of them, in Prometheus's format."""
-        return generate_latest(self.registry)
+
+def text_of(several: Sequence[Metrics]) -> bytes:
+    """The metrics of several models in Prometheus's format: each named once, with all their
+    lines."""
+    families: dict[str, Metric] = {}
+    for metrics in several:
+        for family in metrics.registry.collect():
+            known = families.setdefault(family.name, family)
+            if known is not family:
+                known.samples += family.samples
+    return generate_latest(_Collected(families.values()))
+
+
+class _Collected(CollectorRegistry):
+    """What was collected already, as a registry."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

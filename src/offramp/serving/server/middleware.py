@@ -35,6 +35,7 @@ class Gate:
     def __init__(self, app: ASGIApp, config: ServerConfig, refused: Callable[[int], None]) -> None:
         self._app, self._config, self._refused = app, config, refused
         self._keys = [key.encode() for key in config.keys]
+        self._held = 0  # bytes of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -92,7 +93,10 @@ class Gate:
             body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, whole, send)
+        try:
+            await self._app(scope, whole, send)
+        finally:
+            self._held -= len(body)
 
     def _known(self, headers: Headers) -> bool:
         """Whether a key was sent: as a bearer's or, by a browser, as a password."""
@@ -109,37 +113,53 @@ class Gate:
         return any([hmac.compare_digest(sent, key) for key in self._keys])
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, no larger and no slower than allowed."""
-        most = self._config.body
+        """The whole body, no larger and no slower than allowed; its bytes count as held."""
         declared = headers.get("content-length", "0")
-        chunks: list[bytes] = []
-        size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        if declared.isdecimal() and (len(declared) > 19 or int(declared) > self._config.body):
+            raise self._too_large()
+        body = bytearray()
         try:
             async with asyncio.timeout(self._config.body_seconds):
-                more = size <= most
-                size = 0 if more else size
+                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError(400, "The body is not whole.", code="incomplete_body")
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    more = message.get("more_body", False) and size <= most
-        except TimeoutError:
+                    body += self._taken(message.get("body", b""))
+                    more = message.get("more_body", False)
+                    if len(body) > self._config.body:
+                        raise self._too_large()
+        except BaseException as error:
+            self._held -= len(body)
+            if not isinstance(error, TimeoutError):
+                raise
             raise ApiError(
                 408,
                 f"The body took longer than {self._config.body_seconds:g} seconds to come.",
                 code="timeout",
                 headers={"Connection": "close"},
             ) from None
-        if size > most:
+        return bytes(body)
+
+    def _taken(self, part: bytes) -> bytes:
+        """A part of a body, where there is memory for it."""
+        if self._held + len(part) > self._config.bodies:
             raise ApiError(
-                413,
-                f"The body is larger than the {most} bytes allowed.",
-                code="body_too_large",
-                headers={"Connection": "close"},
+                429,
+                f"The server is busy: it holds {self._held} bytes of other requests.",
+                code="queue_full",
+                headers={"Retry-After": "1", "Connection": "close"},
             )
-        return b"".join(chunks)
+        self._held += len(part)
+        return part
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The body is larger than the {self._config.body} bytes allowed.",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
 
     def _log(self, scope: Scope, name: str, status: int, seconds: float) -> None:
         """One JSON object a request; never what was asked or answered."""

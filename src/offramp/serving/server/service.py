@@ -20,6 +20,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
+from offramp.serving.loading import plain_image
 from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
@@ -116,6 +117,12 @@ class Service:
         # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
+    def measure_calls(self) -> None:
+        """Time the engine's calls, before any request, so that it minds whether exits pay."""
+        encoder, core = self.prompter.processor, self.engine.core
+        if core.batch.depths:
+            core.tune(encoder.of_text(encoder.prompt_text("What is shown?"), [plain_image()]))
+
     # -- who is let in -----------------------------------------------------------------------------
 
     def admit(self, answers: int) -> Place:
@@ -147,16 +154,6 @@ class Service:
             )
         self.under_way += answers
         return Place(self, answers)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise `ApiError` where a request names another model."""
-        if name not in (None, "", self.config.name):
-            raise ApiError(
-                404,
-                f"The model {name[:200]!r} is not served here; {self.config.name!r} is.",
-                param="model",
-                code="model_not_found",
-            )
 
     # -- what a request becomes --------------------------------------------------------------------
 

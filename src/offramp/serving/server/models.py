@@ -1,0 +1,96 @@
+"""The models of one server: one, or several adapters that share a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from offramp.serving.server.errors import ApiError
+from offramp.serving.server.metrics import text_of
+from offramp.serving.server.service import Service
+
+
+class Models:
+    """Which service answers, by the `model` that a request names; none named: the first's.
+
+    others: names of models beside the first. load: the service of one of them, ready; called for
+    every request, so it keeps what it has loaded. held: the services that are loaded now.
+    """
+
+    def __init__(
+        self,
+        first: Service,
+        others: Sequence[str] = (),
+        load: Callable[[str], Awaitable[Service]] | None = None,
+        held: Mapping[str, Service] | None = None,
+    ) -> None:
+        self.first, self.others = first, tuple(others)
+        self._load, self._held = load, held if held is not None else {}
+
+    async def of(self, name: str | None) -> Service:
+        """The service that answers for `name`. Raise `ApiError` where there is none."""
+        if self._load is not None and name in self.others:
+            return await self._load(str(name))
+        if name not in (None, "", self.first.config.name):
+            known = ", ".join(map(repr, (self.first.config.name, *self.others)))
+            raise ApiError(
+                404,
+                f"The model {str(name)[:200]!r} is not served here; {known} "
+                f"{'are' if self.others else 'is'}.",
+                param="model",
+                code="model_not_found",
+            )
+        return self.first
+
+    @property
+    def loaded(self) -> list[Service]:
+        """The first, and the others that are loaded."""
+        return [self.first, *self._held.values()]
+
+    def cards(self) -> list[dict[str, Any]]:
+        """What `/v1/models` lists, the first model first."""
+        held, first = self._held, model_card(self.first)
+        rest = [
+            model_card(held[name]) if name in held else {**first, "id": name, "offramp": None}
+            for name in self.others
+        ]
+        return [first, *rest]
+
+    def metrics(self) -> bytes:
+        """Of all that are loaded, in Prometheus's format."""
+        return text_of([service.metrics for service in self.loaded])
+
+    def close(self) -> None:
+        for service in self.loaded:
+            service.close()
+
+
+def model_card(service: Service) -> dict[str, Any]:
+    """What is served, as `/v1/models` lists it."""
+    adapter = service.adapter
+    return {
+        "id": service.config.name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "offramp",
+        "root": service.backbone.name,
+        "parent": None,
+        "max_model_len": service.limit,
+        "input_modalities": ["text", "image"],
+        "output_modalities": ["text"],
+        "offramp": {
+            "layers": service.backbone.depth,
+            "exits": list(service.engine.core.batch.depths),
+            "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
+            "guarantee": _promise(adapter.calibration) if adapter else None,
+            "watch": None if service.watcher is None else service.watcher.report(),
+            "chat_template": service.prompter.processor.has_template,
+        },
+    }
+
+
+def _promise(calibration: Any) -> dict[str, Any] | None:
+    """What was calibrated, in a few fields."""
+    if not calibration or calibration.get("measured") is None:
+        return None
+    return {name: calibration[name] for name in ("risk", "target", "confidence", "n")}
