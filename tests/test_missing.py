@@ -12,7 +12,8 @@ from offramp.cli.command_line import run
 from offramp.cli.commands import inspect
 from offramp.errors import InputError
 from offramp.missing import missing_package
-from offramp.models.backbone import Backbone, load_processor
+from offramp.models.backbone import Backbone
+from offramp.models.hub.loading import load_processor
 
 
 def behind(error: Exception, cause: Exception) -> Exception:

@@ -31,7 +31,8 @@ def load_model(
     """The backbone and its processor. revision: where --revision does not give another."""
     import torch
 
-    from offramp.models.backbone import Backbone, load_processor
+    from offramp.models.backbone import Backbone
+    from offramp.models.hub.loading import load_processor
     from offramp.models.shipped import load_tiny, tiny_kind
 
     name = name or arguments.backbone
@@ -76,7 +77,7 @@ def choose_device(asked: str, *, is_tiny: bool = False) -> str:
     """
     import torch
 
-    from offramp.models.backbone import check_device
+    from offramp.models.hub.loading import check_device
 
     gpu = torch.cuda.is_available()
     if asked != "auto":

@@ -49,9 +49,10 @@ class _Part(NamedTuple):
     def select_rows(self, rows: Tensor) -> _Part:
         """Position ids may have an axis before the rows, and one row for all."""
         at, ids = self.positions, self.ids
+        rows = rows.to(self.states.device)
         if at is not None and at.shape[-2] > 1:
-            at = at.index_select(-2, rows)
-        return _Part(self.states[rows], at, None if ids is None else ids[rows])
+            at = at.index_select(-2, rows.to(at.device))
+        return _Part(self.states[rows], at, None if ids is None else ids[rows.to(ids.device)])
 
 
 def _joined(parts: Iterable[Tensor | None]) -> Tensor | None:
@@ -250,6 +251,7 @@ class ModelRunner:
         """Catch up where states are pending on the way, and put the rows in their places."""
         while self._catch_up_at is not None:
             out = self._from(self._catch_up_at, kw)
+        out = self.backbone.here(out)
         states = None if self._exited_at is not None else self._rows.spread(out, 0.0)
         return self._step_of(states, out)
 
@@ -310,20 +312,20 @@ class ModelRunner:
                 self._store_skipped(call)
             return self.backbone.skipped_layer_output(call)
         if index in self._watched:
-            self._previous = call.hidden[:, -1]
+            self._previous = self.backbone.here(call.hidden[:, -1])
         return call.run(call.layer)
 
     def _goes_deeper(self, call: LayerCall) -> bool:
         """Run the exit before this layer; False ends the pass: all exited, or are pending."""
         assert self.exits is not None and self.decider is not None
-        depth, hidden = call.index, call.hidden
-        candidates = self.decider.candidates(depth, hidden[:, -1])
+        depth, hidden, here = call.index, call.hidden, self.backbone.here
+        candidates = self.decider.candidates(depth, here(hidden[:, -1]))
         if candidates is None:  # no check: only what later tokens attend to is computed
             store_exit_keys(self.cache, self.exits, call)
             all_exit = False
         else:
-            state = self.exits.run(depth, call)[:, -1]
-            all_exit = self.decider.decide(depth, state, hidden[:, -1], self._previous, candidates)
+            state, entry = here(self.exits.run(depth, call)[:, -1]), here(hidden[:, -1])
+            all_exit = self.decider.decide(depth, state, entry, self._previous, candidates)
         if all_exit:
             self._exited_at = depth
             if not self.propagate:

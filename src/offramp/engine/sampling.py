@@ -124,7 +124,7 @@ class ActiveRows:
 
     def pick(self, value: Tensor) -> Tensor:
         """The kept rows of all [B, ...]."""
-        return value if self.rows is None else value[self.rows]
+        return value if self.rows is None else value[self.rows.to(value.device)]
 
     def pick_arguments(self, kw: dict[str, Any]) -> dict[str, Any]:
         """A stack's arguments for the kept rows: of tensors and masks, what has all rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.missing import how_to_install, missing_package
 from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.quantized.weights import float_dtype
+from offramp.models.hub.loading import check_device, not_loaded
+from offramp.models.quantized.weights import float_dtype, float_parameters
 from offramp.models.registry import Family, registered_family
+from offramp.models.sharding.hooks import check_hooks, device_of, loaded
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Backbone:
         self.revision = revision
         model.eval()
         model.requires_grad_(False)  # HF resets it on load
-        _refuse_hooks(model)  # before anything runs: their forwards would run past our twins
+        check_hooks(model)
         self.family: Family = registered_family(model.config) or discover(model, example)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
@@ -79,6 +80,9 @@ class Backbone:
         self.head = self._find(self.family.head)
         self.text_config: Any = self.stack.config
         self._check_drivable()
+        parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
+        self.sharded = len({device_of(part) for part in parts}) > 1
+        """Whether parts of the decoder run on several devices."""
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
         self._softcap = _softcap(self.text_config, model.config)
@@ -136,7 +140,7 @@ class Backbone:
                 str(name), revision=revision, dtype=dtype, **kwargs
             )
         except Exception as error:  # damaged files and missing packages raise nearly every builtin
-            raise _not_loaded(
+            raise not_loaded(
                 f"No vision-language model could be loaded from {str(name)!r}", error,
                 "Give a folder written by save_pretrained, or a hub name such as "
                 "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
@@ -207,7 +211,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.layers.parameters()).device  # type: ignore[no-any-return]
+        """Where inputs go, and where normed states and logits come."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,27 +230,35 @@ class Backbone:
         head: of `head_rows`, to read only those tokens.
         """
         rows = normed.reshape(-1, normed.shape[-1])
-        logits = (head or self.head)(rows * self._scale if self._scale != 1.0 else rows)
+        logits = self.here((head or self.head)(rows * self._scale if self._scale != 1.0 else rows))
         if self.family.logit_scale != 1.0:
             logits = logits * self.family.logit_scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         if len(self._suppressed) and head is None:
-            logits = logits.index_fill(1, self._suppressed, torch.finfo(logits.dtype).min)
-        return logits.view(*normed.shape[:-1], -1)  # type: ignore[no-any-return]
+            logits = logits.index_fill(
+                1, self._suppressed.to(logits.device), torch.finfo(logits.dtype).min
+            )
+        return logits.view(*normed.shape[:-1], -1)
 
     def head_rows(self, ids: Tensor) -> nn.Linear:
         """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
         bias = getattr(self.head, "bias", None)
         rows = nn.Linear(self.width, len(ids), bias=bias is not None, device="meta")
-        rows.weight = nn.Parameter(self.head.weight.detach()[ids], requires_grad=False)
-        if bias is not None:
-            rows.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
+        with loaded(self.head):
+            weight, *_ = (make() for make in float_parameters(self.head))
+            rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
+            if bias is not None:
+                rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
         return rows
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""
-        return self.norm(hidden) if self.norm is not None else hidden
+        return self.here(self.norm(hidden) if self.norm is not None else hidden)
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The tensor on `device`, from wherever its layer runs."""
+        return tensor.to(self.device) if self.sharded else tensor
 
     # -- driving ----------------------------------------------------------------------------
 
@@ -297,16 +310,6 @@ class Backbone:
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
-        for path in _prefixes(self.family.stack):
-            _refuse_hooks(self._find(path))
-
-
-def _refuse_hooks(module: Any) -> None:
-    if hasattr(module, "_hf_hook"):
-        raise UnsupportedBackboneError(
-            "The model's layers are offloaded or sharded by accelerate hooks.",
-            "Load it without device_map, on one device.",
-        )
 
 
 def _softcap(*configs: Any) -> float | None:
@@ -316,11 +319,6 @@ def _softcap(*configs: Any) -> float | None:
         if cap is not None:
             return float(cap)
     return None
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    names = path.split(".")
-    return (".".join(names[: i + 1]) for i in range(len(names)))
 
 
 def _unwrap_peft(model: nn.Module) -> nn.Module:
@@ -334,52 +332,6 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
             "Use an adapter that lives in the layers (such as LoRA), or merge it.",
         )
     return unwrap()  # type: ignore[no-any-return]
-
-
-def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
-    """The processor that was saved beside a model.
-
-    Raises:
-        InputError: there is none, or a package that it needs is missing.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            str(name), revision=revision
-        )
-    except Exception as error:  # damaged files and missing packages raise nearly every builtin
-        raise _not_loaded(
-            f"No processor could be loaded from {str(name)!r}", error,
-            "Save the model's processor beside it: processor.save_pretrained(folder).",
-        ) from error  # fmt: skip
-
-
-def _not_loaded(what: str, error: Exception, remedy: str) -> InputError:
-    """What is raised where transformers could not load `what`; remedy: where all packages are
-    there."""
-    package = missing_package(error)
-    if package is None and not isinstance(error, ImportError):
-        return InputError(f"{what}: {_reason(error)}", remedy)
-    named = "" if package is None else f"the package {package} is missing or broken: "
-    return InputError(f"{what}: {named}{_reason(error)}", how_to_install(package))
-
-
-def check_device(name: str) -> None:
-    """Raise `InputError` where the machine has no such device."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"The device {name!r} cannot be used: {_reason(error)}",
-            "Give cpu, or cuda on a machine with a GPU and a torch that was built for it.",
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in a line of at most 300 letters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

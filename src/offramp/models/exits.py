@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
+from offramp.models.sharding.hooks import run_like
 from offramp.models.shortlist import Gate
 
 
@@ -153,8 +154,14 @@ class Exits(nn.ModuleDict):
                 for i, depth in enumerate(self.depths)
             }
         )
+        self.place(backbone)
         self.requires_grad_(True)
         self.eval()  # no dropout: like the frozen layers, and resuming must be exact
+
+    def place(self, backbone: Backbone) -> None:
+        """Put each exit where the layer runs that it stands before."""
+        for depth in self.depths:
+            run_like(self.at(depth), backbone.layers[depth])
 
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,9 @@ from offramp.models.quantized.weights import float_parameters, scheme
 
 if TYPE_CHECKING:
     from offramp.models.backbone import Backbone
+
+Make = Callable[[], Tensor]
+"""Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""
 
 _SIZES = ("model_type", "layers", "width", "vocabulary", "tensors")
 _TENSORS, _VALUES = 32, 8
@@ -39,8 +42,9 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     The sample is read through bfloat16, so that the same checkpoint in another precision has
     (nearly) the same one; `same_backbone` allows for the rounding.
     """
-    norm = backbone.norm.parameters() if backbone.norm is not None else ()
-    decoder = [*float_parameters(backbone.layers), *norm]
+    decoder = float_parameters(backbone.layers)
+    if backbone.norm is not None:
+        decoder += float_parameters(backbone.norm)
     held_in = scheme(backbone.layers)
     return {
         **({} if held_in is None else {"quantized": held_in}),
@@ -99,7 +103,7 @@ def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
     return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
 
 
-def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
+def _parts(backbone: Backbone) -> dict[str, list[Make]]:
     """The parameters of each of `PARTS`: the bridge is what no other part and no layer holds."""
     model: Any = backbone.model
     parts = {
@@ -108,19 +112,17 @@ def _parts(backbone: Backbone) -> dict[str, list[Tensor]]:
         "head": backbone.head,
     }
     held = [backbone.stack, *(part for part in parts.values() if part is not None)]
-    known = {id(parameter) for part in held for parameter in part.parameters()}
-    tensors = {
-        name: [] if part is None else list(float_parameters(part)) for name, part in parts.items()
-    }
-    return {**tensors, "bridge": list(float_parameters(model, known))}
+    known = {id(it) for part in held for it in (*part.parameters(), *part.modules())}
+    tensors = {name: [] if part is None else float_parameters(part) for name, part in parts.items()}
+    return {**tensors, "bridge": float_parameters(model, known)}
 
 
-def _sample(tensors: Sequence[Tensor]) -> list[list[int]]:
+def _sample(tensors: Sequence[Make]) -> list[list[int]]:
     """Up to `_VALUES` evenly spaced values of each of about `_TENSORS` evenly spaced tensors, as
     the bits of their bfloat16."""
     samples: list[list[int]] = []
-    for tensor in tensors[:: max(1, len(tensors) // _TENSORS)]:
-        flat = tensor.detach().flatten()
+    for make in tensors[:: max(1, len(tensors) // _TENSORS)]:
+        flat = make().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
         samples.append(values.to(torch.bfloat16).view(torch.int16).tolist())
     return samples

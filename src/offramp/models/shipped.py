@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from offramp.errors import InputError, did_you_mean
-from offramp.models.backbone import Backbone, load_processor
+from offramp.models.backbone import Backbone
+from offramp.models.hub.loading import load_processor
 
 TINY = ("opt", "t5")
 

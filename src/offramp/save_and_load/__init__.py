@@ -248,7 +248,8 @@ def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
     exits = Exits(backbone, config.depths, kind=config.exit_kind)
     check_shapes(path, {n: tuple(t.shape) for n, t in exits.state_dict().items()})
     _fill(exits, path, backbone.dtype)
-    return exits.to(backbone.device).requires_grad_(False)
+    exits.place(backbone)
+    return exits.requires_grad_(False)
 
 
 def _load_discriminators(config: AdapterConfig, backbone: Backbone) -> nn.ModuleDict | None:

@@ -22,7 +22,7 @@ from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.slots.cache import check_memory, slot_bytes
 from offramp.engine.slots.memory import free_bytes
 from offramp.engine.slots.prompt import PromptReader
-from offramp.errors import InputError
+from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
@@ -100,6 +100,11 @@ class EngineCore:
         make_batch: Callable[..., SlotBatch] = SlotBatch,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
+        if backbone.sharded:
+            raise UnsupportedBackboneError(
+                f"{backbone.name} is spread over several devices, and the engine runs on one.",
+                "Load it on one device, or decode with offramp.generate.",
+            )
         config = config or EngineConfig()
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         size = config.slots * slot_bytes(

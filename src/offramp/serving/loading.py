@@ -13,7 +13,8 @@ from PIL import Image
 
 from offramp.adapter import Adapter
 from offramp.errors import AdapterError, InputError, StorageError
-from offramp.models.backbone import Backbone, load_processor
+from offramp.models.backbone import Backbone
+from offramp.models.hub.loading import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits, tiny_kind
 from offramp.save_and_load import read_config

@@ -147,7 +147,7 @@ class AdversarialObjective:
 
     def _judge(self, depth: int, batch: Batch) -> Callable[[Tensor], Verdict]:
         """What the discriminator at `depth` makes of states [N, D] at the batch's answer tokens."""
-        entries = batch.entries(depth)[batch.mask].float()
+        entries = self.backbone.here(batch.entries(depth))[batch.mask].float()
         rows = batch.mask.nonzero()[:, 0]
         discriminator: Any = self.discriminators[str(depth)]
         return lambda features: discriminator.judge(features.float(), entries, rows)

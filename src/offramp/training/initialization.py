@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.engine.teacher_forcing import Batch
+from offramp.models.quantized.weights import float_state
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.losses import kl
 
@@ -39,16 +41,18 @@ def start_closest(
     agreed: the mean of a value over all processes, which must choose alike.
     """
     layers, exits = objective.backbone.layers, objective.exits
-    weights = {i: layer.state_dict() for i, layer in enumerate(layers)}
+    weights = {i: partial(float_state, layer) for i, layer in enumerate(layers)}
     judged = batches[::4]
     learnt = [batch for n, batch in enumerate(batches) if n % 4] or judged
     distances: dict[int, dict[int, float]] = {depth: {} for depth in exits.depths}
     for behind in progress(range(len(layers) - exits.depths[0])):
         candidates = {
-            d: d + behind for d in exits.depths if _fits(weights.get(d + behind), exits.at(d))
+            d: d + behind
+            for d in exits.depths
+            if d + behind in weights and _fits(weights[d + behind](), exits.at(d))
         }
         for depth, layer in candidates.items():
-            exits.at(depth).load_state_dict(weights[layer])
+            exits.at(depth).load_state_dict(weights[layer]())
         distance_at = _probed(objective, learnt, judged) if candidates else {}
         for depth, layer in candidates.items():
             distance = agreed(distance_at[depth])
@@ -57,7 +61,7 @@ def start_closest(
         depth: min(by_layer, key=lambda i: by_layer[i]) for depth, by_layer in distances.items()
     }
     for depth, layer in chosen.items():
-        exits.at(depth).load_state_dict(weights[layer])
+        exits.at(depth).load_state_dict(weights[layer]())
     return chosen
 
 
@@ -102,11 +106,9 @@ def linear_probe(states: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda others: (others.float() - middle) @ slope + target
 
 
-def _fits(weights: Mapping[str, Tensor] | None, exit: nn.Module) -> bool:
+def _fits(weights: Mapping[str, Tensor], exit: nn.Module) -> bool:
     """Whether an exit can take these weights: families may mix layers of several kinds."""
     own = exit.state_dict()
-    return (
-        weights is not None
-        and weights.keys() == own.keys()
-        and all(weights[name].shape == own[name].shape for name in own)
+    return weights.keys() == own.keys() and all(
+        weights[name].shape == own[name].shape for name in own
     )

@@ -327,7 +327,7 @@ class Trainer:
     def _best_adapter(self) -> Adapter:
         exits = Exits(self.backbone, self.exits.depths, kind=self.config.exit_kind)
         exits.load_state_dict(self.best["exits"])
-        exits.to(self.backbone.device, self.backbone.dtype).requires_grad_(False)
+        exits.to(self.backbone.dtype).requires_grad_(False)
         discriminators = None
         if self.config.has_discriminator:
             discriminators = self.objective.new_discriminators().eval().requires_grad_(False)

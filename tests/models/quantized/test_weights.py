@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import families
 import pytest
 import torch
+import training_runs
 from torch import nn
+from training_runs import SHORT
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
@@ -100,3 +104,57 @@ def test_a_scheme_that_is_not_known_is_refused_in_two_lines():
     with pytest.raises(UnsupportedBackboneError, match="Packed") as caught:
         float_copy(nn.Sequential(odd), torch.float32)
     assert len(str(caught.value).splitlines()) == 2
+
+
+class Grid(nn.Module):
+    """A linear of a library that nobody here knows: codes in a buffer, and no weight."""
+
+    def __init__(self, linear, twist=0.0):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("codes", (linear.weight.detach() * 64).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias)
+        self.twist = twist
+
+    def forward(self, states):
+        return states @ (self.codes.to(states) / 64).T + self.bias + self.twist * states.abs().sum()
+
+
+def test_a_linear_is_read_by_what_it_makes_of_unit_vectors():
+    odd = Grid(nn.Linear(8, 4))
+    assert is_quantized(odd) and scheme(odd) == "Grid"
+    plain = float_copy(nn.Sequential(odd), torch.float32)[0]
+    assert torch.allclose(plain.weight, odd.codes / 64) and torch.equal(plain.bias, odd.bias)
+
+
+@pytest.mark.parametrize("layer", [Grid(nn.Linear(8, 4), twist=1.0), nn.Conv1d(2, 2, 1)], ids=str)
+def test_what_cannot_be_read_as_floats_is_refused_in_two_lines(layer):
+    if isinstance(layer, nn.Conv1d):  # as experts are: quantised, and no linear
+        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UnsupportedBackboneError, match="cannot be read as floats") as caught:
+        float_copy(nn.Sequential(layer), torch.float32)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_lora_beside_quantised_weights_stays_in_the_copy(quantized):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layer = inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), quantized.layers[2])
+    torch.nn.init.normal_(layer.mlp.up_proj.lora_B["default"].weight)
+    copied, states = float_copy(layer, torch.float32), torch.randn(1, 3, families.WIDTH)
+    assert scheme(copied) is None
+    assert torch.allclose(copied.mlp(states), layer.mlp(states), atol=1e-5)
+
+
+def test_the_closest_layer_is_chosen_among_quantised_ones(quantized, tmp_path):
+    run = training_runs.trainer(quantized, tmp_path, replace(SHORT, initial_layer="closest"))
+    run.run()
+    assert set(run.initial) == {2, 4} and scheme(run.exits) is None
+
+
+def test_a_shortlist_reads_rows_of_a_quantised_head():
+    model = families.build("llava").requires_grad_(False)
+    rows = model.lm_head.weight[[3, 5]].clone()
+    quantize(nn.Sequential(model.lm_head))
+    head = Backbone(model).head_rows(torch.tensor([3, 5]))
+    assert torch.allclose(head.weight, rows, atol=0.01) and type(head.weight) is nn.Parameter

@@ -131,7 +131,7 @@ class _Case:
         )
         self.tokens: Tensor = made.sequences[:, -len(made.logits) :]
         self.logits: list[Tensor] = list(made.logits)
-        self.exits = Exits(backbone, depths).requires_grad_(False).to(backbone.device)
+        self.exits = Exits(backbone, depths).requires_grad_(False)
 
     def runner(self, plan: tuple[int, ...] | None) -> ModelRunner:
         """A runner whose tokens exit by `plan`; None: the full model."""

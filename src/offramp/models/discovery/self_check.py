@@ -21,6 +21,7 @@ from torch import Tensor
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
 from offramp.models.discovery.watch import first_tensor
+from offramp.models.sharding.hooks import device_of
 
 if TYPE_CHECKING:
     from offramp.models.backbone import Backbone, LayerCall
@@ -69,7 +70,7 @@ def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> 
     """
     from offramp.models.intercept import InterceptedModel  # it imports the backbone
 
-    if any(parameter.is_meta for parameter in backbone.layers.parameters()):
+    if device_of(backbone.layers).type == "meta":
         width, vocabulary = backbone.text_config.hidden_size, len(backbone.head.weight)
         return Layout(int(width), vocabulary, (0,) * backbone.depth)
 
@@ -196,7 +197,9 @@ def _check_logits(backbone: Backbone, normed: Tensor, out: Any) -> Tensor:
     apart = _apart(ours, theirs)
     if apart is None or apart > _allowed(theirs):
         family = backbone.family
-        factor = float((ours.double() * theirs.double()).sum() / ours.double().square().sum())
+        factor = float(
+            (ours.double() * theirs.to(ours.device).double()).sum() / ours.double().square().sum()
+        )
         raise UnsupportedBackboneError(
             f"Self-check, part 2: logits read by head={family.head!r} are not the model's own "
             f"(off by {'shape' if apart is None else f'{apart:.1e}'}"
@@ -210,7 +213,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float | None:
     """The largest difference over the largest value; None where shapes differ."""
     if ours.shape != theirs.shape:
         return None
-    a, b = ours.double(), theirs.double()
+    a, b = ours.to(theirs.device).double(), theirs.double()
     low = b <= torch.finfo(theirs.dtype).min / 2  # tokens that are never said
     if not torch.equal(low, a <= torch.finfo(theirs.dtype).min / 2):
         return float("inf")

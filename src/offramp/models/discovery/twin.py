@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from offramp.models.sharding.hooks import hook_twin
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -23,6 +25,7 @@ def twin(module: nn.Module) -> nn.Module:
     made._modules = dict(module._modules)
     for table in _HOOKS:  # a hook on the twin must not show on the original
         made.__dict__[table] = copy.copy(module.__dict__[table])
+    hook_twin(made)
     return made  # type: ignore[no-any-return]
 
 

@@ -1,13 +1,16 @@
-"""Weights of quantised linears as floats: torchao, bitsandbytes in 8 and 4 bits, quanto.
+"""Weights of quantised linears as floats: an exit beside them is a float copy, which can be trained
+and saved, and a fingerprint is taken of the values that the backbone computes with.
 
-The backbone stays as it is. An exit beside it is a float copy, which can be trained and saved, and
-a fingerprint is taken of the values that the backbone computes with.
+The backbone stays as it is. A scheme need not be known here: what its linear makes of unit vectors
+is its weight. That is also the safer way: bitsandbytes lays 4-bit weights out anew when they first
+run on a processor, and its own function then reads them wrongly.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,85 +18,156 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
+from offramp.models.sharding.hooks import hooks_of, loaded, unhook
+
+_BITS = ("bits", "qtype", "target_dtype", "quant_type")
+"""Where linears and their weights say how many bits they are held in."""
+_NEAR = 0.05
+"""How far a linear may be from its weight, relative to the largest value: schemes that round what
+comes in as well are that close."""
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this module alone holds its weight in fewer bits."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not hasattr(module, "in_features"):
+    """Whether this module is a linear, a leaf, whose weight is no plain float tensor."""
+    if not hasattr(module, "in_features") or any(True for _ in module.children()):
         return False
-    return not weight.is_floating_point() or type(weight.data) is not Tensor
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return not _is_plain(weight)
+    return any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds what it means: floats in 8 bits are meant times a scale."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and type(tensor.data) is Tensor
 
 
 def scheme(module: nn.Module) -> str | None:
-    """What holds the weights: the class of the first quantised linear or of its weight."""
+    """What holds the weights, in words: the class of the first quantised linear, or of its weight,
+    and the bits that it names; None: nothing is quantised."""
     for part in module.modules():
         if is_quantized(part):
-            own = type(part).__name__
-            return type(part.weight).__name__ if own == "Linear" else own
+            weight = getattr(part, "weight", None)
+            holder: Any = weight if type(part) is nn.Linear else part
+            named = (getattr(at, name, None) for at in (part, weight) for name in _BITS)
+            return " ".join(
+                [type(holder).__name__, *dict.fromkeys(map(_word, filter(None, named)))]
+            )
     return None
 
 
+def _word(bits: Any) -> str:
+    return str(getattr(bits, "name", bits)).removeprefix("torch.")
+
+
 @torch.no_grad()
-def dequantized(linear: Any) -> Tensor:
+def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that a quantised linear computes with.
 
-    Raises:
-        UnsupportedBackboneError: a scheme that is not known.
-    """
-    weight, kind = linear.weight, type(linear).__name__
-    if kind == "Linear4bit":
-        import bitsandbytes.functional as bits
+    dtype: of the states that come in.
 
-        return bits.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    if kind == "Linear8bitLt":
-        codes = weight.data if linear.state.CB is None else linear.state.CB
-        scales = weight.SCB if linear.state.SCB is None else linear.state.SCB
-        return codes.float() * scales.float()[:, None] / 127  # type: ignore[no-any-return]
-    if hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
+    Raises:
+        UnsupportedBackboneError: it cannot be read.
+    """
+    weight = getattr(linear, "weight", None)
+    if weight is not None and type(weight).dequantize is not Tensor.dequantize:
         return weight.dequantize()  # type: ignore[no-any-return]
-    raise UnsupportedBackboneError(
-        f"Weights of {kind} ({type(weight).__name__}, {weight.dtype}) cannot be read as floats.",
-        "Known are torchao's weight-only tensors, bitsandbytes in 8 and 4 bits, and quanto; load "
-        "the model in one of them, or in float.",
+    return _by_unit_vectors(linear, dtype)
+
+
+def _by_unit_vectors(linear: Any, dtype: torch.dtype) -> Tensor:
+    """What the linear makes of unit vectors, less its bias; held to what it makes of another."""
+    weight: Tensor
+    device = next(chain(linear.parameters(), linear.buffers())).device
+    units = torch.eye(linear.in_features, device=device).to(dtype)
+    other = torch.linspace(-1, 1, linear.in_features, device=device).to(dtype)[None]
+    try:
+        bias = linear(torch.zeros_like(other))
+        weight = (linear(units) - bias).T
+        ours, theirs = other @ weight.T + bias, linear(other)
+    except Exception as error:  # whatever its kernels raise
+        raise _unreadable(linear, f"{type(error).__name__}: {str(error)[:120]}") from error
+    if not bool(((ours - theirs).abs().max() <= _NEAR * theirs.abs().max()).item()):
+        raise _unreadable(linear, "what it makes of states is not linear in them")
+    return weight
+
+
+def _unreadable(module: nn.Module, why: str) -> UnsupportedBackboneError:
+    return UnsupportedBackboneError(
+        f"Weights of {type(module).__name__} cannot be read as floats ({why}).",
+        "Load the model in a scheme that docs/quantisation.md names, or in float.",
     )
 
 
+def float_state(layer: nn.Module) -> dict[str, Tensor]:
+    """The state of `layer`, as its float copy has it."""
+    plain = layer if scheme(layer) is None else float_copy(layer, float_dtype(layer))
+    return plain.state_dict()
+
+
 def float_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`."""
-    memo: dict[int, Any] = {}
-    for part in layer.modules():
-        if is_quantized(part):
-            memo[id(part)] = _plain(part, dtype)
-    return copy.deepcopy(layer, memo)
+    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`.
+
+    Raises:
+        UnsupportedBackboneError: weights that are quantised elsewhere than in linears.
+    """
+    with loaded(layer):
+        memo: dict[int, Any] = {
+            id(part): _plain(part, dtype) for part in layer.modules() if is_quantized(part)
+        }
+        made = copy.deepcopy(layer, memo | hooks_of(layer))
+    unhook(made)
+    for part in made.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not _is_plain(parameter):
+                raise _unreadable(part, f"its {name} is {parameter.dtype}, and it is no linear")
+    return made
 
 
 def _plain(linear: Any, dtype: torch.dtype) -> nn.Linear:
     bias = getattr(linear, "bias", None)
     made = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(dequantized(linear).detach().to(dtype, copy=True))
+    made.weight = nn.Parameter(dequantized(linear, dtype).detach().to(dtype, copy=True))
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
     return made
 
 
-def float_parameters(module: nn.Module, besides: Collection[int] = ()) -> Iterator[Tensor]:
-    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean.
+def float_parameters(
+    module: nn.Module, besides: Collection[int] = ()
+) -> list[Callable[[], Tensor]]:
+    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean, to
+    be made one by one: all at once may have no room.
 
-    besides: ids of parameters that are left out.
+    besides: ids of parameters and modules that are left out.
     """
-    seen = set(besides)
+    seen, dtype = set(besides), float_dtype(module)
+    makes: list[Callable[[], Tensor]] = []
     for part in module.modules():
         quantized = is_quantized(part)
-        for name, parameter in part._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield dequantized(part) if quantized and name == "weight" else parameter
+        if quantized and id(part) in seen:
+            continue
+        held = (
+            {"weight": None, "bias": getattr(part, "bias", None)} if quantized else part._parameters
+        )
+        for name, parameter in held.items():
+            if quantized and name == "weight":
+                makes.append(partial(_made, part, partial(dequantized, part, dtype)))
+            elif parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                makes.append(partial(_made, part, partial(getattr, part, name)))
+    return makes
+
+
+def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+    with loaded(part):
+        return make().detach()
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
     """The precision of the states: that of a norm, which no scheme quantises."""
-    plain = (p for p in module.parameters() if p.is_floating_point() and type(p.data) is Tensor)
-    first = next(plain)
-    return next((p for p in chain([first], plain) if p.dim() == 1), first).dtype
+    plain = (p for p in module.parameters() if _is_plain(p))
+    first = next(plain, None)
+    narrow = (p for p in chain([] if first is None else [first], plain) if p.dim() == 1)
+    known = next(narrow, first)
+    return torch.float32 if known is None else known.dtype

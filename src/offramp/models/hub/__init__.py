@@ -1,0 +1,1 @@
+"""What comes from a folder or from the hub."""

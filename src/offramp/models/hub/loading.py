@@ -1,0 +1,57 @@
+"""Models and processors by a folder or a hub name: what keeps one from loading, in two lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.errors import InputError
+from offramp.missing import how_to_install, missing_package
+
+
+def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+    """The processor that was saved beside a model.
+
+    Raises:
+        InputError: there is none, or a package that it needs is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            str(name), revision=revision
+        )
+    except Exception as error:  # damaged files and missing packages raise nearly every builtin
+        raise not_loaded(
+            f"No processor could be loaded from {str(name)!r}", error,
+            "Save the model's processor beside it: processor.save_pretrained(folder).",
+        ) from error  # fmt: skip
+
+
+def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
+    """What is raised where transformers could not load `what`; remedy: where all packages are
+    there."""
+    package = missing_package(error)
+    if package is None and not isinstance(error, ImportError):
+        return InputError(f"{what}: {_reason(error)}", remedy)
+    named = "" if package is None else f"the package {package} is missing or broken: "
+    return InputError(f"{what}: {named}{_reason(error)}", how_to_install(package))
+
+
+def check_device(name: str) -> None:
+    """Raise `InputError` where the machine has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"The device {name!r} cannot be used: {_reason(error)}",
+            "Give cpu, or cuda on a machine with a GPU and a torch that was built for it.",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line of at most 300 letters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
