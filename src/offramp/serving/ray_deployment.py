@@ -48,7 +48,8 @@ class RayConfig:
     `held` that were asked for last, each with slots of its own. server: fields of `ServerConfig`
     beside the name. loading: as of `load_served`. cpus, gpus: of a replica. threads: of the
     processor, for one call. watch: whether the guarantee is watched; each replica watches its own
-    requests, and each may be wrong at the level.
+    requests, and each may be wrong at the level. scaling: more fields of Ray's autoscaling, such as
+    upscale_delay_s.
 
     Raises:
         InputError: no replicas, or fewer at most than at least; two adapters of one name.
@@ -67,6 +68,7 @@ class RayConfig:
     gpus: float = 0.0
     threads: int | None = None
     watch: bool = True
+    scaling: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,6 +182,7 @@ def deployment(config: RayConfig) -> Any:
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.slots,
+            **config.scaling,
         },
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         graceful_shutdown_timeout_s=drain + 5,
