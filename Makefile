@@ -19,7 +19,7 @@ RESEARCH_TESTS := tests/research tests/benchmarks tests/examples
 test: $(READY)  ## the tests of what is installed, without a network
 	$(PYTEST) $(RESEARCH_TESTS:%=--ignore=%)
 
-test-research: $(READY)  ## the tests of comparison, analysis, benchmarks and the photo example
+test-research: $(READY)  ## the tests of comparison, analysis, benchmarks, compiled code and the photo example
 	$(PYTEST) $(RESEARCH_TESTS)
 
 lint: $(READY)  ## style and types

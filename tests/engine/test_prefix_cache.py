@@ -44,18 +44,18 @@ def test_the_next_turn_is_answered_as_without_and_only_the_new_is_run(
     rule = POLICIES[policy](parts.depths)
     run = {"exits": parts if rule.thresholds else None, "policy": rule, **OPTIONS}
     cache = PrefixCache()
-    turns = [first, longer(first, 3), longer(first, 5), first]
+    turns = [first, longer(first, 3), first]
+    plain = [generate(whole, turn, **run) for turn in turns[:2]] * 2
     seen = []
     handle = whole.layers[0].register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
     try:
-        for turn in turns:
-            plain = generate(whole, turn, **run)
+        for turn, alone in zip(turns, plain, strict=False):
             del seen[:]
             ours = generate(whole, turn, prefix_cache=cache, **run)
-            assert torch.equal(ours.sequences, plain.sequences)
-            assert torch.equal(ours.depths, plain.depths)
+            assert torch.equal(ours.sequences, alone.sequences)
+            assert torch.equal(ours.depths, alone.depths)
             if cache.reused:
-                assert seen[0] in (1, 2, 3)  # the last token of a known prompt is run again
+                assert seen[0] in (1, 3)  # the last token of a known prompt is run again
     finally:
         handle.remove()
     if rule.exit_in_prefill and rule.thresholds and not rule.lossless:

@@ -24,7 +24,7 @@ def test_without_exits_or_with_exits_that_never_fire_it_is_greedy_generate(
     name, dtype, backbone, exits, batch
 ):
     whole, parts = backbone(name, DTYPES[dtype]), exits(name, DTYPES[dtype])
-    for rows in ROWS:
+    for rows in ROWS if dtype == "float32" else (4,):
         inputs = batch(name, rows, DTYPES[dtype])
         theirs = greedy(whole.model, inputs, max_new_tokens=8)
         for kv in (None, "recompute", "propagate"):

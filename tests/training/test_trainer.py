@@ -477,10 +477,10 @@ def uninterrupted(opt: Any, out: Path, config: TrainConfig) -> tuple[Trainer, li
     ("when", "step", "changes"),
     [
         *((*moment, {"cache": "memory"}) for moment in
-          [("fetch", 3), ("step", 3), ("step", 0), ("validation", 0), ("validation", 4)]),
+          [("fetch", 3), ("step", 3), ("validation", 0), ("validation", 4)]),
         *((*moment, {"cache": "disk"}) for moment in [("fetch", 3), ("step", 0)]),
         *(("fetch", 3, VARIANTS[variant]) for variant in
-          ["regression", "matching", "relativistic-spectral", "closest", "late-penalty"]),
+          ["relativistic-spectral", "closest", "late-penalty"]),
         ("fetch", 3, {"shortlist": 5}),
     ],
 )  # fmt: skip
