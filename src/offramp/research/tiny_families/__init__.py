@@ -71,7 +71,7 @@ class Kind:
             masks.append(off + on if self.padding == "left" else on + off)
         tokens, mask = torch.tensor(padded), torch.tensor(masks)
         torch_state = torch.random.get_rng_state()
-        torch.manual_seed(2000 + seed)
+        torch.default_generator.manual_seed(2000 + seed)
         extra = self.extra(tokens, mask)
         torch.random.set_rng_state(torch_state)
         return {"input_ids": tokens, "attention_mask": mask, **extra}
