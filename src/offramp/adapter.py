@@ -200,10 +200,11 @@ class Adapter:
         """The same exits with another policy. Raise `InputError` if it names other depths.
 
         calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
-            policy whose `drafts` alone differ is the same, for they change no output.
+            policy that drafts or guesses otherwise is the same, for that changes no output.
         """
         check_policy_depths(policy, self.exits.depths)
-        if calibration is None and replace(policy, drafts=self.policy.drafts) == self.policy:
+        alike = replace(policy, drafts=self.policy.drafts, guesses=self.policy.guesses)
+        if calibration is None and alike == self.policy:
             calibration = self.calibration
         return replace(self, policy=policy, calibration=calibration)
 

@@ -12,7 +12,13 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.calibration import draft_thresholds as module
-from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+from offramp.calibration.draft_thresholds import (
+    draft_speeds,
+    guess_policies,
+    guess_speeds,
+    with_drafts,
+    with_guesses,
+)
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError
 from offramp.evaluation.timing import Timing
@@ -119,3 +125,23 @@ def test_every_kind_of_policy_can_be_drafted_by(
     ours = adapter.with_policy(policy)
     found = draft_speeds(ours, [batch(NAME, 1)], thresholds=(0.5,), rounds=1, **GREEDY)
     assert {tuple(d.thresholds) for d in found} == {(2,), (4,), (2, 4)}
+
+
+# -- guesses ---------------------------------------------------------------------------------------
+
+
+def test_guesses_from_below_the_threshold_are_tried_and_none_at_all(timed: Any) -> None:
+    backbone = Backbone(families.build(NAME))
+    policy = ExitPolicy({4: 0.5}, drafts={2: 0.1})
+    adapter = Adapter(backbone, Exits(backbone, (2, 4)), policy, calibration=PROMISE)
+    timed["2"] = 0.5
+    found = guess_speeds(adapter, [{}], thresholds=(0.1, 0.3, 0.5))
+    assert [dict(d.thresholds) for d in found] == [{4: 0.3}, {}, {4: 0.1}]
+    chosen = with_guesses(adapter, found)
+    assert chosen.policy == replace(policy, guesses={4: 0.3})
+    assert chosen.calibration == PROMISE
+
+
+def test_with_two_exits_nothing_is_guessed(adapter: Adapter) -> None:
+    two = adapter.with_policy(ExitPolicy({2: 0.5, 4: 0.5}))
+    assert [dict(p.guesses) for p in guess_policies(two)] == [{}]

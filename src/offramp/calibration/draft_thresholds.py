@@ -1,11 +1,13 @@
-"""Where lossless decoding should draft: every threshold gives the same output, so time decides."""
+"""Where exits should write ahead: as lossless drafts, and as guesses between early exits.
+
+Every choice gives the same output, so time alone decides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 from offramp.adapter import Adapter
@@ -18,7 +20,7 @@ THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
 
 @dataclass(frozen=True)
 class Drafting:
-    """Thresholds to draft by, and how fast they decode against the full model."""
+    """Thresholds to draft or guess by, and how fast they decode against the full model."""
 
     thresholds: Thresholds
     speedup: float
@@ -51,21 +53,10 @@ def draft_speeds(
     Raises:
         DataError: no inputs.
     """
-    if not inputs:
-        raise DataError("There are no prompts to draft on.", "Give some, like those to come.")
-    lossless = partial(exit_generate_fn, adapter.backbone, adapter.exits)
-    sweep = {str(n): policy for n, policy in enumerate(draft_policies(adapter, thresholds))}
-    generators: dict[str, GenerateFn] = {
-        "full": exit_generate_fn(adapter.backbone, **options),
-        **{name: lossless(policy=policy, **options) for name, policy in sweep.items()},
-    }
-    timings = time_interleaved(generators, inputs, rounds=rounds, progress=progress)
-    full = timings.pop("full")
-    order = sorted(timings, key=lambda name: median(timings[name].decode))
-    return [
-        Drafting(Thresholds(sweep[name].drafts), speedup(full.decode, timings[name].decode))
-        for name in order
-    ]
+    sweep = draft_policies(adapter, thresholds)
+    speeds = _speeds(adapter, sweep, inputs, rounds, progress, options)
+    found = [Drafting(Thresholds(p.drafts), s) for p, s in zip(sweep, speeds, strict=True)]
+    return sorted(found, key=lambda one: -one.speedup)
 
 
 def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
@@ -77,3 +68,56 @@ def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
     if best.speedup <= 1.0:
         return adapter
     return adapter.with_policy(replace(adapter.policy, drafts=best.thresholds))
+
+
+def guess_policies(adapter: Adapter, thresholds: Sequence[float] = THRESHOLDS) -> list[ExitPolicy]:
+    """Early exit by the adapter's thresholds, without guesses and with guesses from each score
+    below its threshold; nothing but the first where it has not one exit in use."""
+    policy = replace(adapter.policy, lossless=False, guesses={})
+    if len(policy.thresholds) != 1 or policy.kv != "recompute":
+        return [policy]
+    ((depth, threshold),) = policy.thresholds.items()
+    below = [level for level in thresholds if level < threshold]
+    return [policy, *(replace(policy, guesses={depth: level}) for level in below)]
+
+
+def guess_speeds(
+    adapter: Adapter,
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    rounds: int = 3,
+    progress: Any = iter,
+    **options: Any,
+) -> list[Drafting]:
+    """Time early exit by each of `guess_policies`, as `draft_speeds` does; the fastest first."""
+    sweep = guess_policies(adapter, thresholds)
+    speeds = _speeds(adapter, sweep, inputs, rounds, progress, options)
+    found = [Drafting(Thresholds(p.guesses), s) for p, s in zip(sweep, speeds, strict=True)]
+    return sorted(found, key=lambda one: -one.speedup)
+
+
+def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
+    """The adapter with the fastest guesses, or without any; its guarantee stays."""
+    return adapter.with_policy(replace(adapter.policy, guesses=guessing[0].thresholds))
+
+
+def _speeds(
+    adapter: Adapter,
+    policies: Sequence[ExitPolicy],
+    inputs: Sequence[Mapping[str, Any]],
+    rounds: int,
+    progress: Any,
+    options: Mapping[str, Any],
+) -> list[float]:
+    """How fast each policy decodes, as a multiple of the full model; all interleaved."""
+    if not inputs:
+        raise DataError("There are no prompts to draft on.", "Give some, like those to come.")
+    early = partial(exit_generate_fn, adapter.backbone, adapter.exits)
+    ways: dict[str, GenerateFn] = {
+        "full": exit_generate_fn(adapter.backbone, **options),
+        **{str(n): early(policy=p, **options) for n, p in enumerate(policies)},
+    }
+    timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
+    full = timings.pop("full")
+    return [speedup(full.decode, timings[str(n)].decode) for n in range(len(policies))]

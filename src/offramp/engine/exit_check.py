@@ -136,7 +136,9 @@ class ExitDecider:
 
     thresholds: by depth, ascending. watched: layers whose input the score reads. checks: whether
     rows may exit at all, for the current token. logits: of the rows that exited [B, V], None while
-    none has. depths, scores: of the current token [B].
+    none has. depths, scores: of the current token [B]. guess_above: score from which a single row
+    that is not confident goes on from the exit's token all the same; None: it does not. guessed:
+    whether it did, with the current token.
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> None:
@@ -145,6 +147,8 @@ class ExitDecider:
         check_weights(policy.weights, exits.depths)
         self.scorer = ExitScorer(backbone, policy, tuple(self.thresholds), exits)
         self.checks = True
+        self.guess_above: float | None = None
+        self.guessed = False
         self.logits: Tensor | None = None
         self.depths: Tensor
         self.scores: Tensor
@@ -164,7 +168,7 @@ class ExitDecider:
 
         token: its `position` and `previous_token` [B].
         """
-        self.checks, self._constrain, self.logits = check, constrain, None
+        self.checks, self._constrain, self.logits, self.guessed = check, constrain, None, False
         self._token = token
         self._open = unfinished
         if self._fresh is None or len(self._fresh[0]) != len(unfinished):
@@ -199,7 +203,10 @@ class ExitDecider:
         if len(state) == 1:  # the common case, in one transfer and no masks
             self.scores = check.score
             if not bool(check.score >= threshold):  # in the score's precision, as below
-                return False
+                above = self.guess_above
+                self.guessed = above is not None and bool(check.score >= above)
+                if not self.guessed:
+                    return False
             self.logits, self.depths = check.logits, torch.full_like(self.depths, depth)
             return True
         self.scores = torch.where(candidates, check.score.to(self.scores), self.scores)

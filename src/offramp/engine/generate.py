@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from offramp.engine.exit_check import decider_of
+from offramp.engine.kv_cache import croppable
 from offramp.engine.model_runner import ModelRunner
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prefill, Prepared, prepare
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.sampling import SequenceState
-from offramp.engine.speculative import speculate
+from offramp.engine.speculative import speculate, write_with_guesses
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -177,7 +178,8 @@ def _decode(
     if policy.lossless and run.decider is not None:
         rounds = speculate(run, sequence, prepared, policy.max_draft)
     else:
-        decode_steps(run, sequence, prepared, first_exits=first_exits)
+        guesses = None if sequence.samples else _guess_above(run, policy)
+        decode_steps(run, sequence, prepared, first_exits=first_exits, guess_above=guesses)
     if served is not None:
         served.end()
     sequence.end()
@@ -191,12 +193,27 @@ def _decode(
     )
 
 
+def _guess_above(run: ModelRunner, policy: ExitPolicy) -> float | None:
+    """From which score a token that is not confident is guessed; None where none is: with several
+    exits, approximate keys, or a backbone that cannot take tokens back."""
+    if len(run.exits_on) != 1 or run.propagate or not run.backbone.lossless:
+        return None
+    return policy.guesses.get(run.exits_on[0])
+
+
 def decode_steps(
-    run: ModelRunner, sequence: SequenceState, prepared: Prepared, *, first_exits: bool
+    run: ModelRunner,
+    sequence: SequenceState,
+    prepared: Prepared,
+    *,
+    first_exits: bool,
+    guess_above: float | None = None,
 ) -> None:
     """Write token after token, each at the depth where it exits, until every row is finished.
 
-    first_exits: whether the first token may exit; see `first_token_may_exit`.
+    first_exits: whether the first token may exit; see `first_token_may_exit`. guess_above: score
+    from which a single row goes on from a guess (`offramp.engine.speculative`), where tokens can be
+    taken back out of the cache.
     """
     backbone = run.backbone
     run.begin(sequence.unfinished, sequence.ids, check=first_exits)
@@ -205,6 +222,8 @@ def decode_steps(
     sequence.emit(
         sequence.choose(step.merge(prefill.logits, backbone.depth)), step.depths, step.scores
     )
+    if guess_above is not None and len(sequence.ids) == 1 and croppable(run.cache):
+        write_with_guesses(run, sequence, prefill, guess_above)
     while live := sequence.live:
         run.keep_rows(sequence.written, live)
         run.begin(sequence.unfinished, sequence.ids)

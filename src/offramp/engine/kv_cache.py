@@ -170,12 +170,19 @@ def check_croppable(cache: Any) -> None:
 
     A recurrent state holds the whole text in one tensor: what a rejected draft did to it stays.
     """
-    for entry in self_attention(cache).layers:
-        if any(getattr(entry, "is_recurrent_states_initialized", {}).values()):
-            raise InputError(
-                "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
-                "Use a policy with lossless=False.",
-            )
+    if not croppable(cache):
+        raise InputError(
+            "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
+            "Use a policy with lossless=False.",
+        )
+
+
+def croppable(cache: Any) -> bool:
+    """Whether tokens can be taken back out of a cache that the prompt has been read into."""
+    return not any(
+        any(getattr(entry, "is_recurrent_states_initialized", {}).values())
+        for entry in self_attention(cache).layers
+    )
 
 
 class _KeysStored(Exception):

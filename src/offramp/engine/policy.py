@@ -44,7 +44,7 @@ class Thresholds(dict[int, float]):
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
-_BY_DEPTH = ("thresholds", "drafts", "weights", "gates")
+_BY_DEPTH = ("thresholds", "drafts", "guesses", "weights", "gates")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class ExitPolicy:
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
         gates, which are about final exits. `offramp draft` finds the fastest.
+    guesses: by depth; score from which a token that is not confident goes on as a guess until the
+        layers above have spoken (`offramp.engine.speculative`). Speed alone: the answer is that of
+        the thresholds. For single greedy answers with one exit; `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too. True means where the prompt is causal, which the
         backbone's family says: see `resolved`.
@@ -80,6 +83,7 @@ class ExitPolicy:
     lossless: bool = False
     max_draft: int = 8
     drafts: Mapping[int, float] = field(default_factory=dict)
+    guesses: Mapping[int, float] = field(default_factory=dict)
     weights: Mapping[int, float] = field(default_factory=dict)
     shortlist: bool = False
     gates: Mapping[int, float] = field(default_factory=dict)
@@ -114,7 +118,7 @@ class ExitPolicy:
         """What runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
-        return replace(self, thresholds=self.drafts, drafts={}, gates={})
+        return replace(self, thresholds=self.drafts, drafts={}, guesses={}, gates={})
 
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.

@@ -1,4 +1,6 @@
-"""Lossless decoding: the exits draft, the remaining layers verify all drafts in one batch.
+"""Decoding ahead of the layers above an exit: lossless drafts, and guesses between early exits.
+
+**Lossless**: the exits draft, the remaining layers verify all drafts in one batch.
 
 A token of which an exit is confident is a draft; its state is pending at the exit. The first token
 of which no exit is, or that ends the draft, takes the pending states through the deeper layers
@@ -11,6 +13,15 @@ distribution, by the acceptance rule of speculative sampling (Leviathan et al. 2
 2023): keep a draft x with probability min(1, p(x) / q(x)), else draw from the positive part of
 p - q. Both hold up to rounding: a layer over several tokens and over one may differ in the last
 bits, so in half precision two tokens whose logits tie to within that may change places.
+
+**Guesses**: in early exit a token of which the exit is not confident goes on as a guess of the
+exit's, and the layers above run a few tokens later, once over all that is pending: they confirm
+each guess, or replace it and drop what was written behind it. What comes out is what the thresholds
+alone say: a confirmed guess is the full model's token, and counts at full depth. It pays because
+most tokens of which an exit is not confident are right, and because several tokens in one call cost
+hardly more than one where reading weights is the cost. (Kin: BiLD, Kim et al. 2023, of two models.)
+For single greedy answers with one exit: a guess that is sampled would need other random numbers
+than the token it stands for.
 """
 
 from __future__ import annotations
@@ -50,8 +61,7 @@ def speculate(
     run.begin(sequence.unfinished, sequence.ids, check=False)
     prefill = Prefill(run.view, prepared)
     check_croppable(run.cache)
-    run.cache.activate_past_recording()  # sliding windows keep what a crop may need
-    run.crop(0)
+    allow_crops(run)
     last = run.prompt_step(prefill.positions, sequence.unfinished)
     sequence.emit(sequence.choose(prefill.logits), last.depths, last.scores)
     rounds = []
@@ -78,6 +88,12 @@ def speculate(
         run.crop(undone)
         prefill.rollback(undone)
     return rounds
+
+
+def allow_crops(run: ModelRunner) -> None:
+    """Have sliding windows keep what a crop may need, from the prompt on."""
+    run.cache.activate_past_recording()
+    run.crop(0)
 
 
 def _draft(
@@ -116,3 +132,92 @@ def verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
     redrawn = torch.multinomial(residual, 1).squeeze(1)
     return torch.where(accepts, draft.tokens, redrawn), accepts
+
+
+# -- guesses ---------------------------------------------------------------------------------------
+
+OPEN_GUESSES = 3
+"""Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A token that is not given out yet: id, depth, score [1], and whether it is a guess."""
+
+    token: Tensor
+    depth: Tensor
+    score: Tensor
+    guess: bool
+
+
+def write_with_guesses(
+    run: ModelRunner, sequence: SequenceState, prefill: Prefill, above: float
+) -> None:
+    """Write on behind the first token until the answer is over.
+
+    above: score from which an exit's token is worth a guess.
+    """
+    allow_crops(run)
+    while sequence.live:
+        held, fed, last = _guess(run, sequence, prefill, above)
+        undone = 0 if last is None else _rule(run, sequence, held, fed, last)
+        if undone and sequence.live:
+            run.crop(undone)
+            prefill.rollback(undone)
+
+
+def _guess(
+    run: ModelRunner, sequence: SequenceState, prefill: Prefill, above: float
+) -> tuple[list[_Held], int, Step | None]:
+    """Write until something must be known of the layers above.
+
+    Returns what is held from the first guess on, the tokens fed since, and the step that took them
+    through these layers; None where the answer is over without.
+    """
+    assert run.decider is not None
+    ids = sequence.ids
+    held: list[_Held] = []
+    run.constrain = sequence.constraints(lambda: ids)
+    while True:
+        free = sum(one.guess for one in held) < OPEN_GUESSES
+        run.decider.guess_above = above if free else None
+        kw = prefill.extend(1)
+        run.begin(sequence.unfinished, ids)
+        step = run.step(input_ids=ids[:, -1:], **kw)
+        if step.states is not None:
+            return held, len(held) + 1, step
+        assert step.exit_logits is not None
+        token = sequence.draw(sequence.process(step.exit_logits, ids))
+        if not held and not run.decider.guessed:
+            sequence.emit(token, step.depths, step.scores)
+            ids = sequence.ids
+            if not sequence.live:
+                return [], 0, None
+            continue
+        ids = torch.cat([ids, token[:, None]], 1)
+        held.append(_Held(token, step.depths, step.scores, run.decider.guessed))
+        if sequence.would_end(ids):
+            return held, len(held), run.catch_up(kw)
+
+
+def _rule(
+    run: ModelRunner, sequence: SequenceState, held: list[_Held], fed: int, last: Step
+) -> int:
+    """Give out what stands, with the full model's token in the place of each guess and behind all;
+    how many of the tokens fed came to nothing."""
+    assert last.states is not None
+    states = last.states[:, -fed:]
+    asked = [place for place in range(fed) if place == len(held) or held[place].guess]
+    logits = dict(zip(asked, run.backbone.logits(states[:, asked]).unbind(1), strict=True))
+    full = torch.full_like(last.depths, run.backbone.depth)
+    for place in range(fed):
+        guess, wrong = held[place] if place < len(held) else None, False
+        if guess is not None and not guess.guess:
+            sequence.emit(guess.token, guess.depth, guess.score)
+        else:
+            token = sequence.draw(sequence.process(logits[place]))
+            sequence.emit(token, full, last.scores if guess is None else guess.score)
+            wrong = guess is not None and not torch.equal(token, guess.token)
+        if wrong or not sequence.live:
+            return fed - place - 1
+    return 0

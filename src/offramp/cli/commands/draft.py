@@ -1,4 +1,4 @@
-"""`offramp draft`: the drafts by which lossless decoding is fastest."""
+"""`offramp draft`: the drafts and guesses by which decoding is fastest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         commands,
         "draft",
         "Find the exits and the threshold by which lossless decoding is fastest on this machine, "
-        "and store them in the adapter. Any choice gives the full model's output. Timed on ten "
-        "prompts, or as many as --limit says.",
+        "and from which score early exit should go on from a guess, and store both in the adapter. "
+        "No choice changes an answer. Timed on ten prompts, or as many as --limit says.",
         "offramp draft --adapter exits --data held_out.jsonl",
         _draft,
         _options,
@@ -43,7 +43,13 @@ def _options(parser: Parser) -> None:
 
 
 def _draft(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+    from offramp.calibration.draft_thresholds import (
+        draft_speeds,
+        guess_policies,
+        guess_speeds,
+        with_drafts,
+        with_guesses,
+    )
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
@@ -53,19 +59,22 @@ def _draft(arguments: argparse.Namespace) -> None:
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
     _say_how_long(adapter, inputs, arguments)
-    draftings = draft_speeds(
-        adapter,
-        inputs,
-        rounds=arguments.rounds,
-        progress=lambda rounds: progress(rounds, "timing"),
-        max_new_tokens=arguments.max_new_tokens,
-        do_sample=False,
-    )
+    options: dict[str, Any] = {
+        "rounds": arguments.rounds, "progress": lambda rounds: progress(rounds, "timing"),
+        "max_new_tokens": arguments.max_new_tokens, "do_sample": False,
+    }  # fmt: skip
+    draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter
     rows = [{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in draftings]
-    show_result(rows, _table(draftings, better=better), as_json=arguments.json)
-    if better:
+    text = _table(draftings, better=better)
+    if len(guess_policies(adapter)) > 1:
+        guessing = guess_speeds(adapter, inputs, **options)
+        rows += [{"guesses": d.thresholds, "speedup_decode": d.speedup} for d in guessing]
+        text += _guess_table(guessing)
+        chosen = with_guesses(chosen, guessing)
+    show_result(rows, text, as_json=arguments.json)
+    if chosen.policy != adapter.policy:
         chosen.save(out)
         log.info("Written to %s.", out)
 
@@ -74,11 +83,12 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
     """From one answer of the full model, which is about as long as any way of drafting takes."""
     import time
 
-    from offramp.calibration.draft_thresholds import draft_policies
+    from offramp.calibration.draft_thresholds import draft_policies, guess_policies
     from offramp.engine.policy import FULL
     from offramp.progress import duration
 
-    ways = 1 + len(draft_policies(adapter))
+    guesses = len(guess_policies(adapter))
+    ways = 1 + len(draft_policies(adapter)) + (1 + guesses if guesses > 1 else 0)
     begin = time.perf_counter()
     adapter.generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
@@ -101,10 +111,16 @@ def _table(draftings: Any, *, better: bool) -> str:
         f"Lossless decoding drafts by {_words(best.thresholds)} from here on, "
         f"{best.speedup:.2f}x as fast as the full model."
         if better
-        else "No drafts are faster than the full model; nothing was written."
+        else "No drafts are faster than the full model; the adapter's are left as they are."
     )
     return "\n".join([*lines, "", said])
 
 
+def _guess_table(guessing: Any) -> str:
+    lines = ["", "", f"{'early exit with guesses from':<40}{'decoding':>10}"]
+    lines += [f"{_words(one.thresholds):<40}{one.speedup:>9.2f}x" for one in guessing]
+    return "\n".join(lines)
+
+
 def _words(thresholds: Any) -> str:
-    return ", ".join(f"{t:g} at depth {d}" for d, t in thresholds.items())
+    return ", ".join(f"{t:g} at depth {d}" for d, t in thresholds.items()) or "none"
