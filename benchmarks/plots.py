@@ -5,6 +5,7 @@ from typing import Any
 from benchmarks.tables.comparison import by_name
 from benchmarks.tables.markdown import KINDS, ROOT, record, tiny
 from benchmarks.tables.photographs import METHODS
+from benchmarks.tables.speed import PEERS
 from offramp.research.comparison.equal_quality import drawn
 from offramp.research.report.plots import intervals, speeds, standalone, tradeoff
 from offramp.storage import write_atomic
@@ -16,7 +17,10 @@ SHORT = ("unsupervised", "unsupervised, distillation alone", "100% labels", "10%
 
 def plots() -> dict[str, tuple[str, str]]:
     """Title and SVG of each plot by the name of its file."""
-    peers = {tiny(kind): record("peers")[kind] for kind in KINDS}
+    peers = {
+        tiny(kind): {PEERS[name].replace("`", ""): p for name, p in record("peers")[kind].items()}
+        for kind in KINDS
+    }
     return {
         **{
             f"compare-{kind}": (f"Equal quality, {tiny(kind)}", drawn(record("compare")[kind]))

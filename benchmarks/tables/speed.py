@@ -80,7 +80,7 @@ PEERS = {
 
 
 def peers() -> str:
-    """What else could be switched on, interleaved."""
+    """Each method that transformers offers, interleaved with ours."""
 
     def cells(peer: Value) -> list[str]:
         if "not_applicable" in peer:

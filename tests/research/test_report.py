@@ -240,8 +240,8 @@ def test_the_same_results_give_the_same_page(sources: list[Source], whole: str) 
 @pytest.mark.parametrize(
     "given, shown",
     [
-        ("exits", ["headline", "key", "calibration", "origin"]),
-        ("run", ["headline", "answers", "key", "exits", "figures", "origin"]),
+        ("exits", ["key", "calibration", "origin"]),
+        ("run", ["answers", "key", "exits", "figures", "origin"]),
         ("analysis", ["depth", "overthinking", "origin"]),
         ("compare", ["tradeoff", "origin"]),
     ],
@@ -257,8 +257,8 @@ def test_a_section_appears_when_its_result_was_given(
 def test_all_sections_in_order(whole: str) -> None:
     page = Page(whole)
     assert page.sections == [
-        "headline", "answers", "key", "tradeoff", "depth", "overthinking", "exits", "calibration",
-        "figures", "origin",
+        "answers", "key", "tradeoff", "depth", "overthinking", "exits", "calibration", "figures",
+        "origin",
     ]  # fmt: skip
     assert "Not shown" not in page.text
 
@@ -290,11 +290,22 @@ def test_figures_come_with_their_intervals(runs: Path) -> None:
     assert "Test CPU" in text
 
 
-def test_the_page_opens_with_one_sentence_and_the_answers(runs: Path) -> None:
-    page = Page(written(read_sources([runs / "run"])))
-    assert "75% of the words were written after 2 of 12 layers; decoding was 2.3 times" in page.text
-    assert "and 50.0% of them were the same." in page.text
-    assert page.sections[:2] == ["headline", "answers"]
+@pytest.mark.parametrize("names", [["run"], ["exits", "analysis", "run", "compare"]])
+def test_the_page_opens_with_one_sentence_and_the_answers(runs: Path, names: list[str]) -> None:
+    html = written(read_sources([runs / name for name in names]))
+    (opening,) = re.findall("<h1>(.*)</h1>", html)
+    assert opening == (
+        "75% of the words left after 2 of 12 layers; words came 2.3 times as fast as from the "
+        "full model, and 50.0% of the answers were the same."
+    )
+    assert Page(html).sections[0] == "answers"
+
+
+def test_a_page_of_exits_alone_opens_with_their_guarantee(runs: Path) -> None:
+    (opening,) = re.findall("<h1>(.*)</h1>", written(read_sources([runs / "exits"])))
+    assert opening == (
+        "With 95% confidence, at most 1.00% of the answers differ from the full model's."
+    )
 
 
 def test_a_token_names_its_depth(runs: Path) -> None:

@@ -105,6 +105,7 @@ def field_option(
     if known is not None:
         name_option(group, flag, known, text, default=default, shown=shown)
         return
+    shown = shown or field.metadata.get("shown")
     default_text = shown or ("none" if default is None or default == {} else default)
     text = f"{text} (default: {default_text})"
     if hint is bool:
@@ -213,7 +214,7 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     ending = "" if limit is None else f" (default: {limit})"
     group.add_argument(
         "--limit", type=whole(1), default=limit, metavar="N",
-        help=f"read so many examples, and what else is asked about their images{ending}",
+        help=f"read this many examples, and all else that is asked about their images{ending}",
     )  # fmt: skip
     return group
 
@@ -285,5 +286,5 @@ def batch_option(group: Any, default: int, help: str = "examples at once") -> No
 
 def seed_option(group: Any, what: str) -> None:
     group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help=f"of {what} (default: 0)"
+        "--seed", type=whole(0), default=0, metavar="N", help=f"seed of {what} (default: 0)"
     )

@@ -41,25 +41,25 @@ class TrainConfig:
     """One FREE training run. `None` is "off" or "choose for me"."""
 
     depths: tuple[int, ...] | None = _option(
-        None, "depths of the exits, e.g. 3,6; proposed from the layer count when left out"
+        None, "depths of the exits, such as 3,6", shown="proposed from the layer count"
     )
     regime: str = _option(
         "unsupervised",
-        "supervised: answers from the data, of several those given most often, so all captions; "
-        "unsupervised: the frozen model writes them and its final layer teaches; pseudo: as "
-        "labels, those it is confident of; mixed: a fraction labelled",
+        "whose answers exits learn from; supervised: the data's (all captions, of several answers "
+        "the most frequent); unsupervised: the frozen model's own, taught by its final layer; "
+        "pseudo: of those, as labels, the ones it is confident of; mixed: a fraction is labelled",
         choices=REGIMES,
     )
     initial_layer: str = _option(
         "next",
-        "the decoder layer that an exit is a copy of at first: the next one; or closest: of all "
-        "behind, the one from which a linear map comes closest to the final layer",
+        "decoder layer that an exit starts as a copy of: the next one, or the later one whose "
+        "features a linear map brings closest to the final layer's",
         choices=INITIAL,
     )
     exit_kind: str = _option(
         "layer", "what an exit is: a copied decoder layer, or a kind registered by a plug-in"
     )
-    steps: int = _option(600, "generator steps")
+    steps: int = _option(600, "training steps")
     batch_size: int = _option(16, "examples in a step")
     learning_rate: float = _option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
     discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
@@ -102,9 +102,11 @@ class TrainConfig:
         5, "validations without a better mean agreement before stopping; none: never"
     )
     shortlist: int | None = _option(
-        None, "tokens that exits learn and look at, the most frequent of the answers: for large "
-        "vocabularies, whose LM head costs several layers (2048 is usual); none: all",
-    )  # fmt: skip
+        None,
+        "tokens that exits read, the most frequent of the answers; for large vocabularies, whose "
+        "LM head costs as much as several layers (2048 is usual)",
+        shown="all",
+    )
     cache: str = _option("auto", "where the frozen states are kept between epochs", choices=CACHES)
     seed: int = _option(0, "seed of the split, the order and the initial discriminators")
 

@@ -45,10 +45,10 @@ def _options(parser: Parser) -> None:
     measured_options(parser, what, adapter=True, allow_seen=False, leave_out="trained")
     group = parser.add_argument_group("guarantee")
     field_option(
-        group, Guarantee, "risk", "of early answers; only a drop needs labels",
+        group, Guarantee, "risk", "what an early answer may lose; only a drop needs labels",
         choices=RISKS,
     )  # fmt: skip
-    field_option(group, Guarantee, "target", "bound of the risk")
+    field_option(group, Guarantee, "target", "largest risk that is allowed")
     field_option(group, Guarantee, "confidence", "probability that the bound holds")
     field_option(group, Guarantee, "method", "test of the thresholds", choices=METHODS)
     policy_options(parser, threshold=False)
@@ -57,8 +57,8 @@ def _options(parser: Parser) -> None:
     batch_option(group, 64)
     group.add_argument(
         "--write", action="store_true",
-        help="where nothing can be guaranteed, switch the exits off; else the adapter's thresholds "
-        "stay as they were",
+        help="where nothing can be guaranteed, store that, and switch the exits off (default: keep "
+        "the adapter's thresholds)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     runtime_options(parser)

@@ -19,9 +19,8 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "draft",
-        "Find the exits and the threshold by which lossless decoding is fastest on this machine, "
-        "and from which score early exit should go on from a guess, and store both in the adapter. "
-        "No choice changes an answer. Timed on ten prompts, or as many as --limit says.",
+        "Find how lossless decoding, and early exit that goes on from guesses, are fastest on this "
+        "machine, and store it in the adapter. No choice changes an answer.",
         "offramp draft --adapter exits --data held_out.jsonl",
         _draft,
         _options,
@@ -33,7 +32,7 @@ def _options(parser: Parser) -> None:
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
-        "--rounds", type=whole(1), default=3, metavar="N", help="of the timing (default: 3)"
+        "--rounds", type=whole(1), default=3, metavar="N", help="rounds of timing (default: 3)"
     )
     group.add_argument(
         "--max-new-tokens", type=whole(2), default=40, metavar="N",

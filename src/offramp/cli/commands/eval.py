@@ -70,14 +70,15 @@ def _evaluation_options(parser: Parser) -> None:
     metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})
     group.add_argument(
         "--metrics", nargs="+", metavar="NAME", choices=metrics,
-        help=f"of the task's: {one_of(metrics)} (default: all of them)",
+        help=f"some of the task's: {one_of(metrics)} (default: all of them)",
     )  # fmt: skip
     batch_option(group, 1, "examples at once; more than 1 measures quality only")
     length_option(group, None, "40 for captions, 20 for dialogue, 10 for questions")
     field_option(
-        group, Settings, "ranking", "a candidate's log-likelihood, of its tokens", choices=RANKINGS
-    )
-    field_option(group, Settings, "seed", "of the intervals")
+        group, Settings, "ranking", "how a candidate's tokens make its log-likelihood",
+        choices=RANKINGS,
+    )  # fmt: skip
+    field_option(group, Settings, "seed", "seed of the intervals")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

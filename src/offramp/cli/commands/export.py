@@ -35,10 +35,13 @@ def _options(parser: Parser) -> None:
     group = parser.add_argument_group("files")
     name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
     name_option(
-        group, "--exit-format", FORMATS, "that of the exits' layers", default="",
-        shown="the layers', but q8_0 where that has fewer bits",
+        group, "--exit-format", FORMATS, "number format of the exits' layers", default="",
+        shown="the layers', or q8_0 where that has fewer bits",
     )  # fmt: skip
-    name_option(group, "--head-format", FORMATS, "that of the head", default="", shown="the exits'")
+    name_option(
+        group, "--head-format", FORMATS, "number format of the head", default="",
+        shown="the exits'",
+    )  # fmt: skip
     depths_option(
         group, "--depths",
         "exits to write (default: those at which the adapter's policy has thresholds)",

@@ -58,18 +58,19 @@ def _options(parser: Parser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, metavar="X", help="sample, at this temperature")
     group.add_argument(
-        "--top-p", type=share, metavar="X", help="sample from the likeliest tokens of this share"
+        "--top-p", type=share, metavar="X",
+        help="sample from the likeliest tokens that together have this probability",
+    )  # fmt: skip
+    group.add_argument(
+        "--top-k", type=whole(1), metavar="N", help="sample from this many of the likeliest tokens"
     )
     group.add_argument(
-        "--top-k", type=whole(1), metavar="N", help="sample from so many of the likeliest tokens"
-    )
-    group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="of sampling (default: 0)"
+        "--seed", type=whole(0), default=0, metavar="N", help="seed of sampling (default: 0)"
     )
     exits = policy_options(parser, threshold=True)
     name_option(
         exits, "--mode", MODES,
-        "exits end a token; only draft it, and the full model verifies; or are off",
+        "what exits do: write tokens, draft tokens that the full model verifies, or nothing",
         default="early_exit",
     )  # fmt: skip
     runtime_options(parser)

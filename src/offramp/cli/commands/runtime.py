@@ -24,7 +24,7 @@ def runtime_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--threads", type=whole(1), default=1, metavar="N",
-        help="of llama.cpp's decoder (default: 1)",
+        help="threads of llama.cpp's decoder (default: 1)",
     )  # fmt: skip
     group.add_argument(
         "--context", type=whole(1), default=2048, metavar="N",

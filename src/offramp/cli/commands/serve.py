@@ -45,11 +45,11 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     model.add_argument(
         "--threads", type=or_none(whole(1)), metavar="N",
-        help="of the processor, for one call (default: PyTorch's own choice)",
+        help="CPU threads for one call (default: PyTorch's own choice)",
     )  # fmt: skip
     engine = parser.add_argument_group("engine")
     name_option(
-        engine, "--mode", MODES, "of requests that name none", shown="as the adapter's policy says"
+        engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
     )
     _number(engine, "--slots", 8, "answers written at once")
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")

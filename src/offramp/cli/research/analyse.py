@@ -44,7 +44,7 @@ def _options(parser: Parser) -> None:
     first_token_option(group)
     field_option(group, AnalysisConfig, "max_new_tokens", "longest answer")
     field_option(group, AnalysisConfig, "batch_size", "examples at once")
-    field_option(group, AnalysisConfig, "seed", "of the intervals")
+    field_option(group, AnalysisConfig, "seed", "seed of the intervals")
     group.add_argument(
         "--out", type=Path, required=True, help="folder for analysis.json and its plots (SVG)"
     )

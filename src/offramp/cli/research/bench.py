@@ -41,25 +41,25 @@ def _options(parser: Parser) -> None:
     engine_options(parser)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
-        "--threads", type=whole(1), metavar="N", help="of the CPU (default: torch's)"
+        "--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's choice)"
     )
     for flag, default, help in (
         ("--batch", 1, "rows decoded together"),
-        ("--tokens", 40, "decoded by each"),
-        ("--rounds", 5, "of the timing"),
-        ("--limit", 20, "prompts, at most"),
+        ("--tokens", 40, "tokens decoded in each"),
+        ("--rounds", 5, "rounds of timing"),
+        ("--limit", 20, "prompts to time, at most"),
     ):
         group.add_argument(
             flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
         )
     group.add_argument(
         "--peers", action="store_true",
-        help="time the adapter and what else HF offers, on the prompts of --data",
+        help="time the adapter beside what transformers offers, on the prompts of --data",
     )  # fmt: skip
     group.add_argument(
         "--data", nargs="+", metavar="FILE",
-        help="prompts for --peers, as in offramp eval (default for tiny-opt and tiny-t5: their "
-        "world's)",
+        help="prompts for --peers, as in offramp eval (default for tiny-opt and tiny-t5: drawn "
+        "scenes)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
 

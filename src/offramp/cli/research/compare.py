@@ -57,7 +57,7 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     field_option(group, Plan, "timed", "test examples that are timed")
     field_option(group, Plan, "rounds", "rounds of the timing")
-    field_option(group, Plan, "seeds", "train and time everything so often; figures are means")
+    field_option(group, Plan, "seeds", "train and time all of it this often; figures are means")
     group.add_argument(
         "--out", type=Path, required=True,
         help="folder for compare.json, compare.svg and what an interrupted run continues from",
@@ -68,7 +68,7 @@ def _data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", required=True, metavar="SOURCE",
-        help="JSONL file, or a datasets name or folder; split by image",
+        help="JSONL file, folder of images, or datasets name or folder; split by image",
     )  # fmt: skip
     group.add_argument("--split", help="only rows of this split")
     group.add_argument("--prompt", help="prompt for captions, or a template with {question}")

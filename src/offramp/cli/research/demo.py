@@ -33,7 +33,7 @@ def _options(parser: Parser) -> None:
         default="tiny-opt", type=lambda name: f"tiny-{short_name(name)}",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)"
+        "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
     )
     parser.add_argument(
         "--target", type=float, default=0.0075, metavar="X",

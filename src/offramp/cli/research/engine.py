@@ -22,11 +22,11 @@ def engine_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--right", type=share, default=0.7, metavar="SHARE",
-        help="of the guesses, which the full model confirms (default: 0.7)",
+        help="share of guesses that the full model confirms (default: 0.7)",
     )  # fmt: skip
     group.add_argument(
         "--lengths", type=whole(2), nargs=2, default=(30, 60), metavar="N",
-        help="tokens of an answer, from and to (default: 30 60)",
+        help="shortest and longest answer, in tokens (default: 30 60)",
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def gallery(
     return render(
         "answers", not_here="" if done else ROWS, groups=groups if early else [], layers=layers,
         pictures=any(key in pictures for key in early), worded=tokenizer is not None,
-        legend=[token("full" if d == layers else "depth", d, layers) for d in depths],
+        legend=[token("full" if d == layers else "exit", d, layers) for d in depths],
     )  # fmt: skip
 
 

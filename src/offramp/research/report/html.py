@@ -29,12 +29,22 @@ class Section:
 
 
 def document(
-    title: str, sections: Sequence[Section], missing: Iterable[tuple[str, str]] = ()
+    title: str,
+    sections: Sequence[Section],
+    missing: Iterable[tuple[str, str]] = (),
+    *,
+    sentence: Markup | None = None,
 ) -> str:
-    """The whole page. missing: what could not be shown, and the command that measures it."""
+    """The whole page.
+
+    missing: what could not be shown, and the command that measures it. sentence: what the page
+    opens with; left out: its title.
+    """
+    opening = sentence and sentence.strip()
     page = render(
-        "page", title=title, sections=sections, missing=list(missing), version=__version__
-    )
+        "page", title=title, sentence=opening, sections=sections, missing=list(missing),
+        version=__version__,
+    )  # fmt: skip
     return _own_ids(page)
 
 

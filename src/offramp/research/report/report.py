@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
-from offramp.research.report import sections
+from offramp.research.report import headline, sections
 from offramp.research.report.gallery import gallery
 from offramp.research.report.html import Section, document
 from offramp.storage import read_json
@@ -41,6 +41,9 @@ MAKERS = {
     "compare": "offramp compare",
 }
 
+HEADLINES = {"demo": headline.demo, "eval": headline.evaluated, "adapter": headline.adapter}
+"""What a page opens with: the first of these that it holds."""
+
 FILES = ("adapter.json", "result.json", "analysis.json", "compare.json", "report.json")
 """What is looked for in a folder."""
 
@@ -59,6 +62,7 @@ class Source:
 
 
 Show = Callable[[Source], Markup]
+ShowValue = Callable[[Mapping[str, Any]], Markup]
 
 
 def read_sources(paths: Iterable[str | Path]) -> list[Source]:
@@ -147,24 +151,30 @@ def report(
         shown.append(Section("origin", "Machine and versions", where))
     named = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
     backbones = dict.fromkeys(s.name.split(", ")[0] for s in named)
-    return document(title or f"Early exits on {' and '.join(backbones)}", shown, missing)
+    title = title or f"Early exits on {' and '.join(backbones)}"
+    return document(title, shown, missing, sentence=_sentence(sources))
+
+
+def _sentence(sources: Sequence[Source]) -> Markup:
+    """What the page opens with; it names its result where there are several alike."""
+    for kind, show in HEADLINES.items():
+        alike = [source for source in sources if source.kind == kind]
+        for source in alike:
+            if said := _shown(partial(_of_value, show), source):
+                return said if len(alike) == 1 else escape(f"{source.name}: ") + said
+    return Markup("")
 
 
 def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
     """The sections in order: id, title, and by kind of result what shows it."""
 
-    def of(show: Callable[[Mapping[str, Any]], Markup]) -> Show:
-        return lambda source: show(source.value)
+    def of(show: ShowValue) -> Show:
+        return partial(_of_value, show)
 
     return [
-        ("headline", "In short", {
-            "eval": of(sections.headline_eval), "demo": of(sections.headline_demo),
-            "adapter": of(sections.headline_adapter)}),
         ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
         ("key", "Key figures", {
-            "eval": of(partial(sections.headline_eval, part="figures")),
-            "demo": of(partial(sections.headline_demo, part="figures")),
-            "adapter": of(partial(sections.headline_adapter, part="figures"))}),
+            kind: of(partial(show, part="figures")) for kind, show in HEADLINES.items()}),
         ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
         ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
         ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
@@ -173,6 +183,10 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
         ("figures", "All figures", {
             "eval": of(sections.measured_eval), "demo": of(sections.measured_demo)}),
     ]  # fmt: skip
+
+
+def _of_value(show: ShowValue, source: Source) -> Markup:
+    return show(source.value)
 
 
 def _shown(show: Show, source: Source) -> Markup:

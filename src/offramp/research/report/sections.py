@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from offramp.research.comparison.equal_quality import by_name
 from offramp.research.comparison.methods import FREE
+from offramp.research.report.headline import NOTHING, Cards, Value
 from offramp.research.report.html import (
     between,
     fine,
@@ -31,86 +32,8 @@ from offramp.research.report.plots import (
     speed_bands,
 )
 
-Value = Mapping[str, Any]
-Cards = list[tuple[str, str, str]]
-NOTHING = Markup("")
 MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
          "lossless": "lossless"}  # fmt: skip
-
-
-# -- headline: one sentence ("lead"), or the figures -----------------------------------------------
-
-
-def headline_eval(value: Value, part: str = "lead") -> Markup:
-    """Speed, agreement and the first metrics of a run, with intervals."""
-    early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
-    both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
-    speeds, same = both["speedup"], both["agreement"]
-    cards: Cards = []
-    for name, title in (("decode", "decoding speed"), ("end_to_end", "speed end to end")):
-        if ratio := speeds.get(name):
-            cards.append((title, times(ratio["value"]), between(ratio, times)))
-    if same["value"] is not None:
-        cards.append(("answers as the full model's", percent(same["value"]), between(same)))
-    mode = early or full
-    if early and early["mean_depth"]:
-        cards.append(("mean depth", f"{early['mean_depth']:.2f}", f"of {early['layers']} layers"))
-    for name, measure in list(mode["metrics"].items())[-4:] if mode else ():
-        remark = between(measure, partial(metric, name))
-        if early and full:
-            remark = f"full model {metric(name, full['metrics'][name]['value'])}"
-        cards.append((name, metric(name, measure["value"]), remark))
-    speed = speeds.get("end_to_end") or speeds.get("decode")
-    return render(
-        "headline", part=part, kind="eval", entries=cards, same=same["value"], **_most(early),
-        speed=speed and speed["value"], whole=bool(speeds.get("end_to_end")),
-    )  # fmt: skip
-
-
-def _most(early: Value | None) -> dict[str, Any]:
-    """The exit at which most tokens were written, and their share; None without one."""
-    layers = early["layers"] if early else None
-    shares = {int(d): s for d, s in early["depth_shares"].items()} if early else {}
-    exits = {depth: share for depth, share in shares.items() if depth != layers and share}
-    shallow = max(exits, key=lambda depth: exits[depth]) if exits else None
-    return {"layers": layers, "shallow": shallow, "share": exits.get(shallow or 0)}
-
-
-def headline_demo(value: Value, part: str = "lead") -> Markup:
-    """Speed of both modes, and quality against the full model's."""
-    early, full = value["modes"]["early_exit"], value["modes"]["full"]
-    cards: Cards = [
-        ("decoding speed, early exit", times(early["speedup_decode"]), "full depth = 1"),
-        ("speed end to end, early exit", times(early["speedup_end_to_end"]), "full depth = 1"),
-        ("answers as the full model's", percent(early["agreement"]), ""),
-        ("mean depth", f"{early['mean_depth']:.2f}", f"of {value['layers']} layers"),
-    ]
-    if lossless := value["modes"].get("lossless"):
-        same = "identical" if lossless["identical"] else "NOT identical"
-        cards.insert(2, ("decoding speed, lossless", times(lossless["speedup_decode"]),
-                         f"answers {same} to the full model's"))  # fmt: skip
-    for name, quality in early["quality"].items():
-        remark = f"full model {percent(full['quality'][name])}"
-        cards.append((f"{name} right", percent(quality), remark))
-    return render(
-        "headline", part=part, kind="demo", entries=cards, same=early["agreement"],
-        depth=early["mean_depth"], layers=value["layers"], speed=early["speedup_end_to_end"],
-    )  # fmt: skip
-
-
-def headline_adapter(value: Value, part: str = "lead") -> Markup:
-    """The guarantee, where there is one."""
-    guarantee = value.get("calibration")
-    if not guarantee or guarantee.get("measured") is None:
-        return NOTHING
-    entries: Cards = [
-        ("guaranteed risk, at most", fine(guarantee["target"]),
-         f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence"),
-        ("measured risk", fine(guarantee["measured"]),
-         f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}"),
-    ]  # fmt: skip
-    asked = {name: guarantee[name] for name in ("confidence", "risk", "target")}
-    return render("headline", part=part, kind="adapter", entries=entries, **asked)
 
 
 # -- speed and depth -------------------------------------------------------------------------------
