@@ -14,6 +14,7 @@ PAGES = (
     "docs/results.md",
     "docs/defaults.md",
     "docs/photographs.md",
+    "docs/quantisation.md",
     "docs/runtimes.md",
     "docs/serving.md",
     "recipes/tiny_vlm/README.md",

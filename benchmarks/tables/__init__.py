@@ -1,12 +1,21 @@
 """The tables and figures of the Markdown pages by name."""
 
-from benchmarks.tables import comparison, llama_cpp, overview, photographs, serving, speed, tiny
+from benchmarks.tables import (
+    comparison,
+    llama_cpp,
+    overview,
+    photographs,
+    quantised,
+    serving,
+    speed,
+    tiny,
+)
 from benchmarks.tables.markdown import Make
 
-_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving)
+_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving, quantised)
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make
-    for module in (tiny, comparison, speed, photographs, llama_cpp)
+    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised)
     for name, make in module.FIGURES.items()
 }

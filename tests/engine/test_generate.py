@@ -221,6 +221,24 @@ def test_an_option_that_asks_for_nothing_unusual_is_taken(options, backbone, bat
     assert made.depths.shape == (1, 2)
 
 
+def test_no_cache_in_the_models_own_configuration_is_told_and_can_be_overridden(batch):
+    whole = Backbone(families.build("llava"))
+    whole.model.generation_config.use_cache = False
+    whole.text_config.use_cache = whole.model.config.use_cache = False
+    with pytest.raises(
+        InputError, match="use_cache of the model's own generation_config"
+    ) as caught:
+        generate(whole, batch("llava", 1), max_new_tokens=2)
+    assert "use_cache=True" in caught.value.remedy
+    made = generate(whole, batch("llava", 1), max_new_tokens=2, use_cache=True)
+    assert torch.equal(
+        made.sequences,
+        whole.model.generate(
+            **batch("llava", 1), max_new_tokens=2, use_cache=True, do_sample=False, num_beams=1
+        ),
+    )
+
+
 def test_beams_in_the_models_own_defaults_are_refused_and_can_be_overridden(batch):
     whole = Backbone(families.build("florence2"))
     whole.model.generation_config.num_beams = 3

@@ -64,15 +64,19 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 """Options that the loop does not do, and the values (other than None) that ask for them."""
 
 
-def check_options(wanted: Callable[[str], Any]) -> None:
-    """Refuse what the loop does not do, rather than ignore it."""
+def check_options(wanted: Callable[[str], Any], *, own: bool = False) -> None:
+    """Refuse what the loop does not do, rather than ignore it.
+
+    own: whether the model's own generation configuration says what is wanted, not the caller.
+    """
     asked = {name: wanted(name) for name in _UNSUPPORTED}
     refused = [n for n, value in asked.items() if value is not None and _UNSUPPORTED[n](value)]
     if refused:
+        of = " of the model's own generation_config" if own else ""
         raise InputError(
-            f"Generation option {', '.join(refused)} is not supported with early exits.",
-            "Use greedy decoding or sampling with the default cache (num_beams=1 where the model's "
-            "own defaults ask for beams); for the rest call the model's own generate.",
+            f"Generation option {', '.join(refused)}{of} is not supported with early exits.",
+            "Use greedy decoding or sampling with the default cache (num_beams=1, use_cache=True "
+            "where the model's own defaults ask for others); else call the model's own generate.",
         )
 
 
@@ -110,7 +114,7 @@ def generate(
         with torch.inference_mode():
             prepared = prepare(run.view.model, inputs, **options)
             # The model's own defaults may ask for what the caller did not.
-            check_options(lambda name: getattr(prepared.config, name, None))
+            check_options(lambda name: getattr(prepared.config, name, None), own=True)
             return _decode(run, policy, prepared, prefix_cache, streamer)
     finally:
         run.release()

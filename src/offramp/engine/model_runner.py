@@ -26,6 +26,7 @@ from offramp.engine.exit_check import Constrain, ExitDecider
 from offramp.engine.kv_cache import (
     add_exit_entries,
     cache_name,
+    check_projects,
     crop,
     select_rows,
     self_attention,
@@ -179,6 +180,8 @@ class ModelRunner:
         self.cache = cache
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(cache, entries, self.backbone.depth)
+        if self.propagate and self.exits_on:
+            check_projects(cache)
         self._one_kind = len({type(entry) for entry in self_attention(cache).layers}) == 1
 
     def release(self) -> None:

@@ -16,8 +16,14 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
 from offramp.models.hub.loading import check_device, not_loaded
-from offramp.models.quantized.weights import float_dtype, float_parameters
-from offramp.models.registry import Family, registered_family
+from offramp.models.quantized.weights import (
+    check_scheme,
+    float_dtype,
+    float_parameters,
+    float_values,
+    unpack,
+)
+from offramp.models.registry import Family, is_tested, registered_family
 from offramp.models.sharding.hooks import check_hooks, device_of, loaded
 
 
@@ -68,9 +74,11 @@ class Backbone:
         self.model: Any = model
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = revision
+        check_scheme(model)
         model.eval()
         model.requires_grad_(False)  # HF resets it on load
         check_hooks(model)
+        unpack(model)
         self.family: Family = registered_family(model.config) or discover(model, example)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
@@ -78,6 +86,8 @@ class Backbone:
             self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
         )
         self.head = self._find(self.family.head)
+        if self.family.vision is not None:
+            self._find(self.family.vision)
         self.text_config: Any = self.stack.config
         self._check_drivable()
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
@@ -91,6 +101,8 @@ class Backbone:
         common = max(kinds, key=kinds.count)
         self.rare_layers = frozenset(i for i, kind in enumerate(kinds) if kind is not common)
         """Layers of another kind than most: Mllama's cross-attention, with the image's keys."""
+        self.tested = not self.family.discovered and is_tested(model.config)
+        """Whether its family has tests here; what is found or registered by others is checked."""
         self.lossless = True
         """Whether drafts can be taken back, as far as decoding has shown."""
         self.reads_ids = accepts(self.stack, "per_layer_inputs")
@@ -127,6 +139,7 @@ class Backbone:
         """Load a hub name or a folder.
 
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
+        kwargs: of transformers. Code that comes with a model runs only with trust_remote_code=True.
 
         Raises:
             InputError: there is no such model or device, or a package that it needs is missing.
@@ -137,7 +150,7 @@ class Backbone:
             check_device(device)
         try:
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(name), revision=revision, dtype=dtype, **kwargs
+                str(name), revision=revision, dtype=dtype, **{"trust_remote_code": False, **kwargs}
             )
         except Exception as error:  # damaged files and missing packages raise nearly every builtin
             raise not_loaded(
@@ -145,7 +158,7 @@ class Backbone:
                 "Give a folder written by save_pretrained, or a hub name such as "
                 "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
             ) from error  # fmt: skip
-        if device is not None:
+        if device is not None and not _is_on(model.device, torch.device(device)):
             model = model.to(device)
         return cls(model, name=str(name), revision=revision)
 
@@ -312,6 +325,11 @@ class Backbone:
             )
 
 
+def _is_on(device: torch.device, wanted: torch.device) -> bool:
+    """Whether it is there already: some quantised models refuse to be moved."""
+    return device.type == wanted.type and wanted.index in (None, device.index)
+
+
 def _softcap(*configs: Any) -> float | None:
     """The bound of a soft cap on logits, where one of the configurations has it."""
     for config in configs:
@@ -336,7 +354,7 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
 
 def describe(backbone: Backbone) -> dict[str, Any]:
     """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
-    layer = sum(p.numel() * p.element_size() for p in backbone.layers[-1].parameters())
+    layer = float_values(backbone.layers[-1]) * backbone.dtype.itemsize
     return {
         "name": backbone.name,
         "model_type": backbone.model.config.model_type,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.mixture.dense import dense_block, expert_blocks
 from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.sharding.hooks import run_like
 from offramp.models.shortlist import Gate
@@ -80,9 +81,14 @@ class ExitKind:
     entries: int = 1
 
 
-def copy_layer(layer: nn.Module, entry: int) -> nn.Module:
-    """A deep copy of a decoder layer, in float, that writes to cache entry `entry`, hooks off."""
-    twin = float_copy(layer, float_dtype(layer))
+def copy_layer(
+    layer: nn.Module, entry: int, instead: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """A deep copy of a decoder layer, in float, that writes to cache entry `entry`, hooks off.
+
+    instead: what the copy has in place of modules of the layer.
+    """
+    twin = float_copy(layer, float_dtype(layer), instead or {})
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -91,12 +97,30 @@ def copy_layer(layer: nn.Module, entry: int) -> nn.Module:
     return twin
 
 
+def _copied(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
+    return copy_layer(backbone.layers[copied_index(backbone, depth)], own[0])
+
+
+def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
+    """How exits are built that are copied layers with a dense MLP in place of their experts.
+
+    width: of the MLP; None: so that it has as many weights as one token uses of the experts.
+    """
+
+    def build(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
+        layer, config = backbone.layers[copied_index(backbone, depth)], backbone.text_config
+        instead = {
+            block: dense_block(block, backbone.width, config, width)
+            for block in expert_blocks(layer)
+        }
+        return copy_layer(layer, own[0], instead)
+
+    return build
+
+
 EXIT_KINDS: dict[str, ExitKind] = {
-    "layer": ExitKind(
-        lambda backbone, depth, own: copy_layer(
-            backbone.layers[copied_index(backbone, depth)], own[0]
-        )
-    ),
+    "layer": ExitKind(_copied),
+    "dense": ExitKind(dense_exit()),
     "lens": ExitKind(lambda *_: LogitLens()),
 }
 """Kinds of exit by name."""
@@ -133,8 +157,8 @@ class Exits(nn.ModuleDict):
     ) -> None:
         """Build an exit at each depth.
 
-        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "lens", the logit lens;
-            or one of `register_exit`.
+        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "dense", the same with
+            one MLP in place of its experts; "lens", the logit lens; or one of `register_exit`.
 
         Raises:
             InputError: depths that do not fit the backbone, or an unknown kind.

@@ -74,11 +74,19 @@ FAMILIES: dict[str, Family | str] = {
 }
 """Vision-language models by `config.model_type`."""
 
+_TESTED = dict(FAMILIES)
+
 
 def register_backbone(model_type: str, family: Family) -> None:
     """Teach the library a family; see `docs/models.md`. Replaces an earlier entry, and comes before
     what watching the model would find."""
     FAMILIES[model_type] = family
+
+
+def is_tested(config: Any) -> bool:
+    """Whether the family of a model's configuration is one of ours, which has tests of its own."""
+    kind = getattr(config, "model_type", None)
+    return kind in FAMILIES and FAMILIES[kind] == _TESTED.get(kind)
 
 
 def registered_family(config: Any) -> Family | None:

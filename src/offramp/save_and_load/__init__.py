@@ -131,7 +131,7 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         "calibration": None if parts.calibration is None else dict(parts.calibration),
         "metrics": dict(parts.metrics),
         "provenance": dict(parts.provenance),
-        **({"decoding": _learnt(backbone)} if backbone.family.discovered else {}),
+        **({"decoding": _learnt(backbone)} if not backbone.tested else {}),
     }
 
 
@@ -172,7 +172,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         check_policy_depths(config.policy, config.depths)
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
-    if config.decoding is not None and backbone.family.discovered:
+    if config.decoding is not None and not backbone.tested:
         backbone.learn(**config.decoding)
     calibration = config.calibration
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")

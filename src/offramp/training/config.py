@@ -57,7 +57,9 @@ class TrainConfig:
         choices=INITIAL,
     )
     exit_kind: str = _option(
-        "layer", "what an exit is: a copied decoder layer, or a kind registered by a plug-in"
+        "layer",
+        "what an exit is: a copied decoder layer; dense: the same with one MLP in place of "
+        "its experts; or a kind registered by a plug-in",
     )
     steps: int = _option(600, "training steps")
     batch_size: int = _option(16, "examples in a step")

@@ -25,7 +25,7 @@ from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, resolved
-from offramp.engine.self_check.decoding import check_discovered
+from offramp.engine.self_check.decoding import check_untested
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.models.backbone import Backbone
@@ -84,11 +84,12 @@ def train(
             than the backbone's positions.
         TrainingError: a loss that is not finite (the last good adapter and checkpoint stay), or a
             checkpoint that cannot be resumed with this configuration and data.
-        UnsupportedBackboneError: a discovered backbone does not decode as the model itself does.
+        UnsupportedBackboneError: a backbone without tests of its own, found or registered by
+            you, does not decode as the model itself does.
     """
     out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
-    check_discovered(backbone, processor, examples[:1])
+    check_untested(backbone, processor, examples[:1])
     trainer = Trainer(backbone, processor, examples, config, out, command)
     if not trainer.accelerator.is_main_process:  # the main one holds the folder for all
         return trainer.run(resume)

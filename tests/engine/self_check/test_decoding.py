@@ -11,8 +11,11 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import adopt_findings, check_decoding
 from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models import registry
 from offramp.models.backbone import Backbone
+from offramp.models.discovery.paths import discover
 from offramp.models.exits import Exits
+from offramp.models.registry import Family
 
 
 def checked(name, rows=1):
@@ -46,6 +49,28 @@ def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
     policy = ExitPolicy({2: 0.5}, lossless=True)
     with pytest.raises(InputError, match="recurrent"):
         generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+def test_to_propagate_is_refused_where_it_would_save_nothing(name):
+    model = zoo.build(name)
+    whole, inputs = Backbone(model), zoo.inputs(name, model, 1)
+    policy = ExitPolicy({2: 0.5}, kv="propagate")
+    with pytest.raises(InputError, match="nothing would be saved") as caught:
+        generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=3)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_what_others_register_is_checked_before_it_is_trained(monkeypatch):
+    """Of a prefix language model, the default says wrongly that its prompt is causal."""
+    model = zoo.build("gemma4_unified")
+    found = discover(model, zoo.inputs("gemma4_unified", model, 1))
+    family = Family(found.stack, found.layers, found.norm, found.head)
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "gemma4_unified": family})
+    whole = Backbone(model)
+    assert whole.family.causal_prompt and not whole.tested
+    adopt_findings(whole, check_decoding(whole, zoo.inputs("gemma4_unified", model, 1)))
+    assert not whole.family.causal_prompt
 
 
 @pytest.mark.parametrize("name", families.NAMES)

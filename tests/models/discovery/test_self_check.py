@@ -36,6 +36,7 @@ def refused(monkeypatch, model, family, match):
         ({"logit_scale": 2.0}, "part 2"),
         ({"suppressed": (7,)}, "part 2"),
         ({"stack": "model.nothing"}, "has no"),
+        ({"vision": "model.nothing"}, "has no"),
         ({"layers": "norm"}, "not a list"),
         ({"head": "model.language_model.layers.0.mlp.up_proj"}, "inside the layers"),
     ],

@@ -15,9 +15,10 @@ from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import check_decoding
 from offramp.errors import AdapterError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, describe
 from offramp.models.exits import Exits
 from offramp.models.quantized.weights import float_copy, is_quantized, scheme
+from offramp.storage import read_json, write_json
 
 
 class Codes(torch.Tensor):
@@ -39,17 +40,21 @@ class Codes(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].codes, args[0].scales)
+            return type(args[0])(args[0].codes, args[0].scales)
         plain = [a.dequantize() if isinstance(a, Codes) else a for a in args]
         return func(*plain, **(kwargs or {}))
 
 
-def quantize(module):
+class NarrowCodes(Codes):
+    """The same in 6 bits."""
+
+
+def quantize(module, kind=Codes, top=127):
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            scales = part.weight.detach().abs().amax(1, keepdim=True) / 127
+            scales = part.weight.detach().abs().amax(1, keepdim=True) / top
             codes = (part.weight.detach() / scales).round().to(torch.int8)
-            part.weight = nn.Parameter(Codes(codes, scales), requires_grad=False)
+            part.weight = nn.Parameter(kind(codes, scales), requires_grad=False)
 
 
 @pytest.fixture
@@ -92,6 +97,42 @@ def test_a_float_models_adapter_loads_beside_it_with_a_warning_and_without_its_g
     quantize(other.model.model.language_model)
     with pytest.raises(AdapterError, match="differ"):
         Adapter.load(tmp_path, other)
+
+
+def test_an_adapter_of_another_scheme_loads_with_a_warning_and_without_its_guarantee(
+    quantized, tmp_path
+):
+    Adapter(quantized, Exits(quantized, (2,)), ExitPolicy({2: 0.5})).save(tmp_path)
+    narrow = families.build("llava").requires_grad_(False)
+    quantize(narrow.model.language_model, NarrowCodes, 31)
+    with pytest.warns(UserWarning, match=r"in Codes, this one is in NarrowCodes: calibrate again"):
+        assert Adapter.load(tmp_path, Backbone(narrow)).calibration is None
+
+
+def test_training_beside_half_precision_moves_every_tensor(tmp_path):
+    model = families.build("llava", torch.bfloat16).requires_grad_(False)
+    quantize(model.model.language_model)
+    run = training_runs.trainer(Backbone(model), tmp_path)
+    before = {name: tensor.clone() for name, tensor in run.exits.state_dict().items()}
+    adapter = run.run()
+    after = run.exits.state_dict()
+    assert not [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert {p.dtype for p in adapter.exits.modules.parameters()} == {torch.bfloat16}
+
+
+def test_what_an_exit_will_take_is_said_in_floats(quantized):
+    layer = families.build("llava").model.language_model.layers[0]
+    assert describe(quantized)["exit_bytes"] == 4 * sum(p.numel() for p in layer.parameters())
+
+
+def test_weights_that_transformers_does_not_read_are_refused_in_two_lines(tmp_path):
+    families.build("llava").save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "quantization_config": {"quant_method": "odd"}})
+    with pytest.raises(UnsupportedBackboneError, match=r"'odd'.*were not read") as caught:
+        Backbone.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_scheme_that_is_not_known_is_refused_in_two_lines():

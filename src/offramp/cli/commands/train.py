@@ -93,7 +93,7 @@ def _train(arguments: argparse.Namespace) -> None:
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)
-    if not backbone.family.discovered:  # those `train` checks itself
+    if backbone.tested:  # those `train` checks itself
         check_exits(backbone, processor, examples[0])
     adapter = train(
         backbone, processor, examples, config, arguments.out,

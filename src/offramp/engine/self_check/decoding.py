@@ -320,11 +320,10 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
     )
 
 
-def check_discovered(backbone: Backbone, processor: Any, examples: Sequence[Example]) -> None:
-    """Check a discovered backbone on `examples`, and take over what holds; see `adopt_findings`.
-
-    What is registered has tests of its own.
+def check_untested(backbone: Backbone, processor: Any, examples: Sequence[Example]) -> None:
+    """Check a backbone without tests of its own on `examples`, and take over what holds; see
+    `adopt_findings`.
     """
-    if backbone.family.discovered and examples:
+    if not backbone.tested and examples:
         prompts = InputProcessor(backbone, processor).prompts(examples)
         adopt_findings(backbone, check_decoding(backbone, prompts))

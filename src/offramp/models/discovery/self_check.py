@@ -128,6 +128,12 @@ def _run(model: Any, reader: Any, example: Mapping[str, Any] | None) -> None:
             failure = failure or error
             continue
         return
+    if "inference tensor" in str(failure):
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__}, as it is quantised, does not run in torch.inference_mode, in "
+            "which tokens are decoded.",
+            "Load it in a scheme that docs/quantisation.md names, or in float.",
+        ) from failure
     raise UnsupportedBackboneError(
         f"{type(model).__name__} could not be probed: {type(failure).__name__}: "
         f"{str(failure)[:200]}",

@@ -11,8 +11,12 @@ from offramp.errors import InputError
 from offramp.missing import how_to_install, missing_package
 
 
-def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+def load_processor(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The processor that was saved beside a model.
+
+    trust_remote_code: whether code that comes with it may run.
 
     Raises:
         InputError: there is none, or a package that it needs is missing.
@@ -21,7 +25,7 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            str(name), revision=revision
+            str(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
         raise not_loaded(
@@ -33,6 +37,11 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
 def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
     """What is raised where transformers could not load `what`; remedy: where all packages are
     there."""
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"{what}: it comes with code of its own, which was not run.",
+            "Read that code; if you trust it, pass trust_remote_code=True in Python.",
+        )
     package = missing_package(error)
     if package is None and not isinstance(error, ImportError):
         return InputError(f"{what}: {_reason(error)}", remedy)

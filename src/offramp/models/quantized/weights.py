@@ -9,10 +9,10 @@ run on a processor, and its own function then reads them wrongly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,35 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.sharding.hooks import hooks_of, loaded, unhook
 
-_BITS = ("bits", "qtype", "target_dtype", "quant_type")
+_BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
 """Where linears and their weights say how many bits they are held in."""
 _NEAR = 0.05
 """How far a linear may be from its weight, relative to the largest value: schemes that round what
 comes in as well are that close."""
+
+
+_COMPRESSED = "quantization_scheme"
+"""What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
+
+
+def check_scheme(model: Any) -> None:
+    """Raise `UnsupportedBackboneError` where transformers did not know the scheme that a model's
+    configuration names: it then warns, and leaves quantised weights as they were initialised."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None or getattr(model, "hf_quantizer", None) is not None or scheme(model):
+        return
+    known = getattr(config, "quant_method", None) or dict(config).get("quant_method")
+    raise UnsupportedBackboneError(
+        f"{type(model).__name__} is quantised by {str(known)[:60]!r}, which this transformers does "
+        "not know: its weights were not read.",
+        "Update transformers, or load the model in a scheme that docs/quantisation.md names.",
+    )
+
+
+def unpack(model: Any) -> None:
+    """Unpack what compressed-tensors would when the model first runs, which our twins run past."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -33,7 +57,7 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
-        return not _is_plain(weight)
+        return not _is_plain(weight) or hasattr(module, _COMPRESSED)
     return any(True for _ in chain(module.parameters(), module.buffers()))
 
 
@@ -49,7 +73,9 @@ def scheme(module: nn.Module) -> str | None:
         if is_quantized(part):
             weight = getattr(part, "weight", None)
             holder: Any = weight if type(part) is nn.Linear else part
-            named = (getattr(at, name, None) for at in (part, weight) for name in _BITS)
+            holder = getattr(part, _COMPRESSED, holder)
+            places = (part, weight, getattr(holder, "weights", None))
+            named = (getattr(at, name, None) for at in places for name in _BITS)
             return " ".join(
                 [type(holder).__name__, *dict.fromkeys(map(_word, filter(None, named)))]
             )
@@ -105,16 +131,22 @@ def float_state(layer: nn.Module) -> dict[str, Tensor]:
     return plain.state_dict()
 
 
-def float_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+def float_copy(
+    layer: nn.Module, dtype: torch.dtype, instead: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
     """A deep copy whose quantised linears are plain ones of the same values, in `dtype`.
+
+    instead: what the copy has in place of modules of the layer.
 
     Raises:
         UnsupportedBackboneError: weights that are quantised elsewhere than in linears.
     """
     with loaded(layer):
-        memo: dict[int, Any] = {
-            id(part): _plain(part, dtype) for part in layer.modules() if is_quantized(part)
-        }
+        memo: dict[int, Any] = {id(part): other for part, other in (instead or {}).items()}
+        left_out = {id(part) for block in instead or {} for part in block.modules()}
+        for part in layer.modules():
+            if id(part) not in left_out and is_quantized(part):
+                memo[id(part)] = _plain(part, dtype)
         made = copy.deepcopy(layer, memo | hooks_of(layer))
     unhook(made)
     for part in made.modules():
@@ -157,6 +189,18 @@ def float_parameters(
                 seen.add(id(parameter))
                 makes.append(partial(_made, part, partial(getattr, part, name)))
     return makes
+
+
+def float_values(module: nn.Module) -> int:
+    """How many numbers its float copy holds."""
+    values = 0
+    for part in module.modules():
+        held, linear = dict(part._parameters), cast("Any", part)
+        if is_quantized(part):
+            values += linear.in_features * linear.out_features
+            held = {"bias": getattr(part, "bias", None)}
+        values += sum(tensor.numel() for tensor in held.values() if tensor is not None)
+    return values
 
 
 def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Decoder layers that choose among experts."""

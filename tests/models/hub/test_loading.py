@@ -1,0 +1,51 @@
+"""What comes with a model is data: its code runs only where that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import pytest
+
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.hub.loading import load_processor
+from offramp.storage import read_json, write_json
+
+CODE = """
+from pathlib import Path
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+Path({mark!r}).touch()
+
+class OddConfig(LlavaConfig):
+    model_type = "odd_vlm"
+
+class OddModel(LlavaForConditionalGeneration):
+    config_class = OddConfig
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder whose model brings its classes, and the mark that running them leaves."""
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "odd", tmp_path / "it-ran"
+    families.build("llava").save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    classes = {"AutoConfig": "odd.OddConfig", "AutoModelForImageTextToText": "odd.OddModel"}
+    write_json(folder / "processor_config.json", {"auto_map": {"AutoProcessor": "odd.OddConfig"}})
+    write_json(folder / "config.json", {**config, "model_type": "odd_vlm", "auto_map": classes})
+    (folder / "odd.py").write_text(CODE.format(mark=str(mark)), encoding="utf-8")
+    return folder, mark
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_asked(with_code: tuple[Path, Path]) -> None:
+    folder, mark = with_code
+    for load in (Backbone.from_pretrained, load_processor):
+        with pytest.raises(InputError, match="code of its own, which was not run") as caught:
+            load(folder)
+        assert len(str(caught.value).splitlines()) == 2 and not mark.exists()
+    assert Backbone.from_pretrained(folder, trust_remote_code=True).family.discovered
+    assert mark.exists()
