@@ -1,12 +1,14 @@
 """Measure the server over HTTP against its own engine; rewrites benchmarks/records/serving.json.
 
-The shipped model with its exits, in this process, by 1, 2, 4, 8, 16 and 32 clients at once that
-each ask, wait and ask again, streamed; full, early exit and lossless. Throughput, time to the first
-token and the gaps between tokens are what the clients see; the engine's own throughput is that of
-the same requests handed to it directly, as many at once. One thread for the model; a quiet machine
-with a core more for the clients: `taskset -c 0,1 python -m benchmarks.serving` (about 12 minutes).
+Models with their exits, by 1, 2, 4, 8, 16 and 32 clients at once that each ask, wait and ask again,
+streamed; full, early exit and lossless. Throughput, time to the first token and the gaps between
+tokens are what the clients see; the engine's own throughput is that of the same requests handed to
+it directly, as many at once, in turns with the server. One thread for the model; a quiet machine
+with a core more for the clients: `taskset -c 0,1 python -m benchmarks.serving` (about 8 minutes).
 
---requests: for each number of clients and mode. --clients: numbers of clients.
+The model is tiny-opt, whose layers take a tenth of a millisecond: the harshest case for what Python
+does around them. --photo FOLDER: the photo model that stands there, on photographs of --data, in
+its place. --requests: for each number of clients and mode. --rounds: of all.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -28,6 +31,8 @@ import numpy as np
 import torch
 
 from offramp.adapter import Adapter
+from offramp.data.datasets import CAPTION_PROMPT
+from offramp.data.example import Example
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.provenance import provenance
@@ -40,7 +45,8 @@ RECORD = Path(__file__).parent / "records" / "serving.json"
 MODES = ("full", "early_exit", "lossless")
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
-SLOTS = 8
+SLOTS, LIMIT = 8, 256
+TINY = ["offramp.cli", "serve", "tiny-opt"]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
 }  # fmt: skip
@@ -48,8 +54,8 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Of one mode and number of clients. engine: tokens a second without HTTP. share: of it that
-    is left over HTTP. first, gap: seconds, at p50 and p95."""
+    """Of one mode and number of clients; medians over rounds. engine: tokens a second without HTTP.
+    share: of it that is left over HTTP. first, gap: seconds, at p50 and p95."""
 
     mode: str
     clients: int
@@ -61,59 +67,108 @@ class Entry:
     gap: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model to measure: its name, the words behind `python -m` that serve it, itself, and what is
+    asked of it."""
+
+    name: str
+    words: list[str]
+    adapter: Adapter
+    processor: InputProcessor
+    examples: list[Example]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--photo", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bodies = requests_of(min(32, arguments.requests))
-    with Server() as server:
-        started, first = server.started, first_token(server.url, bodies[0])
-        over_http = {
-            (mode, clients): asyncio.run(
-                clients_at_work(server.url, mode, clients, arguments.requests, bodies)
-            )
-            for mode, clients in itertools.product(arguments.modes, arguments.clients)
-        }
-    own = engine_alone(arguments)
+    served = photo(arguments.photo, arguments.data) if arguments.photo else tiny()
+    measured = measure(served, arguments)
+    record = read_json(arguments.out) if arguments.out.is_file() else {}
+    record.setdefault("http", {})[served.name] = measured
+    record["provenance"] = provenance(0, ["benchmarks.serving"], None)
+    write_json(arguments.out, record)
+
+
+def tiny() -> Served:
+    backbone, processor = load_tiny("opt")
+    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
+    encoder = InputProcessor(backbone, processor)
+    return Served("tiny-opt", TINY, adapter, encoder, captions("test", 32).examples)
+
+
+def photo(folder: Path, data: Path) -> Served:
+    from examples.photo_vlm.caption import ADAPTER, load
+
+    backbone, encoder = load(folder)
+    rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
+    asked = [
+        Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
+        for n, row in enumerate(rows)
+    ]
+    words = ["examples.photo_vlm.exits", "serve", str(ADAPTER), "--backbone", str(folder)]
+    return Served("photo model", words, Adapter.load(ADAPTER, backbone), encoder, asked)
+
+
+def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
+    bodies = requests_of(served.examples)
+    points = list(itertools.product(arguments.modes, arguments.clients))
+    http: dict[tuple[str, int], list[dict[str, Any]]] = {point: [] for point in points}
+    own: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    config = EngineConfig(SLOTS, LIMIT)
+    with (
+        Server("--limit", str(LIMIT), words=served.words) as server,
+        BatchEngine(served.adapter, served.processor, config) as engine,
+    ):
+        first = first_token(server.url, bodies[0])
+        for _ in range(arguments.rounds):
+            for mode, clients in points:
+                work = clients_at_work(server.url, mode, clients, arguments.requests, bodies)
+                http[mode, clients].append(asyncio.run(work))
+                alone = engine_alone(engine, served.examples, mode, clients, arguments.requests)
+                own[mode, clients].append(alone)
     entries = []
-    for (mode, clients), measured in over_http.items():
-        speed = measured["tokens"] / measured["seconds"]
+    for (mode, clients), rounds in http.items():
+        speed = median(one["tokens"] / one["seconds"] for one in rounds)
+        alone = median(own[mode, clients])
         entry = Entry(
-            mode, clients, arguments.requests, speed, own[mode, clients],
-            speed / own[mode, clients], spread(measured["first"]), spread(measured["gaps"]),
+            mode, clients, arguments.requests, speed, alone, speed / alone,
+            spread([x for one in rounds for x in one["first"]]),
+            spread([x for one in rounds for x in one["gaps"]]),
         )  # fmt: skip
         entries.append(asdict(entry))
         print(
             f"{mode:>10} {clients:>3} clients: {speed:7.1f} tokens/s, engine alone "
-            f"{entry.engine_tokens_per_second:7.1f} ({entry.share:.2f}); first token "
+            f"{alone:7.1f} ({entry.share:.2f}); first token "
             f"{1000 * entry.first['p50']:.0f} ms, gap {1000 * entry.gap['p50']:.1f} ms",
             flush=True,
         )
-    record = read_json(arguments.out) if arguments.out.is_file() else {}
-    record["http"] = {
-        "model": "tiny-opt", "slots": SLOTS, "tokens": TOKENS, "start_seconds": started,
-        "first_token_seconds": first, "load": os.getloadavg(), "entries": entries,
+    return {
+        "slots": SLOTS, "tokens": TOKENS, "rounds": arguments.rounds,
+        "start_seconds": server.started, "first_token_seconds": first,
+        "load": os.getloadavg(), "entries": entries,
     }  # fmt: skip
-    record["provenance"] = provenance(0, ["benchmarks.serving"], None)
-    write_json(arguments.out, record)
 
 
 # -- over HTTP -------------------------------------------------------------------------------------
 
 
 class Server:
-    """`offramp serve tiny-opt` in a process of its own. started: seconds until it was ready."""
+    """`offramp serve` in a process of its own. started: seconds until it was ready."""
 
-    def __init__(self, *more: str, port: int = 8731) -> None:
+    def __init__(self, *more: str, words: Sequence[str] = TINY, port: int = 8731) -> None:
         self.url, self._begun = f"http://127.0.0.1:{port}", time.perf_counter()
-        words = ["serve", "tiny-opt", "--port", str(port), "--threads", "1", "--watch", "0"]
+        words = [*words, "--port", str(port), "--threads", "1", "--watch", "0", *more]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "offramp.cli", *words, "--slots", str(SLOTS), *more],
-            stderr=subprocess.DEVNULL,
+            [sys.executable, "-m", *words, "--slots", str(SLOTS)], stderr=subprocess.DEVNULL
         )
         self.started = 0.0
 
@@ -133,13 +188,13 @@ class Server:
         self.process.wait()
 
 
-def requests_of(n: int) -> list[dict[str, Any]]:
-    """Captions of the shipped model's world, as chats."""
+def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """As streamed chats with their images."""
     from base64 import b64encode
     from io import BytesIO
 
     bodies = []
-    for example in captions("test", n).examples:
+    for example in examples:
         buffer = BytesIO()
         example.open_image().save(buffer, "PNG")
         url = "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
@@ -215,32 +270,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # -- the engine alone ------------------------------------------------------------------------------
 
 
-def engine_alone(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
-    """Tokens a second of the engine, by mode and requests under way at once; the images are opened
-    and the prompts processed in its worker threads, as the server does."""
-    backbone, processor = load_tiny("opt")
-    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
-    examples = captions("test", min(32, arguments.requests)).examples
-    speeds = {}
-    config = EngineConfig(SLOTS, 256)
-    with BatchEngine(adapter, InputProcessor(backbone, processor), config) as engine:
-        for mode, clients in itertools.product(arguments.modes, arguments.clients):
-            seconds, tokens = 0.0, 0
-            for requests, count in ((min(clients, SLOTS), False), (arguments.requests, True)):
-                begun = time.perf_counter()
-                under_way: set[Any] = set()
-                written = 0
-                for number in range(requests):
-                    if len(under_way) >= clients:
-                        done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                        written += sum(h.result().output.depths.shape[1] for h in done)
-                    example = examples[number % len(examples)]
-                    under_way.add(engine.submit(example, mode=mode, wait=True, **OPTIONS))
-                written += sum(h.result().output.depths.shape[1] for h in under_way)
-                if count:
-                    seconds, tokens = time.perf_counter() - begun, written
-            speeds[mode, clients] = tokens / seconds
-    return speeds
+def engine_alone(
+    engine: BatchEngine, examples: Sequence[Example], mode: str, clients: int, requests: int
+) -> float:
+    """Tokens a second of the engine with so many requests under way at once; images are opened and
+    prompts processed in its worker threads, as in the server."""
+    begun, written = time.perf_counter(), 0
+    under_way: set[Any] = set()
+    for number in range(-min(clients, SLOTS), requests):  # the first ones do not count
+        if number == 0:
+            wait(under_way)
+            begun, under_way = time.perf_counter(), set()
+        if len(under_way) >= clients:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            written += sum(h.result().output.depths.shape[1] for h in done)
+        example = examples[number % len(examples)]
+        under_way.add(engine.submit(example, mode=mode, wait=True, **OPTIONS))
+    written += sum(h.result().output.depths.shape[1] for h in under_way)
+    return float(written / (time.perf_counter() - begun))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ from typing import Any
 from benchmarks.tables.markdown import RECORDS, Make, record, table
 
 WATCHED = ("promised", "called broken though it holds", "twice the risk", "3 times", "10 times")
-HTTP = ("clients", "mode", "tokens a second", "of the engine's", "first token p50, p95", "gap p50")
+HTTP = (
+    "model", "clients", "mode", "tokens a second", "of the engine's", "first token p50, p95",
+    "gap p50",
+)  # fmt: skip
 
 
 def watched() -> str:
@@ -30,6 +33,7 @@ def http() -> str:
         return ""
     rows = [
         (
+            name,
             str(entry["clients"]),
             entry["mode"].replace("_", " "),
             f"{entry['tokens_per_second']:.0f}",
@@ -37,7 +41,8 @@ def http() -> str:
             f"{1000 * entry['first']['p50']:.0f}, {1000 * entry['first']['p95']:.0f} ms",
             f"{1000 * entry['gap']['p50']:.1f} ms",
         )
-        for entry in measured["http"]["entries"]
+        for name, figures in measured["http"].items()
+        for entry in figures["entries"]
     ]
     return table(rows, HTTP)
 
