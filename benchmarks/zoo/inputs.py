@@ -376,6 +376,7 @@ IMAGES: dict[str, Callable[[Any, Words], dict[str, Any]]] = {
     "apertus1p5": _sized,
     "blip": _blank,
     "deepseek_vl_hybrid": _hybrid,
+    "diffusion_gemma": _text_alone,
     "emu3": _sized,
     "fuyu": _fuyu,
     "gemma4": _gemma4,

@@ -288,7 +288,7 @@ class ModelRunner:
         if self.backbone.reads_ids and self._ids is not None:
             again["input_ids"] = self._ids
         else:
-            again["inputs_embeds"] = self._chunk
+            again["inputs_embeds"] = self._chunk.clone()  # BLIP adds positions where it lies
         try:
             out = self.view.stack(**again).last_hidden_state
         finally:

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.errors import InputError
@@ -68,11 +73,25 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
         **arguments: Any,
     ) -> Tensor:
         rules = (logits_processor, stopping_criteria, generation_config)
+        if arguments.get("encoder_hidden_states") is not None:
+            arguments = _with_cross_attention(arguments)
         taken.append(Prepared(model, input_ids, *rules, arguments))
         return input_ids
 
     model.generate(**inputs, custom_generate=take, **options)
     return taken[0]
+
+
+def _with_cross_attention(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments whose cache has a part for an encoder's keys.
+
+    A decoder that reads an image's states, and is no encoder-decoder by its configuration (BLIP),
+    gets a plain one, and would give it that part anew in every step.
+    """
+    name = cache_name(arguments)
+    if not isinstance(arguments[name], DynamicCache):
+        return arguments
+    return {**arguments, name: EncoderDecoderCache(arguments[name], DynamicCache())}
 
 
 def _with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:

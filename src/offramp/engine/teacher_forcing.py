@@ -190,7 +190,8 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
             continue
         handler = _Replay(backbone, exits, entries)
         stack = InterceptedModel(backbone, handler).stack
-        stack(inputs_embeds=states, use_cache=True, **{cache_parameter(stack): cache}, **kw)
+        embeds = states.clone()  # BLIP adds positions to what it is given, where it lies
+        stack(inputs_embeds=embeds, use_cache=True, **{cache_parameter(stack): cache}, **kw)
         parts.append(handler.states)
     prompt, answer = parts[0], parts[1] if len(parts) > 1 else {}
     return {

@@ -257,9 +257,9 @@ class Backbone:
     def head_rows(self, ids: Tensor) -> nn.Linear:
         """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
         bias = getattr(self.head, "bias", None)
-        rows = nn.Linear(self.width, len(ids), bias=bias is not None, device="meta")
         with loaded(self.head):
-            weight, *_ = (make() for make in float_parameters(self.head))
+            weight = float_parameters(self.head)[0]()
+            rows = nn.Linear(weight.shape[1], len(ids), bias=bias is not None, device="meta")
             rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
             if bias is not None:
                 rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
@@ -276,13 +276,16 @@ class Backbone:
     # -- driving ----------------------------------------------------------------------------
 
     def skipped_layer_output(self, call: LayerCall) -> Any:
-        """What the layer would return if it left the state as it is.
+        """What the layer would return if it left the state as it is."""
+        return self.handed_through(call, self._layout.returns[call.index])
+
+    def handed_through(self, call: LayerCall, values: int) -> Any:
+        """The same, of a layer that returns this many values; 0: the state alone.
 
         T5's layers hand the attention biases on, from block 0, which computes the relative one:
         a skipped block must do the same.
         """
         if self.family.layers != "block":
-            values = self._layout.returns[call.index]
             return (call.hidden, *[None] * (values - 1)) if values else call.hidden
         _, bias, _, _, cross_bias = call.args[:5]
         attention = self.layers[call.index].layer[0].SelfAttention

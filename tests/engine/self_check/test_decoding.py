@@ -25,7 +25,7 @@ def checked(name, rows=1):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["lfm2_vl", "chameleon", "exaone4_5"])
+@pytest.mark.parametrize("name", ["blip", "lfm2_vl", "chameleon", "exaone4_5"])
 def test_all_of_decoding_is_the_models_own(name, rows):
     _, found = checked(name, rows)
     outcomes = (found.plain, found.exits, found.first_token, found.lossless)
@@ -88,7 +88,7 @@ def test_layers_that_read_the_tokens_again_get_those_that_wait():
     assert found.holds(found.exits) and found.holds(found.lossless), found
 
 
-@pytest.mark.parametrize("name", ["git", "mistral_large4"])
+@pytest.mark.parametrize("name", ["mistral_large4", "qwen4_exp"])
 def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
     whole, found = checked(name)
     with pytest.raises(UnsupportedBackboneError, match="part 3") as caught:

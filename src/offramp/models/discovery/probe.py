@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ LENGTH = 6
 def prompt_ids(model: Any) -> Tensor:
     """Ids [1, LENGTH] from the upper half of the vocabulary, none of them special."""
     words, device = _words(model)
-    special = special_ids(model)
-    free = [i for i in range(words // 2, words) if i not in special] or list(range(words))
-    step = max(1, len(free) // LENGTH)
-    return torch.tensor([(free * LENGTH)[::step][:LENGTH]], device=device)
+    special = set(special_ids(model))
+    spread = (i % words for i in range(words // 2, 4 * words, max(1, words // 2 // LENGTH)))
+    free = [*islice((i for i in spread if i not in special), LENGTH)]
+    return torch.tensor([free], device=device)
 
 
 def _words(model: Any) -> tuple[int, torch.device]:
