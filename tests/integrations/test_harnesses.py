@@ -87,7 +87,8 @@ def test_lm_eval_gets_what_generate_gives(harnesses: None) -> None:
         some = scene_examples()[:6]
         options = {"until": ["\n\n"], "max_gen_toks": LONGEST, "do_sample": False}
         requests = [
-            SimpleNamespace(args=(e.prompt, options, {"visual": [e.open_image()]})) for e in some
+            SimpleNamespace(args=(f"<image>{e.prompt}", options, {"visual": [e.open_image()]}))
+            for e in some
         ]
         assert model.generate_until(requests) == [expected(e) for e in some]
         stopped = {**options, "until": ["objects", "object"]}

@@ -83,10 +83,7 @@ class HarnessModel:
     def _submit(self, ask: Ask) -> tuple[Future[Any], tuple[str, ...]]:
         images = [_opened(image) for image in ask.images]
         if isinstance(ask.turns, str):
-            text = ask.turns
-            mark = self.encoder.image_mark
-            if mark is None or mark not in text:
-                text = self.encoder.placed(text, len(images))
+            text = self.encoder.placed(ask.turns, len(images))
         else:
             text = self.encoder.conversation_text(ask.turns)
         options, stops = generation_options(ask.options)

@@ -95,8 +95,6 @@ class InputProcessor:
         if self.has_template:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             return self.template_text([{"role": "user", "content": content}])
-        if self.image_mark is not None and self.image_mark in prompt:
-            return prompt
         return self.placed(prompt, 1)
 
     @property
@@ -137,10 +135,14 @@ class InputProcessor:
         return None if mark is None else str(mark)
 
     def placed(self, prompt: str, images: int) -> str:
-        """A prompt behind the placeholders of its images, where the processor wants any."""
-        if self.image_mark is None or self._places_image or not images:
+        """A prompt with the placeholders of its images, where the processor wants any: those that
+        it has, or new ones before it."""
+        mark = self.image_mark
+        if mark is None or not images:
             return prompt
-        return f"{self.image_mark * images}\n{prompt}"
+        if self._places_image:
+            return prompt.replace(mark, "")
+        return prompt if mark in prompt else f"{mark * images}\n{prompt}"
 
     @property
     def _places_image(self) -> bool:

@@ -226,6 +226,18 @@ def test_nulls_and_what_asks_for_nothing_count_as_left_out(client: Any) -> None:
     assert ask(client, example, extra_body=nothing).choices[0].message.content == alone(example)[1]
 
 
+def test_a_text_may_mark_where_its_images_stand(client: Any) -> None:
+    example = scene_examples()[6]
+    [turn] = messages(example)
+    turn["content"][1]["text"] = f"<image>{example.prompt}"
+    given = {"max_completion_tokens": LONGEST, "temperature": 0}
+    found = client.chat.completions.create(model=NAME, messages=[turn], **given)
+    assert found.choices[0].message.content == alone(example)[1]
+    turn["content"][1]["text"] = f"<image>{example.prompt}<image>"  # of one image
+    with pytest.raises(openai.BadRequestError, match="stands for images"):
+        client.chat.completions.create(model=NAME, messages=[turn], **given)
+
+
 # -- the rest of the API ---------------------------------------------------------------------------
 
 

@@ -36,8 +36,10 @@ class Prompter:
                 param="messages",
                 code="too_many_messages",
             )
+        turns = [self._content(message) for message in messages]
+        texts = [part["text"] for turn in turns for part in turn if part["type"] == "text"]
+        self.check_text(texts, "messages")
         parts = [part for message in messages for part in message.parts]
-        self.check_text([part.text for part in parts if part.type == "text"], "messages")
         return self.check_images([p.image_url.url for p in parts if p.type == "image_url"])
 
     def check_images(self, urls: Sequence[str]) -> list[str]:
@@ -88,12 +90,7 @@ class Prompter:
         turns = [
             {
                 "role": "system" if message.role == "developer" else message.role,
-                "content": [
-                    {"type": "text", "text": part.text}
-                    if part.type == "text"
-                    else {"type": "image"}
-                    for part in message.parts
-                ],
+                "content": self._content(message),
             }
             for message in messages
         ]
@@ -105,6 +102,24 @@ class Prompter:
         except Exception as error:  # templates raise what they like for turns out of order
             said = f"The model's chat template refuses these messages: {error}"
             raise ApiError(400, said, param="messages", code="invalid_value") from error
+
+    def _content(self, message: Message) -> list[dict[str, str]]:
+        """A message's texts and images, in order. Where its text marks the place of each image, as
+        evaluation harnesses write it, these stand there."""
+        mark = self.processor.image_mark or "\0"
+        texts = [part.text for part in message.parts if part.type == "text"]
+        images = len(message.parts) - len(texts)
+        if not images or sum(text.count(mark) for text in texts) != images:
+            return [
+                {"type": "text", "text": part.text} if part.type == "text" else {"type": "image"}
+                for part in message.parts
+            ]
+        content: list[dict[str, str]] = []
+        for text in texts:
+            for number, piece in enumerate(text.split(mark)):
+                content += [{"type": "image"}] if number else []
+                content += [{"type": "text", "text": piece}] if piece else []
+        return content
 
     def text(self, prompt: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
         """The inputs of a prompt that is taken as it is, with its images before it."""
