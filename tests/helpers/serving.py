@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -23,7 +22,7 @@ from offramp.serving.core import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models
-from offramp.serving.server.run import Server, protocol
+from offramp.serving.server.run import Server, http, listen
 from offramp.serving.server.service import Service
 
 NAME = "tiny-opt"
@@ -80,16 +79,8 @@ class _Quiet(Server):
 @contextlib.contextmanager
 def running(service: Service) -> Iterator[str]:
     """The server at work; its address."""
-    config = uvicorn.Config(
-        create_app(service),
-        port=0,
-        http=protocol(service.config.body_seconds),
-        lifespan="on",
-        log_config=None,
-        timeout_graceful_shutdown=10,
-    )
-    socket = config.bind_socket()
-    server = _Quiet(config, service)
+    socket = listen("127.0.0.1", 0)
+    server = _Quiet(http(create_app(service), service), service)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
     thread.start()
     while not server.started and thread.is_alive():  # before that, connections are refused

@@ -60,12 +60,12 @@ def watcher_of(engine: BatchEngine, config: WatchConfig = ALL, **more: Any) -> W
 def test_a_stream_that_turns_to_damaged_images_is_noticed(engine: BatchEngine) -> None:
     watcher = watcher_of(engine)
     try:
-        clean = tasks.captions("test", 16).examples
+        clean = tasks.captions("test", 8).examples
         watched(engine, clean, watcher)
-        assert watcher.risk.n == 16
+        assert watcher.risk.n == 8
         assert not watcher.broken and watcher.replaces is None
-        for start in range(100, 180, 10):
-            later = tasks.captions("test", 10, start).examples
+        for start in range(100, 180, 4):
+            later = tasks.captions("test", 4, start).examples
             watched(engine, [damage(example) for example in later], watcher)
             if watcher.broken:
                 break
@@ -96,11 +96,11 @@ def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_pat
     watcher = watcher_of(engine, replace(ALL, keep=tmp_path / "kept"))
     try:
         question = tasks.questions("test", 1, 50).examples[0]
-        watched(engine, [*tasks.captions("test", 8).examples, question], watcher)
+        watched(engine, [*tasks.captions("test", 4).examples, question], watcher)
     finally:
         watcher.close()
     items = read_items([str(tmp_path / "kept" / "rows.jsonl")], None, "auto")
-    assert len(items) == 9
+    assert len(items) == 5
     assert items[-1].example.prompt == question.prompt
     adapter, _ = shipped()
     assert engine.processor is not None
@@ -108,7 +108,7 @@ def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_pat
         adapter, engine.processor, [item.example for item in items], ExitPolicy(),
         target=0.4, confidence=0.6, thresholds=(0.9,), **GREEDY,
     )  # fmt: skip
-    assert found.n == 9
+    assert found.n == 5
 
 
 def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine) -> None:

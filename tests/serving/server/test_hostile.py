@@ -229,7 +229,8 @@ def test_every_hostile_request_gets_an_error_object(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    with running(service_of(slots=1, body_seconds=1.0, body=100_000)) as found:
+    limits = {"body_seconds": 0.5, "body": 100_000, "bodies": 150_000}
+    with running(service_of(slots=1, **limits)) as found:
         host, port = found.removeprefix("http://").split(":")
         yield host, int(port)
 
@@ -253,7 +254,10 @@ def talk(address: tuple[str, int], *parts: bytes, wait: float = 0.0) -> bytes:
         return answer
 
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\n"
+)
 
 LINES = {
     "no HTTP": (b"\x00\x01\x02\r\n\r\n",),
@@ -262,7 +266,9 @@ LINES = {
     "many headers": (
         b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(9999)) + b"\r\n",
     ),
-    "a long address": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",),
+    "a long address": (
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ),
     "a bad length": (HEAD + b"Content-Length: x\r\n\r\n{}",),
     "a negative length": (HEAD + b"Content-Length: -5\r\n\r\n{}",),
     "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",),
@@ -287,6 +293,19 @@ def test_what_is_hostile_below_http_is_answered_too(name: str, address: tuple[st
     assert head.startswith(b"HTTP/1.1 4"), answer[:200]
     assert json.loads(body)["error"]["message"]
     assert httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200
+
+
+def test_bodies_of_all_requests_together_are_bounded(address: tuple[str, int]) -> None:
+    head = HEAD + b"Content-Length: 90000\r\n\r\n"
+    with socket.create_connection(address, timeout=WITHIN) as first:
+        first.sendall(head + b" " * 89_000)
+        codes = []
+        while codes[-1:] != [b"429"]:  # until the first body is there
+            codes.append(talk(address, head + b" " * 90_000)[9:12])
+            assert len(codes) < 100
+        while first.recv(65536):  # it took too long
+            pass
+    assert talk(address, head + b" " * 90_000).startswith(b"HTTP/1.1 400")
 
 
 def test_two_hundred_lines_that_say_nothing_keep_nobody_out(address: tuple[str, int]) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -122,11 +121,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(
-    app: FastAPI, service: Service, place: socket.socket, *, ready: Callable[[str], None]
-) -> None:
-    """Serve until SIGTERM or Ctrl-C. place: from `listen`. ready: called with the address."""
-    config = uvicorn.Config(
+def http(app: FastAPI, service: Service) -> uvicorn.Config:
+    """How HTTP is spoken for a service."""
+    return uvicorn.Config(
         app,
         http=protocol(service.config.body_seconds),
         ws="none",
@@ -140,23 +137,14 @@ def serve(
         timeout_graceful_shutdown=int(service.config.drain_seconds) + 5,
         backlog=1024,
     )
+
+
+def serve(
+    app: FastAPI, service: Service, place: socket.socket, *, ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. place: from `listen`. ready: called with the address."""
     host, port = place.getsockname()[:2]
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    server = Server(config, service, lambda: ready(address))
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        with asyncio.Runner(loop_factory=_event_loop()) as runner:
-            runner.run(server.serve([place]))
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where it is installed."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # as on Windows
-        return None
-    return new_event_loop
+    server = Server(http(app, service), service, lambda: ready(address))
+    asyncio.run(server.serve([place]))
