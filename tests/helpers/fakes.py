@@ -69,6 +69,23 @@ class Blip2FakeProcessor:
             torch.set_rng_state(before)
 
 
+class ZooFakeProcessor:
+    """What the processor of a type in `benchmarks.zoo` returns, of any picture."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name, self.model, self.tokenizer = name, model, word_level()
+
+    def __call__(
+        self, images: Sequence[Any], text: Sequence[str], padding: bool, return_tensors: str
+    ) -> dict[str, torch.Tensor]:
+        from benchmarks.zoo.inputs import IMAGES, by_signature
+
+        words = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in text]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return IMAGES.get(self.name, by_signature)(self.model, words)
+
+
 def picture(number: int) -> Image.Image:
     """A picture that looks like no other; the fake processor reads its first pixel alone."""
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -136,8 +136,11 @@ def _blank(entry: Any, tokens: int) -> Any:
     return made
 
 
-def exits_only(backbone: Backbone, depths: Sequence[int]) -> Any:
-    """An empty cache for the exits alone; the layers' entries point at theirs for lengths."""
+def exits_only(backbone: Backbone, depths: Sequence[int], *, cross: bool) -> Any:
+    """An empty cache for the exits alone; the layers' entries point at theirs for lengths.
+
+    cross: whether it has a part for an encoder's keys.
+    """
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
     def half() -> Any:
@@ -149,7 +152,7 @@ def exits_only(backbone: Backbone, depths: Sequence[int]) -> Any:
 
         return Cache(layers=[entry_of(index) for index in range(backbone.depth)] + own)
 
-    return EncoderDecoderCache(half(), half()) if backbone.is_encoder_decoder else half()
+    return EncoderDecoderCache(half(), half()) if cross else half()
 
 
 def crop(cache: Any, tokens: int, rare: Collection[int] = ()) -> None:

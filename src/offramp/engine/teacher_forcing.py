@@ -18,6 +18,7 @@ from torch import Tensor
 from offramp.data.example import Example
 from offramp.engine.kv_cache import cache_parameter, exits_only
 from offramp.engine.prefill import Prefill, prepare, without_inputs
+from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
@@ -120,6 +121,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
 
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.
+        UnsupportedBackboneError: the decoder joins the image to the text itself.
     """
     backbone = encoder.backbone
     ids, mask = encoder.pad([row.ids for row in rows])
@@ -130,6 +132,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     prepared = prepare(view.model, prompts, max_new_tokens=1)
     prefill = Prefill(view, prepared)
     prompt, _, final = handler.take()
+    _check_length(prefill.prefill, final, backbone)
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
     final = final[:, -1:].clone()
     answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
@@ -150,6 +153,18 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
         _plain(without_inputs(answer_kw)),
         tuple(row.example.key for row in rows),
     )
+
+
+def _check_length(kw: Mapping[str, Any], states: Tensor, backbone: Backbone) -> None:
+    """Raise where states came out of the stack that did not go in: masks are then made inside."""
+    given = kw.get("inputs_embeds")
+    given = kw["input_ids"] if given is None else given
+    if given.shape[1] != states.shape[1]:
+        raise UnsupportedBackboneError(
+            f"{type(backbone.model).__name__} joins the image to the text inside its decoder: "
+            f"{given.shape[1]} tokens became {states.shape[1]} states.",
+            "Exits cannot be trained on it; use a model that joins them before.",
+        )
 
 
 def _plain(kw: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +197,8 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
     Differentiable in the exits. Two calls of the stack with every backbone layer skipped: one lays
     down the exits' keys and values over the prompt, the next runs them over the answer.
     """
-    cache = exits_only(backbone, exits.entries)
+    cross = batch.prompt_kw.get("encoder_hidden_states") is not None
+    cache = exits_only(backbone, exits.entries, cross=cross)
     parts: list[dict[int, Tensor]] = []
     for entries, kw in ((batch.prompt, batch.prompt_kw), (batch.answer, batch.answer_kw)):
         states = next(iter(entries.values()))

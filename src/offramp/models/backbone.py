@@ -15,7 +15,7 @@ from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.hub.loading import check_device, not_loaded
+from offramp.models.hub.loading import check_device, grey_example, not_loaded
 from offramp.models.quantized.weights import (
     check_scheme,
     float_dtype,
@@ -134,11 +134,14 @@ class Backbone:
         revision: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: str | None = None,
+        example: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Backbone:
         """Load a hub name or a folder.
 
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
+        example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
+            processor that was saved beside the model.
         kwargs: of transformers. Code that comes with a model runs only with trust_remote_code=True.
 
         Raises:
@@ -160,7 +163,13 @@ class Backbone:
             ) from error  # fmt: skip
         if device is not None and not _is_on(model.device, torch.device(device)):
             model = model.to(device)
-        return cls(model, name=str(name), revision=revision)
+        try:
+            return cls(model, name=str(name), revision=revision, example=example)
+        except UnsupportedBackboneError:
+            made = None if example is not None else grey_example(name, revision, model)
+            if made is None:
+                raise
+        return cls(model, name=str(name), revision=revision, example=made)
 
     def learn(self, *, causal_prompt: bool, lossless: bool) -> None:
         """Take over what decoding showed: whether the first token may exit out of the prompt, and
@@ -220,7 +229,8 @@ class Backbone:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return bool(getattr(self.text_config, "is_encoder_decoder", False))
+        configs = (self.model.config, self.text_config)
+        return any(getattr(config, "is_encoder_decoder", False) for config in configs)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from offramp.errors import InputError
 from offramp.missing import how_to_install, missing_package
@@ -32,6 +33,38 @@ def load_processor(
             f"No processor could be loaded from {str(name)!r}", error,
             "Save the model's processor beside it: processor.save_pretrained(folder).",
         ) from error  # fmt: skip
+
+
+def grey_example(name: str | Path, revision: str | None, model: Any) -> dict[str, Any] | None:
+    """What the processor saved beside a model makes of a grey picture and a few words, as the model
+    takes it; None where there is none."""
+    words, picture = "Describe the picture.", Image.new("RGB", (64, 64), "gray")
+    for written in (_by_template, _behind_mark, lambda _, words: words):
+        try:
+            processor = load_processor(name, revision=revision)
+            text = written(processor, words)
+            made = processor(images=[picture], text=[text], return_tensors="pt")
+            inputs = {
+                key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for key, value in made.items()
+                if isinstance(value, torch.Tensor)
+            }
+            with torch.inference_mode():
+                model.generate(**inputs, max_new_tokens=1)
+        except Exception:  # each processor, and each model, has its own way to refuse
+            continue
+        return inputs
+    return None
+
+
+def _by_template(processor: Any, words: str) -> Any:
+    content = [{"type": "image"}, {"type": "text", "text": words}]
+    turns = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(turns, add_generation_prompt=True)
+
+
+def _behind_mark(processor: Any, words: str) -> str:
+    return f"{processor.image_token} {words}"
 
 
 def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
