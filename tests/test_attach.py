@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,19 @@ def test_another_policy_for_one_call(attached: Build, batch: Build) -> None:
         adapter.generate(inputs, policy=ExitPolicy(), exit_policy=ExitPolicy(), **SOON)
     with pytest.raises(InputError, match="Did you mean 'lossless'"):
         adapter.generate(inputs, mode="losless", **SOON)
+
+
+def test_exits_without_thresholds_say_so(attached: Build, batch: Build) -> None:
+    adapter, inputs = replace(attached("llava"), policy=ExitPolicy()), batch("llava", 1)
+    for mode in (None, "early_exit", "lossless"):
+        with pytest.warns(UserWarning, match=r"no thresholds.*offramp calibrate"):
+            adapter.generate(**inputs, mode=mode, **SOON)
+    with pytest.warns(UserWarning, match="no thresholds"):
+        adapter.backbone.model.generate(**inputs, custom_generate=adapter, **SOON)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapter.generate(inputs, mode="full", **SOON)
+        adapter.generate(inputs, policy=ExitPolicy(), **SOON)
 
 
 def test_sampling_draws_the_same_through_custom_generate(attached: Build, batch: Build) -> None:

@@ -4,6 +4,7 @@ them in a folder."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +27,11 @@ from offramp.save_and_load import (
     load_parts,
     read_config,
     save_parts,
+)
+
+NO_THRESHOLDS = (
+    "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
+    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({8: 0.95})."
 )
 
 
@@ -191,8 +197,11 @@ class Adapter:
     ) -> ExitPolicy:
         if policy is not None and exit_policy is not None:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
-        chosen = exit_policy if policy is None else policy
-        return (self.policy if chosen is None else chosen).in_mode(mode)
+        given = exit_policy if policy is None else policy
+        chosen = (self.policy if given is None else given).in_mode(mode)
+        if given is None and mode != "full" and not chosen.effective.thresholds:
+            warnings.warn(NO_THRESHOLDS, stacklevel=3)
+        return chosen
 
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None
