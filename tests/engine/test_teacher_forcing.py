@@ -457,9 +457,9 @@ def test_a_reading_that_retreats_goes_on_as_if_it_had_not_advanced(
     name: str, backbone: Build
 ) -> None:
     encoder = input_processor_of(backbone(name), name)
-    view = InterceptedModel(encoder.backbone, StateRecorder(encoder.backbone, ()))
-    prepared = prepare(view.model, encoder.prompts(fakes.examples(3)), max_new_tokens=1)
-    straight, back = (Prefill(view, prepared) for _ in range(2))
+    intercepted = InterceptedModel(encoder.backbone, StateRecorder(encoder.backbone, ()))
+    prepared = prepare(intercepted.model, encoder.prompts(fakes.examples(3)), max_new_tokens=1)
+    straight, back = (Prefill(intercepted, prepared) for _ in range(2))
     straight.extend(1)
     back.extend(4)
     back.rollback(3)

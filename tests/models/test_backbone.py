@@ -93,9 +93,9 @@ def test_generations_do_not_pile_up_recorders(name, batch):
 
 def test_a_hook_on_a_view_does_not_show_on_the_model(batch):
     whole = Backbone(families.build("llava"))
-    view = InterceptedModel(whole, None)
-    view.stack.register_forward_hook(lambda *_: None)
-    view.stack.register_forward_pre_hook(lambda *_: None)
+    intercepted = InterceptedModel(whole, None)
+    intercepted.stack.register_forward_hook(lambda *_: None)
+    intercepted.stack.register_forward_pre_hook(lambda *_: None)
     assert not whole.stack._forward_hooks and not whole.stack._forward_pre_hooks
 
 

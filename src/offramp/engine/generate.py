@@ -109,10 +109,10 @@ def generate(
     check_inputs(inputs, backbone.model)
     run, policy = _runner(backbone, exits, policy)
     if vision_cache is not None:
-        run.view.remember_images(backbone, vision_cache)
+        run.intercepted.remember_images(backbone, vision_cache)
     try:
         with torch.inference_mode():
-            prepared = prepare(run.view.model, inputs, **options)
+            prepared = prepare(run.intercepted.model, inputs, **options)
             # The model's own defaults may ask for what the caller did not.
             check_options(lambda name: getattr(prepared.config, name, None), own=True)
             return _decode(run, policy, prepared, prefix_cache, streamer)
@@ -145,7 +145,7 @@ def generate_prepared(
     run, policy = _runner(backbone, exits, policy)
     try:
         with torch.inference_mode():
-            twin = run.view.model.get_submodule(path)
+            twin = run.intercepted.model.get_submodule(path)
             return _decode(run, policy, replace(prepared, model=twin), prefix_cache)
     finally:
         run.release()
@@ -221,7 +221,7 @@ def decode_steps(
     """
     backbone = run.backbone
     run.begin(sequence.unfinished, sequence.ids, check=first_exits)
-    prefill = Prefill(run.view, prepared)
+    prefill = Prefill(run.intercepted, prepared)
     step = run.prompt_step(prefill.positions, sequence.unfinished)
     sequence.emit(
         sequence.choose(step.merge(prefill.logits, backbone.depth)), step.depths, step.scores

@@ -145,7 +145,7 @@ class ModelRunner:
         propagate: bool = False,
     ) -> None:
         self.backbone, self.exits, self.decider = backbone, exits, decider
-        self.view = InterceptedModel(backbone, self)
+        self.intercepted = InterceptedModel(backbone, self)
         self.propagate = propagate
         self.cache: Any = None
         self.constrain: Constrain | None = None
@@ -185,7 +185,7 @@ class ModelRunner:
         self._one_kind = len({type(entry) for entry in self_attention(cache).layers}) == 1
 
     def release(self) -> None:
-        """Drop keys, values and states now. Handler and view hold each other, so they would stay
+        """Drop keys, values and states now. Handler and model hold each other, so they would stay
         until the garbage collector runs."""
         self.cache, self.constrain, self._positions, self._previous = None, None, None, None
         self.pending = PendingStates(())
@@ -229,7 +229,7 @@ class ModelRunner:
         kw = self._rows.pick_arguments(kw)
         self._positions, self._ids = kw.get("position_ids"), kw.get("input_ids")
         kw[cache_name(kw)] = self._cache_from(0)
-        return self._finish(self.view.stack(**kw).last_hidden_state, kw)
+        return self._finish(self.intercepted.stack(**kw).last_hidden_state, kw)
 
     def catch_up(self, kw: dict[str, Any]) -> Step:
         """Take all pending states to full depth, with no new token.
@@ -290,7 +290,7 @@ class ModelRunner:
         else:
             again["inputs_embeds"] = self._chunk.clone()  # BLIP adds positions where it lies
         try:
-            out = self.view.stack(**again).last_hidden_state
+            out = self.intercepted.stack(**again).last_hidden_state
         finally:
             self._start, self._chunk = 0, None
         return out  # type: ignore[no-any-return]

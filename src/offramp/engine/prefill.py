@@ -126,15 +126,15 @@ class Prefill:
     of the last tokens, where the stack takes any.
     """
 
-    def __init__(self, view: InterceptedModel, prepared: Prepared) -> None:
-        """Run the prompt through `view`, whose handler decides what each layer does.
+    def __init__(self, intercepted: InterceptedModel, prepared: Prepared) -> None:
+        """Run the prompt through a model whose handler decides what each layer does.
 
         Raises:
             InputError: it is longer than the backbone's positions.
         """
-        self._limit, self._read = view.backbone.positions, 0
+        self._limit, self._read = intercepted.backbone.positions, 0
         self._take(_longest(prepared))
-        with view.recording() as calls:
+        with intercepted.recording() as calls:
             inputs = prepared.model.prepare_inputs_for_generation(
                 prepared.ids,
                 is_first_iteration=True,

@@ -114,7 +114,9 @@ class _Served:
     def __init__(self, cache: PrefixCache, run: ModelRunner) -> None:
         self._cache, self._run = cache, run
         self._embeds: Tensor | None = None
-        self._hook = run.view.stack.register_forward_pre_hook(self._shorten, with_kwargs=True)
+        self._hook = run.intercepted.stack.register_forward_pre_hook(
+            self._shorten, with_kwargs=True
+        )
 
     def _shorten(self, _: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
         """Before the stack's first call: the prompt."""

@@ -59,7 +59,7 @@ def speculate(
     """
     full = run.backbone.depth
     run.begin(sequence.unfinished, sequence.ids, check=False)
-    prefill = Prefill(run.view, prepared)
+    prefill = Prefill(run.intercepted, prepared)
     check_croppable(run.cache)
     allow_crops(run)
     last = run.prompt_step(prefill.positions, sequence.unfinished)

@@ -128,9 +128,9 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     prompts = encoder.prompts([row.example for row in rows])
     encoder.check_room(prompts, [(row.example.key, len(row.ids)) for row in rows])
     handler = StateRecorder(backbone, depths)
-    view = InterceptedModel(backbone, handler)
-    prepared = prepare(view.model, prompts, max_new_tokens=1)
-    prefill = Prefill(view, prepared)
+    intercepted = InterceptedModel(backbone, handler)
+    prepared = prepare(intercepted.model, prompts, max_new_tokens=1)
+    prefill = Prefill(intercepted, prepared)
     prompt, _, final = handler.take()
     _check_length(prefill.prefill, final, backbone)
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
@@ -139,7 +139,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
     answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
     if ids.shape[1] > 1:
-        view.stack(input_ids=ids[:, :-1], **answer_kw)
+        intercepted.stack(input_ids=ids[:, :-1], **answer_kw)
         answer, _, later = handler.take()
         final = torch.cat([final, later], 1)
     return Batch(

@@ -61,10 +61,10 @@ def candidate_scores(
     depths = () if decider is None else tuple(decider.thresholds)
     entered = {depth - k for depth in depths for k in (0, 1)}  # "saturation" reads both
     handler = StateRecorder(backbone, entered, attached, depths)
-    view = InterceptedModel(backbone, handler)
-    prepared = prepare(view.model, prompts, max_new_tokens=1)
+    intercepted = InterceptedModel(backbone, handler)
+    prepared = prepare(intercepted.model, prompts, max_new_tokens=1)
     add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
-    prefill = Prefill(view, prepared)
+    prefill = Prefill(intercepted, prepared)
     prompt = _States(*handler.take()).last()
     pick = _Pick(backbone, policy, decider, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
@@ -74,7 +74,7 @@ def candidate_scores(
         if rows.shape[1] > 1:
             again = copy.copy(prefill)  # `extend` moves its positions on
             kw = again.extend(rows.shape[1] - 1)
-            view.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
+            intercepted.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
             states = states.followed_by(_States(*handler.take()))
         log_p = torch.where(mask, pick(states, rows), 0.0).double().sum(1)
         likelihoods += (log_p / mask.sum(1) if ranking == "mean" else log_p).tolist()

@@ -28,12 +28,12 @@ class LayerHandler(Protocol):
         ...
 
 
-class _LayerView(nn.Module):
+class _LayerStandIn(nn.Module):
     """Stands where a decoder layer stood in the twin stack and hands its calls to the handler."""
 
     def __init__(self, index: int, layer: nn.Module, handler: LayerHandler) -> None:
         super().__init__()
-        # Past nn.Module's registration: the view owns neither the layer nor its parameters.
+        # Past nn.Module's registration: the stand-in owns neither the layer nor its parameters.
         self.__dict__.update(_index=index, _layer=layer, _handler=handler)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +45,7 @@ class _LayerView(nn.Module):
         return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
 
 
-class _HeadView(nn.Module):
+class _HeadStandIn(nn.Module):
     """The LM head, always applied to a 2-D row.
 
     A frozen half-precision head on a slice `h[:, -1:]` takes torch's batched path on CPU, which
@@ -72,10 +72,10 @@ class InterceptedModel:
         family = backbone.family
         root = twin(backbone.model)
         layers = nn.ModuleList(
-            _LayerView(i, layer, handler) for i, layer in enumerate(backbone.layers)
+            _LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)
         )
         graft(root, f"{family.stack}.{family.layers}", layers)
-        graft(root, family.head, _HeadView(backbone.head))
+        graft(root, family.head, _HeadStandIn(backbone.head))
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)

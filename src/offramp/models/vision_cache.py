@@ -68,7 +68,7 @@ class VisionCache:
 
 
 class RememberedTower(nn.Module):
-    """Stands where the vision tower stood in a view, and asks the cache first."""
+    """Stands where the vision tower stood in an intercepted model, and asks the cache first."""
 
     def __init__(self, tower: nn.Module, cache: VisionCache) -> None:
         super().__init__()

@@ -48,11 +48,11 @@ def test_experts_give_way_to_one_mlp_that_learns(name, tmp_path):
     (block,) = (part for part in exits.modules() if isinstance(part, DenseBlock))
     torch.nn.init.normal_(block.down.weight)  # before it has learnt, nothing reaches the others
     handler = RunsTheExit(exits)
-    view = InterceptedModel(whole, handler)
+    intercepted = InterceptedModel(whole, handler)
     with torch.no_grad():
-        prepared = prepare(view.model, inputs, max_new_tokens=1)
+        prepared = prepare(intercepted.model, inputs, max_new_tokens=1)
         add_exit_entries(prepared.cache, exits.entries, whole.depth)
-    Prefill(view, prepared)
+    Prefill(intercepted, prepared)
     handler.made.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
     exits.requires_grad_(False)

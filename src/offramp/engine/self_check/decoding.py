@@ -152,7 +152,7 @@ class _Case:
         if end is not None:
             ends = {"eos_token_id": end, "pad_token_id": 0}
         run = self.runner(plan)
-        prepared = prepare(run.view.model, self.inputs, **self.options, **ends)
+        prepared = prepare(run.intercepted.model, self.inputs, **self.options, **ends)
         state = _Forced(prepared, self.tokens)
         run.adopt(prepared.cache)
         try:
@@ -175,7 +175,9 @@ class _Case:
         """0 where lossless decoding wrote the model's tokens; else how far the token that it wrote
         was from the largest logit, relative to it."""
         run = self.runner((1,))
-        prepared = prepare(run.view.model, self.inputs, **self.options, min_new_tokens=TOKENS)
+        prepared = prepare(
+            run.intercepted.model, self.inputs, **self.options, min_new_tokens=TOKENS
+        )
         state = SequenceState(prepared)
         run.adopt(prepared.cache)
         assert isinstance(run.decider, _Planned)

@@ -62,9 +62,9 @@ class PromptReader:
         first_may_exit: bool = False,
     ) -> None:
         self.backbone, self.exits = backbone, exits
-        self.view = InterceptedModel(backbone, self)
+        self.intercepted = InterceptedModel(backbone, self)
         if vision_cache is not None:
-            self.view.remember_images(backbone, vision_cache)
+            self.intercepted.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
         self._looks_at_first = backbone.is_encoder_decoder or first_may_exit
         self._depths = tuple(depths)
@@ -86,7 +86,7 @@ class PromptReader:
         config = options.get("generation_config")
         asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs, self.view.model)
+        check_inputs(inputs, self.intercepted.model)
         if len(inputs["input_ids"]) != 1 or asked.get("num_return_sequences", 1) != 1:
             raise InputError(
                 f"A request of {len(inputs['input_ids'])} rows was submitted.",
@@ -96,7 +96,7 @@ class PromptReader:
         self._looks = {}
         try:
             with torch.inference_mode():
-                prepared = prepare(self.view.model, inputs, **options)
+                prepared = prepare(self.intercepted.model, inputs, **options)
                 check_options(lambda name: getattr(prepared.config, name, None))
                 return self._read(prepared)
         finally:
@@ -107,7 +107,7 @@ class PromptReader:
         if self.exits_on and self.exits is not None:
             add_exit_entries(self.cache, self.exits.entries)
         served = None if self._prefix_cache is None else self._prefix_cache.serve(self)  # type: ignore[arg-type]
-        prefill = Prefill(self.view, prepared)
+        prefill = Prefill(self.intercepted, prepared)
         if served is not None:
             served.end()
         real, mask = None, prepared.arguments.get("attention_mask")

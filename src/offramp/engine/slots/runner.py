@@ -77,16 +77,16 @@ class SlotRunner:
         self.split = self.depths[0] if self.depths else backbone.depth
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         self.cache = SlotCache(slots, entries, limit, backbone.is_encoder_decoder)
-        self.view = InterceptedModel(backbone, self)
-        packs = can_pack(self.view.stack)
+        self.intercepted = InterceptedModel(backbone, self)
+        packs = can_pack(self.intercepted.stack)
         self.layout = layout or ("packed" if packs else "flat")
-        with_slot_masks(self.view.stack)
+        with_slot_masks(self.intercepted.stack)
         self._current = CurrentCall()
         self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
         if self.layout == "packed":
             self._pack(packs)
         self._place_positions()
-        self._cache_name = cache_parameter(self.view.stack)
+        self._cache_name = cache_parameter(self.intercepted.stack)
         self._offsets: Tensor | None = None  # position of column 0 [..., slots]
         self._mode = "off"
         self._call: SlotCall
@@ -183,7 +183,7 @@ class SlotRunner:
         if self.cache.cross:
             kw |= self._encoder(call)
         try:
-            out = self.view.stack(**kw, use_cache=True, return_dict=True).last_hidden_state
+            out = self.intercepted.stack(**kw, use_cache=True, return_dict=True).last_hidden_state
         finally:
             self._mode, self._chunk = "off", None
             self.cache.release()
@@ -261,7 +261,7 @@ class SlotRunner:
 
     def _place_positions(self) -> None:
         """BART counts positions from one cache length for all rows: give it each token's column."""
-        stack = self.view.stack
+        stack = self.intercepted.stack
         embed = getattr(stack, "embed_positions", None)
         if embed is not None and self.backbone.is_encoder_decoder:
             stack._modules["embed_positions"] = _ColumnPositions(embed, self)

@@ -96,20 +96,20 @@ def _probed(backbone: Backbone, example: Mapping[str, Any] | None, *, whole: boo
     from offramp.models.intercept import InterceptedModel  # it imports the backbone
 
     listener = _Listener(backbone, whole=whole)
-    view = InterceptedModel(backbone, listener)
+    intercepted = InterceptedModel(backbone, listener)
     made: dict[str, Any] = {}
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, args, out: made.__setitem__(name, out)
 
-    reader = view.model.get_submodule(_around(backbone.family.stack, backbone.family.head))
+    reader = intercepted.model.get_submodule(_around(backbone.family.stack, backbone.family.head))
     handles = [
-        view.stack.register_forward_hook(note("stack")),
+        intercepted.stack.register_forward_hook(note("stack")),
         reader.register_forward_hook(note("reader")),
     ]
     try:
         with torch.inference_mode():
-            _run(view.model, reader, example)
+            _run(intercepted.model, reader, example)
             if listener.last is None or "stack" not in made:
                 raise UnsupportedBackboneError(
                     f"{backbone.family.stack}.{backbone.family.layers} did not run in the probe.",

@@ -118,11 +118,11 @@ class LlamaCppRuntime:
         policy = (self.policy if policy is None else policy).effective
         self._check_policy(policy)
         entry = DecoderEntry()
-        view = InterceptedModel(self.backbone, entry)
+        intercepted = InterceptedModel(self.backbone, entry)
         if vision_cache is not None:
-            view.remember_images(self.backbone, vision_cache)
+            intercepted.remember_images(self.backbone, vision_cache)
         with self._lock, torch.inference_mode():
-            prepared = prepare(view.model, inputs, **options)
+            prepared = prepare(intercepted.model, inputs, **options)
             check_options(lambda name: getattr(prepared.config, name, None))
             prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
             self._check_room(len(prompt), prepared.ids, prepared.criteria)
