@@ -106,14 +106,16 @@ def _compressed(bits: int) -> Path:
 
 
 _INT4: Any = getattr(torch, "int4")  # noqa: B009  (torch names it late)
-_NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+_SKIP = {"llm_int8_skip_modules": ["vision_tower", "lm_head"]}
+"""The photo model's tower has torch's own transformer layers, which read weights as they lie."""
+_NF4 = {**_SKIP, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 SCHEMES: dict[str, Callable[[], Any]] = {
     "torchao int8": lambda: _torchao("Int8WeightOnlyConfig"),
     "torchao int4": lambda: _torchao("IntxWeightOnlyConfig", weight_dtype=_INT4),
     "torchao int4, packed": lambda: _torchao("Int4WeightOnlyConfig", group_size=32),
     "torchao float8": lambda: _torchao("Float8WeightOnlyConfig"),
     "torchao int8, activations too": lambda: _torchao("Int8DynamicActivationInt8WeightConfig"),
-    "bitsandbytes 8 bit": lambda: _transformers("BitsAndBytesConfig", load_in_8bit=True),
+    "bitsandbytes 8 bit": lambda: _transformers("BitsAndBytesConfig", load_in_8bit=True, **_SKIP),
     "bitsandbytes 4 bit": lambda: _transformers("BitsAndBytesConfig", load_in_4bit=True, **_NF4),
     "quanto int8": lambda: _transformers("QuantoConfig", weights="int8"),
     "quanto int4": lambda: _transformers("QuantoConfig", weights="int4"),

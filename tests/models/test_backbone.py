@@ -10,6 +10,7 @@ from families import NAMES
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
+from offramp.engine.self_check.decoding import check_decoding
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone
@@ -154,6 +155,23 @@ def test_an_unknown_text_model_inside_a_known_wrapper_is_found(monkeypatch, batc
     with pytest.raises(UnsupportedBackboneError, match="example=inputs") as caught:
         Backbone(families.build("blip2-opt"))
     assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2"])
+def test_another_text_model_in_a_known_wrapper_is_read_as_it_is(kind, batch):
+    """GPT-NeoX calls its norm otherwise; LLaVA leaves out the soft cap of Gemma 2's logits."""
+    from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
+
+    config = families.build("llava").config
+    sizes = config.text_config.to_dict() | {"head_dim": 8}
+    config.text_config = CONFIG_MAPPING[kind](
+        **{name: sizes[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers",
+        "num_attention_heads", "intermediate_size", "head_dim")}, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    found = check_decoding(Backbone(model), batch("llava", 1), depths=(2, 4))
+    assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
 
 
 def test_a_registered_family_works(monkeypatch, batch):

@@ -79,7 +79,10 @@ class Backbone:
         model.requires_grad_(False)  # HF resets it on load
         check_hooks(model)
         unpack(model)
-        self.family: Family = registered_family(model.config) or discover(model, example)
+        known = registered_family(model.config)
+        if known is not None and is_tested(model.config) and not _has_paths(model, known):
+            known = None  # another text model in a wrapper that is known
+        self.family: Family = known or discover(model, example)
         self.stack = self._find(self.family.stack)
         self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
         self.norm = (
@@ -95,7 +98,8 @@ class Backbone:
         """Whether parts of the decoder run on several devices."""
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
-        self._softcap = _softcap(self.text_config, model.config)
+        self.softcap = _softcap(self.text_config, model.config)
+        """Bound of the soft cap on logits; the check at load turns off one that is not used."""
         self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
         kinds = [type(layer) for layer in self.layers]
         common = max(kinds, key=kinds.count)
@@ -256,8 +260,8 @@ class Backbone:
         logits = self.here((head or self.head)(rows * self._scale if self._scale != 1.0 else rows))
         if self.family.logit_scale != 1.0:
             logits = logits * self.family.logit_scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         if len(self._suppressed) and head is None:
             logits = logits.index_fill(
                 1, self._suppressed.to(logits.device), torch.finfo(logits.dtype).min
@@ -336,6 +340,16 @@ class Backbone:
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
+
+
+def _has_paths(model: nn.Module, family: Family) -> bool:
+    inside = [family.layers, *([] if family.norm is None else [family.norm])]
+    try:
+        for path in (family.head, *(f"{family.stack}.{name}" for name in inside)):
+            model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_on(device: torch.device, wanted: torch.device) -> bool:

@@ -272,6 +272,8 @@ def _readout(
         y = torch.atanh((y / cap).clamp(-0.999999, 0.999999)) * cap
     scale = float((x * y).sum() / (x * x).sum())
     if float((y - scale * x).abs().max()) > 20 * _tolerance(logits) * float(y.abs().max()):
+        if cap is not None:  # a wrapper may leave its text model's out
+            return _readout(model, made, logits, None)
         raise UnsupportedBackboneError(
             "The model's logits are not its head's output times a constant.",
             "Its readout is not known; see docs/models.md.",
