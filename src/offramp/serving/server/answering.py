@@ -99,10 +99,12 @@ class Answering:
 
         handle = self._service.submit(inputs, use, seed=how.seed, on_token=settled, **how.options)
         handle.add_done_callback(lambda _: self._tell((index, None)))
+        if handle.done():  # before the callback was there: no round comes that would hand it over
+            self._service.outbox.flush()
         stream = TextStream(self._service.tokenizer, self._request.stops)
         return _Choice(handle, how, inputs, Written(index), stream)
 
-    def _tell(self, what: Event) -> None:  # in the engine's thread
+    def _tell(self, what: Event) -> None:  # in the engine's thread, mostly
         self._service.outbox.put(self._events, what)
 
     def leave(self) -> None:

@@ -7,15 +7,17 @@ call a token held the engine up for as long as the tokens took.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 
 class Outbox:
-    """`put` and `flush` are for the engine's thread."""
+    """Any thread may `put` and `flush`."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news: list[tuple[asyncio.Queue[Any], Any]] = []
+        self._news: deque[tuple[asyncio.Queue[Any], Any]] = deque()
 
     def open(self) -> None:
         """Remember the running event loop."""
@@ -27,9 +29,15 @@ class Outbox:
 
     def flush(self) -> None:
         """Hand over what was put since the last time."""
-        if self._news and self._loop is not None:
-            news, self._news = self._news, []
-            self._loop.call_soon_threadsafe(_deliver, news)
+        news = []
+        with suppress(
+            IndexError
+        ):  # that is: until nothing is left, maybe for another thread's sake
+            while True:
+                news.append(self._news.popleft())
+        if news and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and with it who asked
+                self._loop.call_soon_threadsafe(_deliver, news)
 
 
 def _deliver(news: list[tuple[asyncio.Queue[Any], Any]]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -147,4 +148,19 @@ def serve(
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     server = Server(http(app, service), service, lambda: ready(address))
-    asyncio.run(server.serve([place]))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        with asyncio.Runner(loop_factory=_event_loop()) as runner:
+            runner.run(server.serve([place]))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # as on Windows
+        return None
+    return new_event_loop
