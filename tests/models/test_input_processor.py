@@ -234,7 +234,8 @@ def test_pixels_come_in_the_backbones_precision(backbone: Build) -> None:
 
 def with_ends(one: Any, generation: Any) -> Any:
     whole = copy.copy(one)
-    whole.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation))
+    ends = SimpleNamespace(eos_token_id=generation)
+    whole.model = SimpleNamespace(generation_config=ends, config=one.model.config)
     return whole
 
 
