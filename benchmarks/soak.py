@@ -98,12 +98,12 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
                         statuses["left"] += 1
                     elif what < 0.15:
                         answer = await client.post(CHAT, json={**good[at], **draw.choice(BAD)})
-                        statuses[f"bad {answer.status_code}"] += 1
+                        statuses[f"bad_{answer.status_code}"] += 1
                         if not 400 <= answer.status_code < 500:
                             wrong.append(f"a bad request was answered {answer.status_code}")
                     else:
                         answer = await client.post(CHAT, json=good[at])
-                        statuses[f"good {answer.status_code}"] += 1
+                        statuses[f"good_{answer.status_code}"] += 1
                         if answer.status_code != 200:
                             wrong.append(answer.text[:200])
                             continue
