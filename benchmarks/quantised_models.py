@@ -106,7 +106,7 @@ def _compressed(bits: int) -> Path:
 
 
 _INT4: Any = getattr(torch, "int4")  # noqa: B009  (torch names it late)
-_SKIP = {"llm_int8_skip_modules": ["vision_tower", "lm_head"]}
+_SKIP = {"llm_int8_skip_modules": ["model.vision_tower", "lm_head"]}
 """The photo model's tower has torch's own transformer layers, which read weights as they lie."""
 _NF4 = {**_SKIP, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 SCHEMES: dict[str, Callable[[], Any]] = {

@@ -9,14 +9,17 @@ COLUMNS = (
     "the float model's exits load", "writes the float model's tokens",
 )  # fmt: skip
 
+ROUNDING = 2e-3
+"""The largest difference of logits, relative to the largest, that is float32's."""
+
 
 def _mode(row: dict[str, Any], mode: str) -> str:
     """exact, where logits and answers are; else how far they are."""
     off, answers = row["logits"][mode], row["answers"]
     if not isinstance(off, float):
         return str(off)
-    if off > row["allowed"]:
-        return f"off by {off:.0e}"
+    if off > ROUNDING:
+        return f"to {off:.0e}"
     exact = mode == "early_exit" or answers[mode] == answers["of"]
     return "exact" if exact else f"{answers[mode]} of {answers['of']} answers"
 
