@@ -40,7 +40,7 @@ def methods() -> str:
         for name, title in METHODS.items()
         if name != ("free", "max_probability")
     }
-    return intervals(rows, "FREE times as fast, CIDEr drop of 1%")
+    return intervals(rows, "FREE faster by, CIDEr drop 1%")
 
 
 def regimes(record: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def regimes(record: dict[str, Any]) -> str:
         name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])]
         for name, regime in shown.items()
     }
-    return tradeoff(series, "CIDEr, in the full model's")
+    return tradeoff(series, "CIDEr, of the full model's")
 
 
 def kept(point: dict[str, Any]) -> tuple[float, ...]:

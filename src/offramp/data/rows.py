@@ -77,7 +77,8 @@ class Row:
         self.fail(
             f"has no answer; its fields are {', '.join(self.fields)}",
             next((hint for hint in hints if hint.startswith("Did")), "")
-            or "Add 'captions', or 'answers' to the question, or train without labels.",
+            or "Add 'captions', or 'answers' to the question; --regime unsupervised and --risk "
+            "disagreement need none.",
         )
 
 

@@ -202,7 +202,8 @@ def drawn(comparison: Mapping[str, Any]) -> str:
     """The quality that is kept against measured decoding speed, a line for each (objective,
     policy), as SVG; at most `MOST` of them."""
     curves = by_name((_name(point), point) for point in comparison["points"])
-    return speed_bands(curves, "quality kept", ours=FREE)
+    worded = {name.replace("_", " "): curve for name, curve in curves.items()}
+    return speed_bands(worded, "quality kept", ours=FREE)
 
 
 def by_name(points: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[Band]]:
