@@ -24,6 +24,8 @@ from offramp.serving.server.service import Place, Service, Use
 Inputs = Mapping[str, Any]
 Event = tuple[int, Choice | None]
 """Number of a choice, and its next token; None: it is over."""
+_LATE: Event = (-1, None)
+"""Stands for the end of the time that an answer may take."""
 OnAnswer = Callable[[Inputs, Generation, Completion], None]
 
 
@@ -57,9 +59,12 @@ class Answering:
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
-        self._until, self._on_answer = until, on_answer
+        self._on_answer = on_answer
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        # One timer a request: one a token would cost as much as the token's JSON.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(until, self._events.put_nowait, _LATE)
         sizes = [service.room_behind(inputs) for inputs in prompts]
         self.reply = Reply(
             service.config.name,
@@ -109,6 +114,7 @@ class Answering:
 
     def leave(self) -> None:
         """Whatever is not over yet is not wanted; a second time changes nothing."""
+        self._timer.cancel()
         left, self._left = self._left, True
         for choice in () if left else self.choices:
             if not choice.handle.done():
@@ -128,13 +134,12 @@ class Answering:
         try:
             left = len(self.choices)
             while left:
-                step = asyncio.ensure_future(self._next())
+                step = asyncio.ensure_future(self._news())
                 await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not step.done():
                     step.cancel()
                     raise ApiError(499, "The client has gone.", code="client_gone")
-                index, choice = step.result()
-                if choice is None:
+                for index, _ in step.result():  # tokens are not told of without a stream
                     self._finish(self.choices[index])
                     left -= 1
             written = [choice.written for choice in self.choices]
@@ -143,16 +148,18 @@ class Answering:
             gone.cancel()
             self.leave()
 
-    async def _next(self) -> Event:
-        try:
-            async with asyncio.timeout_at(self._until):
-                return await self._events.get()
-        except TimeoutError:
+    async def _news(self) -> list[Event]:
+        """What has come since the last time, at least one thing."""
+        news = [await self._events.get()]
+        while not self._events.empty():
+            news.append(self._events.get_nowait())
+        if _LATE in news:
             raise ApiError(
                 504,
                 f"The answer took longer than {self._service.config.seconds:g} seconds.",
                 code="timeout",
-            ) from None
+            )
+        return news
 
     def _finish(self, choice: _Choice) -> str:
         """Note what is known of an answer that is over; the last piece of its text."""
@@ -222,11 +229,8 @@ class Answering:
         left, begun = len(self.choices), False
         try:
             while left:
-                news = [await self._next()]
-                while not self._events.empty():
-                    news.append(self._events.get_nowait())
                 chunks: list[dict[str, Any]] = []
-                for index, token in news:
+                for index, token in await self._news():
                     choice = self.choices[index]
                     chunks += self._ended(choice) if token is None else self._wrote(choice, token)
                     left -= token is None

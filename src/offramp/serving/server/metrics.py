@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counted
 from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -56,7 +57,7 @@ class Metrics:
         gauge.labels(self._model).set_function(value)
 
     def answered(
-        self, done: Completion, depths: Iterable[int], prompt: int, reason: str, mode: str
+        self, done: Completion, depths: Sequence[int], prompt: int, reason: str, mode: str
     ) -> None:
         """An answer is over. prompt: tokens of its prompt, 0 where they were counted already."""
         seconds = self._seconds
@@ -68,9 +69,9 @@ class Metrics:
         for gap in done.gaps:
             seconds["inter_token_latency_seconds"].observe(gap)
         self._prompt.inc(prompt)
-        for depth in depths:
-            self._written.inc()
-            self._depth.labels(self._model, str(depth)).inc()
+        self._written.inc(len(depths))
+        for depth, tokens in Counted(depths).items():
+            self._depth.labels(self._model, str(depth)).inc(tokens)
         self.ended(reason)
         self._mode.labels(self._model, mode).inc()
 

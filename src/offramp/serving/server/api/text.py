@@ -7,6 +7,8 @@ from typing import Any
 
 _HALF = "\ufffd"
 """What a letter decodes to of which not all bytes are there yet."""
+_WINDOW = 16
+"""Tokens that are decoded together, at most but for those of a letter."""
 
 
 class TextStream:
@@ -16,7 +18,10 @@ class TextStream:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids: list[int] = []
-        self._from = self._until = 0  # tokens that the next ones are decoded with, and decoded ones
+        # Where the tokens begin that the next one is decoded with, which of these are decoded for
+        # good, and their text.
+        self._from = self._until = 0
+        self._before = ""
         self._text = ""
         self._sent = 0
         self.stopped = False
@@ -27,12 +32,15 @@ class TextStream:
     def put(self, token: int) -> str:
         """The piece that is certain now; often empty."""
         self._ids.append(token)
-        # Decoded with a few tokens before it, as spaces depend on the neighbour.
-        before = self._decode(self._ids[self._from : self._until])
+        # Decoded with some tokens before it, as spaces depend on the neighbour.
         both = self._decode(self._ids[self._from :])
-        if not both.endswith(_HALF) and len(both) > len(before):
-            self._text += both[len(before) :]
-            self._from, self._until = self._until, len(self._ids)
+        if not both.endswith(_HALF) and len(both) > len(self._before):
+            self._text += both[len(self._before) :]
+            self._before = both
+            last, self._until = self._until, len(self._ids)
+            if self._until - self._from > _WINDOW:
+                self._from = last
+                self._before = self._decode(self._ids[last:])
         return self._give(self._certain())
 
     def finish(self) -> str:
