@@ -108,6 +108,11 @@ def test_a_completion_reads_its_prompt_as_it_is(client: Any) -> None:
     given = {"max_tokens": LONGEST, "temperature": 0, "extra_body": extra, "model": NAME}
     found = client.completions.create(prompt=example.prompt, **given)
     assert found.choices[0].text == alone(example)[1]
+    told = client.completions.create(prompt="Caption:", logprobs=2, **given).choices[0]
+    for token, offset in list(zip(told.logprobs.tokens, told.logprobs.text_offset, strict=True))[
+        :9
+    ]:
+        assert token and told.text[offset:].startswith(token)
     two = client.completions.create(prompt=[example.prompt, "Caption:"], **given)
     assert [c.index for c in two.choices] == [0, 1]
     assert [c.text for c in two.choices] == [
@@ -170,7 +175,7 @@ def test_streamed_logprobs_and_depths_are_of_every_token(client: Any) -> None:
             depths += getattr(choice, "offramp", {"depths": []})["depths"]
     output, _ = alone(example)
     _, processor = shipped()
-    assert tokens == [processor.tokenizer.decode([t]) for t in output.new_tokens[0].tolist()]
+    assert "".join(tokens) == processor.tokenizer.decode(output.new_tokens[0])
     assert depths == output.depths[0].tolist()
 
 

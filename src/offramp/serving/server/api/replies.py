@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,28 +143,35 @@ class Reply:
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
         for n in range(begin, len(choice.tokens)):
-            token, place = choice.tokens[n], noted.places[n]
-            text = self._text(token)
+            place, text_of = noted.places[n], self._texts(choice, n)
+            text = text_of(choice.tokens[n])
             rows["tokens"].append(text)
             rows["token_logprobs"].append(_finite(place.value))
-            rows["top_logprobs"].append({self._text(i): _finite(v) for i, v in place.top.items()})
+            rows["top_logprobs"].append({text_of(i): _finite(v) for i, v in place.top.items()})
             rows["text_offset"].append(offset)
             offset += len(text)
         return rows
 
     def _place(self, choice: Written, noted: LogprobWarper, n: int) -> dict[str, Any]:
-        token, place = choice.tokens[n], noted.places[n]
-        return {
-            **self._entry(token, place.value),
-            "top_logprobs": [self._entry(i, value) for i, value in place.top.items()],
-        }
+        place, text_of = noted.places[n], self._texts(choice, n)
 
-    def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = text_of(token)
+            return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
 
-    def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+        top = [entry(token, value) for token, value in place.top.items()]
+        return {**entry(choice.tokens[n], place.value), "top_logprobs": top}
+
+    def _texts(self, choice: Written, n: int) -> Callable[[int], str]:
+        """What tokens add to the answer at place `n`; a space before a word shows only there."""
+        before = choice.tokens[n - 1 : n] if n else []
+        known = str(self.tokenizer.decode(before))
+
+        def text_of(token: int) -> str:
+            both = str(self.tokenizer.decode([*before, token]))
+            return both[len(known) :] if both.startswith(known) else self.tokenizer.decode([token])
+
+        return text_of
 
 
 def _finite(value: float) -> float:
