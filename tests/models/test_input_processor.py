@@ -264,3 +264,24 @@ def test_answers_are_padded_on_the_right_and_masked(opt: Any) -> None:
     ids, mask = encoder.pad([[8, 9, 2], [8, 2]])
     assert ids.shape == (2, 3) and mask.tolist() == [[True] * 3, [True, True, False]]
     assert ids[mask].tolist() == [8, 9, 2, 8, 2]
+
+
+class BeginsItself(ChatProcessor):
+    """Its tokenizer begins every text, and so does its chat template."""
+
+    def __call__(self, images: Any, text: Any, **more: Any) -> Any:
+        del images, more["padding"]
+        return self.tokenizer(text, **more)
+
+
+def test_a_text_that_a_template_began_is_not_begun_again(opt: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = bpe()
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    encoder = InputProcessor(opt, BeginsItself(tokenizer, "<s>{}"))
+    for text in (encoder.prompt_text("a dog"), "a dog"):
+        assert encoder.of_text(text, [])["input_ids"][0].tolist().count(begin) == 1

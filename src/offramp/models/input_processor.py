@@ -74,12 +74,23 @@ class InputProcessor:
             content = [{"type": "text", "text": prompt}]
             text = self.template_text([{"role": "user", "content": content}])
         with self._lock:
-            batch = self.tokenizer([text], return_tensors="pt")
+            special = self.adds_special_tokens(text)
+            batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=special)
         return self._on_device(batch)
 
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer adds special tokens to a text: not where a chat template wrote the
+        first one already."""
+        first = getattr(self.tokenizer, "bos_token", None)
+        return not (first and text.startswith(first))
+
     def _processed(self, texts: Sequence[str], images: Any) -> dict[str, Any]:
+        adds = all(map(self.adds_special_tokens, texts))
+        more = {} if adds else {"add_special_tokens": False}
         with self._lock:
-            batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+            batch = self.processor(
+                images=images, text=texts, padding=True, return_tensors="pt", **more
+            )
         return self._on_device(batch)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
             text = body.prompt or ""
             if body.messages is not None:
                 text = prompter.conversation_text(body.messages)
-            special = body.add_special_tokens
+            special = body.add_special_tokens and prompter.processor.adds_special_tokens(text)
             return list(service.tokenizer(text, add_special_tokens=special)["input_ids"])
 
         tokens = await service.in_worker(work)
