@@ -18,10 +18,10 @@ def _mode(row: dict[str, Any], mode: str) -> str:
     off, answers = row["logits"][mode], row["answers"]
     if not isinstance(off, float):
         return str(off)
-    if off > ROUNDING:
-        return f"to {off:.0e}"
-    exact = mode == "early_exit" or answers[mode] == answers["of"]
-    return "exact" if exact else f"{answers[mode]} of {answers['of']} answers"
+    logits = "exact" if off <= ROUNDING else f"to {off:.0e}"
+    if mode == "early_exit" or answers[mode] == answers["of"]:
+        return logits
+    return f"{logits}, {answers[mode]} of {answers['of']} answers"
 
 
 def _schemes(model: str) -> str:
