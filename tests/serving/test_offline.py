@@ -14,7 +14,7 @@ from offramp.errors import DataError, InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.offline import map_examples, write_answers
+from offramp.serving.offline import write_answers
 
 NAME = "blip2-opt"
 
@@ -39,7 +39,7 @@ def test_examples_are_taken_as_places_are_free(engine):
             taken.append(example.key)
             yield example
 
-    found = map_examples(engine, endless(), ahead=3, max_new_tokens=3)
+    found = engine.map(endless(), ahead=3, max_new_tokens=3)
     done = [next(found)[0].key for _ in range(5)]
     assert len(set(done)) == 5
     assert len(taken) <= 5 + 3

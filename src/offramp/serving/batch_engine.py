@@ -7,8 +7,8 @@ prompts processed in worker threads. The queue is bounded: beyond that, requests
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +104,28 @@ class BatchEngine:
                 self._ready.append(handle)
             self._changed.notify_all()
         return handle
+
+    def map(
+        self, examples: Iterable[Example], *, ahead: int | None = None, **options: Any
+    ) -> Iterator[tuple[Example, Handle]]:
+        """Submit examples and give each back with its finished request, in order of completion.
+
+        Examples are taken as places are free, so that there may be more than memory holds. ahead:
+        how many are under way at most (default: slots, and as many again). options: as of `submit`.
+        """
+        slots = self.core.config.slots
+        most = min(2 * slots if ahead is None else max(1, ahead), slots + self.queue)
+        under_way: dict[Handle, Example] = {}
+        try:
+            for example in examples:
+                under_way[self.submit(example, wait=True, **options)] = example
+                while len(under_way) >= most:
+                    yield from _finished(under_way)
+            while under_way:
+                yield from _finished(under_way)
+        finally:  # a caller that stops iterating wants no more
+            for handle in under_way:
+                self.cancel(handle)
 
     def cancel(self, handle: Handle) -> bool:
         """End a request, queued or running; its slot is free within one round."""
@@ -204,3 +226,10 @@ class BatchEngine:
                 self._on_round()
             with self._changed:
                 self._changed.notify_all()
+
+
+def _finished(under_way: dict[Handle, Example]) -> Iterator[tuple[Example, Handle]]:
+    """Take those out that are over, one at least."""
+    for handle in wait(list(under_way), return_when=FIRST_COMPLETED).done:
+        assert isinstance(handle, Handle)
+        yield under_way.pop(handle), handle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,7 @@ from typing import Any
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError, OfframpError
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.request import Handle
 from offramp.storage import JsonlLog
-
-
-def map_examples(
-    engine: BatchEngine, examples: Iterable[Example], *, ahead: int | None = None, **options: Any
-) -> Iterator[tuple[Example, Handle]]:
-    """Submit examples and give each back with its finished request, in order of completion.
-
-    Examples are taken as places are free, so that `examples` may be longer than memory. ahead: how
-    many are under way at most (default: slots, and as many again). options: as of `submit`.
-    """
-    slots = engine.core.config.slots
-    most = min(2 * slots if ahead is None else max(1, ahead), slots + engine.queue)
-    under_way: dict[Handle, Example] = {}
-    try:
-        for example in examples:
-            under_way[engine.submit(example, wait=True, **options)] = example
-            while len(under_way) >= most:
-                yield from _finished(under_way)
-        while under_way:
-            yield from _finished(under_way)
-    finally:  # a caller that stops iterating wants no more
-        for handle in under_way:
-            engine.cancel(handle)
-
-
-def _finished(under_way: dict[Handle, Example]) -> Iterator[tuple[Example, Handle]]:
-    for handle in wait(list(under_way), return_when=FIRST_COMPLETED).done:
-        assert isinstance(handle, Handle)
-        yield under_way.pop(handle), handle
 
 
 @dataclass(frozen=True)
@@ -94,7 +63,7 @@ def write_answers(
                 yield example
 
     with JsonlLog(out) as log:
-        for example, handle in progress(map_examples(engine, left(), **options)):
+        for example, handle in progress(engine.map(left(), **options)):
             error = handle.exception()
             if error is None:
                 output = handle.result().output
