@@ -42,7 +42,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "commit": here["versions"]["commit"],
         "python": here["versions"]["python"],
         "platform": here["platform"],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "optional": optional_packages(),
         "devices": {"cpu": here["processor"], **gpus},
         "cores": here["cores"],
