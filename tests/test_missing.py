@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from packaging.requirements import Requirement
 
 from offramp.cli.command_line import run
 from offramp.cli.commands import inspect
 from offramp.errors import InputError
-from offramp.missing import missing_package
+from offramp.missing import EXTRAS, missing_package
 from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import load_processor
 
@@ -49,10 +51,20 @@ RAISED: dict[str, tuple[Exception, str]] = {
     "gguf": (no_module("gguf"), "offramp[llama-cpp]"),
     "llama-cpp": (no_module("llama_cpp.llama_cpp"), "offramp[llama-cpp]"),
     "matplotlib": (no_module("matplotlib.pyplot"), "offramp[report]"),
+    "starlette, which fastapi brings": (no_module("starlette.types"), "offramp[serve]"),
     "sentencepiece": (ImportError(
         "LlamaTokenizer requires the SentencePiece library but it was not found."),
         "SentencePiece"),
 }  # fmt: skip
+
+
+def test_every_package_of_an_extra_is_known_with_its_extra() -> None:
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    # Of quant's packages a model needs a single one.
+    for extra in extras.keys() - {"all", "dev", "docs", "quant"}:
+        for needed in map(Requirement, extras[extra]):
+            assert needed.name in [r.name for r in map(Requirement, extras[EXTRAS[needed.name]])]
 
 
 @pytest.mark.parametrize("name", RAISED)

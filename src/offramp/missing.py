@@ -17,7 +17,10 @@ EXTRAS = {
     "pycocoevalcap": "eval",
     "ray": "ray",
     "scipy": "calibrate",
+    "shtab": "completion",
+    "starlette": "serve",
     "uvicorn": "serve",
+    "uvloop": "serve",
 }
 """Extras of offramp that bring a package."""
 
