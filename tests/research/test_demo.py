@@ -21,6 +21,8 @@ SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=4, timed=1, rounds=
 @pytest.fixture(scope="module", params=["opt", "t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
+    (out / request.param).mkdir(parents=True)  # an earlier demo's, which this one replaces
+    (out / request.param / "adapter.json").write_text("{}")
     made = demo(request.param, out, SMALL, target=0.5)
     written = json.loads((out / "report.json").read_text())
     assert written == json.loads(json.dumps(made))

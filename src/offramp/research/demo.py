@@ -85,7 +85,7 @@ def demo(
     began = time.perf_counter()
     adapter = train(
         backbone, processor, _examples("train", sizes.train), config, out / kind,
-        command=["offramp", "demo", "--backbone", kind],
+        overwrite=True, command=["offramp", "demo", "--backbone", kind],
     )  # fmt: skip
     training_seconds = time.perf_counter() - began
     memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}
