@@ -1,6 +1,7 @@
 """Tiny random models of every supported family, and what they are called in the tests."""
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from offramp.research.tiny_families import (
     CAUSAL_PROMPT,
@@ -30,8 +31,13 @@ from offramp.research.tiny_families.text import (
 __all__ = [
     "BOS", "CAUSAL_PROMPT", "EOS", "FIRST_WORD", "FURTHER", "IMAGE", "KINDS", "LAYERS",
     "LOOKS_AHEAD", "NAMES", "PAD", "VOCABULARY", "WIDTH", "WORDLESS", "Kind", "blip2", "build",
-    "depths", "kind_of", "one_row", "opt_config",
+    "depths", "kind_of", "known", "one_row", "opt_config",
 ]  # fmt: skip
+
+
+def known(*types: str) -> list[str]:
+    """Those of these `model_type`s that the installed transformers has."""
+    return [name for name in types if name in CONFIG_MAPPING]
 
 
 def one_row(name: str, inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def test_layers_that_read_the_tokens_again_get_those_that_wait():
     assert found.holds(found.exits) and found.holds(found.lossless), found
 
 
-@pytest.mark.parametrize("name", ["mistral_large4", "qwen4_exp"])
+@pytest.mark.parametrize("name", families.known("mistral_large4", "qwen4_exp"))
 def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
     whole, found = checked(name)
     with pytest.raises(UnsupportedBackboneError, match="part 3") as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import families
 import pytest
-from transformers import CONFIG_MAPPING
 
 from benchmarks import zoo
 from offramp.errors import UnsupportedBackboneError
@@ -49,7 +48,7 @@ def test_an_unregistered_type_is_found(name):
     assert paths(discover(model, zoo.inputs(name, model, 1))) == FOUND[name]
 
 
-@pytest.mark.parametrize("name", ["granite_docling", "muse_glimmer"])
+@pytest.mark.parametrize("name", families.known("granite_docling", "muse_glimmer"))
 def test_a_factor_on_the_logits_is_the_one_of_the_configuration(name):
     model = zoo.build(name)
     text = model.config.text_config
@@ -63,7 +62,7 @@ def test_tokens_that_are_never_said_are_found():
     assert set(discover(model).suppressed) == images and images
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name in CONFIG_MAPPING])
+@pytest.mark.parametrize("name", families.known(*REFUSED))
 def test_what_is_not_one_chain_of_layers_is_refused_in_two_lines(name):
     model = zoo.build(name)
     with pytest.raises(UnsupportedBackboneError, match=REFUSED[name]) as caught:

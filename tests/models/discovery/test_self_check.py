@@ -51,7 +51,9 @@ def test_a_norm_of_another_name_is_missed_by_nothing(monkeypatch):
     refused(monkeypatch, zoo.build("lfm2_vl"), Family("model.language_model", norm=None), "part 1")
 
 
-@pytest.mark.parametrize("name", ["granite_docling", "muse_glimmer", "inkling_mm_model"])
+@pytest.mark.parametrize(
+    "name", families.known("granite_docling", "muse_glimmer", "inkling_mm_model")
+)
 def test_a_factor_that_leaves_greedy_tokens_alone_is_missed_by_nothing(name, monkeypatch):
     model = zoo.build(name)
     right = discover(model)
