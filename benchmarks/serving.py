@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -275,19 +274,15 @@ def engine_alone(
 ) -> float:
     """Tokens a second of the engine with so many requests under way at once; images are opened and
     prompts processed in its worker threads, as in the server."""
-    begun, written = time.perf_counter(), 0
-    under_way: set[Any] = set()
-    for number in range(-min(clients, SLOTS), requests):  # the first ones do not count
-        if number == 0:
-            wait(under_way)
-            begun, under_way = time.perf_counter(), set()
-        if len(under_way) >= clients:
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            written += sum(h.result().output.depths.shape[1] for h in done)
-        example = examples[number % len(examples)]
-        under_way.add(engine.submit(example, mode=mode, wait=True, **OPTIONS))
-    written += sum(h.result().output.depths.shape[1] for h in under_way)
-    return float(written / (time.perf_counter() - begun))
+
+    def tokens(count: int) -> int:
+        asked = itertools.islice(itertools.cycle(examples), count)
+        answers = engine.map(asked, ahead=clients, mode=mode, **OPTIONS)
+        return sum(handle.result().output.depths.shape[1] for _, handle in answers)
+
+    tokens(min(clients, SLOTS))  # these do not count
+    begun = time.perf_counter()
+    return tokens(requests) / (time.perf_counter() - begun)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from offramp.models.exits import Exits
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": WORDLESS}
 
 
-def half(whole, parts, inputs, depth, **options):
+def half(whole, parts, inputs, depth):
     """A threshold that some of the tokens reach and some do not."""
     threshold = 1.0
     for _ in range(4):
         policy = ExitPolicy({depth: threshold})
-        made = generate(whole, inputs, exits=parts, policy=policy, **GREEDY, **options)
+        made = generate(whole, inputs, exits=parts, policy=policy, **GREEDY)
         if len(made.depths.unique()) == 2:
             break
         threshold = float(made.scores.nanmedian())

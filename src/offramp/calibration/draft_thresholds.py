@@ -53,10 +53,8 @@ def draft_speeds(
     Raises:
         DataError: no inputs.
     """
-    sweep = draft_policies(adapter, thresholds)
-    speeds = _speeds(adapter, sweep, inputs, rounds, progress, options)
-    found = [Drafting(Thresholds(p.drafts), s) for p, s in zip(sweep, speeds, strict=True)]
-    return sorted(found, key=lambda one: -one.speedup)
+    sweep = [(Thresholds(p.drafts), p) for p in draft_policies(adapter, thresholds)]
+    return _timed(adapter, sweep, inputs, rounds, progress, options)
 
 
 def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
@@ -91,10 +89,8 @@ def guess_speeds(
     **options: Any,
 ) -> list[Drafting]:
     """Time early exit by each of `guess_policies`, as `draft_speeds` does; the fastest first."""
-    sweep = guess_policies(adapter, thresholds)
-    speeds = _speeds(adapter, sweep, inputs, rounds, progress, options)
-    found = [Drafting(Thresholds(p.guesses), s) for p, s in zip(sweep, speeds, strict=True)]
-    return sorted(found, key=lambda one: -one.speedup)
+    sweep = [(Thresholds(p.guesses), p) for p in guess_policies(adapter, thresholds)]
+    return _timed(adapter, sweep, inputs, rounds, progress, options)
 
 
 def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
@@ -102,22 +98,26 @@ def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
     return adapter.with_policy(replace(adapter.policy, guesses=guessing[0].thresholds))
 
 
-def _speeds(
+def _timed(
     adapter: Adapter,
-    policies: Sequence[ExitPolicy],
+    sweep: Sequence[tuple[Thresholds, ExitPolicy]],
     inputs: Sequence[Mapping[str, Any]],
     rounds: int,
     progress: Any,
     options: Mapping[str, Any],
-) -> list[float]:
-    """How fast each policy decodes, as a multiple of the full model; all interleaved."""
+) -> list[Drafting]:
+    """How fast the policies of a sweep decode, all interleaved; the fastest first."""
     if not inputs:
         raise DataError("There are no prompts to draft on.", "Give some, like those to come.")
     early = partial(exit_generate_fn, adapter.backbone, adapter.exits)
     ways: dict[str, GenerateFn] = {
         "full": exit_generate_fn(adapter.backbone, **options),
-        **{str(n): early(policy=p, **options) for n, p in enumerate(policies)},
+        **{str(n): early(policy=policy, **options) for n, (_, policy) in enumerate(sweep)},
     }
     timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
-    full = timings.pop("full")
-    return [speedup(full.decode, timings[str(n)].decode) for n in range(len(policies))]
+    full = timings["full"].decode
+    found = [
+        Drafting(chosen, speedup(full, timings[str(n)].decode))
+        for n, (chosen, _) in enumerate(sweep)
+    ]
+    return sorted(found, key=lambda one: -one.speedup)

@@ -39,15 +39,18 @@ from offramp.engine.sampling import SequenceState
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafted token for each row: ids, depths, scores [B], and what it was sampled from [B, V].
+    """A token for each row that is not given out yet: ids, depths, scores [B], and what it was
+    sampled from [B, V].
 
-    probabilities: None where tokens are not sampled but chosen.
+    probabilities: None where tokens are not sampled but chosen. final: whether it stands without
+    the full model's word, as a token that exited behind a guess does.
     """
 
     tokens: Tensor
     depths: Tensor
     scores: Tensor
-    probabilities: Tensor | None
+    probabilities: Tensor | None = None
+    final: bool = False
 
 
 def speculate(
@@ -140,16 +143,6 @@ OPEN_GUESSES = 3
 """Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A token that is not given out yet: id, depth, score [1], and whether it is a guess."""
-
-    token: Tensor
-    depth: Tensor
-    score: Tensor
-    guess: bool
-
-
 def write_with_guesses(
     run: ModelRunner, sequence: SequenceState, prefill: Prefill, above: float
 ) -> None:
@@ -168,7 +161,7 @@ def write_with_guesses(
 
 def _guess(
     run: ModelRunner, sequence: SequenceState, prefill: Prefill, above: float
-) -> tuple[list[_Held], int, Step | None]:
+) -> tuple[list[Draft], int, Step | None]:
     """Write until something must be known of the layers above.
 
     Returns what is held from the first guess on, the tokens fed since, and the step that took them
@@ -176,10 +169,10 @@ def _guess(
     """
     assert run.decider is not None
     ids = sequence.ids
-    held: list[_Held] = []
+    held: list[Draft] = []
     run.constrain = sequence.constraints(lambda: ids)
     while True:
-        free = sum(one.guess for one in held) < OPEN_GUESSES
+        free = sum(not one.final for one in held) < OPEN_GUESSES
         run.decider.guess_above = above if free else None
         kw = prefill.extend(1)
         run.begin(sequence.unfinished, ids)
@@ -195,29 +188,29 @@ def _guess(
                 return [], 0, None
             continue
         ids = torch.cat([ids, token[:, None]], 1)
-        held.append(_Held(token, step.depths, step.scores, run.decider.guessed))
+        held.append(Draft(token, step.depths, step.scores, final=not run.decider.guessed))
         if sequence.would_end(ids):
             return held, len(held), run.catch_up(kw)
 
 
 def _rule(
-    run: ModelRunner, sequence: SequenceState, held: list[_Held], fed: int, last: Step
+    run: ModelRunner, sequence: SequenceState, held: list[Draft], fed: int, last: Step
 ) -> int:
     """Give out what stands, with the full model's token in the place of each guess and behind all;
     how many of the tokens fed came to nothing."""
     assert last.states is not None
     states = last.states[:, -fed:]
-    asked = [place for place in range(fed) if place == len(held) or held[place].guess]
+    asked = [place for place in range(fed) if place == len(held) or not held[place].final]
     logits = dict(zip(asked, run.backbone.logits(states[:, asked]).unbind(1), strict=True))
     full = torch.full_like(last.depths, run.backbone.depth)
     for place in range(fed):
-        guess, wrong = held[place] if place < len(held) else None, False
-        if guess is not None and not guess.guess:
-            sequence.emit(guess.token, guess.depth, guess.score)
+        draft, wrong = held[place] if place < len(held) else None, False
+        if draft is not None and draft.final:
+            sequence.emit(draft.tokens, draft.depths, draft.scores)
         else:
             token = sequence.draw(sequence.process(logits[place]))
-            sequence.emit(token, full, last.scores if guess is None else guess.score)
-            wrong = guess is not None and not torch.equal(token, guess.token)
+            sequence.emit(token, full, last.scores if draft is None else draft.scores)
+            wrong = draft is not None and not torch.equal(token, draft.tokens)
         if wrong or not sequence.live:
             return fed - place - 1
     return 0

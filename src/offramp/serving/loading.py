@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from offramp.adapter import Adapter
+from offramp.data.example import Example
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub.loading import grey_picture, load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits, tiny_kind
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
+
+TRIAL = Example(grey_picture(), "What is shown?", (), "trial")
+"""What a served model is tried on, before anybody asks."""
 
 
 def load_served(
@@ -120,24 +123,19 @@ def _with_template(model: Adapter | Backbone, processor: Any, text: str, name: s
     changed = copy.copy(processor)
     changed.chat_template = text
     backbone = model.backbone if isinstance(model, Adapter) else model
-    encoder, asked = InputProcessor(backbone, changed), "What is shown?"
+    encoder = InputProcessor(backbone, changed)
     try:
-        written = encoder.prompt_text(asked)
-        encoder.of_text(written, [plain_image()])
+        written = encoder.prompt_text(TRIAL.prompt)
+        encoder.prompts([TRIAL])
     except Exception as error:  # Jinja's, the template's own, or the processor's
         first = str(error).strip().partition("\n")[0]
         raise InputError(
             f"The chat template {name} does not work: {type(error).__name__}: {first}",
             "Give one that writes messages of texts and images as the model was tuned on them.",
         ) from error
-    if asked not in written:
+    if TRIAL.prompt not in written:
         raise InputError(
             f"The chat template {name} leaves out what is asked.",
             "Let it write the parts of a message: {% for part in message.content %}, part.text.",
         )
     return changed
-
-
-def plain_image() -> Image.Image:
-    """What a model is tried on."""
-    return Image.new("RGB", (64, 64), "gray")

@@ -74,23 +74,29 @@ def body(tokens: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_sigterm_lets_answers_end_and_takes_no_new_ones(server: Process) -> None:
-    server.wait_until_ready()
-    chat = server.url + CHAT
-    begun, pieces = threading.Event(), []
+def streamed(url: str, asked: dict[str, Any]) -> tuple[threading.Thread, list[str]]:
+    """A client that reads a streamed answer, and its lines so far: one at least."""
+    begun, lines = threading.Event(), list[str]()
 
     def client() -> None:
-        with httpx.stream("POST", chat, json=body(60), timeout=WITHIN) as answer:
-            for piece in answer.iter_lines():
-                pieces.append(piece)
+        with httpx.stream("POST", url, json=asked, timeout=WITHIN) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
                 begun.set()
 
     thread = threading.Thread(target=client)
     thread.start()
     assert begun.wait(WITHIN)
+    return thread, lines
+
+
+def test_sigterm_lets_answers_end_and_takes_no_new_ones(server: Process) -> None:
+    server.wait_until_ready()
+    chat = server.url + CHAT
+    thread, pieces = streamed(chat, body(60))
     server.process.send_signal(signal.SIGTERM)
     with pytest.raises((httpx.TransportError, httpx.HTTPStatusError)):
-        while begun.is_set():  # until the signal has come; then neither taken nor connected
+        while True:  # until the signal has come; then neither taken nor connected
             httpx.post(chat, json=body(1, stream=False), timeout=10).raise_for_status()
     thread.join(WITHIN)
     assert server.process.wait(WITHIN) == 0
@@ -105,18 +111,9 @@ def test_sigterm_lets_answers_end_and_takes_no_new_ones(server: Process) -> None
 
 
 def test_what_the_drain_does_not_wait_for_ends_with_an_error_object() -> None:
-    service, lines, begun = service_of(drain_seconds=0.1), [], threading.Event()
+    service = service_of(drain_seconds=0.1)
     with running(service) as url:
-
-        def client() -> None:
-            with httpx.stream("POST", url + CHAT, json=body(230), timeout=WITHIN) as answer:
-                for line in answer.iter_lines():
-                    lines.append(line)
-                    begun.set()
-
-        thread = threading.Thread(target=client)
-        thread.start()
-        assert begun.wait(WITHIN)
+        thread, lines = streamed(url + CHAT, body(230))
         service.engine.core.clock = lambda: time.sleep(0.02) or time.perf_counter()  # a slow model
     thread.join(WITHIN)
     assert not thread.is_alive()

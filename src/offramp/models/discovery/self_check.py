@@ -221,15 +221,13 @@ def _check_logits(backbone: Backbone, normed: Tensor, out: Any) -> int:
         )
     theirs, words = theirs[:, -1:], theirs.shape[-1]
     low = torch.finfo(theirs.dtype).min / 2  # what tokens have that are never said
+    head: nn.Module | None = None
     plain = type(backbone.head) is nn.Linear and len(backbone.head.weight) == words
     if plain and not backbone.family.suppressed and bool((theirs > low).all()):
         ids = torch.arange(0, words, max(1, words // _ROWS), device=theirs.device)
-        ours = backbone.logits(normed[:, -1:].clone(), backbone.head_rows(ids))
-        apart = _apart(ours, theirs[..., ids])
-        theirs = theirs[..., ids]
-    else:
-        ours = backbone.logits(normed[:, -1:].clone())
-        apart = _apart(ours, theirs)
+        head, theirs = backbone.head_rows(ids), theirs[..., ids]
+    ours = backbone.logits(normed[:, -1:].clone(), head)
+    apart = _apart(ours, theirs)
     if apart is None or apart > _allowed(theirs):
         if backbone.softcap is not None:  # a wrapper may leave its text model's out
             backbone.softcap = None

@@ -35,15 +35,23 @@ def load_processor(
         ) from error  # fmt: skip
 
 
+def grey_picture() -> Image.Image:
+    """What a model is tried on."""
+    return Image.new("RGB", (64, 64), "gray")
+
+
 def grey_example(name: str | Path, revision: str | None, model: Any) -> dict[str, Any] | None:
     """What the processor saved beside a model makes of a grey picture and a few words, as the model
     takes it; None where there is none."""
-    words, picture = "Describe the picture.", Image.new("RGB", (64, 64), "gray")
+    words = "Describe the picture."
+    try:
+        processor = load_processor(name, revision=revision)
+    except InputError:
+        return None
     for written in (_by_template, _behind_mark, lambda _, words: words):
         try:
-            processor = load_processor(name, revision=revision)
             text = written(processor, words)
-            made = processor(images=[picture], text=[text], return_tensors="pt")
+            made = processor(images=[grey_picture()], text=[text], return_tensors="pt")
             inputs = {
                 key: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for key, value in made.items()

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
 _NEAR = 0.05
 """How far a linear may be from its weight, relative to the largest value: schemes that round what
 comes in as well are that close."""
-
-
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
 
@@ -176,16 +174,12 @@ def float_parameters(
     seen, dtype = set(besides), float_dtype(module)
     makes: list[Callable[[], Tensor]] = []
     for part in module.modules():
-        quantized = is_quantized(part)
-        if quantized and id(part) in seen:
-            continue
-        held = (
-            {"weight": None, "bias": getattr(part, "bias", None)} if quantized else part._parameters
-        )
-        for name, parameter in held.items():
-            if quantized and name == "weight":
-                makes.append(partial(_made, part, partial(dequantized, part, dtype)))
-            elif parameter is not None and id(parameter) not in seen:
+        if is_quantized(part):
+            if id(part) in seen:
+                continue
+            makes.append(partial(_made, part, partial(dequantized, part, dtype)))
+        for name, parameter in _held_plainly(part).items():
+            if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 makes.append(partial(_made, part, partial(getattr, part, name)))
     return makes
@@ -195,12 +189,16 @@ def float_values(module: nn.Module) -> int:
     """How many numbers its float copy holds."""
     values = 0
     for part in module.modules():
-        held, linear = dict(part._parameters), cast("Any", part)
         if is_quantized(part):
+            linear: Any = part
             values += linear.in_features * linear.out_features
-            held = {"bias": getattr(part, "bias", None)}
-        values += sum(tensor.numel() for tensor in held.values() if tensor is not None)
+        values += sum(t.numel() for t in _held_plainly(part).values() if t is not None)
     return values
+
+
+def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
+    """A module's own parameters by name; of a quantised linear all but its weight."""
+    return {"bias": getattr(part, "bias", None)} if is_quantized(part) else part._parameters
 
 
 def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
@@ -210,8 +208,9 @@ def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
 
 def float_dtype(module: nn.Module) -> torch.dtype:
     """The precision of the states: that of a norm, which no scheme quantises."""
-    plain = (p for p in module.parameters() if _is_plain(p))
-    first = next(plain, None)
-    narrow = (p for p in chain([] if first is None else [first], plain) if p.dim() == 1)
-    known = next(narrow, first)
-    return torch.float32 if known is None else known.dtype
+    first: torch.dtype | None = None
+    for parameter in filter(_is_plain, module.parameters()):
+        if parameter.dim() == 1:
+            return parameter.dtype
+        first = first or parameter.dtype
+    return first or torch.float32

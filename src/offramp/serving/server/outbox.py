@@ -30,10 +30,8 @@ class Outbox:
     def flush(self) -> None:
         """Hand over what was put since the last time."""
         news = []
-        with suppress(
-            IndexError
-        ):  # that is: until nothing is left, maybe for another thread's sake
-            while True:
+        with suppress(IndexError):  # another thread may take the last one
+            while self._news:
                 news.append(self._news.popleft())
         if news and self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended, and with it who asked

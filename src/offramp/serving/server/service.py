@@ -20,7 +20,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.loading import plain_image
+from offramp.serving.loading import TRIAL
 from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
@@ -121,7 +121,7 @@ class Service:
         """Time the engine's calls, before any request, so that it minds whether exits pay."""
         encoder, core = self.prompter.processor, self.engine.core
         if core.batch.depths:
-            core.tune(encoder.of_text(encoder.prompt_text("What is shown?"), [plain_image()]))
+            core.tune(encoder.prompts([TRIAL]))
 
     # -- who is let in -----------------------------------------------------------------------------
 
