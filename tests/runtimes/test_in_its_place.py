@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from gguf_cases import adapter_of, refused
 from offramp import cli
 from offramp.adapter import Adapter
 from offramp.calibration.calibrate import calibrate
+from offramp.cli.commands.runtime import load_runtime
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
 from offramp.evaluation.evaluate import evaluate
@@ -106,6 +108,11 @@ def test_a_mistake_on_the_command_line_is_two_lines(
     assert cli.main(arguments) in (1, 2)
     _, said = capsys.readouterr()
     assert len(said.strip().splitlines()) == 2 and word in said
+
+
+def test_graphs_without_a_gpu_are_refused() -> None:
+    asked = argparse.Namespace(runtime="cuda-graphs", gguf=None, context=64)
+    refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
 
 
 def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> None:

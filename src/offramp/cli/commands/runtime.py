@@ -10,14 +10,14 @@ from offramp.cli.options import name_option
 from offramp.cli.parser import Parser, whole
 from offramp.errors import InputError
 
-RUNTIMES = ("torch", "llama.cpp")
+RUNTIMES = ("torch", "llama.cpp", "cuda-graphs")
 
 
 def runtime_options(parser: Parser) -> None:
     group = parser.add_argument_group("runtime")
     name_option(
-        group, "--runtime", RUNTIMES, "what runs the decoder; llama.cpp needs --gguf",
-        default="torch",
+        group, "--runtime", RUNTIMES,
+        "what runs the decoder; llama.cpp needs --gguf, cuda-graphs a GPU", default="torch",
     )  # fmt: skip
     group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
@@ -28,13 +28,14 @@ def runtime_options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--context", type=whole(1), default=2048, metavar="N",
-        help="longest prompt with its answer for llama.cpp, in tokens (default: 2048)",
+        help="longest prompt with its answer, in tokens, of a runtime other than torch "
+        "(default: 2048)",
     )  # fmt: skip
 
 
 def check_runtime(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for a mistake that should not wait for the model."""
-    if (arguments.runtime == "torch") != (arguments.gguf is None):
+    if (arguments.runtime == "llama.cpp") != (arguments.gguf is not None):
         raise InputError(
             "--runtime llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
@@ -46,7 +47,20 @@ def load_runtime(arguments: argparse.Namespace, adapter: Any) -> Any:
     check_runtime(arguments)
     if arguments.runtime == "torch":
         return None
+    if arguments.runtime == "cuda-graphs":
+        return _graphs(adapter, arguments.context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
     engine = EngineOptions(context=arguments.context, threads=arguments.threads)
     return LlamaCppRuntime(adapter, arguments.gguf, engine=engine)
+
+
+def _graphs(adapter: Any, context: int) -> Any:
+    from offramp.runtimes.graphs import GraphRuntime
+
+    if adapter.backbone.device.type != "cuda":
+        raise InputError(
+            f"CUDA graphs need an NVIDIA GPU, and the model is on {adapter.backbone.device}.",
+            "Leave --runtime out, or name the GPU with --device cuda.",
+        )
+    return GraphRuntime(adapter, context=context)

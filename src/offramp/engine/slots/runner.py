@@ -134,14 +134,14 @@ class SlotRunner:
 
     def shallow(self, tokens: Tensor, columns: Sequence[int]) -> States:
         """Run tokens [R] of the first R slots at their columns up to and through the exit."""
-        return self._run("shallow", one_each(columns, *self._room(columns)), tokens)
+        return self.run("shallow", one_each(columns, *self._room(columns)), tokens)
 
     def full(self, tokens: Tensor, columns: Sequence[int], *, exits: bool = True) -> States:
         """Run tokens [R] of the first R slots through all layers.
 
         exits: whether these get their keys, which a row needs that will come to exits again.
         """
-        return self._run(
+        return self.run(
             "full" if exits else "bare", one_each(columns, *self._room(columns)), tokens
         )
 
@@ -156,7 +156,7 @@ class SlotRunner:
         laid = states
         if call.gather is not None and not packed:
             laid = states.index_select(0, call.gather)
-        out = self._run("deep", call, laid.view(*call.shape, -1))
+        out = self.run("deep", call, laid.view(*call.shape, -1))
         return out if call.pick is None or packed else out.picked(call.pick)
 
     def _room(self, columns: Sequence[int]) -> tuple[int, torch.device]:
@@ -165,7 +165,7 @@ class SlotRunner:
         self.cache.reserve(width)
         return width, self.backbone.device
 
-    def _run(self, mode: str, call: SlotCall, inputs: Tensor) -> States:
+    def run(self, mode: str, call: SlotCall, inputs: Tensor) -> States:
         """One call of the stack: on tokens [B], or on states [B, T, D]."""
         self._mode, self._call, self._bias = mode, call, None
         self._current.call = call

@@ -22,9 +22,10 @@ from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
+from offramp.runtimes.greedy_row import GreedyRow
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
-from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder, GreedyRow
+from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits

@@ -1,0 +1,180 @@
+"""Laws of recorded programs: they write what `generate` writes, token for token, depth for depth.
+
+Without a GPU the programs run unrecorded over the same buffers, so that all but the recording is
+tried here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import NAMES, one_row
+from gguf_cases import refused
+
+from offramp.adapter import Adapter
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.exits import ExitSet
+from offramp.models.shortlist import Gate
+from offramp.runtimes.graphs import GraphRuntime
+from offramp.runtimes.graphs.recording import Mailbox, Recorder
+
+ENCODERS = ("blip2-t5", "instructblip-t5", "florence2")
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+
+
+def middle(whole: Any, exits: Any, inputs: Any) -> dict[int, float]:
+    """A threshold that about half of the tokens reach."""
+    depth = exits.depths[0]
+    looked = generate(whole, inputs, exits=exits, policy=ExitPolicy({depth: 1.0}), **GREEDY)
+    scores = looked.scores[0].sort().values
+    return {depth: float(scores[5] + scores[6]) / 2}
+
+
+def same(made: GenerationOutput, expected: GenerationOutput) -> None:
+    assert torch.equal(made.sequences, expected.sequences)
+    assert torch.equal(made.depths, expected.depths)
+    torch.testing.assert_close(made.scores, expected.scores, rtol=0, atol=1e-5, equal_nan=True)
+    assert made.rounds == expected.rounds
+
+
+@pytest.fixture
+def case(backbone: Any, exits: Any, batch: Any) -> Any:
+    """`case(name)`: an adapter with a threshold, and a prompt."""
+
+    def make(name: str, row: int = 0) -> tuple[Adapter, dict[str, Any]]:
+        whole, parts = backbone(name), exits(name)
+        inputs = one_row(name, batch(name, 2), row)
+        return Adapter(whole, parts, ExitPolicy(middle(whole, parts, inputs))), inputs
+
+    return make
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ENCODERS])
+def test_every_mode_is_generates_own(name: str, case: Any) -> None:
+    adapter, inputs = case(name)
+    runtime = GraphRuntime(adapter, context=128)
+    always = ExitPolicy(dict.fromkeys(adapter.policy.thresholds, 0.0))
+    drafting = replace(adapter.policy, lossless=True, max_draft=3)
+    for policy in (adapter.policy, FULL, always, drafting):
+        expected = adapter.generate(inputs, policy=policy, **GREEDY)
+        same(runtime.generate(inputs, policy=policy, **GREEDY), expected)
+        if policy is adapter.policy:
+            assert len(expected.depths.unique()) == 2, "the threshold tells nothing apart"
+
+
+class Rehearsed(Recorder):
+    """Tries programs out as a recorder does, and records nothing."""
+
+    records = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.tried = 0
+
+    def record(self, program: Any) -> Any:
+        for _ in range(3):
+            program()
+        self.tried += 1
+        return program
+
+
+def test_what_is_tried_out_while_recording_changes_no_answer(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, inputs = case("blip2-llama")
+    monkeypatch.setattr("offramp.runtimes.graphs.programs.Recorder", Rehearsed)
+    runtime = GraphRuntime(adapter, context=200)
+    drafting = replace(adapter.policy, lossless=True)
+    for policy in (adapter.policy, drafting, FULL):
+        expected = adapter.generate(inputs, policy=policy, **GREEDY)
+        same(runtime.generate(inputs, policy=policy, **GREEDY), expected)
+
+
+def test_more_tokens_than_states_may_wait_and_more_than_the_narrowest_columns(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, inputs = case("llava")
+    monkeypatch.setattr("offramp.runtimes.graphs.programs.NARROWEST", 16)
+    runtime = GraphRuntime(adapter, context=64)
+    always = ExitPolicy(dict.fromkeys(adapter.policy.thresholds, 0.0))
+    options = {**GREEDY, "max_new_tokens": 30}
+    for policy in (always, FULL):
+        expected = adapter.generate(inputs, policy=policy, **options)
+        same(runtime.generate(inputs, policy=policy, **options), expected)
+
+
+def test_a_shortlist_an_end_token_and_a_streamer(case: Any) -> None:
+    adapter, inputs = case("blip2-llama")
+    plain = adapter.generate(inputs, **GREEDY)
+    words = torch.arange(adapter.backbone.vocabulary)[::2]
+    parts = replace(ExitSet.of(adapter.exits), shortlist=words)
+    listed = Adapter(adapter.backbone, parts, replace(adapter.policy, shortlist=True))
+    runtime = GraphRuntime(listed, context=128)
+    heard: list[Any] = []
+
+    class Streamer:
+        def put(self, value: Any) -> None:
+            heard.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            heard.append("end")
+
+    ends = {**GREEDY, "eos_token_id": int(plain.new_tokens[0, 5])}
+    expected = listed.generate(inputs, **ends)
+    same(runtime.generate(inputs, streamer=Streamer(), **ends), expected)
+    assert heard[1:] == [[token] for token in expected.new_tokens[0].tolist()] + ["end"]
+    lossless = replace(listed.policy, lossless=True)
+    expected = listed.generate(inputs, policy=lossless, **ends)
+    same(runtime.generate(inputs, policy=lossless, **ends), expected)
+
+
+def test_a_gate_is_asked_before_the_exit(case: Any) -> None:
+    adapter, inputs = case("blip2-opt")
+    depth = adapter.exits.depths[0]
+    draw = torch.randn(adapter.backbone.width, generator=torch.Generator().manual_seed(1))
+    parts = replace(ExitSet.of(adapter.exits), gates={depth: Gate(draw, torch.tensor(0.0))})
+    gated = Adapter(adapter.backbone, parts, ExitPolicy({depth: 0.001}, gates={depth: 0.5}))
+    runtime = GraphRuntime(gated, context=64)
+    for policy in (gated.policy, replace(gated.policy, gates={depth: 1.0}), adapter.policy):
+        same(
+            runtime.generate(inputs, policy=policy, **GREEDY),
+            gated.generate(inputs, policy=policy, **GREEDY),
+        )
+    assert len(gated.generate(inputs, **GREEDY).depths.unique()) == 2
+
+
+def test_what_cannot_be_recorded_is_refused(case: Any, backbone: Any, exits: Any) -> None:
+    adapter, inputs = case("blip2-opt")
+    runtime = GraphRuntime(adapter, context=64)
+    depth = adapter.exits.depths[0]
+
+    def wants(problem: str, **options: Any) -> None:
+        refused(lambda: runtime.generate(inputs, **{**GREEDY, **options}), InputError, problem)
+
+    wants("greedy", do_sample=True)
+    wants("greedy", repetition_penalty=1.3)
+    wants("--context", max_new_tokens=60)
+    wants("GraphRuntime with that policy", policy=ExitPolicy({depth: 0.5}, score="margin"))
+    wants("max_draft", policy=ExitPolicy({depth: 0.5}, lossless=True, max_draft=40))
+    made: dict[str, Any] = {
+        "one of them": ExitPolicy(dict.fromkeys(adapter.exits.depths, 0.5)),
+        "score": ExitPolicy({depth: 0.5}, score="saturation"),
+        "recompute": ExitPolicy({depth: 0.5}, kv="propagate"),
+    }
+    for problem, policy in made.items():
+        refused(lambda policy=policy: GraphRuntime(adapter, policy=policy), InputError, problem)
+    other = Adapter(backbone("blip2-t5"), exits("blip2-t5"), ExitPolicy())
+    refused(lambda: GraphRuntime(other), UnsupportedBackboneError, "encoder-decoder")
+    refused(lambda: GraphRuntime(adapter, context=10**12), InputError, "slots")
+
+
+def test_a_letter_is_what_was_sent() -> None:
+    box = Mailbox(3, torch.device("cpu"))
+    numbers = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    first = box.send(numbers)
+    numbers.zero_()
+    assert first() == [1.0, 2.0, 3.0]
