@@ -111,7 +111,7 @@ def answers_to(
     for inputs in batches:
         noted = _Confidence()
         more: dict[str, Any] = {"logits_processor": [noted]} if confidence else {}
-        result = _generate(model, inputs, policy, {**GREEDY, **options, **more})
+        result = generate_by(model, inputs, policy, {**GREEDY, **options, **more})
         rows = answers_of(result, encoder)
         if confidence:
             rows = [
@@ -138,9 +138,10 @@ def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[i
         yield tuple(ids[live].tolist()), tuple(depths[live].tolist())
 
 
-def _generate(
+def generate_by(
     model: Model, inputs: Mapping[str, Any], policy: ExitPolicy | None, options: Mapping[str, Any]
 ) -> GenerationOutput:
+    """What the model generates. policy: of an adapter, instead of its own."""
     if isinstance(model, Backbone):
         return generate(model, inputs, policy=FULL if policy is None else policy, **options)
     return model.generate(inputs, policy=policy, **options)

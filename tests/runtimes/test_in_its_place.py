@@ -10,7 +10,7 @@ from typing import Any
 
 import fakes
 import pytest
-from gguf_cases import adapter_of, refused
+from gguf_cases import adapter_of, inputs_of, refused, same
 
 from offramp import cli
 from offramp.adapter import Adapter
@@ -20,6 +20,8 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
 from offramp.evaluation.evaluate import evaluate
 from offramp.models.input_processor import InputProcessor
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.serial import SerialCore
 
 NAME = "blip2-llama"
 LONGEST = {"max_new_tokens": 6}
@@ -131,3 +133,21 @@ def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> 
             target=0.9, confidence=0.8, thresholds=(0.9, 0.5), **LONGEST,
         )  # fmt: skip
         assert found.runtime == "llama.cpp f32, exits f32, head f32"
+
+
+def test_an_engine_answers_by_the_real_runtime(exported: Any) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
+
+    inputs, options = inputs_of(NAME), {"do_sample": False, **LONGEST}
+    with LlamaCppRuntime(adapter(), exported(NAME), engine=EngineOptions(context=256)) as runtime:
+        with BatchEngine(SerialCore(runtime, runtime.policy, limit=256)) as engine:
+            for mode in ("full", "early_exit", "lossless"):
+                told: list[Any] = []
+                handle = engine.submit(inputs, mode=mode, on_token=told.append, **options)
+                ours = handle.result(60).output
+                theirs = runtime.generate(inputs, policy=runtime.policy.in_mode(mode), **options)
+                assert same(ours, theirs)
+                assert [choice.depth for choice in told] == theirs.depths[0].tolist()
+            too_long = engine.submit(inputs, max_new_tokens=1000)
+            assert isinstance(too_long.exception(60), InputError)

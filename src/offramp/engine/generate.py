@@ -96,6 +96,7 @@ def generate(
     backbone: a `Backbone`, or a Hugging Face model. inputs: what the HF processor returned.
     vision_cache: image features kept between calls, for several questions on an image.
     prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
+    streamer: HF's; where it has a method `step`, that gets each token with its depth and score.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
     stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or

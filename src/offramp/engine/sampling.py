@@ -19,12 +19,14 @@ class SequenceState:
     """
 
     def __init__(self, prepared: Prepared, streamer: Any = None) -> None:
+        """streamer: Hugging Face's; if it has `step`, that is told of each token's depth too."""
         ids, config, criteria = prepared.ids, prepared.config, prepared.criteria
         self.ids = ids
         self.samples = bool(config.do_sample)
         self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.trace: list[tuple[Tensor, Tensor, Tensor]] = []
         self._processors, self._criteria, self._streamer = prepared.processors, criteria, streamer
+        self._step = getattr(streamer, "step", None)
         eos = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
         self._eos: Tensor | None = eos[0].to(ids.device) if eos else None
         self._pad: Tensor | None = config._pad_token_tensor
@@ -64,9 +66,14 @@ class SequenceState:
             tokens = torch.where(self.unfinished, tokens, self._pad)
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         self.trace.append((self.unfinished, depths, scores))
+        self._tell(tokens, depths, scores)
+        self.unfinished = self.unfinished & ~self._criteria(self.ids, None)
+
+    def _tell(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
-        self.unfinished = self.unfinished & ~self._criteria(self.ids, None)
+        if self._step is not None:
+            self._step(tokens, depths, scores)
 
     def would_end(self, ids: Tensor) -> bool:
         """Whether writing `ids` [B, T] would finish a row, by its end token or by length."""

@@ -1,7 +1,8 @@
 """Many requests at once: early exits in a continuous batch, from any thread.
 
-One thread owns the model and makes the rounds (`offramp.serving.core`). Images are opened and
-prompts processed in worker threads. The queue is bounded: beyond that, requests are refused.
+One thread owns the model and makes the rounds (`offramp.serving.core`, or `serial` where answers
+are written one by one). Images are opened and prompts processed in worker threads. The queue is
+bounded: beyond that, requests are refused.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
 from offramp.serving.request import Handle, OnToken, Request
+from offramp.serving.serial import SerialCore
 
 
 class BatchEngine:
     """A running engine; close it, or use it as a context manager.
 
-    model: an adapter, or a backbone alone. processor: turns examples into inputs; not needed where
-    inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
-    open images and run the processor. on_round: called in the engine's thread after every round,
-    behind what the round told its requests. more: as of `EngineCore`.
+    model: an adapter, or a backbone alone; or a `SerialCore`, which answers one by one. processor:
+    turns examples into inputs; not needed where inputs are submitted. queue: requests that may wait
+    beside those in slots. workers: threads that open images and run the processor. on_round: called
+    in the engine's thread after every round, or token of a `SerialCore`, behind what it told its
+    requests. more: as of `EngineCore`.
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -36,7 +39,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        model: Adapter | Backbone,
+        model: Adapter | Backbone | SerialCore,
         processor: InputProcessor | None = None,
         config: EngineConfig | None = None,
         *,
@@ -50,7 +53,11 @@ class BatchEngine:
                 f"An engine with a queue of {queue} and {workers} workers takes no request.",
                 "Give numbers from 1.",
             )
-        if isinstance(model, Adapter):
+        self.core: EngineCore | SerialCore
+        if isinstance(model, SerialCore):
+            self.core = model
+            model.between = self._between
+        elif isinstance(model, Adapter):
             self.core = EngineCore(model.backbone, model.exits, model.policy, config, **more)
         else:
             self.core = EngineCore(model, None, FULL, config, **more)
@@ -211,21 +218,29 @@ class BatchEngine:
                 self._changed.wait_for(
                     lambda: self._ready or not self.core.idle or (self._closed and self._idle)
                 )
-                for handle in self._ready:
-                    self.core.add(handle)
-                self._ready.clear()
-                if self._dropped:
-                    self.core.cancel_all()
+                self._take_in()
                 if self._closed and self._idle:
                     return
             try:
                 self.core.round()
             except Exception as error:  # the model itself failed: so did all requests in the batch
                 self.core.fail_all(error)
-            if self._on_round is not None:
-                self._on_round()
-            with self._changed:
-                self._changed.notify_all()
+            self._between()
+
+    def _between(self) -> None:
+        """Tell what was done, and take in what came meanwhile; the engine's thread."""
+        if self._on_round is not None:
+            self._on_round()
+        with self._changed:
+            self._take_in()
+            self._changed.notify_all()
+
+    def _take_in(self) -> None:
+        for handle in self._ready:
+            self.core.add(handle)
+        self._ready.clear()
+        if self._dropped:
+            self.core.cancel_all()
 
 
 def _finished(under_way: dict[Handle, Example]) -> Iterator[tuple[Example, Handle]]:

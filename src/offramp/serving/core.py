@@ -10,12 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefix_cache import PrefixCache
@@ -26,12 +23,12 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.request import Completion, Handle, Request
-from offramp.serving.rows.row import Choice
+from offramp.serving.job import Job
+from offramp.serving.request import Handle, Request
 from offramp.serving.rows.rules import RowRules
-from offramp.serving.rows.slot_batch import Seat, SlotBatch
+from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
 from offramp.serving.schedule.pace import Pace
-from offramp.serving.schedule.scheduler import Call, Load, Schedule
+from offramp.serving.schedule.scheduler import Call, Load, Schedule, Tally
 from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
 
 
@@ -64,16 +61,6 @@ class EngineConfig:
                 f"The engine cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
                 "Give whole numbers from 1.",
             )
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request in the engine, and when what happened to it."""
-
-    handle: Handle
-    submitted: float
-    started: float = 0.0
-    tokens: list[float] = field(default_factory=list)
 
 
 class EngineCore:
@@ -133,12 +120,12 @@ class EngineCore:
         self._reader = PromptReader(
             backbone,
             exits,
-            self.batch.depths,
+            self.depths,
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
             first_may_exit=first_token_may_exit(backbone, policy),
         )
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
         self._thread: int | None = None
         self.calls = dict.fromkeys(("read", "shallow", "deep", "full"), 0)
         self.seconds = dict.fromkeys(self.calls, 0.0)
@@ -160,7 +147,7 @@ class EngineCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(_Job(handle, self.clock()))
+        self._queue.append(Job(handle, self.clock))
         return handle
 
     @property
@@ -172,6 +159,24 @@ class EngineCore:
     def running(self) -> int:
         """Requests being answered."""
         return len(self.batch.seats)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Of the exits in use, ascending."""
+        return self.batch.depths
+
+    @property
+    def tallies(self) -> Mapping[bool, Tally]:
+        """What the exits did, by whether a row's tokens might exit (else lossless)."""
+        return self.batch.tallies
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the slots' columns in use, 0 to 1; any thread may ask."""
+        used = 0
+        with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
+            used = sum(seat.row.start + seat.row.fed for seat in list(self.batch.seats))
+        return used / (self.config.slots * self.config.limit)
 
     @property
     def idle(self) -> bool:
@@ -266,18 +271,17 @@ class EngineCore:
                 job.handle.set_exception(error)
         self._collect()
 
-    def _seat(self, job: _Job) -> int:
+    def _seat(self, job: Job) -> int:
         """Read the prompt of a request into a free slot; its tokens."""
         request = job.handle.request
         named = request.mode is not None or request.thresholds is not None
         pays = named or not self.policy.thresholds or self.pace.admits()
-        policy = request.row_policy(self.policy, self.batch.depths, pays=pays)
+        policy = RowPolicy.of(request.exit_policy(self.policy, self.depths, pays=pays))
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.batch.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
         prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
-        taps = _Taps(request, job, self.clock)
-        rules = RowRules(prompt, seed=request.seed, streamer=taps, on_choice=taps.settled)
+        rules = RowRules(prompt, seed=request.seed, streamer=job, on_choice=job.settled)
         own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
         self._check_room(int(own.get_seq_length()), rules.most or 0)
         self.batch.join(prompt, rules, policy, job)
@@ -301,7 +305,7 @@ class EngineCore:
             self.batch.leave(seat)
             self._finish(seat, seat.owner)
 
-    def _finish(self, seat: Seat, job: _Job) -> None:
+    def _finish(self, seat: Seat, job: Job) -> None:
         error = seat.error
         try:
             seat.rules.finish()
@@ -310,40 +314,8 @@ class EngineCore:
         if error is not None:
             job.handle.set_exception(error)
             return
-        now, times = self.clock(), job.tokens
-        self.tokens += len(times)
-        gaps = tuple(b - a for a, b in pairwise(times))
-        job.handle.set_result(
-            Completion(
-                self.batch.result(seat),
-                bool(seat.policy.thresholds),
-                job.started - job.submitted,
-                times[0] - job.submitted,
-                now - job.submitted,
-                gaps,
-            )
-        )
-
-
-class _Taps:
-    """Stands where a streamer stands: notes the times, and hands on to the request's own."""
-
-    def __init__(self, request: Request, job: _Job, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._streamer, self._on_token, self._job = request.streamer, request.on_token, job
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def settled(self, choice: Choice) -> None:
-        self._job.tokens.append(self._clock())
-        if self._on_token is not None:
-            self._on_token(choice)
-
-    def end(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
+        self.tokens += len(job.tokens)
+        job.finish(self.batch.result(seat), early_exit=bool(seat.policy.thresholds))
 
 
 def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,18 +1,17 @@
-"""What a client asks of the batch engine, and what it holds until the answer is there."""
+"""What a client asks of an engine, and what it holds until the answer is there."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.engine.confidence import check_thresholds
-from offramp.engine.policy import ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, check_known
 from offramp.serving.rows.row import Choice
-from offramp.serving.rows.slot_batch import RowPolicy
 
 MODES = ("full", "early_exit", "lossless")
 """The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,
@@ -53,8 +52,10 @@ class Request:
                 "Leave them out, or use mode='early_exit'.",
             )
 
-    def row_policy(self, policy: ExitPolicy, depths: tuple[int, ...], *, pays: bool) -> RowPolicy:
-        """How its row uses the exits at `depths`, where the engine's own policy is `policy`.
+    def exit_policy(
+        self, policy: ExitPolicy, depths: tuple[int, ...], *, pays: bool = True
+    ) -> ExitPolicy:
+        """How it uses the exits at `depths`, where the engine's own policy is `policy`.
 
         pays: whether exits are found to pay; only asked where no mode is named.
 
@@ -68,16 +69,18 @@ class Request:
             )
             mode = wanted if pays else "full"
         if mode == "full":
-            return RowPolicy(guess=False)
+            return FULL
         if not depths:
             raise InputError(
                 "A request wants exits, and the engine runs none.",
                 "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
             )
         if mode == "lossless":
-            return RowPolicy()
+            return replace(policy, lossless=True)
         thresholds = policy.thresholds if self.thresholds is None else self.thresholds
-        return RowPolicy(check_thresholds(dict(thresholds), depths))
+        return replace(
+            policy, thresholds=check_thresholds(dict(thresholds), depths), lossless=False
+        )
 
 
 @dataclass(frozen=True)

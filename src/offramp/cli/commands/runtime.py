@@ -13,7 +13,8 @@ from offramp.errors import InputError
 RUNTIMES = ("torch", "llama.cpp", "cuda-graphs")
 
 
-def runtime_options(parser: Parser) -> None:
+def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
+    """sized: with its threads and context; returns the group."""
     group = parser.add_argument_group("runtime")
     name_option(
         group, "--runtime", RUNTIMES,
@@ -22,6 +23,8 @@ def runtime_options(parser: Parser) -> None:
     group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
     )
+    if not sized:
+        return group
     group.add_argument(
         "--threads", type=whole(1), default=1, metavar="N",
         help="threads of llama.cpp's decoder (default: 1)",
@@ -31,6 +34,7 @@ def runtime_options(parser: Parser) -> None:
         help="longest prompt with its answer, in tokens, of a runtime other than torch "
         "(default: 2048)",
     )  # fmt: skip
+    return group
 
 
 def check_runtime(arguments: argparse.Namespace) -> None:
@@ -42,8 +46,11 @@ def check_runtime(arguments: argparse.Namespace) -> None:
         )
 
 
-def load_runtime(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """What generates in the adapter's place; None: it does that itself."""
+def load_runtime(arguments: argparse.Namespace, adapter: Any, **sizes: int) -> Any:
+    """What generates in the adapter's place; None: it does that itself.
+
+    sizes: threads and context, where the command has other options for them.
+    """
     check_runtime(arguments)
     if arguments.runtime == "torch":
         return None
@@ -51,7 +58,10 @@ def load_runtime(arguments: argparse.Namespace, adapter: Any) -> Any:
         return _graphs(adapter, arguments.context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
-    engine = EngineOptions(context=arguments.context, threads=arguments.threads)
+    engine = EngineOptions(
+        context=sizes.get("context") or arguments.context,
+        threads=sizes.get("threads") or arguments.threads,
+    )
     return LlamaCppRuntime(adapter, arguments.gguf, engine=engine)
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device
 from offramp.cli.options import add_command, name_option, precision_options
 from offramp.cli.output import print_json, tell
@@ -15,6 +16,7 @@ from offramp.cli.parser import Parser, or_none, share, whole
 from offramp.errors import InputError, StorageError
 
 MODES = ("full", "early_exit", "lossless")
+SLOTS = 8
 KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
 
@@ -51,13 +53,21 @@ def _options(parser: Parser) -> None:
     name_option(
         engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
     )
-    _number(engine, "--slots", 8, "answers written at once")
+    engine.add_argument(
+        "--slots", type=whole(1), metavar="N",
+        help=f"answers written at once (default: {SLOTS}; with --serial: 1)",
+    )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
     engine.add_argument(
         "--measure-calls", action="store_true",
         help="time the model's calls first; requests that name no mode then use the exits only "
         "while these are found to pay (default: they are taken to)",
+    )  # fmt: skip
+    runtime_options(parser, sized=False).add_argument(
+        "--serial", action="store_true",
+        help="write one answer after the other, as `offramp generate` does: for models that slots "
+        "refuse; llama.cpp always does",
     )  # fmt: skip
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
@@ -144,6 +154,8 @@ def _config(arguments: argparse.Namespace) -> Any:
 
     if arguments.port > 65535:
         raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
+    check_runtime(arguments)
+    _check_serial(arguments)
     if not arguments.metrics_prefix.isidentifier():
         raise InputError(
             f"Metrics cannot be named {arguments.metrics_prefix!r}.",
@@ -170,6 +182,24 @@ def _config(arguments: argparse.Namespace) -> Any:
         body=body,
         bodies=max(2**30, 4 * body),
     )
+
+
+def _check_serial(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for what an engine that writes one answer at a time does not have."""
+    arguments.serial |= arguments.runtime != "torch"
+    if not arguments.serial:
+        return
+    way = "--serial" if arguments.runtime == "torch" else f"--runtime {arguments.runtime}"
+    if (arguments.slots or 1) > 1:
+        raise InputError(
+            f"{way} writes one answer at a time, and --slots {arguments.slots} asks for more.",
+            "Leave --slots out; others wait in the queue (--queue).",
+        )
+    if arguments.measure_calls:
+        raise InputError(
+            f"{way} makes none of the calls that --measure-calls times.",
+            "Leave it out; --mode full answers at full depth.",
+        )
 
 
 def _keys(file: Path | None) -> list[str]:
@@ -199,25 +229,50 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     import torch
 
     from offramp.serving.core import EngineConfig
-    from offramp.serving.server.service import Service
+    from offramp.serving.server.service import Service, runtime_name
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model, processor = _model(arguments)
-    sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
-    watch, loss = _watched(arguments, model)
-    service = Service(model, processor, config, sizes, watch=watch, loss=loss)
+    sizes = EngineConfig(slots=arguments.slots or SLOTS, limit=arguments.limit)
+    serial = _serial(arguments, model)
+    watch, loss = _watched(arguments, model, runtime_name(serial))
+    service = Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial)
     if arguments.measure_calls:
         service.measure_calls()
     return service
 
 
-def _watched(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-    """How the guarantee is watched, and what an answer loses by its risk."""
+def _serial(arguments: argparse.Namespace, model: Any) -> Any:
+    """What writes one answer at a time; None: slots write several."""
+    import torch
+
+    from offramp.adapter import Adapter
+
+    if arguments.runtime == "torch":
+        return model if arguments.serial else None
+    if not isinstance(model, Adapter):
+        raise InputError(
+            f"{arguments.name} has no exits, and files for {arguments.runtime} are made of some.",
+            "Name an adapter, or leave --runtime out.",
+        )
+    sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
+    return load_runtime(arguments, model, **sizes)
+
+
+def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:
+    """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
     from offramp.calibration.risk_functions import RISKS
     from offramp.serving.monitor.watcher import Promise, WatchConfig, differs
 
-    promise = Promise.of(getattr(model, "calibration", None))
+    calibration = getattr(model, "calibration", None)
+    promise = Promise.of(calibration, runtime)
+    other = (calibration or {}).get("runtime")
+    if promise is None and Promise.of(calibration, other) is not None:
+        log.warning(
+            "The guarantee is of the answers of %s, and these are of %s: nothing is guaranteed. "
+            "See `offramp calibrate --runtime`.", other or "PyTorch", runtime or "PyTorch",
+        )  # fmt: skip
     watch = WatchConfig(
         share=arguments.watch or 1.0,
         level=arguments.watch_level,

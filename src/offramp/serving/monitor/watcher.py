@@ -56,9 +56,16 @@ class Promise:
     confidence: float
 
     @classmethod
-    def of(cls, calibration: Mapping[str, Any] | None) -> Promise | None:
-        """That of an adapter; None where nothing could be guaranteed."""
+    def of(
+        cls, calibration: Mapping[str, Any] | None, runtime: str | None = None
+    ) -> Promise | None:
+        """That of an adapter; None where nothing could be guaranteed of the runtime's answers.
+
+        runtime: its name; None: PyTorch.
+        """
         if not calibration or calibration.get("measured") is None:
+            return None
+        if calibration.get("runtime") != runtime:
             return None
         return cls(*(calibration[name] for name in ("risk", "target", "confidence")))
 

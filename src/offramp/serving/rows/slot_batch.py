@@ -35,6 +35,12 @@ class RowPolicy:
     thresholds: Mapping[int, float] = field(default_factory=dict)
     guess: bool = True
 
+    @classmethod
+    def of(cls, policy: ExitPolicy) -> RowPolicy:
+        """The same in a batch."""
+        exits = policy.lossless or bool(policy.thresholds)
+        return cls({} if policy.lossless else policy.thresholds, guess=exits)
+
     @property
     def uses_exits(self) -> bool:
         return self.guess or bool(self.thresholds)

@@ -67,7 +67,6 @@ class Models:
 
 def model_card(service: Service) -> dict[str, Any]:
     """What is served, as `/v1/models` lists it."""
-    adapter = service.adapter
     return {
         "id": service.config.name,
         "object": "model",
@@ -80,17 +79,18 @@ def model_card(service: Service) -> dict[str, Any]:
         "output_modalities": ["text"],
         "offramp": {
             "layers": service.backbone.depth,
-            "exits": list(service.engine.core.batch.depths),
+            "exits": list(service.engine.core.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
-            "guarantee": _promise(adapter.calibration) if adapter else None,
+            "guarantee": _promise(service),
             "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": service.prompter.processor.has_template,
         },
     }
 
 
-def _promise(calibration: Any) -> dict[str, Any] | None:
+def _promise(service: Service) -> dict[str, Any] | None:
     """What was calibrated, in a few fields."""
-    if not calibration or calibration.get("measured") is None:
+    if service.promise is None or service.adapter is None:
         return None
+    calibration: Any = service.adapter.calibration
     return {name: calibration[name] for name in ("risk", "target", "confidence", "n")}

@@ -8,21 +8,22 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from offramp.adapter import Adapter
+from offramp.answers import Model
 from offramp.engine.policy import FULL
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.loading import TRIAL
 from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
+from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
@@ -74,10 +75,12 @@ class Service:
         images: ImageSource | None = None,
         watch: WatchConfig | None = None,
         loss: Loss = differs,
+        serial: Model | None = None,
         **more: Any,
     ) -> None:
         """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
-        all. loss: of its risk. more: as of `BatchEngine`.
+        all. loss: of its risk. serial: what answers one request at a time instead of slots, the
+        adapter itself or its runtime. more: as of `BatchEngine`.
 
         Raises:
             InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -90,12 +93,14 @@ class Service:
         longest = learned_positions(self.backbone)
         if longest is not None and longest < sizes.limit:
             sizes = replace(sizes, limit=longest)
-        self.room = config.queue + sizes.slots
+        core = None if serial is None else SerialCore(serial, self.policy, limit=sizes.limit)
         self.limit = sizes.limit
+        self.room = config.queue + (sizes.slots if core is None else 1)
         self.outbox = Outbox()
         self.engine = BatchEngine(
-            model, None, sizes, queue=self.room + 64, workers=1, on_round=self.outbox.flush, **more
-        )
+            core or model, None, sizes,
+            queue=self.room + 64, workers=1, on_round=self.outbox.flush, **more,
+        )  # fmt: skip
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.images = images or ImageSource.of(config.images)
@@ -103,10 +108,11 @@ class Service:
         self.tokenizer = copy.deepcopy(encoder.tokenizer)
         self.ends = end_tokens(self.backbone.model, encoder.eos)
         self.metrics = Metrics(config.metrics, config.name)
+        calibration = None if self.adapter is None else self.adapter.calibration
+        self.promise = Promise.of(calibration, runtime_name(serial))
         self.watcher: Watcher | None = None
         if watch is not None and self.adapter is not None:
-            promise = Promise.of(self.adapter.calibration)
-            self.watcher = Watcher(self.engine, encoder, promise, watch, loss=loss)
+            self.watcher = Watcher(self.engine, encoder, self.promise, watch, loss=loss)
         self._add_gauges()
         self.under_way = 0
         self.draining = False
@@ -120,7 +126,7 @@ class Service:
     def measure_calls(self) -> None:
         """Time the engine's calls, before any request, so that it minds whether exits pay."""
         encoder, core = self.prompter.processor, self.engine.core
-        if core.batch.depths:
+        if isinstance(core, EngineCore) and core.depths:
             core.tune(encoder.prompts([TRIAL]))
 
     # -- who is let in -----------------------------------------------------------------------------
@@ -256,8 +262,11 @@ class Service:
         engine, gauge = self.engine, self.metrics.gauge
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
         gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
-        gauge("kv_cache_usage_perc", "Share of the slots' columns in use, 0 to 1.", self._cache_use)
-        tallies = engine.core.batch.tallies
+        gauge(
+            "kv_cache_usage_perc", "Share of the slots' columns in use, 0 to 1.",
+            lambda: engine.core.cache_use,
+        )  # fmt: skip
+        tallies = engine.core.tallies
 
         def rate(part: str, whole: Callable[[Any], int], exiting: bool) -> Callable[[], float]:
             def value() -> float:
@@ -295,18 +304,17 @@ class Service:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
 
-    def _cache_use(self) -> float:
-        used = 0
-        with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
-            used = sum(seat.row.start + seat.row.fed for seat in list(self.engine.core.batch.seats))
-        return used / (self.engine.core.config.slots * self.limit)
-
 
 def learned_positions(backbone: Backbone) -> int | None:
     """Tokens that a model has positions for, where it learned them one by one."""
     if not isinstance(getattr(backbone.stack, "embed_positions", None), nn.Embedding):
         return None
     return int(backbone.text_config.max_position_embeddings)
+
+
+def runtime_name(model: Model | None) -> str | None:
+    """The name of the runtime that answers in the adapter's place; None: PyTorch does."""
+    return None if model is None or isinstance(model, Adapter | Backbone) else model.name
 
 
 def end_tokens(model: Any, usual: int) -> frozenset[int]:

@@ -1,0 +1,57 @@
+"""A request inside an engine, and when what happened to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+from offramp.engine.policy import GenerationOutput
+from offramp.serving.request import Completion, Handle
+from offramp.serving.rows.row import Choice
+
+
+@dataclass(eq=False)
+class Job:
+    """Stands where a streamer stands: notes the times, and hands on to the request's own.
+
+    clock: returns seconds. started: when its prompt's turn came. tokens: when each was settled.
+    """
+
+    handle: Handle
+    clock: Callable[[], float]
+    submitted: float = field(init=False)
+    started: float = 0.0
+    tokens: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.submitted = self.clock()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.handle.request.streamer is not None:
+            self.handle.request.streamer.put(value)
+
+    def settled(self, choice: Choice) -> None:
+        self.tokens.append(self.clock())
+        if self.handle.request.on_token is not None:
+            self.handle.request.on_token(choice)
+
+    def end(self) -> None:
+        if self.handle.request.streamer is not None:
+            self.handle.request.streamer.end()
+
+    def finish(self, output: GenerationOutput, *, early_exit: bool) -> None:
+        """Hand out its answer. early_exit: whether its tokens might exit."""
+        begin, times = self.submitted, self.tokens
+        self.handle.set_result(
+            Completion(
+                output,
+                early_exit,
+                self.started - begin,
+                times[0] - begin,
+                self.clock() - begin,
+                tuple(b - a for a, b in pairwise(times)),
+            )
+        )

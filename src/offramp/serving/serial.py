@@ -1,0 +1,160 @@
+"""Requests one after the other, each answered whole by `generate`.
+
+For what slots do not hold: a runtime in PyTorch's place, or layers that keep a state instead of
+keys and values. It has the face of `EngineCore`; a round is an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+import torch
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.answers import Model, generate_by
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.serving.core import EngineConfig
+from offramp.serving.job import Job
+from offramp.serving.request import Handle, Request
+from offramp.serving.rows.row import Choice
+from offramp.serving.schedule.scheduler import Tally
+
+
+class SerialCore:
+    """One request at a time.
+
+    model: an adapter, a backbone, or a runtime. policy: of requests that name none; None: the
+    adapter's. limit: tokens of a prompt and its answer. clock: returns seconds. between: called
+    behind each token of an answer.
+
+    tokens: how many were settled in answers that are over.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: ExitPolicy | None = None,
+        *,
+        limit: int = 1024,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        own = model.policy if isinstance(model, Adapter) else FULL
+        self.policy = own if policy is None else policy
+        self.config = EngineConfig(slots=1, limit=limit)
+        self.clock = clock
+        self.between: Callable[[], None] = lambda: None
+        self.depths = tuple(sorted({*self.policy.thresholds, *self.policy.drafts}))
+        self.tallies = {True: Tally(), False: Tally()}
+        self.tokens = 0
+        self._model = model
+        self._queue: deque[Job] = deque()
+        self._job: Job | None = None
+
+    def add(self, request: Request | Handle) -> Handle:
+        """Queue a request; any thread may. Its answer comes with the rounds."""
+        handle = request if isinstance(request, Handle) else Handle(request)
+        self._queue.append(Job(handle, self.clock))
+        return handle
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return int(self._job is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._queue and self._job is None
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the `limit` tokens that the answer under way uses, 0 to 1."""
+        job = self._job
+        if job is None:
+            return 0.0
+        prompt = int(job.handle.request.inputs["input_ids"].shape[-1])
+        return (prompt + len(job.tokens)) / self.config.limit
+
+    def round(self) -> None:
+        """Answer the next request."""
+        self._drop_unwanted()
+        if not self._queue:
+            return
+        self._job = job = self._queue.popleft()
+        job.started = self.clock()
+        try:
+            self._answer(job)
+        except CancelledError:
+            job.handle.drop()
+        except Exception as error:  # whatever is wrong with a request is its own
+            job.handle.set_exception(error)
+        finally:
+            self._job = None
+
+    def fail_all(self, error: BaseException) -> None:
+        """End all that wait with `error`."""
+        while self._queue:
+            self._queue.popleft().handle.set_exception(error)
+
+    def cancel_all(self) -> None:
+        """Ask for the end of all requests; the next token or round drops them."""
+        for job in [*([] if self._job is None else [self._job]), *self._queue]:
+            job.handle.cancel()
+
+    def _answer(self, job: Job) -> None:
+        request = job.handle.request
+        policy = request.exit_policy(self.policy, self.depths)
+        options = {**request.options, "streamer": _Steps(job, self._pause)}
+        with torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
+            torch.seed() if request.seed is None else torch.manual_seed(request.seed)
+            output = generate_by(self._model, request.inputs, policy, options)
+        self._count(output, policy)
+        job.finish(output, early_exit=bool(policy.thresholds) and not policy.lossless)
+
+    def _pause(self) -> None:
+        self._drop_unwanted()
+        self.between()
+
+    def _drop_unwanted(self) -> None:
+        for job in [job for job in self._queue if job.handle.unwanted]:
+            self._queue.remove(job)
+            job.handle.drop()
+
+    def _count(self, output: GenerationOutput, policy: ExitPolicy) -> None:
+        """Note what the exits did."""
+        tokens, tally = output.depths.numel(), self.tallies[not policy.lossless]
+        self.tokens += tokens
+        if policy.lossless:
+            tally.ruled += sum(drafted for drafted, _ in output.rounds)
+            tally.right += sum(accepted for _, accepted in output.rounds)
+        elif policy.thresholds:
+            exited = int((output.depths < output.layers).sum())
+            tally.exited += exited
+            tally.parked += tokens - exited
+
+
+class _Steps:
+    """A streamer that is told of every token with its depth and score.
+
+    Raises `CancelledError` out of the generation once its request is not wanted any more.
+    """
+
+    def __init__(self, job: Job, pause: Callable[[], None]) -> None:
+        self._job, self._pause = job, pause
+        self.put, self.end = job.put, job.end
+
+    def step(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
+        """One row's token [1], its depth and score."""
+        self._job.settled(Choice(int(tokens[0]), int(depths[0]), float(scores[0])))
+        self._pause()
+        if self._job.handle.unwanted:
+            raise CancelledError
