@@ -140,14 +140,16 @@ def test_an_engine_answers_by_the_real_runtime(exported: Any) -> None:
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
     inputs, options = inputs_of(NAME), {"do_sample": False, **LONGEST}
-    with LlamaCppRuntime(adapter(), exported(NAME), engine=EngineOptions(context=256)) as runtime:
-        with BatchEngine(SerialCore(runtime, runtime.policy, limit=256)) as engine:
-            for mode in ("full", "early_exit", "lossless"):
-                told: list[Any] = []
-                handle = engine.submit(inputs, mode=mode, on_token=told.append, **options)
-                ours = handle.result(60).output
-                theirs = runtime.generate(inputs, policy=runtime.policy.in_mode(mode), **options)
-                assert same(ours, theirs)
-                assert [choice.depth for choice in told] == theirs.depths[0].tolist()
-            too_long = engine.submit(inputs, max_new_tokens=1000)
-            assert isinstance(too_long.exception(60), InputError)
+    with (
+        LlamaCppRuntime(adapter(), exported(NAME), engine=EngineOptions(context=256)) as runtime,
+        BatchEngine(SerialCore(runtime, runtime.policy, limit=256)) as engine,
+    ):
+        for mode in ("full", "early_exit", "lossless"):
+            told: list[Any] = []
+            handle = engine.submit(inputs, mode=mode, on_token=told.append, **options)
+            ours = handle.result(60).output
+            theirs = runtime.generate(inputs, policy=runtime.policy.in_mode(mode), **options)
+            assert same(ours, theirs)
+            assert [choice.depth for choice in told] == theirs.depths[0].tolist()
+        too_long = engine.submit(inputs, max_new_tokens=1000)
+        assert isinstance(too_long.exception(60), InputError)
