@@ -49,26 +49,7 @@ def _options(parser: Parser) -> None:
         "--threads", type=or_none(whole(1)), metavar="N",
         help="CPU threads for one call (default: PyTorch's own choice)",
     )  # fmt: skip
-    engine = parser.add_argument_group("engine")
-    name_option(
-        engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
-    )
-    engine.add_argument(
-        "--slots", type=whole(1), metavar="N",
-        help=f"answers written at once (default: {SLOTS}; with --serial: 1)",
-    )  # fmt: skip
-    _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
-    _number(engine, "--queue", 64, "requests that may wait; more are refused")
-    engine.add_argument(
-        "--measure-calls", action="store_true",
-        help="time the model's calls first; requests that name no mode then use the exits only "
-        "while these are found to pay (default: they are taken to)",
-    )  # fmt: skip
-    runtime_options(parser, sized=False).add_argument(
-        "--serial", action="store_true",
-        help="write one answer after the other, as `offramp generate` does: for models that slots "
-        "refuse; llama.cpp always does",
-    )  # fmt: skip
+    _engine_options(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument(
@@ -99,6 +80,29 @@ def _options(parser: Parser) -> None:
     images.add_argument(
         "--image-folder", type=Path, metavar="FOLDER",
         help="folder whose images file:// may name (default: none)",
+    )  # fmt: skip
+
+
+def _engine_options(parser: Parser) -> None:
+    engine = parser.add_argument_group("engine")
+    name_option(
+        engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
+    )
+    engine.add_argument(
+        "--slots", type=whole(1), metavar="N",
+        help=f"answers written at once (default: {SLOTS}; with --serial: 1)",
+    )  # fmt: skip
+    _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
+    _number(engine, "--queue", 64, "requests that may wait; more are refused")
+    engine.add_argument(
+        "--measure-calls", action="store_true",
+        help="time the model's calls first; requests that name no mode then use the exits only "
+        "while these are found to pay (default: they are taken to)",
+    )  # fmt: skip
+    runtime_options(parser, sized=False).add_argument(
+        "--serial", action="store_true",
+        help="write one answer after the other, as `offramp generate` does: for models that slots "
+        "refuse; llama.cpp always does",
     )  # fmt: skip
 
 
