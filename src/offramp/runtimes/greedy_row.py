@@ -48,8 +48,7 @@ class GreedyRow(SequenceState):
         self._buffer[0, length] = tokens[0]
         self.ids = self._buffer[:, : length + 1]
         self.trace.append((self._one, depths, scores))
-        if self._streamer is not None:
-            self._streamer.put(tokens.cpu())
+        self._tell(tokens, depths, scores)
         stops = [bool(stop(self.ids, None)) for stop in self._others]
         self._live = int(not (self.would_end(self.ids) or any(stops)))
 
