@@ -112,9 +112,11 @@ def test_a_mistake_on_the_command_line_is_two_lines(
     assert len(said.strip().splitlines()) == 2 and word in said
 
 
-def test_graphs_without_a_gpu_are_refused() -> None:
-    asked = argparse.Namespace(runtime="cuda-graphs", gguf=None, context=64)
+def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> None:
+    asked = argparse.Namespace(runtime="cuda-graphs", gguf=None, context=64, threads=1)
     refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
+    served = argparse.Namespace(runtime="cuda-graphs", gguf=None)  # its options have other names
+    refused(lambda: load_runtime(served, adapter(), context=64, threads=1), InputError, "NVIDIA")
 
 
 def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> None:

@@ -54,15 +54,14 @@ def load_runtime(arguments: argparse.Namespace, adapter: Any, **sizes: int) -> A
     check_runtime(arguments)
     if arguments.runtime == "torch":
         return None
+    context, threads = (
+        sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")
+    )
     if arguments.runtime == "cuda-graphs":
-        return _graphs(adapter, arguments.context)
+        return _graphs(adapter, context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
-    engine = EngineOptions(
-        context=sizes.get("context") or arguments.context,
-        threads=sizes.get("threads") or arguments.threads,
-    )
-    return LlamaCppRuntime(adapter, arguments.gguf, engine=engine)
+    return LlamaCppRuntime(adapter, arguments.gguf, engine=EngineOptions(context, threads))
 
 
 def _graphs(adapter: Any, context: int) -> Any:
