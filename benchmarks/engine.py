@@ -14,6 +14,7 @@ of the clock, for a machine that others use too; load averages are in the record
 import argparse
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,16 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
+    parser.add_argument("--words", type=int, default=32, help="of a prompt; 600: long contexts")
+    parser.add_argument("--full", action="store_true", help="the full model alone, no exits")
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.shapes:
         for slots in arguments.slots:
-            write(name, arguments.dtype, slots, measure(name, slots, arguments))
+            figures = measure(name, slots, arguments)
+            place = () if arguments.words == 32 else (f"{figures['costs']['context']} tokens",)
+            add_to_record(name, arguments.dtype, slots, figures, *place)
 
 
 def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,13 +72,14 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     size = SHORTLISTS.get(name)
     if size is not None:
         exits = replace(exits, shortlist=any_shortlist(backbone, size))
-    inputs = known.inputs(backbone)
+    inputs = known.inputs(backbone, words=arguments.words)
     limit = inputs["input_ids"].shape[1] + arguments.lengths[1] + 1
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     costs, entries = bench_engine(
-        backbone, exits, inputs, CASES, EngineConfig(slots=slots, limit=limit),
-        rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
-        clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
+        backbone, exits, inputs, () if arguments.full else CASES,
+        EngineConfig(slots=slots, limit=limit), rounds=arguments.rounds,
+        lengths=tuple(arguments.lengths), shortlist=size is not None, clock=clock,
+        progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:
@@ -82,10 +88,16 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     return {"costs": costs.to_json(), "entries": entries, "load": os.getloadavg()}
 
 
-def write(name: str, dtype: str, slots: int, figures: dict[str, Any]) -> None:
-    """Put one shape and size into the record, beside what it holds of others."""
+def add_to_record(
+    name: str, dtype: str, slots: int, figures: Mapping[str, Any], *more: str
+) -> None:
+    """Put figures of one shape and size into the record, beside what it holds.
+
+    more: what else sets these figures apart.
+    """
     record = read_json(RECORD) if RECORD.is_file() else {}
-    record[f"{name}, {dtype}, {slots} slots"] = figures
+    key = ", ".join((name, dtype, f"{slots} slots", *more))
+    record[key] = {**record.get(key, {}), **figures}
     record["provenance"] = provenance(0, ["benchmarks.engine"], None)
     write_json(RECORD, record)
 

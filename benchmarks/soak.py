@@ -143,7 +143,7 @@ async def leave_early(client: httpx.AsyncClient, body: dict[str, Any], share: fl
                 return
 
 
-def resident(process: int) -> float:
+def resident(process: int | str = "self") -> float:
     """MiB of memory that a process holds."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

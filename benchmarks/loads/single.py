@@ -1,0 +1,97 @@
+"""Single captions of the photo model: early exit at three thresholds, lossless, and guesses.
+
+    python -m benchmarks.loads.single --photo FOLDER --dtype bfloat16
+
+One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
+below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
+Rewrites "single" in benchmarks/records/loads.json, of its number format alone; five minutes each,
+a quiet machine.
+
+--cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.loads.subjects import RECORD, Subject, add_photo, keep, photo
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import Timing, exit_generate_fn, speedup, time_interleaved
+from offramp.storage import read_json
+
+THRESHOLDS = (0.2, 0.3, 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_photo(parser, required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--above", type=float, nargs="+", default=(0.0, 0.2))
+    parser.add_argument("--cpu-time", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+    inputs = [subject.encoder.prompts([example]) for example in subject.examples]
+    ways = policies(subject, arguments.above)
+    adapter = subject.adapter
+    timings = time_interleaved(
+        {
+            name: exit_generate_fn(
+                adapter.backbone, adapter.exits if policy is not FULL else None, policy,
+                **subject.options,
+            )
+            for name, policy in ways.items()
+        },
+        inputs, rounds=arguments.rounds, progress=lambda r: tqdm(r, "rounds"),
+        clock=time.thread_time if arguments.cpu_time else time.perf_counter,
+    )  # fmt: skip
+    rows = compared(timings)
+    print(*rows.items(), sep="\n")
+    figures = {
+        "photographs": len(inputs), "rounds": arguments.rounds, "ways": rows,
+        "clock": "thread" if arguments.cpu_time else "wall",
+    }  # fmt: skip
+    known = read_json(RECORD).get("single", {}).get("figures", {}) if RECORD.is_file() else {}
+    both = {**known, arguments.dtype: figures}
+    keep("single", both, "benchmarks.loads.single", subject.examples)
+
+
+def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:
+    """Everything that is timed, by name."""
+    own = subject.adapter.policy
+    (depth,) = own.thresholds
+    ways = {"full": FULL, "lossless": own.in_mode("lossless")}
+    for threshold in THRESHOLDS:
+        early = replace(own, thresholds={depth: threshold})
+        ways[f"early exit {threshold}"] = early
+        for level in above:
+            if level < threshold:
+                guessing = replace(early, guesses={depth: level})
+                ways[f"guesses {threshold} from {level}"] = guessing
+    return ways
+
+
+def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
+    """Decoding speed of every way against the full model's; whether guesses changed an answer."""
+    full = timings["full"]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        rows[name] = {
+            "speedup": speedup(full.decode, timing.decode),
+            "tokens_per_second": timing.tokens_per_second,
+        }
+        if name.startswith("guesses"):
+            alone = timings[f"early exit {name.split()[1]}"].answers
+            rows[name]["same"] = sum(a == b for a, b in zip(alone, timing.answers, strict=True))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
