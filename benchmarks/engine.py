@@ -41,6 +41,8 @@ CASES = (
     EngineCase("early_exit", 0.9, guess=False),
     EngineCase("lossless", right=0.9),
 )
+WORDS = 32
+"""Of a prompt, if no other number is asked for, which the record then says."""
 WITHIN = 0.1
 """How far off a prediction may be, as a share of what was measured."""
 
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
-    parser.add_argument("--words", type=int, default=32, help="of a prompt; 600: long contexts")
+    parser.add_argument("--words", type=int, default=WORDS, help="of a prompt")
     parser.add_argument("--full", action="store_true", help="the full model alone, no exits")
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
@@ -60,8 +62,9 @@ def main() -> None:
     for name in arguments.shapes:
         for slots in arguments.slots:
             figures = measure(name, slots, arguments)
-            place = () if arguments.words == 32 else (f"{figures['costs']['context']} tokens",)
-            add_to_record(name, arguments.dtype, slots, figures, *place)
+            context = f"{figures['costs']['context']} tokens of context"
+            more = [context] if arguments.words != WORDS else []
+            add_to_record(name, arguments.dtype, slots, figures, *more)
 
 
 def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, Any]:

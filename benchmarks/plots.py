@@ -1,5 +1,6 @@
 """Draw the records: `python -m benchmarks.plots` writes docs/plots."""
 
+import re
 from typing import Any
 
 from benchmarks.tables.comparison import by_name
@@ -7,7 +8,7 @@ from benchmarks.tables.markdown import KINDS, ROOT, record, tiny
 from benchmarks.tables.photographs import METHODS
 from benchmarks.tables.speed import PEERS
 from offramp.research.comparison.equal_quality import drawn
-from offramp.research.report.plots import intervals, speeds, standalone, tradeoff
+from offramp.research.report.plots import intervals, speeds, standalone, throughput, tradeoff
 from offramp.storage import write_atomic
 
 AT = "0.01"
@@ -30,6 +31,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "compare-photo": ("FREE beside each method, photographs", methods()),
         "photo": ("CIDEr at measured speeds, photographs", regimes(record("photo"))),
         "peers": ("Decoding speed, tiny models", speeds(peers)),
+        "engine": ("Batch engine, SmolLM2-135M shape, bfloat16", engine("smollm2-135m, bfloat16")),
     }
 
 
@@ -59,6 +61,30 @@ def kept(point: dict[str, Any]) -> tuple[float, ...]:
     """Speed, and the share of CIDEr that is kept, with its interval."""
     low, high = point["cider_drop_interval"]
     return point["speedup_decode"], 1 - point["cider_drop"], 1 - high, 1 - low
+
+
+ENGINE = {
+    "90% exit": ("early_exit", 0.9),
+    "75% exit": ("early_exit", 0.75),
+    "lossless, 90% accepted": ("lossless", 0.0),
+    "full": ("full", 0.0),
+}
+STATIC = "static batch, full"
+
+
+def engine(shape: str) -> str:
+    """Tokens a second of the batch engine by slots, beside static batches of as many rows."""
+    series: dict[str, dict[int, float]] = {name: {} for name in (*ENGINE, STATIC)}
+    for key, figures in record("engine").items():
+        if not re.fullmatch(rf"{shape}, \d+ slots", key):
+            continue
+        for entry in figures["entries"]:
+            kind, speed = (entry["mode"], entry["exit_rate"]), entry["tokens_per_second"]
+            for name, wanted in ENGINE.items():
+                if kind == wanted and (entry["guess"] or entry["mode"] != "early_exit"):
+                    series[name][entry["slots"]] = speed
+            series[STATIC][entry["slots"]] = speed / entry["against_static"]
+    return throughput(series, STATIC)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ PAGES = (
     "README.md",
     "docs/guarantees.md",
     "docs/results.md",
+    "docs/decoding.md",
     "docs/defaults.md",
     "docs/photographs.md",
     "docs/quantisation.md",

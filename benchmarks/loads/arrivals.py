@@ -54,15 +54,20 @@ class Arrival:
 @dataclass
 class Outcome:
     """seconds: from the first arrival to the last token. firsts, totals: from each request's
-    arrival to its first token and to its last. gaps: between the tokens of an answer. busy: rows
-    that a step wrote for."""
+    arrival to its first token and to its last. gaps: between the tokens of an answer. steps: calls
+    that decoded."""
 
     tokens: int = 0
+    steps: int = 0
     seconds: float = 0.0
     firsts: list[float] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    busy: list[int] = field(default_factory=list)
+
+    @property
+    def busy(self) -> float:
+        """Rows that a step wrote for, on average; a prompt writes each first token."""
+        return (self.tokens - len(self.totals)) / self.steps
 
     def note(self, at: float, times: Sequence[float]) -> None:
         """An answer to what came at `at`, its tokens given out at `times`."""
@@ -125,7 +130,7 @@ def in_static_batches(
         backbone.model.generate(**rows, stopping_criteria=StoppingCriteriaList([watch]), **options)
         for arrival in batch:
             outcome.note(arrival.at, watch.times[: arrival.length])
-        outcome.busy += [sum(n < length for length in lengths) for n in range(max(lengths))]
+        outcome.steps += max(lengths) - 1
     return outcome
 
 
@@ -147,9 +152,9 @@ def in_the_engine(
             core.add(Request(inputs, "full", options=options, on_token=on_token))
         if core.idle:
             clock.wait(coming[0].at)
-            continue
-        core.round()
-        outcome.busy.append(core.running)
+        else:
+            core.round()
+    outcome.steps = core.calls["full"]
     for arrival, noted in times.items():
         outcome.note(arrival.at, noted)
     return outcome
@@ -283,7 +288,7 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Tokens a second, and seconds at p50 and p95 over all rounds."""
     figures: dict[str, Any] = {
         "tokens_per_second": median(o.tokens / o.seconds for o in outcomes),
-        "busy": mean(n for o in outcomes for n in o.busy),
+        "busy": mean(o.busy for o in outcomes),
     }
     for name in ("firsts", "totals", "gaps"):
         p50, p95, _ = quantiles([x for o in outcomes for x in getattr(o, name)])

@@ -54,15 +54,21 @@ def engine_of(adapter: Adapter, slots: int) -> EngineCore:
     )
 
 
-def answered(core: EngineCore, inputs: list[Any], count: int, draw: random.Random) -> Counter[str]:
-    """Have `count` requests answered, some of them cancelled on the way; how they ended."""
+def answered(
+    core: EngineCore, inputs: list[Any], count: int, draw: random.Random, longest: int = 12
+) -> Counter[str]:
+    """Have `count` requests answered, some of them cancelled on the way; how they ended. The last
+    one is alone and always alike, so that what the engine keeps of its latest call is too."""
     handles = []
-    for request in _requests(inputs, count, draw):
+    for request in _requests(inputs, count - 1, draw, longest):
         handles.append(core.add(request))
         if draw.random() < 0.1:
             draw.choice(handles[-core.config.slots :]).cancel()
         while core.waiting > 2:
             core.round()
+    core.run()
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    handles.append(core.add(Request(inputs[0], "full", options=options)))
     core.run()
     ends = Counter[str]()
     for handle in handles:
@@ -71,9 +77,11 @@ def answered(core: EngineCore, inputs: list[Any], count: int, draw: random.Rando
     return ends
 
 
-def _requests(inputs: list[Any], count: int, draw: random.Random) -> Iterator[Request]:
+def _requests(
+    inputs: list[Any], count: int, draw: random.Random, longest: int
+) -> Iterator[Request]:
     for number in range(count):
-        length = draw.randint(1, 12)
+        length = draw.randint(1, longest)
         options = {
             "max_new_tokens": length, "min_new_tokens": length, "do_sample": number % 3 == 0
         }  # fmt: skip

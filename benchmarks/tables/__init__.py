@@ -3,6 +3,7 @@
 from benchmarks.tables import (
     comparison,
     llama_cpp,
+    loads,
     overview,
     photographs,
     quantised,
@@ -12,10 +13,10 @@ from benchmarks.tables import (
 )
 from benchmarks.tables.markdown import Make
 
-_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving, quantised)
+_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving, quantised, loads)
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make
-    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised)
+    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised, loads)
     for name, make in module.FIGURES.items()
 }

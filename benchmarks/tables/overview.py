@@ -18,7 +18,10 @@ def overview() -> str:
             _photo(),
             _llama_cpp("q8_0"),
             _forced("OPT-2.7B shape, 90% exit at 8 of 32"),
-            _engine("smollm2-135m", "SmolLM2-135M shape, 8 at once, 90% exit at 7 of 30"),
+            _engine(
+                "smollm2-135m, bfloat16, 8 slots",
+                "SmolLM2-135M shape, 8 at once, 90% exit at 7 of 30",
+            ),
         ],
         COLUMNS,
     )
@@ -85,9 +88,9 @@ def _forced(title: str) -> tuple[str, ...]:
     )
 
 
-def _engine(shape: str, title: str) -> tuple[str, ...]:
+def _engine(size: str, title: str) -> tuple[str, ...]:
     """The batch engine with guesses, against a static batch of the same size at full depth."""
-    entries = next(f["entries"] for n, f in record("engine").items() if n.startswith(shape))
+    entries = record("engine")[size]["entries"]
     entry = next(e for e in entries if (e["exit_rate"], e["guess"]) == (0.9, True))
     return (
         title,

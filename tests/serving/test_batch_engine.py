@@ -350,17 +350,6 @@ def test_an_engine_is_driven_by_one_thread(adapter, rows):
     assert raised
 
 
-def test_memory_does_not_grow_with_requests(adapter, rows):
-    engine = core(adapter)
-    sizes = []
-    for _ in range(6):
-        for i in range(4):
-            engine.add(request(rows[i], ("full", "early_exit", "lossless")[i % 3], new=6))
-        engine.run()
-        sizes.append(engine.batch.runner.cache.nbytes)
-    assert sizes[0] == sizes[-1] > 0
-
-
 def test_without_exits_every_row_runs_at_full_depth(backbone, rows):
     engine = EngineCore(backbone(NAME), config=SMALL)
     handles = [engine.add(request(row, None)) for row in rows]

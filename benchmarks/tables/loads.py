@@ -1,0 +1,139 @@
+"""Tables of the batch engine and of guesses under loads like those of use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.tables.markdown import Make, bold, record, table, times
+
+Value = Mapping[str, Any]
+
+
+def guesses() -> str:
+    """How often the first exit is right, by threshold, where it exits and where it guesses."""
+    models = {name: m for name, m in _figures("guesses").items()}
+    rows = [
+        (
+            f"{at['threshold']:g}",
+            *(cell for m in models.values() for cell in _guesses_at(m["thresholds"][n])),
+        )
+        for n, at in enumerate(next(iter(models.values()))["thresholds"])
+    ]
+    heads = [f"{name}: exit" for name in models], ("right of those", "right of the others")
+    return table(rows, ("threshold", *(h for first in heads[0] for h in (first, *heads[1]))))
+
+
+FEW = 20
+"""Tokens, of which a share says little."""
+
+
+def _guesses_at(at: Value) -> tuple[str, str, str]:
+    exits, right = at["right_of_exits"], at["right"]
+    return (
+        f"{at['exit']:.0%}",
+        "" if exits is None else f"{exits:.1%}",
+        bold(f"{right:.0%}") if at["others"] >= FEW else f"too few ({at['others']})",
+    )
+
+
+def arrivals() -> str:
+    """The engine at full depth against static batches, requests coming when they like."""
+    rows = [
+        (
+            f"{key}, {way}",
+            f"{entry[way]['tokens_per_second']:.0f}",
+            bold(times(entry["measured"])) + f" ({entry['predicted']:.2f} predicted)"
+            if way == "engine"
+            else "1",
+            f"{entry[way]['busy']:.1f}",
+            *(
+                ", ".join(f"{entry[way][what][p]:.1f}" for p in ("p50", "p95")) + " s"
+                for what in ("first", "total")
+            ),
+        )
+        for key, figures in record("engine").items()
+        if "arrivals" in figures
+        for entry in [figures["arrivals"]]
+        for way in ("static", "engine")
+    ]
+    columns = ("", "tokens a second", "", "rows busy", "first token p50, p95", "answer p50, p95")
+    return table(rows, columns)
+
+
+def photographs() -> str:
+    """Captions a second through the engine, in multiples of single requests at full depth."""
+    rows = [
+        (
+            f"{dtype}, {way['way'].replace('_', ' ')}",
+            f"{way['captions_per_second']:.2f} ({times(way['over_full_alone'])})",
+            f"{way['captions_per_second_decode']:.2f} ({times(way['over_full_alone_decode'])})",
+            f"{way['as_alone']} of {run['photographs']}",
+            f"{way['cider']:.3f}",
+        )
+        for dtype, run in _figures("photographs").items()
+        for way in run["ways"]
+    ]
+    columns = (
+        "", "captions a second, end to end", "decoding alone", "as a single request's", "CIDEr"
+    )  # fmt: skip
+    return table(rows, columns)
+
+
+def single() -> str:
+    """Decoding speed of single captions: at each threshold early exit, lossless, and guesses."""
+    rows = []
+    for dtype, run in _figures("single").items():
+        ways = run["ways"]
+        for threshold in dict.fromkeys(n.split()[2] for n in ways if n.startswith("early")):
+            early, lossless = ways[f"early exit {threshold}"], ways["lossless"]
+            level, best = max(
+                (
+                    (name.split()[-1], way)
+                    for name, way in ways.items()
+                    if name.startswith(f"guesses {threshold} ")
+                ),
+                key=lambda found: float(found[1]["speedup"]),
+            )
+            better = max(early["speedup"], lossless["speedup"])
+            rows.append(
+                (
+                    f"{dtype}, {threshold}",
+                    times(early["speedup"]), times(lossless["speedup"]),
+                    f"{bold(times(best['speedup']))} (from {level})",
+                    times(best["speedup"] / better),
+                    f"{best['same']} of {run['photographs']}",
+                )
+            )  # fmt: skip
+    columns = (
+        "threshold", "early exit", "lossless", "guesses", "over the better of both", "same answers"
+    )  # fmt: skip
+    return table(rows, columns)
+
+
+def _figures(part: str) -> Value:
+    figures: Value = record("loads")[part]["figures"]
+    return figures
+
+
+def _memory() -> list[Value]:
+    """What was held after the first looks, in which memory still settles."""
+    looks = _figures("memory")["looks"]
+    return list(looks[len(looks) // 4 :])
+
+
+TABLES: dict[str, Make] = {
+    "guesses": guesses,
+    "arrivals": arrivals,
+    "photographs-at-once": photographs,
+    "single": single,
+}
+FIGURES: dict[str, Make] = {
+    "memory-requests": lambda: f"{sum(_figures('memory')[n] for n in ('answered', 'cancelled')):,}",
+    "memory-first": lambda: f"{_memory()[0]['memory_mib']:.0f}",
+    "memory-last": lambda: f"{_memory()[-1]['memory_mib']:.0f}",
+    "memory-tensors": lambda: _range([look["tensors"] for look in _memory()]),
+    "memory-objects": lambda: _range([look["objects"] for look in _memory()]),
+}
+
+
+def _range(counts: list[int]) -> str:
+    return f"{min(counts):,} to {max(counts):,}"
