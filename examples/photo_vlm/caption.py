@@ -16,8 +16,10 @@ from offramp.errors import InputError
 ADAPTER = Path(__file__).parent / "adapter"
 
 
-def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tuple[Any, Any]:
     """Backbone and encoder of a built folder, "auto": in bfloat16, as it was built.
+
+    quantize: as of `Backbone.from_pretrained`.
 
     Raises:
         InputError: there is none.
@@ -33,7 +35,7 @@ def load(folder: Path, dtype: Any = "auto") -> tuple[Any, Any]:
             f"{folder} holds no built model.",
             f"Build it: python -m examples.photo_vlm.build --out {folder}",
         )
-    backbone = Backbone.from_pretrained(folder, dtype=dtype)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, quantize=quantize)
     processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
     return backbone, InputProcessor(backbone, processor)
 

@@ -29,26 +29,18 @@ def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
     """The backbone and its processor. revision: where --revision does not give another."""
-    import torch
-
-    from offramp.models.backbone import Backbone
-    from offramp.models.hub.loading import load_processor
-    from offramp.models.shipped import load_tiny, tiny_kind
+    from offramp.models.shipped import load_named, tiny_kind
 
     name = name or arguments.backbone
-    revision = arguments.revision or revision
-    dtype: Any = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    kind = tiny_kind(name)
-    device = choose_device(arguments.device, is_tiny=kind is not None)
-    if kind is not None:
-        if revision is not None:
-            raise InputError(
-                f"{name} ships with offramp and has no revision {revision!r}.",
-                "Leave --revision out.",
-            )
-        return load_tiny(kind, torch.float32 if dtype == "auto" else dtype, device)
-    backbone = Backbone.from_pretrained(name, revision=revision, dtype=dtype, device=device)
-    return backbone, load_processor(name, revision=revision)
+    return load_named(
+        name,
+        revision=arguments.revision or revision,
+        dtype=arguments.dtype,
+        device=choose_device(
+            arguments.device, is_tiny=tiny_kind(name) is not None, quantize=arguments.quantize
+        ),
+        quantize=arguments.quantize,
+    )
 
 
 def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
@@ -69,7 +61,7 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
     }
 
 
-def choose_device(asked: str, *, is_tiny: bool = False) -> str:
+def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = None) -> str:
     """Where the backbone runs; says which and why, where the machine has a GPU.
 
     Raises:
@@ -83,6 +75,8 @@ def choose_device(asked: str, *, is_tiny: bool = False) -> str:
     if asked != "auto":
         check_device(asked)
         device, why = asked, "as asked"
+    elif quantize is not None:
+        device, why = "cpu", "quantised weights are read by a processor's kernels"
     elif gpu and not is_tiny:
         device, why = "cuda", "this machine has a GPU; --device cpu runs on the processor"
     else:

@@ -14,6 +14,7 @@ from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole,
 from offramp.cli.plugins import load_plugins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("int8", "int4")
 Options = Callable[[Parser], None]
 _SAME: Any = object()
 
@@ -189,6 +190,10 @@ def precision_options(group: Any) -> None:
     name_option(
         group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
     )
+    name_option(
+        group, "--quantize", QUANTIZE, "round the decoder layers' weights, for speed on a CPU",
+        shown="as saved",
+    )  # fmt: skip
     group.add_argument(
         "--device", default="auto", metavar="NAME",
         help="such as cpu, cuda or cuda:1 (default: cuda where there is one; cpu for tiny models)",

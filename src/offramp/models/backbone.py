@@ -15,13 +15,16 @@ from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.hub.loading import check_device, grey_example, not_loaded
+from offramp.models.hub.loading import grey_example, load_model
+from offramp.models.quantized.linears import check_quantize, quantize_linears
 from offramp.models.quantized.weights import (
     check_scheme,
     float_dtype,
     float_parameters,
     float_values,
+    scheme,
     unpack,
+    weight_bytes,
 )
 from offramp.models.registry import Family, is_tested, registered_family
 from offramp.models.sharding.hooks import check_hooks, device_of, loaded
@@ -138,42 +141,50 @@ class Backbone:
         revision: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: str | None = None,
+        quantize: str | None = None,
         example: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Backbone:
         """Load a hub name or a folder.
 
+        quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
+            processor's kernels, with states in bfloat16 (docs/quantisation.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.
         kwargs: of transformers. Code that comes with a model runs only with trust_remote_code=True.
 
         Raises:
-            InputError: there is no such model or device, or a package that it needs is missing.
+            InputError: there is no such model or device, or a package that it needs is missing; or
+                it cannot be quantised so.
         """
-        from transformers import AutoModelForImageTextToText
-
-        if device is not None:
-            check_device(device)
-        try:
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(name), revision=revision, dtype=dtype, **{"trust_remote_code": False, **kwargs}
+        if quantize is not None:
+            check_quantize(quantize, dtype, kwargs)
+            dtype = torch.bfloat16
+        model = load_model(name, revision=revision, dtype=dtype, device=device, **kwargs)
+        backbone = cls._of_loaded(model, str(name), revision, example)
+        if quantize is None:
+            return backbone
+        if (held_in := scheme(model)) is not None:
+            raise InputError(
+                f"{name} is quantised already, in {held_in}, and was to be in {quantize}.",
+                "Leave the quantisation out, or name the model that it was made of.",
             )
-        except Exception as error:  # damaged files and missing packages raise nearly every builtin
-            raise not_loaded(
-                f"No vision-language model could be loaded from {str(name)!r}", error,
-                "Give a folder written by save_pretrained, or a hub name such as "
-                "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
-            ) from error  # fmt: skip
-        if device is not None and not _is_on(model.device, torch.device(device)):
-            model = model.to(device)
+        quantize_linears(backbone.layers, quantize)
+        return cls._of_loaded(model, str(name), revision, example)
+
+    @classmethod
+    def _of_loaded(
+        cls, model: Any, name: str, revision: str | None, example: Mapping[str, Any] | None
+    ) -> Backbone:
+        """The backbone; where it does not run without an example, of one that is made."""
         try:
-            return cls(model, name=str(name), revision=revision, example=example)
+            return cls(model, name=name, revision=revision, example=example)
         except UnsupportedBackboneError:
             made = None if example is not None else grey_example(name, revision, model)
             if made is None:
                 raise
-        return cls(model, name=str(name), revision=revision, example=made)
+        return cls(model, name=name, revision=revision, example=made)
 
     def learn(self, *, causal_prompt: bool, lossless: bool) -> None:
         """Take over what decoding showed: whether the first token may exit out of the prompt, and
@@ -352,11 +363,6 @@ def _has_paths(model: nn.Module, family: Family) -> bool:
     return True
 
 
-def _is_on(device: torch.device, wanted: torch.device) -> bool:
-    """Whether it is there already: some quantised models refuse to be moved."""
-    return device.type == wanted.type and wanted.index in (None, device.index)
-
-
 def _softcap(*configs: Any) -> float | None:
     """The bound of a soft cap on logits, where one of the configurations has it."""
     for config in configs:
@@ -391,6 +397,8 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "width": backbone.width,
         "vocabulary": backbone.vocabulary,
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "quantized": scheme(backbone.layers),
+        "weight_bytes": weight_bytes(backbone.model),
         "parameters": sum(p.numel() for p in backbone.model.parameters()),
         "exit_bytes": layer,
     }

@@ -37,13 +37,51 @@ def tiny_folder(kind: str) -> Path:
 
 
 def load_tiny(
-    kind: str, dtype: torch.dtype = torch.float32, device: str | None = None
+    kind: str,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[Backbone, Any]:
-    """A shipped model, "opt" or "t5", and its processor."""
+    """A shipped model, "opt" or "t5", and its processor.
+
+    quantize: as of `Backbone.from_pretrained`.
+    """
     kind, folder = short_name(kind), tiny_folder(kind)
-    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device, quantize=quantize)
     backbone.name = f"offramp/tiny-{kind}"
     return backbone, load_processor(folder)
+
+
+def load_named(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: str | None = None,
+) -> tuple[Backbone, Any]:
+    """A shipped model by its long name, or one of a hub name or a folder; and its processor.
+
+    dtype: torch's name of one, or "auto": as saved, shipped ones in float32.
+
+    Raises:
+        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`.
+    """
+    exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    kind = tiny_kind(name)
+    if kind is None:
+        backbone = Backbone.from_pretrained(
+            name, revision=revision, dtype=exact, device=device, quantize=quantize
+        )
+        return backbone, load_processor(name, revision=revision)
+    if revision is not None:
+        raise InputError(
+            f"{name} ships with offramp and has no revision {revision!r}.",
+            "Leave the revision out.",
+        )
+    if dtype == "auto" and quantize is None:
+        exact = torch.float32
+    return load_tiny(kind, exact, device, quantize)
 
 
 def tiny_exits(kind: str) -> Path:

@@ -8,15 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import grey_picture, load_processor
+from offramp.models.hub.loading import grey_picture
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, tiny_exits, tiny_kind
+from offramp.models.shipped import load_named, tiny_exits, tiny_kind
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -32,30 +30,35 @@ def load_served(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    quantize: str | None = None,
     chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
     name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
-    adapter's own, with revision: of it. chat_template: file of the one that writes conversations,
-    instead of the processor's own.
+    adapter's own, with revision: of it. dtype, device, quantize: of the backbone, as of
+    `load_named`. chat_template: file of the one that writes conversations, instead of the
+    processor's own.
 
     Raises:
         AdapterError: there is no such adapter, or it does not fit. InputError: a revision of a
         model that ships, a template that does not work. StorageError: it cannot be read.
     """
     text = None if chat_template is None else _template_of(chat_template)
-    model, processor = _load(name, backbone, revision, dtype, device)
+    model, processor = _load(
+        name, backbone, revision, dtype=dtype, device=device, quantize=quantize
+    )
     if text is None:
         return model, processor
     return model, _with_template(model, processor, text, str(chat_template))
 
 
 def _load(
-    name: str, backbone: str | None, revision: str | None, dtype: str, device: str | None
+    name: str, backbone: str | None, revision: str | None, **how: Any
 ) -> tuple[Adapter | Backbone, Any]:
+    """how: of `load_named`."""
     if tiny_kind(name) is not None and not os.path.isdir(name):
-        model, processor = _load_backbone(name, revision, dtype, device)
+        model, processor = load_named(name, revision=revision, **how)
         try:
             folder = tiny_exits(str(tiny_kind(name)))
         except InputError:
@@ -65,23 +68,8 @@ def _load(
     config = read_config(adapter_folder(name))
     if backbone is None:
         revision = revision or config.revision
-    model, processor = _load_backbone(backbone or config.backbone, revision, dtype, device)
+    model, processor = load_named(backbone or config.backbone, revision=revision, **how)
     return Adapter.load(config, model), processor
-
-
-def _load_backbone(
-    name: str, revision: str | None, dtype: str, device: str | None
-) -> tuple[Backbone, Any]:
-    exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if (kind := tiny_kind(name)) is not None:
-        if revision is not None:
-            raise InputError(
-                f"{name} ships with offramp and has no revision {revision!r}.",
-                "Leave the revision out.",
-            )
-        return load_tiny(kind, torch.float32 if dtype == "auto" else exact, device)
-    backbone = Backbone.from_pretrained(name, revision=revision, dtype=exact, device=device)
-    return backbone, load_processor(name, revision=revision)
 
 
 def adapter_folder(name: str) -> str:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.commands.runtime import check_not_quantized
 from offramp.cli.loading import load_adapter
 from offramp.cli.options import add_command, depths_option, model_options, name_option
 from offramp.cli.output import show_result
@@ -53,6 +54,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
     from offramp.storage import check_writable
 
+    check_not_quantized(arguments)
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
     check_writable(arguments.out, folder=True)
     adapter, _ = load_adapter(arguments)

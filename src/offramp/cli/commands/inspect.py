@@ -33,9 +33,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
 
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
-    named = [
-        n for n in ("revision", "dtype", "device") if getattr(arguments, n) not in (None, "auto")
-    ]
+    options = ("revision", "dtype", "device", "quantize")
+    named = [n for n in options if getattr(arguments, n) not in (None, "auto")]
     if is_adapter and named:
         raise InputError(
             f"{arguments.name} is an adapter, to which --{named[0]} says nothing.",

@@ -45,6 +45,18 @@ def check_runtime(arguments: argparse.Namespace) -> None:
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
         )
 
+    if arguments.gguf is not None:
+        check_not_quantized(arguments)
+
+
+def check_not_quantized(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for --quantize, where GGUF files say how weights are held."""
+    if arguments.quantize is not None:
+        raise InputError(
+            "--quantize is for PyTorch; inside llama.cpp the files hold the weights.",
+            "Leave it out, and choose their format: offramp export --gguf q4_1.",
+        )
+
 
 def load_runtime(arguments: argparse.Namespace, adapter: Any, **sizes: int) -> Any:
     """What generates in the adapter's place; None: it does that itself.

@@ -302,11 +302,14 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from offramp.models.shipped import tiny_kind
     from offramp.serving.loading import load_served
 
+    is_tiny = tiny_kind(arguments.name) is not None
+    device = choose_device(arguments.device, is_tiny=is_tiny, quantize=arguments.quantize)
     return load_served(
         arguments.name,
         backbone=arguments.backbone,
         revision=arguments.revision,
         dtype=arguments.dtype,
-        device=choose_device(arguments.device, is_tiny=tiny_kind(arguments.name) is not None),
+        device=device,
+        quantize=arguments.quantize,
         chat_template=arguments.chat_template,
     )

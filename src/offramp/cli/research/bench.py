@@ -188,12 +188,19 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.shape is not None:
         import torch
 
+        from offramp.models.quantized.linears import check_quantize, quantize_linears
         from offramp.research.benchmark.shapes import shape
 
-        known, device = shape(arguments.shape), choose_device(arguments.device)
+        quantize = arguments.quantize
+        if quantize is not None:
+            check_quantize(quantize, arguments.dtype)
+        known = shape(arguments.shape)
+        device = choose_device(arguments.device, quantize=quantize)
         # What such decoders are run in; the minis are there to try things, which float32 is not.
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         backbone = known.build(dtype)
+        if quantize is not None:
+            quantize_linears(backbone.layers, quantize)
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
         return backbone, {n: v.to(device) for n, v in rows.items()}, None

@@ -12,6 +12,43 @@ from offramp.errors import InputError
 from offramp.missing import how_to_install, missing_package
 
 
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None,
+    dtype: torch.dtype | str,
+    device: str | None,
+    **kwargs: Any,
+) -> Any:
+    """The model of a hub name or a folder; see `Backbone.from_pretrained`.
+
+    Raises:
+        InputError: there is no such model or device, or a package that it needs is missing.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if device is not None:
+        check_device(device)
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            str(name), revision=revision, dtype=dtype, **{"trust_remote_code": False, **kwargs}
+        )
+    except Exception as error:  # damaged files and missing packages raise nearly every builtin
+        raise not_loaded(
+            f"No vision-language model could be loaded from {str(name)!r}", error,
+            "Give a folder written by save_pretrained, or a hub name such as "
+            "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
+        ) from error  # fmt: skip
+    if device is None or _is_on(model.device, torch.device(device)):
+        return model
+    return model.to(device)
+
+
+def _is_on(device: torch.device, wanted: torch.device) -> bool:
+    """Whether it is there already: some quantised models refuse to be moved."""
+    return device.type == wanted.type and wanted.index in (None, device.index)
+
+
 def load_processor(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:

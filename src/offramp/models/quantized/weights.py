@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
+from offramp.models.quantized.linears import QuantizedLinear
 from offramp.models.sharding.hooks import hooks_of, loaded, unhook
 
 _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
@@ -65,9 +66,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def scheme(module: nn.Module) -> str | None:
-    """What holds the weights, in words: the class of the first quantised linear, or of its weight,
-    and the bits that it names; None: nothing is quantised."""
+    """What holds the weights, in words: our own scheme, or the class of the first quantised linear,
+    or of its weight, and the bits that it names; None: nothing is quantised."""
     for part in module.modules():
+        if isinstance(part, QuantizedLinear):
+            return part.word
         if is_quantized(part):
             weight = getattr(part, "weight", None)
             holder: Any = weight if type(part) is nn.Linear else part
@@ -194,6 +197,12 @@ def float_values(module: nn.Module) -> int:
             values += linear.in_features * linear.out_features
         values += sum(t.numel() for t in _held_plainly(part).values() if t is not None)
     return values
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes that its weights take, each counted once."""
+    held = {id(t): t for t in chain(module.parameters(), module.buffers())}
+    return sum(t.nbytes for t in held.values())
 
 
 def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:

@@ -1,0 +1,131 @@
+"""Weights in 8 and 4 bits, in one word: what the linears compute, and whole models of them."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from command_line import assert_two_lines
+from torch import nn
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.self_check.decoding import check_decoding
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone, describe
+from offramp.models.exits import Exits
+from offramp.models.quantized.linears import SCHEMES, QuantizedLinear, quantize_linears
+from offramp.models.quantized.weights import float_copy, scheme
+from offramp.models.shipped import tiny_exits, tiny_folder
+
+ROUNDED = {"int8": 0.012, "int4": 0.11}
+"""The largest relative error that a weight of random numbers may get."""
+WORDS = pytest.mark.parametrize("word", SCHEMES)
+
+
+def linear(rows=48, columns=96, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(columns, rows, bias=bias).bfloat16().requires_grad_(False)
+
+
+@WORDS
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_linear_is_its_weight_rounded(word, bias):
+    plain = linear(bias=bias)
+    made = SCHEMES[word](plain)
+    copied = float_copy(nn.Sequential(made), torch.float32)[0]
+    apart = (copied.weight - plain.weight.float()).norm() / plain.weight.float().norm()
+    assert 0 < apart < ROUNDED[word]
+    states = torch.randn(2, 3, 96).bfloat16()
+    assert torch.allclose(made(states).float(), copied(states.float()), rtol=0.02, atol=0.02)
+
+
+@WORDS
+def test_what_a_token_gets_does_not_depend_on_those_beside_it(word):
+    made, states = SCHEMES[word](linear()), torch.randn(17, 96).bfloat16()
+    alone = torch.cat([made(row[None]) for row in states])
+    assert torch.equal(made(states), alone)
+
+
+@WORDS
+def test_a_weight_of_one_value_is_kept(word):
+    plain = linear()
+    plain.weight.fill_(0.5)
+    made = SCHEMES[word](plain)(torch.ones(1, 96).bfloat16())
+    assert torch.allclose(made, plain(torch.ones(1, 96).bfloat16()), rtol=0.01)
+
+
+def quantized(name, word):
+    model = families.build(name, torch.bfloat16)
+    quantize_linears(Backbone(model).layers, word)
+    return Backbone(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("llava", "int8"), ("llava", "int4"), ("blip2-t5", "int4")]
+)
+def test_a_quantised_model_decodes_as_its_own_generate(name, word, batch):
+    backbone = quantized(name, word)
+    assert scheme(backbone.layers) == word == describe(backbone)["quantized"]
+    assert not [part for part in backbone.layers.modules() if type(part) is nn.Linear]
+    found = check_decoding(backbone, batch(name, 1, torch.bfloat16), depths=(2, 4))
+    assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
+    inputs = batch(name, 1, torch.bfloat16)
+    adapter = Adapter(backbone, Exits(backbone, (2,)), ExitPolicy({2: 0.5}))
+    full, lossless = (
+        adapter.generate(**inputs, mode=mode, max_new_tokens=8, do_sample=False)
+        for mode in ("full", "lossless")
+    )
+    assert torch.equal(full, lossless)
+
+
+def test_linears_that_do_not_fit_stay_as_they_are():
+    layers = nn.ModuleList([nn.Sequential(linear(), linear(48, 80))])
+    quantize_linears(layers, "int4")
+    assert [type(part) is nn.Linear for part in layers[0]] == [False, True]
+
+
+def test_one_word_loads_a_model_quantised_and_exits_of_the_float_model_say_calibrate_again():
+    backbone = Backbone.from_pretrained(tiny_folder("opt"), quantize="int4")
+    held = [part for part in backbone.layers.modules() if isinstance(part, QuantizedLinear)]
+    assert len(held) == 6 * backbone.depth and type(backbone.head) is nn.Linear
+    with pytest.warns(UserWarning, match=r"in float, this one is in int4: calibrate again"):
+        assert Adapter.from_pretrained(backbone, tiny_exits("opt")).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"quantize": "int3"}, "'int3' is not known"),
+        ({"quantize": "int4", "dtype": torch.float32}, "float32 was asked for"),
+        ({"quantize": "int4", "quantization_config": object()}, "quantised twice"),
+    ],
+)
+def test_a_mistake_is_said_before_the_model_is_loaded(options, said):
+    with pytest.raises(InputError, match=said) as caught:
+        Backbone.from_pretrained("no/such-model", **options)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_what_is_quantised_already_or_does_not_fit_is_refused_in_two_lines(monkeypatch):
+    from offramp.models import backbone
+
+    loaded = quantized("llava", "int8").model
+    monkeypatch.setattr(backbone, "load_model", lambda *_, **__: loaded)
+    with pytest.raises(InputError, match="quantised already, in int8") as twice:
+        Backbone.from_pretrained("x", quantize="int4")
+    with pytest.raises(InputError, match="No linear of the decoder") as odd:
+        quantize_linears(nn.ModuleList([nn.Sequential(linear(48, 80))]), "int4")
+    assert {len(str(caught.value).splitlines()) for caught in (twice, odd)} == {2}
+
+
+def test_commands_take_the_word(run, trained, photos):
+    image = ("--image", photos / "0.png", "--max-new-tokens", 4)
+    with pytest.warns(UserWarning, match="calibrate again"):
+        code, out, _ = run("generate", "--adapter", trained, "--quantize", "int8", *image)
+    assert code == 0 and out
+    contradicts = ("--quantize", "int4", "--dtype", "float32")
+    assert_two_lines(run("generate", "--adapter", trained, *contradicts, *image), "float32")
+    assert_two_lines(run("inspect", trained, "--quantize", "int4"), "--quantize")
+    export = ("export", "--adapter", trained, "--gguf", "f16", "--out", photos / "gguf")
+    assert_two_lines(run(*export, "--quantize", "int4"), "--quantize")
