@@ -15,7 +15,7 @@ from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.hub.loading import grey_example, load_model
+from offramp.models.hub.loading import grey_example, load_model, unwrap_peft
 from offramp.models.quantized.linears import check_quantize, quantize_linears
 from offramp.models.quantized.weights import (
     check_scheme,
@@ -73,7 +73,7 @@ class Backbone:
             UnsupportedBackboneError: the decoder cannot be found or driven, or it is not read as
                 the model reads itself (`offramp.models.discovery.self_check`).
         """
-        model = _unwrap_peft(model)
+        model = unwrap_peft(model)
         self.model: Any = model
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = revision
@@ -370,19 +370,6 @@ def _softcap(*configs: Any) -> float | None:
         if cap is not None:
             return float(cap)
     return None
-
-
-def _unwrap_peft(model: nn.Module) -> nn.Module:
-    """The base model of a LoRA-wrapped one: LoRA lives inside the layers, so nothing is lost."""
-    unwrap = getattr(model, "get_base_model", None)
-    if unwrap is None:
-        return model
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedBackboneError(
-            "A prompt-learning PEFT adapter changes the input, outside the layers.",
-            "Use an adapter that lives in the layers (such as LoRA), or merge it.",
-        )
-    return unwrap()  # type: ignore[no-any-return]
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
-from offramp.errors import InputError
+from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.missing import how_to_install, missing_package
 
 
@@ -47,6 +48,19 @@ def load_model(
 def _is_on(device: torch.device, wanted: torch.device) -> bool:
     """Whether it is there already: some quantised models refuse to be moved."""
     return device.type == wanted.type and wanted.index in (None, device.index)
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The base model of a LoRA-wrapped one: LoRA lives inside the layers, so nothing is lost."""
+    unwrap = getattr(model, "get_base_model", None)
+    if unwrap is None:
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedBackboneError(
+            "A prompt-learning PEFT adapter changes the input, outside the layers.",
+            "Use an adapter that lives in the layers (such as LoRA), or merge it.",
+        )
+    return unwrap()  # type: ignore[no-any-return]
 
 
 def load_processor(
