@@ -19,6 +19,7 @@ from offramp.adapter import Adapter
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.research.scenes import tasks
 from offramp.serving.core import EngineConfig
+from offramp.serving.schedule.scheduler import Schedule
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models
@@ -44,7 +45,8 @@ def scene_examples() -> list[Any]:
 def service_of(slots: int = 8, limit: int = 256, more: Any = None, **config: Any) -> Service:
     adapter, processor = shipped()
     settings = ServerConfig(**{"name": NAME, **config})
-    return Service(adapter, processor, settings, EngineConfig(slots, limit), **(more or {}))
+    sizes = EngineConfig(slots, limit, schedule=Schedule.of(slots))  # whatever calls take today
+    return Service(adapter, processor, settings, sizes, **(more or {}))
 
 
 def data_uri(image: Image.Image, kind: str = "PNG") -> str:

@@ -186,7 +186,6 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
     [
         (["--serial", "--slots", "4"], "--slots"),
         (["--runtime", "llama.cpp", "--gguf", "x", "--slots", "2"], "llama.cpp"),
-        (["--serial", "--measure-calls"], "--measure-calls"),
         (["--runtime", "llama.cpp"], "--gguf"),
     ],
 )

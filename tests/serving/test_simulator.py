@@ -79,24 +79,23 @@ def test_a_workload_that_cannot_be_is_refused(wrong):
 
 
 def load(**more):
-    usual = {"ready": 4, "idle": 0, "oldest": 0, "pending": 3, "plain": False}
+    usual = {"rows": 4, "ready": 4, "idle": 0, "oldest": 0, "asks": True, "pending": 3}
     return Load(**{**usual, **more})
 
 
 @pytest.mark.parametrize(
-    ("rows", "full", "call"),
+    ("rows", "patience", "call"),
     [
-        (load(), False, "shallow"),
-        (load(oldest=3), False, "deep"),
-        (load(ready=2, idle=2), False, "deep"),
-        (load(ready=0, idle=1), False, "deep"),
-        (load(plain=True), True, "deep"),  # first what is pending
-        (load(plain=True, pending=0), True, "full"),
-        (load(plain=False, pending=0), True, "shallow"),  # a row's tokens may exit: no full depth
+        (load(), 3, "shallow"),
+        (load(oldest=3), 3, "deep"),
+        (load(ready=2, idle=2), 3, "deep"),
+        (load(ready=0, idle=1), 3, "deep"),
+        (load(), 0, "deep"),  # synchronous
+        (load(asks=False), 0, "shallow"),
     ],
 )
-def test_the_deep_layers_run_when_somebody_waited_long_enough(rows, full, call):
-    assert Schedule(patience=3, idle=2).next_call(rows, full=full) == call
+def test_the_deep_layers_run_when_somebody_waited_long_enough(rows, patience, call):
+    assert Schedule(patience, idle=2).next_call(rows) == call
 
 
 def test_costs_are_linear_between_what_was_measured_and_beyond():

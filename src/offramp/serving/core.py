@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefix_cache import PrefixCache
@@ -29,7 +30,6 @@ from offramp.serving.rows.rules import RowRules
 from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
 from offramp.serving.schedule.pace import Pace
 from offramp.serving.schedule.scheduler import Call, Load, Schedule, Tally
-from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class EngineConfig:
     slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
     read in a round, at least one prompt; the rows being written wait meanwhile. longest: tokens of
     a row that may wait before the deep layers. guess_above: score from which an exit's token is
-    worth a guess. layout: of the deep call (`offramp.engine.slots.layout`).
+    worth a guess. layout: of the deep call (`offramp.engine.slots.layout`). schedule: of the calls,
+    exits being used whether they pay or not; None: the engine finds out from what its calls take.
 
     Raises:
         InputError: a number below 1.
@@ -66,8 +67,7 @@ class EngineConfig:
 class EngineCore:
     """Slots, a queue of prompts, and the rounds.
 
-    costs: of its calls, as `measure_calls` finds them; with them the engine tunes its schedule, and
-    runs at full depth where exits do not pay. clock: returns seconds.
+    clock: returns seconds.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.
@@ -82,7 +82,6 @@ class EngineCore:
         *,
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
-        costs: CallCosts | None = None,
         clock: Callable[[], float] = time.perf_counter,
         make_batch: Callable[..., SlotBatch] = SlotBatch,
     ) -> None:
@@ -110,12 +109,11 @@ class EngineCore:
             guess_above=config.guess_above,
         )
         self.pace = Pace(
-            costs,
-            config.schedule or Schedule.of(config.slots),
+            config.schedule,
             self.batch.tallies,
             slots=config.slots,
             longest=config.longest,
-            fixed=config.schedule is not None,
+            clock=clock,
         )
         self._reader = PromptReader(
             backbone,
@@ -127,20 +125,9 @@ class EngineCore:
         )
         self._queue: deque[Job] = deque()
         self._thread: int | None = None
-        self.calls = dict.fromkeys(("read", "shallow", "deep", "full"), 0)
+        self.calls = dict.fromkeys(("read", *get_args(Call)), 0)
         self.seconds = dict.fromkeys(self.calls, 0.0)
         self.tokens = 0
-
-    def tune(self, inputs: Mapping[str, Any], *, repeats: int = 5) -> CallCosts:
-        """Measure what its calls take after the prompt `inputs`, and go by that from now on.
-
-        Raises:
-            InputError: requests are being answered, or there are no exits.
-        """
-        most = max(8, min(64, 8 * self.config.slots))
-        costs = measure_calls(self.batch, self._reader, inputs, repeats=repeats, most=most)
-        self.pace.costs = costs
-        return costs
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -196,12 +183,20 @@ class EngineCore:
         self._admit()
         if not self.batch.seats:
             return None
-        call = self.pace.schedule.next_call(self._load(), full=self._full_pays())
-        made = {"shallow": self.batch.shallow, "deep": self.batch.deep, "full": self.batch.full}
+        call = self._next_call()
+        made: dict[Call, Callable[[], int]] = {
+            "shallow": self.batch.shallow,
+            "deep": self.batch.deep,
+            "flush": partial(self.batch.deep, flush=True),
+            "step": self.batch.step,
+            "full": self.batch.full,
+            "rehearse": self.batch.rehearse,
+        }
+        before = self.seconds[call]
         with self._timed(call):
-            made[call]()
+            tokens = made[call]()
+        self.pace.note(call, tokens, self.seconds[call] - before)
         self._collect()
-        self.pace.review(self.tokens)
         return call
 
     def run(self) -> None:
@@ -240,15 +235,13 @@ class EngineCore:
         for job in [*(seat.owner for seat in self.batch.seats), *self._queue]:
             job.handle.cancel()
 
-    def _full_pays(self) -> bool:
-        """Whether full depth is the faster way for rows whose tokens are all the full model's."""
-        exits = any(seat.policy.uses_exits for seat in self.batch.seats)
-        return not exits or self.pace.full(self.tokens)
-
-    def _load(self) -> Load:
-        rows = [seat.row for seat in self.batch.seats]
-        plain = not any(seat.policy.thresholds for seat in self.batch.seats)
-        return Load.of(rows, self.config.longest, plain=plain)
+    def _next_call(self) -> Call:
+        policies = [seat.policy for seat in self.batch.seats]
+        return self.pace.next_call(
+            Load.of([seat.row for seat in self.batch.seats], self.config.longest),
+            exits=any(policy.uses_exits for policy in policies),
+            exiting=any(policy.thresholds for policy in policies),
+        )
 
     def _drop_unwanted(self) -> None:
         for seat in [s for s in self.batch.seats if s.owner.handle.unwanted]:
@@ -274,8 +267,7 @@ class EngineCore:
     def _seat(self, job: Job) -> int:
         """Read the prompt of a request into a free slot; its tokens."""
         request = job.handle.request
-        named = request.mode is not None or request.thresholds is not None
-        pays = named or not self.policy.thresholds or self.pace.admits()
+        pays = self.pace.exits_pay
         policy = RowPolicy.of(request.exit_policy(self.policy, self.depths, pays=pays))
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.batch.backbone.is_encoder_decoder:  # else these are the encoder's

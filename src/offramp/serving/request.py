@@ -25,7 +25,7 @@ class Request:
     """One prompt and how to answer it.
 
     inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
-    own policy, at full depth while the engine finds that exits do not pay. thresholds: by depth,
+    own policy, or lossless while the engine finds that exits do not pay. thresholds: by depth,
     instead of the policy's; early exit only. seed: of its own generator; only matters with
     `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
     settled token with its depth and score; they run in the engine's thread and must be quick.
@@ -67,7 +67,7 @@ class Request:
             wanted = (
                 "lossless" if policy.lossless else "early_exit" if policy.thresholds else "full"
             )
-            mode = wanted if pays else "full"
+            mode = wanted if pays or wanted == "full" else "lossless"
         if mode == "full":
             return FULL
         if not depths:

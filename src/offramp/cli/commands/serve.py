@@ -94,11 +94,6 @@ def _engine_options(parser: Parser) -> None:
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
-    engine.add_argument(
-        "--measure-calls", action="store_true",
-        help="time the model's calls first; requests that name no mode then use the exits only "
-        "while these are found to pay (default: they are taken to)",
-    )  # fmt: skip
     runtime_options(parser, sized=False).add_argument(
         "--serial", action="store_true",
         help="write one answer after the other, as `offramp generate` does: for models that slots "
@@ -199,11 +194,6 @@ def _check_serial(arguments: argparse.Namespace) -> None:
             f"{way} writes one answer at a time, and --slots {arguments.slots} asks for more.",
             "Leave --slots out; others wait in the queue (--queue).",
         )
-    if arguments.measure_calls:
-        raise InputError(
-            f"{way} makes none of the calls that --measure-calls times.",
-            "Leave it out; --mode full answers at full depth.",
-        )
 
 
 def _keys(file: Path | None) -> list[str]:
@@ -241,10 +231,7 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     sizes = EngineConfig(slots=arguments.slots or SLOTS, limit=arguments.limit)
     serial = _serial(arguments, model)
     watch, loss = _watched(arguments, model, runtime_name(serial))
-    service = Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial)
-    if arguments.measure_calls:
-        service.measure_calls()
-    return service
+    return Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial)
 
 
 def _serial(arguments: argparse.Namespace, model: Any) -> Any:

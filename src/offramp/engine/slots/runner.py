@@ -3,7 +3,7 @@
 *Shallow*: the layers below the exit and the exit itself, one token of every row; the states that
 enter the exit are given back. *Deep*: such states, of any rows and several of a row, through the
 layers above, where they catch up and are verified at once. *Full*: one token of every row through
-all layers, no exit looked at.
+all layers, no exit looked at. *Step*: the same, and the exits are looked at on the way.
 """
 
 from __future__ import annotations
@@ -144,6 +144,10 @@ class SlotRunner:
         return self.run(
             "full" if exits else "bare", one_each(columns, *self._room(columns)), tokens
         )
+
+    def step(self, tokens: Tensor, columns: Sequence[int]) -> States:
+        """Run tokens [R] of the first R slots through all layers and all exits."""
+        return self.run("step", one_each(columns, *self._room(columns)), tokens)
 
     def deep(self, states: Tensor, slots: Sequence[int], columns: Sequence[int]) -> States:
         """Run states [N, D] that entered the first exit through the layers above it.

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -88,6 +88,7 @@ def run_case(
     """Answer `requests` requests; count while more wait than there are slots for."""
     depth = exits.depths[0]
     policy = ExitPolicy({depth: 0.5}, shortlist=shortlist)
+    config = replace(config, schedule=config.schedule or Schedule.of(config.slots))
     script = Script(case.exit_rate if case.mode == "early_exit" else 0.0, case.right, seed)
     never = 2.0  # a score of a guess that is never worth it
     guess_above = 0.0 if case.guess else never

@@ -92,6 +92,7 @@ class SlotBatch:
         exits = None if exits is None else ExitSet.of(exits)
         self.backbone, self.slots, self.longest = backbone, slots, longest
         self.guess_above = guess_above
+        self._usual = RowPolicy(policy.thresholds)
         self.depths = tuple(sorted({*policy.thresholds, *policy.drafts})) if exits else ()
         self.runner = SlotRunner(backbone, exits, self.depths, slots, limit, layout=layout)
         self.seats: list[Seat] = []
@@ -153,35 +154,36 @@ class SlotBatch:
 
     # -- calls ---------------------------------------------------------------------------------
 
+    # Each returns how many tokens it was over.
+
     @torch.inference_mode()
-    def shallow(self) -> None:
+    def shallow(self) -> int:
         """Feed the next token of every row that is ready up to the exit."""
         rows = [seat.row for seat in self.seats]
         ready = [row.ready(self.longest) for row in rows]
         states = self.runner.shallow(self._feed(rows), [row.column for row in rows])
-        depth = self.depths[0]
-        self._keep(states.entries[depth], rows)
-        asked = [
-            (seat.rules, seat.row.tokens) if on else None
-            for seat, on in zip(self.seats, ready, strict=True)
-        ]
-        verdicts = self.chooser.verdicts(depth, states, asked)
-        for seat, verdict in zip(self.seats, verdicts, strict=True):
+        self._keep(states.entries[self.depths[0]], rows)
+        for seat, verdict in zip(self.seats, self._verdicts(states, ready), strict=True):
             if verdict is None:
                 seat.row.wait()
             elif isinstance(verdict, Exception):
                 seat.error = verdict
             else:
-                self._follow(seat, depth, verdict)
+                self._follow(seat, verdict)
                 self._settle(seat)
+        return len(rows)
 
     @torch.inference_mode()
-    def deep(self) -> None:
-        """Run what is pending of the rows whose turn it is (`due`) through the deep layers."""
-        takes = due([seat.row for seat in self.seats], self.longest)
+    def deep(self, *, flush: bool = False) -> int:
+        """Run what is pending of the rows whose turn it is (`due`) through the deep layers.
+
+        flush: of all rows.
+        """
+        rows = [seat.row for seat in self.seats]
+        takes = [row.pending > 0 for row in rows] if flush else due(rows, self.longest)
         chosen = [(slot, seat) for slot, seat in enumerate(self.seats) if takes[slot]]
         if not chosen:
-            return
+            return 0
         assert self._pending is not None
         slots = [slot for slot, seat in chosen for _ in seat.row.columns]
         places = [n for _, seat in chosen for n in range(seat.row.pending)]
@@ -199,9 +201,37 @@ class SlotBatch:
             seat.row.caught_up()
             if seat.error is None:
                 self._settle(seat)
+        return len(slots)
 
     @torch.inference_mode()
-    def full(self) -> None:
+    def step(self) -> int:
+        """Feed the next token of every row through all layers and look at the exits on the way.
+
+        Nothing may be pending. Any row gets what a shallow and a deep call would give it.
+        """
+        rows = [seat.row for seat in self.seats]
+        assert not any(row.pending or row.parked for row in rows)
+        states = self.runner.step(self._feed(rows), [row.column for row in rows])
+        looks = [seat.policy.uses_exits for seat in self.seats]
+        for seat, verdict in zip(self.seats, self._verdicts(states, looks), strict=True):
+            if isinstance(verdict, Verdict):
+                self._follow(seat, verdict)
+            else:
+                seat.error = verdict
+                seat.row.park(float("nan"))
+        asked = [(slot, place) for slot, row in enumerate(rows) for place in row.questions]
+        if asked:
+            places = torch.tensor([slot for slot, _ in asked], device=states.final.device)
+            questions = [(self.seats[slot], place) for slot, place in asked]
+            self._answer(questions, states.picked(places))
+        for seat in self.seats:
+            seat.row.caught_up()
+            if seat.error is None:
+                self._settle(seat)
+        return len(rows)
+
+    @torch.inference_mode()
+    def full(self) -> int:
         """Feed the next token of every row through all layers; nothing may be pending.
 
         No exit is looked at, so only rows whose tokens are all the full model's may be seated.
@@ -219,6 +249,17 @@ class SlotBatch:
                 continue
             seat.row.passed(Choice(token, self.backbone.depth))
             self._settle(seat)
+        return len(rows)
+
+    @torch.inference_mode()
+    def rehearse(self) -> int:
+        """Do the work of a full call and leave all rows as they are: what stands behind a row's
+        last column is never read."""
+        rows = [seat.row for seat in self.seats]
+        columns = [row.column for row in rows]
+        states = self.runner.full(self._feed(rows), columns, exits=False)
+        self.backbone.logits(states.final).argmax(-1).tolist()
+        return len(rows)
 
     def _feed(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.feed for row in rows], device=self.backbone.device)
@@ -232,9 +273,19 @@ class SlotBatch:
 
     # -- what comes next -----------------------------------------------------------------------
 
-    def _follow(self, seat: Seat, depth: int, verdict: Verdict) -> None:
+    def _verdicts(
+        self, states: States, looks: Sequence[bool]
+    ) -> Sequence[Verdict | Exception | None]:
+        """What the first exit says in the rows that it looks at."""
+        asked = [
+            (seat.rules, seat.row.tokens) if on else None
+            for seat, on in zip(self.seats, looks, strict=True)
+        ]
+        return self.chooser.verdicts(self.depths[0], states, asked)
+
+    def _follow(self, seat: Seat, verdict: Verdict) -> None:
         """Go on from what the first exit says of a fed token, if it may, or park."""
-        row, policy = seat.row, seat.policy
+        row, policy, depth = seat.row, seat.policy, self.depths[0]
         tally = self.tallies[bool(policy.thresholds)]
         score = verdict.score if verdict.open else float("nan")
         if policy.exits(depth, verdict):
@@ -262,15 +313,26 @@ class SlotBatch:
                 if not isinstance(choice, Choice):
                     choice = self._full_choice(seat, place, largest[i], logits[i : i + 1], choice)
                 guessed = place < len(seat.row.choices)
+                score = seat.row.asked(place).score
                 right = seat.row.answer(place, choice)
                 if guessed:
-                    tally = self.tallies[bool(seat.policy.thresholds)]
-                    tally.ruled += 1
-                    tally.right += right
+                    self._count(seat, score, right)
             except Exception as error:  # of the row's own rules: its request alone fails
                 seat.error, right = error, False
             if not right:
                 void.add(id(seat))
+
+    def _count(self, seat: Seat, score: float, right: bool) -> None:
+        """Note whether a guess was right, and of a lossless row what would have become of its token
+        by the batch's own thresholds."""
+        exiting = bool(seat.policy.thresholds)
+        self.tallies[exiting].rule(right)
+        if not exiting and self._usual.thresholds:
+            if self._usual.exits(self.depths[0], Verdict(-1, score, open=score == score)):
+                self.tallies[True].exited += 1
+            else:
+                self.tallies[True].guessed += 1
+                self.tallies[True].rule(right)
 
     def _deeper_exit(self, at: int, states: States, seat: Seat, place: int) -> Choice | float:
         """What an exit above the first lets exit at `place`; if none does, the last one's score."""

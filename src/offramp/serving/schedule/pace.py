@@ -1,91 +1,159 @@
 """Whether exits pay, and how long the deep layers had best wait: asked again as answers go by.
 
-The simulator is given the measured costs and what the exits did lately. Where it finds full depth
-faster, requests that name no mode are answered at full depth, and lossless rows run there, which
-changes no token; one in `PROBE` still uses the exits, to learn when that changes.
+An engine times its calls as it makes them. The simulator is given what they took, and what the
+exits did lately. Where full depth is faster, rows run there: lossless ones by full calls, which
+change no token, rows whose tokens may exit by synchronous steps, and requests that name no mode are
+answered losslessly. Now and then the other way is tried for a few calls, all of which move the rows
+on, to learn what it takes by now; what the exits would do is seen in every 32nd call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from offramp.serving.schedule.scheduler import Schedule, Tally
-from offramp.serving.schedule.simulator import Workload, full_depth, simulate
-from offramp.serving.schedule.unit_costs import CallCosts
+from offramp.serving.schedule.learned_costs import LearnedCosts, nearest
+from offramp.serving.schedule.scheduler import Call, Load, Schedule, Tally
+from offramp.serving.schedule.simulator import Workload, simulate
+from offramp.serving.schedule.unit_costs import seconds
 
-PROBE = 16
-EVERY = 4000
-"""Tokens between two reviews."""
-ENOUGH = 200
+SHARE = 0.01
+"""Of the time that trials may take, and reviews: each its first time at once."""
+LOOK = 32
+"""At full depth the exits are looked at in one call of so many."""
+WARM = 8
+"""Calls over about as many rows before full depth is tried with them."""
+TRIAL: tuple[Call, ...] = ("step", "full", "step", "full")
+EVERY = 64
+"""Calls to the next review, if no trial ends before; each time as many more, to 8 times."""
+ENOUGH = 48
 """Tokens that exits must have looked at before they are judged."""
-_SIMULATED = 800
+_REMEMBERED = 1000
+_SIMULATED = 500
 _LONGEST_PATIENCE = 16
+_AS: dict[Call, str] = {"flush": "deep", "rehearse": "full"}
 
 
 class Pace:
-    """Reviews the exits of an engine. tallies: by whether tokens may exit (else lossless).
+    """Says which call comes next.
 
-    costs: None: exits are taken to pay, and the schedule stays as it is.
+    schedule: of shallow and deep calls, which then stays, exits being taken to pay; None: what is
+    found best. tallies: by whether tokens may exit (else lossless). clock: returns seconds.
+
+    exits_pay: whether a request that names no mode had best use the engine's own thresholds.
     """
 
     def __init__(
         self,
-        costs: CallCosts | None,
-        schedule: Schedule,
+        schedule: Schedule | None,
         tallies: Mapping[bool, Tally],
         *,
         slots: int,
         longest: int,
-        fixed: bool,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.schedule = schedule
-        self.costs, self._tallies, self._fixed = costs, tallies, fixed
-        self._sizes = {"slots": slots, "longest": longest}
-        self._pays = {True: True, False: True}
-        self._requests = self._reviewed = 0
+        self.schedule = schedule or Schedule.of(slots)
+        self.exits_pay = True
+        self.costs = LearnedCosts()
+        self._fixed, self._tallies = schedule is not None, tallies
+        self._longest, self._clock = longest, clock
+        self._full = {True: False, False: False}  # whether full depth is faster, as in tallies
+        self._trial: list[Call] | None = None  # what was called in it so far
+        self._rows = 1.0  # lately
+        self._alike = 0  # calls over about as many rows
+        self._looked = self._since = 0  # calls since exits were looked at, and since the review
+        self._reviews = 0
+        self._total = self._tried = self._reviewed = 0.0  # seconds
 
-    def pays(self, exiting: bool) -> bool:
-        """Whether exits pay for rows whose tokens may exit, or for lossless ones."""
-        return self._pays[exiting]
+    def full(self, *, exiting: bool) -> bool:
+        """Whether rows whose tokens may exit, or lossless ones, are faster at full depth."""
+        return self._full[exiting]
 
-    def admits(self) -> bool:
-        """Whether the next request that names no mode is to use the exits."""
-        self._requests += 1
-        return self._pays[True] or self._requests % PROBE == 0
+    def next_call(self, load: Load, *, exits: bool, exiting: bool) -> Call:
+        """The next call. exits: whether a row uses exits; exiting: whether a row's tokens may."""
+        if not exits:
+            return "flush" if load.pending else "full"
+        if self._fixed:
+            return self.schedule.next_call(load)
+        if self._trial is None and self._tries(load.rows, exiting):
+            self._trial = []
+        if self._full[exiting] == (self._trial is not None):
+            return self.schedule.next_call(load)
+        if load.pending:
+            return "flush"
+        if self._trial is not None:
+            wanted = TRIAL[sum(call != "flush" for call in self._trial)]
+            return "rehearse" if exiting and wanted == "full" else wanted
+        return "step" if exiting or self._looked >= LOOK else "full"
 
-    def full(self, tokens: int) -> bool:
-        """Whether lossless rows run at full depth now, `tokens` having been written so far."""
-        return not self._pays[False] and tokens // EVERY % PROBE != 0
+    def note(self, call: Call, tokens: int, took: float) -> None:
+        """A call over `tokens` tokens took so many seconds; think again, if it is time."""
+        self.costs.note(_AS.get(call, call), max(1, tokens), took)
+        self._total += took
+        self._since += 1
+        self._looked = self._looked + 1 if call == "full" else 0
+        if call not in ("deep", "flush"):
+            self._follow(tokens)
+        if self._trial is not None:
+            self._tried += took
+            self._trial.append(call)
+            if not self._over(self._trial):
+                return
+            self._trial, self._since = None, 8 * EVERY
+        due = self._since >= EVERY * min(8, 1 + self._reviews)
+        if due and not self._fixed and self._reviewed <= SHARE * self._total:
+            self._review()
 
-    def review(self, tokens: int) -> None:
-        """Judge anew, once enough was written since the last time."""
-        if self.costs is None or tokens - self._reviewed < EVERY:
-            return
-        self._reviewed = tokens
-        full = full_depth(self.costs, self._sizes["slots"])
+    def _follow(self, rows: int) -> None:
+        """Mind how many rows there are lately."""
+        if nearest(rows) != nearest(max(1, round(self._rows))):
+            self._alike, self._rows = 0, rows
+        self._alike += 1
+        self._rows += (rows - self._rows) / 16
+
+    def _tries(self, rows: int, exiting: bool) -> bool:
+        """Whether to try what is not done now: full depth, or the exits."""
+        new = not (self.costs.knows("full", rows) and self.costs.knows("step", rows))
+        if new and not self._full[exiting] and self._alike >= WARM:
+            return True
+        return 0 < self._tried <= SHARE * self._total
+
+    def _over(self, trial: list[Call]) -> bool:
+        at_full = sum(call in TRIAL or call == "rehearse" for call in trial)
+        return at_full >= len(TRIAL) or trial.count("deep") >= 2 or len(trial) >= LOOK
+
+    def _review(self) -> None:
         seen = {exiting: t for exiting, t in self._tallies.items() if t.tokens >= ENOUGH}
+        if not seen or not self.costs.complete:
+            return
+        begin, self._since = self._clock(), 0
+        self._reviews += 1
+        rows = max(1, round(self._rows))
+        full, step = (rows / seconds(self.costs.table(kind), rows) for kind in ("full", "step"))
         for exiting, tally in seen.items():
-            best = max(self._candidates(), key=lambda schedule: self._speed(tally, schedule))
-            self._pays[exiting] = self._speed(tally, best) >= full
+            speeds = {s: self._speed(tally, s, rows) for s in self._candidates(rows)}
+            best = max(speeds, key=speeds.__getitem__)
+            self._full[exiting] = speeds[best] < (step if exiting else full)
+            if exiting:
+                self.exits_pay = speeds[best] >= full
             if exiting or True not in seen:
                 self.schedule = best
-            tally.fade()
+            if tally.tokens > _REMEMBERED:
+                tally.fade()
+        self._reviewed += self._clock() - begin
 
-    def _candidates(self) -> list[Schedule]:
-        if self._fixed:
-            return [self.schedule]
-        waits = {max(1, self.schedule.patience // 2), self.schedule.patience}
-        waits.add(min(_LONGEST_PATIENCE, 2 * self.schedule.patience))
-        return [replace(self.schedule, patience=patience) for patience in sorted(waits)]
+    def _candidates(self, rows: int) -> list[Schedule]:
+        now = self.schedule.patience
+        waits = {now // 2, now, min(_LONGEST_PATIENCE, max(1, 2 * now))}
+        idle = max(1, rows // 2)
+        return [replace(self.schedule, patience=wait, idle=idle) for wait in sorted(waits)]
 
-    def _speed(self, tally: Tally, schedule: Schedule) -> float:
-        assert self.costs is not None
+    def _speed(self, tally: Tally, schedule: Schedule, rows: int) -> float:
         rate = tally.exited / tally.tokens
         right = tally.right / tally.ruled if tally.ruled else 0.0
-        work = Workload(rate, right, (20, 60), guess=tally.guessed > tally.parked)
-        slots, longest = self._sizes["slots"], self._sizes["longest"]
+        work = Workload(rate, right, (20, 60), guess=tally.guessed >= tally.parked)
         simulated = simulate(
-            self.costs, work, schedule, slots=slots, longest=longest, tokens=_SIMULATED
+            self.costs.calls(rows), work, schedule, longest=self._longest, tokens=_SIMULATED
         )
         return simulated.tokens_per_second

@@ -1,7 +1,8 @@
-"""Which call comes next: shallow, deep or full.
+"""Which call comes next.
 
-The deep layers cost nearly the same over one token and over many, so they wait for company; but a
-row that parked idles meanwhile, and what is built on a guess that is wrong is lost.
+Where exits are used, shallow and deep calls take turns. The deep layers cost nearly the same over
+one token and over many, so they wait for company; but a row that parked idles meanwhile, and what
+is built on a guess that is wrong is lost.
 """
 
 from __future__ import annotations
@@ -13,51 +14,54 @@ from typing import Literal, NamedTuple
 from offramp.errors import InputError
 from offramp.serving.rows.row import Row
 
-Call = Literal["shallow", "deep", "full"]
+Call = Literal["shallow", "deep", "flush", "step", "full", "rehearse"]
+"""flush: a deep call over all that is pending; the others as in `SlotBatch`."""
 
 
 class Load(NamedTuple):
     """The rows in slots. ready: can be fed. idle: cannot, before a deep call. oldest: shallow calls
-    since the oldest question to the deep layers. pending: tokens that wait before them. plain: no
-    row's tokens may exit, so that all may run at full depth."""
+    since the oldest question to the deep layers. asks: whether there is any. pending: tokens that
+    wait before them."""
 
+    rows: int
     ready: int
     idle: int
     oldest: int
+    asks: bool
     pending: int
-    plain: bool
 
     @classmethod
-    def of(cls, rows: Sequence[Row], longest: int, *, plain: bool) -> Load:
+    def of(cls, rows: Sequence[Row], longest: int) -> Load:
         """Of at least one row, each with at most `longest` tokens pending."""
         return cls(
+            rows=len(rows),
             ready=sum(row.ready(longest) for row in rows),
             idle=sum(row.idle(longest) for row in rows),
             oldest=max(row.waited for row in rows),
+            asks=any(row.asks for row in rows),
             pending=sum(row.pending for row in rows),
-            plain=plain,
         )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the deep layers run: once the oldest question has waited `patience` shallow calls, once
-    `idle` rows are, or once no row can be fed.
+    """When the deep layers run: once the oldest question has waited `patience` shallow calls (0: as
+    soon as there is one), once `idle` rows are, or once no row can be fed.
 
     Defaults are the simulation's over long runs: a deadline alone is within 5% of the best.
 
     Raises:
-        InputError: a number below 1.
+        InputError: a patience below 0, no idle row.
     """
 
     patience: int = 4
     idle: int = 4
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.idle < 1:
+        if self.patience < 0 or self.idle < 1:
             raise InputError(
                 f"A schedule of {self.patience} calls and {self.idle} rows never runs.",
-                "Give whole numbers from 1.",
+                "Give whole numbers, of rows from 1.",
             )
 
     @classmethod
@@ -65,15 +69,10 @@ class Schedule:
         """The usual one of so many slots."""
         return cls(idle=max(1, slots // 2))
 
-    def next_call(self, load: Load, *, full: bool = False) -> Call:
-        """The next call for at least one row.
-
-        full: whether rows whose tokens are all the full model's had better run at full depth.
-        """
-        if full and load.plain:
-            return "deep" if load.pending else "full"
-        asked = load.oldest >= self.patience or load.idle >= self.idle
-        return "deep" if asked or not load.ready else "shallow"
+    def next_call(self, load: Load) -> Call:
+        """Shallow or deep, for at least one row."""
+        waited = load.oldest >= self.patience and (load.asks or load.oldest > 0)
+        return "deep" if waited or load.idle >= self.idle or not load.ready else "shallow"
 
 
 def due(rows: Sequence[Row], longest: int) -> list[bool]:
@@ -97,6 +96,11 @@ class Tally:
     @property
     def tokens(self) -> float:
         return self.exited + self.guessed + self.parked
+
+    def rule(self, right: bool) -> None:
+        """Count what the deep layers said of a guess."""
+        self.ruled += 1
+        self.right += right
 
     def fade(self) -> None:
         """Count what was so far by half from now on."""

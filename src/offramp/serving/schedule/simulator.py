@@ -101,12 +101,11 @@ class _Simulation:
         if not self.answers:
             self.now = max(self.now, self.next_arrival)
             return
-        load = Load.of([answer.row for answer in self.answers], self.longest, plain=False)
+        load = Load.of([answer.row for answer in self.answers], self.longest)
         took = self._shallow() if self.schedule.next_call(load) == "shallow" else self._deep()
         self.now += took
         self.decoding += took
-        for answer in list(self.answers):
-            self._settle(answer)
+        self.tokens += sum(self._settle(answer) for answer in list(self.answers))
 
     def _arrive(self) -> None:
         if self.work.arrivals is None:
@@ -145,14 +144,14 @@ class _Simulation:
         head = seconds(self.costs.head, questions) if questions else 0.0
         return seconds(self.costs.deep, states) + head
 
-    def _settle(self, answer: _Answer) -> None:
-        fresh = len(answer.row.settle())
-        for _ in range(min(fresh, answer.length - len(answer.times))):
-            answer.times.append(self.now)
+    def _settle(self, answer: _Answer) -> int:
+        """Give out what is settled of an answer; how many tokens."""
+        fresh = min(len(answer.row.settle()), answer.length - len(answer.times))
+        answer.times += [self.now] * fresh
         if len(answer.times) >= answer.length:
             self.answers.remove(answer)
-            self.tokens += len(answer.times) - 1
             self.gaps += np.diff(answer.times).tolist()
+        return fresh
 
 
 def simulate(
@@ -165,7 +164,7 @@ def simulate(
     tokens: int = 3000,
     seed: int = 0,
 ) -> Prediction:
-    """Run until answers of `tokens` tokens are over. slots: those of `costs`, if not said."""
+    """Run until `tokens` tokens were decoded. slots: those of `costs`, if not said."""
     slots = costs.slots if slots is None else slots
     run = _Simulation(costs, schedule or Schedule.of(slots), work, slots, longest, seed)
     while run.tokens < tokens:

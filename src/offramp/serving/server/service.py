@@ -19,8 +19,7 @@ from offramp.engine.policy import FULL
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.loading import TRIAL
+from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
 from offramp.serving.serial import SerialCore
@@ -122,12 +121,6 @@ class Service:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
-
-    def measure_calls(self) -> None:
-        """Time the engine's calls, before any request, so that it minds whether exits pay."""
-        encoder, core = self.prompter.processor, self.engine.core
-        if isinstance(core, EngineCore) and core.depths:
-            core.tune(encoder.prompts([TRIAL]))
 
     # -- who is let in -----------------------------------------------------------------------------
 
