@@ -42,7 +42,7 @@ from offramp.storage import read_json, write_json
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 
-RECORD = RECORDS / "quantised.json"
+RECORD = RECORDS / "quantised-models.json"
 PACKAGES = (
     "torch", "transformers", "torchao", "bitsandbytes", "optimum-quanto", "compressed-tensors",
     "gptqmodel", "hqq",

@@ -7,16 +7,28 @@ from benchmarks.tables import (
     overview,
     photographs,
     quantised,
+    quantised_models,
     serving,
     speed,
     tiny,
 )
 from benchmarks.tables.markdown import Make
 
-_MODULES = (overview, tiny, comparison, speed, photographs, llama_cpp, serving, quantised, loads)
+_MODULES = (
+    overview,
+    tiny,
+    comparison,
+    speed,
+    photographs,
+    llama_cpp,
+    serving,
+    quantised,
+    quantised_models,
+    loads,
+)
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make
-    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised, loads)
+    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised_models, loads)
     for name, make in module.FIGURES.items()
 }

@@ -1,55 +1,65 @@
-"""Exits beside quantised backbones, scheme by scheme."""
+"""Weights in 8 and 4 bits, in PyTorch: speed, memory and answers by format and mode."""
 
 from typing import Any
 
 from benchmarks.tables.markdown import Make, record, table
 
-COLUMNS = (
-    "scheme", "exits' tensors trained", "saved and loaded", "full", "early exit", "lossless",
-    "the float model's exits load", "writes the float model's tokens",
-)  # fmt: skip
-
-ROUNDING = 2e-3
-"""The largest difference of logits, relative to the largest, that is float32's."""
-
-
-def _mode(row: dict[str, Any], mode: str) -> str:
-    """exact, where logits and answers are; else how far they are."""
-    off, answers = row["logits"][mode], row["answers"]
-    if not isinstance(off, float):
-        return str(off)
-    logits = "exact" if off <= ROUNDING else f"to {off:.0e}"
-    if mode == "early_exit" or answers[mode] == answers["of"]:
-        return logits
-    return f"{logits}, {answers[mode]} of {answers['of']} answers"
+FORMATS = ("float32", "int8", "int4")
+STOCK, OURS = "generate", "offramp, torch"
+MODES = {
+    "full": "exits off",
+    "lossless": "lossless",
+    "early_exit": "early exit at 0.2, as shipped",
+    "threshold_0.1": "early exit at 0.1",
+    "every_token": "every token at the exit",
+}
 
 
-def _schemes(model: str) -> str:
+def _entries(part: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    entries = record("quantised")[part]["entries"]
+    return {(e["runtime"], e["format"], e["mode"]): e for e in entries}
+
+
+def speeds() -> str:
+    """Tokens a CPU second, and multiples of Hugging Face's `generate` in float32."""
+    entries = _entries("timings")
+
+    def cells(runtime: str, mode: str) -> list[str]:
+        found = [entries[runtime, layers, mode] for layers in FORMATS]
+        return [f"{e['cpu_tokens_per_second']:.0f} ({e['over_generate']:.1f}x)" for e in found]
+
+    rows = [("`generate`", *cells(STOCK, "full"))]
+    rows += [(title, *cells(OURS, mode)) for mode, title in MODES.items()]
+    return table(rows, ("tokens a second", *FORMATS))
+
+
+def answers() -> str:
+    """Identical answers, and CIDEr against the float32 full model's."""
+    entries, n = _entries("answers"), record("quantised")["answers"]["photographs"]
     rows = []
-    for name, row in record("quantised")[model].items():
-        if "refused" in row:
-            rows.append((name, f"not here: {row['refused'].rstrip('.')}", *[""] * 6))
-            continue
-        tensors = row["tensors"]
-        rows.append(
-            (
-                name,
-                f"{tensors - row['unmoved']} of {tensors}",
-                "yes" if row["kept"] == tensors else f"{row['kept']} of {tensors} tensors",
-                *(_mode(row, mode) for mode in ("full", "early_exit", "lossless")),
-                "with a warning" if row["beside"] else "no",
-                f"{row['agreement']:.1%}",
-            )
-        )
-    return table(rows, COLUMNS)
+    for (_, layers, mode), e in entries.items():
+        if layers in FORMATS:
+            low, high = e["difference_interval"]
+            same = [f"{e[name]} of {n}" for name in ("as_own_full", "as_float32_full")]
+            cider = f"{e['CIDEr']:.3f} [{low:+.3f}, {high:+.3f}]"
+            rows.append((layers, MODES[mode], *same, cider))
+    return table(
+        rows, ("", "", "as its own full depth", "as float32's full depth", "CIDEr [difference]")
+    )
 
 
-def versions() -> str:
-    return ", ".join(f"{name} {v}" for name, v in record("quantised")["versions"].items())
+def memory() -> str:
+    """Megabytes of weights."""
+    found = record("quantised")["timings"]["memory"]
+    parts = {"layers": "decoder layers", "model": "the whole model"}
+    formats = ("float32", "bfloat16", "int8", "int4")
+    rows = [(t, *(f"{found[f][p] / 1e6:.0f} MB" for f in formats)) for p, t in parts.items()]
+    return table(rows, ("weights of", *formats))
 
 
 TABLES: dict[str, Make] = {
-    "quantised-tiny": lambda: _schemes("tiny"),
-    "quantised-photo": lambda: _schemes("photo"),
+    "quantised-speeds": speeds,
+    "quantised-answers": answers,
+    "quantised-memory": memory,
 }
-FIGURES: dict[str, Make] = {"quantised-versions": versions}
+FIGURES: dict[str, Make] = {}

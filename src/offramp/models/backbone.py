@@ -16,7 +16,7 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
 from offramp.models.hub.loading import grey_example, load_model, unwrap_peft
-from offramp.models.quantized.linears import check_quantize, quantize_linears
+from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import (
     check_scheme,
     float_dtype,
@@ -170,7 +170,7 @@ class Backbone:
                 f"{name} is quantised already, in {held_in}, and was to be in {quantize}.",
                 "Leave the quantisation out, or name the model that it was made of.",
             )
-        quantize_linears(backbone.layers, quantize)
+        quantize_layers(backbone.layers, quantize)
         return cls._of_loaded(model, str(name), revision, example)
 
     @classmethod

@@ -188,7 +188,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.shape is not None:
         import torch
 
-        from offramp.models.quantized.linears import check_quantize, quantize_linears
+        from offramp.models.quantized.linears import check_quantize, quantize_layers
         from offramp.research.benchmark.shapes import shape
 
         quantize = arguments.quantize
@@ -200,7 +200,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         backbone = known.build(dtype)
         if quantize is not None:
-            quantize_linears(backbone.layers, quantize)
+            quantize_layers(backbone.layers, quantize)
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
         return backbone, {n: v.to(device) for n, v in rows.items()}, None

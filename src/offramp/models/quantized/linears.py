@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
+from offramp.models.quantized.attention import attend_by_token
 
 _GROUP = 32
 """Columns that share a scale and a zero in 4 bits."""
@@ -152,8 +153,10 @@ def check_quantize(
 
 
 @torch.no_grad()
-def quantize_linears(layers: nn.Module, word: str) -> None:
-    """Put quantised linears in place of the plain ones, one after the other, so that no more than
+def quantize_layers(layers: nn.Module, word: str) -> None:
+    """Round decoder layers' weights, and let several tokens get what each would get alone.
+
+    Puts quantised linears in place of the plain ones, one after the other, so that no more than
     one weight is held twice. Those whose sizes do not fit the scheme stay as they are.
 
     Raises:
@@ -181,3 +184,4 @@ def quantize_linears(layers: nn.Module, word: str) -> None:
     while places:
         parent, name, linear = places.pop()
         setattr(parent, name, kind(linear))
+    attend_by_token(layers)

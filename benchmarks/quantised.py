@@ -1,0 +1,253 @@
+"""What weights in 8 and 4 bits are worth, with exits and without, on the photo model in PyTorch;
+rewrites quantised.json in benchmarks/records.
+
+One thread. `python -m benchmarks.quantised` needs the model that `python -m
+examples.photo_vlm.build` makes and the photographs it names. Parts, each kept in runs/quantised for
+the others: answers (an hour; photographs that are answered already are not asked again) and timings
+(five minutes, on a quiet machine). `--parts timings` measures only these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.caption import ADAPTER, load
+from examples.photo_vlm.held_out import half_of
+from examples.photo_vlm.rows import read_photographs
+from tqdm import tqdm
+
+from benchmarks.llama_cpp import Answer, Clock, Method, _timed, generating, stock
+from benchmarks.tables.markdown import RECORDS
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.evaluation.statistics import interval
+from offramp.models.input_processor import InputProcessor
+from offramp.models.quantized.weights import weight_bytes
+from offramp.models.vision_cache import VisionCache
+from offramp.provenance import provenance
+from offramp.storage import JsonlLog, read_json, write_json
+
+ROOT = Path(__file__).parent.parent
+OUT, RECORD = ROOT / "runs" / "quantised", RECORDS / "quantised.json"
+HOW: dict[str, tuple[Any, str | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "int8": ("auto", "int8"),
+    "int4": ("auto", "int4"),
+}
+"""Formats of the decoder layers: precision of the states, and what weights are rounded to."""
+STOCK, OURS = "generate", "offramp, torch"
+ASKED = ("full", "early_exit", "threshold_0.1", "lossless")
+"""Modes whose answers are compared; in float32 lossless is left out, as its tests say the same."""
+Name = tuple[str, str, str]
+"""Runtime, format, mode."""
+
+
+def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
+    """By mode: exits off, the shipped threshold, a lower one, every token at the exit, lossless."""
+    shipped = adapter.policy
+
+    def at(threshold: float) -> ExitPolicy:
+        return replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, threshold), drafts={})
+
+    return {
+        "full": FULL,
+        "early_exit": shipped,
+        "threshold_0.1": at(0.1),
+        "every_token": at(1e-6),
+        "lossless": replace(shipped, lossless=True),
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The photo model in every format, with the shipped exits, and photographs of the measuring
+    half, none of which chose a threshold."""
+
+    adapters: Mapping[str, Adapter]
+    encoder: InputProcessor
+    photographs: Sequence[Example]
+
+    @classmethod
+    def of(cls, model: Path, photographs: Sequence[Example]) -> Bench:
+        adapters = {}
+        for name, (dtype, word) in HOW.items():
+            backbone, encoder = load(model, dtype, word)
+            adapters[name] = Adapter.load(ADAPTER, backbone)
+        return cls(adapters, encoder, photographs)
+
+    def methods(self, **options: Any) -> dict[Name, Method]:
+        """All of them; bfloat16 by Hugging Face's own `generate` alone."""
+        made: dict[Name, Method] = {}
+        for layers, adapter in self.adapters.items():
+            made[STOCK, layers, "full"] = stock(adapter)
+            if layers != "bfloat16":
+                for mode, policy in policies(adapter).items():
+                    run = generating(adapter.generate, policy=policy, **options)
+                    made[OURS, layers, mode] = run
+        return made
+
+    def inputs(self, example: Example) -> dict[str, Mapping[str, Any]]:
+        """The prompt, by format: pixels come in the precision of the model."""
+        return {
+            layers: InputProcessor(adapter.backbone, self.encoder.processor).prompts([example])
+            for layers, adapter in self.adapters.items()
+        }
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def answers(bench: Bench) -> dict[str, Any]:
+    """Which answers are the same, and their CIDEr. What is answered already is kept."""
+    own = {layers: VisionCache(1 << 28) for layers in bench.adapters}
+    methods = {
+        name: method
+        for layers, cache in own.items()
+        for name, method in bench.methods(vision_cache=cache).items()
+        if name[1] == layers and name[2] in ASKED and name[0] == _runtime(layers)
+    }
+    del methods[OURS, "float32", "lossless"]
+    file = OUT / "answers.jsonl"
+    rows_by_key = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
+    with JsonlLog(file) as log:
+        for example in tqdm(bench.photographs, "answers", disable=None):
+            if example.key not in rows_by_key:
+                inputs = bench.inputs(example)
+                said = {
+                    "/".join(name): list(method(inputs[name[1]], Clock()))
+                    for name, method in methods.items()
+                }
+                rows_by_key[example.key] = {"key": example.key, **said}
+                log.append(rows_by_key[example.key])
+    rows = [rows_by_key[example.key] for example in bench.photographs]
+    return {"photographs": len(rows), "entries": compare([*methods], bench, rows)}
+
+
+def _runtime(layers: str) -> str:
+    return STOCK if layers == "bfloat16" else OURS
+
+
+def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Identical answers, and CIDEr with the interval of its difference from the float32 full
+    model's. rows: for each photograph, ids by joined names."""
+    said = {name: [tuple(row["/".join(name)]) for row in rows] for name in names}
+    right = {str(i): example.answers for i, example in enumerate(bench.photographs)}
+
+    def measure(answers: Sequence[Answer]) -> Any:
+        texts = bench.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        spoken = {str(i): text.strip() for i, text in enumerate(texts)}
+        scored = caption_scores(spoken, right, metrics=("CIDEr",), tokenizer="simple")
+        return scored.measures["CIDEr"]
+
+    def same(name: Name, other: Name) -> int:
+        return sum(a == b for a, b in zip(said[name], said[other], strict=True))
+
+    whole = (OURS, "float32", "full")
+    reference, entries = measure(said[whole]), []
+    for name in names:
+        runtime, layers, mode = name
+        value = measure(said[name])
+        entries.append(
+            {
+                "runtime": runtime, "format": layers, "mode": mode,
+                "as_own_full": same(name, (_runtime(layers), layers, "full")),
+                "as_float32_full": same(name, whole),
+                "CIDEr": value.value,
+                "difference_interval": interval(value, minus=reference),
+            }
+        )  # fmt: skip
+    return entries
+
+
+# -- timings ---------------------------------------------------------------------------------------
+
+
+def timings(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Tokens a second of decoding, interleaved; medians of rounds."""
+    methods = bench.methods()
+    inputs = [bench.inputs(example) for example in bench.photographs]
+    for name, method in methods.items():
+        method(inputs[0][name[1]], Clock())
+    spent = {name: [[0.0, 0.0, 0.0] for _ in range(rounds)] for name in methods}
+    tokens = dict.fromkeys(methods, 0)
+    draw, names = np.random.default_rng(0), list(methods)
+    load_before = os.getloadavg()[0]
+    for number in tqdm(range(rounds), "timings", disable=None):
+        for prompts in inputs:
+            for name in [names[i] for i in draw.permutation(len(names))]:
+                *seconds, count = _timed(methods[name], prompts[name[1]])
+                for place, value in enumerate(seconds):
+                    spent[name][number][place] += value
+                tokens[name] += count
+    return {
+        "photographs": len(inputs),
+        "rounds": rounds,
+        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        "entries": _entries(spent, tokens, len(inputs)),
+        "memory": {layers: memory(adapter) for layers, adapter in bench.adapters.items()},
+    }
+
+
+def _entries(
+    spent: Mapping[Name, Sequence[Sequence[float]]], tokens: Mapping[Name, int], photographs: int
+) -> list[dict[str, Any]]:
+    """By method. wall_seconds, cpu_seconds: of one round's tokens, decoding alone."""
+    entries: list[dict[str, Any]] = []
+    for (runtime, layers, mode), totals in spent.items():
+        whole, wall, cpu = (median(total[place] for total in totals) for place in range(3))
+        decoded = tokens[runtime, layers, mode] / len(totals)
+        entries.append(
+            {
+                "runtime": runtime, "format": layers, "mode": mode,
+                "tokens_per_second": decoded / wall, "cpu_tokens_per_second": decoded / cpu,
+                "wall_seconds": wall, "cpu_seconds": cpu, "tokens": decoded,
+                "end_to_end_seconds": whole / photographs,
+            }
+        )  # fmt: skip
+    stock_speed = entries[0]["cpu_tokens_per_second"]
+    return [{**e, "over_generate": e["cpu_tokens_per_second"] / stock_speed} for e in entries]
+
+
+def memory(adapter: Adapter) -> dict[str, int]:
+    """Bytes of weights: of the model, of its decoder layers, and of the exits beside it."""
+    backbone = adapter.backbone
+    parts = {"model": backbone.model, "layers": backbone.layers, "exits": adapter.exits.modules}
+    return {name: weight_bytes(part) for name, part in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "photo_vlm" / "model")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--parts", nargs="+", default=["answers", "timings"])
+    parser.add_argument("--photographs", type=int, default=100, help="to compare answers on")
+    parser.add_argument("--timed", type=int, default=3, help="photographs to time on")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    held = read_photographs(arguments.data)["captions_val"]
+    measured = [example for example in held if half_of(example) == 1]
+    bench = Bench.of(arguments.model, measured[: arguments.photographs])
+    few = replace(bench, photographs=measured[: arguments.timed])
+    parts = {"answers": lambda: answers(bench), "timings": lambda: timings(few, arguments.rounds)}
+    for name in arguments.parts:
+        write_json(OUT / f"{name}.json", parts[name]())
+    files = {name: OUT / f"{name}.json" for name in parts}
+    record = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    write_json(RECORD, {**record, "provenance": provenance(0, sys.argv, None)})
+
+
+if __name__ == "__main__":
+    main()
