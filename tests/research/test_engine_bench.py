@@ -8,15 +8,22 @@ from offramp import cli
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.exits import Exits, ExitSet
-from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table
+from offramp.research.benchmark.engine_bench import (
+    EngineCase,
+    bench_engine,
+    predict_case,
+    run_case,
+    table,
+)
 from offramp.research.benchmark.scripted_batch import Script, ScriptedBatch
 from offramp.research.benchmark.shapes import shape
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp.serving.schedule.unit_costs import CallCosts
+from offramp.serving.schedule.scheduler import Schedule
+from offramp.serving.schedule.unit_costs import CallCosts, seconds
 from offramp.storage import read_json
 
-CONFIG = EngineConfig(slots=3, limit=128)
+CONFIG = EngineConfig(slots=3, limit=128, schedule=Schedule.of(3))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,38 @@ def test_each_case_is_predicted_measured_and_shown(mini):
         assert e["p50"] <= e["p95"] <= e["p99"]
     shown = table(costs, entries)
     assert all(e["name"] in shown for e in entries)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        EngineCase("early_exit", 0.75, 0.7),
+        EngineCase("early_exit", 0.75, guess=False),
+        EngineCase("lossless", right=0.9),
+    ],
+    ids=lambda case: case.label,
+)
+def test_the_simulator_makes_the_calls_that_the_engine_makes(mini, case, monkeypatch):
+    backbone, exits, inputs = mini
+    costs = CallCosts(3, 0, ((1, 1.0),), ((1, 3.0), (20, 5.0)), ((1, 0.5),), ((1, 7.0),), 1.0)
+    now = 0.0
+
+    def taking(made, kind):
+        def call(batch, **more):
+            nonlocal now
+            asks = any(seat.row.asks for seat in batch.seats)
+            tokens = made(batch, **more)
+            now += seconds(getattr(costs, kind), tokens) + 0.5 * (kind == "deep" and asks)
+            return tokens
+
+        return call
+
+    for kind in ("shallow", "deep", "full"):
+        monkeypatch.setattr(ScriptedBatch, kind, taking(getattr(ScriptedBatch, kind), kind))
+    asked = {"requests": 10, "lengths": (6, 12), "seed": 3}
+    measured = run_case(backbone, exits, inputs, case, CONFIG, clock=lambda: now, **asked)
+    predicted = predict_case(costs, case, CONFIG, **asked)
+    assert measured.tokens_per_second == pytest.approx(predicted.tokens_per_second)
 
 
 def test_the_command_writes_what_it_shows(tmp_path, capsys):

@@ -15,6 +15,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.offline import write_answers
+from offramp.serving.schedule.scheduler import Schedule
 
 NAME = "blip2-opt"
 
@@ -23,7 +24,8 @@ NAME = "blip2-opt"
 def engine(backbone, exits):
     adapter = Adapter(backbone(NAME), exits(NAME), ExitPolicy({2: 0.05}))
     processor = InputProcessor(adapter.backbone, Blip2FakeProcessor(NAME))
-    with BatchEngine(adapter, processor, EngineConfig(slots=2, limit=64)) as running:
+    config = EngineConfig(slots=2, limit=64, schedule=Schedule.of(2))
+    with BatchEngine(adapter, processor, config) as running:
         yield running
 
 

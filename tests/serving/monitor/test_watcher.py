@@ -21,6 +21,7 @@ from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Promise, Sample, WatchConfig, Watcher
+from offramp.serving.schedule.scheduler import Schedule
 from serving import messages, running, scene_examples, service_of, shipped
 
 ALL = WatchConfig(share=1.0, level=0.01, backlog=4096)
@@ -31,7 +32,8 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 def engine() -> Iterator[BatchEngine]:
     adapter, processor = shipped()
     encoder = InputProcessor(adapter.backbone, processor)
-    with BatchEngine(adapter, encoder, EngineConfig(8, 128), queue=4096) as found:
+    config = EngineConfig(8, 128, schedule=Schedule.of(8))
+    with BatchEngine(adapter, encoder, config, queue=4096) as found:
         yield found
 
 

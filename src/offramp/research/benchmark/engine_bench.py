@@ -31,9 +31,11 @@ from offramp.research.benchmark.scripted_batch import Script, ScriptedBatch
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import MODES, Request
 from offramp.serving.schedule.scheduler import Schedule
-from offramp.serving.schedule.simulator import Prediction, Workload, full_depth, quantiles, simulate
+from offramp.serving.schedule.simulator import Prediction, full_depth, quantiles, replay
 from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
 
+REPEATS = 2
+"""Of each call, in every round, when costs are measured."""
 Inputs = Mapping[str, Any]
 Clock = Callable[[], float]
 
@@ -88,27 +90,28 @@ def run_case(
     """Answer `requests` requests; count while more wait than there are slots for."""
     depth = exits.depths[0]
     policy = ExitPolicy({depth: 0.5}, shortlist=shortlist)
-    config = replace(config, schedule=config.schedule or Schedule.of(config.slots))
-    script = Script(case.exit_rate if case.mode == "early_exit" else 0.0, case.right, seed)
     never = 2.0  # a score of a guess that is never worth it
-    guess_above = 0.0 if case.guess else never
+    config = replace(
+        config,
+        schedule=config.schedule or Schedule.of(config.slots),
+        guess_above=0.0 if case.guess else never,
+    )
     core = EngineCore(
         backbone,
         exits,
         policy,
         config,
         clock=clock,
-        make_batch=partial(_batch, script=script, guess_above=guess_above),
+        make_batch=partial(ScriptedBatch, script=script_of(case, seed)),
     )
-    draw = random.Random(seed)
     written = [0]
 
     def count(_: Any) -> None:
         written[0] += 1
 
     handles = []
-    for _ in range(requests):
-        options = {**OPTIONS, "max_new_tokens": draw.randint(*lengths)}
+    for length in lengths_of(requests, lengths, seed):
+        options = {**OPTIONS, "max_new_tokens": length}
         handles.append(core.add(Request(inputs, case.mode, on_token=count, options=options)))
     while core.running < config.slots:
         core.round()
@@ -123,8 +126,15 @@ def run_case(
     return Measured(tokens / took, tuple(gap for answer in over for gap in answer.gaps))
 
 
-def _batch(*args: Any, script: Script, guess_above: float, **more: Any) -> ScriptedBatch:
-    return ScriptedBatch(*args, **{**more, "guess_above": guess_above}, script=script)
+def script_of(case: EngineCase, seed: int) -> Script:
+    """What the exits say in a run of a case."""
+    return Script(case.exit_rate if case.mode == "early_exit" else 0.0, case.right, seed)
+
+
+def lengths_of(requests: int, lengths: tuple[int, int], seed: int) -> list[int]:
+    """Tokens of each answer of a run."""
+    draw = random.Random(seed)
+    return [draw.randint(*lengths) for _ in range(requests)]
 
 
 def _decoding(core: EngineCore) -> float:
@@ -149,30 +159,43 @@ def costs_of(
     inputs: Inputs,
     config: EngineConfig,
     *,
-    repeats: int,
+    answer: int,
     shortlist: bool = False,
     clock: Clock = time.perf_counter,
 ) -> CallCosts:
-    """Measured call costs of an engine of that kind."""
+    """Measured call costs of an engine of that kind, behind `answer` tokens of an answer."""
     policy = ExitPolicy({exits.depths[0]: 0.5}, shortlist=shortlist)
     core = EngineCore(backbone, exits, policy, config)
     reader = PromptReader(backbone, exits, core.batch.depths)
     most = max(8, min(64, 8 * config.slots))
-    return measure_calls(core.batch, reader, inputs, repeats=repeats, most=most, clock=clock)
+    return measure_calls(
+        core.batch, reader, inputs, repeats=REPEATS, most=most, answer=answer, clock=clock
+    )
 
 
 def predict_case(
-    costs: CallCosts, case: EngineCase, config: EngineConfig, lengths: tuple[int, int]
+    costs: CallCosts,
+    case: EngineCase,
+    config: EngineConfig,
+    lengths: tuple[int, int],
+    *,
+    requests: int,
+    seed: int = 0,
 ) -> Prediction:
-    """What the simulator says of a case."""
+    """What the simulator says of the run of a case that `run_case` measures."""
     if case.mode == "full":
         rate = full_depth(costs, config.slots)
         gap = config.slots / rate
         return Prediction(rate, (gap, gap, gap), (costs.read,) * 3)
-    rate = case.exit_rate if case.mode == "early_exit" else 0.0
-    work = Workload(rate, case.right, lengths, guess=case.guess)
-    schedule = config.schedule or Schedule.of(config.slots)
-    return simulate(costs, work, schedule, slots=config.slots, longest=config.longest)
+    return replay(
+        costs,
+        script_of(case, seed).happens,
+        lengths_of(requests, lengths, seed),
+        config.schedule or Schedule.of(config.slots),
+        guess=case.guess,
+        slots=config.slots,
+        longest=config.longest,
+    )
 
 
 def bench_engine(
@@ -196,14 +219,18 @@ def bench_engine(
     machine, `time.thread_time` with one thread.
     """
     cases = [EngineCase("full"), *(case for case in cases if case.mode != "full")]
-    costs = costs_of(
-        backbone, exits, inputs, config, repeats=rounds, shortlist=shortlist, clock=clock
-    )
     requests = requests or 3 * config.slots
     runs: dict[EngineCase, list[Measured]] = {case: [] for case in cases}
     static: list[float] = []
+    taken: list[CallCosts] = []
     for number in progress(range(rounds)):
         static.append(static_batch(backbone, inputs, config.slots, lengths[1], clock))
+        taken.append(  # in every round, as the machine's speed changes
+            costs_of(
+                backbone, exits, inputs, config,
+                answer=sum(lengths) // 4, shortlist=shortlist, clock=clock,
+            )
+        )  # fmt: skip
         for case in cases:
             runs[case].append(
                 run_case(
@@ -211,7 +238,9 @@ def bench_engine(
                     shortlist=shortlist, seed=number, clock=clock,
                 )
             )  # fmt: skip
-    predictions = {case: predict_case(costs, case, config, lengths) for case in cases}
+    costs = CallCosts.median(taken)
+    predict = partial(predict_case, costs, config=config, lengths=lengths, requests=requests)
+    predictions = {case: [predict(case, seed=n) for n in range(rounds)] for case in cases}
     shared: dict[str, Any] = {
         "depth": exits.depths[0],
         "rounds": rounds,
@@ -224,30 +253,30 @@ def bench_engine(
 
 def _figures(
     runs: Mapping[EngineCase, Sequence[Measured]],
-    predictions: Mapping[EngineCase, Any],
+    predictions: Mapping[EngineCase, Sequence[Prediction]],
     static: float,
 ) -> dict[EngineCase, dict[str, Any]]:
     """Speeds and gaps of each case, the full model's first; static: tokens a second of the batch
     that Hugging Face's `generate` decodes."""
-    speeds = {
-        case: median(run.tokens_per_second for run in repeats) for case, repeats in runs.items()
-    }
+    speeds, predicted = (
+        {case: median(run.tokens_per_second for run in of[case]) for case in runs}
+        for of in (runs, predictions)
+    )
     full = next(iter(runs))
     figures = {}
     for case, speed in speeds.items():
-        predicted = predictions[case]
         against, predicted_against = (
-            (static, static)
-            if case.mode == "full"
-            else (speeds[full], predictions[full].tokens_per_second)
+            (static, static) if case.mode == "full" else (speeds[full], predicted[full])
         )
         figures[case] = {
-            "predicted": predicted.tokens_per_second / predicted_against,
+            "predicted": predicted[case] / predicted_against,
             "measured": speed / against,
             "against_static": speed / static,
             "tokens_per_second": speed,
             "gaps": quantiles([gap for run in runs[case] for gap in run.gaps]),
-            "predicted_gaps": predicted.gaps,
+            "predicted_gaps": [
+                median(gap) for gap in zip(*(p.gaps for p in predictions[case]), strict=True)
+            ],
         }
     return figures
 

@@ -28,8 +28,9 @@ class Script:
     right: float
     seed: int = 0
 
-    def happens(self, kind: str, rate: float, row: int, place: int) -> bool:
-        """Whether what happens with `rate` does at this place of the row."""
+    def happens(self, kind: str, row: int, place: int) -> bool:
+        """Whether the token at this place of the row exits ("exit"), or is right ("right")."""
+        rate = {"exit": self.exit_rate, "right": self.right}[kind]
         return random.Random(f"{self.seed} {kind} {row} {place}").random() < rate
 
 
@@ -38,8 +39,8 @@ class ScriptedBatch(SlotBatch):
 
     def __init__(self, *args: Any, script: Script, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._script = script
-        self.chooser: Chooser = _ScriptedChooser(self.chooser, script)
+        self._script, self._number = script, _Numbers()
+        self.chooser: Chooser = _ScriptedChooser(self.chooser, script, self._number)
 
     def _full_choice(
         self, seat: Seat, place: int, largest: int, logits: Tensor, score: float
@@ -48,8 +49,7 @@ class ScriptedBatch(SlotBatch):
         asked = seat.row.asked(place)
         if asked.token < 0:  # it parked: nothing was guessed
             return choice
-        row = _number(seat.rules)
-        right = self._script.happens("right", self._script.right, row, place)
+        right = self._script.happens("right", self._number(seat.rules), place)
         said = asked.token if right else (asked.token + 1) % self.backbone.vocabulary
         return replace(choice, token=said)
 
@@ -57,9 +57,9 @@ class ScriptedBatch(SlotBatch):
 class _ScriptedChooser(Chooser):
     """Runs the exits as usual, and replaces their scores by what the script says."""
 
-    def __init__(self, real: Chooser, script: Script) -> None:
+    def __init__(self, real: Chooser, script: Script, number: _Numbers) -> None:
         self.__dict__.update(real.__dict__)
-        self._script = script
+        self._script, self._number = script, number
 
     def verdicts(
         self, depth: int, states: States, asked: Sequence[Question | None]
@@ -68,15 +68,20 @@ class _ScriptedChooser(Chooser):
         for i, (question, verdict) in enumerate(zip(asked, verdicts, strict=True)):
             if question is not None and isinstance(verdict, Verdict):
                 rules, before = question
-                rate, row = self._script.exit_rate, _number(rules)
-                exits = self._script.happens("exit", rate, row, len(before))
+                exits = self._script.happens("exit", self._number(rules), len(before))
                 verdicts[i] = replace(verdict, score=float(exits))
         return verdicts
 
 
-_numbers: WeakKeyDictionary[RowRules, int] = WeakKeyDictionary()
+class _Numbers:
+    """Numbers the rows in the order in which they first come."""
 
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[RowRules, int] = WeakKeyDictionary()
+        self._given = 0
 
-def _number(rules: RowRules) -> int:
-    """A number of its own for each row, in the order in which they first come."""
-    return _numbers.setdefault(rules, len(_numbers))
+    def __call__(self, rules: RowRules) -> int:
+        if rules not in self._of:
+            self._of[rules] = self._given
+            self._given += 1
+        return self._of[rules]

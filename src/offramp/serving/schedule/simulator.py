@@ -1,15 +1,17 @@
 """What a batch engine would do, call by call, from measured costs and assumed rates.
 
 The rows and the schedule are the engine's own (`Row`, `Schedule`): only what the exits say is
-drawn, and the seconds are looked up. So what is predicted is the very order of calls that runs.
+drawn, or told, and the seconds are looked up. So what is predicted is the very order of calls that
+runs.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -58,26 +60,40 @@ class Prediction:
     first: tuple[float, float, float]
 
 
-@dataclass
+Says = Callable[[str, int, int], bool]
+"""Whether the token of a row at a place in its answer exits ("exit"), or is right ("right")."""
+
+
+@dataclass(eq=False)
 class _Answer:
     row: Row
     length: int
     submitted: float
+    number: int | None = None
     times: list[float] = field(default_factory=list)
 
 
 class _Simulation:
+    """says, lengths: of the exits and the answers, whose end is the end of the requests. arrivals:
+    seconds from one to the next; None: there are always more."""
+
     def __init__(
         self,
         costs: CallCosts,
         schedule: Schedule,
-        work: Workload,
+        says: Says,
+        lengths: Iterator[int],
+        arrivals: Callable[[], float] | None = None,
+        *,
+        guess: bool,
         slots: int,
         longest: int,
-        seed: int,
     ) -> None:
-        self.costs, self.schedule, self.work = costs, schedule, work
-        self.slots, self.longest, self.draw = slots, longest, random.Random(seed)
+        self.costs, self.schedule, self.says, self.guess = costs, schedule, says, guess
+        self.slots, self.longest, self.arrivals = slots, longest, arrivals
+        self._lengths = lengths
+        self._next = next(lengths, None)
+        self._looked = 0
         self.now = self.decoding = 0.0
         self.answers: list[_Answer] = []
         self.queue: deque[float] = deque()
@@ -89,14 +105,16 @@ class _Simulation:
     def step(self) -> None:
         """A round: prompts into free slots, then one call."""
         self._arrive()
-        while len(self.answers) < self.slots and (self.work.arrivals is None or self.queue):
+        while self.waits and len(self.answers) < self.slots:
+            assert self._next is not None
             submitted = self.queue.popleft() if self.queue else self.now
             self.now += self.costs.read
-            answer = _Answer(Row(0, Choice(0, 0)), self.draw.randint(*self.work.lengths), submitted)
+            answer = _Answer(Row(0, Choice(0, 0)), self._next, submitted)
+            self._next = next(self._lengths, None)
             self.answers.append(answer)
             self.firsts.append(self.now - submitted)
             self._settle(answer)
-            if self.work.arrivals is not None:
+            if self.arrivals is not None:
                 break  # one prompt a round
         if not self.answers:
             self.now = max(self.now, self.next_arrival)
@@ -107,22 +125,31 @@ class _Simulation:
         self.decoding += took
         self.tokens += sum(self._settle(answer) for answer in list(self.answers))
 
+    @property
+    def waits(self) -> bool:
+        """Whether a request is there that has no slot."""
+        return self._next is not None and (self.arrivals is None or bool(self.queue))
+
     def _arrive(self) -> None:
-        if self.work.arrivals is None:
+        if self.arrivals is None:
             return
         while self.next_arrival <= self.now:
             self.queue.append(self.next_arrival)
-            self.next_arrival += self.draw.expovariate(self.work.arrivals)
+            self.next_arrival += self.arrivals()
 
     def _shallow(self) -> float:
         for answer in self.answers:
             row = answer.row
             if not row.ready(self.longest):
                 row.wait()
-            elif self.draw.random() < self.work.exit_rate:
+                continue
+            if answer.number is None:
+                answer.number, self._looked = self._looked, self._looked + 1
+            place = len(row.choices)
+            if self.says("exit", answer.number, place):
                 row.say(Choice(0, 0))
-            elif self.work.guess:
-                row.guess(Choice(int(self.draw.random() >= self.work.right), 0))
+            elif self.guess:
+                row.guess(Choice(int(not self.says("right", answer.number, place)), 0))
             else:
                 row.park(0.0)
             row.held = bool(row.guesses) and len(row.choices) >= answer.length
@@ -143,6 +170,11 @@ class _Simulation:
             row.caught_up()
         head = seconds(self.costs.head, questions) if questions else 0.0
         return seconds(self.costs.deep, states) + head
+
+    def prediction(self, tokens: int = 0, decoding: float = 0.0) -> Prediction:
+        """Of what went by since so many tokens and seconds of decoding."""
+        speed = (self.tokens - tokens) / (self.decoding - decoding)
+        return Prediction(speed, quantiles(self.gaps), quantiles(self.firsts))
 
     def _settle(self, answer: _Answer) -> int:
         """Give out what is settled of an answer; how many tokens."""
@@ -166,10 +198,46 @@ def simulate(
 ) -> Prediction:
     """Run until `tokens` tokens were decoded. slots: those of `costs`, if not said."""
     slots = costs.slots if slots is None else slots
-    run = _Simulation(costs, schedule or Schedule.of(slots), work, slots, longest, seed)
+    draw = random.Random(seed)
+    rates = {"exit": work.exit_rate, "right": work.right}
+    arrivals = None if work.arrivals is None else partial(draw.expovariate, work.arrivals)
+    run = _Simulation(
+        costs,
+        schedule or Schedule.of(slots),
+        lambda kind, _row, _place: draw.random() < rates[kind],
+        iter(partial(draw.randint, *work.lengths), 0),
+        arrivals,
+        guess=work.guess,
+        slots=slots,
+        longest=longest,
+    )
     while run.tokens < tokens:
         run.step()
-    return Prediction(run.tokens / run.decoding, quantiles(run.gaps), quantiles(run.firsts))
+    return run.prediction()
+
+
+def replay(
+    costs: CallCosts,
+    says: Says,
+    lengths: Sequence[int],
+    schedule: Schedule,
+    *,
+    guess: bool,
+    slots: int,
+    longest: int = 64,
+) -> Prediction:
+    """What answers of such lengths would take, of which all that the exits say is known; counted
+    from when all slots are taken until no request waits. Rows are numbered as exits first see them.
+    """
+    run = _Simulation(
+        costs, schedule, says, iter(lengths), guess=guess, slots=slots, longest=longest
+    )
+    while len(run.answers) < slots:
+        run.step()
+    tokens, decoding = run.tokens, run.decoding
+    while run.waits:
+        run.step()
+    return run.prediction(tokens, decoding)
 
 
 def full_depth(costs: CallCosts, slots: int | None = None) -> float:

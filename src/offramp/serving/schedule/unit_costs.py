@@ -41,6 +41,18 @@ class CallCosts:
     full: Table
     read: float
 
+    @classmethod
+    def median(cls, found: Sequence[CallCosts]) -> CallCosts:
+        """Of the same calls, measured several times."""
+        shallow, deep, head, full = (
+            tuple((sizes[0][0], median(s for _, s in sizes)) for sizes in zip(*tables, strict=True))
+            for tables in zip(
+                *((one.shallow, one.deep, one.head, one.full) for one in found), strict=True
+            )
+        )
+        first, read = found[0], median(one.read for one in found)
+        return cls(first.slots, first.context, shallow, deep, head, full, read)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -75,11 +87,13 @@ def measure_calls(
     *,
     repeats: int = 5,
     most: int = TOKENS[-1],
+    answer: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CallCosts:
     """Time the calls of an empty batch after the prompt `inputs` in every slot; medians.
 
-    most: tokens of the largest deep call. clock: returns seconds.
+    most: tokens of the largest deep call. answer: tokens that stand between the prompt and a call.
+    clock: returns seconds.
 
     Raises:
         InputError: a batch with rows in it or without exits, or fewer than one repeat.
@@ -90,14 +104,14 @@ def measure_calls(
             f"{list(batch.depths)} and {repeats} repeats.",
             "Use an empty batch with exits, and repeat at least once.",
         )
-    timer = _Timer(batch, repeats, clock)
+    timer = _Timer(batch, repeats, answer, clock)
     read = timer.read(reader, inputs)
     wide = [n for n in TOKENS if n <= most]
     narrow = sorted({n for n in TOKENS if n < batch.slots} | {batch.slots})
     try:
         costs = CallCosts(
             slots=batch.slots,
-            context=batch.seats[0].row.start,
+            context=batch.seats[0].row.start + answer,
             shallow=timer.table(timer.shallow, narrow),
             deep=timer.table(timer.deep, wide),
             head=timer.table(timer.head, wide),
@@ -113,8 +127,10 @@ def measure_calls(
 class _Timer:
     """Makes calls as a batch makes them, on rows that stay where they are."""
 
-    def __init__(self, batch: SlotBatch, repeats: int, clock: Callable[[], float]) -> None:
-        self._batch, self._repeats, self._clock = batch, repeats, clock
+    def __init__(
+        self, batch: SlotBatch, repeats: int, answer: int, clock: Callable[[], float]
+    ) -> None:
+        self._batch, self._repeats, self._answer, self._clock = batch, repeats, answer, clock
         self._sync: Callable[[], None] = (
             torch.cuda.synchronize if batch.backbone.device.type == "cuda" else lambda: None
         )
@@ -156,7 +172,7 @@ class _Timer:
         rows = min(tokens, self._batch.slots)
         shares = [tokens // rows + (row < tokens % rows) for row in range(rows)]
         slots = [row for row, share in enumerate(shares) for _ in range(share)]
-        start = self._batch.seats[0].row.start
+        start = self._columns(1)[0]
         columns = [start + n for share in shares for n in range(share)]
         float(self._batch.runner.deep(self._states(tokens), slots, columns).final[0, 0])
 
@@ -171,7 +187,7 @@ class _Timer:
         return torch.full((rows,), 5, device=self._batch.backbone.device)
 
     def _columns(self, rows: int) -> list[int]:
-        return [seat.row.start for seat in self._batch.seats[:rows]]
+        return [seat.row.start + self._answer for seat in self._batch.seats[:rows]]
 
     def _states(self, tokens: int) -> torch.Tensor:
         backbone = self._batch.backbone
