@@ -34,6 +34,7 @@ from offramp.engine.kv_cache import (
     store_exit_keys,
     store_keys,
 )
+from offramp.engine.lean.stack import LeanStack, lean_stack
 from offramp.engine.sampling import ActiveRows
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet
@@ -134,6 +135,7 @@ class ModelRunner:
 
     decider: says at each exit which rows exit. exits: those it decides about. propagate: fill
     skipped keys and values at once instead of keeping states pending.
+    start: the layer that the states of the current call enter. tokens: that have entered the first.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class ModelRunner:
     ) -> None:
         self.backbone, self.exits, self.decider = backbone, exits, decider
         self.intercepted = InterceptedModel(backbone, self)
+        self._lean: LeanStack | None = None
+        self._wants_lean = backbone.lean_decoding
         self.propagate = propagate
         self.cache: Any = None
         self.constrain: Constrain | None = None
@@ -157,11 +161,11 @@ class ModelRunner:
         self._prompt_tokens: int | None = None
         self._full: tuple[Tensor, Tensor] | None = None  # depths, scores of the full model
         # of the current call of the stack
-        self._start = 0
+        self.start = 0
         self._chunk: Tensor | None = None
         self._positions: Tensor | None = None
         self._ids: Tensor | None = None
-        self._tokens = 0  # that have entered the first layer
+        self.tokens = 0
         self._catch_up_at: int | None = None
         self._exited_at: int | None = None
         self._previous: Tensor | None = None  # what entered the last watched layer [B, D]
@@ -188,6 +192,7 @@ class ModelRunner:
         """Drop keys, values and states now. Handler and model hold each other, so they would stay
         until the garbage collector runs."""
         self.cache, self.constrain, self._positions, self._previous = None, None, None, None
+        self._lean = None
         self.pending = PendingStates(())
 
     # -- one token ---------------------------------------------------------------------------
@@ -201,6 +206,8 @@ class ModelRunner:
         if stay is None:
             return
         select_rows(self.cache, stay)
+        if self._lean is not None:
+            self._lean.forget()
         self.pending.select_rows(stay)
 
     def begin(self, unfinished: Tensor, ids: Tensor, *, check: bool = True) -> None:
@@ -228,8 +235,9 @@ class ModelRunner:
         """
         kw = self._rows.pick_arguments(kw)
         self._positions, self._ids = kw.get("position_ids"), kw.get("input_ids")
-        kw[cache_name(kw)] = self._cache_from(0)
-        return self._finish(self.intercepted.stack(**kw).last_hidden_state, kw)
+        if self._wants_lean:
+            self._go_lean(kw)
+        return self._finish(self._stack(kw, 0), kw)
 
     def catch_up(self, kw: dict[str, Any]) -> Step:
         """Take all pending states to full depth, with no new token.
@@ -279,10 +287,9 @@ class ModelRunner:
     def _from(self, depth: int, kw: dict[str, Any]) -> Tensor:
         """Run the layers from `depth` on over all that is pending there, the new token last."""
         self._catch_up_at = None
-        self._start = depth
+        self.start = depth
         self._chunk, self._positions, self._ids = self.pending.take(depth)
         again = {name: v for name, v in kw.items() if name not in ("input_ids", "inputs_embeds")}
-        again[cache_name(kw)] = self._cache_from(depth)
         if self._positions is not None:
             again["position_ids"] = self._positions
         if self.backbone.reads_ids and self._ids is not None:
@@ -290,25 +297,44 @@ class ModelRunner:
         else:
             again["inputs_embeds"] = self._chunk.clone()  # BLIP adds positions where it lies
         try:
-            out = self.intercepted.stack(**again).last_hidden_state
+            return self._stack(again, depth)
         finally:
-            self._start, self._chunk = 0, None
-        return out  # type: ignore[no-any-return]
+            self.start, self._chunk = 0, None
+
+    def _stack(self, kw: dict[str, Any], depth: int) -> Tensor:
+        """What the layers from `depth` on make, and the final norm."""
+        stack = self.intercepted.stack if self._lean is None else self._lean
+        kw[cache_name(kw)] = self._cache_from(depth)
+        return stack(**kw).last_hidden_state  # type: ignore[no-any-return]
+
+    def _go_lean(self, kw: dict[str, Any]) -> None:
+        """With the first token behind the prompt: from here on without the stack, if it can be."""
+        self._wants_lean = False
+        self.tokens = int(self_attention(self.cache).get_seq_length()) or self.tokens
+        self._lean = lean_stack(self.backbone, self, self.intercepted.stack, self.cache, kw)
+        if self._lean is not None:
+            self.cache = self._lean.cache
 
     # -- one layer ---------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """Whether the layers that follow have nothing to do in the current call."""
+        exited = self._exited_at is not None and not self.propagate
+        return exited or self._catch_up_at is not None
 
     def layer(self, call: LayerCall) -> Any:
         """What the stack gets for a layer: its output, or the state handed through."""
         index = call.index
-        if index == 0 and self._start == 0:
-            self._tokens += call.hidden.shape[1]
-        if index < self._start:  # a catch-up enters deeper
+        if index == 0 and self.start == 0:
+            self.tokens += call.hidden.shape[1]
+        if index < self.start:  # a catch-up enters deeper
             return self.backbone.skipped_layer_output(call)
         if self._exited_at is not None or self._catch_up_at is not None:
             if self.propagate and self._exited_at is not None:
                 self._store_skipped(call)
             return self.backbone.skipped_layer_output(call)
-        if index == self._start and self._chunk is not None:
+        if index == self.start and self._chunk is not None:
             call = replace(call, hidden=self._chunk)
         elif index in self._exits_at and not self._goes_deeper(call):
             if self.propagate:
@@ -344,17 +370,17 @@ class ModelRunner:
 
     def crop(self, tokens: int) -> None:
         """Take the last `tokens` tokens out of the cache."""
-        self._tokens -= tokens
+        self.tokens -= tokens
         crop(self.cache, tokens, self.backbone.rare_layers)
 
     def _cache_from(self, start: int) -> Any:
         """The cache as the layers from `start` to the next pending exit see it, and that exit."""
-        if start == 0 and self._one_kind:
+        if self._lean is not None or (start == 0 and self._one_kind):
             return self.cache  # the first entry runs
         end, stop = self.backbone.depth, self.pending.next_from(start)
         if start == 0 and stop is None:
             return self.cache  # the first entry of each kind runs
-        tokens = self._tokens - (0 if self._chunk is None else self._chunk.shape[1])
+        tokens = self.tokens - (0 if self._chunk is None else self._chunk.shape[1])
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens}
         if stop is None or self.exits is None:
             return stand_in(self.cache, end, range(start, end), **seen)

@@ -35,7 +35,7 @@ class LayerCall:
     """One call of a decoder layer by its stack.
 
     index: of the layer, from 0. hidden: the state that enters it [B, T, D]. args, kw: what the
-    stack passes beside it (mask, positions, cache), in the family's own names.
+    stack passes beside it, in the family's own names. instead: what is called in a module's place.
     """
 
     index: int
@@ -43,10 +43,12 @@ class LayerCall:
     hidden: Tensor
     args: tuple[Any, ...]
     kw: dict[str, Any]
+    instead: Mapping[Any, Any] | None = None
 
     def run(self, module: Callable[..., Any]) -> Any:
         """What `module`, called as the stack called the layer, returns."""
-        return module(self.hidden, *self.args, **self.kw)
+        called = module if self.instead is None else self.instead[module]
+        return called(self.hidden, *self.args, **self.kw)
 
 
 class Backbone:
@@ -55,6 +57,9 @@ class Backbone:
     Depth d means d decoder layers run, 1..`depth`; the state at depth d is the input of layer d
     (0-based), and the state at full depth is what the final norm reads.
     """
+
+    lean_decoding = True
+    """Whether the stack's own code around its layers is left out, where that is exact."""
 
     def __init__(
         self,

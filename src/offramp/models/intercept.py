@@ -45,6 +45,13 @@ class _LayerStandIn(nn.Module):
         return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
 
 
+def stand_ins(backbone: Backbone, handler: LayerHandler) -> nn.ModuleList:
+    """What stands in place of the layers in a stack that asks `handler`."""
+    return nn.ModuleList(
+        _LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)
+    )
+
+
 class _HeadStandIn(nn.Module):
     """The LM head, always applied to a 2-D row.
 
@@ -71,10 +78,7 @@ class InterceptedModel:
     def __init__(self, backbone: Backbone, handler: LayerHandler) -> None:
         family = backbone.family
         root = twin(backbone.model)
-        layers = nn.ModuleList(
-            _LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)
-        )
-        graft(root, f"{family.stack}.{family.layers}", layers)
+        graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
         graft(root, family.head, _HeadStandIn(backbone.head))
         self.backbone = backbone
         self.model: Any = root
