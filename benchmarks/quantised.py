@@ -3,16 +3,18 @@ rewrites quantised.json in benchmarks/records.
 
 One thread. `python -m benchmarks.quantised` needs the model that `python -m
 examples.photo_vlm.build` makes and the photographs it names. Parts, each kept in runs/quantised for
-the others: answers (an hour; photographs that are answered already are not asked again) and timings
-(five minutes, on a quiet machine). `--parts timings` measures only these.
+the others: kernels (a minute), timings (five minutes, on a quiet machine) and answers (ten minutes;
+photographs that are answered already are not asked again). `--parts timings` measures only these.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -33,6 +35,7 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval
 from offramp.models.input_processor import InputProcessor
+from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.weights import weight_bytes
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
@@ -43,13 +46,17 @@ OUT, RECORD = ROOT / "runs" / "quantised", RECORDS / "quantised.json"
 HOW: dict[str, tuple[Any, str | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
-    "int8": ("auto", "int8"),
-    "int4": ("auto", "int4"),
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
 }
 """Formats of the decoder layers: precision of the states, and what weights are rounded to."""
 STOCK, OURS = "generate", "offramp, torch"
-ASKED = ("full", "early_exit", "threshold_0.1", "lossless")
-"""Modes whose answers are compared; in float32 lossless is left out, as its tests say the same."""
+ASKED = {
+    "float32": ("full", "early_exit"),
+    "int8": ("full", "early_exit", "lossless"),
+    "int4": ("full", "early_exit", "threshold_0.1", "lossless"),
+}
+"""Modes whose answers are compared."""
 Name = tuple[str, str, str]
 """Runtime, format, mode."""
 
@@ -80,22 +87,26 @@ class Bench:
     photographs: Sequence[Example]
 
     @classmethod
-    def of(cls, model: Path, photographs: Sequence[Example]) -> Bench:
+    def of(cls, model: Path, photographs: Sequence[Example], formats: Iterable[str]) -> Bench:
         adapters = {}
-        for name, (dtype, word) in HOW.items():
+        for name in formats:
+            dtype, word = HOW[name]
             backbone, encoder = load(model, dtype, word)
             adapters[name] = Adapter.load(ADAPTER, backbone)
         return cls(adapters, encoder, photographs)
 
-    def methods(self, **options: Any) -> dict[Name, Method]:
+    def method(self, layers: str, mode: str, **options: Any) -> Method:
+        """Ours, in a mode."""
+        adapter = self.adapters[layers]
+        return generating(adapter.generate, policy=policies(adapter)[mode], **options)
+
+    def methods(self) -> dict[Name, Method]:
         """All of them; bfloat16 by Hugging Face's own `generate` alone."""
         made: dict[Name, Method] = {}
         for layers, adapter in self.adapters.items():
             made[STOCK, layers, "full"] = stock(adapter)
-            if layers != "bfloat16":
-                for mode, policy in policies(adapter).items():
-                    run = generating(adapter.generate, policy=policy, **options)
-                    made[OURS, layers, mode] = run
+            for mode in policies(adapter) if layers != "bfloat16" else ():
+                made[OURS, layers, mode] = self.method(layers, mode)
         return made
 
     def inputs(self, example: Example) -> dict[str, Mapping[str, Any]]:
@@ -111,14 +122,11 @@ class Bench:
 
 def answers(bench: Bench) -> dict[str, Any]:
     """Which answers are the same, and their CIDEr. What is answered already is kept."""
-    own = {layers: VisionCache(1 << 28) for layers in bench.adapters}
-    methods = {
-        name: method
-        for layers, cache in own.items()
-        for name, method in bench.methods(vision_cache=cache).items()
-        if name[1] == layers and name[2] in ASKED and name[0] == _runtime(layers)
-    }
-    del methods[OURS, "float32", "lossless"]
+    methods: dict[Name, Method] = {}
+    for layers, modes in ASKED.items():
+        options = {"vision_cache": VisionCache(1 << 28)}
+        for mode in modes:
+            methods[OURS, layers, mode] = bench.method(layers, mode, **options)
     file = OUT / "answers.jsonl"
     rows_by_key = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
     with JsonlLog(file) as log:
@@ -133,10 +141,6 @@ def answers(bench: Bench) -> dict[str, Any]:
                 log.append(rows_by_key[example.key])
     rows = [rows_by_key[example.key] for example in bench.photographs]
     return {"photographs": len(rows), "entries": compare([*methods], bench, rows)}
-
-
-def _runtime(layers: str) -> str:
-    return STOCK if layers == "bfloat16" else OURS
 
 
 def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> list[dict[str, Any]]:
@@ -162,7 +166,7 @@ def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> list[di
         entries.append(
             {
                 "runtime": runtime, "format": layers, "mode": mode,
-                "as_own_full": same(name, (_runtime(layers), layers, "full")),
+                "as_own_full": same(name, (OURS, layers, "full")),
                 "as_float32_full": same(name, whole),
                 "CIDEr": value.value,
                 "difference_interval": interval(value, minus=reference),
@@ -227,11 +231,43 @@ def memory(adapter: Adapter) -> dict[str, int]:
     return {name: weight_bytes(part) for name, part in parts.items()}
 
 
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+SHAPES = {"layer": (1536, 576, 20), "head": (49152, 576, 1)}
+"""Rows and columns of a linear, and how many stand side by side, so that none is in a cache."""
+TOKENS = (1, 2, 4, 8, 16, 64)
+
+
+@torch.inference_mode()
+def kernels(repeats: int = 5) -> list[dict[str, Any]]:
+    """CPU microseconds of a linear of the photo model for several tokens in a call, by format; the
+    least of the repeats."""
+    found: list[dict[str, Any]] = []
+    for what, (rows, columns, copies) in SHAPES.items():
+        plain = [torch.nn.Linear(columns, rows, bias=False) for _ in range(copies)]
+        half = [copy.deepcopy(linear).bfloat16() for linear in plain]
+        rounded = {word: [kind(linear) for linear in half] for word, kind in SCHEMES.items()}
+        sides: dict[str, Sequence[Any]] = {"float32": plain, "bfloat16": half, **rounded}
+        for tokens in TOKENS:
+            states = torch.randn(tokens, columns)
+            taken: dict[str, float] = {}
+            for _ in range(repeats):
+                for layers, linears in sides.items():
+                    given, start = states.to(HOW[layers][0]), time.process_time()
+                    for linear in linears:
+                        linear(given)
+                    spent = 1e6 * (time.process_time() - start) / copies
+                    taken[layers] = min(spent, taken.get(layers, spent))
+            found.append({"what": what, "tokens": tokens, "microseconds": taken})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "photo_vlm" / "model")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--parts", nargs="+", default=["answers", "timings"])
+    parser.add_argument("--parts", nargs="+", default=["kernels", "timings", "answers"])
     parser.add_argument("--photographs", type=int, default=100, help="to compare answers on")
     parser.add_argument("--timed", type=int, default=3, help="photographs to time on")
     parser.add_argument("--rounds", type=int, default=3)
@@ -239,9 +275,12 @@ def main() -> None:
     torch.set_num_threads(1)
     held = read_photographs(arguments.data)["captions_val"]
     measured = [example for example in held if half_of(example) == 1]
-    bench = Bench.of(arguments.model, measured[: arguments.photographs])
-    few = replace(bench, photographs=measured[: arguments.timed])
-    parts = {"answers": lambda: answers(bench), "timings": lambda: timings(few, arguments.rounds)}
+    few, many = measured[: arguments.timed], measured[: arguments.photographs]
+    parts: dict[str, Callable[[], Any]] = {
+        "kernels": kernels,
+        "timings": lambda: timings(Bench.of(arguments.model, few, HOW), arguments.rounds),
+        "answers": lambda: answers(Bench.of(arguments.model, many, ASKED)),
+    }
     for name in arguments.parts:
         write_json(OUT / f"{name}.json", parts[name]())
     files = {name: OUT / f"{name}.json" for name in parts}

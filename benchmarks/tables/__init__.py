@@ -29,6 +29,15 @@ _MODULES = (
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
 FIGURES: dict[str, Make] = {
     name: make
-    for module in (tiny, comparison, speed, photographs, llama_cpp, quantised_models, loads)
+    for module in (
+        tiny,
+        comparison,
+        speed,
+        photographs,
+        llama_cpp,
+        quantised,
+        quantised_models,
+        loads,
+    )
     for name, make in module.FIGURES.items()
 }

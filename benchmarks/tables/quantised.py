@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits, in PyTorch: speed, memory and answers by format and mode."""
 
+from functools import partial
 from typing import Any
 
 from benchmarks.tables.markdown import Make, record, table
@@ -57,9 +58,29 @@ def memory() -> str:
     return table(rows, ("weights of", *formats))
 
 
+def kernels() -> str:
+    """Microseconds of a linear, by format and tokens in a call."""
+    titles = {"layer": "a layer's, 576 to 1,536", "head": "the head, 576 to 49,152"}
+    formats = ("float32", "bfloat16", "int8", "int4")
+    rows = [
+        (titles[k["what"]], str(k["tokens"]), *(f"{k['microseconds'][f]:,.0f}" for f in formats))
+        for k in record("quantised")["kernels"]
+    ]
+    return table(rows, ("linear", "tokens", *formats))
+
+
+def multiple(mode: str) -> str:
+    """How many times as fast as `generate` in float32 ours is with int4."""
+    return f"{_entries('timings')[OURS, 'int4', mode]['over_generate']:.1f}"
+
+
 TABLES: dict[str, Make] = {
+    "quantised-kernels": kernels,
     "quantised-speeds": speeds,
     "quantised-answers": answers,
     "quantised-memory": memory,
 }
-FIGURES: dict[str, Make] = {}
+FIGURES: dict[str, Make] = {
+    f"quantised-{mode}": partial(multiple, mode) for mode in ("full", "threshold_0.1", "lossless")
+}
+"""Of int4."""

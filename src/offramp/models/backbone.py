@@ -391,6 +391,6 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "quantized": scheme(backbone.layers),
         "weight_bytes": weight_bytes(backbone.model),
-        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "parameters": float_values(backbone.model),
         "exit_bytes": layer,
     }

@@ -16,9 +16,8 @@ from offramp.errors import InputError, check_known
 from offramp.models.quantized.attention import attend_by_token
 
 _GROUP = 32
-"""Columns that share a scale and a zero in 4 bits."""
-_BLOCK = 16
-"""Rows that the kernel for 4 bits reads together."""
+"""Columns that share a scale and a zero in 4 bits, and that kernels read at once: of other widths
+the one for 8 bits reads past the end."""
 _SHARES = (1.0, 0.95, 0.9, 0.85)
 """Shares of a group's range that 4 bits are tried on: to clip its ends may round the rest less."""
 _TOGETHER = 2**16
@@ -28,10 +27,11 @@ _TOGETHER = 2**16
 class QuantizedLinear(nn.Module):
     """A linear whose weight is codes and scales; states [..., in] in, states [..., out] out.
 
-    word: what the scheme is called.
+    word: what the scheme is called. rows_together: how many rows its kernel reads at once.
     """
 
     word: str
+    rows_together = 1
     weight: Tensor
     scales: Tensor
 
@@ -40,14 +40,14 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
 
-    @staticmethod
-    def fits(linear: nn.Linear) -> bool:
+    @classmethod
+    def fits(cls, linear: nn.Linear) -> bool:
         """Whether a linear of its sizes can be held so."""
-        raise NotImplementedError
+        return linear.in_features % _GROUP == 0 and linear.out_features % cls.rows_together == 0
 
     def forward(self, states: Tensor) -> Tensor:
-        rows = states.reshape(-1, self.in_features)
-        made = self.products(rows.to(torch.bfloat16)).to(states.dtype)
+        rows = states.reshape(-1, self.in_features).to(torch.bfloat16)
+        made = self.products(rows.contiguous()).to(states.dtype)
         made = made if self.bias is None else made + self.bias
         return made.view(*states.shape[:-1], self.out_features)
 
@@ -72,10 +72,6 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("weight", codes)
         self.register_buffer("scales", scales)
 
-    @staticmethod
-    def fits(linear: nn.Linear) -> bool:
-        return True
-
     def products(self, rows: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(rows, self.weight, self.scales)
 
@@ -84,6 +80,7 @@ class Int4Linear(QuantizedLinear):
     """4 bits, and a scale and a zero for every 32 columns of a row."""
 
     word = "int4"
+    rows_together = 16
     codes: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -100,10 +97,6 @@ class Int4Linear(QuantizedLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The codes, in the type that transformers knows for those of a quantised weight."""
         return self.codes.view(torch.int8)
-
-    @staticmethod
-    def fits(linear: nn.Linear) -> bool:
-        return linear.in_features % _GROUP == 0 and linear.out_features % _BLOCK == 0
 
     def products(self, rows: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(rows, self.codes, _GROUP, self.scales)
@@ -171,9 +164,9 @@ def quantize_layers(layers: nn.Module, word: str) -> None:
     ]
     if not places:
         raise InputError(
-            f"No linear of the decoder can be held in {word}: 4 bits take widths that {_GROUP} "
-            f"divides, and rows that {_BLOCK} does.",
-            "Use int8, or a model with such widths.",
+            f"No linear of the decoder can be held in {word}: that takes widths that {_GROUP} "
+            f"divides, and rows that {kind.rows_together} does.",
+            "Leave the quantisation out, or use a model with such widths.",
         )
     if any(part.weight.device.type != "cpu" for _, _, part in places):
         raise InputError(

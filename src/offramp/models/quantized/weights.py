@@ -189,14 +189,14 @@ def float_parameters(
 
 
 def float_values(module: nn.Module) -> int:
-    """How many numbers its float copy holds."""
-    values = 0
+    """How many numbers its float copy holds, shared ones counted once."""
+    values: dict[int, int] = {}
     for part in module.modules():
         if is_quantized(part):
             linear: Any = part
-            values += linear.in_features * linear.out_features
-        values += sum(t.numel() for t in _held_plainly(part).values() if t is not None)
-    return values
+            values[id(part)] = linear.in_features * linear.out_features
+        values |= {id(t): t.numel() for t in _held_plainly(part).values() if t is not None}
+    return sum(values.values())
 
 
 def weight_bytes(module: nn.Module) -> int:
