@@ -95,13 +95,14 @@ def serve(
 ) -> tuple[dict[int, Any], dict[int, LogitsWarper]]:
     """Answer all in a batch, in an order drawn from `seed`; one of them is taken out once.
 
-    noted: every other request notes its logits, from this one on.
+    noted: every other request notes its logits, from this one on. Odd seeds read prompts in chunks.
     """
     draw = random.Random(seed)
     policy = ExitPolicy(dict.fromkeys(exits.depths, 0.5))
     batch = SlotBatch(whole, exits, policy, slots=slots, limit=64, **settings)
     early = first_token_may_exit(whole, policy)
-    reader = PromptReader(whole, exits, exits.depths, first_may_exit=early)
+    chunk = 3 if seed % 2 else None
+    reader = PromptReader(whole, exits, exits.depths, first_may_exit=early, chunk=chunk)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
     cancelled = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import CancelledError, as_completed, wait
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.slots.cache import SlotCache
+from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
@@ -283,12 +285,47 @@ def test_states_that_are_no_keys_and_values_are_refused():
         SlotCache(slots=2, entries=1, limit=8).load(0, cache, None)
 
 
+def test_rows_are_written_on_while_a_long_prompt_is_read(adapter, rows):
+    """And the prompt that is read in chunks gets the answer that it gets alone."""
+    engine = core(adapter, replace(SMALL, budget=2))
+    order = []
+    first = engine.add(request(rows[0], "full", new=20, on_token=lambda _: order.append("first")))
+    engine.round()
+    second = engine.add(request(rows[1], new=4, on_token=lambda _: order.append("second")))
+    engine.round()
+    chunks = -(-length_of(adapter, rows[1]) // 2)
+    assert order.count("first") > chunks and order.index("second") >= chunks
+    engine.run()
+    for handle, row, mode, new in ((first, 0, "full", 20), (second, 1, "early_exit", 4)):
+        expected = alone(adapter, rows[row], mode, max_new_tokens=new)
+        assert torch.equal(handle.result().output.sequences, expected)
+
+
+def test_a_prompt_that_is_not_wanted_any_more_is_not_read_on(adapter, rows):
+    engine = core(adapter, replace(SMALL, budget=2))
+    asked = []
+    written = request(rows[0], new=9, on_token=lambda _: asked[1].cancel())
+    asked += [engine.add(written), engine.add(request(rows[1]))]
+    engine.run()
+    with pytest.raises(CancelledError):
+        asked[1].result(timeout=0)
+    assert asked[0].result(timeout=0) and engine.idle
+
+
+def length_of(adapter, inputs):
+    """Tokens of a prompt, its image's included."""
+    reader = PromptReader(adapter.backbone, None, ())
+    options = {"max_new_tokens": 2, "do_sample": False}
+    return reader.read(inputs, options, use_exits=False).cache.get_seq_length()
+
+
 def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, batch):
     name = "llava"
     vision, prefix = VisionCache(), PrefixCache()
     policy = ExitPolicy({2: 0.05})
     some = {"vision_cache": vision, "prefix_cache": prefix}
-    engine = EngineCore(backbone(name), exits(name), policy, SMALL, **some)
+    config = replace(SMALL, budget=5)  # chunks behind what is reused
+    engine = EngineCore(backbone(name), exits(name), policy, config, **some)
     inputs = one_row(name, batch(name, 1), 0)
     handles = [engine.add(request(inputs)) for _ in range(3)]
     engine.run()

@@ -121,12 +121,10 @@ class _Served:
     def _shorten(self, _: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
         """Before the stack's first call: the prompt."""
         self._hook.remove()
-        embeds = kw.get("inputs_embeds")
-        present = {name for name, value in kw.items() if value is not None}
-        mask = kw.get("attention_mask")
-        if embeds is None or len(embeds) != 1 or present - _KNOWN or not _plain(self._run.cache):
+        embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
+        if embeds is None or not can_shorten(kw, self._run.cache):
             return None
-        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        if mask is not None and not bool(mask.all()):
             return None
         self._embeds = embeds[0].clone()
         exits = self._exits()
@@ -179,6 +177,14 @@ class _Served:
                     [(module, _start(entry, length)) for module, entry in exits],
                 )
             )
+
+
+def can_shorten(kw: dict[str, Any], cache: Any) -> bool:
+    """Whether a stack's call on one row's embeddings can be made for a part of its tokens."""
+    present = {name for name, value in kw.items() if value is not None}
+    mask = kw.get("attention_mask")
+    flat = mask is None or mask.dim() == 2
+    return flat and len(kw["inputs_embeds"]) == 1 and not present - _KNOWN and _plain(cache)
 
 
 def _start(entry: Any, length: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,8 @@ class EngineConfig:
     """Sizes of a batch engine.
 
     slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
-    read in a round, at least one prompt; the rows being written wait meanwhile. longest: tokens of
+    read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
+    it takes, where its family allows. longest: tokens of
     a row that may wait before the deep layers. guess_above: score from which an exit's token is
     worth a guess. layout: of the deep call (`offramp.engine.slots.layout`). schedule: of the calls,
     exits being used whether they pay or not; None: the engine finds out from what its calls take.
@@ -48,7 +50,7 @@ class EngineConfig:
 
     slots: int = 8
     limit: int = 1024
-    budget: int = 512
+    budget: int = 256
     longest: int = 64
     guess_above: float = 0.0
     layout: str | None = None
@@ -122,8 +124,11 @@ class EngineCore:
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
             first_may_exit=first_token_may_exit(backbone, policy),
+            chunk=config.budget,
+            between=self._meanwhile,
         )
         self._queue: deque[Job] = deque()
+        self._reading: Job | None = None
         self._thread: int | None = None
         self.calls = dict.fromkeys(("read", *get_args(Call)), 0)
         self.seconds = dict.fromkeys(self.calls, 0.0)
@@ -144,8 +149,8 @@ class EngineCore:
 
     @property
     def running(self) -> int:
-        """Requests being answered."""
-        return len(self.batch.seats)
+        """Requests being answered, with the one whose prompt is being read."""
+        return len(self.batch.seats) + (self._reading is not None)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -168,7 +173,7 @@ class EngineCore:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not self._queue and not self.batch.seats
+        return not self._queue and not self.running
 
     # -- rounds --------------------------------------------------------------------------------
 
@@ -181,8 +186,10 @@ class EngineCore:
         self._check_thread()
         self._drop_unwanted()
         self._admit()
-        if not self.batch.seats:
-            return None
+        return self._advance() if self.batch.seats else None
+
+    def _advance(self) -> Call:
+        """Make one call for the rows in slots."""
         call = self._next_call()
         made: dict[Call, Callable[[], int]] = {
             "shallow": self.batch.shallow,
@@ -260,24 +267,41 @@ class EngineCore:
             try:
                 with self._timed("read"):
                     budget -= self._seat(job)
+            except CancelledError:
+                job.handle.drop()
             except Exception as error:  # whatever is wrong with a request is its own
                 job.handle.set_exception(error)
         self._collect()
 
+    def _meanwhile(self) -> None:
+        """Between two chunks of a prompt: a call for the rows in slots."""
+        if self._reading is not None and self._reading.handle.unwanted:
+            raise CancelledError
+        begin = self.clock()
+        self._drop_unwanted()
+        if self.batch.seats:
+            self._advance()
+        self.seconds["read"] -= self.clock() - begin
+
     def _seat(self, job: Job) -> int:
-        """Read the prompt of a request into a free slot; its tokens."""
+        """Read the prompt of a request into a free slot; how many tokens, of the last chunk."""
         request = job.handle.request
         pays = self.pace.exits_pay
         policy = RowPolicy.of(request.exit_policy(self.policy, self.depths, pays=pays))
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.batch.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
-        prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
+        self._reading = job
+        try:
+            prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
+        finally:
+            self._reading = None
         rules = RowRules(prompt, seed=request.seed, streamer=job, on_choice=job.settled)
         own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
-        self._check_room(int(own.get_seq_length()), rules.most or 0)
+        length = int(own.get_seq_length())
+        self._check_room(length, rules.most or 0)
         self.batch.join(prompt, rules, policy, job)
-        return tokens
+        return min(max(tokens, length), self.config.budget)
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""

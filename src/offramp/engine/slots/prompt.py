@@ -1,12 +1,13 @@
 """Reads prompts one at a time, as Hugging Face prepares them, for rows of a slot cache.
 
 `generate` of the model itself checks the options and makes the logits processors, the stopping
-criteria and the cache; the prompt then runs at full depth, the exits storing their keys along.
+criteria and the cache; the prompt then runs at full depth, the exits storing their keys along. A
+long one runs in chunks, the cache growing, so that others need not wait for all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.kv_cache import add_exit_entries, store_exit_keys
 from offramp.engine.prefill import Prefill, Prepared, prepare
-from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.prefix_cache import PrefixCache, can_shorten
 from offramp.engine.slots.runner import States
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone, LayerCall
@@ -48,7 +49,9 @@ class PromptReader:
 
     depths: of the exits in use. vision_cache, prefix_cache: as in `generate`. first_may_exit: let
     the exits look at the first token, as `first_token_may_exit` has it; behind an encoder they
-    always do.
+    always do. chunk: tokens that are run at once, where the prompt is causal and nothing but tokens
+    and positions go with it; None: all. between: called before each of several chunks, the vision
+    tower having run.
     """
 
     def __init__(
@@ -60,9 +63,15 @@ class PromptReader:
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
         first_may_exit: bool = False,
+        chunk: int | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.backbone, self.exits = backbone, exits
         self.intercepted = InterceptedModel(backbone, self)
+        if chunk is not None and backbone.family.causal_prompt and not backbone.is_encoder_decoder:
+            self._chunk, self._between = chunk, between
+            self._run_stack = self.intercepted.stack.forward
+            self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
@@ -118,6 +127,29 @@ class PromptReader:
         )
         looks = States(prefill.logits, entries, exits, previous)
         return Prompt(prepared, self.cache, prefill.positions, real, prefill.logits, looks)
+
+    def _in_chunks(self, *args: Any, **kw: Any) -> Any:
+        """The stack's forward pass; what it returns is of the last chunk."""
+        embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
+        if (
+            args
+            or embeds is None
+            or embeds.shape[1] <= self._chunk
+            or not can_shorten(kw, self.cache)
+        ):
+            return self._run_stack(*args, **kw)
+        past, total = int(self.cache.get_seq_length()), embeds.shape[1]
+        for start in range(0, total, self._chunk):
+            self._between()
+            end = min(total, start + self._chunk)
+            part = {**kw, "inputs_embeds": embeds[:, start:end]}
+            if mask is not None:
+                part["attention_mask"] = mask[:, : past + end]
+            for name in ("position_ids", "cache_position"):
+                if kw.get(name) is not None:
+                    part[name] = kw[name][..., start:end]
+            out = self._run_stack(**part)
+        return out
 
     def layer(self, call: LayerCall) -> Any:
         """The layer's own output; before it, the exit that stands there."""
