@@ -95,6 +95,18 @@ def test_a_long_answer_is_rehearsed_again_and_again(
         same(*both(whole, inputs, exits=exits(name), policy=rule, dice=3, max_new_tokens=30))
 
 
+def test_many_rows_and_the_last_positions_are_the_stacks(backbone, batch, both):
+    whole, inputs = Backbone(families.build("blip2-opt")), batch("blip2-opt", 1)
+    sampled = {"do_sample": True, "top_k": 1, "num_return_sequences": 60, "max_new_tokens": 3}
+    same(*both(whole, inputs, **sampled))
+    room = whole.positions - inputs["input_ids"].shape[1]
+    same(*both(whole, inputs, max_new_tokens=room + 1))
+    mask = torch.ones(1, whole.positions - 2, dtype=torch.long)
+    longer = {**inputs, "input_ids": torch.full_like(mask, families.FIRST_WORD)}
+    longer["input_ids"][:, :4], longer["attention_mask"] = families.IMAGE, mask
+    same(*both(whole, longer, max_new_tokens=3, lean=False))
+
+
 def test_the_stacks_own_code_runs_for_the_prompt_and_for_rehearsals_alone(backbone, batch, both):
     whole, calls = backbone("llava"), []
     handle = whole.stack.rotary_emb.register_forward_hook(lambda *_: calls.append(1))

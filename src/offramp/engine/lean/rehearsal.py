@@ -29,6 +29,8 @@ from offramp.models.intercept import stand_ins
 
 TOKENS = 128
 """Tokens that are rehearsed at once."""
+CHECKED = 3
+"""Tokens of the call of several that a rehearsal is held to."""
 
 
 class _Recorder:
@@ -202,10 +204,10 @@ def check(stage: Stage, rehearsal: Rehearsal, kw: Mapping[str, Any], cache: Any,
         CannotRehearseError: they differ.
     """
     columns, plain = self_attention(cache).columns, stage.norm is None
-    for tokens in (1, 3):
+    for tokens in (1, CHECKED):
         columns.first, columns.end = end, end + tokens
         ids = torch.arange(rehearsal.rows * tokens, device=stage.backbone.device)
-        ids = ids.view(rehearsal.rows, tokens)
+        ids = ids.view(rehearsal.rows, tokens) % stage.embed.num_embeddings
         given = {**ahead(kw, end, end, tokens), cache_name(kw): cache, "input_ids": ids}
         calls = stage.run(given).calls
         if stage.backbone.family.layers == "block":

@@ -18,7 +18,7 @@ from offramp.engine.kv_cache import self_attention
 from offramp.engine.lean.arguments import CannotRehearseError
 from offramp.engine.lean.bare import BareModules
 from offramp.engine.lean.cache import beside_encoder, like, move
-from offramp.engine.lean.rehearsal import TOKENS, Rehearsal, Stage, ahead, check
+from offramp.engine.lean.rehearsal import CHECKED, TOKENS, Rehearsal, Stage, ahead, check
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import first as state_of
 from offramp.models.intercept import LayerHandler
@@ -147,6 +147,8 @@ def lean_stack(
         return None
     ids: Tensor = kw["input_ids"]
     rows, end = len(ids), driver.tokens + ids.shape[1]
+    if backbone.positions is not None and end + CHECKED > backbone.positions:
+        return None
     own = like(cache, driver.tokens)
     if own is None or len(own.layers) < backbone.depth:
         return None
