@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench pages clean docs
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads pages clean docs
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -52,6 +52,12 @@ analysis: $(READY)  ## quality at every depth, overthinking; rewrites benchmarks
 
 bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+
+loads: $(READY)  ## the batch engine under loads like those of use; rewrites benchmarks/records/loads.json and a part of engine.json
+	$(BIN)/python -m benchmarks.loads.guesses --t5 runs/demo/t5
+	$(BIN)/python -m benchmarks.loads.memory
+	$(BIN)/python -m benchmarks.loads.arrivals
 	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`

@@ -4,8 +4,8 @@
     python -m benchmarks.loads.guesses --photo FOLDER   # and the built photo model
 
 The full model's own greedy answers are read once more, and at each of their tokens the first exit
-is asked what it would have said and how sure it is. Rewrites "guesses" in
-benchmarks/records/loads.json; a minute, and a few more for 240 photographs.
+is asked what it would have said and how sure it is. Rewrites these models in
+"guesses" of benchmarks/records/loads.json; a minute, and a few more for 240 photographs.
 """
 
 import argparse

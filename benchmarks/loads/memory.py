@@ -43,7 +43,8 @@ def main() -> None:
         seen += answered(core, inputs, min(arguments.every, arguments.requests - start), draw)
         looks.append(held(core))
     print(looks[0], looks[len(looks) // 3], looks[-1], seen, sep="\n")
-    figures = {"slots": arguments.slots, "every": arguments.every, **seen, "looks": looks}
+    ends = {ending: seen[ending] for ending in ENDINGS}
+    figures = {"slots": arguments.slots, "every": arguments.every, **ends, "looks": looks}
     keep("memory", figures, "benchmarks.loads.memory")
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.loads.subjects import RECORD, Subject, add_photo, keep, photo
+from benchmarks.loads.subjects import Subject, add_photo, keep, photo
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import Timing, exit_generate_fn, speedup, time_interleaved
-from offramp.storage import read_json
 
 THRESHOLDS = (0.2, 0.3, 0.5)
 
@@ -58,9 +57,7 @@ def main() -> None:
         "photographs": len(inputs), "rounds": arguments.rounds, "ways": rows,
         "clock": "thread" if arguments.cpu_time else "wall",
     }  # fmt: skip
-    known = read_json(RECORD).get("single", {}).get("figures", {}) if RECORD.is_file() else {}
-    both = {**known, arguments.dtype: figures}
-    keep("single", both, "benchmarks.loads.single", subject.examples)
+    keep("single", {arguments.dtype: figures}, "benchmarks.loads.single", subject.examples)
 
 
 def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,13 @@ def add_photo(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="photographs")
 
 
-def keep(part: str, figures: Any, command: str, examples: Sequence[Example] = ()) -> None:
-    """Put a part into the record, beside the others, with where it comes from."""
+def keep(
+    part: str, figures: Mapping[str, Any], command: str, examples: Sequence[Example] = ()
+) -> None:
+    """Put figures into a part of the record, beside the others there, with where they come from."""
     record = read_json(RECORD) if RECORD.is_file() else {}
+    known = record.get(part, {}).get("figures", {})
     digest = examples_digest(examples) if examples else None
     origin = {**provenance(0, [command], digest), "load": os.getloadavg()[0]}
-    write_json(RECORD, {**record, part: {"figures": figures, "provenance": origin}})
+    record[part] = {"figures": {**known, **figures}, "provenance": origin}
+    write_json(RECORD, record)
