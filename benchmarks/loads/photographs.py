@@ -51,20 +51,25 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument(
+        "--modes", nargs="+", default=("generate", *MODES), choices=("generate", *MODES),
+        help="full among them",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
-    for run in alone(replace(subject, examples=subject.examples[:2]), clock).values():
-        run()  # warms up
+    warm = alone(replace(subject, examples=subject.examples[:2]), clock)
+    ways = {**alone(subject, clock), **together(subject, arguments.slots, clock)}
     runs: dict[str, list[Run]] = {}
-    for _ in tqdm(range(arguments.rounds), "rounds"):
-        for name, run in {
-            **alone(subject, clock),
-            **together(subject, arguments.slots, clock),
-        }.items():
+    for number in tqdm(range(arguments.rounds), "rounds"):
+        for name, run in ways.items():
+            if name.rpartition(", ")[2] not in arguments.modes:
+                continue
+            if number == 0 and name in warm:
+                warm[name]()
             runs.setdefault(name, []).append(run())
             print(name, runs[name][-1].seconds, runs[name][-1].decode, flush=True)
     figures = {
@@ -117,7 +122,7 @@ def together(subject: Subject, slots: int, clock: Clock) -> Mapping[str, Callabl
         for example in coming:
             inputs = encoder.prompts([example])
             handles.append(core.add(Request(inputs, mode, options=subject.options)))
-            while core.waiting:
+            while core.waiting >= slots:
                 core.round()
         core.run()
         seconds = clock() - begin
