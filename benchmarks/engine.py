@@ -41,6 +41,7 @@ CASES = (
     EngineCase("early_exit", 0.9, guess=False),
     EngineCase("lossless", right=0.9),
 )
+KINDS = ("guess", "park")
 WORDS = 32
 """Of a prompt, if no other number is asked for, which the record then says."""
 WITHIN = 0.1
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
     parser.add_argument("--words", type=int, default=WORDS, help="of a prompt")
-    parser.add_argument("--full", action="store_true", help="the full model alone, no exits")
+    parser.add_argument(
+        "--cases", nargs="*", default=KINDS, choices=KINDS, help="of rows that; none: full alone"
+    )
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,11 +81,11 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     inputs = known.inputs(backbone, words=arguments.words)
     limit = inputs["input_ids"].shape[1] + arguments.lengths[1] + 1
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    cases = [case for case in CASES if KINDS[not case.guess] in arguments.cases]
     costs, entries = bench_engine(
-        backbone, exits, inputs, () if arguments.full else CASES,
-        EngineConfig(slots=slots, limit=limit), rounds=arguments.rounds,
-        lengths=tuple(arguments.lengths), shortlist=size is not None, clock=clock,
-        progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
+        backbone, exits, inputs, cases, EngineConfig(slots=slots, limit=limit),
+        rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
+        clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:
