@@ -31,7 +31,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "compare-photo": ("FREE beside each method, photographs", methods()),
         "photo": ("CIDEr at measured speeds, photographs", regimes(record("photo"))),
         "peers": ("Decoding speed, tiny models", speeds(peers)),
-        "engine": ("Batch engine, SmolLM2-135M shape, bfloat16", engine("smollm2-135m, bfloat16")),
+        "engine": ("Batch engine, SmolLM2-135M shape", engine("smollm2-135m, bfloat16")),
     }
 
 

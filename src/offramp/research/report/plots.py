@@ -319,7 +319,9 @@ def throughput(series: Mapping[str, Mapping[int, float]], reference: str) -> str
         axes.set_ylabel("tokens a second")
         _legend(axes)
 
-    return _drawn(f"tokens a second by rows at once: {', '.join(series)}", draw)
+    height = _SIZE[1] + 0.1 * len(series)
+    title = f"tokens a second by rows at once: {', '.join(series)}"
+    return _drawn(title, draw, (_SIZE[0], height))
 
 
 def calibration_curve(
