@@ -72,7 +72,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         call = self.call
         assert call is not None and self.is_initialized
         for held, new in zip(self.held, (key_states, value_states), strict=True):
-            held[call.slots, :, call.columns] = new.transpose(1, 2).flatten(0, 1)
+            if call.beside is None:
+                held[call.slots, :, call.columns] = new.transpose(1, 2).flatten(0, 1)
+            else:  # no indices to look up
+                slot, first = call.beside
+                held[slot, :, first : first + new.shape[2]] = new[0]
         return self.read(0), self.read(1)
 
     def read(self, part: int) -> Tensor:

@@ -29,6 +29,7 @@ class SlotCall:
     width: how many columns are read.
     gather: for each of the R * W places the token that stands there, where not all differ.
     pick: for each token its place.
+    beside: slot and first column, where all stand side by side in one row of the call and one slot.
     """
 
     shape: tuple[int, int]
@@ -39,13 +40,15 @@ class SlotCall:
     width: int
     gather: Tensor | None = None
     pick: Tensor | None = None
+    beside: tuple[int, int] | None = None
 
 
 def one_each(columns: Sequence[int], width: int, device: torch.device) -> SlotCall:
     """One token of each of the first R slots."""
     at = torch.tensor(columns, device=device)
     rows = torch.arange(len(columns), device=device)
-    return SlotCall((len(rows), 1), rows, at, None, at[:, None], width)
+    beside = (0, columns[0]) if len(columns) == 1 else None
+    return SlotCall((len(rows), 1), rows, at, None, at[:, None], width, beside=beside)
 
 
 def lay_out(
@@ -78,6 +81,7 @@ def lay_out(
     read = None if front else torch.tensor(reads, device=device)
     queries, flat = at[gather], gather.flatten()
     if layout == "packed":
-        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick)
+        beside = (slots[0], columns[0]) if len(starts) == 1 else None
+        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick, beside)
     shape = (len(starts), longest)
     return SlotCall(shape, rows[flat], at[flat], read, queries, width, flat, pick)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.kv_cache import cache_parameter, store_exit_keys
+from offramp.engine.lean.bare import BareModules
 from offramp.engine.slots.attention import CurrentCall, can_pack, with_packed_attention
 from offramp.engine.slots.cache import SlotCache
 from offramp.engine.slots.layout import LAYOUTS, SlotCall, lay_out, one_each
@@ -82,6 +83,7 @@ class SlotRunner:
         self.layout = layout or ("packed" if packs else "flat")
         with_slot_masks(self.intercepted.stack)
         self._current = CurrentCall()
+        self._bare = BareModules(type(backbone.stack).forward.__module__)
         self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
         if self.layout == "packed":
             self._pack(packs)
@@ -211,6 +213,8 @@ class SlotRunner:
         """What the stack gets for a layer: its output, or the state handed through."""
         if self.backbone.family.layers == "block":
             call = replace(call, args=self._with_bias(call.args))
+        if self.backbone.lean_decoding:
+            call = replace(call, instead=self._bare)
         index = call.index
         if self._mode == "deep" and index <= self.split:
             if index < self.split:
