@@ -110,6 +110,8 @@ _SKIP = {"llm_int8_skip_modules": ["model.vision_tower", "lm_head"]}
 """The photo model's tower has torch's own transformer layers, which read weights as they lie."""
 _NF4 = {**_SKIP, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 SCHEMES: dict[str, Callable[[], Any]] = {
+    "quantize=int8": lambda: "int8",
+    "quantize=int4": lambda: "int4",
     "torchao int8": lambda: _torchao("Int8WeightOnlyConfig"),
     "torchao int4": lambda: _torchao("IntxWeightOnlyConfig", weight_dtype=_INT4),
     "torchao int4, packed": lambda: _torchao("Int4WeightOnlyConfig", group_size=32),
@@ -148,10 +150,13 @@ class Model:
     examples: Sequence[Example]
 
     def load(self, config: Any = None) -> tuple[Backbone, InputProcessor]:
-        """In float32, or quantised: as `config` says, or from a checkpoint."""
+        """In float32, or quantised: by our own word, as `config` says, or from a checkpoint."""
         folder = config if isinstance(config, Path) else self.folder
-        more = {} if config is None or folder is config else {"quantization_config": config}
-        backbone = Backbone.from_pretrained(folder, dtype=torch.float32, **more)
+        if isinstance(config, str):
+            backbone = Backbone.from_pretrained(folder, quantize=config)
+        else:
+            more = {} if config is None or folder is config else {"quantization_config": config}
+            backbone = Backbone.from_pretrained(folder, dtype=torch.float32, **more)
         return backbone, InputProcessor(backbone, load_processor(self.folder))
 
 
@@ -284,7 +289,8 @@ def main() -> None:
     for name in arguments.schemes or (ON_PHOTOGRAPHS if on_photographs else SCHEMES):
         rows[name] = tried(SCHEMES[name], model, plain, told)
         kept["photo" if on_photographs else "tiny"] = {n: rows[n] for n in SCHEMES if n in rows}
-        kept["versions"] = {package: v for package in PACKAGES if (v := _version(package))}
+        here = {package: v for package in PACKAGES if (v := _version(package))}
+        kept["versions"] = kept.get("versions", {}) | here
         write_json(RECORD, kept)
         print(name, rows[name], file=sys.stderr, flush=True)
 

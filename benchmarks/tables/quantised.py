@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits, in PyTorch: speed, memory and answers by format and mode."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,23 @@ def _entries(part: str) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 def speeds() -> str:
     """Tokens a CPU second, and multiples of Hugging Face's `generate` in float32."""
+    return _by_mode(lambda e: f"{e['cpu_tokens_per_second']:.0f} ({e['over_generate']:.1f}x)")
+
+
+def seconds() -> str:
+    """Seconds of an answer on the wall, all included."""
+    return _by_mode(lambda e: f"{e['end_to_end_seconds']:.2f}")
+
+
+def _by_mode(cell: Callable[[dict[str, Any]], str]) -> str:
     entries = _entries("timings")
-
-    def cells(runtime: str, mode: str) -> list[str]:
-        found = [entries[runtime, layers, mode] for layers in FORMATS]
-        return [f"{e['cpu_tokens_per_second']:.0f} ({e['over_generate']:.1f}x)" for e in found]
-
-    rows = [("`generate`", *cells(STOCK, "full"))]
-    rows += [(title, *cells(OURS, mode)) for mode, title in MODES.items()]
-    return table(rows, ("tokens a second", *FORMATS))
+    ways = {"`generate`": (STOCK, "full")}
+    ways |= {title: (OURS, mode) for mode, title in MODES.items()}
+    rows = [
+        (title, *(cell(entries[runtime, layers, mode]) for layers in FORMATS))
+        for title, (runtime, mode) in ways.items()
+    ]
+    return table(rows, ("", *FORMATS))
 
 
 def answers() -> str:
@@ -77,6 +86,7 @@ def multiple(mode: str) -> str:
 TABLES: dict[str, Make] = {
     "quantised-kernels": kernels,
     "quantised-speeds": speeds,
+    "quantised-seconds": seconds,
     "quantised-answers": answers,
     "quantised-memory": memory,
 }
