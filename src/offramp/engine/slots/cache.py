@@ -71,21 +71,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         call = self.call
         assert call is not None and self.is_initialized
-        for held, new in zip(self.held, (key_states, value_states), strict=True):
-            if call.beside is None:
-                held[call.slots, :, call.columns] = new.transpose(1, 2).flatten(0, 1)
-            else:  # no indices to look up
-                slot, first = call.beside
-                held[slot, :, first : first + new.shape[2]] = new[0]
+        keys, values = self.held
+        if call.beside is None:
+            keys[call.slots, :, call.columns] = key_states.transpose(1, 2).flatten(0, 1)
+            values[call.slots, :, call.columns] = value_states.transpose(1, 2).flatten(0, 1)
+        else:  # no indices to look up
+            slot, first = call.beside
+            end = first + key_states.shape[2]
+            keys[slot, :, first:end] = key_states[0]
+            values[slot, :, first:end] = value_states[0]
         return self.read(0), self.read(1)
 
     def read(self, part: int) -> Tensor:
         """Keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
         assert self.call is not None
-        seen = self.held[part][:, :, : self.call.width]
+        held, width = self.held[part], self.call.width
         if self.call.reads is None:  # a view: gathering costs as much as the attention
-            return seen[: len(self.call.queries)]
-        return seen.index_select(0, self.call.reads)
+            return held[: len(self.call.queries), :, :width]
+        return held[:, :, :width].index_select(0, self.call.reads)
 
     def grow(self, columns: int) -> None:
         """Hold `columns` columns, more than now."""

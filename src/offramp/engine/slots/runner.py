@@ -211,11 +211,11 @@ class SlotRunner:
 
     def layer(self, call: LayerCall) -> Any:
         """What the stack gets for a layer: its output, or the state handed through."""
+        args, index = call.args, call.index
         if self.backbone.family.layers == "block":
-            call = replace(call, args=self._with_bias(call.args))
-        if self.backbone.lean_decoding:
-            call = replace(call, instead=self._bare)
-        index = call.index
+            args = self._with_bias(args)
+        bare = self._bare if self.backbone.lean_decoding else None
+        call = LayerCall(index, call.layer, call.hidden, args, call.kw, bare)
         if self._mode == "deep" and index <= self.split:
             if index < self.split:
                 return self.backbone.skipped_layer_output(call)
