@@ -27,7 +27,8 @@ from examples.photo_vlm.held_out import half_of
 from examples.photo_vlm.rows import read_photographs
 from tqdm import tqdm
 
-from benchmarks.llama_cpp import Answer, Clock, Method, _timed, generating, stock
+from benchmarks.runtimes.methods import Answer, Clock, Method, generating, stock
+from benchmarks.runtimes.timings import timed
 from benchmarks.tables.markdown import RECORDS
 from offramp.adapter import Adapter
 from offramp.data.example import Example
@@ -191,10 +192,10 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     for number in tqdm(range(rounds), "timings", disable=None):
         for prompts in inputs:
             for name in [names[i] for i in draw.permutation(len(names))]:
-                *seconds, count = _timed(methods[name], prompts[name[1]])
-                for place, value in enumerate(seconds):
+                seconds, answer = timed(methods[name], prompts[name[1]])
+                for place, value in enumerate(seconds[:3]):
                     spent[name][number][place] += value
-                tokens[name] += count
+                tokens[name] += len(answer) - 1
     return {
         "photographs": len(inputs),
         "rounds": rounds,

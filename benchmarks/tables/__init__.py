@@ -2,12 +2,12 @@
 
 from benchmarks.tables import (
     comparison,
-    llama_cpp,
     loads,
     overview,
     photographs,
     quantised,
     quantised_models,
+    runtimes,
     serving,
     speed,
     tiny,
@@ -20,10 +20,10 @@ _MODULES = (
     comparison,
     speed,
     photographs,
-    llama_cpp,
     serving,
     quantised,
     quantised_models,
+    runtimes,
     loads,
 )
 TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
@@ -34,7 +34,7 @@ FIGURES: dict[str, Make] = {
         comparison,
         speed,
         photographs,
-        llama_cpp,
+        runtimes,
         quantised,
         quantised_models,
         loads,

@@ -1,0 +1,1 @@
+"""Exits inside llama.cpp and in PyTorch, against runtimes without exits, on the photo model."""

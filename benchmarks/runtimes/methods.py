@@ -1,0 +1,191 @@
+"""The ways to answer a photograph: by runtime, number format and mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.evaluate import LONGEST
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import FirstToken
+from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
+from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.runtimes.llama_cpp.runtime import DecoderEntry
+from offramp.runtimes.llama_cpp.segment import Segment
+
+FORMATS = ("f16", "q8_0", "q4_1")
+THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
+"""Safest first."""
+ENGINE = EngineOptions(context=512)
+OPTIONS = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
+Answer = tuple[int, ...]
+Name = tuple[str, str, str]
+"""Runtime, number format of the layers, mode."""
+
+
+class Clock(FirstToken):
+    """Also notes the CPU seconds when the first token was there."""
+
+    cpu: float | None = None
+
+    def __call__(self, *positional: Any, **named: Any) -> torch.Tensor:
+        if self.cpu is None:
+            self.cpu = time.process_time()
+        return super().__call__(*positional, **named)
+
+
+Method = Callable[[Mapping[str, Any], Clock], Answer]
+"""Answers one prompt, and calls the clock when the first token is there."""
+
+
+class OneFile:
+    """llama.cpp alone: the whole decoder in one file, greedy, with nothing of Hugging Face around
+    a token. It is fed with the same embeddings."""
+
+    def __init__(self, adapter: Adapter, file: Path, end: int) -> None:
+        self.backbone, self.end = adapter.backbone, end
+        self.segment = Segment(file, ENGINE, tap_layer=None)
+        self.embeddings = self.backbone.stack.get_input_embeddings().weight.detach().numpy()
+
+    def __call__(self, inputs: Mapping[str, Any], clock: Clock) -> Answer:
+        entry = DecoderEntry()
+        model = InterceptedModel(self.backbone, entry).model
+        with torch.inference_mode():
+            states = entry.states(lambda: model(**inputs))[0].float().numpy()
+        self.segment.crop(self.segment.length)
+        tokens: list[int] = []
+        while len(tokens) < OPTIONS["max_new_tokens"]:
+            self.segment.feed(states, 1)
+            tokens.append(int(np.argmax(self.segment.logits(1))))
+            if len(tokens) == 1:
+                clock(torch.zeros(1, 1, dtype=torch.long), None)
+            if tokens[-1] == self.end:
+                break
+            states = self.embeddings[tokens[-1]][None]
+        return tuple(tokens)
+
+
+def generating(generate: Callable[..., Any], **options: Any) -> Method:
+    """A method by anything that takes what `Adapter.generate` takes."""
+
+    def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
+        stop = StoppingCriteriaList([clock])
+        output = generate(inputs, stopping_criteria=stop, **OPTIONS, **options)
+        return tuple(output.new_tokens[0].tolist())
+
+    return run
+
+
+def stock(adapter: Adapter, **options: Any) -> Method:
+    """Hugging Face's own `generate`."""
+
+    def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
+        model = adapter.backbone.model
+        stop = StoppingCriteriaList([clock])
+        ids = model.generate(**inputs, stopping_criteria=stop, **OPTIONS, **options)
+        return tuple(ids[0, inputs["input_ids"].shape[1] :].tolist())
+
+    return run
+
+
+def compiled(adapter: Adapter) -> Method:
+    """The same with its static cache, whose step inductor compiles at the first call."""
+    from transformers.generation.configuration_utils import CompileConfig
+
+    config = CompileConfig(fullgraph=False, mode="default")
+    config._compile_all_devices = True  # type: ignore[assignment]  # else a CPU is left out
+    return stock(adapter, cache_implementation="static", compile_config=config)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model, its photographs and the exported files.
+
+    photographs: of the measuring half, none of which chose a threshold. out: folder that files are
+    written to once, and results kept in.
+    """
+
+    adapter: Adapter
+    encoder: InputProcessor
+    photographs: Sequence[Example]
+    out: Path
+
+    @property
+    def policies(self) -> dict[str, ExitPolicy]:
+        """By mode. The shipped thresholds, also for drafts; every token at the exit, looked at."""
+        shipped = self.adapter.policy
+        every = replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6))
+        return {
+            "full": FULL,
+            "early_exit": shipped,
+            "every_token": every,
+            "lossless": replace(shipped, lossless=True),
+        }
+
+    @property
+    def other_thresholds(self) -> dict[str, ExitPolicy]:
+        """Early exit at the other thresholds that are tried, by mode."""
+        shipped = self.adapter.policy
+        [depth] = shipped.thresholds
+        policies = {t: replace(shipped, thresholds={depth: t}) for t in THRESHOLDS}
+        return {f"early_exit at {t:g}": p for t, p in policies.items() if p != shipped}
+
+    def files(self, layers: str) -> Path:
+        """The exported chain."""
+        folder = self.out / layers
+        if not folder.is_dir():
+            export_gguf(self.adapter, folder, layers)
+        return folder
+
+    def whole(self, layers: str) -> Path:
+        """The decoder in one file."""
+        file = self.out / f"whole-{layers}.gguf"
+        if not file.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            export_whole(self.adapter.backbone, file, ExportFormats(layers))
+        return file
+
+    def runtime(self, layers: str, engine: EngineOptions = ENGINE) -> LlamaCppRuntime:
+        return LlamaCppRuntime(self.adapter, self.files(layers), engine=engine)
+
+    def methods(self, **options: Any) -> dict[Name, Method]:
+        """By runtime, format and mode. options: of ours, such as `vision_cache`."""
+        adapter = self.adapter
+        methods: dict[Name, Method] = {("generate", "float32", "full"): stock(adapter)}
+        for mode, policy in self.policies.items():
+            method = generating(adapter.generate, policy=policy, **options)
+            methods[IN_TORCH, "float32", mode] = method
+        for layers in FORMATS:
+            methods["llama.cpp", layers, "full"] = OneFile(
+                adapter, self.whole(layers), self.encoder.eos
+            )
+            runtime = self.runtime(layers)
+            for mode, policy in (self.policies | self.other_thresholds).items():
+                method = generating(runtime.generate, policy=policy, **options)
+                methods[IN_LLAMA, layers, mode] = method
+        return methods
+
+    def weights_bytes(self, runtime: str, layers: str) -> int:
+        """Of the decoder with its head and exits, as it lies in memory while one token is written;
+        embeddings are looked up and not counted."""
+        if runtime == "llama.cpp" or runtime.startswith("OpenVINO"):
+            return self.whole(layers).stat().st_size if layers in FORMATS else 0
+        if runtime == IN_LLAMA:
+            return sum(file.stat().st_size for file in self.files(layers).glob("*.gguf"))
+        backbone = self.adapter.backbone
+        modules: list[Any] = [*backbone.layers, backbone.head]
+        if runtime == IN_TORCH:
+            modules.append(self.adapter.exits.modules)
+        return sum(p.nbytes for module in modules for p in module.parameters())

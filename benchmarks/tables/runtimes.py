@@ -1,0 +1,150 @@
+"""Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.tables.markdown import Make, record, table
+
+FORMATS = ("f16", "q8_0", "q4_1")
+OURS = "offramp, llama.cpp"
+MODES = {
+    "full": "ours, exits off",
+    "early_exit": "ours, early exit at the shipped threshold",
+    "every_token": "ours, every token at the exit",
+    "lossless": "ours, lossless",
+}
+IDENTICAL = {
+    "lossless_as_full": "lossless as full depth",
+    "early_as_full": "early exit as full depth",
+    "early_as_float32_early": "early exit as PyTorch's in float32",
+    "full_as_float32_full": "full depth as PyTorch's in float32",
+}
+
+
+def _entries() -> dict[tuple[str, str, str], dict[str, Any]]:
+    entries = record("runtimes")["timings"]["entries"]
+    return {(e["runtime"], e["format"], e["mode"]): e for e in entries}
+
+
+def speeds() -> str:
+    """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
+    entries = _entries()
+
+    def cells(runtime: str, mode: str) -> list[str]:
+        return [_speed(entries.get((runtime, layers, mode))) for layers in FORMATS]
+
+    rows = [("OpenVINO GenAI", *cells("OpenVINO GenAI", "full"))]
+    rows += [("llama.cpp alone, one file", *cells("llama.cpp", "full"))]
+    rows += [(title, *cells(OURS, mode)) for mode, title in MODES.items()]
+    return table(rows, ("", *FORMATS))
+
+
+def in_torch() -> str:
+    """The same in PyTorch, float32."""
+    entries = _entries()
+    titles = {("generate", "full"): "`generate`"}
+    titles |= {("generate, static cache, compiled", "full"): "`generate`, static cache, compiled"}
+    titles |= {("offramp, torch", mode): title for mode, title in MODES.items()}
+    found = {t: entries.get((n[0], "float32", n[1])) for n, t in titles.items()}
+    rows = [
+        (title, f"{e['cpu_tokens_per_second']:.1f} ({e['over_generate']:.2f}x)")
+        for title, e in found.items()
+        if e is not None
+    ]
+    return table(rows, ("", "float32"))
+
+
+def end_to_end() -> str:
+    """Seconds of a caption, vision tower and prompt included, and what the weights take."""
+    rows = [
+        (
+            f"{e['runtime']}, {e['format']}, {e['mode'].replace('_', ' ')}",
+            f"{e['end_to_end_cpu_seconds']:.2f}",
+            f"{e['weights_bytes'] / 1e6:.0f} MB",
+            f"{e['over_generate']:.1f}x",
+        )
+        for e in record("runtimes")["timings"]["entries"]
+        if e["mode"] in ("full", "early_exit") and not e["runtime"].startswith("OpenVINO")
+    ]
+    return table(rows, ("", "CPU seconds a caption", "weights", "decoding, of `generate`"))
+
+
+def _speed(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    return f"{entry['cpu_tokens_per_second']:.0f} ({entry['over_llama_cpp']:.2f}x)"
+
+
+def identical() -> str:
+    """Identical answers, and CIDEr against the float32 full model's."""
+    answers = record("runtimes")["answers"]
+    n = answers["photographs"]
+    rows = [
+        (title, *(f"{answers['identical'][layers][name]} of {n}" for layers in FORMATS))
+        for name, title in IDENTICAL.items()
+    ]
+    scores = {(s["runtime"], s["format"], s["mode"]): s for s in answers["cider"]}
+    for mode in ("full", "early_exit", "lossless"):
+        by_format = [scores[OURS, layers, mode] for layers in FORMATS]
+        title = f"CIDEr, {MODES[mode].removeprefix('ours, ')}"
+        rows.append((title, *(_cider(score) for score in by_format)))
+    return table(rows, ("", *FORMATS))
+
+
+def calibrated() -> str:
+    """Thresholds by format, and what they lose on the other half of the photographs."""
+    formats, entries, rows = record("runtimes")["calibrated"]["formats"], _entries(), []
+
+    def speed(layers: str, mode: str) -> str:
+        found = [
+            entries.get((OURS, layers, f"early_exit at {t:g}"), entries[OURS, layers, "early_exit"])
+            for t in formats[layers][mode]["thresholds"].values()
+        ]
+        return _speed(found[0] if found else entries[OURS, layers, "full"])
+
+    for mode, title in (
+        ("calibrated", "CIDEr down by at most 3% on the choosing half"),
+        ("guaranteed", "ROUGE-L down by at most 0.03, guaranteed at 95%"),
+    ):
+        rows.append((title, *(_threshold(formats[layers][mode]) for layers in formats)))
+        rows.append(("... tokens a CPU second", *(speed(layers, mode) for layers in formats)))
+        rows.append(("... CIDEr", *(_cider(formats[layers][mode]) for layers in formats)))
+        drops = (f"{formats[layers][mode]['drop']:+.1%}" for layers in formats)
+        rows.append(("... drop of CIDEr", *drops))
+    return table(rows, ("", *formats))
+
+
+def rows_in_a_call() -> str:
+    """Milliseconds of the layers above the exit by tokens in a call."""
+    costs = record("runtimes")["timings"]["row_milliseconds"]
+    counts = list(costs[FORMATS[0]]["above"])
+    rows = [
+        (
+            layers,
+            f"{costs[layers]['below']['1']:.1f}",
+            *(f"{costs[layers]['above'][count]:.1f}" for count in counts),
+        )
+        for layers in FORMATS
+    ]
+    above = [f"above: {count} token{'s' if int(count) > 1 else ''}" for count in counts]
+    return table(rows, ("ms", "below the exit: 1 token", *above))
+
+
+def _threshold(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
+
+
+def _cider(score: Mapping[str, Any]) -> str:
+    low, high = score["difference_interval"]
+    return f"{score['CIDEr']:.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+TABLES: dict[str, Make] = {
+    "runtimes-speeds": speeds,
+    "runtimes-torch": in_torch,
+    "runtimes-end-to-end": end_to_end,
+    "runtimes-identical": identical,
+    "runtimes-calibrated": calibrated,
+    "runtimes-rows": rows_in_a_call,
+}
+FIGURES: dict[str, Make] = {}
