@@ -2,6 +2,7 @@
 
 from benchmarks.tables import (
     comparison,
+    lean,
     loads,
     overview,
     photographs,
@@ -20,6 +21,7 @@ _MODULES = (
     comparison,
     speed,
     photographs,
+    lean,
     serving,
     quantised,
     quantised_models,
@@ -34,6 +36,7 @@ FIGURES: dict[str, Make] = {
         comparison,
         speed,
         photographs,
+        lean,
         runtimes,
         quantised,
         quantised_models,

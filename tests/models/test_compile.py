@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from compiling import two_layers
+from torch._dynamo.utils import counters
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -27,6 +28,9 @@ def test_compiled_layers_say_what_the_eager_ones_say():
     with compiled(whole, parts, backend="eager") as done:
         assert done
         ours = generate(whole, inputs, **run)
+        graphs = counters["stats"]["unique_graphs"]
+        generate(whole, inputs, **{**run, "max_new_tokens": 12})
+        assert 0 < graphs == counters["stats"]["unique_graphs"]  # a length is no other code
     assert torch.equal(ours.sequences, eager.sequences)
     assert torch.equal(ours.depths, eager.depths) and len(eager.depths.unique()) == 2
     assert all(layer._compiled_call_impl is None for layer in (*whole.layers, *modules.values()))
