@@ -14,6 +14,8 @@ import torch
 from benchmarks import zoo
 from offramp import cli
 from offramp.adapter import Adapter
+from offramp.cli.command_line import build_parser
+from offramp.cli.commands.serve import _check_serial
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -179,6 +181,13 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
     assert Promise.of(calibration) is not None and Promise.of(calibration, Runtime.name) is None
     other = {**calibration, "runtime": Runtime.name}
     assert Promise.of(other) is None and Promise.of(other, Runtime.name) is not None
+
+
+@pytest.mark.parametrize("more, serial", [([], False), (["--slots", "1"], True)])
+def test_one_slot_is_written_serially(more: list[str], serial: bool) -> None:
+    arguments = build_parser().parse_args(["serve", "tiny-opt", *more])
+    _check_serial(arguments)
+    assert arguments.serial == serial
 
 
 @pytest.mark.parametrize(

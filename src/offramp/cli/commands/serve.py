@@ -90,7 +90,7 @@ def _engine_options(parser: Parser) -> None:
     )
     engine.add_argument(
         "--slots", type=whole(1), metavar="N",
-        help=f"answers written at once (default: {SLOTS}; with --serial: 1)",
+        help=f"answers written at once; 1: as --serial (default: {SLOTS}; with --serial: 1)",
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
@@ -185,7 +185,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _check_serial(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    arguments.serial |= arguments.runtime != "torch"
+    arguments.serial |= arguments.runtime != "torch" or arguments.slots == 1
     if not arguments.serial:
         return
     way = "--serial" if arguments.runtime == "torch" else f"--runtime {arguments.runtime}"
