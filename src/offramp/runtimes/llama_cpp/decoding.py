@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class ChainDecider:
         self._depths = depths
         self._layers = adapter.backbone.depth
         self._vocabulary = adapter.backbone.vocabulary
-        self._thresholds = dict(policy.thresholds)
+        # In the scores' precision, in which they are compared.
+        self._thresholds = {d: float(np.float32(t)) for d, t in policy.thresholds.items()}
         self._shortlist = shortlist_of_policy(policy, adapter.exits)
         self._gates = gates_of_policy(policy, adapter.exits)
         score = logits_score(policy.score, tuple(self._thresholds), policy.weights)
@@ -63,9 +65,8 @@ class ChainDecider:
         if threshold == 0.0:
             self.score = math.nan
         else:
-            score = self._rule(depth, self._allowed(exit_logits))
-            self.score = float(score)
-            if not bool(score >= threshold):
+            self.score = float(self._rule(depth, self._allowed(exit_logits)))
+            if not self.score >= threshold:  # NaN is not either
                 return False
         self.depth, self.exit_logits = depth, exit_logits
         return True

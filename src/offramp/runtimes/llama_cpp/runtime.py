@@ -60,6 +60,7 @@ class LlamaCppRuntime:
         self.adapter = adapter
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
+        self._embedding = adapter.backbone.stack.get_input_embeddings()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         try:
@@ -166,8 +167,7 @@ class LlamaCppRuntime:
 
     def _embed(self, ids: Tensor) -> States:
         """The states [T, D] that enter the decoder for ids [1, T] of text."""
-        embedded = self.backbone.stack.get_input_embeddings()(ids)
-        return np.asarray(embedded[0].float().cpu().numpy())
+        return np.asarray(self._embedding(ids)[0].float().cpu().numpy())
 
     def _prompt(
         self, entry: DecoderEntry, model: Any, ids: Tensor, prepared: dict[str, Any]
