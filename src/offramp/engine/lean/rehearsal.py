@@ -82,14 +82,18 @@ class Stage:
         self.norm = backbone.stack.get_submodule(norms[0]) if norms else None
 
     def run(self, kw: Mapping[str, Any]) -> _Run:
-        """Raise `CannotRehearseError` where the stack does more than call its layers and a norm."""
+        """Raise `CannotRehearseError` where the stack does more than call its layers and a norm, or
+        does not run without them."""
         recorder = _Recorder(self.backbone)
         stack: Any = twin(self.backbone.stack)
         stack._modules[self.backbone.family.layers] = stand_ins(self.backbone, recorder)
         noted = None
         if self._norm_name is not None and self.norm is not None:
             noted = stack._modules[self._norm_name] = _Noted(self.norm)
-        out = stack(**kw).last_hidden_state
+        try:
+            out = stack(**kw).last_hidden_state
+        except Exception as error:  # code that looks at more of the cache than is there
+            raise CannotRehearseError(f"{type(error).__name__} in the stack: {error}") from error
         calls = recorder.calls
         if [call.index for call in calls] != [*self.layers]:
             raise CannotRehearseError("which layers the stack calls")
