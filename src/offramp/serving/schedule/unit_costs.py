@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
+
+IN_A_ROW = {"shallow": 4}
+"""Calls between two of another kind, where there are several."""
 
 Table = tuple[tuple[int, float], ...]
 """(tokens, seconds), ascending."""
@@ -108,20 +112,17 @@ def measure_calls(
     read = timer.read(reader, inputs)
     wide = [n for n in TOKENS if n <= most]
     narrow = sorted({n for n in TOKENS if n < batch.slots} | {batch.slots})
+    context = batch.seats[0].row.start + answer
     try:
-        costs = CallCosts(
-            slots=batch.slots,
-            context=batch.seats[0].row.start + answer,
-            shallow=timer.table(timer.shallow, narrow),
-            deep=timer.table(timer.deep, wide),
-            head=timer.table(timer.head, wide),
-            full=timer.table(timer.full, narrow),
-            read=read,
-        )
+        tables = timer.tables({"shallow": narrow, "deep": wide, "head": wide, "full": narrow})
     finally:
         while batch.seats:
             batch.leave(batch.seats[-1])
-    return costs
+    return CallCosts(slots=batch.slots, context=context, read=read, **tables)
+
+
+def _rising(seconds: Sequence[float]) -> list[float]:
+    return np.maximum.accumulate(seconds).tolist()  # type: ignore[no-any-return]
 
 
 class _Timer:
@@ -146,18 +147,26 @@ class _Timer:
             took.append(self._now() - begin)
         return median(took)
 
-    def table(self, call: Callable[[int], object], sizes: Sequence[int]) -> Table:
-        """Seconds of `call` for each size, sizes taking turns; a larger call is never cheaper."""
-        took: dict[int, list[float]] = {n: [] for n in sizes}
+    def tables(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, Table]:
+        """Seconds of each kind of call for each of its sizes; a larger call is never cheaper.
+
+        Kinds take turns, and shallow calls come several in a row, as in an engine: each finds the
+        processor's cache as the others leave it.
+        """
+        took: dict[tuple[str, int], list[float]] = {(k, n): [] for k in sizes for n in sizes[k]}
         with torch.inference_mode():
             for turn in range(self._repeats + 1):
-                for n in sizes:
+                for kind, n in random.Random(turn).sample(list(took), len(took)):
+                    call, times = getattr(self, kind), IN_A_ROW.get(kind, 1)
                     begin = self._now()
-                    call(n)
+                    for _ in range(times):
+                        call(n)
                     if turn:  # the first one warms up
-                        took[n].append(self._now() - begin)
-        seconds = np.maximum.accumulate([median(took[n]) for n in sizes])
-        return tuple(zip(sizes, seconds.tolist(), strict=True))
+                        took[kind, n].append((self._now() - begin) / times)
+        return {
+            kind: tuple(zip(of, _rising([median(took[kind, n]) for n in of]), strict=True))
+            for kind, of in sizes.items()
+        }
 
     def shallow(self, rows: int) -> None:
         states = self._batch.runner.shallow(self._tokens(rows), self._columns(rows))
