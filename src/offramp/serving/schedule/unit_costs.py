@@ -14,8 +14,9 @@ import torch
 
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError
+from offramp.serving.rows.row import Row
 from offramp.serving.rows.rules import RowRules
-from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
+from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
@@ -112,13 +113,11 @@ def measure_calls(
     read = timer.read(reader, inputs)
     wide = [n for n in TOKENS if n <= most]
     narrow = sorted({n for n in TOKENS if n < batch.slots} | {batch.slots})
-    context = batch.seats[0].row.start + answer
     try:
         tables = timer.tables({"shallow": narrow, "deep": wide, "head": wide, "full": narrow})
     finally:
-        while batch.seats:
-            batch.leave(batch.seats[-1])
-    return CallCosts(slots=batch.slots, context=context, read=read, **tables)
+        batch.seats.clear()
+    return CallCosts(slots=batch.slots, context=timer.context, read=read, **tables)
 
 
 def _rising(seconds: Sequence[float]) -> list[float]:
@@ -126,12 +125,17 @@ def _rising(seconds: Sequence[float]) -> list[float]:
 
 
 class _Timer:
-    """Makes calls as a batch makes them, on rows that stay where they are."""
+    """Makes calls as a batch makes them, on rows that stay where they are.
+
+    context: columns before them.
+    """
 
     def __init__(
         self, batch: SlotBatch, repeats: int, answer: int, clock: Callable[[], float]
     ) -> None:
         self._batch, self._repeats, self._answer, self._clock = batch, repeats, answer, clock
+        self._seats: list[Seat] = []
+        self.context = 0
         self._sync: Callable[[], None] = (
             torch.cuda.synchronize if batch.backbone.device.type == "cuda" else lambda: None
         )
@@ -139,12 +143,14 @@ class _Timer:
     def read(self, reader: PromptReader, inputs: Mapping[str, Any]) -> float:
         """Fill all slots; seconds of a prompt."""
         took = []
-        options = {"max_new_tokens": 2, "do_sample": False}
+        options = {"max_new_tokens": TOKENS[-1], "do_sample": False}
         for _ in range(self._batch.slots):
             begin = self._now()
             prompt = reader.read(inputs, options, use_exits=True)
             self._batch.join(prompt, RowRules(prompt), RowPolicy())
             took.append(self._now() - begin)
+        self._seats = list(self._batch.seats)
+        self.context = self._seats[0].row.start + self._answer
         return median(took)
 
     def tables(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, Table]:
@@ -169,20 +175,24 @@ class _Timer:
         }
 
     def shallow(self, rows: int) -> None:
-        states = self._batch.runner.shallow(self._tokens(rows), self._columns(rows))
-        asked = [(seat.rules, [0]) for seat in self._batch.seats[:rows]]
-        self._batch.chooser.verdicts(self._batch.depths[0], states, asked)
+        self._sit(rows, RowPolicy())
+        self._batch.shallow()
 
     def full(self, rows: int) -> None:
-        states = self._batch.runner.full(self._tokens(rows), self._columns(rows), exits=False)
-        self._batch.backbone.logits(states.final).argmax(-1).tolist()
+        self._sit(rows, RowPolicy(guess=False))
+        self._batch.full()
+
+    def _sit(self, rows: int, policy: RowPolicy) -> None:
+        """Let the first `rows` rows alone be there, with nothing pending."""
+        self._batch.seats[:] = self._seats[:rows]
+        for seat in self._batch.seats:
+            seat.row, seat.policy = Row(self.context, seat.row.choices[0]), policy
 
     def deep(self, tokens: int) -> None:
         rows = min(tokens, self._batch.slots)
         shares = [tokens // rows + (row < tokens % rows) for row in range(rows)]
         slots = [row for row, share in enumerate(shares) for _ in range(share)]
-        start = self._columns(1)[0]
-        columns = [start + n for share in shares for n in range(share)]
+        columns = [self.context + n for share in shares for n in range(share)]
         float(self._batch.runner.deep(self._states(tokens), slots, columns).final[0, 0])
 
     def head(self, tokens: int) -> None:
@@ -191,12 +201,6 @@ class _Timer:
     def _now(self) -> float:
         self._sync()
         return self._clock()
-
-    def _tokens(self, rows: int) -> torch.Tensor:
-        return torch.full((rows,), 5, device=self._batch.backbone.device)
-
-    def _columns(self, rows: int) -> list[int]:
-        return [seat.row.start + self._answer for seat in self._batch.seats[:rows]]
 
     def _states(self, tokens: int) -> torch.Tensor:
         backbone = self._batch.backbone
