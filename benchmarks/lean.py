@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -207,7 +206,7 @@ def main() -> None:
     with no_products():  # scores are those of zeros: only where they decide nothing
         record["overhead"] = measure(photo, 3 * arguments.rounds, ("full", "every_token"))
     record["load"] = [round(load_before, 1), round(os.getloadavg()[0], 1)]
-    write_json(RECORD, {**record, "provenance": provenance(0, sys.argv, None)})
+    write_json(RECORD, {**record, "provenance": provenance(0, ["benchmarks.lean"], None)})
 
 
 if __name__ == "__main__":

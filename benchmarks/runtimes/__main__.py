@@ -11,7 +11,6 @@ measures only these.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def main() -> None:
         measure(arguments)
     files = {name: OUT / f"{name}.json" for name in PARTS}
     record = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    about = provenance(0, ["benchmarks.runtimes", *sys.argv[1:]], None)
+    about = provenance(0, ["benchmarks.runtimes"], None)
     write_json(RECORD, {**record, "provenance": {**about, "flags": _processor_flags()}})
 
 
