@@ -188,14 +188,7 @@ def _decode(
     if served is not None:
         served.end()
     sequence.end()
-    live, depths, scores = (torch.stack(column, 1) for column in zip(*sequence.trace, strict=True))
-    return GenerationOutput(
-        sequence.ids,
-        torch.where(live, depths, 0),
-        torch.where(live, scores.float(), float("nan")),
-        run.backbone.depth,
-        tuple(rounds),
-    )
+    return sequence.output(run.backbone.depth, rounds)
 
 
 def _guess_above(run: ModelRunner, policy: ExitPolicy) -> float | None:

@@ -120,6 +120,11 @@ class ExitPolicy:
             return self
         return replace(self, thresholds=self.drafts, drafts={}, guesses={}, gates={})
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Where tokens exit or are drafted, ascending."""
+        return tuple(sorted({*self.thresholds, *self.drafts}))
+
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offramp.engine.policy import GenerationOutput
 from offramp.engine.prefill import Prepared
 
 
@@ -88,6 +89,17 @@ class SequenceState:
         """Tell the streamer that nothing more comes."""
         if self._streamer is not None:
             self._streamer.end()
+
+    def output(self, layers: int, rounds: Sequence[tuple[int, int]] = ()) -> GenerationOutput:
+        """What was written. layers: depth of the full model. rounds: of drafts."""
+        live, depths, scores = (torch.stack(column, 1) for column in zip(*self.trace, strict=True))
+        return GenerationOutput(
+            self.ids,
+            torch.where(live, depths, 0),
+            torch.where(live, scores.float(), float("nan")),
+            layers,
+            tuple(rounds),
+        )
 
     def constraints(self, ids: Callable[[], Tensor]) -> Callable[[Tensor], Tensor] | None:
         """The processors that say what may come (minimum length, repetition penalty, the user's

@@ -47,7 +47,7 @@ class SerialCore:
         self.config = EngineConfig(slots=1, limit=limit)
         self.clock = clock
         self.between: Callable[[], None] = lambda: None
-        self.depths = tuple(sorted({*self.policy.thresholds, *self.policy.drafts}))
+        self.depths = self.policy.depths
         self.tallies = {True: Tally(), False: Tally()}
         self.tokens = 0
         self._model = model

@@ -49,7 +49,7 @@ def _rows_and_columns(table: Tensor, at: Span) -> Tensor:
 
 
 def _pair(tables: tuple[Tensor, ...], at: Span) -> tuple[Tensor, ...]:
-    return tuple(table.narrow(-2, at.row, at.new) for table in tables)
+    return tuple(_rows(table, at) for table in tables)
 
 
 def _alike(table: Tensor, at: Span) -> Tensor:

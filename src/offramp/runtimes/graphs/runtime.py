@@ -66,7 +66,7 @@ class GraphRuntime:
         size = slot_bytes(backbone.text_config, entries, context, backbone.dtype)
         check_memory(size, free_bytes(backbone.device), 1, context)
         drafts = 2 ** self.policy.max_draft.bit_length()
-        depths = _depths(self.policy)
+        depths = self.policy.depths
         self._programs = RowPrograms(
             backbone, adapter.exits, self.policy, depths[0] if depths else None, context,
             max(PENDING, drafts),
@@ -114,10 +114,8 @@ class GraphRuntime:
             sequence = GreedyRow(here, streamer)
             rounds = self._decode(prompt, sequence, policy)
             sequence.end()
-        _, depths, scores = (torch.stack(column, 1) for column in zip(*sequence.trace, strict=True))
-        return GenerationOutput(
-            sequence.ids.to(device), depths, scores.float(), self.backbone.depth, tuple(rounds)
-        )
+        output = sequence.output(self.backbone.depth, rounds)
+        return replace(output, sequences=output.sequences.to(device))
 
     # -- one generation ------------------------------------------------------------------------
 
@@ -166,7 +164,7 @@ class GraphRuntime:
     # -- checks --------------------------------------------------------------------------------
 
     def _check_look(self, policy: ExitPolicy) -> None:
-        depths = _depths(policy)
+        depths = policy.depths
         if len(depths) > 1:
             raise InputError(
                 f"CUDA graphs have one exit, and the policy has depths {list(depths)}.",
@@ -195,7 +193,7 @@ class GraphRuntime:
                 "Give the runtime a policy with that max_draft.",
             )
         mine = (self._depths, self.policy.score, self.policy.shortlist)
-        theirs = (_depths(policy), policy.score, policy.shortlist)
+        theirs = (policy.depths, policy.score, policy.shortlist)
         if mine != theirs:
             raise InputError(
                 "The programs read (depths, score, shortlist) "
@@ -212,7 +210,3 @@ class GraphRuntime:
                 f"than the context of {self.context}.",
                 "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
-
-
-def _depths(policy: ExitPolicy) -> tuple[int, ...]:
-    return tuple(sorted({*policy.thresholds, *policy.drafts}))

@@ -155,7 +155,7 @@ def exits_digest(adapter: Adapter) -> str:
 
 def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:
     policy = adapter.policy
-    named = {*policy.thresholds, *policy.drafts} if depths is None else set(depths)
+    named = set(policy.depths if depths is None else depths)
     wrong = sorted(named - set(adapter.exits.depths))
     if not named or wrong:
         raise InputError(

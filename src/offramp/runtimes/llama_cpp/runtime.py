@@ -132,13 +132,9 @@ class LlamaCppRuntime:
             sequence = kind(prepared, streamer)
             rounds = self._decode(prompt, sequence, policy)
             sequence.end()
-        live, depths, scores = (
-            torch.stack(column, 1) for column in zip(*sequence.trace, strict=True)
-        )
-        assert bool(live.all()), "one row ends with its last token"
-        return GenerationOutput(
-            sequence.ids, depths, scores.float(), self.backbone.depth, tuple(rounds)
-        )
+        output = sequence.output(self.backbone.depth, rounds)
+        assert bool(output.depths.all()), "one row ends with its last token"
+        return output
 
     def close(self) -> None:
         """Give llama.cpp's memory back; the runtime is of no use afterwards."""

@@ -37,7 +37,7 @@ def check_policy(policy: ExitPolicy) -> None:
             f"KV policy {policy.kv!r} is approximate, and a batch shares exact keys and values.",
             "Use kv='recompute'.",
         )
-    if policy.score in STREAKS and len({*policy.thresholds, *policy.drafts}) > 1:
+    if policy.score in STREAKS and len(policy.depths) > 1:
         raise InputError(
             f"The score {policy.score!r} follows a token from exit to exit; in a batch none does.",
             "Use a score of one exit's logits, such as 'max_probability', or a single exit.",

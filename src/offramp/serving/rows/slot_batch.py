@@ -93,7 +93,7 @@ class SlotBatch:
         self.backbone, self.slots, self.longest = backbone, slots, longest
         self.guess_above = guess_above
         self._usual = RowPolicy(policy.thresholds)
-        self.depths = tuple(sorted({*policy.thresholds, *policy.drafts})) if exits else ()
+        self.depths = policy.depths if exits else ()
         self.runner = SlotRunner(backbone, exits, self.depths, slots, limit, layout=layout)
         self.seats: list[Seat] = []
         self.chooser = Chooser(backbone, exits, policy, self.depths)
