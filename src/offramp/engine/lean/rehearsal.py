@@ -68,10 +68,13 @@ class _Run:
 
 
 class Stage:
-    """A twin of the stack whose layers only note their calls."""
+    """A twin of the stack whose layers only note their calls.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    stack: one that is called in its place, with the same layers.
+    """
+
+    def __init__(self, backbone: Backbone, stack: Any = None) -> None:
+        self.backbone, self._stack = backbone, backbone.stack if stack is None else stack
         self.layers = range(backbone.depth)
         self.embed: Any = backbone.stack.get_input_embeddings()
         norms = [n for n, m in backbone.stack.named_children() if "norm" in n]
@@ -85,7 +88,7 @@ class Stage:
         """Raise `CannotRehearseError` where the stack does more than call its layers and a norm, or
         does not run without them."""
         recorder = _Recorder(self.backbone)
-        stack: Any = twin(self.backbone.stack)
+        stack: Any = twin(self._stack)
         stack._modules[self.backbone.family.layers] = stand_ins(self.backbone, recorder)
         noted = None
         if self._norm_name is not None and self.norm is not None:

@@ -14,16 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from offramp.engine.slots.layout import SlotCall
+from offramp.engine.slots.layout import CurrentCall, SlotCall
 from offramp.models.discovery.twin import graft, twin
 
 PACKED = "offramp_packed"
-
-
-class CurrentCall:
-    """The call that is under way, which the attention modules of a runner share."""
-
-    call: SlotCall
 
 
 def packed_attention(

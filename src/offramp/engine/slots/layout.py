@@ -43,6 +43,12 @@ class SlotCall:
     beside: tuple[int, int] | None = None
 
 
+class CurrentCall:
+    """The call that is under way, which a runner shares with modules in its twins."""
+
+    call: SlotCall
+
+
 def one_each(columns: Sequence[int], width: int, device: torch.device) -> SlotCall:
     """One token of each of the first R slots."""
     at = torch.tensor(columns, device=device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,37 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from offramp.errors import UnsupportedBackboneError
 
 MASKED = "offramp_slots"
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What a mask was made by. allowed: Hugging Face's function of (row, head, query, key), or None
+    in cross-attention, where an encoder's tokens alone are hidden."""
+
+    allowed: Callable[..., Any] | None
+    dtype: torch.dtype
+
+    def mask(self, queries: Tensor, width: int, encoder: Tensor | None = None) -> Tensor:
+        """An additive mask [R, 1, W, K] of `width` columns for queries at columns [R, W].
+
+        encoder: which of the encoder's tokens [R, K] are there.
+        """
+        device = queries.device
+        if self.allowed is None:
+            assert encoder is not None
+            allowed = encoder[:, None, None].bool()
+        else:
+            rows = torch.arange(len(queries), device=device)[:, None, None, None]
+            keys = torch.arange(width, device=device)[None, None, None]
+            heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+            allowed = self.allowed(rows, heads, queries[:, None, :, None], keys)
+        made = torch.zeros(allowed.shape, dtype=self.dtype, device=device)
+        return made.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+
+
+def rule_of(mask: Any) -> MaskRule | None:
+    """What `slot_mask` made a mask by; None of another one."""
+    return getattr(mask, "rule", None)
 
 
 def slot_mask(
@@ -39,15 +71,14 @@ def slot_mask(
     `attention_mask` [R, K], the encoder's.
     """
     if isinstance(q_offset, Tensor):
-        rows = torch.arange(len(q_offset), device=device)[:, None, None, None]
-        keys = torch.arange(kv_length, device=device)[None, None, None]
-        heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-        allowed = mask_function(rows, heads, q_offset[:, None, :, None], keys)
+        rule = MaskRule(mask_function, dtype)
+        made = rule.mask(q_offset, kv_length)
     else:
         assert attention_mask is not None
-        allowed = attention_mask[:, None, None].bool()
-    closed = torch.finfo(dtype).min
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, closed)
+        rule = MaskRule(None, dtype)
+        made = rule.mask(attention_mask, kv_length, attention_mask)
+    made.rule = rule  # type: ignore[attr-defined]
+    return made
 
 
 AttentionMaskInterface.register(MASKED, slot_mask)

@@ -1,0 +1,50 @@
+"""Where a family counts positions from one cache length for all rows: each token's own, instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.engine.slots.layout import CurrentCall, SlotCall
+from offramp.models.backbone import Backbone
+
+
+class RelativeBias:
+    """T5's bias by how far a key is behind its query."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._attention = backbone.layers[0].layer[0].SelfAttention
+        self._by_distance: Tensor | None = None  # [columns, heads]
+
+    def of(self, call: SlotCall, columns: int) -> Tensor:
+        """Of each query of a call [R, heads, W, K]. columns: of the cache."""
+        device = call.queries.device
+        if self._by_distance is None or len(self._by_distance) < columns:
+            self._by_distance = self._table(torch.arange(columns, device=device))
+        distance = call.queries[..., None] - torch.arange(call.width, device=device)
+        return self._by_distance[distance.clamp_(min=0)].permute(0, 3, 1, 2)  # later: masked
+
+    def _table(self, distance: Tensor) -> Tensor:
+        of = self._attention
+        bucket = of._relative_position_bucket(
+            -distance,
+            bidirectional=False,
+            num_buckets=of.relative_attention_num_buckets,
+            max_distance=of.relative_attention_max_distance,
+        )
+        return of.relative_attention_bias(bucket)  # type: ignore[no-any-return]
+
+
+class ColumnPositions(nn.Module):
+    """BART's learned positions of the current call's columns."""
+
+    def __init__(self, embed: nn.Module, current: CurrentCall) -> None:
+        super().__init__()
+        self.__dict__.update(_embed=embed, _current=current)
+
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Tensor:
+        call: SlotCall = self.__dict__["_current"].call
+        positions: Tensor = self.__dict__["_embed"](input_ids, 0, position_ids=call.columns)
+        return positions.view(*call.shape, -1)
