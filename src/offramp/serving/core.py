@@ -115,6 +115,7 @@ class EngineCore:
             self.batch.tallies,
             slots=config.slots,
             longest=config.longest,
+            share=self.batch.runner.split / backbone.depth,
             clock=clock,
         )
         self._reader = PromptReader(
@@ -197,7 +198,6 @@ class EngineCore:
             "flush": partial(self.batch.deep, flush=True),
             "step": self.batch.step,
             "full": self.batch.full,
-            "rehearse": self.batch.rehearse,
         }
         before = self.seconds[call]
         with self._timed(call):

@@ -251,16 +251,6 @@ class SlotBatch:
             self._settle(seat)
         return len(rows)
 
-    @torch.inference_mode()
-    def rehearse(self) -> int:
-        """Do the work of a full call and leave all rows as they are: what stands behind a row's
-        last column is never read."""
-        rows = [seat.row for seat in self.seats]
-        columns = [row.column for row in rows]
-        states = self.runner.full(self._feed(rows), columns, exits=False)
-        self.backbone.logits(states.final).argmax(-1).tolist()
-        return len(rows)
-
     def _feed(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.feed for row in rows], device=self.backbone.device)
 

@@ -13,7 +13,6 @@ LAST = 3
 ENOUGH = 2
 LATELY = 100
 """Calls of a kind; a size that none of them had is forgotten."""
-KINDS = ("shallow", "deep", "step", "full")
 
 
 @dataclass
@@ -37,16 +36,6 @@ class LearnedCosts:
         size = self._sizes.setdefault((kind, nearest(tokens)), _Size())
         size.took.append((tokens, seconds))
         size.number = self._calls[kind]
-
-    def knows(self, kind: str, tokens: int) -> bool:
-        """Whether enough calls of that kind and about that size were seen."""
-        size = self._sizes.get((kind, nearest(tokens)))
-        return size is not None and len(size.took) >= ENOUGH
-
-    @property
-    def complete(self) -> bool:
-        """Whether all kinds of calls were seen."""
-        return all(self.table(kind) for kind in KINDS)
 
     def table(self, kind: str) -> Table:
         """(tokens, seconds) of that kind."""

@@ -3,8 +3,8 @@
 An engine times its calls as it makes them. The simulator is given what they took, and what the
 exits did lately. Where full depth is faster, rows run there: lossless ones by full calls, which
 change no token, rows whose tokens may exit by synchronous steps, and requests that name no mode are
-answered losslessly. Now and then the other way is tried for a few calls, all of which move the rows
-on, to learn what it takes by now; what the exits would do is seen in every 32nd call.
+answered losslessly. Now and then the other way is tried for a few calls, which move the rows on
+too, to learn what it takes by now; what the exits would do is seen in every 32nd call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LOOK = 32
 """At full depth the exits are looked at in one call of so many."""
 WARM = 8
 """Calls over about as many rows before full depth is tried with them."""
-TRIAL: tuple[Call, ...] = ("step", "full", "step", "full")
+TRIED = 2
+"""Calls in a trial at full depth, or deep ones in a trial of the exits."""
 EVERY = 64
 """Calls to the next review, if no trial ends before; each time as many more, to 8 times."""
 ENOUGH = 48
@@ -32,14 +33,16 @@ ENOUGH = 48
 _REMEMBERED = 1000
 _SIMULATED = 500
 _LONGEST_PATIENCE = 16
-_AS: dict[Call, str] = {"flush": "deep", "rehearse": "full"}
+BETTER = 1.03
+"""How much faster than the present schedule another must seem: a simulation is not exact."""
 
 
 class Pace:
     """Says which call comes next.
 
     schedule: of shallow and deep calls, which then stays, exits being taken to pay; None: what is
-    found best. tallies: by whether tokens may exit (else lossless). clock: returns seconds.
+    found best. tallies: by whether tokens may exit (else lossless). share: of the layers that stand
+    below the exit. clock: returns seconds.
 
     exits_pay: whether a request that names no mode had best use the engine's own thresholds.
     """
@@ -51,15 +54,17 @@ class Pace:
         *,
         slots: int,
         longest: int,
+        share: float = 0.25,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.schedule = schedule or Schedule.of(slots)
         self.exits_pay = True
         self.costs = LearnedCosts()
         self._fixed, self._tallies = schedule is not None, tallies
-        self._longest, self._clock = longest, clock
+        self._longest, self._share, self._clock = longest, share, clock
         self._full = {True: False, False: False}  # whether full depth is faster, as in tallies
         self._trial: list[Call] | None = None  # what was called in it so far
+        self._caught_up = False  # little is pending: a trial begins without any
         self._rows = 1.0  # lately
         self._alike = 0  # calls over about as many rows
         self._looked = self._since = 0  # calls since exits were looked at, and since the review
@@ -76,23 +81,21 @@ class Pace:
             return "flush" if load.pending else "full"
         if self._fixed:
             return self.schedule.next_call(load)
-        if self._trial is None and self._tries(load.rows, exiting):
+        if self._trial is None and self._caught_up and self._tries(exiting):
             self._trial = []
         if self._full[exiting] == (self._trial is not None):
             return self.schedule.next_call(load)
         if load.pending:
             return "flush"
-        if self._trial is not None:
-            wanted = TRIAL[sum(call != "flush" for call in self._trial)]
-            return "rehearse" if exiting and wanted == "full" else wanted
         return "step" if exiting or self._looked >= LOOK else "full"
 
     def note(self, call: Call, tokens: int, took: float) -> None:
         """A call over `tokens` tokens took so many seconds; think again, if it is time."""
-        self.costs.note(_AS.get(call, call), max(1, tokens), took)
+        self.costs.note("deep" if call == "flush" else call, max(1, tokens), took)
         self._total += took
         self._since += 1
         self._looked = self._looked + 1 if call == "full" else 0
+        self._caught_up = call != "shallow"
         if call not in ("deep", "flush"):
             self._follow(tokens)
         if self._trial is not None:
@@ -112,42 +115,69 @@ class Pace:
         self._alike += 1
         self._rows += (rows - self._rows) / 16
 
-    def _tries(self, rows: int, exiting: bool) -> bool:
+    def _tries(self, exiting: bool) -> bool:
         """Whether to try what is not done now: full depth, or the exits."""
-        new = not (self.costs.knows("full", rows) and self.costs.knows("step", rows))
-        if new and not self._full[exiting] and self._alike >= WARM:
-            return True
-        return 0 < self._tried <= SHARE * self._total
+        at_full = self.costs.table("step" if exiting else "full")
+        if not at_full and not self._full[exiting]:
+            return self._alike >= WARM
+        other = self.costs.table("deep") if self._full[exiting] else at_full
+        price = TRIED * max((long for _, long in other), default=0.0)
+        return self._tried > 0 and self._tried + price <= SHARE * self._total
 
     def _over(self, trial: list[Call]) -> bool:
-        at_full = sum(call in TRIAL or call == "rehearse" for call in trial)
-        return at_full >= len(TRIAL) or trial.count("deep") >= 2 or len(trial) >= LOOK
+        at_full = sum(call in ("step", "full") for call in trial)
+        return at_full >= TRIED or trial.count("deep") >= TRIED or len(trial) >= LOOK
 
     def _review(self) -> None:
         seen = {exiting: t for exiting, t in self._tallies.items() if t.tokens >= ENOUGH}
-        if not seen or not self.costs.complete:
+        if not seen or not (self.costs.table("shallow") and self.costs.table("deep")):
             return
         begin, self._since = self._clock(), 0
         self._reviews += 1
         rows = max(1, round(self._rows))
-        full, step = (rows / seconds(self.costs.table(kind), rows) for kind in ("full", "step"))
+        at_full = self._at_full_depth(rows)
         for exiting, tally in seen.items():
-            speeds = {s: self._speed(tally, s, rows) for s in self._candidates(rows)}
-            best = max(speeds, key=speeds.__getitem__)
-            self._full[exiting] = speeds[best] < (step if exiting else full)
+            if exiting not in at_full:
+                continue
+            now, *others = self._candidates(rows)
+            best, speed = now, self._speed(tally, now, rows)
+            for other in others:
+                found = self._speed(tally, other, rows)
+                if found > BETTER * speed:
+                    best, speed = other, found
+            self._full[exiting] = speed < at_full[exiting]
             if exiting:
-                self.exits_pay = speeds[best] >= full
+                self.exits_pay = speed >= at_full[False]
             if exiting or True not in seen:
                 self.schedule = best
             if tally.tokens > _REMEMBERED:
                 tally.fade()
         self._reviewed += self._clock() - begin
 
+    def _at_full_depth(self, rows: int) -> dict[bool, float]:
+        """Tokens a second by synchronous steps (True) and by full calls, as far as it is known.
+
+        A step is a full call and a look at the exit. Of a look and the layers below it a shallow
+        call is made, so a full call need not be tried to tell what it takes, but for the LM head.
+        """
+        took = {
+            exiting: seconds(table, rows)
+            for exiting, kind in ((True, "step"), (False, "full"))
+            if (table := self.costs.table(kind))
+        }
+        if took.keys() == {True}:
+            shallow, below = seconds(self.costs.table("shallow"), rows), self._share
+            look = (shallow - below * took[True]) / (1 - below)
+            took[False] = took[True] - max(0.0, look)
+        return {exiting: rows / long for exiting, long in took.items()}
+
     def _candidates(self, rows: int) -> list[Schedule]:
-        now = self.schedule.patience
-        waits = {now // 2, now, min(_LONGEST_PATIENCE, max(1, 2 * now))}
-        idle = max(1, rows // 2)
-        return [replace(self.schedule, patience=wait, idle=idle) for wait in sorted(waits)]
+        """The present schedule and others; none where nothing shows what longer deep calls take."""
+        now, idle = self.schedule.patience, max(1, rows // 2)
+        waits = [now]
+        if len(self.costs.table("deep")) > 1:
+            waits += [now // 2, min(_LONGEST_PATIENCE, max(1, 2 * now))]
+        return [replace(self.schedule, patience=wait, idle=idle) for wait in waits]
 
     def _speed(self, tally: Tally, schedule: Schedule, rows: int) -> float:
         rate = tally.exited / tally.tokens

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from offramp.errors import InputError
 from offramp.serving.rows.row import Row
 
-Call = Literal["shallow", "deep", "flush", "step", "full", "rehearse"]
+Call = Literal["shallow", "deep", "flush", "step", "full"]
 """flush: a deep call over all that is pending; the others as in `SlotBatch`."""
 
 
