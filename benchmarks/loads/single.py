@@ -4,6 +4,8 @@
 
 One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
 below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
+"plain" are the loops without guesses and without the lean path: Hugging Face's stack, called once a
+token.
 Rewrites "single" in benchmarks/records/loads.json, of its number format alone; five minutes each,
 a quiet machine.
 
@@ -17,11 +19,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import StoppingCriteriaList
 
 from benchmarks.loads.subjects import Subject, add_photo, keep, photo
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import Timing, exit_generate_fn, speedup, time_interleaved
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    time_interleaved,
+)
 
 THRESHOLDS = (0.2, 0.3, 0.5)
 
@@ -32,22 +42,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--above", type=float, nargs="+", default=(0.0, 0.2))
+    parser.add_argument("--above", type=float, nargs="+", default=(0.0, 0.1))
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
     ways = policies(subject, arguments.above)
-    adapter = subject.adapter
     timings = time_interleaved(
-        {
-            name: exit_generate_fn(
-                adapter.backbone, adapter.exits if policy is not FULL else None, policy,
-                **subject.options,
-            )
-            for name, policy in ways.items()
-        },
+        {name: _way(subject, name, policy) for name, policy in ways.items()},
         inputs, rounds=arguments.rounds, progress=lambda r: tqdm(r, "rounds"),
         clock=time.thread_time if arguments.cpu_time else time.perf_counter,
     )  # fmt: skip
@@ -64,15 +67,29 @@ def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:
     """Everything that is timed, by name."""
     own = subject.adapter.policy
     (depth,) = own.thresholds
-    ways = {"full": FULL, "lossless": own.in_mode("lossless")}
+    lossless = own.in_mode("lossless")
+    ways = {"full": FULL, "lossless": lossless, "plain lossless": lossless}
     for threshold in THRESHOLDS:
         early = replace(own, thresholds={depth: threshold})
-        ways[f"early exit {threshold}"] = early
+        ways[f"early exit {threshold}"] = ways[f"plain early exit {threshold}"] = early
         for level in above:
             if level < threshold:
                 guessing = replace(early, guesses={depth: level})
                 ways[f"guesses {threshold} from {level}"] = guessing
     return ways
+
+
+def _way(subject: Subject, name: str, policy: ExitPolicy) -> GenerateFn:
+    """Generation by a policy, without the lean path where the name says plain."""
+    adapter = subject.adapter
+    exits = adapter.exits if policy is not FULL else None
+    generate = exit_generate_fn(adapter.backbone, exits, policy, **subject.options)
+
+    def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
+        adapter.backbone.lean_decoding = not name.startswith("plain")
+        return generate(inputs, stop)
+
+    return run
 
 
 def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:

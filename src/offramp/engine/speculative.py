@@ -139,7 +139,7 @@ def verify(draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- guesses ---------------------------------------------------------------------------------------
 
-OPEN_GUESSES = 3
+OPEN_GUESSES = 5
 """Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
 
 
