@@ -71,7 +71,7 @@ def test_right_guesses_share_a_call_of_the_layers_above(backbone, batch):
             policy = ExitPolicy({depth: 1.0}, guesses=guesses)
             generate(whole, inputs, exits=agreeing, policy=policy, **GREEDY)
             if guesses:
-                assert len(calls) == 1 + 3  # the prompt, and eleven tokens in fours
+                assert len(calls) == 1 + 2  # the prompt, and eleven tokens in sixes
             else:
                 assert len(calls) == 12
     finally:

@@ -418,3 +418,33 @@ def test_in_half_precision_rows_differ_only_where_logits_tie(backbone, exits, ba
             logits = whole.model(**longer).logits[0, -1].float()
         apart = (logits[full[0, place]] - logits[ours[0, place]]).abs()
         assert apart <= 2**-6 * logits.abs().max()  # bfloat16 keeps 8 bits
+
+
+def test_rows_are_written_on_while_another_image_is_seen(adapter, rows):
+    """The tower of the second request waits for five more tokens of the first."""
+    tokens, told, waited = [], threading.Condition(), []
+
+    def on_token(*_):
+        with told:
+            tokens.append(1)
+            told.notify_all()
+
+    def slow(*_):
+        if waited or not tokens:  # the first request's image
+            return
+        waited.append(len(tokens))
+        with told:
+            waited.append(told.wait_for(lambda: len(tokens) >= waited[0] + 5, timeout=20))
+
+    hook = adapter.backbone.vision.register_forward_pre_hook(slow)
+    try:
+        with BatchEngine(adapter, config=SMALL) as engine:
+            long = engine.submit(rows[0], on_token=on_token, max_new_tokens=40, min_new_tokens=40)
+            with told:
+                assert told.wait_for(lambda: tokens, timeout=20)
+            other = engine.submit(rows[1], max_new_tokens=6, do_sample=False)
+            wait([long, other], timeout=60)
+    finally:
+        hook.remove()
+    assert waited[1:] == [True]
+    assert torch.equal(other.result().output.sequences, alone(adapter, rows[1], max_new_tokens=6))

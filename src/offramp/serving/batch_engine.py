@@ -1,8 +1,8 @@
 """Many requests at once: early exits in a continuous batch, from any thread.
 
 One thread owns the model and makes the rounds (`offramp.serving.core`, or `serial` where answers
-are written one by one). Images are opened and prompts processed in worker threads. The queue is
-bounded: beyond that, requests are refused.
+are written one by one). Worker threads open images, run the processor and, ahead of the decoder,
+the vision tower. The queue is bounded: beyond that, requests are refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from offramp.engine.policy import FULL
 from offramp.errors import BusyError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
+from offramp.serving.image_reader import ImageReader
 from offramp.serving.request import Handle, OnToken, Request
 from offramp.serving.serial import SerialCore
+
+IMAGE_BYTES = 2**28
+"""Of the image features that an engine keeps, unless it is given a cache."""
 
 
 class BatchEngine:
@@ -29,9 +34,10 @@ class BatchEngine:
 
     model: an adapter, or a backbone alone; or a `SerialCore`, which answers one by one. processor:
     turns examples into inputs; not needed where inputs are submitted. queue: requests that may wait
-    beside those in slots. workers: threads that open images and run the processor. on_round: called
-    in the engine's thread after every round, or token of a `SerialCore`, behind what it told its
-    requests. more: as of `EngineCore`.
+    beside those in slots. workers: threads that open images, run the processor and, one at a time,
+    the vision tower. on_round: called in the engine's thread after every round, or token of a
+    `SerialCore`, behind what it told its requests. vision_cache: instead of one of 256 MiB; a
+    `SerialCore` has its own. more: as of `EngineCore`.
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -46,6 +52,7 @@ class BatchEngine:
         queue: int = 64,
         workers: int = 2,
         on_round: Callable[[], None] | None = None,
+        vision_cache: VisionCache | None = None,
         **more: Any,
     ) -> None:
         if queue < 1 or workers < 1:
@@ -54,14 +61,22 @@ class BatchEngine:
                 "Give numbers from 1.",
             )
         self.core: EngineCore | SerialCore
+        self._images: ImageReader | None = None
         if isinstance(model, SerialCore):
             self.core = model
             model.between = self._between
-        elif isinstance(model, Adapter):
-            self.core = EngineCore(model.backbone, model.exits, model.policy, config, **more)
         else:
-            self.core = EngineCore(model, None, FULL, config, **more)
+            adapter = model if isinstance(model, Adapter) else None
+            backbone = model.backbone if isinstance(model, Adapter) else model
+            if backbone.family.vision is not None:
+                vision_cache = vision_cache or VisionCache(IMAGE_BYTES)
+                self._images = ImageReader(backbone, vision_cache)
+            exits, policy = (adapter.exits, adapter.policy) if adapter else (None, FULL)
+            self.core = EngineCore(
+                backbone, exits, policy, config, vision_cache=vision_cache, **more
+            )
         self.processor, self.queue, self._on_round = processor, queue, on_round
+        self._most_ahead = self.core.config.slots
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         self._changed = threading.Condition()
         self._preparing: set[Handle] = set()
@@ -104,7 +119,7 @@ class BatchEngine:
         handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options))
         with self._changed:
             self._take_place(wait)
-            if isinstance(what, Example):
+            if isinstance(what, Example) or (self._images and self._images.wanted(inputs)):
                 self._preparing.add(handle)
                 self._pool.submit(self._prepare, handle, what)
             else:
@@ -193,14 +208,21 @@ class BatchEngine:
                 "Try again later, or submit with wait=True.",
             )
 
-    def _prepare(self, handle: Handle, example: Example) -> None:
-        """Open the image and run the processor, in a worker thread."""
-        assert self.processor is not None
+    def _prepare(self, handle: Handle, what: Example | Mapping[str, Any]) -> None:
+        """Open the image, run the processor and the vision tower, in a worker thread."""
         error: Exception | None = None
+        with self._changed:  # what lies ready takes memory
+            self._changed.wait_for(
+                lambda: self._dropped or handle.unwanted or self._read_ahead < self._most_ahead
+            )
+            unwanted = self._dropped or handle.unwanted
         try:
-            if not handle.unwanted:
-                inputs = self.processor.prompts([example])
+            if not unwanted and isinstance(what, Example):
+                assert self.processor is not None
+                inputs = self.processor.prompts([what])
                 handle.request = replace(handle.request, inputs=inputs)
+            if not unwanted and self._images is not None:
+                self._images.read(handle.request.inputs)
         except Exception as found:  # a broken image is its request's own
             error = found
         with self._changed:
@@ -234,6 +256,11 @@ class BatchEngine:
         with self._changed:
             self._take_in()
             self._changed.notify_all()
+
+    @property
+    def _read_ahead(self) -> int:
+        """Prompts that are ready and have no slot yet."""
+        return len(self._ready) + self.core.waiting
 
     def _take_in(self) -> None:
         for handle in self._ready:

@@ -69,7 +69,8 @@ class EngineConfig:
 class EngineCore:
     """Slots, a queue of prompts, and the rounds.
 
-    clock: returns seconds.
+    vision_cache, prefix_cache: what requests with an image, or the beginning of a prompt, in common
+    share; without, all of it is run. clock: returns seconds.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.

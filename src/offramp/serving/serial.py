@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.answers import Model, generate_by
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.models.backbone import Backbone
+from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig
 from offramp.serving.job import Job
 from offramp.serving.request import Handle, Request
@@ -28,8 +32,9 @@ class SerialCore:
     """One request at a time.
 
     model: an adapter, a backbone, or a runtime. policy: of requests that name none; None: the
-    adapter's. limit: tokens of a prompt and its answer. clock: returns seconds. between: called
-    behind each token of an answer.
+    adapter's. limit: tokens of a prompt and its answer. vision_cache, prefix_cache: as of
+    `generate`; runtimes know no prefixes. clock: returns seconds. between: called behind each token
+    of an answer.
 
     tokens: how many were settled in answers that are over.
     """
@@ -40,6 +45,8 @@ class SerialCore:
         policy: ExitPolicy | None = None,
         *,
         limit: int = 1024,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         own = model.policy if isinstance(model, Adapter) else FULL
@@ -51,6 +58,11 @@ class SerialCore:
         self.tallies = {True: Tally(), False: Tally()}
         self.tokens = 0
         self._model = model
+        self._shared: dict[str, Any] = {}
+        if vision_cache is not None:
+            self._shared["vision_cache"] = vision_cache
+        if prefix_cache is not None and isinstance(model, Adapter | Backbone):
+            self._shared["prefix_cache"] = prefix_cache
         self._queue: deque[Job] = deque()
         self._job: Job | None = None
 
@@ -113,7 +125,7 @@ class SerialCore:
     def _answer(self, job: Job) -> None:
         request = job.handle.request
         policy = request.exit_policy(self.policy, self.depths)
-        options = {**request.options, "streamer": _Steps(job, self._pause)}
+        options = {**request.options, **self._shared, "streamer": _Steps(job, self._pause)}
         with torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
             torch.seed() if request.seed is None else torch.manual_seed(request.seed)
             output = generate_by(self._model, request.inputs, policy, options)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from offramp.engine.policy import FULL
+from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.server.api.options import CountPenalties
 from offramp.serving.server.service import Service
-from serving import NAME, data_uri, messages, running, scene_examples, service_of, shipped
+from serving import NAME, asking, data_uri, messages, running, scene_examples, service_of, shipped
 
 LONGEST = 24
 
@@ -375,3 +376,23 @@ def test_a_request_that_takes_too_long_ends_with_an_error_object() -> None:
         body["stream"] = True
         streamed = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30).text
         assert '"code":"timeout"' in streamed or '"code": "timeout"' in streamed
+
+
+def test_a_second_question_about_an_image_reads_only_what_is_new() -> None:
+    """Answers are those of a server that keeps nothing."""
+    example = scene_examples()[0]
+    asked = [messages(example), messages(replace(example, prompt="Caption:"))]
+    said = []
+    for prefixes in (None, PrefixCache()):
+        service = service_of(more={"prefix_cache": prefixes})
+        with asking(service) as client:
+            body = {"model": NAME, "max_tokens": 8, "temperature": 0}
+            for question in asked:
+                answer = client.post("/v1/chat/completions", json={**body, "messages": question})
+                said.append(answer.json()["choices"][0]["message"]["content"])
+            text = client.get("/metrics").text
+        service.close()
+    assert said[:2] == said[2:]
+    assert prefixes is not None and prefixes.reused > 0
+    rate = prefixes.reused / (prefixes.reused + prefixes.run)
+    assert f'prefix_cache_hit_rate{{model_name="{NAME}"}} {rate}' in text

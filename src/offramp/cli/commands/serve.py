@@ -94,6 +94,12 @@ def _engine_options(parser: Parser) -> None:
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
+    _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
+    engine.add_argument(
+        "--prefix-cache", type=whole(0), default=4, metavar="N",
+        help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
+        "(default: 4)",
+    )  # fmt: skip
     runtime_options(parser, sized=False).add_argument(
         "--serial", action="store_true",
         help="write one answer after the other, as `offramp generate` does: for models that slots "
@@ -222,6 +228,8 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     """The model, loaded and running."""
     import torch
 
+    from offramp.engine.prefix_cache import PrefixCache
+    from offramp.models.vision_cache import VisionCache
     from offramp.serving.core import EngineConfig
     from offramp.serving.server.service import Service, runtime_name
 
@@ -231,7 +239,11 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     sizes = EngineConfig(slots=arguments.slots or SLOTS, limit=arguments.limit)
     serial = _serial(arguments, model)
     watch, loss = _watched(arguments, model, runtime_name(serial))
-    return Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial)
+    kept: dict[str, Any] = {
+        "vision_cache": VisionCache(arguments.image_cache * 2**20),
+        "prefix_cache": PrefixCache(arguments.prefix_cache) if arguments.prefix_cache else None,
+    }
+    return Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept)
 
 
 def _serial(arguments: argparse.Namespace, model: Any) -> Any:

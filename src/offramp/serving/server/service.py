@@ -16,8 +16,10 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.answers import Model
 from offramp.engine.policy import FULL
+from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
@@ -75,11 +77,14 @@ class Service:
         watch: WatchConfig | None = None,
         loss: Loss = differs,
         serial: Model | None = None,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
         **more: Any,
     ) -> None:
         """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
         all. loss: of its risk. serial: what answers one request at a time instead of slots, the
-        adapter itself or its runtime. more: as of `BatchEngine`.
+        adapter itself or its runtime. vision_cache, prefix_cache: as of either engine. more: as of
+        `BatchEngine`.
 
         Raises:
             InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -92,13 +97,17 @@ class Service:
         longest = learned_positions(self.backbone)
         if longest is not None and longest < sizes.limit:
             sizes = replace(sizes, limit=longest)
-        core = None if serial is None else SerialCore(serial, self.policy, limit=sizes.limit)
+        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
+        core = None
+        if serial is not None:
+            core = SerialCore(serial, self.policy, limit=sizes.limit, **kept)
         self.limit = sizes.limit
         self.room = config.queue + (sizes.slots if core is None else 1)
         self.outbox = Outbox()
         self.engine = BatchEngine(
             core or model, None, sizes,
-            queue=self.room + 64, workers=1, on_round=self.outbox.flush, **more,
+            queue=self.room + 64, workers=1, on_round=self.outbox.flush,
+            **({} if core else kept), **more,
         )  # fmt: skip
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
@@ -112,7 +121,7 @@ class Service:
         self.watcher: Watcher | None = None
         if watch is not None and self.adapter is not None:
             self.watcher = Watcher(self.engine, encoder, self.promise, watch, loss=loss)
-        self._add_gauges()
+        self._add_gauges(prefix_cache)
         self.under_way = 0
         self.draining = False
         self.started = int(time.time())
@@ -251,7 +260,7 @@ class Service:
 
     # -- numbers -----------------------------------------------------------------------------------
 
-    def _add_gauges(self) -> None:
+    def _add_gauges(self, prefixes: PrefixCache | None) -> None:
         engine, gauge = self.engine, self.metrics.gauge
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
         gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
@@ -259,6 +268,11 @@ class Service:
             "kv_cache_usage_perc", "Share of the slots' columns in use, 0 to 1.",
             lambda: engine.core.cache_use,
         )  # fmt: skip
+        if prefixes is not None:
+            gauge(
+                "prefix_cache_hit_rate", "Share of prompt tokens whose keys were kept.",
+                lambda: prefixes.reused / max(1, prefixes.reused + prefixes.run),
+            )  # fmt: skip
         tallies = engine.core.tallies
 
         def rate(part: str, whole: Callable[[Any], int], exiting: bool) -> Callable[[], float]:
