@@ -5,7 +5,7 @@
 One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
 below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
 "plain" are the loops without guesses and without the lean path: Hugging Face's stack, called once a
-token.
+token. "prepacked" is the same model with its weights laid out for the processor.
 Rewrites "single" in benchmarks/records/loads.json, of its number format alone; five minutes each,
 a quiet machine.
 
@@ -30,6 +30,7 @@ from offramp.evaluation.timing import (
     Timing,
     exit_generate_fn,
     speedup,
+    stock_generate_fn,
     time_interleaved,
 )
 
@@ -48,9 +49,19 @@ def main() -> None:
     torch.set_num_threads(1)
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
+    laid_out = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+    laid_out.adapter.prepack()
     ways = policies(subject, arguments.above)
     timings = time_interleaved(
-        {name: _way(subject, name, policy) for name, policy in ways.items()},
+        {
+            "generate": stock_generate_fn(subject.adapter.backbone, **subject.options),
+            **{name: _way(subject, name, policy) for name, policy in ways.items()},
+            **{
+                f"prepacked {name}": _way(laid_out, name, policy)
+                for name, policy in ways.items()
+                if not name.startswith("plain")
+            },
+        },
         inputs, rounds=arguments.rounds, progress=lambda r: tqdm(r, "rounds"),
         clock=time.thread_time if arguments.cpu_time else time.perf_counter,
     )  # fmt: skip
@@ -101,8 +112,8 @@ def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
             "speedup": speedup(full.decode, timing.decode),
             "tokens_per_second": timing.tokens_per_second,
         }
-        if name.startswith("guesses"):
-            alone = timings[f"early exit {name.split()[1]}"].answers
+        if "guesses" in name:
+            alone = timings[f"early exit {name.split('guesses ')[1].split()[0]}"].answers
             rows[name]["same"] = sum(a == b for a, b in zip(alone, timing.answers, strict=True))
     return rows
 

@@ -20,6 +20,7 @@ from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
+from offramp.models.prepacked import prepack
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
@@ -97,6 +98,15 @@ class Adapter:
             f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
             f"thresholds: {ends}; guarantee: {bound})"
         )
+
+    def prepack(self) -> None:
+        """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read
+        faster. In place, for inference alone; see `offramp.models.prepacked.prepack`.
+
+        Raises:
+            InputError: the model is not on a processor, or in a precision that it does not have.
+        """
+        prepack(self.backbone, self.exits)
 
     # -- generating -----------------------------------------------------------------------------
 

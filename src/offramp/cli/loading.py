@@ -32,7 +32,7 @@ def load_model(
     from offramp.models.shipped import load_named, tiny_kind
 
     name = name or arguments.backbone
-    return load_named(
+    backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
         dtype=arguments.dtype,
@@ -41,6 +41,7 @@ def load_model(
         ),
         quantize=arguments.quantize,
     )
+    return laid_out(arguments, backbone), processor
 
 
 def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
@@ -98,13 +99,24 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
                 "Correct --adapter, or name the --backbone of an adapter on the hub.",
             )
         backbone, processor = load_model(arguments)
-        return Adapter.from_pretrained(backbone, arguments.adapter), processor
+        adapter = Adapter.from_pretrained(backbone, arguments.adapter)
+        return laid_out(arguments, adapter), processor
     config = read_config(arguments.adapter)
     named = arguments.backbone
     backbone, processor = load_model(
         arguments, named or config.backbone, None if named else config.revision
     )
-    return Adapter.load(config, backbone), processor
+    return laid_out(arguments, Adapter.load(config, backbone)), processor
+
+
+def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
+    """A backbone or an adapter, prepacked where --prepack says so."""
+    from offramp.models.prepacked import prepack
+
+    if getattr(arguments, "prepack", False):
+        backbone = getattr(model, "backbone", model)
+        prepack(backbone, getattr(model, "exits", None))
+    return model
 
 
 def adapter_folder(arguments: argparse.Namespace) -> Path:

@@ -181,7 +181,17 @@ def model_options(parser: Parser, *, required: bool, adapter: bool | None = None
         + ("" if adapter is None else " (default: the adapter's)"),
     )
     precision_options(group)
+    if adapter is not None:
+        prepack_option(group)
     return group
+
+
+def prepack_option(group: Any) -> None:
+    """How weights lie."""
+    group.add_argument(
+        "--prepack", action="store_true",
+        help="lay weights out for the processor's products: the same numbers, read faster",
+    )  # fmt: skip
 
 
 def precision_options(group: Any) -> None:

@@ -16,6 +16,7 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
 from offramp.models.hub.loading import grey_example, load_model, unwrap_peft
+from offramp.models.prepacked import prepacked
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import (
     check_scheme,
@@ -96,7 +97,7 @@ class Backbone:
         self.norm = (
             self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
         )
-        self.head = self._find(self.family.head)
+        self.head = self.reader = self._find(self.family.head)  # its weight may be laid out anew
         if self.family.vision is not None:
             self._find(self.family.vision)
         self.text_config: Any = self.stack.config
@@ -273,7 +274,9 @@ class Backbone:
         head: of `head_rows`, to read only those tokens.
         """
         rows = normed.reshape(-1, normed.shape[-1])
-        logits = self.here((head or self.head)(rows * self._scale if self._scale != 1.0 else rows))
+        logits = self.here(
+            (head or self.reader)(rows * self._scale if self._scale != 1.0 else rows)
+        )
         if self.family.logit_scale != 1.0:
             logits = logits * self.family.logit_scale
         if self.softcap is not None:
@@ -284,7 +287,7 @@ class Backbone:
             )
         return logits.view(*normed.shape[:-1], -1)
 
-    def head_rows(self, ids: Tensor) -> nn.Linear:
+    def head_rows(self, ids: Tensor) -> nn.Module:
         """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
         bias = getattr(self.head, "bias", None)
         with loaded(self.head):
@@ -293,7 +296,7 @@ class Backbone:
             rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
             if bias is not None:
                 rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
-        return rows
+        return rows if self.reader is self.head else prepacked(rows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""

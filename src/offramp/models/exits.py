@@ -241,13 +241,17 @@ class ExitSet:
         """The estimate [B, T, D] of the final state; see `Exits.run`."""
         return self.modules.run(depth, call)
 
-    def shortlist_head(self, backbone: Backbone) -> nn.Linear | None:
+    def shortlist_head(self, backbone: Backbone) -> nn.Module | None:
         """The LM head's rows of the shortlist, made once; None without one."""
         if self.shortlist is None:
             return None
         if "_head" not in self.__dict__:
             object.__setattr__(self, "_head", backbone.head_rows(self.shortlist))
         return self.__dict__["_head"]  # type: ignore[no-any-return]
+
+    def forget_head(self) -> None:
+        """Have `shortlist_head` make it anew."""
+        self.__dict__.pop("_head", None)
 
 
 def first(output: Any) -> Tensor:

@@ -79,7 +79,7 @@ class InterceptedModel:
         family = backbone.family
         root = twin(backbone.model)
         graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
-        graft(root, family.head, _HeadStandIn(backbone.head))
+        graft(root, family.head, _HeadStandIn(backbone.reader))
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)

@@ -50,10 +50,11 @@ def check_runtime(arguments: argparse.Namespace) -> None:
 
 
 def check_not_quantized(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for --quantize, where GGUF files say how weights are held."""
-    if arguments.quantize is not None:
+    """Raise `InputError` for --quantize and --prepack: GGUF files say how weights are held."""
+    if arguments.quantize is not None or arguments.prepack:
+        asked = "--prepack" if arguments.prepack else "--quantize"
         raise InputError(
-            "--quantize is for PyTorch; inside llama.cpp the files hold the weights.",
+            f"{asked} is for PyTorch; inside llama.cpp the files hold the weights.",
             "Leave it out, and choose their format: offramp export --gguf q4_1.",
         )
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import choose_device
-from offramp.cli.options import add_command, name_option, precision_options
+from offramp.cli.loading import choose_device, laid_out
+from offramp.cli.options import add_command, name_option, precision_options, prepack_option
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, share, whole
 from offramp.errors import InputError, StorageError
@@ -41,6 +41,7 @@ def _options(parser: Parser) -> None:
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
     precision_options(model)
+    prepack_option(model)
     model.add_argument(
         "--chat-template", type=Path, metavar="FILE",
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
@@ -303,7 +304,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     is_tiny = tiny_kind(arguments.name) is not None
     device = choose_device(arguments.device, is_tiny=is_tiny, quantize=arguments.quantize)
-    return load_served(
+    model, processor = load_served(
         arguments.name,
         backbone=arguments.backbone,
         revision=arguments.revision,
@@ -312,3 +313,4 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         quantize=arguments.quantize,
         chat_template=arguments.chat_template,
     )
+    return laid_out(arguments, model), processor

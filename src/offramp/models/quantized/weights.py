@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
+from offramp.models.prepacked import PrepackedLinear
 from offramp.models.quantized.linears import QuantizedLinear
 from offramp.models.sharding.hooks import hooks_of, loaded, unhook
 
@@ -51,7 +52,8 @@ def unpack(model: Any) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this module is a linear, a leaf, whose weight is no plain float tensor."""
+    """Whether this module is a linear, a leaf, whose weight is no plain float tensor; one that is
+    laid out for a processor is none."""
     if not hasattr(module, "in_features") or any(True for _ in module.children()):
         return False
     weight = getattr(module, "weight", None)
@@ -62,7 +64,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it holds what it means: floats in 8 bits are meant times a scale."""
-    return tensor.is_floating_point() and tensor.itemsize > 1 and type(tensor.data) is Tensor
+    known = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_mkldnn
+    return known and type(tensor.data) is Tensor
 
 
 def scheme(module: nn.Module) -> str | None:
@@ -71,7 +74,7 @@ def scheme(module: nn.Module) -> str | None:
     for part in module.modules():
         if isinstance(part, QuantizedLinear):
             return part.word
-        if is_quantized(part):
+        if is_quantized(part) and not isinstance(part, PrepackedLinear):
             weight = getattr(part, "weight", None)
             holder: Any = weight if type(part) is nn.Linear else part
             holder = getattr(part, _COMPRESSED, holder)
@@ -96,6 +99,8 @@ def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         UnsupportedBackboneError: it cannot be read.
     """
+    if isinstance(linear, PrepackedLinear):
+        return linear.dense()
     weight = getattr(linear, "weight", None)
     if weight is not None and type(weight).dequantize is not Tensor.dequantize:
         return weight.dequantize()  # type: ignore[no-any-return]

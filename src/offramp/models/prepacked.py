@@ -1,0 +1,113 @@
+"""Linears whose weights lie as a processor's products read them: the same numbers, read faster.
+
+PyTorch's own product of a few tokens with a plain weight reaches half of what a processor's memory
+gives, and lays a weight in bfloat16 out anew at every call. oneDNN's layout, made once, is what
+compiled models freeze; here every loop has it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offramp.errors import InputError
+
+if TYPE_CHECKING:
+    from offramp.models.backbone import Backbone
+    from offramp.models.exits import ExitSet
+
+_ROWS = 4
+"""Fewer tokens than these take longer than these do, on the processors that were measured."""
+LEAST = 2**19
+"""Numbers of a weight in float32 below which a plain product of one token is faster."""
+_LAID_OUT_FOR = 16
+"""Tokens that the layout is chosen for: it is as good for 1 to 64."""
+
+
+class PrepackedLinear(nn.Module):
+    """A linear in oneDNN's layout: states [..., in] in, states [..., out] out; for inference."""
+
+    weight: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        weight = linear.weight.detach().contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
+        self.register_buffer("weight", packed, persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        rows = states.reshape(-1, self.in_features)
+        tokens = len(rows)
+        if tokens < _ROWS:
+            rows = functional.pad(rows, (0, 0, 0, _ROWS - tokens))
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.weight, self.bias, "none", [], ""
+        )
+        return made[:tokens].view(*states.shape[:-1], self.out_features)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in], bit for bit."""
+        return self.weight.to_dense()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As the plain linear would."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dense()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def prepack(backbone: Backbone, exits: ExitSet | None = None) -> None:
+    """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
+
+    In place, one after the other, so that no more than one weight is held twice; but the model's
+    own head and its embeddings, which often share their weight, keep theirs. For inference alone.
+
+    Raises:
+        InputError: the model is not on a processor, or in a precision that this one has no products
+            for.
+    """
+    if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
+        backbone.reader = prepacked(backbone.head)
+    for module in (backbone.layers, *([] if exits is None else [exits.modules])):
+        for parent in module.modules():
+            for name, part in parent.named_children():
+                if type(part) is nn.Linear and _is_worth_it(part.weight):
+                    setattr(parent, name, prepacked(part))
+    if exits is not None:
+        exits.forget_head()
+
+
+def _is_worth_it(weight: Tensor) -> bool:
+    return weight.dtype != torch.float32 or weight.numel() >= LEAST
+
+
+def prepacked(linear: nn.Linear) -> PrepackedLinear:
+    """A linear in oneDNN's layout; the plain one is left as it is.
+
+    Raises:
+        InputError: as of `prepack`.
+    """
+    weight = linear.weight
+    precision = str(weight.dtype).removeprefix("torch.")
+    if weight.device.type != "cpu":
+        raise InputError(
+            f"Weights are laid out for a processor, and the model is on {weight.device}.",
+            "Load it with device='cpu' (--device cpu), or leave prepacking out.",
+        )
+    known = [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        known.append(torch.bfloat16)
+    here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if weight.dtype not in known or not here:
+        raise InputError(
+            f"This processor's oneDNN has no products in {precision}.",
+            "Load the model in float32 (--dtype float32), or leave prepacking out.",
+        )
+    return PrepackedLinear(linear)
