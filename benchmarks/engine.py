@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from offramp.models.exits import Exits, ExitSet
+from offramp.models.prepacked import prepack
 from offramp.provenance import provenance
 from offramp.research.benchmark.bench import any_shortlist
 from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table
@@ -60,6 +61,9 @@ def main() -> None:
         "--cases", nargs="*", default=KINDS, choices=KINDS, help="of rows that; none: full alone"
     )
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument(
+        "--prepack", action="store_true", help="the engine's weights; a static batch's both ways"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.shapes:
@@ -67,6 +71,7 @@ def main() -> None:
             figures = measure(name, slots, arguments)
             context = f"{figures['costs']['context']} tokens of context"
             more = [context] if arguments.words != WORDS else []
+            more += ["prepacked"] if arguments.prepack else []
             add_to_record(name, arguments.dtype, slots, figures, *more)
 
 
@@ -74,10 +79,13 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     """Costs and entries of one shape and size."""
     known = shape(name)
     backbone = known.build(getattr(torch, arguments.dtype))
+    stock = known.build(getattr(torch, arguments.dtype)) if arguments.prepack else None
     exits = ExitSet(Exits(backbone, (DEPTHS[name],)).requires_grad_(False))
     size = SHORTLISTS.get(name)
     if size is not None:
         exits = replace(exits, shortlist=any_shortlist(backbone, size))
+    if arguments.prepack:
+        prepack(backbone, exits)
     inputs = known.inputs(backbone, words=arguments.words)
     limit = inputs["input_ids"].shape[1] + arguments.lengths[1] + 1
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
@@ -85,7 +93,7 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, EngineConfig(slots=slots, limit=limit),
         rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
-        clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
+        stock=stock, clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:

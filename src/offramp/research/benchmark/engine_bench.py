@@ -209,22 +209,29 @@ def bench_engine(
     requests: int | None = None,
     lengths: tuple[int, int] = (30, 60),
     shortlist: bool = False,
+    stock: Backbone | None = None,
     clock: Clock = time.perf_counter,
     progress: Any = iter,
 ) -> tuple[CallCosts, list[dict[str, Any]]]:
     """Costs, and an entry for each case and the full model.
 
     predicted, measured: speed in multiples of the full model's in the same engine; of the full
-    model, of the static batch's. against_static: of every case. clock: returns seconds; on a shared
-    machine, `time.thread_time` with one thread.
+    model, of the static batch's. against_static: of every case. stock: whose static batch it is,
+    where the backbone's own weights are laid out anew (`offramp.models.prepacked`); then
+    against_static_prepacked is of a static batch with the backbone's. clock: returns seconds; on a
+    shared machine, `time.thread_time` with one thread.
     """
     cases = [EngineCase("full"), *(case for case in cases if case.mode != "full")]
     requests = requests or 3 * config.slots
     runs: dict[EngineCase, list[Measured]] = {case: [] for case in cases}
-    static: list[float] = []
+    batches = {"against_static": stock or backbone}
+    if stock is not None:
+        batches["against_static_prepacked"] = backbone
+    static: dict[str, list[float]] = {name: [] for name in batches}
     taken: list[CallCosts] = []
     for number in progress(range(rounds)):
-        static.append(static_batch(backbone, inputs, config.slots, lengths[1], clock))
+        for name, model in batches.items():
+            static[name].append(static_batch(model, inputs, config.slots, lengths[1], clock))
         taken.append(  # in every round, as the machine's speed changes
             costs_of(
                 backbone, exits, inputs, config,
@@ -247,17 +254,17 @@ def bench_engine(
         "lengths": lengths,
         "context": costs.context,
     }
-    figures = _figures(runs, predictions, median(static))
+    figures = _figures(runs, predictions, {name: median(of) for name, of in static.items()})
     return costs, [_entry(backbone, case, config, **shared, **figures[case]) for case in cases]
 
 
 def _figures(
     runs: Mapping[EngineCase, Sequence[Measured]],
     predictions: Mapping[EngineCase, Sequence[Prediction]],
-    static: float,
+    static: Mapping[str, float],
 ) -> dict[EngineCase, dict[str, Any]]:
-    """Speeds and gaps of each case, the full model's first; static: tokens a second of the batch
-    that Hugging Face's `generate` decodes."""
+    """Speeds and gaps of each case, the full model's first; static: tokens a second of the batches
+    that Hugging Face's `generate` decodes, by what is said against them."""
     speeds, predicted = (
         {case: median(run.tokens_per_second for run in of[case]) for case in runs}
         for of in (runs, predictions)
@@ -265,13 +272,14 @@ def _figures(
     full = next(iter(runs))
     figures = {}
     for case, speed in speeds.items():
+        stock = static["against_static"]
         against, predicted_against = (
-            (static, static) if case.mode == "full" else (speeds[full], predicted[full])
+            (stock, stock) if case.mode == "full" else (speeds[full], predicted[full])
         )
         figures[case] = {
             "predicted": predicted[case] / predicted_against,
             "measured": speed / against,
-            "against_static": speed / static,
+            **{name: speed / of for name, of in static.items()},
             "tokens_per_second": speed,
             "gaps": quantiles([gap for run in runs[case] for gap in run.gaps]),
             "predicted_gaps": [
