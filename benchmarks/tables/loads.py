@@ -98,7 +98,7 @@ def single() -> str:
                 one = max(guesses[best], loops[0])
                 rows.append(
                     (
-                        f"{dtype}, {threshold}", weights or "plain",
+                        f"{dtype}, {threshold}", weights.strip() or "plain",
                         ", ".join(map(times, plain)) if not weights else "",
                         *map(times, loops),
                         f"{times(guesses[best])} (from {best.split()[-1]})",
@@ -108,7 +108,7 @@ def single() -> str:
                 )  # fmt: skip
     columns = (
         "threshold", "weights", "loops before: early exit, lossless", "early exit", "lossless",
-        "guesses", "the faster of early exit and guesses, over the faster loop before",
+        "guesses", "gain over the loops before",
         "same answers",
     )  # fmt: skip
     return table(rows, columns)
