@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.prepacked import prepack
+from offramp.models.quantized.prepacked import prepack
 from offramp.provenance import provenance
 from offramp.research.benchmark.bench import any_shortlist
 from offramp.research.benchmark.engine_bench import EngineCase, bench_engine, table

@@ -20,7 +20,7 @@ from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.prepacked import prepack
+from offramp.models.quantized.prepacked import prepack
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
@@ -101,7 +101,7 @@ class Adapter:
 
     def prepack(self) -> None:
         """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read
-        faster. In place, for inference alone; see `offramp.models.prepacked.prepack`.
+        faster. In place, for inference alone; see `offramp.models.quantized.prepacked.prepack`.
 
         Raises:
             InputError: the model is not on a processor, or in a precision that it does not have.

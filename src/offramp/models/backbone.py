@@ -16,8 +16,8 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
 from offramp.models.hub.loading import grey_example, load_model, unwrap_peft
-from offramp.models.prepacked import prepacked
 from offramp.models.quantized.linears import check_quantize, quantize_layers
+from offramp.models.quantized.prepacked import prepacked
 from offramp.models.quantized.weights import (
     check_scheme,
     float_dtype,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
-from offramp.models.prepacked import PrepackedLinear
 from offramp.models.quantized.linears import QuantizedLinear
+from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.sharding.hooks import hooks_of, loaded, unhook
 
 _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")

@@ -217,7 +217,7 @@ def bench_engine(
 
     predicted, measured: speed in multiples of the full model's in the same engine; of the full
     model, of the static batch's. against_static: of every case. stock: whose static batch it is,
-    where the backbone's own weights are laid out anew (`offramp.models.prepacked`); then
+    where the backbone's own weights are laid out anew (`offramp.models.quantized.prepacked`); then
     against_static_prepacked is of a static batch with the backbone's. clock: returns seconds; on a
     shared machine, `time.thread_time` with one thread.
     """

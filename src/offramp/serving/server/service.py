@@ -97,18 +97,16 @@ class Service:
         longest = learned_positions(self.backbone)
         if longest is not None and longest < sizes.limit:
             sizes = replace(sizes, limit=longest)
-        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
-        core = None
-        if serial is not None:
-            core = SerialCore(serial, self.policy, limit=sizes.limit, **kept)
         self.limit = sizes.limit
-        self.room = config.queue + (sizes.slots if core is None else 1)
+        self.room = config.queue + (sizes.slots if serial is None else 1)
         self.outbox = Outbox()
-        self.engine = BatchEngine(
-            core or model, None, sizes,
-            queue=self.room + 64, workers=1, on_round=self.outbox.flush,
-            **({} if core else kept), **more,
-        )  # fmt: skip
+        more |= {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush}
+        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
+        if serial is None:
+            self.engine = BatchEngine(model, None, sizes, **kept, **more)
+        else:
+            core = SerialCore(serial, self.policy, limit=sizes.limit, **kept)
+            self.engine = BatchEngine(core, **more)
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.images = images or ImageSource.of(config.images)

@@ -10,10 +10,10 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
-from offramp.models import prepacked as prepacking
 from offramp.models.backbone import Backbone, describe
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.prepacked import PrepackedLinear, prepack, prepacked
+from offramp.models.quantized import prepacked as prepacking
+from offramp.models.quantized.prepacked import PrepackedLinear, prepack, prepacked
 from offramp.save_and_load import load_parts, read_config
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
