@@ -93,10 +93,7 @@ class Service:
         self.backbone = model.backbone if isinstance(model, Adapter) else model
         self.policy = FULL if self.adapter is None else self.adapter.policy
         self.config = config
-        sizes = engine or EngineConfig()
-        longest = learned_positions(self.backbone)
-        if longest is not None and longest < sizes.limit:
-            sizes = replace(sizes, limit=longest)
+        sizes = _within_positions(engine or EngineConfig(), self.backbone)
         self.limit = sizes.limit
         self.room = config.queue + (sizes.slots if serial is None else 1)
         self.outbox = Outbox()
@@ -308,6 +305,11 @@ class Service:
     def waiting(self) -> int:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
+
+
+def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
+    longest = learned_positions(backbone)
+    return sizes if longest is None or longest >= sizes.limit else replace(sizes, limit=longest)
 
 
 def learned_positions(backbone: Backbone) -> int | None:
