@@ -41,7 +41,8 @@ class FirstToken(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if self.seconds is None:
             self.seconds = self._clock()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self._none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self._none
 
 
 @dataclass

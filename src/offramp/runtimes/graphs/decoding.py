@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-from offramp.engine.sampling import SequenceState
 from offramp.runtimes.graphs.programs import Read, RowPrograms
+from offramp.runtimes.one_row import GreedyRow
 
 
 class GraphDecoder:
     """One greedy answer. layers: depth of the full model."""
 
-    def __init__(self, programs: RowPrograms, sequence: SequenceState, layers: int) -> None:
+    def __init__(self, programs: RowPrograms, sequence: GreedyRow, layers: int) -> None:
         self._programs, self._sequence, self._layers = programs, sequence, layers
 
     def full(self) -> None:
@@ -27,7 +25,7 @@ class GraphDecoder:
         read = self._programs.full()
         while self._sequence.live:
             ahead = self._programs.full() if self._room else None
-            self._emit(int(read()[0]), self._layers, math.nan)
+            self._sequence.write(int(read()[0]), self._layers, math.nan)
             if ahead is None:
                 return
             read = ahead
@@ -41,7 +39,7 @@ class GraphDecoder:
             ahead = self._shallow_ahead()
             token, confident, score = read()
             if confident:
-                self._emit(int(token), depth, score if threshold else math.nan)
+                self._sequence.write(int(token), depth, score if threshold else math.nan)
                 if not self._sequence.live:
                     return
                 if ahead is None:  # no state more may wait
@@ -53,7 +51,7 @@ class GraphDecoder:
                 if ahead is not None:
                     programs.go_on(int(token), programs.column - 1, programs.pending - 1)
                 behind = programs.pending - 1
-                self._emit(int(programs.deep()()[behind]), self._layers, score)
+                self._sequence.write(int(programs.deep()()[behind]), self._layers, score)
                 if not self._sequence.live:
                     return
                 read = programs.shallow()
@@ -69,7 +67,7 @@ class GraphDecoder:
             for token in map(int, programs.deep()()[:fed]):
                 draft, score = drafts[written] if written < len(drafts) else (None, last)
                 right = draft == token
-                self._emit(token, depth if right else self._layers, score)
+                self._sequence.write(token, depth if right else self._layers, score)
                 written, accepted = written + 1, accepted + right
                 if not self._sequence.live or (draft is not None and not right):
                     break
@@ -79,7 +77,7 @@ class GraphDecoder:
 
     def _draft(self, threshold: float, most: int) -> tuple[list[tuple[int, float]], float]:
         """Tokens and scores as long as the exit is confident, and the score behind them."""
-        programs, ids = self._programs, self._sequence.ids
+        programs = self._programs
         drafts: list[tuple[int, float]] = []
         read = programs.shallow()
         while len(drafts) < most:
@@ -88,8 +86,7 @@ class GraphDecoder:
             score = score if threshold else math.nan
             if confident:
                 drafts.append((int(token), score))
-                ids = torch.cat([ids, torch.tensor([[int(token)]])], 1)
-            if not confident or self._sequence.would_end(ids):
+            if not confident or self._sequence.ends([token for token, _ in drafts]):
                 if ahead is not None:
                     programs.go_on(int(token), programs.column - 1, programs.pending - 1)
                 return drafts, score
@@ -104,14 +101,10 @@ class GraphDecoder:
         return self._programs.column < self._programs.limit
 
     def _begin(self) -> None:
-        self._programs.go_on(int(self._sequence.ids[0, -1]), self._programs.column)
+        self._programs.go_on(self._sequence.last, self._programs.column)
 
     def _shallow_ahead(self) -> Read | None:
         """Begin the next token, if its state may wait too."""
         if self._programs.pending < self._programs.most and self._room:
             return self._programs.shallow()
         return None
-
-    def _emit(self, token: int, depth: int, score: float) -> None:
-        one = (torch.tensor([value]) for value in (token, depth, score))
-        self._sequence.emit(*one)

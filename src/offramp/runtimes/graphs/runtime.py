@@ -22,7 +22,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.graphs.decoding import GraphDecoder
 from offramp.runtimes.graphs.programs import RowPrograms
-from offramp.runtimes.greedy_row import GreedyRow
+from offramp.runtimes.one_row import GreedyRow
 
 PENDING = 16
 """States that wait at most before the layers above the exit run; drafts may ask for more."""
@@ -132,7 +132,7 @@ class GraphRuntime:
         level = -math.inf if depth is None else policy.gates.get(depth, -math.inf)
         self._programs.load(prompt, threshold, level)
         self._check_room(sequence)
-        sequence.emit(*self._first(prompt, policy))
+        sequence.write(*self._first(prompt, policy))
         decoder = GraphDecoder(self._programs, sequence, self.backbone.depth)
         if not sequence.live:
             return []
@@ -144,9 +144,9 @@ class GraphRuntime:
             decoder.early_exit(depth, threshold)
         return []
 
-    def _first(self, prompt: Prompt, policy: ExitPolicy) -> tuple[Any, Any, Any]:
-        """Token, depth and score [1] of the first token, which the exit may have said."""
-        score = torch.tensor([torch.nan])
+    def _first(self, prompt: Prompt, policy: ExitPolicy) -> tuple[int, int, float]:
+        """Token, depth and score of the first token, which the exit may have said."""
+        score = math.nan
         for depth in prompt.looks.exits:
             entry = prompt.looks.entries[depth]
             look = ExitScorer(self.backbone, policy, (depth,), self.adapter.exits)(
@@ -156,10 +156,10 @@ class GraphRuntime:
             if gate is not None and not bool(gate(entry) >= level):
                 continue
             threshold = policy.thresholds[depth]
-            score = look.score.cpu() if threshold else score
+            score = float(look.score) if threshold else score
             if bool(look.score >= threshold):
-                return look.logits.argmax(-1).cpu(), torch.tensor([depth]), score
-        return prompt.logits.argmax(-1).cpu(), torch.tensor([self.backbone.depth]), score
+                return int(look.logits.argmax(-1)), depth, score
+        return int(prompt.logits.argmax(-1)), self.backbone.depth, score
 
     # -- checks --------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class GraphRuntime:
 
     def _check_room(self, sequence: GreedyRow) -> None:
         longest = sequence.longest
-        new = 1 if longest is None else max(1, longest - sequence.ids.shape[1])
+        new = 1 if longest is None else max(1, longest - sequence.length)
         if self._programs.column + new > self.context:
             raise InputError(
                 f"A prompt of {self._programs.column} tokens and an answer of {new} are longer "

@@ -7,28 +7,28 @@ looked at by the same scores, and what comes next is chosen by Hugging Face's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.adapter import Adapter
-from offramp.engine.confidence import logits_score
+from offramp.engine.confidence import SCORES, logits_score, max_probability
 from offramp.engine.exit_check import gates_of_policy, shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.sampling import SequenceState
 from offramp.engine.speculative import Draft, verify
-from offramp.runtimes.greedy_row import GreedyRow
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.tap import States
+from offramp.runtimes.one_row import GreedyRow, OneRow
 
 
 class ChainDecider:
     """Decides at each exit, and remembers what the last check of a token saw.
 
     depth: where the current token exited, or the full depth. score: of its last check, or NaN.
-    exit_logits: logits [1, S] of what the exit can say, if the token exited there.
+    exit_logits: logits [S] of what the exit can say, if the token exited there.
     """
 
     def __init__(self, adapter: Adapter, policy: ExitPolicy, depths: tuple[int, ...]) -> None:
@@ -39,13 +39,15 @@ class ChainDecider:
         # In the scores' precision, in which they are compared.
         self._thresholds = {d: float(np.float32(t)) for d, t in policy.thresholds.items()}
         self._shortlist = shortlist_of_policy(policy, adapter.exits)
+        self._ids = None if self._shortlist is None else self._shortlist.tolist()
         self._gates = gates_of_policy(policy, adapter.exits)
         score = logits_score(policy.score, tuple(self._thresholds), policy.weights)
         assert score is not None
         self._rule = score
+        self._plain = SCORES.get(policy.score) is max_probability
         self.constrain: Callable[[Tensor], Tensor] | None = None
         self.depth, self.score = self._layers, math.nan
-        self.exit_logits: Tensor | None = None
+        self.exit_logits: Array | None = None
 
     def begin(self) -> None:
         """A new token."""
@@ -61,28 +63,32 @@ class ChainDecider:
             gate, level = self._gates[depth]
             if not bool(gate(torch.from_numpy(state)[None]) >= level):
                 return False
-        exit_logits = torch.from_numpy(logits)[None]
         if threshold == 0.0:
             self.score = math.nan
         else:
-            self.score = float(self._rule(depth, self._allowed(exit_logits)))
+            self.score = self._score(depth, logits)
             if not self.score >= threshold:  # NaN is not either
                 return False
-        self.depth, self.exit_logits = depth, exit_logits
+        self.depth, self.exit_logits = depth, logits
         return True
+
+    def _score(self, depth: int, logits: Array) -> float:
+        if self._plain and self.constrain is None:  # a third of the rule's time, see `GreedyRow`
+            return 1.0 / float(np.add.reduce(np.exp(logits - logits.max())))
+        return float(self._rule(depth, self._allowed(torch.from_numpy(logits)[None])))
 
     @property
     def logits(self) -> Tensor:
         """[1, V], of a token that exited."""
         assert self.exit_logits is not None
-        return self._whole(self.exit_logits)
+        return self._whole(torch.from_numpy(self.exit_logits)[None])
 
     @property
-    def largest(self) -> Tensor:
-        """The token id [1] of the largest logit, of a token that exited."""
+    def largest(self) -> int:
+        """The token id of the largest logit, of a token that exited."""
         assert self.exit_logits is not None
-        place = self.exit_logits.argmax(-1)
-        return place if self._shortlist is None else self._shortlist[place]
+        place = int(self.exit_logits.argmax())
+        return place if self._ids is None else int(self._ids[place])
 
     def _whole(self, exit_logits: Tensor) -> Tensor:
         """Logits [1, V] of logits [1, S] of the shortlist."""
@@ -99,6 +105,16 @@ class ChainDecider:
         return whole if self._shortlist is None else whole[:, self._shortlist]
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """A token that is not given out yet. probabilities: [1, V] it was sampled from, if it was."""
+
+    token: int
+    depth: int
+    score: float
+    probabilities: Tensor | None
+
+
 class Decoder:
     """One generation."""
 
@@ -106,11 +122,11 @@ class Decoder:
         self,
         chain: SegmentChain,
         decider: ChainDecider,
-        sequence: SequenceState,
-        embed: Callable[[Tensor], States],
+        sequence: OneRow,
+        embed: Callable[[int], States],
         policy: ExitPolicy,
     ) -> None:
-        """embed: the states [1, D] that enter the decoder for token ids [1, 1]."""
+        """embed: the states [1, D] that enter the decoder for a token."""
         self.chain = chain
         self.decider = decider
         self.sequence = sequence
@@ -118,88 +134,99 @@ class Decoder:
         self.policy = policy
         self.layers = decider.depth
         self.greedy = isinstance(sequence, GreedyRow)
-        decider.constrain = sequence.constraints(lambda: sequence.ids)
+        self._drafts: list[Drafted] = []
+        decider.constrain = sequence.constraints(lambda: sequence.after(self._drafted))
 
     def decode(self, prompt: States) -> None:
         """Write until the row is finished. prompt: states [T, D] that enter the decoder."""
         first = self.decider if self.policy.exit_in_prefill and self.policy.thresholds else None
-        self._emit(prompt, first)
+        self._step(prompt, first)
         while self.sequence.live:
-            self._emit(self.embed(self.sequence.ids[:, -1:]), self.decider)
+            self._step(self.embed(self.sequence.last), self.decider)
 
-    def _emit(self, states: States, decide: ChainDecider | None) -> None:
+    def _step(self, states: States, decide: ChainDecider | None) -> None:
         """Run `states`, and write the token after them."""
-        decider, sequence = self.decider, self.sequence
+        decider = self.decider
         decider.begin()
         self.chain.run(states, decide)
         if decider.exit_logits is None:
-            token = sequence.choose(torch.from_numpy(self.chain.finish(1)))
+            token, _ = self._full_token(self.chain.finish(1)[0])
         else:
-            token = decider.largest if self.greedy else sequence.choose(decider.logits)
-        sequence.emit(token, torch.tensor([decider.depth]), torch.tensor([decider.score]))
+            token, _ = self._exit_token()
+        self.sequence.write(token, decider.depth, decider.score)
+
+    @property
+    def _drafted(self) -> list[int]:
+        return [draft.token for draft in self._drafts]
+
+    def _exit_token(self) -> tuple[int, Tensor | None]:
+        """The token that exited, and what it was sampled from, if it was."""
+        if self.greedy:
+            return self.decider.largest, None
+        sequence = self.sequence
+        scores = sequence.process(self.decider.logits, sequence.after(self._drafted))
+        return int(sequence.draw(scores)), scores.softmax(-1) if sequence.samples else None
+
+    def _full_token(self, logits: Array, draft: Drafted | None = None) -> tuple[int, bool]:
+        """The full model's token, of its logits [V], and whether it agrees to the draft there."""
+        if self.greedy:
+            token = int(logits.argmax())
+            return token, draft is not None and token == draft.token
+        scores = self.sequence.process(torch.from_numpy(logits)[None])
+        if draft is None:
+            return int(self.sequence.draw(scores)), False
+        tokens, agrees = verify(draft_tensors(draft), scores)
+        return int(tokens), bool(agrees)
 
     # -- lossless -----------------------------------------------------------------------------
 
     def speculate(self, prompt: States) -> list[tuple[int, int]]:
         """Write what the full model would; return (drafted, accepted) of each round."""
-        self._emit(prompt, None)
+        self._step(prompt, None)
         rounds = []
         while self.sequence.live:
-            drafts, logits = self._draft()
+            logits = self._draft()
+            drafts, self._drafts = self._drafts, []
             written, accepted = self._verify(drafts, logits)
             rounds.append((len(drafts), accepted))
             self.chain.crop(len(logits) - written)
         return rounds
 
-    def _draft(self) -> tuple[list[Draft], Tensor]:
-        """Drafts as long as an exit is sure, and the full model's logits [n, V] at all n tokens."""
-        sequence, decider = self.sequence, self.decider
-        ids, fed, drafts = sequence.ids, 0, list[Draft]()
-        decider.constrain = sequence.constraints(lambda: ids)
+    def _draft(self) -> Array:
+        """Draft as long as an exit is sure; the full model's logits [n, V] at all n tokens."""
+        sequence, decider, drafts = self.sequence, self.decider, self._drafts
+        last, fed = sequence.last, 0
         while True:
             decider.begin()
-            may_exit = len(drafts) < self.policy.max_draft
-            self.chain.run(self.embed(ids[:, -1:]), decider if may_exit else None)
+            self.chain.run(self.embed(last), decider if fed < self.policy.max_draft else None)
             fed += 1
             if decider.exit_logits is None:
                 break
-            probabilities = None
-            if self.greedy:
-                token = decider.largest
-            else:
-                scores = sequence.process(decider.logits, ids)
-                token = sequence.draw(scores)
-                probabilities = scores.softmax(-1) if sequence.samples else None
-            drafts.append(
-                Draft(
-                    token,
-                    torch.tensor([decider.depth]),
-                    torch.tensor([decider.score]),
-                    probabilities,
-                )
-            )
-            ids = torch.cat([ids, token[:, None]], 1)
-            if sequence.would_end(ids):
+            last, probabilities = self._exit_token()
+            drafts.append(Drafted(last, decider.depth, decider.score, probabilities))
+            if sequence.ends(self._drafted):
                 break
-        return drafts, torch.from_numpy(self.chain.finish(fed))
+        return self.chain.finish(fed)
 
-    def _verify(self, drafts: list[Draft], logits: Tensor) -> tuple[int, int]:
+    def _verify(self, drafts: Sequence[Drafted], logits: Array) -> tuple[int, int]:
         """Write what the full model agrees to, and its own token after it.
 
         Returns how many tokens were written, and how many of them were drafts.
         """
-        sequence, full = self.sequence, torch.tensor([self.layers])
         accepted = 0
-        for place in range(len(logits)):
-            scores = sequence.process(logits[place : place + 1])
-            if place == len(drafts):
-                sequence.emit(sequence.draw(scores), full, torch.tensor([self.decider.score]))
-                return place + 1, accepted
-            draft = drafts[place]
-            token, accepts = verify(draft, scores)
-            agreed = bool(accepts)
+        for place, row in enumerate(logits):
+            draft = drafts[place] if place < len(drafts) else None
+            token, agreed = self._full_token(row, draft)
             accepted += agreed
-            sequence.emit(token, draft.depths if agreed else full, draft.scores)
-            if not agreed or not sequence.live:
+            depth = draft.depth if draft is not None and agreed else self.layers
+            score = self.decider.score if draft is None else draft.score
+            self.sequence.write(token, depth, score)
+            if not agreed or not self.sequence.live:
                 return place + 1, accepted
         return len(logits), accepted
+
+
+def draft_tensors(draft: Drafted) -> Draft:
+    """As `offramp.engine.speculative` has it."""
+    token, depth, score = (torch.tensor([v]) for v in (draft.token, draft.depth, draft.score))
+    return Draft(token, depth, score, draft.probabilities)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.engine.prefill import prepare
-from offramp.engine.sampling import SequenceState
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
-from offramp.runtimes.greedy_row import GreedyRow
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder
@@ -30,6 +29,7 @@ from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
 from offramp.runtimes.llama_cpp.tap import States
+from offramp.runtimes.one_row import GreedyRow, OneRow
 
 
 class LlamaCppRuntime:
@@ -61,6 +61,7 @@ class LlamaCppRuntime:
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embedding = adapter.backbone.stack.get_input_embeddings()
+        self._rows = _plain_rows(self._embedding)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         try:
@@ -128,13 +129,13 @@ class LlamaCppRuntime:
             check_options(lambda name: getattr(prepared.config, name, None))
             prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
             self._check_room(len(prompt), prepared.ids, prepared.criteria)
-            kind = GreedyRow if GreedyRow.fits(prepared) else SequenceState
-            sequence = kind(prepared, streamer)
+            here = replace(prepared, ids=prepared.ids.cpu())
+            sequence = (GreedyRow if GreedyRow.fits(here) else OneRow)(here, streamer)
             rounds = self._decode(prompt, sequence, policy)
             sequence.end()
         output = sequence.output(self.backbone.depth, rounds)
         assert bool(output.depths.all()), "one row ends with its last token"
-        return output
+        return replace(output, sequences=output.sequences.to(prepared.ids.device))
 
     def close(self) -> None:
         """Give llama.cpp's memory back; the runtime is of no use afterwards."""
@@ -150,16 +151,22 @@ class LlamaCppRuntime:
     # -- one generation -----------------------------------------------------------------------
 
     def _decode(
-        self, prompt: States, sequence: SequenceState, policy: ExitPolicy
+        self, prompt: States, sequence: OneRow, policy: ExitPolicy
     ) -> list[tuple[int, int]]:
         unused = [i for i, depth in enumerate(self.files.depths) if depth not in policy.thresholds]
         self._chain.reset(unused)
         decider = ChainDecider(self.adapter, policy, self.files.depths)
-        decoder = Decoder(self._chain, decider, sequence, self._embed, policy)
+        decoder = Decoder(self._chain, decider, sequence, self._token_states, policy)
         if policy.lossless and policy.thresholds:
             return decoder.speculate(prompt)
         decoder.decode(prompt)
         return []
+
+    def _token_states(self, token: int) -> States:
+        """The states [1, D] that enter the decoder for a token of text."""
+        if self._rows is not None:
+            return self._rows[token : token + 1]
+        return self._embed(torch.tensor([[token]], device=self.backbone.device))
 
     def _embed(self, ids: Tensor) -> States:
         """The states [T, D] that enter the decoder for ids [1, T] of text."""
@@ -243,6 +250,14 @@ class LlamaCppRuntime:
                 f"of {self.engine.context}.",
                 "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
+
+
+def _plain_rows(embedding: nn.Module) -> States | None:
+    """The embeddings [V, D] themselves, where looking them up is all that is done."""
+    weight = embedding.weight if type(embedding) is nn.Embedding else None
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return np.asarray(weight.detach().numpy())
 
 
 class _Entered(Exception):

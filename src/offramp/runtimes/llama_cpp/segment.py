@@ -78,7 +78,9 @@ class Segment:
             )
         self._memory = lib.llama_get_memory(self._context)
         self.length = 0
-        self._batch = _Batch(lib, READ_AT_ONCE, self.width)
+        self._batch = _Batch(lib, READ_AT_ONCE, self.width, options.context)
+        address_function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        self._logits_address = address_function(("llama_get_logits", lib._lib))
         self._address = 0
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
@@ -101,9 +103,9 @@ class Segment:
 
     def logits(self, rows: int) -> Logits:
         """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
-        pointer = self._lib.llama_get_logits(self._context)
-        address = ctypes.addressof(pointer.contents)
+        address = self._logits_address(self._context)
         if address != self._address or rows > len(self._logits):  # it moves when it grows
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
             self._logits = np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
             self._address = address
         return self._logits[:rows]
@@ -149,7 +151,7 @@ _CACHES = {"f32": 0, "f16": 1}
 class _Batch:
     """The arrays of a llama.cpp batch, allocated once."""
 
-    def __init__(self, lib: Any, rows: int, width: int) -> None:
+    def __init__(self, lib: Any, rows: int, width: int, context: int) -> None:
         self._states = np.zeros((rows, width), dtype=np.float32)
         self._positions = np.zeros(rows, dtype=np.int32)
         self._ones = np.ones(rows, dtype=np.int32)
@@ -157,7 +159,8 @@ class _Batch:
         self._sequence = (ctypes.c_int32 * 1)(0)
         int_pointer = ctypes.POINTER(ctypes.c_int32)
         self._sequences = (int_pointer * rows)(*[ctypes.cast(self._sequence, int_pointer)] * rows)
-        self._steps = np.arange(rows, dtype=np.int32)
+        self._all_positions = np.arange(context + rows, dtype=np.int32)
+        self._kind = (0, 0, 0)
         self._batch = lib.llama_batch()
         self._batch.pos = self._positions.ctypes.data_as(int_pointer)
         self._batch.n_seq_id = self._ones.ctypes.data_as(int_pointer)
@@ -168,10 +171,12 @@ class _Batch:
     def fill(self, states: States, start: int, outputs: int, idle: int) -> Any:
         rows = len(states)
         self._states[:rows] = states
-        self._batch.n_tokens = rows
-        np.add(self._steps[:rows], start, out=self._positions[:rows])
-        self._outputs[:rows] = 0
-        self._outputs[rows - idle - outputs : rows - idle] = 1
+        self._positions[:rows] = self._all_positions[start : start + rows]
+        if self._kind != (rows, outputs, idle):
+            self._kind = rows, outputs, idle
+            self._batch.n_tokens = rows
+            self._outputs[:rows] = 0
+            self._outputs[rows - idle - outputs : rows - idle] = 1
         return self._batch
 
 
