@@ -75,8 +75,13 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
         "entries": _with_ratios(entries),
         "row_milliseconds": {layers: row_costs(bench, layers) for layers in FORMATS},
-        "call_sizes": {layers: vars(bench.runtime(layers).call_sizes) for layers in FORMATS},
+        "call_sizes": {layers: _call_sizes(bench, layers) for layers in FORMATS},
     }
+
+
+def _call_sizes(bench: Bench, layers: str) -> dict[str, int]:
+    with bench.runtime(layers) as runtime:
+        return {"least": runtime.call_sizes.least, "most": runtime.call_sizes.most}
 
 
 def timed(method: Method, inputs: Mapping[str, Any]) -> tuple[tuple[float, ...], Answer]:

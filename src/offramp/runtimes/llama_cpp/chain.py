@@ -7,8 +7,10 @@ in order, and its keys and values are what they would be without exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -26,10 +28,37 @@ class CallSizes:
 
     Some matrix kernels sum in another order for one row than for several: `least` is then 2, and a
     single token is fed twice, the second time to be forgotten.
+
+    seconds: of the CPU in calls, by their tokens, without logits; none: as few calls as may be are best.
     """
 
     least: int = 1
     most: int = 1
+    seconds: Mapping[int, float] = field(default_factory=dict)
+
+    def cut(self, tokens: int) -> list[int]:
+        """How many each of the calls holds that take the least time together."""
+        whole, rest = divmod(tokens, self.most)
+        return [self.most] * whole + self._cuts[rest]
+
+    @cached_property
+    def _cuts(self) -> list[list[int]]:
+        """By number of tokens, less than `most`."""
+        cuts, totals = [list[int]()], [0.0]
+        for tokens in range(1, self.most):
+            totals.append(math.inf)
+            cuts.append([])
+            for first in range(1, tokens + 1):
+                total = self._seconds(first) + totals[tokens - first]
+                if total <= totals[-1]:
+                    totals[-1], cuts[-1] = total, [first, *cuts[tokens - first]]
+        return cuts
+
+    def _seconds(self, tokens: int) -> float:
+        if not self.seconds:
+            return 1.0
+        known = sorted(self.seconds)
+        return float(np.interp(max(tokens, self.least), known, [self.seconds[n] for n in known]))
 
 
 class Decide(Protocol):
@@ -50,11 +79,18 @@ class SegmentChain:
         """
         self.segments = segments
         self.sizes = sizes
+        self.exact = True
         self._waiting: list[list[States]] = []
         self.reset()
 
-    def reset(self, unused: Sequence[int] = ()) -> None:
-        """Forget everything. unused: exits, by place, that are not run from here on."""
+    def reset(self, unused: Sequence[int] = (), *, exact: bool = True) -> None:
+        """Forget everything.
+
+        unused: exits, by place, that are not run from here on. exact: a token comes out bit by bit
+        the same whoever waited with it; else one that goes on alone is not fed twice, and may
+        round otherwise.
+        """
+        self.exact = exact
         for place, segment in enumerate(self.segments):
             segment.crop(segment.length)
             if segment.tap is not None:
@@ -91,13 +127,10 @@ class SegmentChain:
                 self._waiting[place + 1].append(states)
         logits = []
         left = sum(len(states) for states in self._waiting[last])
-        segment = self.segments[last]
         for rows in self._calls(last):
-            wanted = min(len(rows), max(0, outputs - (left - len(rows))))
-            self._feed(last, rows, max(1, wanted))
             left -= len(rows)
-            if wanted:
-                logits.append(segment.logits(wanted).copy())
+            wanted = min(len(rows), max(0, outputs - left))
+            logits.append(self._feed(last, rows, wanted).copy())
         return np.concatenate(logits)
 
     def crop(self, rows: int) -> None:
@@ -110,17 +143,20 @@ class SegmentChain:
         """Run segment `place` over what is pending before it: states, and the last one's logits."""
         segment = self.segments[place]
         assert segment.tap is not None
-        states = []
-        for rows in self._calls(place):
-            self._feed(place, rows, 1)
+        states, calls = [], list(self._calls(place))
+        for number, rows in enumerate(calls):
+            logits = self._feed(place, rows, int(number == len(calls) - 1))
             states.append(segment.tap.rows()[: len(rows)].copy())
-        return np.concatenate(states) if len(states) > 1 else states[0], segment.logits(1)[0]
+        return np.concatenate(states) if len(states) > 1 else states[0], logits[0]
 
-    def _feed(self, place: int, rows: States, outputs: int) -> None:
-        idle = self.sizes.least - len(rows) if place else 0
+    def _feed(self, place: int, rows: States, outputs: int) -> Array:
+        """Logits [outputs, V] of the last rows, a view."""
+        segment = self.segments[place]
+        idle = self.sizes.least - len(rows) if place and self.exact else 0
         if idle > 0:
             rows = np.concatenate([rows, np.repeat(rows[-1:], idle, 0)])
-        self.segments[place].feed(rows, outputs, max(0, idle))
+        segment.feed(rows, outputs, max(0, idle))
+        return segment.logits(outputs)
 
     def _calls(self, place: int) -> Iterator[States]:
         """What is pending before segment `place`, in calls of a length that depends on no exit."""
@@ -132,8 +168,10 @@ class SegmentChain:
             else:
                 few.append(states)
         if few:
-            yield from _cut(np.concatenate(few) if len(few) > 1 else few[0], self.sizes.most)
-
+            rows = np.concatenate(few) if len(few) > 1 else few[0]
+            for count in self.sizes.cut(len(rows)):
+                yield rows[:count]
+                rows = rows[count:]
 
 def _cut(states: States, rows: int) -> Iterator[States]:
     return (states[i : i + rows] for i in range(0, len(states), rows))

@@ -154,7 +154,7 @@ class LlamaCppRuntime:
         self, prompt: States, sequence: OneRow, policy: ExitPolicy
     ) -> list[tuple[int, int]]:
         unused = [i for i, depth in enumerate(self.files.depths) if depth not in policy.thresholds]
-        self._chain.reset(unused)
+        self._chain.reset(unused, exact=policy.lossless or not policy.thresholds)
         decider = ChainDecider(self.adapter, policy, self.files.depths)
         decoder = Decoder(self._chain, decider, sequence, self._token_states, policy)
         if policy.lossless and policy.thresholds:

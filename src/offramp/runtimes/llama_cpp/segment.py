@@ -88,7 +88,7 @@ class Segment:
         """Run the layers over `states` [n, D], which stand behind what was fed before.
 
         n: at most `READ_AT_ONCE`. idle: how many of the last rows only fill the call and are
-        forgotten again. outputs: of how many of those before them there will be logits, at least 1.
+        forgotten again. outputs: of how many of those before them there will be logits.
         """
         if self.tap is not None:
             self.tap.clear()
@@ -103,6 +103,8 @@ class Segment:
 
     def logits(self, rows: int) -> Logits:
         """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
+        if not rows:
+            return self._logits[:0]
         address = self._logits_address(self._context)
         if address != self._address or rows > len(self._logits):  # it moves when it grows
             pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))

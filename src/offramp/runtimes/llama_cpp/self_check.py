@@ -7,6 +7,7 @@ back must leave no trace; and the files must compute what the backbone does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from offramp.runtimes.llama_cpp.tap import States
 
 AT_ONCE = 32
 """Most tokens that share a call."""
+
+_TIMED, _TIMES = (2, 3, 4, 8, 16), 3
+"""Numbers of rows whose calls are timed, and how often each."""
 
 _LEAST_LIKE = {"f32": 0.99, "f16": 0.99, "bf16": 0.99, "q8_0": 0.98}
 _COARSE = 0.5
@@ -54,7 +58,23 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
         _check_crop(segment, states)
         states = _feed(segment, states, AT_ONCE).states
     least, most = max(size.least for size in sizes), min(size.most for size in sizes)
-    return CallSizes(least, most) if least <= most else CallSizes(1, 1)
+    if least > most:
+        return CallSizes(1, 1)
+    return CallSizes(least, most, _seconds(segments[-1], probe, least, most))
+
+
+def _seconds(segment: Segment, states: States, least: int, most: int) -> dict[int, float]:
+    """CPU time of calls over some numbers of rows from `least` to `most`, without logits."""
+    found = {}
+    for rows in sorted({least, most, *(n for n in _TIMED if least < n < most)}):
+        times = []
+        for _ in range(_TIMES):
+            begin = time.process_time()
+            segment.feed(states[:rows], 0)
+            times.append(time.process_time() - begin)
+            segment.crop(rows)
+        found[rows] = min(times)
+    return found
 
 
 def _sizes(segment: Segment, states: States) -> CallSizes:
