@@ -29,7 +29,7 @@ class CallSizes:
     Some matrix kernels sum in another order for one row than for several: `least` is then 2, and a
     single token is fed twice, the second time to be forgotten.
 
-    seconds: of the CPU in calls, by their tokens, without logits; none: as few calls as may be are best.
+    seconds: of the CPU in calls, by their tokens, without logits; none: the fewest calls are best.
     """
 
     least: int = 1
@@ -172,6 +172,7 @@ class SegmentChain:
             for count in self.sizes.cut(len(rows)):
                 yield rows[:count]
                 rows = rows[count:]
+
 
 def _cut(states: States, rows: int) -> Iterator[States]:
     return (states[i : i + rows] for i in range(0, len(states), rows))
