@@ -40,6 +40,7 @@ def load_model(
             arguments.device, is_tiny=tiny_kind(name) is not None, quantize=arguments.quantize
         ),
         quantize=arguments.quantize,
+        compile=getattr(arguments, "compile", False),
     )
     return laid_out(arguments, backbone), processor
 

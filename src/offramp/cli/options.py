@@ -210,6 +210,13 @@ def precision_options(group: Any) -> None:
     )  # fmt: skip
 
 
+def compile_option(group: Any) -> None:
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile layers and head for single answers on a CPU: slow first, then faster",
+    )  # fmt: skip
+
+
 def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     """Options that say which examples; what: of the examples, what the command needs."""
     from offramp.data.formats import FORMATS

@@ -34,6 +34,7 @@ from offramp.engine.kv_cache import (
     store_exit_keys,
     store_keys,
 )
+from offramp.engine.lean.compiled import cannot_compile
 from offramp.engine.lean.stack import LeanStack, lean_stack
 from offramp.engine.sampling import ActiveRows
 from offramp.models.backbone import Backbone, LayerCall
@@ -314,6 +315,8 @@ class ModelRunner:
         self._lean = lean_stack(self.backbone, self, self.intercepted.stack, self.cache, kw)
         if self._lean is not None:
             self.cache = self._lean.cache
+        else:
+            cannot_compile(self.backbone, "this model or request needs its own stack")
 
     # -- one layer ---------------------------------------------------------------------------
 

@@ -22,10 +22,8 @@ from offramp.models.quantized.weights import (
     check_scheme,
     float_dtype,
     float_parameters,
-    float_values,
     scheme,
     unpack,
-    weight_bytes,
 )
 from offramp.models.registry import Family, is_tested, registered_family
 from offramp.models.sharding.hooks import check_hooks, device_of, loaded
@@ -61,6 +59,10 @@ class Backbone:
 
     lean_decoding = True
     """Whether the stack's own code around its layers is left out, where that is exact."""
+    compiled_decoding = False
+    """Whether layers, exits and head are compiled for the decoding of single answers."""
+    head_code: Callable[[Tensor], Tensor] | None = None
+    """What is called in the head's place then, once there is any."""
 
     def __init__(
         self,
@@ -148,6 +150,7 @@ class Backbone:
         dtype: torch.dtype | str = "auto",
         device: str | None = None,
         quantize: str | None = None,
+        compile: bool = False,
         example: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Backbone:
@@ -155,6 +158,7 @@ class Backbone:
 
         quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
+        compile: whether single answers are decoded by compiled code (docs/runtimes.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.
@@ -169,15 +173,16 @@ class Backbone:
             dtype = torch.bfloat16
         model = load_model(name, revision=revision, dtype=dtype, device=device, **kwargs)
         backbone = cls._of_loaded(model, str(name), revision, example)
-        if quantize is None:
-            return backbone
-        if (held_in := scheme(model)) is not None:
-            raise InputError(
-                f"{name} is quantised already, in {held_in}, and was to be in {quantize}.",
-                "Leave the quantisation out, or name the model that it was made of.",
-            )
-        quantize_layers(backbone.layers, quantize)
-        return cls._of_loaded(model, str(name), revision, example)
+        if quantize is not None:
+            if (held_in := scheme(model)) is not None:
+                raise InputError(
+                    f"{name} is quantised already, in {held_in}, and was to be in {quantize}.",
+                    "Leave the quantisation out, or name the model that it was made of.",
+                )
+            quantize_layers(backbone.layers, quantize)
+            backbone = cls._of_loaded(model, str(name), revision, example)
+        backbone.compiled_decoding = compile
+        return backbone
 
     @classmethod
     def _of_loaded(
@@ -274,9 +279,8 @@ class Backbone:
         head: of `head_rows`, to read only those tokens.
         """
         rows = normed.reshape(-1, normed.shape[-1])
-        logits = self.here(
-            (head or self.reader)(rows * self._scale if self._scale != 1.0 else rows)
-        )
+        read = head or (self.compiled_decoding and self.head_code) or self.reader
+        logits = self.here(read(rows * self._scale if self._scale != 1.0 else rows))
         if self.family.logit_scale != 1.0:
             logits = logits * self.family.logit_scale
         if self.softcap is not None:
@@ -378,22 +382,3 @@ def _softcap(*configs: Any) -> float | None:
         if cap is not None:
             return float(cap)
     return None
-
-
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
-    layer = float_values(backbone.layers[-1]) * backbone.dtype.itemsize
-    return {
-        "name": backbone.name,
-        "model_type": backbone.model.config.model_type,
-        "text_model_type": backbone.text_config.model_type,
-        "encoder_decoder": backbone.is_encoder_decoder,
-        "layers": backbone.depth,
-        "width": backbone.width,
-        "vocabulary": backbone.vocabulary,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "quantized": scheme(backbone.layers),
-        "weight_bytes": weight_bytes(backbone.model),
-        "parameters": float_values(backbone.model),
-        "exit_bytes": layer,
-    }

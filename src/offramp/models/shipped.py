@@ -40,14 +40,14 @@ def load_tiny(
     kind: str,
     dtype: torch.dtype | str = torch.float32,
     device: str | None = None,
-    quantize: str | None = None,
+    **how: Any,
 ) -> tuple[Backbone, Any]:
     """A shipped model, "opt" or "t5", and its processor.
 
-    quantize: as of `Backbone.from_pretrained`.
+    how: quantize and compile, as of `Backbone.from_pretrained`.
     """
     kind, folder = short_name(kind), tiny_folder(kind)
-    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device, quantize=quantize)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device, **how)
     backbone.name = f"offramp/tiny-{kind}"
     return backbone, load_processor(folder)
 
@@ -59,6 +59,7 @@ def load_named(
     dtype: str = "auto",
     device: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> tuple[Backbone, Any]:
     """A shipped model by its long name, or one of a hub name or a folder; and its processor.
 
@@ -69,9 +70,10 @@ def load_named(
     """
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind = tiny_kind(name)
+    how: dict[str, Any] = {"quantize": quantize, "compile": compile}
     if kind is None:
         backbone = Backbone.from_pretrained(
-            name, revision=revision, dtype=exact, device=device, quantize=quantize
+            name, revision=revision, dtype=exact, device=device, **how
         )
         return backbone, load_processor(name, revision=revision)
     if revision is not None:
@@ -81,7 +83,7 @@ def load_named(
         )
     if dtype == "auto" and quantize is None:
         exact = torch.float32
-    return load_tiny(kind, exact, device, quantize)
+    return load_tiny(kind, exact, device, **how)
 
 
 def tiny_exits(kind: str) -> Path:

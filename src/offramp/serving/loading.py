@@ -31,12 +31,13 @@ def load_served(
     dtype: str = "auto",
     device: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
     chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
     name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
-    adapter's own, with revision: of it. dtype, device, quantize: of the backbone, as of
+    adapter's own, with revision: of it. dtype, device, quantize, compile: of the backbone, as of
     `load_named`. chat_template: file of the one that writes conversations, instead of the
     processor's own.
 
@@ -46,7 +47,7 @@ def load_served(
     """
     text = None if chat_template is None else _template_of(chat_template)
     model, processor = _load(
-        name, backbone, revision, dtype=dtype, device=device, quantize=quantize
+        name, backbone, revision, dtype=dtype, device=device, quantize=quantize, compile=compile
     )
     if text is None:
         return model, processor

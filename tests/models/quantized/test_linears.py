@@ -12,8 +12,9 @@ from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import check_decoding
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone, describe
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
+from offramp.models.fingerprint import describe
 from offramp.models.quantized.attention import attention_by_token
 from offramp.models.quantized.linears import SCHEMES, QuantizedLinear, quantize_layers
 from offramp.models.quantized.weights import float_copy, scheme

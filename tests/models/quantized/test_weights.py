@@ -15,8 +15,9 @@ from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check.decoding import check_decoding
 from offramp.errors import AdapterError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone, describe
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
+from offramp.models.fingerprint import describe
 from offramp.models.quantized.weights import float_copy, is_quantized, scheme
 from offramp.storage import read_json, write_json
 

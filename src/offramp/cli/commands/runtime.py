@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import name_option
+from offramp.cli.options import compile_option, name_option
 from offramp.cli.parser import Parser, whole
 from offramp.errors import InputError
 
@@ -20,6 +20,7 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
         group, "--runtime", RUNTIMES,
         "what runs the decoder; llama.cpp needs --gguf, cuda-graphs a GPU", default="torch",
     )  # fmt: skip
+    compile_option(group)
     group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
     )
@@ -44,7 +45,16 @@ def check_runtime(arguments: argparse.Namespace) -> None:
             "--runtime llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
         )
-
+    if arguments.compile and arguments.runtime != "torch":
+        raise InputError(
+            f"--compile is for PyTorch, and --runtime {arguments.runtime} runs other code.",
+            "Leave one of them out.",
+        )
+    if arguments.compile and arguments.prepack:
+        raise InputError(
+            "--compile reads plain weights, and --prepack lays them out for other code.",
+            "Leave one of them out: --compile for single answers, --prepack for batches.",
+        )
     if arguments.gguf is not None:
         check_not_quantized(arguments)
 

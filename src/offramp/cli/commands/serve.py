@@ -192,10 +192,12 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _check_serial(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    arguments.serial |= arguments.runtime != "torch" or arguments.slots == 1
+    alone = arguments.compile or arguments.runtime != "torch"
+    arguments.serial |= alone or arguments.slots == 1
     if not arguments.serial:
         return
-    way = "--serial" if arguments.runtime == "torch" else f"--runtime {arguments.runtime}"
+    way = "--compile" if arguments.compile else "--serial"
+    way = way if arguments.runtime == "torch" else f"--runtime {arguments.runtime}"
     if (arguments.slots or 1) > 1:
         raise InputError(
             f"{way} writes one answer at a time, and --slots {arguments.slots} asks for more.",
@@ -311,6 +313,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         dtype=arguments.dtype,
         device=device,
         quantize=arguments.quantize,
+        compile=arguments.compile,
         chat_template=arguments.chat_template,
     )
     return laid_out(arguments, model), processor

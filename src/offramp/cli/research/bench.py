@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import choose_device, load_adapter, load_model
-from offramp.cli.options import add_command, depths_option, model_options, name_option
+from offramp.cli.options import (
+    add_command,
+    compile_option,
+    depths_option,
+    model_options,
+    name_option,
+)
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of, share, whole
 from offramp.cli.research.engine import bench_of_engine, engine_options
@@ -37,6 +43,7 @@ def _options(parser: Parser) -> None:
 
     model = model_options(parser, required=False, adapter=False)
     name_option(model, "--shape", SHAPES, "a decoder with random weights")
+    compile_option(model)
     _case_options(parser)
     engine_options(parser)
     group = parser.add_argument_group("timing and output")
@@ -201,6 +208,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         backbone = known.build(dtype)
         if quantize is not None:
             quantize_layers(backbone.layers, quantize)
+        backbone.compiled_decoding = arguments.compile
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
         return backbone, {n: v.to(device) for n, v in rows.items()}, None

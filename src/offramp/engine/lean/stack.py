@@ -16,8 +16,8 @@ from torch import Tensor
 
 from offramp.engine.kv_cache import self_attention
 from offramp.engine.lean.arguments import CannotRehearseError
-from offramp.engine.lean.bare import BareModules
 from offramp.engine.lean.cache import beside_encoder, like, move
+from offramp.engine.lean.compiled import called_in_place
 from offramp.engine.lean.rehearsal import CHECKED, TOKENS, Rehearsal, Stage, ahead, check
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import first as state_of
@@ -73,7 +73,7 @@ class LeanStack:
         self._columns, self._layers = self_attention(cache).columns, [*backbone.layers]
         self._linear_from, self._positions = linear_from, positions
         self._rehearsal: Rehearsal | None = None
-        self._bare = BareModules(type(backbone.stack).forward.__module__)
+        self._instead = called_in_place(backbone)
 
     def __call__(self, **kw: Any) -> Any:
         driver, columns = self._driver, self._columns
@@ -90,10 +90,10 @@ class LeanStack:
             rehearsal = self._rehearsal = self._rehearse(kw, first, end, rows)
         hidden = entering if start else rehearsal.enter(entering, first)
         arguments, kind_of = rehearsal.arguments(first, end, self.cache), rehearsal.kind_of
-        layers, bare = self._layers, self._bare
+        layers, instead = self._layers, self._instead
         for index in range(start, len(kind_of)):
             args, names = arguments[kind_of[index]]
-            call = LayerCall(index, layers[index], hidden, args, names, bare)
+            call = LayerCall(index, layers[index], hidden, args, names, instead)
             hidden = state_of(driver.layer(call))
             if driver.ended:
                 return StackOutput(hidden)

@@ -1,0 +1,321 @@
+"""Layers, exits and the LM head as machine code, over the few tokens that decoding reads at a time.
+
+Each is compiled when it is first called over so many tokens, once for all that are built alike, and
+for texts of any length. The first call of each is held to what the module itself makes: where that
+differs, or where there is no code, the module runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from offramp.engine.kv_cache import CACHE_NAMES
+from offramp.engine.lean.bare import BareModules, bare
+from offramp.engine.lean.cache import LeanCache, LeanLayer
+from offramp.engine.lean.code import MOST_ROWS, CannotCompileError, Code
+from offramp.models.backbone import Backbone
+from offramp.models.exits import first
+
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+LONG = ("attention_mask", "position_bias")
+"""Arguments whose last dimension is as long as the text."""
+_NEAR = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far code may be from its module, as part of the largest value; in half precision a tenth."""
+_COMMON = frozenset(nn.Module().__dict__) | {"layer_idx"}
+
+Run = Callable[[nn.Module, Sequence[Tensor]], Tensor]
+"""Calls a module with inputs."""
+
+
+class _Kind:
+    """Modules that are built alike. codes: by kind of call; None where there is none."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+        self.codes: dict[Any, Code | None] = {}
+
+
+class Codes:
+    """All code of one backbone and of the exits on it."""
+
+    def __init__(self) -> None:
+        self._kinds: list[_Kind] = []
+        self._of: WeakKeyDictionary[nn.Module, tuple[_Kind, set[Any]]] = WeakKeyDictionary()
+        self._lock = threading.RLock()
+        self._warned = False
+
+    def known(self, module: nn.Module) -> tuple[_Kind, set[Any]]:
+        """The kind of a module, and the kinds of call in which its code was found right."""
+        with self._lock:
+            if module not in self._of:
+                parts = _parts(module)
+                alike = (kind for kind in self._kinds if _equal(kind.parts, parts))
+                kind = next(alike, None)
+                if kind is None:
+                    kind = _Kind(parts)
+                    self._kinds.append(kind)
+                self._of[module] = kind, set()
+            return self._of[module]
+
+    def make(self, kind: _Kind, key: Any, name: str, compile_it: Callable[[], Code]) -> Code | None:
+        """The code for this kind of call; None, and a warning, where there is none."""
+        with self._lock:
+            if key not in kind.codes:
+                start = time.perf_counter()
+                log.info("Compiling %s over %d tokens, once.", name, key[0])
+                try:
+                    kind.codes[key] = compile_it()
+                    log.info("Compiled in %.1f s.", time.perf_counter() - start)
+                except CannotCompileError as error:
+                    kind.codes[key] = None
+                    self.warn(f"{name}: {error}")
+            return kind.codes[key]
+
+    def warn(self, reason: str) -> None:
+        """Say once that something runs as before."""
+        if not self._warned:
+            log.warning("Decoding is not all compiled, and runs as without: %s", reason)
+        self._warned = True
+
+
+class _Compiled:
+    """A module that is called as code. plain: its twin without code."""
+
+    def __init__(self, codes: Codes, module: nn.Module, plain: Any) -> None:
+        self.codes, self.module, self.plain = codes, module, plain
+        self.kind, self.held = codes.known(module)
+        self.weights = [tensor for _, _, tensor in _tensors(module)]
+
+    def compute(
+        self,
+        key: tuple[Any, ...],
+        inputs: Sequence[Tensor],
+        run: Run,
+        lengths: dict[int, int],
+        at: tuple[int, ...] = (),
+    ) -> Tensor | None:
+        """What `run` makes of the module and inputs, by code; None where there is none.
+
+        key: how many tokens, and all else that makes another kind of call. lengths: as of `Code`.
+        at: all lengths.
+        """
+        if key in self.kind.codes:
+            code = self.kind.codes[key]
+        else:
+            name = type(self.module).__name__
+            code = self.codes.make(
+                self.kind, key, name, lambda: self._compile(inputs, run, lengths)
+            )
+        if code is None or not code.fits(at, inputs):
+            return None
+        if key not in self.held and not self._holds(code, key, inputs, run):
+            return None
+        return code(*inputs, *self.weights)
+
+    def _compile(self, inputs: Sequence[Tensor], run: Run, lengths: dict[int, int]) -> Code:
+        twin = bare(self.module, type(self.module).__module__)
+        places = _tensors(twin)
+
+        def traced(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+            for (part, name, _), weight in zip(places, weights, strict=True):
+                part.__dict__[name] = weight
+            return run(twin, inputs)
+
+        mine = {id(part) for part in self.module.modules()}
+        if any(id(part) in mine for part in twin.modules()):
+            raise CannotCompileError("hooks, or code around a call of it")
+        return Code(traced, inputs, self.weights, lengths, BACKEND)
+
+    def _holds(self, code: Code, key: Any, inputs: Sequence[Tensor], run: Run) -> bool:
+        """Whether the code makes what the module makes, and writes what it writes."""
+        name = type(self.module).__name__
+        try:
+            ours = [code(*inputs, *self.weights), *(tensor.clone() for tensor in inputs)]
+        except Exception as error:  # code that was just made raises whatever is in its way
+            wrong = f"code of {name} raised {type(error).__name__}: {error}"
+        else:
+            theirs = [run(self.plain, inputs), *inputs]
+            if all(map(_near, ours, theirs)):
+                self.held.add(key)
+                return True
+            wrong = f"code of {name} came to something else than itself"
+        self.kind.codes[key] = None
+        self.codes.warn(wrong)
+        return False
+
+
+class CompiledLayer(_Compiled):
+    """A decoder layer or an exit. index: of its entry in the cache."""
+
+    def __init__(self, codes: Codes, module: nn.Module, plain: Any, index: int) -> None:
+        super().__init__(codes, module, plain)
+        self._index = index
+        self._names = [*inspect.signature(type(module).forward).parameters][2:]
+
+    def __call__(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
+        made, named = None, {**dict(zip(self._names, args, strict=False)), **kw}
+        cached = next((name for name in CACHE_NAMES if name in named), "")
+        cache = named.pop(cached, None)
+        if len(hidden) == 1 and hidden.shape[1] <= MOST_ROWS and isinstance(cache, LeanCache):
+            made = self._by_code(hidden, named, cached, cache.layers[self._index])
+        return self.plain(hidden, *args, **kw) if made is None else made
+
+    def _by_code(
+        self, hidden: Tensor, named: dict[str, Any], cached: str, entry: LeanLayer
+    ) -> Tensor | None:
+        start, end = entry.columns.start(entry.window), entry.columns.end
+        read, room = end - start, 0 if entry.keys is None else entry.keys.shape[2]
+        if room <= end or read < 2:  # the module itself makes room
+            return None
+        inputs = [hidden, entry.keys.narrow(2, start, read), entry.values.narrow(2, start, read)]
+        lengths: dict[int, int] = {1: 2, 2: 2}
+        layout: list[tuple[Any, ...]] = []
+        for name, value in named.items():
+            if isinstance(value, Tensor):
+                if name in LONG:
+                    lengths[len(inputs)] = value.dim() - 1
+                inputs.append(value.contiguous() if name in LONG else value)
+                layout.append((name, 1, None))
+            elif isinstance(value, tuple):
+                inputs.extend(value)
+                layout.append((name, len(value), tuple))
+            else:
+                layout.append((name, 0, value))
+        key = hidden.shape[1], cached, *layout
+        return self.compute(key, inputs, partial(_run_layer, key), lengths, (read, room))
+
+
+class CompiledHead(_Compiled):
+    """The LM head, over rows [N, D]."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        made = None
+        if len(rows) <= MOST_ROWS and not rows.requires_grad:
+            made = self.compute((len(rows),), [rows.contiguous()], _run_head, {})
+        return self.plain(rows) if made is None else made
+
+
+class CompiledModules(BareModules):
+    """By module, what is called in its place, for one generation: code, or a bare twin."""
+
+    def __init__(self, codes: Codes, caller: str) -> None:
+        super().__init__(caller)
+        self._codes = codes
+
+    def __missing__(self, module: Any) -> Any:
+        plain = super().__missing__(module)
+        index = _entry(module) if plain is not module else None
+        if index is not None:
+            plain = self[module] = CompiledLayer(self._codes, module, plain, index)
+        return plain
+
+
+_CODES: WeakKeyDictionary[Backbone, Codes] = WeakKeyDictionary()
+
+
+def called_in_place(backbone: Backbone) -> BareModules:
+    """By module, what decoding calls in its place; the head's code is hung into the backbone."""
+    caller = type(backbone.stack).forward.__module__
+    if not backbone.compiled_decoding:
+        return BareModules(caller)
+    if backbone.is_encoder_decoder or backbone.device.type != "cpu":
+        cannot_compile(backbone, "code is for decoders without an encoder, on a CPU")
+        return BareModules(caller)
+    codes = _codes(backbone)
+    backbone.head_code = CompiledHead(codes, backbone.head, backbone.reader)
+    return CompiledModules(codes, caller)
+
+
+def cannot_compile(backbone: Backbone, reason: str) -> None:
+    """Warn that decoding runs as before, where it was to be compiled; once for a backbone."""
+    if backbone.compiled_decoding:
+        _codes(backbone).warn(reason)
+
+
+def _codes(backbone: Backbone) -> Codes:
+    return _CODES.setdefault(backbone, Codes())
+
+
+class _Written:
+    """A cache of one layer, whose last columns are those of the tokens that it is called with."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._keys[:, :, -keys.shape[2] :] = keys
+        self._values[:, :, -values.shape[2] :] = values
+        return self._keys, self._values
+
+
+def _run_layer(key: tuple[Any, ...], layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    hidden, keys, values, *others = inputs
+    named: dict[str, Any] = {key[1]: _Written(keys, values)}
+    rest = iter(others)
+    for name, count, value in key[2:]:
+        taken = tuple(next(rest) for _ in range(count))
+        named[name] = value if not count else taken if value is tuple else taken[0]
+    return first(layer(hidden, **named))
+
+
+def _run_head(head: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    return head(inputs[0])  # type: ignore[no-any-return]
+
+
+def _entry(module: nn.Module) -> int | None:
+    """The cache entry that a layer writes to; None where it writes to none or to several."""
+    found = {getattr(part, "layer_idx", None) for part in module.modules()} - {None}
+    index = found.pop() if len(found) == 1 else None
+    return index if isinstance(index, int) else None
+
+
+def _tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Parameters and buffers, with the part that each belongs to."""
+    parts = (part for _, part in module.named_modules(remove_duplicate=False))
+    return [
+        (part, name, tensor)
+        for part in parts
+        for table in (part._parameters, part._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    """What makes the code of a module, beside its weights' values."""
+    parts: list[Any] = [
+        (name, type(part), {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
+        for name, part in module.named_modules(remove_duplicate=False)
+    ]
+    return parts + [(n, t.shape, t.dtype, t.layout, t.device) for _, n, t in _tensors(module)]
+
+
+def _open(value: Any) -> Any:
+    """What can be compared, as a partial function cannot."""
+    return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
+
+
+def _equal(one: list[Any], other: list[Any]) -> bool:
+    try:
+        return one == other
+    except (RuntimeError, TypeError, ValueError):  # of tensors, which have no one answer
+        return False
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    if not theirs.is_floating_point():
+        return torch.equal(ours, theirs)
+    far = (ours - theirs).abs().max()
+    return bool(far <= _NEAR.get(theirs.dtype, 0.1) * theirs.abs().max())

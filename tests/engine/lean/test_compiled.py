@@ -1,0 +1,125 @@
+"""Laws of compiled decoding: the same tokens at the same depths, by little code, or by none.
+
+Families run the graphs as they were traced, which takes no compiler; what inductor makes of them is
+tried on one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from reference import Dice
+from torch._inductor.cpp_builder import get_cpp_compiler
+
+from offramp.engine.generate import generate
+from offramp.engine.lean import compiled
+from offramp.engine.lean.code import CannotCompileError, Code
+from offramp.engine.policy import FULL, ExitPolicy
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@pytest.fixture
+def codes(monkeypatch):
+    """Code made since, by backbone; of graphs as they were traced."""
+    made = WeakKeyDictionary()
+    monkeypatch.setattr(compiled, "_CODES", made)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    return lambda whole: [
+        code for kind in made[whole]._kinds for code in kind.codes.values() if code is not None
+    ]
+
+
+@pytest.fixture
+def both(monkeypatch, scored):
+    """What the modules make of a request, and what their code makes."""
+
+    def run(whole, inputs, *, dice=None, **given):
+        made: list[Any] = []
+        for by_code in (False, True):
+            monkeypatch.setattr(whole, "compiled_decoding", by_code)
+            if dice is not None:
+                scored(Dice(dice))
+            torch.manual_seed(3)
+            made.append(generate(whole, inputs, **{**GREEDY, **given}))
+        theirs, ours = made
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.depths, theirs.depths)
+        torch.testing.assert_close(ours.scores, theirs.scores, equal_nan=True, atol=1e-4, rtol=0.01)
+        return ours
+
+    return run
+
+
+@pytest.fixture
+def warned(caplog):
+    """What decoding warned of."""
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "llava", "qwen2.5-vl"])
+def test_code_writes_the_modules_tokens(name, backbone, exits, batch, both, codes, warned):
+    whole, inputs, given = backbone(name), batch(name, 1), {"exits": exits(name), "dice": 5}
+    first, second = exits(name).depths
+    mixed = both(whole, inputs, policy=ExitPolicy({first: 0.4, second: 0.5}), **given)
+    assert len(mixed.depths.unique()) == 3
+    assert both(whole, inputs, policy=ExitPolicy({first: 0.4}, lossless=True), **given).rounds
+    assert 3 < len(codes(whole)) < 20 and not warned()
+
+
+def test_guesses_samples_and_the_full_model_are_the_modules(backbone, exits, batch, both, codes):
+    whole, inputs, first = backbone("llava"), batch("llava", 1), exits("llava").depths[0]
+    both(whole, inputs, policy=FULL, do_sample=True, temperature=0.7, top_k=5)
+    guesses = ExitPolicy({first: 0.6}, guesses={first: 0.1})
+    both(whole, inputs, exits=exits("llava"), policy=guesses, dice=5)
+
+
+def test_a_longer_text_is_no_other_code(backbone, batch, both, codes):
+    whole, inputs = backbone("gemma3"), batch("gemma3", 1)
+    both(whole, inputs)
+    assert len(codes(whole)) == 3  # layers with a window and without, and the head
+    both(whole, inputs, max_new_tokens=90)  # past the room of the buffers
+    assert len(codes(whole)) == 3
+
+
+def test_where_there_is_no_code_modules_run_and_it_is_said_once(
+    backbone, exits, batch, both, codes, warned, caplog, monkeypatch
+):
+    both(backbone("blip2-t5"), batch("blip2-t5", 1))
+    assert len(warned()) == 1 and "an encoder" in warned()[0]
+    caplog.clear()
+
+    def none(*_):
+        raise CannotCompileError("no compiler")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled, "Code", none)
+        both(backbone("llava"), batch("llava", 1))
+    assert len(warned()) == 1 and "no compiler" in warned()[0]
+
+
+def test_code_that_comes_to_something_else_is_not_called_again(
+    backbone, batch, both, codes, warned, monkeypatch
+):
+    right = Code.__call__
+    monkeypatch.setattr(Code, "__call__", lambda code, *given: right(code, *given) + 1)
+    both(backbone("llava"), batch("llava", 1))
+    assert len(warned()) == 1 and "something else" in warned()[0]
+    assert not codes(backbone("llava"))
+
+
+def test_code_by_inductor(backbone, exits, batch, both, codes, warned, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        pytest.skip("no C++ compiler here")
+    both(whole, inputs, max_new_tokens=4)
+    assert len(codes(whole)) == 2 and not warned()
