@@ -10,8 +10,9 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone, describe
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
+from offramp.models.fingerprint import describe
 from offramp.models.quantized import prepacked as prepacking
 from offramp.models.quantized.prepacked import PrepackedLinear, prepack, prepacked
 from offramp.save_and_load import load_parts, read_config
