@@ -4,7 +4,8 @@ benchmarks/records.
 One thread, float32. Hugging Face's `generate`, exits on the stack itself, and exits without the
 stack's own code, in turn, on the photo model (`python -m examples.photo_vlm.build` makes it) and on
 a tiny OPT; once as they are, and once with matrix products left out, so that what remains is
-overhead. `python -m benchmarks.lean` takes three minutes.
+overhead. The latter two through eight slots of the batch engine as well. `python -m
+benchmarks.lean` takes five minutes.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.provenance import provenance
 from offramp.research import tiny_families
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
+from offramp.serving.schedule.scheduler import Schedule
 from offramp.storage import write_json
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "lean.json"
 TOKENS = 32
+SLOTS = 8
 
 
 class Clock:
@@ -150,6 +155,37 @@ def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any
     ]
 
 
+def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
+    """The same of tokens that the batch engine writes in as many slots as there are answers,
+    prompts left out."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    config = EngineConfig(slots=SLOTS, limit=192, schedule=Schedule.of(SLOTS))
+    for number in range(rounds + 1):
+        for mode in modes:
+            for path in ("stack", "lean"):
+                case.backbone.lean_decoding = path == "lean"
+                policy = case.policies[mode]
+                core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
+                for row in range(SLOTS):
+                    inputs = case.prompts[row % len(case.prompts)]
+                    core.add(Request(inputs, options=options))
+                core.run()
+                if number:
+                    took = sum(core.seconds.values()) - core.seconds["read"]
+                    seen.setdefault((path, mode), []).append(1e3 * took / core.tokens)
+    return [
+        {
+            "model": f"{case.name}, {SLOTS} slots",
+            "path": path,
+            "mode": mode,
+            "cpu_milliseconds": median(times),
+            "cpu_milliseconds_least": min(times),
+        }
+        for (path, mode), times in seen.items()
+    ]
+
+
 def photo_model(model: Path, data: Path, prompts: int) -> Case:
     """The photo model with its shipped exits and thresholds."""
     backbone, encoder = load(model, torch.float32)
@@ -201,6 +237,8 @@ def main() -> None:
         "speeds": [
             *measure(photo, arguments.rounds, [*photo.policies]),
             *measure(tiny, 20 * arguments.rounds, [*tiny.policies]),
+            *measure_slots(photo, arguments.rounds, ("full", "early_exit")),
+            *measure_slots(tiny, 20 * arguments.rounds, [*tiny.policies]),
         ],
     }
     with no_products():  # scores are those of zeros: only where they decide nothing
