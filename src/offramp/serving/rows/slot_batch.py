@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -372,6 +373,7 @@ def _raised(value: Any) -> Any:
     return value
 
 
+@cache
 def _single(threshold: float) -> float:
     """A threshold in the scores' precision, in which it is compared."""
     return float(torch.tensor(threshold, dtype=torch.float32))
