@@ -24,7 +24,7 @@ from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.runtime import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import Segment
 
-FORMATS = ("f16", "q8_0", "q4_1")
+FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
 """Safest first."""
 ENGINE = EngineOptions(context=512)

@@ -89,7 +89,7 @@ def test_scores_are_those_of_pytorch(loaded: Any) -> None:
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("formats", ["f16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("formats", ["f16", "q8_0", "q4_1", "iq4_nl"])
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_lossless_is_the_full_model_in_each_format(
     name: str, formats: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +210,19 @@ def test_a_callback_in_python_reads_the_same_states(exported: Any, loaded: Any) 
     theirs = loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
     assert same(ours, theirs)
     assert torch.equal(ours.scores.nan_to_num(-1), theirs.scores.nan_to_num(-1))
+
+
+def test_scales_that_llama_cpp_fits_lie_nearer_to_the_weights(exported: Any) -> None:
+    import gguf
+
+    weights = adapter_of("llava").backbone.layers[DEPTHS[-1]].mlp.down_proj.weight.numpy()
+    away = {}
+    for kind in ("q4_0", "iq4_nl"):
+        reader = gguf.GGUFReader(exported("llava", kind) / "segment-2.gguf")
+        down = next(t for t in reader.tensors if t.name == "blk.0.ffn_down.weight")
+        assert down.tensor_type.name == kind.upper()
+        away[kind] = np.abs(gguf.quants.dequantize(down.data, down.tensor_type) - weights).mean()
+    assert away["iq4_nl"] < 0.95 * away["q4_0"]
 
 
 # -- what is refused ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ their ids.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -40,12 +43,12 @@ from offramp.runtimes.llama_cpp.architectures import (
     rope_base,
     rope_factors,
 )
-from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
 from offramp.storage import atomic_folder, digest_file, write_json
 
 FORMAT = 1
 DIGESTS = "digests.json"
-FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Number formats of the weights, by llama.cpp's names."""
 
 _BLOCK = 32
@@ -65,7 +68,7 @@ class ExportFormats:
     head: str = field(default="")
 
     def __post_init__(self) -> None:
-        careful = "q8_0" if self.layers.startswith(("q4", "q5")) else self.layers
+        careful = "q8_0" if self.layers.startswith(("q4", "q5", "iq4")) else self.layers
         for name in ("exits", "head"):
             if not getattr(self, name):
                 object.__setattr__(self, name, careful)
@@ -261,7 +264,27 @@ class _Writer:
         array = tensor.cpu().contiguous().numpy()
         if array.ndim == 1:
             kind = "f32"
-        elif kind.startswith("q") and array.shape[-1] % _BLOCK:
+        elif kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
             kind = "f16"
         number = self.gguf.GGMLQuantizationType[kind.upper()]
-        out.add_tensor(name, self.gguf.quants.quantize(array, number), raw_dtype=number)
+        if kind == "iq4_nl":
+            data = _fitted(array, number, 2 + _BLOCK // 2)
+        else:
+            data = self.gguf.quants.quantize(array, number)
+        out.add_tensor(name, data, raw_dtype=number)
+
+
+def _fitted(array: npt.NDArray[np.float32], number: int, block_bytes: int) -> npt.NDArray[np.uint8]:
+    """Rows [R, N] as bytes, in a format whose scales llama.cpp fits and the package gguf does not.
+
+    number: of the format. block_bytes: that a scale and its weights take.
+    """
+    rows = np.ascontiguousarray(array, dtype=np.float32)
+    data = np.empty((len(rows), rows.shape[1] // _BLOCK * block_bytes), dtype=np.uint8)
+    quantize = import_llama_cpp().llama_cpp._lib.ggml_quantize_chunk
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+    written = quantize(number, rows.ctypes.data, data.ctypes.data, 0, *rows.shape, None)
+    assert written == data.nbytes, "blocks are as large as they are said to be"
+    return data
