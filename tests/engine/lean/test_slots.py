@@ -10,6 +10,7 @@ from families import NAMES, one_row
 from offramp.engine.slots import lean as tables
 from offramp.engine.slots.prompt import PromptReader
 from offramp.engine.slots.runner import SlotRunner
+from offramp.models.backbone import Backbone
 
 DTYPE = torch.bfloat16
 ROWS = 3
@@ -92,3 +93,20 @@ def test_what_is_made_otherwise_is_left_to_the_stack(both, monkeypatch):
     assert same(theirs, runner, places)
     monkeypatch.setattr(runner, "_by_layers", None)
     assert same(theirs, runner, places)
+
+
+def test_rotary_tables_that_depend_on_the_longest_row_are_left_to_the_stack(exits, batch):
+    model = families.build("llava")
+    text = model.model.language_model
+    text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    text.config.max_position_embeddings = 32
+    text.rotary_emb = type(text.rotary_emb)(text.config)
+    whole, made = Backbone(model), []
+    for on in (False, True):
+        whole.lean_decoding = on
+        runner, columns = prepared(whole, exits("llava"), batch("llava", 4), "llava")
+        with torch.inference_mode():
+            for more in (0, 30):
+                at = [column + more for column in columns]
+                made.append(runner.full(torch.full((ROWS,), families.FIRST_WORD), at).final)
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
