@@ -140,6 +140,13 @@ def test_where_exits_pay_little_is_lost_before_that_is_known():
     assert engine.run(750) > 0.95 * patient.run(750)
 
 
+def test_a_shorter_wait_is_found_though_no_deep_call_was_so_small():
+    costs = {"right": 0.7, "more": 1.2}
+    engine = Engine(20.0, 45.0, 73.0, **costs)
+    hasty = Engine(20.0, 45.0, 73.0, **costs, schedule=Schedule(2, 4))
+    assert engine.run(1500) > 0.95 * hasty.run(1500)
+
+
 def test_rows_that_may_exit_are_never_much_slower_than_synchronous_steps():
     engine = Engine(4.0, 30.0, 10.0, rate=0.01, right=0.3)
     engine.run(500)

@@ -48,8 +48,15 @@ class LearnedCosts:
         return tuple(sorted(sizes))
 
     def calls(self, rows: int) -> CallCosts:
-        """For the simulator; the LM head is counted with the deep calls that it was read in."""
+        """For the simulator; the LM head is counted with the deep calls that it was read in.
+
+        Of deep calls smaller than any that was seen, half the cost is taken to grow with the
+        tokens: else nothing would speak for making them.
+        """
         shallow, deep, full = (self.table(kind) for kind in ("shallow", "deep", "full"))
+        least, took = deep[0]
+        if least > 1:
+            deep = ((1, took * (1 + 1 / least) / 2), *deep)
         return CallCosts(rows, 0, shallow, deep, ((1, 0.0),), full, 0.0)
 
 

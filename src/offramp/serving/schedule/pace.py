@@ -31,7 +31,7 @@ EVERY = 64
 ENOUGH = 48
 """Tokens that exits must have looked at before they are judged."""
 _REMEMBERED = 1000
-_SIMULATED = 500
+_SIMULATED = 1000
 _LONGEST_PATIENCE = 16
 BETTER = 1.03
 """How much faster than the present schedule another must seem: a simulation is not exact."""
@@ -172,11 +172,9 @@ class Pace:
         return {exiting: rows / long for exiting, long in took.items()}
 
     def _candidates(self, rows: int) -> list[Schedule]:
-        """The present schedule and others; none where nothing shows what longer deep calls take."""
+        """The present schedule first, and others."""
         now, idle = self.schedule.patience, max(1, rows // 2)
-        waits = [now]
-        if len(self.costs.table("deep")) > 1:
-            waits += [now // 2, min(_LONGEST_PATIENCE, max(1, 2 * now))]
+        waits = (now, now // 2, min(_LONGEST_PATIENCE, max(1, 2 * now)))
         return [replace(self.schedule, patience=wait, idle=idle) for wait in waits]
 
     def _speed(self, tally: Tally, schedule: Schedule, rows: int) -> float:
