@@ -1,17 +1,18 @@
 """What the framework around a token costs, and what is left of it; rewrites lean.json in
 benchmarks/records.
 
-One thread, float32. Hugging Face's `generate`, exits on the stack itself, and exits without the
-stack's own code, in turn, on the photo model (`python -m examples.photo_vlm.build` makes it) and on
-a tiny OPT; once as they are, and once with matrix products left out, so that what remains is
-overhead. The latter two through eight slots of the batch engine as well. `python -m
-benchmarks.lean` takes five minutes.
+One thread, float32. Hugging Face's `generate`, exits on the stack itself, without the stack's own
+code, and compiled, in turn, on the photo model (`python -m examples.photo_vlm.build` makes it) and
+on a tiny OPT; once as they are, and once with matrix products left out, so that what remains is
+overhead. On the stack and without its code through eight slots of the batch engine as well.
+`python -m benchmarks.lean` takes eight minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
+from offramp.engine.lean import compiled
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -80,7 +82,7 @@ class Case:
     prompts: Sequence[Mapping[str, Any]]
 
     def methods(self) -> dict[tuple[str, str], Run]:
-        """By path ("generate", Hugging Face's own; "stack" or "lean") and mode."""
+        """By path ("generate", Hugging Face's own; "stack", "lean" or "compiled") and mode."""
         model = self.backbone.model
         options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
 
@@ -89,7 +91,8 @@ class Case:
 
         def ours(path: str, policy: ExitPolicy) -> Run:
             def run(inputs: Mapping[str, Any], clock: Clock) -> Any:
-                self.backbone.lean_decoding = path == "lean"
+                self.backbone.lean_decoding = path != "stack"
+                self.backbone.compiled_decoding = path == "compiled"
                 return generate(
                     self.backbone,
                     inputs,
@@ -103,7 +106,7 @@ class Case:
 
         made: dict[tuple[str, str], Run] = {("generate", "full"): stock}
         for mode, policy in self.policies.items():
-            for path in ("stack", "lean"):
+            for path in ("stack", "lean", "compiled"):
                 made[path, mode] = ours(path, policy)
         return made
 
@@ -115,31 +118,38 @@ def no_products() -> Iterator[None]:
     linear, zeros = functional.linear, {}
 
     def answer(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if type(states) is not Tensor:  # code is being made, which must still need the states
+            return (states[..., :1] * 0).expand(*states.shape[:-1], len(weight))
         key = (id(weight), states.shape)
         if key not in zeros:
             zeros[key] = states.new_zeros(*states.shape[:-1], len(weight))
         return zeros[key]
 
     functional.linear = answer
+    compiled._CODES.clear()
     try:
         yield
     finally:
         functional.linear = linear
+        compiled._CODES.clear()
 
 
 def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
     """Milliseconds of a token by path and mode: medians of rounds, and the least; tokens a CPU
-    second."""
+    second; seconds of the first round, in which code is made."""
     methods = {name: run for name, run in case.methods().items() if name[1] in modes}
     seen: dict[Any, list[tuple[float, ...]]] = {name: [] for name in methods}
+    first: dict[Any, float] = dict.fromkeys(methods, 0.0)
     for number in range(rounds + 1):
         for prompt in case.prompts:
             for name, run in methods.items():
-                clock = Clock()
+                clock, start = Clock(), time.perf_counter()
                 with torch.inference_mode():
                     run(prompt, clock)
                 if number:  # the first warms up
                     seen[name].append(clock.per_token())
+                else:
+                    first[name] += time.perf_counter() - start
     return [
         {
             "model": case.name,
@@ -150,6 +160,7 @@ def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any
             "wall_milliseconds": median(t[1] for t in times),
             "second_token_cpu_milliseconds": median(t[2] for t in times),
             "tokens_per_second": 1e3 / median(t[0] for t in times),
+            "first_round_seconds": first[path, mode],
         }
         for (path, mode), times in seen.items()
     ]
@@ -227,6 +238,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that code is made
     load_before = os.getloadavg()[0]
     photo = photo_model(arguments.model, arguments.data, arguments.prompts)
     tiny = tiny_opt()

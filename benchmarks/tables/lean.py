@@ -10,33 +10,45 @@ MODES = {
     "every_token": "every token at the exit",
     "lossless": "lossless",
 }
+PATHS = ("stack", "lean", "compiled")
 PARTS = {"speeds": "", "overhead": ", products left out"}
 
 
 def speeds() -> str:
-    """CPU milliseconds of a token: Hugging Face's, with the stack's own code, and without it."""
+    """CPU milliseconds of a token: Hugging Face's, with the stack's own code, without it, and
+    compiled."""
     rows = []
     for part, what in PARTS.items():
         found = {(r["model"], r["mode"], r["path"]): r for r in record("lean")[part]}
         for model, mode in dict.fromkeys((model, mode) for model, mode, _ in found):
-            theirs, stack, lean = (
-                _milliseconds(found.get((model, mode, path)))
-                for path in ("generate", "stack", "lean")
+            theirs, *ours = (
+                _milliseconds(found.get((model, mode, path))) for path in ("generate", *PATHS)
             )
-            before, after = (found[model, mode, p]["cpu_milliseconds"] for p in ("stack", "lean"))
+            stack, lean, code = (found[model, mode, path]["cpu_milliseconds"] for path in PATHS)
             name = f"{model}, {MODES[mode]}{what}"
-            rows.append((name, theirs, stack, lean, f"{before / after:.2f}x"))
-    return table(rows, ("", "`generate`", "with the stack", "without", "gain"))
+            gains = f"{stack / lean:.2f}x", f"{stack / code:.2f}x", f"{lean / code:.2f}x"
+            rows.append((name, theirs, *ours, *gains))
+    titles = ("`generate`", "with the stack", "without", "compiled")
+    return table(rows, ("", *titles, "without", "compiled", "compiled over without"))
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{row['cpu_milliseconds']:.2f}"
 
 
-def _share(mode: str, of: str) -> str:
-    """Overhead on the photo model without the stack's own code, over that of the path `of`."""
+def _share(mode: str, of: str, path: str = "lean") -> str:
+    """Overhead on the photo model by a path, over that of the path `of`."""
     found = {(r["mode"], r["path"]): r["cpu_milliseconds"] for r in record("lean")["overhead"]}
-    return f"{found[mode, 'lean'] / found[mode, of]:.2f}"
+    return f"{found[mode, path] / found[mode, of]:.2f}"
+
+
+def _compiling() -> str:
+    """Seconds that all code of the photo model's four modes takes to make."""
+    rows = [r for r in record("lean")["speeds"] if r["model"] == "photo"]
+    seconds = {
+        path: sum(r["first_round_seconds"] for r in rows if r["path"] == path) for path in PATHS
+    }
+    return f"{seconds['compiled'] - seconds['lean']:.0f}"
 
 
 def _rehearsal() -> str:
@@ -49,5 +61,7 @@ FIGURES: dict[str, Make] = {
     "lean-rehearsal": _rehearsal,
     "lean-overhead-full": lambda: _share("full", "generate"),
     "lean-overhead-every": lambda: _share("every_token", "stack"),
+    "compiled-overhead-every": lambda: _share("every_token", "stack", "compiled"),
+    "compiled-seconds": _compiling,
 }
 TABLES: dict[str, Make] = {"lean-speeds": speeds}
