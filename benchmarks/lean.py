@@ -176,6 +176,7 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
         for mode in modes:
             for path in ("stack", "lean"):
                 case.backbone.lean_decoding = path == "lean"
+                case.backbone.compiled_decoding = False
                 policy = case.policies[mode]
                 core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
                 for row in range(SLOTS):

@@ -21,19 +21,21 @@ def speeds() -> str:
     for part, what in PARTS.items():
         found = {(r["model"], r["mode"], r["path"]): r for r in record("lean")[part]}
         for model, mode in dict.fromkeys((model, mode) for model, mode, _ in found):
-            theirs, *ours = (
-                _milliseconds(found.get((model, mode, path))) for path in ("generate", *PATHS)
-            )
-            stack, lean, code = (found[model, mode, path]["cpu_milliseconds"] for path in PATHS)
-            name = f"{model}, {MODES[mode]}{what}"
-            gains = f"{stack / lean:.2f}x", f"{stack / code:.2f}x", f"{lean / code:.2f}x"
-            rows.append((name, theirs, *ours, *gains))
+            of = [found.get((model, mode, path)) for path in ("generate", *PATHS)]
+            gains = [_gain(of[1], of[2]), _gain(of[1], of[3]), _gain(of[2], of[3])]
+            rows.append((f"{model}, {MODES[mode]}{what}", *map(_milliseconds, of), *gains))
     titles = ("`generate`", "with the stack", "without", "compiled")
     return table(rows, ("", *titles, "without", "compiled", "compiled over without"))
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{row['cpu_milliseconds']:.2f}"
+
+
+def _gain(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{before['cpu_milliseconds'] / after['cpu_milliseconds']:.2f}x"
 
 
 def _share(mode: str, of: str, path: str = "lean") -> str:
