@@ -10,15 +10,17 @@ import logging
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import families
 import pytest
 import torch
 from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from offramp.engine.generate import generate
-from offramp.engine.lean import compiled
+from offramp.engine.lean import cache, compiled
 from offramp.engine.lean.code import CannotCompileError, Code
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.models.backbone import Backbone
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
@@ -80,11 +82,12 @@ def test_guesses_samples_and_the_full_model_are_the_modules(backbone, exits, bat
     both(whole, inputs, exits=exits("llava"), policy=guesses, dice=5)
 
 
-def test_a_longer_text_is_no_other_code(backbone, batch, both, codes):
+def test_a_longer_text_is_no_other_code(backbone, batch, both, codes, monkeypatch):
+    monkeypatch.setattr(cache, "ROOM", 8)
     whole, inputs = backbone("gemma3"), batch("gemma3", 1)
     both(whole, inputs)
     assert len(codes(whole)) == 3  # layers with a window and without, and the head
-    both(whole, inputs, max_new_tokens=90)  # past the room of the buffers
+    both(whole, inputs, max_new_tokens=30)  # past the room of the buffers
     assert len(codes(whole)) == 3
 
 
@@ -112,6 +115,21 @@ def test_code_that_comes_to_something_else_is_not_called_again(
     both(backbone("llava"), batch("llava", 1))
     assert len(warned()) == 1 and "something else" in warned()[0]
     assert not codes(backbone("llava"))
+
+
+def test_hooks_are_called_and_weights_of_another_precision_get_other_code(
+    batch, both, codes, warned
+):
+    whole, inputs, calls = Backbone(families.build("llava")), batch("llava", 1), []
+    both(whole, inputs)
+    few = len(codes(whole))
+    handle = whole.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    both(whole, inputs)
+    handle.remove()
+    assert len(calls) == 2 * GREEDY["max_new_tokens"] and "hooks" in warned()[0]
+    whole.model.to(torch.float64)
+    both(whole, {**inputs, "pixel_values": inputs["pixel_values"].double()})
+    assert len(codes(whole)) == 2 * few
 
 
 def test_code_by_inductor(backbone, exits, batch, both, codes, warned, monkeypatch):

@@ -42,8 +42,8 @@ Run = Callable[[nn.Module, Sequence[Tensor]], Tensor]
 class _Kind:
     """Modules that are built alike. codes: by kind of call; None where there is none."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        self.parts = parts
+    def __init__(self, parts: list[Any], weights: list[Any]) -> None:
+        self.parts, self.weights = parts, weights
         self.codes: dict[Any, Code | None] = {}
 
 
@@ -58,16 +58,18 @@ class Codes:
 
     def known(self, module: nn.Module) -> tuple[_Kind, set[Any]]:
         """The kind of a module, and the kinds of call in which its code was found right."""
+        weights = _layout(module)
         with self._lock:
-            if module not in self._of:
+            known = self._of.get(module)
+            if known is None or known[0].weights != weights:  # they may have been converted
                 parts = _parts(module)
-                alike = (kind for kind in self._kinds if _equal(kind.parts, parts))
+                alike = (k for k in self._kinds if k.weights == weights and _equal(k.parts, parts))
                 kind = next(alike, None)
                 if kind is None:
-                    kind = _Kind(parts)
+                    kind = _Kind(parts, weights)
                     self._kinds.append(kind)
-                self._of[module] = kind, set()
-            return self._of[module]
+                known = self._of[module] = kind, set()
+            return known
 
     def make(self, kind: _Kind, key: Any, name: str, compile_it: Callable[[], Code]) -> Code | None:
         """The code for this kind of call; None, and a warning, where there is none."""
@@ -133,9 +135,6 @@ class _Compiled:
                 part.__dict__[name] = weight
             return run(twin, inputs)
 
-        mine = {id(part) for part in self.module.modules()}
-        if any(id(part) in mine for part in twin.modules()):
-            raise CannotCompileError("hooks, or code around a call of it")
         return Code(traced, inputs, self.weights, lengths, BACKEND)
 
     def _holds(self, code: Code, key: Any, inputs: Sequence[Tensor], run: Run) -> bool:
@@ -193,7 +192,7 @@ class CompiledLayer(_Compiled):
                 layout.append((name, len(value), tuple))
             else:
                 layout.append((name, 0, value))
-        key = hidden.shape[1], cached, *layout
+        key = hidden.shape[1], hidden.dtype, cached, *layout
         return self.compute(key, inputs, partial(_run_layer, key), lengths, (read, room))
 
 
@@ -203,7 +202,7 @@ class CompiledHead(_Compiled):
     def __call__(self, rows: Tensor) -> Tensor:
         made = None
         if len(rows) <= MOST_ROWS and not rows.requires_grad:
-            made = self.compute((len(rows),), [rows.contiguous()], _run_head, {})
+            made = self.compute((len(rows), rows.dtype), [rows.contiguous()], _run_head, {})
         return self.plain(rows) if made is None else made
 
 
@@ -216,10 +215,14 @@ class CompiledModules(BareModules):
 
     def __missing__(self, module: Any) -> Any:
         plain = super().__missing__(module)
-        index = _entry(module) if plain is not module else None
-        if index is not None:
-            plain = self[module] = CompiledLayer(self._codes, module, plain, index)
-        return plain
+        index = _entry(module) if isinstance(module, nn.Module) else None
+        if index is None:
+            return plain
+        if _share_parts(module, plain):
+            self._codes.warn(f"there are hooks on parts of {type(module).__name__}")
+            return plain
+        made = self[module] = CompiledLayer(self._codes, module, plain, index)
+        return made
 
 
 _CODES: WeakKeyDictionary[Backbone, Codes] = WeakKeyDictionary()
@@ -234,7 +237,9 @@ def called_in_place(backbone: Backbone) -> BareModules:
         cannot_compile(backbone, "code is for decoders without an encoder, on a CPU")
         return BareModules(caller)
     codes = _codes(backbone)
-    backbone.head_code = CompiledHead(codes, backbone.head, backbone.reader)
+    head = backbone.head
+    if not _share_parts(head, bare(head, caller)):
+        backbone.head_code = CompiledHead(codes, head, backbone.reader)
     return CompiledModules(codes, caller)
 
 
@@ -262,9 +267,9 @@ class _Written:
 
 def _run_layer(key: tuple[Any, ...], layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     hidden, keys, values, *others = inputs
-    named: dict[str, Any] = {key[1]: _Written(keys, values)}
+    named: dict[str, Any] = {key[2]: _Written(keys, values)}
     rest = iter(others)
-    for name, count, value in key[2:]:
+    for name, count, value in key[3:]:
         taken = tuple(next(rest) for _ in range(count))
         named[name] = value if not count else taken if value is tuple else taken[0]
     return first(layer(hidden, **named))
@@ -272,6 +277,12 @@ def _run_layer(key: tuple[Any, ...], layer: nn.Module, inputs: Sequence[Tensor])
 
 def _run_head(head: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     return head(inputs[0])  # type: ignore[no-any-return]
+
+
+def _share_parts(module: nn.Module, twin: nn.Module) -> bool:
+    """Whether parts of a module are in its twin as they are: something stands around them."""
+    own = {id(part) for part in module.modules()}
+    return any(id(part) in own for part in twin.modules())
 
 
 def _entry(module: nn.Module) -> int | None:
@@ -294,12 +305,19 @@ def _tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """What makes the code of a module, beside its weights' values."""
-    parts: list[Any] = [
+    """What makes the code of a module, beside its weights."""
+    return [
         (name, type(part), {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
         for name, part in module.named_modules(remove_duplicate=False)
     ]
-    return parts + [(n, t.shape, t.dtype, t.layout, t.device) for _, n, t in _tensors(module)]
+
+
+def _layout(module: nn.Module) -> list[Any]:
+    """How the weights of a module lie."""
+    return [
+        (name, t.shape, t.stride() if t.layout == torch.strided else t.layout, t.dtype, t.device)
+        for _, name, t in _tensors(module)
+    ]
 
 
 def _open(value: Any) -> Any:
