@@ -17,7 +17,7 @@ from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from offramp.engine.generate import generate
-from offramp.engine.lean import cache, compiled
+from offramp.engine.lean import arguments, cache, compiled
 from offramp.engine.lean.code import CannotCompileError, Code
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
@@ -65,7 +65,7 @@ def warned(caplog):
     ]
 
 
-@pytest.mark.parametrize("name", ["blip2-opt", "llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "florence2", "qwen2.5-vl"])
 def test_code_writes_the_modules_tokens(name, backbone, exits, batch, both, codes, warned):
     whole, inputs, given = backbone(name), batch(name, 1), {"exits": exits(name), "dice": 5}
     first, second = exits(name).depths
@@ -92,10 +92,12 @@ def test_a_longer_text_is_no_other_code(backbone, batch, both, codes, monkeypatc
 
 
 def test_where_there_is_no_code_modules_run_and_it_is_said_once(
-    backbone, exits, batch, both, codes, warned, caplog, monkeypatch
+    backbone, batch, both, codes, warned, caplog, monkeypatch
 ):
-    both(backbone("blip2-t5"), batch("blip2-t5", 1))
-    assert len(warned()) == 1 and "an encoder" in warned()[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(arguments, "CUTS", {})
+        both(Backbone(families.build("llava")), batch("llava", 1))
+    assert len(warned()) == 1 and "its own stack" in warned()[0]
     caplog.clear()
 
     def none(*_):

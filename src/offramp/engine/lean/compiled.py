@@ -8,88 +8,37 @@ differs, or where there is no code, the module runs.
 from __future__ import annotations
 
 import inspect
-import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 
-from offramp.engine.kv_cache import CACHE_NAMES
+from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.engine.lean.bare import BareModules, bare
-from offramp.engine.lean.cache import LeanCache, LeanLayer
-from offramp.engine.lean.code import MOST_ROWS, CannotCompileError, Code
+from offramp.engine.lean.cache import LeanCache
+from offramp.engine.lean.code import MOST_ROWS, Code
+from offramp.engine.lean.kinds import Codes, tensors_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
 
-log = logging.getLogger(__name__)
-
 BACKEND = "inductor"
-LONG = ("attention_mask", "position_bias")
-"""Arguments whose last dimension is as long as the text."""
+LONG = {
+    "attention_mask": 1,
+    "position_bias": 1,
+    "encoder_attention_mask": 1,
+    "encoder_hidden_states": 2,
+}
+"""Arguments with a dimension as long as the text, or as what the encoder read; from the last."""
 _NEAR = {torch.float32: 1e-3, torch.float64: 1e-6}
 """How far code may be from its module, as part of the largest value; in half precision a tenth."""
-_COMMON = frozenset(nn.Module().__dict__) | {"layer_idx"}
 
 Run = Callable[[nn.Module, Sequence[Tensor]], Tensor]
 """Calls a module with inputs."""
-
-
-class _Kind:
-    """Modules that are built alike. codes: by kind of call; None where there is none."""
-
-    def __init__(self, parts: list[Any], weights: list[Any]) -> None:
-        self.parts, self.weights = parts, weights
-        self.codes: dict[Any, Code | None] = {}
-
-
-class Codes:
-    """All code of one backbone and of the exits on it."""
-
-    def __init__(self) -> None:
-        self._kinds: list[_Kind] = []
-        self._of: WeakKeyDictionary[nn.Module, tuple[_Kind, set[Any]]] = WeakKeyDictionary()
-        self._lock = threading.RLock()
-        self._warned = False
-
-    def known(self, module: nn.Module) -> tuple[_Kind, set[Any]]:
-        """The kind of a module, and the kinds of call in which its code was found right."""
-        weights = _layout(module)
-        with self._lock:
-            known = self._of.get(module)
-            if known is None or known[0].weights != weights:  # they may have been converted
-                parts = _parts(module)
-                alike = (k for k in self._kinds if k.weights == weights and _equal(k.parts, parts))
-                kind = next(alike, None)
-                if kind is None:
-                    kind = _Kind(parts, weights)
-                    self._kinds.append(kind)
-                known = self._of[module] = kind, set()
-            return known
-
-    def make(self, kind: _Kind, key: Any, name: str, compile_it: Callable[[], Code]) -> Code | None:
-        """The code for this kind of call; None, and a warning, where there is none."""
-        with self._lock:
-            if key not in kind.codes:
-                start = time.perf_counter()
-                log.info("Compiling %s over %d tokens, once.", name, key[0])
-                try:
-                    kind.codes[key] = compile_it()
-                    log.info("Compiled in %.1f s.", time.perf_counter() - start)
-                except CannotCompileError as error:
-                    kind.codes[key] = None
-                    self.warn(f"{name}: {error}")
-            return kind.codes[key]
-
-    def warn(self, reason: str) -> None:
-        """Say once that something runs as before."""
-        if not self._warned:
-            log.warning("Decoding is not all compiled, and runs as without: %s", reason)
-        self._warned = True
 
 
 class _Compiled:
@@ -98,7 +47,7 @@ class _Compiled:
     def __init__(self, codes: Codes, module: nn.Module, plain: Any) -> None:
         self.codes, self.module, self.plain = codes, module, plain
         self.kind, self.held = codes.known(module)
-        self.weights = [tensor for _, _, tensor in _tensors(module)]
+        self.weights = [tensor for _, _, tensor in tensors_of(module)]
 
     def compute(
         self,
@@ -128,7 +77,7 @@ class _Compiled:
 
     def _compile(self, inputs: Sequence[Tensor], run: Run, lengths: dict[int, int]) -> Code:
         twin = bare(self.module, type(self.module).__module__)
-        places = _tensors(twin)
+        places = tensors_of(twin)
 
         def traced(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
             for (part, name, _), weight in zip(places, weights, strict=True):
@@ -167,24 +116,45 @@ class CompiledLayer(_Compiled):
         made, named = None, {**dict(zip(self._names, args, strict=False)), **kw}
         cached = next((name for name in CACHE_NAMES if name in named), "")
         cache = named.pop(cached, None)
-        if len(hidden) == 1 and hidden.shape[1] <= MOST_ROWS and isinstance(cache, LeanCache):
-            made = self._by_code(hidden, named, cached, cache.layers[self._index])
+        if len(hidden) == 1 and hidden.shape[1] <= MOST_ROWS:
+            kept = self._kept(cache)
+            made = None if kept is None else self._by_code(hidden, named, cached, *kept)
         return self.plain(hidden, *args, **kw) if made is None else made
 
-    def _by_code(
-        self, hidden: Tensor, named: dict[str, Any], cached: str, entry: LeanLayer
-    ) -> Tensor | None:
+    def _kept(self, cache: Any) -> tuple[list[Tensor], tuple[int, ...]] | None:
+        """Keys and values as far as the call reads, and those of an encoder; and all lengths. None
+        where the module itself must make room for some."""
+        own = self_attention(cache)
+        if not isinstance(own, LeanCache):
+            return None
+        entry = own.layers[self._index]
         start, end = entry.columns.start(entry.window), entry.columns.end
         read, room = end - start, 0 if entry.keys is None else entry.keys.shape[2]
-        if room <= end or read < 2:  # the module itself makes room
+        if room <= end or read < 2:
             return None
-        inputs = [hidden, entry.keys.narrow(2, start, read), entry.values.narrow(2, start, read)]
-        lengths: dict[int, int] = {1: 2, 2: 2}
+        kept = [entry.keys.narrow(2, start, read), entry.values.narrow(2, start, read)]
+        if own is cache:
+            return kept, (read, room)
+        across = cache.cross_attention_cache.layers[self._index]
+        if not cache.is_updated.get(self._index) or across.keys.shape[2] < 2:
+            return None
+        return [*kept, across.keys, across.values], (read, room, across.keys.shape[2])
+
+    def _by_code(
+        self,
+        hidden: Tensor,
+        named: dict[str, Any],
+        cached: str,
+        kept: list[Tensor],
+        at: tuple[int, ...],
+    ) -> Tensor | None:
+        inputs = [hidden, *kept]
+        lengths = dict.fromkeys(range(1, len(inputs)), 2)
         layout: list[tuple[Any, ...]] = []
         for name, value in named.items():
             if isinstance(value, Tensor):
                 if name in LONG:
-                    lengths[len(inputs)] = value.dim() - 1
+                    lengths[len(inputs)] = value.dim() - LONG[name]
                 inputs.append(value.contiguous() if name in LONG else value)
                 layout.append((name, 1, None))
             elif isinstance(value, tuple):
@@ -192,8 +162,8 @@ class CompiledLayer(_Compiled):
                 layout.append((name, len(value), tuple))
             else:
                 layout.append((name, 0, value))
-        key = hidden.shape[1], hidden.dtype, cached, *layout
-        return self.compute(key, inputs, partial(_run_layer, key), lengths, (read, room))
+        key = hidden.shape[1], hidden.dtype, cached, len(kept), *layout
+        return self.compute(key, inputs, partial(_run_layer, key), lengths, at)
 
 
 class CompiledHead(_Compiled):
@@ -233,8 +203,8 @@ def called_in_place(backbone: Backbone) -> BareModules:
     caller = type(backbone.stack).forward.__module__
     if not backbone.compiled_decoding:
         return BareModules(caller)
-    if backbone.is_encoder_decoder or backbone.device.type != "cpu":
-        cannot_compile(backbone, "code is for decoders without an encoder, on a CPU")
+    if backbone.device.type != "cpu":
+        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
         return BareModules(caller)
     codes = _codes(backbone)
     head = backbone.head
@@ -264,12 +234,29 @@ class _Written:
         self._values[:, :, -values.shape[2] :] = values
         return self._keys, self._values
 
+    def get_seq_length(self, *_: Any) -> int:
+        """For code that asks and, with a bias at hand, has no use for it."""
+        return 0
+
+
+class _WrittenBeside(EncoderDecoderCache):
+    """The same beside an encoder's keys and values. index: of the layer's entry."""
+
+    def __init__(self, own: _Written, keys: Tensor, values: Tensor, index: Any) -> None:
+        self.self_attention_cache: Any = own
+        entry = SimpleNamespace(keys=keys, values=values)
+        self.cross_attention_cache: Any = SimpleNamespace(layers={index: entry})
+        self.is_updated = {index: True}
+
 
 def _run_layer(key: tuple[Any, ...], layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    hidden, keys, values, *others = inputs
-    named: dict[str, Any] = {key[2]: _Written(keys, values)}
-    rest = iter(others)
-    for name, count, value in key[3:]:
+    rest = iter(inputs)
+    hidden = next(rest)
+    cache: Any = _Written(next(rest), next(rest))
+    if key[3] == 4:
+        cache = _WrittenBeside(cache, next(rest), next(rest), _entry(layer))
+    named: dict[str, Any] = {key[2]: cache}
+    for name, count, value in key[4:]:
         taken = tuple(next(rest) for _ in range(count))
         named[name] = value if not count else taken if value is tuple else taken[0]
     return first(layer(hidden, **named))
@@ -290,46 +277,6 @@ def _entry(module: nn.Module) -> int | None:
     found = {getattr(part, "layer_idx", None) for part in module.modules()} - {None}
     index = found.pop() if len(found) == 1 else None
     return index if isinstance(index, int) else None
-
-
-def _tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Parameters and buffers, with the part that each belongs to."""
-    parts = (part for _, part in module.named_modules(remove_duplicate=False))
-    return [
-        (part, name, tensor)
-        for part in parts
-        for table in (part._parameters, part._buffers)
-        for name, tensor in table.items()
-        if tensor is not None
-    ]
-
-
-def _parts(module: nn.Module) -> list[Any]:
-    """What makes the code of a module, beside its weights."""
-    return [
-        (name, type(part), {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
-        for name, part in module.named_modules(remove_duplicate=False)
-    ]
-
-
-def _layout(module: nn.Module) -> list[Any]:
-    """How the weights of a module lie."""
-    return [
-        (name, t.shape, t.stride() if t.layout == torch.strided else t.layout, t.dtype, t.device)
-        for _, name, t in _tensors(module)
-    ]
-
-
-def _open(value: Any) -> Any:
-    """What can be compared, as a partial function cannot."""
-    return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
-
-
-def _equal(one: list[Any], other: list[Any]) -> bool:
-    try:
-        return one == other
-    except (RuntimeError, TypeError, ValueError):  # of tensors, which have no one answer
-        return False
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:
