@@ -11,6 +11,8 @@ from offramp.serving.schedule.unit_costs import TOKENS, CallCosts, Table
 LAST = 3
 """Calls of one kind and size whose median counts: one that was disturbed does not matter."""
 ENOUGH = 2
+BESIDE = 32
+"""Tokens of a deep call that take as long as the call itself, until that is seen."""
 LATELY = 100
 """Calls of a kind; a size that none of them had is forgotten."""
 
@@ -50,13 +52,13 @@ class LearnedCosts:
     def calls(self, rows: int) -> CallCosts:
         """For the simulator; the LM head is counted with the deep calls that it was read in.
 
-        Of deep calls smaller than any that was seen, half the cost is taken to grow with the
-        tokens: else nothing would speak for making them.
+        Of deep calls smaller than any that was seen, `BESIDE` says what they take: else nothing
+        would speak for making them.
         """
         shallow, deep, full = (self.table(kind) for kind in ("shallow", "deep", "full"))
         least, took = deep[0]
         if least > 1:
-            deep = ((1, took * (1 + 1 / least) / 2), *deep)
+            deep = ((1, took * (BESIDE + 1) / (BESIDE + least)), *deep)
         return CallCosts(rows, 0, shallow, deep, ((1, 0.0),), full, 0.0)
 
 
