@@ -45,10 +45,10 @@ def _share(mode: str, of: str, path: str = "lean") -> str:
 
 
 def _compiling() -> str:
-    """Seconds that all code of the photo model's four modes takes to make."""
+    """CPU seconds that all code of the photo model's four modes takes to make."""
     rows = [r for r in record("lean")["speeds"] if r["model"] == "photo"]
     seconds = {
-        path: sum(r["first_round_seconds"] for r in rows if r["path"] == path) for path in PATHS
+        path: sum(r["first_round_cpu_seconds"] for r in rows if r["path"] == path) for path in PATHS
     }
     return f"{seconds['compiled'] - seconds['lean']:.0f}"
 
