@@ -110,13 +110,20 @@ def test_where_there_is_no_code_modules_run_and_it_is_said_once(
 
 
 def test_code_that_comes_to_something_else_is_not_called_again(
-    backbone, batch, both, codes, warned, monkeypatch
+    batch, both, codes, warned, monkeypatch
 ):
-    right = Code.__call__
-    monkeypatch.setattr(Code, "__call__", lambda code, *given: right(code, *given) + 1)
-    both(backbone("llava"), batch("llava", 1))
+    right, whole = Code.__call__, Backbone(families.build("llava"))
+
+    def wrong(code, first, second, *others):
+        made = right(code, first, second, *others) + 1
+        if others:
+            second.zero_()  # the keys so far
+        return made
+
+    monkeypatch.setattr(Code, "__call__", wrong)
+    both(whole, batch("llava", 1))
     assert len(warned()) == 1 and "something else" in warned()[0]
-    assert not codes(backbone("llava"))
+    assert not codes(whole)
 
 
 def test_hooks_are_called_and_weights_of_another_precision_get_other_code(
