@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.tables.markdown import Make, record, table
 
-FORMATS = ("f16", "q8_0", "q4_1")
+FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 OURS = "offramp, llama.cpp"
 MODES = {
     "full": "ours, exits off",
@@ -78,17 +78,17 @@ def _speed(entry: dict[str, Any] | None) -> str:
 def identical() -> str:
     """Identical answers, and CIDEr against the float32 full model's."""
     answers = record("runtimes")["answers"]
-    n = answers["photographs"]
+    n, formats = answers["photographs"], list(answers["identical"])
     rows = [
-        (title, *(f"{answers['identical'][layers][name]} of {n}" for layers in FORMATS))
+        (title, *(f"{answers['identical'][layers][name]} of {n}" for layers in formats))
         for name, title in IDENTICAL.items()
     ]
     scores = {(s["runtime"], s["format"], s["mode"]): s for s in answers["cider"]}
     for mode in ("full", "early_exit", "lossless"):
-        by_format = [scores[OURS, layers, mode] for layers in FORMATS]
+        by_format = [scores[OURS, layers, mode] for layers in formats]
         title = f"CIDEr, {MODES[mode].removeprefix('ours, ')}"
         rows.append((title, *(_cider(score) for score in by_format)))
-    return table(rows, ("", *FORMATS))
+    return table(rows, ("", *formats))
 
 
 def calibrated() -> str:
