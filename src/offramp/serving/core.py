@@ -332,6 +332,7 @@ class EngineCore:
             job.handle.set_exception(error)
             return
         self.tokens += len(job.tokens)
+        self.pace.answered(len(job.tokens))
         job.finish(self.batch.result(seat), early_exit=bool(seat.policy.thresholds))
 
 

@@ -10,6 +10,7 @@ too, to learn what it takes by now; what the exits would do is seen in every 32n
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -63,6 +64,7 @@ class Pace:
         self._fixed, self._tallies = schedule is not None, tallies
         self._longest, self._share, self._clock = longest, share, clock
         self._full = {True: False, False: False}  # whether full depth is faster, as in tallies
+        self._lengths: deque[int] = deque(maxlen=2 * slots)  # of the last answers
         self._trial: list[Call] | None = None  # what was called in it so far
         self._caught_up = False  # little is pending: a trial begins without any
         self._rows = 1.0  # lately
@@ -107,6 +109,10 @@ class Pace:
         due = self._since >= EVERY * min(8, 1 + self._reviews)
         if due and not self._fixed and self._reviewed <= SHARE * self._total:
             self._review()
+
+    def answered(self, tokens: int) -> None:
+        """An answer of so many tokens is over: at its end a row waits for the deep layers."""
+        self._lengths.append(max(1, tokens))
 
     def _follow(self, rows: int) -> None:
         """Mind how many rows there are lately."""
@@ -180,7 +186,8 @@ class Pace:
     def _speed(self, tally: Tally, schedule: Schedule, rows: int) -> float:
         rate = tally.exited / tally.tokens
         right = tally.right / tally.ruled if tally.ruled else 0.0
-        work = Workload(rate, right, (20, 60), guess=tally.guessed >= tally.parked)
+        lengths = (min(self._lengths), max(self._lengths)) if self._lengths else (20, 60)
+        work = Workload(rate, right, lengths, guess=tally.guessed >= tally.parked)
         simulated = simulate(
             self.costs.calls(rows), work, schedule, longest=self._longest, tokens=_SIMULATED
         )
