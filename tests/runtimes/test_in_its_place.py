@@ -100,6 +100,9 @@ def test_a_promise_is_of_the_runtimes_answers() -> None:
         (["generate", "--adapter", "x", "--image", "a.png", "--runtime", "lama"], "llama.cpp"),
         (["generate", "--adapter", "x", "--image", "a.png", "--runtime", "llama.cpp"], "--gguf"),
         (["generate", "--adapter", "x", "--image", "a.png", "--gguf", "y"], "--runtime"),
+        (["generate", "--adapter", "x", "--compile", "--runtime", "cuda-graphs"], "--compile"),
+        (["generate", "--adapter", "x", "--compile", "--prepack"], "--prepack"),
+        (["serve", "x", "--compile", "--slots", "8"], "--slots"),
         (["export", "--adapter", "x", "--gguf", "q3", "--out", "y"], "q8_0"),
     ],
     ids=lambda given: given if isinstance(given, str) else given[0],
@@ -113,10 +116,12 @@ def test_a_mistake_on_the_command_line_is_two_lines(
 
 
 def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> None:
-    asked = argparse.Namespace(runtime="cuda-graphs", gguf=None, context=64, threads=1)
+    asked = argparse.Namespace(
+        runtime="cuda-graphs", gguf=None, compile=False, context=64, threads=1
+    )
     refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
-    served = argparse.Namespace(runtime="cuda-graphs", gguf=None)  # its options have other names
-    refused(lambda: load_runtime(served, adapter(), context=64, threads=1), InputError, "NVIDIA")
+    del asked.context, asked.threads  # as a server's have other names
+    refused(lambda: load_runtime(asked, adapter(), context=64, threads=1), InputError, "NVIDIA")
 
 
 def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> None:
