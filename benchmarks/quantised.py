@@ -1,5 +1,5 @@
-"""What weights in 8 and 4 bits are worth, with exits and without, on the photo model in PyTorch;
-rewrites quantised.json in benchmarks/records.
+"""What weights in 8 and 4 bits are worth, and prepacked ones, with exits and without, on the photo
+model in PyTorch; rewrites quantised.json in benchmarks/records.
 
 One thread. `python -m benchmarks.quantised` needs the model that `python -m
 examples.photo_vlm.build` makes and the photographs it names. Parts, each kept in runs/quantised for
@@ -35,6 +35,7 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval
 from offramp.models.input_processor import InputProcessor
+from offramp.models.prepacked import PrepackedLinear
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.weights import weight_bytes
 from offramp.models.vision_cache import VisionCache
@@ -50,11 +51,16 @@ HOW: dict[str, tuple[Any, str | None]] = {
     "int4": (torch.bfloat16, "int4"),
 }
 """Formats of the decoder layers: precision of the states, and what weights are rounded to."""
+PREPACKED = ", prepacked"
+"""Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
+FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
     "int8": ("full", "early_exit", "lossless"),
     "int4": ("full", "early_exit", "threshold_0.1", "lossless"),
+    "float32, prepacked": ("full", "early_exit", "lossless"),
+    "bfloat16, prepacked": ("full", "early_exit", "lossless"),
 }
 """Modes whose answers are compared."""
 Name = tuple[str, str, str]
@@ -90,9 +96,11 @@ class Bench:
     def of(cls, model: Path, photographs: Sequence[Example], formats: Iterable[str]) -> Bench:
         adapters = {}
         for name in formats:
-            dtype, word = HOW[name]
+            dtype, word = HOW[name.removesuffix(PREPACKED)]
             backbone, encoder = load(model, dtype, word)
             adapters[name] = Adapter.load(ADAPTER, backbone)
+            if name.endswith(PREPACKED):
+                adapters[name].prepack()
         return cls(adapters, encoder, photographs)
 
     def method(self, layers: str, mode: str, **options: Any) -> Method:
@@ -101,11 +109,12 @@ class Bench:
         return generating(adapter.generate, policy=policies(adapter)[mode], **options)
 
     def methods(self) -> dict[Name, Method]:
-        """All of them; bfloat16 by Hugging Face's own `generate` alone."""
+        """All of them; prepacked weights not by Hugging Face's own `generate`."""
         made: dict[Name, Method] = {}
         for layers, adapter in self.adapters.items():
-            made[STOCK, layers, "full"] = stock(adapter)
-            for mode in policies(adapter) if layers != "bfloat16" else ():
+            if not layers.endswith(PREPACKED):
+                made[STOCK, layers, "full"] = stock(adapter)
+            for mode in policies(adapter):
                 made[OURS, layers, mode] = self.method(layers, mode)
         return made
 
@@ -249,12 +258,18 @@ def kernels(repeats: int = 5) -> list[dict[str, Any]]:
         half = [copy.deepcopy(linear).bfloat16() for linear in plain]
         rounded = {word: [kind(linear) for linear in half] for word, kind in SCHEMES.items()}
         sides: dict[str, Sequence[Any]] = {"float32": plain, "bfloat16": half, **rounded}
+        sides |= {
+            f"{n}{PREPACKED}": [*map(PrepackedLinear, sides[n])] for n in ("float32", "bfloat16")
+        }
         for tokens in TOKENS:
             states = torch.randn(tokens, columns)
             taken: dict[str, float] = {}
             for _ in range(repeats):
                 for layers, linears in sides.items():
-                    given, start = states.to(HOW[layers][0]), time.process_time()
+                    given, start = (
+                        states.to(HOW[layers.removesuffix(PREPACKED)][0]),
+                        time.process_time(),
+                    )
                     for linear in linears:
                         linear(given)
                     spent = 1e6 * (time.process_time() - start) / copies
@@ -278,7 +293,7 @@ def main() -> None:
     few, many = measured[: arguments.timed], measured[: arguments.photographs]
     parts: dict[str, Callable[[], Any]] = {
         "kernels": kernels,
-        "timings": lambda: timings(Bench.of(arguments.model, few, HOW), arguments.rounds),
+        "timings": lambda: timings(Bench.of(arguments.model, few, FORMATS), arguments.rounds),
         "answers": lambda: answers(Bench.of(arguments.model, many, ASKED)),
     }
     for name in arguments.parts:

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, in PyTorch: speed, memory and answers by format and mode."""
+"""Weights in 8 and 4 bits, and prepacked ones: speed, memory and answers by format and mode."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,10 @@ from typing import Any
 
 from benchmarks.tables.markdown import Make, record, table
 
-FORMATS = ("float32", "int8", "int4")
+FORMATS = (
+    "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
+    "int4, prepacked",
+)  # fmt: skip
 STOCK, OURS = "generate", "offramp, torch"
 MODES = {
     "full": "exits off",
@@ -37,7 +40,13 @@ def _by_mode(cell: Callable[[dict[str, Any]], str]) -> str:
     ways = {"`generate`": (STOCK, "full")}
     ways |= {title: (OURS, mode) for mode, title in MODES.items()}
     rows = [
-        (title, *(cell(entries[runtime, layers, mode]) for layers in FORMATS))
+        (
+            title,
+            *(
+                cell(entries[runtime, layers, mode]) if (runtime, layers, mode) in entries else ""
+                for layers in FORMATS
+            ),
+        )
         for title, (runtime, mode) in ways.items()
     ]
     return table(rows, ("", *FORMATS))
@@ -70,7 +79,7 @@ def memory() -> str:
 def kernels() -> str:
     """Microseconds of a linear, by format and tokens in a call."""
     titles = {"layer": "a layer's, 576 to 1,536", "head": "the head, 576 to 49,152"}
-    formats = ("float32", "bfloat16", "int8", "int4")
+    formats = [f for f in FORMATS if f != "int4, prepacked"]
     rows = [
         (titles[k["what"]], str(k["tokens"]), *(f"{k['microseconds'][f]:,.0f}" for f in formats))
         for k in record("quantised")["kernels"]
