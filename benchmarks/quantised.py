@@ -3,8 +3,9 @@ model in PyTorch; rewrites quantised.json in benchmarks/records.
 
 One thread. `python -m benchmarks.quantised` needs the model that `python -m
 examples.photo_vlm.build` makes and the photographs it names. Parts, each kept in runs/quantised for
-the others: kernels (a minute), timings (five minutes, on a quiet machine) and answers (ten minutes;
-photographs that are answered already are not asked again). `--parts timings` measures only these.
+the others: kernels (a minute), timings (five minutes, on a quiet machine), answers (a quarter of an
+hour) and calibrated (half an hour); what was answered already is not asked again. `--parts timings`
+measures only these.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from examples.photo_vlm.held_out import half_of
 from examples.photo_vlm.rows import read_photographs
 from tqdm import tqdm
 
+from benchmarks.runtimes.calibrated import by_format
+from benchmarks.runtimes.kept import Kept, KeptRuntime
 from benchmarks.runtimes.methods import Answer, Clock, Method, generating, stock
 from benchmarks.runtimes.timings import timed
 from benchmarks.tables.markdown import RECORDS
@@ -54,6 +57,7 @@ HOW: dict[str, tuple[Any, str | None]] = {
 PREPACKED = ", prepacked"
 """Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
 FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
+PARTS = ("kernels", "timings", "answers", "calibrated")
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
@@ -184,6 +188,21 @@ def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> list[di
     return entries
 
 
+# -- calibration ----------------------------------------------------------------------------------
+
+
+def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
+    """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
+    kept = Kept(OUT / "calibrated.jsonl")
+    runtimes = {
+        layers: KeptRuntime(adapter, f"torch {layers}", adapter.backbone.depth, kept)
+        for layers, adapter in bench.adapters.items()
+    }
+    float32 = runtimes.pop("float32")
+    halves = (chosen_on, bench.photographs)
+    return by_format(bench.adapters["int4"], bench.encoder, halves, float32, runtimes)
+
+
 # -- timings ---------------------------------------------------------------------------------------
 
 
@@ -282,19 +301,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "photo_vlm" / "model")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--parts", nargs="+", default=["kernels", "timings", "answers"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     parser.add_argument("--photographs", type=int, default=100, help="to compare answers on")
+    parser.add_argument("--calibrated", type=int, default=200, help="to choose on, and to measure")
     parser.add_argument("--timed", type=int, default=3, help="photographs to time on")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     held = read_photographs(arguments.data)["captions_val"]
-    measured = [example for example in held if half_of(example) == 1]
+    choosing, measured = ([e for e in held if half_of(e) == half] for half in (0, 1))
     few, many = measured[: arguments.timed], measured[: arguments.photographs]
+    others = (choosing[: arguments.calibrated], measured[: arguments.calibrated])
     parts: dict[str, Callable[[], Any]] = {
         "kernels": kernels,
         "timings": lambda: timings(Bench.of(arguments.model, few, FORMATS), arguments.rounds),
         "answers": lambda: answers(Bench.of(arguments.model, many, ASKED)),
+        "calibrated": lambda: calibrated(
+            Bench.of(arguments.model, others[1], ("float32", "int4")), others[0]
+        ),
     }
     for name in arguments.parts:
         write_json(OUT / f"{name}.json", parts[name]())

@@ -16,11 +16,13 @@ from tqdm import tqdm
 from benchmarks.runtimes.answers import LONGEST, cider, in_llama, in_torch, kept_answers, worth
 from benchmarks.runtimes.kept import KeptRuntime
 from benchmarks.runtimes.methods import THRESHOLDS, Bench
+from offramp.adapter import Adapter
 from offramp.calibration.calibrate import calibrate
 from offramp.calibration.risk_functions import RISKS
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.statistics import Measure
+from offramp.models.input_processor import InputProcessor
 
 FORMATS = ("q8_0", "q4_1")
 """The quantised ones: f16 answers as PyTorch does."""
@@ -31,19 +33,29 @@ RISK = "rouge_l_drop"
 def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """By format, thresholds and what they lose on `bench.photographs`."""
     kept = kept_answers(bench)
-    float32 = in_torch(bench, kept)
+    runtimes = {layers: in_llama(bench, layers, kept) for layers in FORMATS}
     halves = (chosen_on, bench.photographs)
-    whole = [cider(float32.answers(bench.encoder, h, FULL, **LONGEST), h) for h in halves]
-    formats = {
-        layers: _Format(bench, in_llama(bench, layers, kept), chosen_on, whole).found()
-        for layers in tqdm(FORMATS, "calibrated", disable=None)
-    }
+    return by_format(bench.adapter, bench.encoder, halves, in_torch(bench, kept), runtimes)
+
+
+def by_format(
+    adapter: Adapter,
+    encoder: InputProcessor,
+    halves: tuple[Sequence[Example], Sequence[Example]],
+    float32: KeptRuntime,
+    runtimes: Mapping[str, KeptRuntime],
+) -> dict[str, Any]:
+    """By format, thresholds that were chosen on the first half, and what they lose on the other."""
+    whole = [cider(float32.answers(encoder, h, FULL, **LONGEST), h) for h in halves]
     return {
         "target": TARGET,
         "risk": RISK,
-        "chosen_on": len(chosen_on),
-        "measured_on": len(bench.photographs),
-        "formats": formats,
+        "chosen_on": len(halves[0]),
+        "measured_on": len(halves[1]),
+        "formats": {
+            layers: _Format(adapter, encoder, runtime, halves, whole).found()
+            for layers, runtime in tqdm(runtimes.items(), "calibrated", disable=None)
+        },
     }
 
 
@@ -52,20 +64,21 @@ class _Format:
 
     def __init__(
         self,
-        bench: Bench,
+        adapter: Adapter,
+        encoder: InputProcessor,
         runtime: KeptRuntime,
-        chosen_on: Sequence[Example],
+        halves: tuple[Sequence[Example], Sequence[Example]],
         whole: Sequence[Measure],
     ) -> None:
-        self._bench, self._runtime = bench, runtime
-        self._chosen_on, self._whole = chosen_on, whole
+        self._adapter, self._encoder, self._runtime = adapter, encoder, runtime
+        (self._chosen_on, self._measured_on), self._whole = halves, whole
 
     def found(self) -> dict[str, Any]:
-        [depth] = self._bench.adapter.policy.thresholds
+        [depth] = self._adapter.policy.thresholds
         tried = {t: self._drop({depth: t}) for t in reversed(THRESHOLDS)}
         fitting = next(({depth: t} for t, drop in tried.items() if drop <= TARGET), {})
         found = calibrate(
-            self._bench.adapter, self._bench.encoder, self._chosen_on, self._policy({}),
+            self._adapter, self._encoder, self._chosen_on, self._policy({}),
             target=TARGET, risk=RISK, thresholds=THRESHOLDS, runtime=self._runtime, **LONGEST,
         )  # fmt: skip
         evidence = ("measured", "bound", "confidence", "n", "reason")
@@ -81,11 +94,11 @@ class _Format:
         }
 
     def _policy(self, thresholds: Mapping[int, float]) -> ExitPolicy:
-        return replace(self._bench.adapter.policy, thresholds=thresholds)
+        return replace(self._adapter.policy, thresholds=thresholds)
 
     def _answers(self, half: Sequence[Example], thresholds: Mapping[int, float]) -> Any:
         policy = self._policy(thresholds) if thresholds else FULL
-        return self._runtime.answers(self._bench.encoder, half, policy, **LONGEST)
+        return self._runtime.answers(self._encoder, half, policy, **LONGEST)
 
     def _drop(self, thresholds: Mapping[int, float]) -> float:
         """Of CIDEr on the choosing half."""
@@ -95,7 +108,7 @@ class _Format:
     def _measured(self, thresholds: Mapping[int, float]) -> dict[str, Any]:
         """On the measuring half: CIDEr against the float32 full model, and the risk against the
         full model of the format."""
-        half = self._bench.photographs
+        half = self._measured_on
         said, full = self._answers(half, thresholds), self._answers(half, {})
         return {
             "thresholds": {str(d): t for d, t in thresholds.items()},
