@@ -38,8 +38,8 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval
 from offramp.models.input_processor import InputProcessor
-from offramp.models.prepacked import PrepackedLinear
 from offramp.models.quantized.linears import SCHEMES
+from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
@@ -58,6 +58,8 @@ PREPACKED = ", prepacked"
 """Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
 FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
 PARTS = ("kernels", "timings", "answers", "calibrated")
+AT_ONCE = 16
+"""Photographs that are answered in a batch, where a row gets what it gets alone."""
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
@@ -195,11 +197,12 @@ def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
     kept = Kept(OUT / "calibrated.jsonl")
     runtimes = {
-        layers: KeptRuntime(adapter, f"torch {layers}", adapter.backbone.depth, kept)
+        layers: KeptRuntime(adapter, f"torch {layers}", adapter.backbone.depth, kept, rows=AT_ONCE)
         for layers, adapter in bench.adapters.items()
     }
     float32 = runtimes.pop("float32")
     halves = (chosen_on, bench.photographs)
+    # The encoder is float32's; the int4 model rounds its pixels itself.
     return by_format(bench.adapters["int4"], bench.encoder, halves, float32, runtimes)
 
 
@@ -317,7 +320,7 @@ def main() -> None:
         "timings": lambda: timings(Bench.of(arguments.model, few, FORMATS), arguments.rounds),
         "answers": lambda: answers(Bench.of(arguments.model, many, ASKED)),
         "calibrated": lambda: calibrated(
-            Bench.of(arguments.model, others[1], ("float32", "int4")), others[0]
+            Bench.of(arguments.model, others[1], ("int4", "float32")), others[0]
         ),
     }
     for name in arguments.parts:

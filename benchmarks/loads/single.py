@@ -34,7 +34,7 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 
-THRESHOLDS = (0.2, 0.3, 0.5)
+THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
 
 
 def main() -> None:
@@ -104,12 +104,14 @@ def _way(subject: Subject, name: str, policy: ExitPolicy) -> GenerateFn:
 
 
 def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
-    """Decoding speed of every way against the full model's; whether guesses changed an answer."""
+    """Speed of every way against the full model's, decoding and end to end; how many answers are
+    the same with guesses."""
     full = timings["full"]
     rows: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
         rows[name] = {
             "speedup": speedup(full.decode, timing.decode),
+            "end_to_end": speedup(full.seconds, timing.seconds),
             "tokens_per_second": timing.tokens_per_second,
         }
         if "guesses" in name:
