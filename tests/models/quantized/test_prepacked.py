@@ -15,6 +15,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.fingerprint import describe
 from offramp.models.quantized import prepacked as prepacking
 from offramp.models.quantized.prepacked import PrepackedLinear, prepack, prepacked
+from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
 from offramp.save_and_load import load_parts, read_config
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -101,3 +102,20 @@ def test_what_a_processor_has_no_products_for_is_refused():
         prepacked(nn.Linear(8, 8).double())
     with pytest.raises(InputError, match="the model is on meta"):
         prepacked(nn.Linear(8, 8, device="meta"))
+
+
+def test_nothing_is_trained_through_prepacked_weights():
+    made, states = prepacked(nn.Linear(8, 8)), torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(InputError, match="inference alone"):
+        made(states)
+    with torch.no_grad():
+        made(states)
+
+
+def test_files_for_other_runtimes_have_the_same_weights(packed):
+    plain, laid_out = (
+        dict(layer_tensors(b.layers[0], architecture_of(b), b))
+        for b in (adapter.backbone for adapter in packed("llava"))
+    )
+    assert plain.keys() == laid_out.keys() and len(plain) > 5
+    assert all(torch.equal(plain[name], laid_out[name]) for name in plain)

@@ -41,6 +41,12 @@ class PrepackedLinear(nn.Module):
         self.register_buffer("weight", packed, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Raise `InputError` where the product is to be differentiated, as training would."""
+        if states.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                "Prepacked weights were to be trained through, and are for inference alone.",
+                "Train on the model as it was loaded, and prepack it afterwards.",
+            )
         rows = states.reshape(-1, self.in_features)
         tokens = len(rows)
         if tokens < _ROWS:

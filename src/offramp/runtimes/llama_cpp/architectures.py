@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
+from offramp.models.quantized.weights import float_state
 
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -154,8 +155,8 @@ def layer_tensors(
     """A decoder layer's tensors by their names in the file, less the layer's number."""
     config = backbone.text_config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, parameter in layer.named_parameters():
-        tensor = parameter.detach().float().cpu()
+    for name, value in float_state(layer).items():
+        tensor = value.detach().float().cpu()
         stem, part = _name(architecture, name) or ("", "")
         if not stem:
             raise _unfit(backbone, f"the tensor {name!r}")
