@@ -157,3 +157,4 @@ def test_commands_lay_weights_out(run, trained, photos):
     ask = ("generate", "--adapter", trained, "--image", photos / "0.png", "--max-new-tokens", 4)
     plain, laid_out = run(*ask), run(*ask, "--prepack")
     assert plain[0] == 0 and plain[:2] == laid_out[:2]
+    assert_two_lines(run(*ask, "--prepack", "--compile"), "--prepack lays them out")
