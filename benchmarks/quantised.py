@@ -197,12 +197,14 @@ def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
     kept = Kept(OUT / "calibrated.jsonl")
     runtimes = {
-        layers: KeptRuntime(adapter, f"torch {layers}", adapter.backbone.depth, kept, rows=AT_ONCE)
+        layers: KeptRuntime(
+            adapter, f"torch {layers}", adapter.backbone.depth, kept,
+            rows=AT_ONCE, dtype=adapter.backbone.dtype,
+        )
         for layers, adapter in bench.adapters.items()
-    }
+    }  # fmt: skip
     float32 = runtimes.pop("float32")
     halves = (chosen_on, bench.photographs)
-    # The encoder is float32's; the int4 model rounds its pixels itself.
     return by_format(bench.adapters["int4"], bench.encoder, halves, float32, runtimes)
 
 

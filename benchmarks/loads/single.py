@@ -5,7 +5,8 @@
 One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
 below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
 "plain" are the loops without guesses and without the lean path: Hugging Face's stack, called once a
-token. "prepacked" is the same model with its weights laid out for the processor.
+token. "prepacked" is the same model with its weights laid out for the processor, "compiled" with
+code that was compiled.
 Rewrites "single" in benchmarks/records/loads.json, of its number format alone; five minutes each,
 a quiet machine.
 
@@ -49,15 +50,20 @@ def main() -> None:
     torch.set_num_threads(1)
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
-    laid_out = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
-    laid_out.adapter.prepack()
+    others = {
+        name: photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+        for name in ("prepacked", "compiled")
+    }
+    others["prepacked"].adapter.prepack()
+    others["compiled"].adapter.backbone.compiled_decoding = True
     ways = policies(subject, arguments.above)
     timings = time_interleaved(
         {
             "generate": stock_generate_fn(subject.adapter.backbone, **subject.options),
             **{name: _way(subject, name, policy) for name, policy in ways.items()},
             **{
-                f"prepacked {name}": _way(laid_out, name, policy)
+                f"{products} {name}": _way(other, name, policy)
+                for products, other in others.items()
                 for name, policy in ways.items()
                 if not name.startswith("plain")
             },

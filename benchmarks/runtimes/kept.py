@@ -36,11 +36,20 @@ class Kept:
 class KeptRuntime:
     """A model whose answers are kept; a runtime as `offramp.answers` has it.
 
-    rows: prompts that it answers at once.
+    rows: prompts that it answers at once. dtype: of the pixels that it reads.
     """
 
-    def __init__(self, model: Model, name: str, layers: int, kept: Kept, *, rows: int = 1) -> None:
-        self.name, self.rows = name, rows
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        layers: int,
+        kept: Kept,
+        *,
+        rows: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.rows, self._dtype = name, rows, dtype
         self._model, self._layers, self._kept = model, layers, kept
         self._images = VisionCache(1 << 28)
 
@@ -63,7 +72,8 @@ class KeptRuntime:
         keys = [_digest(*row) for row in zip(prompt, inputs["pixel_values"], strict=True)]
         if any((key, name) not in self._kept.said for key in keys):
             given = {**options, "vision_cache": self._images}
-            found = generate_by(self._model, inputs, policy, given)
+            pixels = inputs["pixel_values"].to(self._dtype)
+            found = generate_by(self._model, {**inputs, "pixel_values": pixels}, policy, given)
             columns = (found.new_tokens, found.depths, found.scores)
             for key, *row in zip(keys, *columns, strict=True):
                 self._kept.keep(key, name, _said(*row))

@@ -85,7 +85,7 @@ def single() -> str:
         speeds = {name: way["speedup"] for name, way in run["ways"].items()}
         for threshold in (n.split()[2] for n in speeds if n.startswith("early")):
             plain = [speeds[f"plain {way}"] for way in (f"early exit {threshold}", "lossless")]
-            for weights in ("", "prepacked "):
+            for weights in ("", "prepacked ", "compiled "):
                 loops = [
                     speeds[f"{weights}{way}"] for way in (f"early exit {threshold}", "lossless")
                 ]
@@ -107,7 +107,7 @@ def single() -> str:
                     )
                 )  # fmt: skip
     columns = (
-        "threshold", "weights", "loops before: early exit, lossless", "early exit", "lossless",
+        "threshold", "products", "loops before: early exit, lossless", "early exit", "lossless",
         "guesses", "gain over the loops before",
         "same answers",
     )  # fmt: skip

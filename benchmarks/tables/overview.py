@@ -45,10 +45,10 @@ def _photo() -> tuple[str, ...]:
     row = next(p for p in points if p["chosen_by"] == "risk 1%")
     [threshold] = row["thresholds"].values()
     ways = record("loads")["single"]["figures"]["float32"]["ways"]
-    named = (n for n in ways if n.startswith(f"prepacked guesses {threshold:g} "))
+    named = (n for n in ways if n.startswith(f"compiled guesses {threshold:g} "))
     speeds = ways[max(named, key=lambda name: ways[name]["speedup"])]
     return (
-        "photo model, 30 layers, with guesses and prepacked weights",
+        "photo model, 30 layers, with guesses, compiled",
         bold(times(speeds["speedup"])),
         times(speeds["end_to_end"]),
         f"captions change by at most 1%, as 1 - ROUGE-L (here {row['inconsistency_test']:.2%})",
