@@ -112,7 +112,7 @@ def multiple(mode: str) -> str:
 
 
 TABLES: dict[str, Make] = {
-    "quantised-calibrated": lambda: "" if "calibrated" not in record("quantised") else calibrated(),
+    "quantised-calibrated": calibrated,
     "quantised-kernels": kernels,
     "quantised-speeds": speeds,
     "quantised-seconds": seconds,
