@@ -141,4 +141,4 @@ FIGURES: dict[str, Make] = {
 
 
 def _range(counts: list[int]) -> str:
-    return f"{min(counts):,} to {max(counts):,}"
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
