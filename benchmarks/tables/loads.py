@@ -132,6 +132,9 @@ TABLES: dict[str, Make] = {
     "single": single,
 }
 FIGURES: dict[str, Make] = {
+    "single-lossless": lambda: (
+        f"{_figures('single')['float32']['ways']['prepacked lossless']['speedup']:.2f}"
+    ),
     "memory-requests": lambda: f"{sum(_figures('memory')[n] for n in ('answered', 'cancelled')):,}",
     "memory-first": lambda: f"{_memory()[0]['memory_mib']:.0f}",
     "memory-last": lambda: f"{_memory()[-1]['memory_mib']:.0f}",

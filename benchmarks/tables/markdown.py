@@ -49,7 +49,7 @@ def fill(page: str, tables: Mapping[str, Make], figures: Mapping[str, Make]) -> 
     """The page with its tables and figures as the records have them.
 
     A figure is one of `figures`, or a place in a record and a format, as
-    `calibrated/opt/0/n_test:,`.
+    `calibrated/opt/0/n_test:,`. Raise `ValueError` where a mark is not read as one.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -61,6 +61,11 @@ def fill(page: str, tables: Mapping[str, Make], figures: Mapping[str, Make]) -> 
         text = figures[name]() if name in figures else _at(name)
         return f"<!-- figure: {name} -->{text}<!-- /figure -->"
 
+    for mark, pattern in (("<!-- table:", _BLOCK), ("<!-- figure:", _FIGURE)):
+        if page.count(mark) != len(pattern.findall(page)):
+            raise ValueError(
+                f"A mark that begins with {mark!r} is written in a way that is not read"
+            )
     return _FIGURE.sub(figure, _BLOCK.sub(block, page))
 
 

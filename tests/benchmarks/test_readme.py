@@ -85,6 +85,13 @@ def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:
             fill(text, {}, {})
 
 
+def test_a_mark_that_is_not_read_as_one_is_an_error() -> None:
+    """Else what stands there would never be filled again."""
+    for mark in ("<!-- figure: with a space -->1<!-- /figure -->", "<!-- table: name -->"):
+        with pytest.raises(ValueError, match="not read"):
+            fill(mark, {"name": lambda: ""}, {})
+
+
 def test_an_uneven_table_is_refused() -> None:
     with pytest.raises(ValueError, match="2 cells"):
         table([("one",)], ("a", "b"))
