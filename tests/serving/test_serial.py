@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -19,10 +21,13 @@ from offramp.cli.commands.serve import _check_serial
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.monitor.watcher import Promise
 from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.service import Service
 from serving import asking, messages, scene_examples, service_of, shipped
 
 NAME = "blip2-opt"
@@ -139,6 +144,25 @@ def test_layers_that_keep_a_state_are_answered_too() -> None:
     with BatchEngine(SerialCore(Backbone(model))) as engine:
         ours = engine.submit(inputs, **GREEDY).result(60).output.sequences
     assert torch.equal(ours, model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_model_whose_vision_tower_is_not_known_is_served_without_image_features(
+    alone: bool,
+) -> None:
+    shown, processor = shipped()
+    backbone = copy.copy(shown.backbone)
+    backbone.family = replace(backbone.family, vision=None)
+    adapter = replace(shown, backbone=backbone)
+    serial = adapter if alone else None
+    service = Service(
+        adapter, processor, ServerConfig(NAME), serial=serial, vision_cache=VisionCache()
+    )
+    body = {"messages": messages(scene_examples()[0]), "max_tokens": 4, "temperature": 0}
+    with asking(service) as client:
+        found = client.post("/v1/chat/completions", json=body)
+    service.close()
+    assert found.status_code == 200, found.text
 
 
 class Runtime:

@@ -83,8 +83,8 @@ class Service:
     ) -> None:
         """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
         all. loss: of its risk. serial: what answers one request at a time instead of slots, the
-        adapter itself or its runtime. vision_cache, prefix_cache: as of either engine. more: as of
-        `BatchEngine`.
+        adapter itself or its runtime. vision_cache, prefix_cache: as of either engine; the former
+        is left out where it is not known where the vision tower is. more: as of `BatchEngine`.
 
         Raises:
             InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -97,13 +97,9 @@ class Service:
         self.limit = sizes.limit
         self.room = config.queue + (sizes.slots if serial is None else 1)
         self.outbox = Outbox()
-        more |= {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush}
-        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
-        if serial is None:
-            self.engine = BatchEngine(model, None, sizes, **kept, **more)
-        else:
-            core = SerialCore(serial, self.policy, limit=sizes.limit, **kept)
-            self.engine = BatchEngine(core, **more)
+        known = self.backbone.family.vision is not None
+        kept = {"vision_cache": vision_cache if known else None, "prefix_cache": prefix_cache}
+        self.engine = self._engine(model, serial, sizes, kept, more)
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.images = images or ImageSource.of(config.images)
@@ -125,6 +121,20 @@ class Service:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
+
+    def _engine(
+        self,
+        model: Adapter | Backbone,
+        serial: Model | None,
+        sizes: EngineConfig,
+        kept: Mapping[str, Any],
+        more: Mapping[str, Any],
+    ) -> BatchEngine:
+        """Slots, or what answers one by one. kept: caches of either."""
+        more = {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush, **more}
+        if serial is None:
+            return BatchEngine(model, None, sizes, **kept, **more)
+        return BatchEngine(SerialCore(serial, self.policy, limit=sizes.limit, **kept), **more)
 
     # -- who is let in -----------------------------------------------------------------------------
 
