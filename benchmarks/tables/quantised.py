@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.tables.markdown import Make, record, table
+from benchmarks.tables.runtimes import cider_of, threshold_of
 
 FORMATS = (
     "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
@@ -58,10 +59,8 @@ def answers() -> str:
     rows = []
     for (_, layers, mode), e in entries.items():
         if layers in FORMATS:
-            low, high = e["difference_interval"]
             same = [f"{e[name]} of {n}" for name in ("as_own_full", "as_float32_full")]
-            cider = f"{e['CIDEr']:.3f} [{low:+.3f}, {high:+.3f}]"
-            rows.append((layers, MODES[mode], *same, cider))
+            rows.append((layers, MODES[mode], *same, cider_of(e)))
     return table(
         rows, ("", "", "as its own full depth", "as float32's full depth", "CIDEr [difference]")
     )
@@ -85,9 +84,7 @@ def calibrated() -> str:
             ("guaranteed", "ROUGE-L down by at most 0.03, guaranteed at 95%"),
         ):
             part = ways[way]
-            low, high = part["difference_interval"]
-            level = ", ".join(f"{t:g}" for t in part["thresholds"].values()) or "none"
-            cider = f"{part['CIDEr']:.3f} [{low:+.3f}, {high:+.3f}]"
+            level, cider = threshold_of(part), cider_of(part)
             rows.append(
                 (layers, title, level, cider, f"{part['drop']:+.1%}", f"{part['risk']:+.3f}")
             )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.tables.markdown import Make, record, table
+from benchmarks.tables.markdown import Make, record, table, with_range
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 OURS = "offramp, llama.cpp"
@@ -87,7 +87,7 @@ def identical() -> str:
     for mode in ("full", "early_exit", "lossless"):
         by_format = [scores[OURS, layers, mode] for layers in formats]
         title = f"CIDEr, {MODES[mode].removeprefix('ours, ')}"
-        rows.append((title, *(_cider(score) for score in by_format)))
+        rows.append((title, *(cider_of(score) for score in by_format)))
     return table(rows, ("", *formats))
 
 
@@ -104,11 +104,11 @@ def calibrated() -> str:
         ("calibrated", "CIDEr down by at most 3% on the choosing half"),
         ("guaranteed", "ROUGE-L down by at most 0.03, guaranteed at 95%"),
     ):
-        rows.append((title, *(_threshold(formats[layers][mode]) for layers in formats)))
+        rows.append((title, *(threshold_of(formats[layers][mode]) for layers in formats)))
         if not any(formats[layers][mode]["thresholds"] for layers in formats):
             continue
         rows.append(("... tokens a CPU second", *(speed(layers, mode) for layers in formats)))
-        rows.append(("... CIDEr", *(_cider(formats[layers][mode]) for layers in formats)))
+        rows.append(("... CIDEr", *(cider_of(formats[layers][mode]) for layers in formats)))
         drops = (f"{formats[layers][mode]['drop']:+.1%}" for layers in formats)
         rows.append(("... drop of CIDEr", *drops))
     return table(rows, ("", *formats))
@@ -130,13 +130,14 @@ def rows_in_a_call() -> str:
     return table(rows, ("ms", "below the exit: 1 token", *above))
 
 
-def _threshold(row: Mapping[str, Any]) -> str:
+def threshold_of(row: Mapping[str, Any]) -> str:
+    """What was chosen."""
     return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
 
 
-def _cider(score: Mapping[str, Any]) -> str:
-    low, high = score["difference_interval"]
-    return f"{score['CIDEr']:.3f} [{low:+.3f}, {high:+.3f}]"
+def cider_of(score: Mapping[str, Any]) -> str:
+    """CIDEr and the interval of its difference."""
+    return with_range(f"{score['CIDEr']:.3f}", score["difference_interval"], "+.3f")
 
 
 TABLES: dict[str, Make] = {
