@@ -9,9 +9,11 @@ import torch
 
 from offramp.calibration.cost_model import Costs
 from offramp.cli.command_line import build_parser
+from offramp.cli.research.bench import _subject
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS
+from offramp.models.quantized import prepacked
 from offramp.research.benchmark import shapes
 from offramp.research.benchmark.bench import Case, bench, spread, table
 from offramp.research.benchmark.shapes import SHAPES, shape
@@ -207,6 +209,15 @@ def test_the_command_prints_a_table_and_writes_a_record(
     assert Costs.from_json(record["costs"]).layers == 8
     shown = capsys.readouterr().out
     assert all(e["name"] in shown for e in record["entries"])
+
+
+def test_a_shapes_weights_are_laid_out_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "LEAST", 0)
+    for asked in ((), ("--prepack",)):
+        words = ["bench", "--shape", "mini-opt", "--dtype", "float32", *asked]
+        backbone, _, _ = _subject(build_parser().parse_args(words))
+        kinds = {type(part) for part in backbone.layers.modules()}
+        assert (prepacked.PrepackedLinear in kinds) is bool(asked)
 
 
 @pytest.mark.parametrize(

@@ -192,13 +192,11 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _check_serial(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    alone = arguments.compile or arguments.runtime != "torch"
-    arguments.serial |= alone or arguments.slots == 1
-    if not arguments.serial:
-        return
     way = "--compile" if arguments.compile else "--serial"
-    way = way if arguments.runtime == "torch" else f"--runtime {arguments.runtime}"
-    if (arguments.slots or 1) > 1:
+    if arguments.runtime != "torch":
+        way = f"--runtime {arguments.runtime}"
+    arguments.serial |= way != "--serial" or arguments.slots == 1
+    if arguments.serial and (arguments.slots or 1) > 1:
         raise InputError(
             f"{way} writes one answer at a time, and --slots {arguments.slots} asks for more.",
             "Leave --slots out; others wait in the queue (--queue).",

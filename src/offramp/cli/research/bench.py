@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import choose_device, load_adapter, load_model
+from offramp.cli.loading import choose_device, laid_out, load_adapter, load_model
 from offramp.cli.options import (
     add_command,
     compile_option,
@@ -211,7 +211,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         backbone.compiled_decoding = arguments.compile
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
-        return backbone, {n: v.to(device) for n, v in rows.items()}, None
+        return laid_out(arguments, backbone), {n: v.to(device) for n, v in rows.items()}, None
     from PIL import Image
 
     from offramp.data.example import Example
