@@ -28,8 +28,11 @@ FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
 """Safest first."""
 ENGINE = EngineOptions(context=512)
+STOCK = replace(ENGINE, kernels=False)
+"""As llama.cpp comes."""
 OPTIONS = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
+IN_STOCK = "offramp, llama.cpp, its own kernels"
 Answer = tuple[int, ...]
 Name = tuple[str, str, str]
 """Runtime, number format of the layers, mode."""
@@ -56,7 +59,7 @@ class OneFile:
 
     def __init__(self, adapter: Adapter, file: Path, end: int) -> None:
         self.backbone, self.end = adapter.backbone, end
-        self.segment = Segment(file, ENGINE, tap_layer=None)
+        self.segment = Segment(file, STOCK, tap_layer=None)
         self.embeddings = self.backbone.stack.get_input_embeddings().weight.detach().numpy()
 
     def __call__(self, inputs: Mapping[str, Any], clock: Clock) -> Answer:
@@ -171,10 +174,12 @@ class Bench:
             methods["llama.cpp", layers, "full"] = OneFile(
                 adapter, self.whole(layers), self.encoder.eos
             )
-            runtime = self.runtime(layers)
-            for mode, policy in (self.policies | self.other_thresholds).items():
-                method = generating(runtime.generate, policy=policy, **options)
-                methods[IN_LLAMA, layers, mode] = method
+            policies = self.policies | self.other_thresholds
+            for ours, engine in ((IN_LLAMA, ENGINE), (IN_STOCK, STOCK)):
+                runtime = self.runtime(layers, engine)
+                for mode, policy in policies.items():
+                    method = generating(runtime.generate, policy=policy, **options)
+                    methods[ours, layers, mode] = method
         return methods
 
     def weights_bytes(self, runtime: str, layers: str) -> int:

@@ -23,8 +23,8 @@ from benchmarks.runtimes.methods import (
     Method,
     Name,
 )
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.runtimes.llama_cpp.tap import States
 
 ROWS = (1, 2, 3, 4, 6, 8)
 """Tokens in a call, whose cost is measured."""

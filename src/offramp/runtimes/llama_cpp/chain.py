@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import READ_AT_ONCE, Segment
-from offramp.runtimes.llama_cpp.tap import States
 
 Array = npt.NDArray[np.float32]
 

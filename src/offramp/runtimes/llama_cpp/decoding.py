@@ -20,7 +20,7 @@ from offramp.engine.exit_check import gates_of_policy, shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.speculative import Draft, verify
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
-from offramp.runtimes.llama_cpp.tap import States
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.one_row import GreedyRow, OneRow
 
 

@@ -26,9 +26,9 @@ from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
-from offramp.runtimes.llama_cpp.tap import States
 from offramp.runtimes.one_row import GreedyRow, OneRow
 
 

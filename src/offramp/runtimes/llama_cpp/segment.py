@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError, InputError
+from offramp.runtimes.llama_cpp.native.products import Products, reason_against
+from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
-from offramp.runtimes.llama_cpp.tap import States, Tap
+
+log = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
 
@@ -30,6 +33,8 @@ class EngineOptions:
     flash_attention: its fused attention; without it several rows in a call may round otherwise than
     one. cache: number format of keys and values, f16 or f32.
     compiled_tap: read states by a callback in C where it can be compiled, else in Python.
+    kernels: multiply by our own kernels, made for few tokens, where they run; see
+    `native.products`. They hold the weights a second time, and the first need not stay in memory.
     """
 
     context: int = 2048
@@ -37,6 +42,7 @@ class EngineOptions:
     flash_attention: bool = True
     cache: str = "f16"
     compiled_tap: bool = True
+    kernels: bool = True
 
 
 class Segment:
@@ -52,8 +58,10 @@ class Segment:
         self._lib = lib = _library()
         self._model: Any = None
         self._context: Any = None
+        self.products = _products(lib._lib, options)
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = self.products is None  # rearranged for llama.cpp's own
         self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
             raise AdapterError(
@@ -63,12 +71,12 @@ class Segment:
         self.width = int(lib.llama_model_n_embd(self._model))
         self.layers = int(lib.llama_model_n_layer(self._model))
         self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
-        self.tap: Tap | None = None
-        if tap_layer is not None:
-            self.tap = Tap(
-                lib._lib, f"l_out-{tap_layer}", self.width, READ_AT_ONCE,
-                compiled=options.compiled_tap,
-            )  # fmt: skip
+        wanted = "" if tap_layer is None else f"l_out-{tap_layer}"
+        self._callback = Tap(
+            lib._lib, wanted, self.width, READ_AT_ONCE,
+            compiled=options.compiled_tap, products=self.products,
+        )  # fmt: skip
+        self.tap = self._callback if wanted else None
         self._context = lib.llama_init_from_model(self._model, self._parameters(options))
         if not self._context:
             self.close()
@@ -124,6 +132,8 @@ class Segment:
             self._lib.llama_free(self._context)
         if self._model:
             self._lib.llama_model_free(self._model)
+        if self.products is not None:
+            self.products.close()
         self._context = self._model = None
 
     def _parameters(self, options: EngineOptions) -> Any:
@@ -140,9 +150,9 @@ class Segment:
         )
         parameters.type_k = parameters.type_v = _CACHES[options.cache]
         parameters.no_perf = True
-        if self.tap is not None:
-            parameters.cb_eval = ctypes.cast(self.tap.callback, type(parameters.cb_eval))
-            parameters.cb_eval_user_data = self.tap.user_data
+        if self.tap is not None or self.products is not None:
+            parameters.cb_eval = ctypes.cast(self._callback.callback, type(parameters.cb_eval))
+            parameters.cb_eval_user_data = self._callback.user_data
         return parameters
 
 
@@ -180,6 +190,16 @@ class _Batch:
             self._outputs[:rows] = 0
             self._outputs[rows - idle - outputs : rows - idle] = 1
         return self._batch
+
+
+def _products(library: Any, options: EngineOptions) -> Products | None:
+    if not (options.kernels and options.compiled_tap):
+        return None
+    reason = reason_against(library)
+    if reason:
+        log.info("llama.cpp multiplies by its own kernels, not by ours: %s.", reason)
+        return None
+    return Products(library)
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from torch import Tensor
 from offramp.errors import AdapterError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.runtimes.llama_cpp.tap import States
 
 AT_ONCE = 32
 """Most tokens that share a call."""

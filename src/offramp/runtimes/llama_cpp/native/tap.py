@@ -2,55 +2,23 @@
 
 llama.cpp asks a callback about every tensor of its graph: first whether it is wanted, then, once it
 is computed, with its data. That is some 30 questions a layer, so a callback in Python costs more
-than a small layer; one in C costs nothing that can be measured. It is 20 lines, compiled when it is
-first needed by the system's compiler; where there is none, Python answers.
+than a small layer; one in C costs nothing that can be measured. Where it cannot be compiled, Python
+answers.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-log = logging.getLogger(__name__)
+from offramp.runtimes.llama_cpp.native.compiling import compiled as compiled_library
+from offramp.runtimes.llama_cpp.native.products import Products
 
 States = npt.NDArray[np.float32]
-
-_SOURCE = r"""
-#include <stdbool.h>
-#include <stddef.h>
-#include <string.h>
-
-struct tap {
-    const char * wanted;
-    const char * (*name)(const void *);
-    size_t (*bytes)(const void *);
-    void (*get)(const void *, void *, size_t, size_t);
-    char * into;
-    size_t room, held;
-    bool stop;
-};
-
-bool offramp_tap(void * tensor, bool ask, void * user) {
-    struct tap * tap = user;
-    const bool wanted = strcmp(tap->name(tensor), tap->wanted) == 0;
-    if (ask || !wanted) return ask ? wanted : true;
-    const size_t bytes = tap->bytes(tensor);
-    if (tap->held + bytes <= tap->room) tap->get(tensor, tap->into + tap->held, 0, bytes);
-    tap->held += bytes;
-    return !tap->stop;
-}
-"""
 
 
 class _Tap(ctypes.Structure):
@@ -59,6 +27,8 @@ class _Tap(ctypes.Structure):
         ("name", ctypes.c_void_p),
         ("bytes", ctypes.c_void_p),
         ("get", ctypes.c_void_p),
+        ("offer", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
         ("into", ctypes.c_void_p),
         ("room", ctypes.c_size_t),
         ("held", ctypes.c_size_t),
@@ -73,19 +43,33 @@ class Tap:
     stop: end the call once the rows are there: nothing behind them in the graph is computed.
     """
 
-    def __init__(self, library: Any, tensor: str, width: int, rows: int, *, compiled: bool) -> None:
-        """library: with ggml's functions. tensor: its name. rows: most in one call."""
+    def __init__(
+        self,
+        library: Any,
+        tensor: str,
+        width: int,
+        rows: int,
+        *,
+        compiled: bool,
+        products: Products | None = None,
+    ) -> None:
+        """library: with ggml's functions. tensor: its name. rows: most in one call.
+
+        compiled: ask C where it can be compiled. products: take over what they can; in C alone.
+        """
         self._into = np.empty((rows, width), dtype=np.float32)
         functions = [library.ggml_get_name, library.ggml_nbytes, library.ggml_backend_tensor_get]
         addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
         self._tap = _Tap(
-            tensor.encode(), *addresses, self._into.ctypes.data, self._into.nbytes, 0, False
-        )
+            tensor.encode(), *addresses, products and products.offer, products and products.handle,
+            self._into.ctypes.data, self._into.nbytes, 0, False,
+        )  # fmt: skip
         self.user_data = ctypes.addressof(self._tap)
         self._answer = _python_callback(library, self._tap)
-        callback = _compiled() if compiled else None
-        self.compiled = callback is not None
-        self.callback = ctypes.cast(self._answer if callback is None else callback, ctypes.c_void_p)
+        native = compiled_library("tap") if compiled else None
+        self.compiled = native is not None
+        callback = self._answer if native is None else native.offramp_tap
+        self.callback = ctypes.cast(callback, ctypes.c_void_p)
 
     @property
     def stop(self) -> bool:
@@ -133,22 +117,3 @@ def _python_callback(library: Any, tap: _Tap) -> Any:
         return not bool(tap.stop)
 
     return _Callback(answer)
-
-
-@functools.cache
-def _compiled() -> Any:
-    """The C callback; None where it cannot be compiled here."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        log.info("No C compiler was found: llama.cpp's layers are read by a slower callback.")
-        return None
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source, library = Path(folder) / "tap.c", Path(folder) / "tap.so"
-        source.write_text(_SOURCE, encoding="utf-8")
-        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(str(library)).offramp_tap
-        except (OSError, subprocess.SubprocessError) as error:
-            log.info("The C callback could not be compiled (%s): a slower one is used.", error)
-            return None

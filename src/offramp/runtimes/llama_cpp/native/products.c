@@ -1,0 +1,199 @@
+// Products of weights and few tokens, in the place of llama.cpp's own.
+//
+// A token at a time is bound by reading weights, so tokens that catch up together should cost hardly
+// more than one; by llama.cpp's kernels two cost up to two and a half times as much. Here a weight is
+// packed for kernels that read it once, from front to end, for up to 8 tokens. Activations are rounded
+// to 8 bits in blocks of 32 for quantised weights, as llama.cpp does it, and stay float32 for others.
+//
+// A graph's node is taken over while llama.cpp asks its callback about it, before it is computed:
+// MUL_MAT becomes CUSTOM, an operation of ggml's public interface, with the same sources.
+
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "ggml-backend.h"
+#include "kernels.h"
+
+enum { HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
+
+// -- ggml's nodes ------------------------------------------------------------------------------
+
+struct weight {
+    const struct ggml_tensor * tensor;
+    enum ggml_type type;
+    size_t rows, columns;
+    const uint8_t * packed;  // none: llama.cpp multiplies it
+    enum ggml_op op;         // what a node becomes
+    int32_t parameters[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
+};
+
+static _Thread_local struct { void * memory; size_t bytes; } scratch;
+
+static uint8_t * scratch_of(size_t bytes) {
+    if (scratch.bytes < bytes) {
+        free(scratch.memory);
+        scratch.bytes = (bytes + LINE - 1) / LINE * LINE;
+        scratch.memory = aligned_alloc(LINE, scratch.bytes);
+        if (!scratch.memory) abort();
+    }
+    return scratch.memory;
+}
+
+static void multiply(struct ggml_tensor * out, int thread, int threads, void * user) {
+    const struct weight * weight = user;
+    const struct ggml_tensor * x = out->src[1];
+    const size_t groups = (weight->rows + ROWS - 1) / ROWS, tokens = x->ne[1];
+    const struct product product = {
+        weight->packed, weight->rows, weight->columns, groups * thread / threads,
+        groups * (thread + 1) / threads, out->nb[1] / sizeof(float), out->data,
+    };
+    const size_t bytes = activations_bytes(weight->type, weight->columns, tokens);
+    const struct activations a = arranged(weight->type, weight->columns, tokens, x->data,
+                                          x->nb[1] / sizeof(float), scratch_of(bytes));
+    multiply_packed(weight->type, &product, &a);
+}
+
+// -- weights that were seen ---------------------------------------------------------------------
+
+struct products {
+    bool (*is_host)(struct ggml_backend_buffer *);
+    enum ggml_backend_buffer_usage (*usage)(struct ggml_backend_buffer *);
+    struct ggml_context * (*init)(struct ggml_init_params);
+    struct ggml_tensor * (*custom)(struct ggml_context *, enum ggml_type, int64_t, int64_t, int64_t, int64_t,
+                                   struct ggml_tensor **, int, ggml_custom_op_t, int, void *);
+    void (*free)(struct ggml_context *);
+    struct weight ** seen;  // by the tensor's address, open addressing
+    size_t slots, count, packed_bytes;
+    struct arena { struct arena * next; size_t bytes, used; } * arenas;
+};
+
+int offramp_products_fit(void) {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512f");
+}
+
+void * offramp_products_new(void * is_host, void * usage, void * init, void * custom, void * free_context) {
+    struct products * all = calloc(1, sizeof *all);
+    if (!all) return NULL;
+    all->is_host = is_host;
+    all->usage = usage;
+    all->init = init;
+    all->custom = custom;
+    all->free = free_context;
+    return all;
+}
+
+size_t offramp_products_bytes(void * products) { return ((struct products *) products)->packed_bytes; }
+
+void offramp_products_free(void * products) {
+    struct products * all = products;
+    for (size_t i = 0; i < all->slots; i++) free(all->seen[i]);
+    free(all->seen);
+    for (struct arena * arena = all->arenas, * next; arena; arena = next) {
+        next = arena->next;
+        munmap(arena, arena->bytes);
+    }
+    free(all);
+}
+
+// Memory in huge pages, as reading is else bound by looking pages up: twice as fast where it was
+// measured. None where there is none left.
+static uint8_t * take(struct products * all, size_t bytes) {
+    bytes = (bytes + LINE - 1) / LINE * LINE;
+    struct arena * arena = all->arenas;
+    if (!arena || arena->used + bytes > arena->bytes) {
+        size_t whole = bytes + LINE > ARENA ? bytes + LINE : ARENA;
+        whole = (whole + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        arena = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (arena == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+        madvise(arena, whole, MADV_HUGEPAGE);
+#endif
+        *arena = (struct arena) {all->arenas, whole, LINE};
+        all->arenas = arena;
+    }
+    uint8_t * memory = (uint8_t *) arena + arena->used;
+    arena->used += bytes;
+    return memory;
+}
+
+static void pack(struct products * all, struct weight * weight) {
+    const struct ggml_tensor * tensor = weight->tensor;
+    const size_t groups = (weight->rows + ROWS - 1) / ROWS;
+    const size_t bytes = groups * group_bytes(weight->type, weight->columns);
+    uint8_t * packed = take(all, bytes);
+    if (!packed) return;
+    pack_rows(weight->type, weight->rows, weight->columns, tensor->data, packed);
+    // What makes a node multiply by this weight, as ggml's own constructor writes it.
+    struct ggml_context * context = all->init((struct ggml_init_params) {4096, NULL, true});
+    struct ggml_tensor * sources[] = {(struct ggml_tensor *) tensor};
+    const struct ggml_tensor * node =
+        all->custom(context, GGML_TYPE_F32, 1, 1, 1, 1, sources, 1, multiply, GGML_N_TASKS_MAX, weight);
+    weight->op = node->op;
+    memcpy(weight->parameters, node->op_params, sizeof weight->parameters);
+    all->free(context);
+    weight->packed = packed;
+    all->packed_bytes += bytes;
+#ifdef MADV_PAGEOUT
+    // Nothing reads llama.cpp's copy from here on: a mapped file's pages need not stay.
+    const uintptr_t page = 4096, start = ((uintptr_t) tensor->data + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t) tensor->data + weight->rows * tensor->nb[1]) / page * page;
+    if (end > start) madvise((void *) start, end - start, MADV_PAGEOUT);
+#endif
+}
+
+static bool can_pack(const struct products * all, const struct ggml_tensor * tensor) {
+    return is_known(tensor->type) && tensor->buffer && all->is_host(tensor->buffer) &&
+           all->usage(tensor->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS &&
+           tensor->ne[0] % BLOCK == 0 && tensor->ne[2] == 1 && tensor->ne[3] == 1 &&
+           tensor->nb[1] == tensor->ne[0] / BLOCK * block_bytes(tensor->type);
+}
+
+static struct weight ** place_of(struct weight ** seen, size_t slots, const struct ggml_tensor * tensor) {
+    size_t at = ((uintptr_t) tensor >> 4) % slots;
+    while (seen[at] && seen[at]->tensor != tensor) at = (at + 1) % slots;
+    return &seen[at];
+}
+
+// The weight of a tensor, packed when it is first seen; none where memory ran out.
+static struct weight * weight_of(struct products * all, const struct ggml_tensor * tensor) {
+    if (2 * all->count >= all->slots) {
+        const size_t slots = all->slots ? 2 * all->slots : 1024;
+        struct weight ** seen = calloc(slots, sizeof *seen);
+        if (!seen) return NULL;
+        for (size_t i = 0; i < all->slots; i++)
+            if (all->seen[i]) *place_of(seen, slots, all->seen[i]->tensor) = all->seen[i];
+        free(all->seen);
+        all->seen = seen;
+        all->slots = slots;
+    }
+    struct weight ** place = place_of(all->seen, all->slots, tensor);
+    if (!*place) {
+        struct weight * weight = calloc(1, sizeof *weight);
+        if (!weight) return NULL;
+        weight->tensor = tensor;
+        weight->type = tensor->type;
+        weight->rows = tensor->ne[1];
+        weight->columns = tensor->ne[0];
+        if (can_pack(all, tensor)) pack(all, weight);
+        *place = weight;
+        all->count++;
+    }
+    return *place;
+}
+
+// Take a node over, if it is a product that is known here.
+void offramp_products_offer(void * products, void * tensor) {
+    struct ggml_tensor * node = tensor;
+    if (node->op != GGML_OP_MUL_MAT) return;
+    const struct ggml_tensor * w = node->src[0], * x = node->src[1];
+    if (w->op != GGML_OP_NONE || x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->ne[2] != 1 ||
+        x->ne[3] != 1 || node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float))
+        return;
+    const struct weight * weight = weight_of(products, w);
+    if (!weight || !weight->packed) return;
+    node->op = weight->op;
+    memcpy(node->op_params, weight->parameters, sizeof node->op_params);
+}

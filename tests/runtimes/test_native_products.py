@@ -1,0 +1,198 @@
+"""Laws of the kernels in llama.cpp: its own numbers, whoever shares the call, or llama.cpp's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf_cases import GREEDY, adapter_of, inputs_of
+
+from offramp.engine.policy import FULL
+
+pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+
+from offramp.runtimes.llama_cpp import LlamaCppRuntime, segment
+from offramp.runtimes.llama_cpp.native import compiling, products
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, _library
+
+FORMATS = ("f16", "bf16", "q8_0", "q4_1", "q4_0", "iq4_nl")
+OURS = EngineOptions(context=256)
+THEIRS = replace(OURS, kernels=False)
+STATES = np.random.default_rng(0).normal(size=(45, 32)).astype(np.float32)
+
+needs_kernels = pytest.mark.skipif(
+    bool(products.reason_against(_library()._lib)), reason="the kernels do not run here"
+)
+Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
+    """`opened(formats, options, place)`: a segment of the tiny LLaVA."""
+    made: list[Segment] = []
+
+    def load(formats: str, options: EngineOptions = OURS, place: int = 0) -> Segment:
+        file, tap = exported("llava", formats) / f"segment-{place}.gguf", 1 if place < 2 else None
+        made.append(Segment(file, options, tap_layer=tap))
+        return made[-1]
+
+    yield load
+    for each in made:
+        each.close()
+
+
+def given(by: Segment, sizes: list[int]) -> Array:
+    """Logits and tapped states of the first rows, in calls of these sizes."""
+    rows, at = [], 0
+    for size in sizes:
+        by.feed(STATES[at : at + size], size)
+        assert by.tap is not None
+        rows.append(np.concatenate([by.logits(size), by.tap.rows()], 1))
+        at += size
+    by.crop(at)
+    return np.concatenate(rows)
+
+
+def rounded(x: Array) -> Array:
+    """To 8 bits, in blocks of 32 with a scale each."""
+    blocks = x.reshape(len(x), -1, 32)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    return (np.rint(blocks * (127 / most)) * (most / 127)).reshape(x.shape)
+
+
+@needs_kernels
+@pytest.mark.parametrize("formats", FORMATS)
+def test_a_product_is_that_of_its_numbers(
+    formats: str, exported: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the file's weights and the activations, to float32's last bits; by llama.cpp nearly so."""
+    import gguf
+
+    tap, states, wanted = segment.Tap, {}, ""
+
+    def elsewhere(library: Any, tensor: str, width: int, rows: int, **options: Any) -> Any:
+        width = 64 if wanted == "ffn_gate-0" else width
+        return tap(library, tensor and wanted, width, rows, **options)
+
+    monkeypatch.setattr(segment, "Tap", elsewhere)
+    for wanted in ("ffn_norm-0", "ffn_gate-0"):
+        for options in (OURS, THEIRS):
+            each = opened(formats, options)
+            each.feed(STATES, 45)
+            states[wanted, options.kernels] = each.tap.rows().copy()
+    reader = gguf.GGUFReader(exported("llava", formats) / "segment-0.gguf")
+    [gate] = [t for t in reader.tensors if t.name == "blk.0.ffn_gate.weight"]
+    weight = gguf.quants.dequantize(gate.data, gate.tensor_type)
+    for kernels, nearly in ((True, 2e-6), (False, 1e-2)):
+        x = states["ffn_norm-0", kernels]
+        expected = (x if formats in ("f16", "bf16") else rounded(x)) @ weight.T
+        assert expected.shape == (45, 64)
+        away = np.abs(states["ffn_gate-0", kernels] - expected).max()
+        assert away < nearly * np.abs(expected).max()
+
+
+@needs_kernels
+@pytest.mark.parametrize("formats", FORMATS)
+def test_logits_are_nearly_those_of_llama_cpps_kernels(formats: str, opened: Any) -> None:
+    ours, theirs = opened(formats), opened(formats, THEIRS)
+    assert ours.vocabulary % 32, "the last rows of a head are to be no whole group"
+    found, expected = (given(each, [45]) for each in (ours, theirs))
+    assert ours.products.bytes > 0 and theirs.products is None
+    assert not np.array_equal(found, expected), "they were not used"
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
+
+
+@needs_kernels
+@pytest.mark.parametrize("formats", FORMATS)
+def test_a_token_comes_out_the_same_whoever_shares_its_call(formats: str, opened: Any) -> None:
+    one = opened(formats)
+    alone = given(one, [1] * 45)
+    for sizes in ([45], [2] * 22 + [1], [3, 4, 5, 6, 7, 9, 11], [8, 16, 17, 4]):
+        assert np.array_equal(alone, given(one, sizes))
+
+
+@needs_kernels
+@pytest.mark.parametrize("formats", ["f16", "q4_1"])
+def test_threads_change_nothing(formats: str, opened: Any) -> None:
+    one, three = opened(formats), opened(formats, replace(OURS, threads=3))
+    for sizes in ([1] * 4, [9]):
+        assert np.array_equal(given(one, sizes), given(three, sizes))
+
+
+@needs_kernels
+def test_a_format_that_is_not_known_is_left_to_llama_cpp(opened: Any) -> None:
+    ours, theirs = opened("f32"), opened("f32", THEIRS)
+    assert np.array_equal(given(ours, [1, 8]), given(theirs, [1, 8]))
+    assert ours.products.bytes == 0
+
+
+@needs_kernels
+def test_memory_is_given_back(opened: Any) -> None:
+    one = opened("q8_0")
+    given(one, [4])
+    packed = one.products.bytes
+    given(one, [4, 1])
+    assert one.products.bytes == packed, "a weight is packed once"
+    one.close()
+    one.close()
+    assert one.products.bytes == 0
+
+
+@pytest.mark.parametrize("formats", ["f16", "q8_0", "q4_1"])
+def test_lossless_is_the_full_model_by_llama_cpps_kernels(formats: str, exported: Any) -> None:
+    policy = replace(adapter_of("llava").policy, lossless=True, max_draft=3)
+    with LlamaCppRuntime(adapter_of("llava"), exported("llava", formats), engine=THEIRS) as runtime:
+        inputs = inputs_of("llava")
+        ours = runtime.generate(inputs, policy=policy, **GREEDY)
+        full = runtime.generate(inputs, policy=FULL, **GREEDY)
+    assert torch.equal(ours.sequences, full.sequences) and ours.rounds
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """What was compiled is forgotten before and after the test."""
+    for function in (compiling.compiled, products._native):
+        function.cache_clear()
+    yield
+    for function in (compiling.compiled, products._native):
+        function.cache_clear()
+
+
+def test_without_a_compiler_llama_cpp_multiplies(
+    exported: Any, anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, folder = adapter_of("llava"), exported("llava", "q8_0")
+    found = []
+    for compiler in (os.environ.get("CC", "cc"), "no-such-compiler"):
+        monkeypatch.setenv("CC", compiler)
+        compiling.compiled.cache_clear()
+        products._native.cache_clear()
+        with LlamaCppRuntime(adapter, folder, engine=OURS) as runtime:
+            used = runtime._segments[0].products is not None
+            found.append(runtime.generate(inputs_of("llava"), **GREEDY))
+    assert not used
+    assert all(output.new_tokens.shape[1] > 3 for output in found)
+
+
+def test_a_library_is_compiled_once_and_again_where_it_cannot_be_kept(
+    anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiling.compiled("tap") is None:
+        pytest.skip("there is no C compiler")
+    [library] = compiling.cache_folder().iterdir()
+    written = library.stat().st_mtime_ns
+    compiling.compiled.cache_clear()
+    assert compiling.compiled("tap") is not None
+    assert library.stat().st_mtime_ns == written
+    compiling.compiled.cache_clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiling.compiled("tap") is not None
