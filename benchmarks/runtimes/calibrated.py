@@ -24,7 +24,7 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.statistics import Measure
 from offramp.models.input_processor import InputProcessor
 
-FORMATS = ("q8_0", "q4_1")
+FORMATS = ("q8_0", "q4_1", "iq4_nl")
 """The quantised ones: f16 answers as PyTorch does."""
 TARGET = 0.03
 RISK = "rouge_l_drop"

@@ -32,7 +32,8 @@ STOCK = replace(ENGINE, kernels=False)
 """As llama.cpp comes."""
 OPTIONS = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
-IN_STOCK = "offramp, llama.cpp, its own kernels"
+WITH_ITS_KERNELS = "offramp, llama.cpp, its own kernels"
+COMPILED = "offramp, torch, compiled"
 Answer = tuple[int, ...]
 Name = tuple[str, str, str]
 """Runtime, number format of the layers, mode."""
@@ -103,7 +104,7 @@ def stock(adapter: Adapter, **options: Any) -> Method:
     return run
 
 
-def compiled(adapter: Adapter) -> Method:
+def stock_compiled(adapter: Adapter) -> Method:
     """The same with its static cache, whose step inductor compiles at the first call."""
     from transformers.generation.configuration_utils import CompileConfig
 
@@ -174,12 +175,32 @@ class Bench:
             methods["llama.cpp", layers, "full"] = OneFile(
                 adapter, self.whole(layers), self.encoder.eos
             )
-            policies = self.policies | self.other_thresholds
-            for ours, engine in ((IN_LLAMA, ENGINE), (IN_STOCK, STOCK)):
+            for name, engine, policies in (
+                (IN_LLAMA, ENGINE, self.policies | self.other_thresholds),
+                (WITH_ITS_KERNELS, STOCK, self.policies),
+            ):
                 runtime = self.runtime(layers, engine)
                 for mode, policy in policies.items():
                     method = generating(runtime.generate, policy=policy, **options)
-                    methods[ours, layers, mode] = method
+                    methods[name, layers, mode] = method
+        return methods
+
+    def compiled_methods(self) -> dict[Name, Method]:
+        """What inductor compiles at the first call, which takes minutes."""
+        backbone = self.adapter.backbone
+
+        def generate(inputs: Mapping[str, Any], **options: Any) -> Any:
+            backbone.compiled_decoding = True
+            try:
+                return self.adapter.generate(inputs, **options)
+            finally:
+                backbone.compiled_decoding = False
+
+        methods: dict[Name, Method] = {
+            ("generate, static cache, compiled", "float32", "full"): stock_compiled(self.adapter)
+        }
+        for mode, policy in self.policies.items():
+            methods[COMPILED, "float32", mode] = generating(generate, policy=policy)
         return methods
 
     def weights_bytes(self, runtime: str, layers: str) -> int:
@@ -188,9 +209,13 @@ class Bench:
         if runtime == "llama.cpp" or runtime.startswith("OpenVINO"):
             return self.whole(layers).stat().st_size if layers in FORMATS else 0
         if runtime == IN_LLAMA:
+            with self.runtime(layers) as loaded:
+                if loaded.packed_bytes:
+                    return loaded.packed_bytes
+        if runtime in (IN_LLAMA, WITH_ITS_KERNELS):
             return sum(file.stat().st_size for file in self.files(layers).glob("*.gguf"))
         backbone = self.adapter.backbone
         modules: list[Any] = [*backbone.layers, backbone.head]
-        if runtime == IN_TORCH:
+        if runtime in (IN_TORCH, COMPILED):
             modules.append(self.adapter.exits.modules)
         return sum(p.nbytes for module in modules for p in module.parameters())

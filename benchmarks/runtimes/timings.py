@@ -17,6 +17,8 @@ from benchmarks.runtimes.methods import (
     ENGINE,
     FORMATS,
     IN_LLAMA,
+    STOCK,
+    WITH_ITS_KERNELS,
     Answer,
     Bench,
     Clock,
@@ -24,7 +26,7 @@ from benchmarks.runtimes.methods import (
     Name,
 )
 from offramp.runtimes.llama_cpp.native.tap import States
-from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 
 ROWS = (1, 2, 3, 4, 6, 8)
 """Tokens in a call, whose cost is measured."""
@@ -65,7 +67,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
                 "first_call_seconds": first[name],
                 "tokens": decoded,
                 "answers": len(said[name]),
-                "answers_as_one_file": same if runtime == IN_LLAMA else None,
+                "answers_as_one_file": same if runtime in (IN_LLAMA, WITH_ITS_KERNELS) else None,
                 "weights_bytes": bench.weights_bytes(runtime, layers),
             }
         )
@@ -74,7 +76,10 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
         "entries": _with_ratios(entries),
-        "row_milliseconds": {layers: row_costs(bench, layers) for layers in FORMATS},
+        "row_milliseconds": {
+            name: {layers: row_costs(bench, layers, engine) for layers in FORMATS}
+            for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK))
+        },
         "call_sizes": {layers: _call_sizes(bench, layers) for layers in FORMATS},
     }
 
@@ -94,7 +99,8 @@ def timed(method: Method, inputs: Mapping[str, Any]) -> tuple[tuple[float, ...],
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method's CPU speed over llama.cpp's own at its format, and over Hugging Face's."""
+    """Each method's CPU speed over llama.cpp's own at its format, over Hugging Face's, and over the
+    same runtime's at full depth."""
     speeds = {(r["runtime"], r["format"], r["mode"]): r["cpu_tokens_per_second"] for r in rows}
     stock_speed = speeds["generate", "float32", "full"]
     for row in rows:
@@ -102,10 +108,13 @@ def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         speed = row["cpu_tokens_per_second"]
         row["over_generate"] = speed / stock_speed
         row["over_llama_cpp"] = None if alone is None else speed / alone
+        row["over_full"] = speed / speeds[row["runtime"], row["format"], "full"]
     return rows
 
 
-def row_costs(bench: Bench, layers: str, repeats: int = 15) -> dict[str, dict[str, float]]:
+def row_costs(
+    bench: Bench, layers: str, engine: EngineOptions, repeats: int = 15
+) -> dict[str, dict[str, float]]:
     """CPU milliseconds of a call by its rows: of the layers below and above the exit, and of the
     decoder in one file; behind 40 tokens."""
     below, above = sorted(bench.files(layers).glob("*.gguf"))
@@ -113,7 +122,7 @@ def row_costs(bench: Bench, layers: str, repeats: int = 15) -> dict[str, dict[st
     draw = np.random.default_rng(0)
     found: dict[str, dict[str, float]] = {}
     for name, file in files.items():
-        segment = Segment(file, ENGINE, tap_layer=None)
+        segment = Segment(file, engine, tap_layer=None)
         states = draw.normal(size=(40, segment.width)).astype(np.float32)
         segment.feed(states, 1)
         found[name] = {}
@@ -129,9 +138,9 @@ def callback(bench: Bench, repeats: int = 200) -> dict[str, float]:
     [depth] = bench.adapter.policy.thresholds
     below = bench.files("q4_1") / "segment-0.gguf"
     segments = {
-        "none": Segment(below, ENGINE, tap_layer=None),
-        "compiled": Segment(below, ENGINE, tap_layer=depth - 1),
-        "python": Segment(below, replace(ENGINE, compiled_tap=False), tap_layer=depth - 1),
+        "none": Segment(below, STOCK, tap_layer=None),
+        "compiled": Segment(below, STOCK, tap_layer=depth - 1),
+        "python": Segment(below, replace(STOCK, compiled_tap=False), tap_layer=depth - 1),
     }
     states = np.random.default_rng(0).normal(size=(40, segments["none"].width))
     seconds: dict[str, list[float]] = {name: [] for name in segments}

@@ -97,6 +97,11 @@ class LlamaCppRuntime:
         """How many tokens share a call above the first exit, and come out as they would alone."""
         return self._chain.sizes
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights that our own kernels multiply; 0 where llama.cpp's do."""
+        return sum(s.products.bytes for s in self._segments if s.products is not None)
+
     def generate(
         self,
         inputs: Mapping[str, Any],
