@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.tables.markdown import Make, record, table, with_range
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
-OURS = "offramp, llama.cpp"
+OURS, ITS_KERNELS = "offramp, llama.cpp", "offramp, llama.cpp, its own kernels"
 MODES = {
     "full": "ours, exits off",
     "early_exit": "ours, early exit at the shipped threshold",
@@ -29,13 +29,29 @@ def _entries() -> dict[tuple[str, str, str], dict[str, Any]]:
 def speeds() -> str:
     """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
     entries = _entries()
+    rows = [("OpenVINO GenAI", *_cells(entries, "OpenVINO GenAI", "full"))]
+    rows += [("llama.cpp alone, one file", *_cells(entries, "llama.cpp", "full"))]
+    rows += [(title, *_cells(entries, OURS, mode)) for mode, title in MODES.items()]
+    return table(rows, ("", *FORMATS))
 
-    def cells(runtime: str, mode: str) -> list[str]:
-        return [_speed(entries.get((runtime, layers, mode))) for layers in FORMATS]
 
-    rows = [("OpenVINO GenAI", *cells("OpenVINO GenAI", "full"))]
-    rows += [("llama.cpp alone, one file", *cells("llama.cpp", "full"))]
-    rows += [(title, *cells(OURS, mode)) for mode, title in MODES.items()]
+def kernels() -> str:
+    """The same by llama.cpp's own kernels, and what exits alone gain by either."""
+    entries = _entries()
+
+    def gains(runtime: str, mode: str) -> list[str]:
+        return [f"{entries[runtime, layers, mode]['over_full']:.2f}x" for layers in FORMATS]
+
+    rows = [
+        (f"{title}, by llama.cpp's kernels", *_cells(entries, ITS_KERNELS, mode))
+        for mode, title in MODES.items()
+    ]
+    for runtime, by in ((OURS, "our kernels"), (ITS_KERNELS, "llama.cpp's")):
+        rows += [
+            (f"{title.removeprefix('ours, ')}, of exits off by {by}", *gains(runtime, mode))
+            for mode, title in MODES.items()
+            if mode != "full"
+        ]
     return table(rows, ("", *FORMATS))
 
 
@@ -45,6 +61,7 @@ def in_torch() -> str:
     titles = {("generate", "full"): "`generate`"}
     titles |= {("generate, static cache, compiled", "full"): "`generate`, static cache, compiled"}
     titles |= {("offramp, torch", mode): title for mode, title in MODES.items()}
+    titles |= {("offramp, torch, compiled", m): f"{t}, compiled" for m, t in MODES.items()}
     found = {t: entries.get((n[0], "float32", n[1])) for n, t in titles.items()}
     rows = [
         (title, f"{e['cpu_tokens_per_second']:.1f} ({e['over_generate']:.2f}x)")
@@ -64,9 +81,15 @@ def end_to_end() -> str:
             f"{e['over_generate']:.1f}x",
         )
         for e in record("runtimes")["timings"]["entries"]
-        if e["mode"] in ("full", "early_exit") and not e["runtime"].startswith("OpenVINO")
+        if e["mode"] in ("full", "early_exit")
+        and e["runtime"] != ITS_KERNELS
+        and not e["runtime"].startswith("OpenVINO")
     ]
     return table(rows, ("", "CPU seconds a caption", "weights", "decoding, of `generate`"))
+
+
+def _cells(entries: Mapping[Any, dict[str, Any]], runtime: str, mode: str) -> list[str]:
+    return [_speed(entries.get((runtime, layers, mode))) for layers in FORMATS]
 
 
 def _speed(entry: dict[str, Any] | None) -> str:
@@ -117,14 +140,15 @@ def calibrated() -> str:
 def rows_in_a_call() -> str:
     """Milliseconds of the layers above the exit by tokens in a call."""
     costs = record("runtimes")["timings"]["row_milliseconds"]
-    counts = list(costs[FORMATS[0]]["above"])
+    counts = list(costs[OURS][FORMATS[0]]["above"])
     rows = [
         (
-            layers,
-            f"{costs[layers]['below']['1']:.1f}",
-            *(f"{costs[layers]['above'][count]:.1f}" for count in counts),
+            f"{layers}, {by}",
+            f"{costs[runtime][layers]['below']['1']:.1f}",
+            *(f"{costs[runtime][layers]['above'][count]:.1f}" for count in counts),
         )
         for layers in FORMATS
+        for runtime, by in ((ITS_KERNELS, "llama.cpp's kernels"), (OURS, "ours"))
     ]
     above = [f"above: {count} token{'s' if int(count) > 1 else ''}" for count in counts]
     return table(rows, ("ms", "below the exit: 1 token", *above))
@@ -142,6 +166,7 @@ def cider_of(score: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Make] = {
     "runtimes-speeds": speeds,
+    "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,
     "runtimes-end-to-end": end_to_end,
     "runtimes-identical": identical,
