@@ -48,6 +48,27 @@ def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
         each.close()
 
 
+@pytest.fixture
+def anew() -> Iterator[Callable[[], None]]:
+    """`anew()`: what was compiled is forgotten, as it is before and after the test."""
+
+    def forget() -> None:
+        compiling.compiled.cache_clear()
+        products._native.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture(params=[products._AVX512, products._AVX2], ids=["avx512", "avx2"])
+def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) -> None:
+    """Kernels that were compiled for these alone."""
+    monkeypatch.setattr(products, "_INSTRUCTIONS", (request.param,))
+    if products._native() is None:
+        pytest.skip("the kernels do not run here")
+
+
 def given(by: Segment, sizes: list[int]) -> Array:
     """Logits and tapped states of the first rows, in calls of these sizes."""
     rows, at = [], 0
@@ -67,10 +88,9 @@ def rounded(x: Array) -> Array:
     return (np.rint(blocks * (127 / most)) * (most / 127)).reshape(x.shape)
 
 
-@needs_kernels
 @pytest.mark.parametrize("formats", FORMATS)
 def test_a_product_is_that_of_its_numbers(
-    formats: str, exported: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+    formats: str, instructions: None, exported: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the file's weights and the activations, to float32's last bits; by llama.cpp nearly so."""
     import gguf
@@ -109,9 +129,10 @@ def test_logits_are_nearly_those_of_llama_cpps_kernels(formats: str, opened: Any
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
 
 
-@needs_kernels
 @pytest.mark.parametrize("formats", FORMATS)
-def test_a_token_comes_out_the_same_whoever_shares_its_call(formats: str, opened: Any) -> None:
+def test_a_token_comes_out_the_same_whoever_shares_its_call(
+    formats: str, instructions: None, opened: Any
+) -> None:
     one = opened(formats)
     alone = given(one, [1] * 45)
     for sizes in ([45], [2] * 22 + [1], [3, 4, 5, 6, 7, 9, 11], [8, 16, 17, 4]):
@@ -155,25 +176,14 @@ def test_lossless_is_the_full_model_by_llama_cpps_kernels(formats: str, exported
     assert torch.equal(ours.sequences, full.sequences) and ours.rounds
 
 
-@pytest.fixture
-def anew() -> Iterator[None]:
-    """What was compiled is forgotten before and after the test."""
-    for function in (compiling.compiled, products._native):
-        function.cache_clear()
-    yield
-    for function in (compiling.compiled, products._native):
-        function.cache_clear()
-
-
 def test_without_a_compiler_llama_cpp_multiplies(
-    exported: Any, anew: None, monkeypatch: pytest.MonkeyPatch
+    exported: Any, anew: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, folder = adapter_of("llava"), exported("llava", "q8_0")
     found = []
     for compiler in (os.environ.get("CC", "cc"), "no-such-compiler"):
         monkeypatch.setenv("CC", compiler)
-        compiling.compiled.cache_clear()
-        products._native.cache_clear()
+        anew()
         with LlamaCppRuntime(adapter, folder, engine=OURS) as runtime:
             used = runtime._segments[0].products is not None
             found.append(runtime.generate(inputs_of("llava"), **GREEDY))
@@ -182,17 +192,17 @@ def test_without_a_compiler_llama_cpp_multiplies(
 
 
 def test_a_library_is_compiled_once_and_again_where_it_cannot_be_kept(
-    anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    anew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if compiling.compiled("tap") is None:
         pytest.skip("there is no C compiler")
     [library] = compiling.cache_folder().iterdir()
     written = library.stat().st_mtime_ns
-    compiling.compiled.cache_clear()
+    anew()
     assert compiling.compiled("tap") is not None
     assert library.stat().st_mtime_ns == written
-    compiling.compiled.cache_clear()
+    anew()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compiling.compiled("tap") is not None

@@ -1,23 +1,18 @@
 // Products of packed weights and a few tokens. No lane is ever added to another, and a token's sums
 // are taken in the same order however many tokens share a call.
 //
-// A weight is packed in groups of 32 rows, one row to a lane of two vectors, the lower and the upper.
-// Of a group block after block of 32 columns, of a block vector after vector as they are read, since
-// memory is read at twice the speed where there is but one stream of it.
+// A weight is packed in groups of rows, one row to a lane of two vectors, the lower and the upper. Of a
+// group block after block of 32 columns, of a block vector after vector as they are read, since memory
+// is read at twice the speed where there is but one stream of it.
 
 #pragma once
 
-#include <immintrin.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <string.h>
 
 #include "ggml.h"
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-
-enum { LANES = 16, HALVES = 2, ROWS = 32, BLOCK = 32, MOST = 8, LINE = 64 };
+enum { HALVES = 2, ROWS = HALVES * LANES, BLOCK = 32, VECTOR = 4 * LANES };  // the last in bytes
 
 // -- formats ---------------------------------------------------------------------------------
 
@@ -28,9 +23,11 @@ static bool is_known(enum ggml_type type) {
            type == GGML_TYPE_IQ4_NL;
 }
 
-// What is added to a weight's integer so that it has no sign.
+INLINE bool has_sign(enum ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_IQ4_NL; }
+
+// What is added to a weight's integer; the products with it are taken off again.
 INLINE int bias_of(enum ggml_type type) {
-    return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_IQ4_NL ? 128 : type == GGML_TYPE_Q4_0 ? 8 : 0;
+    return type == GGML_TYPE_Q4_0 ? 8 : has_sign(type) && !SIGNED_PRODUCTS ? 128 : 0;
 }
 
 // Bytes of a block in llama.cpp's memory.
@@ -40,24 +37,24 @@ INLINE size_t block_bytes(enum ggml_type type) {
 
 // Bytes of a group's blocks here: integers, then scales in float32 (q4_1: scales and minima in float16).
 INLINE size_t packed_bytes(enum ggml_type type) {
-    return is_float(type) ? 2 * BLOCK * ROWS : HALVES * (type == GGML_TYPE_Q8_0 ? 9 : 5) * LINE;
+    return is_float(type) ? 2 * BLOCK * ROWS : HALVES * (type == GGML_TYPE_Q8_0 ? 9 : 5) * VECTOR;
 }
 
 INLINE size_t group_bytes(enum ggml_type type, size_t columns) {
     return columns / BLOCK * packed_bytes(type);
 }
 
-// One row's block into its lane, 0 to 31.
+// One row's block into its lane, 0 to ROWS - 1.
 static void pack_block(enum ggml_type type, const uint8_t * from, uint8_t * to, size_t lane) {
     if (is_float(type)) {
         for (size_t k = 0; k < BLOCK; k++) memcpy(to + 2 * (ROWS * k + lane), from + 2 * k, 2);
         return;
     }
-    const size_t integers = packed_bytes(type) - HALVES * LINE;
-    uint8_t * scale = to + integers + lane / LANES * LINE;
+    const size_t integers = packed_bytes(type) - HALVES * VECTOR;
+    uint8_t * scale = to + integers + lane / LANES * VECTOR;
     if (type == GGML_TYPE_Q4_1) {
         memcpy(scale + 2 * (lane % LANES), from, 2);
-        memcpy(scale + LINE / 2 + 2 * (lane % LANES), from + 2, 2);
+        memcpy(scale + VECTOR / 2 + 2 * (lane % LANES), from + 2, 2);
     } else {
         uint16_t half;
         memcpy(&half, from, 2);
@@ -65,10 +62,10 @@ static void pack_block(enum ggml_type type, const uint8_t * from, uint8_t * to, 
         memcpy(scale + 4 * (lane % LANES), &wide, 4);
     }
     from += block_bytes(type) - (type == GGML_TYPE_Q8_0 ? BLOCK : BLOCK / 2);
-    for (size_t at = 0; at < integers; at += HALVES * LINE, from += 4) {
+    for (size_t at = 0; at < integers; at += HALVES * VECTOR, from += 4) {
         uint32_t four;
         memcpy(&four, from, 4);
-        if (type == GGML_TYPE_Q8_0) four ^= 0x80808080;
+        if (type == GGML_TYPE_Q8_0 && bias_of(type)) four ^= 0x80808080;  // adds 128 to each
         memcpy(to + at + 4 * lane, &four, 4);
     }
 }
@@ -83,7 +80,7 @@ static void pack_rows(enum ggml_type type, size_t rows, size_t columns, const ui
 
 // -- activations ------------------------------------------------------------------------------
 
-// 32 numbers of a token as integers: x = d * q. s: their sum. c: what makes good for a weight's bias.
+// 32 numbers of a token as integers: x = d * q. s: their sum. c: what takes a weight's bias off.
 struct quantised {
     int32_t q[BLOCK / 4];  // four to a number
     float d, s;
@@ -103,108 +100,82 @@ static size_t activations_bytes(enum ggml_type type, size_t columns, size_t toke
 }
 
 // As llama.cpp rounds them, but with scales in float32.
-static void quantise(const float * x, int bias, struct quantised * to) {
-    const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + LANES);
-    const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    const __m512 up = _mm512_set1_ps(most > 1e-30f ? 127.0f / most : 0.0f);
-    const __m512i i = _mm512_cvtps_epi32(_mm512_mul_ps(low, up));
-    const __m512i j = _mm512_cvtps_epi32(_mm512_mul_ps(high, up));
-    const int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(i, j));
-    _mm_storeu_si128((void *) to->q, _mm512_cvtepi32_epi8(i));
-    _mm_storeu_si128((void *) (to->q + BLOCK / 8), _mm512_cvtepi32_epi8(j));
-    to->d = most / 127.0f;
-    to->s = to->d * sum;
-    to->c = -bias * sum;
+static struct quantised quantise(const float * x, int bias) {
+    struct quantised to;
+    const float most = largest_of_32(x);
+    const int sum = round_32(x, most > 1e-30f ? 127.0f / most : 0.0f, to.q);
+    to.d = most / 127.0f;
+    to.s = to.d * sum;
+    to.c = -bias * sum;
+    to.unused = 0;
+    return to;
 }
 
 // x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`.
 static struct activations arranged(enum ggml_type type, size_t columns, size_t tokens, const float * x,
                                    size_t stride, void * memory) {
-    float * floats = memory;
+    float * numbers = memory;
     struct quantised * blocks = memory;
     for (size_t n = 0; n < tokens; n++, x += stride) {
         if (is_float(type))
-            for (size_t k = 0; k < columns; k++) floats[k * tokens + n] = x[k];
+            for (size_t k = 0; k < columns; k++) numbers[k * tokens + n] = x[k];
         else
             for (size_t b = 0; b < columns / BLOCK; b++)
-                quantise(x + b * BLOCK, bias_of(type), blocks + b * tokens + n);
+                blocks[b * tokens + n] = quantise(x + b * BLOCK, bias_of(type));
     }
-    return (struct activations) {tokens, floats, blocks};
+    return (struct activations) {tokens, numbers, blocks};
 }
 
 // -- one group of rows, some tokens -----------------------------------------------------------
 
-INLINE __m512 floats(enum ggml_type type, const uint8_t * w) {
-    const __m256i bits = _mm256_load_si256((const void *) w);
-    if (type == GGML_TYPE_F16) return _mm512_cvtph_ps(bits);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+INLINE floats load_weights(enum ggml_type type, const uint8_t * w) {
+    return type == GGML_TYPE_F16 ? load_halves(w) : load_bf16(w);
 }
 
 INLINE void float_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
-                        const struct activations * a, size_t first, __m512 sums[HALVES][MOST]) {
+                        const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
     const float * x = a->x + first;
     for (size_t k = 0; k < columns; k++, w += 2 * ROWS, x += a->tokens) {
-        const __m512 lower = floats(type, w), upper = floats(type, w + 2 * LANES);
+        const floats lower = load_weights(type, w), upper = load_weights(type, w + 2 * LANES);
         UNROLL for (int n = 0; n < tokens; n++) {
-            sums[0][n] = _mm512_fmadd_ps(lower, _mm512_set1_ps(x[n]), sums[0][n]);
-            sums[1][n] = _mm512_fmadd_ps(upper, _mm512_set1_ps(x[n]), sums[1][n]);
+            sums[0][n] = product_plus(lower, all_floats(x[n]), sums[0][n]);
+            sums[1][n] = product_plus(upper, all_floats(x[n]), sums[1][n]);
         }
     }
 }
 
-// A block's integers without a sign: 8 times 4 columns.
-INLINE void integers(enum ggml_type type, const uint8_t * w, __m512i u[8][HALVES]) {
-    // q4_1 and others by nibbles; iq4_nl's are numbers of its uneven steps, which have the bias here.
-    const __m128i steps = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15);
-    const __m512i table = _mm512_broadcast_i32x4(steps), low = _mm512_set1_epi8(15);
-    const int vectors = type == GGML_TYPE_Q8_0 ? 8 : 4;
-    UNROLL for (int j = 0; j < vectors; j++) {
-        UNROLL for (int h = 0; h < HALVES; h++, w += LINE) {
-            const __m512i bytes = _mm512_load_si512(w);
-            if (type == GGML_TYPE_Q8_0) {
-                u[j][h] = bytes;
-                continue;
-            }
-            u[j][h] = _mm512_and_si512(bytes, low);
-            u[j + 4][h] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-            if (type == GGML_TYPE_IQ4_NL) {
-                u[j][h] = _mm512_shuffle_epi8(table, u[j][h]);
-                u[j + 4][h] = _mm512_shuffle_epi8(table, u[j + 4][h]);
-            }
-        }
-    }
+// Four columns of a block, those from 4 * j on.
+INLINE ints load_integers(enum ggml_type type, const uint8_t * w, int j, int half) {
+    const int8_t steps[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    if (type == GGML_TYPE_Q8_0) return load_ints(w + (HALVES * j + half) * VECTOR);
+    const ints pairs = load_ints(w + (HALVES * (j % 4) + half) * VECTOR);
+    const ints nibbles = j < 4 ? low_nibbles(pairs) : high_nibbles(pairs);
+    if (type != GGML_TYPE_IQ4_NL) return nibbles;
+    return looked_up(nibbles, _mm_add_epi8(_mm_loadu_si128((const void *) steps), _mm_set1_epi8(bias_of(type))));
 }
 
 INLINE void integer_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
-                          const struct activations * a, size_t first, __m512 sums[HALVES][MOST]) {
+                          const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
     const struct quantised * x = a->blocks + first;
     for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), x += a->tokens) {
-        __m512i u[8][HALVES];
-        integers(type, w, u);
-        __m512 scales[HALVES], minima[HALVES];
-        UNROLL for (int h = 0; h < HALVES; h++) {
-            const uint8_t * at = w + packed_bytes(type) - (HALVES - h) * LINE;
-            if (type == GGML_TYPE_Q4_1) {
-                scales[h] = _mm512_cvtph_ps(_mm256_load_si256((const void *) at));
-                minima[h] = _mm512_cvtph_ps(_mm256_load_si256((const void *) (at + LINE / 2)));
-            } else {
-                scales[h] = _mm512_load_ps(at);
+        ints dots[HALVES][MOST];
+        UNROLL for (int n = 0; n < tokens; n++)
+            dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n].c : 0);
+        UNROLL for (int j = 0; j < BLOCK / 4; j++) {
+            const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
+            UNROLL for (int n = 0; n < tokens; n++) {
+                dots[0][n] = dot_plus(dots[0][n], lower, all_ints(x[n].q[j]), has_sign(type));
+                dots[1][n] = dot_plus(dots[1][n], upper, all_ints(x[n].q[j]), has_sign(type));
             }
         }
-        UNROLL for (int n = 0; n < tokens; n++) {
-            __m512i lower = bias_of(type) ? _mm512_set1_epi32(x[n].c) : _mm512_setzero_si512();
-            __m512i upper = lower;
-            UNROLL for (int j = 0; j < 8; j++) {
-                const __m512i four = _mm512_set1_epi32(x[n].q[j]);
-                lower = _mm512_dpbusd_epi32(lower, u[j][0], four);
-                upper = _mm512_dpbusd_epi32(upper, u[j][1], four);
-            }
-            const __m512 d = _mm512_set1_ps(x[n].d), s = _mm512_set1_ps(x[n].s);
-            sums[0][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lower), _mm512_mul_ps(scales[0], d), sums[0][n]);
-            sums[1][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_mul_ps(scales[1], d), sums[1][n]);
-            if (type == GGML_TYPE_Q4_1) {
-                sums[0][n] = _mm512_fmadd_ps(minima[0], s, sums[0][n]);
-                sums[1][n] = _mm512_fmadd_ps(minima[1], s, sums[1][n]);
+        UNROLL for (int half = 0; half < HALVES; half++) {
+            const uint8_t * at = w + packed_bytes(type) - (HALVES - half) * VECTOR;
+            const floats scales = type == GGML_TYPE_Q4_1 ? load_halves(at) : load_floats(at);
+            UNROLL for (int n = 0; n < tokens; n++) {
+                const floats dot = to_floats(dots[half][n]);
+                sums[half][n] = product_plus(dot, product(scales, all_floats(x[n].d)), sums[half][n]);
+                if (type == GGML_TYPE_Q4_1)
+                    sums[half][n] = product_plus(load_halves(at + VECTOR / 2), all_floats(x[n].s), sums[half][n]);
             }
         }
     }
@@ -221,32 +192,35 @@ struct product {
 
 INLINE void some_tokens(enum ggml_type type, const struct product * p, const struct activations * a,
                         size_t group, size_t first, const int tokens) {
-    __m512 sums[HALVES][MOST];
-    UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = _mm512_setzero_ps();
+    floats sums[HALVES][MOST];
+    UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = all_floats(0.0f);
     (is_float(type) ? float_group : integer_group)(
         type, p->packed + group * group_bytes(type, p->columns), p->columns, tokens, a, first, sums);
     const size_t left = p->rows - group * ROWS;
-    const __mmask32 there = left < ROWS ? (1u << left) - 1 : 0xffffffff;
     UNROLL for (int n = 0; n < tokens; n++) {
         float * out = p->out + (first + n) * p->stride + group * ROWS;
-        _mm512_mask_storeu_ps(out, (__mmask16) there, sums[0][n]);
-        _mm512_mask_storeu_ps(out + LANES, (__mmask16) (there >> LANES), sums[1][n]);
+        store_some(out, sums[0][n], left);
+        if (left > LANES) store_some(out + LANES, sums[1][n], left - LANES);
     }
 }
 
 INLINE void all_tokens(enum ggml_type type, const struct product * p, const struct activations * a) {
     for (size_t group = p->from; group < p->to; group++)
-        for (size_t first = 0; first < a->tokens; first += MOST)
-            switch (a->tokens - first) {
+        for (size_t first = 0; first < a->tokens; first += MOST) {
+            const size_t left = a->tokens - first;
+            switch (left < MOST ? left : MOST) {
                 case 1: some_tokens(type, p, a, group, first, 1); break;
                 case 2: some_tokens(type, p, a, group, first, 2); break;
                 case 3: some_tokens(type, p, a, group, first, 3); break;
                 case 4: some_tokens(type, p, a, group, first, 4); break;
+#if MOST > 4
                 case 5: some_tokens(type, p, a, group, first, 5); break;
                 case 6: some_tokens(type, p, a, group, first, 6); break;
                 case 7: some_tokens(type, p, a, group, first, 7); break;
-                default: some_tokens(type, p, a, group, first, MOST);
+                case 8: some_tokens(type, p, a, group, first, 8); break;
+#endif
             }
+        }
 }
 
 static void multiply_packed(enum ggml_type type, const struct product * p, const struct activations * a) {

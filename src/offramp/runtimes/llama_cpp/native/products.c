@@ -16,7 +16,7 @@
 #include "ggml-backend.h"
 #include "kernels.h"
 
-enum { HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
+enum { LINE = 64, HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
 
 // -- ggml's nodes ------------------------------------------------------------------------------
 
@@ -70,8 +70,7 @@ struct products {
 };
 
 int offramp_products_fit(void) {
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512f");
+    return vectors_run();
 }
 
 void * offramp_products_new(void * is_host, void * usage, void * init, void * custom, void * free_context) {

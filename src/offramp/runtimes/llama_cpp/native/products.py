@@ -1,7 +1,8 @@
 """Products of weights and few tokens by kernels of our own: see products.c and kernels.h.
 
-They want Linux on an x86 processor with AVX-512 VNNI, a C compiler, ggml's header files, which
-llama-cpp-python installs, and a build of llama.cpp for CPUs alone. Elsewhere llama.cpp multiplies.
+They want Linux on an x86 processor with AVX-512 VNNI or AVX2, a C compiler, ggml's header files,
+which llama-cpp-python installs, and a build of llama.cpp for CPUs alone. Elsewhere llama.cpp
+multiplies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 from offramp.runtimes.llama_cpp.native.compiling import compiled
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mf16c", "-mfma")
+_AVX2 = ("-mavx2", "-mf16c", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+_INSTRUCTIONS = (_AVX512, _AVX2)
+"""What to compile for, as the compiler has it: the first that the processor has."""
 _OF_GGML = (
     "ggml_backend_buffer_is_host",
     "ggml_backend_buffer_get_usage",
@@ -59,21 +63,21 @@ def reason_against(library: Any) -> str:
         return "they are for Linux on x86-64"
     if library.ggml_backend_dev_count() != 1:
         return "this build of llama.cpp may compute on other devices than the CPU"
-    native = _native()
-    if native is None:
-        return "they could not be compiled"
-    return "" if native.offramp_products_fit() else "the processor has no AVX-512 VNNI"
+    return "" if _native() else "they could not be compiled, or the processor has no AVX2"
 
 
 @functools.cache
 def _native() -> Any:
-    """The compiled kernels, or None."""
+    """The compiled kernels; None where there are none that this processor runs."""
     headers = Path(import_llama_cpp().__file__).parents[1] / "include"
-    native: Any = compiled("products", _FLAGS, headers)
-    if native is not None:
+    for flags in _INSTRUCTIONS:
+        native: Any = compiled("products", flags, headers)
+        if native is None or not native.offramp_products_fit():
+            continue
         native.offramp_products_new.restype = ctypes.c_void_p
         native.offramp_products_new.argtypes = [ctypes.c_void_p] * len(_OF_GGML)
         native.offramp_products_bytes.restype = ctypes.c_size_t
         native.offramp_products_bytes.argtypes = [ctypes.c_void_p]
         native.offramp_products_free.argtypes = [ctypes.c_void_p]
-    return native
+        return native
+    return None

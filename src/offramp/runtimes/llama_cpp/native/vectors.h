@@ -1,0 +1,126 @@
+// The few operations on vectors that the kernels are written in: for AVX-512 with VNNI, and for AVX2.
+
+#pragma once
+
+#include <immintrin.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+// LANES: numbers in a vector. MOST: tokens whose sums fit into the registers.
+// SIGNED_PRODUCTS: whether integers are multiplied with their sign, rather than a bias.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+#define MOST 8
+enum { LANES = 16, SIGNED_PRODUCTS = false };
+typedef __m512 floats;
+typedef __m512i ints;
+
+static bool vectors_run(void) {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512f");
+}
+
+INLINE floats all_floats(float x) { return _mm512_set1_ps(x); }
+INLINE floats load_floats(const void * p) { return _mm512_load_ps(p); }
+INLINE floats load_halves(const void * p) { return _mm512_cvtph_ps(_mm256_load_si256(p)); }
+INLINE floats load_bf16(const void * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_load_si256(p)), 16));
+}
+INLINE floats product(floats a, floats b) { return _mm512_mul_ps(a, b); }
+INLINE floats product_plus(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
+INLINE void store_some(float * p, floats a, size_t count) {
+    _mm512_mask_storeu_ps(p, count < LANES ? (__mmask16) ((1u << count) - 1) : (__mmask16) 0xffff, a);
+}
+
+INLINE ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE ints load_ints(const void * p) { return _mm512_load_si512(p); }
+INLINE ints low_nibbles(ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE ints high_nibbles(ints a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+INLINE ints looked_up(ints a, __m128i table) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a); }
+
+// sums + u * x, four bytes to a lane; u without a sign.
+INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
+    (void) with_sign;
+    return _mm512_dpbusd_epi32(sums, u, x);
+}
+
+INLINE float largest_of_32(const float * x) {
+    const floats low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+}
+
+// 32 numbers, scaled and rounded to bytes; their sum.
+INLINE int round_32(const float * x, float up, int32_t * q) {
+    const ints low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), all_floats(up)));
+    const ints high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), all_floats(up)));
+    _mm_storeu_si128((void *) q, _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128((void *) (q + 4), _mm512_cvtepi32_epi8(high));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+}
+
+#else  // AVX2
+
+#define MOST 4
+enum { LANES = 8, SIGNED_PRODUCTS = true };
+typedef __m256 floats;
+typedef __m256i ints;
+
+static bool vectors_run(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+INLINE floats all_floats(float x) { return _mm256_set1_ps(x); }
+INLINE floats load_floats(const void * p) { return _mm256_load_ps(p); }
+INLINE floats load_halves(const void * p) { return _mm256_cvtph_ps(_mm_load_si128(p)); }
+INLINE floats load_bf16(const void * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_load_si128(p)), 16));
+}
+INLINE floats product(floats a, floats b) { return _mm256_mul_ps(a, b); }
+INLINE floats product_plus(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE floats to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
+INLINE void store_some(float * p, floats a, size_t count) {
+    const ints lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count < LANES ? (int) count : LANES), lane), a);
+}
+
+INLINE ints all_ints(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE ints load_ints(const void * p) { return _mm256_load_si256(p); }
+INLINE ints low_nibbles(ints a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE ints high_nibbles(ints a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+INLINE ints looked_up(ints a, __m128i table) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), a); }
+
+// Pairs of products are added in 16 bits: a byte with a sign gives it to the other factor first.
+INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
+    const ints pairs = with_sign ? _mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(x, u))
+                                 : _mm256_maddubs_epi16(u, x);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+INLINE float largest_of_32(const float * x) {
+    const floats sign = _mm256_set1_ps(-0.0f);
+    floats most = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
+    for (int i = 8; i < 32; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    float all[8], found = 0.0f;
+    _mm256_storeu_ps(all, most);
+    for (int i = 0; i < 8; i++) found = all[i] > found ? all[i] : found;
+    return found;
+}
+
+INLINE int round_32(const float * x, float up, int32_t * q) {
+    int8_t * bytes = (int8_t *) q;
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) {
+        int32_t rounded[8];
+        const ints eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), all_floats(up)));
+        _mm256_storeu_si256((void *) rounded, eight);
+        for (int j = 0; j < 8; j++) sum += bytes[i + j] = rounded[j];
+    }
+    return sum;
+}
+
+#endif
