@@ -29,11 +29,11 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.provenance import provenance
 from offramp.research.benchmark.shapes import _fill, shape
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, export_gguf
-from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.runtimes.llama_cpp.self_check import AT_ONCE
+from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
 from offramp.storage import write_json
 
 RECORD = Path(__file__).parents[1] / "records" / "runtimes-shapes.json"
@@ -41,7 +41,7 @@ PROMPT = 32
 """Tokens before those that are timed."""
 Method = Callable[[], float]
 """CPU seconds of all tokens behind the prompt."""
-RATES = {"full": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token": 1.0}
+RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits": 1.0}
 
 
 def main() -> None:
@@ -82,24 +82,27 @@ def measure(adapter: Adapter, layers: str, tokens: int, rounds: int) -> list[dic
         files, whole = Path(name) / "chain", Path(name) / "whole.gguf"
         export_gguf(adapter, files, layers)
         export_whole(adapter.backbone, whole, ExportFormats(layers))
-        weights = {"llama.cpp": whole.stat().st_size}
         alone = Segment(whole, STOCK, tap_layer=None)
         draw = np.random.default_rng(0)
         states = draw.normal(size=(PROMPT + tokens, alone.width)).astype(np.float32)
         methods: dict[tuple[str, str], Method] = {("llama.cpp", "full"): _full(alone, states)}
+        segments = [alone]
         for runtime, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK)):
-            chain = _chain(files, engine, adapter.exits.depths[0])
+            chain = _chain(files, engine, adapter.exits.depths[0], states[:AT_ONCE])
+            segments += chain.segments
             for mode, rate in RATES.items():
                 methods[runtime, mode] = _decoding(chain, states, rate)
-            used = [s.products.bytes for s in chain.segments if s.products is not None]
-            weights[runtime] = sum(used) or sum(f.stat().st_size for f in files.glob("*.gguf"))
-        return _timed(methods, weights, layers, tokens, rounds)
+        try:
+            return _timed(methods, layers, tokens, rounds)
+        finally:
+            for segment in segments:
+                segment.close()
 
 
-def _chain(files: Path, engine: EngineOptions, depth: int) -> SegmentChain:
+def _chain(files: Path, engine: EngineOptions, depth: int, probe: States) -> SegmentChain:
     below, above = sorted(files.glob("*.gguf"))
     segments = [Segment(below, engine, tap_layer=depth - 1), Segment(above, engine, tap_layer=None)]
-    return SegmentChain(segments, CallSizes(1, AT_ONCE))
+    return SegmentChain(segments, call_sizes(segments, probe))
 
 
 def _full(segment: Segment, states: States) -> Method:
@@ -131,11 +134,7 @@ def _decoding(chain: SegmentChain, states: States, rate: float) -> Method:
 
 
 def _timed(
-    methods: dict[tuple[str, str], Method],
-    weights: dict[str, int],
-    layers: str,
-    tokens: int,
-    rounds: int,
+    methods: dict[tuple[str, str], Method], layers: str, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Medians of interleaved rounds, behind one that is not counted."""
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in methods}
@@ -146,15 +145,15 @@ def _timed(
             if number:
                 seconds[name].append(taken)
     speeds = {name: tokens / median(values) for name, values in seconds.items()}
+    alone = speeds["llama.cpp", "full"]
     return [
         {
             "runtime": runtime,
             "format": layers,
             "mode": mode,
             "tokens_per_second": speed,
-            "over_llama_cpp": speed / speeds["llama.cpp", "full"],
-            "over_full": speed / speeds[runtime, "full"],
-            "weights_bytes": weights[runtime],
+            "over_llama_cpp": speed / alone,
+            "over_full": speed / speeds.get((runtime, "exits off"), alone),
             "load": load,
         }
         for (runtime, mode), speed in speeds.items()

@@ -154,6 +154,24 @@ def rows_in_a_call() -> str:
     return table(rows, ("ms", "below the exit: 1 token", *above))
 
 
+def shapes() -> str:
+    """A 7B decoder with random weights: tokens a CPU second by share of tokens that exit."""
+    entries = {
+        (e["runtime"], e["format"], e["mode"]): e for e in record("runtimes-shapes")["entries"]
+    }
+    formats = sorted({layers for _, layers, _ in entries})
+    modes = [mode for runtime, layers, mode in entries if (runtime, layers) == (OURS, formats[0])]
+
+    def cells(runtime: str, mode: str) -> list[str]:
+        found = [entries[runtime, layers, mode] for layers in formats]
+        return [f"{e['tokens_per_second']:.2f} ({e['over_llama_cpp']:.2f}x)" for e in found]
+
+    rows = [("llama.cpp alone, one file", *cells("llama.cpp", "full"))]
+    for runtime, by in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
+        rows += [(f"{by}, {mode}", *cells(runtime, mode)) for mode in modes]
+    return table(rows, ("", *formats))
+
+
 def threshold_of(row: Mapping[str, Any]) -> str:
     """What was chosen."""
     return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
@@ -172,5 +190,6 @@ TABLES: dict[str, Make] = {
     "runtimes-identical": identical,
     "runtimes-calibrated": calibrated,
     "runtimes-rows": rows_in_a_call,
+    "runtimes-shapes": shapes,
 }
 FIGURES: dict[str, Make] = {}
