@@ -18,7 +18,7 @@ from offramp.engine.policy import FULL
 
 pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
 
-from offramp.runtimes.llama_cpp import LlamaCppRuntime, segment
+from offramp.runtimes.llama_cpp import LlamaCppRuntime, kernels, segment
 from offramp.runtimes.llama_cpp.native import compiling, products
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, _library
 
@@ -67,6 +67,7 @@ def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) ->
     monkeypatch.setattr(products, "_INSTRUCTIONS", (request.param,))
     if products._native() is None:
         pytest.skip("the kernels do not run here")
+    assert kernels() == f"kernels of offramp for {'AVX2' if len(request.param) == 3 else 'AVX-512'}"
 
 
 def given(by: Segment, sizes: list[int]) -> Array:
@@ -110,11 +111,11 @@ def test_a_product_is_that_of_its_numbers(
     reader = gguf.GGUFReader(exported("llava", formats) / "segment-0.gguf")
     [gate] = [t for t in reader.tensors if t.name == "blk.0.ffn_gate.weight"]
     weight = gguf.quants.dequantize(gate.data, gate.tensor_type)
-    for kernels, nearly in ((True, 2e-6), (False, 1e-2)):
-        x = states["ffn_norm-0", kernels]
+    for by_ours, nearly in ((True, 2e-6), (False, 1e-2)):
+        x = states["ffn_norm-0", by_ours]
         expected = (x if formats in ("f16", "bf16") else rounded(x)) @ weight.T
         assert expected.shape == (45, 64)
-        away = np.abs(states["ffn_gate-0", kernels] - expected).max()
+        away = np.abs(states["ffn_gate-0", by_ours] - expected).max()
         assert away < nearly * np.abs(expected).max()
 
 
@@ -187,7 +188,7 @@ def test_without_a_compiler_llama_cpp_multiplies(
         with LlamaCppRuntime(adapter, folder, engine=OURS) as runtime:
             used = runtime._segments[0].products is not None
             found.append(runtime.generate(inputs_of("llava"), **GREEDY))
-    assert not used
+    assert not used and kernels().startswith("its own kernels: ")
     assert all(output.new_tokens.shape[1] > 3 for output in found)
 
 

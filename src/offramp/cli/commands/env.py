@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
+from offramp.errors import InputError
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -44,6 +45,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "platform": here["platform"],
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "optional": optional_packages(),
+        "llama.cpp": _llama_cpp(),
         "devices": {"cpu": here["processor"], **gpus},
         "cores": here["cores"],
         "threads": here["threads"],
@@ -67,6 +69,15 @@ def optional_packages() -> dict[str, str]:
             version = _version(package.name)
             packages[package.name] = version or f"not installed: pip install 'offramp[{extra}]'"
     return packages
+
+
+def _llama_cpp() -> str:
+    from offramp.runtimes.llama_cpp import kernels
+
+    try:
+        return f"multiplies by {kernels()}"
+    except InputError as error:
+        return str(error).splitlines()[0]
 
 
 def _version(name: str) -> str | None:

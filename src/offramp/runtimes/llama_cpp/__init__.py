@@ -6,6 +6,6 @@ exits; `LlamaCppRuntime` generates with them. Needs the extra `llama-cpp`.
 
 from offramp.runtimes.llama_cpp.gguf_export import FORMATS, ExportFormats, export_gguf
 from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
-from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
 
-__all__ = ["FORMATS", "EngineOptions", "ExportFormats", "LlamaCppRuntime", "export_gguf"]
+__all__ = ["FORMATS", "EngineOptions", "ExportFormats", "LlamaCppRuntime", "export_gguf", "kernels"]

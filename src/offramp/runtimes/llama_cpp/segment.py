@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError, InputError
-from offramp.runtimes.llama_cpp.native.products import Products, reason_against
+from offramp.runtimes.llama_cpp.native.products import Products, instructions, reason_against
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 
@@ -190,6 +190,16 @@ class _Batch:
             self._outputs[:rows] = 0
             self._outputs[rows - idle - outputs : rows - idle] = 1
         return self._batch
+
+
+def kernels() -> str:
+    """Whose kernels multiply on this machine, in words.
+
+    Raises:
+        InputError: the extra `llama-cpp` is not installed.
+    """
+    reason = reason_against(_library()._lib)
+    return f"its own kernels: {reason}" if reason else f"kernels of offramp for {instructions()}"
 
 
 def _products(library: Any, options: EngineOptions) -> Products | None:

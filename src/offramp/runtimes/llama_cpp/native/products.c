@@ -69,9 +69,8 @@ struct products {
     struct arena { struct arena * next; size_t bytes, used; } * arenas;
 };
 
-int offramp_products_fit(void) {
-    return vectors_run();
-}
+// What this was compiled for; none where the processor lacks it.
+const char * offramp_products_instructions(void) { return vectors_run() ? INSTRUCTIONS : NULL; }
 
 void * offramp_products_new(void * is_host, void * usage, void * init, void * custom, void * free_context) {
     struct products * all = calloc(1, sizeof *all);

@@ -66,13 +66,21 @@ def reason_against(library: Any) -> str:
     return "" if _native() else "they could not be compiled, or the processor has no AVX2"
 
 
+def instructions() -> str:
+    """What the kernels were compiled for; only where there is no reason against them."""
+    return str(_native().offramp_products_instructions().decode())
+
+
 @functools.cache
 def _native() -> Any:
     """The compiled kernels; None where there are none that this processor runs."""
     headers = Path(import_llama_cpp().__file__).parents[1] / "include"
     for flags in _INSTRUCTIONS:
         native: Any = compiled("products", flags, headers)
-        if native is None or not native.offramp_products_fit():
+        if native is None:
+            continue
+        native.offramp_products_instructions.restype = ctypes.c_char_p
+        if not native.offramp_products_instructions():
             continue
         native.offramp_products_new.restype = ctypes.c_void_p
         native.offramp_products_new.argtypes = [ctypes.c_void_p] * len(_OF_GGML)

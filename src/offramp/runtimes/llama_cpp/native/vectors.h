@@ -14,6 +14,7 @@
 // SIGNED_PRODUCTS: whether integers are multiplied with their sign, rather than a bias.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
+#define INSTRUCTIONS "AVX-512"
 #define MOST 8
 enum { LANES = 16, SIGNED_PRODUCTS = false };
 typedef __m512 floats;
@@ -65,6 +66,7 @@ INLINE int round_32(const float * x, float up, int32_t * q) {
 
 #else  // AVX2
 
+#define INSTRUCTIONS "AVX2"
 #define MOST 4
 enum { LANES = 8, SIGNED_PRODUCTS = true };
 typedef __m256 floats;
