@@ -1,7 +1,7 @@
 """A 7B decoder in llama.cpp, with exits and without; rewrites runtimes-shapes.json.
 
 Speed only: weights are random, its layers all the same one (in memory of their own once they are
-written), and which tokens exit is drawn. `python -m benchmarks.runtimes.shapes` takes ten minutes,
+written), and which tokens exit is drawn. `python -m benchmarks.runtimes.shapes` takes 25 minutes,
 18 GB of memory and 9 of disk; one thread. All files of a format have to fit into memory.
 """
 
@@ -47,7 +47,7 @@ RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llava-7b")
-    parser.add_argument("--formats", nargs="+", default=["q4_1"])
+    parser.add_argument("--formats", nargs="+", default=["q4_1", "q4_0"])
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RECORD)

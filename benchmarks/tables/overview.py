@@ -75,7 +75,8 @@ def _llama_cpp(layers: str) -> tuple[str, ...]:
     )
     return (
         f"the same inside llama.cpp, {layers}",
-        f"**{early['over_llama_cpp']:.2f}x** of llama.cpp alone",
+        f"**{early['over_llama_cpp']:.2f}x** of llama.cpp alone, "
+        f"{early['over_full']:.2f}x of exits off",
         times(whole),
         f"captions lose at most {measured['calibrated']['target']:g} of ROUGE-L "
         f"(here {promise['risk']:.3f})",
