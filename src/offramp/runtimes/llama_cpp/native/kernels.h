@@ -87,8 +87,8 @@ struct quantised {
     int32_t c, unused;
 };
 
-// Block after block, or column after column in float32, and in each token after token: so the kernels
-// read what they need side by side.
+// Tokens are taken `MOST` at a time, and the last ones that are left. Of such a chunk they lie block
+// after block, or column after column in float32, and in each token after token: as they are read.
 struct activations {
     size_t tokens;
     const float * x;
@@ -116,12 +116,15 @@ static struct activations arranged(enum ggml_type type, size_t columns, size_t t
                                    size_t stride, void * memory) {
     float * numbers = memory;
     struct quantised * blocks = memory;
-    for (size_t n = 0; n < tokens; n++, x += stride) {
-        if (is_float(type))
-            for (size_t k = 0; k < columns; k++) numbers[k * tokens + n] = x[k];
-        else
-            for (size_t b = 0; b < columns / BLOCK; b++)
-                blocks[b * tokens + n] = quantise(x + b * BLOCK, bias_of(type));
+    for (size_t first = 0; first < tokens; first += MOST) {
+        const size_t chunk = tokens - first < MOST ? tokens - first : MOST;
+        for (size_t n = 0; n < chunk; n++, x += stride) {
+            if (is_float(type))
+                for (size_t k = 0; k < columns; k++) numbers[first * columns + k * chunk + n] = x[k];
+            else
+                for (size_t b = 0; b < columns / BLOCK; b++)
+                    blocks[first * (columns / BLOCK) + b * chunk + n] = quantise(x + b * BLOCK, bias_of(type));
+        }
     }
     return (struct activations) {tokens, numbers, blocks};
 }
@@ -134,8 +137,8 @@ INLINE floats load_weights(enum ggml_type type, const uint8_t * w) {
 
 INLINE void float_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
                         const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
-    const float * x = a->x + first;
-    for (size_t k = 0; k < columns; k++, w += 2 * ROWS, x += a->tokens) {
+    const float * x = a->x + first * columns;
+    for (size_t k = 0; k < columns; k++, w += 2 * ROWS, x += tokens) {
         const floats lower = load_weights(type, w), upper = load_weights(type, w + 2 * LANES);
         UNROLL for (int n = 0; n < tokens; n++) {
             sums[0][n] = product_plus(lower, all_floats(x[n]), sums[0][n]);
@@ -156,8 +159,8 @@ INLINE ints load_integers(enum ggml_type type, const uint8_t * w, int j, int hal
 
 INLINE void integer_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
                           const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
-    const struct quantised * x = a->blocks + first;
-    for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), x += a->tokens) {
+    const struct quantised * x = a->blocks + first * (columns / BLOCK);
+    for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), x += tokens) {
         ints dots[HALVES][MOST];
         UNROLL for (int n = 0; n < tokens; n++)
             dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n].c : 0);
