@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -210,6 +211,20 @@ def test_a_callback_in_python_reads_the_same_states(exported: Any, loaded: Any) 
     theirs = loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
     assert same(ours, theirs)
     assert torch.equal(ours.scores.nan_to_num(-1), theirs.scores.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])  # the latter's head is its embeddings
+def test_it_decodes_without_the_weights_in_pytorch(name: str, exported: Any, loaded: Any) -> None:
+    adapter = copy.deepcopy(adapter_of(name))
+    policy, inputs = adapter.policy, inputs_of(name)
+    held = sum(p.nbytes for p in adapter.backbone.layers.parameters())
+    with LlamaCppRuntime(adapter, exported(name), engine=EXACT) as each:
+        assert each.release_decoder() >= held
+        assert not any(p.nbytes for p in adapter.backbone.layers.parameters())
+        assert each.release_decoder() == 0
+        for how in (policy, replace(policy, lossless=True), FULL):
+            ours = each.generate(inputs, policy=how, **GREEDY)
+            assert same(ours, loaded(name).generate(inputs, policy=how, **GREEDY))
 
 
 def test_scales_that_llama_cpp_fits_lie_nearer_to_the_weights(exported: Any) -> None:

@@ -83,7 +83,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     check_runtime(arguments)
     _check_images(arguments)
     adapter, processor = load_adapter(arguments)
-    runtime = load_runtime(arguments, adapter) or adapter
+    runtime = load_runtime(arguments, adapter, alone=True) or adapter
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     if arguments.mode != "full" and not policy.effective.thresholds:
         log.warning(

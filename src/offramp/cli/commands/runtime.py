@@ -69,10 +69,13 @@ def check_not_quantized(arguments: argparse.Namespace) -> None:
         )
 
 
-def load_runtime(arguments: argparse.Namespace, adapter: Any, **sizes: int) -> Any:
+def load_runtime(
+    arguments: argparse.Namespace, adapter: Any, *, alone: bool = False, **sizes: int
+) -> Any:
     """What generates in the adapter's place; None: it does that itself.
 
-    sizes: threads and context, where the command has other options for them.
+    alone: nothing else decodes by the adapter, or saves it: what is held twice is freed. sizes:
+    threads and context, where the command has other options for them.
     """
     check_runtime(arguments)
     if arguments.runtime == "torch":
@@ -84,7 +87,10 @@ def load_runtime(arguments: argparse.Namespace, adapter: Any, **sizes: int) -> A
         return _graphs(adapter, context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
-    return LlamaCppRuntime(adapter, arguments.gguf, engine=EngineOptions(context, threads))
+    runtime = LlamaCppRuntime(adapter, arguments.gguf, engine=EngineOptions(context, threads))
+    if alone:
+        runtime.release_decoder()
+    return runtime
 
 
 def _graphs(adapter: Any, context: int) -> Any:

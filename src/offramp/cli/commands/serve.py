@@ -261,7 +261,7 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
             "Name an adapter, or leave --runtime out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
-    return load_runtime(arguments, model, **sizes)
+    return load_runtime(arguments, model, alone=True, **sizes)
 
 
 def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:

@@ -142,6 +142,21 @@ class LlamaCppRuntime:
         assert bool(output.depths.all()), "one row ends with its last token"
         return replace(output, sequences=output.sequences.to(prepared.ids.device))
 
+    def release_decoder(self) -> int:
+        """Free what PyTorch holds of the weights in llama.cpp's files, and return their bytes.
+
+        The adapter and its backbone decode by this runtime alone from here on, and cannot be saved
+        or compared with others.
+        """
+        kept = self._embedding.weight.data_ptr()
+        modules = (self.backbone.layers, self.adapter.exits.modules, self.backbone.head)
+        freed = 0
+        for parameter in [p for module in modules for p in module.parameters()]:
+            if parameter.data_ptr() != kept:
+                freed += parameter.nbytes
+                parameter.data = parameter.data.new_empty(0)
+        return freed
+
     def close(self) -> None:
         """Give llama.cpp's memory back; the runtime is of no use afterwards."""
         for segment in self._segments:
