@@ -197,8 +197,11 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
                         size_t group, size_t first, const int tokens) {
     floats sums[HALVES][MOST];
     UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = all_floats(0.0f);
-    (is_float(type) ? float_group : integer_group)(
-        type, p->packed + group * group_bytes(type, p->columns), p->columns, tokens, a, first, sums);
+    const uint8_t * w = p->packed + group * group_bytes(type, p->columns);
+    if (is_float(type))
+        float_group(type, w, p->columns, tokens, a, first, sums);
+    else
+        integer_group(type, w, p->columns, tokens, a, first, sums);
     const size_t left = p->rows - group * ROWS;
     UNROLL for (int n = 0; n < tokens; n++) {
         float * out = p->out + (first + n) * p->stride + group * ROWS;
