@@ -67,7 +67,7 @@ def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) ->
     monkeypatch.setattr(products, "_INSTRUCTIONS", (request.param,))
     if products._native() is None:
         pytest.skip("the kernels do not run here")
-    assert kernels() == f"kernels of offramp for {'AVX2' if len(request.param) == 3 else 'AVX-512'}"
+    assert kernels() == f"kernels of offramp for {'AVX2' if len(request.param) == 4 else 'AVX-512'}"
 
 
 def given(by: Segment, sizes: list[int]) -> Array:

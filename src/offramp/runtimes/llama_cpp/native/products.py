@@ -17,7 +17,7 @@ from typing import Any
 from offramp.runtimes.llama_cpp.native.compiling import compiled
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 
-_AVX2 = ("-mavx2", "-mf16c", "-mfma")
+_AVX2 = ("-mtune=native", "-mavx2", "-mf16c", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 _INSTRUCTIONS = (_AVX512, _AVX2)
 """What to compile for, as the compiler has it: the first that the processor has."""
