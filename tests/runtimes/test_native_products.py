@@ -35,12 +35,12 @@ Array = npt.NDArray[np.float32]
 
 @pytest.fixture
 def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
-    """`opened(formats, options, place)`: a segment of the tiny LLaVA."""
+    """`opened(formats, options)`: the tiny LLaVA's layers below its first exit."""
     made: list[Segment] = []
 
-    def load(formats: str, options: EngineOptions = OURS, place: int = 0) -> Segment:
-        file, tap = exported("llava", formats) / f"segment-{place}.gguf", 1 if place < 2 else None
-        made.append(Segment(file, options, tap_layer=tap))
+    def load(formats: str, options: EngineOptions = OURS) -> Segment:
+        file = exported("llava", formats) / "segment-0.gguf"
+        made.append(Segment(file, options, tap_layer=1))
         return made[-1]
 
     yield load
@@ -61,13 +61,14 @@ def anew() -> Iterator[Callable[[], None]]:
     forget()
 
 
-@pytest.fixture(params=[products._AVX512, products._AVX2], ids=["avx512", "avx2"])
+@pytest.fixture(params=["AVX-512", "AVX2"])
 def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) -> None:
     """Kernels that were compiled for these alone."""
-    monkeypatch.setattr(products, "_INSTRUCTIONS", (request.param,))
+    flags = {"AVX-512": products._AVX512, "AVX2": products._AVX2}[request.param]
+    monkeypatch.setattr(products, "_INSTRUCTIONS", (flags,))
     if products._native() is None:
         pytest.skip("the kernels do not run here")
-    assert kernels() == f"kernels of offramp for {'AVX2' if len(request.param) == 4 else 'AVX-512'}"
+    assert kernels() == f"kernels of offramp for {request.param}"
 
 
 def given(by: Segment, sizes: list[int]) -> Array:
