@@ -71,11 +71,11 @@ static void pack_block(enum ggml_type type, const uint8_t * from, uint8_t * to, 
 }
 
 static void pack_rows(enum ggml_type type, size_t rows, size_t columns, const uint8_t * from, uint8_t * to) {
-    for (size_t row = 0; row < rows; row++) {
-        uint8_t * group = to + row / ROWS * group_bytes(type, columns);
-        for (size_t k = 0; k < columns; k += BLOCK, from += block_bytes(type), group += packed_bytes(type))
-            pack_block(type, from, group, row % ROWS);
-    }
+    const size_t blocks = columns / BLOCK;
+    for (size_t first = 0; first < rows; first += ROWS)
+        for (size_t b = 0; b < blocks; b++, to += packed_bytes(type))
+            for (size_t row = first; row < rows && row < first + ROWS; row++)
+                pack_block(type, from + (row * blocks + b) * block_bytes(type), to, row - first);
 }
 
 // -- activations ------------------------------------------------------------------------------
