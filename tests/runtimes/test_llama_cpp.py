@@ -297,7 +297,9 @@ def test_a_tensor_that_is_not_there_is_refused(
     exported: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = segment.Tap
-    monkeypatch.setattr(segment, "Tap", lambda lib, name, *a, **k: made(lib, "x" + name, *a, **k))
+    monkeypatch.setattr(
+        segment, "Tap", lambda lib, name, *a, **k: made(lib, name and "x" + name, *a, **k)
+    )
     refused(
         lambda: LlamaCppRuntime(adapter_of("llava"), exported("llava")),
         UnsupportedBackboneError,

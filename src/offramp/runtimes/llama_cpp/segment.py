@@ -64,6 +64,7 @@ class Segment:
         parameters.use_extra_bufts = self.products is None  # rearranged for llama.cpp's own
         self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
+            self.close()
             raise AdapterError(
                 f"llama.cpp does not load {file}.",
                 "Export it again, with the version of llama-cpp-python that is installed now.",
@@ -71,12 +72,14 @@ class Segment:
         self.width = int(lib.llama_model_n_embd(self._model))
         self.layers = int(lib.llama_model_n_layer(self._model))
         self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
-        wanted = "" if tap_layer is None else f"l_out-{tap_layer}"
-        self._callback = Tap(
-            lib._lib, wanted, self.width, READ_AT_ONCE,
-            compiled=options.compiled_tap, products=self.products,
-        )  # fmt: skip
-        self.tap = self._callback if wanted else None
+        self._callback: Tap | None = None
+        if tap_layer is not None or self.products is not None:
+            wanted = None if tap_layer is None else f"l_out-{tap_layer}"
+            self._callback = Tap(
+                lib._lib, wanted, self.width, READ_AT_ONCE,
+                compiled=options.compiled_tap, products=self.products,
+            )  # fmt: skip
+        self.tap = None if tap_layer is None else self._callback
         self._context = lib.llama_init_from_model(self._model, self._parameters(options))
         if not self._context:
             self.close()
@@ -150,7 +153,7 @@ class Segment:
         )
         parameters.type_k = parameters.type_v = _CACHES[options.cache]
         parameters.no_perf = True
-        if self.tap is not None or self.products is not None:
+        if self._callback is not None:
             parameters.cb_eval = ctypes.cast(self._callback.callback, type(parameters.cb_eval))
             parameters.cb_eval_user_data = self._callback.user_data
         return parameters

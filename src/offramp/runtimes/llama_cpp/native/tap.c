@@ -6,7 +6,7 @@
 #include <string.h>
 
 struct tap {
-    const char * wanted;
+    const char * wanted;  // may be none
     const char * (*name)(const void *);
     size_t (*bytes)(const void *);
     void (*get)(const void *, void *, size_t, size_t);
@@ -20,7 +20,7 @@ struct tap {
 bool offramp_tap(void * tensor, bool ask, void * user) {
     struct tap * tap = user;
     if (ask && tap->offer) tap->offer(tap->products, tensor);
-    const bool wanted = strcmp(tap->name(tensor), tap->wanted) == 0;
+    const bool wanted = tap->wanted && strcmp(tap->name(tensor), tap->wanted) == 0;
     if (ask || !wanted) return ask ? wanted : true;
     const size_t bytes = tap->bytes(tensor);
     if (tap->held + bytes <= tap->room) tap->get(tensor, tap->into + tap->held, 0, bytes);

@@ -46,22 +46,24 @@ class Tap:
     def __init__(
         self,
         library: Any,
-        tensor: str,
+        tensor: str | None,
         width: int,
         rows: int,
         *,
         compiled: bool,
         products: Products | None = None,
     ) -> None:
-        """library: with ggml's functions. tensor: its name. rows: most in one call.
+        """library: with ggml's functions. tensor: its name; None: none is read. rows: most in one
+        call.
 
         compiled: ask C where it can be compiled. products: take over what they can; in C alone.
         """
-        self._into = np.empty((rows, width), dtype=np.float32)
+        self._into = np.empty((0 if tensor is None else rows, width), dtype=np.float32)
         functions = [library.ggml_get_name, library.ggml_nbytes, library.ggml_backend_tensor_get]
         addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
         self._tap = _Tap(
-            tensor.encode(), *addresses, products and products.offer, products and products.handle,
+            tensor and tensor.encode(), *addresses,
+            products and products.offer, products and products.handle,
             self._into.ctypes.data, self._into.nbytes, 0, False,
         )  # fmt: skip
         self.user_data = ctypes.addressof(self._tap)
