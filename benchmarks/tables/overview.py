@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables.markdown import Make, bold, record, table, times, tiny
+from benchmarks.tables.runtimes import OURS, entry_at, timed_entries
 from benchmarks.tables.speed import forced
 
 Value = Mapping[str, Any]
@@ -59,19 +60,16 @@ def _photo() -> tuple[str, ...]:
 def _llama_cpp(layers: str) -> tuple[str, ...]:
     """Exits inside llama.cpp, against llama.cpp alone in the same format."""
     measured = record("runtimes")
-    entries = {
-        (e["runtime"], e["mode"]): e
-        for e in measured["timings"]["entries"]
-        if e["format"] == layers
-    }
     promise = measured["calibrated"]["formats"][layers]["guaranteed"]
-    [threshold] = promise["thresholds"].values()
-    early = entries["offramp, llama.cpp", f"early_exit at {threshold:g}"]
-    whole = entries["llama.cpp", "full"]["end_to_end_cpu_seconds"] / early["end_to_end_cpu_seconds"]
+    early, alone = (
+        entry_at(layers, promise["thresholds"]),
+        timed_entries()["llama.cpp", layers, "full"],
+    )
+    whole = alone["end_to_end_cpu_seconds"] / early["end_to_end_cpu_seconds"]
     full = next(
         c["CIDEr"]
         for c in measured["answers"]["cider"]
-        if (c["runtime"], c["format"], c["mode"]) == ("offramp, llama.cpp", layers, "full")
+        if (c["runtime"], c["format"], c["mode"]) == (OURS, layers, "full")
     )
     return (
         f"the same inside llama.cpp, {layers}",

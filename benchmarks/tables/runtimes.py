@@ -21,14 +21,22 @@ IDENTICAL = {
 }
 
 
-def _entries() -> dict[tuple[str, str, str], dict[str, Any]]:
+def timed_entries() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """By runtime, number format and mode."""
     entries = record("runtimes")["timings"]["entries"]
     return {(e["runtime"], e["format"], e["mode"]): e for e in entries}
 
 
+def entry_at(layers: str, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """Ours at thresholds that were chosen, of which the shipped ones have no name of their own."""
+    chosen, entries = list(thresholds.values()), timed_entries()
+    mode = f"early_exit at {chosen[0]:g}" if chosen else "full"
+    return entries.get((OURS, layers, mode), entries[OURS, layers, "early_exit"])
+
+
 def speeds() -> str:
     """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
-    entries = _entries()
+    entries = timed_entries()
     rows = [("OpenVINO GenAI", *_cells(entries, "OpenVINO GenAI", "full"))]
     rows += [("llama.cpp alone, one file", *_cells(entries, "llama.cpp", "full"))]
     rows += [(title, *_cells(entries, OURS, mode)) for mode, title in MODES.items()]
@@ -37,7 +45,7 @@ def speeds() -> str:
 
 def kernels() -> str:
     """The same by llama.cpp's own kernels, and what exits alone gain by ours."""
-    entries = _entries()
+    entries = timed_entries()
 
     def gains(mode: str) -> list[str]:
         return [f"{entries[OURS, layers, mode]['over_full']:.2f}x" for layers in FORMATS]
@@ -56,7 +64,7 @@ def kernels() -> str:
 
 def in_torch() -> str:
     """The same in PyTorch, float32."""
-    entries = _entries()
+    entries = timed_entries()
     titles = {("generate", "full"): "`generate`"}
     titles |= {("generate, static cache, compiled", "full"): "`generate`, static cache, compiled"}
     titles |= {("offramp, torch", mode): title for mode, title in MODES.items()}
@@ -115,12 +123,10 @@ def identical() -> str:
 
 def calibrated() -> str:
     """Thresholds by format, and what they lose on the other half of the photographs."""
-    formats, entries, rows = record("runtimes")["calibrated"]["formats"], _entries(), []
+    formats, rows = record("runtimes")["calibrated"]["formats"], []
 
     def speed(layers: str, mode: str) -> str:
-        chosen = list(formats[layers][mode]["thresholds"].values())
-        name = f"early_exit at {chosen[0]:g}" if chosen else "full"
-        return _speed(entries.get((OURS, layers, name), entries[OURS, layers, "early_exit"]))
+        return _speed(entry_at(layers, formats[layers][mode]["thresholds"]))
 
     for mode, title in (
         ("calibrated", "CIDEr down by at most 3% on the choosing half"),
@@ -141,8 +147,7 @@ def guaranteed(figure: str) -> Make:
 
     def make() -> str:
         promise = record("runtimes")["calibrated"]["formats"]["q8_0"]["guaranteed"]
-        [threshold] = promise["thresholds"].values()
-        return f"{_entries()[OURS, 'q8_0', f'early_exit at {threshold:g}'][figure]:.2f}"
+        return f"{entry_at('q8_0', promise['thresholds'])[figure]:.2f}"
 
     return make
 
