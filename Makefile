@@ -14,13 +14,13 @@ demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report
 
 # One worker a core; a worker takes tests from another that still has many.
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
-RESEARCH_TESTS := tests/research tests/benchmarks tests/examples
+LAB_TESTS := lab/tests tests/examples
 
 test: $(READY)  ## the tests of what is installed, without a network
-	$(PYTEST) $(RESEARCH_TESTS:%=--ignore=%)
+	$(PYTEST) tests --ignore=tests/examples
 
-test-research: $(READY)  ## the tests of comparison, analysis, benchmarks, compiled code and the photo example
-	$(PYTEST) $(RESEARCH_TESTS)
+test-research: $(READY)  ## the tests of the lab and the photo example
+	$(PYTEST) $(LAB_TESTS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -31,47 +31,47 @@ check: lint test test-research
 records: $(READY)  ## run both demos, keep their reports in records/, refill the pages' tables
 	$(BIN)/offramp demo --backbone opt
 	$(BIN)/offramp demo --backbone t5
-	cp runs/demo/report-opt.json benchmarks/records/demo-opt.json
-	cp runs/demo/report-t5.json benchmarks/records/demo-t5.json
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+	cp runs/demo/report-opt.json lab/records/demo-opt.json
+	cp runs/demo/report-t5.json lab/records/demo-t5.json
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-calibrated: $(READY)  ## what calibration promises and keeps; rewrites benchmarks/records/calibrated.json and violations.json
-	$(BIN)/python -m benchmarks.calibrated
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/records/calibrated.json and violations.json
+	$(BIN)/python -m offramp_lab.records.calibrated
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-compare: $(READY)  ## objectives and policies at equal quality; rewrites benchmarks/records/compare.json and docs/defaults.md
-	$(BIN)/python -m benchmarks.compare
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/records/compare.json and docs/defaults.md
+	$(BIN)/python -m offramp_lab.records.compare
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-ablation: $(READY)  ## the adversary against none, on two cores; rewrites benchmarks/records/ablation.json and docs/defaults.md
-	$(BIN)/python -m benchmarks.ablation --shard 0/2 & $(BIN)/python -m benchmarks.ablation --shard 1/2; wait
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+ablation: $(READY)  ## the adversary against none, on two cores; rewrites lab/records/ablation.json and docs/defaults.md
+	$(BIN)/python -m offramp_lab.records.ablation --shard 0/2 & $(BIN)/python -m offramp_lab.records.ablation --shard 1/2; wait
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-analysis: $(READY)  ## quality at every depth, overthinking; rewrites benchmarks/records/analysis.json
-	$(BIN)/python -m benchmarks.analysis
+analysis: $(READY)  ## quality at every depth, overthinking; rewrites lab/records/analysis.json
+	$(BIN)/python -m offramp_lab.records.analysis
 
 bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
-	$(BIN)/python -m benchmarks.bench
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m offramp_lab.records.bench
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-loads: $(READY)  ## the batch engine under loads like those of use; rewrites benchmarks/records/loads.json and a part of engine.json
-	$(BIN)/python -m benchmarks.loads.guesses --t5 runs/demo/t5
-	$(BIN)/python -m benchmarks.loads.memory
-	$(BIN)/python -m benchmarks.loads.arrivals
-	$(BIN)/python -m benchmarks.readme && $(BIN)/python -m benchmarks.plots
+loads: $(READY)  ## the batch engine under loads like those of use; rewrites lab/records/loads.json and a part of engine.json
+	$(BIN)/python -m offramp_lab.records.loads.guesses --t5 runs/demo/t5
+	$(BIN)/python -m offramp_lab.records.loads.memory
+	$(BIN)/python -m offramp_lab.records.loads.arrivals
+	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
-	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m offramp_lab.pages.reports
 
 docs: $(READY)  ## the documentation as a site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache runs/demo
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp instead of the folder: a venv whose install failed half-way is set up again.
-$(READY): pyproject.toml
+$(READY): pyproject.toml lab/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]' -e lab
 	touch $@

@@ -1,4 +1,5 @@
-"""The rooms of the package stand in one order, and each imports only what stands before it.
+"""The rooms of the package stand in one order, the lab's behind them, and each imports only what
+stands before it.
 
 Read from the syntax trees, so that imports inside functions count; then asked of a fresh process.
 """
@@ -38,8 +39,11 @@ MAY_IMPORT = {
     "runtimes": ANSWERS,
     "integrations": {*ANSWERS, "serving"},
     "calibration": {*ANSWERS, "evaluation"},
-    "research": {*ANSWERS, "training", "evaluation", "calibration", "serving"},
-    "cli": {*ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "research"},
+    "report": {*ANSWERS, "evaluation"},
+    "demo": {*ANSWERS, "training", "evaluation", "calibration", "report"},
+    "cli": {
+        *ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "report", "demo"
+    },
 }
 """By room, what else it may import. `offramp` itself only hands names on, when asked for them."""
 
@@ -72,13 +76,39 @@ def test_a_room_imports_only_what_stands_before_it(name: str) -> None:
     assert files and wrong == set()
 
 
-def test_only_research_draws() -> None:
+def test_nothing_of_the_product_imports_the_lab() -> None:
+    assert "offramp_lab" not in {m.split(".")[0] for f in SOURCE.rglob("*.py") for m in imports(f)}
+
+
+LAB = Path(__file__).parents[1] / "lab" / "src" / "offramp_lab"
+BEFORE = {
+    "places": set(),
+    "inputs": {"places"},
+    "experiments": {"inputs"},
+    "commands": {"inputs", "experiments"},
+    "cli": set(),
+    "records": {"places", "inputs", "experiments"},
+    "tables": {"places", "experiments"},
+    "pages": {"places", "inputs", "experiments", "records", "tables"},
+    "recipes": set(),
+}
+"""The same of the lab's rooms."""
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_room_of_the_lab_imports_only_what_stands_before_it(name: str) -> None:
+    files = [*LAB.glob(f"{name}.py"), *LAB.glob(f"{name}/**/*.py")]
+    modules = {m for f in files for m in imports(f) if m.startswith("offramp_lab.")}
+    assert files and {m.split(".")[1] for m in modules} <= {*BEFORE[name], name}
+
+
+def test_only_the_report_draws() -> None:
     drawing = {
         file.relative_to(SOURCE).parts[0]
         for file in SOURCE.rglob("*.py")
         if any(module.split(".")[0] == "matplotlib" for module in imports(file))
     }
-    assert drawing == {"research"}
+    assert drawing == {"report"}
 
 
 def loaded_by(*modules: str, then: str = "") -> set[str]:
@@ -91,12 +121,13 @@ def loaded_by(*modules: str, then: str = "") -> set[str]:
 def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
     loaded = loaded_by("offramp.serving", "offramp.engine.generate", "offramp.adapter")
     assert "offramp.engine.generate" in loaded
-    unwanted = {"offramp.training", "offramp.evaluation", "offramp.calibration", "offramp.research"}
+    unwanted = {"offramp.training", "offramp.evaluation", "offramp.calibration", "offramp.report"}
     assert loaded & {*unwanted, "offramp.cli", "matplotlib", "datasets"} == set()
 
 
 def test_data_and_help_do_not_wait_for_torch() -> None:
-    data = [f"offramp.data.{file.stem}" for file in (SOURCE / "data").glob("[!_]*.py")]
+    files = [file.relative_to(SOURCE.parent) for file in (SOURCE / "data").rglob("[!_]*.py")]
+    data = [".".join(file.with_suffix("").parts) for file in files]
     modules = ["offramp.storage", "offramp.provenance", "offramp.cli.command_line", *data]
     loaded = loaded_by(*modules, then="offramp.cli.command_line.build_parser()")
     assert {"offramp.data.datasets", "offramp.cli"} <= loaded

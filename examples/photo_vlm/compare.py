@@ -2,7 +2,7 @@
 
 FREE learns from the captions that the model is sure of, without labels; cross-entropy reads all
 captions that people wrote, or those of a tenth of the photographs. Takes about six hours of one
-core; cut off, it goes on where it stopped. Then: python -m benchmarks.readme
+core; cut off, it goes on where it stopped. Then: python -m offramp_lab.pages.readme
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import read_photographs
 from offramp.calibration.risk_functions import QUALITIES
-from offramp.research.comparison.compare import compare
-from offramp.research.comparison.methods import Plan
 from offramp.storage import write_json
 from offramp.training.config import TrainConfig
+from offramp_lab.experiments.comparison.compare import compare
+from offramp_lab.experiments.comparison.methods import Plan
 
-RECORD = Path("benchmarks/records/compare-photo.json")
+RECORD = Path("lab/records/compare-photo.json")
 PLAN = Plan(
     objectives=(
         "logit_lens", "cross_entropy", "cross_entropy_few", "cross_entropy_own", "distillation",

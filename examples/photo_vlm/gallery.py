@@ -16,8 +16,8 @@ from offramp.adapter import Adapter
 from offramp.answers import Model, generate_answers
 from offramp.data.example import Example
 from offramp.evaluation.run_log import Done, Row
-from offramp.research.report.gallery import gallery
-from offramp.research.report.html import Section, document
+from offramp.report.gallery import gallery
+from offramp.report.html import Section, document
 from offramp.storage import write_atomic
 
 

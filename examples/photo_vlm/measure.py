@@ -42,9 +42,9 @@ from offramp.evaluation.timing import (
 )
 from offramp.models.exits import Exits
 from offramp.provenance import provenance
-from offramp.research.analysis.analyse import RESULT, AnalysisConfig, analyse
-from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
 from offramp.storage import read_json, write_json
+from offramp_lab.experiments.analysis.analyse import RESULT, AnalysisConfig, analyse
+from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------
 
@@ -187,7 +187,7 @@ def main() -> None:
         "--size", choices=SIZES, default="whole",
         help="small: to hold regimes against each other; quick: only to try it out",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/records/photo.json"))
+    parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))
     parser.add_argument(
         "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"
     )

@@ -20,8 +20,8 @@ from offramp.calibration.attempts import (
     turn_of,
 )
 from offramp.data.example import Example
+from offramp.data.scenes import world
 from offramp.engine.policy import Thresholds
-from offramp.research.scenes import world
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
 

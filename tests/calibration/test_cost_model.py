@@ -21,7 +21,7 @@ from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.models.exits import Exits
-from offramp.research.benchmark.shapes import shape
+from offramp_lab.inputs.shapes import shape
 
 LAYERS, EXIT = 8, 3
 COSTS = Costs(

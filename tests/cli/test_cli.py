@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import TRAIN, RunCommand, assert_two_lines
+from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of, program_of
 
-from offramp import cli
 from offramp.calibration import draft_thresholds as drafts
-from offramp.cli.command_line import COMMANDS
 from offramp.save_and_load import CONFIG
 
 
@@ -21,14 +19,14 @@ def test_help_starts_with_what_to_type() -> None:
     assert "offramp demo" in shown
 
 
-@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("command", EVERY)
 def test_every_command_is_there_and_its_help_shows_it_at_work(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        program_of(command).main([command, "--help"])
     assert stop.value.code == 0
-    assert f"example:\n  offramp {command}" in capsys.readouterr().out
+    assert f"example:\n  {parser_of(command).prog} {command}" in capsys.readouterr().out
 
 
 def test_training_tells_its_agreement_by_depth_on_stdout(

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from command_line import TRAIN, RunCommand, assert_two_lines
+from command_line import EVERY, TRAIN, RunCommand, assert_two_lines
+from command_line import parser_of as program_parser
 
-from offramp.cli.command_line import COMMANDS, build_parser
 from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS
 from offramp.cli.parser import Parser
@@ -23,7 +23,7 @@ from offramp.training.config import TrainConfig
 
 @cache
 def parser_of(command: str) -> Parser:
-    parser = build_parser()
+    parser = program_parser(command)
     list(parser.loaded())
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     found: Parser = commands.choices[command]
@@ -31,18 +31,18 @@ def parser_of(command: str) -> Parser:
 
 
 def actions() -> Iterator[tuple[str, argparse.Action]]:
-    for command in COMMANDS:
+    for command in EVERY:
         yield from ((command, action) for action in parser_of(command)._actions)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EVERY)
 def test_every_command_takes_the_same(command: str) -> None:
     known = parser_of(command)._option_string_actions
     assert {"--quiet", "--config", "--help"} <= set(known)
     assert ("--json" in known) is (command != "completion")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EVERY)
 def test_no_list_of_options_is_long(command: str) -> None:
     for group in parser_of(command)._action_groups:
         assert len(group._group_actions) <= 10, group.title

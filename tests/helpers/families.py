@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from offramp.research.tiny_families import (
+from offramp_lab.inputs.tiny_families import (
     CAUSAL_PROMPT,
     FURTHER,
     KINDS,
@@ -15,8 +15,8 @@ from offramp.research.tiny_families import (
     depths,
     kind_of,
 )
-from offramp.research.tiny_families.adapted import blip2
-from offramp.research.tiny_families.text import (
+from offramp_lab.inputs.tiny_families.adapted import blip2
+from offramp_lab.inputs.tiny_families.text import (
     BOS,
     EOS,
     FIRST_WORD,

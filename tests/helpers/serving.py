@@ -16,8 +16,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from offramp.adapter import Adapter
+from offramp.data.scenes import tasks
 from offramp.models.shipped import load_tiny, tiny_exits
-from offramp.research.scenes import tasks
 from offramp.serving.core import EngineConfig
 from offramp.serving.schedule.scheduler import Schedule
 from offramp.serving.server.app import create_app

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import EVERY, parser_of, program_of
 
-from offramp import cli
-from offramp.cli.command_line import COMMANDS, build_parser
+from offramp.data.scenes import world
 from offramp.models import shipped
-from offramp.research.scenes import world
 
 LONG, SURROGATE = "x" * 300, os.fsdecode(b"\xff\xfe")
 VALUES = ("", "x", "-1", "nan", "1e999", "9" * 40, LONG, SURROGATE, "0.5.5", "1,,2")
@@ -119,8 +118,8 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
 
 def options_of(command: str) -> list[argparse.Action]:
     with pytest.raises(SystemExit):
-        build_parser().parse_args([command, "--help"])  # makes its options
-    parser = build_parser()
+        parser_of(command).parse_args([command, "--help"])  # makes its options
+    parser = parser_of(command)
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     chosen = commands.choices[command]
     if chosen.late is not None:
@@ -267,7 +266,7 @@ def snapshot(tree: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EVERY)
 def test_every_mistake_is_two_lines(
     command: str,
     tree: Path,
@@ -280,7 +279,7 @@ def test_every_mistake_is_two_lines(
     for number, words in enumerate(cases(command, tree, tmp_path / "out")):
         capsys.readouterr()
         try:
-            code: Any = cli.main(words)
+            code: Any = program_of(command).main(words)
         except BaseException as error:
             code = repr(error)
         out, err = capsys.readouterr()
@@ -296,5 +295,5 @@ def test_every_mistake_is_two_lines(
 
 
 def test_the_table_has_at_least_four_hundred_cases(tree: Path, tmp_path: Path) -> None:
-    total = {command: len(list(cases(command, tree, tmp_path))) for command in COMMANDS}
+    total = {command: len(list(cases(command, tree, tmp_path))) for command in EVERY}
     assert sum(total.values()) >= 400 and min(total.values()) >= 10, total

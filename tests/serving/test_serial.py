@@ -13,7 +13,6 @@ import families
 import pytest
 import torch
 
-from benchmarks import zoo
 from offramp import cli
 from offramp.adapter import Adapter
 from offramp.cli.command_line import build_parser
@@ -28,6 +27,7 @@ from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.service import Service
+from offramp_lab.inputs import zoo
 from serving import asking, messages, scene_examples, service_of, shipped
 
 NAME = "blip2-opt"

@@ -6,7 +6,6 @@ import fakes
 import pytest
 import torch
 
-from benchmarks import zoo
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import UnsupportedBackboneError
@@ -16,6 +15,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import tiny_folder
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
+from offramp_lab.inputs import zoo
 
 CONFIG = TrainConfig(
     depths=(2,), steps=2, batch_size=4, evaluate_every=2, max_new_tokens=3, adversarial=0.0

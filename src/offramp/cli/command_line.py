@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -29,32 +30,52 @@ examples:
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
-  offramp compare --backbone tiny-opt --data photos.jsonl --out runs/compare
-  offramp analyse --adapter exits --data held_out.jsonl --out runs/analysis
-  offramp bench --shape opt-2.7b --depths 8      what skipping is worth on this machine
-  offramp report --run exits runs/captions runs/analysis --out report.html
+  offramp report --run exits runs/captions --out report.html
+
+compare, analyse and bench are commands of offramp-lab, a package of its own.
 """
 
 COMMANDS = {
-    name: f"offramp.cli.{room}.{name}"
-    for room, names in (
-        ("research", ("demo",)),
-        ("commands", ("train", "calibrate", "draft", "generate", "serve", "eval", "export")),
-        ("research", ("compare", "analyse", "bench", "report")),
-        ("commands", ("inspect", "env", "completion")),
+    name: f"offramp.cli.commands.{name}"
+    for name in (
+        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "report",
+        "inspect", "env", "completion",
     )
-    for name in names
-}
+}  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy."""
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Program:
+    """A program of commands.
+
+    package: the one whose commands these are. description, examples: what its help says before and
+    after them. commands: modules by command, as in `COMMANDS`.
+    """
+
+    name: str
+    package: str
+    description: str
+    examples: str
+    commands: Mapping[str, str]
+
+
+OFFRAMP = Program(
+    "offramp",
+    "offramp",
+    "Early exits for frozen Hugging Face vision-language models that really skip layers.",
+    EXAMPLES,
+    COMMANDS,
+)
+
+
+def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
     """Run a command; see `offramp.cli.main` for what is returned."""
     prepare_output()
-    _prepare_logging()
+    _prepare_logging(program)
     with _stoppable() as stopped:
         try:
-            return end_output(_run(argv))
+            return end_output(_run(argv, program))
         except KeyboardInterrupt:
             return _stop(stopped)
         except BrokenPipeError:
@@ -65,11 +86,12 @@ def run(argv: Sequence[str] | None = None) -> int:
             raise
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, program: Program) -> int:
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(program).parse_args(argv)
         if getattr(arguments, "quiet", False):
-            logging.getLogger("offramp").setLevel(logging.WARNING)
+            for name in ("offramp", program.package):
+                logging.getLogger(name).setLevel(logging.WARNING)
         command: Callable[[argparse.Namespace], None] = arguments.run
         command(arguments)
     except UsageError as error:
@@ -85,7 +107,7 @@ def _run(argv: Sequence[str] | None) -> int:
         tell(f"error: {error}")
         return 1
     except ImportError as error:
-        if (error.name or "").partition(".")[0] == "offramp":
+        if (error.name or "").partition(".")[0] in ("offramp", program.package):
             raise  # a mistake of ours
         package, reason = missing_package(error), " ".join(str(error).split())[:300]
         what = "A package" if package is None else f"The package {package}"
@@ -98,25 +120,25 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def build_parser() -> Parser:
+def build_parser(program: Program = OFFRAMP) -> Parser:
     """The parser of all commands; a command's own options are made when it is asked for."""
     parser = Parser(
-        prog="offramp",
-        description="Early exits for frozen Hugging Face vision-language models that really skip "
-        "layers.",
-        epilog=EXAMPLES,
+        prog=program.name,
+        description=program.description,
+        epilog=program.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"offramp {__version__}")
+    parser.add_argument("--version", action="version", version=f"{program.name} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
-    for module in COMMANDS.values():
+    for module in program.commands.values():
         import_module(module).add(commands)
     return parser
 
 
-def _prepare_logging() -> None:
+def _prepare_logging(program: Program) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("offramp").setLevel(logging.NOTSET)  # as before an earlier --quiet
+    for package in ("offramp", program.package):
+        logging.getLogger(package).setLevel(logging.NOTSET)  # as before an earlier --quiet
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
     for noisy in ("httpx", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

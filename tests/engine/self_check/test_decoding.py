@@ -5,7 +5,6 @@ from __future__ import annotations
 import families
 import pytest
 
-from benchmarks import zoo
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -16,6 +15,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.exits import Exits
 from offramp.models.registry import Family
+from offramp_lab.inputs import zoo
 
 
 def checked(name, rows=1):

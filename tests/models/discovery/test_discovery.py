@@ -5,11 +5,11 @@ from __future__ import annotations
 import families
 import pytest
 
-from benchmarks import zoo
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.registry import registered_family
+from offramp_lab.inputs import zoo
 
 FOUND = {
     "chameleon": ("model", "layers", "norm", "lm_head"),

@@ -8,12 +8,12 @@ import families
 import pytest
 import torch
 
-from benchmarks import zoo
 from offramp.errors import UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.registry import Family
+from offramp_lab.inputs import zoo
 
 LLAVA = Family("model.language_model", vision="model.vision_tower")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import zoo
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.kv_cache import add_exit_entries
@@ -16,6 +15,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, copied_index, dense_exit, register_exit
 from offramp.models.intercept import InterceptedModel
 from offramp.models.mixture.dense import DenseBlock, expert_blocks
+from offramp_lab.inputs import zoo
 
 DEPTH = 2
 

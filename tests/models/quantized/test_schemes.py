@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offramp.data.scenes.tasks import captions
 from offramp.engine.self_check.decoding import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
@@ -12,7 +13,6 @@ from offramp.models.hub.loading import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder
-from offramp.research.scenes.tasks import captions
 
 
 def torchao(bits):

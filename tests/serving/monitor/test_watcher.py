@@ -13,15 +13,15 @@ import pytest
 from offramp.calibration.calibrate import calibrate
 from offramp.data.example import Example
 from offramp.data.formats import read_items
+from offramp.data.scenes import tasks
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
-from offramp.research.scenes import tasks
-from offramp.research.scenes.corruptions import CORRUPTIONS, corrupted
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Promise, Sample, WatchConfig, Watcher
 from offramp.serving.schedule.scheduler import Schedule
+from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import messages, running, scene_examples, service_of, shipped
 
 ALL = WatchConfig(share=1.0, level=0.01, backlog=4096)

@@ -1,0 +1,5 @@
+import sys
+
+from offramp_lab.cli import main
+
+sys.exit(main())

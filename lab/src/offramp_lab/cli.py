@@ -1,0 +1,39 @@
+"""The command line `offramp-lab`: that of `offramp`, with commands that measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offramp.cli.command_line import Program
+
+EXAMPLES = """\
+examples:
+  offramp-lab bench --shape opt-2.7b --depths 8      what skipping is worth on this machine
+  offramp-lab compare --backbone tiny-opt --data photos.jsonl --out runs/compare
+  offramp-lab analyse --adapter exits --data held_out.jsonl --out runs/analysis
+
+offramp report makes a page of what they write. python -m offramp_lab.records.NAME makes a record.
+"""
+COMMANDS = {name: f"offramp_lab.commands.{name}" for name in ("compare", "analyse", "bench")}
+"""Modules by command, as in `offramp.cli.command_line`."""
+
+
+def program() -> Program:
+    """What `offramp.cli.command_line.run` runs."""
+    from offramp.cli.command_line import Program
+
+    what = "Measure and compare early exits: what offramp's evidence is made with."
+    return Program("offramp-lab", "offramp_lab", what, EXAMPLES, COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; what it returns is what `offramp.cli.main` returns."""
+    try:
+        # Here, so that Ctrl-C while modules are still being read is no traceback either.
+        from offramp.cli.command_line import run
+
+        return run(argv, program())
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,235 @@
+"""`offramp-lab bench`: what decoding costs on this machine, predicted and measured."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.loading import choose_device, laid_out, load_adapter, load_model
+from offramp.cli.options import (
+    add_command,
+    compile_option,
+    depths_option,
+    model_options,
+    name_option,
+)
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser, one_of, share, whole
+from offramp.errors import InputError
+from offramp_lab.commands.engine import bench_of_engine, engine_options
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "bench",
+        "Measure the parts of decoding on this machine, predict the speed of exits from them, and "
+        "measure it.",
+        "offramp-lab bench --shape smollm2-135m --depths 8,15\n"
+        "  offramp-lab bench --backbone Salesforce/blip2-opt-2.7b --dtype bfloat16 "
+        "--out bench.json\n"
+        "  offramp-lab bench --shape smollm2-135m --engine --slots 8 --shortlist 4096\n"
+        "  offramp-lab bench --adapter exits --peers --data questions.jsonl",
+        _bench,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp_lab.inputs.shapes import SHAPES
+
+    model = model_options(parser, required=False, adapter=False)
+    name_option(model, "--shape", SHAPES, "a decoder with random weights")
+    compile_option(model)
+    _case_options(parser)
+    engine_options(parser)
+    group = parser.add_argument_group("timing and output")
+    group.add_argument(
+        "--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's choice)"
+    )
+    for flag, default, help in (
+        ("--batch", 1, "rows decoded together"),
+        ("--tokens", 40, "tokens decoded in each"),
+        ("--rounds", 5, "rounds of timing"),
+        ("--limit", 20, "prompts to time, at most"),
+    ):
+        group.add_argument(
+            flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
+        )
+    group.add_argument(
+        "--peers", action="store_true",
+        help="time the adapter beside what transformers offers, on the prompts of --data",
+    )  # fmt: skip
+    group.add_argument(
+        "--data", nargs="+", metavar="FILE",
+        help="prompts for --peers, as in offramp eval (default for tiny-opt and tiny-t5: drawn "
+        "scenes)",
+    )  # fmt: skip
+    group.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
+
+
+def _case_options(parser: Parser) -> None:
+    from offramp_lab.experiments.benchmark.bench import POLICIES, RATES
+
+    group = parser.add_argument_group("scripted exits")
+    depths_option(
+        group, "--depths",
+        "where to script exits (default: the adapter's; else a quarter and half of the depth)",
+    )  # fmt: skip
+    rates = " ".join(map(str, RATES))
+    group.add_argument(
+        "--rates", type=share, nargs="*", metavar="SHARE",
+        help=f"shares of tokens that exit (default: {rates}); 0: a check that never fires",
+    )  # fmt: skip
+    group.add_argument(
+        "--acceptance", type=share, nargs="*", metavar="SHARE", default=(0.8,),
+        help="lossless: shares of drafts that are right (default: 0.8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--policy", nargs="+", metavar="NAME", default=tuple(POLICIES), choices=POLICIES,
+        help=f"{one_of(POLICIES)} (default: all; lossless at batch 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shortlist", type=whole(2), metavar="N",
+        help="tokens that exits read (default: the adapter's shortlist, or all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--independent", action="store_true", help="rows exit at depths of their own"
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import sys
+
+    import torch
+
+    from offramp.provenance import provenance
+    from offramp.report.plots import speeds
+    from offramp.storage import check_writable, write_atomic, write_result
+
+    if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
+        raise InputError(
+            "Nothing to measure was named, or too much.",
+            "Give --shape, or --backbone or --adapter.",
+        )
+    if arguments.out is not None:
+        check_writable(arguments.out)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.engine:
+        arguments.batch = 1
+        result, text = bench_of_engine(arguments, _subject(arguments))
+    else:
+        result, text = _time_peers(arguments) if arguments.peers else _force(arguments)
+    show_result(result, text, as_json=arguments.json)
+    if arguments.out is not None:
+        write_result(arguments.out, {**result, "provenance": provenance(0, sys.argv, None)})
+        log.info("record: %s", arguments.out)
+        if arguments.peers:
+            write_atomic(arguments.out.with_suffix(".svg"), speeds(result["peers"]))
+
+
+def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Costs and forced exits, and their table."""
+    from dataclasses import replace
+
+    from offramp.calibration.profiler import measure_costs
+    from offramp.models.exits import Exits, ExitSet, check_depths
+    from offramp_lab.experiments.benchmark.bench import RATES, Case, any_shortlist, bench, table
+
+    backbone, inputs, exits = _subject(arguments)
+    if exits is None:
+        quarters = (max(1, backbone.depth // 4), max(1, backbone.depth // 2))
+        depths = check_depths(arguments.depths or sorted(set(quarters)), backbone.depth)
+        exits = ExitSet(Exits(backbone, depths).requires_grad_(False))
+    rates = RATES if arguments.rates is None else arguments.rates
+    cases = [
+        Case(depth, rate, policy)
+        for depth in arguments.depths or exits.depths
+        for policy in arguments.policy
+        if policy != "lossless" or arguments.batch == 1
+        for rate in (arguments.acceptance if policy == "lossless" else rates)
+    ]
+    if arguments.shortlist is not None:
+        exits = replace(exits, shortlist=any_shortlist(backbone, arguments.shortlist))
+    costs = measure_costs(
+        backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs"),
+        shortlist=exits.shortlist is not None,
+    )  # fmt: skip
+    entries = bench(
+        backbone, inputs, cases, costs, exits=exits, tokens=arguments.tokens,
+        rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
+        shortlist=arguments.shortlist,
+    )  # fmt: skip
+    return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
+
+
+def _time_peers(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The adapter and its peers, and their table."""
+    from offramp.data.formats import read_items
+    from offramp.data.scenes.tasks import captions, questions
+    from offramp.models.input_processor import InputProcessor
+    from offramp_lab.experiments.benchmark.peers import table, time_peers
+
+    if arguments.adapter is None:
+        raise InputError("Peers are timed against trained exits.", "Give --adapter.")
+    adapter, processor = load_adapter(arguments)
+    if arguments.data is not None:
+        examples = [item.example for item in read_items(arguments.data, limit=arguments.limit)]
+    elif adapter.backbone.name.startswith("offramp/tiny-"):
+        scenes = max(1, arguments.limit // 3)
+        examples = captions("test", scenes).examples + questions("test", scenes).examples
+    else:
+        raise InputError("There are no prompts to time.", "Give --data.")
+    encoder = InputProcessor(adapter.backbone, processor)
+    inputs = [encoder.prompts([example]) for example in examples]
+    peers = time_peers(adapter, inputs, rounds=arguments.rounds, progress=_bar("rounds"))
+    return {"peers": {adapter.backbone.name: peers}}, table(peers)
+
+
+def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The backbone, a prompt for each row of the batch, and trained exits if there are."""
+    if arguments.shape is not None:
+        import torch
+
+        from offramp.models.quantized.linears import check_quantize, quantize_layers
+        from offramp_lab.inputs.shapes import shape
+
+        quantize = arguments.quantize
+        if quantize is not None:
+            check_quantize(quantize, arguments.dtype)
+        known = shape(arguments.shape)
+        device = choose_device(arguments.device, quantize=quantize)
+        # What such decoders are run in; the minis are there to try things, which float32 is not.
+        dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        backbone = known.build(dtype)
+        if quantize is not None:
+            quantize_layers(backbone.layers, quantize)
+        backbone.compiled_decoding = arguments.compile
+        backbone.model.to(device)
+        rows = known.inputs(backbone, arguments.batch)
+        return laid_out(arguments, backbone), {n: v.to(device) for n, v in rows.items()}, None
+    from PIL import Image
+
+    from offramp.data.example import Example
+    from offramp.models.input_processor import InputProcessor
+
+    exits = None
+    if arguments.adapter is not None:
+        adapter, processor = load_adapter(arguments)
+        backbone, exits = adapter.backbone, adapter.exits
+    else:
+        backbone, processor = load_model(arguments)
+    prompt = "Question: what is in the picture and what is it doing there? Answer:"
+    example = Example(Image.new("RGB", (224, 224), "gray"), prompt, (), "bench")
+    return backbone, InputProcessor(backbone, processor).prompts([example] * arguments.batch), exits
+
+
+def _bar(title: str) -> Any:
+    from offramp.progress import progress
+
+    return lambda iterable: progress(iterable, title)

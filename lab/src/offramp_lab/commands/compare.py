@@ -1,0 +1,157 @@
+"""`offramp-lab compare`: training objectives and exit policies side by side, at equal quality."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.loading import load_model
+from offramp.cli.options import (
+    add_command,
+    depths_option,
+    field_option,
+    field_options,
+    first_token_option,
+    model_options,
+    name_option,
+)
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser, one_of, whole
+
+TRAINING = (
+    "regime", "initial_layer", "steps", "batch_size", "learning_rate", "labelled_fraction",
+    "min_confidence", "max_new_tokens", "shortlist", "seed",
+)  # fmt: skip
+"""What the objectives share of a training's options; the seed also splits."""
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "compare",
+        "Train exits by several objectives, decode by several policies, and show how fast each is "
+        "at equal quality.",
+        "offramp-lab compare --backbone tiny-opt --data photos.jsonl --out runs/compare\n"
+        "  offramp-lab compare --backbone tiny-opt --data questions.jsonl \\\n"
+        "      --quality exact_match --objectives free distillation "
+        "--policies max_probability --out runs/compare",
+        _compare,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.calibration.risk_functions import QUALITIES
+    from offramp.training.config import TrainConfig
+    from offramp_lab.experiments.comparison.methods import Plan
+
+    model_options(parser, required=True)
+    _data_options(parser)
+    _method_options(parser)
+    field_options(parser.add_argument_group("training"), TrainConfig, TRAINING)
+    group = parser.add_argument_group("measuring and output")
+    name_option(
+        group, "--quality", ("agreement", *QUALITIES),
+        "agreement with the full model, which needs no references, or a metric against the data's",
+        default="agreement",
+    )  # fmt: skip
+    field_option(group, Plan, "timed", "test examples that are timed")
+    field_option(group, Plan, "rounds", "rounds of the timing")
+    field_option(group, Plan, "seeds", "train and time all of it this often; figures are means")
+    group.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for compare.json, compare.svg and what an interrupted run continues from",
+    )  # fmt: skip
+
+
+def _data_options(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="JSONL file, folder of images, or datasets name or folder; split by image",
+    )  # fmt: skip
+    group.add_argument("--split", help="only rows of this split")
+    group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
+    group.add_argument(
+        "--limit", type=whole(1), metavar="N",
+        help="read so many examples, and what else is asked about their images",
+    )  # fmt: skip
+    group.add_argument(
+        "--test-fraction", type=float, default=0.3, metavar="X",
+        help="share of the images to test on; the others train (default: 0.3)",
+    )  # fmt: skip
+
+
+def _method_options(parser: Parser) -> None:
+    from offramp_lab.experiments.comparison.methods import OBJECTIVES, POLICIES
+
+    group = parser.add_argument_group("methods")
+    group.add_argument(
+        "--objectives", nargs="+", metavar="NAME", choices=OBJECTIVES,
+        help=f"{one_of(OBJECTIVES)}; free is always there (default: all). cross_entropy_few uses "
+        "--labelled-fraction of the answers, cross_entropy_own goes beside --regime pseudo, "
+        "free_next_layer beside --initial-layer closest",
+    )  # fmt: skip
+    group.add_argument(
+        "--policies", nargs="+", metavar="NAME", choices=POLICIES,
+        help=f"{one_of(POLICIES)}, on FREE's exits (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pairs", nargs="+", type=_pair, metavar="OBJECTIVE:POLICY",
+        help="methods as they were published, such as logit_lens:saturation (MuE on a frozen "
+        "model) or cross_entropy:patience (PABEE), at the depths of --several",
+    )  # fmt: skip
+    depths_option(
+        group, "--depths", "of the exits of every objective (default: a quarter of the layers)"
+    )
+    depths_option(
+        group, "--several",
+        "of FREE's exits for policies that need more than one (default: a quarter, a half and "
+        "three quarters of the layers)",
+    )  # fmt: skip
+    first_token_option(group, default=True, shown="they do")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    objective, _, policy = text.partition(":")
+    return objective, policy
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from offramp.calibration.risk_functions import QUALITIES
+    from offramp.data.datasets import read_examples
+    from offramp.data.example import split_examples
+    from offramp.storage import check_writable
+    from offramp.training.config import TrainConfig
+    from offramp_lab.experiments.comparison.compare import compare
+    from offramp_lab.experiments.comparison.methods import Plan
+
+    names = ("objectives", "policies", "pairs", "depths", "several")
+    chosen: dict[str, Any] = {
+        n: tuple(v) for n in names if (v := getattr(arguments, n)) is not None
+    }
+    names = ("exit_in_prefill", "seeds", "timed", "rounds", "max_new_tokens")
+    same = {n: getattr(arguments, n) for n in names}
+    training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, patience=None)
+    plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
+    check_writable(arguments.out, folder=True)
+    examples = read_examples(
+        arguments.data,
+        split=arguments.split,
+        prompt_template=arguments.prompt,
+        limit=arguments.limit,
+        require_answers=arguments.quality != "agreement",
+    )
+    share = arguments.test_fraction
+    parts = split_examples(examples, {"train": 1 - share, "test": share}, arguments.seed)
+    comparison = compare(
+        *load_model(arguments),
+        parts["train"],
+        parts["test"],
+        arguments.out,
+        plan,
+        quality=QUALITIES.get(arguments.quality),
+    )
+    result = {"quality_full": comparison["quality_full"], **comparison["equal_quality"]}
+    show_result(result, as_json=arguments.json)

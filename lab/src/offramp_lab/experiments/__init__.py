@@ -1,0 +1,1 @@
+"""What is measured: analysis by depth, comparison of methods, speed."""

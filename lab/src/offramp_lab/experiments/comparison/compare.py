@@ -1,0 +1,170 @@
+"""What each idea is worth: objectives and policies through one loop, at equal quality.
+
+Every objective trains exits at the same depths for the same steps; every policy is tried on FREE's
+exits. Each pair is a curve of points, one for each threshold: quality of free-running answers on
+test images, and decoding speed in interleaved rounds, where points that do the same work run as
+one. Compared is the speed at equal quality, a mean over seeds; see
+`offramp_lab.experiments.comparison.equal_quality`.
+
+A run's folder holds exits/ (a training run for each objective), points.jsonl (what is measured is
+not measured again), compare.json and compare.svg.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.calibration.risk_functions import QUALITIES, Quality
+from offramp.data.decontamination import check_no_overlap, picture_digests
+from offramp.data.example import Example, examples_digest, picture_of
+from offramp.errors import DataError, InputError
+from offramp.models.backbone import Backbone
+from offramp.models.fingerprint import dump_fingerprint
+from offramp.provenance import provenance
+from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
+from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
+from offramp_lab.experiments.comparison.grid import Grid
+from offramp_lab.experiments.comparison.methods import DEFAULT, Plan
+from offramp_lab.experiments.comparison.points import Entry, PointMeasurer, bar
+
+
+def compare(
+    backbone: Backbone,
+    processor: Any,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    out: str | Path,
+    plan: Plan = DEFAULT,
+    *,
+    quality: Quality | None = None,
+) -> dict[str, Any]:
+    """Train every objective, measure every point, and write compare.json and compare.svg in `out`.
+
+    Run again with the same arguments, it goes on where it stopped; with other objectives, policies,
+    more seeds or another timing, what is there is not trained or judged again, but all points
+    are timed anew.
+
+    train, test: of different images.
+    quality: of `QUALITIES` or one's own; None: 1 for an answer that is the full model's, else 0,
+        which needs no reference.
+
+    Returns:
+        `quality_full`; `n_train` and `n_test`, of examples; `points`, each with `seed`,
+        `objective`, `policy`, `score`, `depths`, `thresholds`, `quality`, `quality_drop` (relative
+        to the full model), `agreement` (share of answers that are the full model's), `mean_depth`,
+        `speedup_decode` and `speedup_end_to_end` (against the full model in the same loop);
+        `equal_quality`; `plan` and `provenance`.
+
+    Raises:
+        InputError: `out` holds another comparison.
+        DataError: the examples cannot be used, or train and test share images.
+    """
+    if not train or not test:
+        raise DataError("There are no examples to compare on.", "Give some to train and to test.")
+    used = {"train": sorted(picture_digests(train))}
+    check_no_overlap(used, test, ("train",), "Split by image: offramp.data.example.split_examples.")
+    log = PointLog(Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality))
+    measurer = PointMeasurer(backbone, processor, test, plan, quality)
+    entries = Grid(measurer, processor, train, Path(out), plan).entries()
+    points, samples = log.measured(measurer, entries)
+    comparison = {
+        "quality_full": measurer.quality_full,
+        "n_train": len(train),
+        "n_test": len(test),
+        "points": points,
+        "equal_quality": equal_quality(points, samples),
+        "plan": asdict(plan),
+        "provenance": provenance(plan.training.seed, sys.argv, examples_digest([*train, *test])),
+    }
+    write_json(Path(out) / "compare.json", comparison)
+    write_atomic(Path(out) / "compare.svg", drawn(comparison))
+    return comparison
+
+
+def _settings(
+    backbone: Backbone,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    plan: Plan,
+    quality: Quality | None,
+) -> dict[str, Any]:
+    """What every point depends on. Objectives, policies, pairs and seeds may be added later, and
+    the timing be another."""
+    fixed = asdict(plan)
+    for name in ("objectives", "policies", "pairs", "seeds", "timed", "rounds"):
+        del fixed[name]
+    if plan.exit_in_prefill:  # so it always was before it was a choice, and those runs go on
+        del fixed["exit_in_prefill"]
+    return {
+        "backbone": dump_fingerprint(backbone.fingerprint()),
+        "train": examples_digest(train),
+        "test": examples_digest(test),
+        "plan": digest_rows([fixed]),
+        "quality": _name_of(quality),
+    }
+
+
+class PointLog:
+    """points.jsonl: what is measured is not measured again."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path, self._settings = path, dict(settings)
+        self._rows = _rows_of(path, settings)
+
+    def measured(
+        self, measurer: PointMeasurer, entries: Sequence[Entry]
+    ) -> tuple[list[dict[str, Any]], Samples]:
+        """Every entry's point, and what its figures are made of; what the log holds is not measured
+        again."""
+        with JsonlLog(self._path) as rows:
+            if not self._rows:
+                rows.append({"settings": self._settings})
+            for entry in bar("quality")(entries):
+                key = digest_rows([entry.name])
+                if key not in self._rows:
+                    self._rows[key] = {**entry.name, **measurer.figures(entry)}
+                    rows.append({"key": key, "row": self._rows[key]})
+            points, qualities, seconds = [], [], []
+            for _, same in groupby(entries, key=lambda entry: entry.seed):
+                entries_by_key = {digest_rows([entry.name]): entry for entry in same}
+                timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *entries_by_key])
+                if timed not in self._rows:
+                    self._rows[timed] = measurer.time(entries_by_key)
+                    rows.append({"key": timed, "row": self._rows[timed]})
+                measured = self._rows[timed]
+                for key in entries_by_key:
+                    point = {**self._rows[key], **measured[key]}
+                    qualities.append(point.pop("each"))
+                    seconds.append((measured["full"]["decode"], point.pop("decode")))
+                    points.append(point)
+        groups = [picture_of(example) for example in measurer.test]
+        full, early = np.array(seconds).swapaxes(0, 1)
+        return points, Samples(measurer.qualities_full, np.array(qualities), groups, full, early)
+
+
+def _name_of(quality: Quality | None) -> str:
+    if quality is None:
+        return "agreement"
+    known = (name for name, candidate in QUALITIES.items() if candidate is quality)
+    return next(known, getattr(quality, "__qualname__", type(quality).__name__))
+
+
+def _rows_of(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the log holds by key, or `InputError` if it is another comparison's."""
+    if not path.exists():
+        return {}
+    rows = JsonlLog.read(path)
+    differs = [n for n in settings if rows and rows[0]["settings"].get(n) != settings[n]]
+    if differs:
+        raise InputError(
+            f"{path.parent} holds a comparison with another {', '.join(differs)}.",
+            "Give the arguments of that run, or another folder.",
+        )
+    return {row["key"]: row["row"] for row in rows[1:]}

@@ -1,0 +1,128 @@
+"""What is compared: objectives to train exits by, policies to exit by, and the plan of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+from offramp.errors import InputError, check_known
+from offramp.report.tradeoff import FREE
+from offramp.training.config import OBJECTIVES as TERMS
+from offramp.training.config import TrainConfig
+
+SUPERVISED = "free_supervised"
+"""FREE that reads the labels too: what cross_entropy, which reads them, is compared with."""
+NEXT = "free_next_layer"
+"""FREE whose exits start as the next layer each, where the plan lets them start elsewhere."""
+FEW = "cross_entropy_few"
+"""Cross-entropy where few answers are labelled: what labels alone are worth then."""
+OWN = "cross_entropy_own"
+"""Cross-entropy alone on the answers that FREE learns from, where the plan lets it learn from those
+of the model's own that it is confident of: what those answers are worth without the other terms."""
+FIXED = ("fixed_depth", "truncation")
+"""Policies without a score."""
+
+
+def _only(term: str, **more: Any) -> dict[str, Any]:
+    """One term of the loss with weight 1 and nothing else."""
+    return {**dict.fromkeys(TERMS, 0.0), term: 1.0, **more}
+
+
+OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
+    "logit_lens": None,
+    "cross_entropy": _only("cross_entropy", regime="supervised"),
+    FEW: _only("cross_entropy", regime="mixed"),
+    OWN: _only("cross_entropy", regime="pseudo"),
+    "distillation": _only("distillation"),
+    "l2": _only("l2"),
+    "cosine": _only("cosine"),
+    "adversarial": _only("adversarial"),
+    FREE: {},
+    SUPERVISED: {"regime": "supervised"},
+    NEXT: {"initial_layer": "next"},
+}
+"""Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
+(Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
+are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; `OWN` on the model's own
+either way; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022),
+cosine as in FastVLM. All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
+
+POLICIES: dict[str, str] = {
+    **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
+    **dict.fromkeys(FIXED, "max_probability"),
+}
+"""The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every
+token is read at one depth by the backbone's own norm and head, the layers above cut off."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how long it is looked at.
+
+    objectives: keys of `OBJECTIVES`, compared by max_probability where they apply: `FEW` and
+        `SUPERVISED` where the data has answers, `NEXT` where `training` starts elsewhere, `OWN`
+        where it has pseudo-labels. FREE is always among them.
+    policies: keys of `POLICIES`, compared on FREE's exits.
+    pairs: more of (objective, policy), at the depths `several`: methods as they were published.
+        ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
+        ("cross_entropy", "patience") is PABEE (Zhou et al. 2020).
+    depths: of the exits of every objective; None: proposed from the layer count.
+    several: of those FREE exits that the policies are tried on besides; patience and agreement
+        need more than one. None: a quarter, a half and three quarters of the layers.
+    quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
+        from 0, where all exit, for a curve must reach the quality at which it is read.
+    training: what all objectives share.
+    exit_in_prefill: as in `ExitPolicy`, for every point.
+    seeds: how often all of it is trained and timed anew, from `training.seed` on; speeds
+        are means.
+    timed: test examples to be timed on. rounds: its rounds. Both may be others later.
+    """
+
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    policies: tuple[str, ...] = tuple(POLICIES)
+    pairs: tuple[tuple[str, str], ...] = ()
+    depths: tuple[int, ...] | None = None
+    several: tuple[int, ...] | None = None
+    quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
+    seeds: int = 1
+    exit_in_prefill: bool = True
+    timed: int = 12
+    rounds: int = 5
+    batch_size: int = 64
+    max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        objectives = (*self.objectives, *(objective for objective, _ in self.pairs))
+        check_known("Objective", objectives, tuple(OBJECTIVES))
+        check_known("Policy", (*self.policies, *(p for _, p in self.pairs)), tuple(POLICIES))
+        counts = ("seeds", "timed", "rounds", "batch_size", "max_new_tokens")
+        wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):
+            wrong.append(f"quantiles are {self.quantiles}")
+        if self.several is not None and len(self.several) < 2:
+            wrong.append(f"several is {self.several}")
+        if wrong:
+            raise InputError(
+                f"This comparison cannot start: {'; '.join(wrong)}.",
+                "Give counts of 1 or more, quantiles from 0 to 1, and two or more depths.",
+            )
+
+    def others(self, *, labelled: bool) -> list[str]:
+        """Those of `objectives` that differ from FREE in this plan; FREE is not among them.
+
+        labelled: whether all examples have answers.
+        """
+        alike = {FREE}
+        if not labelled:
+            alike |= {FEW, SUPERVISED}
+        if self.training.initial_layer == "next":
+            alike.add(NEXT)
+        if self.training.regime != "pseudo":
+            alike.add(OWN)
+        return [o for o in OBJECTIVES if o in self.objectives and o not in alike]
+
+
+DEFAULT = Plan()

@@ -1,0 +1,176 @@
+"""Points of a comparison: whose exits exit by which rule, their quality and their speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.answers import Answer, answers_to
+from offramp.calibration.risk_functions import Quality
+from offramp.data.example import Example
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
+from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.progress import progress
+from offramp_lab.experiments.comparison.methods import Plan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point to be measured: what it is called, and whose exits are used by which rule."""
+
+    seed: int
+    objective: str
+    policy: str
+    adapter: Adapter
+    rule: ExitPolicy
+
+    @property
+    def name(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "objective": self.objective,
+            "policy": self.policy,
+            "score": self.rule.score,
+            "depths": list(self.rule.thresholds),
+            "thresholds": Thresholds(self.rule.thresholds).to_json(),
+        }
+
+
+class PointMeasurer:
+    """The test examples with the full model's answers; measures any point against these."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        processor: Any,
+        test: Sequence[Example],
+        plan: Plan,
+        quality: Quality | None,
+    ) -> None:
+        self.backbone, self.plan = backbone, plan
+        self.test, self.quality = list(test), quality
+        self.encoder = InputProcessor(backbone, processor)
+        self._batches = _Inputs(self.encoder, self.test, plan.batch_size)
+        self.full = self.answers(None, FULL, self._batches)
+        self.qualities_full = self._qualities(self.full)
+        self.quality_full = float(self.qualities_full.mean())
+
+    def figures(self, entry: Entry) -> dict[str, Any]:
+        """Quality of the answers by a point, and how deep their tokens ran."""
+        answers = self.answers(entry.adapter, entry.rule, self._batches)
+        same = [a.ids == b.ids for a, b in zip(answers, self.full, strict=True)]
+        qualities = self._qualities(answers)
+        quality = float(qualities.mean())
+        return {
+            "quality": quality,
+            "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
+            "agreement": sum(same) / len(same),
+            "mean_depth": float(np.mean([depth for a in answers for depth in a.depths])),
+            "each": np.round(qualities, 6).tolist(),
+        }
+
+    def _qualities(self, answers: Sequence[Answer]) -> Any:
+        if self.quality is not None:
+            return self.quality(answers, self.test)
+        return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
+
+    def answers(
+        self, adapter: Adapter | None, rule: ExitPolicy, batches: Iterable[Mapping[str, Any]]
+    ) -> list[Answer]:
+        """Answers to some batches; without an adapter the full model's."""
+        longest = self.plan.max_new_tokens
+        model = self.backbone if adapter is None else adapter
+        return answers_to(model, self.encoder, batches, rule, max_new_tokens=longest)
+
+    def sample(self, n: int) -> list[Example]:
+        """About `n` test examples, spread over all, since kinds of examples may come one by one."""
+        return self.test[:: max(1, len(self.test) // n)][:n]
+
+    def _generate(
+        self, adapter: Adapter | None, rule: ExitPolicy, inputs: Mapping[str, Any], **more: Any
+    ) -> GenerationOutput:
+        """By an adapter's exits, or without any."""
+        options = {"max_new_tokens": self.plan.max_new_tokens, "do_sample": False, **more}
+        if adapter is None:
+            return generate(self.backbone, inputs, **options)
+        return adapter.generate(inputs, policy=rule, **options)
+
+    def time(self, entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
+        """Speeds against the full model and each round's seconds of decoding, by key.
+
+        All points of a seed take turns at one answer, and then at the next. Those that do the same
+        work on it are timed as one: that the machine was slower for one says nothing about them.
+        """
+        ran = {key: Timing() for key in ("full", *entries)}
+        for example in bar("timing")(self.sample(self.plan.timed)):
+            inputs = self.encoder.prompts([example])
+            methods: dict[str, GenerateFn] = {"full": partial(self._new_tokens, None, FULL)}
+            works = {"full": "full"}
+            for key, entry in entries.items():
+                works[key] = self._work(entry, inputs)
+                methods.setdefault(works[key], partial(self._new_tokens, entry.adapter, entry.rule))
+            timings = time_interleaved(methods, [inputs], rounds=self.plan.rounds)
+            for key, work in works.items():
+                ran[key] = ran[key] + timings[work]
+        full = ran["full"]
+        return {
+            key: {
+                "speedup_decode": speedup(full.decode, own.decode),
+                "speedup_end_to_end": speedup(full.seconds, own.seconds),
+                "decode": own.decode,
+            }
+            for key, own in ran.items()
+        }
+
+    def _work(self, entry: Entry, inputs: Mapping[str, Any]) -> str:
+        """A name for what a point computes for an answer: where it looks, at what, and how deep
+        each token goes. Weights and thresholds differ within it, but for 0, where nothing looks."""
+        exits, rule = entry.adapter.exits, entry.rule
+        unseen = {depth: threshold == 0 for depth, threshold in rule.thresholds.items()}
+        depths = self._generate(entry.adapter, rule, inputs).depths.tolist()
+        kind = type(exits.at(exits.depths[0])).__name__
+        return str((kind, exits.depths, rule.score, rule.shortlist, unseen, depths))
+
+    def _new_tokens(
+        self,
+        adapter: Adapter | None,
+        rule: ExitPolicy,
+        inputs: Mapping[str, Any],
+        stop: StoppingCriteriaList,
+    ) -> Tensor:
+        return self._generate(adapter, rule, inputs, stopping_criteria=stop).new_tokens[0]
+
+
+class _Inputs:
+    """Batches of examples, encoded when they come up; the first ones, within `room`, are kept."""
+
+    def __init__(
+        self, encoder: InputProcessor, examples: Sequence[Example], size: int, room: int = 1 << 30
+    ) -> None:
+        """room: bytes."""
+        self._encoder, self._room = encoder, room
+        self._chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
+        self._kept: dict[int, dict[str, Any]] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, chunk in enumerate(self._chunks):
+            inputs = self._kept.get(number) or self._encoder.prompts(chunk)
+            size = sum(tensor.nbytes for tensor in inputs.values())
+            if number not in self._kept and size <= self._room:
+                self._kept[number] = inputs
+                self._room -= size
+            yield inputs
+
+
+def bar(title: str) -> Any:
+    return lambda iterable: progress(iterable, title)

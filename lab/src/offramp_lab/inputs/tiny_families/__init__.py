@@ -1,0 +1,160 @@
+"""Tiny random models of every supported family, with inputs as their processors would give them.
+
+Six decoder layers or more, width 32, a vision tower of one or two layers. The weights are drawn
+wide enough that greedy outputs wander over the vocabulary: a decoder that repeats one token would
+agree with anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp_lab.inputs.tiny_families import adapted, inputs, native
+from offramp_lab.inputs.tiny_families.text import (
+    BOS,
+    EOS,
+    FIRST_WORD,
+    IMAGE,
+    PAD,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    llama,
+    opt_config,
+    qwen,
+    t5,
+)
+
+PROMPTS = (7, 3, 5, 4)
+"""Words in each row's prompt: rows of a batch need padding."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family: how to build it, and what its processor returns besides ids and mask.
+
+    images: tokens an image takes in the prompt. extra: further inputs, from ids and mask.
+    wide, loud: standard deviation of the matrices and of the token embeddings. frame: tokens
+    around the image.
+    """
+
+    build: Callable[[], Any]
+    images: int
+    extra: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    padding: str = "left"
+    wide: float = 0.25
+    loud: float = 0.1
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = field(default=((), ()))
+
+    def inputs(self, batch: int, seed: int = 0) -> dict[str, Tensor]:
+        """What the processor would return for `batch` rows, each with one image."""
+        draw = torch.Generator().manual_seed(1000 + seed)
+        before, after = self.frame
+        rows = []
+        for row in range(batch):
+            words = torch.randint(
+                FIRST_WORD, VOCABULARY, (PROMPTS[row % len(PROMPTS)],), generator=draw
+            )
+            rows.append([*before, *[IMAGE] * self.images, *after, *words.tolist()])
+        longest = max(map(len, rows))
+        padded, masks = [], []
+        for ids in rows:
+            gap = [PAD] * (longest - len(ids))
+            on, off = [1] * len(ids), [0] * len(gap)
+            padded.append(gap + ids if self.padding == "left" else ids + gap)
+            masks.append(off + on if self.padding == "left" else on + off)
+        tokens, mask = torch.tensor(padded), torch.tensor(masks)
+        torch_state = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(2000 + seed)
+        extra = self.extra(tokens, mask)
+        torch.random.set_rng_state(torch_state)
+        return {"input_ids": tokens, "attention_mask": mask, **extra}
+
+
+def kind_of(name: str) -> Kind:
+    return KINDS[name] if name in KINDS else FURTHER[name]
+
+
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, wide: float | None = None
+) -> Any:
+    """The tiny model of a family, with weights drawn from `seed`; `wide` overrides its scale."""
+    kind = kind_of(name)
+    wide = kind.wide if wide is None else wide
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = kind.build()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, wide)
+            elif path.endswith("bias"):
+                parameter.normal_(0.0, 0.05)
+        # Faint, or a tied head would only repeat the last token.
+        model.get_input_embeddings().weight.normal_(0.0, kind.loud)
+    torch.random.set_rng_state(state)
+    model.tie_weights()
+    # Random weights hit the end token early; laws on stopping set it themselves.
+    for part in (model, getattr(model, "language_model", None)):
+        config = getattr(part, "generation_config", None)
+        if config is not None:
+            config.eos_token_id = None
+            config.pad_token_id = PAD
+    return model.to(dtype).eval()
+
+
+_FRAME = ((VISION_START,), (VISION_END,))
+
+KINDS: dict[str, Kind] = {
+    "blip2-opt": Kind(lambda: adapted.blip2(opt_config()), 4, inputs.square(28)),
+    "blip2-llama": Kind(lambda: adapted.blip2(llama()), 4, inputs.square(28)),
+    "blip2-t5": Kind(lambda: adapted.blip2(t5()), 4, inputs.square(28), padding="right"),
+    "instructblip-opt": Kind(lambda: adapted.instructblip(opt_config()), 4, inputs.with_question),
+    "instructblip-llama": Kind(lambda: adapted.instructblip(llama()), 4, inputs.with_question),
+    "instructblip-t5": Kind(
+        lambda: adapted.instructblip(t5(tied=True)), 4, inputs.with_question, padding="right"
+    ),
+    "llava": Kind(adapted.llava, 4, inputs.square(28)),
+    "llava-next": Kind(adapted.llava_next, 4 + 6, inputs.crops),
+    "idefics3": Kind(adapted.idefics3, 4, inputs.tiles),
+    "smolvlm": Kind(adapted.smolvlm, 4, inputs.tiles),
+    "qwen2-vl": Kind(native.qwen2, 4, inputs.patches, frame=_FRAME),
+    "qwen2.5-vl": Kind(native.qwen25, 4, inputs.patches, frame=_FRAME),
+    "qwen3-vl": Kind(native.qwen3, 4, inputs.patches, frame=_FRAME),
+    "paligemma": Kind(lambda: adapted.paligemma({"model_type": "gemma"}), 4, inputs.prefix),
+    "paligemma2": Kind(
+        lambda: adapted.paligemma(
+            {"model_type": "gemma2", "sliding_window": 6, "query_pre_attn_scalar": 8}
+        ),
+        4,
+        inputs.prefix,
+    ),
+    "gemma3": Kind(native.gemma3, 4, inputs.blocks, frame=_FRAME),
+    "internvl": Kind(lambda: adapted.internvl(qwen()), 4, inputs.square(32)),
+    "florence2": Kind(
+        native.florence2, 16 + 1, inputs.square(32), padding="right", wide=0.1, loud=0.02
+    ),
+}
+
+NAMES = tuple(KINDS)
+FURTHER: dict[str, Kind] = {
+    "internvl-qwen3": Kind(lambda: adapted.internvl(qwen(third=True)), 4, inputs.square(32)),
+}
+"""Kinds that are no family of their own, for tests that are about their text model."""
+WORDLESS = [BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO]
+"""Never said, where outputs go back in as a prompt: an image token there would want an image."""
+
+
+def depths(name: str) -> tuple[int, ...]:
+    """Two exits; in Gemma 3 at a full and a sliding layer, with no full layer above the second."""
+    return (2, 7) if name == "gemma3" else (2, 4)
+
+
+LOOKS_AHEAD = ("qwen3-vl", "paligemma", "paligemma2", "gemma3")
+CAUSAL_PROMPT = tuple(name for name in NAMES if name not in LOOKS_AHEAD)

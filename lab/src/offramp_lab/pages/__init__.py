@@ -1,0 +1,1 @@
+"""What people read: figures in pages, plots, the README's picture, report pages."""

@@ -1,0 +1,97 @@
+"""Draw the records: `python -m offramp_lab.pages.plots` writes docs/plots."""
+
+import re
+from typing import Any
+
+from offramp.report.plots import intervals, speeds, standalone, throughput, tradeoff
+from offramp.storage import write_atomic
+from offramp_lab.experiments.comparison.equal_quality import drawn
+from offramp_lab.places import DOCS
+from offramp_lab.tables.comparison import by_name
+from offramp_lab.tables.markdown import KINDS, record, tiny
+from offramp_lab.tables.photographs import METHODS
+from offramp_lab.tables.speed import PEERS
+
+AT = "0.01"
+SHORT = ("unsupervised, distillation alone", "100% labels", "10% labels")
+"""Of the regimes that were trained alike, those that are drawn; the table has all. The points of
+"unsupervised" were measured without an interval."""
+
+
+def plots() -> dict[str, tuple[str, str]]:
+    """Title and SVG of each plot by the name of its file."""
+    peers = {
+        tiny(kind): {PEERS[name].replace("`", ""): p for name, p in record("peers")[kind].items()}
+        for kind in KINDS
+    }
+    return {
+        **{
+            f"compare-{kind}": (f"Equal quality, {tiny(kind)}", drawn(record("compare")[kind]))
+            for kind in KINDS
+        },
+        "compare-photo": ("FREE beside each method, photographs", methods()),
+        "photo": ("CIDEr at measured speeds, photographs", regimes(record("photo"))),
+        "peers": ("Decoding speed, tiny models", speeds(peers)),
+        "engine": ("Batch engine, SmolLM2-135M shape", engine("smollm2-135m, bfloat16")),
+    }
+
+
+def methods() -> str:
+    """By how much FREE is faster than each method where CIDEr drops by at most 1%, as SVG."""
+    curves = by_name(record("compare-photo")["equal_quality"]["curves"])
+    rows = {
+        title: (curves[name]["free_over"][AT], *curves[name]["free_over_interval"][AT])
+        for name, title in METHODS.items()
+        if name != ("free", "max_probability")
+    }
+    return intervals(rows, "FREE faster by, CIDEr drop 1%")
+
+
+def regimes(record: dict[str, Any]) -> str:
+    """CIDEr kept, with its interval, against measured speed at the thresholds of each regime."""
+    shown = {f"{name}, long": regime for name, regime in record["regimes"].items()}
+    shown |= {name: record["matched"][name] for name in SHORT}
+    series = {
+        name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])]
+        for name, regime in shown.items()
+    }
+    return tradeoff(series, "CIDEr, of the full model's")
+
+
+def kept(point: dict[str, Any]) -> tuple[float, ...]:
+    """Speed, and the share of CIDEr that is kept, with its interval."""
+    low, high = point["cider_drop_interval"]
+    return point["speedup_decode"], 1 - point["cider_drop"], 1 - high, 1 - low
+
+
+ENGINE = {
+    "90% exit": ("early_exit", 0.9),
+    "75% exit": ("early_exit", 0.75),
+    "lossless, 90% accepted": ("lossless", 0.0),
+    "full": ("full", 0.0),
+}
+STATIC = "static batch, full"
+
+
+def engine(shape: str) -> str:
+    """Tokens a second of the batch engine by slots, beside static batches of as many rows."""
+    series: dict[str, dict[int, float]] = {name: {} for name in (*ENGINE, STATIC)}
+    for key, figures in record("engine").items():
+        if not re.fullmatch(rf"{shape}, \d+ slots", key):
+            continue
+        for entry in figures["entries"]:
+            kind, speed = (entry["mode"], entry["exit_rate"]), entry["tokens_per_second"]
+            for name, wanted in ENGINE.items():
+                if kind == wanted and (entry["guess"] or entry["mode"] != "early_exit"):
+                    series[name][entry["slots"]] = speed
+            series[STATIC][entry["slots"]] = speed / entry["against_static"]
+    return throughput(series, STATIC)
+
+
+def main() -> None:
+    for name, (title, svg) in plots().items():
+        write_atomic(DOCS / "plots" / f"{name}.svg", standalone(svg, title))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The two tiny models that ship with offramp: how they were made."""

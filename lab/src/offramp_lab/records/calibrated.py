@@ -1,0 +1,319 @@
+"""Calibrate exits for both shipped models and keep what came of it.
+
+records/calibrated.json: thresholds for each target and risk, found on one set of images and
+    measured on another: risk, quality, and decoding time, interleaved.
+records/violations.json: how often a guarantee fails over random splits of a pool of images, each
+    split calibrated on one half, from the search for a path on, and measured on the other half.
+    The pool's own risk stands for the true one; that of a half scatters around it.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from offramp import demo
+from offramp.adapter import Adapter
+from offramp.answers import Answer, generate_answers
+from offramp.calibration.attempts import by_image, images_of
+from offramp.calibration.calibrate import GRID, Calibration, Guarantee, calibrate
+from offramp.calibration.profiler import measure_costs
+from offramp.calibration.risk_control import METHODS, control
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
+from offramp.data.example import Example, examples_digest
+from offramp.data.scenes.tasks import captions, questions
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp.training.trainer import train
+from offramp_lab.places import RECORDS
+
+DEPTHS = (2, 4)
+TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
+MEASURED = ("disagreement", "exact_match_drop")
+TASKS = {"captions": captions, "questions": questions}
+POLICY = ExitPolicy()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images used by each part; each gives one caption and two questions, of the pool `asked`."""
+
+    train: int = 1200
+    steps: int = 1000
+    calibration: int = 2000
+    test: int = 1000
+    pool: int = 2400
+    asked: int = 4
+    splits: int = 50
+    timed: int = 40
+    rounds: int = 7
+
+
+SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, timed=15, rounds=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY)
+    parser.add_argument("--small", action="store_true", help="a try-out with fewer pictures")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = SMALL if arguments.small else Sizes()
+    calibrated = _kept(arguments.out / "calibrated.json")
+    violations = _kept(arguments.out / "violations.json")
+    violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
+    for kind in arguments.models:
+        adapter, encoder = _trained(kind, sizes)
+        calibrated[kind] = _calibrated(adapter, encoder, sizes)
+        print(json.dumps(calibrated[kind]), file=sys.stderr)
+        violations[kind] = _violations(adapter, encoder, sizes)
+        print(json.dumps(violations[kind]), file=sys.stderr)
+    digest = examples_digest(_examples("test", sizes.test))
+    origin = provenance(0, sys.argv, digest)
+    write_json(arguments.out / "calibrated.json", {**calibrated, "provenance": origin})
+    write_json(arguments.out / "violations.json", {**violations, "provenance": origin})
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an earlier run found, on other models too."""
+    return read_json(path) if path.is_file() else {}
+
+
+@cache
+def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[Example, ...]:
+    """A caption and up to so many questions of each image."""
+    return (
+        *captions(split, images, start).examples,
+        *questions(split, images, start, asked).examples,
+    )
+
+
+def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
+    backbone, processor = load_tiny(kind)
+    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = _examples("train", sizes.train)
+        return train(backbone, processor, examples, config, folder), InputProcessor(
+            backbone, processor
+        )
+
+
+# -- calibrated.json ------------------------------------------------------------------------------
+
+
+def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
+    held_out = _examples("calibration", sizes.calibration)
+    costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
+    calibrations = [
+        calibrate(
+            adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
+            costs=costs, progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
+        )
+        for risk in MEASURED
+        for target in TARGETS
+    ]  # fmt: skip
+    methods: dict[str, GenerateFn] = {
+        "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
+        "full": demo.generate_fn(adapter, FULL),
+    }
+    methods |= {
+        str(i): demo.generate_fn(adapter, calibration.policy)
+        for i, calibration in enumerate(calibrations)
+    }
+    timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
+    timings = time_interleaved(
+        methods, timed, rounds=sizes.rounds, progress=partial(_bar, "timing")
+    )
+    full = _answers(adapter, encoder, sizes.test, FULL)
+    return [
+        _row(
+            calibration,
+            timings,
+            str(i),
+            full,
+            _answers(adapter, encoder, sizes.test, calibration.policy),
+        )
+        for i, calibration in enumerate(calibrations)
+    ]
+
+
+def _answers(adapter: Adapter, encoder: InputProcessor, n: int, policy: ExitPolicy) -> list[Answer]:
+    examples = _examples("test", n)
+    return generate_answers(adapter, encoder, examples, policy, batch_size=64, **demo.OPTIONS)
+
+
+def _row(
+    calibration: Calibration,
+    timings: dict[str, Timing],
+    name: str,
+    full: Sequence[Answer],
+    early: Sequence[Answer],
+) -> dict[str, Any]:
+    pictures = len(full) // 3
+    asked = _examples("test", pictures)
+    stock, baseline, ours = timings["generate"], timings["full"], timings[name]
+    right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
+    every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    return {
+        "risk": calibration.risk,
+        "risk_target": calibration.target,
+        "confidence": calibration.confidence,
+        "method": calibration.method,
+        "monotone": calibration.monotone,
+        "thresholds": {str(d): t for d, t in calibration.policy.thresholds.items()},
+        "risk_calibration": calibration.measured,
+        "risk_bound": calibration.bound,
+        "risk_test": float(RISKS[calibration.risk].losses(early, full, asked).mean()),
+        "n_calibration": calibration.n,
+        "answers_calibration": calibration.answers,
+        "n_test": len(asked),
+        "speedup_predicted": calibration.speedup,
+        "speedup_decode": speedup(baseline.decode, ours.decode),
+        "speedup_end_to_end": speedup(baseline.seconds, ours.seconds),
+        "speedup_vs_generate": speedup(stock.decode, ours.decode),
+        "quality_drop": float(every.mean()),
+        "quality_full": {n: float(a.mean()) for n, (a, _) in right.items()},
+        "quality_early": {n: float(b.mean()) for n, (_, b) in right.items()},
+    }
+
+
+def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
+    """Which answers to a task's questions are right, as its world knows."""
+    task = TASKS[name]("test", pictures)
+    asked = answers[:pictures] if name == "captions" else answers[pictures:]
+    pairs = zip(asked, task.examples, strict=True)
+    return np.array([task.correct(answer.text, example) for answer, example in pairs], float)
+
+
+# -- violations.json ------------------------------------------------------------------------------
+
+
+def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
+    half = sizes.pool // 2
+    pool = _examples("calibration", half, 100_000, sizes.asked)
+    pool += _examples("test", sizes.pool - half, 100_000, sizes.asked)
+    costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
+    whole = ThresholdEvaluator.of(
+        adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], costs=costs, **demo.OPTIONS
+    )
+    halves = [_halves(pool, seed) for seed in range(sizes.splits)]
+    rows = []
+    for risk in MEASURED:
+        evaluator = replace(whole, risk=RISKS[risk])
+
+        @cache
+        def lost(
+            thresholds: tuple[tuple[int, float], ...], evaluator: ThresholdEvaluator = evaluator
+        ) -> Any:
+            return evaluator.losses(dict(thresholds))
+
+        outcomes = [_split(evaluator, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
+        rows += [
+            {
+                "risk": risk,
+                **setting,
+                "n_pool": sizes.pool,
+                "answers": len(pool),
+                **_shares([o[i] for o in outcomes], setting["risk_target"]),
+            }
+            for i, setting in enumerate(_settings())
+        ]
+    return rows
+
+
+def _settings() -> list[dict[str, Any]]:
+    return [{"method": m, "risk_target": t} for m in METHODS for t in TARGETS]
+
+
+def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
+    """Rows of two halves that share no image."""
+    groups = sorted({e.group for e in pool})
+    first = set(np.random.default_rng(seed).permutation(groups)[: len(groups) // 2].tolist())
+    inside = np.array([e.group in first for e in pool])
+    return np.flatnonzero(inside), np.flatnonzero(~inside)
+
+
+def _split(
+    evaluator: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
+) -> list[dict[str, Any]]:
+    """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
+    half = evaluator.part(calibration)
+    search, tested = split_images(half, images_of(half.examples))
+    path = path_of(half, search, GRID)
+    columns: list[Any] = []
+    for thresholds in path:
+        columns.append(by_image(lost(tuple(thresholds.items()))[calibration], tested))
+        if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
+            break
+    losses = np.stack(columns, 1)
+    outcomes = []
+    for setting in _settings():
+        level = Guarantee(setting["risk_target"], CONFIDENCE).level(1)
+        target, method = setting["risk_target"], setting["method"]
+        index = control(losses, target, level, method, evaluator.risk.low).index
+        if index is None:
+            outcomes.append({"index": None, "test": 0.0, "pool": 0.0})
+            continue
+        chosen = path[index]
+        everywhere = lost(tuple(chosen.items()))
+        full, ours = evaluator.seconds({}), evaluator.seconds(chosen)
+        assert full and ours
+        outcomes.append(
+            {
+                "index": index,
+                "test": float(everywhere[test].mean()),
+                "pool": float(everywhere.mean()),
+                "speedup": full / ours,
+            }
+        )
+    return outcomes
+
+
+def _shares(outcomes: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+    guaranteed = [outcome for outcome in outcomes if outcome["index"] is not None]
+    return {
+        "splits": len(outcomes),
+        "promised": len(guaranteed),
+        "violations": sum(outcome["test"] > target for outcome in outcomes),
+        "violations_by_pool_risk": sum(outcome["pool"] > target for outcome in outcomes),
+        "stated_share": 1 - CONFIDENCE,
+        "mean_risk_test": float(np.mean([outcome["test"] for outcome in outcomes])),
+        "mean_risk_pool": float(np.mean([outcome["pool"] for outcome in outcomes])),
+        "largest_risk_test": max(outcome["test"] for outcome in outcomes),
+        "mean_index": float(np.mean([outcome["index"] for outcome in guaranteed]))
+        if guaranteed
+        else None,
+        "mean_speedup_predicted": float(np.mean([outcome["speedup"] for outcome in guaranteed]))
+        if guaranteed
+        else None,
+    }
+
+
+def _bar(title: str, iterable: Any) -> Any:
+    return tqdm(iterable, title, disable=None, leave=False)
+
+
+if __name__ == "__main__":
+    main()

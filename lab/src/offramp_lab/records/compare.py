@@ -1,0 +1,199 @@
+"""Objectives and policies on the tiny models, by their world's exact judges; writes
+lab/records/compare.json.
+
+Takes some three hours of one core on OPT and five on T5. `--backbone` runs one model, and what it
+found is kept in --out for the other; an interrupted run resumes where it stopped. `--quick` tries
+it all out in some minutes, elsewhere.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp import demo
+from offramp.adapter import Adapter
+from offramp.answers import Answer
+from offramp.data.example import Example
+from offramp.data.scenes import language, world
+from offramp.data.scenes.tasks import captions, questions
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import speedup, time_interleaved
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import TINY, load_tiny
+from offramp.provenance import provenance
+from offramp.report.tradeoff import FREE
+from offramp.storage import read_json, write_json
+from offramp.training.config import TrainConfig
+from offramp_lab.experiments.comparison.compare import compare
+from offramp_lab.experiments.comparison.grid import exits_folder
+from offramp_lab.experiments.comparison.methods import FEW, Plan
+from offramp_lab.places import RECORDS, RUNS
+
+RECORD = RECORDS / "compare.json"
+DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
+"""Of every objective's exits, and of the exits that the policies are tried on besides."""
+STEPS = {"opt": 600, "t5": 1200}
+"""T5's exits at depth 2 learn in a jump, which comes after 300 to 600 steps or more by seed."""
+PUBLISHED = (
+    ("cross_entropy", "patience"), ("cross_entropy", "saturation"),
+    (FEW, "patience"), (FEW, "saturation"), ("logit_lens", "saturation"),
+)  # fmt: skip
+"""PABEE and MuE as published, whose exits learn from labels: all, a tenth, or none."""
+QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
+DENSE = (0.0, 0.005, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
+"""For FREE beside distillation alone: between two points far apart the line says little."""
+SEEDS = {"opt": 6, "t5": 12}
+"""Also for that; T5's differ by more."""
+THRESHOLD = 0.9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images to train and test on (a caption and two questions each), by what `STEPS` are
+    divided, the interleaved timing, and the captions that recompute and propagate are timed on.
+
+    finer_test, finer_seeds: images and seeds for FREE beside distillation alone.
+    """
+
+    train: int = 400
+    test: int = 400
+    shorter: int = 1
+    seeds: int = 3
+    finer_test: int = 1200
+    finer_seeds: Mapping[str, int] = field(default_factory=lambda: SEEDS)
+    timed: int = 36
+    captions: int = 30
+    rounds: int = 5
+
+
+QUICK = Sizes(
+    train=24,
+    test=8,
+    shorter=50,
+    seeds=1,
+    finer_test=8,
+    finer_seeds=dict.fromkeys(TINY, 2),
+    timed=2,
+    captions=2,
+    rounds=1,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", choices=TINY, help="only this one")
+    parser.add_argument("--out", type=Path, default=RUNS / "compare")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_num_threads(1)
+    out = arguments.out / "quick" if arguments.quick else arguments.out
+    for kind in TINY if arguments.backbone is None else (arguments.backbone,):
+        _run(kind, out / kind, QUICK if arguments.quick else Sizes())
+    files = {kind: out / kind / "record.json" for kind in TINY}
+    if all(path.exists() for path in files.values()):
+        record = {kind: read_json(path) for kind, path in files.items()}
+        target = out / "compare.json" if arguments.quick else RECORD
+        write_json(target, {**record, "provenance": provenance(None, sys.argv, None)})
+
+
+def _run(kind: str, out: Path, sizes: Sizes) -> None:
+    began = time.perf_counter()
+    backbone, processor = load_tiny(kind)
+    depths, several = DEPTHS[kind]
+    plan = Plan(
+        depths=depths,
+        several=several,
+        pairs=PUBLISHED,
+        quantiles=QUANTILES,
+        training=TrainConfig(
+            steps=STEPS[kind] // sizes.shorter,
+            batch_size=32,
+            patience=None,
+            initial_layer="closest",
+        ),
+        seeds=sizes.seeds,
+        timed=sizes.timed,
+        rounds=sizes.rounds,
+    )
+    against = partial(compare, backbone, processor, _examples("train", sizes.train), quality=right)
+    comparison = against(_examples("test", sizes.test), out, plan)
+    comparison["distillation"] = _finer(
+        against, out / "distillation", plan, sizes.finer_test, sizes.finer_seeds[kind]
+    )
+    free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
+    comparison["kv"] = _kv(free, InputProcessor(backbone, processor), sizes)
+    comparison["seconds"] = time.perf_counter() - began
+    write_json(out / "record.json", comparison)
+    print(json.dumps({kind: comparison["equal_quality"], "kv": comparison["kv"]}), file=sys.stderr)
+
+
+def _finer(
+    against: Callable[..., Any], out: Path, plan: Plan, test: int, seeds: int
+) -> dict[str, Any]:
+    """The curve of distillation alone, which differs from FREE by the adversary and little else: it
+    takes more answers and more seeds to see a difference."""
+    alone = replace(
+        plan,
+        objectives=("distillation",),
+        policies=("max_probability",),
+        pairs=(),
+        several=plan.depths,
+        quantiles=DENSE,
+        seeds=seeds,
+    )
+    comparison = against(_examples("test", test), out, alone)
+    curves = comparison["equal_quality"]["curves"]
+    curve = next(c for c in curves if c["objective"] == "distillation")
+    return {**curve, "n_test": comparison["n_test"]}
+
+
+def _examples(split: str, pictures: int) -> list[Example]:
+    return captions(split, pictures).examples + questions(split, pictures).examples
+
+
+def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.float64]:
+    """1 where an answer is right by the world's own judges, else 0."""
+    return np.array([_is_right(a.text, e) for a, e in zip(answers, examples, strict=True)], float)
+
+
+def _is_right(text: str, example: Example) -> bool:
+    if example.prompt != world.CAPTION_PROMPT:
+        return language.answer_correct(text, example.answers[0])
+    split, index = example.key.split()[0].split("/")
+    return language.caption_correct(text, world.scene(split, int(index)))
+
+
+def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, Any]:
+    """What fills the cache behind tokens that exited: speed, and answers that stay the same."""
+    thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
+    policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
+    timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
+    methods = {name: demo.generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()}
+    timings = time_interleaved(methods, timed, rounds=sizes.rounds)
+    tasks = [captions("test", sizes.test), questions("test", sizes.test)]
+    full = demo.answers(adapter, encoder, tasks, FULL)
+    figures: dict[str, Any] = {"threshold": THRESHOLD}
+    for name, policy in policies.items():
+        ours = demo.answers(adapter, encoder, tasks, policy)
+        pairs = [(a.ids, b.ids) for t in full for a, b in zip(full[t], ours[t], strict=True)]
+        figures[name] = {
+            "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
+            "identical_answers": sum(a == b for a, b in pairs) / len(pairs),
+        }
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What the framework around a token costs, and what is left of it; rewrites lean.json in
+lab/records.
+
+One thread, float32. Hugging Face's `generate`, exits on the stack itself, without the stack's own
+code, and compiled, in turn, on the photo model (`python -m examples.photo_vlm.build` makes it) and
+on a tiny OPT; once as they are, and once with matrix products left out, so that what remains is
+overhead. On the stack and without its code through eight slots of the batch engine as well.
+`python -m offramp_lab.records.lean` takes eight minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from examples.photo_vlm.caption import ADAPTER, load
+from examples.photo_vlm.rows import read_photographs
+from torch import Tensor, nn
+
+from offramp.adapter import Adapter
+from offramp.engine.generate import generate
+from offramp.engine.lean import compiled
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.provenance import provenance
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
+from offramp.serving.schedule.scheduler import Schedule
+from offramp.storage import write_json
+from offramp_lab.inputs import tiny_families
+from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+
+RECORD = RECORDS / "lean.json"
+TOKENS = 32
+SLOTS = 8
+
+
+class Clock:
+    """A streamer that notes when each token came, in CPU and wall seconds."""
+
+    def __init__(self) -> None:
+        self.cpu: list[float] = []
+        self.wall: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.cpu.append(time.thread_time())
+        self.wall.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def per_token(self) -> tuple[float, float, float]:
+        """CPU and wall milliseconds of a token, the first two left out; and those, of the CPU, of
+        the second token, with which the stack is rehearsed."""
+        of, second = len(self.cpu) - 3, self.cpu[2] - self.cpu[1]
+        per = [(clock[-1] - clock[2]) / of for clock in (self.cpu, self.wall)]
+        return 1e3 * per[0], 1e3 * per[1], 1e3 * second
+
+
+Run = Callable[[Mapping[str, Any], Clock], Any]
+"""Answers a prompt and tells the clock of each token."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with exits, policies by mode, and prompts of one row."""
+
+    name: str
+    backbone: Backbone
+    exits: ExitSet
+    policies: Mapping[str, ExitPolicy]
+    prompts: Sequence[Mapping[str, Any]]
+
+    def methods(self) -> dict[tuple[str, str], Run]:
+        """By path ("generate", Hugging Face's own; "stack", "lean" or "compiled") and mode."""
+        model = self.backbone.model
+        options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
+
+        def stock(inputs: Mapping[str, Any], clock: Clock) -> Any:
+            return model.generate(**inputs, **options, streamer=clock)
+
+        def ours(path: str, policy: ExitPolicy) -> Run:
+            def run(inputs: Mapping[str, Any], clock: Clock) -> Any:
+                self.backbone.lean_decoding = path != "stack"
+                self.backbone.compiled_decoding = path == "compiled"
+                return generate(
+                    self.backbone,
+                    inputs,
+                    exits=self.exits,
+                    policy=policy,
+                    streamer=clock,
+                    **options,
+                )
+
+            return run
+
+        made: dict[tuple[str, str], Run] = {("generate", "full"): stock}
+        for mode, policy in self.policies.items():
+            for path in ("stack", "lean", "compiled"):
+                made[path, mode] = ours(path, policy)
+        return made
+
+
+@contextmanager
+def no_products() -> Iterator[None]:
+    """Linear layers answer zeros, made once for each shape."""
+    functional: Any = torch.nn.functional
+    linear, zeros = functional.linear, {}
+
+    def answer(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if type(states) is not Tensor:  # code is being made, which must still need the states
+            return (states[..., :1] * 0).expand(*states.shape[:-1], len(weight))
+        key = (id(weight), states.shape)
+        if key not in zeros:
+            zeros[key] = states.new_zeros(*states.shape[:-1], len(weight))
+        return zeros[key]
+
+    functional.linear = answer
+    compiled._CODES.clear()
+    try:
+        yield
+    finally:
+        functional.linear = linear
+        compiled._CODES.clear()
+
+
+def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
+    """Milliseconds of a token by path and mode: medians of rounds, and the least; tokens a CPU
+    second; CPU seconds of the first round, in which code is made."""
+    methods = {name: run for name, run in case.methods().items() if name[1] in modes}
+    seen: dict[Any, list[tuple[float, ...]]] = {name: [] for name in methods}
+    first: dict[Any, float] = dict.fromkeys(methods, 0.0)
+    for number in range(rounds + 1):
+        for prompt in case.prompts:
+            for name, run in methods.items():
+                clock, start = Clock(), sum(os.times()[:4])
+                with torch.inference_mode():
+                    run(prompt, clock)
+                if number:  # the first warms up
+                    seen[name].append(clock.per_token())
+                else:
+                    first[name] += sum(os.times()[:4]) - start
+    return [
+        {
+            "model": case.name,
+            "path": path,
+            "mode": mode,
+            "cpu_milliseconds": median(t[0] for t in times),
+            "cpu_milliseconds_least": min(t[0] for t in times),
+            "wall_milliseconds": median(t[1] for t in times),
+            "second_token_cpu_milliseconds": median(t[2] for t in times),
+            "tokens_per_second": 1e3 / median(t[0] for t in times),
+            "first_round_cpu_seconds": first[path, mode],
+        }
+        for (path, mode), times in seen.items()
+    ]
+
+
+def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
+    """The same of tokens that the batch engine writes in as many slots as there are answers,
+    prompts left out."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    config = EngineConfig(slots=SLOTS, limit=192, schedule=Schedule.of(SLOTS))
+    for number in range(rounds + 1):
+        for mode in modes:
+            for path in ("stack", "lean"):
+                case.backbone.lean_decoding = path == "lean"
+                case.backbone.compiled_decoding = False
+                policy = case.policies[mode]
+                core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
+                for row in range(SLOTS):
+                    inputs = case.prompts[row % len(case.prompts)]
+                    core.add(Request(inputs, options=options))
+                core.run()
+                if number:
+                    took = sum(core.seconds.values()) - core.seconds["read"]
+                    seen.setdefault((path, mode), []).append(1e3 * took / core.tokens)
+    return [
+        {
+            "model": f"{case.name}, {SLOTS} slots",
+            "path": path,
+            "mode": mode,
+            "cpu_milliseconds": median(times),
+            "cpu_milliseconds_least": min(times),
+        }
+        for (path, mode), times in seen.items()
+    ]
+
+
+def photo_model(model: Path, data: Path, prompts: int) -> Case:
+    """The photo model with its shipped exits and thresholds."""
+    backbone, encoder = load(model, torch.float32)
+    adapter = Adapter.load(ADAPTER, backbone)
+    shipped = adapter.policy
+    policies = {
+        "full": FULL,
+        "early_exit": shipped,
+        "every_token": replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6)),
+        "lossless": replace(shipped, lossless=True),
+    }
+    examples = read_photographs(data)["captions_val"][:prompts]
+    inputs = [encoder.prompts([example]) for example in examples]
+    return Case("photo", _endless(backbone), adapter.exits, policies, inputs)
+
+
+def tiny_opt() -> Case:
+    """A BLIP-2 with an OPT of six layers and width 32, and an exit at two."""
+    backbone = Backbone(tiny_families.build("blip2-opt"))
+    exits = ExitSet(Exits(backbone, (2,)))
+    policies = {"full": FULL, "every_token": ExitPolicy({2: 1e-6})}
+    return Case("tiny OPT", backbone, exits, policies, [tiny_families.KINDS["blip2-opt"].inputs(1)])
+
+
+def _endless(backbone: Backbone) -> Backbone:
+    """Without an end token: answers of one length."""
+    for module in backbone.model.modules():
+        config: Any = getattr(module, "generation_config", None)
+        if isinstance(module, nn.Module) and config is not None:
+            config.eos_token_id = None
+    return backbone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=RUNS / "photo_vlm" / "model")
+    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that code is made
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # by processes whose time is counted
+    load_before = os.getloadavg()[0]
+    photo = photo_model(arguments.model, arguments.data, arguments.prompts)
+    tiny = tiny_opt()
+    record = {
+        "tokens": TOKENS,
+        "rounds": arguments.rounds,
+        "prompts": arguments.prompts,
+        "speeds": [
+            *measure(photo, arguments.rounds, [*photo.policies]),
+            *measure(tiny, 20 * arguments.rounds, [*tiny.policies]),
+            *measure_slots(photo, arguments.rounds, ("full", "early_exit")),
+            *measure_slots(tiny, 20 * arguments.rounds, [*tiny.policies]),
+        ],
+    }
+    with no_products():  # scores are those of zeros: only where they decide nothing
+        record["overhead"] = measure(photo, 3 * arguments.rounds, ("full", "every_token"))
+    record["load"] = [round(load_before, 1), round(os.getloadavg()[0], 1)]
+    write_json(RECORD, {**record, "provenance": provenance(0, ["offramp_lab.records.lean"], None)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Single captions of the photo model: early exit at three thresholds, lossless, and guesses.
+
+    python -m offramp_lab.records.loads.single --photo FOLDER --dtype bfloat16
+
+One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
+below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
+"plain" are the loops without guesses and without the lean path: Hugging Face's stack, called once a
+token. "prepacked" is the same model with its weights laid out for the processor, "compiled" with
+code that was compiled.
+Rewrites "single" in lab/records/loads.json, of its number format alone; five minutes each,
+a quiet machine.
+
+--cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    stock_generate_fn,
+    time_interleaved,
+)
+from offramp_lab.records.loads.subjects import Subject, add_photo, keep, photo
+
+THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_photo(parser, required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--above", type=float, nargs="+", default=(0.0, 0.1))
+    parser.add_argument("--cpu-time", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+    inputs = [subject.encoder.prompts([example]) for example in subject.examples]
+    others = {
+        name: photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+        for name in ("prepacked", "compiled")
+    }
+    others["prepacked"].adapter.prepack()
+    others["compiled"].adapter.backbone.compiled_decoding = True
+    ways = policies(subject, arguments.above)
+    generates = {
+        "generate": stock_generate_fn(subject.adapter.backbone, **subject.options),
+        **{name: _way(subject, name, policy) for name, policy in ways.items()},
+        **{
+            f"{products} {name}": _way(other, name, policy)
+            for products, other in others.items()
+            for name, policy in ways.items()
+            if not name.startswith("plain")
+        },
+    }
+    for prompt in inputs:  # so that all code is there
+        for name in (name for name in generates if name.startswith("compiled")):
+            generates[name](prompt, StoppingCriteriaList())
+    timings = time_interleaved(
+        generates, inputs, rounds=arguments.rounds, progress=lambda r: tqdm(r, "rounds"),
+        clock=time.thread_time if arguments.cpu_time else time.perf_counter,
+    )  # fmt: skip
+    rows = compared(timings)
+    print(*rows.items(), sep="\n")
+    figures = {
+        "photographs": len(inputs), "rounds": arguments.rounds, "ways": rows,
+        "clock": "thread" if arguments.cpu_time else "wall",
+    }  # fmt: skip
+    keep("single", {arguments.dtype: figures}, "offramp_lab.records.loads.single", subject.examples)
+
+
+def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:
+    """Everything that is timed, by name."""
+    own = subject.adapter.policy
+    (depth,) = own.thresholds
+    lossless = own.in_mode("lossless")
+    ways = {"full": FULL, "lossless": lossless, "plain lossless": lossless}
+    for threshold in THRESHOLDS:
+        early = replace(own, thresholds={depth: threshold})
+        ways[f"early exit {threshold}"] = ways[f"plain early exit {threshold}"] = early
+        for level in above:
+            if level < threshold:
+                guessing = replace(early, guesses={depth: level})
+                ways[f"guesses {threshold} from {level}"] = guessing
+    return ways
+
+
+def _way(subject: Subject, name: str, policy: ExitPolicy) -> GenerateFn:
+    """Generation by a policy, without the lean path where the name says plain."""
+    adapter = subject.adapter
+    exits = adapter.exits if policy is not FULL else None
+    generate = exit_generate_fn(adapter.backbone, exits, policy, **subject.options)
+
+    def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
+        adapter.backbone.lean_decoding = not name.startswith("plain")
+        return generate(inputs, stop)
+
+    return run
+
+
+def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
+    """Speed of every way against the full model's, decoding and end to end; how many answers are
+    the same with guesses."""
+    full = timings["full"]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        rows[name] = {
+            "speedup": speedup(full.decode, timing.decode),
+            "end_to_end": speedup(full.seconds, timing.seconds),
+            "tokens_per_second": timing.tokens_per_second,
+        }
+        if "guesses" in name:
+            alone = timings[f"early exit {name.split('guesses ')[1].split()[0]}"].answers
+            rows[name]["same"] = sum(a == b for a, b in zip(alone, timing.answers, strict=True))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A 7B decoder in llama.cpp, with exits and without; rewrites runtimes-shapes.json.
+
+Speed only: weights are random, its layers all the same one (in memory of their own once they are
+written), and which tokens exit is drawn. `python -m offramp_lab.records.runtimes.shapes` takes 25
+minutes, 18 GB of memory and 9 of disk; one thread. All files of a format have to fit into memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.provenance import provenance
+from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, export_gguf
+from offramp.runtimes.llama_cpp.chain import SegmentChain
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
+from offramp.storage import write_json
+from offramp_lab.inputs.shapes import _fill, shape
+from offramp_lab.places import RECORDS
+from offramp_lab.records.runtimes.methods import ENGINE, IN_LLAMA, STOCK, WITH_ITS_KERNELS
+
+RECORD = RECORDS / "runtimes-shapes.json"
+PROMPT = 32
+"""Tokens before those that are timed."""
+Method = Callable[[], float]
+"""CPU seconds of all tokens behind the prompt."""
+RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits": 1.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llava-7b")
+    parser.add_argument("--formats", nargs="+", default=["q4_1", "q4_0"])
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    adapter = repeated(arguments.shape)
+    entries = [
+        entry
+        for layers in arguments.formats
+        for entry in measure(adapter, layers, arguments.tokens, arguments.rounds)
+    ]
+    about = provenance(0, ["offramp_lab.records.runtimes.shapes"], None)
+    found = {"shape": arguments.shape, "depth": adapter.exits.depths[0], "tokens": arguments.tokens}
+    write_json(arguments.out, {**found, "entries": entries, "provenance": about})
+
+
+def repeated(name: str) -> Adapter:
+    """The shape with one decoder layer in all places, and an exit that looks at the whole head."""
+    model: Any = shape(name).empty()
+    stack = model.model.language_model
+    stack.layers = nn.ModuleList([stack.layers[0]] * len(stack.layers))
+    _fill(model, torch.float32, 0)
+    backbone = Backbone(model, name=name)
+    depth = backbone.depth // 4
+    exits = Exits(backbone, (depth,)).requires_grad_(False)
+    return Adapter(backbone, ExitSet(exits), ExitPolicy({depth: 0.5}))
+
+
+def measure(adapter: Adapter, layers: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Tokens a CPU second: of llama.cpp alone, and of exits at each rate by both kernels."""
+    with tempfile.TemporaryDirectory() as name:
+        files, whole = Path(name) / "chain", Path(name) / "whole.gguf"
+        export_gguf(adapter, files, layers)
+        export_whole(adapter.backbone, whole, ExportFormats(layers))
+        alone = Segment(whole, STOCK, tap_layer=None)
+        draw = np.random.default_rng(0)
+        states = draw.normal(size=(PROMPT + tokens, alone.width)).astype(np.float32)
+        methods: dict[tuple[str, str], Method] = {("llama.cpp", "full"): _full(alone, states)}
+        segments = [alone]
+        for runtime, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK)):
+            chain = _chain(files, engine, adapter.exits.depths[0], states[:AT_ONCE])
+            segments += chain.segments
+            for mode, rate in RATES.items():
+                methods[runtime, mode] = _decoding(chain, states, rate)
+        try:
+            return _timed(methods, layers, tokens, rounds)
+        finally:
+            for segment in segments:
+                segment.close()
+
+
+def _chain(files: Path, engine: EngineOptions, depth: int, probe: States) -> SegmentChain:
+    below, above = sorted(files.glob("*.gguf"))
+    segments = [Segment(below, engine, tap_layer=depth - 1), Segment(above, engine, tap_layer=None)]
+    return SegmentChain(segments, call_sizes(segments, probe))
+
+
+def _full(segment: Segment, states: States) -> Method:
+    def run() -> float:
+        segment.crop(segment.length)
+        segment.feed(states[:PROMPT], 1)
+        begin = time.process_time()
+        for row in states[PROMPT:, None]:
+            segment.feed(row, 1)
+            segment.logits(1).argmax()
+        return time.process_time() - begin
+
+    return run
+
+
+def _decoding(chain: SegmentChain, states: States, rate: float) -> Method:
+    def run() -> float:
+        exits = iter(np.random.default_rng(1).random(len(states)) < rate)
+        chain.reset()
+        chain.run(states[:PROMPT])
+        chain.finish(1)
+        begin = time.process_time()
+        for row in states[PROMPT:, None]:
+            if chain.run(row, lambda _exit, _state, logits: next(exits) and logits.argmax() >= 0):
+                chain.finish(1)[0].argmax()
+        return time.process_time() - begin
+
+    return run
+
+
+def _timed(
+    methods: dict[tuple[str, str], Method], layers: str, tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Medians of interleaved rounds, behind one that is not counted."""
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in methods}
+    load = os.getloadavg()[0]
+    for number in tqdm(range(1 + rounds), layers, disable=None):
+        for name, method in methods.items():
+            taken = method()
+            if number:
+                seconds[name].append(taken)
+    speeds = {name: tokens / median(values) for name, values in seconds.items()}
+    alone = speeds["llama.cpp", "full"]
+    return [
+        {
+            "runtime": runtime,
+            "format": layers,
+            "mode": mode,
+            "tokens_per_second": speed,
+            "over_llama_cpp": speed / alone,
+            "over_full": speed / speeds.get((runtime, "exits off"), alone),
+            "load": load,
+        }
+        for (runtime, mode), speed in speeds.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

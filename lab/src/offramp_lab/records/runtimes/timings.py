@@ -1,0 +1,164 @@
+"""Speeds, interleaved: every photograph is answered in all ways before the next one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import eq
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
+from offramp_lab.records.runtimes.methods import (
+    ENGINE,
+    FORMATS,
+    IN_LLAMA,
+    STOCK,
+    WITH_ITS_KERNELS,
+    Answer,
+    Bench,
+    Clock,
+    Method,
+    Name,
+)
+
+ROWS = (1, 2, 3, 4, 6, 8)
+"""Tokens in a call, whose cost is measured."""
+
+
+def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str, Any]:
+    """Tokens a second of decoding; medians of rounds. more: methods of other runtimes."""
+    methods = {**bench.methods(), **more}
+    inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
+    first = {name: timed(method, inputs[0])[0][0] for name, method in methods.items()}
+    spent = {name: [[0.0] * 4 for _ in range(rounds)] for name in methods}
+    said: dict[Name, list[Answer]] = {name: [] for name in methods}
+    draw = np.random.default_rng(0)
+    load_before = os.getloadavg()[0]
+    for number in tqdm(range(rounds), "timings", disable=None):
+        for prompt in inputs:
+            for name in [list(methods)[i] for i in draw.permutation(len(methods))]:
+                seconds, answer = timed(methods[name], prompt)
+                for place, value in enumerate(seconds):
+                    spent[name][number][place] += value
+                said[name].append(answer)
+    pairs = {name[:2] for name in methods}
+    weights = {pair: bench.weights_bytes(*pair) for pair in pairs}  # some load a runtime
+    entries = []
+    for name, totals in spent.items():
+        runtime, layers, mode = name
+        decoded = sum(len(answer) - 1 for answer in said[name]) / rounds
+        alone = said.get(("llama.cpp", layers, "full"))
+        same = alone is not None and sum(map(eq, said[name], alone))
+        whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
+        entries.append(
+            {
+                "runtime": runtime,
+                "format": layers,
+                "mode": mode,
+                "tokens_per_second": decoded / wall,
+                "cpu_tokens_per_second": decoded / cpu,
+                "end_to_end_seconds": whole / len(inputs),
+                "end_to_end_cpu_seconds": whole_cpu / len(inputs),
+                "first_call_seconds": first[name],
+                "tokens": decoded,
+                "answers": len(said[name]),
+                "answers_as_one_file": same if runtime in (IN_LLAMA, WITH_ITS_KERNELS) else None,
+                "weights_bytes": weights[runtime, layers],
+            }
+        )
+    return {
+        "photographs": len(inputs),
+        "rounds": rounds,
+        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        "entries": _with_ratios(entries),
+        "row_milliseconds": {
+            name: {layers: row_costs(bench, layers, engine) for layers in FORMATS}
+            for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK))
+        },
+        "call_sizes": {layers: _call_sizes(bench, layers) for layers in FORMATS},
+    }
+
+
+def _call_sizes(bench: Bench, layers: str) -> dict[str, int]:
+    with bench.runtime(layers) as runtime:
+        return {"least": runtime.call_sizes.least, "most": runtime.call_sizes.most}
+
+
+def timed(method: Method, inputs: Mapping[str, Any]) -> tuple[tuple[float, ...], Answer]:
+    """Seconds in all, of decoding, of the CPU while decoding and in all; and the answer."""
+    clock, begin, cpu_begin = Clock(), time.perf_counter(), time.process_time()
+    answer = method(inputs, clock)
+    end, cpu = time.perf_counter(), time.process_time()
+    assert clock.seconds is not None and clock.cpu is not None
+    return (end - begin, end - clock.seconds, cpu - clock.cpu, cpu - cpu_begin), answer
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each method's CPU speed over llama.cpp's own at its format, over Hugging Face's, and over the
+    same runtime's at full depth."""
+    speeds = {(r["runtime"], r["format"], r["mode"]): r["cpu_tokens_per_second"] for r in rows}
+    stock_speed = speeds["generate", "float32", "full"]
+    for row in rows:
+        alone = speeds.get(("llama.cpp", row["format"], "full"))
+        speed = row["cpu_tokens_per_second"]
+        row["over_generate"] = speed / stock_speed
+        row["over_llama_cpp"] = None if alone is None else speed / alone
+        row["over_full"] = speed / speeds[row["runtime"], row["format"], "full"]
+    return rows
+
+
+def row_costs(
+    bench: Bench, layers: str, engine: EngineOptions, repeats: int = 15
+) -> dict[str, dict[str, float]]:
+    """CPU milliseconds of a call by its rows: of the layers below and above the exit, and of the
+    decoder in one file; behind 40 tokens."""
+    below, above = sorted(bench.files(layers).glob("*.gguf"))
+    files = {"below": below, "above": above, "one_file": bench.whole(layers)}
+    draw = np.random.default_rng(0)
+    found: dict[str, dict[str, float]] = {}
+    for name, file in files.items():
+        segment = Segment(file, engine, tap_layer=None)
+        states = draw.normal(size=(40, segment.width)).astype(np.float32)
+        segment.feed(states, 1)
+        found[name] = {}
+        for rows in ROWS:
+            seconds = [_seconds(segment, states[:rows]) for _ in range(repeats)]
+            found[name][str(rows)] = 1e3 * median(seconds)
+        segment.close()
+    return found
+
+
+def callback(bench: Bench, repeats: int = 200) -> dict[str, float]:
+    """CPU milliseconds of a token in the layers below the exit, by what reads its state there."""
+    [depth] = bench.adapter.policy.thresholds
+    below = bench.files("q4_1") / "segment-0.gguf"
+    segments = {
+        "none": Segment(below, STOCK, tap_layer=None),
+        "compiled": Segment(below, STOCK, tap_layer=depth - 1),
+        "python": Segment(below, replace(STOCK, compiled_tap=False), tap_layer=depth - 1),
+    }
+    states = np.random.default_rng(0).normal(size=(40, segments["none"].width))
+    seconds: dict[str, list[float]] = {name: [] for name in segments}
+    for segment in segments.values():
+        segment.feed(states.astype(np.float32), 1)
+    for _ in range(repeats):
+        for name, segment in segments.items():
+            seconds[name].append(_seconds(segment, states[:1].astype(np.float32)))
+    return {name: 1e3 * median(values) for name, values in seconds.items()}
+
+
+def _seconds(segment: Segment, states: States) -> float:
+    """CPU seconds of a call over `states`, which are taken back."""
+    begin = time.process_time()
+    segment.feed(states, 1)
+    segment.logits(1)
+    seconds = time.process_time() - begin
+    segment.crop(len(states))
+    return seconds

@@ -1,0 +1,291 @@
+"""Measure the server over HTTP against its own engine; rewrites lab/records/serving.json.
+
+Models with their exits, by 1, 2, 4, 8, 16 and 32 clients at once that each ask, wait and ask again,
+streamed; full, early exit and lossless. Throughput, time to the first token and the gaps between
+tokens are what the clients see; the engine's own throughput is that of the same requests handed to
+it directly, as many at once, in turns with the server. One thread for the model; a quiet machine
+with a core more for the clients: `taskset -c 0,1 python -m offramp_lab.records.serving` (about 8
+minutes).
+
+The model is tiny-opt, whose layers take a tenth of a millisecond: the harshest case for what Python
+does around them. --photo FOLDER: the photo model that stands there, on photographs of --data, in
+its place. --requests: for each number of clients and mode. --rounds: of all.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+
+from offramp.adapter import Adapter
+from offramp.data.datasets import CAPTION_PROMPT
+from offramp.data.example import Example
+from offramp.data.scenes.tasks import captions
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_tiny, tiny_exits
+from offramp.provenance import provenance
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineConfig
+from offramp.storage import read_json, write_json
+from offramp_lab.places import RECORDS
+
+RECORD = RECORDS / "serving.json"
+MODES = ("full", "early_exit", "lossless")
+CLIENTS = (1, 2, 4, 8, 16, 32)
+TOKENS = 24
+SLOTS, LIMIT = 8, 256
+TINY = ["offramp.cli", "serve", "tiny-opt"]
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Of one mode and number of clients; medians over rounds. engine: tokens a second without HTTP.
+    share: of it that is left over HTTP. first, gap: seconds, at p50 and p95."""
+
+    mode: str
+    clients: int
+    requests: int
+    tokens_per_second: float
+    engine_tokens_per_second: float
+    share: float
+    first: dict[str, float]
+    gap: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model to measure: its name, the words behind `python -m` that serve it, itself, and what is
+    asked of it."""
+
+    name: str
+    words: list[str]
+    adapter: Adapter
+    processor: InputProcessor
+    examples: list[Example]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--photo", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=RECORD)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    served = photo(arguments.photo, arguments.data) if arguments.photo else tiny()
+    measured = measure(served, arguments)
+    record = read_json(arguments.out) if arguments.out.is_file() else {}
+    record.setdefault("http", {})[served.name] = measured
+    record["provenance"] = provenance(0, ["offramp_lab.records.serving"], None)
+    write_json(arguments.out, record)
+
+
+def tiny() -> Served:
+    backbone, processor = load_tiny("opt")
+    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
+    encoder = InputProcessor(backbone, processor)
+    return Served("tiny-opt", TINY, adapter, encoder, captions("test", 32).examples)
+
+
+def photo(folder: Path, data: Path) -> Served:
+    from examples.photo_vlm.caption import ADAPTER, load
+
+    backbone, encoder = load(folder)
+    rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
+    asked = [
+        Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
+        for n, row in enumerate(rows)
+    ]
+    words = ["examples.photo_vlm.exits", "serve", str(ADAPTER), "--backbone", str(folder)]
+    return Served("photo model", words, Adapter.load(ADAPTER, backbone), encoder, asked)
+
+
+def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
+    bodies = requests_of(served.examples)
+    points = list(itertools.product(arguments.modes, arguments.clients))
+    http: dict[tuple[str, int], list[dict[str, Any]]] = {point: [] for point in points}
+    own: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    config = EngineConfig(SLOTS, LIMIT)
+    with (
+        Server("--limit", str(LIMIT), words=served.words) as server,
+        BatchEngine(served.adapter, served.processor, config) as engine,
+    ):
+        first = first_token(server.url, bodies[0])
+        for _ in range(arguments.rounds):
+            for mode, clients in points:
+                work = clients_at_work(server.url, mode, clients, arguments.requests, bodies)
+                http[mode, clients].append(asyncio.run(work))
+                alone = engine_alone(engine, served.examples, mode, clients, arguments.requests)
+                own[mode, clients].append(alone)
+    entries = []
+    for (mode, clients), rounds in http.items():
+        speed = median(one["tokens"] / one["seconds"] for one in rounds)
+        alone = median(own[mode, clients])
+        entry = Entry(
+            mode, clients, arguments.requests, speed, alone, speed / alone,
+            spread([x for one in rounds for x in one["first"]]),
+            spread([x for one in rounds for x in one["gaps"]]),
+        )  # fmt: skip
+        entries.append(asdict(entry))
+        print(
+            f"{mode:>10} {clients:>3} clients: {speed:7.1f} tokens/s, engine alone "
+            f"{alone:7.1f} ({entry.share:.2f}); first token "
+            f"{1000 * entry.first['p50']:.0f} ms, gap {1000 * entry.gap['p50']:.1f} ms",
+            flush=True,
+        )
+    return {
+        "slots": SLOTS, "tokens": TOKENS, "rounds": arguments.rounds,
+        "start_seconds": server.started, "first_token_seconds": first,
+        "load": os.getloadavg(), "entries": entries,
+    }  # fmt: skip
+
+
+# -- over HTTP -------------------------------------------------------------------------------------
+
+
+class Server:
+    """`offramp serve` in a process of its own. started: seconds until it was ready."""
+
+    def __init__(self, *more: str, words: Sequence[str] = TINY, port: int = 8731) -> None:
+        self.url, self._begun = f"http://127.0.0.1:{port}", time.perf_counter()
+        words = [*words, "--port", str(port), "--threads", "1", "--watch", "0", *more]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words, "--slots", str(SLOTS)], stderr=subprocess.DEVNULL
+        )
+        self.started = 0.0
+
+    def __enter__(self) -> "Server":
+        while not self.started:
+            if self.process.poll() is not None:
+                raise SystemExit("The server did not start.")
+            try:
+                httpx.get(f"{self.url}/ready", timeout=1).raise_for_status()
+                self.started = time.perf_counter() - self._begun
+            except httpx.HTTPError:
+                time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """As streamed chats with their images."""
+    from base64 import b64encode
+    from io import BytesIO
+
+    bodies = []
+    for example in examples:
+        buffer = BytesIO()
+        example.open_image().save(buffer, "PNG")
+        url = "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": example.prompt},
+        ]
+        bodies.append(
+            {
+                "messages": [{"role": "user", "content": content}], "temperature": 0,
+                "max_completion_tokens": TOKENS, "ignore_eos": True, "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        )  # fmt: skip
+    return bodies
+
+
+def first_token(url: str, body: dict[str, Any]) -> float:
+    """Seconds to the first token of a server that has just started; the first request of all."""
+    begun = time.perf_counter()
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if '"content":' in line and '"content":""' not in line:
+                return time.perf_counter() - begun
+    raise SystemExit("The server answered nothing.")
+
+
+async def clients_at_work(
+    url: str, mode: str, clients: int, requests: int, bodies: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `clients` at once see over `requests` requests, after one each that does not count."""
+    firsts: list[float] = []
+    gaps: list[float] = []
+    left = iter(range(requests))
+    tokens = 0
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def ask(number: int, count: bool) -> None:
+            nonlocal tokens
+            body = {**bodies[number % len(bodies)], "offramp": {"mode": mode}}
+            begun = last = time.perf_counter()
+            chat = f"{url}/v1/chat/completions"
+            async with client.stream("POST", chat, json=body) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    chunk = json.loads(line[6:])
+                    if not count:
+                        continue
+                    if chunk.get("usage"):
+                        tokens += chunk["usage"]["completion_tokens"]
+                    if any(choice["delta"].get("content") for choice in chunk["choices"]):
+                        now = time.perf_counter()
+                        (firsts if last == begun else gaps).append(now - last)
+                        last = now
+
+        async def one() -> None:
+            for number in left:
+                await ask(number, True)
+
+        await asyncio.gather(*(ask(number, False) for number in range(min(clients, SLOTS))))
+        begun = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(clients)))
+        seconds = time.perf_counter() - begun
+    return {"tokens": tokens, "seconds": seconds, "first": firsts, "gaps": gaps}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{p}": float(np.percentile(values, p)) for p in (50, 95)}
+
+
+# -- the engine alone ------------------------------------------------------------------------------
+
+
+def engine_alone(
+    engine: BatchEngine, examples: Sequence[Example], mode: str, clients: int, requests: int
+) -> float:
+    """Tokens a second of the engine with so many requests under way at once; images are opened and
+    prompts processed in its worker threads, as in the server."""
+
+    def tokens(count: int) -> int:
+        asked = itertools.islice(itertools.cycle(examples), count)
+        answers = engine.map(asked, ahead=clients, mode=mode, **OPTIONS)
+        return sum(handle.result().output.depths.shape[1] for _, handle in answers)
+
+    tokens(min(clients, SLOTS))  # these do not count
+    begun = time.perf_counter()
+    return tokens(requests) / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Soak the server: many clients for minutes, some rude; what they saw goes into
+lab/records/serving.json under "soak".
+
+32 clients ask about images from 1 pixel to the limit; 10% go away in the middle of an answer, 5%
+send a bad request, some sample. Recorded is every status that was not the client's own fault, the
+server's memory over time, and whether sampled answers are those of the same requests asked one by
+one afterwards. `taskset -c 0,1 python -m offramp_lab.records.soak` takes 10 minutes and two for the
+answers.
+
+--seconds: how long. --clients: how many.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from offramp.data.scenes.tasks import captions
+from offramp.provenance import provenance
+from offramp.storage import read_json, write_json
+from offramp_lab.records.serving import RECORD, Server
+
+SIDES = (1, 2, 17, 72, 300, 1000, 2000)
+LIMIT = SIDES[-1] ** 2
+BAD: tuple[dict[str, Any], ...] = (
+    {"temperature": 9}, {"messages": []}, {"nonsense": 1}, {"max_completion_tokens": 10**6},
+    {"messages": [{"role": "user", "content": "no image"}]}, {"model": "other"},
+)  # fmt: skip
+CHAT = "/v1/chat/completions"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    arguments = parser.parse_args()
+    with Server("--image-pixels", str(LIMIT), "--queue", str(4 * arguments.clients)) as server:
+        figures = asyncio.run(soak(server, arguments.clients, arguments.seconds))
+    print(figures)
+    record = read_json(arguments.out) if arguments.out.is_file() else {}
+    record["soak"] = {**figures, "load": os.getloadavg()}
+    record["provenance"] = provenance(0, ["offramp_lab.records.soak"], None)
+    write_json(arguments.out, record)
+
+
+def bodies() -> list[dict[str, Any]]:
+    """Good requests: images of all sizes, greedy and sampled, in all modes."""
+    draw = random.Random(0)
+    rows = []
+    for number, example in enumerate(captions("test", 28).examples):
+        side = SIDES[number % len(SIDES)]
+        image = example.open_image().resize((side, side), Image.Resampling.BILINEAR)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG" if number % 2 else "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [
+            {"type": "text", "text": "Caption:"},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]
+        mode = draw.choice(("full", "early_exit", "lossless"))
+        rows.append(
+            {
+                "messages": [{"role": "user", "content": content}], "seed": number,
+                "temperature": 1.0 if number % 3 == 0 else 0, "offramp": {"mode": mode},
+                "max_completion_tokens": draw.randint(1, 40),
+            }
+        )  # fmt: skip
+    return rows
+
+
+async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
+    """What was seen in so many seconds."""
+    good, statuses = bodies(), Counter[str]()
+    seen: dict[int, str] = {}
+    wrong: list[str] = []
+    memory: list[float] = []
+    end = time.monotonic() + seconds
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+
+        async def one(number: int) -> None:
+            draw = random.Random(number)
+            while time.monotonic() < end:
+                at = draw.randrange(len(good))
+                what = draw.random()
+                try:
+                    if what < 0.10:
+                        await leave_early(client, good[at], draw.random())
+                        statuses["left"] += 1
+                    elif what < 0.15:
+                        answer = await client.post(CHAT, json={**good[at], **draw.choice(BAD)})
+                        statuses[f"bad_{answer.status_code}"] += 1
+                        if not 400 <= answer.status_code < 500:
+                            wrong.append(f"a bad request was answered {answer.status_code}")
+                    else:
+                        answer = await client.post(CHAT, json=good[at])
+                        statuses[f"good_{answer.status_code}"] += 1
+                        if answer.status_code != 200:
+                            wrong.append(answer.text[:200])
+                            continue
+                        text = answer.json()["choices"][0]["message"]["content"]
+                        if seen.setdefault(at, text) != text:
+                            wrong.append(f"request {at} was answered differently")
+                except httpx.HTTPError as error:
+                    wrong.append(repr(error))
+
+        async def weigh() -> None:
+            while time.monotonic() < end:
+                memory.append(resident(server.process.pid))
+                await asyncio.sleep(min(5.0, seconds / 20))
+
+        await asyncio.gather(weigh(), *map(one, range(clients)))
+        for at, text in seen.items():  # one by one, with nobody else there
+            answer = await client.post(CHAT, json=good[at])
+            if answer.json()["choices"][0]["message"]["content"] != text:
+                wrong.append(f"request {at} is answered differently alone")
+    half = memory[len(memory) // 3 :]
+    growth = float(np.polyfit(range(len(half)), half, 1)[0] * len(half)) if len(half) > 2 else 0.0
+    return {
+        "seconds": seconds, "clients": clients, "requests": dict(sorted(statuses.items())),
+        "faults": wrong[:20], "faults_in_all": len(wrong), "compared": len(seen),
+        "memory_mib": {"first": memory[0], "last": memory[-1], "trend_of_last_two_thirds": growth},
+    }  # fmt: skip
+
+
+async def leave_early(client: httpx.AsyncClient, body: dict[str, Any], share: float) -> None:
+    """Read a part of a stream, and go."""
+    async with client.stream("POST", CHAT, json={**body, "stream": True}) as answer:
+        answer.raise_for_status()
+        pieces = 0
+        async for _ in answer.aiter_raw():
+            pieces += 1
+            if pieces > 10 * share:
+                return
+
+
+def resident(process: int | str = "self") -> float:
+    """MiB of memory that a process holds."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Tables and figures in Markdown pages: what stands between two comments comes from the records.
+
+A page holds `<!-- table: NAME -->` and `<!-- /table -->` on lines of their own, and in its
+sentences `<!-- figure: NAME -->1.23<!-- /figure -->`, never where a line starts: that would begin a
+block of HTML. The sentences are the page's own.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from offramp.storage import read_json
+from offramp_lab.places import LAB, RECORDS, ROOT
+
+ELSEWHERE = {
+    "recipe": LAB / "src" / "offramp_lab" / "recipes" / "tiny_vlm" / "record.json",
+    "bridge": ROOT / "examples" / "photo_vlm" / "bridge" / "bridge.json",
+}
+"""Records that lie beside what they are about."""
+
+KINDS = ("opt", "t5")
+"""The tiny models, in the order of the columns."""
+
+Make = Callable[[], str]
+Row = Sequence[str]
+_BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
+_FIGURE = re.compile(r"<!-- figure: (\S+) -->[^<]*<!-- /figure -->")
+
+
+@cache
+def record(name: str) -> Any:
+    """A committed record by its name; read once, so do not change it."""
+    return read_json(ELSEWHERE.get(name, RECORDS / f"{name}.json"))
+
+
+def table(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """A Markdown table. Raise `ValueError` where a row has not a cell for every column."""
+    rows = [tuple(row) for row in rows]
+    if uneven := [row for row in rows if len(row) != len(columns)]:
+        raise ValueError(f"{uneven[0]} has not {len(columns)} cells")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def fill(page: str, tables: Mapping[str, Make], figures: Mapping[str, Make]) -> str:
+    """The page with its tables and figures as the records have them.
+
+    A figure is one of `figures`, or a place in a record and a format, as
+    `calibrated/opt/0/n_test:,`. Raise `ValueError` where a mark is not read as one.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- table: {name} -->\n\n{tables[name]()}\n<!-- /table -->"
+
+    def figure(match: re.Match[str]) -> str:
+        name = match[1]
+        text = figures[name]() if name in figures else _at(name)
+        return f"<!-- figure: {name} -->{text}<!-- /figure -->"
+
+    for mark, pattern in (("<!-- table:", _BLOCK), ("<!-- figure:", _FIGURE)):
+        if page.count(mark) != len(pattern.findall(page)):
+            raise ValueError(
+                f"A mark that begins with {mark!r} is written in a way that is not read"
+            )
+    return _FIGURE.sub(figure, _BLOCK.sub(block, page))
+
+
+def _at(place: str) -> str:
+    """What stands at a place in a record, formatted."""
+    path, _, form = place.partition(":")
+    name, *keys = path.split("/")
+    value = record(name)
+    for key in keys:
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return format(value, form)
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def bold(text: str) -> str:
+    return f"**{text}**"
+
+
+def tiny(kind: str) -> str:
+    return f"tiny {kind.upper()}"
+
+
+def level(drop: str | float) -> str:
+    """A drop of quality: "0.5%"."""
+    return f"{100 * float(drop):g}%"
+
+
+def with_range(value: str, ends: Sequence[float], form: str) -> str:
+    """ "+2.3% [-4.8%, +9.2%]"."""
+    low, high = ends
+    return f"{value} [{low:{form}}, {high:{form}}]"

@@ -1,0 +1,113 @@
+"""The one table of the README: a row for each model, with what was guaranteed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offramp_lab.tables.markdown import Make, bold, record, table, times, tiny
+from offramp_lab.tables.runtimes import OURS, entry_at, timed_entries
+from offramp_lab.tables.speed import forced
+
+Value = Mapping[str, Any]
+COLUMNS = ("model", "decoding", "end to end", "guaranteed", "quality, full / early exit")
+
+
+def overview() -> str:
+    """At most six rows."""
+    return table(
+        [
+            *(_tiny(kind) for kind in ("opt", "t5")),
+            _photo(),
+            _llama_cpp("q8_0"),
+            _forced("OPT-2.7B shape, 90% exit at 8 of 32"),
+            _at_once("float32"),
+        ],
+        COLUMNS,
+    )
+
+
+def _tiny(kind: str) -> tuple[str, ...]:
+    rows = record("calibrated")[kind]
+    row = next(r for r in rows if (r["risk"], r["risk_target"]) == ("disagreement", 0.01))
+    right = " / ".join(
+        f"{row[name]['questions']:.1%}" for name in ("quality_full", "quality_early")
+    )
+    return (
+        f"{tiny(kind)}, 12 layers",
+        bold(times(row["speedup_decode"])),
+        times(row["speedup_end_to_end"]),
+        f"at most {row['risk_target']:.0%} of answers change (here {row['risk_test']:.2%})",
+        f"questions right: {right}",
+    )
+
+
+def _photo() -> tuple[str, ...]:
+    photo = record("photo")
+    points = photo["regimes"][photo["first"]]["points"]
+    row = next(p for p in points if p["chosen_by"] == "risk 1%")
+    [threshold] = row["thresholds"].values()
+    ways = record("loads")["single"]["figures"]["float32"]["ways"]
+    named = (n for n in ways if n.startswith(f"compiled guesses {threshold:g} "))
+    speeds = ways[max(named, key=lambda name: ways[name]["speedup"])]
+    return (
+        "photo model, 30 layers, with guesses, compiled",
+        bold(times(speeds["speedup"])),
+        times(speeds["end_to_end"]),
+        f"captions change by at most 1%, as 1 - ROUGE-L (here {row['inconsistency_test']:.2%})",
+        f"CIDEr: {row['cider_full']:.3f} / {row['cider']:.3f}",
+    )
+
+
+def _llama_cpp(layers: str) -> tuple[str, ...]:
+    """Exits inside llama.cpp, against llama.cpp alone in the same format."""
+    measured = record("runtimes")
+    promise = measured["calibrated"]["formats"][layers]["guaranteed"]
+    early, alone = (
+        entry_at(layers, promise["thresholds"]),
+        timed_entries()["llama.cpp", layers, "full"],
+    )
+    whole = alone["end_to_end_cpu_seconds"] / early["end_to_end_cpu_seconds"]
+    full = next(
+        c["CIDEr"]
+        for c in measured["answers"]["cider"]
+        if (c["runtime"], c["format"], c["mode"]) == (OURS, layers, "full")
+    )
+    return (
+        f"the same inside llama.cpp, {layers}",
+        f"**{early['over_llama_cpp']:.2f}x** of llama.cpp alone, "
+        f"{early['over_full']:.2f}x of exits off",
+        times(whole),
+        f"captions lose at most {measured['calibrated']['target']:g} of ROUGE-L "
+        f"(here {promise['risk']:.3f})",
+        f"CIDEr: {full:.3f} / {promise['CIDEr']:.3f} on {promise['n']} photographs",
+    )
+
+
+def _forced(title: str) -> tuple[str, ...]:
+    entry = forced("opt-2.7b", 1, 8, "recompute", 0.9)
+    assert entry is not None, "lab/records/bench.json lacks the README's case"
+    return (
+        title,
+        bold(times(entry["measured"])),
+        "not measured",
+        "none: speed only",
+        "none: random weights",
+    )
+
+
+def _at_once(dtype: str) -> tuple[str, ...]:
+    """The photo model in the batch engine, against single requests at full depth."""
+    run = record("loads")["photographs"]["figures"][dtype]
+    full, early = (
+        next(way for way in run["ways"] if way["way"] == f"{run['slots']} slots, {mode}")
+        for mode in ("full", "early_exit")
+    )
+    return (
+        f"photo model, {run['slots']} captions at once in the batch engine",
+        bold(times(early["over_full_alone_decode"])),
+        times(early["over_full_alone"]),
+        "none: its threshold is looser",
+        f"CIDEr: {full['cider']:.3f} / {early['cider']:.3f} on {run['photographs']} photographs",
+    )
+
+
+TABLES: dict[str, Make] = {"overview": overview}

@@ -1,0 +1,95 @@
+"""The pages say what the records say, in Markdown that every renderer shows."""
+
+import re
+
+import pytest
+
+from offramp_lab.pages import picture
+from offramp_lab.pages.readme import PAGES, filled
+from offramp_lab.places import ROOT
+from offramp_lab.tables.markdown import fill, record, table
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_figure_of_a_page_is_its_records(name: str) -> None:
+    assert page(name) == filled(name)
+    assert page(name).count("<!-- table: ") == page(name).count("<!-- /table -->")
+    assert page(name).count("<!-- figure: ") == page(name).count("<!-- /figure -->")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_line_starts_with_a_figure(name: str) -> None:
+    """There a comment would begin a block of HTML, whose Markdown is not rendered."""
+    assert not re.findall(r"^\s*<!-- figure", page(name), re.MULTILINE)
+
+
+def test_the_readmes_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    caption, depths = capsys.readouterr().out.strip().splitlines()
+    assert caption.startswith("one object on white")
+    assert depths.startswith("[2, 2, ") and depths.endswith("of 12 layers")
+
+
+def test_the_picture_is_its_record() -> None:
+    image = re.compile('href="[^"]*"')  # another zlib packs the same pixels otherwise
+    drawn = picture.draw(record("picture"))
+    assert image.sub("", page("docs/early-exit.svg")) == image.sub("", drawn)
+    modes = record("picture")["modes"]
+    assert modes["early_exit"]["words"] == modes["full"]["words"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(page("README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    "name", [*PAGES, *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page(name))
+    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    assert not missing
+
+
+def test_a_table_is_filled_and_what_is_around_it_stays() -> None:
+    text = (
+        "a\n\n<!-- table: t -->\n\nold\n\n<!-- /table -->\n\n"
+        "b <!-- figure: f -->0<!-- /figure -->.\n"
+    )
+    after = fill(text, {"t": lambda: table([("x", "1")], ("name", "n"))}, {"f": lambda: "7"})
+    assert after == (
+        "a\n\n<!-- table: t -->\n\n| name | n |\n| --- | --- |\n| x | 1 |\n\n<!-- /table -->\n\n"
+        "b <!-- figure: f -->7<!-- /figure -->.\n"
+    )
+
+
+def test_a_figure_may_name_a_place_in_a_record() -> None:
+    found = fill("is <!-- figure: recipe/opt/scenes:, -->?<!-- /figure -->", {}, {})
+    assert found == "is <!-- figure: recipe/opt/scenes:, -->500<!-- /figure -->"
+
+
+def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:
+    for text in (
+        "<!-- table: no -->\n<!-- /table -->",
+        "<!-- figure: recipe/no -->1<!-- /figure -->",
+    ):
+        with pytest.raises(KeyError):
+            fill(text, {}, {})
+
+
+def test_a_mark_that_is_not_read_as_one_is_an_error() -> None:
+    """Else what stands there would never be filled again."""
+    for mark in ("<!-- figure: with a space -->1<!-- /figure -->", "<!-- table: name -->"):
+        with pytest.raises(ValueError, match="not read"):
+            fill(mark, {"name": lambda: ""}, {})
+
+
+def test_an_uneven_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 cells"):
+        table([("one",)], ("a", "b"))

@@ -1,0 +1,57 @@
+"""`offramp demo`: exits for a tiny model, trained, calibrated and timed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.options import add_command, name_option, seed_option
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "demo",
+        "Train exits on a tiny VLM, calibrate them, and time them against the full model.",
+        "offramp demo --backbone tiny-t5",
+        _demo,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.models.shipped import TINY, short_name
+
+    name_option(
+        parser, "--backbone", [f"tiny-{kind}" for kind in TINY], "which tiny model",
+        default="tiny-opt", type=lambda name: f"tiny-{short_name(name)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
+    )
+    parser.add_argument(
+        "--target", type=float, default=0.0075, metavar="X",
+        help="share of answers that may differ from the full model's (default: 0.0075)",
+    )  # fmt: skip
+    seed_option(parser, "training")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from offramp.calibration.calibrate import Guarantee
+    from offramp.demo import demo, table
+    from offramp.models.shipped import short_name
+    from offramp.storage import check_writable
+
+    Guarantee(target=arguments.target)  # a mistake should not wait for training
+    check_writable(arguments.out, folder=True)
+    kind = short_name(arguments.backbone)
+    report = demo(kind, arguments.out, target=arguments.target, seed=arguments.seed)
+    show_result(report, table(report), as_json=arguments.json)
+    log.info("figures: %s", arguments.out / "report.json")
+    log.info("open %s", arguments.out / "report.html")

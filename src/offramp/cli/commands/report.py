@@ -1,0 +1,62 @@
+"""`offramp report`: one HTML page of what the other commands wrote."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.options import add_command, name_option
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "report",
+        "Write one self-contained HTML page of what the other commands measured.",
+        "offramp report --run exits runs/captions runs/analysis --data photos.jsonl "
+        "--out report.html",
+        _report,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.data.formats import FORMATS
+
+    parser.add_argument(
+        "--run",
+        dest="sources",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="folders (of an adapter, or what eval, analyse, compare or demo wrote), or JSON files",
+    )
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
+    )
+    name_option(parser, "--format", FORMATS, "layout of --data", default="auto")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --data")
+    parser.add_argument("--split", help="only this split of --data")
+    parser.add_argument("--title", default="", help="default: made of the backbones' names")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from offramp.data.formats import read_items
+    from offramp.report.report import read_sources, report
+    from offramp.storage import check_writable, write_atomic
+
+    check_writable(arguments.out)
+    sources = read_sources(arguments.sources)
+    items = (
+        read_items(arguments.data, arguments.images, arguments.format, split=arguments.split)
+        if arguments.data
+        else []
+    )
+    page = report(sources, [item.example for item in items], title=arguments.title)
+    write_atomic(arguments.out, page)
+    result = {"report": str(arguments.out), "bytes": len(page.encode())}
+    show_result(result, as_json=arguments.json)

@@ -1,0 +1,388 @@
+"""What is said of a scene: captions, questions with answers, dialogues, all exactly right."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from offramp.data.scenes.world import (
+    BACKGROUNDS,
+    CAPTION_PROMPT,
+    COLORS,
+    COLUMNS,
+    COUNTS,
+    GRID,
+    ROWS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    generator_of,
+    looks_of,
+    pick,
+    place_name,
+)
+
+QA = tuple[str, str]  # question, answer
+Fact = tuple[str, str]  # place (or "count", "background"), attribute
+Maker = Callable[[np.random.Generator, "Scene"], QA | None]
+
+# ---------------------------------------------------------------- captions
+
+
+def caption(scene: Scene) -> str:
+    """One sentence that states every object, in reading order, with all its attributes."""
+    parts = [f"a {looks_of(t)} at {place_name(t.place)}" for t in scene.objects]
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    noun = "object" if len(parts) == 1 else "objects"
+    return f"{COUNTS[len(parts)]} {noun} on {scene.background}: {listed}."
+
+
+def _any(words: Sequence[str]) -> str:
+    return f"({'|'.join(words)})"
+
+
+_OBJECT = re.compile(
+    rf"\ba {_any(SIZES)} {_any(COLORS)} {_any(SHAPES)} at "
+    rf"{_any([f'{row} {column}' for row in ROWS for column in COLUMNS])}"
+)
+_OPENING = re.compile(rf"^{_any(COUNTS)} objects? on {_any(BACKGROUNDS)}:")
+
+
+def scene_facts(scene: Scene) -> set[Fact]:
+    """Everything a caption should state, as (place, attribute) pairs."""
+    facts = {("count", COUNTS[len(scene.objects)]), ("background", scene.background)}
+    for thing in scene.objects:
+        facts |= {(place_name(thing.place), a) for a in (thing.size, thing.color, thing.shape)}
+    return facts
+
+
+def caption_attributes(text: str) -> set[Fact]:
+    """What a caption claims, true or not, as (place, attribute) pairs; noise claims nothing."""
+    text = _normal(text)
+    facts: set[Fact] = set()
+    opening = _OPENING.match(text)
+    if opening:
+        facts |= {("count", opening[1]), ("background", opening[2])}
+    for size, color, shape, place in _OBJECT.findall(text):
+        facts |= {(place, size), (place, color), (place, shape)}
+    return facts
+
+
+def caption_correct(text: str, scene: Scene) -> bool:
+    """Whether a caption states exactly this scene: nothing wrong, missing or unreadable."""
+    leftover, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
+    readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", leftover) is not None
+    return (
+        readable
+        and objects == len(scene.objects)
+        and caption_attributes(text) == scene_facts(scene)
+    )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+# ---------------------------------------------------------------- questions
+
+RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+    "left of": lambda a, b: a.column < b.column,
+    "right of": lambda a, b: a.column > b.column,
+    "above": lambda a, b: a.row < b.row,
+    "below": lambda a, b: a.row > b.row,
+}
+
+
+def question_prompt(question: str) -> str:
+    """The prompt that asks one question."""
+    return f"Question: {question} Answer:"
+
+
+def dialogue_prompt(history: Sequence[QA], question: str) -> str:
+    """The prompt that asks a question after earlier rounds (BLIP-2's convention)."""
+    return " ".join([*(f"{question_prompt(q)} {a}" for q, a in history), question_prompt(question)])
+
+
+def answer_correct(text: str, answer: str) -> bool:
+    """Whether a generated answer is the reference, up to case, spaces and a final full stop."""
+    return _normal(text).rstrip(" .") == _normal(answer)
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun.startswith("o") else f"a {noun}"
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _names(scene: Scene, thing: Thing, hide: str = "") -> list[str]:
+    """Noun phrases that fit only this object and do not give away the attribute `hide`."""
+    phrases = {
+        "{shape}": hide != "shape",
+        "{color} object": hide != "color",
+        "{color} {shape}": hide not in ("color", "shape"),
+        "{size} {color} {shape}": hide not in ("size", "color", "shape"),
+    }
+    unique = []
+    for phrase in (p for p, allowed in phrases.items() if allowed):
+        said = [phrase.format(**vars(t)) for t in scene.objects]
+        if said.count(phrase.format(**vars(thing))) == 1:
+            unique.append(phrase.format(**vars(thing)))
+    return unique
+
+
+def _name(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
+    names = _names(scene, thing, hide)
+    return f"the {pick(rng, names)}" if names else None
+
+
+def _ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> QA | None:
+    thing = pick(rng, scene.objects)
+    name = _name(rng, scene, thing, hide=attribute)
+    if name is None or rng.random() < 0.4:
+        name = f"the object at the {place_name(thing.place)}"
+    return f"what {attribute} is {name}?", str(getattr(thing, attribute))
+
+
+def _ask_background(rng: np.random.Generator, scene: Scene) -> QA | None:
+    return "what color is the background?", scene.background
+
+
+def _ask_where(rng: np.random.Generator, scene: Scene) -> QA | None:
+    thing = pick(rng, scene.objects)
+    name = _name(rng, scene, thing)
+    return (f"where is {name}?", place_name(thing.place)) if name else None
+
+
+def _ask_what(rng: np.random.Generator, scene: Scene) -> QA | None:
+    if rng.random() < 0.2:
+        free = sorted(set(range(GRID * GRID)) - {t.place for t in scene.objects})
+        return f"what is at the {place_name(pick(rng, free))}?", "nothing"
+    thing = pick(rng, scene.objects)
+    return f"what is at the {place_name(thing.place)}?", f"a {looks_of(thing)}"
+
+
+def _ask_count(rng: np.random.Generator, scene: Scene) -> QA | None:
+    attribute = pick(rng, ("any", "shape", "shape", "color", "color", "size"))
+    if attribute == "any":
+        return "how many objects are there?", COUNTS[len(scene.objects)]
+    options = {"shape": SHAPES, "color": COLORS, "size": SIZES}[attribute]
+    shown = [str(getattr(t, attribute)) for t in scene.objects]
+    value = pick(rng, shown if rng.random() < 0.75 else options)
+    noun = _plural(value) if attribute == "shape" else f"{value} objects"
+    return f"how many {noun} are there?", COUNTS[shown.count(value)]
+
+
+def _ask_exists(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pairs = {(t.color, t.shape) for t in scene.objects}
+    if rng.random() < 0.5:
+        color, shape = pick(rng, sorted(pairs))
+    else:  # hard negatives: at least one of the two attributes is in the picture
+        thing = pick(rng, scene.objects)
+        color, shape = thing.color, thing.shape
+        if rng.random() < 0.5:
+            shape = pick(rng, SHAPES)
+        else:
+            color = pick(rng, COLORS)
+    return f"is there {_a(f'{color} {shape}')}?", _yes((color, shape) in pairs)
+
+
+def _two_names(
+    rng: np.random.Generator, scene: Scene, hide: str = ""
+) -> tuple[Thing, str, Thing, str] | None:
+    if len(scene.objects) < 2:
+        return None
+    i, j = (int(k) for k in rng.choice(len(scene.objects), size=2, replace=False))
+    a, b = scene.objects[i], scene.objects[j]
+    name_a, name_b = _name(rng, scene, a, hide), _name(rng, scene, b, hide)
+    return (a, name_a, b, name_b) if name_a and name_b else None
+
+
+def _relation(rng: np.random.Generator, a: Thing, b: Thing) -> tuple[str, bool]:
+    """A relation that holds half of the time."""
+    truth = bool(rng.random() < 0.5)
+    return pick(rng, [word for word, holds in RELATIONS.items() if holds(a, b) == truth]), truth
+
+
+def _ask_relation(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene)
+    if pair is None:
+        return None
+    a, name_a, b, name_b = pair
+    word, truth = _relation(rng, a, b)
+    return f"is {name_a} {word} {name_b}?", _yes(truth)
+
+
+def _ask_larger(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene, hide="size")
+    if pair is None or pair[0].size == pair[2].size:
+        return None
+    a, name_a, _, name_b = pair
+    word = pick(rng, ("larger", "smaller"))
+    first = (a.size == "large") == (word == "larger")
+    return f"which is {word}, {name_a} or {name_b}?", name_a if first else name_b
+
+
+def _ask_same(rng: np.random.Generator, scene: Scene) -> QA | None:
+    pair = _two_names(rng, scene, hide="size")
+    if pair is None:
+        return None
+    a, name_a, b, name_b = pair
+    return f"are {name_a} and {name_b} the same size?", _yes(a.size == b.size)
+
+
+def _ask_more(rng: np.random.Generator, scene: Scene) -> QA | None:
+    shown = [t.shape for t in scene.objects]
+    first, second = pick(rng, shown), pick(rng, SHAPES)
+    if first == second:
+        return None
+    if rng.random() < 0.5:
+        first, second = second, first
+    truth = shown.count(first) > shown.count(second)
+    return f"are there more {_plural(first)} than {_plural(second)}?", _yes(truth)
+
+
+QUESTIONS: dict[str, Maker] = {
+    "color": partial(_ask_attribute, attribute="color"),
+    "shape": partial(_ask_attribute, attribute="shape"),
+    "size": partial(_ask_attribute, attribute="size"),
+    "background": _ask_background,
+    "where": _ask_where,
+    "what": _ask_what,
+    "count": _ask_count,
+    "exists": _ask_exists,
+    "relation": _ask_relation,
+    "larger": _ask_larger,
+    "same": _ask_same,
+    "more": _ask_more,
+}
+
+RARE = dict.fromkeys(("relation", "larger", "same", "more"), 0.25)  # against 1 for other kinds
+
+_KIND_PATTERNS = {
+    "follow_up": r"\bit\b",
+    "background": r"background",
+    "color": r"^what color",
+    "shape": r"^what shape",
+    "size": r"^what size",
+    "where": r"^where",
+    "what": r"^what is at",
+    "count": r"^how many",
+    "exists": r"^is there",
+    "relation": r"^is the",
+    "larger": r"^which is",
+    "same": r"^are the ",
+    "more": r"^are there more",
+}
+
+
+def question_kind(question: str) -> str:
+    """The kind of a question: a key of `QUESTIONS`, or "follow_up" if it says "it"."""
+    for kind, pattern in _KIND_PATTERNS.items():
+        if re.search(pattern, question):
+            return kind
+    raise ValueError(f"not a question of this world: {question!r}")
+
+
+def questions(scene: Scene, n: int) -> list[QA]:
+    """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows.
+
+    Questions about two named things come late (`RARE`): they are the hardest, and a small model
+    that cannot compare should still be a useful model.
+    """
+    rng = generator_of(scene.seed, "questions")
+    weights = np.array([RARE.get(kind, 1.0) for kind in QUESTIONS])
+    pairs: dict[str, str] = {}
+    for _ in range(4):  # rounds: a kind may fail on a scene that has nothing to compare
+        order = rng.choice(len(QUESTIONS), len(QUESTIONS), replace=False, p=weights / weights.sum())
+        for i in order:
+            made = list(QUESTIONS.values())[i](rng, scene)
+            if made and len(pairs) < n:
+                pairs.setdefault(*made)
+    return list(pairs.items())
+
+
+# ---------------------------------------------------------------- dialogues
+
+
+def _opening(rng: np.random.Generator, scene: Scene, thing: Thing) -> tuple[str, str, set[str]]:
+    """A first turn about `thing`: question, answer, and the attributes both give away."""
+    at = f"the object at the {place_name(thing.place)}"
+    options = [
+        (f"what {a} is {at}?", str(getattr(thing, a)), {a, "place"})
+        for a in ("color", "shape", "size")
+    ]
+    names = [n for n in _names(scene, thing) if thing.size not in n.split()]
+    if names:
+        name = pick(rng, names)
+        known = {a for a in ("color", "shape") if str(getattr(thing, a)) in name.split()}
+        options += [(f"where is the {name}?", place_name(thing.place), known | {"place"})]
+        options += [(f"what size is the {name}?", thing.size, known | {"size"})]
+    return pick(rng, options)
+
+
+def _follow_up(rng: np.random.Generator, scene: Scene, thing: Thing, known: set[str]) -> QA | None:
+    """A turn that says "it"; adds what it reveals to `known`."""
+    left = [a for a in ("color", "shape", "size", "place", "relation") if a not in known]
+    if not left:
+        return None
+    attribute = pick(rng, left)
+    known.add(attribute)
+    if attribute == "place":
+        return "where is it?", place_name(thing.place)
+    if attribute != "relation":
+        return f"what {attribute} is it?", str(getattr(thing, attribute))
+    others = [(t, _name(rng, scene, t)) for t in scene.objects if t != thing]
+    named = [(t, name) for t, name in others if name]
+    if not named:
+        return _follow_up(rng, scene, thing, known)
+    other, name = pick(rng, named)
+    word, truth = _relation(rng, thing, other)
+    return f"is it {word} {name}?", _yes(truth)
+
+
+def dialogue(scene: Scene, rounds: int) -> list[QA]:
+    """`rounds` turns about one picture; later turns may say "it" for the object spoken of last."""
+    rng = generator_of(scene.seed, "dialogue")
+    turns: list[QA] = []
+    thing, known = scene.objects[0], {"color", "shape", "size", "place", "relation"}
+    while len(turns) < rounds:
+        turn: QA | None
+        if turns and rng.random() < 0.2:  # an aside about no single object: "it" stays what it was
+            turn = pick(rng, (_ask_count, _ask_background))(rng, scene)
+        else:
+            turn = _follow_up(rng, scene, thing, known)
+        if turn is None:
+            thing = pick(rng, [t for t in scene.objects if t != thing] or scene.objects)
+            question, answer, known = _opening(rng, scene, thing)
+            turn = question, answer
+        if turn not in turns[-3:]:
+            turns.append(turn)
+    return turns
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark that prompts, captions, questions and answers are made of, sorted."""
+    words = (
+        *SHAPES,
+        *map(_plural, SHAPES),
+        *SIZES,
+        *ROWS,
+        *COLUMNS,
+        *COUNTS,
+        *COLORS,
+        *BACKGROUNDS,
+    )
+    grammar = (
+        "what where which how many is are there a an the it of and or , . : ? object objects",
+        "shape color size background same larger smaller more than at on yes no nothing",
+    )
+    text = " ".join((CAPTION_PROMPT, question_prompt(""), *words, *RELATIONS, *grammar))
+    return sorted(set(re.findall(r"\w+|[^\w\s]", text)))

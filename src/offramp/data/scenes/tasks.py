@@ -1,0 +1,49 @@
+"""Examples of the procedural world with exact ground truth, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from offramp.data.example import Example
+from offramp.data.scenes import language, world
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one task, and how one answer is judged right."""
+
+    name: str
+    examples: list[Example]
+    correct: Callable[[str, Example], bool]
+
+
+def captions(split: str, n: int, start: int = 0) -> Task:
+    """Pictures to describe; a caption is right when every attribute of it is."""
+    scenes = {f"{split}/{i}": world.scene(split, i) for i in range(start, start + n)}
+    examples = [
+        Example(world.render(s), world.CAPTION_PROMPT, (language.caption(s),), key, group=key)
+        for key, s in scenes.items()
+    ]
+    return Task(
+        "captions",
+        examples,
+        lambda text, example: language.caption_correct(text, scenes[example.key]),
+    )
+
+
+def questions(split: str, n: int, start: int = 0, per_picture: int = 2) -> Task:
+    """`n` images, `per_picture` questions on each; an answer is right when it is the reference."""
+    examples = []
+    for index in range(start, start + n):
+        scene = world.scene(split, index)
+        picture = world.render(scene)
+        for turn, (question, answer) in enumerate(language.questions(scene, per_picture)):
+            prompt = language.question_prompt(question)
+            key = f"{split}/{index}/{turn}"
+            examples.append(Example(picture, prompt, (answer,), key, group=f"{split}/{index}"))
+    return Task(
+        "questions",
+        examples,
+        lambda text, example: language.answer_correct(text, example.answers[0]),
+    )

@@ -1,0 +1,115 @@
+"""Images with their answers, each word in the colour of its depth, as HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from markupsafe import Markup
+
+from offramp.data.example import Example
+from offramp.evaluation.run_log import ROWS, Done, Row
+from offramp.report.html import render
+from offramp.report.plots import depth_color
+
+_SIDE = 240  # pixels of the longer side of an image
+_SMALL = 100  # up to here an image is kept exactly
+_DARK = 0.179  # the luminance on which black and white have the same contrast, 4.58
+
+
+def gallery(
+    done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any, per_group: int = 6
+) -> Markup:
+    """Answers of a run that early exit changed, and some that it did not.
+
+    done: rows by mode and key; empty where they are not there. pictures: examples by key, as far as
+    they are known. tokenizer: turns ids into words; None: answers are shown whole.
+    """
+    early = {key: row for (mode, key), row in done.items() if mode == "early_exit"}
+    full = {key: row for (mode, key), row in done.items() if mode == "full"}
+    both = [key for key in early if key in full]
+    changed = [key for key in both if early[key]["ids"] != full[key]["ids"]]
+    same = [key for key in (both or early) if key not in changed]
+    same.sort(key=lambda key: mean(early[key]["depths"] or [layers]))
+    unchanged = same[:: max(1, len(same) // per_group)][
+        :per_group
+    ]  # from the fastest to the slowest
+    shown = [*changed[:per_group], *unchanged]
+    depths = sorted({d for key in shown for d in early[key]["depths"]} | {layers})
+
+    def answers(keys: Sequence[str]) -> list[dict[str, Any]]:
+        return [_answer(early[k], full.get(k), layers, pictures.get(k), tokenizer) for k in keys]
+
+    groups = [
+        {
+            "changed": True,
+            "n": len(changed),
+            "of": len(both),
+            "answers": answers(changed[:per_group]),
+        },
+        {"changed": False, "n": len(same), "of": len(both), "answers": answers(unchanged)},
+    ]
+    return render(
+        "answers", not_here="" if done else ROWS, groups=groups if early else [], layers=layers,
+        pictures=any(key in pictures for key in early), worded=tokenizer is not None,
+        legend=[token("full" if d == layers else "exit", d, layers) for d in depths],
+    )  # fmt: skip
+
+
+def _answer(
+    early: Row, full: Row | None, layers: int, example: Example | None, tokenizer: Any
+) -> dict[str, Any]:
+    said = None
+    if tokenizer is not None:
+        pairs = zip(words(early["ids"], tokenizer), early["depths"], strict=True)
+        said = [token(text, depth, layers) for text, depth in pairs]
+    return {
+        "key": str(early["key"]),
+        "picture": picture(example) if example is not None else None,
+        "prompt": example.prompt if example is not None else "",
+        "depth": mean(early["depths"]) if early["depths"] else layers,
+        "words": said,
+        "text": early["answer"],
+        "same": full is not None and full["ids"] == early["ids"],
+        "full": None if full is None else full["answer"],
+        "reference": example.answers[0] if example is not None and example.answers else "",
+    }
+
+
+def words(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; "end" for special ones."""
+    special = set(tokenizer.all_special_ids)
+    return ["end" if i in special else str(tokenizer.decode([i])).strip() or "\u2423" for i in ids]
+
+
+def token(text: str, depth: int, layers: int) -> dict[str, Any]:
+    """A word in the colour of its depth, which it also names."""
+    color = depth_color(depth, layers)
+    where = "full depth" if depth == layers else f"depth {depth} of {layers}"
+    return {"text": text, "depth": depth, "color": color, "ink": ink_on(color), "where": where}
+
+
+def picture(example: Example) -> dict[str, Any]:
+    """The example's image as a data URI, scaled down; small ones exactly as they are."""
+    image = example.open_image()
+    image.thumbnail((_SIDE, _SIDE))
+    kind = "png" if max(image.size) <= _SMALL else "jpeg"
+    data = io.BytesIO()
+    image.save(data, kind, optimize=True, quality=80)  # a PNG has no quality and ignores it
+    source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"source": source, "width": image.width, "height": image.height}
+
+
+def ink_on(color: str) -> str:
+    """Black or white, whichever can be read on "#rrggbb"."""
+    return "#000" if _luminance(color) > _DARK else "#fff"
+
+
+def _luminance(color: str) -> float:
+    """Relative luminance in [0, 1] of "#rrggbb" (WCAG 2)."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,224 @@
+"""The report: one HTML file of what the other commands measured.
+
+What it takes are their own files: an adapter's folder, a run of `offramp eval`, an analysis.json, a
+compare.json, a demo's report. A section appears when something was given that it can show, and the
+end of the page names what was not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from offramp.data.example import Example
+from offramp.errors import DataError, InputError
+from offramp.evaluation.run_log import ROWS, Done, read_rows
+from offramp.report import headline, sections
+from offramp.report.gallery import gallery
+from offramp.report.html import Section, document
+from offramp.storage import read_json
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "adapter": ("depths", "policy", "backbone"),
+    "demo": ("modes", "full_equals_generate"),
+    "eval": ("modes", "task", "settings"),
+    "analysis": ("teacher_forced", "needed_depth"),
+    "compare": ("points",),
+}
+"""What can be shown, and the keys that it is recognised by."""
+
+MAKERS = {
+    "adapter": "offramp train, then offramp calibrate",
+    "demo": "offramp demo",
+    "eval": "offramp eval",
+    "analysis": "offramp-lab analyse",
+    "compare": "offramp-lab compare",
+}
+
+HEADLINES = {"demo": headline.demo, "eval": headline.evaluated, "adapter": headline.adapter}
+"""What a page opens with: the first of these that it holds."""
+
+FILES = ("adapter.json", "result.json", "analysis.json", "compare.json", "report.json")
+"""What is looked for in a folder."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One result.
+
+    kind: of `KINDS`. name: what it is about. done: a run's answers, as far as they are there.
+    """
+
+    kind: str
+    name: str
+    value: Mapping[str, Any]
+    done: Done = field(default_factory=dict)
+
+
+Show = Callable[[Source], Markup]
+ShowValue = Callable[[Mapping[str, Any]], Markup]
+
+
+def read_sources(paths: Iterable[str | Path]) -> list[Source]:
+    """The results in folders and JSON files; a file may hold several, by name.
+
+    Raises:
+        InputError: a path holds nothing that can be shown.
+        DataError, StorageError: a file is damaged or cannot be read.
+    """
+    sources: list[Source] = []
+    for path in map(Path, paths):
+        # Not Path.is_file, which raises on names that are too long.
+        files = [path / name for name in FILES if os.path.isfile(path / name)]
+        in_path = [s for file in (files if os.path.isdir(path) else [path]) for s in _in_file(file)]
+        if not in_path:
+            raise InputError(
+                f"{path} holds nothing that a report can show.",
+                f"Give folders with {', '.join(FILES)}, or such files themselves.",
+            )
+        sources += in_path
+    return sources
+
+
+def _in_file(file: Path) -> list[Source]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        return []
+    if kind := _kind(value):
+        rows = file.parent / ROWS
+        done = read_rows(rows)[1] if kind == "eval" and rows.is_file() else {}
+        return [Source(kind, _name(kind, value, file.parent.name), value, done)]
+    parts = [(name, part, _kind(part)) for name, part in value.items() if isinstance(part, dict)]
+    shared = {"provenance": value["provenance"]} if "provenance" in value else {}
+    return [
+        Source(kind, _name(kind, part, f"tiny-{name}"), {**shared, **part})
+        for name, part, kind in parts
+        if kind
+    ]
+
+
+def _kind(value: Mapping[str, Any]) -> str | None:
+    return next((k for k, keys in KINDS.items() if all(key in value for key in keys)), None)
+
+
+def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
+    """The backbone without its owner, and the task or kind of the result."""
+    settings = value["settings"] if kind == "eval" else value
+    backbone = settings.get("backbone", otherwise)
+    name = str(backbone["name"] if isinstance(backbone, Mapping) else backbone)
+    name = name.rstrip("/").rsplit("/", 1)[-1] if name else otherwise
+    return f"{name}, {value['task'] if kind == 'eval' else kind}"
+
+
+def report(
+    sources: Sequence[Source],
+    examples: Sequence[Example] = (),
+    *,
+    title: str = "",
+    tokenizer_of: Callable[[str], Any] | None = None,
+) -> str:
+    """The page as HTML.
+
+    examples: the data of the runs, for their images, prompts and references.
+    title: default: "Early exits on" the backbones.
+    tokenizer_of: a backbone's tokenizer by the backbone's name, or None where there is none;
+        default: those on this machine.
+
+    Raises:
+        DataError: a result has not the form that this version of offramp writes.
+    """
+    pictures = {example.key: example for example in examples}
+    answers = partial(_answers, pictures=pictures, tokenizer_of=tokenizer_of or local_tokenizer)
+    shown, missing = [], []
+    for name, heads, shows in _plan(answers):
+        parts = [(s.name, _shown(shows[s.kind], s)) for s in sources if s.kind in shows]
+        parts = [(source, html) for source, html in parts if html]
+        if parts:
+            headings = (f"<h3>{escape(source)}</h3>\n" for source, _ in parts)
+            bodies = [html for _, html in parts]
+            if len(sources) > 1:
+                bodies = [Markup(h) + html for h, html in zip(headings, bodies, strict=True)]
+            shown.append(Section(name, heads, Markup("\n").join(bodies)))
+        else:
+            missing.append((heads, " or ".join(MAKERS[kind] for kind in shows)))
+    if where := sections.origins([(s.name, s.value) for s in sources]):
+        shown.append(Section("origin", "Machine and versions", where))
+    named = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
+    backbones = dict.fromkeys(s.name.split(", ")[0] for s in named)
+    title = title or f"Early exits on {' and '.join(backbones)}"
+    return document(title, shown, missing, sentence=_sentence(sources))
+
+
+def _sentence(sources: Sequence[Source]) -> Markup:
+    """What the page opens with; it names its result where there are several alike."""
+    for kind, show in HEADLINES.items():
+        alike = [source for source in sources if source.kind == kind]
+        for source in alike:
+            if said := _shown(partial(_of_value, show), source):
+                return said if len(alike) == 1 else escape(f"{source.name}: ") + said
+    return Markup("")
+
+
+def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
+    """The sections in order: id, title, and by kind of result what shows it."""
+
+    def of(show: ShowValue) -> Show:
+        return partial(_of_value, show)
+
+    return [
+        ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
+        ("key", "Key figures", {
+            kind: of(partial(show, part="figures")) for kind, show in HEADLINES.items()}),
+        ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
+        ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
+        ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
+        ("exits", "Where tokens exit", {"eval": of(sections.histogram)}),
+        ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
+        ("figures", "All figures", {
+            "eval": of(sections.measured_eval), "demo": of(sections.measured_demo)}),
+    ]  # fmt: skip
+
+
+def _of_value(show: ShowValue, source: Source) -> Markup:
+    return show(source.value)
+
+
+def _shown(show: Show, source: Source) -> Markup:
+    try:
+        return show(source)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"The {source.kind} result of {source.name} has not the form that a report reads "
+            f"({type(error).__name__}: {error}).",
+            f"Write it again with this version: {MAKERS[source.kind]}.",
+        ) from error
+
+
+def _answers(
+    source: Source, pictures: Mapping[str, Example], tokenizer_of: Callable[[str], Any]
+) -> Markup:
+    if source.kind == "demo" and not source.done:
+        return Markup("")
+    settings = source.value["settings"] if source.kind == "eval" else source.value
+    tokenizer = tokenizer_of(settings["backbone"]) if source.done else None
+    return gallery(source.done, settings["layers"], pictures, tokenizer)
+
+
+def local_tokenizer(name: str) -> Any:
+    """A backbone's tokenizer, if it is on this machine; None if not."""
+    from transformers import AutoTokenizer
+
+    from offramp.models.shipped import TINY, short_name, tiny_folder
+
+    kind = short_name(name)
+    place = str(tiny_folder(kind)) if kind in TINY else name
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,293 @@
+"""What the report shows of each kind of result, as HTML; "" where the result does not hold it.
+
+Here are the numbers; the sentences stand in the templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
+
+from offramp.report.headline import NOTHING, Cards, Value
+from offramp.report.html import (
+    between,
+    fine,
+    metric,
+    percent,
+    render,
+    times,
+    with_interval,
+)
+from offramp.report.plots import (
+    NAMES,
+    Band,
+    analysis_plots,
+    calibration_curve,
+    depth_histogram,
+    speed_bands,
+)
+from offramp.report.tradeoff import FREE, by_name
+
+MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
+         "lossless": "lossless"}  # fmt: skip
+
+
+# -- speed and depth -------------------------------------------------------------------------------
+
+
+def tradeoffs(value: Value) -> Markup:
+    """Quality against measured decoding speed, by objective and policy."""
+    points = [p for p in value["points"] if p.get("speedup_decode") is not None]
+    rows = [
+        (
+            _pair(p), str(p.get("seed", "-")), fine(_mean(p["quality"])),
+            fine(_mean(p["quality_drop"])), percent(p.get("agreement")),
+            times(p["speedup_decode"]),
+            "-" if p.get("mean_depth") is None else f"{p['mean_depth']:.2f}",
+            _thresholds(p.get("thresholds")),
+        )
+        for p in sorted(points, key=lambda p: (_pair(p), p["speedup_decode"]))
+    ]  # fmt: skip
+    head, speeds = _equal_quality(value)
+    curves = _curves(points) if points else []
+    return render("tradeoff", points=rows, curves=curves, speeds_head=head, speeds=speeds)
+
+
+def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
+    """A plot of the objectives, and one of the policies if there are several."""
+    exits = [p for p in points if p["policy"] == "max_probability"]
+    # Truncation reads a depth by the backbone's own head, whatever exits there are.
+    policies = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
+    plots: list[dict[str, Any]] = []
+    for by, ours, chosen in (
+        ("objective", _words(FREE), exits), ("policy", "max probability", policies),
+    ):  # fmt: skip
+        curves: dict[str, list[Band]] = {
+            _words(name): curve for name, curve in by_name((p[by], p) for p in chosen).items()
+        }
+        if len(curves) > 1 or (curves and not plots):
+            plots.append({"by": by, "svg": speed_bands(curves, "quality kept", ours)})
+    return plots
+
+
+def _equal_quality(value: Value) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows of decoding speed at equal quality, the fastest first."""
+    curves = value.get("equal_quality", {}).get("curves")
+    if not curves:
+        return (), []
+    levels = list(curves[0]["speedup_decode"])
+    ordered = sorted(curves, key=lambda c: -c["speedup_decode"][levels[0]])
+    head = ("objective, policy", *(f"{100 * float(at):g}% drop" for at in levels))
+    return head, [(_pair(c), *(times(c["speedup_decode"][at]) for at in levels)) for c in ordered]
+
+
+def _pair(point: Value) -> str:
+    return f"{_words(point['objective'])}, {_words(point['policy'])}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _mean(value: Any) -> float:
+    """A number, an estimate's value, or the mean over tasks."""
+    if isinstance(value, Mapping):
+        parts = [value["value"]] if "value" in value else [_mean(v) for v in value.values()]
+        return float(sum(parts) / len(parts))
+    return float(value)
+
+
+def _thresholds(value: Any) -> str:
+    if not value:
+        return "-"
+    return ", ".join(f"{d}: {t:g}" for d, t in value.items() if t is not None) or "off"
+
+
+_MEASURES = {
+    "agreement": "agreement",
+    "accuracy": "token accuracy",
+    "identical": "the share of unchanged answers",
+    "quality": "quality",
+}
+
+
+def depths(value: Value) -> Markup:
+    """Curves over depth, before and after training, and where they dip."""
+    return render("depth", dips=_dips(value), plots=analysis_plots(value))
+
+
+def _dips(value: Value) -> list[dict[str, Any]]:
+    """For each set of exits where its quality falls from a depth to a deeper one."""
+    dips = []
+    parts = (value["teacher_forced"], value["free_running"])
+    for name, title in NAMES.items():
+        measured = {k: c for part in parts for k, c in part.get(name, {}).items()}
+        falls = [
+            {
+                "measure": _MEASURES[k], "fall": c["dip"]["fall"], "between": between(c["dip"]),
+                "start": c["dip"]["from_depth"], "stop": c["dip"]["to_depth"],
+            }
+            for k, c in measured.items()
+            if c["dip"]["found"]
+        ]  # fmt: skip
+        if measured:
+            dips.append({"title": title[0].upper() + title[1:], "falls": falls})
+    return dips
+
+
+def histogram(value: Value) -> Markup:
+    """At which depths tokens of a run exited."""
+    early = value["modes"].get("early_exit")
+    if not early:
+        return NOTHING
+    shares = early["depth_shares"]
+    rows = [(f"{d} of {early['layers']}", percent(s)) for d, s in shares.items()]
+    plot = depth_histogram({"early exit": shares}, early["layers"])
+    return render(
+        "exits", svg=plot, rows=rows, tokens=early["tokens"], mean_depth=early["mean_depth"]
+    )
+
+
+# -- overthinking and calibration ------------------------------------------------------------------
+
+_OVERTHINKING = {
+    "overthought": "some depth right, final layer wrong",
+    "at_risk": "final layer right, some depth wrong",
+    "only_final": "only the final layer right",
+}
+
+
+def overthinking(value: Value) -> Markup:
+    """Tokens that some exit has right and the final layer wrong, and the reverse."""
+    figures = value.get("overthinking")
+    if not figures:
+        return render("overthinking", figures=None)
+    names = {n: t for n, t in NAMES.items() if n in figures}
+    rows = [("labelled tokens", *(str(figures[n]["tokens"]) for n in names))]
+    rows += [(line, *(_counted(figures[n][k]) for n in names)) for k, line in _OVERTHINKING.items()]
+    rows += [
+        (line, *(with_interval(figures[n][k], fine) for n in names))
+        for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
+    ]
+    return render(
+        "overthinking", figures=figures, head=("", *names.values()), rows=rows,
+        policy=_policy_cards(figures.get("policy")), answers=_whole_answers(figures.get("answers")),
+    )  # fmt: skip
+
+
+def _policy_cards(policy: Value | None) -> Cards:
+    if not policy:
+        return []
+    right, difference = policy["on_overthought"], policy["difference"]
+    return [
+        ("overthought tokens", str(policy["n_overthought"]), "an exit right, the final wrong"),
+        ("of these right by policy", percent(right["value"]),
+         between(right) or "final layer: 0 by definition"),
+        ("policy minus final layer", metric("", difference["value"], signed=True),
+         f"all labelled tokens; {between(difference, fine)}"),
+    ]  # fmt: skip
+
+
+def _whole_answers(answers: Value | None) -> dict[str, Any] | None:
+    if not answers:
+        return None
+    overthought = answers["with_overthought_tokens"]
+    return {
+        **{name: answers[name] for name in ("better", "worse", "n")},
+        "difference": with_interval(answers["difference"], fine),
+        "overthought": overthought["n"],
+        "policy": with_interval(overthought["policy"]),
+        "full": with_interval(overthought["full"]),
+    }
+
+
+def _counted(value: Value) -> str:
+    return f"{value['n']}: {with_interval(value['share'], fine)}"
+
+
+def calibration(value: Value) -> Markup:
+    """The guarantee, and the path of thresholds it was found on."""
+    guarantee = value.get("calibration")
+    if not guarantee:
+        return render("calibration", guarantee=None)
+    path = guarantee.get("path") or ()
+    passed = [i for i, p in enumerate(path) if p["risk"] == guarantee["measured"]]
+    chosen = passed[-1] if passed and guarantee["policy"]["thresholds"] else None
+    svg = ""
+    if path:
+        risks, bounds = [p["risk"] for p in path], [p["bound"] for p in path]
+        svg = calibration_curve(risks, bounds, guarantee["target"], chosen)
+    rows = [
+        (_thresholds(p["thresholds"]), fine(p["risk"]), fine(p["bound"]),
+         "-" if p["seconds"] is None else f"{1e3 * p['seconds']:.2f} ms")
+        for p in path
+    ]  # fmt: skip
+    return render("calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, rows=rows)
+
+
+# -- all figures -----------------------------------------------------------------------------------
+
+_LATENCIES = (
+    ("an answer, median", "seconds", "p50"),
+    ("an answer, 95th percentile", "seconds", "p95"),
+    ("its decoding, median", "decode_seconds", "p50"),
+    ("its decoding, 95th percentile", "decode_seconds", "p95"),
+)
+
+
+def measured_eval(value: Value) -> Markup:
+    """Every metric of a run by mode, its groups, and the times."""
+    modes, both = value["modes"], value.get("compared", {})
+    titles = [MODES[m] for m in modes]
+    rows = []
+    for name in next(iter(modes.values()))["metrics"]:
+        form = partial(metric, name)
+        cells = [with_interval(modes[m]["metrics"].get(name), form) for m in modes]
+        if both:
+            cells.append(with_interval(both["difference"].get(name), form))
+        rows.append((name, *cells))
+    timed = any(mode.get("latency") for mode in modes.values())
+    latency = [
+        (title, *(_latency(modes[m].get("latency"), key, part) for m in modes))
+        for title, key, part in (_LATENCIES if timed else ())
+    ]
+    return render(
+        "figures", kind="eval", n=value["n"], rows=rows, latency=latency,
+        head=["metric", *titles, *(["difference"] if both else [])], latency_head=["", *titles],
+        missing=next(iter(modes.values()))["unavailable"],
+    )  # fmt: skip
+
+
+def _latency(value: Value | None, name: str, part: str) -> str:
+    return f"{1e3 * value[name][part]:.1f} ms" if value else "-"
+
+
+def measured_demo(value: Value) -> Markup:
+    """Every mode of a demo."""
+    tasks = list(value["modes"]["full"]["quality"])
+    rows = [
+        (MODES.get(name, name), f"{mode['tokens_per_second']:.0f}",
+         f"{mode['seconds_end_to_end']:.2f}", times(mode.get("speedup_decode")),
+         times(mode.get("speedup_end_to_end")), times(mode.get("speedup_vs_generate")),
+         *(percent(mode["quality"][task]) for task in tasks))
+        for name, mode in value["modes"].items()
+    ]  # fmt: skip
+    head = ("mode", "tokens/s", "seconds", "decoding", "end to end", "against generate",
+            *(f"{task} right" for task in tasks))  # fmt: skip
+    return render("figures", kind="demo", head=head, rows=rows)
+
+
+def origins(named: Sequence[tuple[str, Value]]) -> Markup:
+    """Where each result comes from: command, machine, versions, data."""
+    rows = []
+    for name, value in named:
+        if where := value.get("provenance"):
+            versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+            machine = where.get("accelerator") or where["processor"]
+            rows.append((name, where["command"], where["date"][:10],
+                         f"{machine}, {where['threads']} threads, {where['platform']}", versions,
+                         str(where.get("seed")), str(where.get("data_digest"))[:16]))  # fmt: skip
+    return render("origin", rows=rows) if rows else NOTHING

@@ -1,1 +1,0 @@
-"""What compares, analyses, benchmarks and reports. A production process never imports it."""

@@ -1,0 +1,14 @@
+"""Every law that CONTRIBUTING.md states has a file of tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_law_has_a_file() -> None:
+    stated = re.findall(r"(?m)^(\d+)\. ", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    files = {file.name.split("_")[1] for file in (ROOT / "tests" / "laws").glob("test_*.py")}
+    assert {f"{int(number):02}" for number in stated} == files
