@@ -12,9 +12,9 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from offramp.engine.generate import IMAGES, generate, generate_prepared
+from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.engine.prefill import Prepared
+from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card

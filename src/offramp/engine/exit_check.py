@@ -1,6 +1,6 @@
-"""Exit checks: the confidence of a token at an exit, and the decision which rows exit there.
+"""Exit checks: the confidence of a token at an exit.
 
-No more is computed than the decision needs. A score of features ("saturation", "discriminator")
+No more is computed than a decision needs. A score of features ("saturation", "discriminator")
 runs no LM head at an exit where no row exits; at a threshold of 0 no score is computed.
 """
 
@@ -27,6 +27,29 @@ from offramp.models.shortlist import Gate
 
 Constrain = Callable[[Tensor], Tensor]
 """Takes logits [B, V] to those of what may be said."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExitOutput:
+    """What an exit made of n tokens.
+
+    entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
+    norm; None where nobody was to look. previous: the states one decoder layer before [n, D], where
+    they are known.
+    """
+
+    entry: Tensor
+    state: Tensor | None
+    previous: Tensor | None = None
+
+    def picked(self, index: Tensor) -> ExitOutput:
+        """Of the tokens `index` alone."""
+        entry, state, previous = (
+            None if part is None else part.index_select(0, index.to(part.device))
+            for part in (self.entry, self.state, self.previous)
+        )
+        assert entry is not None
+        return ExitOutput(entry, state, previous)
 
 
 @dataclass(eq=False)
@@ -129,115 +152,6 @@ class ExitScorer:
         token: its `position` and `previous_token`, where they are known.
         """
         return ExitCheck(self, depth, state, entry, previous, constrain, **token)
-
-
-class ExitDecider:
-    """Decides, token by token, which rows exit at which depth, and keeps what they exited with.
-
-    thresholds: by depth, ascending. watched: layers whose input the score reads. checks: whether
-    rows may exit at all, for the current token. logits: of the rows that exited [B, V], None while
-    none has. depths, scores: of the current token [B]. guess_above: score from which a single row
-    that is not confident goes on from the exit's token all the same; None: it does not. guessed:
-    whether it did, with the current token.
-    """
-
-    def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> None:
-        """Raise `InputError` where the policy's thresholds, weights or gates do not fit."""
-        self.thresholds = check_thresholds(dict(policy.thresholds), exits.depths)
-        check_weights(policy.weights, exits.depths)
-        self.scorer = ExitScorer(backbone, policy, tuple(self.thresholds), exits)
-        self.checks = True
-        self.guess_above: float | None = None
-        self.guessed = False
-        self.logits: Tensor | None = None
-        self.depths: Tensor
-        self.scores: Tensor
-        watches = policy.score in FEATURE_SCORES
-        self.watched = frozenset(d - 1 for d in self.thresholds) if watches else frozenset()
-        self._layers = backbone.depth
-        self._gates = gates_of_policy(policy, exits)
-        self._open: Tensor  # rows [B] that have not exited
-        self._constrain: Constrain | None = None
-        self._token: dict[str, Tensor] = {}
-        self._fresh: tuple[Tensor, Tensor] | None = None  # depths, scores before the first check
-
-    def begin(
-        self, unfinished: Tensor, constrain: Constrain | None, *, check: bool, **token: Tensor
-    ) -> None:
-        """A new token for each of the rows [B]; with `check=False` none exits.
-
-        token: its `position` and `previous_token` [B].
-        """
-        self.checks, self._constrain, self.logits, self.guessed = check, constrain, None, False
-        self._token = token
-        self._open = unfinished
-        if self._fresh is None or len(self._fresh[0]) != len(unfinished):
-            rows, device = len(unfinished), unfinished.device
-            self._fresh = (
-                torch.full((rows,), self._layers, device=device),
-                torch.full((rows,), float("nan"), device=device),
-            )
-        self.depths, self.scores = self._fresh
-
-    def candidates(self, depth: int, entry: Tensor) -> Tensor | None:
-        """Rows [B] that may exit at `depth`, which `entry` [B, D] enters; None where none may."""
-        if not self.checks:
-            return None
-        if depth not in self._gates:
-            return self._open
-        gate, level = self._gates[depth]
-        candidates = self._open & (gate(entry) >= level)
-        return candidates if bool(candidates.any()) else None
-
-    def decide(
-        self, depth: int, state: Tensor, entry: Tensor, previous: Tensor | None, candidates: Tensor
-    ) -> bool:
-        """Let confident `candidates` [B] exit at `depth`; True once every unfinished row has."""
-        check = self.scorer(depth, state, entry, previous, self._constrain, **self._token)
-        threshold = self.thresholds[depth]
-        if threshold == 0.0:
-            self.scores = self.scores.masked_fill(candidates, float("nan"))
-            self._exit(candidates, check)
-            self._open = self._open & ~candidates
-            return not bool(self._open.any())
-        if len(state) == 1:  # the common case, in one transfer and no masks
-            self.scores = check.score
-            if not bool(check.score >= threshold):  # in the score's precision, as below
-                above = self.guess_above
-                self.guessed = above is not None and bool(check.score >= above)
-                if not self.guessed:
-                    return False
-            self.logits, self.depths = check.logits, torch.full_like(self.depths, depth)
-            return True
-        self.scores = torch.where(candidates, check.score.to(self.scores), self.scores)
-        confident = candidates & (check.score >= threshold)
-        self._open = self._open & ~confident
-        some_exit, some_stay = torch.stack([confident, self._open]).any(1).tolist()
-        if some_exit:
-            self._exit(confident, check)
-        return not some_stay
-
-    def _exit(self, rows: Tensor, check: ExitCheck) -> None:
-        """Note that `rows` [B] exit with what `check` found."""
-        self.depths = self.depths.masked_fill(rows, check.depth)
-        self.logits = (
-            check.logits
-            if self.logits is None
-            else torch.where(rows[:, None], check.logits, self.logits)
-        )
-
-
-def decider_of(backbone: Backbone, exits: ExitSet | None, policy: ExitPolicy) -> ExitDecider | None:
-    """What decides under `policy`; None where no token exits: the full model.
-
-    Raises:
-        InputError: the policy names depths without an exit, or lacks what its score needs.
-    """
-    depths = () if exits is None else exits.depths
-    if not check_thresholds(dict(policy.thresholds), depths):
-        return None
-    assert exits is not None
-    return ExitDecider(backbone, exits, policy)
 
 
 def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:

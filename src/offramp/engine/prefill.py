@@ -8,7 +8,8 @@ the decoding loop. `Prefill` runs the prompt and keeps the arguments that every 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,18 @@ class Prefill:
             kw["attention_mask"] = self._mask
         return kw
 
+    def of_row(self, row: int) -> Prefill:
+        """The same for one of several rows."""
+        made = copy.copy(self)
+        rows = len(self.logits)
+        made.logits = self.logits[row : row + 1]
+        made._static = _of_row(self._static, row, rows)
+        if self.positions is not None and self.positions.shape[-2] > 1:
+            made.positions = self.positions[..., row : row + 1, :]
+        if self._mask is not None:
+            made._mask = self._mask[row : row + 1]
+        return made
+
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens that `extend` counted."""
         self._read -= tokens
@@ -197,6 +210,17 @@ class Prefill:
             )
 
 
+def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
+    """A stack's arguments for one row: of tensors and masks, what has all rows."""
+    picked = dict(kw)
+    for name, value in kw.items():
+        if isinstance(value, dict):
+            picked[name] = _of_row(value, row, rows)
+        elif isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows:
+            picked[name] = value[row : row + 1]
+    return picked
+
+
 def _longest(prepared: Prepared) -> int:
     """Tokens of the longest prompt that the decoder is to read, its padding left out."""
     embeds, mask = (prepared.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
@@ -210,3 +234,83 @@ def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
     """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
     dropped = ("input_ids", "inputs_embeds", *CACHE_NAMES, "use_cache")
     return {name: value for name, value in kw.items() if name not in dropped}
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "assistant_early_exit": _always,
+    "assistant_model": _always,
+    "cache": _always,
+    "cache_implementation": lambda name: name != "dynamic",
+    "cache_params": _always,
+    "constraints": _always,
+    "custom_generate": _always,
+    "dola_layers": _always,
+    "force_words_ids": _always,
+    "guidance_scale": lambda scale: scale != 1,
+    "negative_prompt_attention_mask": _always,
+    "negative_prompt_ids": _always,
+    "num_beam_groups": lambda groups: groups > 1,
+    "num_beams": lambda beams: beams > 1,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "output_logits": bool,
+    "output_scores": bool,
+    "past_key_values": _always,
+    "penalty_alpha": bool,
+    "prefill_chunk_size": _always,
+    "prompt_lookup_num_tokens": bool,
+    "synced_gpus": bool,
+    "token_healing": bool,
+    "use_cache": lambda yes: not yes,
+    "use_mtp": bool,
+}
+"""Options that the loop does not do, and the values (other than None) that ask for them."""
+
+
+def check_options(wanted: Callable[[str], Any], *, own: bool = False) -> None:
+    """Refuse what the loop does not do, rather than ignore it.
+
+    own: whether the model's own generation configuration says what is wanted, not the caller.
+    """
+    asked = {name: wanted(name) for name in _UNSUPPORTED}
+    refused = [n for n, value in asked.items() if value is not None and _UNSUPPORTED[n](value)]
+    if refused:
+        of = " of the model's own generation_config" if own else ""
+        raise InputError(
+            f"Generation option {', '.join(refused)}{of} is not supported with early exits.",
+            "Use greedy decoding or sampling with the default cache (num_beams=1, use_cache=True "
+            "where the model's own defaults ask for others); else call the model's own generate.",
+        )
+
+
+IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", "inputs_embeds")
+"""How the names of a processor's outputs begin that stand for an image."""
+
+
+def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
+    """Raise `InputError` where the prompt, or the model, wants an image and none came.
+
+    A prompt without an image token, as a chat's later turns may be, needs none.
+    """
+    if any(name.startswith(IMAGES) and inputs[name] is not None for name in inputs):
+        return
+    required = inspect.signature(model.generate).parameters.get("pixel_values")
+    ids = inputs.get("input_ids")
+    names = ("image_token_id", "image_token_index")
+    marks = {getattr(model.config, name, None) for name in names} - {None}
+    if (
+        ids is None
+        or (required is not None and required.default is inspect.Parameter.empty)
+        or any(bool((ids == mark).any()) for mark in marks)
+    ):
+        raise InputError(
+            "The prompt came without its image (no pixel_values in the inputs).",
+            "Pass the processor both: processor(images=image, text=prompt, return_tensors='pt').",
+        )

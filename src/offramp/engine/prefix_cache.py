@@ -9,24 +9,36 @@ asked then.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from cachetools import Cache, LRUCache
 from torch import Tensor, nn
 
 from offramp.engine.kv_cache import CACHE_NAMES
-from offramp.engine.model_runner import ModelRunner
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
+from offramp.models.intercept import InterceptedModel
 
 _KNOWN = frozenset(
     ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
      "return_dict", "input_ids", "cache_position")
 )  # fmt: skip
 """Arguments of a stack that can be shortened; with others, every prompt is run whole."""
+
+
+class Reader(Protocol):
+    """Who reads a prompt. cache: it is read into. exits_on: depths of the exits that store keys."""
+
+    backbone: Backbone
+    exits: ExitSet | None
+    exits_on: tuple[int, ...]
+    cache: Any
+    intercepted: InterceptedModel
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,19 @@ class PrefixCache:
         self._count = 0
         self._lock = threading.Lock()
 
-    def serve(self, run: ModelRunner) -> _Served | None:
-        """Stand before the prompt of the generation that `run` drives; None where none is kept."""
+    @contextmanager
+    def serving(self, run: Reader) -> Iterator[None]:
+        """Stand before the prompt that `run` reads meanwhile, and keep it once it was read."""
         backbone = run.backbone
         if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
-            return None
-        return _Served(self, run)
+            yield
+            return
+        served = _Served(self, run)
+        try:
+            yield
+        finally:
+            served.leave()
+        served.end()
 
     def best(self, backbone: Backbone, modules: Sequence[nn.Module], embeds: Tensor) -> Any:
         """The kept prompt with most in common with `embeds` [Q, D], and how many tokens of it.
@@ -111,7 +130,7 @@ class PrefixCache:
 class _Served:
     """One generation's part of a cache: shortens its prefill, and keeps its prompt."""
 
-    def __init__(self, cache: PrefixCache, run: ModelRunner) -> None:
+    def __init__(self, cache: PrefixCache, run: Reader) -> None:
         self._cache, self._run = cache, run
         self._embeds: Tensor | None = None
         self._hook = run.intercepted.stack.register_forward_pre_hook(
@@ -158,9 +177,12 @@ class _Served:
             if depth in run.exits_on and list(run.exits.at(depth).parameters())
         ]
 
+    def leave(self) -> None:
+        """Stand there no longer, whether the stack was called or not."""
+        self._hook.remove()
+
     def end(self) -> None:
         """Keep the prompt, if all layers have it as the full model would."""
-        self._hook.remove()
         if self._embeds is None:
             return
         length, exits = len(self._embeds), self._exits()

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.engine.generate import check_inputs
+from offramp.engine.prefill import check_inputs
 from offramp.errors import InputError, OfframpError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.server.api.protocol import Message

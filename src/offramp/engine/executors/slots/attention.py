@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from offramp.engine.slots.layout import CurrentCall, SlotCall
+from offramp.engine.executors.slots.layout import CurrentCall, SlotCall
 from offramp.models.discovery.twin import graft, twin
 
 PACKED = "offramp_packed"

@@ -30,6 +30,11 @@ class MaskRule:
     allowed: Callable[..., Any] | None
     dtype: torch.dtype
 
+    @property
+    def causal(self) -> bool:
+        """Whether nothing but later tokens is hidden."""
+        return self.allowed is causal_mask_function
+
     def mask(self, queries: Tensor, width: int, encoder: Tensor | None = None) -> Tensor:
         """An additive mask [R, 1, W, K] of `width` columns for queries at columns [R, W].
 

@@ -10,7 +10,8 @@ packed: the tokens form one row [1, N], which is all that the linear layers see;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ class SlotCall:
     width: how many columns are read.
     gather: for each of the R * W places the token that stands there, where not all differ.
     pick: for each token its place.
-    beside: slot and first column, where all stand side by side in one row of the call and one slot.
     """
 
     shape: tuple[int, int]
@@ -40,21 +40,64 @@ class SlotCall:
     width: int
     gather: Tensor | None = None
     pick: Tensor | None = None
-    beside: tuple[int, int] | None = None
+
+    beside = None
+    """Slot and first column, where all tokens stand side by side in one slot (`OneSlot`)."""
+
+    def as_wide_as(self, width: int) -> SlotCall:
+        """The same, reading another number of columns."""
+        return replace(self, width=width)
+
+
+class OneSlot:
+    """A `SlotCall` over the columns of one slot from `first` up to, and without, `end`. Indices are
+    made only where somebody asks."""
+
+    gather = pick = reads = None
+
+    def __init__(
+        self, slot: int, first: int, end: int, device: torch.device, width: int | None = None
+    ) -> None:
+        self.beside = slot, first
+        self.shape = 1, end - first
+        self.width = end if width is None else width
+        self._device = device
+
+    @cached_property
+    def columns(self) -> Tensor:
+        first = self.beside[1]
+        return torch.arange(first, first + self.shape[1], device=self._device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.full((self.shape[1],), self.beside[0], device=self._device)
+
+    @property
+    def queries(self) -> Tensor:
+        return self.columns[None]
+
+    def as_wide_as(self, width: int) -> OneSlot:
+        """The same, reading another number of columns."""
+        (slot, first), new = self.beside, self.shape[1]
+        return OneSlot(slot, first, first + new, self._device, width)
+
+
+Call = SlotCall | OneSlot
 
 
 class CurrentCall:
     """The call that is under way, which a runner shares with modules in its twins."""
 
-    call: SlotCall
+    call: Call
 
 
-def one_each(columns: Sequence[int], width: int, device: torch.device) -> SlotCall:
-    """One token of each of the first R slots."""
-    at = torch.tensor(columns, device=device)
-    rows = torch.arange(len(columns), device=device)
-    beside = (0, columns[0]) if len(columns) == 1 else None
-    return SlotCall((len(rows), 1), rows, at, None, at[:, None], width, beside=beside)
+def one_each(
+    slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
+) -> SlotCall:
+    """One token of each slot."""
+    rows, at = torch.tensor([slots, columns], device=device)
+    reads = None if [*slots] == [*range(len(slots))] else rows
+    return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
 
 
 def lay_out(
@@ -87,7 +130,6 @@ def lay_out(
     read = None if front else torch.tensor(reads, device=device)
     queries, flat = at[gather], gather.flatten()
     if layout == "packed":
-        beside = (slots[0], columns[0]) if len(starts) == 1 else None
-        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick, beside)
+        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick)
     shape = (len(starts), longest)
     return SlotCall(shape, rows[flat], at[flat], read, queries, width, flat, pick)

@@ -12,7 +12,6 @@ unmodified; what a call writes and reads is said by its `SlotCall`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers.cache_utils import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
-from offramp.engine.slots.layout import SlotCall
+from offramp.engine.executors.slots.layout import Call
 from offramp.errors import InputError, UnsupportedBackboneError
 
 BUCKET = 64
@@ -45,7 +44,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.slots, self.columns = slots, columns
         self.held: tuple[Tensor, ...] = ()
         self.is_initialized = False
-        self.call: SlotCall | None = None
+        self.call: Call | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros, not empty memory: a NaN in a masked column would poison its row."""
@@ -70,22 +69,27 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         All is written before any is read, so a row may stand in the call several times.
         """
         call = self.call
-        assert call is not None and self.is_initialized
+        assert call is not None
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         keys, values = self.held
-        if call.beside is None:
-            keys[call.slots, :, call.columns] = key_states.transpose(1, 2).flatten(0, 1)
-            values[call.slots, :, call.columns] = value_states.transpose(1, 2).flatten(0, 1)
-        else:  # no indices to look up
-            slot, first = call.beside
-            end = first + key_states.shape[2]
-            keys[slot, :, first:end] = key_states[0]
-            values[slot, :, first:end] = value_states[0]
+        if call.beside is not None:  # no indices to look up
+            (slot, first), new, end = call.beside, key_states.shape[2], call.width
+            if self.slots > 1:
+                keys, values = keys.narrow(0, slot, 1), values.narrow(0, slot, 1)
+            keys.narrow(2, first, new).copy_(key_states)
+            values.narrow(2, first, new).copy_(value_states)
+            return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        keys[call.slots, :, call.columns] = key_states.transpose(1, 2).flatten(0, 1)
+        values[call.slots, :, call.columns] = value_states.transpose(1, 2).flatten(0, 1)
         return self.read(0), self.read(1)
 
     def read(self, part: int) -> Tensor:
         """Keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
         assert self.call is not None
         held, width = self.held[part], self.call.width
+        if self.call.beside is not None:
+            return held.narrow(0, self.call.beside[0], 1).narrow(2, 0, width)
         if self.call.reads is None:  # a view: gathering costs as much as the attention
             return held[: len(self.call.queries), :, :width]
         return held[:, :, :width].index_select(0, self.call.reads)
@@ -114,7 +118,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class _CrossLayer(SlotLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of encoder states: attention reads the attributes, and writes nothing."""
+    """Keys and values of encoder states: attention reads the attributes, and writes only those of a
+    layer that runs for the first time."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert self.call is not None and self.call.beside is not None
+        self.load(self.call.beside[0], key_states, value_states, 0)
+        return key_states, value_states
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -145,89 +157,114 @@ class _SlotView(Cache):
 
 
 class SlotCache:
-    """Keys and values of `slots` rows of at most `limit` tokens.
+    """Keys and values of `slots` rows of at most `limit` tokens, or any number (None).
 
     entries: layers of the decoder and exits. encoder: tokens of the encoder that a row may have;
     None: there is no encoder.
     """
 
-    def __init__(self, slots: int, entries: int, limit: int, encoder: bool = False) -> None:
+    def __init__(
+        self, slots: int, entries: int, limit: int | None, encoder: bool = False
+    ) -> None:
         self.slots, self.limit = slots, limit
-        columns = min(BUCKET, _rounded(limit + 1))
+        columns = BUCKET if limit is None else min(BUCKET, _rounded(limit + 1))
         self.own = [SlotLayer(slots, columns) for _ in range(entries)]
         self.cross = [_CrossLayer(slots, 0) for _ in range(entries)] if encoder else []
         self.columns = columns
         self.encoder_columns = 0
         self.encoder_lengths = [0] * slots
+        self._own: Any = None
+        self._both: Any = None
 
-    def load(self, slot: int, source: Any, real: Tensor | None) -> int:
-        """Take over a prompt of one row from the cache it was run with; return its length.
+    def load(
+        self, slot: int, source: Any, row: int, real: Tensor | None, encoder: Tensor | None
+    ) -> int:
+        """Take over a row of a prompt from the cache it was run with; return its columns.
 
-        real: which of the prompt's columns [T] are no padding; None: all.
+        Entries of layers that the prompt waits before have fewer columns, or none. real: which of
+        the prompt's columns [T] are no padding, encoder: which of the encoder's [S]; None: all.
 
         Raises:
             UnsupportedBackboneError: layers that keep a state instead of keys and values.
         """
         own = getattr(source, "self_attention_cache", source)
         _check_entries(own.layers)
-        length = int(own.get_seq_length())
-        columns = None if real is None or bool(real.all()) else real
-        total = length if columns is None else int(columns.sum())
+        length = max(int(entry.get_seq_length()) for entry in own.layers)
+        kept = None if real is None or bool(real.all()) else real
+        total = length if kept is None else int(kept.sum())
         self.reserve(total + 1)
         for mine, entry in zip(self.own, own.layers, strict=False):
             if not entry.is_initialized:
                 continue
-            keys, values = entry.keys, entry.values
-            if columns is not None:  # sliding layers hold the last columns alone
-                there = columns[length - keys.shape[2] :]
+            end, held = int(entry.get_seq_length()), entry.keys.shape[2]
+            start = end - held  # sliding layers hold the last columns alone
+            keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
+            if kept is not None:
+                there = kept[start:end]
                 keys, values = keys[:, :, there], values[:, :, there]
-            mine.load(slot, keys, values, total - keys.shape[2])
+                start = int(kept[:start].sum())
+            mine.load(slot, keys, values, start)
         if self.cross:
-            self._load_cross(slot, source.cross_attention_cache)
+            self._load_cross(slot, source.cross_attention_cache, row, encoder)
         return total
 
-    def _load_cross(self, slot: int, source: Any) -> None:
-        length = int(source.get_seq_length())
+    def _load_cross(self, slot: int, source: Any, row: int, real: Tensor | None) -> None:
+        made = [entry for entry in source.layers if entry.is_initialized]
+        length = made[0].keys.shape[2] if real is None else int(real.sum())
         if length > self.encoder_columns:
             self.encoder_columns = _rounded(length)
             for mine in self.cross:
                 mine.grow(self.encoder_columns)
         for mine, entry in zip(self.cross, source.layers, strict=False):
             if entry.is_initialized:
-                mine.load(slot, entry.keys, entry.values, 0)
+                keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
+                if real is not None:
+                    keys, values = keys[:, :, real], values[:, :, real]
+                mine.load(slot, keys, values, 0)
         self.encoder_lengths[slot] = length
 
     def reserve(self, columns: int) -> None:
         """Make room for `columns` columns in every slot."""
         if columns <= self.columns:
             return
-        most = _rounded(self.limit + 1)
-        self.columns = min(most, max(_rounded(columns), self.columns * 3 // 2 // BUCKET * BUCKET))
+        self.columns = max(_rounded(columns), self.columns * 3 // 2 // BUCKET * BUCKET)
+        if self.limit is not None:
+            self.columns = min(_rounded(self.limit + 1), self.columns)
         for mine in self.own:
             mine.grow(self.columns)
 
-    def move(self, source: int, target: int, columns: int) -> None:
+    def move(self, source: int, target: int) -> None:
         """Copy a row to a slot that is free, so that rows in use stand at the front."""
         for mine in self.own:
-            mine.move(source, target, columns)
+            mine.move(source, target, self.columns)
         for mine in self.cross:
             mine.move(source, target, self.encoder_lengths[source])
         self.encoder_lengths[target] = self.encoder_lengths[source]
 
-    def seen_by(self, call: SlotCall) -> Any:
-        """The cache to hand to the stack for one call."""
+    def drop(self) -> None:
+        """Let go of all keys and values."""
+        for mine in (*self.own, *self.cross):
+            mine.held, mine.call, mine.is_initialized = (), None, False
+
+    def seen_by(self, call: Call, unread: Sequence[int] = ()) -> Any:
+        """The cache to hand to the stack for one call. unread: layers that the encoder's states
+        of the one slot in it have not gone through yet."""
         for mine in self.own:
             mine.call = call
-        own = _SlotView(self.own)
+        if self._own is None:
+            self._own = _SlotView(self.own)
         if not self.cross:
-            return own
+            return self._own
         width = max(self.encoder_lengths)
-        across = replace(call, width=width)
+        if call.beside is not None:
+            width = self.encoder_lengths[call.beside[0]]
+        across = call.as_wide_as(width)
         for layer in self.cross:
             layer.call = across
-        both = EncoderDecoderCache(own, _SlotView(self.cross))
-        both.is_updated = dict.fromkeys(range(len(self.cross)), True)
-        return both
+        if self._both is None:
+            self._both = EncoderDecoderCache(self._own, _SlotView(self.cross))
+        self._both.is_updated = {i: i not in unread for i in range(len(self.cross))}
+        return self._both
 
     def release(self) -> None:
         """Forget the last call, whose tensors would else stay."""

@@ -1,0 +1,419 @@
+"""The decoding loop: every token of every engine is written here.
+
+Sequences are moved on by three kinds of call to an executor. *Feed*: the next token of each, through
+the layers below the first exit, which says what follows. *Deep*: what waits above the exits, segment
+by segment, as far as a question goes: deeper exits are asked, at last the full model, and what they
+say stands. *Full*: the next token of each through all layers, no exit looked at.
+
+Whatever runs when, each sequence gets what it would get alone: which ones guess, park or catch up
+together changes the order of work, not its outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from offramp.engine.decoding.executor import Executor, Span
+from offramp.engine.decoding.exit_reader import ExitReader, Question
+from offramp.engine.decoding.prompt import Prompt, PromptReader
+from offramp.engine.decoding.rule import ExitRule, Verdict
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally, due
+from offramp.engine.decoding.sequence import NAN, Sequence, Token
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.prefill import Prepared
+from offramp.models.backbone import Backbone
+
+
+class Written(NamedTuple):
+    """A token that was given out: the sequence, and the token's place in its answer."""
+
+    sequence: Sequence
+    place: int
+
+
+class Decoder:
+    """Sequences of one backbone, and the loop that moves them on. One thread's.
+
+    executor: runs the layers. reader: asks exits and the LM head. schedule: when the deep layers
+    run. longest: columns of a sequence that may wait before them; None: any number.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        executor: Executor,
+        reader: ExitReader,
+        *,
+        schedule: Schedule = Schedule(0, 1),
+        longest: int | None = None,
+    ) -> None:
+        self.backbone, self.executor, self.reader = backbone, executor, reader
+        self.schedule, self.longest = schedule, longest
+        self.depths = executor.depths
+        self.sequences: list[Sequence] = []
+        self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
+        self._written: list[Written] = []
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def read(
+        self,
+        reader: PromptReader,
+        prepared: Prepared,
+        samplers: list[Sampler],
+        rule: ExitRule,
+        *,
+        first_exits: bool = True,
+    ) -> tuple[Prompt, list[Token]]:
+        """Read a prompt of one or more rows, and choose each row's first token.
+
+        first_exits: whether the exits may say it.
+        """
+        firsts: list[Token | None] = [None] * len(samplers)
+        scores = [NAN] * len(samplers)
+        questions = [Question(sampler, rule, ()) for sampler in samplers]
+        if self.reader.follows:
+            for question in questions:
+                question.scorer = self.reader.scorer()
+
+        def decide(depth: int, output: ExitOutput) -> bool:
+            if depth not in rule.thresholds:
+                return False
+            asked = [q if first is None else None for q, first in zip(questions, firsts, strict=True)]
+            for row, verdict in enumerate(self.reader.verdicts(depth, output, asked)):
+                if isinstance(verdict, Exception):
+                    raise verdict
+                if verdict is None:
+                    continue
+                if verdict.open:
+                    scores[row] = rule.shown(depth, verdict)
+                if rule.exits(depth, verdict):
+                    firsts[row] = Token(verdict.token, depth, scores[row])
+            return all(first is not None for first in firsts)
+
+        looks = rule.exiting and first_exits
+        prompt = reader.read(
+            prepared, use_exits=rule.uses_exits, decide=decide if looks else None
+        )
+        open_ = [row for row, first in enumerate(firsts) if first is None]
+        if open_:
+            logits = prompt.logits[open_]
+            words = self.reader.of_logits(logits, [questions[row] for row in open_])
+            for row, word in zip(open_, words, strict=True):
+                if isinstance(word, Exception):
+                    raise word
+                firsts[row] = Token(word, self.backbone.depth, scores[row])
+        return prompt, [first for first in firsts if first is not None]
+
+    def join(
+        self,
+        prompt: Prompt,
+        row: int,
+        sampler: Sampler,
+        rule: ExitRule,
+        first: Token,
+        owner: Any = None,
+    ) -> Sequence:
+        """Take a row of a prompt over; its first token is given out at once."""
+        loaded = self.executor.load(prompt, row)
+        sequence = Sequence(
+            sampler, rule, *loaded, first=first, layers=self.backbone.depth, owner=owner
+        )
+        if self.reader.follows:
+            sequence.scorer = self.reader.scorer()
+        self.sequences.append(sequence)
+        self._settle(sequence)
+        return sequence
+
+    @torch.inference_mode()
+    def leave(self, sequence: Sequence) -> None:
+        """Forget a sequence; the last one takes its place, as in the executor's slots."""
+        place = self.sequences.index(sequence)
+        last = self.sequences.pop()
+        if last is not sequence:
+            self.sequences[place] = last
+        self.executor.release(sequence.handle)
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Written]:
+        """Write until every sequence is over, and give out each token when it is settled."""
+        while True:
+            yield from self.fresh()
+            for sequence in [s for s in self.sequences if s.over or s.error is not None]:
+                self.leave(sequence)
+                if sequence.error is not None:
+                    raise sequence.error
+            if not self.sequences:
+                return
+            self.make(self.next_call())
+
+    def fresh(self) -> list[Written]:
+        """The tokens that were settled since this was asked."""
+        written, self._written = self._written, []
+        return written
+
+    def next_call(self) -> Call:
+        """What the schedule asks for."""
+        sequences = self.sequences
+        if len(sequences) == 1:  # the load of one
+            sequence = sequences[0]
+            if not sequence.rule.thresholds and sequence.ran[0] == sequence.ran[-1]:
+                return "full"
+            if self.schedule.patience == 0:
+                ready = not sequence.held and sequence.ran[0] - sequence.start < len(
+                    sequence.tokens
+                )
+                return "feed" if ready and self.longest is None else self._by_schedule()
+        elif not any(sequence.rule.thresholds for sequence in sequences):
+            waits = any(sequence.ran[0] != sequence.ran[-1] for sequence in sequences)
+            return "flush" if waits else "full"
+        return self._by_schedule()
+
+    def _by_schedule(self) -> Call:
+        return self.schedule.next_call(Load.of(self.sequences, self.longest))
+
+    def make(self, call: Call) -> int:
+        """Make a call; how many tokens it was over."""
+        with torch.inference_mode():
+            if call == "feed":
+                return self.feed()
+            if call == "full":
+                return self.full()
+            return self.deep(flush=call == "flush")
+
+    def feed(self) -> int:
+        """Feed the next token of every sequence that is ready up to the first exit."""
+        rows = self.sequences
+        ready = [row.ready(self.longest) for row in rows]
+        depth = self.depths[0]
+        asked = [
+            self._question(row, row.ids[: row.fed + 1])
+            if on and depth in row.rule.thresholds
+            else None
+            for row, on in zip(rows, ready, strict=True)
+        ]
+        # Those that are not ready go along: what they write is void, and slots stay in order.
+        output = self.executor.feed(
+            [row.handle for row in rows],
+            [row.feed for row in rows],
+            [row.ran[0] for row in rows],
+            self.reader.looks(asked),
+        )
+        verdicts = self.reader.verdicts(depth, output, asked)
+        for row, on, verdict in zip(rows, ready, verdicts, strict=True):
+            if not on:
+                row.waited += 1
+            elif isinstance(verdict, Exception):
+                row.error = verdict
+            else:
+                self._follow(row, depth, verdict)
+                self._settle(row)
+        return len(rows)
+
+    def _follow(self, row: Sequence, depth: int, verdict: Verdict | None) -> None:
+        """Go on from what the first exit says of a fed token, if it may, or park."""
+        rule, layers = row.rule, self.backbone.depth
+        tally = self.tallies[rule.exiting]
+        if verdict is None:
+            row.question(None)
+            return
+        score = rule.shown(depth, verdict)
+        if rule.exits(depth, verdict):
+            tally.exited += 1
+            token = Token(verdict.token, depth, score)
+            if not rule.lossless:
+                row.say(token)
+                self._skip(row, 1)
+                if row.asked:
+                    row.held = row.sampler.would_end(len(row.tokens), verdict.token)
+                return
+            row.question(token, drafted=True, score=score)
+        elif rule.guesses_at(depth, verdict) and not self._crowded(row):
+            tally.guessed += 1
+            row.question(Token(verdict.token, layers, score), score=score)
+        else:
+            tally.parked += 1
+            row.question(None, score=score)
+            return
+        crowded = rule.lossless and rule.most is not None and len(row.asked) > rule.most
+        row.held = crowded or row.sampler.would_end(len(row.tokens), verdict.token)
+
+    def _skip(self, row: Sequence, segment: int) -> None:
+        """Where keys and values are propagated: fill what the newest token skips."""
+        if self.executor.propagate:
+            self.executor.skip(row.handle, segment)
+            row.ran = [row.ran[0]] * len(row.ran)
+
+    def _crowded(self, row: Sequence) -> bool:
+        return row.rule.most is not None and len(row.asked) >= row.rule.most
+
+    def deep(self, *, flush: bool = False) -> int:
+        """Run what waits above the first exit: of the sequences whose turn it is, as far as their
+        questions go. flush: all that waits of all, through all layers."""
+        rows = self.sequences
+        takes = [True] * len(rows) if flush else due(rows, self.longest)
+        chosen = [row for row, on in zip(rows, takes, strict=True) if on]
+        count = 0
+        for segment in range(1, len(self.depths) + 1):
+            here = [row for row in chosen if row.pending(segment) > 0]
+            if segment > 1 and not flush:
+                here = [row for row in here if self._asks_beyond(row, segment)]
+            if here:
+                count += self._run(segment, here)
+        for row in chosen:
+            if not row.asked:
+                row.caught_up()
+            if row.error is None:
+                self._settle(row)
+        return count
+
+    def _asks_beyond(self, row: Sequence, segment: int) -> bool:
+        """Whether a question of the sequence waits before a segment."""
+        first, end = row.ran[segment], row.ran[segment - 1]
+        return row.error is None and bool(row.places(first, end))
+
+    def _run(self, segment: int, rows: list[Sequence]) -> int:
+        """Run a segment over all that waits before it of each sequence, and answer questions."""
+        spans, asked, questions, count = [], [], [], 0
+        last = segment == len(self.depths)
+        for row in rows:
+            span = Span(row.handle, row.ran[segment], row.ran[segment - 1])
+            for place in row.places(span.first, span.end):
+                if last or self._is_asked(row, place, self.depths[segment]):
+                    asked.append(count + row.start + place - 1 - span.first)
+                    questions.append((row, place))
+            spans.append(span)
+            count += span.end - span.first
+        puts = [self._question(row, row.ids[:place]) for row, place in questions]
+        output = self.executor.run(segment, spans, asked, self.reader.looks(puts))
+        for row, span in zip(rows, spans, strict=True):
+            row.ran[segment] = span.end
+        if last:
+            assert isinstance(output, torch.Tensor)
+            self._answer(questions, puts, output)
+        elif questions:
+            assert isinstance(output, ExitOutput)
+            self._ask(self.depths[segment], questions, puts, output)
+        return count
+
+    def _is_asked(self, row: Sequence, place: int, depth: int) -> bool:
+        return depth in row.rule.thresholds and not row.asked[place].drafted
+
+    def _ask(
+        self,
+        depth: int,
+        questions: list[tuple[Sequence, int]],
+        puts: list[Question],
+        output: ExitOutput,
+    ) -> None:
+        """Let a deeper exit say, of the places that it is asked about, what is to stand there."""
+        void: set[int] = set()
+        verdicts = self.reader.verdicts(depth, output, puts)
+        for (row, place), verdict in zip(questions, verdicts, strict=True):
+            if id(row) in void or place not in row.asked:
+                continue
+            right = True
+            if isinstance(verdict, Exception):
+                row.error, right = verdict, False
+            elif verdict is not None and verdict.open:
+                score = row.rule.shown(depth, verdict)
+                if row.rule.exits(depth, verdict):
+                    token = Token(verdict.token, depth, score)
+                    if row.rule.lossless:
+                        right = row.draft(place, token)
+                    else:
+                        right = self._give(row, place, token)
+                        self._skip(row, self.depths.index(depth) + 1)
+                else:
+                    row.looked(place, score)
+            if not right:
+                void.add(id(row))
+                self.executor.crop(row.handle, row.ran[0])
+
+    def _answer(
+        self, questions: list[tuple[Sequence, int]], puts: list[Question], final: torch.Tensor
+    ) -> None:
+        """Let the full model fill the places that sequences ask about."""
+        if not questions:
+            return
+        logits = self.backbone.logits(final)
+        largest = logits.argmax(-1).tolist()
+        void: set[int] = set()  # sequences whose later questions fell with a wrong token
+        drafts: dict[int, list[int]] = {}  # of a lossless sequence, how many, and how many right
+        for row, place in questions:
+            if row.rule.lossless:
+                count, most = drafts.setdefault(id(row), [0, 0]), row.rule.most
+                count[0] += row.asked[place].drafted and (most is None or count[0] < most)
+        for i, ((row, place), question) in enumerate(zip(questions, puts, strict=True)):
+            if id(row) in void:
+                continue
+            asked = row.asked[place]
+            try:
+                word = largest[i]
+                if not row.sampler.plain:
+                    word = row.sampler.choose(logits[i : i + 1], question.before)
+                token = Token(word, self.backbone.depth, asked.score)
+                if asked.drafted and asked.said is not None and asked.said.token == word:
+                    token = asked.said  # a draft that was right counts at the exit that said it
+                    if count := drafts.get(id(row)):
+                        count[1] = min(count[0], count[1] + 1)
+                right = self._give(row, place, token)
+            except Exception as error:  # of the row's own rules: its request alone fails
+                row.error, right = error, False
+            if not right:
+                void.add(id(row))
+                self.executor.crop(row.handle, row.ran[0])
+        for row in {id(row): row for row, _ in questions}.values():
+            if row.rule.lossless:
+                drafted, accepted = drafts[id(row)]
+                row.rounds.append((drafted, accepted))
+
+    def _give(self, row: Sequence, place: int, token: Token) -> bool:
+        """The last word on a place in question; whether what stood there was right."""
+        guessed = row.asked[place].said is not None
+        right = row.answer(place, token)
+        if guessed:
+            self.tallies[row.rule.exiting].rule(right)
+        return right
+
+    def full(self) -> int:
+        """Feed the next token of every sequence through all layers; nothing may wait.
+
+        No exit is looked at, so every sequence's tokens must be the full model's.
+        """
+        rows = self.sequences
+        exits = any(row.rule.thresholds for row in rows)
+        final = self.executor.full(
+            [row.handle for row in rows],
+            [row.feed for row in rows],
+            [row.ran[0] for row in rows],
+            exits=exits,
+        )
+        words = self.reader.full(final, [self._question(row, row.ids) for row in rows])
+        for row, word in zip(rows, words, strict=True):
+            if isinstance(word, Exception):
+                row.error = word
+                continue
+            row.passed(Token(word, self.backbone.depth))
+            self._settle(row)
+        return len(rows)
+
+    def _question(self, row: Sequence, before: list[int]) -> Question:
+        return Question(row.sampler, row.rule, before, row.scorer)
+
+    def _settle(self, row: Sequence) -> None:
+        """Give out what can no longer change, until the answer is over."""
+        try:
+            for place in row.settle():
+                token = row.tokens[place]
+                self._written.append(Written(row, place))
+                if row.sampler.emit(row.ids, place, token.depth, token.score):
+                    row.end(place + 1)
+                    return
+        except Exception as error:  # of whoever is told, or a criterion: its request alone fails
+            row.error = error

@@ -1,0 +1,97 @@
+"""What runs the layers for the decoder. Exits part them into segments: segment 0 is below the first
+exit in use, segment k between exits k and k + 1, the last one ends at full depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.exit_check import ExitOutput
+
+
+class Span(NamedTuple):
+    """Columns of one sequence from `first` up to, and without, `end`."""
+
+    handle: int
+    first: int
+    end: int
+
+
+class Loaded(NamedTuple):
+    """A row that an executor took over: its handle, the columns of its prompt, and how many of them
+    each segment ran."""
+
+    handle: int
+    columns: int
+    ran: Sequence[int]
+
+
+Looks = Callable[[int, Tensor], bool]
+"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
+
+
+class Executor(Protocol):
+    """Runs segments for sequences, each by a handle of its own.
+
+    depths: of the exits in use, ascending. rows: sequences that one call is over, at most; None:
+    any number.
+    """
+
+    depths: tuple[int, ...]
+    rows: int | None
+    propagate: bool
+
+    def load(self, prompt: Prompt, row: int) -> Loaded:
+        """Take over a row of a prompt that was read."""
+        ...
+
+    def feed(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+    ) -> ExitOutput:
+        """Segment 0 and the first exit, one token of each sequence; outputs in that order."""
+        ...
+
+    def run(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
+    ) -> ExitOutput | Tensor:
+        """A segment over columns that wait before it, all that do of each sequence.
+
+        asked: which of the spans' columns, counted through, are asked about: outputs are of these.
+        Returns what the next exit makes of them, or behind the last segment the final-normed
+        states [n, D].
+        """
+        ...
+
+    def full(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        exits: bool,
+    ) -> Tensor:
+        """One token of each sequence through all layers; final-normed states [n, D].
+
+        exits: whether these get their keys, which a sequence needs that will come to them again.
+        """
+        ...
+
+    def skip(self, handle: int, segment: int) -> None:
+        """Fill, approximately, what the newest token of a sequence skips from a segment on; only
+        asked of an executor that propagates."""
+        ...
+
+    def crop(self, handle: int, column: int) -> None:
+        """Forget what a sequence has from `column` on."""
+        ...
+
+    def release(self, handle: int) -> None:
+        """Forget a sequence."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all that it holds."""
+        ...

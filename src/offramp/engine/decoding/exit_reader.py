@@ -1,0 +1,202 @@
+"""What an exit or the full model says next in each sequence, by its own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.engine.confidence import FEATURE_SCORES, STREAKS
+from offramp.engine.decoding.rule import ExitRule, Verdict
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
+from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
+
+
+class Question:
+    """Who asks what comes behind the tokens `before` of an answer. scorer: of a score that follows
+    a token from exit to exit, which each sequence has for itself."""
+
+    __slots__ = ("before", "rule", "sampler", "scorer")
+
+    def __init__(
+        self, sampler: Sampler, rule: ExitRule, before: Sequence[int], scorer: Any = None
+    ) -> None:
+        self.sampler, self.rule, self.before, self.scorer = sampler, rule, before, scorer
+
+
+class ExitReader:
+    """Asks exits and the LM head.
+
+    depths: of the exits in use, ascending. policy: score, weights, shortlist and gates; thresholds
+    are each question's own.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | None,
+        policy: ExitPolicy,
+        depths: Sequence[int],
+    ) -> None:
+        """Raise `InputError` where what the policy needs is missing."""
+        self._backbone, self._exits, self._policy = backbone, exits, policy
+        self._depths = tuple(depths)
+        self._scorer = self.scorer() if depths else None
+        self._gates = gates_of_policy(policy, exits) if exits is not None else {}
+        self.follows = policy.score in STREAKS and len(self._depths) > 1
+        """Whether a score follows a token from exit to exit: each sequence needs a scorer."""
+        self.watches = policy.score in FEATURE_SCORES
+        """Whether the score reads more than logits."""
+
+    def scorer(self) -> ExitScorer:
+        return ExitScorer(self._backbone, self._policy, self._depths, self._exits)
+
+    def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Tensor], bool]:
+        """Whether any of the questions is put to the exit at a depth, past its gate."""
+
+        def any_at(depth: int, entry: Tensor) -> bool:
+            if not any(q is not None and depth in q.rule.thresholds for q in asked):
+                return False
+            if depth not in self._gates:
+                return True
+            gate, level = self._gates[depth]
+            return bool((gate(self._backbone.here(entry)) >= level).any())
+
+        return any_at
+
+    def verdicts(
+        self, depth: int, output: ExitOutput, asked: Sequence[Question | None]
+    ) -> list[Verdict | Exception | None]:
+        """Of the exit at `depth` on each token; None where nothing is asked, an error where the
+        row's own rules raised one."""
+        if output.state is None:
+            return [None if question is None else Verdict(-1, float("nan"), False) for question in asked]
+        if self.follows:
+            one = torch.arange(len(asked), device=output.entry.device)
+            return [
+                None
+                if question is None
+                else self._of_all(depth, output.picked(one[i : i + 1]), [question], question.scorer)[0]
+                for i, question in enumerate(asked)
+            ]
+        return self._of_all(depth, output, asked, self._scorer)
+
+    def _of_all(
+        self,
+        depth: int,
+        output: ExitOutput,
+        asked: Sequence[Question | None],
+        scorer: ExitScorer | None,
+    ) -> list[Verdict | Exception | None]:
+        assert scorer is not None and output.state is not None
+        here = self._backbone.here
+        entry = here(output.entry)
+        chain = _Constraints(asked)
+        token = _tokens(asked, entry.device) if self.watches else {}
+        look = scorer(
+            depth,
+            here(output.state),
+            entry,
+            None if output.previous is None else here(output.previous),
+            chain if chain.any else None,
+            **token,
+        )
+        scored = any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in asked)
+        scores = look.score.tolist() if scored else [float("nan")] * len(asked)
+        opened: Sequence[bool] = [True] * len(asked)
+        if depth in self._gates:
+            gate, level = self._gates[depth]
+            opened = (gate(entry) >= level).tolist()
+        made: list[Verdict | Exception | None] = [
+            None if question is None else chain.errors.get(i) or Verdict(-1, scores[i], opened[i])
+            for i, question in enumerate(asked)
+        ]
+        # Only what is to be said is chosen: processors are asked once for a token that stands.
+        wanted = [
+            question if isinstance(verdict, Verdict) and _says(question, depth, verdict) else None
+            for question, verdict in zip(asked, made, strict=True)
+        ]
+        if any(question is not None for question in wanted):
+            for i, token in enumerate(self._said(look, wanted)):
+                verdict = made[i]
+                if wanted[i] is not None and isinstance(verdict, Verdict):
+                    made[i] = (
+                        token if isinstance(token, Exception) else verdict._replace(token=token)
+                    )
+        return made
+
+    def _said(self, look: ExitCheck, asked: Sequence[Question | None]) -> list[int | Exception]:
+        places = look.own_logits.argmax(-1)
+        shortlist = look.scorer.shortlist
+        tokens = places if shortlist is None else shortlist[places]
+        return _by_rules(tokens, lambda i: look.logits[i : i + 1], asked)
+
+    def full(self, final: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
+        """The full model's next token behind each of the final-normed states [n, D]."""
+        return self.of_logits(self._backbone.logits(final), asked)
+
+    def of_logits(self, logits: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
+        """The token that each question gets out of its raw logits [n, V]."""
+        return _by_rules(logits.argmax(-1), lambda i: logits[i : i + 1], asked)
+
+
+def _says(question: Question | None, depth: int, verdict: Verdict) -> bool:
+    """Whether the sequence goes on from what the exit says."""
+    if question is None:
+        return False
+    return question.rule.exits(depth, verdict) or question.rule.guesses_at(depth, verdict)
+
+
+def _tokens(asked: Sequence[Question | None], device: torch.device) -> dict[str, Tensor]:
+    """Position in its answer and previous token of each token [n]; 0 where none is asked."""
+    position, previous = [], []
+    for question in asked:
+        before = () if question is None else question.before
+        position.append(len(before))
+        if question is None:
+            previous.append(0)
+        else:
+            previous.append(before[-1] if before else int(question.sampler.ids[0, -1]))
+    return {
+        "position": torch.tensor(position, device=device),
+        "previous_token": torch.tensor(previous, device=device),
+    }
+
+
+def _by_rules(
+    tokens: Tensor, logits: Callable[[int], Tensor], asked: Sequence[Question | None]
+) -> list[int | Exception]:
+    """The largest logits' `tokens` [n], but where a row has rules of its own."""
+    chosen: list[int | Exception] = tokens.tolist()
+    for i, question in enumerate(asked):
+        if question is not None and not question.sampler.plain:
+            try:
+                chosen[i] = question.sampler.choose(logits(i), question.before)
+            except Exception as error:  # a processor of the caller's: its request alone fails
+                chosen[i] = error
+    return chosen
+
+
+class _Constraints:
+    """Puts each row's constraints on its own logits; errors by row."""
+
+    def __init__(self, asked: Sequence[Question | None]) -> None:
+        self._asked = asked
+        self.any = any(question is not None and question.sampler.scored for question in asked)
+        self.errors: dict[int, Exception] = {}
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        rows = logits.to(torch.float32, copy=True)
+        for i, question in enumerate(self._asked):
+            if question is not None and question.sampler.scored:
+                try:
+                    row = question.sampler.constrain(logits[i : i + 1], question.before)
+                    rows[i : i + 1] = row.to(rows.device)
+                except Exception as error:  # as above
+                    self.errors[i] = error
+        return rows

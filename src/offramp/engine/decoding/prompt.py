@@ -1,0 +1,226 @@
+"""Reads prompts, as Hugging Face prepares them, for an executor to take over.
+
+`generate` of the model itself checks the options and makes the logits processors, the stopping
+criteria and the cache. The prompt then runs through the model's own stack, the exits storing their
+keys along. Where every row's first token exits, it *waits* there: the layers above run over it when
+a later token needs them. A long prompt runs in chunks, the cache growing, so that others need not
+wait for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.kv_cache import (
+    add_exit_entries,
+    check_projects,
+    self_attention,
+    store_exit_keys,
+    store_keys,
+)
+from offramp.engine.prefill import Prefill, Prepared, check_inputs, check_options, prepare
+from offramp.engine.prefix_cache import PrefixCache, can_shorten
+from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.exits import ExitSet
+from offramp.models.intercept import InterceptedModel
+from offramp.models.vision_cache import VisionCache
+
+Decide = Callable[[int, ExitOutput], bool]
+"""Is told what the exit at a depth makes of each row's newest token [B, D]; True once every row has
+exited."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that was read, and the rules for what follows it.
+
+    prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
+    of the layers, and of the exits behind them. prefill: what later calls of the stack repeat.
+    real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
+    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth.
+    waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
+    last columns that have yet to run the layers above; None where all ran.
+    """
+
+    prepared: Prepared
+    cache: Any
+    prefill: Prefill
+    real: Tensor | None
+    encoder: tuple[Tensor, Tensor | None] | None
+    logits: Tensor
+    waits: tuple[int, Tensor] | None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Position ids [..., B, T], where the stack was given any."""
+        return self.prefill.positions
+
+    @property
+    def rows(self) -> int:
+        return len(self.prepared.ids)
+
+
+class PromptReader:
+    """The layer handler of prompts; not for two threads at once.
+
+    depths: of the exits in use. vision_cache: image features kept between calls. prefix_cache: keys
+    and values of prompts kept between calls. chunk: tokens that are run at once, where the prompt
+    is causal and nothing but tokens and positions go with it; None: all. between: called before
+    each of several chunks, the vision tower having run. propagate: fill the keys and values of
+    layers that a first token skips, approximately, instead of letting the prompt wait.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | None,
+        depths: Sequence[int],
+        *,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
+        chunk: int | None = None,
+        between: Callable[[], None] = lambda: None,
+        propagate: bool = False,
+    ) -> None:
+        self.backbone, self.exits = backbone, exits
+        self.intercepted = InterceptedModel(backbone, self)
+        self._chunk, self._between = chunk, between
+        if chunk is not None and backbone.family.causal_prompt and not backbone.is_encoder_decoder:
+            self._run_stack = self.intercepted.stack.forward
+            self.intercepted.stack.forward = self._in_chunks
+        if vision_cache is not None:
+            self.intercepted.remember_images(backbone, vision_cache)
+        self._prefix_cache, self._propagate = prefix_cache, propagate
+        self._depths = tuple(depths)
+        self.exits_on: tuple[int, ...] = ()
+        self.cache: Any = None
+        self._decide: Decide | None = None
+        self._last = True  # whether the newest token is in the current chunk
+        self._before: Tensor | None = None
+        self._waits: tuple[int, Tensor] | None = None
+
+    def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
+        """What the model's own `generate` would begin with. inputs: what the processor returned.
+
+        Raises:
+            InputError: an image is missing, or an option is not done.
+        """
+        config = options.get("generation_config")
+        asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
+        # Before Hugging Face sees them, which would refuse some in other words.
+        check_options(lambda name: asked.get(name, getattr(config, name, None)))
+        check_inputs(inputs, self.intercepted.model)
+        with torch.inference_mode():
+            prepared = prepare(self.intercepted.model, inputs, **options)
+        # The model's own defaults may ask for what the caller did not.
+        check_options(lambda name: getattr(prepared.config, name, None), own=True)
+        return prepared
+
+    def read(
+        self, prepared: Prepared, *, use_exits: bool = True, decide: Decide | None = None
+    ) -> Prompt:
+        """Run a prompt of one or more rows.
+
+        use_exits: whether the exits store their keys. decide: asked about each row's first token at
+        every exit; None: it runs to full depth.
+
+        Raises:
+            InputError: longer than the backbone's positions; a cache that exits cannot share.
+        """
+        self.exits_on = self._depths if use_exits else ()
+        self._decide, self._waits, self._last = decide, None, True
+        self.cache = prepared.cache
+        try:
+            with torch.inference_mode():
+                return self._read(prepared)
+        finally:
+            self.cache = self._decide = self._before = self._waits = None
+
+    def _read(self, prepared: Prepared) -> Prompt:
+        entries = self.exits.entries if self.exits is not None and self.exits_on else ()
+        add_exit_entries(self.cache, entries, self.backbone.depth)
+        if self._propagate and self.exits_on:
+            check_projects(self.cache)
+        kept = self._prefix_cache
+        if self._propagate and self._decide is not None:
+            kept = None  # the prompt's keys may be approximate
+        with nullcontext() if kept is None else kept.serving(self):
+            prefill = Prefill(self.intercepted, prepared)
+        mask, encoder = prepared.arguments.get("attention_mask"), None
+        if self.backbone.is_encoder_decoder or "encoder_hidden_states" in prefill.prefill:
+            states = prefill.prefill.get("encoder_hidden_states")
+            if states is not None:
+                encoder = states, prefill.prefill.get("encoder_attention_mask")
+        real = None
+        if not self.backbone.is_encoder_decoder and mask is not None and mask.dim() == 2:
+            real = mask.bool()
+        return Prompt(prepared, self.cache, prefill, real, encoder, prefill.logits, self._waits)
+
+    def _in_chunks(self, *args: Any, **kw: Any) -> Any:
+        """The stack's forward pass; what it returns is of the last chunk."""
+        embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
+        assert self._chunk is not None
+        if (
+            args
+            or embeds is None
+            or embeds.shape[1] <= self._chunk
+            or not can_shorten(kw, self.cache)
+        ):
+            return self._run_stack(*args, **kw)
+        past, total = int(self.cache.get_seq_length()), embeds.shape[1]
+        for start in range(0, total, self._chunk):
+            self._between()
+            end = min(total, start + self._chunk)
+            self._last = end == total
+            part = {**kw, "inputs_embeds": embeds[:, start:end]}
+            if mask is not None:
+                part["attention_mask"] = mask[:, : past + end]
+            for name in ("position_ids", "cache_position"):
+                if kw.get(name) is not None:
+                    part[name] = kw[name][..., start:end]
+            out = self._run_stack(**part)
+        return out
+
+    def layer(self, call: LayerCall) -> Any:
+        """The layer's own output; before it, the exit that stands there."""
+        if self._waits is not None:
+            if self._propagate:
+                self._store_skipped(call)
+            return self.backbone.skipped_layer_output(call)
+        here, newest = self.backbone.here, call.hidden[:, -1]
+        if call.index in self.exits_on:
+            assert self.exits is not None
+            if self._decide is None or not self._last:
+                if self.backbone.is_encoder_decoder:  # an encoder's keys are made behind its own
+                    self.exits.run(call.index, call)
+                else:
+                    store_exit_keys(self.cache, self.exits, call)
+            else:
+                state = here(self.exits.run(call.index, call)[:, -1])
+                output = ExitOutput(here(newest), state, self._before)
+                if self._decide(call.index, output):
+                    self._waits = call.index, call.hidden
+                    if self._propagate:
+                        self._store_skipped(call)
+                    return self.backbone.skipped_layer_output(call)
+        self._before = here(newest)
+        return call.run(call.layer)
+
+    def _store_skipped(self, call: LayerCall) -> None:
+        """Fill a skipped layer's keys and values, and those of an exit there."""
+        store_keys(self.cache, call.layer, call)
+        assert self._waits is not None and self.exits is not None
+        if call.index in self.exits_on and call.index != self._waits[0]:
+            store_exit_keys(self.cache, self.exits, call)
+
+
+def columns_of(prompt: Prompt) -> int:
+    """Columns [T] of the prompt in its cache, padding included."""
+    return int(self_attention(prompt.cache).get_seq_length())

@@ -1,0 +1,97 @@
+"""When a token exits: the one place that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from offramp.engine.policy import ExitPolicy
+
+OPEN_GUESSES = 5
+"""Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
+
+
+class Verdict(NamedTuple):
+    """What an exit says of a sequence's next token. open: whether its gate let it look; score: in
+    [0, 1], NaN where none was computed."""
+
+    token: int
+    score: float
+    open: bool = True
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """How one request uses the exits.
+
+    Every token is looked at by the exits in order until one reaches its threshold. So thresholds
+    say what is counted; guesses and `most` say speed alone.
+
+    thresholds: by depth, where a token exits or, lossless, is drafted. lossless: whether the full
+    model confirms what exits say. guesses: by depth, score from which a token that does not reach
+    the threshold goes on all the same, until deeper layers have spoken. most: drafts or guesses
+    that may be open at a time; None: any number.
+    """
+
+    thresholds: Mapping[int, float]
+    lossless: bool = False
+    guesses: Mapping[int, float] | None = None
+    most: int | None = None
+
+    @classmethod
+    def of(cls, policy: ExitPolicy, guess_above: float | None = None) -> ExitRule:
+        """The rule of a policy in a mode.
+
+        guess_above: the level of guesses where the policy has none of its own; None: no guesses.
+        """
+        policy = policy.effective
+        at, guesses = dict(policy.thresholds), dict(policy.guesses)
+        if not guesses and guess_above is not None:
+            guesses = dict.fromkeys(at, guess_above)
+        most = policy.max_draft if policy.lossless else OPEN_GUESSES
+        if guess_above is not None and not policy.guesses:
+            most = None  # its caller's schedule says when the layers above are asked
+        return cls({d: _single(t) for d, t in at.items()}, policy.lossless, guesses or None, most)
+
+    @property
+    def uses_exits(self) -> bool:
+        return bool(self.thresholds)
+
+    @property
+    def exiting(self) -> bool:
+        """Whether tokens may be other than the full model's."""
+        return bool(self.thresholds) and not self.lossless
+
+    def exits(self, depth: int, verdict: Verdict) -> bool:
+        """Whether the token exits, or is drafted, at `depth` with what the exit there says."""
+        threshold = self.thresholds.get(depth)
+        if threshold is None or not verdict.open:
+            return False
+        return threshold == 0.0 or verdict.score >= threshold
+
+    def guesses_at(self, depth: int, verdict: Verdict) -> bool:
+        """Whether a token that does not exit goes on from what the exit says."""
+        if self.guesses is None or not verdict.open:
+            return False
+        level = self.guesses.get(depth)
+        return level is not None and verdict.score >= level
+
+    def shown(self, depth: int, verdict: Verdict) -> float:
+        """The score to report: none where a gate was shut, or every token exits."""
+        if not verdict.open or self.thresholds.get(depth, 0.0) == 0.0:
+            return float("nan")
+        return verdict.score
+
+
+NO_EXITS = ExitRule({})
+"""Every token is the full model's."""
+
+
+@cache
+def _single(threshold: float) -> float:
+    """A threshold in the scores' precision, in which it is compared."""
+    return float(np.float32(threshold))

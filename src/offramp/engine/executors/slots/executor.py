@@ -1,0 +1,693 @@
+"""The executor of models that keep keys and values: many sequences in slots of one cache.
+
+The layers run one after the other, without the stack's own code where that is exact; else through a
+twin of the stack. Calls over one slot are calls on contiguous columns; calls over several write and
+read by index, the tokens of each slot at columns of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from offramp.engine.decoding.executor import Loaded, Looks, Span
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
+from offramp.engine.executors.slots.cache import SlotCache
+from offramp.engine.executors.slots.layout import (
+    LAYOUTS,
+    Call,
+    CurrentCall,
+    OneSlot,
+    lay_out,
+    one_each,
+)
+from offramp.engine.executors.slots.masks import with_slot_masks
+from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
+from offramp.engine.executors.slots.tables import BIASES, Given, Tables
+from offramp.engine.kv_cache import cache_parameter, store_exit_keys
+from offramp.engine.lean.arguments import CannotRehearseError
+from offramp.engine.lean.compiled import called_in_place
+from offramp.engine.lean.rehearsal import Stage
+from offramp.errors import UnsupportedBackboneError, check_known
+from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.exits import ExitSet, first
+from offramp.models.intercept import InterceptedModel
+
+log = logging.getLogger(__name__)
+
+_TABLES: WeakKeyDictionary[Backbone, dict[Any, Tables | str]] = WeakKeyDictionary()
+"""What was rehearsed, by kind of attention; or why a stack must run itself."""
+
+
+class SlotExecutor:
+    """Runs a backbone with exits on the rows of a slot cache. The layer handler of its twin stack.
+
+    depths: of the exits in use. slots: sequences at a time. limit: columns of one, at most. layout:
+    of calls over several columns of several slots; None: packed where attention is Hugging Face's
+    "sdpa", else flat. watches: whether scores read the state before an exit's entry.
+
+    Raises:
+        InputError: an unknown layout.
+        UnsupportedBackboneError: attention that cannot take masks of ours, or not be packed.
+    """
+
+    rows: int | None = None
+    propagate = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | None,
+        depths: Sequence[int],
+        *,
+        slots: int = 1,
+        limit: int | None = None,
+        layout: str | None = None,
+        watches: bool = False,
+    ) -> None:
+        check_known("Layout", [] if layout is None else [layout], LAYOUTS)
+        self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
+        self._bounds = (0, *self.depths, backbone.depth)
+        entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
+        encoded = backbone.is_encoder_decoder
+        self.cache = SlotCache(slots, entries, limit, encoded)
+        self.intercepted = InterceptedModel(backbone, self)
+        self._watches = watches
+        packs = can_pack(self.intercepted.stack)
+        self.layout = layout or ("packed" if packs else "flat")
+        with_slot_masks(self.intercepted.stack)
+        self._current = CurrentCall()
+        self._instead = called_in_place(backbone)
+        self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
+        if self.layout == "packed" and not packs:
+            raise UnsupportedBackboneError(
+                "Deep calls can be packed for 'sdpa' attention alone.", "Use layout='flat'."
+            )
+        stack = self.intercepted.stack
+        embed = getattr(stack, "embed_positions", None)
+        if embed is not None and encoded:
+            stack._modules["embed_positions"] = ColumnPositions(embed, self._current)
+        self._cache_name = cache_parameter(stack)
+        self._layers = [*backbone.layers]
+        # of slots
+        self._slot_of: dict[int, int] = {}
+        self._handles: list[int] = []  # by slot
+        self._count = 0
+        self._offsets: Tensor | None = None  # position of column 0 [..., slots]
+        self._offset_of: list[int | None] = [0] * slots
+        self._places: dict[int, Tensor] = {}  # positions of a prompt that waits [..., T], by slot
+        self._encoder: dict[int, Tensor] = {}  # states of an encoder [1, S, D], by slot
+        self._unread: dict[int, set[int]] = {}  # layers which these have not gone through
+        self._entries: dict[int, Tensor] = {}  # by segment, states before it [slots, room, D]
+        self._base: dict[int, list[int]] = {k: [0] * slots for k in range(1, len(self._bounds) - 1)}
+        # of tables
+        self._refused = bool(backbone.rare_layers or backbone.reads_ids or not backbone.lean_decoding)
+        self._relative = RelativeBias(backbone) if backbone.family.layers == "block" else None
+        self._bias: tuple[Tensor, Tensor] | None = None
+        self._tables: Tables | None = None
+        self._ahead = 0  # positions before the first column
+        # of the current call
+        self._running = range(0)
+        self._keys_only = False
+        self._looks: Looks | None = None
+        self._chunk: Tensor | None = None
+        self._output: ExitOutput | None = None
+        self._previous: Tensor | None = None
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def load(self, prompt: Prompt, row: int) -> Loaded:
+        """Put a row of a prompt that was read into a free slot.
+
+        Raises:
+            UnsupportedBackboneError: layers that keep a state instead of keys and values.
+        """
+        slot = len(self._handles)
+        real = None if prompt.real is None else prompt.real[row]
+        states, mask = prompt.encoder or (None, None)
+        encoder = None if mask is None else mask[row].bool()
+        if encoder is not None and bool(encoder.all()):
+            encoder = None
+        columns = self.cache.load(slot, prompt.cache, row, real, encoder)
+        self._place(slot, prompt, row, columns)
+        ran = [columns] * (len(self._bounds) - 1)
+        if prompt.waits is not None:
+            depth, waiting = prompt.waits
+            segment = self.depths.index(depth) + 1
+            mine = waiting[row]
+            if real is not None and not bool(real.all()):
+                mine = mine[real[-len(mine) :]]
+            self._keep(segment, slot, columns - len(mine), mine)
+            ran[segment:] = [columns - len(mine)] * (len(ran) - segment)
+            for later in range(segment + 1, len(ran)):
+                self._base[later][slot] = columns - len(mine)
+            if states is not None:
+                mine = states[row : row + 1]
+                self._encoder[slot] = mine if encoder is None else mine[:, encoder]
+                unread = [*range(depth, self.backbone.depth)]
+                if self.exits is not None:
+                    at = enumerate(self.exits.entries)
+                    unread += [self.backbone.depth + i for i, d in at if d > depth]
+                self._unread[slot] = set(unread)
+        for segment in self._base:
+            if ran[segment] == columns:
+                self._base[segment][slot] = columns
+        self._count += 1
+        self._handles.append(self._count)
+        self._slot_of[self._count] = slot
+        return Loaded(self._count, columns, ran)
+
+    def _place(self, slot: int, prompt: Prompt, row: int, columns: int) -> None:
+        """Note the positions of a prompt, where the stack takes any."""
+        positions = prompt.positions
+        if positions is None:
+            return
+        own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
+        if prompt.real is not None and own.shape[-1] == prompt.real.shape[1]:
+            own = own[..., prompt.real[row]]
+        offset = own[..., -1] + 1 - columns
+        if self._offsets is None:
+            self._offsets = offset.new_zeros(*offset.shape, self.cache.slots)
+        self._offsets[..., slot] = offset
+        axes = offset.flatten()[-3:].tolist()
+        # Tables are gathered by one number a token, which is all there is behind a prompt.
+        self._refused = self._refused or len({*axes}) > 1
+        self._offset_of[slot] = axes[-1]
+        self._ahead = max(self._ahead, axes[-1])
+        if prompt.waits is not None:
+            plain = torch.arange(columns, device=own.device) + offset[..., None]
+            if not torch.equal(plain.expand_as(own), own):
+                self._places[slot] = own
+
+    def release(self, handle: int) -> None:
+        """Free a slot; the last sequence moves there, so that those in use stand at the front."""
+        slot = self._slot_of.pop(handle)
+        source = len(self._handles) - 1
+        last = self._handles.pop()
+        if source != slot:
+            self._handles[slot] = last
+            self._slot_of[last] = slot
+            self.cache.move(source, slot)
+            if self._offsets is not None:
+                self._offsets[..., slot] = self._offsets[..., source]
+            self._offset_of[slot] = self._offset_of[source]
+            for segment, kept in self._entries.items():
+                kept[slot] = kept[source]
+                self._base[segment][slot] = self._base[segment][source]
+        held: tuple[dict[int, Any], ...] = (self._places, self._encoder, self._unread)
+        for table in held:
+            table.pop(slot, None)
+            if source in table:
+                table[slot] = table.pop(source)
+
+    def crop(self, handle: int, column: int) -> None:
+        slot = self._slot_of[handle]
+        for base in self._base.values():
+            base[slot] = min(base[slot], column)
+
+    def skip(self, handle: int, segment: int) -> None:
+        raise NotImplementedError("slots keep exact keys and values")
+
+    def close(self) -> None:
+        """Drop keys, values and states now: handler and model hold each other."""
+        self.cache.drop()
+        self._entries, self._tables, self._looks = {}, None, None
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def feed(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+    ) -> ExitOutput:
+        slots = [self._slot_of[handle] for handle in handles]
+        output = self._run_segment(0, self._one_each(slots, columns), self._ids(ids), looks)
+        assert isinstance(output, ExitOutput)
+        self._note(1, slots, columns, output.entry)
+        return output
+
+    def full(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        exits: bool,
+    ) -> Tensor:
+        slots = [self._slot_of[handle] for handle in handles]
+        call = self._one_each(slots, columns)
+        self._keys_only = exits and bool(self.depths)
+        try:
+            final = self._call(range(self.backbone.depth), call, self._ids(ids))
+        finally:
+            self._keys_only = False
+        for base in self._base.values():
+            for slot, column in zip(slots, columns, strict=True):
+                base[slot] = column + 1
+        return final
+
+    def run(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
+    ) -> ExitOutput | Tensor:
+        slots = [self._slot_of[span.handle] for span in spans]
+        base = self._base[segment]
+        states = [
+            self._entries[segment][slot, span.first - base[slot] : span.end - base[slot]]
+            for slot, span in zip(slots, spans, strict=True)
+        ]
+        alone = [slot in self._places or slot in self._encoder for slot in slots]
+        if len(spans) == 1 or any(alone):
+            made = [
+                self._run_segment(segment, self._beside(slot, span), state[None], looks)
+                for slot, span, state in zip(slots, spans, states, strict=True)
+            ]
+            output = made[0] if len(made) == 1 else _joined(made)
+        else:
+            output = self._several(segment, slots, spans, states, looks)
+        for slot, span in zip(slots, spans, strict=True):
+            base[slot] = span.end
+            self._read(slot, segment, span)
+        if isinstance(output, ExitOutput):
+            at = 0
+            for slot, span in zip(slots, spans, strict=True):
+                new = span.end - span.first
+                self._keep(segment + 1, slot, span.first, output.entry[at : at + new])
+                at += new
+        total = sum(span.end - span.first for span in spans)
+        if len(asked) == total:
+            return output
+        if len(asked) == 1:
+            at = asked[0] if asked[0] >= 0 else total + asked[0]
+            return _narrowed(output, at)
+        index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
+        return output.picked(index) if isinstance(output, ExitOutput) else output[index]
+
+    def _several(
+        self,
+        segment: int,
+        slots: Sequence[int],
+        spans: Sequence[Span],
+        states: Sequence[Tensor],
+        looks: Looks,
+    ) -> ExitOutput | Tensor:
+        """A segment over columns of several slots in one call."""
+        order = sorted(range(len(slots)), key=lambda i: slots[i])
+        spelt = [(slots[i], c) for i in order for c in range(spans[i].first, spans[i].end)]
+        named, columns = [slot for slot, _ in spelt], [column for _, column in spelt]
+        width = max(columns) + 1
+        self.cache.reserve(width)
+        call = lay_out(self.layout, named, columns, width, self.backbone.device)
+        laid = torch.cat([states[i] for i in order])
+        packed = self.layout == "packed"
+        if call.gather is not None and not packed:
+            laid = laid.index_select(0, call.gather)
+        output = self._run_segment(segment, call, laid.view(*call.shape, -1), looks)
+        if call.pick is not None and not packed:
+            output = _picked(output, call.pick)
+        if order == [*range(len(slots))]:
+            return output
+        where, at = {}, 0
+        for i in order:
+            where[i] = at
+            at += spans[i].end - spans[i].first
+        index = [
+            where[i] + n for i in range(len(spans)) for n in range(spans[i].end - spans[i].first)
+        ]
+        return _picked(output, torch.tensor(index, device=self.backbone.device))
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, device=self.backbone.device)
+
+    def _beside(self, slot: int, span: Span) -> OneSlot:
+        self.cache.reserve(span.end)
+        return OneSlot(slot, span.first, span.end, self.backbone.device)
+
+    def _one_each(self, slots: Sequence[int], columns: Sequence[int]) -> Call:
+        """One token of each slot."""
+        width = max(columns) + 1
+        self.cache.reserve(width)
+        if len(slots) == 1:
+            return OneSlot(slots[0], columns[0], width, self.backbone.device)
+        return one_each(slots, columns, width, self.backbone.device)
+
+    # -- what waits --------------------------------------------------------------------------
+
+    def _note(
+        self, segment: int, slots: Sequence[int], columns: Sequence[int], entries: Tensor
+    ) -> None:
+        """Keep one state of each slot that is to enter a segment."""
+        base = self._base[segment]
+        places = [column - base[slot] for slot, column in zip(slots, columns, strict=True)]
+        kept = self._room(segment, max(places) + 1, entries)
+        if len(slots) == 1:
+            kept[slots[0], places[0]] = entries[0]
+        else:
+            kept[slots, places] = entries
+
+    def _keep(self, segment: int, slot: int, first: int, states: Tensor) -> None:
+        """Keep states [n, D] of a slot's columns from `first` on that are to enter a segment."""
+        if not len(states):
+            return
+        base = self._base[segment]
+        kept = self._entries.get(segment)
+        if kept is None or first <= base[slot]:
+            base[slot] = first
+        at = first - base[slot]
+        kept = self._room(segment, at + len(states), states)
+        kept[slot, at : at + len(states)] = states
+
+    def _room(self, segment: int, columns: int, like: Tensor) -> Tensor:
+        """What is kept before a segment, with room for so many columns of a slot."""
+        kept = self._entries.get(segment)
+        if kept is None or kept.shape[1] < columns:
+            larger = like.new_zeros(self.cache.slots, max(64, 2 * columns), like.shape[-1])
+            if kept is not None:
+                larger[:, : kept.shape[1]] = kept
+            kept = self._entries[segment] = larger
+        return kept
+
+    def _read(self, slot: int, segment: int, span: Span) -> None:
+        """Note that a segment has run a slot's columns: of a prompt that waited, with the encoder's
+        states."""
+        if slot in self._unread:
+            start, end = self._bounds[segment], self._bounds[segment + 1]
+            ran = {*range(start, end)}
+            if self.exits is not None and end < self.backbone.depth:
+                at = enumerate(self.exits.entries)
+                ran |= {self.backbone.depth + i for i, d in at if d == end}
+            self._unread[slot] -= ran
+            last = self.backbone.depth - 1
+            if last not in self._unread[slot]:
+                del self._unread[slot], self._encoder[slot]
+        if slot in self._places and segment == len(self._bounds) - 2:
+            del self._places[slot]
+
+    # -- one call ----------------------------------------------------------------------------
+
+    def _run_segment(
+        self, segment: int, call: Call, inputs: Tensor, looks: Looks
+    ) -> ExitOutput | Tensor:
+        """Layers of a segment and the exit behind them, or the final norm."""
+        start, end = self._bounds[segment], self._bounds[segment + 1]
+        self._looks = looks
+        final = self._call(range(start, end), call, inputs)
+        if end == self.backbone.depth:
+            return final
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+    def _call(self, running: range, call: Call, inputs: Tensor) -> Tensor:
+        """One call on token ids [n], or states [B, T, D]; final-normed states [n, D], which mean
+        nothing where the last layer did not run."""
+        self._current.call, self._bias = call, None
+        self._running, self._chunk = running, inputs if running.start else None
+        self._output = self._previous = None
+        given = self._given(call, inputs)
+        try:
+            tables = self._exact_tables(given)
+            out = self._by_stack(given) if tables is None else self._by_layers(given, tables)
+        finally:
+            self._chunk = None
+            self.cache.release()
+        return out.flatten(0, 1)
+
+    def _given(self, call: Call, inputs: Tensor) -> Given:
+        offset: int | None = 0
+        if call.beside is not None:
+            slot, start = call.beside
+            offset = self._offset_of[slot] if self._offsets is not None else 0
+            places = self._places.get(slot)
+            if places is not None and start < places.shape[-1]:
+                offset = None  # a prompt's positions are its own
+        encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
+        return Given(call, inputs, self._offsets, offset, encoder)
+
+    def _stack_arguments(self, given: Given) -> dict[str, Any]:
+        """What the stack is called with."""
+        call, inputs = given.call, given.inputs
+        kw: dict[str, Any] = {self._cache_name: self.cache.seen_by(call, self._unread_in(call))}
+        kw |= {"input_ids": inputs[:, None]} if inputs.dim() == 1 else {"inputs_embeds": inputs}
+        # Some stacks size a mask of their own by the cache where they are given none.
+        kw["attention_mask"] = torch.ones(
+            call.shape[0], call.width, dtype=torch.long, device=self.backbone.device
+        )
+        if given.takes_positions:
+            kw["position_ids"] = self._position_ids(given)
+        if self.cache.cross:
+            states, mask = given.encoder
+            kw |= {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        return {**kw, "use_cache": True, "return_dict": True}
+
+    def _position_ids(self, given: Given) -> Tensor:
+        positions, call = given.positions, given.call
+        assert positions is not None
+        if given.offset is not None or call.beside is None:
+            return positions
+        slot, start = call.beside
+        own = self._places[slot][..., start : start + call.shape[1]]
+        positions = positions.clone()
+        positions[..., 0, : own.shape[-1]] = own
+        return positions
+
+    def _unread_in(self, call: Call) -> Sequence[int]:
+        return () if call.beside is None else sorted(self._unread.get(call.beside[0], ()))
+
+    def _encoder_of(self, call: Call) -> tuple[Tensor, Tensor]:
+        """What stands for the encoder: only the length of its states is looked at, and its mask.
+        Its states, where layers have yet to make keys of them."""
+        lengths, device = self.cache.encoder_lengths, self.backbone.device
+        if call.beside is not None:
+            slot = call.beside[0]
+            length = lengths[slot]
+            states = self._encoder.get(slot)
+            if states is None:
+                states = torch.zeros(1, 1, 1, dtype=self.backbone.dtype, device=device)
+                states = states.expand(1, length, 1)
+            return states, torch.ones(1, length, dtype=torch.bool, device=device)
+        width, all_lengths = max(lengths), torch.tensor(lengths, device=device)
+        own = all_lengths[: len(call.queries)] if call.reads is None else all_lengths[call.reads]
+        states = torch.zeros(1, 1, 1, dtype=self.backbone.dtype, device=device)
+        mask = torch.arange(width, device=device) < own[:, None]
+        return states.expand(len(own), width, 1), mask
+
+    def _by_stack(self, given: Given) -> Tensor:
+        out = self.intercepted.stack(**self._stack_arguments(given))
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _by_layers(self, given: Given, tables: Tables) -> Tensor:
+        """The layers that run, one after the other."""
+        call, running = given.call, self._running
+        own: dict[str, Any] = {self._cache_name: self.cache.seen_by(call, self._unread_in(call))}
+        if self._relative is not None:
+            own |= zip(BIASES, self._biases(), strict=True)
+        arguments, kind_of = tables.arguments(given, own), tables.kind_of
+        layers, instead, packs = self._layers, self._instead, self._packs
+        hidden = given.inputs if running.start else tables.enter(given)
+        end, before = running.stop, running.stop - 1 if self._watches else -1
+        for index in running:
+            args, kw = arguments[kind_of[index]]
+            module = layers[index]
+            if self._keys_only and index in self.depths:
+                self._store_exit_keys(LayerCall(index, module, hidden, args, kw, instead))
+            if index == before:
+                self._previous = hidden.flatten(0, -2)
+            out = instead[self._running_module(module) if packs else module](hidden, *args, **kw)
+            hidden = out[0] if isinstance(out, tuple) else out
+        if end == self.backbone.depth:
+            return self.backbone.final_norm(hidden)
+        args, kw = arguments[kind_of[end]]
+        self._at_exit(LayerCall(end, layers[end], hidden, args, kw, instead))
+        return hidden
+
+    # -- without the stack -------------------------------------------------------------------
+
+    def _exact_tables(self, given: Given) -> Tables | None:
+        """The tables for a call; None where the stack must run itself. Of the first call of a kind
+        it is found out whether its layers get what the stack would hand them."""
+        if self._refused or given.offset is None:
+            return None
+        tables = self._tables
+        needed = self.cache.columns + self._ahead
+        if self.backbone.positions is not None:
+            needed = min(needed, self.backbone.positions)
+        if tables is None or tables.positions < needed:
+            tables = self._tables = self._rehearsed(needed)
+        if tables is None:
+            return None
+        kind = given.inputs.dim() == 1, given.call.beside is None, given.call.shape[1] == 1
+        if kind not in tables.checked:
+            try:
+                tables.check(given, self._stack_arguments(given))
+                tables.checked.add(kind)
+            except CannotRehearseError as error:
+                self._refuse(error)
+                return None
+        return tables
+
+    def _rehearsed(self, positions: int) -> Tables | None:
+        """Tables of so many positions, made once for a backbone."""
+        backbone, current = self.backbone, self._current.call
+        kind = self.intercepted.stack.config._attn_implementation, self._offsets is None
+        kind = (*kind, backbone.text_config._attn_implementation, backbone.dtype, backbone.device)
+        known = _TABLES.setdefault(backbone, {})
+        made = known.get(kind)
+        if isinstance(made, str):
+            self._refused = True
+            return None
+        if made is not None and made.positions >= positions:
+            return made
+        if self._relative is None:  # the others have none
+            positions = max(positions, 256)
+            if backbone.positions is not None:
+                positions = min(positions, backbone.positions)
+        try:
+            stage = Stage(backbone, self.intercepted.stack)
+            given = self._in_a_row(1 if self._relative is not None else positions)
+            tables = Tables(stage, self._stack_arguments(given), positions)
+            one = self._in_a_row(1)
+            tables.check(one, self._stack_arguments(one))  # as by itself
+        except CannotRehearseError as error:
+            known[kind] = str(error)
+            self._refuse(error)
+            return None
+        finally:
+            self._current.call = current
+            self.cache.release()
+        known[kind] = tables
+        return tables
+
+    def _in_a_row(self, count: int) -> Given:
+        """A call on so many positions, the states zero."""
+        backbone = self.backbone
+        call = self._current.call = OneSlot(0, 0, count, backbone.device)
+        states = torch.zeros(
+            1, count, backbone.width, dtype=backbone.dtype, device=backbone.device
+        )
+        offsets = None if self._offsets is None else torch.zeros_like(self._offsets)
+        encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
+        return Given(call, states, offsets, 0, encoder)
+
+    def _refuse(self, error: CannotRehearseError) -> None:
+        log.debug("The stack of %s runs itself in slots: %s", self.backbone.name, error)
+        self._tables, self._refused = None, True
+
+    # -- one layer ---------------------------------------------------------------------------
+
+    def layer(self, call: LayerCall) -> Any:
+        """What the stack gets for a layer: its output, or the state handed through."""
+        args = call.args if self._relative is None else self._with_bias(call.args)
+        instead = self._instead if self.backbone.lean_decoding else None
+        made = LayerCall(call.index, call.layer, call.hidden, args, call.kw, instead)
+        return self._run_layer(made)
+
+    def _run_layer(self, call: LayerCall) -> Any:
+        index, running = call.index, self._running
+        if index < running.start or index > running.stop:
+            return self.backbone.skipped_layer_output(call)
+        if index == running.start and self._chunk is not None:
+            call = replace(call, hidden=self._chunk)
+        if index == running.stop:
+            self._at_exit(call)
+            return self.backbone.skipped_layer_output(call)
+        if self._keys_only and index in self.depths:
+            self._store_exit_keys(call)
+        if self._watches and index + 1 == running.stop:
+            self._previous = call.hidden.flatten(0, -2)
+        return call.run(self._running_module(call.layer))
+
+    def _running_module(self, module: nn.Module) -> nn.Module:
+        """A layer or exit, or its twin in a packed call."""
+        if not self._packs:
+            return module
+        if module not in self._packed:
+            self._packed[module] = with_packed_attention(module, self._current)
+        return self._packed[module]
+
+    def _at_exit(self, call: LayerCall) -> None:
+        """Run the exit before this layer, or only store its keys where nobody looks."""
+        assert self.exits is not None and self._looks is not None
+        entry = call.hidden.flatten(0, -2)
+        if not self._looks(call.index, entry) and not self._packs:
+            self._store_exit_keys(call)
+            self._output = ExitOutput(entry, None, self._previous)
+            return
+        state = first(call.run(self._running_module(self.exits.at(call.index))))
+        self._output = ExitOutput(entry, state.flatten(0, -2), self._previous)
+
+    def _store_exit_keys(self, call: LayerCall) -> None:
+        assert self.exits is not None
+        named = {**dict(zip(_names(call.layer), call.args, strict=False)), **call.kw}
+        store_exit_keys(named[self._cache_name], self.exits, call)
+
+    @property
+    def _packs(self) -> bool:
+        call = self._current.call
+        return self.layout == "packed" and call.beside is None and call.gather is not None
+
+    # -- per family --------------------------------------------------------------------------
+
+    def _with_bias(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """T5's blocks hand on biases that the first computes for one offset of all rows; here they
+        are for each query."""
+        own, across = self._biases()
+        return (args[0], own, *args[2:4], args[4] if args[4] is not None else across, *args[5:])
+
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        """T5's of the current call: the relative one, and zeros that fit any layout."""
+        if self._bias is None:
+            assert self._relative is not None
+            own = self._relative.of(self._current.call, self.cache.columns)
+            self._bias = own, own.new_zeros(1, 1, 1, 1)
+        return self._bias
+
+
+def _names(layer: nn.Module) -> list[str]:
+    """Of a layer's arguments behind the hidden states."""
+    return [*inspect.signature(type(layer).forward).parameters][2:]
+
+
+def _picked(output: ExitOutput | Tensor, index: Tensor) -> ExitOutput | Tensor:
+    if isinstance(output, ExitOutput):
+        return output.picked(index)
+    return output.index_select(0, index)
+
+
+def _narrowed(output: ExitOutput | Tensor, at: int) -> ExitOutput | Tensor:
+    """Of one token."""
+    if isinstance(output, Tensor):
+        return output[at : at + 1]
+    state, previous = output.state, output.previous
+    return ExitOutput(
+        output.entry[at : at + 1],
+        None if state is None else state[at : at + 1],
+        None if previous is None else previous[at : at + 1],
+    )
+
+
+def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor:
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    outputs = [part for part in parts if isinstance(part, ExitOutput)]
+    states = [part.state for part in outputs]
+    if any(state is None for state in states):  # whoever is asked counts as not looked at
+        width = next((s for s in states if s is not None), None)
+        if width is None:
+            return ExitOutput(torch.cat([part.entry for part in outputs]), None)
+    joined = [
+        torch.zeros_like(part.entry) if part.state is None else part.state for part in outputs
+    ]
+    previous = [part.previous for part in outputs if part.previous is not None]
+    return ExitOutput(
+        torch.cat([part.entry for part in outputs]),
+        torch.cat(joined),
+        torch.cat(previous) if len(previous) == len(outputs) else None,
+    )
+

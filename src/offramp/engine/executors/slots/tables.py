@@ -1,0 +1,213 @@
+"""What a stack hands to its layers, for calls in which every token stands at a column of its own.
+
+A stack prepares rotary tables, positions and masks anew for each call. Here it runs once over all
+positions that a row may have, its layers only noting what they are handed; a call gathers the rows
+of its tokens out of those tables, or takes a slice where they stand side by side, and makes its
+masks by the rules that the stack's were made by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.engine.executors.slots.layout import Call
+from offramp.engine.executors.slots.masks import MaskRule, rule_of
+from offramp.engine.kv_cache import CACHE_NAMES
+from offramp.engine.lean.arguments import CannotRehearseError, named, same
+from offramp.engine.lean.rehearsal import Stage
+from offramp.models.backbone import LayerCall
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a layer, by position and by name."""
+
+BIASES = ("position_bias", "encoder_decoder_position_bias")
+"""T5's, which are no stack's but its first block's; the executor's in slots."""
+
+
+class Given:
+    """What one call is made on.
+
+    inputs: token ids [n], or states [B, T, D] that enter a deeper layer. offsets: position of
+    column 0 [..., slots], where the stack takes positions; offset: that of the one slot of a call
+    whose positions go up one by one. encoder: states and mask of the encoder, made when asked for.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        inputs: Tensor,
+        offsets: Tensor | None,
+        offset: int | None,
+        encoder: Callable[[], tuple[Tensor, Tensor]] | None,
+    ) -> None:
+        self.call, self.inputs, self.offset = call, inputs, offset
+        self._offsets, self._encoder = offsets, encoder
+
+    @property
+    def takes_positions(self) -> bool:
+        return self._offsets is not None
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """Position ids [..., B, T]."""
+        if self._offsets is None:
+            return None
+        call = self.call
+        positions = self._offsets[..., call.slots] + call.columns
+        return positions.view(*positions.shape[:-1], *call.shape)
+
+    @cached_property
+    def encoder(self) -> tuple[Tensor, Tensor]:
+        assert self._encoder is not None
+        return self._encoder()
+
+    @property
+    def row(self) -> int:
+        """Where a call of one slot begins in the tables."""
+        call = self.call
+        assert call.beside is not None
+        return call.beside[1] + (self.offset or 0)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Where each token of a call stands in the tables [N]."""
+        own = self.positions
+        columns = self.call.columns
+        return columns if own is None else own.reshape(-1, len(columns))[-1]
+
+
+def _of_tables(tables: tuple[Tensor, ...], given: Given) -> tuple[Tensor, ...]:
+    """Of tables [..., 1, P, D] the rows of a call's tokens [..., B, T, D]."""
+    call = given.call
+    if call.beside is not None:
+        return tuple([table.narrow(-2, given.row, call.shape[1]) for table in tables])
+    at = given.rows
+    found = [table.select(-3, 0).index_select(-2, at) for table in tables]
+    return tuple(rows.view(*rows.shape[:-2], *call.shape, rows.shape[-1]) for rows in found)
+
+
+class _Kind:
+    """How the arguments of one or more layers are made."""
+
+    def __init__(self, call: LayerCall) -> None:
+        """call: one over all positions. Raise `CannotRehearseError`: an argument is not known."""
+        self.by_position, values = named(call)
+        self._fixed: dict[str, Any] = {}
+        self._made: list[tuple[str, Callable[[Given], Any]]] = []
+        for name, value in values.items():
+            rule = rule_of(value)
+            if name in (*CACHE_NAMES, *BIASES):
+                self._fixed[name] = None
+            elif value is None or isinstance(value, (bool, str)):
+                self._fixed[name] = value
+            elif rule is not None:
+                self._made.append((name, _masked(rule)))
+            elif name == "encoder_hidden_states":
+                self._made.append((name, lambda given: given.encoder[0]))
+            elif name == "position_ids":
+                self._made.append((name, _ids(value)))
+            elif name == "position_embeddings" and isinstance(value, tuple):
+                self._made.append((name, _rows(value)))
+            else:
+                raise CannotRehearseError(f"argument {name}, a {type(value).__name__}")
+
+    def at(self, given: Given, instead: Mapping[str, Any]) -> Arguments:
+        """For one call. instead: values of arguments that the executor says itself."""
+        values = dict(self._fixed)
+        for name, make in self._made:
+            values[name] = make(given)
+        for name in instead:
+            if name in values:
+                values[name] = instead[name]
+        return tuple([values.pop(name) for name in self.by_position]), values
+
+
+def _masked(rule: MaskRule) -> Callable[[Given], Any]:
+    if rule.allowed is None:
+        return lambda given: rule.mask(given.call.queries, 0, given.encoder[1])
+
+    def made(given: Given) -> Any:
+        call = given.call
+        if rule.causal and call.beside is not None and call.shape[1] == 1:
+            return None  # one query, and no key behind it
+        return rule.mask(call.queries, call.width)
+
+    return made
+
+
+def _ids(handed: Tensor) -> Callable[[Given], Any]:
+    """Position ids as given, or the first of several axes where the layers get no more."""
+
+    def made(given: Given) -> Any:
+        if given.call.beside is not None and given.takes_positions:
+            return handed.narrow(-1, given.row, given.call.shape[1])
+        own = given.positions
+        if own is None:
+            raise CannotRehearseError("position ids that the stack counts itself")
+        return own if own.dim() == handed.dim() else own[0]
+
+    return made
+
+
+def _rows(tables: tuple[Tensor, ...]) -> Callable[[Given], Any]:
+    return lambda given: _of_tables(tables, given)
+
+
+class Tables:
+    """Makes the arguments of the layers of a stack. positions: how many the tables have."""
+
+    def __init__(self, stage: Stage, stack_arguments: Mapping[str, Any], positions: int) -> None:
+        """stack_arguments: what the stack is called with for all positions in a row, the states
+        zero.
+
+        Raises:
+            CannotRehearseError: something about the stack is not known here.
+        """
+        run = stage.run(stack_arguments)
+        self.positions = positions
+        self._stage = stage
+        entered = run.calls[0].hidden if run.before_norm is None else run.before_norm
+        self._added = entered if bool(entered.any()) else None
+        self._kinds: list[_Kind] = []
+        self.kind_of: list[int] = []
+        self.checked: set[Any] = set()
+        known: dict[Any, int] = {}
+        for call in run.calls:
+            values = named(call)[1]
+            key = tuple((name, id(v)) for name, v in values.items() if name not in BIASES)
+            if key not in known:
+                known[key] = len(self._kinds)
+                self._kinds.append(_Kind(call))
+            self.kind_of.append(known[key])
+
+    def enter(self, given: Given) -> Tensor:
+        """The states [B, T, D] that enter the first layer."""
+        states: Tensor = self._stage.embed(given.inputs[:, None])
+        if self._added is not None:
+            states = states + _of_tables((self._added,), given)[0]
+        return states if self._stage.norm is None else self._stage.norm(states)
+
+    def arguments(self, given: Given, instead: Mapping[str, Any]) -> list[Arguments]:
+        """Those of each kind of layer; see `kind_of`. instead: of the executor's own."""
+        return [kind.at(given, instead) for kind in self._kinds]
+
+    def check(self, given: Given, stack_arguments: Mapping[str, Any]) -> None:
+        """Hold what is made for a call to what the stack itself hands to its layers.
+
+        Raises:
+            CannotRehearseError: they differ.
+        """
+        calls, ours = self._stage.run(stack_arguments).calls, self.arguments(given, {})
+        for theirs, kind in zip(calls, self.kind_of, strict=True):
+            mine = named(LayerCall(theirs.index, theirs.layer, theirs.hidden, *ours[kind]))[1]
+            its = {name: v for name, v in named(theirs)[1].items() if name not in BIASES}
+            wrong = same({name: v for name, v in mine.items() if name not in BIASES}, its)
+            if wrong is not None:
+                raise CannotRehearseError(f"argument {wrong}, which is made otherwise")
+        if "input_ids" in stack_arguments and not torch.equal(calls[0].hidden, self.enter(given)):
+            raise CannotRehearseError("how embeddings enter the layers")

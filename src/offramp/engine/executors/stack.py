@@ -1,0 +1,341 @@
+"""The executor of models that must run themselves: recurrent states, masks of their own, several
+devices.
+
+The model's own stack runs, its layers asking what to do; each sequence has a cache of Hugging
+Face's. One sequence a call: nothing says that such layers would keep several apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.engine.decoding.executor import Loaded, Looks, Span
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.kv_cache import (
+    cache_name,
+    crop,
+    croppable,
+    self_attention,
+    stand_in,
+    store_exit_keys,
+    store_keys,
+)
+from offramp.engine.prefill import Prefill
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.exits import ExitSet
+from offramp.models.intercept import InterceptedModel
+
+
+@dataclass(eq=False)
+class _Part:
+    """States [1, T, D] of one call that wait before a segment, with their position ids and ids."""
+
+    states: Tensor
+    positions: Tensor | None
+    ids: Tensor | None
+
+
+@dataclass(eq=False)
+class _Row:
+    """One sequence. tokens: columns that have entered the first layer. waits: by segment."""
+
+    cache: Any
+    prefill: Prefill
+    tokens: int
+    waits: dict[int, list[_Part]] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
+
+
+class StackExecutor:
+    """Runs a backbone with exits through its own stack. The layer handler of its twin.
+
+    propagate: fill the keys and values of layers that a token skips at once, by projecting its
+    state at the exit (CALM, Schuster et al. 2022): approximate, and nothing ever waits.
+    """
+
+    rows: int | None = 1
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | None,
+        depths: Sequence[int],
+        *,
+        propagate: bool = False,
+        watches: bool = False,
+    ) -> None:
+        self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
+        self._bounds = (0, *self.depths, backbone.depth)
+        self.propagate, self._watches = propagate, watches
+        self.intercepted = InterceptedModel(backbone, self)
+        self._held: dict[int, _Row] = {}
+        self._count = 0
+        # of the current call
+        self._row: _Row | None = None
+        self._running = range(0)
+        self._skips = self._keys_only = False
+        self._looks: Looks | None = None
+        self._chunk: Tensor | None = None
+        self._output: ExitOutput | None = None
+        self._entry: Tensor | None = None
+        self._previous: Tensor | None = None
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def load(self, prompt: Prompt, row: int) -> Loaded:
+        cache, prefill = prompt.cache, prompt.prefill
+        if prompt.rows > 1:
+            cache, prefill = _row_of(cache, row), prefill.of_row(row)
+        tokens = _columns(prompt)
+        held = _Row(cache, prefill, tokens)
+        own = self_attention(cache)
+        if self.depths and croppable(cache) and hasattr(own, "activate_past_recording"):
+            own.activate_past_recording()  # sliding windows keep what a crop may need
+            crop(cache, 0, self.backbone.rare_layers)
+        ran = [tokens] * (len(self._bounds) - 1)
+        if prompt.waits is not None and not self.propagate:
+            depth, states = prompt.waits
+            segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
+            held.waits[segment] = [_Part(mine, prefill.positions, None)]
+            ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
+        self._count += 1
+        self._held[self._count] = held
+        return Loaded(self._count, tokens, ran)
+
+    def release(self, handle: int) -> None:
+        del self._held[handle]
+
+    def close(self) -> None:
+        for row in self._held.values():
+            row.cache, row.waits, row.last = None, {}, {}
+        self._held, self._row, self._looks = {}, None, None
+
+    def crop(self, handle: int, column: int) -> None:
+        """Take tokens back.
+
+        Raises:
+            InputError: recurrent states, which hold the whole text in one tensor.
+        """
+        row = self._held[handle]
+        undone = row.tokens - column
+        if undone <= 0:
+            return
+        if not croppable(row.cache):
+            raise InputError(
+                "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
+                "Use a policy with lossless=False.",
+            )
+        row.tokens = column
+        crop(row.cache, undone, self.backbone.rare_layers)
+        row.prefill.rollback(undone)
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def feed(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+    ) -> ExitOutput:
+        made = [self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)]
+        return made[0] if len(made) == 1 else _joined(made)
+
+    def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
+        row = self._held[handle]
+        kw = self._arguments(row, token)
+        self._looks = looks
+        self._call(row, range(0, self._bounds[1]), kw)
+        output, self._output = self._output, None
+        assert output is not None and self._entry is not None
+        self._wait(row, 1, _Part(self._entry, kw.get("position_ids"), kw["input_ids"]))
+        return output
+
+    def _arguments(self, row: _Row, token: int) -> dict[str, Any]:
+        kw = row.prefill.extend(1)
+        kw["input_ids"] = torch.tensor([[token]], device=self.backbone.device)
+        row.last = kw
+        row.tokens += 1
+        return kw
+
+    def full(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        exits: bool,
+    ) -> Tensor:
+        self._keys_only = exits and bool(self.depths)
+        made = []
+        try:
+            for handle, token in zip(handles, ids, strict=True):
+                row = self._held[handle]
+                kw = self._arguments(row, token)
+                made.append(self._call(row, range(self.backbone.depth), kw))
+        finally:
+            self._keys_only = False
+        return torch.cat(made)
+
+    def run(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
+    ) -> ExitOutput | Tensor:
+        self._looks = looks
+        made: list[ExitOutput | Tensor] = [self._run(segment, span) for span in spans]
+        index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
+        if segment == len(self.depths):
+            return torch.cat([part for part in made if isinstance(part, Tensor)])[index]
+        return _joined([part for part in made if isinstance(part, ExitOutput)]).picked(index)
+
+    def _run(self, segment: int, span: Span) -> ExitOutput | Tensor:
+        row, start = self._held[span.handle], self._bounds[segment]
+        parts = row.waits.pop(segment)
+        states = torch.cat([part.states for part in parts], 1)[:, : span.end - span.first]
+        positions, ids = _along(p.positions for p in parts), _along(p.ids for p in parts)
+        new = states.shape[1]
+        kw = {n: v for n, v in row.last.items() if n not in ("input_ids", "inputs_embeds")}
+        if positions is not None:
+            positions = kw["position_ids"] = positions[..., :new]
+        if self.backbone.reads_ids and ids is not None:
+            ids = kw["input_ids"] = ids[:, :new]
+        else:
+            kw["inputs_embeds"] = states.clone()  # BLIP adds positions where it lies
+        self._chunk = states
+        try:
+            final = self._call(row, range(start, self._bounds[segment + 1]), kw)
+        finally:
+            self._chunk = None
+        if segment == len(self.depths):
+            return final
+        output, self._output = self._output, None
+        assert output is not None and self._entry is not None
+        self._wait(row, segment + 1, _Part(self._entry, positions, ids))
+        return output
+
+    def _wait(self, row: _Row, segment: int, part: _Part) -> None:
+        row.waits.setdefault(segment, []).append(part)
+
+    def skip(self, handle: int, segment: int) -> None:
+        """Fill what the newest token skips from a segment on, approximately."""
+        row, depth = self._held[handle], self._bounds[segment]
+        part = row.waits.pop(segment)[-1]
+        kw = dict(row.last)
+        self._chunk, self._skips = part.states, True
+        kw.pop("input_ids", None)
+        kw["inputs_embeds"] = part.states.clone()
+        try:
+            self._call(row, range(depth, self.backbone.depth), kw)
+        finally:
+            self._chunk, self._skips = None, False
+
+    def _call(self, row: _Row, running: range, kw: dict[str, Any]) -> Tensor:
+        """One call of the stack; final-normed states [n, D], void where the last layer did not
+        run."""
+        self._row, self._running = row, running
+        self._output = self._entry = self._previous = None
+        given = dict(kw)
+        given[cache_name(given)] = self._cache(row)
+        try:
+            out = self.intercepted.stack(**given).last_hidden_state
+        finally:
+            self._row = None
+        return self.backbone.here(out).flatten(0, 1)
+
+    def _cache(self, row: _Row) -> Any:
+        """The cache as the layers that run see it, and the exit behind them."""
+        running, end, tokens = self._running, self.backbone.depth, row.tokens
+        own = self_attention(row.cache).layers
+        one_kind = len({type(entry) for entry in own}) == 1
+        if running.start == 0 and (one_kind or running.stop == end):
+            return row.cache  # the first entry of each kind runs
+        new = 1 if self._chunk is None else self._chunk.shape[1]
+        seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
+        also = []
+        if running.stop < end and self.exits is not None:
+            also = [end + i for i, depth in enumerate(self.exits.entries) if depth == running.stop]
+        return stand_in(row.cache, end, running, also, **seen)
+
+    # -- one layer ---------------------------------------------------------------------------
+
+    def layer(self, call: LayerCall) -> Any:
+        """What the stack gets for a layer: its output, or the state handed through."""
+        index, running, here = call.index, self._running, self.backbone.here
+        if index < running.start or index > running.stop:
+            return self.backbone.skipped_layer_output(call)
+        if index == running.start and self._chunk is not None:
+            call = replace(call, hidden=self._chunk)
+        assert self._row is not None
+        if self._skips:
+            store_keys(self._row.cache, call.layer, call)
+            if index in self.depths and index != running.start and self.exits is not None:
+                store_exit_keys(self._row.cache, self.exits, call)
+            return self.backbone.skipped_layer_output(replace(call, hidden=call.hidden))
+        if index == running.stop:
+            self._at_exit(call)
+            return self.backbone.skipped_layer_output(call)
+        if self._keys_only and index in self.depths and self.exits is not None:
+            store_exit_keys(self._row.cache, self.exits, call)
+        if self._watches and index + 1 == running.stop:
+            self._previous = here(call.hidden.flatten(0, 1))
+        return call.run(call.layer)
+
+    def _at_exit(self, call: LayerCall) -> None:
+        """Run the exit before this layer, or only store its keys where nobody looks."""
+        assert self.exits is not None and self._looks is not None and self._row is not None
+        here, self._entry = self.backbone.here, call.hidden
+        entry = here(call.hidden.flatten(0, 1))
+        if not self._looks(call.index, entry):
+            store_exit_keys(self._row.cache, self.exits, call)
+            self._output = ExitOutput(entry, None, self._previous)
+            return
+        state = here(self.exits.run(call.index, call).flatten(0, 1))
+        self._output = ExitOutput(entry, state, self._previous)
+
+
+def _columns(prompt: Prompt) -> int:
+    """Columns of a prompt, padding included."""
+    embeds = prompt.prefill.prefill.get("inputs_embeds")
+    ids = prompt.prefill.prefill.get("input_ids")
+    read = int(self_attention(prompt.cache).get_seq_length())
+    first = embeds if embeds is not None else ids
+    return read or (0 if first is None else int(first.shape[1]))
+
+
+def _row_of(cache: Any, row: int) -> Any:
+    """A copy of one row of a cache."""
+    made = copy.deepcopy(cache)
+    device = next((e.keys.device for e in self_attention(cache).layers
+                   if getattr(e, "keys", None) is not None), torch.device("cpu"))  # fmt: skip
+    made.reorder_cache(torch.tensor([row], device=device))
+    return made
+
+
+def _along(parts: Any) -> Tensor | None:
+    """Along the last axis; None where one is not known."""
+    known = list(parts)
+    whole = [part for part in known if part is not None]
+    return torch.cat(whole, -1) if whole and len(whole) == len(known) else None
+
+
+def _joined(parts: Sequence[ExitOutput]) -> ExitOutput:
+    if len(parts) == 1:
+        return parts[0]
+    states, previous = [p.state for p in parts], [p.previous for p in parts]
+    none = all(state is None for state in states)
+    return ExitOutput(
+        torch.cat([part.entry for part in parts]),
+        None
+        if none
+        else torch.cat(
+            [
+                torch.zeros_like(p.entry) if s is None else s
+                for p, s in zip(parts, states, strict=True)
+            ]
+        ),
+        None if any(p is None for p in previous) else torch.cat(previous),  # type: ignore[arg-type]
+    )
+

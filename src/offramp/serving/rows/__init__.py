@@ -1,1 +1,0 @@
-"""Rows in slots: their tokens, their own rules, and the calls that move them on."""
