@@ -19,13 +19,14 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import Sampler, generators
+from offramp.engine.decoding.sampler import OnToken, Sampler, generators
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.decoding.sequence import NAN, Token
+from offramp.engine.decoding.sequence import NAN
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prepared, check_options
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -59,7 +60,9 @@ def generate(
     """
     backbone = Backbone.of(backbone)
     one = _Generation(backbone, exits, policy, vision_cache, prefix_cache)
-    return one.write(one.reader.prepare(inputs, options), streamer, seed)
+    prepared = one.reader.prepare(inputs, options)
+    prove(backbone, inputs)
+    return one.write(prepared, streamer, seed)
 
 
 def generate_prepared(
@@ -128,12 +131,14 @@ class _Generation:
 
     def write(self, prepared: Prepared, streamer: Any, seed: int | None) -> GenerationOutput:
         rows = len(prepared.ids)
-        answer = _Answer(prepared, streamer, self.backbone.depth)
+        pad = getattr(prepared.config, "_pad_token_tensor", None)
+        pad = 0 if pad is None else int(pad.flatten()[0])
+        told = _Streamed(prepared.ids, pad, streamer)
         noise: Sequence[torch.Generator | None] = [None] * rows
         if prepared.config.do_sample:
             noise = generators(rows, seed, prepared.ids.device)
         samplers = [
-            Sampler(prepared, row, generator=noise[row], on_token=answer.taker(row))
+            Sampler(prepared, row, generator=noise[row], on_token=told.taker(row))
             for row in range(rows)
         ]
         executor = executor_for(
@@ -163,52 +168,48 @@ class _Generation:
             executor.close()
         if seed is None:
             samplers[0].hand_back(len(sequences[0].ids))
-        answer.end()
-        return answer.output([s.tokens for s in sequences], [s.rounds for s in sequences])
+        told.end()
+        return GenerationOutput.of_rows(
+            prepared.ids,
+            [s.tokens for s in sequences],
+            self.backbone.depth,
+            [s.rounds for s in sequences],
+            pad,
+        )
 
 
-class _Answer:
-    """Puts the rows' tokens together, and tells a streamer of each place once all rows have it."""
+class _Streamed:
+    """Hands tokens to a streamer of Hugging Face's, a place at a time, once every row has it."""
 
-    def __init__(self, prepared: Prepared, streamer: Any, layers: int) -> None:
-        self._ids, self._layers, self._streamer = prepared.ids, layers, streamer
+    def __init__(self, ids: Tensor, pad: int, streamer: Any) -> None:
+        self._rows, self._pad, self._streamer = len(ids), pad, streamer
         self._step = getattr(streamer, "step", None)
-        pad = getattr(prepared.config, "_pad_token_tensor", None)
-        self._pad = 0 if pad is None else int(pad.flatten()[0])
+        self._waiting: list[list[tuple[int, int, float]]] = [[] for _ in range(self._rows)]
         if streamer is not None:
-            streamer.put(self._ids.cpu())
+            streamer.put(ids.cpu())
 
-    def taker(self, row: int) -> Any:
+    def taker(self, row: int) -> OnToken | None:
+        """What takes the tokens of a row; None without a streamer."""
         if self._streamer is None:
             return None
 
         def take(place: int, token: int, depth: int, score: float) -> None:
-            self._streamer.put(torch.tensor([token]))
-            if self._step is not None:
-                self._step(torch.tensor([token]), torch.tensor([depth]), torch.tensor([score]))
+            self._waiting[row].append((token, depth, score))
+            if all(self._waiting):
+                self._tell([waiting.pop(0) for waiting in self._waiting])
 
         return take
 
     def end(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
+        """Hand on what rows had that were longer than others, which are padded."""
+        if self._streamer is None:
+            return
+        while any(self._waiting):
+            self._tell([w.pop(0) if w else (self._pad, 0, NAN) for w in self._waiting])
+        self._streamer.end()
 
-    def output(
-        self, rows: Sequence[Sequence[Token]], rounds: Sequence[Sequence[tuple[int, int]]]
-    ) -> GenerationOutput:
-        longest = max(map(len, rows))
-
-        def padded(values: Sequence[Any], fill: Any) -> list[Any]:
-            return [*values, *[fill] * (longest - len(values))]
-
-        ids = [padded([t.token for t in row], self._pad) for row in rows]
-        new: Tensor = torch.tensor(ids, dtype=self._ids.dtype, device=self._ids.device)
-        depths = [padded([t.depth for t in row], 0) for row in rows]
-        scores = [padded([t.score for t in row], NAN) for row in rows]
-        return GenerationOutput(
-            torch.cat([self._ids, new], 1),
-            torch.tensor(depths, device=self._ids.device),
-            torch.tensor(scores, device=self._ids.device),
-            self._layers,
-            tuple(each for row in rounds for each in row),
-        )
+    def _tell(self, step: Sequence[tuple[int, int, float]]) -> None:
+        tokens, depths, scores = (torch.tensor(column) for column in zip(*step, strict=True))
+        self._streamer.put(tokens)
+        if self._step is not None:
+            self._step(tokens, depths, scores)

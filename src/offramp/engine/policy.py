@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offramp.engine.confidence import check_score, check_weights
@@ -59,13 +60,13 @@ class ExitPolicy:
     weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
         are for all depths with thresholds or, left out, alike.
     kv: "recompute" (exact) or "propagate".
-    lossless: exits only draft, and the full model verifies (`offramp.engine.speculative`): the
+    lossless: exits only draft, and the full model verifies (`offramp.engine.decoding`): the
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
         gates, which are about final exits. `offramp draft` finds the fastest.
     guesses: by depth; score from which a token that is not confident goes on as a guess until the
-        layers above have spoken (`offramp.engine.speculative`). Speed alone: the answer is that of
+        layers above have spoken (`offramp.engine.decoding`). Speed alone: the answer is that of
         the thresholds. For single greedy answers with one exit; `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too. True means where the prompt is causal, which the
@@ -175,6 +176,36 @@ class GenerationOutput:
     scores: Tensor
     layers: int
     rounds: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_rows(
+        cls,
+        ids: Tensor,
+        rows: Sequence[Sequence[Any]],
+        layers: int,
+        rounds: Sequence[Sequence[tuple[int, int]]] = (),
+        pad: int = 0,
+    ) -> GenerationOutput:
+        """Of answers as tokens with their depths and scores, one list a row.
+
+        ids: the prompt's [B, T]. pad: the id that fills up shorter rows.
+        """
+        longest = max(map(len, rows))
+
+        def tensor(name: str, fill: Any, **kw: Any) -> Tensor:
+            values = [
+                [*(getattr(token, name) for token in row), *[fill] * (longest - len(row))]
+                for row in rows
+            ]
+            return torch.tensor(values, device=ids.device, **kw)
+
+        return cls(
+            torch.cat([ids, tensor("token", pad, dtype=ids.dtype)], 1),
+            tensor("depth", 0),
+            tensor("score", float("nan"), dtype=torch.float32),
+            layers,
+            tuple(each for row in rounds for each in row),
+        )
 
     @property
     def new_tokens(self) -> Tensor:

@@ -120,6 +120,8 @@ class Backbone:
         """Whether its family has tests here; what is found or registered by others is checked."""
         self.lossless = True
         """Whether drafts can be taken back, as far as decoding has shown."""
+        self.engine: str | None = self._proven()
+        """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
         self.reads_ids = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = self_check(self, example)
@@ -197,12 +199,23 @@ class Backbone:
                 raise
         return cls(model, name=name, revision=revision, example=made)
 
-    def learn(self, *, causal_prompt: bool, lossless: bool) -> None:
-        """Take over what decoding showed: whether the first token may exit out of the prompt, and
-        whether drafts can be taken back. What is registered as impossible stays so."""
+    def _proven(self) -> str | None:
+        """The executor that tests have shown to be exact for this class; None: for no such class,
+        or on several devices."""
+        known = self.tested and type(self.model).__module__.startswith("transformers.models.")
+        if self.sharded:
+            return "stack" if known else None
+        attention = getattr(self.text_config, "_attn_implementation", None)
+        return "slots" if known and attention in ("sdpa", "eager") else None
+
+    def learn(self, *, causal_prompt: bool, lossless: bool, engine: str | None = None) -> None:
+        """Take over what decoding showed: whether the first token may exit out of the prompt,
+        whether drafts can be taken back, and which executor is exact. What is registered as
+        impossible stays so."""
         causal = causal_prompt and (self.family.discovered or self.family.causal_prompt)
         self.family = replace(self.family, causal_prompt=causal)
         self.lossless = lossless
+        self.engine = engine or self.engine
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache."""

@@ -1,7 +1,7 @@
 """The batch engine without its threads: requests in, rounds of work, answers out.
 
-A round drops cancelled requests, reads prompts into free slots as far as its budget goes, and makes
-one call. Everything happens in the thread that makes the rounds.
+A round drops cancelled requests, reads prompts into free places as far as its budget goes, and
+makes one call of the decoder. Everything happens in the thread that makes the rounds.
 """
 
 from __future__ import annotations
@@ -13,24 +13,34 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, get_args
+from typing import Any
 
-from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
+import torch
+
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Executor
+from offramp.engine.decoding.exit_reader import ExitReader, check_company
+from offramp.engine.decoding.prompt import PromptReader, columns_of
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally
+from offramp.engine.decoding.sequence import Sequence
+from offramp.engine.executors.choice import executor_for
+from offramp.engine.executors.slots.cache import check_memory, slot_bytes
+from offramp.engine.executors.slots.memory import free_bytes
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.slots.cache import check_memory, slot_bytes
-from offramp.engine.slots.memory import free_bytes
-from offramp.engine.slots.prompt import PromptReader
-from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.engine.self_check.decoding import prove
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.job import Job
+from offramp.serving.pace import Pace
 from offramp.serving.request import Handle, Request
-from offramp.serving.rows.rules import RowRules
-from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
-from offramp.serving.schedule.pace import Pace
-from offramp.serving.schedule.scheduler import Call, Load, Schedule, Tally
+
+CALLS = ("read", "feed", "deep", "flush", "full", "trial")
+"""Kinds of call that are counted: a prompt, those of the decoder, and full depth tried beside it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class EngineConfig:
     read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
     it takes, where its family allows. longest: tokens of a row that may wait before the deep
     layers. guess_above: score from which an exit's token is worth a guess. layout: of the deep call
-    (`offramp.engine.slots.layout`). schedule: of the calls, exits being used whether they pay or
+    (`offramp.engine.executors.slots.layout`). schedule: of the calls, exits being used whether they pay or
     not; None: the engine finds out from what its calls take.
 
     Raises:
@@ -67,10 +77,10 @@ class EngineConfig:
 
 
 class EngineCore:
-    """Slots, a queue of prompts, and the rounds.
+    """A decoder, a queue of prompts, and the rounds.
 
     vision_cache, prefix_cache: what requests with an image, or the beginning of a prompt, in common
-    share; without, all of it is run. clock: returns seconds.
+    share; without, all of it is run. clock: returns seconds. make_reader: of what asks the exits.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.
@@ -86,55 +96,53 @@ class EngineCore:
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        make_batch: Callable[..., SlotBatch] = SlotBatch,
+        make_reader: Callable[..., ExitReader] = ExitReader,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        if backbone.sharded:
-            raise UnsupportedBackboneError(
-                f"{backbone.name} is spread over several devices, and the engine runs on one.",
-                "Load it on one device, or decode with offramp.generate.",
-            )
         config = config or EngineConfig()
-        entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
+        attached = None if exits is None else ExitSet.of(exits)
+        entries = backbone.depth + (len(attached.entries) if attached is not None else 0)
         size = config.slots * slot_bytes(
             backbone.text_config, entries, config.limit, backbone.dtype
         )
         check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
         self.config, self.policy, self.clock = config, policy, clock
-        self.batch = make_batch(
+        self.backbone = backbone
+        self.depths: tuple[int, ...] = policy.depths if attached is not None else ()
+        """Of the exits in use, ascending."""
+        check_company(policy)
+        reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
+        self._attached, self._watches = attached, reader.watches
+        self.decoder = Decoder(
             backbone,
-            exits,
-            policy,
-            slots=config.slots,
-            limit=config.limit,
-            layout=config.layout,
+            self._executor(),
+            reader,
+            schedule=config.schedule or Schedule.of(config.slots),
             longest=config.longest,
-            guess_above=config.guess_above,
         )
-        self.pace = Pace(
-            config.schedule,
-            self.batch.tallies,
-            slots=config.slots,
-            longest=config.longest,
-            share=self.batch.runner.split / backbone.depth,
-            clock=clock,
-        )
-        self._reader = PromptReader(
+        self.pace = Pace(config.schedule is not None, clock)
+        self._first_exits = first_token_may_exit(backbone, policy)
+        self._prompts = PromptReader(
             backbone,
-            exits,
+            attached,
             self.depths,
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
-            first_may_exit=first_token_may_exit(backbone, policy),
             chunk=config.budget,
             between=self._meanwhile,
         )
         self._queue: deque[Job] = deque()
         self._reading: Job | None = None
         self._thread: int | None = None
-        self.calls = dict.fromkeys(("read", *get_args(Call)), 0)
-        self.seconds = dict.fromkeys(self.calls, 0.0)
+        self.calls = dict.fromkeys(CALLS, 0)
+        self.seconds = dict.fromkeys(CALLS, 0.0)
         self.tokens = 0
+
+    def _executor(self) -> Executor:
+        sizes = {name: getattr(self.config, name) for name in ("slots", "limit", "layout")}
+        return executor_for(
+            self.backbone, self._attached, self.depths, watches=self._watches, **sizes
+        )
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -152,24 +160,19 @@ class EngineCore:
     @property
     def running(self) -> int:
         """Requests being answered, with the one whose prompt is being read."""
-        return len(self.batch.seats) + (self._reading is not None)
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Of the exits in use, ascending."""
-        return self.batch.depths
+        return len(self.decoder.sequences) + (self._reading is not None)
 
     @property
     def tallies(self) -> Mapping[bool, Tally]:
-        """What the exits did, by whether a row's tokens might exit (else lossless)."""
-        return self.batch.tallies
+        """What the exits did, by whether a token might be an exit's (else lossless)."""
+        return self.decoder.tallies
 
     @property
     def cache_use(self) -> float:
         """Share of the slots' columns in use, 0 to 1; any thread may ask."""
         used = 0
         with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
-            used = sum(seat.row.start + seat.row.fed for seat in list(self.batch.seats))
+            used = sum(sequence.ran[0] for sequence in list(self.decoder.sequences))
         return used / (self.config.slots * self.config.limit)
 
     @property
@@ -180,7 +183,7 @@ class EngineCore:
     # -- rounds --------------------------------------------------------------------------------
 
     def round(self) -> Call | None:
-        """Do a round's work; return the call that was made, None where no row was there.
+        """Do a round's work; return the call that was made, None where no sequence was there.
 
         Raises:
             InputError: rounds are made from another thread than before.
@@ -188,24 +191,47 @@ class EngineCore:
         self._check_thread()
         self._drop_unwanted()
         self._admit()
-        return self._advance() if self.batch.seats else None
+        return self._advance() if self.decoder.sequences else None
 
     def _advance(self) -> Call:
-        """Make one call for the rows in slots."""
-        call = self._next_call()
-        made: dict[Call, Callable[[], int]] = {
-            "shallow": self.batch.shallow,
-            "deep": self.batch.deep,
-            "flush": partial(self.batch.deep, flush=True),
-            "step": self.batch.step,
-            "full": self.batch.full,
-        }
-        before = self.seconds[call]
+        """Make one call for the sequences under way."""
+        sequences = self.decoder.sequences
+        rows, exits = len(sequences), any(s.rule.uses_exits for s in sequences)
+        exiting = any(s.rule.exiting for s in sequences)
+        call = self.decoder.next_call()
+        trial = exits and call == "feed" and self.pace.wants_trial()
+        if trial and Load.of(sequences, self.config.longest).pending:
+            call, trial = "flush", False
+        if trial:
+            self._try_full_depth()
+        before, settled = self.seconds[call], self._settled
         with self._timed(call):
-            tokens = made[call]()
-        self.pace.note(call, tokens, self.seconds[call] - before)
+            self.decoder.make(call)
+        took = self.seconds[call] - before
+        self.decoder.fresh()
+        self.pace.note(rows, self._settled - settled, took, exiting=exiting, exits=exits)
         self._collect()
         return call
+
+    @property
+    def _settled(self) -> int:
+        return sum(sequence.settled for sequence in self.decoder.sequences)
+
+    def _try_full_depth(self) -> None:
+        """Time a call at full depth. What it writes is written again by the calls that follow."""
+        sequences = self.decoder.sequences
+        with self._timed("trial"):
+            begin = self.clock()
+            with torch.inference_mode():
+                final = self.decoder.executor.trial(
+                    [s.handle for s in sequences],
+                    [s.feed for s in sequences],
+                    [s.ran[0] for s in sequences],
+                )
+                if final is not None:
+                    self.backbone.logits(final).argmax(-1).tolist()
+            if final is not None:
+                self.pace.tried(len(sequences), self.clock() - begin)
 
     def run(self) -> None:
         """Make rounds until nothing is left to do."""
@@ -231,30 +257,22 @@ class EngineCore:
 
     def fail_all(self, error: BaseException) -> None:
         """End all requests with `error`."""
-        for job in [*(seat.owner for seat in self.batch.seats), *self._queue]:
+        for job in [*(s.owner for s in self.decoder.sequences), *self._queue]:
             if not job.handle.done():
                 job.handle.set_exception(error)
         self._queue.clear()
-        while self.batch.seats:
-            self.batch.leave(self.batch.seats[-1])
+        while self.decoder.sequences:
+            self.decoder.leave(self.decoder.sequences[-1])
 
     def cancel_all(self) -> None:
         """Ask for the end of all requests; the next round drops them."""
-        for job in [*(seat.owner for seat in self.batch.seats), *self._queue]:
+        for job in [*(s.owner for s in self.decoder.sequences), *self._queue]:
             job.handle.cancel()
 
-    def _next_call(self) -> Call:
-        policies = [seat.policy for seat in self.batch.seats]
-        return self.pace.next_call(
-            Load.of([seat.row for seat in self.batch.seats], self.config.longest),
-            exits=any(policy.uses_exits for policy in policies),
-            exiting=any(policy.thresholds for policy in policies),
-        )
-
     def _drop_unwanted(self) -> None:
-        for seat in [s for s in self.batch.seats if s.owner.handle.unwanted]:
-            self.batch.leave(seat)
-            seat.owner.handle.drop()
+        for sequence in [s for s in self.decoder.sequences if s.owner.handle.unwanted]:
+            self.decoder.leave(sequence)
+            sequence.owner.handle.drop()
         for job in [job for job in self._queue if job.handle.unwanted]:
             self._queue.remove(job)
             job.handle.drop()
@@ -262,7 +280,7 @@ class EngineCore:
     def _admit(self) -> None:
         """Read prompts into free slots, one after the other, within the budget of a round."""
         budget = self.config.budget
-        while self._queue and len(self.batch.seats) < self.config.slots and budget > 0:
+        while self._queue and len(self.decoder.sequences) < self.config.slots and budget > 0:
             job = self._queue.popleft()
             job.started = self.clock()
             try:
@@ -275,38 +293,68 @@ class EngineCore:
         self._collect()
 
     def _meanwhile(self) -> None:
-        """Between two chunks of a prompt: a call for the rows in slots."""
+        """Between two chunks of a prompt: a call for the sequences under way."""
         if self._reading is not None and self._reading.handle.unwanted:
             raise CancelledError
         begin = self.clock()
         self._drop_unwanted()
-        if self.batch.seats:
+        if self.decoder.sequences:
             self._advance()
         self.seconds["read"] -= self.clock() - begin
 
     def _seat(self, job: Job) -> int:
         """Read the prompt of a request into a free slot; how many tokens, of the last chunk."""
         request = job.handle.request
-        pays = self.pace.exits_pay
-        policy = RowPolicy.of(request.exit_policy(self.policy, self.depths, pays=pays))
+        policy, instead = self._policy(request)
+        job.instead = instead
+        rule = ExitRule.of(policy, guess_above=self.config.guess_above)
         tokens = int(request.inputs["input_ids"].shape[-1])
-        if not self.batch.backbone.is_encoder_decoder:  # else these are the encoder's
+        if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
+        if len(request.inputs["input_ids"]) != 1 or (
+            request.options.get("num_return_sequences") or 1
+        ) != 1:
+            raise InputError(
+                f"A request of {len(request.inputs['input_ids'])} rows was submitted.",
+                "Submit each prompt as a request of its own.",
+            )
         self._reading = job
         try:
-            prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
+            prepared = self._prompts.prepare(request.inputs, request.options)
+            self._prove(request.inputs)
+            sampler = Sampler(prepared, generator=job.generator(prepared), on_token=job.settled)
+            job.put(prepared.ids)
+            prompt, [first] = self.decoder.read(
+                self._prompts, prepared, [sampler], rule, first_exits=self._first_exits
+            )
         finally:
             self._reading = None
-        rules = RowRules(prompt, seed=request.seed, streamer=job, on_choice=job.settled)
-        own = getattr(prompt.cache, "self_attention_cache", prompt.cache)
-        length = int(own.get_seq_length())
-        self._check_room(length, rules.most or 0)
-        self.batch.join(prompt, rules, policy, job)
+        length = columns_of(prompt)
+        self._check_room(length, sampler.most or 0)
+        with torch.inference_mode():
+            self.decoder.join(prompt, 0, sampler, rule, first, job)
         return min(max(tokens, length), self.config.budget)
+
+    def _prove(self, inputs: Mapping[str, Any]) -> None:
+        """Before the first prompt of a backbone that was not proven: find its executor."""
+        if self.backbone.engine is None:
+            prove(self.backbone, inputs)
+            self.decoder.executor = self._executor()
+
+    def _policy(self, request: Request) -> tuple[ExitPolicy, bool | None]:
+        """How a request is answered; and where that is at full depth because exits were found not
+        to pay, whether its tokens might have exited."""
+        policy = request.exit_policy(self.policy, self.depths)
+        exiting = bool(policy.thresholds) and not policy.lossless
+        free = request.mode is None and request.thresholds is None
+        if policy.effective.thresholds and (policy.lossless or free):
+            if not self.pace.exits_pay(exiting=exiting):
+                return FULL, exiting
+        return policy, None
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
-        positions = self.batch.backbone.positions or self.config.limit
+        positions = self.backbone.positions or self.config.limit
         limit = min(self.config.limit, positions)
         if prompt + answer > limit:
             what = "a slot" if limit == self.config.limit else "the backbone's positions, a slot"
@@ -318,22 +366,26 @@ class EngineCore:
 
     def _collect(self) -> None:
         """Hand out the answers that are over, and free their slots."""
-        for seat in [s for s in self.batch.seats if s.over or s.error is not None]:
-            self.batch.leave(seat)
-            self._finish(seat, seat.owner)
+        for sequence in [s for s in self.decoder.sequences if s.over or s.error is not None]:
+            self.decoder.leave(sequence)
+            self._finish(sequence, sequence.owner)
 
-    def _finish(self, seat: Seat, job: Job) -> None:
-        error = seat.error
+    def _finish(self, sequence: Sequence, job: Job) -> None:
+        error = sequence.error
         try:
-            seat.rules.finish()
+            job.end()
         except Exception as ours:  # the streamer's own
             error = error or ours
         if error is not None:
             job.handle.set_exception(error)
             return
         self.tokens += len(job.tokens)
-        self.pace.answered(len(job.tokens))
-        job.finish(self.batch.result(seat), early_exit=bool(seat.policy.thresholds))
+        if job.instead is not None:
+            self.pace.answered(exiting=job.instead)
+        output = GenerationOutput.of_rows(
+            sequence.sampler.ids, [sequence.tokens], self.backbone.depth, [sequence.rounds]
+        )
+        job.finish(output, early_exit=sequence.rule.exiting)
 
 
 def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import torch
 
+from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import GenerationOutput
+from offramp.engine.prefill import Prepared
 from offramp.serving.request import Completion, Handle
-from offramp.serving.rows.row import Choice
 
 
 @dataclass(eq=False)
@@ -18,6 +19,8 @@ class Job:
     """Stands where a streamer stands: notes the times, and hands on to the request's own.
 
     clock: returns seconds. started: when its prompt's turn came. tokens: when each was settled.
+    instead: where it is answered at full depth because exits do not pay, whether its tokens might
+    have exited.
     """
 
     handle: Handle
@@ -25,6 +28,7 @@ class Job:
     submitted: float = field(init=False)
     started: float = 0.0
     tokens: list[float] = field(default_factory=list)
+    instead: bool | None = None
 
     def __post_init__(self) -> None:
         self.submitted = self.clock()
@@ -33,10 +37,20 @@ class Job:
         if self.handle.request.streamer is not None:
             self.handle.request.streamer.put(value)
 
-    def settled(self, choice: Choice) -> None:
+    def settled(self, place: int, token: int, depth: int, score: float) -> None:
+        """The token at a place of the answer can no longer change."""
         self.tokens.append(self.clock())
+        if self.handle.request.streamer is not None:
+            self.handle.request.streamer.put(torch.tensor([token]))
         if self.handle.request.on_token is not None:
-            self.handle.request.on_token(choice)
+            self.handle.request.on_token(Token(token, depth, score))
+
+    def generator(self, prepared: Prepared) -> torch.Generator | None:
+        """Of its noise, by its seed; None: any."""
+        seed = self.handle.request.seed
+        if seed is None or not prepared.config.do_sample:
+            return None
+        return torch.Generator(prepared.ids.device).manual_seed(seed)
 
     def end(self) -> None:
         if self.handle.request.streamer is not None:

@@ -9,15 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.engine.confidence import check_thresholds
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.decoding.sequence import Token
+from offramp.engine.policy import FULL, MODES, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, check_known
-from offramp.serving.rows.row import Choice
 
-MODES = ("full", "early_exit", "lossless")
-"""The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,
-drafted by the exits."""
-
-OnToken = Callable[[Choice], None]
+OnToken = Callable[[Token], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +21,7 @@ class Request:
     """One prompt and how to answer it.
 
     inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
-    own policy, or lossless while the engine finds that exits do not pay. thresholds: by depth,
+    own policy, or the full model while the engine finds that exits do not pay. thresholds: by depth,
     instead of the policy's; early exit only. seed: of its own generator; only matters with
     `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
     settled token with its depth and score; they run in the engine's thread and must be quick.
@@ -52,22 +48,15 @@ class Request:
                 "Leave them out, or use mode='early_exit'.",
             )
 
-    def exit_policy(
-        self, policy: ExitPolicy, depths: tuple[int, ...], *, pays: bool = True
-    ) -> ExitPolicy:
+    def exit_policy(self, policy: ExitPolicy, depths: tuple[int, ...]) -> ExitPolicy:
         """How it uses the exits at `depths`, where the engine's own policy is `policy`.
-
-        pays: whether exits are found to pay; only asked where no mode is named.
 
         Raises:
             InputError: thresholds at depths that the engine does not run; exits without any.
         """
         mode = self.mode
         if mode is None and self.thresholds is None:
-            wanted = (
-                "lossless" if policy.lossless else "early_exit" if policy.thresholds else "full"
-            )
-            mode = wanted if pays or wanted == "full" else "lossless"
+            mode = "lossless" if policy.lossless else "early_exit" if policy.thresholds else "full"
         if mode == "full":
             return FULL
         if not depths:

@@ -17,8 +17,8 @@ from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from offramp.engine.generate import generate
-from offramp.engine.lean import arguments, cache, compiled
-from offramp.engine.lean.code import CannotCompileError, Code
+from offramp.engine.executors.modules import arguments, cache, compiled
+from offramp.engine.executors.modules.code import CannotCompileError, Code
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 

@@ -14,8 +14,8 @@ from reference import Dice
 
 import offramp.engine.model_runner as model_runner
 from offramp.engine.generate import generate
-from offramp.engine.lean import arguments, cache, stack
-from offramp.engine.lean.bare import bare
+from offramp.engine.executors.modules import arguments, cache, stack
+from offramp.engine.executors.modules.bare import bare
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 

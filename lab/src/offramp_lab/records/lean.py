@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
-from offramp.engine.lean import compiled
+from offramp.engine.executors.modules import compiled
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet

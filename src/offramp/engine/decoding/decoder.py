@@ -12,6 +12,7 @@ together changes the order of work, not its outcome.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.prefill import Prepared
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 
 
@@ -118,8 +120,21 @@ class Decoder:
         first: Token,
         owner: Any = None,
     ) -> Sequence:
-        """Take a row of a prompt over; its first token is given out at once."""
+        """Take a row of a prompt over; its first token is given out at once.
+
+        Raises:
+            InputError: lossless, of a model whose states hold the whole text.
+        """
         loaded = self.executor.load(prompt, row)
+        if (rule.lossless or rule.guesses) and not self.executor.allow_crops(loaded.handle):
+            if rule.lossless:
+                self.executor.release(loaded.handle)
+                raise InputError(
+                    "Lossless decoding takes drafts back, and this model's recurrent states "
+                    "cannot be.",
+                    "Use a policy with lossless=False.",
+                )
+            rule = replace(rule, guesses=None)
         sequence = Sequence(
             sampler, rule, *loaded, first=first, layers=self.backbone.depth, owner=owner
         )

@@ -79,9 +79,20 @@ class Executor(Protocol):
         """
         ...
 
+    def trial(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+    ) -> Tensor | None:
+        """A `full` call to be timed, nothing waiting, after which nothing has changed; None where
+        it would leave traces."""
+        ...
+
     def skip(self, handle: int, segment: int) -> None:
         """Fill, approximately, what the newest token of a sequence skips from a segment on; only
         asked of an executor that propagates."""
+        ...
+
+    def allow_crops(self, handle: int) -> bool:
+        """Keep what taking tokens back may need; False where they cannot be taken back."""
         ...
 
     def crop(self, handle: int, column: int) -> None:

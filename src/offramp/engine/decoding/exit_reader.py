@@ -13,8 +13,18 @@ from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
 from offramp.engine.policy import ExitPolicy
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+
+
+def check_company(policy: ExitPolicy) -> None:
+    """Raise `InputError` for what sequences of several requests cannot share."""
+    if policy.kv != "recompute":
+        raise InputError(
+            f"KV policy {policy.kv!r} is approximate, and a batch shares exact keys and values.",
+            "Use kv='recompute'.",
+        )
 
 
 class Question:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.executors.slots.executor import SlotExecutor
@@ -11,26 +12,56 @@ from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 
+EXECUTORS = ("slots", "stack")
+"""In the order in which they are tried."""
+
 
 def executor_for(
     backbone: Backbone,
     exits: ExitSet | None,
     depths: Sequence[int],
     *,
-    slots: int,
     kv: str = "recompute",
+    **settings: Any,
+) -> Executor:
+    """The executor that a backbone was found to be exact by.
+
+    kv: as of `ExitPolicy`. settings: as of `make_executor`.
+    """
+    if kv == "propagate" and depths:
+        return StackExecutor(
+            backbone, exits, depths, propagate=True, watches=settings.get("watches", False)
+        )
+    return make_executor(backbone.engine or "slots", backbone, exits, depths, **settings)
+
+
+def make_executor(
+    engine: str,
+    backbone: Backbone,
+    exits: ExitSet | None,
+    depths: Sequence[int],
+    *,
+    slots: int,
+    limit: int | None = None,
+    layout: str | None = None,
     watches: bool = False,
 ) -> Executor:
-    """The executor of a backbone.
+    """An executor of one of `EXECUTORS`.
 
-    slots: sequences at a time. kv: as of `ExitPolicy`. watches: whether scores read the state
-    before an exit's entry.
+    slots: sequences at a time. limit, layout: as of `SlotExecutor`. watches: whether scores read
+    the state before an exit's entry.
+
+    Raises:
+        UnsupportedBackboneError: slots, of a model that they cannot hold.
     """
-    if kv == "propagate":
-        return StackExecutor(backbone, exits, depths, propagate=bool(depths), watches=watches)
-    if not backbone.sharded and not backbone.rare_layers and not backbone.reads_ids:
-        try:
-            return SlotExecutor(backbone, exits, depths, slots=slots, watches=watches)
-        except UnsupportedBackboneError:
-            pass
-    return StackExecutor(backbone, exits, depths, watches=watches)
+    if engine == "stack":
+        return StackExecutor(backbone, exits, depths, watches=watches)
+    if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
+        raise UnsupportedBackboneError(
+            f"{backbone.name} does not run in slots: its layers are of several kinds, on several "
+            "devices, or read the tokens again.",
+            "Its own stack runs it, a sequence at a time.",
+        )
+    return SlotExecutor(
+        backbone, exits, depths, slots=slots, limit=limit, layout=layout, watches=watches
+    )

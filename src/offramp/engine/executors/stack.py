@@ -28,7 +28,6 @@ from offramp.engine.kv_cache import (
     store_keys,
 )
 from offramp.engine.prefill import Prefill
-from offramp.errors import InputError
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -96,10 +95,6 @@ class StackExecutor:
             cache, prefill = _row_of(cache, row), prefill.of_row(row)
         tokens = _columns(prompt)
         held = _Row(cache, prefill, tokens)
-        own = self_attention(cache)
-        if self.depths and croppable(cache) and hasattr(own, "activate_past_recording"):
-            own.activate_past_recording()  # sliding windows keep what a crop may need
-            crop(cache, 0, self.backbone.rare_layers)
         ran = [tokens] * (len(self._bounds) - 1)
         if prompt.waits is not None and not self.propagate:
             depth, states = prompt.waits
@@ -118,24 +113,22 @@ class StackExecutor:
             row.cache, row.waits, row.last = None, {}, {}
         self._held, self._row, self._looks = {}, None, None
 
-    def crop(self, handle: int, column: int) -> None:
-        """Take tokens back.
+    def allow_crops(self, handle: int) -> bool:
+        """A recurrent state holds the whole text in one tensor: what a token did to it stays."""
+        cache = self._held[handle].cache
+        if not croppable(cache):
+            return False
+        cache.activate_past_recording()  # sliding windows keep what a crop may need
+        crop(cache, 0, self.backbone.rare_layers)
+        return True
 
-        Raises:
-            InputError: recurrent states, which hold the whole text in one tensor.
-        """
+    def crop(self, handle: int, column: int) -> None:
         row = self._held[handle]
         undone = row.tokens - column
-        if undone <= 0:
-            return
-        if not croppable(row.cache):
-            raise InputError(
-                "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
-                "Use a policy with lossless=False.",
-            )
-        row.tokens = column
-        crop(row.cache, undone, self.backbone.rare_layers)
-        row.prefill.rollback(undone)
+        if undone > 0:
+            row.tokens = column
+            crop(row.cache, undone, self.backbone.rare_layers)
+            row.prefill.rollback(undone)
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -180,6 +173,11 @@ class StackExecutor:
         finally:
             self._keys_only = False
         return torch.cat(made)
+
+    def trial(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+    ) -> Tensor | None:
+        return None  # a recurrent state would have moved on
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks

@@ -1,8 +1,10 @@
-"""Whether exits leave a model's decoding as it is: part 3 of the self-check.
+"""Whether a model's decoding stays its own with exits: part 3 of the self-check.
 
-About ten tokens that the model's own `generate` chose are forced on the loop here, with tokens
-exiting by a plan, catching up, and a row that ends. Every logit of a token that went to full depth
-must be the model's own: a key, a value, a position or a state in the wrong place shows there.
+About ten tokens that the model's own `generate` chose are forced on the decoder, through the
+executor that will be used: two sequences of different lengths, the second joining late, tokens
+exiting by a plan, catching up together, drafts taken back. Every logit of a token that went to full
+depth must be the model's own: a key, a value, a position, a mask or a state in the wrong place
+shows there. Slots are tried first, then the model's own stack.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor
 
 from offramp.data.example import Example
-from offramp.engine.exit_check import ExitDecider
-from offramp.engine.generate import decode_steps
-from offramp.engine.model_runner import ModelRunner
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.exit_reader import ExitReader, Question
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare
-from offramp.engine.sampling import SequenceState
-from offramp.engine.speculative import speculate
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids
@@ -32,10 +37,13 @@ from offramp.models.quantized.weights import scheme
 TOKENS = 10
 _PLAN = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
 """Which exit each token takes, the first or the second; 0: none. Later tokens catch up."""
-_WIDE = {torch.float32: 2e-3, torch.float64: 2e-3}
-"""Largest difference of logits allowed, relative to the largest: kernels over one token and over
-several round differently, and wild weights blow it up. `_HALF` in half precision, in which kernels
-over quantised weights may compute as well."""
+LATE = 2
+"""Tokens that the first sequence has when the second joins."""
+_LEAST, _MOST = 2e-5, 2e-3
+"""Bounds of the difference of logits that is rounding, relative to the largest, in float32:
+`REPEAT` times what the model's own repeat in other company differs by. `_HALF` in half precision,
+in which kernels over quantised weights may compute as well."""
+REPEAT = 20
 _HALF = 8e-2
 
 Outcome = float | str
@@ -46,11 +54,12 @@ Outcome = float | str
 class DecodeCheck:
     """What part 3 found.
 
-    plain: without exits. exits: tokens exit and catch up, a row ends. first_token: as well, and
-    the first token exits out of the prompt. lossless: drafts are verified and taken back.
-    allowed: the largest difference that is rounding.
+    engine: of `EXECUTORS`, the one that it is about. plain: without exits. exits: tokens exit and
+    catch up. first_token: as well, and the first token exits out of the prompt. lossless: drafts
+    are verified and taken back. allowed: the largest difference that is rounding.
     """
 
+    engine: str
     plain: Outcome
     exits: Outcome
     first_token: Outcome
@@ -61,54 +70,64 @@ class DecodeCheck:
         """Whether the model's own logits came out, up to rounding."""
         return isinstance(outcome, float) and outcome <= self.allowed
 
-
-class _Planned(ExitDecider):
-    """Lets tokens exit by a plan, whatever the score says.
-
-    says: in a draft, what the exit is to say [B], by the drafts before it in the round.
-    """
-
-    plan: tuple[int, ...]
-    says: Callable[[int], Tensor | None] | None = None
-    token = -1
-    drafted = 0
-
-    def begin(self, unfinished: Tensor, constrain: Any, *, check: bool, **token: Tensor) -> None:
-        self.token += 1
-        super().begin(unfinished, constrain, check=check, **token)
-
-    def decide(
-        self, depth: int, state: Tensor, entry: Tensor, previous: Tensor | None, candidates: Tensor
-    ) -> bool:
-        exit_number = tuple(self.thresholds).index(depth) + 1
-        if self.plan[self.token % len(self.plan)] != exit_number:
-            return False
-        check = self.scorer(depth, state, entry, previous, None, **self._token)
-        said = None if self.says is None else self.says(self.drafted)
-        self.drafted += 1
-        if said is not None and len(said) == len(state):
-            wanted = torch.nn.functional.one_hot(said, check.logits.shape[1])
-            check.logits = check.logits + 1e4 * wanted.to(check.logits)
-        self._exit(candidates, check)
-        self._open = self._open & ~candidates
-        return not bool(self._open.any())
+    @property
+    def exact(self) -> bool:
+        """Whether decoding is the model's own, without exits and with them."""
+        return self.holds(self.plain) and self.holds(self.exits)
 
 
-class _Forced(SequenceState):
-    """Tokens so far, each of them given; the logits that it was to choose from are kept."""
+class _Planned(ExitReader):
+    """Exits that take tokens by a plan, whatever the score says; lossless, every second draft is
+    another token than the model's."""
 
-    def __init__(self, prepared: Prepared, answer: Tensor) -> None:
-        super().__init__(prepared)
-        self.answer = answer
-        self.seen: list[Tensor] = []
+    plan: tuple[int, ...] = ()
+    lossless = False
 
-    def choose(self, logits: Tensor) -> Tensor:
-        self.seen.append(logits)
-        return self.answer[:, len(self.seen) - 1]
+    def verdicts(
+        self, depth: int, output: ExitOutput, asked: Sequence[Question | None]
+    ) -> list[Verdict | Exception | None]:
+        number = self._depths.index(depth) + 1
+        made: list[Verdict | Exception | None] = []
+        for question in asked:
+            if question is None:
+                made.append(None)
+                continue
+            assert isinstance(question.sampler, _Forced)
+            place = len(question.before)
+            takes = self.lossless or self.plan[place % len(self.plan)] == number
+            wrong = self.lossless and place % 2 == 1
+            made.append(Verdict(question.sampler.given(place, wrong), float(takes)))
+        return made
+
+
+class _Forced(Sampler):
+    """Every token is given; the logits that each place was to be chosen from are kept."""
+
+    def __init__(self, prepared: Prepared, row: int, answer: Sequence[int]) -> None:
+        super().__init__(prepared, row)
+        self.answer, self.plain, self.most = answer, False, len(answer)
+        self.seen: dict[int, Tensor] = {}
+
+    def given(self, place: int, wrong: bool = False) -> int:
+        """The answer's token at a place, or where it is to be wrong another of its tokens."""
+        if place >= len(self.answer):
+            return self.answer[-1]
+        token = self.answer[place]
+        return next((t for t in self.answer if t != token), token) if wrong else token
+
+    def choose(self, logits: Tensor, before: Sequence[int]) -> int:
+        self.seen[len(before)] = logits[0].clone()
+        return self.given(len(before))
+
+    def would_end(self, tokens: int, last: int) -> bool:
+        return tokens >= len(self.answer)
+
+    def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
+        return place + 1 >= len(self.answer)
 
 
 class _Case:
-    """A model, a prompt, and what the model's own `generate` makes of it."""
+    """A model, its prompts, and what the model's own `generate` makes of them."""
 
     def __init__(
         self, backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int]
@@ -124,105 +143,98 @@ class _Case:
             "suppress_tokens": special_ids(backbone.model),
             "forced_eos_token_id": None,
         }
-        made = backbone.model.generate(
-            **self.inputs,
+        self.tokens, self.logits = self._own(self.inputs)
+        self.exits = Exits(backbone, depths).requires_grad_(False)
+        self.allowed = self._allowed(inputs)
+
+    def _own(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """The model's own tokens [B, N], and the logits [B, V] that each step chose from."""
+        made = self.backbone.model.generate(
+            **inputs,
             **self.options,
             min_new_tokens=TOKENS,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        self.tokens: Tensor = made.sequences[:, -len(made.logits) :]
-        self.logits: list[Tensor] = list(made.logits)
-        self.exits = Exits(backbone, depths).requires_grad_(False)
+        return made.sequences[:, -len(made.logits) :], list(made.logits)
 
-    def runner(self, plan: tuple[int, ...] | None) -> ModelRunner:
-        """A runner whose tokens exit by `plan`; None: the full model."""
-        if plan is None:
-            return ModelRunner(self.backbone)
-        exits = ExitSet.of(self.exits)
-        decider = _Planned(self.backbone, exits, ExitPolicy(dict.fromkeys(self.depths, 0.5)))
-        decider.plan = plan
-        return ModelRunner(self.backbone, exits, decider)
+    def _allowed(self, inputs: Mapping[str, Any]) -> float:
+        """The largest difference that is rounding: as the model's own, alone and in company."""
+        exact = self.backbone.dtype in (torch.float32, torch.float64)
+        if scheme(self.backbone.layers) or not exact:
+            return _HALF
+        apart = 0.0
+        if self.inputs is not inputs:
+            tokens, logits = self._own(inputs)
+            for step, (alone, beside) in enumerate(zip(logits, self.logits, strict=False)):
+                if not torch.equal(tokens[:, :step], self.tokens[:1, :step]):
+                    break
+                apart = max(apart, _apart(alone[:1], beside[:1]))
+        return min(_MOST, max(_LEAST, REPEAT * apart))
 
-    def forced(self, plan: tuple[int, ...] | None, *, first: bool = False) -> float:
-        """The largest difference of logits at full depth, tokens exiting by `plan`.
+    def worst(
+        self,
+        engine: str,
+        plan: tuple[int, ...] | None,
+        *,
+        first: bool = False,
+        lossless: bool = False,
+    ) -> float:
+        """The largest difference of logits at full depth.
 
-        first: whether the first token may exit out of the prompt.
+        plan: which exit tokens take; None: the full model. first: whether the first token may exit
+        out of the prompt. lossless: everything is drafted, every second draft wrongly.
         """
-        end = _end_of_a_row(self.tokens) if _takes_end(self.backbone.model) else None
-        ends: dict[str, Any] = {"min_new_tokens": TOKENS}
-        if end is not None:
-            ends = {"eos_token_id": end, "pad_token_id": 0}
-        run = self.runner(plan)
-        prepared = prepare(run.intercepted.model, self.inputs, **self.options, **ends)
-        state = _Forced(prepared, self.tokens)
-        run.adopt(prepared.cache)
+        backbone, attached = self.backbone, ExitSet.of(self.exits)
+        depths = () if plan is None else self.depths[:1] if lossless else self.depths
+        at = dict.fromkeys(depths, 0.5)
+        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=3 if lossless else None)
+        reader = _Planned(backbone, attached if depths else None, ExitPolicy(at), depths)
+        reader.plan, reader.lossless = plan or (), lossless
+        rows = len(self.tokens)
+        executor = make_executor(engine, backbone, attached, depths, slots=rows)
+        decoder = Decoder(backbone, executor, reader, schedule=Schedule(2, rows))
+        prompts = PromptReader(backbone, attached, depths)
+        prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
+        samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
-            decode_steps(run, state, prepared, first_exits=first or self._encoded)
+            prompt, firsts = decoder.read(
+                prompts, prepared, list(samplers), rule, first_exits=first or self._encoded
+            )
+            waiting = list(range(1, rows))
+            sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
+            for written in decoder:
+                late = written.sequence is not sequences[0] or written.place < LATE
+                if waiting and not late:
+                    with torch.inference_mode():
+                        row = waiting.pop()
+                        mine = decoder.join(prompt, row, samplers[row], rule, firsts[row])
+                        sequences.append(mine)
+            assert not waiting
         finally:
-            run.release()
+            executor.close()
         worst = 0.0
-        for ours, theirs, (live, depth, _) in zip(
-            state.seen, self.logits, state.trace, strict=False
-        ):
-            rows = live & (depth == self.backbone.depth)
-            worst = max(worst, _apart(ours[rows], theirs[rows]))
+        for sequence in sequences:
+            sampler = sequence.sampler
+            assert isinstance(sampler, _Forced)
+            row = next(i for i, one in enumerate(samplers) if one is sampler)
+            for place, token in enumerate(sequence.tokens):
+                if lossless or token.depth == backbone.depth:
+                    theirs = self.logits[place][row]
+                    worst = max(worst, _apart(sampler.seen[place], theirs))
         return worst
 
     @property
     def _encoded(self) -> bool:
         return self.backbone.is_encoder_decoder
 
-    def drafted(self) -> float:
-        """0 where lossless decoding wrote the model's tokens; else how far the token that it wrote
-        was from the largest logit, relative to it."""
-        run = self.runner((1,))
-        prepared = prepare(
-            run.intercepted.model, self.inputs, **self.options, min_new_tokens=TOKENS
-        )
-        state = SequenceState(prepared)
-        run.adopt(prepared.cache)
-        assert isinstance(run.decider, _Planned)
-        run.decider.says = _half_right(state, self.tokens, run.decider)
-        try:
-            speculate(run, state, prepared, 3)
-        finally:
-            run.release()
-        return self._astray(state.ids[:, -self.tokens.shape[1] :])
-
-    def _astray(self, written: Tensor) -> float:
-        worst = 0.0
-        for row in range(len(written)):
-            wrong = (written[row] != self.tokens[row]).nonzero()
-            if len(wrong):  # past the first, the text is another
-                step = int(wrong[0])
-                values = self.logits[step][row].double()
-                gap = values.max() - values[written[row, step]]
-                worst = max(worst, float(gap / values[values > -1e30].abs().max()))
-        return worst
-
-
-def _half_right(
-    state: SequenceState, tokens: Tensor, decider: _Planned
-) -> Callable[[int], Tensor | None]:
-    """Drafts that are the model's own token at every second place, so that some are kept."""
-    start, reached = state.ids.shape[1], [0]
-
-    def says(drafted: int) -> Tensor | None:
-        written = state.ids.shape[1] - start
-        if written != reached[0]:  # a new round
-            reached[0], decider.drafted, drafted = written, 0, 0
-        place = written + drafted
-        return tokens[:, place] if drafted % 2 == 0 and place < tokens.shape[1] else None
-
-    return says
-
 
 @torch.inference_mode()
 def check_decoding(
     backbone: Backbone, inputs: Mapping[str, Any], *, depths: Sequence[int] | None = None
 ) -> DecodeCheck:
-    """Hold the loop to the model's own `generate` on `inputs`, one prompt or several.
+    """Hold decoding to the model's own `generate` on `inputs`, one prompt or several: by the first
+    of `EXECUTORS` that is exact, or by the last.
 
     depths: of one or two exits, copies of the next layers; a quarter and three quarters of the
     decoder when left out.
@@ -230,7 +242,14 @@ def check_decoding(
     if depths is None:
         depths = propose_depths(backbone.depth, min(2, backbone.depth - 1))
     case = _Case(backbone, inputs, depths)
+    for engine in EXECUTORS:
+        found = _found(case, engine)
+        if found.exact:
+            break
+    return found
 
+
+def _found(case: _Case, engine: str) -> DecodeCheck:
     def tried(run: Callable[[], float]) -> Outcome:
         try:
             return run()
@@ -240,12 +259,17 @@ def check_decoding(
             return f"{type(error).__name__}: {str(error)[:160]}"
 
     first = (1, *_PLAN[1:])
+    plain = tried(lambda: case.worst(engine, None))
+    exits = tried(lambda: case.worst(engine, _PLAN))
+    exact = all(isinstance(o, float) and o <= case.allowed for o in (plain, exits))
+    not_asked = "not asked: decoding is not exact"
     return DecodeCheck(
-        plain=tried(lambda: case.forced(None)),
-        exits=tried(lambda: case.forced(_PLAN)),
-        first_token=tried(lambda: case.forced(first, first=True)),
-        lossless=tried(case.drafted),
-        allowed=_HALF if scheme(backbone.layers) else _WIDE.get(backbone.dtype, _HALF),
+        engine,
+        plain,
+        exits,
+        tried(lambda: case.worst(engine, first, first=True)) if exact else not_asked,
+        tried(lambda: case.worst(engine, (1,), lossless=True)) if exact else not_asked,
+        case.allowed,
     )
 
 
@@ -278,28 +302,11 @@ def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return made
 
 
-def _end_of_a_row(tokens: Tensor) -> int | None:
-    """A token that ends one row of [B, N] past its middle and no other before; None without one."""
-    for step in range(tokens.shape[1] // 2, tokens.shape[1] - 2):
-        for row in tokens if len(tokens) > 1 else ():
-            if (
-                not (tokens[:, :step] == row[step]).any()
-                and (tokens[:, step] == row[step]).sum() == 1
-            ):
-                return int(row[step])
-    return None
-
-
-def _takes_end(model: Any) -> bool:
-    """Whether `generate` leaves the end token to the caller; BLIP's sets its own."""
-    return type(model).__name__ != "BlipForConditionalGeneration"
-
-
 def _apart(ours: Tensor, theirs: Tensor) -> float:
-    if not ours.numel():
-        return 0.0
     a, b = ours.double(), theirs.to(ours.device).double()
-    sayable = b > -1e30  # tokens that are never said stand at the lowest number
+    sayable = (b > -1e30) & b.isfinite()  # tokens that are never said stand at the lowest number
+    if not bool(sayable.any()):
+        return 0.0
     largest = float(b[sayable].abs().max())
     difference = float((a - b)[sayable].abs().max())
     return float("inf") if difference != difference else difference / max(largest, 1e-30)
@@ -320,8 +327,26 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
                 "This model cannot be decoded with exits; please report its model_type.",
             )
     backbone.learn(
-        causal_prompt=check.holds(check.first_token), lossless=check.holds(check.lossless)
+        causal_prompt=check.holds(check.first_token),
+        lossless=check.holds(check.lossless),
+        engine=check.engine,
     )
+
+
+def prove(backbone: Backbone, inputs: Mapping[str, Any]) -> None:
+    """At the first use of a backbone that was not proven before: find out which executor is exact,
+    on the prompt that it is first used with.
+
+    Raises:
+        UnsupportedBackboneError: none is.
+    """
+    if backbone.engine is None:
+        backbone.engine = "stack"  # while it is being found out
+        try:
+            adopt_findings(backbone, check_decoding(backbone, inputs))
+        except BaseException:
+            backbone.engine = None
+            raise
 
 
 def check_untested(backbone: Backbone, processor: Any, examples: Sequence[Example]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offramp.serving.request import Completion, Handle
-from offramp.serving.rows.row import Choice
+from offramp.engine.decoding.sequence import Token
 from offramp.serving.server.api.options import Generation, generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
@@ -22,7 +22,7 @@ from offramp.serving.server.errors import ApiError, api_error
 from offramp.serving.server.service import Place, Service, Use
 
 Inputs = Mapping[str, Any]
-Event = tuple[int, Choice | None]
+Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
 _LATE: Event = (-1, None)
 """Stands for the end of the time that an answer may take."""
@@ -96,7 +96,7 @@ class Answering:
     def _submit(self, index: int, inputs: Inputs, how: Generation, use: Use) -> _Choice:
         noted = how.logprobs
 
-        def settled(choice: Choice) -> None:
+        def settled(choice: Token) -> None:
             if noted is not None:
                 noted.settle(choice.token)
             if self._request.stream:
@@ -252,7 +252,7 @@ class Answering:
         finally:
             self.leave()
 
-    def _wrote(self, choice: _Choice, token: Choice) -> list[dict[str, Any]]:
+    def _wrote(self, choice: _Choice, token: Token) -> list[dict[str, Any]]:
         written = choice.written
         written.tokens.append(token.token)
         written.depths.append(token.depth)

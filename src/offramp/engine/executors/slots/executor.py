@@ -34,9 +34,8 @@ from offramp.engine.executors.slots.masks import with_slot_masks
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
 from offramp.engine.executors.slots.tables import BIASES, Given, Tables
 from offramp.engine.kv_cache import cache_parameter, store_exit_keys
-from offramp.engine.lean.arguments import CannotRehearseError
-from offramp.engine.lean.compiled import called_in_place
-from offramp.engine.lean.rehearsal import Stage
+from offramp.engine.executors.modules.compiled import called_in_place
+from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage
 from offramp.errors import UnsupportedBackboneError, check_known
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet, first
@@ -209,10 +208,20 @@ class SlotExecutor:
             if source in table:
                 table[slot] = table.pop(source)
 
+    def allow_crops(self, handle: int) -> bool:
+        return True
+
     def crop(self, handle: int, column: int) -> None:
         slot = self._slot_of[handle]
         for base in self._base.values():
             base[slot] = min(base[slot], column)
+
+    def trial(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+    ) -> Tensor | None:
+        slots = [self._slot_of[handle] for handle in handles]
+        call = self._one_each(slots, columns)  # what it writes is written again
+        return self._call(range(self.backbone.depth), call, self._ids(ids))
 
     def skip(self, handle: int, segment: int) -> None:
         raise NotImplementedError("slots keep exact keys and values")

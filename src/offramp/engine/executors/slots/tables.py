@@ -18,8 +18,7 @@ from torch import Tensor
 from offramp.engine.executors.slots.layout import Call
 from offramp.engine.executors.slots.masks import MaskRule, rule_of
 from offramp.engine.kv_cache import CACHE_NAMES
-from offramp.engine.lean.arguments import CannotRehearseError, named, same
-from offramp.engine.lean.rehearsal import Stage
+from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage, named, same
 from offramp.models.backbone import LayerCall
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.lean.code import CannotCompileError, Code
+from offramp.engine.executors.modules.code import CannotCompileError, Code
 
 log = logging.getLogger(__name__)
 

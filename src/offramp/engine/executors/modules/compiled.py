@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from offramp.engine.kv_cache import CACHE_NAMES, self_attention
-from offramp.engine.lean.bare import BareModules, bare
-from offramp.engine.lean.cache import LeanCache
-from offramp.engine.lean.code import MOST_ROWS, Code
-from offramp.engine.lean.kinds import Codes, tensors_of
+from offramp.engine.executors.modules.bare import BareModules, bare
+from offramp.engine.executors.modules.code import MOST_ROWS, Code
+from offramp.engine.executors.modules.kinds import Codes, tensors_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
 
@@ -128,14 +127,14 @@ class CompiledLayer(_Compiled):
         """Keys and values as far as the call reads, and those of an encoder; and all lengths. None
         where the module itself must make room for some."""
         own = self_attention(cache)
-        if not isinstance(own, LeanCache):
-            return None
         entry = own.layers[self._index]
-        start, end = entry.columns.start(entry.window), entry.columns.end
-        read, room = end - start, 0 if entry.keys is None else entry.keys.shape[2]
-        if room <= end or read < 2:
+        call = getattr(entry, "call", None)
+        if call is None or call.beside is None or not entry.is_initialized:
             return None
-        kept = [entry.keys.narrow(2, start, read), entry.values.narrow(2, start, read)]
+        (slot, _), read, room = call.beside, call.width, entry.held[0].shape[2]
+        if room <= read or read < 2:
+            return None
+        kept = [held.narrow(0, slot, 1).narrow(2, 0, read) for held in entry.held]
         if own is cache:
             return kept, (read, room)
         across = cache.cross_attention_cache.layers[self._index]
