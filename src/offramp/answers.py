@@ -115,7 +115,12 @@ def answers_to(
         rows = answers_of(result, encoder)
         if confidence:
             rows = [
-                replace(answer, confidence=noted.of(row, len(answer.ids)))
+                replace(
+                    answer,
+                    confidence=noted.of(
+                        result.sequences[row], len(answer.ids), result.depths.shape[1]
+                    ),
+                )
                 for row, answer in enumerate(rows)
             ]
         answers += rows
@@ -148,17 +153,24 @@ def generate_by(
 
 
 class _Confidence:
-    """A logits processor that changes nothing and notes the largest log-probability of each row."""
+    """A logits processor that changes nothing and notes the largest log-probability by the text
+    before it."""
 
     def __init__(self) -> None:
-        self._steps: list[Tensor] = []
+        self._by_text: dict[bytes, float] = {}
 
-    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        self._steps.append(scores.float().log_softmax(-1).amax(-1))
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        sure = scores.float().log_softmax(-1).amax(-1).tolist()
+        for text, value in zip(ids.cpu().numpy(), sure, strict=True):
+            self._by_text[text.tobytes()] = value
         return scores
 
-    def of(self, row: int, tokens: int) -> float:
-        return float(torch.stack(self._steps)[:tokens, row].mean().exp())
+    def of(self, sequence: Tensor, tokens: int, new: int) -> float:
+        """The geometric mean of the probabilities of an answer's first `tokens` tokens, of the
+        `new` that stand in `sequence` [T]."""
+        ids, start = sequence.cpu().numpy(), len(sequence) - new
+        noted = [self._by_text[ids[: start + place].tobytes()] for place in range(tokens)]
+        return float(torch.tensor(noted).mean().exp())
 
 
 def full_model_answers(

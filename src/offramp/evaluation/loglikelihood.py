@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from offramp.data.example import Example
-from offramp.engine.exit_check import ExitDecider, decider_of
+from offramp.engine.confidence import check_thresholds
+from offramp.engine.exit_check import ExitScorer
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefill import Prefill, prepare
@@ -57,8 +58,9 @@ def candidate_scores(
     prompts = encoder.prompts([example])
     encoder.check_room(prompts, [(example.key, max(map(len, ids)))])
     attached = None if exits is None else ExitSet.of(exits)
-    decider = decider_of(backbone, attached, policy)
-    depths = () if decider is None else tuple(decider.thresholds)
+    stand = () if attached is None else attached.depths
+    thresholds = check_thresholds(dict(policy.thresholds), stand)
+    depths = tuple(thresholds)
     entered = {depth - k for depth in depths for k in (0, 1)}  # "saturation" reads both
     handler = StateRecorder(backbone, entered, attached, depths)
     intercepted = InterceptedModel(backbone, handler)
@@ -66,7 +68,8 @@ def candidate_scores(
     add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
     prefill = Prefill(intercepted, prepared)
     prompt = _States(*handler.take()).last()
-    pick = _Pick(backbone, policy, decider, int(prepared.ids[0, -1]))
+    scorer = ExitScorer(backbone, policy, depths, attached) if depths else None
+    pick = _Pick(backbone, policy, thresholds, scorer, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
     for start in range(0, len(ids), at_once):
         rows, mask = encoder.pad(ids[start : start + at_once])
@@ -121,17 +124,23 @@ class _Pick:
     """Log-probabilities of given tokens, each at the depth where the policy lets it exit."""
 
     def __init__(
-        self, backbone: Backbone, policy: ExitPolicy, decider: ExitDecider | None, before: int
+        self,
+        backbone: Backbone,
+        policy: ExitPolicy,
+        thresholds: Mapping[int, float],
+        scorer: ExitScorer | None,
+        before: int,
     ) -> None:
         """before: the token that the answers follow."""
-        self._backbone, self._decider, self._before = backbone, decider, before
+        self._backbone, self._before = backbone, before
+        self._thresholds, self._scorer = thresholds, scorer
         self._first_too = first_token_may_exit(backbone, policy)
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
         full = self._backbone.final_norm(states.final)
         log_p = _log_p(self._backbone.logits(full), ids)
-        if self._decider is None:
+        if self._scorer is None:
             return log_p
         token = {
             "position": torch.arange(ids.shape[1], device=ids.device).expand_as(ids).flatten(),
@@ -141,10 +150,10 @@ class _Pick:
         }
         open_ = torch.ones_like(ids, dtype=torch.bool)
         open_[:, 0] = self._first_too
-        for depth, threshold in self._decider.thresholds.items():
+        for depth, threshold in self._thresholds.items():
             entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
             state = states.exits[depth].flatten(0, 1)
-            check = self._decider.scorer(depth, state, entry, previous, None, **token)
+            check = self._scorer(depth, state, entry, previous, None, **token)
             exits = open_ & (check.score.view_as(ids) >= threshold)
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits

@@ -159,7 +159,7 @@ def _answer(
     """One answer; each starts from the seed anew."""
     import torch
 
-    from offramp.engine.generate import check_inputs
+    from offramp.engine.prefill import check_inputs
 
     backbone = runtime.backbone
     try:
