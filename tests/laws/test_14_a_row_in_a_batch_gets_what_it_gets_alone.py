@@ -1,29 +1,32 @@
 """Law 14: whatever joins, leaves, is guessed or cancelled beside it, a row gets what it gets alone.
 
-Rows of all modes share a batch, joined and moved on in an order that is drawn; each is held against
-`generate` on its own: tokens, depths, scores, and the logits that its tokens came from.
+Rows of all modes share a decoder, joined and moved on in an order that is drawn; each is held
+against `generate` on its own: tokens, depths, scores, and the logits that its tokens came from.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from families import NAMES, one_row
 
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.executors.slots.layout import LAYOUTS
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy, first_token_may_exit
-from offramp.engine.slots.layout import LAYOUTS
-from offramp.engine.slots.prompt import PromptReader
-from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, copy_layer, first
-from offramp.serving.rows.rules import RowRules
-from offramp.serving.rows.slot_batch import RowPolicy, SlotBatch
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.models.exits import EXIT_KINDS, ExitKind, ExitSet, Exits, copy_layer, first
 
-ROWS = 4
-NEW = (10, 6, 9, 11)
+ROWS = 5
+NEW = (10, 6, 9, 11, 8)
 EXACT = 1e-4
 
 
@@ -43,11 +46,12 @@ class LogitsWarper:
 
 @dataclass
 class Asked:
-    """A request: its prompt and options, how it uses the exits, and what it gets alone."""
+    """A request: its prompt and options, its policy, whether it guesses, and what it gets alone."""
 
     inputs: dict[str, Any]
     options: dict[str, Any]
-    policy: RowPolicy
+    policy: ExitPolicy
+    guess: float | None
     alone: Any = None
     logits: Any = None
 
@@ -62,24 +66,26 @@ def thresholds(whole: Any, exits: Any, inputs: Any) -> dict[int, float]:
 
 
 def requests(name: str, whole: Any, exits: Any, inputs: Any, **more: Any) -> list[Asked]:
-    """One of each mode: early exit with guesses, full, lossless, early exit that parks."""
-    rows = [one_row(name, inputs, row) for row in range(ROWS)]
+    """One of each mode: early exit with guesses, full, lossless, early exit that parks, lossless
+    that guesses."""
+    rows = [one_row(name, inputs, row % 4) for row in range(ROWS)]
     at = thresholds(whole, exits, rows[0])
-    policies = (RowPolicy(at), RowPolicy(guess=False), RowPolicy(), RowPolicy(at, guess=False))
+    early, lossless = ExitPolicy(at), ExitPolicy(at, lossless=True, max_draft=3)
+    modes = ((early, 0.0), (FULL, None), (lossless, None), (early, None), (lossless, 0.0))
     asked = []
-    for row, (given, policy, new) in enumerate(zip(rows, policies, NEW, strict=True)):
+    for row, (given, (policy, guess), new) in enumerate(zip(rows, modes, NEW, strict=True)):
         options = {"max_new_tokens": new, "do_sample": False, **more}
         seen = LogitsWarper()
-        torch.manual_seed(row)  # matters where tokens are sampled
         alone = generate(
             whole,
             given,
             exits=exits,
-            policy=ExitPolicy(policy.thresholds),
+            policy=policy,
             logits_processor=[seen],
+            seed=row,  # matters where tokens are sampled
             **options,
         )
-        asked.append(Asked(given, options, policy, alone, seen))
+        asked.append(Asked(given, options, policy, guess, alone, seen))
     return asked
 
 
@@ -91,18 +97,23 @@ def serve(
     slots: int,
     seed: int,
     noted: int | None = None,
+    longest: int | None = None,
+    engine: str = "slots",
     **settings: Any,
 ) -> tuple[dict[int, Any], dict[int, LogitsWarper]]:
-    """Answer all in a batch, in an order drawn from `seed`; one of them is taken out once.
+    """Answer all in one decoder, in an order drawn from `seed`; one of them is taken out once.
 
     noted: every other request notes its logits, from this one on. Odd seeds read prompts in chunks.
     """
     draw = random.Random(seed)
-    policy = ExitPolicy(dict.fromkeys(exits.depths, 0.5))
-    batch = SlotBatch(whole, exits, policy, slots=slots, limit=64, **settings)
+    policy, attached = ExitPolicy(dict.fromkeys(exits.depths, 0.5)), ExitSet.of(exits)
+    executor = make_executor(
+        engine, whole, attached, exits.depths, slots=slots, limit=64, **settings
+    )
+    reader = ExitReader(whole, attached, policy, exits.depths)
+    decoder = Decoder(whole, executor, reader, longest=longest)
     early = first_token_may_exit(whole, policy)
-    chunk = 3 if seed % 2 else None
-    reader = PromptReader(whole, exits, exits.depths, first_may_exit=early, chunk=chunk)
+    prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
     cancelled = False
@@ -113,25 +124,35 @@ def serve(
         if noted is not None and number % 2 == noted:
             notes[number] = LogitsWarper()
             extra = {"logits_processor": [notes[number]]}
-        prompt = reader.read(request.inputs, {**request.options, **extra}, use_exits=True)
-        batch.join(prompt, RowRules(prompt, seed=number), request.policy, number)
+        prepared = prompts.prepare(request.inputs, {**request.options, **extra})
+        noise = torch.Generator().manual_seed(number)
+        sampler = Sampler(prepared, generator=noise)
+        rule = ExitRule.of(request.policy, guess_above=request.guess)
+        with torch.inference_mode():
+            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, first_exits=early)
+            decoder.join(prompt, 0, sampler, rule, token, number)
 
-    while queue or batch.seats:
-        if queue and len(batch.seats) < slots and draw.random() < 0.5:
+    while queue or decoder.sequences:
+        rows = decoder.sequences
+        waits = any(row.ran[0] != row.ran[-1] for row in rows)
+        if queue and len(rows) < slots and draw.random() < 0.5:
             join(queue.pop())
-        elif batch.ready and draw.random() < 0.7:
-            batch.shallow()
-        else:
-            batch.deep()
-        if not cancelled and len(batch.seats) == slots and draw.random() < 0.3:
-            queue.append(batch.seats[0].owner)
-            batch.leave(batch.seats[0])
+        elif any(row.ready(longest) for row in rows) and draw.random() < 0.7:
+            exiting = any(row.rule.uses_exits for row in rows)
+            decoder.make("full" if not waits and not exiting else "feed")
+        elif rows:
+            decoder.make("flush" if draw.random() < 0.2 else "deep")
+        if not cancelled and len(rows) == slots and draw.random() < 0.3:
+            queue.append(rows[0].owner)
+            decoder.leave(rows[0])
             cancelled = True
-        for seat in list(batch.seats):
-            assert seat.error is None
-            if seat.over:
-                done[seat.owner] = batch.result(seat)
-                batch.leave(seat)
+        for row in list(decoder.sequences):
+            assert row.error is None
+            if row.over:
+                done[row.owner] = GenerationOutput.of_rows(
+                    row.sampler.ids, [row.tokens], whole.depth
+                )
+                decoder.leave(row)
     return done, notes
 
 
@@ -139,28 +160,55 @@ def check(asked: list[Asked], done: dict[int, Any], scores: bool = True) -> None
     for number, request in enumerate(asked):
         alone, ours = request.alone, done[number]
         assert torch.equal(ours.sequences, alone.sequences), number
-        if request.policy.thresholds or not request.policy.guess:
-            assert torch.equal(ours.depths, alone.depths), number
-        if request.policy.thresholds and scores:
+        assert torch.equal(ours.depths, alone.depths), number
+        if scores:
             torch.testing.assert_close(
-                ours.scores, alone.scores.double().float(), atol=EXACT, rtol=0, equal_nan=True
+                ours.scores, alone.scores, atol=EXACT, rtol=0, equal_nan=True
             )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_in_a_batch_gets_what_it_gets_alone(name, backbone, exits, batch):
     whole, some = backbone(name), exits(name)
-    asked = requests(name, whole, some, batch(name, ROWS))
+    asked = requests(name, whole, some, batch(name, 4))
     packs = whole.text_config._attn_implementation == "sdpa"
     number = NAMES.index(name)
     for noted, layout in enumerate((LAYOUTS[number % 2], "packed" if packs else "padded")):
         seed = 2 * number + noted
-        settings = {"layout": layout, "longest": 5}
+        settings = {"layout": layout, "longest": 5 if noted else None}
         done, notes = serve(whole, some, asked, slots=3, seed=seed, noted=noted, **settings)
         check(asked, done)
         for number, seen in notes.items():
             for length, logits in asked[number].logits.by_length.items():
                 torch.testing.assert_close(seen.by_length[length], logits, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "qwen2.5-vl"])
+def test_so_it_does_through_the_models_own_stack(name, backbone, exits, batch):
+    whole, some = backbone(name), exits(name)
+    asked = requests(name, whole, some, batch(name, 4))
+    done, _ = serve(whole, some, asked, slots=3, seed=4, engine="stack")
+    check(asked, done)
+
+
+@pytest.mark.parametrize("engine", EXECUTORS)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_one_padded_call_get_what_each_gets_alone(
+    name, engine, backbone, exits, batch, monkeypatch
+):
+    """A static batch through `generate`, read in one pass: early exit and lossless."""
+    whole, some = backbone(name), exits(name)
+    inputs = batch(name, 4)
+    monkeypatch.setattr(whole, "engine", engine)
+    at = thresholds(whole, some, one_row(name, inputs, 0))
+    for lossless in (False, True):
+        policy = ExitPolicy(at, lossless=lossless, exit_in_prefill=False)
+        options = {"exits": some, "policy": policy, "max_new_tokens": 8, "do_sample": False}
+        together = generate(whole, inputs, **options)
+        for row in range(4):
+            alone = generate(whole, one_row(name, inputs, row), **options)
+            assert torch.equal(together.new_tokens[row], alone.new_tokens[0])
+            assert torch.equal(together.depths[row], alone.depths[0])
 
 
 class TwoLayers(torch.nn.ModuleList):
@@ -181,7 +229,7 @@ def test_an_exit_of_several_layers_keeps_all_its_keys(name, backbone, batch, mon
     whole = backbone(name)
     torch.manual_seed(0)
     exits = Exits(whole, (2, 4), kind="two_layers").requires_grad_(False)
-    asked = requests(name, whole, exits, batch(name, ROWS))
+    asked = requests(name, whole, exits, batch(name, 4))
     done, _ = serve(whole, exits, asked, slots=3, seed=0)
     check(asked, done)
 
@@ -192,9 +240,13 @@ def test_sampled_rows_get_the_tokens_of_their_seed(name, seed, backbone, exits, 
     """Guessed or not: lossless rows get the full model's sample of that seed, token for token."""
     whole, some = backbone(name), exits(name)
     options = {"do_sample": True, "top_k": 7, "temperature": 1.3}
-    asked = requests(name, whole, some, batch(name, ROWS), **options)
+    asked = requests(name, whole, some, batch(name, 4), **options)
     done, _ = serve(whole, some, asked, slots=3, seed=seed)
     check(asked, done)
+    for row in (2, 4):
+        given = {**asked[row].options, "seed": row}
+        full = generate(whole, asked[row].inputs, **given)
+        assert torch.equal(done[row].sequences, full.sequences)
     assert len({tuple(request.alone.new_tokens[0].tolist()) for request in asked}) == ROWS
 
 
@@ -211,6 +263,27 @@ def test_sampled_rows_get_the_tokens_of_their_seed(name, seed, backbone, exits, 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_rows_keep_their_own_processors_and_end_tokens(name, option, backbone, exits, batch):
     whole, some = backbone(name), exits(name)
-    asked = requests(name, whole, some, batch(name, ROWS), **option)
+    asked = requests(name, whole, some, batch(name, 4), **option)
     done, _ = serve(whole, some, asked, slots=3, seed=len(name))
     check(asked, done)
+
+
+def test_a_draft_is_counted_alike_however_many_may_be_open(backbone, exits, batch):
+    """`max_draft` says speed alone: tokens, depths and scores are those of any other."""
+    whole, some, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    at = thresholds(whole, some, inputs)
+    made = [
+        generate(
+            whole,
+            inputs,
+            exits=some,
+            policy=replace(ExitPolicy(at, lossless=True), max_draft=most),
+            max_new_tokens=16,
+            do_sample=False,
+        )
+        for most in (1, 2, 8, 64)
+    ]
+    for other in made[1:]:
+        assert torch.equal(other.sequences, made[0].sequences)
+        assert torch.equal(other.depths, made[0].depths)
+        torch.testing.assert_close(other.scores, made[0].scores, equal_nan=True, atol=EXACT, rtol=0)

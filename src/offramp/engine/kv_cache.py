@@ -83,11 +83,6 @@ def _length(entry: Any) -> int:
     return int(entry.get_seq_length()) if hasattr(entry, "get_seq_length") else 0
 
 
-def select_rows(cache: Any, rows: Tensor) -> None:
-    """Keep `rows` [b] of every entry, states of convolutions and linear attention included."""
-    cache.reorder_cache(rows)  # an index_select, whatever it was made for
-
-
 def stand_in(
     cache: Any,
     layers: int,
@@ -155,29 +150,17 @@ def exits_only(backbone: Backbone, depths: Sequence[int], *, cross: bool) -> Any
     return EncoderDecoderCache(half(), half()) if cross else half()
 
 
-def crop(cache: Any, tokens: int, rare: Collection[int] = ()) -> None:
-    """Take the last `tokens` tokens out of every entry but the `rare`; sliding windows shrink."""
+def crop(cache: Any, tokens: Mapping[int, int]) -> None:
+    """Take the last tokens out of entries, by index; sliding windows shrink."""
     for index, entry in enumerate(self_attention(cache).layers):
         # An exit that is off or keeps no keys never writes to its own.
-        if index not in rare and _is_written(entry):
-            entry.crop(-tokens)
+        if index in tokens and _is_written(entry):
+            entry.crop(-tokens[index])
 
 
 def _is_written(entry: Any) -> bool:
     states = getattr(entry, "is_conv_states_initialized", {})
     return bool(getattr(entry, "is_initialized", False)) or any(states.values())
-
-
-def check_croppable(cache: Any) -> None:
-    """Raise `InputError` where tokens cannot be taken back, once the prompt has been read.
-
-    A recurrent state holds the whole text in one tensor: what a rejected draft did to it stays.
-    """
-    if not croppable(cache):
-        raise InputError(
-            "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
-            "Use a policy with lossless=False.",
-        )
 
 
 def croppable(cache: Any) -> bool:

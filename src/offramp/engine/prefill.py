@@ -179,6 +179,11 @@ class Prefill:
             kw["attention_mask"] = self._mask
         return kw
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Of all tokens so far [B, T], where the stack takes one."""
+        return self._mask
+
     def of_row(self, row: int) -> Prefill:
         """The same for one of several rows."""
         made = copy.copy(self)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from offramp.engine.confidence import check_thresholds
@@ -135,9 +136,12 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
     }
 
 
-def _learnt(backbone: Backbone) -> dict[str, bool]:
+def _learnt(backbone: Backbone) -> dict[str, Any]:
     values = (backbone.family.causal_prompt, backbone.lossless)
-    return dict(zip(LEARNT, values, strict=True))
+    found: dict[str, Any] = dict(zip(LEARNT, values, strict=True))
+    if backbone.engine is not None:
+        found |= {"engine": backbone.engine, "transformers": transformers.__version__}
+    return found
 
 
 def _checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
@@ -173,7 +177,11 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
     if config.decoding is not None and not backbone.tested:
-        backbone.learn(**config.decoding)
+        found = dict(config.decoding)
+        version, engine = found.pop("transformers", None), found.pop("engine", None)
+        if version != transformers.__version__ or engine not in ("slots", "stack"):
+            engine = None  # it is found out again
+        backbone.learn(**found, engine=engine)
     calibration = config.calibration
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
     if was != held_in:

@@ -28,6 +28,8 @@ _OPTIONAL = (
 )  # fmt: skip
 LEARNT = ("causal_prompt", "lossless")
 """What decoding shows of a backbone that was discovered."""
+PROVEN = ("engine", "transformers")
+"""Which executor was found to be exact, with which version of transformers."""
 _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
 
@@ -52,7 +54,7 @@ class AdapterConfig:
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
     calibration: Mapping[str, Any] | None
-    decoding: Mapping[str, bool] | None
+    decoding: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, str] | None
@@ -182,13 +184,16 @@ def _depths(config: _Entries) -> tuple[int, ...]:
     return tuple(depths)
 
 
-def _decoding(config: _Entries) -> dict[str, bool] | None:
+def _decoding(config: _Entries) -> dict[str, Any] | None:
     """What decoding showed of a discovered backbone; see `Backbone.learn`."""
     if config.values.get("decoding") is None:
         return None
     shown = config.part("decoding")
-    shown.check_known(LEARNT)
-    return {name: shown.get(name, bool) for name in LEARNT}
+    shown.check_known((*LEARNT, *PROVEN))
+    found: dict[str, Any] = {name: shown.get(name, bool) for name in LEARNT}
+    if all(name in shown.values for name in PROVEN):
+        found |= {name: shown.get(name, str) for name in PROVEN}
+    return found
 
 
 def _discriminators(config: _Entries) -> dict[str, Any] | None:

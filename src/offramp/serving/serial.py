@@ -6,6 +6,7 @@ keys and values. It has the face of `EngineCore`; a round is an answer.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.answers import Model, generate_by
+from offramp.engine.decoding.scheduler import Tally
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
@@ -24,8 +26,6 @@ from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig
 from offramp.serving.job import Job
 from offramp.serving.request import Handle, Request
-from offramp.serving.rows.row import Choice
-from offramp.serving.schedule.scheduler import Tally
 
 
 class SerialCore:
@@ -126,9 +126,15 @@ class SerialCore:
         request = job.handle.request
         policy = request.exit_policy(self.policy, self.depths)
         options = {**request.options, **self._shared, "streamer": _Steps(job, self._pause)}
-        with torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
-            torch.seed() if request.seed is None else torch.manual_seed(request.seed)
+        # Without a seed any will do, but not PyTorch's own, which is other requests' too.
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        if isinstance(self._model, Adapter | Backbone):
+            options["seed"] = seed
             output = generate_by(self._model, request.inputs, policy, options)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)
         job.finish(output, early_exit=bool(policy.thresholds) and not policy.lossless)
 
@@ -162,11 +168,16 @@ class _Steps:
 
     def __init__(self, job: Job, pause: Callable[[], None]) -> None:
         self._job, self._pause = job, pause
-        self.put, self.end = job.put, job.end
+        self.end = job.end
+
+    def put(self, value: Tensor) -> None:
+        """The prompt's ids [1, T] go on at once; tokens go with their depths, in `step`."""
+        if value.dim() > 1:
+            self._job.put(value)
 
     def step(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
         """One row's token [1], its depth and score."""
-        self._job.settled(Choice(int(tokens[0]), int(depths[0]), float(scores[0])))
+        self._job.settled(-1, int(tokens[0]), int(depths[0]), float(scores[0]))
         self._pause()
         if self._job.handle.unwanted:
             raise CancelledError

@@ -204,6 +204,11 @@ class Decoder:
     def feed(self) -> int:
         """Feed the next token of every sequence that is ready up to the first exit."""
         rows = self.sequences
+        if self.executor.rows == 1:  # each by itself
+            for row in rows:
+                row.waited += not row.ready(self.longest)
+            self._pass([row for row in rows if not row.rule.thresholds])
+            rows = [row for row in rows if row.rule.thresholds and row.ready(self.longest)]
         ready = [row.ready(self.longest) for row in rows]
         depth = self.depths[0]
         asked = [
@@ -212,7 +217,10 @@ class Decoder:
             else None
             for row, on in zip(rows, ready, strict=True)
         ]
-        # Those that are not ready go along: what they write is void, and slots stay in order.
+        # In one call those that are not ready go along: what they write is void, and slots stay in
+        # order.
+        if not rows:
+            return 0
         output = self.executor.feed(
             [row.handle for row in rows],
             [row.feed for row in rows],
@@ -375,8 +383,9 @@ class Decoder:
                 token = Token(word, self.backbone.depth, asked.score)
                 if asked.drafted and asked.said is not None and asked.said.token == word:
                     token = asked.said  # a draft that was right counts at the exit that said it
-                    if count := drafts.get(id(row)):
-                        count[1] = min(count[0], count[1] + 1)
+                    if row.rule.lossless:
+                        tally = drafts[id(row)]
+                        tally[1] = min(tally[0], tally[1] + 1)
                 right = self._give(row, place, token)
             except Exception as error:  # of the row's own rules: its request alone fails
                 row.error, right = error, False
@@ -401,7 +410,11 @@ class Decoder:
 
         No exit is looked at, so every sequence's tokens must be the full model's.
         """
-        rows = self.sequences
+        return self._pass(self.sequences)
+
+    def _pass(self, rows: list[Sequence]) -> int:
+        if not rows:
+            return 0
         exits = any(row.rule.thresholds for row in rows)
         final = self.executor.full(
             [row.handle for row in rows],

@@ -107,14 +107,14 @@ class ExitReader:
         here = self._backbone.here
         entry = here(output.entry)
         chain = _Constraints(asked)
-        token = _tokens(asked, entry.device) if self.watches else {}
+        places = _tokens(asked, entry.device) if self.watches else {}
         look = scorer(
             depth,
             here(output.state),
             entry,
             None if output.previous is None else here(output.previous),
             chain if chain.any else None,
-            **token,
+            **places,
         )
         scored = any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in asked)
         scores = look.score.tolist() if scored else [float("nan")] * len(asked)

@@ -52,7 +52,7 @@ class ExitRule:
         at, guesses = dict(policy.thresholds), dict(policy.guesses)
         if not guesses and guess_above is not None:
             guesses = dict.fromkeys(at, guess_above)
-        most = policy.max_draft if policy.lossless else OPEN_GUESSES
+        most: int | None = policy.max_draft if policy.lossless else OPEN_GUESSES
         if guess_above is not None and not policy.guesses:
             most = None  # its caller's schedule says when the layers above are asked
         return cls({d: _single(t) for d, t in at.items()}, policy.lossless, guesses or None, most)

@@ -144,8 +144,9 @@ class Sampler:
 
 
 def _through(processors: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    chain = processors if isinstance(processors, LogitsProcessorList) else None
-    return (chain or LogitsProcessorList(processors))(ids, scores)  # type: ignore[no-any-return]
+    own = isinstance(processors, LogitsProcessorList)
+    chain: Any = processors if own else LogitsProcessorList(processors)
+    return chain(ids, scores)  # type: ignore[no-any-return]
 
 
 def generators(rows: int, seed: int | None, device: torch.device) -> list[torch.Generator]:

@@ -44,12 +44,15 @@ class _Part:
 
 @dataclass(eq=False)
 class _Row:
-    """One sequence. tokens: columns that have entered the first layer. waits: by segment."""
+    """One sequence. tokens: columns that have entered the first layer. waits: by segment, what
+    waits before it; begin: the column of the first of it. ran: columns that each segment ran."""
 
     cache: Any
     prefill: Prefill
     tokens: int
     waits: dict[int, list[_Part]] = field(default_factory=dict)
+    begin: dict[int, int] = field(default_factory=dict)
+    ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
 
 
@@ -79,6 +82,7 @@ class StackExecutor:
         self._count = 0
         # of the current call
         self._row: _Row | None = None
+        self._seen: Any = None  # the cache as its layers see it
         self._running = range(0)
         self._skips = self._keys_only = False
         self._looks: Looks | None = None
@@ -100,8 +104,10 @@ class StackExecutor:
             depth, states = prompt.waits
             segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
             held.waits[segment] = [_Part(mine, prefill.positions, None)]
+            held.begin[segment] = tokens - mine.shape[1]
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         self._count += 1
+        held.ran = [*ran]
         self._held[self._count] = held
         return Loaded(self._count, tokens, ran)
 
@@ -119,7 +125,7 @@ class StackExecutor:
         if not croppable(cache):
             return False
         cache.activate_past_recording()  # sliding windows keep what a crop may need
-        crop(cache, 0, self.backbone.rare_layers)
+        crop(cache, dict.fromkeys(range(len(self_attention(cache).layers)), 0))
         return True
 
     def crop(self, handle: int, column: int) -> None:
@@ -127,8 +133,23 @@ class StackExecutor:
         undone = row.tokens - column
         if undone > 0:
             row.tokens = column
-            crop(row.cache, undone, self.backbone.rare_layers)
+            for segment in [*row.waits]:
+                row.waits[segment] = _first(row.waits[segment], column - row.begin[segment])
+            crop(row.cache, self._surplus(row, column))
             row.prefill.rollback(undone)
+            row.ran = [min(ran, column) for ran in row.ran]
+
+    def _surplus(self, row: _Row, column: int) -> dict[int, int]:
+        """How many columns from `column` on the entries have: of layers and of exits."""
+        surplus = {}
+        for segment, ran in enumerate(row.ran):
+            start, end = self._bounds[segment], self._bounds[segment + 1]
+            entries = [*range(start, end)]
+            if self.exits is not None and end < self.backbone.depth:
+                at = enumerate(self.exits.entries)
+                entries += [self.backbone.depth + i for i, depth in at if depth == end]
+            surplus |= dict.fromkeys(entries, max(0, ran - column))
+        return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -145,7 +166,9 @@ class StackExecutor:
         self._call(row, range(0, self._bounds[1]), kw)
         output, self._output = self._output, None
         assert output is not None and self._entry is not None
-        self._wait(row, 1, _Part(self._entry, kw.get("position_ids"), kw["input_ids"]))
+        part = _Part(self._entry, kw.get("position_ids"), kw["input_ids"])
+        self._wait(row, 1, part, row.tokens - 1)
+        row.ran[0] += 1
         return output
 
     def _arguments(self, row: _Row, token: int) -> dict[str, Any]:
@@ -170,6 +193,7 @@ class StackExecutor:
                 row = self._held[handle]
                 kw = self._arguments(row, token)
                 made.append(self._call(row, range(self.backbone.depth), kw))
+                row.ran = [ran + 1 for ran in row.ran]
         finally:
             self._keys_only = False
         return torch.cat(made)
@@ -192,14 +216,16 @@ class StackExecutor:
     def _run(self, segment: int, span: Span) -> ExitOutput | Tensor:
         row, start = self._held[span.handle], self._bounds[segment]
         parts = row.waits.pop(segment)
-        states = torch.cat([part.states for part in parts], 1)[:, : span.end - span.first]
+        states = torch.cat([part.states for part in parts], 1)
+        assert states.shape[1] == span.end - span.first
         positions, ids = _along(p.positions for p in parts), _along(p.ids for p in parts)
-        new = states.shape[1]
         kw = {n: v for n, v in row.last.items() if n not in ("input_ids", "inputs_embeds")}
         if positions is not None:
-            positions = kw["position_ids"] = positions[..., :new]
+            kw["position_ids"] = positions
+        if row.prefill.mask is not None:  # shorter, where tokens were taken back since
+            kw["attention_mask"] = row.prefill.mask
         if self.backbone.reads_ids and ids is not None:
-            ids = kw["input_ids"] = ids[:, :new]
+            kw["input_ids"] = ids
         else:
             kw["inputs_embeds"] = states.clone()  # BLIP adds positions where it lies
         self._chunk = states
@@ -207,15 +233,18 @@ class StackExecutor:
             final = self._call(row, range(start, self._bounds[segment + 1]), kw)
         finally:
             self._chunk = None
+        row.ran[segment] = span.end
         if segment == len(self.depths):
             return final
         output, self._output = self._output, None
         assert output is not None and self._entry is not None
-        self._wait(row, segment + 1, _Part(self._entry, positions, ids))
+        self._wait(row, segment + 1, _Part(self._entry, positions, ids), span.first)
         return output
 
-    def _wait(self, row: _Row, segment: int, part: _Part) -> None:
-        row.waits.setdefault(segment, []).append(part)
+    def _wait(self, row: _Row, segment: int, part: _Part, column: int) -> None:
+        if not row.waits.get(segment):
+            row.waits[segment], row.begin[segment] = [], column
+        row.waits[segment].append(part)
 
     def skip(self, handle: int, segment: int) -> None:
         """Fill what the newest token skips from a segment on, approximately."""
@@ -229,6 +258,7 @@ class StackExecutor:
             self._call(row, range(depth, self.backbone.depth), kw)
         finally:
             self._chunk, self._skips = None, False
+        row.ran = [row.ran[0]] * len(row.ran)
 
     def _call(self, row: _Row, running: range, kw: dict[str, Any]) -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
@@ -236,11 +266,11 @@ class StackExecutor:
         self._row, self._running = row, running
         self._output = self._entry = self._previous = None
         given = dict(kw)
-        given[cache_name(given)] = self._cache(row)
+        given[cache_name(given)] = self._seen = self._cache(row)
         try:
             out = self.intercepted.stack(**given).last_hidden_state
         finally:
-            self._row = None
+            self._row = self._seen = None
         return self.backbone.here(out).flatten(0, 1)
 
     def _cache(self, row: _Row) -> Any:
@@ -268,15 +298,15 @@ class StackExecutor:
             call = replace(call, hidden=self._chunk)
         assert self._row is not None
         if self._skips:
-            store_keys(self._row.cache, call.layer, call)
+            store_keys(self._seen, call.layer, call)
             if index in self.depths and index != running.start and self.exits is not None:
-                store_exit_keys(self._row.cache, self.exits, call)
+                store_exit_keys(self._seen, self.exits, call)
             return self.backbone.skipped_layer_output(replace(call, hidden=call.hidden))
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
         if self._keys_only and index in self.depths and self.exits is not None:
-            store_exit_keys(self._row.cache, self.exits, call)
+            store_exit_keys(self._seen, self.exits, call)
         if self._watches and index + 1 == running.stop:
             self._previous = here(call.hidden.flatten(0, 1))
         return call.run(call.layer)
@@ -287,7 +317,7 @@ class StackExecutor:
         here, self._entry = self.backbone.here, call.hidden
         entry = here(call.hidden.flatten(0, 1))
         if not self._looks(call.index, entry):
-            store_exit_keys(self._row.cache, self.exits, call)
+            store_exit_keys(self._seen, self.exits, call)
             self._output = ExitOutput(entry, None, self._previous)
             return
         state = here(self.exits.run(call.index, call).flatten(0, 1))
@@ -310,6 +340,25 @@ def _row_of(cache: Any, row: int) -> Any:
                    if getattr(e, "keys", None) is not None), torch.device("cpu"))  # fmt: skip
     made.reorder_cache(torch.tensor([row], device=device))
     return made
+
+
+def _first(parts: list[_Part], columns: int) -> list[_Part]:
+    """Of the first columns alone."""
+    kept = []
+    for part in parts:
+        new = min(columns, part.states.shape[1])
+        if new <= 0:
+            break
+        columns -= new
+        positions, ids = part.positions, part.ids
+        kept.append(
+            _Part(
+                part.states[:, :new],
+                None if positions is None else positions[..., :new],
+                None if ids is None else ids[:, :new],
+            )
+        )
+    return kept
 
 
 def _along(parts: Any) -> Tensor | None:

@@ -199,9 +199,10 @@ class SlotExecutor:
             if self._offsets is not None:
                 self._offsets[..., slot] = self._offsets[..., source]
             self._offset_of[slot] = self._offset_of[source]
-            for segment, kept in self._entries.items():
+            for kept in self._entries.values():
                 kept[slot] = kept[source]
-                self._base[segment][slot] = self._base[segment][source]
+            for base in self._base.values():
+                base[slot] = base[source]
         held: tuple[dict[int, Any], ...] = (self._places, self._encoder, self._unread)
         for table in held:
             table.pop(slot, None)
@@ -544,8 +545,8 @@ class SlotExecutor:
     def _rehearsed(self, positions: int) -> Tables | None:
         """Tables of so many positions, made once for a backbone."""
         backbone, current = self.backbone, self._current.call
-        kind = self.intercepted.stack.config._attn_implementation, self._offsets is None
-        kind = (*kind, backbone.text_config._attn_implementation, backbone.dtype, backbone.device)
+        attention = backbone.text_config._attn_implementation
+        kind = attention, self._offsets is None, backbone.dtype, backbone.device
         known = _TABLES.setdefault(backbone, {})
         made = known.get(kind)
         if isinstance(made, str):
@@ -624,7 +625,8 @@ class SlotExecutor:
         """Run the exit before this layer, or only store its keys where nobody looks."""
         assert self.exits is not None and self._looks is not None
         entry = call.hidden.flatten(0, -2)
-        if not self._looks(call.index, entry) and not self._packs:
+        whole = self._packs or bool(self._unread_in(self._current.call))
+        if not whole and not self._looks(call.index, entry):
             self._store_exit_keys(call)
             self._output = ExitOutput(entry, None, self._previous)
             return
