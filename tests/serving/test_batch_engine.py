@@ -12,11 +12,11 @@ from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp.adapter import Adapter
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.slots.cache import SlotCache
-from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
@@ -282,7 +282,7 @@ def test_states_that_are_no_keys_and_values_are_refused():
     cache = DynamicCache()
     cache.layers = [LinearAttentionLayer()]
     with pytest.raises(UnsupportedBackboneError, match="one by one"):
-        SlotCache(slots=2, entries=1, limit=8).load(0, cache, None)
+        SlotCache(slots=2, entries=1, limit=8).load(0, cache, 0, None, None)
 
 
 def test_rows_are_written_on_while_a_long_prompt_is_read(adapter, rows):
@@ -316,7 +316,8 @@ def length_of(adapter, inputs):
     """Tokens of a prompt, its image's included."""
     reader = PromptReader(adapter.backbone, None, ())
     options = {"max_new_tokens": 2, "do_sample": False}
-    return reader.read(inputs, options, use_exits=False).cache.get_seq_length()
+    prepared = reader.prepare(inputs, options)
+    return reader.read(prepared, use_exits=False).cache.get_seq_length()
 
 
 def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, batch):
@@ -362,13 +363,25 @@ def test_a_batch_of_rows_is_not_a_request(adapter, batch):
         handle.result(timeout=0)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [ExitPolicy({2: 0.5}, kv="propagate"), ExitPolicy({2: 0.5, 4: 0.5}, score="patience")],
-)
-def test_policies_that_no_row_of_a_batch_can_follow_are_refused(policy, backbone, exits):
+def test_keys_that_are_not_exact_are_refused(backbone, exits):
     with pytest.raises(InputError):
-        EngineCore(backbone(NAME), exits(NAME), policy, SMALL)
+        EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv="propagate"), SMALL)
+
+
+def test_a_score_that_follows_a_token_from_exit_to_exit_is_each_requests_own(
+    backbone, exits, rows
+):
+    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="patience")
+    whole, some = backbone(NAME), exits(NAME)
+    engine = EngineCore(whole, some, policy, SMALL)
+    handles = [engine.add(request(row)) for row in rows]
+    engine.run()
+    for row, handle in zip(rows, handles, strict=True):
+        options = {"max_new_tokens": 8, "do_sample": False}
+        expected = generate(whole, row, exits=some, policy=policy, **options)
+        output = handle.result().output
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.depths, expected.depths)
 
 
 def test_an_engine_is_driven_by_one_thread(adapter, rows):
@@ -391,7 +404,7 @@ def test_without_exits_every_row_runs_at_full_depth(backbone, rows):
     engine = EngineCore(backbone(NAME), config=SMALL)
     handles = [engine.add(request(row, None)) for row in rows]
     engine.run()
-    assert engine.calls["shallow"] == engine.calls["deep"] == 0
+    assert engine.calls["feed"] == engine.calls["deep"] == 0
     for handle, row in zip(handles, rows, strict=True):
         expected = generate(backbone(NAME), row, max_new_tokens=8, do_sample=False)
         assert torch.equal(handle.result().output.sequences, expected.sequences)

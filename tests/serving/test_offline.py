@@ -15,7 +15,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.offline import write_answers
-from offramp.serving.schedule.scheduler import Schedule
+from offramp.engine.decoding.scheduler import Schedule
 
 NAME = "blip2-opt"
 

@@ -9,7 +9,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError
 from offramp.serving.rows.slot_batch import SlotBatch
-from offramp.serving.schedule.scheduler import Load, Schedule
+from offramp.engine.decoding.scheduler import Load, Schedule
 from offramp.serving.schedule.simulator import Workload, full_depth, simulate
 from offramp.serving.schedule.unit_costs import CallCosts, measure_calls, seconds
 

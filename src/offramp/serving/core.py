@@ -113,11 +113,12 @@ class EngineCore:
         check_company(policy)
         reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
         self._attached, self._watches = attached, reader.watches
+        self._schedule = config.schedule or Schedule.of(config.slots)
         self.decoder = Decoder(
             backbone,
             self._executor(),
             reader,
-            schedule=config.schedule or Schedule.of(config.slots),
+            schedule=self._schedule,
             longest=config.longest,
         )
         self.pace = Pace(config.schedule is not None, clock)
@@ -130,6 +131,7 @@ class EngineCore:
             prefix_cache=prefix_cache,
             chunk=config.budget,
             between=self._meanwhile,
+            waits=prefix_cache is None,
         )
         self._queue: deque[Job] = deque()
         self._reading: Job | None = None
@@ -198,6 +200,9 @@ class EngineCore:
         sequences = self.decoder.sequences
         rows, exits = len(sequences), any(s.rule.uses_exits for s in sequences)
         exiting = any(s.rule.exiting for s in sequences)
+        # Tokens that may exit wait for no company where exits do not pay.
+        pays = not exiting or self.pace.exits_pay(exiting=True)
+        self.decoder.schedule = self._schedule if pays else Schedule(0, 1)
         call = self.decoder.next_call()
         trial = exits and call == "feed" and self.pace.wants_trial()
         if trial and Load.of(sequences, self.config.longest).pending:
@@ -307,7 +312,9 @@ class EngineCore:
         request = job.handle.request
         policy, instead = self._policy(request)
         job.instead = instead
-        rule = ExitRule.of(policy, guess_above=self.config.guess_above)
+        # A score that follows a token from exit to exit wants it settled before the next.
+        follows = self.decoder.reader.follows
+        rule = ExitRule.of(policy, guess_above=None if follows else self.config.guess_above)
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)

@@ -18,7 +18,7 @@ WARM = 8
 """Calls over about as many sequences before full depth is tried with them."""
 ENOUGH = 48
 """Tokens that exits must have settled before they are judged."""
-RETRY = 64
+RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
 """Tokens after which what was counted so far counts by half."""

@@ -20,7 +20,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Promise, Sample, WatchConfig, Watcher
-from offramp.serving.schedule.scheduler import Schedule
+from offramp.engine.decoding.scheduler import Schedule
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import messages, running, scene_examples, service_of, shipped
 

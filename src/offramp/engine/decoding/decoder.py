@@ -83,7 +83,7 @@ class Decoder:
                 question.scorer = self.reader.scorer()
 
         def decide(depth: int, output: ExitOutput) -> bool:
-            if depth not in rule.thresholds:
+            if depth not in rule.thresholds or all(first is not None for first in firsts):
                 return False
             asked = [q if first is None else None for q, first in zip(questions, firsts, strict=True)]
             for row, verdict in enumerate(self.reader.verdicts(depth, output, asked)):

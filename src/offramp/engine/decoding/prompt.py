@@ -74,7 +74,8 @@ class PromptReader:
     and values of prompts kept between calls. chunk: tokens that are run at once, where the prompt
     is causal and nothing but tokens and positions go with it; None: all. between: called before
     each of several chunks, the vision tower having run. propagate: fill the keys and values of
-    layers that a first token skips, approximately, instead of letting the prompt wait.
+    layers that a first token skips, approximately, instead of letting the prompt wait. waits:
+    whether it may wait at its exit; prompts that do are not kept in a prefix cache.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class PromptReader:
         chunk: int | None = None,
         between: Callable[[], None] = lambda: None,
         propagate: bool = False,
+        waits: bool = True,
     ) -> None:
         self.backbone, self.exits = backbone, exits
         self.intercepted = InterceptedModel(backbone, self)
@@ -97,7 +99,7 @@ class PromptReader:
             self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
-        self._prefix_cache, self._propagate = prefix_cache, propagate
+        self._prefix_cache, self._propagate, self._may_wait = prefix_cache, propagate, waits
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
@@ -205,7 +207,7 @@ class PromptReader:
             else:
                 state = here(self.exits.run(call.index, call)[:, -1])
                 output = ExitOutput(here(newest), state, self._before)
-                if self._decide(call.index, output):
+                if self._decide(call.index, output) and self._may_wait:
                     self._waits = call.index, call.hidden
                     if self._propagate:
                         self._store_skipped(call)

@@ -18,6 +18,7 @@ from torch import Tensor
 from offramp.engine.decoding.executor import Loaded, Looks, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.modules.compiled import cannot_compile
 from offramp.engine.kv_cache import (
     cache_name,
     crop,
@@ -78,6 +79,7 @@ class StackExecutor:
         self._bounds = (0, *self.depths, backbone.depth)
         self.propagate, self._watches = propagate, watches
         self.intercepted = InterceptedModel(backbone, self)
+        cannot_compile(backbone, "this model or request needs its own stack")
         self._held: dict[int, _Row] = {}
         self._count = 0
         # of the current call

@@ -34,7 +34,7 @@ from offramp.engine.executors.slots.masks import with_slot_masks
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
 from offramp.engine.executors.slots.tables import BIASES, Given, Tables
 from offramp.engine.kv_cache import cache_parameter, store_exit_keys
-from offramp.engine.executors.modules.compiled import called_in_place
+from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage
 from offramp.errors import UnsupportedBackboneError, check_known
 from offramp.models.backbone import Backbone, LayerCall
@@ -80,7 +80,7 @@ class SlotExecutor:
         encoded = backbone.is_encoder_decoder
         self.cache = SlotCache(slots, entries, limit, encoded)
         self.intercepted = InterceptedModel(backbone, self)
-        self._watches = watches
+        self._watches, self._device = watches, backbone.device
         packs = can_pack(self.intercepted.stack)
         self.layout = layout or ("packed" if packs else "flat")
         with_slot_masks(self.intercepted.stack)
@@ -103,6 +103,7 @@ class SlotExecutor:
         self._count = 0
         self._offsets: Tensor | None = None  # position of column 0 [..., slots]
         self._offset_of: list[int | None] = [0] * slots
+        self._first_of = [0] * slots  # of the first of several axes
         self._places: dict[int, Tensor] = {}  # positions of a prompt that waits [..., T], by slot
         self._encoder: dict[int, Tensor] = {}  # states of an encoder [1, S, D], by slot
         self._unread: dict[int, set[int]] = {}  # layers which these have not gone through
@@ -180,7 +181,7 @@ class SlotExecutor:
         axes = offset.flatten()[-3:].tolist()
         # Tables are gathered by one number a token, which is all there is behind a prompt.
         self._refused = self._refused or len({*axes}) > 1
-        self._offset_of[slot] = axes[-1]
+        self._offset_of[slot], self._first_of[slot] = axes[-1], int(offset.flatten()[0])
         self._ahead = max(self._ahead, axes[-1])
         if prompt.waits is not None:
             plain = torch.arange(columns, device=own.device) + offset[..., None]
@@ -199,6 +200,7 @@ class SlotExecutor:
             if self._offsets is not None:
                 self._offsets[..., slot] = self._offsets[..., source]
             self._offset_of[slot] = self._offset_of[source]
+            self._first_of[slot] = self._first_of[source]
             for kept in self._entries.values():
                 kept[slot] = kept[source]
             for base in self._base.values():
@@ -296,7 +298,7 @@ class SlotExecutor:
         if len(asked) == 1:
             at = asked[0] if asked[0] >= 0 else total + asked[0]
             return _narrowed(output, at)
-        index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
+        index = torch.tensor(asked, dtype=torch.long, device=self._device)
         return output.picked(index) if isinstance(output, ExitOutput) else output[index]
 
     def _several(
@@ -313,7 +315,7 @@ class SlotExecutor:
         named, columns = [slot for slot, _ in spelt], [column for _, column in spelt]
         width = max(columns) + 1
         self.cache.reserve(width)
-        call = lay_out(self.layout, named, columns, width, self.backbone.device)
+        call = lay_out(self.layout, named, columns, width, self._device)
         laid = torch.cat([states[i] for i in order])
         packed = self.layout == "packed"
         if call.gather is not None and not packed:
@@ -330,22 +332,22 @@ class SlotExecutor:
         index = [
             where[i] + n for i in range(len(spans)) for n in range(spans[i].end - spans[i].first)
         ]
-        return _picked(output, torch.tensor(index, device=self.backbone.device))
+        return _picked(output, torch.tensor(index, device=self._device))
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, device=self.backbone.device)
+        return torch.tensor(ids, device=self._device)
 
     def _beside(self, slot: int, span: Span) -> OneSlot:
         self.cache.reserve(span.end)
-        return OneSlot(slot, span.first, span.end, self.backbone.device)
+        return OneSlot(slot, span.first, span.end, self._device)
 
     def _one_each(self, slots: Sequence[int], columns: Sequence[int]) -> Call:
         """One token of each slot."""
         width = max(columns) + 1
         self.cache.reserve(width)
         if len(slots) == 1:
-            return OneSlot(slots[0], columns[0], width, self.backbone.device)
-        return one_each(slots, columns, width, self.backbone.device)
+            return OneSlot(slots[0], columns[0], width, self._device)
+        return one_each(slots, columns, width, self._device)
 
     # -- what waits --------------------------------------------------------------------------
 
@@ -357,7 +359,7 @@ class SlotExecutor:
         places = [column - base[slot] for slot, column in zip(slots, columns, strict=True)]
         kept = self._room(segment, max(places) + 1, entries)
         if len(slots) == 1:
-            kept[slots[0], places[0]] = entries[0]
+            kept.select(0, slots[0]).narrow(0, places[0], 1).copy_(entries)
         else:
             kept[slots, places] = entries
 
@@ -423,6 +425,8 @@ class SlotExecutor:
         given = self._given(call, inputs)
         try:
             tables = self._exact_tables(given)
+            if tables is None and given.offset is not None:
+                cannot_compile(self.backbone, "this model or request needs its own stack")
             out = self._by_stack(given) if tables is None else self._by_layers(given, tables)
         finally:
             self._chunk = None
@@ -438,7 +442,8 @@ class SlotExecutor:
             if places is not None and start < places.shape[-1]:
                 offset = None  # a prompt's positions are its own
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
-        return Given(call, inputs, self._offsets, offset, encoder)
+        first = 0 if call.beside is None else self._first_of[call.beside[0]]
+        return Given(call, inputs, self._offsets, offset, encoder, first)
 
     def _stack_arguments(self, given: Given) -> dict[str, Any]:
         """What the stack is called with."""
@@ -447,7 +452,7 @@ class SlotExecutor:
         kw |= {"input_ids": inputs[:, None]} if inputs.dim() == 1 else {"inputs_embeds": inputs}
         # Some stacks size a mask of their own by the cache where they are given none.
         kw["attention_mask"] = torch.ones(
-            call.shape[0], call.width, dtype=torch.long, device=self.backbone.device
+            call.shape[0], call.width, dtype=torch.long, device=self._device
         )
         if given.takes_positions:
             kw["position_ids"] = self._position_ids(given)
@@ -473,7 +478,7 @@ class SlotExecutor:
     def _encoder_of(self, call: Call) -> tuple[Tensor, Tensor]:
         """What stands for the encoder: only the length of its states is looked at, and its mask.
         Its states, where layers have yet to make keys of them."""
-        lengths, device = self.cache.encoder_lengths, self.backbone.device
+        lengths, device = self.cache.encoder_lengths, self._device
         if call.beside is not None:
             slot = call.beside[0]
             length = lengths[slot]
@@ -577,7 +582,7 @@ class SlotExecutor:
     def _in_a_row(self, count: int) -> Given:
         """A call on so many positions, the states zero."""
         backbone = self.backbone
-        call = self._current.call = OneSlot(0, 0, count, backbone.device)
+        call = self._current.call = OneSlot(0, 0, count, self._device)
         states = torch.zeros(
             1, count, backbone.width, dtype=backbone.dtype, device=backbone.device
         )

@@ -33,7 +33,7 @@ class Given:
 
     inputs: token ids [n], or states [B, T, D] that enter a deeper layer. offsets: position of
     column 0 [..., slots], where the stack takes positions; offset: that of the one slot of a call
-    whose positions go up one by one. encoder: states and mask of the encoder, made when asked for.
+    whose positions go up one by one, first: that of the first of several axes. encoder: states and mask of the encoder, made when asked for.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class Given:
         offsets: Tensor | None,
         offset: int | None,
         encoder: Callable[[], tuple[Tensor, Tensor]] | None,
+        first: int = 0,
     ) -> None:
+        self.first = first
         self.call, self.inputs, self.offset = call, inputs, offset
         self._offsets, self._encoder = offsets, encoder
 
@@ -143,8 +145,10 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
     """Position ids as given, or the first of several axes where the layers get no more."""
 
     def made(given: Given) -> Any:
-        if given.call.beside is not None and given.takes_positions:
-            return handed.narrow(-1, given.row, given.call.shape[1])
+        if given.call.beside is not None and given.takes_positions and handed.dim() == 2:
+            start = given.call.beside[1] + given.first
+            if 0 <= start and start + given.call.shape[1] <= handed.shape[1]:
+                return handed.narrow(1, start, given.call.shape[1])
         own = given.positions
         if own is None:
             raise CannotRehearseError("position ids that the stack counts itself")

@@ -16,9 +16,10 @@ import torch
 from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from offramp.engine.generate import generate
-from offramp.engine.executors.modules import arguments, cache, compiled
+from offramp.engine.executors.modules import compiled
 from offramp.engine.executors.modules.code import CannotCompileError, Code
+from offramp.engine.executors.slots import cache, tables
+from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 
@@ -83,7 +84,7 @@ def test_guesses_samples_and_the_full_model_are_the_modules(backbone, exits, bat
 
 
 def test_a_longer_text_is_no_other_code(backbone, batch, both, codes, monkeypatch):
-    monkeypatch.setattr(cache, "ROOM", 8)
+    monkeypatch.setattr(cache, "BUCKET", 8)
     whole, inputs = backbone("gemma3"), batch("gemma3", 1)
     both(whole, inputs)
     assert len(codes(whole)) == 3  # layers with a window and without, and the head
@@ -95,7 +96,7 @@ def test_where_there_is_no_code_modules_run_and_it_is_said_once(
     backbone, batch, both, codes, warned, caplog, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(arguments, "CUTS", {})
+        patched.setattr(tables, "_of_tables", lambda pair, _: pair[::-1])
         both(Backbone(families.build("llava")), batch("llava", 1))
     assert len(warned()) == 1 and "its own stack" in warned()[0]
     caplog.clear()

@@ -1,0 +1,135 @@
+"""Laws of decoding without the stack's own code: every token as with it, and less of it run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from decoding import always
+from families import NAMES
+from reference import Dice
+
+from offramp.engine.executors.modules.bare import bare
+from offramp.engine.executors.slots import cache, tables
+from offramp.engine.executors.slots.executor import SlotExecutor
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.models.backbone import Backbone
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@pytest.fixture
+def both(monkeypatch, scored):
+    """What the model's own stack makes of a request, and what its layers alone make in slots."""
+    used: list[bool] = []
+    run_layers = SlotExecutor._by_layers
+
+    def noted(self, *args):
+        used.append(True)
+        return run_layers(self, *args)
+
+    monkeypatch.setattr(SlotExecutor, "_by_layers", noted)
+
+    def run(whole, inputs, *, dice=None, lean=True, **given):
+        made: list[Any] = []
+        for engine in ("stack", "slots"):
+            used.clear()
+            monkeypatch.setattr(whole, "engine", engine)
+            if dice is not None:
+                scored(Dice(dice))
+            made.append(generate(whole, inputs, **{**GREEDY, **given}))
+        assert bool(used) is lean
+        return made
+
+    return run
+
+
+def same(theirs, ours):
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.depths, theirs.depths)
+    torch.testing.assert_close(ours.scores, theirs.scores, equal_nan=True, atol=1e-5, rtol=0)
+    return ours
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_depths_and_scores_are_the_stacks(name, backbone, exits, batch, both):
+    whole, parts, inputs = backbone(name), exits(name), batch(name, 1)
+    first, second = parts.depths
+    given = {"exits": parts}
+    same(*both(whole, inputs, policy=FULL))
+    same(*both(whole, inputs, policy=always(name), **given))
+    drafts = ExitPolicy({first: 0.4}, lossless=True)
+    assert same(*both(whole, inputs, policy=drafts, dice=5, **given)).rounds
+    guesses = ExitPolicy({first: 0.6}, guesses={first: 0.1})
+    same(*both(whole, inputs, policy=guesses, dice=5, **given))
+    rule = ExitPolicy({first: 0.4, second: 0.5}, exit_in_prefill=True)
+    mixed = same(*both(whole, inputs, policy=rule, dice=5, **given))
+    assert len(mixed.depths.unique()) == 3
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava", "florence2"])
+def test_rows_that_end_and_padding_are_the_stacks(name, backbone, batch, both):
+    whole, inputs = backbone(name), batch(name, 4)
+    end = int(generate(whole, inputs, **GREEDY).new_tokens[0, 3])
+    same(*both(whole, inputs, eos_token_id=end, pad_token_id=families.PAD))
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "paligemma2", "qwen2.5-vl"])
+def test_tables_and_slots_grow_with_the_answer(
+    name, backbone, exits, batch, both, monkeypatch
+):
+    """With rollback and catch-up across the ends of what there was room for."""
+    monkeypatch.setattr(cache, "BUCKET", 4)
+    whole, inputs, first = backbone(name), batch(name, 1), exits(name).depths[0]
+    for rule in (ExitPolicy({first: 0.3}, lossless=True), ExitPolicy({first: 0.3})):
+        same(*both(whole, inputs, exits=exits(name), policy=rule, dice=3, max_new_tokens=30))
+
+
+def test_many_rows_and_the_last_positions_are_the_stacks(batch, both):
+    whole, inputs = Backbone(families.build("blip2-opt")), batch("blip2-opt", 1)
+    sampled = {"do_sample": True, "top_k": 1, "num_return_sequences": 60, "max_new_tokens": 3}
+    same(*both(whole, inputs, **sampled))
+    room = whole.positions - inputs["input_ids"].shape[1]
+    same(*both(whole, inputs, max_new_tokens=room + 1))
+
+
+def test_the_stacks_own_code_runs_for_the_prompt_and_for_rehearsals_alone(batch):
+    whole, calls = Backbone(families.build("llava")), []
+    whole.stack.rotary_emb.register_forward_hook(lambda *_: calls.append(1))
+    generate(whole, batch("llava", 1), max_new_tokens=40, do_sample=False)
+    first = len(calls)
+    assert first <= 5  # the prompt, a rehearsal, and what it is held to, once for a backbone
+    generate(whole, batch("llava", 1), max_new_tokens=40, do_sample=False)
+    assert len(calls) == first + 1
+
+
+def test_what_is_made_otherwise_is_left_to_the_stack(batch, both, monkeypatch):
+    monkeypatch.setattr(tables, "_of_tables", lambda pair, _: pair[::-1])
+    same(*both(Backbone(families.build("llava")), batch("llava", 1), lean=False))
+
+
+def test_a_switch_leaves_every_token_to_the_stack(batch, both):
+    whole = Backbone(families.build("llava"))
+    whole.lean_decoding = False
+    same(*both(whole, batch("llava", 1), lean=False))
+
+
+def test_a_module_with_hooks_is_called_as_it_is(backbone):
+    layer = backbone("llava").layers[1]
+    own = type(backbone("llava").stack).__module__
+    twin = bare(layer, own)
+    assert twin is not layer and isinstance(twin, type(layer))
+    assert twin.mlp is not layer.mlp and twin.mlp.up_proj.weight is layer.mlp.up_proj.weight
+    handle = layer.mlp.register_forward_hook(lambda *_: None)
+    try:
+        assert bare(layer, own).mlp is layer.mlp
+    finally:
+        handle.remove()
+    layer.mlp.train()
+    try:
+        assert bare(layer, own).mlp is layer.mlp
+    finally:
+        layer.mlp.eval()
