@@ -22,7 +22,7 @@ MINIS = ("mini-opt", "mini-t5", "mini-llava")
 COSTS = Costs(
     layers=8, batch=1, context=40,
     layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, leave=0.1, score=0.2, store=0.2, token=0.5, reenter=0.3,
+    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
 )  # fmt: skip
 
 

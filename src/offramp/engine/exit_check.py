@@ -58,7 +58,7 @@ class ExitCheck:
 
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it. position: of the token in the answer
-    [B], from 0. previous_token: the id [B] that the token follows.
+    [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
     """
 
     scorer: ExitScorer
@@ -69,6 +69,7 @@ class ExitCheck:
     constrain: Constrain | None
     position: Tensor | None = None
     previous_token: Tensor | None = None
+    row: Tensor | None = None
 
     @cached_property
     def features(self) -> Tensor:
@@ -136,7 +137,7 @@ class ExitScorer:
         own = None if exits is None else exits.score
         self.score = _score_of(policy, depths, self.discriminators)
         if own is not None:
-            self.score = lambda check: own(check.allowed)
+            self.score = own
 
     def __call__(
         self,
@@ -149,7 +150,7 @@ class ExitScorer:
     ) -> ExitCheck:
         """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`.
 
-        token: its `position` and `previous_token`, where they are known.
+        token: its `position`, `previous_token` and `row`, where they are known.
         """
         return ExitCheck(self, depth, state, entry, previous, constrain, **token)
 

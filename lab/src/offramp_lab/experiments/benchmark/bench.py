@@ -245,8 +245,7 @@ class _Runner:
         full = self._tokens * self._costs.full
         if self._lossless:
             drafted = [made for made, _ in self._rounds]
-            at, longest = self.case.depth, self._options["max_draft"]
-            return full / rounds_seconds(self._costs, at, drafted, longest)
+            return full / rounds_seconds(self._costs, self.case.depth, drafted)
         # A step is as deep as its deepest row.
         left = self._leave[1:].all(1).numpy()
         depths = np.where(left, self.case.depth, self._costs.layers)
