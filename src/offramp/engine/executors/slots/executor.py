@@ -407,7 +407,10 @@ class SlotExecutor:
         """Layers of a segment and the exit behind them, or the final norm."""
         start, end = self._bounds[segment], self._bounds[segment + 1]
         self._looks = looks
-        final = self._call(range(start, end), call, inputs)
+        try:
+            final = self._call(range(start, end), call, inputs)
+        finally:
+            self._looks = None  # it knows whose tokens these are
         if end == self.backbone.depth:
             return final
         output, self._output = self._output, None
