@@ -203,6 +203,17 @@ def test_tokens_leave_where_the_script_says(name: str) -> None:
     assert found.depths.tolist() == [plan + [backbone.depth] * 2] * 2
 
 
+@pytest.mark.parametrize("name", ["mini-llava", "mini-t5"])
+def test_each_row_leaves_by_its_own_plan_in_whatever_order_rows_run(name: str) -> None:
+    """Five rows park and catch up without waiting for each other."""
+    backbone = shape(name).build()
+    exits = Exits(backbone, (EXIT,)).requires_grad_(False)
+    leave = torch.rand(12, 5, generator=torch.Generator().manual_seed(3)) < 0.6
+    leave[0] = False
+    found = generate_forced(backbone, shape(name).inputs(backbone, 5), exits, Script(leave), 12)
+    assert found.depths.tolist() == torch.where(leave.T, EXIT, backbone.depth).tolist()
+
+
 def test_an_exit_drafts_what_the_script_says() -> None:
     """Full agreement: every draft is kept; every other token wrong: at most one draft is."""
     backbone = shape("mini-llava").build()

@@ -105,7 +105,11 @@ class _Stopwatch(StoppingCriteria):
         """Note the calls of layers, exits and head."""
         kinds: list[tuple[str, nn.Module]] = [("layer", layer) for layer in backbone.layers]
         kinds += [("exit", exits.at(depth)) for depth in exits.depths] + [("head", backbone.head)]
-        handles = [h for at, (kind, module) in enumerate(kinds) for h in self.hook(kind, module, at)]
+        handles = [
+            handle
+            for number, (kind, module) in enumerate(kinds)
+            for handle in self.hook(kind, module, number)
+        ]
         try:
             yield
         finally:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from offramp.engine.confidence import (
     FEATURE_SCORES,
-    check_thresholds,
     check_weights,
     logits_score,
 )
@@ -126,8 +124,11 @@ class ExitScorer:
         """depths: where tokens may exit.
 
         Raises:
-            InputError: what the policy needs is missing: discriminators, weights, a shortlist.
+            InputError: what the policy needs is missing: discriminators, weights, a shortlist;
+                weights where no exit stands.
         """
+        if exits is not None:
+            check_weights(policy.weights, exits.depths)
         self.backbone = backbone
         self.shortlist = shortlist_of_policy(policy, exits)
         self.head = None

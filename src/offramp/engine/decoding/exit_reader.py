@@ -70,8 +70,10 @@ class ExitReader:
     def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Tensor], bool]:
         """Whether any of the questions is put to the exit at a depth, past its gate."""
 
+        rules = [q.rule for q in asked if q is not None]  # an executor may keep this: no requests
+
         def any_at(depth: int, entry: Tensor) -> bool:
-            if not any(q is not None and depth in q.rule.thresholds for q in asked):
+            if not any(depth in rule.thresholds for rule in rules):
                 return False
             if depth not in self._gates:
                 return True
@@ -143,7 +145,7 @@ class ExitReader:
 
     def scores(self, look: ExitCheck, asked: Sequence[Question | None]) -> Sequence[float]:
         """What thresholds are compared with, of each token; void where nothing is asked."""
-        return look.score.tolist()  # type: ignore[no-any-return]
+        return look.score.tolist()
 
     def _said(self, look: ExitCheck, asked: Sequence[Question | None]) -> list[int | Exception]:
         places = look.own_logits.argmax(-1)

@@ -38,8 +38,9 @@ class OnToken(Protocol):
 class Sampler:
     """What may come next in one row, and when it ends.
 
-    ids: the prompt's token ids [1, T]. row: of the prepared request. plain: the largest logit is the next token, so many rows can
-    be asked at once. scored: whether processors change what an exit's score is about.
+    ids: the prompt's token ids [1, T]. row: of the prepared request. plain: the largest logit is
+    the next token, so many rows can be asked at once. scored: whether processors change what an
+    exit's score is about.
     """
 
     def __init__(

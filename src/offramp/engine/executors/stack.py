@@ -156,16 +156,13 @@ class StackExecutor:
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ExitOutput:
-        self._looks = looks
-        try:
-            made = [self._feed(handle, token) for handle, token in zip(handles, ids, strict=True)]
-        finally:
-            self._looks = None  # it knows whose tokens these are
+        made = [self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)]
         return made[0] if len(made) == 1 else _joined(made)
 
-    def _feed(self, handle: int, token: int) -> ExitOutput:
+    def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
         row = self._held[handle]
         kw = self._arguments(row, token)
+        self._looks = looks
         self._call(row, range(0, self._bounds[1]), kw)
         output, self._output = self._output, None
         assert output is not None and self._entry is not None
@@ -210,10 +207,7 @@ class StackExecutor:
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> ExitOutput | Tensor:
         self._looks = looks
-        try:
-            made: list[ExitOutput | Tensor] = [self._run(segment, span) for span in spans]
-        finally:
-            self._looks = None
+        made: list[ExitOutput | Tensor] = [self._run(segment, span) for span in spans]
         index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
         if segment == len(self.depths):
             return torch.cat([part for part in made if isinstance(part, Tensor)])[index]

@@ -21,7 +21,7 @@ from transformers import StoppingCriteriaList
 
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import MODES, ExitPolicy
 from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError, check_known
 from offramp.evaluation.scripted_exits import OPTIONS
@@ -30,7 +30,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
 from offramp_lab.experiments.benchmark.simulator import (
     Prediction,

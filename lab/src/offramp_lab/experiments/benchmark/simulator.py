@@ -96,7 +96,7 @@ class _Answer:
 class _Costed:
     """An executor that counts the seconds of its calls and runs nothing. now: seconds so far."""
 
-    depths = (EXIT,)
+    depths: tuple[int, ...] = (EXIT,)
     rows: int | None = None
     propagate = False
 
@@ -162,7 +162,7 @@ class _Simulation:
         *,
         guess: bool,
         slots: int,
-        longest: int,
+        longest: int | None,
     ) -> None:
         self.slots, self.arrivals = slots, arrivals
         backbone: Any = SimpleNamespace(depth=LAYERS, logits=lambda states: states)
@@ -292,6 +292,18 @@ def replay(
     while run.waits:
         run.step()
     return run.prediction(tokens, decoding)
+
+
+def decoding_seconds(
+    costs: CallCosts, says: Says, lengths: Sequence[int], schedule: Schedule
+) -> float:
+    """Seconds of decoding answers of such lengths that begin together and park where they do not
+    exit, as the rows of one batch."""
+    slots = len(lengths)
+    run = _Simulation(costs, schedule, says, iter(lengths), guess=False, slots=slots, longest=None)
+    while run.waits or run.running:
+        run.step()
+    return run.decoding
 
 
 def full_depth(costs: CallCosts, slots: int | None = None) -> float:

@@ -269,9 +269,7 @@ def _engine_costs(
     exits = ExitSet(Exits(backbone, (1,), kind="lens"))
     core = EngineCore(backbone, exits, ExitPolicy({1: 0.5}), config)
     reader = PromptReader(backbone, exits, core.depths)
-    return measure_calls(
-        core.decoder, reader, inputs, config.slots, repeats=3, most=1, clock=work
-    )
+    return measure_calls(core.decoder, reader, inputs, config.slots, repeats=3, most=1, clock=work)
 
 
 def _static_costs(

@@ -407,10 +407,7 @@ class SlotExecutor:
         """Layers of a segment and the exit behind them, or the final norm."""
         start, end = self._bounds[segment], self._bounds[segment + 1]
         self._looks = looks
-        try:
-            final = self._call(range(start, end), call, inputs)
-        finally:
-            self._looks = None  # it knows whose tokens these are
+        final = self._call(range(start, end), call, inputs)
         if end == self.backbone.depth:
             return final
         output, self._output = self._output, None
