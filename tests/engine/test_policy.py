@@ -17,6 +17,7 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
+from offramp.serving.core import EngineCore
 
 NEW = 12
 DEPTHS = (1, 2, 3, 5)
@@ -315,6 +316,11 @@ def test_weights_must_fit_the_exits_with_thresholds(weights, problem, backbone, 
     policy = ExitPolicy({2: 0.5}, score="agreement", weights=weights)
     with pytest.raises(InputError, match=problem):
         ExitScorer(backbone("llava"), policy, policy.depths, ExitSet(exits("llava")))
+
+
+def test_an_engine_refuses_thresholds_where_no_exit_stands(backbone, exits):
+    with pytest.raises(InputError, match="no exit stands"):
+        EngineCore(backbone("llava"), exits("llava"), ExitPolicy({3: 0.5}))
 
 
 def test_weights_of_exits_that_are_off_are_kept(backbone, exits):
