@@ -94,16 +94,22 @@ def test_costs_come_back_from_json():
         CallCosts.from_json({"slots": 4})
 
 
-@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
-def test_measured_costs_leave_the_decoder_empty_and_grow_with_tokens(name, backbone, exits, batch):
+@pytest.mark.parametrize(
+    ("name", "engine"), [("blip2-opt", "slots"), ("blip2-t5", "slots"), ("llava", "stack")]
+)
+def test_measured_costs_leave_the_decoder_empty_and_grow_with_tokens(
+    name, engine, backbone, exits, batch, monkeypatch
+):
     whole, some, inputs = backbone(name), exits(name), batch(name, 1)
+    monkeypatch.setattr(whole, "engine", engine)
     core = EngineCore(whole, some, ExitPolicy({2: 0.5}), EngineConfig(slots=3, limit=64))
     reader = PromptReader(whole, some, core.depths)
     found = measure_calls(core.decoder, reader, inputs, 3, repeats=1, most=8, answer=5)
     assert not core.decoder.sequences
     assert CallCosts.median([found, found, found]) == found
-    prompt = 1 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]
-    assert found.context == prompt + 5
+    if engine == "slots":
+        prompt = 1 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]
+        assert found.context == prompt + 5
     assert [n for n, _ in found.feed] == [1, 2, 3]
     assert [n for n, _ in found.deep] == [1, 2, 4, 8]
     for table in (found.feed, found.deep, found.head, found.full):

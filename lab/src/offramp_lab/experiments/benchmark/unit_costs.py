@@ -211,7 +211,8 @@ class _Timer:
 
     def full(self, rows: int) -> float:
         """The same through all layers, without exits."""
-        self._sit(rows, NO_EXITS)
+        # A stack's caches grow together; what slots do not write is written again.
+        self._sit(rows, self._rule if self._executor.rows == 1 else NO_EXITS)
         begin = self._now()
         self._decoder.full()
         return self._now() - begin
