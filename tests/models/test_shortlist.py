@@ -231,7 +231,7 @@ def test_a_level_shuts_out_no_more_of_the_sure_than_it_may(lost):
 
 COSTS = Costs(
     layers=8, batch=1, context=40, layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, leave=0.1, score=0.2, store=0.2, token=0.5, reenter=0.3, gate=0.05,
+    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3, gate=0.05,
 )  # fmt: skip
 
 

@@ -1,20 +1,24 @@
 """Laws of shapes and of forced exits: what is asked for runs, and is predicted as it ran."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import parser_of
 
-from offramp.calibration.cost_model import Costs
+from offramp.calibration.cost_model import Costs, token_seconds
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.models.quantized import prepacked
 from offramp_lab.commands.bench import _subject
-from offramp_lab.experiments.benchmark.bench import Case, bench, spread, table
+from offramp_lab.experiments.benchmark.bench import Case, batch_costs, bench, spread, table
+from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.inputs import shapes
 from offramp_lab.inputs.shapes import SHAPES, shape
 
@@ -22,7 +26,7 @@ MINIS = ("mini-opt", "mini-t5", "mini-llava")
 COSTS = Costs(
     layers=8, batch=1, context=40,
     layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, leave=0.1, score=0.2, store=0.2, token=0.5, reenter=0.3,
+    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
 )  # fmt: skip
 
 
@@ -128,8 +132,8 @@ def test_every_case_has_an_entry_with_what_the_record_needs(entries: list[dict[s
 
 def test_predictions_are_those_of_the_plan_that_ran(entries: list[dict[str, Any]]) -> None:
     _, check, recompute, _, lossless = (e["predicted"] for e in entries)
-    assert check == pytest.approx(COSTS.full / (COSTS.full + 3.5))
-    each = 0.5 + 2 + 3.5 + 0.75 * 0.1 + 0.25 * (0.3 + 6 * 1.2 + 2)
+    assert check == pytest.approx(COSTS.full / (COSTS.full + 3.8))
+    each = 0.5 + 2 + 3.5 + 0.25 * (0.3 + 6 * 1.2 + 2)
     assert recompute == pytest.approx(COSTS.full / each)
     assert lossless > 0
 
@@ -173,6 +177,20 @@ def test_rows_of_a_batch_leave_together_or_each_on_its_own(independent: bool) ->
 def test_impossible_cases_are_refused(wrong: Any) -> None:
     with pytest.raises(InputError):
         wrong()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_a_batch_that_exits_together_is_predicted_as_one_row(rate: float) -> None:
+    rows, tokens = 4, 24
+    leave, costs = spread(tokens, rate), replace(COSTS, batch=rows)
+    took = decoding_seconds(
+        batch_costs(costs, 2),
+        lambda _, _row, place: bool(leave[place - 1]),
+        [1 + tokens] * rows,
+        Schedule.of(rows),
+    )
+    depths = np.where(leave.numpy(), 2, COSTS.layers)
+    assert took == pytest.approx(float(token_seconds(COSTS, depths, [2])))
 
 
 def test_lossless_cases_are_refused_in_a_batch() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp.serving.schedule.scheduler import Schedule
-from offramp.serving.schedule.unit_costs import CallCosts, seconds
 from offramp.storage import read_json
 from offramp_lab import cli
 from offramp_lab.experiments.benchmark.engine_bench import (
@@ -20,7 +22,8 @@ from offramp_lab.experiments.benchmark.engine_bench import (
     run_case,
     table,
 )
-from offramp_lab.experiments.benchmark.scripted_batch import Script, ScriptedBatch
+from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, seconds
 from offramp_lab.inputs.shapes import shape
 
 CONFIG = EngineConfig(slots=3, limit=128, schedule=Schedule.of(3))
@@ -38,17 +41,14 @@ def test_tokens_exit_and_guesses_are_right_as_the_script_says(mini):
     backbone, exits, inputs = mini
     found = {}
     for right in (0.0, 1.0):
-
-        def batch(*args, right=right, **more):
-            return ScriptedBatch(*args, script=Script(0.6, right), **more)
-
-        core = EngineCore(backbone, exits, ExitPolicy({2: 0.5}), CONFIG, make_batch=batch)
+        reader = partial(ScriptedReader, says=Script(0.6, right).happens)
+        core = EngineCore(backbone, exits, ExitPolicy({2: 0.5}), CONFIG, make_reader=reader)
         options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
         handles = [core.add(Request(inputs, "early_exit", options=options)) for _ in range(3)]
         core.run()
         depths = [d for h in handles for d in h.result().output.depths[0, 1:].tolist()]
         assert sum(d == 2 for d in depths) / len(depths) == pytest.approx(0.6, abs=0.12)
-        found[right] = core.calls["shallow"]
+        found[right] = core.calls["feed"]
     assert found[1.0] < found[0.0]  # nothing falls with a guess that is right
 
 
@@ -81,17 +81,17 @@ def test_the_simulator_makes_the_calls_that_the_engine_makes(mini, case, monkeyp
     now = 0.0
 
     def taking(made, kind):
-        def call(batch, **more):
+        def call(decoder, **more):
             nonlocal now
-            asks = any(seat.row.asks for seat in batch.seats)
-            tokens = made(batch, **more)
+            asks = any(sequence.asks for sequence in decoder.sequences)
+            tokens = made(decoder, **more)
             now += seconds(getattr(costs, kind), tokens) + 0.5 * (kind == "deep" and asks)
             return tokens
 
         return call
 
-    for kind in ("shallow", "deep", "full"):
-        monkeypatch.setattr(ScriptedBatch, kind, taking(getattr(ScriptedBatch, kind), kind))
+    for kind in ("feed", "deep", "full"):
+        monkeypatch.setattr(Decoder, kind, taking(getattr(Decoder, kind), kind))
     asked = {"requests": 10, "lengths": (6, 12), "seed": 3}
     measured = run_case(backbone, exits, inputs, case, CONFIG, clock=lambda: now, **asked)
     predicted = predict_case(costs, case, CONFIG, **asked)

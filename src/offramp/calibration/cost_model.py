@@ -1,8 +1,9 @@
 """The cost model: what decoding takes on this machine, predicted from its measured parts.
 
-A token costs what is fixed, the layers it runs, the checks it meets, and the LM head. With exact
-keys and values (`recompute`) a token that goes deeper takes the pending ones along, and a layer
-over n positions costs little more than over one, because its weights are read once.
+A token costs what is fixed, the layers it runs, the checks it meets, and the LM head; past an exit
+the layers above are a call of their own. With exact keys and values (`recompute`) a token that goes
+deeper takes the pending ones along, and a layer over n positions costs little more than over one,
+because its weights are read once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Costs:
     layer, head: one decoder layer, and the LM head, over 1, 2, 4 and 8 positions of each row.
     exit: an exit's own layer, over one position.
     check: the rest of a check: norm, head, score, and the transfer of its verdict.
-    leave: what a token that exits costs besides; negative where it saves, e.g. the final norm.
     score: the score of given logits; part of `check`.
-    store: keys and values alone of one layer: that tokens skipped (`propagate`), or of an exit that
-        is not checked.
+    store: filling the keys and values of one layer that tokens skip (`propagate`), or of an exit
+        that is not checked.
     gate: a gate's guess and its verdict.
     token: everything that is neither layers nor head: embedding, masks, Python.
-    reenter: entering the decoder again in the middle, for the tokens pending there.
+    reenter: a call of the layers behind an exit, besides these: entering the decoder in the middle,
+        for a token that did not exit and those pending there.
     """
 
     layers: int
@@ -47,7 +48,6 @@ class Costs:
     head: tuple[float, ...]
     exit: float
     check: float
-    leave: float
     score: float
     store: float
     token: float
@@ -59,12 +59,9 @@ class Costs:
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         counts = {n: getattr(self, n) for n in ("layers", "batch", "context")}
         seconds = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in counts}
-        least = {"leave": -min(self.check, self.token)}
         wrong = [n for n, v in counts.items() if v < 1]
         wrong += [
-            n
-            for n, v in seconds.items()
-            if not np.all(np.isfinite(v) & (np.array(v) >= least.get(n, 0.0)))
+            n for n, v in seconds.items() if not np.all(np.isfinite(v) & (np.array(v) >= 0.0))
         ]
         wrong += [n for n in ("layer", "head") if len(seconds[n]) != len(LENGTHS)]
         if self.layers < 2 or wrong:
@@ -80,6 +77,7 @@ class Costs:
     def from_json(cls, value: Mapping[str, Any]) -> Costs:
         """The costs that `to_json` wrote."""
         names = {f.name for f in fields(cls)}
+        value = {n: v for n, v in value.items() if n != "leave"}  # as older files have it
         if set(value) != names:
             raise InputError(
                 f"These are no costs: {', '.join(sorted(names ^ set(value)))} missing or unknown.",
@@ -117,7 +115,8 @@ def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
 
     Of the tokens a share r_k gets past exit k, each with 1 / r_k on average that run together:
 
-    seconds = token + sum_k r_k ((d_{k+1} - d_k) layer(1 / r_k) + exit_{k+1} + check) + r_end head
+    seconds = token + sum_k r_k ((d_{k+1} - d_k) layer(1 / r_k) + reenter_k + exit_{k+1} + check)
+              + r_end head, with nothing to re-enter below the first exit
 
     Tokens are assumed to exit independently of each other, for the share that finds others pending.
 
@@ -126,23 +125,20 @@ def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
     """
     _check_kv(kv)
     depths = _check_shares(costs, leave)
-    seconds, reach, before, start = costs.token, 1.0, 1.0, 0
+    seconds, reach, start = costs.token, 1.0, 0
     for depth in (*depths, costs.layers):
         if reach <= 0.0:
             return seconds
         together = 1.0 / reach if kv == "recompute" else 1.0
         layer = float(layer_seconds(costs, together))
-        seconds += reach * (depth - start) * layer
-        if kv == "recompute":
-            seconds += reach * (1.0 - reach / before) * costs.reenter
+        seconds += reach * ((depth - start) * layer + (start > 0) * costs.reenter)
         if depth == costs.layers:
             return seconds + reach * costs.head[0]
         seconds += reach * (costs.exit * layer / costs.layer[0] + costs.check)
         gone = leave[depth]
-        seconds += gone * costs.leave
         if kv == "propagate":
             seconds += gone * (costs.layers - depth) * costs.store
-        before, reach, start = reach, max(0.0, reach - gone), depth
+        reach, start = max(0.0, reach - gone), depth
         reach = 0.0 if reach < 1e-9 else reach
     raise AssertionError("the last depth is the full one")
 
@@ -216,13 +212,11 @@ def token_seconds(
             seconds += arrived.sum(1) * costs.gate + (arrived & ~looked).sum(1) * costs.store
         checked = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
         seconds += checked * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
-        left = (ran == depth).sum(1)
-        seconds += left * costs.leave
+        seconds += passed.sum(1) * costs.reenter
         if kv == "propagate":
-            seconds += left * (costs.layers - depth) * costs.store
+            seconds += (ran == depth).sum(1) * (costs.layers - depth) * costs.store
         else:
             together = _since(passed, live)
-            seconds += (_since(passed, arrived) > 1).sum(1) * costs.reenter
         arrived, start = passed, depth
     seconds += arrived.sum(1) * costs.head[0]
     return np.asarray(seconds if np.ndim(depths) > 1 else seconds[0])
@@ -242,18 +236,17 @@ def _since(passed: NDArray[np.bool_], counted: NDArray[np.bool_]) -> NDArray[np.
 # -- lossless ---------------------------------------------------------------------------------
 
 
-def rounds_seconds(costs: Costs, depth: int, drafted: ArrayLike, max_draft: int) -> float:
+def rounds_seconds(costs: Costs, depth: int, drafted: ArrayLike) -> float:
     """Seconds of lossless rounds with so many drafts each, written by one exit at `depth`.
 
-    A round runs its drafts and one token more up to the exit, and all of them deeper at once.
+    A round runs its drafts and one token more up to the exit, which looks at each, and all of them
+    deeper at once.
     """
     drafts = np.asarray(drafted, dtype=float)
     positions = drafts + 1
-    shallow = costs.token + depth * costs.layer[0] + costs.exit
-    looks = drafts + (drafts < max_draft)  # a draft of full length is followed without a look
+    shallow = costs.token + depth * costs.layer[0] + costs.exit + costs.check
     deep = (costs.layers - depth) * layer_seconds(costs, positions) + head_seconds(costs, positions)
-    total = positions * shallow + looks * costs.check + drafts * costs.leave
-    return float((total + (drafts > 0) * costs.reenter + deep).sum())
+    return float((positions * shallow + costs.reenter + deep).sum())
 
 
 def predict_lossless(
@@ -277,7 +270,7 @@ def predict_lossless(
     lengths = np.arange(max_draft + 1)
     share = sure**lengths * np.where(lengths < max_draft, 1.0 - sure, 1.0)
     written = np.array([(acceptance ** np.arange(g + 1)).sum() for g in lengths])
-    rounds = [rounds_seconds(costs, depth, g, max_draft) for g in lengths]
+    rounds = [rounds_seconds(costs, depth, g) for g in lengths]
     return float((share * rounds).sum() / (share * written).sum())
 
 

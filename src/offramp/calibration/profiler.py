@@ -36,42 +36,51 @@ PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"
 
 @dataclass(frozen=True)
 class _Token:
-    """One token's seconds, and the calls (kind, positions, seconds) within it."""
+    """One token of each row: its seconds, and the calls (kind, number of the module, tokens,
+    seconds) within it."""
 
+    rows: int
     seconds: float
-    calls: tuple[tuple[str, int, float], ...]
+    calls: tuple[tuple[str, int, int, float], ...]
 
     @property
     def layers(self) -> float:
         """Seconds in the backbone's layers."""
-        return sum(seconds for kind, _, seconds in self.calls if kind == "layer")
+        return sum(seconds for kind, _, _, seconds in self.calls if kind == "layer")
 
     @property
     def exit(self) -> float:
         """Seconds in exits' layers."""
-        return sum(seconds for kind, _, seconds in self.calls if kind == "exit")
+        return sum(seconds for kind, _, _, seconds in self.calls if kind == "exit")
 
     @property
     def head(self) -> float:
         """Seconds of the last call of the LM head."""
-        return next((s for kind, _, s in reversed(self.calls) if kind == "head"), 0.0)
+        return next((s for kind, _, _, s in reversed(self.calls) if kind == "head"), 0.0)
 
 
 def _layer(token: _Token, positions: int) -> float:
-    """Mean seconds of the layers that ran over so many positions."""
-    return fmean(s for kind, n, s in token.calls if kind == "layer" and n == positions)
+    """Mean seconds of the layers that ran over so many positions of each row, in one call of all
+    rows or in one of each."""
+    ran: dict[int, list[float]] = {}
+    for kind, number, tokens, seconds in token.calls:
+        if kind == "layer":
+            of = ran.setdefault(number, [0, 0.0])
+            of[0], of[1] = of[0] + tokens, of[1] + seconds
+    return fmean(seconds for tokens, seconds in ran.values() if tokens == positions * token.rows)
 
 
 class _Stopwatch(StoppingCriteria):
     """Stops nothing; notes each token's time and the calls within it.
 
-    hook: seconds that noting a call takes, which the tokens' times then leave out.
+    rows: are asked about one after the other, and exit alike. hook: seconds that noting a call
+    takes, which the tokens' times then leave out.
     """
 
-    def __init__(self, device: torch.device, hook: float = 0.0) -> None:
+    def __init__(self, device: torch.device, rows: int = 1, hook: float = 0.0) -> None:
         self.tokens: list[_Token] = []
-        self._hook_seconds = hook
-        self._calls: list[tuple[str, int, float]] = []
+        self._rows, self._asked, self._hook_seconds = rows, 0, hook
+        self._calls: list[tuple[str, int, int, float]] = []
         self._sync: Callable[[], None] = (
             torch.cuda.synchronize if device.type == "cuda" else lambda: None
         )
@@ -82,11 +91,13 @@ class _Stopwatch(StoppingCriteria):
         return time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if self._last:  # the first token came out of the prefill
-            seconds = self.now() - self._last - len(self._calls) * self._hook_seconds
-            self.tokens.append(_Token(seconds, tuple(self._calls)))
-        self._calls.clear()
-        self._last = self.now()
+        self._asked += 1
+        if self._asked % self._rows == 0:
+            if self._last:  # the first token came out of the prefill
+                seconds = self.now() - self._last - len(self._calls) * self._hook_seconds
+                self.tokens.append(_Token(self._rows, seconds, tuple(self._calls)))
+            self._calls.clear()
+            self._last = self.now()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @contextmanager
@@ -94,19 +105,24 @@ class _Stopwatch(StoppingCriteria):
         """Note the calls of layers, exits and head."""
         kinds: list[tuple[str, nn.Module]] = [("layer", layer) for layer in backbone.layers]
         kinds += [("exit", exits.at(depth)) for depth in exits.depths] + [("head", backbone.head)]
-        handles = [handle for kind, module in kinds for handle in self.hook(kind, module)]
+        handles = [
+            handle
+            for number, (kind, module) in enumerate(kinds)
+            for handle in self.hook(kind, module, number)
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def hook(self, kind: str, module: nn.Module) -> list[Any]:
+    def hook(self, kind: str, module: nn.Module, number: int = 0) -> list[Any]:
         def begin(_: nn.Module, args: Any) -> None:
             self._began = self.now()
 
         def end(_: nn.Module, args: Any, output: Any) -> None:
-            self._calls.append((kind, args[0].shape[1], self.now() - self._began))
+            tokens = args[0].shape[:-1].numel()
+            self._calls.append((kind, number, tokens, self.now() - self._began))
 
         return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
@@ -170,10 +186,12 @@ def _round(
 ) -> Round:
     """Tokens of one round, by kind."""
 
+    rows = len(inputs["input_ids"])
+
     def forced(plan: Sequence[str], kv: str) -> list[_Token]:
-        watch = _Stopwatch(backbone.device, hook)
+        watch = _Stopwatch(backbone.device, rows, hook)
         leave = torch.tensor([False, *(kind == "leave" for kind in plan)])
-        script = Script(leave[:, None].expand(-1, len(inputs["input_ids"])), score=score)
+        script = Script(leave[:, None].expand(-1, rows), score=score)
         with watch.inside(backbone, exits):
             generate_forced(
                 backbone, inputs, exits, script, len(leave),
@@ -181,7 +199,7 @@ def _round(
             )  # fmt: skip
         return watch.tokens
 
-    watch = _Stopwatch(backbone.device, hook)
+    watch = _Stopwatch(backbone.device, rows, hook)
     with watch.inside(backbone, exits):
         stop = StoppingCriteriaList([watch])
         generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=1 + FULL, **OPTIONS)
@@ -240,10 +258,11 @@ class _Measurements:
         def outside(token: _Token) -> float:
             return token.seconds - token.layers - token.exit - overhead
 
-        check = max(0.0, self._median("stay", lambda t: outside(t) - t.head))
-        leave = max(self._median("leave", outside) - check, -min(check, overhead))
-        deep = [self._median(f"deep{n}", lambda t: outside(t) - t.head) for n in LENGTHS[1:]]
-        store = self._median("store", outside) - check - leave
+        check = max(0.0, self._median("leave", outside))
+        deep = ["stay", *(f"deep{n}" for n in LENGTHS[1:])]
+        reenter = median(self._median(kind, lambda t: outside(t) - t.head) for kind in deep) - check
+        exit = self._median("stay", lambda t: t.exit)
+        store = self._median("store", lambda t: t.seconds)
         return Costs(
             layers=layers,
             batch=batch,
@@ -251,13 +270,13 @@ class _Measurements:
             # A longer run is never cheaper; where it seems so, that is noise.
             layer=tuple(np.maximum.accumulate([layer, *more]).tolist()),
             head=tuple(np.maximum.accumulate(head * np.array(heads)).tolist()),
-            exit=self._median("stay", lambda t: t.exit),
+            exit=exit,
             check=check,
-            leave=leave,
             score=score,
-            store=max(0.0, store / (layers - depth)),
+            # All that a token takes longer which fills what it skips: rows then run one by one.
+            store=max(0.0, (store - overhead - depth * layer - exit - check) / (layers - depth)),
             token=overhead,
-            reenter=max(0.0, median(deep) - check),
+            reenter=max(0.0, reenter),
             gate=gate,
         )
 

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from offramp.engine.confidence import (
     FEATURE_SCORES,
-    check_thresholds,
     check_weights,
     logits_score,
 )
@@ -58,7 +56,7 @@ class ExitCheck:
 
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it. position: of the token in the answer
-    [B], from 0. previous_token: the id [B] that the token follows.
+    [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
     """
 
     scorer: ExitScorer
@@ -69,6 +67,7 @@ class ExitCheck:
     constrain: Constrain | None
     position: Tensor | None = None
     previous_token: Tensor | None = None
+    row: Tensor | None = None
 
     @cached_property
     def features(self) -> Tensor:
@@ -125,8 +124,11 @@ class ExitScorer:
         """depths: where tokens may exit.
 
         Raises:
-            InputError: what the policy needs is missing: discriminators, weights, a shortlist.
+            InputError: what the policy needs is missing: discriminators, weights, a shortlist;
+                weights where no exit stands.
         """
+        if exits is not None:
+            check_weights(policy.weights, exits.depths)
         self.backbone = backbone
         self.shortlist = shortlist_of_policy(policy, exits)
         self.head = None
@@ -136,7 +138,7 @@ class ExitScorer:
         own = None if exits is None else exits.score
         self.score = _score_of(policy, depths, self.discriminators)
         if own is not None:
-            self.score = lambda check: own(check.allowed)
+            self.score = own
 
     def __call__(
         self,
@@ -149,7 +151,7 @@ class ExitScorer:
     ) -> ExitCheck:
         """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`.
 
-        token: its `position` and `previous_token`, where they are known.
+        token: its `position`, `previous_token` and `row`, where they are known.
         """
         return ExitCheck(self, depth, state, entry, previous, constrain, **token)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.confidence import SCORES
+from offramp.engine.exit_check import ExitCheck
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.models.backbone import Backbone
@@ -24,40 +25,33 @@ OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": N
 """Greedy, and to the last token asked for: random weights may end a sentence anywhere."""
 
 
-class Script(StoppingCriteria):
-    """A plan of which tokens exit, by position: at one exit.
+class Script:
+    """A plan of which tokens exit, by position: at one exit, whenever and in whatever order it
+    looks at them.
 
     leave: [N, B]; whether the token at each position (0 is the one out of the prefill) exits;
         behind the plan none does.
     says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own;
         with a shortlist, their places in it.
     score: the real score, whose time is paid.
-
-    As a stopping criterion it stops nothing and counts the tokens written: what is looked at after
-    position n was written is position n + 1, and after that look, in a draft, position n + 2.
     """
 
     def __init__(
         self, leave: Tensor, *, says: Tensor | None = None, score: str = "max_probability"
     ) -> None:
-        self._leave, self._says, self._score = leave, says, SCORES[score]
-        self._written = self._looked = 0
+        self._leave = torch.cat([leave, leave.new_zeros(1, leave.shape[1])])
+        self._says, self._score = says, SCORES[score]
 
-    def judge(self, logits: Tensor) -> Tensor:
-        """Scores [B] of logits [B, V]: 1 where the plan says exit, else 0."""
-        position = self._written + self._looked
-        self._looked += 1
-        verdict = self._score(logits) * 0  # not a new tensor, which would not wait for the score
-        if position >= len(self._leave):
-            return verdict
+    def judge(self, check: ExitCheck) -> Tensor:
+        """Scores [B] of a check of B tokens: 1 where the plan says exit, else 0."""
+        assert check.position is not None and check.row is not None
+        verdict = self._score(check.allowed) * 0  # not a new tensor, which would not wait for it
         if self._says is not None:
-            logits[:, self._says[position]] = torch.inf
-        return verdict + self._leave[position].to(verdict)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self._written += 1
-        self._looked = 0
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            planned = (check.position < len(self._says)).nonzero().flatten()
+            said = self._says.to(planned.device)[check.position[planned]]
+            check.own_logits[planned, said] = torch.inf
+        position = check.position.clamp(max=len(self._leave) - 1)
+        return verdict + self._leave.to(position.device)[position, check.row].to(verdict)
 
 
 def generate_forced(
@@ -82,6 +76,6 @@ def generate_forced(
         exits=replace(ExitSet.of(exits), score=script.judge),
         policy=ExitPolicy({at: 0.5}, **policy),
         max_new_tokens=tokens,
-        stopping_criteria=StoppingCriteriaList([*criteria, script]),
+        stopping_criteria=StoppingCriteriaList(criteria),
         **OPTIONS,
     )

@@ -208,7 +208,8 @@ class ExitSet:
     gates: by depth (`offramp.models.shortlist`).
     discriminators: by depth; only the "discriminator" score asks them.
     measured: what was measured when shortlist and gates were learnt.
-    score: of logits [B, S], in place of the policy's; for exits that follow a script.
+    score: of an `ExitCheck` [B], in place of the policy's; for exits that follow a script. It knows
+        each token's position and row.
     """
 
     modules: Exits
@@ -216,7 +217,7 @@ class ExitSet:
     gates: Mapping[int, Gate] = field(default_factory=dict)
     discriminators: nn.ModuleDict | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
-    score: Callable[[Tensor], Tensor] | None = None
+    score: Callable[[Any], Tensor] | None = None
 
     @classmethod
     def of(cls, exits: ExitSet | Exits) -> ExitSet:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader, check_company
@@ -108,7 +109,9 @@ class EngineCore:
         check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
         self.config, self.policy, self.clock = config, policy, clock
         self.backbone = backbone
-        self.depths: tuple[int, ...] = policy.depths if attached is not None else ()
+        self.depths: tuple[int, ...] = ()
+        if attached is not None:
+            self.depths = tuple(check_thresholds(dict(policy.thresholds), attached.depths))
         """Of the exits in use, ascending."""
         check_company(policy)
         reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)

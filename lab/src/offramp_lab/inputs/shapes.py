@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.slots.memory import free_bytes
+from offramp.engine.executors.slots.memory import free_bytes
 from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
 

@@ -27,15 +27,15 @@ from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
 
 from offramp.adapter import Adapter
-from offramp.engine.generate import generate
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.modules import compiled
+from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp.serving.schedule.scheduler import Schedule
 from offramp.storage import write_json
 from offramp_lab.inputs import tiny_families
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS

@@ -377,9 +377,7 @@ class Decoder:
                 continue
             asked = row.asked[place]
             try:
-                word = largest[i]
-                if not row.sampler.plain:
-                    word = row.sampler.choose(logits[i : i + 1], question.before)
+                word = self.reader.last_word(question, logits, i, largest[i])
                 token = Token(word, self.backbone.depth, asked.score)
                 if asked.drafted and asked.said is not None and asked.said.token == word:
                     token = asked.said  # a draft that was right counts at the exit that said it

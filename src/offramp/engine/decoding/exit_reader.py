@@ -62,6 +62,7 @@ class ExitReader:
         """Whether a score follows a token from exit to exit: each sequence needs a scorer."""
         self.watches = policy.score in FEATURE_SCORES
         """Whether the score reads more than logits."""
+        self._scripted = exits is not None and exits.score is not None
 
     def scorer(self) -> ExitScorer:
         return ExitScorer(self._backbone, self._policy, self._depths, self._exits)
@@ -69,8 +70,10 @@ class ExitReader:
     def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Tensor], bool]:
         """Whether any of the questions is put to the exit at a depth, past its gate."""
 
+        rules = [q.rule for q in asked if q is not None]  # an executor may keep this: no requests
+
         def any_at(depth: int, entry: Tensor) -> bool:
-            if not any(q is not None and depth in q.rule.thresholds for q in asked):
+            if not any(depth in rule.thresholds for rule in rules):
                 return False
             if depth not in self._gates:
                 return True
@@ -107,7 +110,7 @@ class ExitReader:
         here = self._backbone.here
         entry = here(output.entry)
         chain = _Constraints(asked)
-        places = _tokens(asked, entry.device) if self.watches else {}
+        places = _tokens(asked, entry.device) if self.watches or self._scripted else {}
         look = scorer(
             depth,
             here(output.state),
@@ -117,7 +120,7 @@ class ExitReader:
             **places,
         )
         scored = any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in asked)
-        scores = look.score.tolist() if scored else [float("nan")] * len(asked)
+        scores = self.scores(look, asked) if scored else [float("nan")] * len(asked)
         opened: Sequence[bool] = [True] * len(asked)
         if depth in self._gates:
             gate, level = self._gates[depth]
@@ -140,6 +143,10 @@ class ExitReader:
                     )
         return made
 
+    def scores(self, look: ExitCheck, asked: Sequence[Question | None]) -> Sequence[float]:
+        """What thresholds are compared with, of each token; void where nothing is asked."""
+        return look.score.tolist()
+
     def _said(self, look: ExitCheck, asked: Sequence[Question | None]) -> list[int | Exception]:
         places = look.own_logits.argmax(-1)
         shortlist = look.scorer.shortlist
@@ -154,6 +161,13 @@ class ExitReader:
         """The token that each question gets out of its raw logits [n, V]."""
         return _by_rules(logits.argmax(-1), lambda i: logits[i : i + 1], asked)
 
+    def last_word(self, question: Question, logits: Tensor, at: int, largest: int) -> int:
+        """The full model's token at a place in question: out of its raw logits, `at` in [n, V], the
+        largest of which is `largest`'s. Raise what the row's own rules raise."""
+        if question.sampler.plain:
+            return largest
+        return question.sampler.choose(logits[at : at + 1], question.before)
+
 
 def _says(question: Question | None, depth: int, verdict: Verdict) -> bool:
     """Whether the sequence goes on from what the exit says."""
@@ -163,11 +177,12 @@ def _says(question: Question | None, depth: int, verdict: Verdict) -> bool:
 
 
 def _tokens(asked: Sequence[Question | None], device: torch.device) -> dict[str, Tensor]:
-    """Position in its answer and previous token of each token [n]; 0 where none is asked."""
-    position, previous = [], []
+    """Position in its answer, previous token and row of each token [n]; 0 where none is asked."""
+    position, previous, row = [], [], []
     for question in asked:
         before = () if question is None else question.before
         position.append(len(before))
+        row.append(0 if question is None else question.sampler.row)
         if question is None:
             previous.append(0)
         else:
@@ -175,6 +190,7 @@ def _tokens(asked: Sequence[Question | None], device: torch.device) -> dict[str,
     return {
         "position": torch.tensor(position, device=device),
         "previous_token": torch.tensor(previous, device=device),
+        "row": torch.tensor(row, device=device),
     }
 
 

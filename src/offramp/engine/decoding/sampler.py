@@ -38,8 +38,9 @@ class OnToken(Protocol):
 class Sampler:
     """What may come next in one row, and when it ends.
 
-    ids: the prompt's token ids [1, T]. plain: the largest logit is the next token, so many rows can
-    be asked at once. scored: whether processors change what an exit's score is about.
+    ids: the prompt's token ids [1, T]. row: of the prepared request. plain: the largest logit is
+    the next token, so many rows can be asked at once. scored: whether processors change what an
+    exit's score is about.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Sampler:
         """row: of the prepared request. generator: of the row's noise, where it samples; None: one
         with a seed of its own. stops: whether the answer ends where a criterion says so."""
         self.ids: Tensor = prepared.ids[row : row + 1]
-        self._row, self._rows = row, len(prepared.ids)
+        self.row, self._rows = row, len(prepared.ids)
         self._processors, self._criteria = prepared.processors, prepared.criteria
         self._on_token, self._stops = on_token, stops
         self.samples = bool(prepared.config.do_sample)
@@ -104,7 +105,7 @@ class Sampler:
             return _through(processors, ids, scores)
         ids, scores = ids.expand(self._rows, -1), scores.expand(self._rows, -1)
         made = _through(processors, ids.contiguous(), scores.contiguous())
-        return made[self._row : self._row + 1]
+        return made[self.row : self.row + 1]
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Whether an answer of so many tokens, the last of them `last`, is over by length or by

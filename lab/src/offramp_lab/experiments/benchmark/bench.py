@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.calibration.cost_model import Costs, best_draft, rounds_seconds, token_seconds
+from offramp.calibration.cost_model import (
+    LENGTHS,
+    Costs,
+    best_draft,
+    rounds_seconds,
+    token_seconds,
+)
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.errors import InputError, did_you_mean
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
@@ -23,6 +30,8 @@ from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.provenance import provenance
+from offramp_lab.experiments.benchmark.simulator import decoding_seconds
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts
 
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {"kv": "recompute"},
@@ -245,12 +254,18 @@ class _Runner:
         full = self._tokens * self._costs.full
         if self._lossless:
             drafted = [made for made, _ in self._rounds]
-            at, longest = self.case.depth, self._options["max_draft"]
-            return full / rounds_seconds(self._costs, at, drafted, longest)
-        # A step is as deep as its deepest row.
+            return full / rounds_seconds(self._costs, self.case.depth, drafted)
+        kv = self._options["kv"]
+        if self._rows > 1 and kv == "recompute":
+            return full / decoding_seconds(
+                batch_costs(self._costs, self.case.depth),
+                lambda _, row, place: bool(self._leave[place, row]),
+                [1 + self._tokens] * self._rows,
+                Schedule.of(self._rows),
+            )
+        # Rows that are propagated run one by one: a step is as deep as its deepest.
         left = self._leave[1:].all(1).numpy()
         depths = np.where(left, self.case.depth, self._costs.layers)
-        kv = self._options["kv"]
         return full / float(token_seconds(self._costs, depths, [self.case.depth], kv=kv))
 
     def extra(self, measured: float) -> dict[str, Any]:
@@ -262,6 +277,19 @@ class _Runner:
             layer = self._costs.layer[0]
             return {"check_layers": (1.0 / measured - 1.0) * self._costs.full / layer}
         return {}
+
+
+def batch_costs(costs: Costs, depth: int) -> CallCosts:
+    """What the calls of a batch take that exits at `depth`, out of measured parts; fewer tokens
+    than rows at once as many."""
+    rows, layers = costs.batch, costs.layers - depth
+    sizes = [rows * length for length in LENGTHS]
+    feed = costs.token + depth * costs.layer[0] + costs.exit + costs.check
+    deep = tuple((n, costs.reenter + layers * s) for n, s in zip(sizes, costs.layer, strict=True))
+    head = tuple(zip(sizes, costs.head, strict=True))
+    return CallCosts(
+        rows, costs.context, ((rows, feed),), deep, head, ((rows, costs.full),), read=0.0
+    )
 
 
 def spread(tokens: int, rate: float) -> Tensor:

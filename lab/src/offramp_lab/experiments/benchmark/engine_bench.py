@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.engine.policy import ExitPolicy
-from offramp.engine.slots.prompt import PromptReader
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.policy import MODES, ExitPolicy
+from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError, check_known
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
@@ -28,11 +30,15 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
-from offramp.serving.schedule.scheduler import Schedule
-from offramp.serving.schedule.simulator import Prediction, full_depth, quantiles, replay
-from offramp.serving.schedule.unit_costs import CallCosts, measure_calls
-from offramp_lab.experiments.benchmark.scripted_batch import Script, ScriptedBatch
+from offramp.serving.request import Request
+from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
+from offramp_lab.experiments.benchmark.simulator import (
+    Prediction,
+    full_depth,
+    quantiles,
+    replay,
+)
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls
 
 REPEATS = 2
 """Of each call, in every round, when costs are measured."""
@@ -88,8 +94,7 @@ def run_case(
     clock: Clock = time.perf_counter,
 ) -> Measured:
     """Answer `requests` requests; count while more wait than there are slots for."""
-    depth = exits.depths[0]
-    policy = ExitPolicy({depth: 0.5}, shortlist=shortlist)
+    policy = _policy(exits, shortlist)
     never = 2.0  # a score of a guess that is never worth it
     config = replace(
         config,
@@ -102,7 +107,7 @@ def run_case(
         policy,
         config,
         clock=clock,
-        make_batch=partial(ScriptedBatch, script=script_of(case, seed)),
+        make_reader=partial(ScriptedReader, says=script_of(case, seed).happens),
     )
     written = [0]
 
@@ -124,6 +129,11 @@ def run_case(
     core.run()
     over = [h.result() for h in handles if not h.cancelled()]
     return Measured(tokens / took, tuple(gap for answer in over for gap in answer.gaps))
+
+
+def _policy(exits: ExitSet, shortlist: bool) -> ExitPolicy:
+    """Of every run: one exit, and first tokens of the full model, as the simulator has them."""
+    return ExitPolicy({exits.depths[0]: 0.5}, shortlist=shortlist, exit_in_prefill=False)
 
 
 def script_of(case: EngineCase, seed: int) -> Script:
@@ -164,13 +174,13 @@ def costs_of(
     clock: Clock = time.perf_counter,
 ) -> CallCosts:
     """Measured call costs of an engine of that kind, behind `answer` tokens of an answer."""
-    policy = ExitPolicy({exits.depths[0]: 0.5}, shortlist=shortlist)
-    core = EngineCore(backbone, exits, policy, config)
-    reader = PromptReader(backbone, exits, core.batch.depths)
+    core = EngineCore(backbone, exits, _policy(exits, shortlist), config)
+    reader = PromptReader(backbone, exits, core.depths)
     most = max(8, min(64, 8 * config.slots))
     return measure_calls(
-        core.batch, reader, inputs, repeats=REPEATS, most=most, answer=answer, clock=clock
-    )
+        core.decoder, reader, inputs, config.slots,
+        repeats=REPEATS, most=most, answer=answer, clock=clock,
+    )  # fmt: skip
 
 
 def predict_case(
@@ -229,6 +239,7 @@ def bench_engine(
         batches["against_static_prepacked"] = backbone
     static: dict[str, list[float]] = {name: [] for name in batches}
     taken: list[CallCosts] = []
+    prove(backbone, inputs)  # else the first prompt would find the executor
     for number in progress(range(rounds)):
         for name, model in batches.items():
             static[name].append(static_batch(model, inputs, config.slots, lengths[1], clock))
@@ -320,7 +331,7 @@ def table(costs: CallCosts, entries: Sequence[Mapping[str, Any]]) -> str:
         f"{costs.slots} slots, {costs.context} tokens of context; milliseconds by tokens:",
         *(
             f"  {name:8}" + "".join(f"{n:>5}: {1e3 * s:<7.1f}" for n, s in getattr(costs, name))
-            for name in ("shallow", "deep", "head", "full")
+            for name in ("feed", "deep", "head", "full")
         ),
         f"  a prompt {1e3 * costs.read:.1f}",
         "",

@@ -1,7 +1,7 @@
 """What a batch engine would do, call by call, from measured costs and assumed rates.
 
-The rows and the schedule are the engine's own (`Row`, `Schedule`): only what the exits say is
-drawn, or told, and the seconds are looked up. So what is predicted is the very order of calls that
+The loop is the engine's own (`Decoder`), over an executor that runs nothing and counts seconds:
+only what the exits say is drawn, or told. So what is predicted is the very order of calls that
 runs.
 """
 
@@ -12,13 +12,26 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Loaded, Looks, Span
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.decoding.sequence import Token
+from offramp.engine.exit_check import ExitOutput
 from offramp.errors import InputError
-from offramp.serving.rows.row import Choice, Row
-from offramp.serving.schedule.scheduler import Load, Schedule, due
-from offramp.serving.schedule.unit_costs import CallCosts, seconds
+from offramp_lab.experiments.benchmark.scripted_reader import Says, ToldReader
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, seconds
+
+EXIT, LAYERS = 1, 2
+"""Depths: all that matters is which is deeper."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +73,79 @@ class Prediction:
     first: tuple[float, float, float]
 
 
-Says = Callable[[str, int, int], bool]
-"""Whether the token of a row at a place in its answer exits ("exit"), or is right ("right")."""
-
-
 @dataclass(eq=False)
 class _Answer:
-    row: Row
+    """Stands where a sampler stands: says when the answer is over, and notes its tokens' times.
+
+    clock: returns seconds. submitted: when it was asked for.
+    """
+
+    clock: Callable[[], float]
     length: int
     submitted: float
-    number: int | None = None
     times: list[float] = field(default_factory=list)
+
+    def would_end(self, tokens: int, last: int) -> bool:
+        return tokens >= self.length
+
+    def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
+        self.times.append(self.clock())
+        return len(self.times) >= self.length
+
+
+class _Costed:
+    """An executor that counts the seconds of its calls and runs nothing. now: seconds so far."""
+
+    depths: tuple[int, ...] = (EXIT,)
+    rows: int | None = None
+    propagate = False
+
+    def __init__(self, costs: CallCosts) -> None:
+        self.costs, self.now = costs, 0.0
+        self._handles = 0
+
+    def load(self, prompt: Any, row: int) -> Loaded:
+        self._handles += 1
+        return Loaded(self._handles, 1, (1, 1))
+
+    def feed(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+    ) -> ExitOutput:
+        self.now += seconds(self.costs.feed, len(handles))
+        return ExitOutput(torch.empty(0), None)
+
+    def run(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
+    ) -> Tensor:
+        self.now += seconds(self.costs.deep, sum(span.end - span.first for span in spans))
+        if asked:
+            self.now += seconds(self.costs.head, len(asked))
+        return torch.zeros(len(asked), 1)
+
+    def full(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], *, exits: bool
+    ) -> Tensor:
+        raise NotImplementedError("every simulated request uses exits")
+
+    def trial(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+    ) -> Tensor | None:
+        return None
+
+    def skip(self, handle: int, segment: int) -> None:
+        raise NotImplementedError("nothing is propagated")
+
+    def allow_crops(self, handle: int) -> bool:
+        return True
+
+    def crop(self, handle: int, column: int) -> None:
+        pass
+
+    def release(self, handle: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Simulation:
@@ -87,48 +162,53 @@ class _Simulation:
         *,
         guess: bool,
         slots: int,
-        longest: int,
+        longest: int | None,
     ) -> None:
-        self.costs, self.schedule, self.says, self.guess = costs, schedule, says, guess
-        self.slots, self.longest, self.arrivals = slots, longest, arrivals
+        self.slots, self.arrivals = slots, arrivals
+        backbone: Any = SimpleNamespace(depth=LAYERS, logits=lambda states: states)
+        self._executor = _Costed(costs)
+        self.decoder = Decoder(
+            backbone, self._executor, ToldReader(says), schedule=schedule, longest=longest
+        )
+        self._rule = ExitRule({EXIT: 0.5}, guesses={EXIT: 0.0} if guess else None)
         self._lengths = lengths
         self._next = next(lengths, None)
-        self._looked = 0
-        self.now = self.decoding = 0.0
-        self.answers: list[_Answer] = []
+        self.decoding = self.next_arrival = 0.0
         self.queue: deque[float] = deque()
-        self.next_arrival = 0.0
         self.tokens = 0
         self.gaps: list[float] = []
         self.firsts: list[float] = []
 
-    def step(self) -> None:
-        """A round: prompts into free slots, then one call."""
-        self._arrive()
-        while self.waits and len(self.answers) < self.slots:
-            assert self._next is not None
-            submitted = self.queue.popleft() if self.queue else self.now
-            self.now += self.costs.read
-            answer = _Answer(Row(0, Choice(0, 0)), self._next, submitted)
-            self._next = next(self._lengths, None)
-            self.answers.append(answer)
-            self.firsts.append(self.now - submitted)
-            self._settle(answer)
-            if self.arrivals is not None:
-                break  # one prompt a round
-        if not self.answers:
-            self.now = max(self.now, self.next_arrival)
-            return
-        load = Load.of([answer.row for answer in self.answers], self.longest)
-        took = self._shallow() if self.schedule.next_call(load) == "shallow" else self._deep()
-        self.now += took
-        self.decoding += took
-        self.tokens += sum(self._settle(answer) for answer in list(self.answers))
+    @property
+    def now(self) -> float:
+        return self._executor.now
 
     @property
     def waits(self) -> bool:
         """Whether a request is there that has no slot."""
         return self._next is not None and (self.arrivals is None or bool(self.queue))
+
+    @property
+    def running(self) -> int:
+        """Answers under way."""
+        return len(self.decoder.sequences)
+
+    def step(self) -> None:
+        """A round: prompts into free slots, then one call."""
+        self._arrive()
+        while self.waits and self.running < self.slots:
+            self._read()
+            if self.arrivals is not None:
+                break  # one prompt a round
+        self._collect()
+        if not self.running:
+            self._executor.now = max(self.now, self.next_arrival)
+            return
+        begin = self.now
+        self.decoder.make(self.decoder.next_call())
+        self.decoding += self.now - begin
+        self.tokens += len(self.decoder.fresh())
+        self._collect()
 
     def _arrive(self) -> None:
         if self.arrivals is None:
@@ -137,53 +217,27 @@ class _Simulation:
             self.queue.append(self.next_arrival)
             self.next_arrival += self.arrivals()
 
-    def _shallow(self) -> float:
-        for answer in self.answers:
-            row = answer.row
-            if not row.ready(self.longest):
-                row.wait()
-                continue
-            if answer.number is None:
-                answer.number, self._looked = self._looked, self._looked + 1
-            place = len(row.choices)
-            if self.says("exit", answer.number, place):
-                row.say(Choice(0, 0))
-            elif self.guess:
-                row.guess(Choice(int(not self.says("right", answer.number, place)), 0))
-            else:
-                row.park(0.0)
-            row.held = bool(row.guesses) and len(row.choices) >= answer.length
-        return seconds(self.costs.shallow, len(self.answers))
+    def _read(self) -> None:
+        """Read the next prompt, which gives the first token."""
+        assert self._next is not None
+        submitted = self.queue.popleft() if self.queue else self.now
+        self._executor.now += self._executor.costs.read
+        answer: Any = _Answer(lambda: self.now, self._next, submitted)
+        self._next = next(self._lengths, None)
+        prompt: Any = None
+        self.decoder.join(prompt, 0, answer, self._rule, Token(0, LAYERS), answer)
+        self.decoder.fresh()  # it is the prompt's, not of decoding
+        self.firsts.append(self.now - submitted)
 
-    def _deep(self) -> float:
-        states = questions = 0
-        takes = due([answer.row for answer in self.answers], self.longest)
-        for answer, taken in zip(self.answers, takes, strict=True):
-            row = answer.row
-            if not taken:
-                continue
-            states += row.pending
-            questions += len(row.questions)
-            for place in row.questions:
-                if not row.answer(place, Choice(0, 0)):
-                    break
-            row.caught_up()
-        head = seconds(self.costs.head, questions) if questions else 0.0
-        return seconds(self.costs.deep, states) + head
+    def _collect(self) -> None:
+        for sequence in [s for s in self.decoder.sequences if s.over]:
+            self.decoder.leave(sequence)
+            self.gaps += [b - a for a, b in pairwise(sequence.owner.times)]
 
     def prediction(self, tokens: int = 0, decoding: float = 0.0) -> Prediction:
         """Of what went by since so many tokens and seconds of decoding."""
         speed = (self.tokens - tokens) / (self.decoding - decoding)
         return Prediction(speed, quantiles(self.gaps), quantiles(self.firsts))
-
-    def _settle(self, answer: _Answer) -> int:
-        """Give out what is settled of an answer; how many tokens."""
-        fresh = min(len(answer.row.settle()), answer.length - len(answer.times))
-        answer.times += [self.now] * fresh
-        if len(answer.times) >= answer.length:
-            self.answers.remove(answer)
-            self.gaps += np.diff(answer.times).tolist()
-        return fresh
 
 
 def simulate(
@@ -232,12 +286,24 @@ def replay(
     run = _Simulation(
         costs, schedule, says, iter(lengths), guess=guess, slots=slots, longest=longest
     )
-    while len(run.answers) < slots:
+    while run.running < slots:
         run.step()
     tokens, decoding = run.tokens, run.decoding
     while run.waits:
         run.step()
     return run.prediction(tokens, decoding)
+
+
+def decoding_seconds(
+    costs: CallCosts, says: Says, lengths: Sequence[int], schedule: Schedule
+) -> float:
+    """Seconds of decoding answers of such lengths that begin together and park where they do not
+    exit, as the rows of one batch."""
+    slots = len(lengths)
+    run = _Simulation(costs, schedule, says, iter(lengths), guess=False, slots=slots, longest=None)
+    while run.waits or run.running:
+        run.step()
+    return run.decoding
 
 
 def full_depth(costs: CallCosts, slots: int | None = None) -> float:

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.engine.slots.prompt import PromptReader
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Span
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.rule import NO_EXITS, ExitRule
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.sequence import Sequence as DecodedSequence
 from offramp.errors import InputError
-from offramp.serving.rows.row import Row
-from offramp.serving.rows.rules import RowRules
-from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
 
-IN_A_ROW = {"shallow": 4}
-"""Calls between two of another kind, where there are several."""
+IN_A_ROW = 4
+"""Calls that feed between two of another kind."""
 
 Table = tuple[tuple[int, float], ...]
 """(tokens, seconds), ascending."""
@@ -32,7 +34,7 @@ Table = tuple[tuple[int, float], ...]
 class CallCosts:
     """Seconds of the calls, by tokens.
 
-    slots, context: rows at once, and columns in their slots, when they were measured. shallow: a
+    slots, context: rows at once, and columns in their slots, when they were measured. feed: a
     token of each of n rows up to the exit, its look and the choice included. deep: n pending states
     through the layers above. head: the LM head and the choice over n questions of a deep call.
     full: a token of each of n rows through everything. read: a prompt.
@@ -40,7 +42,7 @@ class CallCosts:
 
     slots: int
     context: int
-    shallow: Table
+    feed: Table
     deep: Table
     head: Table
     full: Table
@@ -49,14 +51,14 @@ class CallCosts:
     @classmethod
     def median(cls, found: Sequence[CallCosts]) -> CallCosts:
         """Of the same calls, measured several times."""
-        shallow, deep, head, full = (
+        feed, deep, head, full = (
             tuple((sizes[0][0], median(s for _, s in sizes)) for sizes in zip(*tables, strict=True))
             for tables in zip(
-                *((one.shallow, one.deep, one.head, one.full) for one in found), strict=True
+                *((one.feed, one.deep, one.head, one.full) for one in found), strict=True
             )
         )
         first, read = found[0], median(one.read for one in found)
-        return cls(first.slots, first.context, shallow, deep, head, full, read)
+        return cls(first.slots, first.context, feed, deep, head, full, read)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,12 +67,13 @@ class CallCosts:
     def from_json(cls, value: Mapping[str, Any]) -> CallCosts:
         """The costs that `to_json` wrote. Raise `InputError` where it did not."""
         try:
-            shallow, deep, head, full = (
+            first = "shallow" if "shallow" in value else "feed"  # as older records call it
+            feed, deep, head, full = (
                 tuple((int(n), float(s)) for n, s in value[name])
-                for name in ("shallow", "deep", "head", "full")
+                for name in (first, "deep", "head", "full")
             )
             slots, context, read = value["slots"], value["context"], value["read"]
-            return cls(int(slots), int(context), shallow, deep, head, full, float(read))
+            return cls(int(slots), int(context), feed, deep, head, full, float(read))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"These are no call costs ({type(error).__name__}: {error}).",
@@ -86,38 +89,40 @@ def seconds(table: Table, tokens: float) -> float:
 
 
 def measure_calls(
-    batch: SlotBatch,
+    decoder: Decoder,
     reader: PromptReader,
     inputs: Mapping[str, Any],
+    slots: int,
     *,
     repeats: int = 5,
     most: int = TOKENS[-1],
     answer: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CallCosts:
-    """Time the calls of an empty batch after the prompt `inputs` in every slot; medians.
+    """Time the calls of an empty decoder after the prompt `inputs` in every slot; medians.
 
-    most: tokens of the largest deep call. answer: tokens that stand between the prompt and a call.
-    clock: returns seconds.
+    slots: sequences at once. most: tokens of the largest deep call. answer: tokens that stand
+    between the prompt and a call. clock: returns seconds.
 
     Raises:
-        InputError: a batch with rows in it or without exits, or fewer than one repeat.
+        InputError: a decoder with sequences or without exits, fewer than one repeat, or a model
+            whose states cannot be taken back.
     """
-    if batch.seats or not batch.depths or repeats < 1:
+    if decoder.sequences or not decoder.depths or repeats < 1:
         raise InputError(
-            f"Costs cannot be measured with {len(batch.seats)} rows seated, exits at "
-            f"{list(batch.depths)} and {repeats} repeats.",
-            "Use an empty batch with exits, and repeat at least once.",
+            f"Costs cannot be measured with {len(decoder.sequences)} sequences under way, exits at "
+            f"{list(decoder.depths)} and {repeats} repeats.",
+            "Use an empty decoder with exits, and repeat at least once.",
         )
-    timer = _Timer(batch, repeats, answer, clock)
-    read = timer.read(reader, inputs)
+    timer = _Timer(decoder, repeats, clock)
     wide = [n for n in TOKENS if n <= most]
-    narrow = sorted({n for n in TOKENS if n < batch.slots} | {batch.slots})
+    narrow = sorted({n for n in TOKENS if n < slots} | {slots})
     try:
-        tables = timer.tables({"shallow": narrow, "deep": wide, "head": wide, "full": narrow})
+        read = timer.read(reader, inputs, slots, answer)
+        tables = timer.tables({"feed": narrow, "deep": wide, "head": wide, "full": narrow})
     finally:
-        batch.seats.clear()
-    return CallCosts(slots=batch.slots, context=timer.context, read=read, **tables)
+        timer.leave()
+    return CallCosts(slots=slots, context=timer.context, read=read, **tables)
 
 
 def _rising(seconds: Sequence[float]) -> list[float]:
@@ -125,83 +130,138 @@ def _rising(seconds: Sequence[float]) -> list[float]:
 
 
 class _Timer:
-    """Makes calls as a batch makes them, on rows that stay where they are.
+    """Makes calls as a decoder makes them, on sequences that stay where they are.
 
     context: columns before them.
     """
 
-    def __init__(
-        self, batch: SlotBatch, repeats: int, answer: int, clock: Callable[[], float]
-    ) -> None:
-        self._batch, self._repeats, self._answer, self._clock = batch, repeats, answer, clock
-        self._seats: list[Seat] = []
+    def __init__(self, decoder: Decoder, repeats: int, clock: Callable[[], float]) -> None:
+        self._decoder, self._repeats, self._clock = decoder, repeats, clock
+        self._executor = decoder.executor
+        self._kept: list[DecodedSequence] = []
+        self._rule = ExitRule(
+            dict.fromkeys(decoder.depths, 0.5), guesses=dict.fromkeys(decoder.depths, 0.0)
+        )
         self.context = 0
         self._sync: Callable[[], None] = (
-            torch.cuda.synchronize if batch.backbone.device.type == "cuda" else lambda: None
+            torch.cuda.synchronize if decoder.backbone.device.type == "cuda" else lambda: None
         )
 
-    def read(self, reader: PromptReader, inputs: Mapping[str, Any]) -> float:
-        """Fill all slots; seconds of a prompt."""
-        took = []
-        options = {"max_new_tokens": TOKENS[-1], "do_sample": False}
-        for _ in range(self._batch.slots):
+    def read(
+        self, reader: PromptReader, inputs: Mapping[str, Any], slots: int, answer: int
+    ) -> float:
+        """Fill all slots, and write `answer` tokens behind the prompts; seconds of a prompt."""
+        took, decoder = [], self._decoder
+        options = {"max_new_tokens": answer + 2 * TOKENS[-1], "do_sample": False}
+        for _ in range(slots):
             begin = self._now()
-            prompt = reader.read(inputs, options, use_exits=True)
-            self._batch.join(prompt, RowRules(prompt), RowPolicy())
+            prepared = reader.prepare(inputs, options)
+            sampler = Sampler(prepared, stops=False)
+            prompt, [first] = decoder.read(
+                reader, prepared, [sampler], self._rule, first_exits=False
+            )
+            with torch.inference_mode():
+                self._kept.append(decoder.join(prompt, 0, sampler, self._rule, first))
             took.append(self._now() - begin)
-        self._seats = list(self._batch.seats)
-        self.context = self._seats[0].row.start + self._answer
+        if self._kept[0].rule.guesses is None:
+            raise InputError(
+                "Costs are measured of calls that are made again and again, and this model's "
+                "recurrent states cannot be taken back.",
+                "Measure its speed whole: offramp-lab bench without --engine.",
+            )
+        for _ in range(answer):
+            decoder.make("full")
+        self.context = self._kept[0].ran[0]
         return median(took)
+
+    def leave(self) -> None:
+        """Leave the decoder empty."""
+        self._decoder.sequences[:] = self._kept
+        for sequence in self._kept:
+            self._decoder.leave(sequence)
+        self._decoder.fresh()
 
     def tables(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, Table]:
         """Seconds of each kind of call for each of its sizes; a larger call is never cheaper.
 
-        Kinds take turns, and shallow calls come several in a row, as in an engine: each finds the
+        Kinds take turns, and calls that feed come several in a row, as in an engine: each finds the
         processor's cache as the others leave it.
         """
         took: dict[tuple[str, int], list[float]] = {(k, n): [] for k in sizes for n in sizes[k]}
         with torch.inference_mode():
             for turn in range(self._repeats + 1):
                 for kind, n in random.Random(turn).sample(list(took), len(took)):
-                    call, times = getattr(self, kind), IN_A_ROW.get(kind, 1)
-                    begin = self._now()
-                    for _ in range(times):
-                        call(n)
+                    seconds = getattr(self, kind)(n)
                     if turn:  # the first one warms up
-                        took[kind, n].append((self._now() - begin) / times)
+                        took[kind, n].append(seconds)
         return {
             kind: tuple(zip(of, _rising([median(took[kind, n]) for n in of]), strict=True))
             for kind, of in sizes.items()
         }
 
-    def shallow(self, rows: int) -> None:
-        self._sit(rows, RowPolicy())
-        self._batch.shallow()
+    def feed(self, rows: int) -> float:
+        """Seconds of feeding a token of each of so many sequences."""
+        self._sit(rows, self._rule)
+        begin = self._now()
+        for _ in range(IN_A_ROW):
+            self._decoder.feed()
+        took = (self._now() - begin) / IN_A_ROW
+        self._decoder.deep(flush=True)  # nothing is left waiting
+        return took
 
-    def full(self, rows: int) -> None:
-        self._sit(rows, RowPolicy(guess=False))
-        self._batch.full()
+    def full(self, rows: int) -> float:
+        """The same through all layers, without exits."""
+        # A stack's caches grow together; what slots do not write is written again.
+        self._sit(rows, self._rule if self._executor.rows == 1 else NO_EXITS)
+        begin = self._now()
+        self._decoder.full()
+        return self._now() - begin
 
-    def _sit(self, rows: int, policy: RowPolicy) -> None:
-        """Let the first `rows` rows alone be there, with nothing pending."""
-        self._batch.seats[:] = self._seats[:rows]
-        for seat in self._batch.seats:
-            seat.row, seat.policy = Row(self.context, seat.row.choices[0]), policy
-
-    def deep(self, tokens: int) -> None:
-        rows = min(tokens, self._batch.slots)
+    def deep(self, tokens: int) -> float:
+        """Seconds of the layers above the first exit over so many tokens that wait."""
+        rows = min(tokens, len(self._kept))
         shares = [tokens // rows + (row < tokens % rows) for row in range(rows)]
-        slots = [row for row, share in enumerate(shares) for _ in range(share)]
-        columns = [self.context + n for share in shares for n in range(share)]
-        float(self._batch.runner.deep(self._states(tokens), slots, columns).final[0, 0])
+        sitting = self._sit(rows, self._rule)
+        for n in range(shares[0]):
+            self._decoder.sequences[:] = [
+                one for one, share in zip(sitting, shares, strict=True) if share > n
+            ]
+            self._decoder.feed()
+        spans = [Span(one.handle, self.context, one.ran[0]) for one in sitting]
+        looks = self._decoder.reader.looks(())
+        last = len(self._decoder.depths)
+        begin = self._now()
+        for segment in range(1, last):
+            self._executor.run(segment, spans, (), looks)
+        final = self._executor.run(last, spans, range(tokens), looks)
+        assert isinstance(final, torch.Tensor)
+        float(final[0, 0])
+        return self._now() - begin
 
-    def head(self, tokens: int) -> None:
-        self._batch.backbone.logits(self._states(tokens)).argmax(-1).tolist()
+    def head(self, tokens: int) -> float:
+        """Seconds of the LM head and the choice over so many tokens."""
+        backbone = self._decoder.backbone
+        states = torch.ones(tokens, backbone.width, dtype=backbone.dtype, device=backbone.device)
+        begin = self._now()
+        backbone.logits(states).argmax(-1).tolist()
+        return self._now() - begin
+
+    def _sit(self, rows: int, rule: ExitRule) -> list[DecodedSequence]:
+        """Let the first `rows` sequences alone be there, with nothing behind the context."""
+        sitting = []
+        for kept in self._kept[:rows]:
+            self._executor.crop(kept.handle, self.context)
+            ran, first = [self.context] * len(kept.ran), kept.tokens[0]
+            sequence = DecodedSequence(
+                kept.sampler, rule, kept.handle, self.context, ran, first, kept.layers
+            )
+            sequence.scorer = kept.scorer
+            sequence.settle()  # the first token was given out
+            sitting.append(sequence)
+        self._decoder.sequences[:] = sitting
+        self._decoder.fresh()
+        return sitting
 
     def _now(self) -> float:
         self._sync()
         return self._clock()
-
-    def _states(self, tokens: int) -> torch.Tensor:
-        backbone = self._batch.backbone
-        return torch.ones(tokens, backbone.width, dtype=backbone.dtype, device=backbone.device)

@@ -25,8 +25,10 @@ import torch
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.slots.prompt import PromptReader
+from offramp.engine.self_check.decoding import prove
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
@@ -34,9 +36,8 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp.serving.rows.row import Choice
-from offramp.serving.schedule.simulator import quantiles
-from offramp.serving.schedule.unit_costs import CallCosts, measure_calls, seconds
+from offramp_lab.experiments.benchmark.simulator import quantiles
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.engine import add_to_record
 
@@ -139,7 +140,7 @@ def in_the_engine(
 ) -> Outcome:
     """Each as soon as a slot is free."""
 
-    def note(times: list[float], _: Choice) -> None:
+    def note(times: list[float], _: Token) -> None:
         times.append(clock())
 
     outcome, coming = Outcome(), deque(arrivals)
@@ -264,10 +265,11 @@ def _engine_costs(
     backbone: Backbone, inputs: Inputs, config: EngineConfig, work: Callable[[], float]
 ) -> CallCosts:
     """Of a prompt and of full steps; exits there must be to measure any."""
+    prove(backbone, inputs)  # else the first prompt would find the executor
     exits = ExitSet(Exits(backbone, (1,), kind="lens"))
     core = EngineCore(backbone, exits, ExitPolicy({1: 0.5}), config)
-    reader = PromptReader(backbone, exits, core.batch.depths)
-    return measure_calls(core.batch, reader, inputs, repeats=3, most=1, clock=work)
+    reader = PromptReader(backbone, exits, core.depths)
+    return measure_calls(core.decoder, reader, inputs, config.slots, repeats=3, most=1, clock=work)
 
 
 def _static_costs(

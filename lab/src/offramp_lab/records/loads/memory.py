@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
+from offramp.engine.executors.slots.executor import SlotExecutor
+from offramp.engine.policy import MODES
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp_lab.records.loads.subjects import keep, tiny
 from offramp_lab.records.soak import resident
 
@@ -92,12 +94,14 @@ def _requests(
 def held(core: EngineCore) -> dict[str, float]:
     """What the process holds, and this engine of it. MiB; tensors, objects: how many; slots: bytes
     of their keys and values."""
+    slots = core.decoder.executor
+    assert isinstance(slots, SlotExecutor)
     gc.collect()
     objects = gc.get_objects()
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
     return {
         "memory_mib": resident(), "tensors": tensors, "objects": len(objects),
-        "slots": core.batch.runner.cache.nbytes,
+        "slots": slots.cache.nbytes,
     }  # fmt: skip
 
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.answers import Answer
-from offramp.engine.policy import FULL
+from offramp.engine.policy import FULL, MODES
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp_lab.records.loads.subjects import Subject, add_photo, keep, photo
 
 Clock = Callable[[], float]

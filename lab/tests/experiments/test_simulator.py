@@ -1,0 +1,138 @@
+"""Laws of the simulation, which runs the engine's own decoder, and of the costs that it is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.policy import ExitPolicy
+from offramp.errors import InputError
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
+from offramp_lab.experiments.benchmark.simulator import Workload, full_depth, simulate
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
+
+FEED, DEEP, HEAD, READ = 2.0, 5.0, 1.0, 3.0
+
+
+def costs(slots=4):
+    """Calls that cost the same over any number of tokens."""
+
+    def flat(took):
+        return ((1, took), (64, took))
+
+    return CallCosts(slots, 10, flat(FEED), flat(DEEP), flat(HEAD), flat(10.0), READ)
+
+
+def test_if_all_tokens_exit_only_calls_that_feed_are_paid():
+    found = simulate(costs(), Workload(1.0, lengths=(40, 40)))
+    assert found.tokens_per_second == pytest.approx(4 / FEED)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_if_no_guess_is_right_every_flush_gives_a_row_one_token(patience):
+    schedule = Schedule(patience=patience, idle=4)
+    # Equal lengths, so that all rows end with the same call.
+    work = Workload(0.0, right=0.0, lengths=(40, 40))
+    found = simulate(costs(), work, schedule)
+    cycle = (patience + 1) * FEED + DEEP + HEAD
+    assert found.tokens_per_second == pytest.approx(4 / cycle, rel=0.04)
+
+
+def test_if_rows_park_every_token_takes_both_calls():
+    work = Workload(0.0, guess=False, lengths=(40, 40))
+    found = simulate(costs(), work, Schedule(patience=4, idle=4))
+    assert found.tokens_per_second == pytest.approx(4 / (FEED + DEEP + HEAD))
+
+
+def test_more_exits_and_better_guesses_are_never_slower():
+    rates = [simulate(costs(), Workload(p, 0.5)).tokens_per_second for p in (0.0, 0.5, 0.9, 1.0)]
+    rights = [simulate(costs(), Workload(0.5, g)).tokens_per_second for g in (0.0, 0.5, 0.9, 1.0)]
+    assert rates == sorted(rates)
+    assert rights == sorted(rights)
+
+
+def test_a_free_engine_answers_after_the_prompt_and_a_busy_one_later():
+    rare = simulate(costs(), Workload(0.9, arrivals=0.001), tokens=500)
+    often = simulate(costs(), Workload(0.9, arrivals=1.0), tokens=500)
+    assert rare.first[0] == pytest.approx(READ)
+    assert often.first[0] > 2 * READ
+
+
+def test_full_depth_is_one_call_a_token():
+    assert full_depth(costs()) == pytest.approx(4 / 10.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"exit_rate": 1.1},
+        {"exit_rate": 0.5, "right": -0.1},
+        {"exit_rate": 0.5, "lengths": (9, 3)},
+        {"exit_rate": 0.5, "arrivals": 0.0},
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(wrong):
+    with pytest.raises(InputError):
+        Workload(**wrong)
+
+
+def test_costs_are_linear_between_what_was_measured_and_beyond():
+    table = ((1, 1.0), (4, 2.0), (8, 4.0))
+    assert [seconds(table, n) for n in (1, 2.5, 8, 12)] == pytest.approx([1.0, 1.5, 4.0, 6.0])
+
+
+def test_costs_come_back_from_json():
+    found = costs()
+    written = found.to_json()
+    assert CallCosts.from_json(written) == found
+    written["shallow"] = written.pop("feed")  # as older records call it
+    assert CallCosts.from_json(written) == found
+    with pytest.raises(InputError, match="no call costs"):
+        CallCosts.from_json({"slots": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("blip2-opt", "slots"), ("blip2-t5", "slots"), ("llava", "stack")]
+)
+def test_measured_costs_leave_the_decoder_empty_and_grow_with_tokens(
+    name, engine, backbone, exits, batch, monkeypatch
+):
+    whole, some, inputs = backbone(name), exits(name), batch(name, 1)
+    monkeypatch.setattr(whole, "engine", engine)
+    core = EngineCore(whole, some, ExitPolicy({2: 0.5}), EngineConfig(slots=3, limit=64))
+    reader = PromptReader(whole, some, core.depths)
+    found = measure_calls(core.decoder, reader, inputs, 3, repeats=1, most=8, answer=5)
+    assert not core.decoder.sequences
+    assert CallCosts.median([found, found, found]) == found
+    if engine == "slots":
+        prompt = 1 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]
+        assert found.context == prompt + 5
+    assert [n for n, _ in found.feed] == [1, 2, 3]
+    assert [n for n, _ in found.deep] == [1, 2, 4, 8]
+    for table in (found.feed, found.deep, found.head, found.full):
+        took = [s for _, s in table]
+        assert took == sorted(took)
+        assert took[0] > 0
+    with torch.inference_mode(), pytest.raises(InputError, match="repeats"):
+        measure_calls(core.decoder, reader, inputs, 3, repeats=0)
+
+
+def test_an_engine_answers_after_costs_were_measured_as_before(backbone, exits, batch):
+    whole, some, inputs = backbone("blip2-opt"), exits("blip2-opt"), batch("blip2-opt", 1)
+    asked = {"max_new_tokens": 12, "do_sample": False}
+    core = EngineCore(whole, some, ExitPolicy({2: 0.05}), EngineConfig(slots=2, limit=64))
+
+    def answer():
+        handle = core.add(Request(inputs, "early_exit", options=asked))
+        core.run()
+        return handle.result().output
+
+    before = answer()
+    reader = PromptReader(whole, some, core.depths)
+    measure_calls(core.decoder, reader, inputs, 2, repeats=1, most=4, answer=3)
+    after = answer()
+    assert torch.equal(before.sequences, after.sequences)
+    assert torch.equal(before.depths, after.depths)
