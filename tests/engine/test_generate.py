@@ -18,7 +18,7 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits
 
 # -- rows that are finished --------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 
 from offramp.adapter import Adapter
 from offramp.data.scenes import tasks
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.core import EngineConfig
-from offramp.engine.decoding.scheduler import Schedule
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models

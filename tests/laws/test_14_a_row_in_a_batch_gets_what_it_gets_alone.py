@@ -23,7 +23,7 @@ from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.executors.slots.layout import LAYOUTS
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
-from offramp.models.exits import EXIT_KINDS, ExitKind, ExitSet, Exits, copy_layer, first
+from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, ExitSet, copy_layer, first
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)

@@ -9,13 +9,13 @@ import pytest
 from fakes import Blip2FakeProcessor, examples
 
 from offramp.adapter import Adapter
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.offline import write_answers
-from offramp.engine.decoding.scheduler import Schedule
 
 NAME = "blip2-opt"
 

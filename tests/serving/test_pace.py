@@ -130,9 +130,7 @@ def test_a_request_of_no_mode_gets_the_full_models_tokens_where_exits_do_not_pay
         monkeypatch.setattr(engine.pace, "exits_pay", lambda *, exiting, pays=pays: pays)
         handle = engine.add(Request(row, options=options))
         engine.run()
-        alone = generate(
-            whole, row, exits=exits(NAME), policy=policy if pays else FULL, **options
-        )
+        alone = generate(whole, row, exits=exits(NAME), policy=policy if pays else FULL, **options)
         assert torch.equal(handle.result().output.sequences, alone.sequences)
         assert handle.result().early_exit is pays
 

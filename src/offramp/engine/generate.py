@@ -20,7 +20,7 @@ from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import OnToken, Sampler, generators
-from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
@@ -149,7 +149,7 @@ class _Generation:
             kv=self.policy.kv,
             watches=self.asker.watches,
         )
-        schedule = Schedule(0, 1) if rows == 1 or self.asker.follows else Schedule.of(rows)
+        schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = Decoder(self.backbone, executor, self.asker, schedule=schedule)
         first_exits = first_token_may_exit(self.backbone, self.policy)
         try:

@@ -24,7 +24,7 @@ from offramp.engine.decoding.exit_reader import ExitReader, check_company
 from offramp.engine.decoding.prompt import PromptReader, columns_of
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
-from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally
+from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.executors.slots.cache import check_memory, slot_bytes
@@ -41,7 +41,7 @@ from offramp.serving.pace import Pace
 from offramp.serving.request import Handle, Request
 
 CALLS = ("read", "feed", "deep", "flush", "full", "trial")
-"""Kinds of call that are counted: a prompt, those of the decoder, and full depth tried beside it."""
+"""Kinds of call that are counted: a prompt, the decoder's, and full depth tried beside it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class EngineConfig:
     read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
     it takes, where its family allows. longest: tokens of a row that may wait before the deep
     layers. guess_above: score from which an exit's token is worth a guess. layout: of the deep call
-    (`offramp.engine.executors.slots.layout`). schedule: of the calls, exits being used whether they pay or
-    not; None: the engine finds out from what its calls take.
+    (`offramp.engine.executors.slots.layout`). schedule: of the calls, exits being used whether they
+    pay or not; None: the engine finds out from what its calls take.
 
     Raises:
         InputError: a number below 1.
@@ -205,7 +205,7 @@ class EngineCore:
         exiting = any(s.rule.exiting for s in sequences)
         # Tokens that may exit wait for no company where exits do not pay.
         pays = not exiting or self.pace.exits_pay(exiting=True)
-        self.decoder.schedule = self._schedule if pays else Schedule(0, 1)
+        self.decoder.schedule = self._schedule if pays else AT_ONCE
         call = self.decoder.next_call()
         trial = exits and call == "feed" and self.pace.wants_trial()
         if trial and Load.of(sequences, self.config.longest).pending:
@@ -321,9 +321,10 @@ class EngineCore:
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
-        if len(request.inputs["input_ids"]) != 1 or (
-            request.options.get("num_return_sequences") or 1
-        ) != 1:
+        if (
+            len(request.inputs["input_ids"]) != 1
+            or (request.options.get("num_return_sequences") or 1) != 1
+        ):
             raise InputError(
                 f"A request of {len(request.inputs['input_ids'])} rows was submitted.",
                 "Submit each prompt as a request of its own.",
@@ -357,9 +358,9 @@ class EngineCore:
         policy = request.exit_policy(self.policy, self.depths)
         exiting = bool(policy.thresholds) and not policy.lossless
         free = request.mode is None and request.thresholds is None
-        if policy.effective.thresholds and (policy.lossless or free):
-            if not self.pace.exits_pay(exiting=exiting):
-                return FULL, exiting
+        may = bool(policy.effective.thresholds) and (policy.lossless or free)
+        if may and not self.pace.exits_pay(exiting=exiting):
+            return FULL, exiting
         return policy, None
 
     def _check_room(self, prompt: int, answer: int) -> None:

@@ -21,8 +21,8 @@ class Request:
     """One prompt and how to answer it.
 
     inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
-    own policy, or the full model while the engine finds that exits do not pay. thresholds: by depth,
-    instead of the policy's; early exit only. seed: of its own generator; only matters with
+    own policy, or the full model while the engine finds that exits do not pay. thresholds: by
+    depth, instead of the policy's; early exit only. seed: of its own generator; only matters with
     `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
     settled token with its depth and score; they run in the engine's thread and must be quick.
     options: Hugging Face's generation options.

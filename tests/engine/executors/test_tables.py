@@ -78,9 +78,7 @@ def test_rows_that_end_and_padding_are_the_stacks(name, backbone, batch, both):
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "paligemma2", "qwen2.5-vl"])
-def test_tables_and_slots_grow_with_the_answer(
-    name, backbone, exits, batch, both, monkeypatch
-):
+def test_tables_and_slots_grow_with_the_answer(name, backbone, exits, batch, both, monkeypatch):
     """With rollback and catch-up across the ends of what there was room for."""
     monkeypatch.setattr(cache, "BUCKET", 4)
     whole, inputs, first = backbone(name), batch(name, 1), exits(name).depths[0]

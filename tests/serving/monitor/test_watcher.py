@@ -14,13 +14,13 @@ from offramp.calibration.calibrate import calibrate
 from offramp.data.example import Example
 from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Promise, Sample, WatchConfig, Watcher
-from offramp.engine.decoding.scheduler import Schedule
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import messages, running, scene_examples, service_of, shipped
 

@@ -1,9 +1,10 @@
 """The decoding loop: every token of every engine is written here.
 
-Sequences are moved on by three kinds of call to an executor. *Feed*: the next token of each, through
-the layers below the first exit, which says what follows. *Deep*: what waits above the exits, segment
-by segment, as far as a question goes: deeper exits are asked, at last the full model, and what they
-say stands. *Full*: the next token of each through all layers, no exit looked at.
+Sequences are moved on by three kinds of call to an executor. *Feed*: the next token of each,
+through the layers below the first exit, which says what follows. *Deep*: what waits above the
+exits, segment by segment, as far as a question goes: deeper exits are asked, at last the full
+model, and what they say stands. *Full*: the next token of each through all layers, no exit looked
+at.
 
 Whatever runs when, each sequence gets what it would get alone: which ones guess, park or catch up
 together changes the order of work, not its outcome.
@@ -22,7 +23,7 @@ from offramp.engine.decoding.exit_reader import ExitReader, Question
 from offramp.engine.decoding.prompt import Prompt, PromptReader
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
-from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally, due
+from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.prefill import Prepared
@@ -50,7 +51,7 @@ class Decoder:
         executor: Executor,
         reader: ExitReader,
         *,
-        schedule: Schedule = Schedule(0, 1),
+        schedule: Schedule = AT_ONCE,
         longest: int | None = None,
     ) -> None:
         self.backbone, self.executor, self.reader = backbone, executor, reader
@@ -85,7 +86,10 @@ class Decoder:
         def decide(depth: int, output: ExitOutput) -> bool:
             if depth not in rule.thresholds or all(first is not None for first in firsts):
                 return False
-            asked = [q if first is None else None for q, first in zip(questions, firsts, strict=True)]
+            asked = [
+                question if first is None else None
+                for question, first in zip(questions, firsts, strict=True)
+            ]
             for row, verdict in enumerate(self.reader.verdicts(depth, output, asked)):
                 if isinstance(verdict, Exception):
                     raise verdict
@@ -99,7 +103,10 @@ class Decoder:
 
         looks = rule.exiting and first_exits
         prompt = reader.read(
-            prepared, use_exits=rule.uses_exits, decide=decide if looks else None
+            prepared,
+            use_exits=rule.uses_exits,
+            decide=decide if looks else None,
+            looks=self.reader.looks(questions),
         )
         open_ = [row for row, first in enumerate(firsts) if first is None]
         if open_:

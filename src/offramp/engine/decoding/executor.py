@@ -3,12 +3,12 @@ exit in use, segment k between exits k and k + 1, the last one ends at full dept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.prompt import Looks, Prompt
 from offramp.engine.exit_check import ExitOutput
 
 
@@ -27,10 +27,6 @@ class Loaded(NamedTuple):
     handle: int
     columns: int
     ran: Sequence[int]
-
-
-Looks = Callable[[int, Tensor], bool]
-"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
 
 
 class Executor(Protocol):

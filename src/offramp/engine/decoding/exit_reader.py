@@ -88,13 +88,17 @@ class ExitReader:
         """Of the exit at `depth` on each token; None where nothing is asked, an error where the
         row's own rules raised one."""
         if output.state is None:
-            return [None if question is None else Verdict(-1, float("nan"), False) for question in asked]
+            return [
+                None if question is None else Verdict(-1, float("nan"), False) for question in asked
+            ]
         if self.follows:
             one = torch.arange(len(asked), device=output.entry.device)
             return [
                 None
                 if question is None
-                else self._of_all(depth, output.picked(one[i : i + 1]), [question], question.scorer)[0]
+                else self._of_all(
+                    depth, output.picked(one[i : i + 1]), [question], question.scorer
+                )[0]
                 for i, question in enumerate(asked)
             ]
         return self._of_all(depth, output, asked, self._scorer)

@@ -37,6 +37,10 @@ Decide = Callable[[int, ExitOutput], bool]
 exited."""
 
 
+Looks = Callable[[int, Tensor], bool]
+"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt that was read, and the rules for what follows it.
@@ -104,6 +108,7 @@ class PromptReader:
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
         self._decide: Decide | None = None
+        self._looks: Looks = lambda depth, entry: True
         self._last = True  # whether the newest token is in the current chunk
         self._before: Tensor | None = None
         self._waits: tuple[int, Tensor] | None = None
@@ -126,18 +131,23 @@ class PromptReader:
         return prepared
 
     def read(
-        self, prepared: Prepared, *, use_exits: bool = True, decide: Decide | None = None
+        self,
+        prepared: Prepared,
+        *,
+        use_exits: bool = True,
+        decide: Decide | None = None,
+        looks: Looks = lambda depth, entry: True,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
-        every exit; None: it runs to full depth.
+        every exit; None: it runs to full depth. looks: whether anyone looks at an exit.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share.
         """
         self.exits_on = self._depths if use_exits else ()
-        self._decide, self._waits, self._last = decide, None, True
+        self._decide, self._looks, self._waits, self._last = decide, looks, None, True
         self.cache = prepared.cache
         try:
             with torch.inference_mode():
@@ -199,7 +209,8 @@ class PromptReader:
         here, newest = self.backbone.here, call.hidden[:, -1]
         if call.index in self.exits_on:
             assert self.exits is not None
-            if self._decide is None or not self._last:
+            asks = self._decide is not None and self._last
+            if self._decide is None or not asks or not self._looks(call.index, here(newest)):
                 if self.backbone.is_encoder_decoder:  # an encoder's keys are made behind its own
                     self.exits.run(call.index, call)
                 else:

@@ -76,15 +76,17 @@ class Schedule:
         return "deep" if waited or load.idle >= self.idle or not load.ready else "feed"
 
 
+AT_ONCE = Schedule(0, 1)
+"""The deep layers run as soon as there is a question."""
+
+
 def due(rows: Many[Sequence], longest: int | None) -> list[bool]:
     """Which sequences a deep call takes: those with a question; and once one has `longest` columns
     waiting, so that it cannot be fed, all that have half as many."""
     if longest is None:
         return [bool(row.asked) for row in rows]
     full = any(row.pending(1) >= longest for row in rows)
-    return [
-        bool(row.asked) or (full and row.pending(1) >= max(1, longest // 2)) for row in rows
-    ]
+    return [bool(row.asked) or (full and row.pending(1) >= max(1, longest // 2)) for row in rows]
 
 
 @dataclass

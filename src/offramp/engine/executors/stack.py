@@ -17,8 +17,8 @@ from torch import Tensor
 
 from offramp.engine.decoding.executor import Loaded, Looks, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.exit_check import ExitOutput
 from offramp.engine.executors.modules.compiled import cannot_compile
+from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
     cache_name,
     crop,
@@ -158,7 +158,9 @@ class StackExecutor:
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ExitOutput:
-        made = [self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)]
+        made = [
+            self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)
+        ]
         return made[0] if len(made) == 1 else _joined(made)
 
     def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
@@ -387,4 +389,3 @@ def _joined(parts: Sequence[ExitOutput]) -> ExitOutput:
         ),
         None if any(p is None for p in previous) else torch.cat(previous),  # type: ignore[arg-type]
     )
-

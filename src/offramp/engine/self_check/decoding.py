@@ -23,8 +23,8 @@ from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.exit_check import ExitOutput
 from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare
 from offramp.errors import OfframpError, UnsupportedBackboneError

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
-from offramp.engine.prefill import check_inputs, check_options
 from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.engine.prefill import prepare
+from offramp.engine.prefill import check_inputs, check_options, prepare
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel

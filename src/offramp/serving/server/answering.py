@@ -12,8 +12,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offramp.serving.request import Completion, Handle
 from offramp.engine.decoding.sequence import Token
+from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation, generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling
 from offramp.serving.server.api.replies import DONE, Reply, Written, event

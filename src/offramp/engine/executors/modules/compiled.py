@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.engine.executors.modules.bare import BareModules, bare
 from offramp.engine.executors.modules.code import MOST_ROWS, Code
 from offramp.engine.executors.modules.kinds import Codes, tensors_of
+from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
 

@@ -163,9 +163,7 @@ class SlotCache:
     None: there is no encoder.
     """
 
-    def __init__(
-        self, slots: int, entries: int, limit: int | None, encoder: bool = False
-    ) -> None:
+    def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
         self.slots, self.limit = slots, limit
         columns = BUCKET if limit is None else min(BUCKET, _rounded(limit + 1))
         self.own = [SlotLayer(slots, columns) for _ in range(entries)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from offramp.engine.decoding.executor import Loaded, Looks, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.executors.slots.layout import (
@@ -32,10 +32,10 @@ from offramp.engine.executors.slots.layout import (
 )
 from offramp.engine.executors.slots.masks import with_slot_masks
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
-from offramp.engine.executors.slots.tables import BIASES, Given, Tables
-from offramp.engine.kv_cache import cache_parameter, store_exit_keys
-from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage
+from offramp.engine.executors.slots.tables import BIASES, Given, Tables
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.kv_cache import cache_parameter, store_exit_keys
 from offramp.errors import UnsupportedBackboneError, check_known
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet, first
@@ -110,7 +110,9 @@ class SlotExecutor:
         self._entries: dict[int, Tensor] = {}  # by segment, states before it [slots, room, D]
         self._base: dict[int, list[int]] = {k: [0] * slots for k in range(1, len(self._bounds) - 1)}
         # of tables
-        self._refused = bool(backbone.rare_layers or backbone.reads_ids or not backbone.lean_decoding)
+        self._refused = bool(
+            backbone.rare_layers or backbone.reads_ids or not backbone.lean_decoding
+        )
         self._relative = RelativeBias(backbone) if backbone.family.layers == "block" else None
         self._bias: tuple[Tensor, Tensor] | None = None
         self._tables: Tables | None = None
@@ -583,9 +585,7 @@ class SlotExecutor:
         """A call on so many positions, the states zero."""
         backbone = self.backbone
         call = self._current.call = OneSlot(0, 0, count, self._device)
-        states = torch.zeros(
-            1, count, backbone.width, dtype=backbone.dtype, device=backbone.device
-        )
+        states = torch.zeros(1, count, backbone.width, dtype=backbone.dtype, device=backbone.device)
         offsets = None if self._offsets is None else torch.zeros_like(self._offsets)
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
         return Given(call, states, offsets, 0, encoder)
@@ -706,4 +706,3 @@ def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor:
         torch.cat(joined),
         torch.cat(previous) if len(previous) == len(outputs) else None,
     )
-

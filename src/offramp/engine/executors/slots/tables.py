@@ -17,8 +17,8 @@ from torch import Tensor
 
 from offramp.engine.executors.slots.layout import Call
 from offramp.engine.executors.slots.masks import MaskRule, rule_of
-from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage, named, same
+from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.models.backbone import LayerCall
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,7 +33,8 @@ class Given:
 
     inputs: token ids [n], or states [B, T, D] that enter a deeper layer. offsets: position of
     column 0 [..., slots], where the stack takes positions; offset: that of the one slot of a call
-    whose positions go up one by one, first: that of the first of several axes. encoder: states and mask of the encoder, made when asked for.
+    whose positions go up one by one, first: that of the first of several axes.
+    encoder: states and mask of the encoder, made when asked for.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
     def made(given: Given) -> Any:
         if given.call.beside is not None and given.takes_positions and handed.dim() == 2:
             start = given.call.beside[1] + given.first
-            if 0 <= start and start + given.call.shape[1] <= handed.shape[1]:
+            if start >= 0 and start + given.call.shape[1] <= handed.shape[1]:
                 return handed.narrow(1, start, given.call.shape[1])
         own = given.positions
         if own is None:
