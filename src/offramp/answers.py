@@ -110,17 +110,12 @@ def answers_to(
     answers: list[Answer] = []
     for inputs in batches:
         noted = _Confidence()
-        more: dict[str, Any] = {"logits_processor": [noted]} if confidence else {}
+        more: dict[str, Any] = {"observer": noted} if confidence else {}
         result = generate_by(model, inputs, policy, {**GREEDY, **options, **more})
         rows = answers_of(result, encoder)
         if confidence:
             rows = [
-                replace(
-                    answer,
-                    confidence=noted.of(
-                        result.sequences[row], len(answer.ids), result.depths.shape[1]
-                    ),
-                )
+                replace(answer, confidence=noted.of(row, len(answer.ids)))
                 for row, answer in enumerate(rows)
             ]
         answers += rows
@@ -153,24 +148,17 @@ def generate_by(
 
 
 class _Confidence:
-    """A logits processor that changes nothing and notes the largest log-probability by the text
-    before it."""
+    """Notes the largest log-probability that each token was chosen at; an observer of `generate`."""
 
     def __init__(self) -> None:
-        self._by_text: dict[bytes, float] = {}
+        self._seen: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        sure = scores.float().log_softmax(-1).amax(-1).tolist()
-        for text, value in zip(ids.cpu().numpy(), sure, strict=True):
-            self._by_text[text.tobytes()] = value
-        return scores
+    def __call__(self, row: int, place: int, logits: Tensor) -> None:
+        self._seen[row, place] = logits.float().log_softmax(-1).amax()
 
-    def of(self, sequence: Tensor, tokens: int, new: int) -> float:
-        """The geometric mean of the probabilities of an answer's first `tokens` tokens, of the
-        `new` that stand in `sequence` [T]."""
-        ids, start = sequence.cpu().numpy(), len(sequence) - new
-        noted = [self._by_text[ids[: start + place].tobytes()] for place in range(tokens)]
-        return float(torch.tensor(noted).mean().exp())
+    def of(self, row: int, tokens: int) -> float:
+        """The geometric mean of the probabilities of a row's first `tokens` tokens."""
+        return float(torch.stack([self._seen[row, n] for n in range(tokens)]).mean().exp())
 
 
 def full_model_answers(

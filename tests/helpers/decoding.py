@@ -7,7 +7,7 @@ from typing import Any
 
 import families
 from families import FIRST_WORD, WORDLESS
-from reference import StepLogitsWarper, of_steps, probe
+from reference import Noted, of_steps, probe
 from torch import Tensor
 
 from offramp.engine.generate import generate
@@ -71,7 +71,7 @@ def errors_by_depth(
     whole: Backbone, exits: Exits, inputs: dict[str, Tensor], policy: ExitPolicy
 ) -> tuple[GenerationOutput, dict[int, float]]:
     """A generation, and by depth the largest error of its logits against an uncached forward."""
-    noted = StepLogitsWarper()
+    noted = Noted()
     made = generate(
         whole,
         inputs,
@@ -80,12 +80,12 @@ def errors_by_depth(
         max_new_tokens=NEW,
         do_sample=False,
         suppress_tokens=WORDLESS,
-        logits_processor=[noted],
+        observer=noted,
     )
     uncached = probe(whole, inputs, made.sequences, exits)
     errors = {}
     for depth in sorted(set(made.depths.flatten().tolist())):
         true = of_steps(uncached.logits[depth], NEW)
-        off = (noted.logits - true)[..., FIRST_WORD:][made.depths == depth]
+        off = (noted.of(len(made.sequences), NEW) - true)[..., FIRST_WORD:][made.depths == depth]
         errors[depth] = (off.abs().max() / true.abs().max()).item()
     return made, errors

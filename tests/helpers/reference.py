@@ -89,22 +89,21 @@ def of_steps(logits: Tensor, new: int) -> Tensor:
     return logits[:, -new - 1 : -1]
 
 
-class StepLogitsWarper:
-    """Notes the logits [B, V] of every step.
-
-    Called a warper because those shape sampling only: the loop does not put them to exits.
-    """
+class Noted:
+    """Notes, as `observer` of a generation, the logits that each place was chosen from; of one that
+    is asked again, the last."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self._seen: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        self.steps.append(logits.clone())
-        return logits
+    def __call__(self, row: int, place: int, logits: Tensor) -> None:
+        self._seen[row, place] = logits[0].clone()
 
-    @property
-    def logits(self) -> Tensor:
-        return torch.stack(self.steps, 1)
+    def of(self, rows: int, new: int) -> Tensor:
+        """[B, N, V] of the first `new` places of each row."""
+        return torch.stack(
+            [torch.stack([self._seen[row, place] for place in range(new)]) for row in range(rows)]
+        )
 
 
 class Dice:

@@ -19,7 +19,7 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import OnToken, Sampler, generators
+from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, generators
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN
 from offramp.engine.executors.choice import executor_for
@@ -43,6 +43,7 @@ def generate(
     prefix_cache: PrefixCache | None = None,
     streamer: Any = None,
     seed: int | None = None,
+    observer: Observer | None = None,
     **options: Any,
 ) -> GenerationOutput:
     """Generate with early exits; without `exits` or thresholds, with the full model.
@@ -53,6 +54,8 @@ def generate(
     streamer: HF's; where it has a method `step`, that gets each token with its depth and score.
     seed: of the noise where tokens are sampled, one generator a row; None: PyTorch's own goes on,
     as with HF.
+    observer: is told the row, the place in the answer and the processed logits [1, V] that each
+    token is chosen from.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
     stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
@@ -62,7 +65,7 @@ def generate(
     one = _Generation(backbone, exits, policy, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs)
-    return one.write(prepared, streamer, seed)
+    return one.write(prepared, streamer, seed, observer)
 
 
 def generate_prepared(
@@ -89,7 +92,7 @@ def generate_prepared(
         )
     one = _Generation(backbone, exits, policy, None, prefix_cache)
     twin = one.reader.intercepted.model.get_submodule(path)
-    return one.write(replace(prepared, model=twin), None, None)
+    return one.write(replace(prepared, model=twin))
 
 
 class _Generation:
@@ -129,7 +132,13 @@ class _Generation:
             rule = replace(rule, guesses=None)  # guesses are taken back, and exits asked in order
         return rule
 
-    def write(self, prepared: Prepared, streamer: Any, seed: int | None) -> GenerationOutput:
+    def write(
+        self,
+        prepared: Prepared,
+        streamer: Any = None,
+        seed: int | None = None,
+        observer: Observer | None = None,
+    ) -> GenerationOutput:
         rows = len(prepared.ids)
         pad = getattr(prepared.config, "_pad_token_tensor", None)
         pad = 0 if pad is None else int(pad.flatten()[0])
@@ -138,7 +147,13 @@ class _Generation:
         if prepared.config.do_sample:
             noise = generators(rows, seed, prepared.ids.device)
         samplers = [
-            Sampler(prepared, row, generator=noise[row], on_token=told.taker(row))
+            Sampler(
+                prepared,
+                row,
+                generator=noise[row],
+                on_token=told.taker(row),
+                observer=observer,
+            )
             for row in range(rows)
         ]
         executor = executor_for(

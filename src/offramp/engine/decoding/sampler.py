@@ -10,7 +10,7 @@ probabilities; that a draft and the full model share it makes them agree often (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,11 @@ class OnToken(Protocol):
     def __call__(self, place: int, token: int, depth: int, score: float) -> None: ...
 
 
+Observer = Callable[[int, int, Tensor], None]
+"""Is told the processed logits [1, V] that a token is chosen from, by row and place in the answer;
+of a place that is chosen again, again."""
+
+
 class Sampler:
     """What may come next in one row, and when it ends.
 
@@ -50,16 +55,17 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
         on_token: OnToken | None = None,
+        observer: Observer | None = None,
         stops: bool = True,
     ) -> None:
-        """row: of the prepared request. generator: of the row's noise, where it samples; None: one
+        """observer: is told the logits that each token is chosen from. row: of the prepared request. generator: of the row's noise, where it samples; None: one
         with a seed of its own. stops: whether the answer ends where a criterion says so."""
         self.ids: Tensor = prepared.ids[row : row + 1]
         self.row, self._rows = row, len(prepared.ids)
         self._processors, self._criteria = prepared.processors, prepared.criteria
-        self._on_token, self._stops = on_token, stops
+        self._on_token, self._observer, self._stops = on_token, observer, stops
         self.samples = bool(prepared.config.do_sample)
-        self.plain = not self.samples and not len(self._processors)
+        self.plain = not self.samples and not len(self._processors) and observer is None
         self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
         self.scored = bool(self._hard)
         self._ends: frozenset[int] = frozenset()
@@ -84,6 +90,8 @@ class Sampler:
         """The token behind the answer's tokens `before`, out of raw logits [1, V]."""
         # A copy: a processor may write into what it is given.
         scores = self._processed(self._processors, logits, before)
+        if self._observer is not None:
+            self._observer(self.row, len(before), scores)
         if not self.samples:
             return int(scores.argmax(-1))
         place = len(before)

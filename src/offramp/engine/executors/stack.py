@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.executor import Loaded, Looks, Span
-from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.prompt import Looks, Prompt
 from offramp.engine.executors.modules.compiled import cannot_compile
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
@@ -143,7 +143,7 @@ class StackExecutor:
 
     def _surplus(self, row: _Row, column: int) -> dict[int, int]:
         """How many columns from `column` on the entries have: of layers and of exits."""
-        surplus = {}
+        surplus: dict[int, int] = {}
         for segment, ran in enumerate(row.ran):
             start, end = self._bounds[segment], self._bounds[segment + 1]
             entries = [*range(start, end)]

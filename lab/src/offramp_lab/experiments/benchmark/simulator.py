@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import Loaded, Looks, Span
+from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.prompt import Looks
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.decoding.sequence import Token

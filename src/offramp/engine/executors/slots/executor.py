@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.decoding.executor import Loaded, Looks, Span
-from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.prompt import Looks, Prompt
 from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
 from offramp.engine.executors.slots.cache import SlotCache
@@ -635,7 +635,10 @@ class SlotExecutor:
             self._store_exit_keys(call)
             self._output = ExitOutput(entry, None, self._previous)
             return
-        state = first(call.run(self._running_module(self.exits.at(call.index))))
+        if self._packs:
+            state = first(call.run(self._running_module(self.exits.at(call.index))))
+        else:
+            state = self.exits.run(call.index, call)
         self._output = ExitOutput(entry, state.flatten(0, -2), self._previous)
 
     def _store_exit_keys(self, call: LayerCall) -> None:
