@@ -1,9 +1,10 @@
 """The decoding loop: every token of every engine is written here.
 
-Sequences are moved on by three kinds of call to an executor. *Feed*: the next token of each, through
-the layers below the first exit, which says what follows. *Deep*: what waits above the exits, segment
-by segment, as far as a question goes: deeper exits are asked, at last the full model, and what they
-say stands. *Full*: the next token of each through all layers, no exit looked at.
+Sequences are moved on by three kinds of call to an executor. *Feed*: the next token of each,
+through the layers below the first exit, which says what follows. *Deep*: what waits above the
+exits, segment by segment, as far as a question goes: deeper exits are asked, at last the full
+model, and what they say stands. *Full*: the next token of each through all layers, no exit looked
+at.
 
 Whatever runs when, each sequence gets what it would get alone: which ones guess, park or catch up
 together changes the order of work, not its outcome.
@@ -19,12 +20,11 @@ import torch
 
 from offramp.engine.decoding.executor import Executor, Span
 from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import Prompt, PromptReader
+from offramp.engine.decoding.prompt import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
-from offramp.engine.exit_check import ExitOutput
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -35,6 +35,10 @@ class Written(NamedTuple):
 
     sequence: Sequence
     place: int
+
+
+AT_ONCE = Schedule(0, 1)
+"""The deep layers run as soon as the next token cannot be fed."""
 
 
 class Decoder:
@@ -50,7 +54,7 @@ class Decoder:
         executor: Executor,
         reader: ExitReader,
         *,
-        schedule: Schedule = Schedule(0, 1),
+        schedule: Schedule = AT_ONCE,
         longest: int | None = None,
     ) -> None:
         self.backbone, self.executor, self.reader = backbone, executor, reader
@@ -64,13 +68,13 @@ class Decoder:
 
     def read(
         self,
-        reader: PromptReader,
+        reader: ReadsPrompts,
         prepared: Prepared,
         samplers: list[Sampler],
         rule: ExitRule,
         *,
         first_exits: bool = True,
-    ) -> tuple[Prompt, list[Token]]:
+    ) -> tuple[Any, list[Token]]:
         """Read a prompt of one or more rows, and choose each row's first token.
 
         first_exits: whether the exits may say it.
@@ -82,10 +86,12 @@ class Decoder:
             for question in questions:
                 question.scorer = self.reader.scorer()
 
-        def decide(depth: int, output: ExitOutput) -> bool:
+        def decide(depth: int, output: Any) -> bool:
             if depth not in rule.thresholds:
                 return False
-            asked = [q if first is None else None for q, first in zip(questions, firsts, strict=True)]
+            asked = [
+                q if first is None else None for q, first in zip(questions, firsts, strict=True)
+            ]
             for row, verdict in enumerate(self.reader.verdicts(depth, output, asked)):
                 if isinstance(verdict, Exception):
                     raise verdict
@@ -103,7 +109,7 @@ class Decoder:
         )
         open_ = [row for row, first in enumerate(firsts) if first is None]
         if open_:
-            logits = prompt.logits[open_]
+            logits = prompt.logits if len(open_) == len(firsts) else prompt.logits[open_]
             words = self.reader.of_logits(logits, [questions[row] for row in open_])
             for row, word in zip(open_, words, strict=True):
                 if isinstance(word, Exception):
@@ -113,7 +119,7 @@ class Decoder:
 
     def join(
         self,
-        prompt: Prompt,
+        prompt: Any,
         row: int,
         sampler: Sampler,
         rule: ExitRule,
@@ -159,13 +165,24 @@ class Decoder:
         """Write until every sequence is over, and give out each token when it is settled."""
         while True:
             yield from self.fresh()
-            for sequence in [s for s in self.sequences if s.over or s.error is not None]:
-                self.leave(sequence)
-                if sequence.error is not None:
-                    raise sequence.error
-            if not self.sequences:
+            if not self._goes_on():
                 return
             self.make(self.next_call())
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """The same, where nobody wants to hear of the tokens in between."""
+        while self._goes_on():
+            self._make(self.next_call())
+        self._written.clear()
+
+    def _goes_on(self) -> bool:
+        """Let go of the sequences that are over; whether any is not."""
+        for sequence in [s for s in self.sequences if s.over or s.error is not None]:
+            self.leave(sequence)
+            if sequence.error is not None:
+                raise sequence.error
+        return bool(self.sequences)
 
     def fresh(self) -> list[Written]:
         """The tokens that were settled since this was asked."""
@@ -195,11 +212,14 @@ class Decoder:
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
         with torch.inference_mode():
-            if call == "feed":
-                return self.feed()
-            if call == "full":
-                return self.full()
-            return self.deep(flush=call == "flush")
+            return self._make(call)
+
+    def _make(self, call: Call) -> int:
+        if call == "feed":
+            return self.feed()
+        if call == "full":
+            return self.full()
+        return self.deep(flush=call == "flush")
 
     def feed(self) -> int:
         """Feed the next token of every sequence that is ready up to the first exit."""
@@ -317,10 +337,8 @@ class Decoder:
         for row, span in zip(rows, spans, strict=True):
             row.ran[segment] = span.end
         if last:
-            assert isinstance(output, torch.Tensor)
             self._answer(questions, puts, output)
         elif questions:
-            assert isinstance(output, ExitOutput)
             self._ask(self.depths[segment], questions, puts, output)
         return count
 
@@ -332,7 +350,7 @@ class Decoder:
         depth: int,
         questions: list[tuple[Sequence, int]],
         puts: list[Question],
-        output: ExitOutput,
+        output: Any,
     ) -> None:
         """Let a deeper exit say, of the places that it is asked about, what is to stand there."""
         void: set[int] = set()
@@ -359,13 +377,12 @@ class Decoder:
                 self.executor.crop(row.handle, row.ran[0])
 
     def _answer(
-        self, questions: list[tuple[Sequence, int]], puts: list[Question], final: torch.Tensor
+        self, questions: list[tuple[Sequence, int]], puts: list[Question], final: Any
     ) -> None:
         """Let the full model fill the places that sequences ask about."""
         if not questions:
             return
-        logits = self.backbone.logits(final)
-        largest = logits.argmax(-1).tolist()
+        word = self.reader.words(final)
         void: set[int] = set()  # sequences whose later questions fell with a wrong token
         drafts: dict[int, list[int]] = {}  # of a lossless sequence, how many, and how many right
         for row, place in questions:
@@ -377,11 +394,8 @@ class Decoder:
                 continue
             asked = row.asked[place]
             try:
-                word = largest[i]
-                if not row.sampler.plain:
-                    word = row.sampler.choose(logits[i : i + 1], question.before)
-                token = Token(word, self.backbone.depth, asked.score)
-                if asked.drafted and asked.said is not None and asked.said.token == word:
+                token = Token(word(i, question), self.backbone.depth, asked.score)
+                if asked.drafted and asked.said is not None and asked.said.token == token.token:
                     token = asked.said  # a draft that was right counts at the exit that said it
                     if row.rule.lossless:
                         tally = drafts[id(row)]

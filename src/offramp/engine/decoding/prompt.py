@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 
-Decide = Callable[[int, ExitOutput], bool]
-"""Is told what the exit at a depth makes of each row's newest token [B, D]; True once every row has
-exited."""
+Decide = Callable[[int, Any], bool]
+"""Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
+it; True once every row has exited."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,17 @@ class Prompt:
     @property
     def rows(self) -> int:
         return len(self.prepared.ids)
+
+
+class ReadsPrompts(Protocol):
+    """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
+    not every row's first token exited; the rest of it is the executor's affair."""
+
+    def read(
+        self, prepared: Prepared, *, use_exits: bool = True, decide: Decide | None = None
+    ) -> Any:
+        """As `PromptReader.read`."""
+        ...
 
 
 class PromptReader:

@@ -24,6 +24,10 @@ class Verdict(NamedTuple):
     open: bool = True
 
 
+CLOSED = Verdict(-1, float("nan"), False)
+"""Of an exit whose gate let it not look."""
+
+
 @dataclass(frozen=True)
 class ExitRule:
     """How one request uses the exits.
