@@ -59,7 +59,7 @@ class Decoder:
     ) -> None:
         self.backbone, self.executor, self.reader = backbone, executor, reader
         self.schedule, self.longest = schedule, longest
-        self.depths = executor.depths
+        self.depths, self.layers = executor.depths, backbone.depth
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
         self._written: list[Written] = []
@@ -114,7 +114,7 @@ class Decoder:
             for row, word in zip(open_, words, strict=True):
                 if isinstance(word, Exception):
                     raise word
-                firsts[row] = Token(word, self.backbone.depth, scores[row])
+                firsts[row] = Token(word, self.layers, scores[row])
         return prompt, [first for first in firsts if first is not None]
 
     def join(
@@ -142,7 +142,7 @@ class Decoder:
                 )
             rule = replace(rule, guesses=None)
         sequence = Sequence(
-            sampler, rule, *loaded, first=first, layers=self.backbone.depth, owner=owner
+            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner
         )
         if self.reader.follows:
             sequence.scorer = self.reader.scorer()
@@ -178,10 +178,12 @@ class Decoder:
 
     def _goes_on(self) -> bool:
         """Let go of the sequences that are over; whether any is not."""
-        for sequence in [s for s in self.sequences if s.over or s.error is not None]:
-            self.leave(sequence)
-            if sequence.error is not None:
-                raise sequence.error
+        for sequence in self.sequences:
+            if sequence.over or sequence.error is not None:
+                self.leave(sequence)
+                if sequence.error is not None:
+                    raise sequence.error
+                return self._goes_on()
         return bool(self.sequences)
 
     def fresh(self) -> list[Written]:
@@ -224,6 +226,9 @@ class Decoder:
     def feed(self) -> int:
         """Feed the next token of every sequence that is ready up to the first exit."""
         rows = self.sequences
+        if len(rows) == 1 and rows[0].rule.thresholds and rows[0].ready(self.longest):
+            self._feed_one(rows[0])
+            return 1
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
@@ -258,9 +263,25 @@ class Decoder:
                 self._settle(row)
         return len(rows)
 
+    def _feed_one(self, row: Sequence) -> None:
+        """The same of the only one, with fewer lists: between two tokens the weights went through
+        the processor's caches, so what stands here is read from memory anew."""
+        depth = self.depths[0]
+        asked: list[Question | None] = [None]
+        if depth in row.rule.thresholds:
+            asked = [self._question(row, row.ids)]
+        looks = self.reader.looks(asked)
+        output = self.executor.feed([row.handle], [row.ids[-1]], [row.ran[0]], looks)
+        verdict = self.reader.verdicts(depth, output, asked)[0]
+        if isinstance(verdict, Exception):
+            row.error = verdict
+            return
+        self._follow(row, depth, verdict)
+        self._settle(row)
+
     def _follow(self, row: Sequence, depth: int, verdict: Verdict | None) -> None:
         """Go on from what the first exit says of a fed token, if it may, or park."""
-        rule, layers = row.rule, self.backbone.depth
+        rule = row.rule
         tally = self.tallies[rule.exiting]
         if verdict is None:
             row.question(None)
@@ -278,7 +299,7 @@ class Decoder:
             row.question(token, drafted=True, score=score)
         elif rule.guesses_at(depth, verdict) and not self._crowded(row):
             tally.guessed += 1
-            row.question(Token(verdict.token, layers, score), score=score)
+            row.question(Token(verdict.token, self.layers, score), score=score)
         else:
             tally.parked += 1
             row.question(None, score=score)
@@ -394,7 +415,7 @@ class Decoder:
                 continue
             asked = row.asked[place]
             try:
-                token = Token(word(i, question), self.backbone.depth, asked.score)
+                token = Token(word(i, question), self.layers, asked.score)
                 if asked.drafted and asked.said is not None and asked.said.token == token.token:
                     token = asked.said  # a draft that was right counts at the exit that said it
                     if row.rule.lossless:
@@ -427,8 +448,10 @@ class Decoder:
         return self._pass(self.sequences)
 
     def _pass(self, rows: list[Sequence]) -> int:
-        if not rows:
-            return 0
+        if len(rows) == 1:
+            self._full_one(rows[0])
+        if len(rows) < 2:
+            return len(rows)
         exits = any(row.rule.thresholds for row in rows)
         final = self.executor.full(
             [row.handle for row in rows],
@@ -441,9 +464,20 @@ class Decoder:
             if isinstance(word, Exception):
                 row.error = word
                 continue
-            row.passed(Token(word, self.backbone.depth))
+            row.passed(Token(word, self.layers))
             self._settle(row)
         return len(rows)
+
+    def _full_one(self, row: Sequence) -> None:
+        """The same of the only one; see `_feed_one`."""
+        exits = bool(row.rule.thresholds)
+        final = self.executor.full([row.handle], [row.ids[-1]], [row.ran[0]], exits=exits)
+        word = self.reader.full(final, [self._question(row, row.ids)])[0]
+        if isinstance(word, Exception):
+            row.error = word
+            return
+        row.passed(Token(word, self.layers))
+        self._settle(row)
 
     def _question(self, row: Sequence, before: list[int]) -> Question:
         return Question(row.sampler, row.rule, before, row.scorer)

@@ -118,7 +118,8 @@ class Sampler:
 
         Raise whatever the one who is told of it, or a criterion, raises.
         """
-        self._noise.pop(place, None)  # that place is settled
+        if self.samples:
+            self._noise.pop(place, None)  # that place is settled
         if self._on_token is not None:
             self._on_token(place, ids[place], depth, score)
         over = self.would_end(place + 1, ids[place])

@@ -132,11 +132,14 @@ class SegmentChain:
             logits.append(self._feed(last, rows, wanted).copy())
         return np.concatenate(logits)
 
-    def advance(self, place: int, outputs: int) -> tuple[States, Array]:
+    def advance(self, place: int, outputs: int, new: States | None = None) -> tuple[States, Array]:
         """Run what is pending before the exit at `place` up to and through it, where it waits on.
 
-        Returns the states [n, D] that entered the exit, and logits [outputs, S] of the last.
+        new: states [m, D] behind what is pending. Returns the states [n, D] that entered the exit,
+        and logits [outputs, S] of the last.
         """
+        if new is not None:
+            self._waiting[place].append(new)
         states, logits = self._through(place, outputs)
         self._waiting[place + 1].append(states)
         return states, logits
@@ -162,7 +165,11 @@ class SegmentChain:
         """Run segment `place` over what is pending before it: states, and logits of the last."""
         segment = self.segments[place]
         assert segment.tap is not None
-        states, logits, calls = [], [], list(self._calls(place))
+        calls = list(self._calls(place))
+        if len(calls) == 1:
+            made = self._feed(place, calls[0], outputs)
+            return segment.tap.rows()[: len(calls[0])].copy(), made
+        states, logits = [], []
         left = sum(map(len, calls))
         for rows in calls:
             left -= len(rows)
@@ -171,8 +178,6 @@ class SegmentChain:
             states.append(segment.tap.rows()[: len(rows)].copy())
             if left and wanted:  # the next call overwrites them
                 logits[-1] = logits[-1].copy()
-        if len(states) == 1:
-            return states[0], logits[0]
         return np.concatenate(states), np.concatenate(logits)
 
     def _feed(self, place: int, rows: States, outputs: int) -> Array:

@@ -74,8 +74,6 @@ class ChainExecutor:
         self._chain, self._stand, self._embed, self._prompt = chain, tuple(stand), embed, prompt
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]
-        self._first = self._places[0] if self._places else self._last
-        self._output: ChainOutput | None = None
 
     def read(
         self, prepared: Prepared, *, use_exits: bool = True, decide: Decide | None = None
@@ -104,17 +102,17 @@ class ChainExecutor:
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ChainOutput:
-        self._chain.run(self._embed(ids[0]), self._stop)
-        output = self._output
-        assert output is not None
-        return output
+        place, states = self._places[0], self._embed(ids[0])
+        if place == 0:
+            return ChainOutput(*self._chain.advance(0, 1, states))
+        self._chain.advance(0, 0, states)
+        return self._through(1, place, 1)
 
-    def _stop(self, exit: int, state: Array, logits: Array) -> bool:
-        """Every token waits at the first exit."""
-        if exit != self._first:
-            return False
-        self._output = ChainOutput(state[None], logits[None])
-        return True
+    def _through(self, start: int, place: int, outputs: int) -> ChainOutput:
+        """Run what is pending from the chain's exit at `start` through the one at `place`."""
+        for between in range(start, place):
+            self._chain.advance(between, 0)
+        return ChainOutput(*self._chain.advance(place, outputs))
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
@@ -125,10 +123,8 @@ class ChainExecutor:
         if segment == len(self.depths):
             logits = self._chain.finish(outputs)
             return logits if picks is None else logits[picks]
-        place = self._places[segment]
-        for between in range(self._places[segment - 1] + 1, place):
-            self._chain.advance(between, 0)
-        entry, logits = self._chain.advance(place, outputs)
+        below, place = self._places[segment - 1 : segment + 1]
+        entry, logits = self._through(below + 1, place, outputs)
         entry = entry[total - outputs :]
         return (
             ChainOutput(entry, logits)
@@ -165,7 +161,7 @@ class ChainExecutor:
         """The next reset forgets all."""
 
     def close(self) -> None:
-        self._output = None
+        """The chain is its runtime's."""
 
 
 class ChainReader(ExitReader):
@@ -185,12 +181,17 @@ class ChainReader(ExitReader):
     def verdicts(
         self, depth: int, output: Any, asked: Sequence[Question | None]
     ) -> list[Verdict | Exception | None]:
-        if not (self._plain and all(q is None or q.sampler.plain for q in asked)):
+        if not self._plain:
             return super().verdicts(depth, output.tensors, asked)
-        return [
-            None if question is None else self._verdict(depth, output, place, question)
-            for place, question in enumerate(asked)
-        ]
+        made: list[Verdict | Exception | None] = []
+        for place, question in enumerate(asked):
+            if question is None:
+                made.append(None)
+            elif question.sampler.plain:
+                made.append(self._verdict(depth, output, place, question))
+            else:
+                return super().verdicts(depth, output.tensors, asked)
+        return made
 
     def _verdict(self, depth: int, output: ChainOutput, place: int, question: Question) -> Verdict:
         """Of the largest probability."""
@@ -208,7 +209,7 @@ class ChainReader(ExitReader):
         return bool(gate(torch.from_numpy(entry)[None]) >= level)
 
     def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        if all(question.sampler.plain for question in asked):
+        if all([question.sampler.plain for question in asked]):
             return [int(row.argmax()) for row in logits]
         return super().of_logits(torch.from_numpy(logits), asked)
 
