@@ -63,6 +63,7 @@ class Decoder:
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
         self._written: list[Written] = []
+        self._heard = True  # whether anyone takes these
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -172,9 +173,16 @@ class Decoder:
     @torch.inference_mode()
     def finish(self) -> None:
         """The same, where nobody wants to hear of the tokens in between."""
-        while self._goes_on():
-            self._make(self.next_call())
-        self._written.clear()
+        self._heard = False
+        try:
+            while self._goes_on():
+                call = self.next_call()
+                if call == "feed" and len(self.sequences) == 1:  # which is ready, then
+                    self._feed_one(self.sequences[0])
+                else:
+                    self._make(call)
+        finally:
+            self._heard = True
 
     def _goes_on(self) -> bool:
         """Let go of the sequences that are over; whether any is not."""
@@ -266,10 +274,10 @@ class Decoder:
     def _feed_one(self, row: Sequence) -> None:
         """The same of the only one, with fewer lists: between two tokens the weights went through
         the processor's caches, so what stands here is read from memory anew."""
-        depth = self.depths[0]
-        asked: list[Question | None] = [None]
-        if depth in row.rule.thresholds:
-            asked = [self._question(row, row.ids)]
+        asked, depth = row.alone, self.depths[0]
+        if asked is None:
+            asks = depth in row.rule.thresholds
+            asked = row.alone = [self._question(row, row.ids) if asks else None]
         looks = self.reader.looks(asked)
         output = self.executor.feed([row.handle], [row.ids[-1]], [row.ran[0]], looks)
         verdict = self.reader.verdicts(depth, output, asked)[0]
@@ -487,7 +495,8 @@ class Decoder:
         try:
             for place in row.settle():
                 token = row.tokens[place]
-                self._written.append(Written(row, place))
+                if self._heard:
+                    self._written.append(Written(row, place))
                 if row.sampler.emit(row.ids, place, token.depth, token.score):
                     row.end(place + 1)
                     return

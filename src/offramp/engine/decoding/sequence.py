@@ -75,6 +75,7 @@ class Sequence:
         self.error: Exception | None = None
         self.rounds: list[tuple[int, int]] = []
         self.scorer: Any = None  # of scores that follow a token from exit to exit
+        self.alone: Any = None  # the question put to the first exit, kept where it is the only one
 
     @property
     def fed(self) -> int:
