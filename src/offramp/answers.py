@@ -148,7 +148,7 @@ def generate_by(
 
 
 class _Confidence:
-    """Notes the largest log-probability that each token was chosen at; an observer of `generate`."""
+    """An observer of `generate`: notes the largest log-probability that each token had."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], Tensor] = {}

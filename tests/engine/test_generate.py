@@ -8,7 +8,7 @@ import weakref
 import families
 import pytest
 import torch
-from decoding import NEW, always, tokens_by_layer
+from decoding import NEW, always
 from families import NAMES, PAD, WORDLESS
 from reference import Dice, Script, of_steps, probe
 
@@ -18,7 +18,6 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
 
 # -- rows that are finished --------------------------------------------------------------------
 
@@ -67,24 +66,6 @@ def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(
     stop = made.new_tokens[0].tolist().index(end) + 1
     assert made.depths[0].tolist() == [6, *[2] * (stop - 1), *[0] * (made.depths.shape[1] - stop)]
     assert (made.new_tokens[0, stop:] == PAD).all() and made.scores[0, stop:].isnan().all()
-
-
-def test_a_finished_row_no_longer_holds_the_others_at_full_depth(batch, scored):
-    # The first row never leaves; it is gone once it is finished.
-    scored(lambda logits: torch.tensor([0.0, 1.0, 1.0, 1.0])[-len(logits) :])
-    whole, inputs = Backbone(families.build("llava")), batch("llava", 4)
-    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.5}, kv="propagate")
-    free = generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=NEW)
-    end = int(free.new_tokens[0, 3])
-    made, counts = tokens_by_layer(
-        whole,
-        lambda: generate(
-            whole, inputs, exits=exits, policy=policy, max_new_tokens=NEW, eos_token_id=end
-        ),
-    )
-    live = int((made.depths[0] > 0).sum())
-    assert live < made.depths.shape[1]
-    assert counts[5] == inputs["input_ids"].shape[1] + live - 1
 
 
 class Puts:

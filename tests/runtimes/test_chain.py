@@ -155,6 +155,37 @@ def test_what_is_taken_back_leaves_no_trace() -> None:
         assert np.array_equal(one.fed, two.fed)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rows", range(8))
+def test_what_waits_is_taken_back_too(rows: int) -> None:
+    chain, other = chain_of(3), chain_of(3)
+    for each, tokens in ((chain, TOKENS[:12]), (other, TOKENS[: 12 - rows])):
+        each.run(PROMPT, lambda *_: True)
+        for number, token in enumerate(tokens):
+            each.run(token[None], lambda exit, *_, at=number % 2: exit == at)
+            if number == 3:
+                each.finish(1)
+    assert chain.waits and chain.tokens == other.tokens + rows
+    chain.crop(rows)
+    assert chain.tokens == other.tokens
+    for each in (chain, other):
+        each.run(TOKENS[-1:])
+    assert np.array_equal(chain.finish(6), other.finish(6))
+    for one, two in zip(chain.segments, other.segments, strict=True):
+        assert np.array_equal(one.fed, two.fed)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("outputs", [0, 1, 4, 7])
+def test_an_exit_gives_states_of_all_and_logits_of_the_last(outputs: int) -> None:
+    chain, plain = chain_of(3, most=3), chain_of(3)
+    for token in TOKENS[:7]:
+        chain.run(token[None], lambda *_: True)
+        plain.run(token[None])
+    states, logits = chain.advance(1, outputs)
+    assert np.array_equal(states, np.cumsum(np.cumsum(TOKENS[:7], 0), 0))
+    assert np.array_equal(logits, states[7 - outputs :])
+    assert np.array_equal(chain.finish(7), plain.finish(7))
+
+
 def test_the_exit_sees_the_new_token_not_those_that_waited() -> None:
     chain, seen = chain_of(3), list[float]()
     leaves: Iterator[bool] = iter([False, True, False, True])

@@ -107,6 +107,101 @@ def test_more_tokens_than_states_may_wait_and_more_than_the_narrowest_columns(
         same(runtime.generate(inputs, policy=policy, **options), expected)
 
 
+def test_several_exits_drafts_and_guesses_are_generates_own(
+    backbone: Any, exits: Any, batch: Any
+) -> None:
+    whole, parts = backbone("blip2-llama"), exits("blip2-llama")
+    first, second = parts.depths[:2]
+    inputs = one_row("blip2-llama", batch("blip2-llama", 2), 0)
+    at = middle(whole, parts, inputs) | {second: 0.012}
+    adapter = Adapter(whole, parts, ExitPolicy(at))
+    runtime = GraphRuntime(adapter, context=128)
+    options = {**GREEDY, "max_new_tokens": 40}
+    seen = set()
+    for more in (
+        {}, {"guesses": {first: 0.0}}, {"lossless": True, "max_draft": 3}, {"max_draft": 30},
+        {"lossless": True, "max_draft": 30}, {"thresholds": dict.fromkeys(at, 0.0)},
+    ):  # fmt: skip
+        policy = replace(adapter.policy, **more)
+        expected = adapter.generate(inputs, policy=policy, **options)
+        same(runtime.generate(inputs, policy=policy, **options), expected)
+        seen |= set(expected.depths[0].tolist())
+    assert seen == {first, second, whole.depth}
+
+
+@pytest.mark.parametrize("score", ["saturation", "patience", "agreement", "margin"])
+def test_scores_that_programs_do_not_compute_are_asked_behind_them(
+    score: str, backbone: Any, exits: Any, batch: Any
+) -> None:
+    whole, parts = backbone("llava"), exits("llava")
+    inputs = one_row("llava", batch("llava", 2), 0)
+    at = dict.fromkeys(parts.depths[:2], 0.5)
+    adapter = Adapter(whole, parts, ExitPolicy(at, score=score))
+    never = replace(adapter.policy, thresholds=dict.fromkeys(at, 1.0))
+    scores = adapter.generate(inputs, policy=never, **GREEDY).scores[0].unique()
+    level = float(scores[: len(scores) // 2 + 1][-2:].mean())  # between two, so that none ties
+    usual = replace(adapter.policy, thresholds=dict.fromkeys(at, level))
+    for policy in (usual, replace(usual, lossless=True)):
+        runtime = GraphRuntime(adapter, policy=policy, context=64)
+        same(runtime.generate(inputs, **GREEDY), adapter.generate(inputs, policy=policy, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 1.5, "seed": 5},
+        {"repetition_penalty": 1.7},
+        {"do_sample": True, "repetition_penalty": 1.3, "top_k": 30, "seed": 6},
+    ],
+    ids=str,
+)
+def test_requests_with_rules_of_their_own_are_generates_own(options: Any, case: Any) -> None:
+    adapter, inputs = case("qwen2-vl")
+    runtime = GraphRuntime(adapter, context=64)
+    before = torch.get_rng_state()
+    asked = {**GREEDY, **options}
+    for policy in (adapter.policy, FULL, replace(adapter.policy, lossless=True)):
+        expected = adapter.generate(inputs, policy=policy, **asked)
+        same(runtime.generate(inputs, policy=policy, **asked), expected)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is nobody's"
+    same(runtime.generate(inputs, **GREEDY), adapter.generate(inputs, **GREEDY))
+
+
+def test_a_request_that_failed_leaves_nothing_behind(case: Any) -> None:
+    adapter, inputs = case("llava")
+    runtime = GraphRuntime(adapter, context=64)
+
+    def stop(ids: torch.Tensor, _: Any) -> torch.Tensor:
+        if ids.shape[1] > inputs["input_ids"].shape[1] + 4:
+            raise ValueError("enough")
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with pytest.raises(ValueError, match="enough"):
+        runtime.generate(inputs, stopping_criteria=[stop], **GREEDY)
+    same(runtime.generate(inputs, **GREEDY), adapter.generate(inputs, **GREEDY))
+
+
+def test_a_token_is_begun_before_the_last_is_known_and_counts(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, inputs = case("llava")
+    runtime = GraphRuntime(adapter, context=64)
+    fed: list[int] = []
+    feed = runtime._programs.feed
+
+    def counted(segment: int, column: int) -> Any:
+        fed.append(column)
+        return feed(segment, column)
+
+    monkeypatch.setattr(runtime._programs, "feed", counted)
+    always = ExitPolicy(dict.fromkeys(adapter.policy.thresholds, 0.0))
+    for policy in (always, FULL):
+        fed.clear()
+        runtime.generate(inputs, policy=policy, **GREEDY)
+        # The first token is the prompt's, the last is not fed; one more was begun for nothing.
+        assert fed == [*range(fed[0], fed[0] + GREEDY["max_new_tokens"])]
+
+
 def test_a_shortlist_an_end_token_and_a_streamer(case: Any) -> None:
     adapter, inputs = case("blip2-llama")
     plain = adapter.generate(inputs, **GREEDY)
@@ -147,7 +242,9 @@ def test_a_gate_is_asked_before_the_exit(case: Any) -> None:
     assert len(gated.generate(inputs, **GREEDY).depths.unique()) == 2
 
 
-def test_what_cannot_be_recorded_is_refused(case: Any, backbone: Any, exits: Any) -> None:
+def test_what_cannot_be_recorded_is_refused(
+    case: Any, backbone: Any, exits: Any, batch: Any
+) -> None:
     adapter, inputs = case("blip2-opt")
     runtime = GraphRuntime(adapter, context=64)
     depth = adapter.exits.depths[0]
@@ -155,18 +252,15 @@ def test_what_cannot_be_recorded_is_refused(case: Any, backbone: Any, exits: Any
     def wants(problem: str, **options: Any) -> None:
         refused(lambda: runtime.generate(inputs, **{**GREEDY, **options}), InputError, problem)
 
-    wants("greedy", do_sample=True)
-    wants("greedy", repetition_penalty=1.3)
     wants("--context", max_new_tokens=60)
+    wants("num_beams", num_beams=2)
     wants("GraphRuntime with that policy", policy=ExitPolicy({depth: 0.5}, score="margin"))
-    wants("max_draft", policy=ExitPolicy({depth: 0.5}, lossless=True, max_draft=40))
-    made: dict[str, Any] = {
-        "one of them": ExitPolicy(dict.fromkeys(adapter.exits.depths, 0.5)),
-        "score": ExitPolicy({depth: 0.5}, score="saturation"),
-        "recompute": ExitPolicy({depth: 0.5}, kv="propagate"),
-    }
-    for problem, policy in made.items():
-        refused(lambda policy=policy: GraphRuntime(adapter, policy=policy), InputError, problem)
+    several = ExitPolicy(dict.fromkeys(adapter.exits.depths, 0.5))
+    wants("GraphRuntime with that policy", policy=several)
+    two = batch("blip2-opt", 2)
+    refused(lambda: runtime.generate(two, **GREEDY), InputError, "one answer at a time")
+    approximate = ExitPolicy({depth: 0.5}, kv="propagate")
+    refused(lambda: GraphRuntime(adapter, policy=approximate), InputError, "recompute")
     other = Adapter(backbone("blip2-t5"), exits("blip2-t5"), ExitPolicy())
     refused(lambda: GraphRuntime(other), UnsupportedBackboneError, "encoder-decoder")
     refused(lambda: GraphRuntime(adapter, context=10**12), InputError, "slots")

@@ -117,18 +117,69 @@ def test_lossless_rounds_are_those_of_pytorch(loaded: Any, monkeypatch: Any) -> 
     assert found[0].rounds == found[1].rounds
 
 
+@pytest.mark.parametrize("guesses", [{}, {2: 0.0}], ids=["none", "all"])
+@pytest.mark.parametrize("depths", [(2,), DEPTHS], ids=str)
+def test_guesses_change_nothing_but_the_calls(
+    depths: Any, guesses: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against PyTorch without guesses; some tokens exit at each depth, and some at none."""
+    adapter, inputs = adapter_of("internvl"), inputs_of("internvl")
+    longer = {**GREEDY, "max_new_tokens": 40}
+    at = {}
+    for depth in depths:
+        policy = ExitPolicy({**at, depth: 1.0}, shortlist=True)
+        looked = adapter.generate(inputs, policy=policy, **longer)
+        at[depth] = float(looked.scores[looked.depths == looked.layers].quantile(0.6))
+    policy = ExitPolicy(at, shortlist=True)
+    theirs = adapter.generate(inputs, policy=policy, **longer)
+    assert len(theirs.depths.unique()) == len(depths) + 1
+    each, calls = loaded("internvl"), []
+    finish = each._chain.finish
+
+    def counted(outputs: int) -> Any:
+        calls.append(outputs)
+        return finish(outputs)
+
+    monkeypatch.setattr(each._chain, "finish", counted)
+    guessing = replace(policy, guesses=guesses)
+    ours = each.generate(inputs, policy=guessing, **longer)
+    assert same(ours, theirs)
+    torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3, equal_nan=True)
+    if guesses:
+        assert max(calls) > 1, "no guess was built on"
+    else:
+        assert calls == [1] * int((ours.depths == ours.layers).sum())
+
+
+SAMPLED = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 20}
+
+
 @pytest.mark.parametrize("lossless", [False, True])
 def test_the_same_seed_draws_the_same_tokens_as_pytorch(lossless: bool, loaded: Any) -> None:
-    sampling = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.3, "top_p": 0.9}
     policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.25), shortlist=True, lossless=lossless)
-    found = []
-    for each in (loaded("llava"), loaded("llava"), adapter_of("llava")):
-        torch.manual_seed(3)
-        found.append(each.generate(inputs_of("llava"), policy=policy, top_k=20, **sampling))
-    assert same(found[0], found[1]) and same(found[0], found[2])
-    torch.manual_seed(4)
-    other = loaded("llava").generate(inputs_of("llava"), policy=policy, top_k=20, **sampling)
-    assert not torch.equal(other.sequences, found[0].sequences)
+    before = torch.get_rng_state()
+    found = [
+        each.generate(inputs_of("llava"), policy=policy, seed=seed, **SAMPLED)
+        for each, seed in ((loaded("llava"), 3), (adapter_of("llava"), 3), (loaded("llava"), 4))
+    ]
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is nobody's"
+    assert same(*found[:2])
+    assert not torch.equal(found[2].sequences, found[0].sequences)
+    torch.manual_seed(3)
+    assert same(loaded("llava").generate(inputs_of("llava"), policy=policy, **SAMPLED), found[0])
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lossless_sample_is_the_full_models_of_that_seed(loaded: Any) -> None:
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.0), shortlist=True, lossless=True)
+    right = 0
+    for seed in range(4):
+        how = {**SAMPLED, "seed": seed}
+        full = loaded("llava").generate(inputs_of("llava"), policy=FULL, **how)
+        ours = loaded("llava").generate(inputs_of("llava"), policy=policy, **how)
+        assert torch.equal(ours.sequences, full.sequences)
+        right += sum(accepted for _, accepted in ours.rounds)
+    assert right
 
 
 def test_tokens_left_early_leave_no_trace(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

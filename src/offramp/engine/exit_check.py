@@ -33,21 +33,23 @@ class ExitOutput:
 
     entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
     norm; None where nobody was to look. previous: the states one decoder layer before [n, D], where
-    they are known.
+    they are known. logits: of what it can say [n, S], where it computed them itself; it then needs
+    no state.
     """
 
     entry: Tensor
     state: Tensor | None
     previous: Tensor | None = None
+    logits: Tensor | None = None
 
     def picked(self, index: Tensor) -> ExitOutput:
         """Of the tokens `index` alone."""
-        entry, state, previous = (
+        entry, state, previous, logits = (
             None if part is None else part.index_select(0, index.to(part.device))
-            for part in (self.entry, self.state, self.previous)
+            for part in (self.entry, self.state, self.previous, self.logits)
         )
         assert entry is not None
-        return ExitOutput(entry, state, previous)
+        return ExitOutput(entry, state, previous, logits)
 
 
 @dataclass(eq=False)
@@ -57,26 +59,31 @@ class ExitCheck:
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it. position: of the token in the answer
     [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
+    made: logits [B, S] that the exit computed itself; None: they are the LM head's of its state.
     """
 
     scorer: ExitScorer
     depth: int
-    state: Tensor
+    state: Tensor | None
     entry: Tensor
     previous: Tensor | None
     constrain: Constrain | None
     position: Tensor | None = None
     previous_token: Tensor | None = None
     row: Tensor | None = None
+    made: Tensor | None = None
 
     @cached_property
     def features(self) -> Tensor:
         """The exit's state after the final norm [B, D]."""
+        assert self.state is not None
         return self.scorer.backbone.final_norm(self.state)
 
     @cached_property
     def own_logits(self) -> Tensor:
         """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
+        if self.made is not None:
+            return self.made
         return self.scorer.backbone.logits(self.features, self.scorer.head)
 
     @cached_property
@@ -129,31 +136,36 @@ class ExitScorer:
         """
         if exits is not None:
             check_weights(policy.weights, exits.depths)
-        self.backbone = backbone
+        self.backbone, self._exits = backbone, exits
         self.shortlist = shortlist_of_policy(policy, exits)
-        self.head = None
-        if exits is not None and self.shortlist is not None:
-            self.head = exits.shortlist_head(backbone)
         self.discriminators = None if exits is None else exits.discriminators
         own = None if exits is None else exits.score
         self.score = _score_of(policy, depths, self.discriminators)
         if own is not None:
             self.score = own
 
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """Of the shortlist; None: the model's own."""
+        if self._exits is None or self.shortlist is None:
+            return None
+        with torch.inference_mode(False):  # it is kept, and may be asked for in training
+            return self._exits.shortlist_head(self.backbone)
+
     def __call__(
         self,
         depth: int,
-        state: Tensor,
+        state: Tensor | None,
         entry: Tensor,
         previous: Tensor | None = None,
         constrain: Constrain | None = None,
-        **token: Tensor,
+        **more: Tensor | None,
     ) -> ExitCheck:
         """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`.
 
-        token: its `position`, `previous_token` and `row`, where they are known.
+        more: the token's `position`, `previous_token` and `row`, where they are known; `made`.
         """
-        return ExitCheck(self, depth, state, entry, previous, constrain, **token)
+        return ExitCheck(self, depth, state, entry, previous, constrain, **more)
 
 
 def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.prompt import PromptReader, ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, generators
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
@@ -114,7 +114,7 @@ class _Generation:
             backbone.check_lossless()
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
-        self.rule = self._rule()
+        self.rule = exit_rule(backbone, policy, self.asker)
         self.reader = PromptReader(
             backbone,
             attached,
@@ -124,14 +124,6 @@ class _Generation:
             propagate=policy.kv == "propagate",
         )
 
-    def _rule(self) -> ExitRule:
-        if not self.depths:
-            return NO_EXITS
-        rule = ExitRule.of(self.policy)
-        if self.policy.kv == "propagate" or not self.backbone.lossless or self.asker.follows:
-            rule = replace(rule, guesses=None)  # guesses are taken back, and exits asked in order
-        return rule
-
     def write(
         self,
         prepared: Prepared,
@@ -140,22 +132,6 @@ class _Generation:
         observer: Observer | None = None,
     ) -> GenerationOutput:
         rows = len(prepared.ids)
-        pad = getattr(prepared.config, "_pad_token_tensor", None)
-        pad = 0 if pad is None else int(pad.flatten()[0])
-        told = _Streamed(prepared.ids, pad, streamer)
-        noise: Sequence[torch.Generator | None] = [None] * rows
-        if prepared.config.do_sample:
-            noise = generators(rows, seed, prepared.ids.device)
-        samplers = [
-            Sampler(
-                prepared,
-                row,
-                generator=noise[row],
-                on_token=told.taker(row),
-                observer=observer,
-            )
-            for row in range(rows)
-        ]
         executor = executor_for(
             self.backbone,
             self.exits,
@@ -168,29 +144,71 @@ class _Generation:
         decoder = Decoder(self.backbone, executor, self.asker, schedule=schedule)
         first_exits = first_token_may_exit(self.backbone, self.policy)
         try:
-            prompt, firsts = decoder.read(
-                self.reader, prepared, samplers, self.rule, first_exits=first_exits
-            )
-            with torch.inference_mode():
-                sequences = [
-                    decoder.join(prompt, row, samplers[row], self.rule, firsts[row], owner=row)
-                    for row in range(rows)
-                ]
-            del prompt
-            for _ in decoder:
-                pass
+            return write_answers(
+                decoder, self.reader, prepared, self.rule,
+                streamer=streamer, seed=seed, observer=observer, first_exits=first_exits,
+            )  # fmt: skip
         finally:
             executor.close()
-        if seed is None:
-            samplers[0].hand_back(len(sequences[0].ids))
-        told.end()
-        return GenerationOutput.of_rows(
-            prepared.ids,
-            [s.tokens for s in sequences],
-            self.backbone.depth,
-            [s.rounds for s in sequences],
-            pad,
+
+
+def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> ExitRule:
+    """How single answers use the exits. policy: as it takes effect. asker: asks the exits."""
+    if not policy.thresholds:
+        return NO_EXITS
+    rule = ExitRule.of(policy)
+    if policy.kv == "propagate" or not backbone.lossless or asker.follows:
+        rule = replace(rule, guesses=None)  # guesses are taken back, and exits asked in order
+    return rule
+
+
+def write_answers(
+    decoder: Decoder,
+    reader: ReadsPrompts,
+    prepared: Prepared,
+    rule: ExitRule,
+    *,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+    first_exits: bool = True,
+) -> GenerationOutput:
+    """Read a prompt of one or more rows, and write the answer of each.
+
+    decoder: without sequences. reader: reads prompts for its executor. rule: of all rows.
+    streamer, seed, observer: as of `generate`. first_exits: whether first tokens may exit.
+    """
+    rows = len(prepared.ids)
+    pad = getattr(prepared.config, "_pad_token_tensor", None)
+    pad = 0 if pad is None else int(pad.flatten()[0])
+    told = _Streamed(prepared.ids, pad, streamer)
+    noise: Sequence[torch.Generator | None] = [None] * rows
+    if prepared.config.do_sample:
+        noise = generators(rows, seed, prepared.ids.device)
+    samplers = [
+        Sampler(
+            prepared, row, generator=noise[row], on_token=told.taker(row), observer=observer
         )
+        for row in range(rows)
+    ]
+    prompt, firsts = decoder.read(reader, prepared, samplers, rule, first_exits=first_exits)
+    with torch.inference_mode():
+        sequences = [
+            decoder.join(prompt, row, samplers[row], rule, firsts[row], owner=row)
+            for row in range(rows)
+        ]
+    del prompt
+    decoder.finish()
+    if seed is None:
+        samplers[0].hand_back(len(sequences[0].ids))
+    told.end()
+    return GenerationOutput.of_rows(
+        prepared.ids,
+        [s.tokens for s in sequences],
+        decoder.backbone.depth,
+        [s.rounds for s in sequences],
+        pad,
+    )
 
 
 class _Streamed:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offramp.adapter import Adapter
@@ -125,16 +124,11 @@ class SerialCore:
     def _answer(self, job: Job) -> None:
         request = job.handle.request
         policy = request.exit_policy(self.policy, self.depths)
-        options = {**request.options, **self._shared, "streamer": _Steps(job, self._pause)}
         # Without a seed any will do, but not PyTorch's own, which is other requests' too.
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        if isinstance(self._model, Adapter | Backbone):
-            options["seed"] = seed
-            output = generate_by(self._model, request.inputs, policy, options)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                output = generate_by(self._model, request.inputs, policy, options)
+        own = {"streamer": _Steps(job, self._pause), "seed": seed}
+        options = {**request.options, **self._shared, **own}
+        output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)
         job.finish(output, early_exit=bool(policy.thresholds) and not policy.lossless)
 

@@ -20,12 +20,11 @@ import torch
 
 from offramp.engine.decoding.executor import Executor, Span
 from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import Prompt, PromptReader
+from offramp.engine.decoding.prompt import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
-from offramp.engine.exit_check import ExitOutput
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -36,6 +35,10 @@ class Written(NamedTuple):
 
     sequence: Sequence
     place: int
+
+
+AT_ONCE = Schedule(0, 1)
+"""The deep layers run as soon as the next token cannot be fed."""
 
 
 class Decoder:
@@ -56,22 +59,23 @@ class Decoder:
     ) -> None:
         self.backbone, self.executor, self.reader = backbone, executor, reader
         self.schedule, self.longest = schedule, longest
-        self.depths = executor.depths
+        self.depths, self.layers = executor.depths, backbone.depth
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
         self._written: list[Written] = []
+        self._heard = True  # whether anyone takes these
 
     # -- sequences ---------------------------------------------------------------------------
 
     def read(
         self,
-        reader: PromptReader,
+        reader: ReadsPrompts,
         prepared: Prepared,
         samplers: list[Sampler],
         rule: ExitRule,
         *,
         first_exits: bool = True,
-    ) -> tuple[Prompt, list[Token]]:
+    ) -> tuple[Any, list[Token]]:
         """Read a prompt of one or more rows, and choose each row's first token.
 
         first_exits: whether the exits may say it.
@@ -83,7 +87,7 @@ class Decoder:
             for question in questions:
                 question.scorer = self.reader.scorer()
 
-        def decide(depth: int, output: ExitOutput) -> bool:
+        def decide(depth: int, output: Any) -> bool:
             if depth not in rule.thresholds or all(first is not None for first in firsts):
                 return False
             asked = [
@@ -110,17 +114,17 @@ class Decoder:
         )
         open_ = [row for row, first in enumerate(firsts) if first is None]
         if open_:
-            logits = prompt.logits[open_]
+            logits = prompt.logits if len(open_) == len(firsts) else prompt.logits[open_]
             words = self.reader.of_logits(logits, [questions[row] for row in open_])
             for row, word in zip(open_, words, strict=True):
                 if isinstance(word, Exception):
                     raise word
-                firsts[row] = Token(word, self.backbone.depth, scores[row])
+                firsts[row] = Token(word, self.layers, scores[row])
         return prompt, [first for first in firsts if first is not None]
 
     def join(
         self,
-        prompt: Prompt,
+        prompt: Any,
         row: int,
         sampler: Sampler,
         rule: ExitRule,
@@ -143,7 +147,7 @@ class Decoder:
                 )
             rule = replace(rule, guesses=None)
         sequence = Sequence(
-            sampler, rule, *loaded, first=first, layers=self.backbone.depth, owner=owner
+            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner
         )
         if self.reader.follows:
             sequence.scorer = self.reader.scorer()
@@ -166,13 +170,33 @@ class Decoder:
         """Write until every sequence is over, and give out each token when it is settled."""
         while True:
             yield from self.fresh()
-            for sequence in [s for s in self.sequences if s.over or s.error is not None]:
+            if not self._goes_on():
+                return
+            self.make(self.next_call())
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """The same, where nobody wants to hear of the tokens in between."""
+        self._heard = False
+        try:
+            while self._goes_on():
+                call = self.next_call()
+                if call == "feed" and len(self.sequences) == 1:  # which is ready, then
+                    self._feed_one(self.sequences[0])
+                else:
+                    self._make(call)
+        finally:
+            self._heard = True
+
+    def _goes_on(self) -> bool:
+        """Let go of the sequences that are over; whether any is not."""
+        for sequence in self.sequences:
+            if sequence.over or sequence.error is not None:
                 self.leave(sequence)
                 if sequence.error is not None:
                     raise sequence.error
-            if not self.sequences:
-                return
-            self.make(self.next_call())
+                return self._goes_on()
+        return bool(self.sequences)
 
     def fresh(self) -> list[Written]:
         """The tokens that were settled since this was asked."""
@@ -202,15 +226,21 @@ class Decoder:
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
         with torch.inference_mode():
-            if call == "feed":
-                return self.feed()
-            if call == "full":
-                return self.full()
-            return self.deep(flush=call == "flush")
+            return self._make(call)
+
+    def _make(self, call: Call) -> int:
+        if call == "feed":
+            return self.feed()
+        if call == "full":
+            return self.full()
+        return self.deep(flush=call == "flush")
 
     def feed(self) -> int:
         """Feed the next token of every sequence that is ready up to the first exit."""
         rows = self.sequences
+        if len(rows) == 1 and rows[0].rule.thresholds and rows[0].ready(self.longest):
+            self._feed_one(rows[0])
+            return 1
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
@@ -245,9 +275,25 @@ class Decoder:
                 self._settle(row)
         return len(rows)
 
+    def _feed_one(self, row: Sequence) -> None:
+        """The same of the only one, with fewer lists: between two tokens the weights went through
+        the processor's caches, so what stands here is read from memory anew."""
+        asked, depth = row.alone, self.depths[0]
+        if asked is None:
+            asks = depth in row.rule.thresholds
+            asked = row.alone = [self._question(row, row.ids) if asks else None]
+        looks = self.reader.looks(asked)
+        output = self.executor.feed([row.handle], [row.ids[-1]], [row.ran[0]], looks)
+        verdict = self.reader.verdicts(depth, output, asked)[0]
+        if isinstance(verdict, Exception):
+            row.error = verdict
+            return
+        self._follow(row, depth, verdict)
+        self._settle(row)
+
     def _follow(self, row: Sequence, depth: int, verdict: Verdict | None) -> None:
         """Go on from what the first exit says of a fed token, if it may, or park."""
-        rule, layers = row.rule, self.backbone.depth
+        rule = row.rule
         tally = self.tallies[rule.exiting]
         if verdict is None:
             row.question(None)
@@ -265,7 +311,7 @@ class Decoder:
             row.question(token, drafted=True, score=score)
         elif rule.guesses_at(depth, verdict) and not self._crowded(row):
             tally.guessed += 1
-            row.question(Token(verdict.token, layers, score), score=score)
+            row.question(Token(verdict.token, self.layers, score), score=score)
         else:
             tally.parked += 1
             row.question(None, score=score)
@@ -324,10 +370,8 @@ class Decoder:
         for row, span in zip(rows, spans, strict=True):
             row.ran[segment] = span.end
         if last:
-            assert isinstance(output, torch.Tensor)
             self._answer(questions, puts, output)
         elif questions:
-            assert isinstance(output, ExitOutput)
             self._ask(self.depths[segment], questions, puts, output)
         return count
 
@@ -339,7 +383,7 @@ class Decoder:
         depth: int,
         questions: list[tuple[Sequence, int]],
         puts: list[Question],
-        output: ExitOutput,
+        output: Any,
     ) -> None:
         """Let a deeper exit say, of the places that it is asked about, what is to stand there."""
         void: set[int] = set()
@@ -366,13 +410,12 @@ class Decoder:
                 self.executor.crop(row.handle, row.ran[0])
 
     def _answer(
-        self, questions: list[tuple[Sequence, int]], puts: list[Question], final: torch.Tensor
+        self, questions: list[tuple[Sequence, int]], puts: list[Question], final: Any
     ) -> None:
         """Let the full model fill the places that sequences ask about."""
         if not questions:
             return
-        logits = self.backbone.logits(final)
-        largest = logits.argmax(-1).tolist()
+        word = self.reader.words(final)
         void: set[int] = set()  # sequences whose later questions fell with a wrong token
         drafts: dict[int, list[int]] = {}  # of a lossless sequence, how many, and how many right
         for row, place in questions:
@@ -384,9 +427,8 @@ class Decoder:
                 continue
             asked = row.asked[place]
             try:
-                word = self.reader.last_word(question, logits, i, largest[i])
-                token = Token(word, self.backbone.depth, asked.score)
-                if asked.drafted and asked.said is not None and asked.said.token == word:
+                token = Token(word(i, question), self.layers, asked.score)
+                if asked.drafted and asked.said is not None and asked.said.token == token.token:
                     token = asked.said  # a draft that was right counts at the exit that said it
                     if row.rule.lossless:
                         tally = drafts[id(row)]
@@ -418,8 +460,10 @@ class Decoder:
         return self._pass(self.sequences)
 
     def _pass(self, rows: list[Sequence]) -> int:
-        if not rows:
-            return 0
+        if len(rows) == 1:
+            self._full_one(rows[0])
+        if len(rows) < 2:
+            return len(rows)
         exits = any(row.rule.thresholds for row in rows)
         final = self.executor.full(
             [row.handle for row in rows],
@@ -432,9 +476,20 @@ class Decoder:
             if isinstance(word, Exception):
                 row.error = word
                 continue
-            row.passed(Token(word, self.backbone.depth))
+            row.passed(Token(word, self.layers))
             self._settle(row)
         return len(rows)
+
+    def _full_one(self, row: Sequence) -> None:
+        """The same of the only one; see `_feed_one`."""
+        exits = bool(row.rule.thresholds)
+        final = self.executor.full([row.handle], [row.ids[-1]], [row.ran[0]], exits=exits)
+        word = self.reader.full(final, [self._question(row, row.ids)])[0]
+        if isinstance(word, Exception):
+            row.error = word
+            return
+        row.passed(Token(word, self.layers))
+        self._settle(row)
 
     def _question(self, row: Sequence, before: list[int]) -> Question:
         return Question(row.sampler, row.rule, before, row.scorer)
@@ -444,9 +499,16 @@ class Decoder:
         try:
             for place in row.settle():
                 token = row.tokens[place]
-                self._written.append(Written(row, place))
+                if self._heard:
+                    self._written.append(Written(row, place))
                 if row.sampler.emit(row.ids, place, token.depth, token.score):
                     row.end(place + 1)
                     return
+            limit = self.executor.positions
+            if limit is not None and row.ran[0] >= limit and row.ready(None):
+                row.error = InputError(
+                    f"Prompt and answer are longer than the backbone's {limit} positions.",
+                    "Shorten the prompt, or lower max_new_tokens.",
+                )
         except Exception as error:  # of whoever is told, or a criterion: its request alone fails
             row.error = error

@@ -1,15 +1,16 @@
 """What runs the layers for the decoder. Exits part them into segments: segment 0 is below the first
-exit in use, segment k between exits k and k + 1, the last one ends at full depth."""
+exit in use, segment k between exits k and k + 1, the last one ends at full depth.
+
+What a call returns goes on to the executor's own reader, and the decoder does not look into it: of
+an exit an `ExitOutput`, of the full model final-normed states [n, D], where that is `ExitReader`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
-
-from offramp.engine.decoding.prompt import Looks, Prompt
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.decoding.prompt import Looks
 
 
 class Span(NamedTuple):
@@ -39,25 +40,23 @@ class Executor(Protocol):
     depths: tuple[int, ...]
     rows: int | None
     propagate: bool
+    positions: int | None
 
-    def load(self, prompt: Prompt, row: int) -> Loaded:
-        """Take over a row of a prompt that was read."""
+    def load(self, prompt: Any, row: int) -> Loaded:
+        """Take over a row of a prompt that was read: by a `PromptReader`, or by one of its own."""
         ...
 
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
-    ) -> ExitOutput:
+    ) -> Any:
         """Segment 0 and the first exit, one token of each sequence; outputs in that order."""
         ...
 
-    def run(
-        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> ExitOutput | Tensor:
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks) -> Any:
         """A segment over columns that wait before it, all that do of each sequence.
 
         asked: which of the spans' columns, counted through, are asked about: outputs are of these.
-        Returns what the next exit makes of them, or behind the last segment the final-normed
-        states [n, D].
+        Returns what the next exit makes of them, or the full model behind the last segment.
         """
         ...
 
@@ -68,16 +67,14 @@ class Executor(Protocol):
         columns: Sequence[int],
         *,
         exits: bool,
-    ) -> Tensor:
-        """One token of each sequence through all layers; final-normed states [n, D].
+    ) -> Any:
+        """One token of each sequence through all layers.
 
         exits: whether these get their keys, which a sequence needs that will come to them again.
         """
         ...
 
-    def trial(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor | None:
+    def trial(self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]) -> Any:
         """A `full` call to be timed, nothing waiting, after which nothing has changed; None where
         it would leave traces."""
         ...

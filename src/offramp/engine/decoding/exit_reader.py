@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.engine.confidence import FEATURE_SCORES, STREAKS
-from offramp.engine.decoding.rule import ExitRule, Verdict
+from offramp.engine.decoding.rule import CLOSED, ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
 from offramp.engine.policy import ExitPolicy
@@ -87,19 +87,15 @@ class ExitReader:
     ) -> list[Verdict | Exception | None]:
         """Of the exit at `depth` on each token; None where nothing is asked, an error where the
         row's own rules raised one."""
-        if output.state is None:
-            return [
-                None if question is None else Verdict(-1, float("nan"), False) for question in asked
-            ]
+        if output.state is None and output.logits is None:
+            return [None if question is None else CLOSED for question in asked]
         if self.follows:
             one = torch.arange(len(asked), device=output.entry.device)
             return [
                 None
                 if question is None
-                else self._of_all(
-                    depth, output.picked(one[i : i + 1]), [question], question.scorer
-                )[0]
-                for i, question in enumerate(asked)
+                else self._of_all(depth, output.picked(i[None]), [question], question.scorer)[0]
+                for i, question in zip(one, asked, strict=True)
             ]
         return self._of_all(depth, output, asked, self._scorer)
 
@@ -110,25 +106,28 @@ class ExitReader:
         asked: Sequence[Question | None],
         scorer: ExitScorer | None,
     ) -> list[Verdict | Exception | None]:
-        assert scorer is not None and output.state is not None
+        assert scorer is not None
         here = self._backbone.here
         entry = here(output.entry)
+        opened = [True] * len(asked)
+        if depth in self._gates:
+            gate, level = self._gates[depth]
+            opened = (gate(entry) >= level).tolist()
+            if not any(opened):
+                return [None if question is None else CLOSED for question in asked]
         chain = _Constraints(asked)
         places = _tokens(asked, entry.device) if self.watches or self._scripted else {}
         look = scorer(
             depth,
-            here(output.state),
+            None if output.state is None else here(output.state),
             entry,
             None if output.previous is None else here(output.previous),
             chain if chain.any else None,
+            made=output.logits,
             **places,
         )
         scored = any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in asked)
         scores = self.scores(look, asked) if scored else [float("nan")] * len(asked)
-        opened: Sequence[bool] = [True] * len(asked)
-        if depth in self._gates:
-            gate, level = self._gates[depth]
-            opened = (gate(entry) >= level).tolist()
         made: list[Verdict | Exception | None] = [
             None if question is None else chain.errors.get(i) or Verdict(-1, scores[i], opened[i])
             for i, question in enumerate(asked)
@@ -139,12 +138,10 @@ class ExitReader:
             for question, verdict in zip(asked, made, strict=True)
         ]
         if any(question is not None for question in wanted):
-            for i, token in enumerate(self._said(look, wanted)):
+            for i, word in enumerate(self._said(look, wanted)):
                 verdict = made[i]
                 if wanted[i] is not None and isinstance(verdict, Verdict):
-                    made[i] = (
-                        token if isinstance(token, Exception) else verdict._replace(token=token)
-                    )
+                    made[i] = word if isinstance(word, Exception) else verdict._replace(token=word)
         return made
 
     def scores(self, look: ExitCheck, asked: Sequence[Question | None]) -> Sequence[float]:
@@ -171,6 +168,17 @@ class ExitReader:
         if question.sampler.plain:
             return largest
         return question.sampler.choose(logits[at : at + 1], question.before)
+
+    def words(self, final: Tensor) -> Callable[[int, Question], int]:
+        """The same of one state at a time, by its place among them: what follows a wrong token is
+        not asked for."""
+        logits = self._backbone.logits(final)
+        largest: list[int] = logits.argmax(-1).tolist()
+
+        def word(place: int, question: Question) -> int:
+            return self.last_word(question, logits, place, largest[place])
+
+        return word
 
 
 def _says(question: Question | None, depth: int, verdict: Verdict) -> bool:

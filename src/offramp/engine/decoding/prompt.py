@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,13 +32,19 @@ from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 
-Decide = Callable[[int, ExitOutput], bool]
-"""Is told what the exit at a depth makes of each row's newest token [B, D]; True once every row has
-exited."""
+Decide = Callable[[int, Any], bool]
+"""Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
+it; True once every row has exited."""
 
 
 Looks = Callable[[int, Tensor], bool]
 """Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
+
+
+def anyone(depth: int, entry: Tensor) -> bool:
+    """Looks at every exit."""
+    return True
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,22 @@ class Prompt:
     @property
     def rows(self) -> int:
         return len(self.prepared.ids)
+
+
+class ReadsPrompts(Protocol):
+    """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
+    not every row's first token exited; the rest of it is the executor's affair."""
+
+    def read(
+        self,
+        prepared: Prepared,
+        *,
+        use_exits: bool = True,
+        decide: Decide | None = None,
+        looks: Looks = anyone,
+    ) -> Any:
+        """As `PromptReader.read`."""
+        ...
 
 
 class PromptReader:
@@ -108,7 +130,7 @@ class PromptReader:
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
         self._decide: Decide | None = None
-        self._looks: Looks = lambda depth, entry: True
+        self._looks: Looks = anyone
         self._last = True  # whether the newest token is in the current chunk
         self._before: Tensor | None = None
         self._waits: tuple[int, Tensor] | None = None
@@ -136,7 +158,7 @@ class PromptReader:
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
-        looks: Looks = lambda depth, entry: True,
+        looks: Looks = anyone,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 

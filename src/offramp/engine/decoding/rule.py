@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,10 @@ class Verdict(NamedTuple):
     token: int
     score: float
     open: bool = True
+
+
+CLOSED = Verdict(-1, float("nan"), False)
+"""Of an exit whose gate let it not look."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class ExitRule:
     def uses_exits(self) -> bool:
         return bool(self.thresholds)
 
-    @property
+    @cached_property
     def exiting(self) -> bool:
         """Whether tokens may be other than the full model's."""
         return bool(self.thresholds) and not self.lossless

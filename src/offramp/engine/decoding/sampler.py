@@ -58,8 +58,9 @@ class Sampler:
         observer: Observer | None = None,
         stops: bool = True,
     ) -> None:
-        """observer: is told the logits that each token is chosen from. row: of the prepared request. generator: of the row's noise, where it samples; None: one
-        with a seed of its own. stops: whether the answer ends where a criterion says so."""
+        """row: of the prepared request. generator: of the row's noise, where it samples; None: one
+        with a seed of its own. observer: is told the logits that each token is chosen from. stops:
+        whether the answer ends where a criterion says so."""
         self.ids: Tensor = prepared.ids[row : row + 1]
         self.row, self._rows = row, len(prepared.ids)
         self._processors, self._criteria = prepared.processors, prepared.criteria
@@ -127,7 +128,8 @@ class Sampler:
 
         Raise whatever the one who is told of it, or a criterion, raises.
         """
-        self._noise.pop(place, None)  # that place is settled
+        if self.samples:
+            self._noise.pop(place, None)  # that place is settled
         if self._on_token is not None:
             self._on_token(place, ids[place], depth, score)
         over = self.would_end(place + 1, ids[place])

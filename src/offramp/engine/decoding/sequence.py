@@ -12,8 +12,7 @@ setting integers.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
@@ -21,8 +20,7 @@ from offramp.engine.decoding.sampler import Sampler
 NAN = float("nan")
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token of an answer: its id, the depth that it is counted at (that of the exit which said
     it, in lossless mode only if the full model says the same; else L), and the score of the last
     exit that looked at it, NaN where none did."""
@@ -32,8 +30,7 @@ class Token:
     score: float = NAN
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A place in the answer that deeper layers are to fill.
 
     said: what stands there until then; None where the sequence parked. drafted: whether exits have
@@ -78,6 +75,7 @@ class Sequence:
         self.error: Exception | None = None
         self.rounds: list[tuple[int, int]] = []
         self.scorer: Any = None  # of scores that follow a token from exit to exit
+        self.alone: Any = None  # the question put to the first exit, kept where it is the only one
 
     @property
     def fed(self) -> int:
@@ -146,7 +144,7 @@ class Sequence:
 
     def looked(self, place: int, score: float) -> None:
         """An exit looked at a place and left it to deeper layers."""
-        self.asked[place] = replace(self.asked[place], score=score)
+        self.asked[place] = self.asked[place]._replace(score=score)
 
     def draft(self, place: int, said: Token) -> bool:
         """A deeper exit drafts what the full model is to confirm; False where another token stood
@@ -181,9 +179,11 @@ class Sequence:
 
     def settle(self) -> range:
         """Places of the tokens that can no longer change and were not given out yet."""
-        until = min(self.asked, default=len(self.tokens))
-        fresh = range(self.settled, min(until, len(self.tokens)))
-        self.settled = fresh.stop
+        until = len(self.tokens)
+        if self.asked:
+            until = min(until, next(iter(self.asked)))
+        fresh = range(self.settled, until)
+        self.settled = until
         return fresh
 
     def end(self, tokens: int) -> None:

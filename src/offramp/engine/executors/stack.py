@@ -65,6 +65,7 @@ class StackExecutor:
     """
 
     rows: int | None = 1
+    positions: int | None = None  # counted where its arguments are made
 
     def __init__(
         self,

@@ -1,22 +1,24 @@
-"""One row's decoder as programs over buffers: up to the exit, from the exit on, and all the way.
+"""One row's decoder as programs over buffers: up to the first exit, from an exit on, all the way.
 
-The token to feed, its column and how many states are pending are numbers on the device, which the
-programs move on themselves. So the CPU only says which program comes next, and needs to know a
-token no sooner than it wants to.
+The token to feed and its column are numbers on the device, which the programs move on themselves.
+So the CPU only says which program comes next, and may begin a token that it does not know yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from offramp.engine.exit_check import ExitScorer
+from offramp.engine.confidence import FEATURE_SCORES, SCORES
+from offramp.engine.executors.slots.executor import SlotExecutor
+from offramp.engine.executors.slots.layout import SlotCall
+from offramp.engine.exit_check import ExitOutput, ExitScorer
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.slots.layout import SlotCall
-from offramp.engine.slots.prompt import Prompt
-from offramp.engine.slots.runner import SlotRunner
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.runtimes.graphs.recording import WARM_UPS, Mailbox, Program, Recorder
@@ -24,97 +26,113 @@ from offramp.runtimes.graphs.recording import WARM_UPS, Mailbox, Program, Record
 NARROWEST = 128
 """Columns that the smallest programs read; others read twice as many, and so on."""
 
-Read = Callable[[], list[float]]
+MOST = 16
+"""Columns that one program runs above an exit, at most; a power of two."""
+
+FULL = -1
+"""In a segment's place: all layers."""
+
+
+class Said(NamedTuple):
+    """What a program says of n tokens. tokens: the largest logits'. scores: of an exit. opened: 0
+    where its gate would not have let it look."""
+
+    tokens: list[int]
+    scores: list[float]
+    opened: list[bool]
+
+
+Read = Callable[[], Said]
 
 
 class RowPrograms:
-    """Keys, values and pending states of one row, and the programs that work on them.
+    """Keys, values and states of one row, and the programs that work on them.
 
-    depth: of the exit; None: there is none. limit: tokens of a prompt and its answer. most: states
-    that may be pending, a power of two.
+    policy: depths, score and shortlist of the exits. limit: tokens of a prompt and its answer.
 
-    column, pending: where the next token is fed, and how many states wait behind the exit, as the
-    CPU knows it.
+    slots: holds the row, in its only slot. reads: whether the programs compute the score; else it
+    is for whoever reads `states`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        policy: ExitPolicy,
-        depth: int | None,
-        limit: int,
-        most: int,
-    ) -> None:
-        self.backbone, self.depth, self.limit, self.most = backbone, depth, limit, most
-        depths = () if depth is None else (depth,)
+    def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy, limit: int) -> None:
+        self.backbone, self.depths, self.limit = backbone, policy.depths, limit
         self._columns = limit + WARM_UPS + 1
-        self.runner = SlotRunner(backbone, exits, depths, 1, self._columns, layout="flat")
-        self.runner.cache.reserve(self._columns + 1)
+        self._watches = policy.score in FEATURE_SCORES
+        self.slots = SlotExecutor(
+            backbone, exits, self.depths,
+            slots=1, limit=self._columns, layout="flat", watches=self._watches,
+        )  # fmt: skip
+        self.slots.cache.reserve(self._columns + 1)
+        self.reads = policy.score in SCORES
+        self._bounds = (0, *self.depths, backbone.depth)
+        self._gates = exits.gates
+        self._scorer = ExitScorer(backbone, policy, self.depths, exits) if self.depths else None
         device = backbone.device
-        self._scorer = None if depth is None else ExitScorer(backbone, policy, depths, exits)
-        self._gate = None if exits is None or depth is None else exits.gates.get(depth)
         self._recorder = Recorder(device)
-        self._programs: dict[tuple[str, int, int], Program] = {}
-        self._letters, self._answers = Mailbox(3, device), Mailbox(most, device)
-        numbers = torch.zeros(3, 1, dtype=torch.long, device=device)
-        self._token, self._column, self._place = numbers
-        self._numbers = numbers
-        self._threshold, self._level = torch.ones(2, 1, device=device)
-        self._states = torch.zeros(most, backbone.width, dtype=backbone.dtype, device=device)
-        self._said = torch.zeros(3, dtype=torch.float64, device=device)
-        self._full = torch.zeros(most, dtype=torch.float64, device=device)
-        self.column = self.pending = 0
+        self._programs: dict[tuple[int, int, int], Program] = {}
+        self._letters = Mailbox(3 * MOST, device)
+        self._numbers = torch.zeros(4, 1, dtype=torch.long, device=device)
+        self._token, self._column, self._from, self._to = self._numbers.unbind()
+        self._levels = torch.zeros(backbone.depth, device=device)  # of gates, by depth
+        self._said = torch.zeros(3, MOST, dtype=torch.float64, device=device)
+        size = (backbone.width,)
+        kind: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
+        self._entries = [torch.zeros(self._columns, *size, **kind) for _ in self.depths]
+        self._out, self._previous = (torch.zeros(MOST, *size, **kind) for _ in range(2))
 
-    # -- the row -------------------------------------------------------------------------------
-
-    def load(self, prompt: Prompt, threshold: float, level: float) -> None:
-        """Begin behind a prompt that was read. threshold: of the exit. level: of its gate."""
-        self.column = self.runner.load(0, prompt.cache, prompt.positions, prompt.real)
-        self._threshold.fill_(threshold)
-        self._level.fill_(level)
-
-    def go_on(self, token: int, column: int, pending: int = 0) -> None:
-        """Feed `token` next, at `column`, with so many states pending before it."""
-        for buffer, number in zip(self._numbers, (token, column, pending), strict=True):
-            buffer.fill_(number)
-        self.column, self.pending = column, pending
+    def gate(self, levels: Mapping[int, float]) -> None:
+        """Shut gates below their levels, by depth; those of other depths are open."""
+        for depth in self.depths:
+            self._levels[depth] = levels.get(depth, -math.inf)
 
     # -- what runs -----------------------------------------------------------------------------
 
-    def shallow(self) -> Read:
-        """Feed the next token up to the exit, whose token is fed next.
+    def aim(self, token: int, column: int) -> None:
+        """Have the next program but those above an exit feed `token` at `column`."""
+        self._token.fill_(token)
+        self._column.fill_(column)
 
-        To be read: that token, whether the exit was confident (0 or 1), and its score, NaN where
-        its gate was closed.
-        """
-        self._run("shallow", 1)
-        self.column += 1
-        self.pending += 1
-        return self._letters.send(self._said)
+    def feed(self, segment: int, column: int) -> Read:
+        """Feed the token that was aimed at, at `column`, up to the first exit (segment 0), or to
+        the end (`FULL`); then what it says is aimed at, one column further."""
+        self._run(segment, 1, column + 1)
+        return self._read(1)
 
-    def full(self) -> Read:
-        """Feed the next token through all layers; the token that follows, first of three numbers,
-        is fed next. Nothing may be pending."""
-        self._run("bare", 1)
-        self.column += 1
-        return self._letters.send(self._said)
-
-    def deep(self) -> Read:
-        """Run all that is pending through the layers above the exit; the full model's token behind
-        the last of them is fed next. To be read: its tokens behind all of them, in order."""
+    def deep(self, segment: int, first: int, end: int) -> Read:
+        """Run what waits before a segment at columns from `first` up to, and without, `end`: at
+        most `MOST`. Behind the last layer, what is said of the last is aimed at."""
         size = 1
-        while size < self.pending:
+        while size < end - first:
             size *= 2
-        self._run("deep", size)
-        self.pending = 0
-        return self._answers.send(self._full)
+        self._from.fill_(first)
+        self._to.fill_(end - 1)
+        self._run(segment, size, end)
+        return self._read(end - first)
 
-    def _run(self, kind: str, size: int) -> None:
+    def states(self, segment: int, first: int, end: int) -> ExitOutput | Tensor:
+        """What the last call made of these columns, until the next: of the exit behind a segment,
+        or final-normed states [n, D]."""
+        out = self._out[: end - first]
+        if segment in (FULL, len(self.depths)):
+            return out
+        previous = self._previous[: end - first] if self._watches else None
+        return ExitOutput(self._entries[segment][first:end], out, previous)
+
+    def _read(self, rows: int) -> Read:
+        letter = self._letters.send(self._said.flatten())
+
+        def read() -> Said:
+            numbers = letter()
+            tokens, scores, opened = (numbers[i * MOST : i * MOST + rows] for i in range(3))
+            return Said([*map(int, tokens)], scores, [*map(bool, opened)])
+
+        return read
+
+    def _run(self, segment: int, size: int, end: int) -> None:
         width = NARROWEST
-        while width < self.column + 1:
+        while width < end:
             width *= 2
-        key = kind, size, min(width, self._columns)
+        key = segment, size, min(width, self._columns)
         if key not in self._programs:
             with self._kept():
                 self._programs[key] = self._recorder.record(self._program(*key))
@@ -122,62 +140,71 @@ class RowPrograms:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        """Try programs out on columns that no row has, and put back what they change."""
+        """Try programs out on columns that no row has, and put back the numbers they change."""
         if not self._recorder.records:
             yield
             return
-        changed = (self._numbers, self._states, self._said, self._full)
-        before = [buffer.clone() for buffer in changed]
-        for buffer, number in zip(self._numbers, (0, self.limit, 1), strict=True):
-            buffer.fill_(number)
+        before = self._numbers.clone()
+        self.aim(0, self.limit)
+        self._from.fill_(self.limit)
+        self._to.fill_(self.limit)
         yield
-        for buffer, value in zip(changed, before, strict=True):
-            buffer.copy_(value)
+        self._numbers.copy_(before)
 
     # -- programs ------------------------------------------------------------------------------
 
-    def _program(self, kind: str, size: int, width: int) -> Program:
-        if kind == "deep":
-            return lambda: self._deep(size, width)
+    def _program(self, segment: int, size: int, width: int) -> Program:
+        if segment > 0:
+            return lambda: self._deep(segment, size, width)
         one = torch.zeros(1, dtype=torch.long, device=self.backbone.device)
         call = SlotCall((1, 1), one, self._column, None, self._column[:, None], width)
-        run = self._shallow if kind == "shallow" else self._bare
-        return lambda: run(call)
+        return lambda: self._feed(segment, call)
 
-    def _shallow(self, call: SlotCall) -> None:
-        assert self.depth is not None and self._scorer is not None
-        states = self.runner.run("shallow", call, self._token)
-        entry = states.entries[self.depth]
-        self._states.index_copy_(0, self._place, entry)
-        exit, before = states.exits[self.depth], states.previous.get(self.depth)
-        check = self._scorer(self.depth, exit, entry, before)
-        score = check.score
-        if self._gate is not None:
-            score = torch.where(self._gate(entry) >= self._level, score, torch.nan)
-        token = check.own_logits.argmax(-1)
+    def _feed(self, segment: int, call: SlotCall) -> None:
+        tokens = self._through(segment, call, self._token, self._column)
+        self._token.copy_(tokens)
+        self._column.add_(1)
+
+    def _deep(self, segment: int, size: int, width: int) -> None:
+        """Where fewer than `size` states wait the last one is repeated, which writes the same keys
+        and values once more."""
+        columns = (self._from + torch.arange(size, device=self._to.device)).minimum(self._to)
+        call = SlotCall((1, size), columns * 0, columns, None, columns[None], width)
+        states = self._entries[segment - 1].index_select(0, columns)[None]
+        tokens = self._through(segment, call, states, columns)
+        if segment == len(self.depths):
+            self._token.copy_(tokens.index_select(0, self._to - self._from))
+            self._column.copy_(self._to + 1)
+
+    def _through(self, segment: int, call: SlotCall, inputs: Tensor, columns: Tensor) -> Tensor:
+        """A segment; keeps what it makes of the columns [n], and returns the tokens it says."""
+        bounds = self._bounds
+        start, end = (0, bounds[-1]) if segment == FULL else bounds[segment : segment + 2]
+        output = self.slots.run_layers(range(start, end), call, inputs, lambda depth, entry: True)
+        if isinstance(output, Tensor):
+            self._out[: len(output)] = output
+            tokens: Tensor = self.backbone.logits(output).argmax(-1)
+            self._said[0, : len(tokens)] = tokens
+            return tokens
+        self._entries[segment].index_copy_(0, columns, output.entry)
+        return self._exit(self.depths[segment], output)
+
+    def _exit(self, depth: int, output: ExitOutput) -> Tensor:
+        """Keep what an exit makes of tokens, and say what they are followed by."""
+        assert self._scorer is not None and output.state is not None
+        rows = len(output.state)
+        self._out[:rows] = output.state
+        if output.previous is not None:
+            self._previous[:rows] = output.previous
+        if not self.reads:
+            return self._token
+        check = self._scorer(depth, output.state, output.entry, output.previous)
+        tokens: Tensor = check.own_logits.argmax(-1)
         if self._scorer.shortlist is not None:
-            token = self._scorer.shortlist[token]
-        confident = score >= self._threshold
-        self._said.copy_(torch.cat([token.double(), confident.double(), score.double()]))
-        self._token.copy_(token)
-        self._column.add_(1)
-        self._place.add_(1)
-
-    def _bare(self, call: SlotCall) -> None:
-        final = self.runner.run("bare", call, self._token).final
-        self._token.copy_(self.backbone.logits(final).argmax(-1))
-        self._said[:1] = self._token
-        self._column.add_(1)
-
-    def _deep(self, size: int, width: int) -> None:
-        """Where fewer than `size` states are pending the last one is repeated, which writes the
-        same keys and values once more."""
-        last = (self._place - 1).clamp(min=0)  # none is pending only when this is tried out
-        picks = torch.arange(size, device=last.device).minimum(last)
-        columns = self._column - self._place + picks
-        call = SlotCall((1, size), picks * 0, columns, None, columns[None], width)
-        final = self.runner.run("deep", call, self._states.index_select(0, picks)[None]).final
-        tokens = self.backbone.logits(final).argmax(-1)
-        self._full[:size] = tokens
-        self._token.copy_(tokens.index_select(0, last))
-        self._place.zero_()
+            tokens = self._scorer.shortlist[tokens]
+        self._said[0, :rows] = tokens
+        self._said[1, :rows] = check.score
+        self._said[2, :rows] = 1.0
+        if depth in self._gates:
+            self._said[2, :rows] = self._gates[depth](output.entry) >= self._levels[depth]
+        return tokens

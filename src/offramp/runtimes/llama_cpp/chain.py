@@ -111,8 +111,8 @@ class SegmentChain:
         last = len(self.segments) - 1
         for place in range(last):
             self._waiting[place].append(states)
-            states, logits = self._through(place)
-            if decide is not None and decide(place, states[-1], logits):
+            states, logits = self._through(place, 1)
+            if decide is not None and decide(place, states[-1], logits[-1]):
                 self._waiting[place + 1].append(states)
                 return place
         self._waiting[last].append(states)
@@ -123,8 +123,7 @@ class SegmentChain:
         last = len(self.segments) - 1
         for place in range(1, last):
             if self._waiting[place]:
-                states, _ = self._through(place)
-                self._waiting[place + 1].append(states)
+                self.advance(place, 0)
         logits = []
         left = sum(len(states) for states in self._waiting[last])
         for rows in self._calls(last):
@@ -133,21 +132,53 @@ class SegmentChain:
             logits.append(self._feed(last, rows, wanted).copy())
         return np.concatenate(logits)
 
-    def crop(self, rows: int) -> None:
-        """Forget the last `rows` tokens; only when none is pending."""
-        assert not self.waits
-        for segment in self.segments:
-            segment.crop(rows)
+    def advance(self, place: int, outputs: int, new: States | None = None) -> tuple[States, Array]:
+        """Run what is pending before the exit at `place` up to and through it, where it waits on.
 
-    def _through(self, place: int) -> tuple[States, Array]:
-        """Run segment `place` over what is pending before it: states, and the last one's logits."""
+        new: states [m, D] behind what is pending. Returns the states [n, D] that entered the exit,
+        and logits [outputs, S] of the last.
+        """
+        if new is not None:
+            self._waiting[place].append(new)
+        states, logits = self._through(place, outputs)
+        self._waiting[place + 1].append(states)
+        return states, logits
+
+    @property
+    def tokens(self) -> int:
+        """How many ran through the first segment, the prompt's among them."""
+        return self.segments[0].length
+
+    def crop(self, rows: int) -> None:
+        """Forget the last `rows` tokens, pending or not."""
+        left = self.tokens - rows
+        for segment, waiting in zip(self.segments, self._waiting, strict=True):
+            segment.crop(max(0, segment.length - left))
+            pending = sum(map(len, waiting)) - (left - segment.length)
+            while pending > 0:
+                last = waiting.pop()
+                if len(last) > pending:
+                    waiting.append(last[: len(last) - pending])
+                pending -= len(last)
+
+    def _through(self, place: int, outputs: int) -> tuple[States, Array]:
+        """Run segment `place` over what is pending before it: states, and logits of the last."""
         segment = self.segments[place]
         assert segment.tap is not None
-        states, calls = [], list(self._calls(place))
-        for number, rows in enumerate(calls):
-            logits = self._feed(place, rows, int(number == len(calls) - 1))
+        calls = list(self._calls(place))
+        if len(calls) == 1:
+            made = self._feed(place, calls[0], outputs)
+            return segment.tap.rows()[: len(calls[0])].copy(), made
+        states, logits = [], []
+        left = sum(map(len, calls))
+        for rows in calls:
+            left -= len(rows)
+            wanted = min(len(rows), max(0, outputs - left))
+            logits.append(self._feed(place, rows, wanted))
             states.append(segment.tap.rows()[: len(rows)].copy())
-        return np.concatenate(states) if len(states) > 1 else states[0], logits[0]
+            if left and wanted:  # the next call overwrites them
+                logits[-1] = logits[-1].copy()
+        return np.concatenate(states), np.concatenate(logits)
 
     def _feed(self, place: int, rows: States, outputs: int) -> Array:
         """Logits [outputs, V] of the last rows, a view."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,21 @@ from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
-from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.engine.prefill import check_inputs, check_options, prepare
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.generate import exit_rule, write_answers
+from offramp.engine.policy import ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
-from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder
+from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainReader
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
-from offramp.runtimes.one_row import GreedyRow, OneRow
 
 
 class LlamaCppRuntime:
@@ -108,11 +108,12 @@ class LlamaCppRuntime:
         policy: ExitPolicy | None = None,
         vision_cache: VisionCache | None = None,
         streamer: Any = None,
+        seed: int | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Generate by the adapter's policy, or by another; see `offramp.engine.generate.generate`.
 
-        inputs: of one row. Sampling draws from torch's generator: torch.manual_seed repeats it.
+        inputs: of one row.
 
         Raises:
             InputError: more than one row, a prompt with its answer longer than the context, or a
@@ -133,13 +134,7 @@ class LlamaCppRuntime:
             check_options(lambda name: getattr(prepared.config, name, None))
             prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
             self._check_room(len(prompt), prepared.ids, prepared.criteria)
-            here = replace(prepared, ids=prepared.ids.cpu())
-            sequence = (GreedyRow if GreedyRow.fits(here) else OneRow)(here, streamer)
-            rounds = self._decode(prompt, sequence, policy)
-            sequence.end()
-        output = sequence.output(self.backbone.depth, rounds)
-        assert bool(output.depths.all()), "one row ends with its last token"
-        return replace(output, sequences=output.sequences.to(prepared.ids.device))
+            return self._write(prompt, prepared, policy, streamer, seed)
 
     def release_decoder(self) -> int:
         """Free what PyTorch holds of the weights in llama.cpp's files, and return their bytes.
@@ -169,17 +164,29 @@ class LlamaCppRuntime:
 
     # -- one generation -----------------------------------------------------------------------
 
-    def _decode(
-        self, prompt: States, sequence: OneRow, policy: ExitPolicy
-    ) -> list[tuple[int, int]]:
-        unused = [i for i, depth in enumerate(self.files.depths) if depth not in policy.thresholds]
-        self._chain.reset(unused, exact=policy.lossless or not policy.thresholds)
-        decider = ChainDecider(self.adapter, policy, self.files.depths)
-        decoder = Decoder(self._chain, decider, sequence, self._token_states, policy)
-        if policy.lossless and policy.thresholds:
-            return decoder.speculate(prompt)
-        decoder.decode(prompt)
-        return []
+    def _write(
+        self,
+        prompt: States,
+        prepared: Prepared,
+        policy: ExitPolicy,
+        streamer: Any,
+        seed: int | None,
+    ) -> GenerationOutput:
+        stand, depths = self.files.depths, policy.depths
+        # Guesses fall with whom they wait: what they change must be speed alone.
+        exact = policy.lossless or bool(policy.guesses) or not depths
+        self._chain.reset([i for i, depth in enumerate(stand) if depth not in depths], exact=exact)
+        executor = ChainExecutor(self._chain, stand, depths, prompt, self._token_states)
+        asker = ChainReader(self.adapter, policy, depths)
+        return write_answers(
+            Decoder(self.backbone, executor, asker),
+            executor,
+            prepared,
+            exit_rule(self.backbone, policy, asker),
+            streamer=streamer,
+            seed=seed,
+            first_exits=first_token_may_exit(self.backbone, policy),
+        )
 
     def _token_states(self, token: int) -> States:
         """The states [1, D] that enter the decoder for a token of text."""

@@ -81,6 +81,7 @@ class SlotExecutor:
         self.cache = SlotCache(slots, entries, limit, encoded)
         self.intercepted = InterceptedModel(backbone, self)
         self._watches, self._device = watches, backbone.device
+        self.positions = backbone.positions
         packs = can_pack(self.intercepted.stack)
         self.layout = layout or ("packed" if packs else "flat")
         with_slot_masks(self.intercepted.stack)
@@ -409,10 +410,20 @@ class SlotExecutor:
         self, segment: int, call: Call, inputs: Tensor, looks: Looks
     ) -> ExitOutput | Tensor:
         """Layers of a segment and the exit behind them, or the final norm."""
-        start, end = self._bounds[segment], self._bounds[segment + 1]
+        running = range(self._bounds[segment], self._bounds[segment + 1])
+        return self.run_layers(running, call, inputs, looks)
+
+    def run_layers(
+        self, running: range, call: Call, inputs: Tensor, looks: Looks
+    ) -> ExitOutput | Tensor:
+        """Layers, and the exit behind them or the final norm, on token ids [n] or states [B, T, D].
+
+        For programs, which know themselves where they write. running: from the first layer or an
+        exit on, to an exit or the end.
+        """
         self._looks = looks
-        final = self._call(range(start, end), call, inputs)
-        if end == self.backbone.depth:
+        final = self._call(running, call, inputs)
+        if running.stop == self.backbone.depth:
             return final
         output, self._output = self._output, None
         assert output is not None

@@ -1,0 +1,216 @@
+"""Programs as the executor of the one decoder, one answer at a time.
+
+The next token is begun with the exit's token before it is known whether the exit was confident, so
+that the device does not wait for the CPU. Where it was not, what was begun is void: its keys,
+values and state are overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.exit_reader import ExitReader, Question
+from offramp.engine.decoding.prompt import Looks, Prompt
+from offramp.engine.decoding.rule import CLOSED, Verdict
+from offramp.engine.exit_check import ExitOutput
+from offramp.errors import InputError
+from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
+
+
+class GraphOutput(NamedTuple):
+    """What programs say of n tokens; and what they made of them, where somebody reads it."""
+
+    said: Said
+    states: Any
+
+
+class Ahead(NamedTuple):
+    """A token that was begun: as what, at which column, and what will be said behind it."""
+
+    token: int | None
+    segment: int
+    column: int
+    read: Read
+
+
+class GraphExecutor:
+    """Runs programs for one sequence at a time.
+
+    plain: whether what the programs say is all that is asked for, so that the next token may be
+    begun ahead.
+    """
+
+    rows: int | None = 1
+    propagate = False
+    positions: int | None = None
+
+    def __init__(self, programs: RowPrograms) -> None:
+        self.depths = programs.depths
+        self._programs = programs
+        self._handle: int | None = None
+        self._prompt = 0  # columns
+        self._aim: tuple[int, int] | None = None  # what is fed next, if nothing else is said
+        self._ahead: Ahead | None = None
+        self.plain = True
+
+    # -- sequences -------------------------------------------------------------------------------
+
+    def load(self, prompt: Prompt, row: int) -> Loaded:
+        """Take over a prompt.
+
+        Raises:
+            InputError: with its answer it is longer than there are columns.
+        """
+        loaded = self._programs.slots.load(prompt, row)
+        self._handle, self._prompt = loaded.handle, loaded.columns
+        self._aim = self._ahead = None
+        longest, ids = prompt.prepared.criteria.max_length, prompt.prepared.ids
+        new = 1 if longest is None else max(1, longest - ids.shape[1])
+        if loaded.columns + new > self._programs.limit:
+            raise InputError(
+                f"A prompt of {loaded.columns} tokens and an answer of {new} are longer than the "
+                f"context of {self._programs.limit}.",
+                "Load the runtime with a longer one (--context), or lower max_new_tokens.",
+            )
+        return loaded
+
+    def release(self, handle: int) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the row, if there is one."""
+        if self._handle is not None:
+            self._programs.slots.release(self._handle)
+        self._handle = self._ahead = None
+
+    def allow_crops(self, handle: int) -> bool:
+        return True
+
+    def crop(self, handle: int, column: int) -> None:
+        self._ahead = self._aim = None
+        self._programs.slots.crop(handle, column)
+
+    def trial(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+    ) -> GraphOutput | None:
+        return None
+
+    def skip(self, handle: int, segment: int) -> None:
+        raise NotImplementedError("programs keep exact keys and values")
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def feed(
+        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+    ) -> GraphOutput:
+        return self._step(0, ids[0], columns[0])
+
+    def full(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        exits: bool,
+    ) -> GraphOutput:
+        return self._step(FULL, ids[0], columns[0])
+
+    def _step(self, segment: int, token: int, column: int) -> GraphOutput:
+        """Feed a token, unless it was begun, and begin the one that it says."""
+        programs, ahead, self._ahead = self._programs, self._ahead, None
+        if ahead is not None and ahead[:3] == (token, segment, column):
+            read = ahead.read
+        else:
+            if self._aim != (token, column) or ahead is not None:
+                programs.aim(token, column)
+            read = programs.feed(segment, column)
+        begun = None
+        if self.plain and column + 1 < programs.limit:
+            begun = programs.feed(segment, column + 1)
+        said = read()
+        self._aim = said.tokens[0], column + 1
+        if begun is not None:
+            self._ahead = Ahead(said.tokens[0], segment, column + 1, begun)
+        return GraphOutput(said, self._states(segment, column, column + 1))
+
+    def run(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
+    ) -> GraphOutput:
+        (handle, first, end), programs = spans[0], self._programs
+        self._ahead = self._aim = None
+        if first < self._prompt:  # it waited; as long as it is, no program is made for it
+            waited = Span(handle, first, min(end, self._prompt))
+            programs.slots.run(segment, [waited], (), lambda depth, entry: False)
+        tokens, scores, opened, states = [], [], [], []
+        for start in range(max(first, self._prompt), end, MOST):
+            stop = min(end, start + MOST)
+            read = programs.deep(segment, start, stop)
+            rows = [first + place - start for place in asked if start <= first + place < stop]
+            if not rows:
+                continue
+            said = read()
+            tokens += [said.tokens[row] for row in rows]
+            scores += [said.scores[row] for row in rows]
+            opened += [said.opened[row] for row in rows]
+            if not self.plain:
+                states.append(_picked(programs.states(segment, start, stop), rows))
+            if segment == len(self.depths):
+                self._aim = said.tokens[-1], stop
+        return GraphOutput(Said(tokens, scores, opened), _joined(states))
+
+    def _states(self, segment: int, first: int, end: int) -> Any:
+        return None if self.plain else self._programs.states(segment, first, end)
+
+
+def _picked(states: ExitOutput | Tensor, rows: Sequence[int]) -> ExitOutput | Tensor:
+    """A copy of some rows."""
+    entry = states.entry if isinstance(states, ExitOutput) else states
+    index = torch.tensor(rows, device=entry.device)
+    return states.picked(index) if isinstance(states, ExitOutput) else states[index]
+
+
+def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor | None:
+    """Rows of several programs behind each other; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    outputs = [part for part in parts if isinstance(part, ExitOutput)]
+    if not outputs:
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    states = [part.state for part in outputs if part.state is not None]
+    previous = [part.previous for part in outputs if part.previous is not None]
+    entry = torch.cat([part.entry for part in outputs])
+    return ExitOutput(entry, torch.cat(states), torch.cat(previous) if previous else None)
+
+
+class GraphReader(ExitReader):
+    """Asks exits and LM head of programs, which say themselves what is plainly asked for."""
+
+    def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Any], bool]:
+        return lambda depth, entry: True  # programs run their exits in any case
+
+    def verdicts(
+        self, depth: int, output: Any, asked: Sequence[Question | None]
+    ) -> list[Verdict | Exception | None]:
+        if isinstance(output, GraphOutput):
+            if output.states is None:
+                return [
+                    None if question is None else (Verdict(*said) if said[2] else CLOSED)
+                    for question, said in zip(asked, zip(*output.said, strict=True), strict=True)
+                ]
+            output = output.states
+        return super().verdicts(depth, output, asked)
+
+    def full(self, final: GraphOutput, asked: Sequence[Question]) -> list[int | Exception]:  # type: ignore[override]
+        if final.states is None:
+            return [*final.said.tokens]
+        return super().full(final.states, asked)
+
+    def words(self, final: GraphOutput) -> Callable[[int, Question], int]:  # type: ignore[override]
+        if final.states is None:
+            return lambda place, question: final.said.tokens[place]
+        return super().words(final.states)
