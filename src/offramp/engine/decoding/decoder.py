@@ -37,10 +37,6 @@ class Written(NamedTuple):
     place: int
 
 
-AT_ONCE = Schedule(0, 1)
-"""The deep layers run as soon as the next token cannot be fed."""
-
-
 class Decoder:
     """Sequences of one backbone, and the loop that moves them on. One thread's.
 

@@ -100,6 +100,7 @@ class _Costed:
     depths: tuple[int, ...] = (EXIT,)
     rows: int | None = None
     propagate = False
+    positions: int | None = None
 
     def __init__(self, costs: CallCosts) -> None:
         self.costs, self.now = costs, 0.0
