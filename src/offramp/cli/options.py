@@ -109,7 +109,7 @@ def field_option(
     shown = shown or field.metadata.get("shown")
     default_text = shown or ("none" if default is None or default == {} else default)
     text = f"{text} (default: {default_text})"
-    if hint is bool:
+    if bool in (hint, *typing.get_args(hint)):
         yes_no = argparse.BooleanOptionalAction
         group.add_argument(flag, action=yes_no, default=default, help=text)
         return

@@ -185,8 +185,9 @@ def overthinking(value: Value) -> Markup:
         for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
     }
     columns = {title: figures[n] for n, title in names.items()}
+    tokens = Table.grid(told, columns, lambda tell, of: str(tell(of)))
     return render(
-        "overthinking", figures=figures, tokens=Table.grid(told, columns, lambda tell, of: tell(of)),
+        "overthinking", figures=figures, tokens=tokens,
         policy=_policy_cards(figures.get("policy")), answers=_whole_answers(figures.get("answers")),
     )  # fmt: skip
 

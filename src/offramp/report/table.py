@@ -1,4 +1,4 @@
-"""A table as a value: text in rows and columns, shown as a page, a document or a terminal needs it."""
+"""A table as a value: text in rows and columns, shown as pages, documents and terminals need it."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ from offramp.training.config import TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.grid import exits_folder
 from offramp_lab.experiments.comparison.methods import FEW, Plan
+from offramp_lab.experiments.experiment import same
 from offramp_lab.places import RECORDS, RUNS
 
 RECORD = RECORDS / "compare.json"
@@ -187,10 +188,10 @@ def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, An
     figures: dict[str, Any] = {"threshold": THRESHOLD}
     for name, policy in policies.items():
         ours = demo.answers(adapter, encoder, tasks, policy)
-        pairs = [(a.ids, b.ids) for t in full for a, b in zip(full[t], ours[t], strict=True)]
+        alike = sum(same(full[task], ours[task]) for task in full)
         figures[name] = {
             "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
-            "identical_answers": sum(a == b for a, b in pairs) / len(pairs),
+            "identical_answers": alike / sum(map(len, full.values())),
         }
     return figures
 

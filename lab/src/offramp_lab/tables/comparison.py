@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from offramp.evaluation.statistics import t_interval
+from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import ahead
 from offramp_lab.tables.markdown import (
@@ -17,7 +18,6 @@ from offramp_lab.tables.markdown import (
     by,
     level,
     record,
-    times,
     tiny,
     with_range,
 )
@@ -28,14 +28,14 @@ def equal_quality(
 ) -> Table:
     """A row for each objective and policy, the first model's fastest at 1% first. curves: by what
     the model's columns are headed."""
-    named = {head: by(some, "objective", "policy") for head, some in curves.items()}
-    first = next(iter(named.values()))
+    all_of = [by(some, "objective", "policy") for some in curves.values()]
+    first = all_of[0]
     levels = list(next(iter(first.values()))["speedup_decode"])
     names = sorted(first, key=lambda name: -first[name]["speedup_decode"]["0.01"])
     return Table(
-        ("objective", "policy", *(f"{head}{level(at)}" for head in named for at in levels)),
+        ("objective", "policy", *(f"{head}{level(at)}" for head in curves for at in levels)),
         [
-            [*(f"`{part}`" for part in n), *(cell(c[n], at) for c in named.values() for at in levels)]
+            [*(f"`{part}`" for part in n), *(cell(c[n], at) for c in all_of for at in levels)]
             for n in names
         ],
     )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record, times
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record
 
 FEW = 20
 """Tokens, of which a share says little."""

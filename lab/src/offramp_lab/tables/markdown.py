@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from offramp.report.html import times as times
 from offramp.report.table import Table
 from offramp.storage import read_json
 from offramp_lab.places import LAB, RECORDS, ROOT

@@ -1,7 +1,8 @@
 """The one table of the README: a row for each model, with what was guaranteed."""
 
+from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, bold, by, record, times, tiny
+from offramp_lab.tables.markdown import MakeTable, bold, by, record, tiny
 from offramp_lab.tables.runtimes import OURS, WAY, entry_at, timed_entries
 from offramp_lab.tables.speed import forced
 

@@ -4,20 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, ahead
 from offramp_lab.tables.comparison import equal_quality, speed
-from offramp_lab.tables.markdown import (
-    Make,
-    MakeTable,
-    Value,
-    bold,
-    by,
-    level,
-    record,
-    times,
-    with_range,
-)
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level, record, with_range
 
 
 def _photo() -> Any:

@@ -3,7 +3,6 @@ exits beside quantised backbones, scheme by scheme."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record

@@ -1,8 +1,9 @@
 """Tables of serving: the batch engine against a static batch, the watched guarantee's simulation,
 and what HTTP leaves of the engine."""
 
+from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, Value, bold, record, times
+from offramp_lab.tables.markdown import MakeTable, Value, bold, record
 
 
 def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from statistics import mean, median
 from typing import Any
 
+from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, record, times, tiny
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, record, tiny
 
 
 def _forced_entries() -> list[Value]:

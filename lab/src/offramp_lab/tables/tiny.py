@@ -5,19 +5,10 @@ from itertools import product
 from typing import Any
 
 from offramp.calibration.risk_control import images_needed
+from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, equal_quality
-from offramp_lab.tables.markdown import (
-    KINDS,
-    Make,
-    MakeTable,
-    Value,
-    bold,
-    level,
-    record,
-    times,
-    tiny,
-)
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, bold, level, record, tiny
 
 
 def _told(told: Mapping[str, Callable[[Any], str]], columns: Mapping[str, Value]) -> Table:
