@@ -9,13 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.engine.confidence import check_thresholds
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, MODES, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, check_known
 from offramp.serving.rows.row import Choice
-
-MODES = ("full", "early_exit", "lossless")
-"""The full model's tokens; tokens that exit where an exit is confident; the full model's tokens,
-drafted by the exits."""
 
 OnToken = Callable[[Choice], None]
 

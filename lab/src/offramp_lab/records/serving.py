@@ -38,11 +38,12 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.request import MODES
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("serving")
+MODES = ("full", "early_exit", "lossless")
+"""In the order of the record."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
 SLOTS, LIMIT = 8, 256

@@ -10,12 +10,11 @@ from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device, laid_out
-from offramp.cli.options import add_command, name_option, precision_options, prepack_option
+from offramp.cli.options import add_command, engine_option, name_option, precision_options
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, share, whole
 from offramp.errors import InputError, StorageError
 
-MODES = ("full", "early_exit", "lossless")
 SLOTS = 8
 KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ def _options(parser: Parser) -> None:
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
     precision_options(model)
-    prepack_option(model)
     model.add_argument(
         "--chat-template", type=Path, metavar="FILE",
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
@@ -85,13 +83,16 @@ def _options(parser: Parser) -> None:
 
 
 def _engine_options(parser: Parser) -> None:
+    from offramp.engine.policy import MODES
+
     engine = parser.add_argument_group("engine")
     name_option(
         engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
     )
     engine.add_argument(
         "--slots", type=whole(1), metavar="N",
-        help=f"answers written at once; 1: as --serial (default: {SLOTS}; with --serial: 1)",
+        help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
+        f"models that slots refuse (default: {SLOTS}; 1 where the engine has no more)",
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--queue", 64, "requests that may wait; more are refused")
@@ -101,11 +102,10 @@ def _engine_options(parser: Parser) -> None:
         help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
         "(default: 4)",
     )  # fmt: skip
+    engine_option(engine)
     runtime_options(parser, sized=False).add_argument(
-        "--serial", action="store_true",
-        help="write one answer after the other, as `offramp generate` does: for models that slots "
-        "refuse; llama.cpp always does",
-    )  # fmt: skip
+        "--serial", action="store_true", help=argparse.SUPPRESS
+    )
 
 
 def _watch_options(group: Any) -> None:
@@ -192,9 +192,11 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _check_serial(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    way = "--compile" if arguments.compile else "--serial"
-    if arguments.runtime != "torch":
-        way = f"--runtime {arguments.runtime}"
+    if arguments.serial:
+        log.warning("--serial is --slots 1 now, and goes with the next release.")
+    way = "--serial"
+    if arguments.engine not in ("torch", "packed"):
+        way = f"--engine {arguments.engine}"
     arguments.serial |= way != "--serial" or arguments.slots == 1
     if arguments.serial and (arguments.slots or 1) > 1:
         raise InputError(
@@ -258,7 +260,7 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
     if not isinstance(model, Adapter):
         raise InputError(
             f"{arguments.name} has no exits, and files for {arguments.runtime} are made of some.",
-            "Name an adapter, or leave --runtime out.",
+            "Name an adapter, or leave --engine out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
     return load_runtime(arguments, model, alone=True, **sizes)
@@ -275,7 +277,7 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     if promise is None and Promise.of(calibration, other) is not None:
         log.warning(
             "The guarantee is of the answers of %s, and these are of %s: nothing is guaranteed. "
-            "See `offramp calibrate --runtime`.", other or "PyTorch", runtime or "PyTorch",
+            "See `offramp calibrate --engine`.", other or "PyTorch", runtime or "PyTorch",
         )  # fmt: skip
     watch = WatchConfig(
         share=arguments.watch or 1.0,

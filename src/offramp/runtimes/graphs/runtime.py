@@ -59,7 +59,7 @@ class GraphRuntime:
             what = "an encoder-decoder" if backbone.is_encoder_decoder else "spread over devices"
             raise UnsupportedBackboneError(
                 f"CUDA graphs run a decoder alone on one device, and {backbone.name} is {what}.",
-                "Use --runtime torch.",
+                "Use --engine torch.",
             )
         self._check_look(self.policy)
         entries = backbone.depth + len(adapter.exits.entries)
@@ -107,7 +107,7 @@ class GraphRuntime:
             if not GreedyRow.fits(prompt.prepared):
                 raise InputError(
                     "CUDA graphs write greedy answers without logits processors.",
-                    "Set do_sample=False and leave processors out, or use --runtime torch.",
+                    "Set do_sample=False and leave processors out, or use --engine torch.",
                 )
             device = prompt.prepared.ids.device
             here = replace(prompt.prepared, ids=prompt.prepared.ids.cpu())

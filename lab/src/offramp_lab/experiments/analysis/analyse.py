@@ -220,7 +220,7 @@ def _pictures(examples: Sequence[Example]) -> list[str]:
     return [example.group or example.key for example in examples]
 
 
-# -- what a model does ----------------------------------------------------------------------------------
+# -- what a model does ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
     return tuple(sorted({round(d) for d in spread.tolist()}))
 
 
-# -- what was seen ----------------------------------------------------------------------------------
+# -- what was seen --------------------------------------------------------------------------------
 
 
 def _free_running(
@@ -412,7 +412,7 @@ def _classes(
     return both[..., 0], both[..., 1]
 
 
-# -- ten lines of it ----------------------------------------------------------------------------------
+# -- ten lines of it ------------------------------------------------------------------------------
 
 _CURVES = {
     "agreement": ("teacher_forced", "tokens as the final layer's"),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import MODES, ExitPolicy
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError, check_known
 from offramp.evaluation.scripted_exits import OPTIONS
@@ -29,7 +29,7 @@ from offramp.models.exits import ExitSet
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp.serving.schedule.scheduler import Schedule
 from offramp.serving.schedule.simulator import Prediction, full_depth, quantiles, replay
 from offramp.serving.schedule.unit_costs import CallCosts, measure_calls

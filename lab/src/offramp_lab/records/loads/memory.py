@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
+from offramp.engine.policy import MODES
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp_lab.records.loads.subjects import keep, tiny
 from offramp_lab.records.record import asked
 from offramp_lab.records.soak import resident

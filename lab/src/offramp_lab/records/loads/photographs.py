@@ -26,13 +26,15 @@ from offramp.answers import Answer
 from offramp.engine.policy import FULL
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
 from offramp.serving.core import EngineConfig, EngineCore
-from offramp.serving.request import MODES, Request
+from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.records.loads.subjects import Subject, keep, photo
 from offramp_lab.records.record import asked, named
 
 Clock = Callable[[], float]
 Ids = tuple[int, ...]
+MODES = ("full", "early_exit", "lossless")
+"""In the order of the record."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from offramp.serving.request import MODES
+from offramp.engine.policy import MODES
 
 
 class Strict(BaseModel):
