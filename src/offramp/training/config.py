@@ -14,6 +14,14 @@ REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
 GAMES = ("adversarial", "feature_matching")
 """Losses of the exits that need a discriminator."""
+FREE = {"adversarial": 0.003}
+"""What FREE (Bajpai and Hanawal 2025) adds to the default, which is distillation alone: where both
+were measured, the adversary gains nothing (docs/defaults.md)."""
+ADVERSARY = (
+    *GAMES, "adversary", "adversarial_start", "conditional", "judged", "spectral_norm",
+    "gradient_penalty", "discriminator_learning_rate",
+)  # fmt: skip
+"""Fields of `TrainConfig` that say something only where there is a discriminator."""
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
 INITIAL = ("next", "closest")
@@ -38,7 +46,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One FREE training run. `None` is "off" or "choose for me"."""
+    """One training run. `None` is "off" or "choose for me"; `TrainConfig(**FREE)` is FREE's."""
 
     depths: tuple[int, ...] | None = _option(
         None, "depths of the exits, such as 3,6", shown="proposed from the layer count"
@@ -67,7 +75,7 @@ class TrainConfig:
     discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
     distillation: float = _option(1.0, "weight of distillation from the final layer")
     adversarial: float = _option(
-        0.003, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
+        0.0, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
     )
     cross_entropy: float = _option(1.0, "weight of cross-entropy on labelled answers")
     l2: float = _option(0.0, "weight of the squared distance to the final layer's features")

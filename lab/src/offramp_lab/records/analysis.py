@@ -26,7 +26,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse
 from offramp_lab.places import RECORDS
@@ -64,7 +64,7 @@ def judge(tasks: Sequence[Task]) -> Quality:
 
 def analysed(kind: str, folder: str) -> dict[str, Any]:
     backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None)
+    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None, **FREE)
     examples = captions("train", TRAIN).examples + questions("train", TRAIN).examples
     adapter = train(backbone, processor, examples, config, folder)
     policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))

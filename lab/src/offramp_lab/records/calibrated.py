@@ -38,7 +38,7 @@ from offramp.evaluation.timing import (
 )
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
@@ -104,7 +104,7 @@ def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[
 
 def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
+    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32, **FREE)
     with tempfile.TemporaryDirectory() as folder:
         examples = _examples("train", sizes.train)
         return train(backbone, processor, examples, config, folder), InputProcessor(

@@ -34,6 +34,7 @@ from offramp.models.shipped import TINY, load_tiny
 from offramp.provenance import provenance
 from offramp.report.tradeoff import FREE
 from offramp.storage import read_json, write_json
+from offramp.training.config import FREE as TERMS
 from offramp.training.config import TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.grid import exits_folder
@@ -123,6 +124,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
             batch_size=32,
             patience=None,
             initial_layer="closest",
+            **TERMS,
         ),
         seeds=sizes.seeds,
         timed=sizes.timed,

@@ -38,7 +38,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder
 from offramp.storage import read_json, write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.places import RECORDS
 
@@ -48,7 +48,7 @@ PACKAGES = (
     "gptqmodel", "hqq",
 )  # fmt: skip
 TRAIN = TrainConfig(
-    steps=40, batch_size=4, evaluate_every=20, max_new_tokens=12, validation_fraction=0.25
+    steps=40, batch_size=4, evaluate_every=20, max_new_tokens=12, validation_fraction=0.25, **FREE
 )
 """Few steps: that every tensor learns is asked here, not how well."""
 MODES = {"full": "plain", "early_exit": "exits", "lossless": "lossless"}

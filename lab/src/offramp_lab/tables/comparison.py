@@ -66,17 +66,23 @@ def seeds() -> Table:
     """FREE against distillation alone, in more seeds and on more answers."""
     ratios = {k: record("compare")[k]["distillation"]["free_over_by_seed"] for k in KINDS}
 
-    def cell(by_seed: list[float]) -> str:
-        ends = [end for end in t_interval(by_seed) if end is not None]
-        return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
-
     return Table(
         ("", "seeds", *map(level, ratios[KINDS[0]])),
         [
-            (tiny(kind), str(len(next(iter(of.values())))), *map(cell, of.values()))
+            (tiny(kind), str(len(next(iter(of.values())))), *map(_over_seeds, of.values()))
             for kind, of in ratios.items()
         ],
     )
+
+
+def _over_seeds(by_seed: list[float]) -> str:
+    ends = [end for end in t_interval(by_seed) if end is not None]
+    return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
+
+
+def over_distillation(kind: str, drop: str) -> str:
+    """How many times as fast as distillation alone FREE is."""
+    return _over_seeds(record("compare")[kind]["distillation"]["free_over_by_seed"][drop])
 
 
 # -- the adversary --------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ TABLES: dict[str, MakeTable] = {
     "adversary-t5": partial(adversary, "t5"),
 }
 FIGURES: dict[str, Make] = {
+    "adversary-opt-seeds": partial(over_distillation, "opt", "0.005"),
     "adversary-figures": partial(_count, lambda figure: True),
     "adversary-worse": partial(_count, lambda figure: figure["high"] < 0),
     "adversary-better": partial(_count, lambda figure: figure["low"] > 0),
