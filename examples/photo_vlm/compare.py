@@ -37,7 +37,8 @@ PLAN = Plan(
     quantiles=(0.0, 0.1, 0.25, 0.4, 0.6, 0.8),
     training=TrainConfig(
         regime="pseudo", min_confidence=0.35, initial_layer="closest", shortlist=2048, steps=4000,
-        learning_rate=5e-4, evaluate_every=400, patience=None, max_new_tokens=LONGEST["captions"], **FREE,
+        learning_rate=5e-4, evaluate_every=400, patience=None, max_new_tokens=LONGEST["captions"],
+        **FREE,
     ),
     timed=12,
     rounds=3,

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole, whole_numbers
@@ -99,18 +100,19 @@ def field_option(
     "choices" where they are not given."""
     field = next(field for field in fields(cls) if field.name == name)
     hint = _hints(cls)[name]
-    flag = f"--{name.replace('_', '-')}"
+    flag = field.metadata.get("flag") or f"--{name.replace('_', '-')}"
     if default is _SAME:
         default = None if field.default is MISSING else field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
     text = help or field.metadata["help"]
+    shown = shown or field.metadata.get("shown")
     known = choices if choices is not None else field.metadata.get("choices")
     if known is not None:
         name_option(group, flag, known, text, default=default, shown=shown)
         return
-    shown = shown or field.metadata.get("shown")
-    default_text = shown or ("none" if default is None or default == {} else default)
+    number = f"{default:g}" if isinstance(default, float) else default
+    default_text = shown or ("none" if default in (None, {}, ()) else number)
     text = f"{text} (default: {default_text})"
     if bool in (hint, *typing.get_args(hint)):
         yes_no = argparse.BooleanOptionalAction
@@ -119,8 +121,10 @@ def field_option(
     if "tuple" in str(hint):
         depths_option(group, flag, text, default=default)
         return
+    several = {"nargs": "+"} if "Sequence" in str(hint) else {}
     group.add_argument(
         flag,
+        **several,
         metavar=field.metadata.get("metavar") or _metavar(hint),
         type=field.metadata.get("parse") or _parser_of(hint, name),
         default=default,
@@ -148,10 +152,22 @@ def field_options(group: Any, cls: type, names: Collection[str], **choices: Iter
             field_option(group, cls, field.name, choices=choices.get(field.name))
 
 
+def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of a dataclass whose options a command has, as they were given."""
+    words = {
+        field.name: field.metadata.get("flag", f"--{field.name}")[2:].replace("-", "_")
+        for field in fields(cls)
+        if "help" in field.metadata
+    }
+    return {n: getattr(arguments, word) for n, word in words.items() if hasattr(arguments, word)}
+
+
 def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
     kinds = set(typing.get_args(hint)) - {type(None)}
+    if Path in kinds:
+        return Path
     optional = type(None) in typing.get_args(hint)
-    kind = kinds.pop() if optional else hint
+    kind = kinds.pop() if kinds else hint
     number = whole(0 if name == "seed" else 1)
     known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
     parse = known[kind]
@@ -200,7 +216,7 @@ def model_options(
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("PyTorch", {}),
-    "compiled": ("compiled for single answers on a CPU: slow first", {"compile": True}),
+    "compiled": ("for single answers on a CPU: slow first, then faster", {"compile": True}),
     "packed": ("weights laid out for a CPU's products, for batches", {"prepack": True}),
     "llama.cpp": ("needs --gguf", {"runtime": "llama.cpp"}),
     "cuda-graphs": ("needs a GPU", {"runtime": "cuda-graphs"}),

@@ -10,7 +10,14 @@ from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device, laid_out
-from offramp.cli.options import add_command, engine_option, name_option, precision_options
+from offramp.cli.options import (
+    add_command,
+    engine_option,
+    field_options,
+    filled,
+    name_option,
+    precision_options,
+)
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, share, whole
 from offramp.errors import InputError, StorageError
@@ -32,6 +39,8 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
+    from offramp.serving.server.config import ImageLimits, ServerConfig
+
     parser.add_argument(
         "name", help="folder or hub name of trained exits; or tiny-opt or tiny-t5, which ship"
     )
@@ -61,41 +70,23 @@ def _options(parser: Parser) -> None:
         help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
         "(default: no key is needed)",
     )  # fmt: skip
-    _number(group, "--timeout", 300, "seconds that an answer may take")
-    _number(group, "--drain", 30, "seconds for answers under way after SIGTERM")
-    group.add_argument(
-        "--metrics-prefix", default="offramp", metavar="TEXT",
-        help="before the metrics' names, such as vllm (default: offramp)",
-    )  # fmt: skip
+    field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics"))
     _watch_options(parser.add_argument_group("watched guarantee"))
-    images = parser.add_argument_group("images")
-    _number(images, "--images", 8, "images of one request")
-    _number(images, "--image-bytes", 10 * 2**20, "bytes of an encoded image")
-    _number(images, "--image-pixels", 20_000_000, "pixels of an image")
-    images.add_argument(
-        "--image-domains", nargs="+", default=[], metavar="HOST",
-        help="hosts that images are fetched from; .example.org: all below it too (default: none)",
-    )  # fmt: skip
-    images.add_argument(
-        "--image-folder", type=Path, metavar="FOLDER",
-        help="folder whose images file:// may name (default: none)",
-    )  # fmt: skip
+    limits = ("count", "bytes", "pixels", "domains", "folder")
+    field_options(parser.add_argument_group("images"), ImageLimits, limits)
 
 
 def _engine_options(parser: Parser) -> None:
-    from offramp.engine.policy import MODES
+    from offramp.serving.server.config import ServerConfig
 
     engine = parser.add_argument_group("engine")
-    name_option(
-        engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
-    )
+    field_options(engine, ServerConfig, ("queue", "mode"))
     engine.add_argument(
         "--slots", type=whole(1), metavar="N",
         help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
         f"models that slots refuse (default: {SLOTS}; 1 where the engine has no more)",
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
-    _number(engine, "--queue", 64, "requests that may wait; more are refused")
     _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
     engine.add_argument(
         "--prefix-cache", type=whole(0), default=4, metavar="N",
@@ -168,25 +159,17 @@ def _config(arguments: argparse.Namespace) -> Any:
             "Give a word of letters, digits and underscores.",
         )
     name = arguments.served_name or Path(arguments.name).name or arguments.name
-    images = ImageLimits(
-        count=arguments.images,
-        bytes=arguments.image_bytes,
-        pixels=arguments.image_pixels,
-        domains=tuple(arguments.image_domains),
-        folder=arguments.image_folder,
-    )
-    body = max(32 * 2**20, 2 * arguments.image_bytes * arguments.images)
+    images = ImageLimits(**filled(arguments, ImageLimits))
+    body = max(32 * 2**20, 2 * images.bytes * images.count)
     return ServerConfig(
-        name=name,
-        keys=tuple(_keys(arguments.api_keys)),
-        queue=arguments.queue,
-        seconds=float(arguments.timeout),
-        drain_seconds=float(arguments.drain),
-        mode=arguments.mode,
-        metrics=arguments.metrics_prefix,
-        images=images,
-        body=body,
-        bodies=max(2**30, 4 * body),
+        **filled(arguments, ServerConfig)
+        | {
+            "name": name,
+            "keys": tuple(_keys(arguments.api_keys)),
+            "images": images,
+            "body": body,
+            "bodies": max(2**30, 4 * body),
+        }
     )
 
 

@@ -14,7 +14,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from offramp.evaluation.statistics import Bootstrap
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
+from offramp.options import option
 from offramp.provenance import provenance
 from offramp.report.html import fine, percent, with_interval
 from offramp.report.table import Table
@@ -76,30 +77,26 @@ def word_class(text: str, rank: int) -> str:
     return f"{_FREQUENT} most frequent" if rank < _FREQUENT else "other words"
 
 
-def _option(default: Any, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
-
-
 @dataclass(frozen=True)
 class AnalysisConfig:
     """What is measured and how. The command's flags and their help come from here."""
 
-    metric: str | None = _option(
+    metric: str | None = option(
         None, "quality of answers", choices=METRICS,
         shown="rouge_l for answers of more than five words, else exact_match_normalised",
     )  # fmt: skip
-    decode_depths: tuple[int, ...] | None = _option(
+    decode_depths: tuple[int, ...] | None = option(
         None, "decode with every token exiting at these", shown="all, or twelve spread evenly"
     )
-    exit_in_prefill: bool | None = _option(
+    exit_in_prefill: bool | None = option(
         None, "let first tokens exit early too, where the prompt is causal",
         shown="as the adapter's policy has it; where a depth is forced they do",
     )  # fmt: skip
-    max_new_tokens: int = _option(40, "longest answer")
-    batch_size: int = _option(32, "examples at once; changes memory and time, not results")
-    confidence: float = _option(0.95, "of the bootstrap's intervals")
-    resamples: int = _option(1000, "of the bootstrap")
-    seed: int = _option(0, "of the bootstrap")
+    max_new_tokens: int = option(40, "longest answer")
+    batch_size: int = option(32, "examples at once; changes memory and time, not results")
+    confidence: float = option(0.95, "of the bootstrap's intervals")
+    resamples: int = option(1000, "of the bootstrap")
+    seed: int = option(0, "of the bootstrap")
 
     def __post_init__(self) -> None:
         counts = ("max_new_tokens", "batch_size", "resamples")
@@ -269,16 +266,16 @@ def observe(
     labelled = {n: replay(encoder, exits, people, **size) for n, exits in kinds.items() if people}
     # A threshold of 0: every token exits, the first one too where the prompt allows it.
     rule = ExitPolicy(exit_in_prefill=config.exit_in_prefill is not False)
-    forced: dict[str, dict[int, Sequence[Answer]]] = {
-        name: {
+    forced: dict[str, dict[int, Sequence[Answer]]] = {}
+    for name, exits in kinds.items():
+        at_one = Adapter(backbone, exits)
+        forced[name] = {
             depth: generate_answers(
-                Adapter(backbone, exits), encoder, examples,
-                replace(rule, thresholds={depth: 0.0}), **asked,
+                at_one, encoder, examples, replace(rule, thresholds={depth: 0.0}), **asked
             )
             for depth in depths[name]
-        } | {backbone.depth: full}
-        for name, exits in kinds.items()
-    }  # fmt: skip
+        }
+        forced[name][backbone.depth] = full
     policy = policy_replay = None
     if adapter is not None and adapter.policy.thresholds:
         policy = generate_answers(adapter, encoder, examples, adapter.policy, **asked)
@@ -338,7 +335,7 @@ def _free_running(
             early, full = judged(seen.policy), judged(seen.full)
             running["policy"]["difference"] = draws.mean(early, full)
             tokens = overthought(seen.labelled["exits"])
-            thought["answers"] = _against_full(early, full, tokens.any(1), draws)
+            thought["answers"] = _against_full(early, full, np.asarray(tokens.any(1)), draws)
         if seen.policy_replay is not None:
             replayed = seen.policy_replay
             thought["policy"] = by_policy(replayed.replay, replayed.depths(), draws, tokens)
