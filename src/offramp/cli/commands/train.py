@@ -28,14 +28,14 @@ GROUPS = {
     "labels and answers": (
         "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
     ),
-    "objective": (
-        "distillation", "cross_entropy", "l2", "cosine", "losses", "temperature",
-    ),
+    "objective": ("distillation", "cross_entropy", "losses"),
     "schedule": (
         "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
     ),
 }  # fmt: skip
 """Fields of `TrainConfig` as the help groups them; those of the adversary go with FREE alone."""
+NOT_SAID = ("l2", "cosine", "temperature")
+"""Fields that are no options, for no measurement speaks for them."""
 OBJECTIVES = ("distillation", "free")
 
 
