@@ -415,14 +415,14 @@ _CURVES = {
     "agreement": ("teacher_forced", "tokens as the final layer's"),
     "accuracy": ("teacher_forced", "tokens right"),
     "identical": ("free_running", "answers as the full model's"),
-    "quality": ("free_running", "answers good"),
+    "quality": ("free_running", "quality of answers"),
 }
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """What an analysis found, for a terminal: at the depths of the exits, or of a few of the
     lens."""
-    layers, exits = result["layers"], result["exits"]
+    layers, exits, running = result["layers"], result["exits"], result["free_running"]
     kind = "exits" if exits else "lens"
     own = result["teacher_forced"][kind]["agreement"]["depths"]
     shown = exits or sorted({min(own, key=lambda d: abs(d - layers * q / 4)) for q in (1, 2, 3)})
@@ -452,11 +452,13 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['backbone']}: {layers} layers, "
         f"{'exits at ' + ', '.join(map(str, exits)) if exits else 'no exits'}; "
-        f"{result['n']} examples of {result['pictures']} images",
+        f"{result['n']} examples of {result['pictures']} images"
+        + (f"; quality is {running['metric']}" if "metric" in running else ""),
         Table.grid(rows, columns, at).plain(),
-        "dips: " + ("; ".join(falls) or "none is found"),
         "a token needs "
-        + ", ".join(f"{of['all']['mean_depth']:.1f} layers ({n})" for n, of in needed.items()),
+        + ", ".join(f"{of['all']['mean_depth']:.1f} layers ({n})" for n, of in needed.items())
+        + "; dips: "
+        + (", ".join(falls) or "none is found"),
     ]
     if thought := result.get("overthinking"):
         early = thought[kind]["overthought"]["share"]
@@ -464,7 +466,7 @@ def summary(result: Mapping[str, Any]) -> str:
             f"overthought: {with_interval(early, fine)} of the labelled tokens ({kind}) are right "
             "at some depth and wrong at the last"
         )
-    if policy := result["free_running"].get("policy"):
+    if policy := running.get("policy"):
         better = f", quality {100 * policy['difference']['value']:+.2f}%" if thought else ""
         lines.append(
             f"the adapter's policy: mean depth {policy['mean_depth']:.2f}, "
