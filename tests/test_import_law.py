@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "offramp"
-GROUND = {"offramp", "errors", "missing", "storage", "provenance", "progress", "betting"}
+GROUND = {"offramp", "errors", "options", "missing", "storage", "provenance", "progress", "betting"}
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "save_and_load", "model_card", "adapter"}
 ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
+    "options": set(),
     "missing": set(),
     "betting": set(),
     "storage": {"errors"},

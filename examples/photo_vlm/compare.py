@@ -20,7 +20,7 @@ from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import read_photographs
 from offramp.calibration.risk_functions import QUALITIES
 from offramp.storage import write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.methods import Plan
 
@@ -38,6 +38,7 @@ PLAN = Plan(
     training=TrainConfig(
         regime="pseudo", min_confidence=0.35, initial_layer="closest", shortlist=2048, steps=4000,
         learning_rate=5e-4, evaluate_every=400, patience=None, max_new_tokens=LONGEST["captions"],
+        **FREE,
     ),
     timed=12,
     rounds=3,

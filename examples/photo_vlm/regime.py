@@ -42,7 +42,7 @@ from offramp.evaluation.timing import (
     stock_generate_fn,
     time_interleaved,
 )
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
 
 
@@ -59,7 +59,7 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     config = TrainConfig(
         depths=photos.depths, steps=sizes.steps, patience=None, learning_rate=5e-4,
         evaluate_every=max(1, sizes.steps // 12), max_new_tokens=LONGEST["captions"],
-        shortlist=min(SHORTLIST, photos.backbone.vocabulary), **REGIMES[regime],
+        shortlist=min(SHORTLIST, photos.backbone.vocabulary), **{**FREE, **REGIMES[regime]},
     )  # fmt: skip
     began = time.perf_counter()
     processor = photos.encoder.processor

@@ -42,7 +42,7 @@ from offramp.provenance import provenance
 from offramp.report.report import Source
 from offramp.report.report import report as page
 from offramp.storage import write_atomic, write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def demo(
     adapter = Adapter(backbone, ExitSet(Exits(backbone, DEPTHS[kind])))
     answers(adapter, encoder, [captions("train", 32)], FULL)
     inference_bytes = _peak_bytes()
-    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed)
+    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed, **FREE)
     began = time.perf_counter()
     adapter = train(
         backbone, processor, _examples("train", sizes.train), config, out / kind,

@@ -16,9 +16,9 @@ from command_line import EVERY, TRAIN, RunCommand, assert_two_lines
 from command_line import parser_of as program_parser
 
 from offramp.cli.commands.env import optional_packages
-from offramp.cli.commands.train import GROUPS
+from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
-from offramp.training.config import TrainConfig
+from offramp.training.config import ADVERSARY, TrainConfig
 
 
 @cache
@@ -49,14 +49,15 @@ def test_no_list_of_options_is_long(command: str) -> None:
 
 
 def test_every_field_of_a_training_run_is_in_one_group() -> None:
-    grouped = [name for names in GROUPS.values() for name in names]
+    grouped = [name for names in (*GROUPS.values(), ADVERSARY, NOT_SAID) for name in names]
     assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
 
 
 def test_help_names_every_choice() -> None:
     for command, action in actions():
-        for choice in action.choices or ():
-            assert str(choice) in (action.help or ""), (command, action.dest, choice)
+        help = getattr(action, "shown", None) or action.help or ""
+        for choice in action.choices or () if help != argparse.SUPPRESS else ():
+            assert str(choice) in help, (command, action.dest, choice)
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench", "export", "analyse"])

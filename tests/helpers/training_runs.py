@@ -12,12 +12,12 @@ from torch import Tensor
 
 from offramp.storage import JsonlLog
 from offramp.training.checkpoint import HISTORY
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
 
 SHORT = TrainConfig(
     depths=(2, 4), steps=6, batch_size=4, evaluate_every=2, max_new_tokens=4,
-    validation_fraction=0.25, patience=None,
+    validation_fraction=0.25, patience=None, **FREE,
 )  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {

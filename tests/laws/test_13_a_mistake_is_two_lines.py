@@ -138,8 +138,8 @@ def test_depths_that_do_not_fit_are_refused(
 def test_a_training_option_out_of_range_is_refused(
     run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
-    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--temperature", 0)
-    assert_two_lines(found, "temperature")
+    found = train_on(run, photos / "rows.jsonl", tmp_path / "out", "--learning-rate", 0)
+    assert_two_lines(found, "learning_rate")
 
 
 def generate_with(run: RunCommand, adapter: Path, photos: Path, *more: Any) -> tuple[int, str, str]:

@@ -142,7 +142,7 @@ def cannot_take(action: argparse.Action, value: str) -> bool:
 
 FLOATS = {"--target": ("0", "1", "-1", "nan", "inf"), "--confidence": ("0", "1", "nan", "2")}
 TRAINING = {
-    "--learning-rate": ("0", "-1", "nan"), "--temperature": ("0", "nan"), "--l2": ("-1", "nan"),
+    "--learning-rate": ("0", "-1", "nan"), "--cross-entropy": ("-1", "nan"),
     "--distillation": ("-1", "nan"), "--validation-fraction": ("0", "1", "nan"),
     "--labelled-fraction": ("0", "nan"), "--min-confidence": ("-1", "2", "nan"),
     "--adversarial-start": ("1", "nan"), "--depths": ("0", "12", "99", "3,3", "1,x"),

@@ -97,12 +97,10 @@ def test_a_promise_is_of_the_runtimes_answers() -> None:
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["generate", "--adapter", "x", "--image", "a.png", "--runtime", "lama"], "llama.cpp"),
-        (["generate", "--adapter", "x", "--image", "a.png", "--runtime", "llama.cpp"], "--gguf"),
-        (["generate", "--adapter", "x", "--image", "a.png", "--gguf", "y"], "--runtime"),
-        (["generate", "--adapter", "x", "--compile", "--runtime", "cuda-graphs"], "--compile"),
-        (["generate", "--adapter", "x", "--compile", "--prepack"], "--prepack"),
-        (["serve", "x", "--compile", "--slots", "8"], "--slots"),
+        (["generate", "--adapter", "x", "--image", "a.png", "--engine", "lama"], "llama.cpp"),
+        (["generate", "--adapter", "x", "--image", "a.png", "--engine", "llama.cpp"], "--gguf"),
+        (["generate", "--adapter", "x", "--image", "a.png", "--gguf", "y"], "--engine"),
+        (["serve", "x", "--engine", "compiled", "--slots", "8"], "--slots"),
         (["export", "--adapter", "x", "--gguf", "q3", "--out", "y"], "q8_0"),
     ],
     ids=lambda given: given if isinstance(given, str) else given[0],

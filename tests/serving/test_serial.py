@@ -217,9 +217,9 @@ def test_one_slot_is_written_serially(more: list[str], serial: bool) -> None:
 @pytest.mark.parametrize(
     "more, word",
     [
-        (["--serial", "--slots", "4"], "--slots"),
-        (["--runtime", "llama.cpp", "--gguf", "x", "--slots", "2"], "llama.cpp"),
-        (["--runtime", "llama.cpp"], "--gguf"),
+        (["--engine", "compiled", "--slots", "4"], "--slots"),
+        (["--engine", "llama.cpp", "--gguf", "x", "--slots", "2"], "llama.cpp"),
+        (["--engine", "llama.cpp"], "--gguf"),
     ],
 )
 def test_options_of_slots_are_refused(

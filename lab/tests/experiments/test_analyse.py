@@ -28,7 +28,12 @@ from offramp.models.shortlist import Gate
 from offramp.report import plots
 from offramp_lab import cli
 from offramp_lab.experiments.analysis import analyse as module
-from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse, word_class
+from offramp_lab.experiments.analysis.analyse import (
+    AnalysisConfig,
+    analyse,
+    summary,
+    word_class,
+)
 from offramp_lab.experiments.analysis.depth_curves import (
     Bootstrap,
     by_policy,
@@ -301,6 +306,20 @@ def test_a_policy_that_no_replay_tells_is_judged_by_answers_alone(
     assert "policy" not in told["overthinking"]
     assert told["free_running"]["policy"]["identical"]["value"] == 1.0
     assert "cannot be replayed" in caplog.text
+
+
+def test_ten_lines_tell_what_was_found(analysed: Any, backbone: Build, exits: Build) -> None:
+    adapter, encoder, told, _ = analysed
+    lines = summary(told).splitlines()
+    assert len(lines) == 10
+    assert "6 examples of 6 images" in lines[0] and told["free_running"]["metric"] in lines[0]
+    found = told["teacher_forced"]["exits"]["agreement"]
+    row = next(line for line in lines if line.startswith("tokens as the final layer's, exits"))
+    assert row.split()[-len(found["values"]) :] == [f"{v['value']:.1%}" for v in found["values"]]
+    bare = [Example(e.image, e.prompt, (), e.key) for e in fakes.examples(2)]
+    config = AnalysisConfig(decode_depths=(2,), **QUICK)  # type: ignore[arg-type]
+    few = summary(analyse(adapter.backbone, encoder, bare, config)).splitlines()
+    assert "no exits" in few[0] and len(few) == 5
 
 
 # -- the policy, as decoding has it ----------------------------------------------------------------

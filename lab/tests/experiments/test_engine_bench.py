@@ -101,7 +101,7 @@ def test_the_simulator_makes_the_calls_that_the_engine_makes(mini, case, monkeyp
 def test_the_command_writes_what_it_shows(tmp_path, capsys):
     out = tmp_path / "engine.json"
     arguments = [
-        "bench", "--engine", "--shape", "mini-opt", "--dtype", "float32", "--slots", "2",
+        "bench", "--batch-engine", "--shape", "mini-opt", "--dtype", "float32", "--slots", "2",
         "--lengths", "3", "4", "--rates", "0.9", "--acceptance", "--rounds", "1", "--out", str(out),
     ]  # fmt: skip
     assert not cli.main(arguments)

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
+from offramp.report.table import Table
 from offramp_lab.pages import picture
 from offramp_lab.pages.readme import PAGES, filled
 from offramp_lab.places import ROOT
-from offramp_lab.tables.markdown import fill, record, table
+from offramp_lab.tables.markdown import fill, record
 
 
 def page(name: str) -> str:
@@ -62,7 +63,7 @@ def test_a_table_is_filled_and_what_is_around_it_stays() -> None:
         "a\n\n<!-- table: t -->\n\nold\n\n<!-- /table -->\n\n"
         "b <!-- figure: f -->0<!-- /figure -->.\n"
     )
-    after = fill(text, {"t": lambda: table([("x", "1")], ("name", "n"))}, {"f": lambda: "7"})
+    after = fill(text, {"t": lambda: Table(("name", "n"), [("x", "1")])}, {"f": lambda: "7"})
     assert after == (
         "a\n\n<!-- table: t -->\n\n| name | n |\n| --- | --- |\n| x | 1 |\n\n<!-- /table -->\n\n"
         "b <!-- figure: f -->7<!-- /figure -->.\n"
@@ -87,9 +88,9 @@ def test_a_mark_that_is_not_read_as_one_is_an_error() -> None:
     """Else what stands there would never be filled again."""
     for mark in ("<!-- figure: with a space -->1<!-- /figure -->", "<!-- table: name -->"):
         with pytest.raises(ValueError, match="not read"):
-            fill(mark, {"name": lambda: ""}, {})
+            fill(mark, {"name": lambda: Table((), ())}, {})
 
 
 def test_an_uneven_table_is_refused() -> None:
     with pytest.raises(ValueError, match="2 cells"):
-        table([("one",)], ("a", "b"))
+        Table(("a", "b"), [("one",)])

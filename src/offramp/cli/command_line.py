@@ -29,7 +29,7 @@ examples:
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
-  offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
+  offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
   offramp report --run exits runs/captions --out report.html
 
 compare, analyse and bench are commands of offramp-lab, a package of its own.

@@ -4,14 +4,18 @@ that they fill."""
 from __future__ import annotations
 
 import argparse
+import logging
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole, whole_numbers
 from offramp.cli.plugins import load_plugins
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4")
@@ -96,28 +100,31 @@ def field_option(
     "choices" where they are not given."""
     field = next(field for field in fields(cls) if field.name == name)
     hint = _hints(cls)[name]
-    flag = f"--{name.replace('_', '-')}"
+    flag = field.metadata.get("flag") or f"--{name.replace('_', '-')}"
     if default is _SAME:
         default = None if field.default is MISSING else field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
     text = help or field.metadata["help"]
+    shown = shown or field.metadata.get("shown")
     known = choices if choices is not None else field.metadata.get("choices")
     if known is not None:
         name_option(group, flag, known, text, default=default, shown=shown)
         return
-    shown = shown or field.metadata.get("shown")
-    default_text = shown or ("none" if default is None or default == {} else default)
+    number = f"{default:g}" if isinstance(default, float) else default
+    default_text = shown or ("none" if default in (None, {}, ()) else number)
     text = f"{text} (default: {default_text})"
-    if hint is bool:
+    if bool in (hint, *typing.get_args(hint)):
         yes_no = argparse.BooleanOptionalAction
         group.add_argument(flag, action=yes_no, default=default, help=text)
         return
     if "tuple" in str(hint):
         depths_option(group, flag, text, default=default)
         return
+    several = {"nargs": "+"} if "Sequence" in str(hint) else {}
     group.add_argument(
         flag,
+        **several,
         metavar=field.metadata.get("metavar") or _metavar(hint),
         type=field.metadata.get("parse") or _parser_of(hint, name),
         default=default,
@@ -145,10 +152,22 @@ def field_options(group: Any, cls: type, names: Collection[str], **choices: Iter
             field_option(group, cls, field.name, choices=choices.get(field.name))
 
 
+def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of a dataclass whose options a command has, as they were given."""
+    words = {
+        field.name: field.metadata.get("flag", f"--{field.name}")[2:].replace("-", "_")
+        for field in fields(cls)
+        if "help" in field.metadata
+    }
+    return {n: getattr(arguments, word) for n, word in words.items() if hasattr(arguments, word)}
+
+
 def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
     kinds = set(typing.get_args(hint)) - {type(None)}
+    if Path in kinds:
+        return Path
     optional = type(None) in typing.get_args(hint)
-    kind = kinds.pop() if optional else hint
+    kind = kinds.pop() if kinds else hint
     number = whole(0 if name == "seed" else 1)
     known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
     parse = known[kind]
@@ -163,8 +182,17 @@ def _metavar(hint: Any) -> str:
 # -- groups -----------------------------------------------------------------------------------
 
 
-def model_options(parser: Parser, *, required: bool, adapter: bool | None = None) -> Any:
-    """Options of the backbone; adapter: whether --adapter is required, None: there is none."""
+def model_options(
+    parser: Parser,
+    *,
+    required: bool,
+    adapter: bool | None = None,
+    engines: Collection[str] = ("torch", "packed"),
+) -> Any:
+    """Options of the backbone; adapter: whether --adapter is required, None: there is none.
+
+    engines: those of `ENGINES` that the command's adapter runs in.
+    """
     group = parser.add_argument_group("model")
     if adapter is not None:
         group.add_argument(
@@ -181,17 +209,63 @@ def model_options(parser: Parser, *, required: bool, adapter: bool | None = None
         + ("" if adapter is None else " (default: the adapter's)"),
     )
     precision_options(group)
-    if adapter is not None:
-        prepack_option(group)
+    if adapter is not None and engines:
+        engine_option(group, engines)
     return group
 
 
-def prepack_option(group: Any) -> None:
-    """How weights lie."""
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "torch": ("PyTorch", {}),
+    "compiled": ("for single answers on a CPU: slow first, then faster", {"compile": True}),
+    "packed": ("weights laid out for a CPU's products, for batches", {"prepack": True}),
+    "llama.cpp": ("needs --gguf", {"runtime": "llama.cpp"}),
+    "cuda-graphs": ("needs a GPU", {"runtime": "cuda-graphs"}),
+}
+"""What can run a decoder: what there is to know of it, and what commands read of it besides
+`engine`, where that is not `_PLAIN`."""
+_PLAIN = {"runtime": "torch", "compile": False, "prepack": False}
+_BEFORE = {"--compile": "compiled", "--prepack": "packed", "--runtime": None}
+"""What chose an engine before --engine did; they go with the next release."""
+
+
+def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
+    """What runs the decoder, of these; and the older flags for it, which help does not show."""
+    known = ", ".join(
+        f"{name} ({ENGINES[name][0]})" if name != "torch" else name for name in engines
+    )
+    group.set_defaults(**_PLAIN)
     group.add_argument(
-        "--prepack", action="store_true",
-        help="lay weights out for the processor's products: the same numbers, read faster",
+        "--engine", metavar="NAME", default="torch", choices=engines, action=_Engine,
+        help=f"what runs the decoder: {known} (default: torch)",
     )  # fmt: skip
+    for flag, name in _BEFORE.items():
+        if (name or "llama.cpp") in engines:
+            values: dict[str, Any] = {"nargs": 0} if name else {"choices": engines}
+            group.add_argument(
+                flag, dest="engine", action=_Engine, const=name, help=argparse.SUPPRESS,
+                default=argparse.SUPPRESS, **values,
+            )  # fmt: skip
+
+
+class _Engine(argparse.Action):
+    """Stores an engine and what follows from it. One flag may be given again, where a file has it
+    too; two that do not agree may not."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, flag = self.const or values, str(option_string)
+        if flag in _BEFORE:
+            log.warning("%s is --engine %s now, and goes with the next release.", flag, name)
+        chosen: dict[str, str] = {**getattr(namespace, "chosen", {}), flag: name}
+        if len(set(chosen.values())) > 1:
+            asked = " and ".join(f if f in _BEFORE else f"{f} {n}" for f, n in chosen.items())
+            parser.error(f"{asked} ask for two engines")
+        vars(namespace).update(_PLAIN | ENGINES[name][1] | {"engine": name, "chosen": chosen})
 
 
 def precision_options(group: Any) -> None:
@@ -207,13 +281,6 @@ def precision_options(group: Any) -> None:
     group.add_argument(
         "--device", default="auto", metavar="NAME",
         help="such as cpu, cuda or cuda:1 (default: cuda where there is one; cpu for tiny models)",
-    )  # fmt: skip
-
-
-def compile_option(group: Any) -> None:
-    group.add_argument(
-        "--compile", action="store_true",
-        help="compile layers and head for single answers on a CPU: slow first, then faster",
     )  # fmt: skip
 
 
@@ -242,14 +309,21 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
 
 
 def measured_options(
-    parser: Parser, what: str, *, adapter: bool, allow_seen: bool, leave_out: str | None = None
+    parser: Parser,
+    what: str,
+    *,
+    adapter: bool,
+    allow_seen: bool,
+    leave_out: str | None = None,
+    engines: Collection[str] = ("torch", "packed"),
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.
 
     adapter: whether --adapter is required. allow_seen: whether images that it has seen may be
-    taken. leave_out: by which steps, where --leave-out-seen leaves them out.
+    taken. leave_out: by which steps, where --leave-out-seen leaves them out. engines: as of
+    `model_options`.
     """
-    model_options(parser, required=False, adapter=adapter)
+    model_options(parser, required=False, adapter=adapter, engines=engines)
     data = data_options(parser, what)
     if allow_seen:
         data.add_argument(

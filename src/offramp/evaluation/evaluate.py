@@ -256,7 +256,7 @@ def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
     if plan.task == "dialogue":
         raise InputError(
             f"The runtime {runtime.name} ranks no candidates, which dialogue needs.",
-            "Evaluate dialogue with --runtime torch.",
+            "Evaluate dialogue with --engine torch.",
         )
     if plan.batch_size > runtime.rows:
         raise InputError(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ from offramp.models.exits import Exits, ExitSet
 
 GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 """Generates from processor output, batch 1, with these stopping criteria; returns new ids [N]."""
+
+
+Name = TypeVar("Name", bound=Hashable)
+Input = TypeVar("Input")
+Result = TypeVar("Result")
 
 
 class FirstToken(StoppingCriteria):
@@ -76,39 +82,62 @@ class Timing:
 
 
 def time_interleaved(
-    methods: Mapping[str, GenerateFn],
+    methods: Mapping[Name, GenerateFn],
     inputs: Sequence[Mapping[str, Any]],
     *,
     rounds: int = 5,
     progress: Any = iter,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time every method on every input, after one untimed pass over a few.
 
     clock: returns seconds; `time.thread_time` on a machine that others use too.
     """
-    names = list(methods)
-    for name in names:
-        for prompt in inputs[:3]:
-            methods[name](prompt, StoppingCriteriaList())
-    timings = {name: Timing() for name in names}
+
+    def timed(prompt: Mapping[str, Any], run: GenerateFn) -> tuple[float, float, tuple[int, ...]]:
+        first, begin = FirstToken(clock), clock()
+        answer = run(prompt, StoppingCriteriaList([first]))
+        end = clock()
+        assert first.seconds is not None
+        return end - begin, end - first.seconds, tuple(answer.tolist())
+
+    runs = in_turn(
+        {name: partial(timed, run=run) for name, run in methods.items()}, inputs,
+        rounds=rounds, warm=3, progress=progress,
+    )  # fmt: skip
+    return {
+        name: Timing(
+            [sum(whole for whole, _, _ in taken) for taken in by_round],
+            [sum(decode for _, decode, _ in taken) for taken in by_round],
+            [answer for _, _, answer in by_round[0]] if by_round else [],
+        )
+        for name, by_round in runs.items()
+    }
+
+
+def in_turn(
+    methods: Mapping[Name, Callable[[Input], Result]],
+    inputs: Sequence[Input],
+    *,
+    rounds: int,
+    warm: int = 0,
+    progress: Any = iter,
+) -> dict[Name, list[list[Result]]]:
+    """What every method returns of every input, by round: all answer an input before the next one.
+
+    warm: inputs that every method is tried on before, which is not counted.
+    """
+    for method in methods.values():
+        for given in inputs[:warm]:
+            method(given)
+    found: dict[Name, list[list[Result]]] = {name: [] for name in methods}
     for number in progress(range(rounds)):
-        total = dict.fromkeys(names, 0.0)
-        decode = dict.fromkeys(names, 0.0)
-        for place, prompt in enumerate(inputs):
-            for name in random.Random(f"{number}:{place}").sample(names, len(names)):
-                first, begin = FirstToken(clock), clock()
-                answer = methods[name](prompt, StoppingCriteriaList([first]))
-                end = clock()
-                assert first.seconds is not None
-                total[name] += end - begin
-                decode[name] += end - first.seconds
-                if number == 0:
-                    timings[name].answers.append(tuple(answer.tolist()))
-        for name in names:
-            timings[name].seconds.append(total[name])
-            timings[name].decode.append(decode[name])
-    return timings
+        for by_round in found.values():
+            by_round.append([])
+        for place, given in enumerate(inputs):
+            for name in random.Random(f"{number}:{place}").sample([*methods], len(methods)):
+                found[name][number].append(methods[name](given))
+    return found
 
 
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:

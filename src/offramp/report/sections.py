@@ -29,6 +29,7 @@ from offramp.report.plots import (
     depth_histogram,
     speed_bands,
 )
+from offramp.report.table import Table
 from offramp.report.tradeoff import FREE, by_name
 
 MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
@@ -41,19 +42,21 @@ MODES = {"generate": "stock generate", "full": "full model", "early_exit": "earl
 def tradeoffs(value: Value) -> Markup:
     """Quality against measured decoding speed, by objective and policy."""
     points = [p for p in value["points"] if p.get("speedup_decode") is not None]
-    rows = [
-        (
-            _pair(p), str(p.get("seed", "-")), fine(_mean(p["quality"])),
-            fine(_mean(p["quality_drop"])), percent(p.get("agreement")),
-            times(p["speedup_decode"]),
-            "-" if p.get("mean_depth") is None else f"{p['mean_depth']:.2f}",
-            _thresholds(p.get("thresholds")),
-        )
-        for p in sorted(points, key=lambda p: (_pair(p), p["speedup_decode"]))
-    ]  # fmt: skip
-    head, speeds = _equal_quality(value)
+    every = Table.of(
+        sorted(points, key=lambda p: (_pair(p), p["speedup_decode"])),
+        {
+            "objective, policy": _pair,
+            "seed": lambda p: str(p.get("seed", "-")),
+            "quality": lambda p: fine(_mean(p["quality"])),
+            "drop": lambda p: fine(_mean(p["quality_drop"])),
+            "answers as full": lambda p: percent(p.get("agreement")),
+            "decoding": lambda p: times(p["speedup_decode"]),
+            "mean depth": lambda p: _or_dash(p.get("mean_depth"), "{:.2f}"),
+            "thresholds": lambda p: _thresholds(p.get("thresholds")),
+        },
+    )
     curves = _curves(points) if points else []
-    return render("tradeoff", points=rows, curves=curves, speeds_head=head, speeds=speeds)
+    return render("tradeoff", points=every, curves=curves, speeds=_equal_quality(value))
 
 
 def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
@@ -73,15 +76,22 @@ def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
     return plots
 
 
-def _equal_quality(value: Value) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Columns and rows of decoding speed at equal quality, the fastest first."""
+def _equal_quality(value: Value) -> Table | None:
+    """Decoding speed at equal quality, the fastest first; None: it was not compared."""
     curves = value.get("equal_quality", {}).get("curves")
     if not curves:
-        return (), []
-    levels = list(curves[0]["speedup_decode"])
-    ordered = sorted(curves, key=lambda c: -c["speedup_decode"][levels[0]])
-    head = ("objective, policy", *(f"{100 * float(at):g}% drop" for at in levels))
-    return head, [(_pair(c), *(times(c["speedup_decode"][at]) for at in levels)) for c in ordered]
+        return None
+    levels = {f"{100 * float(at):g}% drop": at for at in curves[0]["speedup_decode"]}
+    first = next(iter(levels.values()))
+    ordered = sorted(curves, key=lambda c: -c["speedup_decode"][first])
+    return Table.grid(
+        {_pair(curve): curve["speedup_decode"] for curve in ordered}, levels,
+        lambda speeds, at: times(speeds[at]), "objective, policy",
+    )  # fmt: skip
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _pair(point: Value) -> str:
@@ -144,10 +154,12 @@ def histogram(value: Value) -> Markup:
     if not early:
         return NOTHING
     shares = early["depth_shares"]
-    rows = [(f"{d} of {early['layers']}", percent(s)) for d, s in shares.items()]
+    by_depth = Table(
+        ("depth", "tokens"), [(f"{d} of {early['layers']}", percent(s)) for d, s in shares.items()]
+    )
     plot = depth_histogram({"early exit": shares}, early["layers"])
     return render(
-        "exits", svg=plot, rows=rows, tokens=early["tokens"], mean_depth=early["mean_depth"]
+        "exits", svg=plot, shares=by_depth, tokens=early["tokens"], mean_depth=early["mean_depth"]
     )
 
 
@@ -166,14 +178,16 @@ def overthinking(value: Value) -> Markup:
     if not figures:
         return render("overthinking", figures=None)
     names = {n: t for n, t in NAMES.items() if n in figures}
-    rows = [("labelled tokens", *(str(figures[n]["tokens"]) for n in names))]
-    rows += [(line, *(_counted(figures[n][k]) for n in names)) for k, line in _OVERTHINKING.items()]
-    rows += [
-        (line, *(with_interval(figures[n][k], fine) for n in names))
+    told: dict[str, Any] = {"labelled tokens": lambda of: str(of["tokens"])}
+    told |= {line: partial(_counted, k) for k, line in _OVERTHINKING.items()}
+    told |= {
+        line: partial(_share_right, k)
         for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
-    ]
+    }
+    columns = {title: figures[n] for n, title in names.items()}
+    tokens = Table.grid(told, columns, lambda tell, of: str(tell(of)))
     return render(
-        "overthinking", figures=figures, head=("", *names.values()), rows=rows,
+        "overthinking", figures=figures, tokens=tokens,
         policy=_policy_cards(figures.get("policy")), answers=_whole_answers(figures.get("answers")),
     )  # fmt: skip
 
@@ -204,8 +218,12 @@ def _whole_answers(answers: Value | None) -> dict[str, Any] | None:
     }
 
 
-def _counted(value: Value) -> str:
-    return f"{value['n']}: {with_interval(value['share'], fine)}"
+def _counted(name: str, figures: Value) -> str:
+    return f"{figures[name]['n']}: {with_interval(figures[name]['share'], fine)}"
+
+
+def _share_right(name: str, figures: Value) -> str:
+    return with_interval(figures[name], fine)
 
 
 def calibration(value: Value) -> Markup:
@@ -220,12 +238,20 @@ def calibration(value: Value) -> Markup:
     if path:
         risks, bounds = [p["risk"] for p in path], [p["bound"] for p in path]
         svg = calibration_curve(risks, bounds, guarantee["target"], chosen)
-    rows = [
-        (_thresholds(p["thresholds"]), fine(p["risk"]), fine(p["bound"]),
-         "-" if p["seconds"] is None else f"{1e3 * p['seconds']:.2f} ms")
-        for p in path
-    ]  # fmt: skip
-    return render("calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, rows=rows)
+    walked = Table.of(
+        path,
+        {
+            "thresholds by depth": lambda p: _thresholds(p["thresholds"]),
+            "risk": lambda p: fine(p["risk"]),
+            "bound": lambda p: fine(p["bound"]),
+            "a token, predicted": lambda p: (
+                "-" if p["seconds"] is None else f"{1e3 * p['seconds']:.2f} ms"
+            ),
+        },
+    )
+    return render(
+        "calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, path=walked
+    )
 
 
 # -- all figures -----------------------------------------------------------------------------------
@@ -250,13 +276,14 @@ def measured_eval(value: Value) -> Markup:
             cells.append(with_interval(both["difference"].get(name), form))
         rows.append((name, *cells))
     timed = any(mode.get("latency") for mode in modes.values())
-    latency = [
-        (title, *(_latency(modes[m].get("latency"), key, part) for m in modes))
-        for title, key, part in (_LATENCIES if timed else ())
-    ]
+    latency = Table.grid(
+        {title: place for title, *place in (_LATENCIES if timed else ())},
+        {MODES[name]: mode.get("latency") for name, mode in modes.items()},
+        lambda place, of: _latency(of, *place),
+    )
+    measured = Table(("metric", *titles, *(["difference"] if both else [])), rows)
     return render(
-        "figures", kind="eval", n=value["n"], rows=rows, latency=latency,
-        head=["metric", *titles, *(["difference"] if both else [])], latency_head=["", *titles],
+        "figures", kind="eval", n=value["n"], measured=measured, latency=latency,
         missing=next(iter(modes.values()))["unavailable"],
     )  # fmt: skip
 
@@ -268,26 +295,32 @@ def _latency(value: Value | None, name: str, part: str) -> str:
 def measured_demo(value: Value) -> Markup:
     """Every mode of a demo."""
     tasks = list(value["modes"]["full"]["quality"])
-    rows = [
-        (MODES.get(name, name), f"{mode['tokens_per_second']:.0f}",
-         f"{mode['seconds_end_to_end']:.2f}", times(mode.get("speedup_decode")),
-         times(mode.get("speedup_end_to_end")), times(mode.get("speedup_vs_generate")),
-         *(percent(mode["quality"][task]) for task in tasks))
-        for name, mode in value["modes"].items()
-    ]  # fmt: skip
-    head = ("mode", "tokens/s", "seconds", "decoding", "end to end", "against generate",
-            *(f"{task} right" for task in tasks))  # fmt: skip
-    return render("figures", kind="demo", head=head, rows=rows)
+    told: dict[str, Any] = {
+        "tokens/s": lambda mode: f"{mode['tokens_per_second']:.0f}",
+        "seconds": lambda mode: f"{mode['seconds_end_to_end']:.2f}",
+        "decoding": lambda mode: times(mode.get("speedup_decode")),
+        "end to end": lambda mode: times(mode.get("speedup_end_to_end")),
+        "against generate": lambda mode: times(mode.get("speedup_vs_generate")),
+        **{f"{t} right": lambda mode, t=t: percent(mode["quality"][t]) for t in tasks},
+    }
+    named = {MODES.get(name, name): mode for name, mode in value["modes"].items()}
+    measured = Table.grid(named, told, lambda mode, tell: tell(mode), "mode")
+    return render("figures", kind="demo", measured=measured)
 
 
 def origins(named: Sequence[tuple[str, Value]]) -> Markup:
     """Where each result comes from: command, machine, versions, data."""
-    rows = []
-    for name, value in named:
-        if where := value.get("provenance"):
-            versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-            machine = where.get("accelerator") or where["processor"]
-            rows.append((name, where["command"], where["date"][:10],
-                         f"{machine}, {where['threads']} threads, {where['platform']}", versions,
-                         str(where.get("seed")), str(where.get("data_digest"))[:16]))  # fmt: skip
-    return render("origin", rows=rows) if rows else NOTHING
+    where = [(name, value["provenance"]) for name, value in named if value.get("provenance")]
+    told = {
+        "result": lambda of: of[0],
+        "command": lambda of: of[1]["command"],
+        "date": lambda of: of[1]["date"][:10],
+        "machine": lambda of: (
+            f"{of[1].get('accelerator') or of[1]['processor']}, {of[1]['threads']} threads, "
+            f"{of[1]['platform']}"
+        ),
+        "versions": lambda of: ", ".join(f"{k} {v}" for k, v in of[1]["versions"].items() if v),
+        "seed": lambda of: str(of[1].get("seed")),
+        "data digest": lambda of: str(of[1].get("data_digest"))[:16],
+    }
+    return render("origin", origins=Table.of(where, told)) if where else NOTHING

@@ -9,18 +9,23 @@ from typing import Any
 
 from offramp.errors import InputError
 from offramp.models import JUDGED
+from offramp.options import option
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
 GAMES = ("adversarial", "feature_matching")
 """Losses of the exits that need a discriminator."""
+FREE: dict[str, Any] = {"adversarial": 0.003}
+"""What FREE (Bajpai and Hanawal 2025) adds to the default, which is distillation alone: where both
+were measured, the adversary gains nothing (docs/defaults.md)."""
+ADVERSARY = (
+    *GAMES, "adversary", "adversarial_start", "conditional", "judged", "spectral_norm",
+    "gradient_penalty", "discriminator_learning_rate",
+)  # fmt: skip
+"""Fields of `TrainConfig` that say something only where there is a discriminator."""
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
 INITIAL = ("next", "closest")
-
-
-def _option(default: Any, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -38,41 +43,41 @@ def parse_weights(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One FREE training run. `None` is "off" or "choose for me"."""
+    """One training run. `None` is "off" or "choose for me"; `TrainConfig(**FREE)` is FREE's."""
 
-    depths: tuple[int, ...] | None = _option(
+    depths: tuple[int, ...] | None = option(
         None, "depths of the exits, such as 3,6", shown="proposed from the layer count"
     )
-    regime: str = _option(
+    regime: str = option(
         "unsupervised",
         "whose answers exits learn from; supervised: the data's (all captions, of several answers "
         "the most frequent); unsupervised: the frozen model's own, taught by its final layer; "
         "pseudo: of those, as labels, the ones it is confident of; mixed: a fraction is labelled",
         choices=REGIMES,
     )
-    initial_layer: str = _option(
+    initial_layer: str = option(
         "next",
         "decoder layer that an exit starts as a copy of: the next one, or the later one whose "
         "features a linear map brings closest to the final layer's",
         choices=INITIAL,
     )
-    exit_kind: str = _option(
+    exit_kind: str = option(
         "layer",
         "what an exit is: a copied decoder layer; dense: the same with one MLP in place of "
         "its experts; or a kind registered by a plug-in",
     )
-    steps: int = _option(600, "training steps")
-    batch_size: int = _option(16, "examples in a step")
-    learning_rate: float = _option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
-    discriminator_learning_rate: float = _option(3e-4, "learning rate of the discriminators")
-    distillation: float = _option(1.0, "weight of distillation from the final layer")
-    adversarial: float = _option(
-        0.003, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
+    steps: int = option(600, "training steps")
+    batch_size: int = option(16, "examples in a step")
+    learning_rate: float = option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
+    discriminator_learning_rate: float = option(3e-4, "learning rate of the discriminators")
+    distillation: float = option(1.0, "weight of distillation from the final layer")
+    adversarial: float = option(
+        0.0, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
     )
-    cross_entropy: float = _option(1.0, "weight of cross-entropy on labelled answers")
-    l2: float = _option(0.0, "weight of the squared distance to the final layer's features")
-    cosine: float = _option(0.0, "weight of 1 - cosine similarity to the final layer's features")
-    feature_matching: float = _option(
+    cross_entropy: float = option(1.0, "weight of cross-entropy on labelled answers")
+    l2: float = option(0.0, "weight of the squared distance to the final layer's features")
+    cosine: float = option(0.0, "weight of 1 - cosine similarity to the final layer's features")
+    feature_matching: float = option(
         0.0, "weight of the squared distance in the discriminator's hidden features"
     )
     losses: Mapping[str, float] = field(
@@ -82,35 +87,35 @@ class TrainConfig:
             "parse": parse_weights,
         },
     )
-    temperature: float = _option(1.0, "distillation temperature")
-    adversary: str = _option("logistic", "the adversarial pair of losses", choices=ADVERSARY_NAMES)
-    adversarial_start: float = _option(
+    temperature: float = option(1.0, "distillation temperature")
+    adversary: str = option("logistic", "the adversarial pair of losses", choices=ADVERSARY_NAMES)
+    adversarial_start: float = option(
         0.0, "share of the steps in which the discriminator trains and the exits do not see it yet"
     )
-    conditional: bool = _option(True, "the discriminator also sees the state that entered the exit")
-    judged: str = _option(
+    conditional: bool = option(True, "the discriminator also sees the state that entered the exit")
+    judged: str = option(
         "token", "a verdict for each token, or one for a whole answer", choices=JUDGED
     )
-    spectral_norm: bool = _option(False, "spectral norm on the discriminator's linear layers")
-    gradient_penalty: float = _option(0.0, "weight of the discriminator's R1 gradient penalty")
-    labelled_fraction: float = _option(0.1, "mixed: share of the examples whose labels are used")
-    min_confidence: float = _option(
+    spectral_norm: bool = option(False, "spectral norm on the discriminator's linear layers")
+    gradient_penalty: float = option(0.0, "weight of the discriminator's R1 gradient penalty")
+    labelled_fraction: float = option(0.1, "mixed: share of the examples whose labels are used")
+    min_confidence: float = option(
         0.7, "pseudo: drop answers whose mean token probability (geometric) is lower"
     )
-    max_new_tokens: int = _option(40, "longest answer the model writes itself")
-    validation_fraction: float = _option(0.1, "share of the images held out for validation")
-    evaluate_every: int = _option(100, "steps between validations and checkpoints")
-    patience: int | None = _option(
+    max_new_tokens: int = option(40, "longest answer the model writes itself")
+    validation_fraction: float = option(0.1, "share of the images held out for validation")
+    evaluate_every: int = option(100, "steps between validations and checkpoints")
+    patience: int | None = option(
         5, "validations without a better mean agreement before stopping; none: never"
     )
-    shortlist: int | None = _option(
+    shortlist: int | None = option(
         None,
         "tokens that exits read, the most frequent of the answers; for large vocabularies, whose "
         "LM head costs as much as several layers (2048 is usual)",
         shown="all",
     )
-    cache: str = _option("auto", "where the frozen states are kept between epochs", choices=CACHES)
-    seed: int = _option(0, "seed of the split, the order and the initial discriminators")
+    cache: str = option("auto", "where the frozen states are kept between epochs", choices=CACHES)
+    seed: int = option(0, "seed of the split, the order and the initial discriminators")
 
     def __post_init__(self) -> None:
         wrong = [text for text, bad in self._rules() if bad]

@@ -150,11 +150,9 @@ def test_commands_take_the_word(run, trained, photos):
     assert_two_lines(run("inspect", trained, "--quantize", "int4"), "--quantize")
     export = ("export", "--adapter", trained, "--gguf", "f16", "--out", photos / "gguf")
     assert_two_lines(run(*export, "--quantize", "int4"), "--quantize")
-    assert_two_lines(run(*export, "--prepack"), "--prepack")
 
 
 def test_commands_lay_weights_out(run, trained, photos):
     ask = ("generate", "--adapter", trained, "--image", photos / "0.png", "--max-new-tokens", 4)
-    plain, laid_out = run(*ask), run(*ask, "--prepack")
+    plain, laid_out = run(*ask), run(*ask, "--engine", "packed")
     assert plain[0] == 0 and plain[:2] == laid_out[:2]
-    assert_two_lines(run(*ask, "--prepack", "--compile"), "--prepack lays them out")

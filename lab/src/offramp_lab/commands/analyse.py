@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
-from offramp.cli.options import add_command, field_option, first_token_option, measured_options
+from offramp.cli.options import add_command, field_options, measured_options
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
+
+OWN = (
+    "metric", "decode_depths", "exit_in_prefill", "max_new_tokens", "batch_size", "seed"
+)  # fmt: skip
+"""Fields of `AnalysisConfig` that are flags."""
 
 
 def add(commands: Any) -> None:
@@ -28,24 +33,11 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     from offramp_lab.experiments.analysis.analyse import AnalysisConfig
-    from offramp_lab.experiments.analysis.free_running import METRICS
 
     what = "held-out data; without answers it gives agreement only"
     measured_options(parser, what, adapter=False, allow_seen=True)
-    group = parser.add_argument_group("analysis")
-    field_option(
-        group, AnalysisConfig, "metric", "quality of answers", choices=METRICS,
-        shown="rouge_l for long answers, else exact_match_normalised",
-    )  # fmt: skip
-    field_option(
-        group, AnalysisConfig, "decode_depths", "decode with every token exiting at these",
-        shown="at most twelve",
-    )  # fmt: skip
-    first_token_option(group)
-    field_option(group, AnalysisConfig, "max_new_tokens", "longest answer")
-    field_option(group, AnalysisConfig, "batch_size", "examples at once")
-    field_option(group, AnalysisConfig, "seed", "seed of the intervals")
-    group.add_argument(
+    field_options(parser.add_argument_group("analysis"), AnalysisConfig, OWN)
+    parser.add_argument(
         "--out", type=Path, required=True, help="folder for analysis.json and its plots (SVG)"
     )
 
@@ -54,22 +46,16 @@ def _analyse(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
     from offramp.storage import check_writable
-    from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse
+    from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse, summary
 
-    names = (
-        "metric", "decode_depths", "exit_in_prefill", "max_new_tokens", "batch_size", "seed"
-    )  # fmt: skip
-    config = AnalysisConfig(**{name: getattr(arguments, name) for name in names})
+    config = AnalysisConfig(**{name: getattr(arguments, name) for name in OWN})
     if arguments.adapter is None and arguments.backbone is None:
         raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False)
-    if arguments.adapter is None:
-        backbone, processor = load_model(arguments)
-        model: Any = backbone
-    else:
-        model, processor = load_adapter(arguments)
-        backbone = model.backbone
+    load = load_model if arguments.adapter is None else load_adapter
+    model, processor = load(arguments)
+    backbone = model if arguments.adapter is None else model.backbone
     result = analyse(
         model,
         InputProcessor(backbone, processor),
@@ -79,4 +65,4 @@ def _analyse(arguments: argparse.Namespace) -> None:
         allow_seen=arguments.allow_seen,
         progress=lambda iterable: progress(iterable, "analyse"),
     )
-    show_result(result, as_json=arguments.json)
+    show_result(result, summary(result), as_json=arguments.json)

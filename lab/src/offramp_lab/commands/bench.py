@@ -10,7 +10,6 @@ from typing import Any
 from offramp.cli.loading import choose_device, laid_out, load_adapter, load_model
 from offramp.cli.options import (
     add_command,
-    compile_option,
     depths_option,
     model_options,
     name_option,
@@ -32,7 +31,7 @@ def add(commands: Any) -> None:
         "offramp-lab bench --shape smollm2-135m --depths 8,15\n"
         "  offramp-lab bench --backbone Salesforce/blip2-opt-2.7b --dtype bfloat16 "
         "--out bench.json\n"
-        "  offramp-lab bench --shape smollm2-135m --engine --slots 8 --shortlist 4096\n"
+        "  offramp-lab bench --shape smollm2-135m --batch-engine --slots 8 --shortlist 4096\n"
         "  offramp-lab bench --adapter exits --peers --data questions.jsonl",
         _bench,
         _options,
@@ -42,9 +41,9 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp_lab.inputs.shapes import SHAPES
 
-    model = model_options(parser, required=False, adapter=False)
+    engines = ("torch", "compiled", "packed")
+    model = model_options(parser, required=False, adapter=False, engines=engines)
     name_option(model, "--shape", SHAPES, "a decoder with random weights")
-    compile_option(model)
     _case_options(parser)
     engine_options(parser)
     group = parser.add_argument_group("timing and output")
@@ -120,7 +119,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         check_writable(arguments.out)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if arguments.engine:
+    if arguments.batch_engine:
         arguments.batch = 1
         result, text = bench_of_engine(arguments, _subject(arguments))
     else:

@@ -123,7 +123,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from offramp.data.datasets import read_examples
     from offramp.data.example import split_examples
     from offramp.storage import check_writable
-    from offramp.training.config import TrainConfig
+    from offramp.training.config import FREE, TrainConfig
     from offramp_lab.experiments.comparison.compare import compare
     from offramp_lab.experiments.comparison.methods import Plan
 
@@ -133,7 +133,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     }
     names = ("exit_in_prefill", "seeds", "timed", "rounds", "max_new_tokens")
     same = {n: getattr(arguments, n) for n in names}
-    training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, patience=None)
+    training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, **FREE, patience=None)
     plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
     check_writable(arguments.out, folder=True)
     examples = read_examples(

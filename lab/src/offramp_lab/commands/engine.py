@@ -1,4 +1,4 @@
-"""`offramp-lab bench --engine`: the batch engine, predicted and measured."""
+"""`offramp-lab bench --batch-engine`: the batch engine, predicted and measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def engine_options(parser: Parser) -> None:
     """The flags of the engine's benchmark."""
     group = parser.add_argument_group("batch engine")
     group.add_argument(
-        "--engine", action="store_true",
+        "--batch-engine", action="store_true",
         help="many requests at once: tokens a second against full depth and against HF's static "
         "batch, and the gaps between a row's tokens; --rates, --acceptance, --shortlist, --rounds",
     )  # fmt: skip

@@ -7,9 +7,8 @@ from offramp.report.plots import intervals, speeds, standalone, throughput, trad
 from offramp.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.places import DOCS
-from offramp_lab.tables.comparison import by_name
-from offramp_lab.tables.markdown import KINDS, record, tiny
-from offramp_lab.tables.photographs import METHODS
+from offramp_lab.tables.markdown import KINDS, by, record, tiny
+from offramp_lab.tables.photographs import METHODS, curves
 from offramp_lab.tables.speed import PEERS
 
 AT = "0.01"
@@ -38,9 +37,9 @@ def plots() -> dict[str, tuple[str, str]]:
 
 def methods() -> str:
     """By how much FREE is faster than each method where CIDEr drops by at most 1%, as SVG."""
-    curves = by_name(record("compare-photo")["equal_quality"]["curves"])
+    named = by(curves(), "objective", "policy")
     rows = {
-        title: (curves[name]["free_over"][AT], *curves[name]["free_over_interval"][AT])
+        title: (named[name]["free_over"][AT], *named[name]["free_over_interval"][AT])
         for name, title in METHODS.items()
         if name != ("free", "max_probability")
     }

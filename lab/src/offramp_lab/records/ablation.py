@@ -15,7 +15,6 @@ A run that is in --out is not repeated; the process that finishes the last one w
 rows as they are. `--quick` tries everything out in a few minutes, elsewhere.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -38,16 +37,16 @@ from offramp.engine.teacher_forcing import exit_features
 from offramp.evaluation.statistics import t_interval
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.provenance import provenance
-from offramp.storage import JsonlLog, digest_rows, read_json, write_json
+from offramp.storage import digest_rows, read_json, write_json
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores
 from offramp.training.feature_store import FeatureStore
 from offramp.training.trainer import Trainer
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
-from offramp_lab.places import RECORDS, RUNS
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Kept, Record, asked
 
-RECORD = RECORDS / "ablation.json"
+RECORD = Record("ablation")
 DEPTH, BATCH, LONGEST, SEVERITY, KEPT = 2, 32, 48, 3, 0.99
 ALONE = "distillation"
 
@@ -299,27 +298,26 @@ def _difference(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=tuple(SETTINGS))
-    parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2")
-    parser.add_argument("--out", type=Path, default=RUNS / "ablation")
-    parser.add_argument("--estimate", action="store_true", help="only print what is left")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__.split("\n\n")[0], seeds=3, out=RUNS / "ablation",
+        more=lambda parser: (
+            parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS]),
+            parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2"),
+            parser.add_argument("--estimate", action="store_true", help="only print what is left"),
+            parser.add_argument("--quick", action="store_true"),
+        ),
+    )  # fmt: skip
     logging.getLogger("offramp").setLevel(logging.WARNING)
     sizes = QUICK if arguments.quick else Sizes()
     out = arguments.out / "quick" if arguments.quick else arguments.out
-    target = out / "ablation.json" if arguments.quick else RECORD
+    target = out / "ablation.json" if arguments.quick else RECORD.path
     groups = list(cells(arguments.seeds, arguments.settings))
     if not arguments.estimate:
         part, parts = map(int, arguments.shard.split("/"))
         _run(groups[part::parts], out, part, sizes)
-    rows = {row["key"]: row for row in _rows(out)}
+    rows = _kept(out).found
     wanted = [cell.key(sizes) for group in groups for cell in group]
-    left = [key for key in wanted if key not in rows]
-    if left:
+    if left := [key for key in wanted if key not in rows]:
         seconds = mean(row["seconds"] for row in rows.values()) if rows else float("nan")
         print(f"{len(left)} of {len(wanted)} runs are left: {len(left) * seconds / 60:.0f} minutes")
         return
@@ -330,24 +328,22 @@ def main() -> None:
         _renew(target, done)
 
 
+def _kept(out: Path, part: int = 0) -> Kept:
+    """Runs that were made, by any process; this one adds its own."""
+    return Kept(out / f"runs-{part}.jsonl", sorted(out.glob("runs-*.jsonl")))
+
+
 def _run(groups: Sequence[Sequence[Cell]], out: Path, part: int, sizes: Sizes) -> None:
-    """Run what is not in the folder yet, into this shard's log."""
-    done = {row["key"] for row in _rows(out)}
-    benches: dict[str, Bench] = {}
-    with JsonlLog(out / f"runs-{part}.jsonl") as log:
-        for group in groups:
-            todo = [cell for cell in group if cell.key(sizes) not in done]
-            kind = group[0].kind
-            if todo and kind not in benches:
-                benches[kind] = Bench(kind, sizes)
-                write_json(out / f"full-{kind}.json", benches[kind].full())
-            for row in benches[kind].run(todo) if todo else ():
-                log.append(row)
-                print(json.dumps(row), file=sys.stderr)
-
-
-def _rows(out: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(out.glob("runs-*.jsonl")) for row in JsonlLog.read(path)]
+    """Run what is not in the folder yet."""
+    kept, benches = _kept(out, part), dict[str, Bench]()
+    for group in groups:
+        todo, kind = [cell for cell in group if cell.key(sizes) not in kept], group[0].kind
+        if todo and kind not in benches:
+            benches[kind] = Bench(kind, sizes)
+            write_json(out / f"full-{kind}.json", benches[kind].full())
+        for row in benches[kind].run(todo) if todo else ():
+            kept.keep(row["key"], row)
+            print(json.dumps(row), file=sys.stderr)
 
 
 def _write(target: Path, rows: Sequence[dict[str, Any]], out: Path, sizes: Sizes) -> None:
@@ -360,9 +356,8 @@ def _write(target: Path, rows: Sequence[dict[str, Any]], out: Path, sizes: Sizes
         "full": {kind: read_json(out / f"full-{kind}.json") for kind in TINY},
         "cells": table(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "provenance": provenance(None, sys.argv, None),
     }
-    write_json(target, record)
+    RECORD.write(record, target)
 
 
 def _renew(target: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -372,7 +367,7 @@ def _renew(target: Path, rows: Sequence[dict[str, Any]]) -> None:
     fresh = {tuple(cell[n] for n in names): cell for cell in table(rows)}
     record["cells"] = [fresh.get(tuple(c[n] for n in names), c) for c in record["cells"]]
     settings = sorted({setting for _, setting, _ in fresh})
-    renewed = {"settings": settings, "provenance": provenance(None, sys.argv, None)}
+    renewed = {"settings": settings, "provenance": RECORD.origin()}
     write_json(target, {**record, "renewed": [*record.get("renewed", ()), renewed]})
 
 

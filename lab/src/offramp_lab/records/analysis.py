@@ -5,16 +5,13 @@ Exits at several depths are trained without labels; test images are judged by th
 ground truth: a caption is right when every attribute of it is, an answer when it is the reference.
 """
 
-import argparse
 import logging
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from offramp.answers import Answer
 from offramp.calibration.risk_functions import Array, Quality
@@ -24,14 +21,12 @@ from offramp.data.scenes.tasks import Task, captions, questions
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-OUT = RECORDS / "analysis.json"
+RECORD = Record("analysis")
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
 TRAIN, TEST = 400, 200  # images; each gives a caption and two questions
 
@@ -64,7 +59,7 @@ def judge(tasks: Sequence[Task]) -> Quality:
 
 def analysed(kind: str, folder: str) -> dict[str, Any]:
     backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None)
+    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None, **FREE)
     examples = captions("train", TRAIN).examples + questions("train", TRAIN).examples
     adapter = train(backbone, processor, examples, config, folder)
     policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))
@@ -80,17 +75,18 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", choices=TINY, nargs="+", default=TINY, help="only these")
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
+    arguments = asked(
+        __doc__, out=RECORD.path,
+        more=lambda parser: parser.add_argument(
+            "--backbone", choices=TINY, nargs="+", default=TINY, help="only these"
+        ),
+    )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(1)
-    analyses: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
+    analyses = RECORD.read(arguments.out)
     for kind in arguments.backbone:
         with tempfile.TemporaryDirectory() as folder:
             analyses[kind] = analysed(kind, folder)
-        write_json(arguments.out, {**analyses, "provenance": provenance(0, sys.argv, None)})
+        RECORD.write(analyses, arguments.out)
 
 
 if __name__ == "__main__":

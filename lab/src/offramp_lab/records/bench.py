@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.calibration.profiler import measure_costs
@@ -38,6 +37,7 @@ from offramp.storage import read_json, write_json
 from offramp_lab.experiments.benchmark.bench import RATES, Case, any_shortlist, bench, table
 from offramp_lab.experiments.benchmark.peers import table as peers_table
 from offramp_lab.experiments.benchmark.peers import time_peers
+from offramp_lab.experiments.experiment import bar
 from offramp_lab.inputs import tiny_families
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.places import RECORDS, RUNS
@@ -114,7 +114,7 @@ def _run(
     costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=few)
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
-        progress=lambda rounds: tqdm(rounds, backbone.name, disable=None, leave=False), **options,
+        progress=bar(backbone.name), **options,
     )  # fmt: skip
     print(table(costs, entries), file=sys.stderr)
     return entries
@@ -129,10 +129,7 @@ def _peers_of(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
     examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
     inputs = [encoder.prompts([example]) for example in examples]
-    peers = time_peers(
-        adapter, inputs, rounds=ROUNDS,
-        progress=lambda rounds: tqdm(rounds, f"peers {kind}", disable=None, leave=False),
-    )  # fmt: skip
+    peers = time_peers(adapter, inputs, rounds=ROUNDS, progress=bar(f"peers {kind}"))
     print(peers_table(peers), file=sys.stderr)
     return peers
 

@@ -7,19 +7,15 @@ records/violations.json: how often a guarantee fails over random splits of a poo
     The pool's own risk stands for the true one; that of a half scatters around it.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from offramp import demo
 from offramp.adapter import Adapter
@@ -30,7 +26,7 @@ from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import METHODS, control
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
-from offramp.data.example import Example, examples_digest
+from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions, questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (
@@ -42,12 +38,13 @@ from offramp.evaluation.timing import (
 )
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp.training.config import TrainConfig
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
+from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
+RECORD = Record("calibrated")
 DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
@@ -74,15 +71,16 @@ SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, timed=1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY)
-    parser.add_argument("--small", action="store_true", help="a try-out with fewer pictures")
-    parser.add_argument("--out", type=Path, default=RECORDS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, out=RECORDS,
+        more=lambda parser: (
+            parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY),
+            parser.add_argument("--small", action="store_true", help="a try-out"),
+        ),
+    )  # fmt: skip
     sizes = SMALL if arguments.small else Sizes()
-    calibrated = _kept(arguments.out / "calibrated.json")
-    violations = _kept(arguments.out / "violations.json")
+    files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]
+    calibrated, violations = map(RECORD.read, files)  # of other models too
     violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
     for kind in arguments.models:
         adapter, encoder = _trained(kind, sizes)
@@ -90,15 +88,9 @@ def main() -> None:
         print(json.dumps(calibrated[kind]), file=sys.stderr)
         violations[kind] = _violations(adapter, encoder, sizes)
         print(json.dumps(violations[kind]), file=sys.stderr)
-    digest = examples_digest(_examples("test", sizes.test))
-    origin = provenance(0, sys.argv, digest)
-    write_json(arguments.out / "calibrated.json", {**calibrated, "provenance": origin})
-    write_json(arguments.out / "violations.json", {**violations, "provenance": origin})
-
-
-def _kept(path: Path) -> dict[str, Any]:
-    """What an earlier run found, on other models too."""
-    return read_json(path) if path.is_file() else {}
+    origin = RECORD.origin(examples=_examples("test", sizes.test))
+    for file, found in zip(files, (calibrated, violations), strict=True):
+        RECORD.write(found, file, **origin)
 
 
 @cache
@@ -112,7 +104,7 @@ def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[
 
 def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32)
+    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32, **FREE)
     with tempfile.TemporaryDirectory() as folder:
         examples = _examples("train", sizes.train)
         return train(backbone, processor, examples, config, folder), InputProcessor(
@@ -129,7 +121,7 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     calibrations = [
         calibrate(
             adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
-            costs=costs, progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
+            costs=costs, progress=bar(f"{risk} {target}"), **demo.OPTIONS,
         )
         for risk in MEASURED
         for target in TARGETS
@@ -143,19 +135,11 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
         for i, calibration in enumerate(calibrations)
     }
     timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
-    timings = time_interleaved(
-        methods, timed, rounds=sizes.rounds, progress=partial(_bar, "timing")
-    )
+    timings = time_interleaved(methods, timed, rounds=sizes.rounds, progress=bar("timing"))
     full = _answers(adapter, encoder, sizes.test, FULL)
     return [
-        _row(
-            calibration,
-            timings,
-            str(i),
-            full,
-            _answers(adapter, encoder, sizes.test, calibration.policy),
-        )
-        for i, calibration in enumerate(calibrations)
+        _row(c, timings, str(i), full, _answers(adapter, encoder, sizes.test, c.policy))
+        for i, c in enumerate(calibrations)
     ]
 
 
@@ -229,7 +213,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
         ) -> Any:
             return evaluator.losses(dict(thresholds))
 
-        outcomes = [_split(evaluator, lost, *pair) for pair in _bar(f"splits, {risk}", halves)]
+        outcomes = [_split(evaluator, lost, *pair) for pair in bar(f"splits, {risk}")(halves)]
         rows += [
             {
                 "risk": risk,
@@ -302,17 +286,13 @@ def _shares(outcomes: Sequence[dict[str, Any]], target: float) -> dict[str, Any]
         "mean_risk_test": float(np.mean([outcome["test"] for outcome in outcomes])),
         "mean_risk_pool": float(np.mean([outcome["pool"] for outcome in outcomes])),
         "largest_risk_test": max(outcome["test"] for outcome in outcomes),
-        "mean_index": float(np.mean([outcome["index"] for outcome in guaranteed]))
-        if guaranteed
-        else None,
-        "mean_speedup_predicted": float(np.mean([outcome["speedup"] for outcome in guaranteed]))
-        if guaranteed
-        else None,
+        "mean_index": _mean([outcome["index"] for outcome in guaranteed]),
+        "mean_speedup_predicted": _mean([outcome["speedup"] for outcome in guaranteed]),
     }
 
 
-def _bar(title: str, iterable: Any) -> Any:
-    return tqdm(iterable, title, disable=None, leave=False)
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ found is kept in --out for the other; an interrupted run resumes where it stoppe
 it all out in some minutes, elsewhere.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from offramp import demo
@@ -31,16 +29,18 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import speedup, time_interleaved
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.provenance import provenance
 from offramp.report.tradeoff import FREE
 from offramp.storage import read_json, write_json
+from offramp.training.config import FREE as TERMS
 from offramp.training.config import TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.grid import exits_folder
 from offramp_lab.experiments.comparison.methods import FEW, Plan
-from offramp_lab.places import RECORDS, RUNS
+from offramp_lab.experiments.experiment import same
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "compare.json"
+RECORD = Record("compare")
 DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
 """Of every objective's exits, and of the exits that the policies are tried on besides."""
 STEPS = {"opt": 600, "t5": 1200}
@@ -91,21 +91,21 @@ QUICK = Sizes(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", choices=TINY, help="only this one")
-    parser.add_argument("--out", type=Path, default=RUNS / "compare")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = asked(
+        __doc__, out=RUNS / "compare",
+        more=lambda parser: (
+            parser.add_argument("--backbone", choices=TINY, help="only this one"),
+            parser.add_argument("--quick", action="store_true"),
+        ),
+    )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(1)
     out = arguments.out / "quick" if arguments.quick else arguments.out
     for kind in TINY if arguments.backbone is None else (arguments.backbone,):
         _run(kind, out / kind, QUICK if arguments.quick else Sizes())
     files = {kind: out / kind / "record.json" for kind in TINY}
     if all(path.exists() for path in files.values()):
         record = {kind: read_json(path) for kind, path in files.items()}
-        target = out / "compare.json" if arguments.quick else RECORD
-        write_json(target, {**record, "provenance": provenance(None, sys.argv, None)})
+        RECORD.write(record, out / "compare.json" if arguments.quick else None)
 
 
 def _run(kind: str, out: Path, sizes: Sizes) -> None:
@@ -122,6 +122,7 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
             batch_size=32,
             patience=None,
             initial_layer="closest",
+            **TERMS,
         ),
         seeds=sizes.seeds,
         timed=sizes.timed,
@@ -187,10 +188,10 @@ def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, An
     figures: dict[str, Any] = {"threshold": THRESHOLD}
     for name, policy in policies.items():
         ours = demo.answers(adapter, encoder, tasks, policy)
-        pairs = [(a.ids, b.ids) for t in full for a, b in zip(full[t], ours[t], strict=True)]
+        alike = sum(same(full[task], ours[task]) for task in full)
         figures[name] = {
             "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
-            "identical_answers": sum(a == b for a, b in pairs) / len(pairs),
+            "identical_answers": alike / sum(map(len, full.values())),
         }
     return figures
 

@@ -13,25 +13,21 @@ of the clock, for a machine that others use too; load averages are in the record
 
 import argparse
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.quantized.prepacked import prepack
-from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig
-from offramp.storage import read_json, write_json
 from offramp_lab.experiments.benchmark.bench import any_shortlist
 from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
 from offramp_lab.inputs.shapes import shape
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked, named
 
-RECORD = RECORDS / "engine.json"
+RECORD = Record("engine")
 DEPTHS = {"opt-2.7b": 8, "flan-t5-xl": 6, "smollm2-135m": 7, "mini-opt": 2}
 SHORTLISTS = {"smollm2-135m": 4096}
 """Where the whole vocabulary costs several layers."""
@@ -50,22 +46,7 @@ WITHIN = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="*", default=["opt-2.7b", "flan-t5-xl", "smollm2-135m"])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--slots", type=int, nargs="+", default=[8])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
-    parser.add_argument("--words", type=int, default=WORDS, help="of a prompt")
-    parser.add_argument(
-        "--cases", nargs="*", default=KINDS, choices=KINDS, help="of rows that; none: full alone"
-    )
-    parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument(
-        "--prepack", action="store_true", help="the engine's weights; a static batch's both ways"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(__doc__, dtype="float32", clock=True, rounds=3, words=WORDS, more=_more)
     for name in arguments.shapes:
         for slots in arguments.slots:
             figures = measure(name, slots, arguments)
@@ -73,6 +54,18 @@ def main() -> None:
             more = [context] if arguments.words != WORDS else []
             more += ["prepacked"] if arguments.prepack else []
             add_to_record(name, arguments.dtype, slots, figures, *more)
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shapes", nargs="*", default=["opt-2.7b", "flan-t5-xl", "smollm2-135m"])
+    parser.add_argument("--slots", type=int, nargs="+", default=[8])
+    parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
+    parser.add_argument(
+        "--cases", nargs="*", default=KINDS, choices=KINDS, help="of rows that; none: full alone"
+    )
+    parser.add_argument(
+        "--prepack", action="store_true", help="the engine's weights; a static batch's both ways"
+    )
 
 
 def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,16 +81,15 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
         prepack(backbone, exits)
     inputs = known.inputs(backbone, words=arguments.words)
     limit = inputs["input_ids"].shape[1] + arguments.lengths[1] + 1
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     cases = [case for case in CASES if KINDS[not case.guess] in arguments.cases]
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, EngineConfig(slots=slots, limit=limit),
         rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
-        stock=stock, clock=clock, progress=lambda rounds: tqdm(rounds, f"{name}, {slots} slots"),
+        stock=stock, clock=arguments.clock, title=f"{name}, {slots} slots",
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:
-        entry["clock"] = "thread" if arguments.cpu_time else "wall"
+        entry["clock"] = named(arguments.clock)
         entry["within"] = abs(entry["predicted"] / entry["measured"] - 1.0) <= WITHIN
     return {"costs": costs.to_json(), "entries": entries, "load": os.getloadavg()}
 
@@ -109,11 +101,10 @@ def add_to_record(
 
     more: what else sets these figures apart.
     """
-    record = read_json(RECORD) if RECORD.is_file() else {}
+    record = RECORD.read()
     key = ", ".join((name, dtype, f"{slots} slots", *more))
     record[key] = {**record.get(key, {}), **figures}
-    record["provenance"] = provenance(0, ["offramp_lab.records.engine"], None)
-    write_json(RECORD, record)
+    RECORD.write(record)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import FULL, ExitPolicy
@@ -34,13 +32,13 @@ from offramp.evaluation.timing import (
 )
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.provenance import provenance
+from offramp.report.table import Table
 from offramp.runtimes.graphs import GraphRuntime
-from offramp.storage import write_json
+from offramp_lab.experiments.experiment import bar
 from offramp_lab.inputs.shapes import shape
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "gpu.json"
+RECORD = Record("gpu")
 DEPTHS = {"llava-7b": 8, "opt-2.7b": 8, "mini-llava": 2}
 RATES = (0.75, 0.9, 1.0)
 COPIED = 1 << 28
@@ -48,28 +46,21 @@ COPIED = 1 << 28
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["llava-7b", "opt-2.7b"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-compile", action="store_true", help="leave compiled `generate` out")
-    parser.add_argument("--out", type=Path, default=RECORD)
-    arguments = parser.parse_args()
+    arguments = asked(
+        __doc__, tokens=128, rounds=5, out=RECORD.path,
+        more=lambda parser: (
+            parser.add_argument("--shapes", nargs="+", default=["llava-7b", "opt-2.7b"]),
+            parser.add_argument("--device", default="cuda"),
+            parser.add_argument("--no-compile", action="store_true", help="no compiled `generate`"),
+        ),
+    )  # fmt: skip
     device = torch.device(arguments.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     bandwidth = bytes_per_second(device)
     entries = [e for name in arguments.shapes for e in measure(name, device, bandwidth, arguments)]
-    print(table(card, entries))
-    write_json(
-        arguments.out,
-        {
-            "card": card,
-            "copied_bytes_per_second": bandwidth,
-            "entries": entries,
-            "provenance": provenance(0, ["offramp_lab.records.gpu"], None),
-        },
-    )
+    print(card, table(entries).plain(), sep="\n")
+    found = {"card": card, "copied_bytes_per_second": bandwidth, "entries": entries}
+    RECORD.write(found, arguments.out)
 
 
 def measure(
@@ -93,13 +84,10 @@ def measure(
     for mode, policy in {"full": FULL, **thresholds}.items():
         methods["offramp", mode] = exit_generate_fn(backbone, exits, policy, **options)
         methods["offramp, CUDA graphs", mode] = by_runtime(runtime, policy, options)
-    timings = time_interleaved(
-        {" | ".join(key): run for key, run in methods.items()}, [inputs], rounds=arguments.rounds,
-        progress=lambda rounds: tqdm(rounds, name),
-    )  # fmt: skip
+    timings = time_interleaved(methods, [inputs], rounds=arguments.rounds, progress=bar(name))
     entries = []
     for runtime_name, mode in methods:
-        timed = timings[f"{runtime_name} | {mode}"]
+        timed = timings[runtime_name, mode]
         policy = thresholds.get(mode, FULL)
         depth = adapter.generate(inputs, policy=policy, **options).depths[0, 1:].float().mean()
         read = bytes_read(backbone, exits, float(depth), exiting=mode != "full")
@@ -167,14 +155,15 @@ def bytes_per_second(device: torch.device) -> float:
     return 2 * source.nbytes / min(took)
 
 
-def table(card: str, entries: list[dict[str, Any]]) -> str:
-    lines = [card, f"{'shape':12}{'runtime':24}{'mode':12}{'tokens/s':>10}{'bandwidth':>11}"]
-    lines += [
-        f"{e['shape']:12}{e['runtime']:24}{e['mode']:12}{e['tokens_per_second']:10.1f}"
-        f"{e['bandwidth_share']:11.0%}"
-        for e in entries
-    ]
-    return "\n".join(lines)
+def table(entries: list[dict[str, Any]]) -> Table:
+    return Table.of(
+        entries,
+        {
+            "shape, runtime, mode": lambda e: f"{e['shape']}, {e['runtime']}, {e['mode']}",
+            "tokens/s": lambda e: f"{e['tokens_per_second']:.1f}",
+            "bandwidth": lambda e: f"{e['bandwidth_share']:.0%}",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ overhead. On the stack and without its code through eight slots of the batch eng
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,14 +33,14 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp.storage import write_json
+from offramp_lab.experiments.experiment import Experiment, Rounds
 from offramp_lab.inputs import tiny_families
-from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "lean.json"
+RECORD = Record("lean")
+WAY = ("model", "path", "mode")
 TOKENS = 32
 SLOTS = 8
 
@@ -137,65 +137,59 @@ def no_products() -> Iterator[None]:
 def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
     """Milliseconds of a token by path and mode: medians of rounds, and the least; tokens a CPU
     second; CPU seconds of the first round, in which code is made."""
-    methods = {name: run for name, run in case.methods().items() if name[1] in modes}
-    seen: dict[Any, list[tuple[float, ...]]] = {name: [] for name in methods}
-    first: dict[Any, float] = dict.fromkeys(methods, 0.0)
-    for number in range(rounds + 1):
-        for prompt in case.prompts:
-            for name, run in methods.items():
-                clock, start = Clock(), sum(os.times()[:4])
-                with torch.inference_mode():
-                    run(prompt, clock)
-                if number:  # the first warms up
-                    seen[name].append(clock.per_token())
-                else:
-                    first[name] += sum(os.times()[:4]) - start
-    return [
-        {
-            "model": case.name,
-            "path": path,
-            "mode": mode,
+
+    def timed(prompt: Mapping[str, Any], run: Run) -> tuple[float, ...]:
+        clock, start = Clock(), sum(os.times()[:4])
+        with torch.inference_mode():
+            run(prompt, clock)
+        return (*clock.per_token(), sum(os.times()[:4]) - start)
+
+    def figures(found: Rounds) -> dict[str, float]:
+        first, *counted = found  # the first warms up
+        times = [taken for taken_in_round in counted for taken in taken_in_round]
+        return {
             "cpu_milliseconds": median(t[0] for t in times),
             "cpu_milliseconds_least": min(t[0] for t in times),
             "wall_milliseconds": median(t[1] for t in times),
             "second_token_cpu_milliseconds": median(t[2] for t in times),
             "tokens_per_second": 1e3 / median(t[0] for t in times),
-            "first_round_cpu_seconds": first[path, mode],
+            "first_round_cpu_seconds": sum(t[3] for t in first),
         }
-        for (path, mode), times in seen.items()
-    ]
+
+    methods = {
+        (case.name, *name): partial(timed, run=run)
+        for name, run in case.methods().items()
+        if name[1] in modes
+    }
+    return Experiment(methods, case.prompts, rounds + 1).entries(WAY, figures)
 
 
 def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:
     """The same of tokens that the batch engine writes in as many slots as there are answers,
     prompts left out."""
-    seen: dict[tuple[str, str], list[float]] = {}
-    options = {"max_new_tokens": TOKENS, "do_sample": False}
     config = EngineConfig(slots=SLOTS, limit=192, schedule=Schedule.of(SLOTS))
-    for number in range(rounds + 1):
-        for mode in modes:
-            for path in ("stack", "lean"):
-                case.backbone.lean_decoding = path == "lean"
-                case.backbone.compiled_decoding = False
-                policy = case.policies[mode]
-                core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
-                for row in range(SLOTS):
-                    inputs = case.prompts[row % len(case.prompts)]
-                    core.add(Request(inputs, options=options))
-                core.run()
-                if number:
-                    took = sum(core.seconds.values()) - core.seconds["read"]
-                    seen.setdefault((path, mode), []).append(1e3 * took / core.tokens)
-    return [
-        {
-            "model": f"{case.name}, {SLOTS} slots",
-            "path": path,
-            "mode": mode,
-            "cpu_milliseconds": median(times),
-            "cpu_milliseconds_least": min(times),
-        }
-        for (path, mode), times in seen.items()
-    ]
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+
+    def milliseconds(_: None, path: str, mode: str) -> float:
+        case.backbone.lean_decoding = path == "lean"
+        case.backbone.compiled_decoding = False
+        policy = case.policies[mode]
+        core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
+        for row in range(SLOTS):
+            core.add(Request(case.prompts[row % len(case.prompts)], options=options))
+        core.run()
+        return 1e3 * (sum(core.seconds.values()) - core.seconds["read"]) / core.tokens
+
+    def figures(found: Rounds) -> dict[str, float]:
+        times = [taken for [taken] in found]
+        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
+
+    methods = {
+        (f"{case.name}, {SLOTS} slots", path, mode): partial(milliseconds, path=path, mode=mode)
+        for mode in modes
+        for path in ("stack", "lean")
+    }
+    return Experiment(methods, rounds=rounds, warm=1).entries(WAY, figures)
 
 
 def photo_model(model: Path, data: Path, prompts: int) -> Case:
@@ -232,17 +226,11 @@ def _endless(backbone: Backbone) -> Backbone:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=RUNS / "photo_vlm" / "model")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(__doc__, photo=True, rounds=3, prompts=1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that code is made
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # by processes whose time is counted
     load_before = os.getloadavg()[0]
-    photo = photo_model(arguments.model, arguments.data, arguments.prompts)
+    photo = photo_model(arguments.photo, arguments.data, arguments.prompts)
     tiny = tiny_opt()
     record = {
         "tokens": TOKENS,
@@ -258,7 +246,7 @@ def main() -> None:
     with no_products():  # scores are those of zeros: only where they decide nothing
         record["overhead"] = measure(photo, 3 * arguments.rounds, ("full", "every_token"))
     record["load"] = [round(load_before, 1), round(os.getloadavg()[0], 1)]
-    write_json(RECORD, {**record, "provenance": provenance(0, ["offramp_lab.records.lean"], None)})
+    RECORD.write(record)
 
 
 if __name__ == "__main__":

@@ -10,42 +10,46 @@ measures only these.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
+from offramp.answers import Answer
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.caption_metrics import caption_scores
-from offramp.evaluation.statistics import interval
+from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
-from offramp.models.vision_cache import VisionCache
-from offramp.provenance import provenance
-from offramp.storage import JsonlLog, read_json, write_json
-from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
-from offramp_lab.records.runtimes.kept import Kept, KeptRuntime
-from offramp_lab.records.runtimes.methods import Answer, Clock, Method, generating, stock
-from offramp_lab.records.runtimes.timings import timed
+from offramp_lab.records.runtimes.kept import KeptRuntime
+from offramp_lab.records.runtimes.methods import (
+    WAY,
+    Method,
+    Name,
+    Taken,
+    generating,
+    halves,
+    medians,
+    policies,
+    stock,
+    timed,
+)
 
-OUT, RECORD = RUNS / "quantised", RECORDS / "quantised.json"
+RECORD = Record("quantised")
 HOW: dict[str, tuple[Any, str | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
@@ -68,24 +72,6 @@ ASKED = {
     "bfloat16, prepacked": ("full", "early_exit", "lossless"),
 }
 """Modes whose answers are compared."""
-Name = tuple[str, str, str]
-"""Runtime, format, mode."""
-
-
-def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """By mode: exits off, the shipped threshold, a lower one, every token at the exit, lossless."""
-    shipped = adapter.policy
-
-    def at(threshold: float) -> ExitPolicy:
-        return replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, threshold), drafts={})
-
-    return {
-        "full": FULL,
-        "early_exit": shipped,
-        "threshold_0.1": at(0.1),
-        "every_token": at(1e-6),
-        "lossless": replace(shipped, lossless=True),
-    }
 
 
 @dataclass(frozen=True)
@@ -99,28 +85,34 @@ class Bench:
 
     @classmethod
     def of(cls, model: Path, photographs: Sequence[Example], formats: Iterable[str]) -> Bench:
-        adapters = {}
+        """encoder: of pixels in float32."""
+        adapters, encoders = {}, {}
         for name in formats:
             dtype, word = HOW[name.removesuffix(PREPACKED)]
-            backbone, encoder = load(model, dtype, word)
+            backbone, encoders[name] = load(model, dtype, word)
             adapters[name] = Adapter.load(ADAPTER, backbone)
             if name.endswith(PREPACKED):
                 adapters[name].prepack()
-        return cls(adapters, encoder, photographs)
+        return cls(adapters, encoders["float32"], photographs)
 
-    def method(self, layers: str, mode: str, **options: Any) -> Method:
-        """Ours, in a mode."""
+    def policies(self, layers: str) -> dict[str, ExitPolicy]:
+        """By mode; one more threshold than the shipped one."""
+        return policies(self.adapters[layers].policy, **{"threshold_0.1": 0.1})
+
+    def kept(self, layers: str, kept: Kept) -> KeptRuntime:
+        """A format whose answers are kept."""
         adapter = self.adapters[layers]
-        return generating(adapter.generate, policy=policies(adapter)[mode], **options)
+        dtype, depth = adapter.backbone.dtype, adapter.backbone.depth
+        return KeptRuntime(adapter, f"torch {layers}", depth, kept, rows=AT_ONCE, dtype=dtype)
 
     def methods(self) -> dict[Name, Method]:
-        """All of them; prepacked weights not by Hugging Face's own `generate`."""
+        """By runtime, format and mode; prepacked weights not by Hugging Face's own `generate`."""
         made: dict[Name, Method] = {}
         for layers, adapter in self.adapters.items():
             if not layers.endswith(PREPACKED):
                 made[STOCK, layers, "full"] = stock(adapter)
-            for mode in policies(adapter):
-                made[OURS, layers, mode] = self.method(layers, mode)
+            for mode, policy in self.policies(layers).items():
+                made[OURS, layers, mode] = generating(adapter.generate, policy=policy)
         return made
 
     def inputs(self, example: Example) -> dict[str, Mapping[str, Any]]:
@@ -135,125 +127,77 @@ class Bench:
 
 
 def answers(bench: Bench) -> dict[str, Any]:
-    """Which answers are the same, and their CIDEr. What is answered already is kept."""
-    methods: dict[Name, Method] = {}
-    for layers, modes in ASKED.items():
-        options = {"vision_cache": VisionCache(1 << 28)}
-        for mode in modes:
-            methods[OURS, layers, mode] = bench.method(layers, mode, **options)
-    file = OUT / "answers.jsonl"
-    rows_by_key = {row["key"]: row for row in JsonlLog.read(file)} if file.is_file() else {}
-    with JsonlLog(file) as log:
-        for example in tqdm(bench.photographs, "answers", disable=None):
-            if example.key not in rows_by_key:
-                inputs = bench.inputs(example)
-                said = {
-                    "/".join(name): list(method(inputs[name[1]], Clock()))
-                    for name, method in methods.items()
-                }
-                rows_by_key[example.key] = {"key": example.key, **said}
-                log.append(rows_by_key[example.key])
-    rows = [rows_by_key[example.key] for example in bench.photographs]
-    return {"photographs": len(rows), "entries": compare([*methods], bench, rows)}
-
-
-def compare(names: Sequence[Name], bench: Bench, rows: Sequence[Any]) -> list[dict[str, Any]]:
     """Identical answers, and CIDEr with the interval of its difference from the float32 full
-    model's. rows: for each photograph, ids by joined names."""
-    said = {name: [tuple(row["/".join(name)]) for row in rows] for name in names}
-    right = {str(i): example.answers for i, example in enumerate(bench.photographs)}
-
-    def measure(answers: Sequence[Answer]) -> Any:
-        texts = bench.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        spoken = {str(i): text.strip() for i, text in enumerate(texts)}
-        scored = caption_scores(spoken, right, metrics=("CIDEr",), tokenizer="simple")
-        return scored.measures["CIDEr"]
-
-    def same(name: Name, other: Name) -> int:
-        return sum(a == b for a, b in zip(said[name], said[other], strict=True))
-
+    model's. What is answered already is kept."""
+    kept, photographs = Kept(RUNS / RECORD.name / "answers.jsonl"), bench.photographs
+    said: dict[Name, Sequence[Answer]] = {}
+    for layers, modes in ASKED.items():
+        runtime, by_mode = bench.kept(layers, kept), bench.policies(layers)
+        for mode in modes:
+            given = runtime.answers(bench.encoder, photographs, by_mode[mode], **LONGEST)
+            said[OURS, layers, mode] = given
+    ids = {name: [answer.ids for answer in given] for name, given in said.items()}
     whole = (OURS, "float32", "full")
-    reference, entries = measure(said[whole]), []
-    for name in names:
-        runtime, layers, mode = name
-        value = measure(said[name])
-        entries.append(
-            {
-                "runtime": runtime, "format": layers, "mode": mode,
-                "as_own_full": same(name, (OURS, layers, "full")),
-                "as_float32_full": same(name, whole),
-                "CIDEr": value.value,
-                "difference_interval": interval(value, minus=reference),
-            }
-        )  # fmt: skip
-    return entries
+    reference = cider(said[whole], photographs)
 
+    def entry(name: Name) -> dict[str, Any]:
+        found = worth(cider(said[name], photographs), reference)
+        return {
+            **dict(zip(WAY, name, strict=True)),
+            "as_own_full": same(ids[name], ids[OURS, name[1], "full"]),
+            "as_float32_full": same(ids[name], ids[whole]),
+            **{part: found[part] for part in ("CIDEr", "difference_interval")},
+        }
 
-# -- calibration ----------------------------------------------------------------------------------
+    return {"photographs": len(photographs), "entries": [entry(name) for name in said]}
 
 
 def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
-    kept = Kept(OUT / "calibrated.jsonl")
-    runtimes = {
-        layers: KeptRuntime(
-            adapter, f"torch {layers}", adapter.backbone.depth, kept,
-            rows=AT_ONCE, dtype=adapter.backbone.dtype,
-        )
-        for layers, adapter in bench.adapters.items()
-    }  # fmt: skip
+    kept = Kept(RUNS / RECORD.name / "calibrated.jsonl")
+    runtimes = {layers: bench.kept(layers, kept) for layers in bench.adapters}
     float32 = runtimes.pop("float32")
-    halves = (chosen_on, bench.photographs)
-    return by_format(bench.adapters["int4"], bench.encoder, halves, float32, runtimes)
+    both = (chosen_on, bench.photographs)
+    return by_format(bench.adapters["int4"], bench.encoder, both, float32, runtimes)
 
 
 # -- timings ---------------------------------------------------------------------------------------
 
 
 def timings(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Tokens a second of decoding, interleaved; medians of rounds."""
-    methods = bench.methods()
+    """Tokens a second of decoding, interleaved; medians of rounds.
+
+    wall_seconds, cpu_seconds: of one round's tokens, decoding alone.
+    """
+
+    def taking(name: Name, method: Method) -> Callable[[Mapping[str, Any]], Taken]:
+        return lambda inputs: timed(method, inputs[name[1]])
+
+    def figures(found: Rounds) -> dict[str, float]:
+        took = medians(found)
+        return {
+            "tokens_per_second": took["tokens"] / took["wall"],
+            "cpu_tokens_per_second": took["tokens"] / took["cpu"],
+            "wall_seconds": took["wall"],
+            "cpu_seconds": took["cpu"],
+            "tokens": took["tokens"],
+            "end_to_end_seconds": took["whole"] / len(bench.photographs),
+        }
+
+    methods = {name: taking(name, method) for name, method in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
-    for name, method in methods.items():
-        method(inputs[0][name[1]], Clock())
-    spent = {name: [[0.0, 0.0, 0.0] for _ in range(rounds)] for name in methods}
-    tokens = dict.fromkeys(methods, 0)
-    draw, names = np.random.default_rng(0), list(methods)
     load_before = os.getloadavg()[0]
-    for number in tqdm(range(rounds), "timings", disable=None):
-        for prompts in inputs:
-            for name in [names[i] for i in draw.permutation(len(names))]:
-                seconds, answer = timed(methods[name], prompts[name[1]])
-                for place, value in enumerate(seconds[:3]):
-                    spent[name][number][place] += value
-                tokens[name] += len(answer) - 1
+    entries = Experiment(methods, inputs, rounds, warm=1, title="timings").entries(WAY, figures)
+    stock_speed = entries[0]["cpu_tokens_per_second"]
     return {
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": _entries(spent, tokens, len(inputs)),
+        "entries": [
+            {**e, "over_generate": e["cpu_tokens_per_second"] / stock_speed} for e in entries
+        ],
         "memory": {layers: memory(adapter) for layers, adapter in bench.adapters.items()},
     }
-
-
-def _entries(
-    spent: Mapping[Name, Sequence[Sequence[float]]], tokens: Mapping[Name, int], photographs: int
-) -> list[dict[str, Any]]:
-    """By method. wall_seconds, cpu_seconds: of one round's tokens, decoding alone."""
-    entries: list[dict[str, Any]] = []
-    for (runtime, layers, mode), totals in spent.items():
-        whole, wall, cpu = (median(total[place] for total in totals) for place in range(3))
-        decoded = tokens[runtime, layers, mode] / len(totals)
-        entries.append(
-            {
-                "runtime": runtime, "format": layers, "mode": mode,
-                "tokens_per_second": decoded / wall, "cpu_tokens_per_second": decoded / cpu,
-                "wall_seconds": wall, "cpu_seconds": cpu, "tokens": decoded,
-                "end_to_end_seconds": whole / photographs,
-            }
-        )  # fmt: skip
-    stock_speed = entries[0]["cpu_tokens_per_second"]
-    return [{**e, "over_generate": e["cpu_tokens_per_second"] / stock_speed} for e in entries]
 
 
 def memory(adapter: Adapter) -> dict[str, int]:
@@ -285,49 +229,43 @@ def kernels(repeats: int = 5) -> list[dict[str, Any]]:
             f"{n}{PREPACKED}": [*map(PrepackedLinear, sides[n])] for n in ("float32", "bfloat16")
         }
         for tokens in TOKENS:
-            states = torch.randn(tokens, columns)
-            taken: dict[str, float] = {}
-            for _ in range(repeats):
-                for layers, linears in sides.items():
-                    dtype, _ = HOW[layers.removesuffix(PREPACKED)]
-                    given, start = states.to(dtype), time.process_time()
-                    for linear in linears:
-                        linear(given)
-                    spent = 1e6 * (time.process_time() - start) / copies
-                    taken[layers] = min(spent, taken.get(layers, spent))
+            states, calls = torch.randn(tokens, columns), {}
+            for layers, linears in sides.items():
+                dtype, _ = HOW[layers.removesuffix(PREPACKED)]
+                calls[layers] = partial(_microseconds, linears, states.to(dtype))
+            runs = Experiment(calls, rounds=repeats).run()
+            taken = {layers: min(spent for [spent] in found) for layers, found in runs.items()}
             found.append({"what": what, "tokens": tokens, "microseconds": taken})
     return found
 
 
+def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> float:
+    """Of the CPU, by one of them."""
+    start = time.process_time()
+    for linear in linears:
+        linear(states)
+    return 1e6 * (time.process_time() - start) / len(linears)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=RUNS / "photo_vlm" / "model")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS)
-    parser.add_argument("--parts", nargs="+", default=PARTS)
-    parser.add_argument("--photographs", type=int, default=100, help="to compare answers on")
-    parser.add_argument("--calibrated", type=int, default=200, help="to choose on, and to measure")
-    parser.add_argument("--timed", type=int, default=3, help="photographs to time on")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    held = read_photographs(arguments.data)["captions_val"]
-    choosing, measured = ([e for e in held if half_of(e) == half] for half in (0, 1))
-    few, many = measured[: arguments.timed], measured[: arguments.photographs]
-    others = (choosing[: arguments.calibrated], measured[: arguments.calibrated])
-    parts: dict[str, Callable[[], Any]] = {
+    arguments = asked(
+        __doc__, photo=True, photographs=100, calibrated=200, timed=3, rounds=3,
+        more=lambda parser: parser.add_argument("--parts", nargs="+", default=PARTS),
+    )  # fmt: skip
+    choosing, measuring = halves(arguments.data)
+
+    def bench(count: int, formats: Iterable[str]) -> Bench:
+        return Bench.of(arguments.photo, measuring[:count], formats)
+
+    made: dict[str, Callable[[], Any]] = {
         "kernels": kernels,
-        "timings": lambda: timings(Bench.of(arguments.model, few, FORMATS), arguments.rounds),
-        "answers": lambda: answers(Bench.of(arguments.model, many, ASKED)),
+        "timings": lambda: timings(bench(arguments.timed, FORMATS), arguments.rounds),
+        "answers": lambda: answers(bench(arguments.photographs, ASKED)),
         "calibrated": lambda: calibrated(
-            Bench.of(arguments.model, others[1], ("int4", "float32")), others[0]
+            bench(arguments.calibrated, ("int4", "float32")), choosing[: arguments.calibrated]
         ),
     }
-    for name in arguments.parts:
-        write_json(OUT / f"{name}.json", parts[name]())
-    files = {name: OUT / f"{name}.json" for name in parts}
-    record = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    about = provenance(0, ["offramp_lab.records.quantised"], None)
-    write_json(RECORD, {**record, "provenance": about})
+    RECORD.parts(made, arguments.parts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ scheme whose package is missing, or that does not run on this machine, is a row 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import warnings
@@ -37,18 +36,18 @@ from offramp.models.hub.loading import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder
-from offramp.storage import read_json, write_json
-from offramp.training.config import TrainConfig
+from offramp.storage import write_json
+from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "quantised-models.json"
+RECORD = Record("quantised-models")
 PACKAGES = (
     "torch", "transformers", "torchao", "bitsandbytes", "optimum-quanto", "compressed-tensors",
     "gptqmodel", "hqq",
 )  # fmt: skip
 TRAIN = TrainConfig(
-    steps=40, batch_size=4, evaluate_every=20, max_new_tokens=12, validation_fraction=0.25
+    steps=40, batch_size=4, evaluate_every=20, max_new_tokens=12, validation_fraction=0.25, **FREE
 )
 """Few steps: that every tensor learns is asked here, not how well."""
 MODES = {"full": "plain", "early_exit": "exits", "lossless": "lossless"}
@@ -267,31 +266,29 @@ def _decoded(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--photo", type=Path, help="folder of the built photo model")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="photographs")
-    parser.add_argument("schemes", nargs="*", help="run these alone")
-    arguments = parser.parse_args()
+    arguments = asked(
+        str(__doc__).splitlines()[0], photo=False,
+        more=lambda parser: parser.add_argument("schemes", nargs="*", help="run these alone"),
+    )  # fmt: skip
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     on_photographs = arguments.photo is not None
     model = _photo(arguments.photo, arguments.data) if on_photographs else _tiny()
     plain, encoder = model.load()
-    asked = model.examples[IMAGES:][:PROMPTS]
+    some = model.examples[IMAGES:][:PROMPTS]
     told = [
         Answered(example, answer.ids, False)
         for example, answer in zip(
-            asked, generate_answers(plain, encoder, asked, **OPTIONS), strict=True
+            some, generate_answers(plain, encoder, some, **OPTIONS), strict=True
         )
     ]
-    kept: dict[str, Any] = read_json(RECORD) if RECORD.is_file() else {}
+    kept = RECORD.read()
     rows: dict[str, Any] = kept.setdefault("photo" if on_photographs else "tiny", {})
     for name in arguments.schemes or (ON_PHOTOGRAPHS if on_photographs else SCHEMES):
         rows[name] = tried(SCHEMES[name], model, plain, told)
         kept["photo" if on_photographs else "tiny"] = {n: rows[n] for n in SCHEMES if n in rows}
         here = {package: v for package in PACKAGES if (v := _version(package))}
         kept["versions"] = kept.get("versions", {}) | here
-        write_json(RECORD, kept)
+        write_json(RECORD.path, kept)
         print(name, rows[name], file=sys.stderr, flush=True)
 
 

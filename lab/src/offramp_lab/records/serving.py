@@ -22,13 +22,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import numpy as np
-import torch
 
 from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
@@ -36,14 +36,14 @@ from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
-from offramp.provenance import provenance
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.storage import read_json, write_json
-from offramp_lab.places import RECORDS
+from offramp_lab.experiments.experiment import Experiment
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "serving.json"
+RECORD = Record("serving")
 MODES = ("full", "early_exit", "lossless")
+"""In the order of the record."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
 SLOTS, LIMIT = 8, 256
@@ -81,22 +81,18 @@ class Served:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--photo", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=RECORD)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, photo=False, requests=96, rounds=3, out=RECORD.path,
+        more=lambda parser: (
+            parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS)),
+            parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES),
+        ),
+    )  # fmt: skip
     served = photo(arguments.photo, arguments.data) if arguments.photo else tiny()
     measured = measure(served, arguments)
-    record = read_json(arguments.out) if arguments.out.is_file() else {}
+    record = RECORD.read(arguments.out)
     record.setdefault("http", {})[served.name] = measured
-    record["provenance"] = provenance(0, ["offramp_lab.records.serving"], None)
-    write_json(arguments.out, record)
+    RECORD.write(record, arguments.out)
 
 
 def tiny() -> Served:
@@ -120,38 +116,38 @@ def photo(folder: Path, data: Path) -> Served:
 
 
 def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
-    bodies = requests_of(served.examples)
+    bodies, asked = requests_of(served.examples), arguments.requests
     points = list(itertools.product(arguments.modes, arguments.clients))
-    http: dict[tuple[str, int], list[dict[str, Any]]] = {point: [] for point in points}
-    own: dict[tuple[str, int], list[float]] = {point: [] for point in points}
     config = EngineConfig(SLOTS, LIMIT)
     with (
         Server("--limit", str(LIMIT), words=served.words) as server,
         BatchEngine(served.adapter, served.processor, config) as engine,
     ):
         first = first_token(server.url, bodies[0])
-        for _ in range(arguments.rounds):
-            for mode, clients in points:
-                work = clients_at_work(server.url, mode, clients, arguments.requests, bodies)
-                http[mode, clients].append(asyncio.run(work))
-                alone = engine_alone(engine, served.examples, mode, clients, arguments.requests)
-                own[mode, clients].append(alone)
+
+        def http(_: None, mode: str, clients: int) -> dict[str, Any]:
+            return asyncio.run(clients_at_work(server.url, mode, clients, asked, bodies))
+
+        def alone(_: None, mode: str, clients: int) -> float:
+            return engine_alone(engine, served.examples, mode, clients, asked)
+
+        ways = {
+            (way, *point): partial(way, mode=point[0], clients=point[1])
+            for point in points
+            for way in (http, alone)
+        }
+        runs = Experiment(ways, rounds=arguments.rounds).run()
     entries = []
-    for (mode, clients), rounds in http.items():
-        speed = median(one["tokens"] / one["seconds"] for one in rounds)
-        alone = median(own[mode, clients])
+    for mode, clients in points:
+        seen, own = ([one for [one] in runs[way, mode, clients]] for way in (http, alone))
+        speed = median(one["tokens"] / one["seconds"] for one in seen)
         entry = Entry(
-            mode, clients, arguments.requests, speed, alone, speed / alone,
-            spread([x for one in rounds for x in one["first"]]),
-            spread([x for one in rounds for x in one["gaps"]]),
+            mode, clients, asked, speed, median(own), speed / median(own),
+            spread([x for one in seen for x in one["first"]]),
+            spread([x for one in seen for x in one["gaps"]]),
         )  # fmt: skip
         entries.append(asdict(entry))
-        print(
-            f"{mode:>10} {clients:>3} clients: {speed:7.1f} tokens/s, engine alone "
-            f"{alone:7.1f} ({entry.share:.2f}); first token "
-            f"{1000 * entry.first['p50']:.0f} ms, gap {1000 * entry.gap['p50']:.1f} ms",
-            flush=True,
-        )
+        print(entry, flush=True)
     return {
         "slots": SLOTS, "tokens": TOKENS, "rounds": arguments.rounds,
         "start_seconds": server.started, "first_token_seconds": first,

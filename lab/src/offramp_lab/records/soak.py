@@ -10,7 +10,6 @@ answers.
 --seconds: how long. --clients: how many.
 """
 
-import argparse
 import asyncio
 import base64
 import io
@@ -26,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from offramp.data.scenes.tasks import captions
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp_lab.records.serving import RECORD, Server
+from offramp_lab.records.record import Record, asked
+from offramp_lab.records.serving import Server
 
+RECORD = Record("serving", "soak")
 SIDES = (1, 2, 17, 72, 300, 1000, 2000)
 LIMIT = SIDES[-1] ** 2
 BAD: tuple[dict[str, Any], ...] = (
@@ -40,18 +39,12 @@ CHAT = "/v1/chat/completions"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=RECORD)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, seconds=600.0, clients=32, out=RECORD.path)
     with Server("--image-pixels", str(LIMIT), "--queue", str(4 * arguments.clients)) as server:
         figures = asyncio.run(soak(server, arguments.clients, arguments.seconds))
     print(figures)
-    record = read_json(arguments.out) if arguments.out.is_file() else {}
-    record["soak"] = {**figures, "load": os.getloadavg()}
-    record["provenance"] = provenance(0, ["offramp_lab.records.soak"], None)
-    write_json(arguments.out, record)
+    record = {**RECORD.read(arguments.out), "soak": {**figures, "load": os.getloadavg()}}
+    RECORD.write(record, arguments.out)
 
 
 def bodies() -> list[dict[str, Any]]:

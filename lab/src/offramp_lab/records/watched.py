@@ -4,35 +4,25 @@ How often a promise that just holds is ever called broken, over many draws, and 
 watched images a promise that does not hold is. About two minutes of one core.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from offramp.betting import first_alarms
-from offramp.provenance import provenance
-from offramp.storage import write_json
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "watched.json"
+RECORD = Record("watched")
 TARGETS = (0.0075, 0.01, 0.02, 0.05)
 LEVEL = 0.01
 RATIOS = (1.5, 2.0, 3.0, 10.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--out", type=Path, default=RECORD)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, streams=1000, images=20_000, out=RECORD.path)
     entries = [entry(target, arguments.streams, arguments.images) for target in TARGETS]
     for row in entries:
         print(row)
-    record = {"level": LEVEL, "entries": entries}
-    about = provenance(0, ["offramp_lab.records.watched"], None)
-    write_json(arguments.out, {**record, "provenance": about})
+    RECORD.write({"level": LEVEL, "entries": entries}, arguments.out)
 
 
 def entry(target: float, streams: int, images: int) -> dict[str, Any]:

@@ -7,40 +7,17 @@ from offramp_lab.tables import (
     overview,
     photographs,
     quantised,
-    quantised_models,
     runtimes,
     serving,
     speed,
     tiny,
 )
-from offramp_lab.tables.markdown import Make
+from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
-    overview,
-    tiny,
-    comparison,
-    speed,
-    photographs,
-    lean,
-    serving,
-    quantised,
-    quantised_models,
-    runtimes,
-    loads,
-)
-TABLES: dict[str, Make] = {n: make for module in _MODULES for n, make in module.TABLES.items()}
+    overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, loads,
+)  # fmt: skip
+TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {
-    name: make
-    for module in (
-        tiny,
-        comparison,
-        speed,
-        photographs,
-        lean,
-        runtimes,
-        quantised,
-        quantised_models,
-        loads,
-    )
-    for name, make in module.FIGURES.items()
+    n: make for m in _MODULES for n, make in getattr(m, "FIGURES", {}).items()
 }

@@ -1,81 +1,88 @@
 """Objectives and policies at equal quality, and what the adversary does, on the tiny models."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import mean
 from typing import Any
 
 from offramp.evaluation.statistics import t_interval
+from offramp.report.html import times
+from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import ahead
 from offramp_lab.tables.markdown import (
     KINDS,
     Make,
+    MakeTable,
+    Value,
     bold,
+    by,
     level,
     record,
-    table,
-    times,
     tiny,
     with_range,
 )
 
-Value = Mapping[str, Any]
-Cell = Callable[[Value, str], str]
+
+def equal_quality(
+    curves: dict[str, Iterable[Value]], cell: Callable[[Value, str], str]
+) -> Table:
+    """A row for each objective and policy, the first model's fastest at 1% first. curves: by what
+    the model's columns are headed."""
+    all_of = [by(some, "objective", "policy") for some in curves.values()]
+    first = all_of[0]
+    levels = list(next(iter(first.values()))["speedup_decode"])
+    names = sorted(first, key=lambda name: -first[name]["speedup_decode"]["0.01"])
+    return Table(
+        ("objective", "policy", *(f"{head}{level(at)}" for head in curves for at in levels)),
+        [
+            [*(f"`{part}`" for part in n), *(cell(c[n], at) for c in all_of for at in levels)]
+            for n in names
+        ],
+    )
 
 
-def equal_quality_rows(curves: list[dict[tuple[str, str], Value]], cell: Cell) -> list[list[str]]:
-    """A row for each objective and policy, the first model's fastest at 1% first.
-
-    curves: for each model, its curves by objective and policy.
-    """
-    levels = list(next(iter(curves[0].values()))["speedup_decode"])
-    names = sorted(curves[0], key=lambda name: -curves[0][name]["speedup_decode"]["0.01"])
-    return [
-        [*(f"`{part}`" for part in name), *(cell(c[name], at) for c in curves for at in levels)]
-        for name in names
-    ]
-
-
-def by_name(curves: list[Value]) -> dict[tuple[str, str], Value]:
-    return {(c["objective"], c["policy"]): c for c in curves}
-
-
-def _equal_quality(cell: Cell) -> str:
-    curves = [record("compare")[kind]["equal_quality"]["curves"] for kind in KINDS]
-    heads = [f"{tiny(k)}, {level(at)}" for k in KINDS for at in curves[0][0]["speedup_decode"]]
-    rows = equal_quality_rows([by_name(curves_of_kind) for curves_of_kind in curves], cell)
-    return table(rows, ("objective", "policy", *heads))
+def _of_tiny(cell: Callable[[Value, str], str]) -> Table:
+    compared = {f"{tiny(k)}, ": record("compare")[k]["equal_quality"]["curves"] for k in KINDS}
+    return equal_quality(compared, cell)
 
 
 def speed(curve: Value, at: str) -> str:
     return times(curve["speedup_decode"][at])
 
 
-def keys_and_values() -> str:
+def keys_and_values() -> Table:
     """What fills the cache above the exit."""
-    rows = []
-    for policy in ("recompute", "propagate"):
-        figures = [record("compare")[kind]["kv"][policy] for kind in KINDS]
-        cells = (f"{times(f['speedup_decode'])}, {f['identical_answers']:.1%}" for f in figures)
-        rows.append((f"`{policy}`", *cells))
-    return table(rows, ("policy", *map(tiny, KINDS)))
+    return Table.grid(
+        {f"`{policy}`": policy for policy in ("recompute", "propagate")},
+        {tiny(kind): record("compare")[kind]["kv"] for kind in KINDS},
+        lambda policy, kv: (
+            f"{times(kv[policy]['speedup_decode'])}, {kv[policy]['identical_answers']:.1%}"
+        ),
+        "policy",
+    )
 
 
-def seeds() -> str:
+def seeds() -> Table:
     """FREE against distillation alone, in more seeds and on more answers."""
-    rows = []
-    for kind in KINDS:
-        ratios = record("compare")[kind]["distillation"]["free_over_by_seed"]
-        cells = (
-            with_range(
-                f"{mean(by_seed):.3f}",
-                [end for end in t_interval(by_seed) if end is not None],
-                ".3f",
-            )
-            for by_seed in ratios.values()
-        )
-        rows.append((tiny(kind), str(len(next(iter(ratios.values())))), *cells))
-    return table(rows, ("", "seeds", *map(level, ratios)))
+    ratios = {k: record("compare")[k]["distillation"]["free_over_by_seed"] for k in KINDS}
+
+    return Table(
+        ("", "seeds", *map(level, ratios[KINDS[0]])),
+        [
+            (tiny(kind), str(len(next(iter(of.values())))), *map(_over_seeds, of.values()))
+            for kind, of in ratios.items()
+        ],
+    )
+
+
+def _over_seeds(by_seed: list[float]) -> str:
+    ends = [end for end in t_interval(by_seed) if end is not None]
+    return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
+
+
+def over_distillation(kind: str, drop: str) -> str:
+    """How many times as fast as distillation alone FREE is."""
+    return _over_seeds(record("compare")[kind]["distillation"]["free_over_by_seed"][drop])
 
 
 # -- the adversary --------------------------------------------------------------------------------
@@ -88,17 +95,14 @@ MEASURES = {
 }
 
 
-def adversary(kind: str) -> str:
+def adversary(kind: str) -> Table:
     """FREE and its variants against distillation alone."""
-    rows = [
-        (cell["setting"], cell["game"], *(_difference(cell, name) for name in MEASURES))
-        for cell in record("ablation")["cells"]
-        if cell["backbone"] == kind
-    ]
-    return table(rows, ("setting", "adversary", *MEASURES.values()))
+    columns: dict[str, Any] = {"setting": lambda c: c["setting"], "adversary": lambda c: c["game"]}
+    columns |= {title: partial(_difference, name) for name, title in MEASURES.items()}
+    return Table.of((c for c in record("ablation")["cells"] if c["backbone"] == kind), columns)
 
 
-def _difference(cell: Value, name: str) -> str:
+def _difference(name: str, cell: Value) -> str:
     figure = cell[name]
     if cell["game"] == "distillation":
         return f"{figure['mean']:.1%}"
@@ -118,15 +122,16 @@ def _count(keep: Callable[[Value], bool]) -> str:
     return str(sum(map(keep, _variants())))
 
 
-TABLES: dict[str, Make] = {
-    "equal-quality": partial(_equal_quality, speed),
-    "free-ahead": partial(_equal_quality, partial(ahead, spread="free_over_by_seed")),
+TABLES: dict[str, MakeTable] = {
+    "equal-quality": partial(_of_tiny, speed),
+    "free-ahead": partial(_of_tiny, partial(ahead, spread="free_over_by_seed")),
     "keys-and-values": keys_and_values,
     "adversary-seeds": seeds,
     "adversary-opt": partial(adversary, "opt"),
     "adversary-t5": partial(adversary, "t5"),
 }
 FIGURES: dict[str, Make] = {
+    "adversary-opt-seeds": partial(over_distillation, "opt", "0.005"),
     "adversary-figures": partial(_count, lambda figure: True),
     "adversary-worse": partial(_count, lambda figure: figure["high"] < 0),
     "adversary-better": partial(_count, lambda figure: figure["low"] > 0),

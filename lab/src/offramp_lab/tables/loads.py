@@ -1,122 +1,113 @@
 """Tables of the batch engine and of guesses under loads like those of use."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from offramp_lab.tables.markdown import Make, bold, record, table, times
-
-Value = Mapping[str, Any]
-
-
-def guesses() -> str:
-    """How often the first exit is right, by threshold, where it exits and where it guesses."""
-    models = {name: m for name, m in _figures("guesses").items()}
-    rows = [
-        (
-            f"{at['threshold']:g}",
-            *(cell for m in models.values() for cell in _guesses_at(m["thresholds"][n])),
-        )
-        for n, at in enumerate(next(iter(models.values()))["thresholds"])
-    ]
-    heads = [f"{name}: exit" for name in models], ("right of those", "right of the others")
-    return table(rows, ("threshold", *(h for first in heads[0] for h in (first, *heads[1]))))
-
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record
 
 FEW = 20
 """Tokens, of which a share says little."""
 
 
-def _guesses_at(at: Value) -> tuple[str, str, str]:
-    exits, right = at["right_of_exits"], at["right"]
-    return (
-        f"{at['exit']:.0%}",
-        "" if exits is None else f"{exits:.1%}",
-        bold(f"{right:.0%}") if at["others"] >= FEW else f"too few ({at['others']})",
+def _figures(part: str) -> Any:
+    return record("loads")[part]["figures"]
+
+
+def guesses() -> Table:
+    """How often the first exit is right, by threshold, where it exits and where it guesses."""
+    models = _figures("guesses")
+    levels = [f"{at['threshold']:g}" for at in next(iter(models.values()))["thresholds"]]
+    told: dict[str, Any] = {
+        ": exit": lambda at: f"{at['exit']:.0%}",
+        "right of those": lambda at: (
+            "" if at["right_of_exits"] is None else f"{at['right_of_exits']:.1%}"
+        ),
+        "right of the others": lambda at: (
+            bold(f"{at['right']:.0%}") if at["others"] >= FEW else f"too few ({at['others']})"
+        ),
+    }
+    return Table(
+        ("threshold", *(f"{m}{t}" if t[0] == ":" else t for m in models for t in told)),
+        [
+            (at, *(tell(m["thresholds"][n]) for m in models.values() for tell in told.values()))
+            for n, at in enumerate(levels)
+        ],
     )
 
 
-def arrivals() -> str:
+def arrivals() -> Table:
     """The engine at full depth against static batches, requests coming when they like."""
-    rows = [
-        (
-            f"{key}, {way}",
-            f"{entry[way]['tokens_per_second']:.0f}",
-            bold(times(entry["measured"])) + f" ({entry['predicted']:.2f} predicted)"
-            if way == "engine"
-            else "1",
-            f"{entry[way]['busy']:.1f}",
-            *(
-                ", ".join(f"{entry[way][what][p]:.1f}" for p in ("p50", "p95")) + " s"
-                for what in ("first", "total")
-            ),
-        )
-        for key, figures in record("engine").items()
-        if "arrivals" in figures
-        for entry in [figures["arrivals"]]
-        for way in ("static", "engine")
-    ]
-    columns = ("", "tokens a second", "", "rows busy", "first token p50, p95", "answer p50, p95")
-    return table(rows, columns)
+
+    def seconds(of: Value) -> str:
+        return ", ".join(f"{of[p]:.1f}" for p in ("p50", "p95")) + " s"
+
+    measured = {k: f["arrivals"] for k, f in record("engine").items() if "arrivals" in f}
+    return Table(
+        ("", "tokens a second", "", "rows busy", "first token p50, p95", "answer p50, p95"),
+        [
+            (
+                f"{key}, {way}",
+                f"{of[way]['tokens_per_second']:.0f}",
+                bold(times(of["measured"])) + f" ({of['predicted']:.2f} predicted)"
+                if way == "engine"
+                else "1",
+                f"{of[way]['busy']:.1f}",
+                *(seconds(of[way][what]) for what in ("first", "total")),
+            )
+            for key, of in measured.items()
+            for way in ("static", "engine")
+        ],
+    )
 
 
-def photographs() -> str:
+def photographs() -> Table:
     """Captions a second through the engine, in multiples of single requests at full depth."""
-    rows = [
-        (
-            f"{dtype}, {way['way'].replace('_', ' ')}",
-            f"{way['captions_per_second']:.2f} ({times(way['over_full_alone'])})",
-            f"{way['captions_per_second_decode']:.2f} ({times(way['over_full_alone_decode'])})",
-            f"{way['as_alone']} of {run['photographs']}",
-            f"{way['cider']:.3f}",
-        )
-        for dtype, run in _figures("photographs").items()
-        for way in run["ways"]
-    ]
-    columns = (
-        "", "captions a second, end to end", "decoding alone", "as a single request's", "CIDEr"
-    )  # fmt: skip
-    return table(rows, columns)
+
+    def speed(way: Value, what: str = "") -> str:
+        return f"{way['captions_per_second' + what]:.2f} ({times(way['over_full_alone' + what])})"
+
+    ways = [(n, run, way) for n, run in _figures("photographs").items() for way in run["ways"]]
+    return Table.of(
+        ways,
+        {
+            "": lambda of: f"{of[0]}, {of[2]['way'].replace('_', ' ')}",
+            "captions a second, end to end": lambda of: speed(of[2]),
+            "decoding alone": lambda of: speed(of[2], "_decode"),
+            "as a single request's": lambda of: f"{of[2]['as_alone']} of {of[1]['photographs']}",
+            "CIDEr": lambda of: f"{of[2]['cider']:.3f}",
+        },
+    )
 
 
-def single() -> str:
+def single() -> Table:
     """Decoding speed of single captions: at each threshold early exit, lossless, and guesses."""
     rows = []
     for dtype, run in _figures("single").items():
         speeds = {name: way["speedup"] for name, way in run["ways"].items()}
         for threshold in (n.split()[2] for n in speeds if n.startswith("early")):
-            plain = [speeds[f"plain {way}"] for way in (f"early exit {threshold}", "lossless")]
+            two = (f"early exit {threshold}", "lossless")
+            plain = [speeds[f"plain {way}"] for way in two]
             for weights in ("", "prepacked ", "compiled "):
-                loops = [
-                    speeds[f"{weights}{way}"] for way in (f"early exit {threshold}", "lossless")
-                ]
-                guesses = {
-                    n: v
-                    for n, v in speeds.items()
-                    if n.startswith(f"{weights}guesses {threshold} ")
-                }
-                best = max(guesses, key=lambda name: guesses[name])
-                one = max(guesses[best], loops[0])
+                loops = [speeds[weights + way] for way in two]
+                guesses = (n for n in speeds if n.startswith(f"{weights}guesses {threshold} "))
+                best = max(guesses, key=lambda name: speeds[name])
                 rows.append(
                     (
-                        f"{dtype}, {threshold}", weights.strip() or "plain",
-                        ", ".join(map(times, plain)) if not weights else "",
+                        f"{dtype}, {threshold}",
+                        weights.strip() or "plain",
+                        "" if weights else ", ".join(map(times, plain)),
                         *map(times, loops),
-                        f"{times(guesses[best])} (from {best.split()[-1]})",
-                        bold(times(one / max(plain))),
+                        f"{times(speeds[best])} (from {best.split()[-1]})",
+                        bold(times(max(speeds[best], loops[0]) / max(plain))),
                         f"{run['ways'][best]['same']} of {run['photographs']}",
                     )
-                )  # fmt: skip
+                )
     columns = (
         "threshold", "products", "loops before: early exit, lossless", "early exit", "lossless",
-        "guesses", "gain over the loops before",
-        "same answers",
+        "guesses", "gain over the loops before", "same answers",
     )  # fmt: skip
-    return table(rows, columns)
-
-
-def _figures(part: str) -> Value:
-    figures: Value = record("loads")[part]["figures"]
-    return figures
+    return Table(columns, rows)
 
 
 def _memory() -> list[Value]:
@@ -125,7 +116,12 @@ def _memory() -> list[Value]:
     return list(looks[len(looks) // 4 :])
 
 
-TABLES: dict[str, Make] = {
+def _range(name: str) -> str:
+    counts = [look[name] for look in _memory()]
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+TABLES: dict[str, MakeTable] = {
     "guesses": guesses,
     "arrivals": arrivals,
     "photographs-at-once": photographs,
@@ -138,10 +134,6 @@ FIGURES: dict[str, Make] = {
     "memory-requests": lambda: f"{sum(_figures('memory')[n] for n in ('answered', 'cancelled')):,}",
     "memory-first": lambda: f"{_memory()[0]['memory_mib']:.0f}",
     "memory-last": lambda: f"{_memory()[-1]['memory_mib']:.0f}",
-    "memory-tensors": lambda: _range([look["tensors"] for look in _memory()]),
-    "memory-objects": lambda: _range([look["objects"] for look in _memory()]),
+    "memory-tensors": lambda: _range("tensors"),
+    "memory-objects": lambda: _range("objects"),
 }
-
-
-def _range(counts: list[int]) -> str:
-    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from offramp.report.table import Table
 from offramp.storage import read_json
 from offramp_lab.places import LAB, RECORDS, ROOT
 
@@ -22,8 +23,9 @@ ELSEWHERE = {
 KINDS = ("opt", "t5")
 """The tiny models, in the order of the columns."""
 
+Value = Mapping[str, Any]
 Make = Callable[[], str]
-Row = Sequence[str]
+MakeTable = Callable[[], Table]
 _BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: (\S+) -->[^<]*<!-- /figure -->")
 
@@ -34,16 +36,14 @@ def record(name: str) -> Any:
     return read_json(ELSEWHERE.get(name, RECORDS / f"{name}.json"))
 
 
-def table(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """A Markdown table. Raise `ValueError` where a row has not a cell for every column."""
-    rows = [tuple(row) for row in rows]
-    if uneven := [row for row in rows if len(row) != len(columns)]:
-        raise ValueError(f"{uneven[0]} has not {len(columns)} cells")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def by(entries: Iterable[Value], *names: str) -> dict[Any, Value]:
+    """Entries by what they have under one name, or by a tuple of several."""
+    if len(names) == 1:
+        return {entry[names[0]]: entry for entry in entries}
+    return {tuple(entry[name] for name in names): entry for entry in entries}
 
 
-def fill(page: str, tables: Mapping[str, Make], figures: Mapping[str, Make]) -> str:
+def fill(page: str, tables: Mapping[str, MakeTable], figures: Mapping[str, Make]) -> str:
     """The page with its tables and figures as the records have them.
 
     A figure is one of `figures`, or a place in a record and a format, as
@@ -52,7 +52,7 @@ def fill(page: str, tables: Mapping[str, Make], figures: Mapping[str, Make]) -> 
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- table: {name} -->\n\n{tables[name]()}\n<!-- /table -->"
+        return f"<!-- table: {name} -->\n\n{tables[name]().markdown()}\n<!-- /table -->"
 
     def figure(match: re.Match[str]) -> str:
         name = match[1]
@@ -78,10 +78,6 @@ def _at(place: str) -> str:
 
 
 # -- numbers --------------------------------------------------------------------------------------
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x"
 
 
 def bold(text: str) -> str:

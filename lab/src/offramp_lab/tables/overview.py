@@ -1,19 +1,18 @@
 """The one table of the README: a row for each model, with what was guaranteed."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from offramp_lab.tables.markdown import Make, bold, record, table, times, tiny
-from offramp_lab.tables.runtimes import OURS, entry_at, timed_entries
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import MakeTable, bold, by, record, tiny
+from offramp_lab.tables.runtimes import OURS, WAY, entry_at, timed_entries
 from offramp_lab.tables.speed import forced
 
-Value = Mapping[str, Any]
 COLUMNS = ("model", "decoding", "end to end", "guaranteed", "quality, full / early exit")
 
 
-def overview() -> str:
+def overview() -> Table:
     """At most six rows."""
-    return table(
+    return Table(
+        COLUMNS,
         [
             *(_tiny(kind) for kind in ("opt", "t5")),
             _photo(),
@@ -21,7 +20,6 @@ def overview() -> str:
             _forced("OPT-2.7B shape, 90% exit at 8 of 32"),
             _at_once("float32"),
         ],
-        COLUMNS,
     )
 
 
@@ -66,11 +64,7 @@ def _llama_cpp(layers: str) -> tuple[str, ...]:
         timed_entries()["llama.cpp", layers, "full"],
     )
     whole = alone["end_to_end_cpu_seconds"] / early["end_to_end_cpu_seconds"]
-    full = next(
-        c["CIDEr"]
-        for c in measured["answers"]["cider"]
-        if (c["runtime"], c["format"], c["mode"]) == (OURS, layers, "full")
-    )
+    full = by(measured["answers"]["cider"], *WAY)[OURS, layers, "full"]["CIDEr"]
     return (
         f"the same inside llama.cpp, {layers}",
         f"**{early['over_llama_cpp']:.2f}x** of llama.cpp alone, "
@@ -97,10 +91,8 @@ def _forced(title: str) -> tuple[str, ...]:
 def _at_once(dtype: str) -> tuple[str, ...]:
     """The photo model in the batch engine, against single requests at full depth."""
     run = record("loads")["photographs"]["figures"][dtype]
-    full, early = (
-        next(way for way in run["ways"] if way["way"] == f"{run['slots']} slots, {mode}")
-        for mode in ("full", "early_exit")
-    )
+    ways = by(run["ways"], "way")
+    full, early = (ways[f"{run['slots']} slots, {mode}"] for mode in ("full", "early_exit"))
     return (
         f"photo model, {run['slots']} captions at once in the batch engine",
         bold(times(early["over_full_alone_decode"])),
@@ -110,4 +102,4 @@ def _at_once(dtype: str) -> tuple[str, ...]:
     )
 
 
-TABLES: dict[str, Make] = {"overview": overview}
+TABLES: dict[str, MakeTable] = {"overview": overview}

@@ -1,125 +1,124 @@
 """The model of photographs: quality, thresholds, lossless mode, corruptions, depth, methods."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from offramp.report.html import times
+from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, ahead
-from offramp_lab.tables.comparison import by_name, equal_quality_rows, speed
-from offramp_lab.tables.markdown import Make, bold, level, record, table, times, with_range
-
-Value = Mapping[str, Any]
+from offramp_lab.tables.comparison import equal_quality, speed
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level, record, with_range
 
 
 def _photo() -> Any:
     return record("photo")
 
 
-def full_model() -> str:
+def full_model() -> Table:
     """What the model itself reaches."""
     full = _photo()["full"]
     titles = {"cider": "CIDEr", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L"}
     rows = [(title, f"{full[name]:.3f}") for name, title in titles.items()]
     rows.append(("DAQUAR accuracy", f"{full['daquar_accuracy']:.1%}"))
-    return table(rows, ("metric", "full model"))
+    return Table(("metric", "full model"), rows)
 
 
-def bridge() -> str:
+def bridge() -> Table:
     """The bridge's quality on the way."""
-    rows = [
-        (
-            f"{row['step']:,}",
-            f"{row['CIDEr']:.3f}",
-            f"{row['Bleu_4']:.3f}",
-            f"{row['accuracy']:.1%}",
-        )
-        for row in record("bridge")["curve"]
-    ]
-    return table(rows, ("step", "CIDEr", "BLEU-4", "DAQUAR accuracy"))
+    return Table.of(
+        record("bridge")["curve"],
+        {
+            "step": lambda row: f"{row['step']:,}",
+            "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
+            "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
+            "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
+        },
+    )
 
 
-THRESHOLD_COLUMNS = (
-    "chosen by", "thresholds", "decoding", "end to end", "CIDEr, full / early",
-    "CIDEr drop [95% interval]", "DAQUAR, full / early",
-)  # fmt: skip
-
-
-def thresholds(regime: str) -> str:
+def thresholds(regime: str) -> Table:
     """What was chosen on one half of the photographs, measured on the other."""
-    return table(map(_chosen, _photo()["regimes"][regime]["points"]), THRESHOLD_COLUMNS)
+
+    def on(form: Callable[[Value], str], off: str = "") -> Callable[[Value], str]:
+        return lambda row: form(row) if row["thresholds"] else off
+
+    return Table.of(
+        _photo()["regimes"][regime]["points"],
+        {
+            "chosen by": lambda row: row["chosen_by"],
+            "thresholds": on(
+                lambda row: ", ".join(f"{t:g} at {d}" for d, t in row["thresholds"].items()), "off"
+            ),
+            "decoding": on(lambda row: bold(times(row["speedup_decode"])), "1.00x"),
+            "end to end": on(lambda row: times(row["speedup_end_to_end"]), "1.00x"),
+            "CIDEr, full / early": on(lambda row: f"{row['cider_full']:.3f} / {row['cider']:.3f}"),
+            "CIDEr drop [95% interval]": on(
+                lambda row: with_range(
+                    f"{row['cider_drop']:+.1%}", row["cider_drop_interval"], "+.1%"
+                )
+            ),
+            "DAQUAR, full / early": on(
+                lambda row: f"{row['daquar_accuracy_full']:.1%} / {row['daquar_accuracy']:.1%}"
+            ),
+        },
+    )
 
 
-def _chosen(row: Value) -> list[str]:
-    if not row["thresholds"]:
-        return [row["chosen_by"], "off", "1.00x", "1.00x", "", "", ""]
-    drop = with_range(f"{row['cider_drop']:+.1%}", row["cider_drop_interval"], "+.1%")
-    return [
-        row["chosen_by"],
-        ", ".join(f"{t:g} at {d}" for d, t in row["thresholds"].items()),
-        bold(times(row["speedup_decode"])),
-        times(row["speedup_end_to_end"]),
-        f"{row['cider_full']:.3f} / {row['cider']:.3f}",
-        drop,
-        f"{row['daquar_accuracy_full']:.1%} / {row['daquar_accuracy']:.1%}",
-    ]
-
-
-def lossless() -> str:
+def lossless() -> Table:
     """Drafts that the full model verifies, in both precisions."""
-    rows = []
-    for row in (_photo()["lossless"], _photo()["lossless_bfloat16"]):
-        rows.append(
-            (
-                row["dtype"],
-                bold(times(row["speedup_decode"])),
-                times(row["speedup_end_to_end"]),
-                times(row["speedup_vs_generate"]),
-                f"{row['identical_captions']:,} of {row['captions']:,}",
-                f"{row['acceptance']:.0%}",
-                *(f"{row['tokens_per_second'][name]:.1f}" for name in ("full", "lossless")),
-            )
-        )
-    return table(
-        rows,
-        (
-            "precision", "decoding", "end to end", "against `generate`", "identical captions",
-            "drafts accepted", "tokens/s, full", "tokens/s, lossless",
-        ),
-    )  # fmt: skip
+    return Table.of(
+        (_photo()["lossless"], _photo()["lossless_bfloat16"]),
+        {
+            "precision": lambda row: row["dtype"],
+            "decoding": lambda row: bold(times(row["speedup_decode"])),
+            "end to end": lambda row: times(row["speedup_end_to_end"]),
+            "against `generate`": lambda row: times(row["speedup_vs_generate"]),
+            "identical captions": lambda row: (
+                f"{row['identical_captions']:,} of {row['captions']:,}"
+            ),
+            "drafts accepted": lambda row: f"{row['acceptance']:.0%}",
+            "tokens/s, full": lambda row: f"{row['tokens_per_second']['full']:.1f}",
+            "tokens/s, lossless": lambda row: f"{row['tokens_per_second']['lossless']:.1f}",
+        },
+    )
 
 
-def corrupted() -> str:
+def corrupted() -> Table:
     """CIDEr under each corruption, of each regime's exits."""
     by_regime = _photo()["damaged"]
-    heads = [f"{regime}, {what}" for regime in by_regime for what in ("early", "drop")]
-    rows = []
-    for name, first in next(iter(by_regime.values())).items():
-        cells = [
-            text
-            for f in by_regime.values()
-            for text in (f"{f[name]['cider']:.3f}", f"{f[name]['cider_drop']:+.1%}")
-        ]
-        rows.append((name, f"{first['cider_full']:.3f}", *cells))
-    return table(rows, ("corruption", "CIDEr, full", *heads))
+    first = next(iter(by_regime.values()))
+    told: dict[str, Any] = {"CIDEr, full": lambda name: f"{first[name]['cider_full']:.3f}"}
+    for regime, of in by_regime.items():
+        told[f"{regime}, early"] = lambda name, of=of: f"{of[name]['cider']:.3f}"
+        told[f"{regime}, drop"] = lambda name, of=of: f"{of[name]['cider_drop']:+.1%}"
+    return Table.of(first, {"corruption": str, **told})
 
 
-def regimes() -> str:
+def regimes() -> Table:
     """Regimes of equal training, side by side."""
+
+    def point(place: int, regime: Value) -> str:
+        row = regime["points"][place]
+        if not row["thresholds"]:
+            return "off"
+        return f"{times(row['speedup_decode'])}, {row['cider_drop']:+.1%}"
+
     matched = list(_photo()["matched"].values())
-    rows = []
-    for regime in matched:
-        cells = (
-            f"{times(row['speedup_decode'])}, {row['cider_drop']:+.1%}"
-            if row["thresholds"]
-            else "off"
-            for row in regime["points"]
-        )
-        agreement = ", ".join(f"{a:.1%}" for a in regime["agreement"].values())
-        rows.append((regime["regime"], agreement, *cells))
-    return table(rows, ("regime", "agreement", *(row["chosen_by"] for row in matched[0]["points"])))
+    return Table.of(
+        matched,
+        {
+            "regime": lambda regime: regime["regime"],
+            "agreement": lambda regime: ", ".join(f"{a:.1%}" for a in regime["agreement"].values()),
+            **{
+                row["chosen_by"]: partial(point, place)
+                for place, row in enumerate(matched[0]["points"])
+            },
+        },
+    )
 
 
-def by_depth() -> str:
+def by_depth() -> Table:
     """Agreement and accuracy at every depth, teacher-forced."""
     forced = _photo()["analysis"]["teacher_forced"]
     columns = {
@@ -130,11 +129,12 @@ def by_depth() -> str:
         for kind, title in {"lens": "logit lens", "exits": "exits"}.items()
     }
     depths = sorted({depth for column in columns.values() for depth in column})
-    rows = [
-        (str(depth), *(f"{c[depth]['value']:.1%}" if depth in c else "" for c in columns.values()))
-        for depth in depths
-    ]
-    return table(rows, ("depth", *columns))
+    return Table.grid(
+        {str(depth): depth for depth in depths},
+        columns,
+        lambda depth, column: f"{column[depth]['value']:.1%}" if depth in column else "",
+        "depth",
+    )
 
 
 # -- methods --------------------------------------------------------------------------------------
@@ -152,17 +152,19 @@ METHODS = {
 }
 
 
-def _curves() -> dict[tuple[str, str], Value]:
-    return by_name(record("compare-photo")["equal_quality"]["curves"])
+def curves() -> list[Value]:
+    return list(record("compare-photo")["equal_quality"]["curves"])
 
 
-def methods() -> str:
+def methods() -> Table:
     """The usual methods at equal CIDEr, and by how much FREE is faster."""
-    rows = []
-    for name, title in METHODS.items():
-        curve = _curves()[name]
-        rows.append((title, *(speed(curve, at) + _ahead(curve, at) for at in map(str, LEVELS))))
-    return table(rows, ("exits", *(f"{level(at)}, FREE faster by" for at in LEVELS)))
+    named = by(curves(), "objective", "policy")
+    return Table.grid(
+        {title: named[name] for name, title in METHODS.items()},
+        {f"{level(at)}, FREE faster by": str(at) for at in LEVELS},
+        lambda curve, at: speed(curve, at) + _ahead(curve, at),
+        "exits",
+    )
 
 
 def _ahead(curve: Value, at: str) -> str:
@@ -170,15 +172,18 @@ def _ahead(curve: Value, at: str) -> str:
     return "" if itself else f", {ahead(curve, at)}"
 
 
-def equal_quality() -> str:
+def at_equal_quality() -> Table:
     """All objectives and policies at equal CIDEr."""
-    rows = equal_quality_rows(
-        [_curves()], lambda curve, at: f"{speed(curve, at)}, {ahead(curve, at)}"
+    return equal_quality(
+        {"": curves()}, lambda curve, at: f"{speed(curve, at)}, {ahead(curve, at)}"
     )
-    return table(rows, ("objective", "policy", *map(level, LEVELS)))
 
 
-TABLES: dict[str, Make] = {
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}"
+
+
+TABLES: dict[str, MakeTable] = {
     "photo-full": full_model,
     "photo-bridge": bridge,
     "photo-unsupervised": partial(thresholds, "unsupervised"),
@@ -188,13 +193,13 @@ TABLES: dict[str, Make] = {
     "photo-regimes": regimes,
     "photo-depths": by_depth,
     "photo-methods": methods,
-    "photo-equal-quality": equal_quality,
+    "photo-equal-quality": at_equal_quality,
 }
 FIGURES: dict[str, Make] = {
-    "bridge-minutes": lambda: f"{record('bridge')['seconds'] / 60:.0f}",
+    "bridge-minutes": lambda: _minutes(record("bridge")["seconds"]),
     **{
         f"photo-minutes-{name}": partial(
-            lambda name: f"{_photo()['regimes'][name]['training_seconds'] / 60:.0f}", name
+            lambda name: _minutes(_photo()["regimes"][name]["training_seconds"]), name
         )
         for name in ("unsupervised", "pseudo-labels")
     },

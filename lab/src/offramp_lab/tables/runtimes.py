@@ -1,12 +1,15 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from offramp_lab.tables.markdown import Make, record, table, with_range
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 OURS, ITS_KERNELS = "offramp, llama.cpp", "offramp, llama.cpp, its own kernels"
+WAY = ("runtime", "format", "mode")
+"""What an entry is of."""
 MODES = {
     "full": "ours, exits off",
     "early_exit": "ours, early exit at the shipped threshold",
@@ -19,127 +22,126 @@ IDENTICAL = {
     "early_as_float32_early": "early exit as PyTorch's in float32",
     "full_as_float32_full": "full depth as PyTorch's in float32",
 }
+CHOSEN = {
+    "calibrated": "CIDEr down by at most 3% on the choosing half",
+    "guaranteed": "ROUGE-L down by at most 0.03, guaranteed at 95%",
+}
 
 
-def timed_entries() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """By runtime, number format and mode."""
-    entries = record("runtimes")["timings"]["entries"]
-    return {(e["runtime"], e["format"], e["mode"]): e for e in entries}
+def timed_entries() -> dict[tuple[str, str, str], Value]:
+    return by(record("runtimes")["timings"]["entries"], *WAY)
 
 
-def entry_at(layers: str, thresholds: Mapping[str, float]) -> dict[str, Any]:
+def entry_at(layers: str, thresholds: Mapping[str, float]) -> Value:
     """Ours at thresholds that were chosen, of which the shipped ones have no name of their own."""
     chosen, entries = list(thresholds.values()), timed_entries()
     mode = f"early_exit at {chosen[0]:g}" if chosen else "full"
     return entries.get((OURS, layers, mode), entries[OURS, layers, "early_exit"])
 
 
-def speeds() -> str:
+def _of(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
+    """A speed, and the multiple of the entry's that is called `name`; of no entry nothing."""
+
+    def cell(entry: Value | None) -> str:
+        return "" if entry is None else f"{entry[unit]:.{digits}f} ({entry[name]:.2f}x)"
+
+    return cell
+
+
+_speed = _of("over_llama_cpp", "cpu_tokens_per_second")
+
+
+def _by_format(rows: Mapping[str, tuple[str, str]], cell: Callable[[Any], str] = _speed) -> Table:
+    """Runtimes and modes by title, and what is said of their entry in each format."""
+    entries = timed_entries()
+    formats = {layers: layers for layers in FORMATS}
+    return Table.grid(
+        rows, formats, lambda way, layers: cell(entries.get((way[0], layers, way[1])))
+    )
+
+
+def speeds() -> Table:
     """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
-    entries = timed_entries()
-    rows = [("OpenVINO GenAI", *_cells(entries, "OpenVINO GenAI", "full"))]
-    rows += [("llama.cpp alone, one file", *_cells(entries, "llama.cpp", "full"))]
-    rows += [(title, *_cells(entries, OURS, mode)) for mode, title in MODES.items()]
-    return table(rows, ("", *FORMATS))
+    alone = {
+        "OpenVINO GenAI": ("OpenVINO GenAI", "full"),
+        "llama.cpp alone, one file": ("llama.cpp", "full"),
+    }
+    return _by_format(alone | {title: (OURS, mode) for mode, title in MODES.items()})
 
 
-def kernels() -> str:
+def kernels() -> Table:
     """The same by llama.cpp's own kernels, and what exits alone gain by ours."""
-    entries = timed_entries()
-
-    def gains(mode: str) -> list[str]:
-        return [f"{entries[OURS, layers, mode]['over_full']:.2f}x" for layers in FORMATS]
-
-    rows = [
-        (f"{title}, by llama.cpp's kernels", *_cells(entries, ITS_KERNELS, mode))
-        for mode, title in MODES.items()
-    ]
-    rows += [
-        (f"{title}, by our kernels, of exits off", *gains(mode))
-        for mode, title in MODES.items()
-        if mode != "full"
-    ]
-    return table(rows, ("", *FORMATS))
+    theirs = {f"{t}, by llama.cpp's kernels": (ITS_KERNELS, m) for m, t in MODES.items()}
+    gains = {f"{t}, by our kernels, of exits off": (OURS, m) for m, t in [*MODES.items()][1:]}
+    gained = _by_format(gains, lambda entry: f"{entry['over_full']:.2f}x")
+    return Table(gained.columns, (*_by_format(theirs).rows, *gained.rows))
 
 
-def in_torch() -> str:
+def in_torch() -> Table:
     """The same in PyTorch, float32."""
-    entries = timed_entries()
-    titles = {("generate", "full"): "`generate`"}
-    titles |= {("generate, static cache, compiled", "full"): "`generate`, static cache, compiled"}
-    titles |= {("offramp, torch", mode): title for mode, title in MODES.items()}
-    titles |= {("offramp, torch, compiled", m): f"{t}, compiled" for m, t in MODES.items()}
-    found = {t: entries.get((n[0], "float32", n[1])) for n, t in titles.items()}
-    rows = [
-        (title, f"{e['cpu_tokens_per_second']:.1f} ({e['over_generate']:.2f}x)")
-        for title, e in found.items()
-        if e is not None
-    ]
-    return table(rows, ("", "float32"))
+    static = "generate, static cache, compiled"
+    ways = {"`generate`": ("generate", "full"), f"`generate`{static[8:]}": (static, "full")}
+    ways |= {title: ("offramp, torch", mode) for mode, title in MODES.items()}
+    ways |= {f"{t}, compiled": ("offramp, torch, compiled", m) for m, t in MODES.items()}
+    found = {t: timed_entries().get((way[0], "float32", way[1])) for t, way in ways.items()}
+    cell = _of("over_generate", "cpu_tokens_per_second", 1)
+    return Table(("", "float32"), [(title, cell(e)) for title, e in found.items() if e is not None])
 
 
-def end_to_end() -> str:
+def end_to_end() -> Table:
     """Seconds of a caption, vision tower and prompt included, and what the weights take."""
-    rows = [
-        (
-            f"{e['runtime']}, {e['format']}, {e['mode'].replace('_', ' ')}",
-            f"{e['end_to_end_cpu_seconds']:.2f}",
-            f"{e['weights_bytes'] / 1e6:.0f} MB",
-            f"{e['over_generate']:.1f}x",
-        )
+    shown = (
+        e
         for e in record("runtimes")["timings"]["entries"]
         if e["mode"] in ("full", "early_exit")
         and e["runtime"] != ITS_KERNELS
         and not e["runtime"].startswith("OpenVINO")
-    ]
-    return table(rows, ("", "CPU seconds a caption", "weights", "decoding, of `generate`"))
+    )
+    return Table.of(
+        shown,
+        {
+            "": lambda e: f"{e['runtime']}, {e['format']}, {e['mode'].replace('_', ' ')}",
+            "CPU seconds a caption": lambda e: f"{e['end_to_end_cpu_seconds']:.2f}",
+            "weights": lambda e: f"{e['weights_bytes'] / 1e6:.0f} MB",
+            "decoding, of `generate`": lambda e: f"{e['over_generate']:.1f}x",
+        },
+    )
 
 
-def _cells(entries: Mapping[Any, dict[str, Any]], runtime: str, mode: str) -> list[str]:
-    return [_speed(entries.get((runtime, layers, mode))) for layers in FORMATS]
-
-
-def _speed(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    return f"{entry['cpu_tokens_per_second']:.0f} ({entry['over_llama_cpp']:.2f}x)"
-
-
-def identical() -> str:
+def identical() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
     answers = record("runtimes")["answers"]
-    n, formats = answers["photographs"], list(answers["identical"])
-    rows = [
-        (title, *(f"{answers['identical'][layers][name]} of {n}" for layers in formats))
+    n, scores = answers["photographs"], by(answers["cider"], *WAY)
+    told: dict[str, Callable[[str], str]] = {
+        title: lambda layers, name=name: f"{answers['identical'][layers][name]} of {n}"  # type: ignore[misc]
         for name, title in IDENTICAL.items()
-    ]
-    scores = {(s["runtime"], s["format"], s["mode"]): s for s in answers["cider"]}
+    }
     for mode in ("full", "early_exit", "lossless"):
-        by_format = [scores[OURS, layers, mode] for layers in formats]
-        title = f"CIDEr, {MODES[mode].removeprefix('ours, ')}"
-        rows.append((title, *(cider_of(score) for score in by_format)))
-    return table(rows, ("", *formats))
+        told[f"CIDEr, {MODES[mode].removeprefix('ours, ')}"] = lambda layers, mode=mode: cider_of(  # type: ignore[misc]
+            scores[OURS, layers, mode]
+        )
+    formats = {layers: layers for layers in answers["identical"]}
+    return Table.grid(told, formats, lambda tell, layers: tell(layers))
 
 
-def calibrated() -> str:
+def calibrated() -> Table:
     """Thresholds by format, and what they lose on the other half of the photographs."""
-    formats, rows = record("runtimes")["calibrated"]["formats"], []
-
-    def speed(layers: str, mode: str) -> str:
-        return _speed(entry_at(layers, formats[layers][mode]["thresholds"]))
-
-    for mode, title in (
-        ("calibrated", "CIDEr down by at most 3% on the choosing half"),
-        ("guaranteed", "ROUGE-L down by at most 0.03, guaranteed at 95%"),
-    ):
-        rows.append((title, *(threshold_of(formats[layers][mode]) for layers in formats)))
-        if not any(formats[layers][mode]["thresholds"] for layers in formats):
-            continue
-        rows.append(("... tokens a CPU second", *(speed(layers, mode) for layers in formats)))
-        rows.append(("... CIDEr", *(cider_of(formats[layers][mode]) for layers in formats)))
-        drops = (f"{formats[layers][mode]['drop']:+.1%}" for layers in formats)
-        rows.append(("... drop of CIDEr", *drops))
-    return table(rows, ("", *formats))
+    formats = record("runtimes")["calibrated"]["formats"]
+    told: dict[str, Callable[[str, Value], str]] = {
+        "... tokens a CPU second": lambda layers, of: _speed(entry_at(layers, of["thresholds"])),
+        "... CIDEr": lambda layers, of: cider_of(of),
+        "... drop of CIDEr": lambda layers, of: f"{of['drop']:+.1%}",
+    }
+    rows = []
+    for way, title in CHOSEN.items():
+        found = {layers: formats[layers][way] for layers in formats}
+        rows.append((title, *map(threshold_of, found.values())))
+        if any(of["thresholds"] for of in found.values()):
+            rows += [
+                (what, *(tell(layers, of) for layers, of in found.items()))
+                for what, tell in told.items()
+            ]
+    return Table(("", *formats), rows)
 
 
 def guaranteed(figure: str) -> Make:
@@ -152,60 +154,54 @@ def guaranteed(figure: str) -> Make:
     return make
 
 
-def rows_in_a_call() -> str:
+def rows_in_a_call() -> Table:
     """Milliseconds of the layers above the exit by tokens in a call."""
     costs = record("runtimes")["timings"]["row_milliseconds"]
-    counts = list(costs[OURS][FORMATS[0]]["above"])
-    rows = [
-        (
-            f"{layers}, {by}",
-            f"{costs[runtime][layers]['below']['1']:.1f}",
-            *(f"{costs[runtime][layers]['above'][count]:.1f}" for count in counts),
-        )
-        for layers in FORMATS
-        for runtime, by in ((ITS_KERNELS, "llama.cpp's kernels"), (OURS, "ours"))
-    ]
-    above = [f"above: {count} token{'s' if int(count) > 1 else ''}" for count in counts]
-    return table(rows, ("ms", "below the exit: 1 token", *above))
-
-
-def shapes() -> str:
-    """A 7B decoder with random weights: tokens a CPU second by share of tokens that exit."""
-    entries = {
-        (e["runtime"], e["format"], e["mode"]): e for e in record("runtimes-shapes")["entries"]
+    calls = {"below the exit: 1 token": ("below", "1")}
+    calls |= {
+        f"above: {count} token{'s' if int(count) > 1 else ''}": ("above", count)
+        for count in costs[OURS][FORMATS[0]]["above"]
     }
-    formats = sorted({layers for _, layers, _ in entries})
-    modes = [mode for runtime, layers, mode in entries if (runtime, layers) == (OURS, formats[0])]
+    ways = {
+        f"{layers}, {by_whose}": costs[runtime][layers]
+        for layers in FORMATS
+        for runtime, by_whose in ((ITS_KERNELS, "llama.cpp's kernels"), (OURS, "ours"))
+    }
+    return Table.grid(ways, calls, lambda of, call: f"{of[call[0]][call[1]]:.1f}", "ms")
 
-    def cells(runtime: str, mode: str) -> list[str]:
-        found = [entries[runtime, layers, mode] for layers in formats]
-        return [f"{e['tokens_per_second']:.2f} ({e['over_llama_cpp']:.2f}x)" for e in found]
 
-    rows = [("llama.cpp alone, one file", *cells("llama.cpp", "full"))]
-    for runtime, by in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
-        rows += [(f"{by}, {mode}", *cells(runtime, mode)) for mode in modes]
-    return table(rows, ("", *formats))
+def shapes() -> Table:
+    """A 7B decoder with random weights: tokens a CPU second by share of tokens that exit."""
+    entries = by(record("runtimes-shapes")["entries"], *WAY)
+    formats = {layers: layers for layers in sorted({layers for _, layers, _ in entries})}
+    modes = dict.fromkeys(mode for runtime, _, mode in entries if runtime == OURS)
+    ways = {"llama.cpp alone, one file": ("llama.cpp", "full")}
+    for runtime, by_whose in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
+        ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
+    cell = _of("over_llama_cpp", digits=2)
+    return Table.grid(
+        ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]])
+    )
 
 
 def of_7b() -> str:
     """How many times as fast as llama.cpp alone where 75% exit, in the format it is fastest in."""
-    entries = record("runtimes-shapes")["entries"]
-    alone = {e["format"]: e["tokens_per_second"] for e in entries if e["runtime"] == "llama.cpp"}
-    ours = {e["format"]: e for e in entries if (e["runtime"], e["mode"]) == (OURS, "75% exit")}
-    return f"{ours[max(alone, key=lambda layers: alone[layers])]['over_llama_cpp']:.1f}"
+    entries = by(record("runtimes-shapes")["entries"], *WAY)
+    alone = {f: e["tokens_per_second"] for (r, f, _), e in entries.items() if r == "llama.cpp"}
+    return f"{entries[OURS, max(alone, key=alone.__getitem__), '75% exit']['over_llama_cpp']:.1f}"
 
 
-def threshold_of(row: Mapping[str, Any]) -> str:
+def threshold_of(row: Value) -> str:
     """What was chosen."""
     return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
 
 
-def cider_of(score: Mapping[str, Any]) -> str:
+def cider_of(score: Value) -> str:
     """CIDEr and the interval of its difference."""
     return with_range(f"{score['CIDEr']:.3f}", score["difference_interval"], "+.3f")
 
 
-TABLES: dict[str, Make] = {
+TABLES: dict[str, MakeTable] = {
     "runtimes-speeds": speeds,
     "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,

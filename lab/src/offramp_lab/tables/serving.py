@@ -1,84 +1,83 @@
 """Tables of serving: the batch engine against a static batch, the watched guarantee's simulation,
 and what HTTP leaves of the engine."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from offramp_lab.places import RECORDS
-from offramp_lab.tables.markdown import Make, bold, record, table, times
-
-WATCHED = ("promised", "called broken though it holds", "twice the risk", "3 times", "10 times")
-HTTP = (
-    "model", "clients", "mode", "tokens a second", "of the engine's", "first token p50, p95",
-    "gap p50",
-)  # fmt: skip
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import MakeTable, Value, bold, record
 
 
-ENGINE = (
-    "shape", "case", "of a static batch (of a prepacked one)",
-    "of its own full depth: predicted", "measured", "gaps p50, p95, p99",
-)  # fmt: skip
+def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:
+    return ", ".join(f"{1000 * of[p]:.{digits}f}" for p in percentiles) + " ms"
 
 
-def engine() -> str:
+def engine() -> Table:
     """Throughput with scripted exits on random weights, and the gaps between a row's tokens; fewer
     slots than 8 are drawn (`offramp_lab.pages.plots`)."""
-    rows = [
-        (
-            name,
-            entry["name"].partition(": ")[2],
-            bold(times(entry["against_static"])) + _of_prepacked(entry),
-            times(entry["predicted"]),
-            times(entry["measured"]) + ("" if entry["within"] else " (off by more than 10%)"),
-            ", ".join(f"{1000 * entry[p]:.0f}" for p in ("p50", "p95", "p99")) + " ms",
-        )
+    cases = [
+        (name, entry)
         for name, figures in record("engine").items()
         if name != "provenance"
         for entry in figures["entries"]
         if entry["slots"] >= 8
     ]
-    return table(rows, ENGINE)
+    return Table.of(
+        cases,
+        {
+            "shape": lambda of: of[0],
+            "case": lambda of: of[1]["name"].partition(": ")[2],
+            "of a static batch (of a prepacked one)": lambda of: (
+                bold(times(of[1]["against_static"])) + _of_prepacked(of[1])
+            ),
+            "of its own full depth: predicted": lambda of: times(of[1]["predicted"]),
+            "measured": lambda of: (
+                times(of[1]["measured"]) + ("" if of[1]["within"] else " (off by more than 10%)")
+            ),
+            "gaps p50, p95, p99": lambda of: milliseconds(of[1], "p50", "p95", "p99"),
+        },
+    )
 
 
-def _of_prepacked(entry: Mapping[str, Any]) -> str:
+def _of_prepacked(entry: Value) -> str:
     """Against a static batch of the same prepacked weights."""
     against = entry.get("against_static_prepacked")
     return "" if against is None else f" ({times(against)})"
 
 
-def watched() -> str:
+def watched() -> Table:
     """False alarms, and images until a broken promise is noticed, by how much it is exceeded."""
-    measured = record("watched")
-    rows = []
-    for entry in measured["entries"]:
-        false = f"{entry['false_alarms']:.2%} of {entry['streams']} over {entry['images']} images"
-        delays = [_delay(entry["delays"][ratio]) for ratio in ("2", "3", "10")]
-        rows.append((f"at most {entry['target']:.2%}", false, *delays))
-    return table(rows, WATCHED)
+
+    def delay(entry: Value, ratio: str) -> str:
+        of = entry["delays"][ratio]
+        return f"{of['median_images']:.0f} (p95 {of['p95_images']:.0f}) images"
+
+    return Table.of(
+        record("watched")["entries"],
+        {
+            "promised": lambda e: f"at most {e['target']:.2%}",
+            "called broken though it holds": lambda e: (
+                f"{e['false_alarms']:.2%} of {e['streams']} over {e['images']} images"
+            ),
+            "twice the risk": lambda e: delay(e, "2"),
+            "3 times": lambda e: delay(e, "3"),
+            "10 times": lambda e: delay(e, "10"),
+        },
+    )
 
 
-def _delay(delay: Mapping[str, Any]) -> str:
-    return f"{delay['median_images']:.0f} (p95 {delay['p95_images']:.0f}) images"
+def http() -> Table:
+    measured = [(n, e) for n, of in record("serving")["http"].items() for e in of["entries"]]
+    return Table.of(
+        measured,
+        {
+            "model": lambda of: of[0],
+            "clients": lambda of: str(of[1]["clients"]),
+            "mode": lambda of: of[1]["mode"].replace("_", " "),
+            "tokens a second": lambda of: f"{of[1]['tokens_per_second']:.0f}",
+            "of the engine's": lambda of: f"{of[1]['share']:.2f}",
+            "first token p50, p95": lambda of: milliseconds(of[1]["first"], "p50", "p95"),
+            "gap p50": lambda of: milliseconds(of[1]["gap"], "p50", digits=1),
+        },
+    )
 
 
-def http() -> str:
-    """Empty until it was measured."""
-    if not (RECORDS / "serving.json").is_file() or "http" not in (measured := record("serving")):
-        return ""
-    rows = [
-        (
-            name,
-            str(entry["clients"]),
-            entry["mode"].replace("_", " "),
-            f"{entry['tokens_per_second']:.0f}",
-            f"{entry['share']:.2f}",
-            f"{1000 * entry['first']['p50']:.0f}, {1000 * entry['first']['p95']:.0f} ms",
-            f"{1000 * entry['gap']['p50']:.1f} ms",
-        )
-        for name, figures in measured["http"].items()
-        for entry in figures["entries"]
-    ]
-    return table(rows, HTTP)
-
-
-TABLES: dict[str, Make] = {"engine": engine, "watched": watched, "serving": http}
+TABLES: dict[str, MakeTable] = {"engine": engine, "watched": watched, "serving": http}

@@ -1,12 +1,12 @@
 """Exits forced on real shapes, what else `transformers` offers, and dialogues."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import mean, median
 from typing import Any
 
-from offramp_lab.tables.markdown import KINDS, Make, record, table, times, tiny
-
-Value = Mapping[str, Any]
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, record, tiny
 
 
 def _forced_entries() -> list[Value]:
@@ -34,18 +34,15 @@ CASES = {
 }
 
 
-def shapes() -> str:
+def shapes() -> Table:
     """Decoding speed on random weights, and in brackets what the cost model said before."""
+    columns: dict[str, Any] = {
+        "decoder": lambda of: f"{of[0]}, {of[1]} rows" if of[1] > 1 else of[0],
+        "exit at": lambda of: str(of[2]),
+        **{title: lambda of, case=case: _case(forced(*of, *case)) for title, case in CASES.items()},
+    }
     subjects = dict.fromkeys((e["shape"], e["batch"], e["exit_depth"]) for e in _forced_entries())
-    rows = [
-        (
-            f"{shape}, {batch} rows" if batch > 1 else shape,
-            str(depth),
-            *(_case(forced(shape, batch, depth, *case)) for case in CASES.values()),
-        )
-        for shape, batch, depth in subjects
-    ]
-    return table(rows, ("decoder", "exit at", *CASES))
+    return Table.of(subjects, columns)
 
 
 def _case(entry: Value | None) -> str:
@@ -67,6 +64,19 @@ def _whole_loop() -> list[float]:
 
 # -- on the tiny models ---------------------------------------------------------------------------
 
+Cells = Mapping[str, Callable[[Value], str]]
+
+
+def _both(name: str, titles: Mapping[str, str], told: Cells) -> Table:
+    """Ways of a record by their titles, and what is told of each on every tiny model."""
+    measured = record(name)
+    return Table.grid(
+        {title: way for way, title in titles.items()},
+        {f"{tiny(k)}, {what}": (measured[k], tell) for k in KINDS for what, tell in told.items()},
+        lambda way, of: of[1](of[0][way]),
+    )
+
+
 PEERS = {
     "full": "full depth, our loop",
     "generate": "stock `generate`",
@@ -79,21 +89,22 @@ PEERS = {
 }
 
 
-def peers() -> str:
+def peers() -> Table:
     """Each method that transformers offers, interleaved with ours."""
 
-    def cells(peer: Value) -> list[str]:
-        if "not_applicable" in peer:
-            return ["does not run", "", ""]
-        speeds = [times(peer[name]) for name in ("speedup_decode", "speedup_end_to_end")]
-        return [*speeds, f"{peer['identical']:.0%}"]
+    def where(form: Callable[[Value], str], otherwise: str = "") -> Callable[[Value], str]:
+        return lambda peer: otherwise if "not_applicable" in peer else form(peer)
 
-    rows = [
-        (_peer(name), *(c for kind in KINDS for c in cells(record("peers")[kind][name])))
-        for name in record("peers")["opt"]
-    ]
-    heads = (f"{tiny(k)}, {h}" for k in KINDS for h in ("decoding", "end to end", "identical"))
-    return table(rows, ("", *heads))
+    titles = {name: _peer(name) for name in record("peers")["opt"]}
+    return _both(
+        "peers",
+        titles,
+        {
+            "decoding": where(lambda p: times(p["speedup_decode"]), "does not run"),
+            "end to end": where(lambda p: times(p["speedup_end_to_end"])),
+            "identical": where(lambda p: f"{p['identical']:.0%}"),
+        },
+    )
 
 
 def _peer(name: str) -> str:
@@ -110,22 +121,17 @@ DIALOGUES = {
 }
 
 
-def dialogues() -> str:
+def dialogues() -> Table:
     """Turns of dialogues, end to end, with and without caches between calls."""
-
-    def cells(turns: Value) -> list[str]:
-        same = "yes" if turns["same_answers"] else "NO"
-        return [times(turns["speedup_end_to_end"]), f"{turns['prefill_share']:.0%}", same]
-
-    rows = [
-        (title, *(c for kind in KINDS for c in cells(record("dialogues")[kind][name])))
-        for name, title in DIALOGUES.items()
-    ]
-    heads = (f"{tiny(k)}, {h}" for k in KINDS for h in ("end to end", "prefill", "same answers"))
-    return table(rows, ("", *heads))
+    told: Cells = {
+        "end to end": lambda turns: times(turns["speedup_end_to_end"]),
+        "prefill": lambda turns: f"{turns['prefill_share']:.0%}",
+        "same answers": lambda turns: "yes" if turns["same_answers"] else "NO",
+    }
+    return _both("dialogues", DIALOGUES, told)
 
 
-TABLES: dict[str, Make] = {"shapes": shapes, "peers": peers, "dialogues": dialogues}
+TABLES: dict[str, MakeTable] = {"shapes": shapes, "peers": peers, "dialogues": dialogues}
 FIGURES: dict[str, Make] = {
     "loop-backbones": lambda: str(len(_whole_loop())),
     "loop-slowest": lambda: f"{_whole_loop()[0]:.2f}",

@@ -1,44 +1,54 @@
 """The tiny models that ship: the demo, calibrated thresholds, what labels are worth, the recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 from offramp.calibration.risk_control import images_needed
+from offramp.report.html import times
+from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, equal_quality
-from offramp_lab.tables.markdown import KINDS, Make, bold, level, record, table, times, tiny
-
-Value = Mapping[str, Any]
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, bold, level, record, tiny
 
 
-def demo() -> str:
+def _told(told: Mapping[str, Callable[[Any], str]], columns: Mapping[str, Value]) -> Table:
+    """What is told of each column, a line each."""
+    return Table.grid(told, columns, lambda tell, of: tell(of))
+
+
+def demo() -> Table:
     """What `make demo` measures."""
 
-    def column(report: Value) -> dict[str, str]:
-        full, early, lossless = (report["modes"][n] for n in ("full", "early_exit", "lossless"))
+    def right(task: str) -> Callable[[Value], str]:
+        return lambda r: " / ".join(
+            f"{r['modes'][mode]['quality'][task]:.1%}" for mode in ("full", "early_exit")
+        )
 
-        def right(task: str) -> str:
-            return f"{full['quality'][task]:.1%} / {early['quality'][task]:.1%}"
+    def early(name: str, mode: str = "early_exit") -> Callable[[Value], str]:
+        return lambda report: times(report["modes"][mode][name])
 
-        return {
-            "decoder layers; exits at": f"{report['layers']}; {report['exits']}",
-            "mean depth of a token": f"{early['mean_depth']:.2f}",
-            "decoding, against our full-depth loop": bold(times(early["speedup_decode"])),
-            "end to end, vision and prompt included": times(early["speedup_end_to_end"]),
-            "decoding, against stock `generate`": times(early["speedup_vs_generate"]),
-            "our full-depth loop against `generate`": times(report["full_vs_generate"]),
-            "answers identical to the full model's": f"{early['agreement']:.1%}",
+    return _told(
+        {
+            "decoder layers; exits at": lambda r: f"{r['layers']}; {r['exits']}",
+            "mean depth of a token": lambda r: f"{r['modes']['early_exit']['mean_depth']:.2f}",
+            "decoding, against our full-depth loop": lambda r: bold(early("speedup_decode")(r)),
+            "end to end, vision and prompt included": early("speedup_end_to_end"),
+            "decoding, against stock `generate`": early("speedup_vs_generate"),
+            "our full-depth loop against `generate`": lambda r: times(r["full_vs_generate"]),
+            "answers identical to the full model's": lambda r: (
+                f"{r['modes']['early_exit']['agreement']:.1%}"
+            ),
             "captions fully right, full / early exit": right("captions"),
             "questions right, full / early exit": right("questions"),
-            "lossless: decoding": times(lossless["speedup_decode"]),
-            "lossless: end to end": times(lossless["speedup_end_to_end"]),
-            "lossless: identical to the full model": "yes" if lossless["identical"] else "NO",
-            "training the exits": f"{report['training_seconds']:.0f} s",
-        }
-
-    columns = [column(record(f"demo-{kind}")) for kind in KINDS]
-    rows = [(title, *(c[title] for c in columns)) for title in columns[0]]
-    return table(rows, ("", *map(tiny, KINDS)))
+            "lossless: decoding": early("speedup_decode", "lossless"),
+            "lossless: end to end": early("speedup_end_to_end", "lossless"),
+            "lossless: identical to the full model": lambda r: (
+                "yes" if r["modes"]["lossless"]["identical"] else "NO"
+            ),
+            "training the exits": lambda r: f"{r['training_seconds']:.0f} s",
+        },
+        {tiny(kind): record(f"demo-{kind}") for kind in KINDS},
+    )
 
 
 RISKS = {
@@ -47,32 +57,32 @@ RISKS = {
 }
 
 
-def calibrated() -> str:
+def calibrated() -> Table:
     """Thresholds with a guarantee, on answers that calibration did not see."""
-    rows = [
-        (
-            tiny(kind),
-            RISKS[row["risk"]],
-            f"{row['risk_target']:.0%}",
-            f"{row['risk_test']:.2%}",
-            bold(times(row["speedup_decode"])),
-            times(row["speedup_end_to_end"]),
-            f"{row['quality_drop']:+.2%}",
-        )
-        for kind in KINDS
-        for row in record("calibrated")[kind]
-    ]
-    columns = ("model", "risk", "at most", "on test", "decoding", "end to end", "quality drop")
-    return table(rows, columns)
+    return Table.of(
+        [(kind, row) for kind in KINDS for row in record("calibrated")[kind]],
+        {
+            "model": lambda of: tiny(of[0]),
+            "risk": lambda of: RISKS[of[1]["risk"]],
+            "at most": lambda of: f"{of[1]['risk_target']:.0%}",
+            "on test": lambda of: f"{of[1]['risk_test']:.2%}",
+            "decoding": lambda of: bold(times(of[1]["speedup_decode"])),
+            "end to end": lambda of: times(of[1]["speedup_end_to_end"]),
+            "quality drop": lambda of: f"{of[1]['quality_drop']:+.2%}",
+        },
+    )
 
 
-def needed_images() -> str:
+def needed_images() -> Table:
     """Images that a first attempt at 95% confidence needs, by the target."""
-    rows = [
-        (f"{row['target']:.0%}", f"{row['at_no_loss']:,}", f"{row['at_half_the_target']:,}")
-        for row in images_needed()
-    ]
-    return table(rows, ("target", "nothing lost", "half the target lost"))
+    return Table.of(
+        images_needed(),
+        {
+            "target": lambda row: f"{row['target']:.0%}",
+            "nothing lost": lambda row: f"{row['at_no_loss']:,}",
+            "half the target lost": lambda row: f"{row['at_half_the_target']:,}",
+        },
+    )
 
 
 def _splits() -> list[Value]:
@@ -104,7 +114,7 @@ POLICIES = {
 }
 
 
-def labels() -> str:
+def labels() -> Table:
     """Speed at equal quality, with and without labels."""
     models = {kind: record("compare")[kind] for kind in KINDS}
     measured = {(p["objective"], p["policy"]) for p in models["opt"]["points"]}
@@ -113,11 +123,13 @@ def labels() -> str:
         for pair in product(EXITS, POLICIES)
         if pair in measured and (pair[0] != "free" or pair[1] == "max_probability")
     ]
-    rows = [
-        (EXITS[o] + POLICIES[p], *(times(s) for m in models.values() for s in _speeds(m, o, p)))
-        for o, p in shown
-    ]
-    return table(rows, ("exits", *(f"{tiny(k)}, {level(at)}" for k in KINDS for at in LEVELS)))
+    return Table(
+        ("exits", *(f"{tiny(kind)}, {level(at)}" for kind in KINDS for at in LEVELS)),
+        [
+            (EXITS[o] + POLICIES[p], *(times(s) for m in models.values() for s in _speeds(m, o, p)))
+            for o, p in shown
+        ],
+    )
 
 
 def _speeds(model: Value, objective: str, policy: str) -> list[float]:
@@ -131,32 +143,32 @@ def _speeds(model: Value, objective: str, policy: str) -> list[float]:
 # -- the recipe -----------------------------------------------------------------------------------
 
 
-def recipe() -> str:
+def recipe() -> Table:
     """What the tiny models themselves reach on the test split."""
+    made = record("recipe")
 
-    def column(model: Value) -> dict[str, str]:
-        training = model["training"]
-        return {
-            "questions right": f"{model['question_accuracy']:.3f}",
-            "captions fully right": f"{model['captions_right']:.3f}",
-            "captions of four objects": f"{model['four_object_captions_right']:.3f}",
-            "dialogue turns right (own history)": f"{model['dialogue_accuracy']:.3f}",
-            **{
-                f"questions: {kind}": f"{share:.3f}"
-                for kind, share in model["question_accuracy_by_kind"].items()
-            },
-            "parameters, million": f"{model['parameters'] / 1e6:.2f}",
-            "folder, MB": f"{model['folder_bytes'] / 1e6:.1f}",
-            "steps, stage 1 (shared)": f"{training['see_steps']:,}",
-            "steps, stage 2": f"{training['speak_steps']:,}",
-            "seconds, stage 2": f"{training['speak_seconds']:,}",
-        }
+    def of(name: str, form: str = ".3f", *, part: str | None = None) -> Callable[[Value], str]:
+        return lambda model: format((model if part is None else model[part])[name], form)
 
-    columns = [column(record("recipe")[kind]) for kind in KINDS]
-    return table([(t, *(c[t] for c in columns)) for t in columns[0]], ("", "OPT", "T5"))
+    kinds = "question_accuracy_by_kind"
+    return _told(
+        {
+            "questions right": of("question_accuracy"),
+            "captions fully right": of("captions_right"),
+            "captions of four objects": of("four_object_captions_right"),
+            "dialogue turns right (own history)": of("dialogue_accuracy"),
+            **{f"questions: {kind}": of(kind, part=kinds) for kind in made[KINDS[0]][kinds]},
+            "parameters, million": lambda model: f"{model['parameters'] / 1e6:.2f}",
+            "folder, MB": lambda model: f"{model['folder_bytes'] / 1e6:.1f}",
+            "steps, stage 1 (shared)": of("see_steps", ",", part="training"),
+            "steps, stage 2": of("speak_steps", ",", part="training"),
+            "seconds, stage 2": of("speak_seconds", ",", part="training"),
+        },
+        {kind.upper(): made[kind] for kind in KINDS},
+    )
 
 
-TABLES: dict[str, Make] = {
+TABLES: dict[str, MakeTable] = {
     "demo": demo,
     "calibrated": calibrated,
     "images-needed": needed_images,

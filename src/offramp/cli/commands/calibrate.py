@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
+    ENGINES,
     add_command,
     batch_option,
     field_option,
@@ -42,7 +43,9 @@ def _options(parser: Parser) -> None:
     from offramp.calibration.risk_functions import RISKS
 
     what = "images that training has not seen, like those to come"
-    measured_options(parser, what, adapter=True, allow_seen=False, leave_out="trained")
+    measured_options(
+        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines=ENGINES
+    )
     group = parser.add_argument_group("guarantee")
     field_option(
         group, Guarantee, "risk", "what an early answer may lose; only a drop needs labels",

@@ -9,6 +9,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
+    ENGINES,
     add_command,
     batch_option,
     field_option,
@@ -41,7 +42,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     measured_options(
         parser, "what is evaluated",
-        adapter=False, allow_seen=True, leave_out="trained or calibrated",
+        adapter=False, allow_seen=True, leave_out="trained or calibrated", engines=ENGINES,
     )  # fmt: skip
     policy_options(parser, threshold=True)
     _evaluation_options(parser)
@@ -96,7 +97,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_runtime(arguments)
     if alone and arguments.runtime != "torch":
-        raise InputError("--runtime llama.cpp runs an adapter.", "Give --adapter.")
+        raise InputError(f"--engine {arguments.engine} runs an adapter.", "Give --adapter.")
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
     check_writable(arguments.out, folder=True)

@@ -20,9 +20,9 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "export",
-        "Write a backbone's decoder and its exits as GGUF files, for --runtime llama.cpp.",
+        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp.",
         "offramp export --adapter exits --gguf q8_0 --out exits-q8_0\n"
-        "  offramp generate --adapter exits --runtime llama.cpp --gguf exits-q8_0 "
+        "  offramp generate --adapter exits --engine llama.cpp --gguf exits-q8_0 "
         "--image dog.jpg",
         _export,
         _options,
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.runtimes.llama_cpp.gguf_export import FORMATS
 
-    model_options(parser, required=False, adapter=True)
+    model_options(parser, required=False, adapter=True, engines=())
     group = parser.add_argument_group("files")
     name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
     name_option(

@@ -13,6 +13,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, policy_of
 from offramp.cli.options import (
+    ENGINES,
     add_command,
     length_option,
     model_options,
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.engine.policy import MODES
 
-    model_options(parser, required=False, adapter=True)
+    model_options(parser, required=False, adapter=True, engines=ENGINES)
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE",

@@ -1,4 +1,4 @@
-"""The options of commands that generate: which runtime, and its files."""
+"""The options of commands that generate: which engine runs the decoder, and what it reads."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import compile_option, name_option
 from offramp.cli.parser import Parser, whole
 from offramp.errors import InputError
 
-RUNTIMES = ("torch", "llama.cpp", "cuda-graphs")
-
 
 def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
-    """sized: with its threads and context; returns the group."""
+    """What goes with --engine. sized: threads and context too; returns the group."""
     group = parser.add_argument_group("runtime")
-    name_option(
-        group, "--runtime", RUNTIMES,
-        "what runs the decoder; llama.cpp needs --gguf, cuda-graphs a GPU", default="torch",
-    )  # fmt: skip
-    compile_option(group)
     group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
     )
@@ -42,29 +34,18 @@ def check_runtime(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for a mistake that should not wait for the model."""
     if (arguments.runtime == "llama.cpp") != (arguments.gguf is not None):
         raise InputError(
-            "--runtime llama.cpp and --gguf FOLDER go together.",
+            "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
-        )
-    if arguments.compile and arguments.runtime != "torch":
-        raise InputError(
-            f"--compile is for PyTorch, and --runtime {arguments.runtime} runs other code.",
-            "Leave one of them out.",
-        )
-    if arguments.compile and arguments.prepack:
-        raise InputError(
-            "--compile reads plain weights, and --prepack lays them out for other code.",
-            "Leave one of them out: --compile for single answers, --prepack for batches.",
         )
     if arguments.gguf is not None:
         check_not_quantized(arguments)
 
 
 def check_not_quantized(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for --quantize and --prepack: GGUF files say how weights are held."""
-    if arguments.quantize is not None or arguments.prepack:
-        asked = "--prepack" if arguments.prepack else "--quantize"
+    """Raise `InputError` for --quantize: GGUF files say how weights are held."""
+    if arguments.quantize is not None:
         raise InputError(
-            f"{asked} is for PyTorch; inside llama.cpp the files hold the weights.",
+            f"--quantize {arguments.quantize} is for PyTorch; llama.cpp's files hold the weights.",
             "Leave it out, and choose their format: offramp export --gguf q4_1.",
         )
 
@@ -99,6 +80,6 @@ def _graphs(adapter: Any, context: int) -> Any:
     if adapter.backbone.device.type != "cuda":
         raise InputError(
             f"CUDA graphs need an NVIDIA GPU, and the model is on {adapter.backbone.device}.",
-            "Leave --runtime out, or name the GPU with --device cuda.",
+            "Leave --engine out, or name the GPU with --device cuda.",
         )
     return GraphRuntime(adapter, context=context)

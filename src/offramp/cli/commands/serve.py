@@ -10,12 +10,18 @@ from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device, laid_out
-from offramp.cli.options import add_command, name_option, precision_options, prepack_option
+from offramp.cli.options import (
+    add_command,
+    engine_option,
+    field_options,
+    filled,
+    name_option,
+    precision_options,
+)
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, share, whole
 from offramp.errors import InputError, StorageError
 
-MODES = ("full", "early_exit", "lossless")
 SLOTS = 8
 KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
@@ -33,6 +39,8 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
+    from offramp.serving.server.config import ImageLimits, ServerConfig
+
     parser.add_argument(
         "name", help="folder or hub name of trained exits; or tiny-opt or tiny-t5, which ship"
     )
@@ -41,7 +49,6 @@ def _options(parser: Parser) -> None:
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
     precision_options(model)
-    prepack_option(model)
     model.add_argument(
         "--chat-template", type=Path, metavar="FILE",
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
@@ -63,49 +70,33 @@ def _options(parser: Parser) -> None:
         help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
         "(default: no key is needed)",
     )  # fmt: skip
-    _number(group, "--timeout", 300, "seconds that an answer may take")
-    _number(group, "--drain", 30, "seconds for answers under way after SIGTERM")
-    group.add_argument(
-        "--metrics-prefix", default="offramp", metavar="TEXT",
-        help="before the metrics' names, such as vllm (default: offramp)",
-    )  # fmt: skip
+    field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics"))
     _watch_options(parser.add_argument_group("watched guarantee"))
-    images = parser.add_argument_group("images")
-    _number(images, "--images", 8, "images of one request")
-    _number(images, "--image-bytes", 10 * 2**20, "bytes of an encoded image")
-    _number(images, "--image-pixels", 20_000_000, "pixels of an image")
-    images.add_argument(
-        "--image-domains", nargs="+", default=[], metavar="HOST",
-        help="hosts that images are fetched from; .example.org: all below it too (default: none)",
-    )  # fmt: skip
-    images.add_argument(
-        "--image-folder", type=Path, metavar="FOLDER",
-        help="folder whose images file:// may name (default: none)",
-    )  # fmt: skip
+    limits = ("count", "bytes", "pixels", "domains", "folder")
+    field_options(parser.add_argument_group("images"), ImageLimits, limits)
 
 
 def _engine_options(parser: Parser) -> None:
+    from offramp.serving.server.config import ServerConfig
+
     engine = parser.add_argument_group("engine")
-    name_option(
-        engine, "--mode", MODES, "mode of requests that name none", shown="the adapter's policy"
-    )
+    field_options(engine, ServerConfig, ("queue", "mode"))
     engine.add_argument(
         "--slots", type=whole(1), metavar="N",
-        help=f"answers written at once; 1: as --serial (default: {SLOTS}; with --serial: 1)",
+        help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
+        f"models that slots refuse (default: {SLOTS}; 1 where the engine has no more)",
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
-    _number(engine, "--queue", 64, "requests that may wait; more are refused")
     _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
     engine.add_argument(
         "--prefix-cache", type=whole(0), default=4, metavar="N",
         help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
         "(default: 4)",
     )  # fmt: skip
+    engine_option(engine)
     runtime_options(parser, sized=False).add_argument(
-        "--serial", action="store_true",
-        help="write one answer after the other, as `offramp generate` does: for models that slots "
-        "refuse; llama.cpp always does",
-    )  # fmt: skip
+        "--serial", action="store_true", help=argparse.SUPPRESS
+    )
 
 
 def _watch_options(group: Any) -> None:
@@ -168,33 +159,27 @@ def _config(arguments: argparse.Namespace) -> Any:
             "Give a word of letters, digits and underscores.",
         )
     name = arguments.served_name or Path(arguments.name).name or arguments.name
-    images = ImageLimits(
-        count=arguments.images,
-        bytes=arguments.image_bytes,
-        pixels=arguments.image_pixels,
-        domains=tuple(arguments.image_domains),
-        folder=arguments.image_folder,
-    )
-    body = max(32 * 2**20, 2 * arguments.image_bytes * arguments.images)
+    images = ImageLimits(**filled(arguments, ImageLimits))
+    body = max(32 * 2**20, 2 * images.bytes * images.count)
     return ServerConfig(
-        name=name,
-        keys=tuple(_keys(arguments.api_keys)),
-        queue=arguments.queue,
-        seconds=float(arguments.timeout),
-        drain_seconds=float(arguments.drain),
-        mode=arguments.mode,
-        metrics=arguments.metrics_prefix,
-        images=images,
-        body=body,
-        bodies=max(2**30, 4 * body),
+        **filled(arguments, ServerConfig)
+        | {
+            "name": name,
+            "keys": tuple(_keys(arguments.api_keys)),
+            "images": images,
+            "body": body,
+            "bodies": max(2**30, 4 * body),
+        }
     )
 
 
 def _check_serial(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    way = "--compile" if arguments.compile else "--serial"
-    if arguments.runtime != "torch":
-        way = f"--runtime {arguments.runtime}"
+    if arguments.serial:
+        log.warning("--serial is --slots 1 now, and goes with the next release.")
+    way = "--serial"
+    if arguments.engine not in ("torch", "packed"):
+        way = f"--engine {arguments.engine}"
     arguments.serial |= way != "--serial" or arguments.slots == 1
     if arguments.serial and (arguments.slots or 1) > 1:
         raise InputError(
@@ -258,7 +243,7 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
     if not isinstance(model, Adapter):
         raise InputError(
             f"{arguments.name} has no exits, and files for {arguments.runtime} are made of some.",
-            "Name an adapter, or leave --runtime out.",
+            "Name an adapter, or leave --engine out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
     return load_runtime(arguments, model, alone=True, **sizes)
@@ -275,7 +260,7 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     if promise is None and Promise.of(calibration, other) is not None:
         log.warning(
             "The guarantee is of the answers of %s, and these are of %s: nothing is guaranteed. "
-            "See `offramp calibrate --runtime`.", other or "PyTorch", runtime or "PyTorch",
+            "See `offramp calibrate --engine`.", other or "PyTorch", runtime or "PyTorch",
         )  # fmt: skip
     watch = WatchConfig(
         share=arguments.watch or 1.0,

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
-from offramp.cli.options import add_command, data_options, field_options, model_options
+from offramp.cli.options import (
+    add_command,
+    data_options,
+    field_option,
+    field_options,
+    model_options,
+    name_option,
+)
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
+from offramp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +28,15 @@ GROUPS = {
     "labels and answers": (
         "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
     ),
-    "objective": (
-        "distillation", "adversarial", "cross_entropy", "l2", "cosine", "feature_matching",
-        "losses", "temperature",
-    ),
-    "discriminator": (
-        "adversary", "adversarial_start", "conditional", "judged", "spectral_norm",
-        "gradient_penalty", "discriminator_learning_rate",
-    ),
+    "objective": ("distillation", "cross_entropy", "losses"),
     "schedule": (
         "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
     ),
 }  # fmt: skip
-"""Fields of `TrainConfig` as the help groups them."""
+"""Fields of `TrainConfig` as the help groups them; those of the adversary go with FREE alone."""
+NOT_SAID = ("l2", "cosine", "temperature")
+"""Fields that are no options, for no measurement speaks for them."""
+OBJECTIVES = ("distillation", "free")
 
 
 def add(commands: Any) -> None:
@@ -54,7 +58,16 @@ def _options(parser: Parser) -> None:
     model_options(parser, required=True)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
     for title, names in GROUPS.items():
-        field_options(parser.add_argument_group(title), TrainConfig, names, exit_kind=kinds)
+        group = parser.add_argument_group(title)
+        if title == "objective":
+            name_option(
+                group, "--objective", OBJECTIVES,
+                "what exits learn by: distillation from the final layer, or FREE, which adds an "
+                "adversary; `--objective free --help` shows its options",
+                default=OBJECTIVES[0], action=_Objective,
+            )  # fmt: skip
+        field_options(group, TrainConfig, names, exit_kind=kinds)
+    _adversary_options(parser.add_argument_group(ADVERSARIAL))
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     group.add_argument(
@@ -70,6 +83,55 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
 
 
+ADVERSARIAL = "FREE's adversary"
+
+
+def _adversary_options(group: Any) -> None:
+    """Those of `ADVERSARY`: help does not show them, and they are None where they are not given."""
+    from offramp.training.config import ADVERSARY, FREE, TrainConfig
+
+    for name in ADVERSARY:
+        default = FREE.get(name, getattr(TrainConfig, name))
+        field_option(group, TrainConfig, name, default=None, shown=str(default))
+    for action in group._group_actions:
+        action.shown, action.help = action.help, argparse.SUPPRESS
+
+
+class _Objective(argparse.Action):
+    """Stores the objective; from FREE on, help shows what goes with it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.objective = values
+        for action in parser._actions:
+            if hasattr(action, "shown"):
+                action.help = action.shown if values == "free" else argparse.SUPPRESS
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """What is asked for.
+
+    Raises:
+        InputError: an option of the adversary without it, or values that do not fit.
+    """
+    from offramp.training.config import ADVERSARY, FREE, TrainConfig
+
+    asked = {n: getattr(arguments, n) for names in GROUPS.values() for n in names}
+    own = {n: v for n in ADVERSARY if (v := getattr(arguments, n)) is not None}
+    if arguments.objective != "free" and own:
+        flag = f"--{next(iter(own)).replace('_', '-')}"
+        raise InputError(
+            f"{flag} is of FREE's adversary, and these exits learn by distillation alone.",
+            f"Add --objective free, or leave {flag} out.",
+        )
+    return TrainConfig(**asked, **(FREE | own if arguments.objective == "free" else {}))
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
@@ -79,10 +141,9 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
     from offramp.training.checkpoint import check_out
-    from offramp.training.config import TrainConfig
     from offramp.training.trainer import train
 
-    config = TrainConfig(**{n: getattr(arguments, n) for names in GROUPS.values() for n in names})
+    config = _config(arguments)
     check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
     needed = images_needed((0.01,))[0]
     log.info(

@@ -48,7 +48,7 @@ class Recorder:
             raise UnsupportedBackboneError(
                 "The decoder cannot be recorded as a CUDA graph "
                 f"({str(error).strip().splitlines()[0]}).",
-                "Use --runtime torch for this backbone.",
+                "Use --engine torch for this backbone.",
             ) from error
         return graph.replay
 

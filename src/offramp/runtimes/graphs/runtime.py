@@ -54,7 +54,7 @@ class GraphRuntime:
             what = "an encoder-decoder" if backbone.is_encoder_decoder else "spread over devices"
             raise UnsupportedBackboneError(
                 f"CUDA graphs run a decoder alone on one device, and {backbone.name} is {what}.",
-                "Use --runtime torch.",
+                "Use --engine torch.",
             )
         self._check_look(self.policy)
         entries = backbone.depth + len(adapter.exits.entries)

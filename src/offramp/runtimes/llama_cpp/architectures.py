@@ -75,7 +75,7 @@ def architecture_of(backbone: Backbone) -> Architecture:
     if architecture is None or backbone.is_encoder_decoder:
         raise UnsupportedBackboneError(
             f"The llama.cpp runtime does not run the decoder {config.model_type!r}.",
-            f"It runs {', '.join(ARCHITECTURES)}; use --runtime torch for this backbone.",
+            f"It runs {', '.join(ARCHITECTURES)}; use --engine torch for this backbone.",
         )
     if not backbone.family.causal_prompt:
         raise _unfit(backbone, "prompt that looks ahead, or visual features between its layers")
@@ -88,7 +88,7 @@ def architecture_of(backbone: Backbone) -> Architecture:
 def _unfit(backbone: Backbone, what: str) -> UnsupportedBackboneError:
     return UnsupportedBackboneError(
         f"The decoder of {backbone.name} has {what}, which the llama.cpp runtime does not run.",
-        "Use --runtime torch for this backbone.",
+        "Use --engine torch for this backbone.",
     )
 
 

@@ -232,7 +232,7 @@ class LlamaCppRuntime:
             ):
                 raise UnsupportedBackboneError(
                     f"The decoder of {self.backbone.name} changes its embeddings before it starts.",
-                    "Use --runtime torch for this backbone.",
+                    "Use --engine torch for this backbone.",
                 )
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state

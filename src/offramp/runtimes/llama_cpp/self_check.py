@@ -130,7 +130,7 @@ def check_logits(
             f"The exported decoder of {backbone.name} is not the backbone's: their logits "
             f"correlate by {correlation:.4f}, less than {least}.",
             "Export it again; if that does not help, this version of llama.cpp computes it "
-            "otherwise: use --runtime torch.",
+            "otherwise: use --engine torch.",
         )
     return correlation
 
@@ -162,5 +162,5 @@ def _same(first: _Seen, second: _Seen) -> bool:
 def _unfit(what: str) -> UnsupportedBackboneError:
     return UnsupportedBackboneError(
         f"This version of llama.cpp {what}, which exits rely on.",
-        "Install another version of llama-cpp-python, or use --runtime torch.",
+        "Install another version of llama-cpp-python, or use --engine torch.",
     )

@@ -6,30 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offramp.engine.policy import MODES
 from offramp.errors import InputError
+from offramp.options import option
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images a request may bring.
+    """What images a request may bring; bytes and pixels are checked before anything is decoded.
 
-    count: in one request. bytes: of an encoded image. pixels: of a decoded one; both are checked
-    before anything is decoded. domains: hosts that images are fetched from ("example.org" means it
-    alone, ".example.org" what lies below it too); none by default. folder: of this machine, whose
-    images `file://` may name. seconds: a fetch may take. redirects: that are followed, each checked
-    as the first address was.
+    seconds: a fetch may take. redirects: that are followed, each checked as the first address was.
 
     Raises:
         InputError: a number below 1, a folder that is none.
     """
 
-    count: int = 8
-    bytes: int = 10 * MIB
-    pixels: int = 20_000_000
-    domains: Sequence[str] = ()
-    folder: Path | None = None
+    count: int = option(8, "images of one request", flag="--images")
+    bytes: int = option(10 * MIB, "bytes of an encoded image", flag="--image-bytes")
+    pixels: int = option(20_000_000, "pixels of an image", flag="--image-pixels")
+    domains: Sequence[str] = option(
+        (), "hosts that images are fetched from; .example.org: all below it too",
+        flag="--image-domains", metavar="HOST",
+    )  # fmt: skip
+    folder: Path | None = option(
+        None, "folder whose images file:// may name", flag="--image-folder", metavar="FOLDER"
+    )
     seconds: float = 10.0
     redirects: int = 3
 
@@ -47,14 +50,10 @@ class ServerConfig:
     """How a server behaves.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
-    and `/ready`; none: everything is open. queue: requests that may wait beside those in slots.
-    body, messages, characters: bytes of a request, its messages, and its text. bodies: bytes of all
-    requests under way. choices: answers to one request (`n`, and prompts of a completion).
-    default_tokens: longest answer, where neither the request nor the model says one. seconds: from
-    a request's arrival to the end of its answer. body_seconds: until a request's header, and then
-    its body, has come. drain_seconds: how long answers may take after SIGTERM. mode: of requests
-    that name none; None: the adapter's policy. metrics: prefix of the metrics' names; `vllm` for
-    dashboards that know these.
+    and `/ready`; none: everything is open. body, messages, characters: bytes of a request, its
+    messages, and its text. bodies: bytes of all requests under way. choices: answers to one request
+    (`n`, and prompts of a completion). default_tokens: longest answer, where neither the request
+    nor the model says one. body_seconds: until a request's header, and then its body, has come.
 
     Raises:
         InputError: a number below 1.
@@ -62,18 +61,24 @@ class ServerConfig:
 
     name: str
     keys: Sequence[str] = field(default=(), repr=False)
-    queue: int = 64
+    queue: int = option(64, "requests that may wait; more are refused")
     body: int = 32 * MIB
     bodies: int = 1024 * MIB
     messages: int = 256
     characters: int = 400_000
     choices: int = 16
     default_tokens: int = 256
-    seconds: float = 300.0
+    seconds: float = option(300.0, "seconds that an answer may take", flag="--timeout")
     body_seconds: float = 30.0
-    drain_seconds: float = 30.0
-    mode: str | None = None
-    metrics: str = "offramp"
+    drain_seconds: float = option(
+        30.0, "seconds for answers under way after SIGTERM", flag="--drain"
+    )
+    mode: str | None = option(
+        None, "mode of requests that name none", choices=MODES, shown="the adapter's policy"
+    )
+    metrics: str = option(
+        "offramp", "before the metrics' names, such as vllm", flag="--metrics-prefix"
+    )
     images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:

@@ -1,9 +1,11 @@
 """Quality at every depth, with and without training: dips, overthinking, and how deep tokens go.
 
-Two views of the same examples. Teacher-forced: one pass over known answers reads every depth at
-every token, so that tokens can be compared one by one. Free-running: whole answers are decoded with
-every token exiting at one depth, which is what an answer really loses there. "Lens" is the logit
-lens (nostalgebraist 2020): the state at a depth read by the final norm and LM head, untrained.
+Two steps: a model is observed on the examples, and what was seen is counted. Observed twice:
+teacher-forced, one pass over known answers reads every depth at every token, so that tokens can be
+compared one by one; free-running, whole answers are decoded with every token exiting at one depth,
+which is what an answer really loses there, for an exit also has to live with its own mistakes.
+"Lens" is the logit lens (nostalgebraist 2020): the state at a depth read by the final norm and LM
+head, untrained.
 """
 
 from __future__ import annotations
@@ -22,36 +24,42 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array, PolicyReplay, Replay, can_replay, replay
-from offramp.calibration.risk_functions import Quality
+from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered
-from offramp.errors import DataError, InputError
+from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.statistics import Bootstrap
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
+from offramp.options import option
 from offramp.provenance import provenance
+from offramp.report.html import fine, percent, with_interval
+from offramp.report.table import Table
 from offramp.storage import write_json
 from offramp_lab.experiments.analysis.depth_curves import (
     POSITIONS,
     by_kind,
     by_policy,
     curve,
+    dip,
     first_agreement,
     overthinking,
     overthought,
     positions,
     settled,
 )
-from offramp_lab.experiments.analysis.free_running import FreeRunning, metric_for
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULT = "analysis.json"
 _FREQUENT, _SHOWN, _DECODED = 10, 24, 12
+_LONG = 5  # words
+METRICS = tuple(name for name in QUALITIES if name != "cider")
+"""Qualities that are shares, in [0, 1]."""
 
 TokenClass = Callable[[str, int], str]
 """The class of a token from its text and its rank by frequency, from 0."""
@@ -71,25 +79,24 @@ def word_class(text: str, rank: int) -> str:
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """What is measured and how.
+    """What is measured and how. The command's flags and their help come from here."""
 
-    metric: of `offramp_lab.experiments.analysis.free_running.METRICS`; None: see `metric_for`.
-    decode_depths: depths of free-running decoding; None: all, or twelve spread evenly.
-    exit_in_prefill: whether first tokens exit early too, where the prompt is causal; None: as the
-        adapter's policy has it, and where a depth is forced they do.
-    max_new_tokens: longest answer.
-    batch_size: changes memory and time, not results.
-    confidence, resamples, seed: of the bootstrap intervals.
-    """
-
-    metric: str | None = None
-    decode_depths: tuple[int, ...] | None = None
-    exit_in_prefill: bool | None = None
-    max_new_tokens: int = 40
-    batch_size: int = 32
-    confidence: float = 0.95
-    resamples: int = 1000
-    seed: int = 0
+    metric: str | None = option(
+        None, "quality of answers", choices=METRICS,
+        shown="rouge_l for answers of more than five words, else exact_match_normalised",
+    )  # fmt: skip
+    decode_depths: tuple[int, ...] | None = option(
+        None, "decode with every token exiting at these", shown="all, or twelve spread evenly"
+    )
+    exit_in_prefill: bool | None = option(
+        None, "let first tokens exit early too, where the prompt is causal",
+        shown="as the adapter's policy has it; where a depth is forced they do",
+    )  # fmt: skip
+    max_new_tokens: int = option(40, "longest answer")
+    batch_size: int = option(32, "examples at once; changes memory and time, not results")
+    confidence: float = option(0.95, "of the bootstrap's intervals")
+    resamples: int = option(1000, "of the bootstrap")
+    seed: int = option(0, "of the bootstrap")
 
     def __post_init__(self) -> None:
         counts = ("max_new_tokens", "batch_size", "resamples")
@@ -101,6 +108,10 @@ class AnalysisConfig:
                 f"This analysis cannot start: {'; '.join(wrong)}.",
                 "Give counts of 1 or more, and a confidence between 0 and 1.",
             )
+
+    def draws(self, examples: Sequence[Example]) -> Bootstrap:
+        """Intervals over the images of examples."""
+        return Bootstrap(_pictures(examples), self.confidence, self.resamples, self.seed)
 
 
 def analyse(
@@ -141,20 +152,31 @@ def analyse(
     Raises:
         DataError: no examples, a prompt leaves no room for an answer, or images are shared with
             the adapter's training or calibration.
-        InputError: a decode depth is not one of the backbone's.
+        InputError: a decode depth is not one of the backbone's, or the metric is not known.
     """
     model = model if isinstance(model, Adapter) else Backbone.of(model)
     _check_examples(model, examples, allow_seen)
-    run = _Run.of(model, encoder, examples, config, progress)
+    labelled = [example for example in examples if example.answers]
+    name, judge = config.metric or "quality", quality
+    if judge is None:
+        name, judge = metric_for(labelled, config.metric)
+    adapter = model if isinstance(model, Adapter) else None
+    seen = observe(adapter, encoder, examples, config, progress)
+    all_draws, draws = config.draws(examples), config.draws(labelled)
+    forced = {n: {"agreement": curve(r, r.final, all_draws)} for n, r in seen.own.items()}
+    for kind, replayed in seen.labelled.items():
+        forced[kind]["accuracy"] = curve(replayed, replayed.targets, draws)
     result = {
         "format": FORMAT,
         "backbone": encoder.backbone.name,
         "layers": encoder.backbone.depth,
-        "exits": list(run.adapter.exits.depths) if run.adapter else [],
+        "exits": list(adapter.exits.depths) if adapter else [],
         "n": len(examples),
         "pictures": len(set(_pictures(examples))),
         "settings": asdict(config),
-        **run.measure(quality, token_class),
+        "teacher_forced": forced,
+        **_free_running(seen, examples, name, judge, all_draws, draws),
+        "needed_depth": _needed(seen.own, encoder, token_class),
         "provenance": provenance(config.seed, sys.argv, examples_digest(examples)),
     }
     if out is not None:
@@ -180,121 +202,176 @@ def _check_examples(
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One analysis: the examples, and the exits that look at them ("lens", "exits")."""
-
-    adapter: Adapter | None
-    encoder: InputProcessor
-    examples: Sequence[Example]
-    config: AnalysisConfig
-    sets: Mapping[str, ExitSet]
-    progress: Any
-
-    @classmethod
-    def of(
-        cls,
-        model: Adapter | Backbone,
-        encoder: InputProcessor,
-        examples: Sequence[Example],
-        config: AnalysisConfig,
-        progress: Any,
-    ) -> _Run:
-        backbone = encoder.backbone
-        sets = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), kind="lens"))}
-        adapter = model if isinstance(model, Adapter) else None
-        if adapter is not None:
-            sets["exits"] = adapter.exits
-            if (first := config.exit_in_prefill) is not None:
-                policy = replace(adapter.policy, exit_in_prefill=first)
-                adapter = replace(adapter, policy=policy)
-        return cls(adapter, encoder, examples, config, sets, progress)
-
-    def draws(self, examples: Sequence[Example]) -> Bootstrap:
-        config = self.config
-        return Bootstrap(_pictures(examples), config.confidence, config.resamples, config.seed)
-
-    def measure(self, quality: Quality | None, token_class: TokenClass) -> dict[str, Any]:
-        labelled = [e for e in self.examples if e.answers]
-        name, metric = self.config.metric or "quality", quality
-        if metric is None:
-            name, metric = metric_for(labelled, self.config.metric)
-        depths = _decode_depths(self.config, self.encoder.backbone.depth)
-        options = {
-            "max_new_tokens": self.config.max_new_tokens,
-            "batch_size": self.config.batch_size,
-            "progress": self.progress,
-        }
-        full = generate_answers(self.encoder.backbone, self.encoder, self.examples, **options)
-        forced_policy = ExitPolicy(exit_in_prefill=self.config.exit_in_prefill is not False)
-        free = FreeRunning(
-            self.encoder, self.examples, full, metric, self.draws, options, forced_policy
-        )
-        written = [
-            Answered(example, answer.ids, labelled=False)
-            for example, answer in zip(self.examples, full, strict=True)
-        ]
-        people = [
-            Answered(e, tuple(self.encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
-            for e in labelled
-        ]
-        own = {n: self._replay(exits, written) for n, exits in self.sets.items()}
-        true = {n: self._replay(e, people) for n, e in self.sets.items()} if people else {}
-        forced = {n: {"agreement": curve(r, r.final, self.draws(self.examples))}
-                  for n, r in own.items()}  # fmt: skip
-        for n, r in true.items():
-            forced[n]["accuracy"] = curve(r, r.targets, self.draws(labelled))
-        running: dict[str, Any] = {"metric": name} if people else {}
-        for n, exits in self.sets.items():
-            running[n] = free.curves(exits, depths if n == "lens" else exits.depths)
-        overthinking_by = {n: overthinking(r, self.draws(labelled)) for n, r in true.items()}
-        if self.adapter is not None and self.adapter.policy.thresholds:
-            answers = free.decode(self.adapter, self.adapter.policy)
-            running["policy"] = free.by_policy(answers)
-            if true:
-                overthinking_by |= self._policy(self.adapter, free, answers, people, true["exits"])
-        return {
-            "teacher_forced": forced,
-            "free_running": running,
-            **({"overthinking": overthinking_by} if true else {}),
-            "needed_depth": _needed(own, self.encoder, token_class),
-        }
-
-    def _replay(self, exits: ExitSet, rows: Sequence[Answered]) -> Replay:
-        """What exits say when they read the whole vocabulary."""
-        return replay(
-            self.encoder, exits, rows,
-            batch_size=self.config.batch_size, progress=self.progress,
-        )  # fmt: skip
-
-    def _policy(
-        self,
-        adapter: Adapter,
-        free: FreeRunning,
-        answers: Sequence[Answer],
-        people: Sequence[Answered],
-        true: Replay,
-    ) -> dict[str, Any]:
-        """What the adapter's own policy makes of labelled examples, its `answers` to all given:
-        of answers against the full model's and, if the policy can be replayed, of tokens.
-
-        people: the labelled answers. true: what the exits say along them.
-        """
-        tokens = overthought(true)
-        figures = {"answers": free.against_full(answers, np.asarray(tokens.any(1)))}
-        if not can_replay(adapter.policy):
-            log.warning("This policy cannot be replayed, so it is judged by its answers alone.")
-            return figures
-        replayed = PolicyReplay.of(
-            self.encoder, adapter.exits, people, adapter.policy,
-            batch_size=self.config.batch_size, progress=self.progress,
-        )  # fmt: skip
-        draws = self.draws(free.labelled)
-        return {**figures, "policy": by_policy(replayed.replay, replayed.depths(), draws, tokens)}
+def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Quality]:
+    """The metric `name`; None: rouge_l where answers have more than five words on average, else
+    exact_match_normalised. Raise `InputError` if it is not known.
+    """
+    check_known("Metric", [name] if name else [], METRICS)
+    words = [len(answer.split()) for e in examples for answer in e.answers]
+    long = bool(words) and sum(words) / len(words) > _LONG
+    name = name or ("rouge_l" if long else "exact_match_normalised")
+    return name, QUALITIES[name]
 
 
 def _pictures(examples: Sequence[Example]) -> list[str]:
     return [example.group or example.key for example in examples]
+
+
+# -- what a model does ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that a model was asked for. By kind of exit ("lens", "exits"):
+
+    own, labelled: what every depth says along the full model's own answers, and along the data's.
+    forced: answers to all examples where every token exits at one depth, the full model's last.
+    policy: the answers by the adapter's own policy; None: it has none. policy_replay: the depths
+    that it gives to the data's answers; None: it cannot be replayed, or there are none.
+    """
+
+    own: Mapping[str, Replay]
+    labelled: Mapping[str, Replay]
+    forced: Mapping[str, Mapping[int, Sequence[Answer]]]
+    full: Sequence[Answer]
+    policy: Sequence[Answer] | None
+    policy_replay: PolicyReplay | None
+
+
+def observe(
+    adapter: Adapter | None,
+    encoder: InputProcessor,
+    examples: Sequence[Example],
+    config: AnalysisConfig,
+    progress: Any = iter,
+) -> Observed:
+    """Decode and replay; see `Observed`."""
+    backbone = encoder.backbone
+    kinds = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), kind="lens"))}
+    depths = {"lens": _decode_depths(config, backbone.depth)}
+    if adapter is not None:
+        kinds["exits"], depths["exits"] = adapter.exits, adapter.exits.depths
+        if (first := config.exit_in_prefill) is not None:
+            adapter = replace(adapter, policy=replace(adapter.policy, exit_in_prefill=first))
+    size: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
+    asked = {"max_new_tokens": config.max_new_tokens, **size}
+    full = generate_answers(backbone, encoder, examples, **asked)
+    written = [Answered(e, a.ids, labelled=False) for e, a in zip(examples, full, strict=True)]
+    people = [
+        Answered(e, tuple(encoder.answer_ids(e.prompt, e.answers[0])), labelled=True)
+        for e in examples
+        if e.answers
+    ]
+    own = {name: replay(encoder, exits, written, **size) for name, exits in kinds.items()}
+    labelled = {n: replay(encoder, exits, people, **size) for n, exits in kinds.items() if people}
+    # A threshold of 0: every token exits, the first one too where the prompt allows it.
+    rule = ExitPolicy(exit_in_prefill=config.exit_in_prefill is not False)
+    forced: dict[str, dict[int, Sequence[Answer]]] = {}
+    for name, exits in kinds.items():
+        at_one = Adapter(backbone, exits)
+        forced[name] = {
+            depth: generate_answers(
+                at_one, encoder, examples, replace(rule, thresholds={depth: 0.0}), **asked
+            )
+            for depth in depths[name]
+        }
+        forced[name][backbone.depth] = full
+    policy = policy_replay = None
+    if adapter is not None and adapter.policy.thresholds:
+        policy = generate_answers(adapter, encoder, examples, adapter.policy, **asked)
+        if people and can_replay(adapter.policy):
+            policy_replay = PolicyReplay.of(encoder, adapter.exits, people, adapter.policy, **size)
+        elif people:
+            log.warning("This policy cannot be replayed, so it is judged by its answers alone.")
+    return Observed(own, labelled, forced, full, policy, policy_replay)
+
+
+def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
+    if config.decode_depths is not None:
+        return check_depths(config.decode_depths, layers)
+    spread = np.linspace(1, layers - 1, min(_DECODED, layers - 1))
+    return tuple(sorted({round(d) for d in spread.tolist()}))
+
+
+# -- what was seen --------------------------------------------------------------------------------
+
+
+def _free_running(
+    seen: Observed,
+    examples: Sequence[Example],
+    metric: str,
+    quality: Quality,
+    all_draws: Bootstrap,
+    draws: Bootstrap,
+) -> dict[str, Any]:
+    """`free_running` and `overthinking`. all_draws: over all examples; draws: labelled ones."""
+    labelled = [example for example in examples if example.answers]
+
+    def identical(answers: Sequence[Answer]) -> Array:
+        """Which answers [N] are the full model's, as 1 and 0."""
+        return np.array([float(a.ids == b.ids) for a, b in zip(answers, seen.full, strict=True)])
+
+    def judged(answers: Sequence[Answer]) -> Array:
+        """Quality [N] of the answers to labelled examples."""
+        asked = [a for a, e in zip(answers, examples, strict=True) if e.answers]
+        return np.asarray(quality(asked, labelled), dtype=np.float64)
+
+    measures = {"identical": (identical, all_draws)}
+    if labelled:
+        measures["quality"] = (judged, draws)
+    running: dict[str, Any] = {"metric": metric} if labelled else {}
+    for kind, answers in seen.forced.items():
+        running[kind] = {
+            name: _by_depth(answers, measure, over) for name, (measure, over) in measures.items()
+        }
+    thought = {kind: overthinking(r, draws) for kind, r in seen.labelled.items()}
+    if seen.policy is not None:
+        depths = [depth for answer in seen.policy for depth in answer.depths]
+        running["policy"] = {
+            "mean_depth": float(np.mean(depths)),
+            **{name: over.mean(measure(seen.policy)) for name, (measure, over) in measures.items()},
+        }
+        if labelled:
+            early, full = judged(seen.policy), judged(seen.full)
+            running["policy"]["difference"] = draws.mean(early, full)
+            tokens = overthought(seen.labelled["exits"])
+            thought["answers"] = _against_full(early, full, np.asarray(tokens.any(1)), draws)
+        if seen.policy_replay is not None:
+            replayed = seen.policy_replay
+            thought["policy"] = by_policy(replayed.replay, replayed.depths(), draws, tokens)
+    return {"free_running": running, **({"overthinking": thought} if labelled else {})}
+
+
+def _by_depth(
+    answers: Mapping[int, Sequence[Answer]],
+    measure: Callable[[Sequence[Answer]], Array],
+    draws: Bootstrap,
+) -> dict[str, Any]:
+    values = np.stack([measure(decoded) for decoded in answers.values()], 1)
+    return {
+        "depths": list(answers),
+        "values": [draws.mean(column) for column in values.T],
+        "dip": dip(list(answers), values, np.ones(len(values)), draws),
+    }
+
+
+def _against_full(early: Array, full: Array, subset: Array, draws: Bootstrap) -> dict[str, Any]:
+    """Labelled answers [N] that are better and worse than the full model's.
+
+    subset: those [N] whose quality is also given by itself.
+    """
+    within = draws.within(subset)
+    return {
+        "n": len(full),
+        "better": int((early > full).sum()),
+        "worse": int((early < full).sum()),
+        "difference": draws.mean(early, full),
+        "with_overthought_tokens": {
+            "n": int(subset.sum()),
+            "policy": within.mean(early[subset]),
+            "full": within.mean(full[subset]),
+        },
+    }
 
 
 def _needed(
@@ -317,13 +394,6 @@ def _needed(
     return needed_by_exits
 
 
-def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
-    if config.decode_depths is not None:
-        return check_depths(config.decode_depths, layers)
-    spread = np.linspace(1, layers - 1, min(_DECODED, layers - 1))
-    return tuple(sorted({round(d) for d in spread.tolist()}))
-
-
 def _classes(
     targets: Array, encoder: InputProcessor, token_class: TokenClass
 ) -> tuple[Array, Array]:
@@ -337,3 +407,69 @@ def _classes(
     look = [[(texts[i], classes[i]) for i in row] for row in targets.tolist()]
     both = np.array(look, dtype=object)
     return both[..., 0], both[..., 1]
+
+
+# -- ten lines of it ------------------------------------------------------------------------------
+
+_CURVES = {
+    "agreement": ("teacher_forced", "tokens as the final layer's"),
+    "accuracy": ("teacher_forced", "tokens right"),
+    "identical": ("free_running", "answers as the full model's"),
+    "quality": ("free_running", "quality of answers"),
+}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What an analysis found, for a terminal: at the depths of the exits, or of a few of the
+    lens."""
+    layers, exits, running = result["layers"], result["exits"], result["free_running"]
+    kind = "exits" if exits else "lens"
+    own = result["teacher_forced"][kind]["agreement"]["depths"]
+    shown = exits or sorted({min(own, key=lambda d: abs(d - layers * q / 4)) for q in (1, 2, 3)})
+
+    def at(place: tuple[str, str, str], depth: int) -> str:
+        part, of, name = place
+        found = result[part].get(of, {}).get(name)
+        if found is None or depth not in found["depths"]:
+            return "-"
+        return percent(found["values"][found["depths"].index(depth)]["value"])
+
+    rows = {
+        title + (f", {of}" if name == "agreement" and exits else ""): (part, of, name)
+        for name, (part, title) in _CURVES.items()
+        for of in (("lens", kind) if name == "agreement" and exits else (kind,))
+        if name in result[part][of]
+    }
+    columns = {f"at {d}": d for d in shown} | {f"at {layers}, the full model": layers}
+    falls = [
+        f"{_CURVES[name][1]} ({of}) by {percent(found['dip']['fall'])} from "
+        f"{found['dip']['from_depth']} to {found['dip']['to_depth']}"
+        for name, (part, _) in _CURVES.items()
+        for of in ("lens", "exits")
+        if (found := result[part].get(of, {}).get(name)) and found["dip"]["found"]
+    ]
+    needed = result["needed_depth"]
+    lines = [
+        f"{result['backbone']}: {layers} layers, "
+        f"{'exits at ' + ', '.join(map(str, exits)) if exits else 'no exits'}; "
+        f"{result['n']} examples of {result['pictures']} images"
+        + (f"; quality is {running['metric']}" if "metric" in running else ""),
+        Table.grid(rows, columns, at).plain(),
+        "a token needs "
+        + ", ".join(f"{of['all']['mean_depth']:.1f} layers ({n})" for n, of in needed.items())
+        + "; dips: "
+        + (", ".join(falls) or "none is found"),
+    ]
+    if thought := result.get("overthinking"):
+        early = thought[kind]["overthought"]["share"]
+        lines.append(
+            f"overthought: {with_interval(early, fine)} of the labelled tokens ({kind}) are right "
+            "at some depth and wrong at the last"
+        )
+    if policy := running.get("policy"):
+        better = f", quality {100 * policy['difference']['value']:+.2f}%" if thought else ""
+        lines.append(
+            f"the adapter's policy: mean depth {policy['mean_depth']:.2f}, "
+            f"{with_interval(policy['identical'])} of the answers the full model's{better}"
+        )
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ rounds; figures are ratios of medians. What was predicted is the cost of the ver
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,11 @@ from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_fn, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
-from offramp.provenance import provenance
+from offramp.report.html import times
+from offramp.report.table import Table
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts
+from offramp_lab.experiments.experiment import machine
 
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {"kv": "recompute"},
@@ -171,7 +173,6 @@ def entry(
 ) -> dict[str, Any]:
     """One line of the record. predicted, measured: speed in multiples of full depth's; for policy
     "full", of HF `generate`'s."""
-    origin = provenance(None, "", None)
     what = "full depth against HF generate" if depth is None else f"{policy}, exit at {depth}"
     return {
         "name": f"{backbone.name}: {what}" + ("" if rate is None else f", {rate:.0%}"),
@@ -184,8 +185,7 @@ def entry(
         "predicted": predicted,
         "measured": measured,
         "repeats": repeats,
-        "machine": {n: origin[n] for n in ("processor", "platform", "accelerator", "threads")},
-        "versions": origin["versions"],
+        **machine(),
         **extra,
     }
 
@@ -310,12 +310,16 @@ def table(costs: Costs, entries: Sequence[Mapping[str, Any]]) -> str:
         "token besides": f"{costs.token / unit:.2f}",
         "re-entry": f"{costs.reenter / unit:.2f}",
     }
+    told: dict[str, Callable[[Any], str]] = {
+        "": lambda e: str(e["name"]),
+        "predicted": lambda e: times(e["predicted"]),
+        "measured": lambda e: times(e["measured"]),
+    }
     lines = [
         f"{costs.layers} layers, batch {costs.batch}, {costs.context} tokens in the cache: "
         f"{costs.full * 1e3:.2f} ms a token, {unit * 1e3:.3f} ms a layer; in layers:",
         *(f"  {name:26}{value}" for name, value in parts.items()),
         "",
-        f"{'':60}{'predicted':>10}{'measured':>10}",
-        *(f"{e['name']:60}{e['predicted']:>9.2f}x{e['measured']:>9.2f}x" for e in entries),
+        Table.of(entries, told).plain(),
     ]
     return "\n".join(lines)

@@ -28,7 +28,8 @@ from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-from offramp.provenance import provenance
+from offramp.report.html import times
+from offramp.report.table import Table
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
@@ -39,6 +40,7 @@ from offramp_lab.experiments.benchmark.simulator import (
     replay,
 )
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls
+from offramp_lab.experiments.experiment import Experiment, machine
 
 REPEATS = 2
 """Of each call, in every round, when costs are measured."""
@@ -221,7 +223,7 @@ def bench_engine(
     shortlist: bool = False,
     stock: Backbone | None = None,
     clock: Clock = time.perf_counter,
-    progress: Any = iter,
+    title: str = "",
 ) -> tuple[CallCosts, list[dict[str, Any]]]:
     """Costs, and an entry for each case and the full model.
 
@@ -229,34 +231,38 @@ def bench_engine(
     model, of the static batch's. against_static: of every case. stock: whose static batch it is,
     where the backbone's own weights are laid out anew (`offramp.models.quantized.prepacked`); then
     against_static_prepacked is of a static batch with the backbone's. clock: returns seconds; on a
-    shared machine, `time.thread_time` with one thread.
+    shared machine, `time.thread_time` with one thread. title: of a progress bar.
     """
     cases = [EngineCase("full"), *(case for case in cases if case.mode != "full")]
     requests = requests or 3 * config.slots
-    runs: dict[EngineCase, list[Measured]] = {case: [] for case in cases}
     batches = {"against_static": stock or backbone}
     if stock is not None:
         batches["against_static_prepacked"] = backbone
-    static: dict[str, list[float]] = {name: [] for name in batches}
-    taken: list[CallCosts] = []
     prove(backbone, inputs)  # else the first prompt would find the executor
-    for number in progress(range(rounds)):
-        for name, model in batches.items():
-            static[name].append(static_batch(model, inputs, config.slots, lengths[1], clock))
-        taken.append(  # in every round, as the machine's speed changes
-            costs_of(
-                backbone, exits, inputs, config,
-                answer=sum(lengths) // 4, shortlist=shortlist, clock=clock,
-            )
+
+    def taken(_: int) -> CallCosts:
+        return costs_of(
+            backbone, exits, inputs, config,
+            answer=sum(lengths) // 4, shortlist=shortlist, clock=clock,
         )  # fmt: skip
-        for case in cases:
-            runs[case].append(
-                run_case(
-                    backbone, exits, inputs, case, config, requests=requests, lengths=lengths,
-                    shortlist=shortlist, seed=number, clock=clock,
-                )
-            )  # fmt: skip
-    costs = CallCosts.median(taken)
+
+    def run(seed: int, case: EngineCase) -> Measured:
+        return run_case(
+            backbone, exits, inputs, case, config, requests=requests, lengths=lengths,
+            shortlist=shortlist, seed=seed, clock=clock,
+        )  # fmt: skip
+
+    def batch(_: int, model: Backbone) -> float:
+        return static_batch(model, inputs, config.slots, lengths[1], clock)
+
+    methods: dict[Any, Callable[[int], Any]] = {
+        name: partial(batch, model=model) for name, model in batches.items()
+    }
+    methods["costs"] = taken  # in every round, as the machine's speed changes
+    methods |= {case: partial(run, case=case) for case in cases}
+    # An input is a round: each draws anew which tokens exit.
+    found = {n: of for n, [of] in Experiment(methods, range(rounds), title=title).run().items()}
+    costs = CallCosts.median(found["costs"])
     predict = partial(predict_case, costs, config=config, lengths=lengths, requests=requests)
     predictions = {case: [predict(case, seed=n) for n in range(rounds)] for case in cases}
     shared: dict[str, Any] = {
@@ -265,7 +271,8 @@ def bench_engine(
         "lengths": lengths,
         "context": costs.context,
     }
-    figures = _figures(runs, predictions, {name: median(of) for name, of in static.items()})
+    runs = {case: found[case] for case in cases}
+    figures = _figures(runs, predictions, {name: median(found[name]) for name in batches})
     return costs, [_entry(backbone, case, config, **shared, **figures[case]) for case in cases]
 
 
@@ -303,7 +310,6 @@ def _figures(
 def _entry(
     backbone: Backbone, case: EngineCase, config: EngineConfig, *, depth: int, **figures: Any
 ) -> dict[str, Any]:
-    origin = provenance(None, "", None)
     p50, p95, p99 = figures.pop("gaps")
     return {
         "name": f"{backbone.name}, {config.slots} slots: {case.label}",
@@ -320,28 +326,26 @@ def _entry(
         "p99": p99,
         **figures,
         "load": os.getloadavg()[0],
-        "machine": {n: origin[n] for n in ("processor", "platform", "accelerator", "threads")},
-        "versions": origin["versions"],
+        **machine(),
     }
 
 
 def table(costs: CallCosts, entries: Sequence[Mapping[str, Any]]) -> str:
     """Costs and cases, as a person reads them on a terminal."""
-    lines = [
-        f"{costs.slots} slots, {costs.context} tokens of context; milliseconds by tokens:",
-        *(
-            f"  {name:8}" + "".join(f"{n:>5}: {1e3 * s:<7.1f}" for n, s in getattr(costs, name))
-            for name in ("feed", "deep", "head", "full")
-        ),
-        f"  a prompt {1e3 * costs.read:.1f}",
-        "",
-        f"{'':52}{'predicted':>10}{'measured':>10}{'static':>8}"
-        f"{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}",
-    ]
-    for e in entries:
-        gaps = "".join(f"{1e3 * e[q]:>10.1f}" for q in ("p50", "p95", "p99"))
-        lines.append(
-            f"{e['name']:52}{e['predicted']:>9.2f}x{e['measured']:>9.2f}x"
-            f"{e['against_static']:>7.2f}x{gaps}"
-        )
-    return "\n".join(lines)
+    parts = {name: getattr(costs, name) for name in ("feed", "deep", "head", "full")}
+    told: dict[str, Callable[[Any], str]] = {
+        "": lambda e: str(e["name"]),
+        "predicted": lambda e: times(e["predicted"]),
+        "measured": lambda e: times(e["measured"]),
+        "static": lambda e: times(e["against_static"]),
+        "p50 ms": lambda e: f"{1e3 * e['p50']:.1f}",
+        "p95 ms": lambda e: f"{1e3 * e['p95']:.1f}",
+        "p99 ms": lambda e: f"{1e3 * e['p99']:.1f}",
+    }
+    spent = ", ".join(
+        f"{name} {' '.join(f'{n}: {1e3 * s:.1f}' for n, s in part)}" for name, part in parts.items()
+    )
+    return (
+        f"{costs.slots} slots, {costs.context} tokens of context; milliseconds by tokens: {spent}; "
+        f"a prompt {1e3 * costs.read:.1f}\n\n{Table.of(entries, told).plain()}"
+    )

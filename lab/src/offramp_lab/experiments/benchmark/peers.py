@@ -8,7 +8,7 @@ drafts do. A peer that fails is listed with the reason that HF gives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,9 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.models.exits import Exits
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.experiments.experiment import same
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "num_beams": 1}
 LOOKUPS = (2, 4, 8)
@@ -186,24 +189,23 @@ def _speeds(timings: Mapping[str, Timing], bursting: Sequence[str]) -> dict[str,
     for name, timing in timings.items():
         behind = [a - b for a, b in zip(timing.seconds, prefill, strict=True)]
         decoding = replace(timing, decode=behind) if name in bursting else timing
-        same = [a == b for a, b in zip(timing.answers, full.answers, strict=True)]
         speeds[name] = {
             "speedup_decode": decoding.tokens_per_second / full.tokens_per_second,
             "speedup_end_to_end": speedup(full.seconds, timing.seconds),
-            "identical": sum(same) / len(same),
+            "identical": same(timing.answers, full.answers) / len(full.answers),
         }
     return speeds
 
 
 def table(peers: Mapping[str, Mapping[str, Any]]) -> str:
     """Peers as a person reads them on a terminal."""
-    lines = [f"{'':24}{'decode':>9}{'end to end':>12}{'identical':>11}"]
-    for name, peer in peers.items():
-        if "not_applicable" in peer:
-            lines.append(f"{name:24}not applicable: {peer['not_applicable']}")
-            continue
-        lines.append(
-            f"{name:24}{peer['speedup_decode']:>8.2f}x{peer['speedup_end_to_end']:>11.2f}x"
-            f"{peer['identical']:>11.1%}  {peer['setting']}"
-        )
-    return "\n".join(lines)
+    ran = {name: peer for name, peer in peers.items() if "not_applicable" not in peer}
+    told: dict[str, Callable[[Any], str]] = {
+        "": lambda of: str(of[0]),
+        "decode": lambda of: times(of[1]["speedup_decode"]),
+        "end to end": lambda of: times(of[1]["speedup_end_to_end"]),
+        "identical": lambda of: f"{of[1]['identical']:.1%}",
+        "setting": lambda of: str(of[1]["setting"]),
+    }
+    skipped = (f"{n}: {p['not_applicable']}" for n, p in peers.items() if n not in ran)
+    return "\n".join([Table.of(ran.items(), told).plain(), *skipped])

@@ -32,7 +32,8 @@ from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
 from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid
 from offramp_lab.experiments.comparison.methods import DEFAULT, Plan
-from offramp_lab.experiments.comparison.points import Entry, PointMeasurer, bar
+from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
+from offramp_lab.experiments.experiment import bar
 
 
 def compare(

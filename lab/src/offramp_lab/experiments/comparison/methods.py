@@ -9,6 +9,7 @@ from typing import Any
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
 from offramp.errors import InputError, check_known
 from offramp.report.tradeoff import FREE
+from offramp.training.config import FREE as ADDED
 from offramp.training.config import OBJECTIVES as TERMS
 from offramp.training.config import TrainConfig
 
@@ -73,7 +74,7 @@ class Plan:
         need more than one. None: a quarter, a half and three quarters of the layers.
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all exit, for a curve must reach the quality at which it is read.
-    training: what all objectives share.
+    training: what all objectives share; FREE is what it has as it is.
     exit_in_prefill: as in `ExitPolicy`, for every point.
     seeds: how often all of it is trained and timed anew, from `training.seed` on; speeds
         are means.
@@ -86,7 +87,7 @@ class Plan:
     depths: tuple[int, ...] | None = None
     several: tuple[int, ...] | None = None
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None))
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None, **ADDED))
     seeds: int = 1
     exit_in_prefill: bool = True
     timed: int = 12

@@ -20,8 +20,8 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
 from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
-from offramp.progress import progress
 from offramp_lab.experiments.comparison.methods import Plan
+from offramp_lab.experiments.experiment import bar
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,12 @@ class PointMeasurer:
     def figures(self, entry: Entry) -> dict[str, Any]:
         """Quality of the answers by a point, and how deep their tokens ran."""
         answers = self.answers(entry.adapter, entry.rule, self._batches)
-        same = [a.ids == b.ids for a, b in zip(answers, self.full, strict=True)]
         qualities = self._qualities(answers)
         quality = float(qualities.mean())
         return {
             "quality": quality,
             "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
-            "agreement": sum(same) / len(same),
+            "agreement": float(self._same(answers).mean()),
             "mean_depth": float(np.mean([depth for a in answers for depth in a.depths])),
             "each": np.round(qualities, 6).tolist(),
         }
@@ -82,6 +81,10 @@ class PointMeasurer:
     def _qualities(self, answers: Sequence[Answer]) -> Any:
         if self.quality is not None:
             return self.quality(answers, self.test)
+        return self._same(answers)
+
+    def _same(self, answers: Sequence[Answer]) -> Any:
+        """Which answers [N] are the full model's, as 1 and 0."""
         return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
 
     def answers(
@@ -170,7 +173,3 @@ class _Inputs:
                 self._kept[number] = inputs
                 self._room -= size
             yield inputs
-
-
-def bar(title: str) -> Any:
-    return lambda iterable: progress(iterable, title)

@@ -22,7 +22,6 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.decoding.prompt import PromptReader
@@ -33,13 +32,14 @@ from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.provenance import provenance
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.simulator import quantiles
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
+from offramp_lab.experiments.experiment import Experiment, machine
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.engine import add_to_record
+from offramp_lab.records.record import asked, named
 
 Inputs = Mapping[str, Any]
 
@@ -192,72 +192,56 @@ def predicted_engine(arrivals: Sequence[Arrival], slots: int, costs: CallCosts) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", nargs="?", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(5, 60))
-    parser.add_argument("--load", type=float, default=1.5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu-time", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, dtype="bfloat16", clock=True, slots=8, requests=64, load=1.5, rounds=3,
+        more=lambda parser: (
+            parser.add_argument("shape", nargs="?", default="smollm2-135m"),
+            parser.add_argument("--lengths", type=int, nargs=2, default=(5, 60)),
+        ),
+    )  # fmt: skip
     entry = measure(arguments)
     print(*(f"{name}: {value}" for name, value in entry.items()), sep="\n")
     add_to_record(arguments.shape, arguments.dtype, arguments.slots, {"arrivals": entry})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both ways answer the arrivals of each round, which is an input of its own."""
     known, slots, lengths = shape(arguments.shape), arguments.slots, tuple(arguments.lengths)
-    work = time.thread_time if arguments.cpu_time else time.perf_counter
-    backbone = known.build(getattr(torch, arguments.dtype))
+    work, backbone = arguments.clock, known.build(getattr(torch, arguments.dtype))
     inputs = known.inputs(backbone)
     config = EngineConfig(slots=slots, limit=inputs["input_ids"].shape[1] + lengths[1] + 1)
     costs = _engine_costs(backbone, inputs, config, work)
     prompts, step = _static_costs(backbone, inputs, slots, work)
-    full = seconds(costs.full, slots)
-    rate = arguments.load * slots / (mean(lengths) * full + slots * costs.read)
-    runs: dict[str, list[Outcome]] = {"static": [], "engine": []}
-    predicted = []
-    for number in tqdm(range(arguments.rounds), "rounds"):
-        arrivals = poisson(rate, arguments.requests, lengths, number)
-        clock = Clock(work)
-        runs["static"].append(in_static_batches(backbone, inputs, arrivals, slots, clock))
+    rate = arguments.load * slots / (
+        mean(lengths) * seconds(costs.full, slots) + slots * costs.read
+    )  # fmt: skip
+    drawn = [poisson(rate, arguments.requests, lengths, seed) for seed in range(arguments.rounds)]
+
+    def static(arrivals: Sequence[Arrival]) -> Outcome:
+        return in_static_batches(backbone, inputs, arrivals, slots, Clock(work))
+
+    def engine(arrivals: Sequence[Arrival]) -> Outcome:
         clock = Clock(work)
         core = EngineCore(backbone, config=config, clock=clock)
-        runs["engine"].append(in_the_engine(core, inputs, arrivals, clock))
-        predicted.append(
-            predicted_static(arrivals, slots, prompts, step)
-            / predicted_engine(arrivals, slots, costs)
-        )
-    ratios = [
-        static.seconds / engine.seconds for static, engine in zip(*runs.values(), strict=True)
+        return in_the_engine(core, inputs, arrivals, clock)
+
+    found = Experiment({"static": static, "engine": engine}, drawn).run()
+    runs = {name: outcomes for name, [outcomes] in found.items()}
+    ratios = [one.seconds / other.seconds for one, other in zip(*runs.values(), strict=True)]
+    predicted = [
+        predicted_static(some, slots, prompts, step) / predicted_engine(some, slots, costs)
+        for some in drawn
     ]
-    return _entry(arguments, backbone, rate, ratios, predicted, runs)
-
-
-def _entry(
-    arguments: argparse.Namespace,
-    backbone: Backbone,
-    rate: float,
-    ratios: Sequence[float],
-    predicted: Sequence[float],
-    runs: Mapping[str, Sequence[Outcome]],
-) -> dict[str, Any]:
-    lengths = tuple(arguments.lengths)
-    origin = provenance(None, "", None)
     return {
-        "name": f"{backbone.name}, {arguments.slots} slots: full, answers of {lengths[0]} to "
-        f"{lengths[1]} tokens that come as they like",
-        "shape": arguments.shape, "dtype": arguments.dtype, "slots": arguments.slots,
+        "name": f"{backbone.name}, {slots} slots: full, answers of {lengths[0]} to {lengths[1]} "
+        "tokens that come as they like",
+        "shape": arguments.shape, "dtype": arguments.dtype, "slots": slots,
         "mode": "full", "exit_rate": 0.0, "lengths": lengths, "requests": arguments.requests,
         "load": arguments.load, "arrivals_per_second": rate, "rounds": arguments.rounds,
-        "clock": "thread" if arguments.cpu_time else "wall",
+        "clock": named(work),
         "predicted": median(predicted), "measured": median(ratios), "ratios": ratios,
         **{name: _summary(outcomes) for name, outcomes in runs.items()},
-        "machine": {n: origin[n] for n in ("processor", "platform", "accelerator", "threads")},
-        "versions": origin["versions"],
+        **machine(),
     }  # fmt: skip
 
 

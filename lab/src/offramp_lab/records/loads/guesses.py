@@ -13,30 +13,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offramp.answers import full_model_answers
 from offramp.calibration.replay import Array, PolicyReplay
 from offramp.data.example import Example
-from offramp_lab.records.loads.subjects import Subject, add_photo, keep, photo, tiny
+from offramp_lab.records.loads.subjects import Subject, keep, photo, tiny
+from offramp_lab.records.record import asked
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_photo(parser)
-    parser.add_argument("--t5", type=Path, help="exits that `offramp demo --backbone t5` trained")
-    parser.add_argument("--images", type=int, default=240, help="a model")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, photo=False, images=240,
+        more=lambda parser: parser.add_argument(
+            "--t5", type=Path, help="exits that `offramp demo --backbone t5` trained"
+        ),
+    )  # fmt: skip
     figures: dict[str, Any] = {}
-    asked: list[Example] = []
+    examples: list[Example] = []
     for subject in subjects(arguments):
         figures[subject.name] = measure(subject)
-        asked += subject.examples
+        examples += subject.examples
         print(subject.name, *figures[subject.name]["thresholds"], sep="\n  ", flush=True)
-    keep("guesses", figures, "offramp_lab.records.loads.guesses", asked)
+    keep("guesses", figures, "guesses", examples)
 
 
 def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:

@@ -6,7 +6,6 @@ objects of Python's garbage collector, and bytes of the slots. Rewrites "memory"
 lab/records/loads.json; some five minutes.
 """
 
-import argparse
 import gc
 import random
 from collections import Counter
@@ -22,18 +21,14 @@ from offramp.engine.policy import MODES
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
 from offramp_lab.records.loads.subjects import keep, tiny
+from offramp_lab.records.record import asked
 from offramp_lab.records.soak import resident
 
 ENDINGS = ("answered", "cancelled", "failed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=5000)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--every", type=int, default=250)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(__doc__, requests=5000, slots=8, every=250)
     subject = tiny("opt", 32)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
     core = engine_of(subject.adapter, arguments.slots)
@@ -47,7 +42,7 @@ def main() -> None:
     print(looks[0], looks[len(looks) // 3], looks[-1], seen, sep="\n")
     ends = {ending: seen[ending] for ending in ENDINGS}
     figures = {"slots": arguments.slots, "every": arguments.every, **ends, "looks": looks}
-    keep("memory", figures, "offramp_lab.records.loads.memory")
+    keep("memory", figures, "memory")
 
 
 def engine_of(adapter: Adapter, slots: int) -> EngineCore:

@@ -12,8 +12,6 @@ lab/records/loads.json, of its number format alone; five minutes each, a quiet m
 --cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
 """
 
-import argparse
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,18 +20,21 @@ from typing import Any
 
 import torch
 from examples.photo_vlm.held_out import cider
-from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.answers import Answer
-from offramp.engine.policy import FULL, MODES
+from offramp.engine.policy import FULL
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
 from offramp.serving.core import EngineConfig, EngineCore
 from offramp.serving.request import Request
-from offramp_lab.records.loads.subjects import Subject, add_photo, keep, photo
+from offramp_lab.experiments.experiment import Experiment, same
+from offramp_lab.records.loads.subjects import Subject, keep, photo
+from offramp_lab.records.record import asked, named
 
 Clock = Callable[[], float]
 Ids = tuple[int, ...]
+MODES = ("full", "early_exit", "lossless")
+"""In the order of the record."""
 
 
 @dataclass
@@ -46,58 +47,46 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_photo(parser, required=True)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument(
-        "--modes", nargs="+", default=("generate", *MODES), choices=("generate", *MODES),
-        help="full among them",
+    arguments = asked(
+        __doc__, photo=True, dtype="bfloat16", clock=True, images=64, slots=8, rounds=1,
+        more=lambda parser: parser.add_argument(
+            "--modes", nargs="+", default=("generate", *MODES), choices=("generate", *MODES),
+            help="full among them",
+        ),
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--cpu-time", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    clock, slots = arguments.clock, arguments.slots
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
-    warm = alone(replace(subject, examples=subject.examples[:2]), clock)
-    ways = {**alone(subject, clock), **together(subject, arguments.slots, clock)}
-    runs: dict[str, list[Run]] = {}
-    for number in tqdm(range(arguments.rounds), "rounds"):
-        for name, run in ways.items():
-            if name.rpartition(", ")[2] not in arguments.modes:
-                continue
-            if number == 0 and name in warm:
-                warm[name]()
-            runs.setdefault(name, []).append(run())
-            print(name, runs[name][-1].seconds, runs[name][-1].decode, flush=True)
+    few = replace(subject, examples=subject.examples[:2])
+    ways = {
+        name: run
+        for name, run in {**alone(clock), **together(slots, clock)}.items()
+        if name.rpartition(", ")[2] in arguments.modes
+    }
+    Experiment(ways, [few]).run()  # so that all code is there
+    runs = Experiment(ways, [subject], arguments.rounds, title="rounds").run()
     figures = {
-        "photographs": len(subject.examples), "slots": arguments.slots, "rounds": arguments.rounds,
-        "clock": "thread" if arguments.cpu_time else "wall", "ways": compared(subject, runs),
+        "photographs": len(subject.examples), "slots": slots, "rounds": arguments.rounds,
+        "clock": named(clock),
+        "ways": compared(subject, {name: [run for [run] in found] for name, found in runs.items()}),
     }  # fmt: skip
     print(*figures["ways"], sep="\n")
-    command = "offramp_lab.records.loads.photographs"
-    keep("photographs", {arguments.dtype: figures}, command, subject.examples)
+    keep("photographs", {arguments.dtype: figures}, "photographs", subject.examples)
 
 
-def alone(subject: Subject, clock: Clock) -> Mapping[str, Callable[[], Run]]:
-    """One request after the other."""
-    adapter, options = subject.adapter, subject.options
-    ways = {
-        "generate": stock_generate_fn(adapter.backbone, **options),
-        **{
-            mode: exit_generate_fn(
-                adapter.backbone,
-                None if mode == "full" else adapter.exits,
-                FULL if mode == "full" else adapter.policy.in_mode(mode),
-                **options,
+Way = Callable[[Subject], Run]
+
+
+def alone(clock: Clock) -> dict[str, Way]:
+    """One request after the other, by Hugging Face's `generate` and in every mode."""
+
+    def run(subject: Subject, mode: str) -> Run:
+        adapter, options = subject.adapter, subject.options
+        way = stock_generate_fn(adapter.backbone, **options)
+        if mode != "generate":
+            exits, policy = (
+                (None, FULL) if mode == "full" else (adapter.exits, adapter.policy.in_mode(mode))
             )
-            for mode in MODES
-        },
-    }
-
-    def run(way: Any) -> Run:
+            way = exit_generate_fn(adapter.backbone, exits, policy, **options)
         begin, done = clock(), Run()
         for example in subject.examples:
             inputs, first = subject.encoder.prompts([example]), FirstToken(clock)
@@ -107,20 +96,19 @@ def alone(subject: Subject, clock: Clock) -> Mapping[str, Callable[[], Run]]:
         done.seconds = clock() - begin
         return done
 
-    return {f"alone, {name}": partial(run, way) for name, way in ways.items()}
+    return {f"alone, {mode}": partial(run, mode=mode) for mode in ("generate", *MODES)}
 
 
-def together(subject: Subject, slots: int, clock: Clock) -> Mapping[str, Callable[[], Run]]:
+def together(slots: int, clock: Clock) -> dict[str, Way]:
     """All submitted at once to an engine; photographs are opened in the same thread, so that one
     core does all the work on either side."""
-    adapter, encoder = subject.adapter, subject.encoder
 
-    def run(mode: str) -> Run:
-        config = EngineConfig(slots=slots, limit=128)
+    def run(subject: Subject, mode: str) -> Run:
+        adapter, config = subject.adapter, EngineConfig(slots=slots, limit=128)
         core = EngineCore(adapter.backbone, adapter.exits, adapter.policy, config, clock=clock)
-        begin, handles, coming = clock(), [], iter(subject.examples)
-        for example in coming:
-            inputs = encoder.prompts([example])
+        begin, handles = clock(), []
+        for example in subject.examples:
+            inputs = subject.encoder.prompts([example])
             handles.append(core.add(Request(inputs, mode, options=subject.options)))
             while core.waiting >= slots:
                 core.round()
@@ -129,7 +117,7 @@ def together(subject: Subject, slots: int, clock: Clock) -> Mapping[str, Callabl
         said = [tuple(handle.result().output.new_tokens[0].tolist()) for handle in handles]
         return Run(seconds, sum(t for kind, t in core.seconds.items() if kind != "read"), said)
 
-    return {f"{slots} slots, {mode}": partial(run, mode) for mode in MODES}
+    return {f"{slots} slots, {mode}": partial(run, mode=mode) for mode in MODES}
 
 
 def compared(subject: Subject, runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
@@ -141,7 +129,7 @@ def compared(subject: Subject, runs: Mapping[str, list[Run]]) -> list[dict[str, 
         took = {n: median(getattr(run, n) for run in repeats) for n in ("seconds", "decode")}
         own = {n: median(getattr(run, n) for run in full) for n in took}
         said, mode = repeats[0].said, name.rpartition(", ")[2]
-        same = runs[f"alone, {mode}" if mode in MODES else "alone, full"][0].said
+        single = runs[f"alone, {mode}" if mode in MODES else "alone, full"][0].said
         answers = [Answer(ids, subject.encoder.texts(torch.tensor([ids]))[0]) for ids in said]
         rows.append(
             {
@@ -149,8 +137,8 @@ def compared(subject: Subject, runs: Mapping[str, list[Run]]) -> list[dict[str, 
                 "captions_per_second_decode": count / took["decode"],
                 "over_full_alone": own["seconds"] / took["seconds"],
                 "over_full_alone_decode": own["decode"] / took["decode"],
-                "as_alone": sum(a == b for a, b in zip(said, same, strict=True)),
-                "as_full": sum(a == b for a, b in zip(said, full[0].said, strict=True)),
+                "as_alone": same(said, single),
+                "as_full": same(said, full[0].said),
                 "tokens": sum(map(len, said)), "cider": cider(answers, subject.examples),
             }
         )  # fmt: skip

@@ -13,15 +13,11 @@ a quiet machine.
 --cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
 """
 
-import argparse
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.engine.policy import FULL, ExitPolicy
@@ -33,21 +29,20 @@ from offramp.evaluation.timing import (
     stock_generate_fn,
     time_interleaved,
 )
-from offramp_lab.records.loads.subjects import Subject, add_photo, keep, photo
+from offramp_lab.experiments.experiment import bar, same
+from offramp_lab.records.loads.subjects import Subject, keep, photo
+from offramp_lab.records.record import asked, named
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_photo(parser, required=True)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--above", type=float, nargs="+", default=(0.0, 0.1))
-    parser.add_argument("--cpu-time", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, photo=True, dtype="bfloat16", clock=True, images=16, rounds=3,
+        more=lambda parser: parser.add_argument(
+            "--above", type=float, nargs="+", default=(0.0, 0.1)
+        ),
+    )  # fmt: skip
     subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
     others = {
@@ -71,16 +66,16 @@ def main() -> None:
         for name in (name for name in generates if name.startswith("compiled")):
             generates[name](prompt, StoppingCriteriaList())
     timings = time_interleaved(
-        generates, inputs, rounds=arguments.rounds, progress=lambda r: tqdm(r, "rounds"),
-        clock=time.thread_time if arguments.cpu_time else time.perf_counter,
+        generates, inputs, rounds=arguments.rounds, progress=bar("rounds"),
+        clock=arguments.clock,
     )  # fmt: skip
     rows = compared(timings)
     print(*rows.items(), sep="\n")
     figures = {
         "photographs": len(inputs), "rounds": arguments.rounds, "ways": rows,
-        "clock": "thread" if arguments.cpu_time else "wall",
+        "clock": named(arguments.clock),
     }  # fmt: skip
-    keep("single", {arguments.dtype: figures}, "offramp_lab.records.loads.single", subject.examples)
+    keep("single", {arguments.dtype: figures}, "single", subject.examples)
 
 
 def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:
@@ -125,7 +120,7 @@ def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
         }
         if "guesses" in name:
             alone = timings[f"early exit {name.split('guesses ')[1].split()[0]}"].answers
-            rows[name]["same"] = sum(a == b for a, b in zip(alone, timing.answers, strict=True))
+            rows[name]["same"] = same(alone, timing.answers)
     return rows
 
 

@@ -1,6 +1,5 @@
 """Models with their shipped exits, and images that no one trained or chose thresholds on."""
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,12 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
-from offramp.data.example import Example, examples_digest
+from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp_lab.places import RECORDS
-
-RECORD = RECORDS / "loads.json"
+from offramp.storage import write_json
+from offramp_lab.records.record import Record
 
 
 @dataclass(frozen=True)
@@ -55,28 +51,22 @@ def photo(folder: Path, data: Path, images: int, dtype: str = "float32") -> Subj
     figures are measured."""
     from examples.photo_vlm.caption import ADAPTER, load
     from examples.photo_vlm.evaluate import LONGEST
-    from examples.photo_vlm.held_out import half_of
-    from examples.photo_vlm.rows import read_photographs
+
+    from offramp_lab.records.runtimes.methods import halves
 
     backbone, encoder = load(folder, getattr(torch, dtype))
-    held_out = [e for e in read_photographs(data)["captions_val"] if half_of(e) == 1]
     adapter = Adapter.load(ADAPTER, backbone)
-    return Subject("photo model", adapter, encoder, held_out[:images], LONGEST["captions"])
-
-
-def add_photo(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """The options that say where the photo model and its photographs are."""
-    parser.add_argument("--photo", type=Path, required=required, help="folder of the built model")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="photographs")
+    examples = halves(data)[1][:images]
+    return Subject("photo model", adapter, encoder, examples, LONGEST["captions"])
 
 
 def keep(
     part: str, figures: Mapping[str, Any], command: str, examples: Sequence[Example] = ()
 ) -> None:
     """Put figures into a part of the record, beside the others there, with where they come from."""
-    record = read_json(RECORD) if RECORD.is_file() else {}
-    known = record.get(part, {}).get("figures", {})
-    digest = examples_digest(examples) if examples else None
-    origin = {**provenance(0, [command], digest), "load": os.getloadavg()[0]}
-    record[part] = {"figures": {**known, **figures}, "provenance": origin}
-    write_json(RECORD, record)
+    record = Record("loads", f"loads.{command}")
+    parts = record.read()
+    known = parts.get(part, {}).get("figures", {})
+    origin = {**record.origin(examples=examples), "load": os.getloadavg()[0]}
+    parts[part] = {"figures": {**known, **figures}, "provenance": origin}
+    write_json(record.path, parts)

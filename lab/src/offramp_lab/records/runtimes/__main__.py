@@ -11,80 +11,64 @@ measures only these.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+from offramp.data.example import Example
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes import answers, calibrated, openvino, timings
-from offramp_lab.records.runtimes.methods import Bench
+from offramp_lab.records.runtimes.methods import Bench, halves
 
-OUT, RECORD = RUNS / "runtimes", RECORDS / "runtimes.json"
-
-
+RECORD = Record("runtimes")
 PARTS = ("answers", "calibrated", "timings", "callback")
 
 
 def main() -> None:
-    arguments = _arguments()
-    torch.set_num_threads(1)
-    if arguments.parts:
-        measure(arguments)
-    files = {name: OUT / f"{name}.json" for name in PARTS}
-    record = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    about = provenance(0, ["offramp_lab.records.runtimes"], None)
-    write_json(RECORD, {**record, "provenance": {**about, "flags": _processor_flags()}})
+    arguments = asked(__doc__, photo=True, photographs=200, timed=6, rounds=3, more=_more)
 
+    @cache
+    def loaded() -> tuple[Bench, Bench, Sequence[Example]]:
+        """All photographs of the measuring half that are asked for, a few, and the other half."""
+        backbone, encoder = load(arguments.photo, torch.float32)
+        choosing, measuring = halves(arguments.data)
+        some = measuring[: arguments.photographs]
+        bench = Bench(Adapter.load(ADAPTER, backbone), encoder, some, RUNS / RECORD.name)
+        few = replace(bench, photographs=measuring[: arguments.timed])
+        return bench, few, choosing[: arguments.photographs]
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Write the results of the parts that are asked for."""
-    backbone, encoder = load(arguments.model, torch.float32)
-    adapter = Adapter.load(ADAPTER, backbone)
-    held = read_photographs(arguments.data)["captions_val"]
-    choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
-    bench = Bench(adapter, encoder, measuring[: arguments.photographs], OUT)
-    few = replace(bench, photographs=measuring[: arguments.timed])
-
-    def timed() -> object:
+    def timed() -> dict[str, Any]:
+        _, few, _ = loaded()
         more = openvino.methods(few)
         if arguments.compiled:
             more |= few.compiled_methods()
         return timings.timings(few, arguments.rounds, more)
 
-    parts: dict[str, Callable[[], object]] = {
-        "answers": lambda: answers.answers(bench),
-        "calibrated": lambda: calibrated.calibrated(bench, choosing[: arguments.photographs]),
+    made: dict[str, Callable[[], Any]] = {
+        "answers": lambda: answers.answers(loaded()[0]),
+        "calibrated": lambda: calibrated.calibrated(loaded()[0], loaded()[2]),
         "timings": timed,
-        "callback": lambda: timings.callback(few),
+        "callback": lambda: timings.callback(loaded()[1]),
     }
-    for name in arguments.parts:
-        write_json(OUT / f"{name}.json", parts[name]())
+    RECORD.parts(made, arguments.parts, flags=_processor_flags())
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=RUNS / "photo_vlm" / "model")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS)
+def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", nargs="*", choices=PARTS, default=list(PARTS),
         help="to measure; none: put the record together from those that are kept",
     )  # fmt: skip
-    parser.add_argument("--photographs", type=int, default=200, help="of each half, to answer")
-    parser.add_argument("--timed", type=int, default=6, help="photographs to time on")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--compiled", action="store_true",
         help="time compiled code too, `generate`'s and ours, which takes minutes to compile",
     )  # fmt: skip
-    return parser.parse_args()
 
 
 def _processor_flags() -> list[str]:

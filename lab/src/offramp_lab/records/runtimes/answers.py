@@ -11,8 +11,18 @@ from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import Measure, interval
-from offramp_lab.records.runtimes.kept import Kept, KeptRuntime
-from offramp_lab.records.runtimes.methods import FORMATS, IN_LLAMA, IN_TORCH, OPTIONS, Bench, Name
+from offramp_lab.experiments.experiment import same
+from offramp_lab.records.record import Kept
+from offramp_lab.records.runtimes.kept import KeptRuntime
+from offramp_lab.records.runtimes.methods import (
+    FORMATS,
+    IN_LLAMA,
+    IN_TORCH,
+    OPTIONS,
+    WAY,
+    Bench,
+    Name,
+)
 
 COMPARED = ("full", "early_exit", "lossless")
 """Modes whose answers are compared."""
@@ -58,27 +68,27 @@ def answers(bench: Bench) -> dict[str, Any]:
 
 def compare(bench: Bench, given: Mapping[Name, Sequence[Answer]]) -> dict[str, Any]:
     """Counts of identical answers, and CIDEr. given: to each photograph."""
+    ids = {name: [answer.ids for answer in answers] for name, answers in given.items()}
+    full, early = (ids[IN_TORCH, "float32", mode] for mode in ("full", "early_exit"))
 
-    def same(name: Name, other: Name) -> int:
-        pairs = zip(given[name], given[other], strict=True)
-        return sum(one.ids == another.ids for one, another in pairs)
+    def in_format(layers: str) -> dict[str, int]:
+        own = {mode: ids[IN_LLAMA, layers, mode] for mode in COMPARED}
+        return {
+            "lossless_as_full": same(own["lossless"], own["full"]),
+            "early_as_full": same(own["early_exit"], own["full"]),
+            "early_as_float32_early": same(own["early_exit"], early),
+            "full_as_float32_full": same(own["full"], full),
+        }
 
-    full, early = (IN_TORCH, "float32", "full"), (IN_TORCH, "float32", "early_exit")
+    whole = cider(given[IN_TORCH, "float32", "full"], bench.photographs)
     return {
         "photographs": len(bench.photographs),
-        "identical": {
-            layers: {
-                "lossless_as_full": same(
-                    (IN_LLAMA, layers, "lossless"), (IN_LLAMA, layers, "full")
-                ),
-                "early_as_full": same((IN_LLAMA, layers, "early_exit"), (IN_LLAMA, layers, "full")),
-                "early_as_float32_early": same((IN_LLAMA, layers, "early_exit"), early),
-                "full_as_float32_full": same((IN_LLAMA, layers, "full"), full),
-            }
-            for layers in FORMATS
-        },
+        "identical": {layers: in_format(layers) for layers in FORMATS},
         "float32": {"early_as_full": same(early, full)},
-        "cider": _ciders(bench, given, full),
+        "cider": [
+            dict(zip(WAY, name, strict=True)) | worth(cider(answers, bench.photographs), whole)
+            for name, answers in given.items()
+        ],
     }
 
 
@@ -98,14 +108,3 @@ def worth(value: Measure, whole: Measure) -> dict[str, Any]:
         "difference_interval": interval(value, minus=whole),
     }
 
-
-def _ciders(
-    bench: Bench, given: Mapping[Name, Sequence[Answer]], full: Name
-) -> list[dict[str, Any]]:
-    """Of each method, against the float32 full model."""
-    whole = cider(given[full], bench.photographs)
-    return [
-        {"runtime": runtime, "format": layers, "mode": mode}
-        | worth(cider(answers, bench.photographs), whole)
-        for (runtime, layers, mode), answers in given.items()
-    ]

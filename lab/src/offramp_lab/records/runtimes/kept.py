@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +14,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
-from offramp.storage import JsonlLog
-
-
-class Kept:
-    """What was said, as JSON has it, by what was asked and who answered."""
-
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = JsonlLog.read(file) if file.is_file() else []
-        self.said = {(row["key"], row["name"]): row["said"] for row in rows}
-        self._log = JsonlLog(file)
-
-    def keep(self, key: str, name: str, said: Any) -> None:
-        if (key, name) not in self.said:
-            self.said[key, name] = said
-            self._log.append({"key": key, "name": name, "said": said})
+from offramp_lab.records.record import Kept
 
 
 class KeptRuntime:
@@ -69,15 +53,16 @@ class KeptRuntime:
         policy = FULL if policy is None else policy
         how = "lossless" if policy.lossless else str(policy.thresholds or "full depth")
         name, prompt = f"{self.name}, {how}", inputs["input_ids"]
-        keys = [_digest(*row) for row in zip(prompt, inputs["pixel_values"], strict=True)]
-        if any((key, name) not in self._kept.said for key in keys):
+        rows = zip(prompt, inputs["pixel_values"], strict=True)
+        keys = [f"{_digest(*row)}, {name}" for row in rows]
+        if any(key not in self._kept for key in keys):
             given = {**options, "vision_cache": self._images}
             pixels = inputs["pixel_values"].to(self._dtype)
             found = generate_by(self._model, {**inputs, "pixel_values": pixels}, policy, given)
             columns = (found.new_tokens, found.depths, found.scores)
             for key, *row in zip(keys, *columns, strict=True):
-                self._kept.keep(key, name, _said(*row))
-        said = [self._kept.said[key, name] for key in keys]
+                self._kept.keep(key, _said(*row))
+        said = [self._kept.found[key] for key in keys]
         ids, depths, scores = (_padded([row[part] for row in said]) for part in range(3))
         return GenerationOutput(
             torch.cat([prompt, ids.long()], 1), depths.long(), scores, self._layers

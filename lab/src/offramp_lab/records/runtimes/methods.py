@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.held_out import half_of
+from examples.photo_vlm.rows import read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -23,6 +26,7 @@ from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRun
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.runtime import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import Segment
+from offramp_lab.experiments.experiment import Rounds
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -30,13 +34,15 @@ THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
 ENGINE = EngineOptions(context=512)
 STOCK = replace(ENGINE, kernels=False)
 """As llama.cpp comes."""
-OPTIONS = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
 WITH_ITS_KERNELS = "offramp, llama.cpp, its own kernels"
 COMPILED = "offramp, torch, compiled"
 Answer = tuple[int, ...]
 Name = tuple[str, str, str]
 """Runtime, number format of the layers, mode."""
+WAY = ("runtime", "format", "mode")
+"""The same in a record."""
 
 
 class Clock(FirstToken):
@@ -79,6 +85,58 @@ class OneFile:
                 break
             states = self.embeddings[tokens[-1]][None]
         return tuple(tokens)
+
+
+def halves(data: Path) -> tuple[list[Example], list[Example]]:
+    """Held-out photographs: to choose thresholds on, and to measure on."""
+    held = read_photographs(data)["captions_val"]
+    choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
+    return choosing, measuring
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An answer, and seconds: in all, of decoding, of the CPU while decoding, of the CPU in all."""
+
+    answer: Answer
+    seconds: tuple[float, float, float, float]
+
+
+def timed(method: Method, inputs: Mapping[str, Any]) -> Taken:
+    clock, begin, cpu_begin = Clock(), time.perf_counter(), time.process_time()
+    answer = method(inputs, clock)
+    end, cpu = time.perf_counter(), time.process_time()
+    assert clock.seconds is not None and clock.cpu is not None
+    spent = (end - begin, end - clock.seconds, cpu - clock.cpu, cpu - cpu_begin)
+    return Taken(answer, spent)
+
+
+def answers_of(rounds: Rounds) -> list[Answer]:
+    return [taken.answer for by_round in rounds for taken in by_round]
+
+
+def medians(rounds: Rounds) -> dict[str, float]:
+    """Of the rounds of a method: decoded tokens in one of them, and their seconds on the wall and
+    of the CPU; seconds of the whole of it, and of the CPU."""
+    tokens = sum(len(answer) - 1 for answer in answers_of(rounds)) / len(rounds)
+    totals = [[sum(column) for column in zip(*(t.seconds for t in r), strict=True)] for r in rounds]
+    whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
+    return {"tokens": tokens, "wall": wall, "cpu": cpu, "whole": whole, "whole_cpu": whole_cpu}
+
+
+def policies(shipped: ExitPolicy, **thresholds: float) -> dict[str, ExitPolicy]:
+    """By mode: exits off, the shipped thresholds, others by name, every token at the exit (looked
+    at), and lossless."""
+    others = {**thresholds, "every_token": 1e-6}
+    return {
+        "full": FULL,
+        "early_exit": shipped,
+        **{
+            name: replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, threshold))
+            for name, threshold in others.items()
+        },
+        "lossless": replace(shipped, lossless=True),
+    }
 
 
 def generating(generate: Callable[..., Any], **options: Any) -> Method:
@@ -128,15 +186,8 @@ class Bench:
 
     @property
     def policies(self) -> dict[str, ExitPolicy]:
-        """By mode. The shipped thresholds, also for drafts; every token at the exit, looked at."""
-        shipped = self.adapter.policy
-        every = replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6))
-        return {
-            "full": FULL,
-            "early_exit": shipped,
-            "every_token": every,
-            "lossless": replace(shipped, lossless=True),
-        }
+        """By mode."""
+        return policies(self.adapter.policy)
 
     @property
     def other_thresholds(self) -> dict[str, ExitPolicy]:

@@ -7,7 +7,6 @@ minutes, 18 GB of memory and 9 of disk; one thread. All files of a format have t
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -19,25 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.provenance import provenance
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, export_gguf
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
-from offramp.storage import write_json
+from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.inputs.shapes import _fill, shape
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import ENGINE, IN_LLAMA, STOCK, WITH_ITS_KERNELS
 
-RECORD = RECORDS / "runtimes-shapes.json"
+RECORD = Record("runtimes-shapes", "runtimes.shapes")
 PROMPT = 32
 """Tokens before those that are timed."""
 Method = Callable[[], float]
@@ -46,23 +43,21 @@ RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="llava-7b")
-    parser.add_argument("--formats", nargs="+", default=["q4_1", "q4_0"])
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RECORD)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(
+        __doc__, tokens=40, rounds=3, out=RECORD.path,
+        more=lambda parser: (
+            parser.add_argument("--shape", default="llava-7b"),
+            parser.add_argument("--formats", nargs="+", default=["q4_1", "q4_0"]),
+        ),
+    )  # fmt: skip
     adapter = repeated(arguments.shape)
     entries = [
         entry
         for layers in arguments.formats
         for entry in measure(adapter, layers, arguments.tokens, arguments.rounds)
     ]
-    about = provenance(0, ["offramp_lab.records.runtimes.shapes"], None)
     found = {"shape": arguments.shape, "depth": adapter.exits.depths[0], "tokens": arguments.tokens}
-    write_json(arguments.out, {**found, "entries": entries, "provenance": about})
+    RECORD.write({**found, "entries": entries}, arguments.out)
 
 
 def repeated(name: str) -> Adapter:
@@ -138,14 +133,10 @@ def _timed(
     methods: dict[tuple[str, str], Method], layers: str, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Medians of interleaved rounds, behind one that is not counted."""
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in methods}
     load = os.getloadavg()[0]
-    for number in tqdm(range(1 + rounds), layers, disable=None):
-        for name, method in methods.items():
-            taken = method()
-            if number:
-                seconds[name].append(taken)
-    speeds = {name: tokens / median(values) for name, values in seconds.items()}
+    taking = {name: lambda _, run=run: run() for name, run in methods.items()}
+    runs = Experiment(taking, rounds=rounds, warm=1, title=layers).run()
+    speeds = {name: tokens / median(s for [s] in found) for name, found in runs.items()}
     alone = speeds["llama.cpp", "full"]
     return [
         {

@@ -6,26 +6,28 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from operator import eq
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
+from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.records.runtimes.methods import (
     ENGINE,
     FORMATS,
     IN_LLAMA,
     STOCK,
+    WAY,
     WITH_ITS_KERNELS,
-    Answer,
     Bench,
-    Clock,
     Method,
     Name,
+    answers_of,
+    medians,
+    timed,
 )
 
 ROWS = (1, 2, 3, 4, 6, 8)
@@ -36,40 +38,30 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
     """Tokens a second of decoding; medians of rounds. more: methods of other runtimes."""
     methods = {**bench.methods(), **more}
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
-    first = {name: timed(method, inputs[0])[0][0] for name, method in methods.items()}
-    spent = {name: [[0.0] * 4 for _ in range(rounds)] for name in methods}
-    said: dict[Name, list[Answer]] = {name: [] for name in methods}
-    draw = np.random.default_rng(0)
+    first = {name: timed(method, inputs[0]).seconds[0] for name, method in methods.items()}
     load_before = os.getloadavg()[0]
-    for number in tqdm(range(rounds), "timings", disable=None):
-        for prompt in inputs:
-            for name in [list(methods)[i] for i in draw.permutation(len(methods))]:
-                seconds, answer = timed(methods[name], prompt)
-                for place, value in enumerate(seconds):
-                    spent[name][number][place] += value
-                said[name].append(answer)
-    pairs = {name[:2] for name in methods}
-    weights = {pair: bench.weights_bytes(*pair) for pair in pairs}  # some load a runtime
+    taking = {name: partial(timed, method) for name, method in methods.items()}
+    runs = Experiment(taking, inputs, rounds, title="timings").run()
+    said = {name: answers_of(found) for name, found in runs.items()}
+    # Some load a runtime.
+    weights = {pair: bench.weights_bytes(*pair) for pair in {name[:2] for name in methods}}
     entries = []
-    for name, totals in spent.items():
-        runtime, layers, mode = name
-        decoded = sum(len(answer) - 1 for answer in said[name]) / rounds
-        alone = said.get(("llama.cpp", layers, "full"))
-        same = alone is not None and sum(map(eq, said[name], alone))
-        whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
+    for name, found in runs.items():
+        runtime, layers, _ = name
+        alone, took = said.get(("llama.cpp", layers, "full")), medians(found)
         entries.append(
             {
-                "runtime": runtime,
-                "format": layers,
-                "mode": mode,
-                "tokens_per_second": decoded / wall,
-                "cpu_tokens_per_second": decoded / cpu,
-                "end_to_end_seconds": whole / len(inputs),
-                "end_to_end_cpu_seconds": whole_cpu / len(inputs),
+                **dict(zip(WAY, name, strict=True)),
+                "tokens_per_second": took["tokens"] / took["wall"],
+                "cpu_tokens_per_second": took["tokens"] / took["cpu"],
+                "end_to_end_seconds": took["whole"] / len(inputs),
+                "end_to_end_cpu_seconds": took["whole_cpu"] / len(inputs),
                 "first_call_seconds": first[name],
-                "tokens": decoded,
+                "tokens": took["tokens"],
                 "answers": len(said[name]),
-                "answers_as_one_file": same if runtime in (IN_LLAMA, WITH_ITS_KERNELS) else None,
+                "answers_as_one_file": (alone is not None and same(said[name], alone))
+                if runtime in (IN_LLAMA, WITH_ITS_KERNELS)
+                else None,
                 "weights_bytes": weights[runtime, layers],
             }
         )
@@ -89,15 +81,6 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
 def _call_sizes(bench: Bench, layers: str) -> dict[str, int]:
     with bench.runtime(layers) as runtime:
         return {"least": runtime.call_sizes.least, "most": runtime.call_sizes.most}
-
-
-def timed(method: Method, inputs: Mapping[str, Any]) -> tuple[tuple[float, ...], Answer]:
-    """Seconds in all, of decoding, of the CPU while decoding and in all; and the answer."""
-    clock, begin, cpu_begin = Clock(), time.perf_counter(), time.process_time()
-    answer = method(inputs, clock)
-    end, cpu = time.perf_counter(), time.process_time()
-    assert clock.seconds is not None and clock.cpu is not None
-    return (end - begin, end - clock.seconds, cpu - clock.cpu, cpu - cpu_begin), answer
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,13 +128,11 @@ def callback(bench: Bench, repeats: int = 200) -> dict[str, float]:
         "python": Segment(below, replace(STOCK, compiled_tap=False), tap_layer=depth - 1),
     }
     states = np.random.default_rng(0).normal(size=(40, segments["none"].width))
-    seconds: dict[str, list[float]] = {name: [] for name in segments}
     for segment in segments.values():
         segment.feed(states.astype(np.float32), 1)
-    for _ in range(repeats):
-        for name, segment in segments.items():
-            seconds[name].append(_seconds(segment, states[:1].astype(np.float32)))
-    return {name: 1e3 * median(values) for name, values in seconds.items()}
+    calls = {name: partial(_seconds, segment) for name, segment in segments.items()}
+    runs = Experiment(calls, [states[:1].astype(np.float32)], repeats).run()
+    return {name: 1e3 * median(s for [s] in found) for name, found in runs.items()}
 
 
 def _seconds(segment: Segment, states: States) -> float:

@@ -1,0 +1,74 @@
+"""One way to measure: methods answer the same inputs in turn, round by round, and what each took
+becomes an entry of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from offramp.evaluation.timing import in_turn
+from offramp.provenance import provenance
+
+Rounds = Sequence[Sequence[Any]]
+"""What a method returned, by round and input."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """methods: by name, or by a tuple of what sets them apart; each measures itself on an input.
+
+    warm: inputs that all are tried on first, which does not count. title: of the progress bar;
+    empty: none.
+    """
+
+    methods: Mapping[Any, Callable[[Any], Any]]
+    inputs: Sequence[Any] = (None,)
+    rounds: int = 1
+    warm: int = 0
+    title: str = ""
+
+    def run(self) -> dict[Any, list[list[Any]]]:
+        """What every method returned, by round and input."""
+        return in_turn(
+            self.methods, self.inputs, rounds=self.rounds, warm=self.warm,
+            progress=bar(self.title) if self.title else iter,
+        )  # fmt: skip
+
+    def entries(
+        self, keys: Sequence[str], figures: Callable[[Rounds], Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """An entry of a record for each method: its name's parts under `keys`, and its figures."""
+        return entries(self.run(), keys, figures)
+
+
+def entries(
+    runs: Mapping[Any, Rounds],
+    keys: Sequence[str],
+    figures: Callable[[Rounds], Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """The same of runs that are there."""
+    return [
+        {**dict(zip(keys, name if len(keys) > 1 else (name,), strict=True)), **figures(rounds)}
+        for name, rounds in runs.items()
+    ]
+
+
+def bar(title: str) -> Callable[[Any], Any]:
+    """A progress bar around what is gone through, where there is a terminal."""
+    return lambda iterable: tqdm(iterable, title, disable=None, leave=False)
+
+
+def machine() -> dict[str, Any]:
+    """On what something was measured, as entries have it that are kept for long."""
+    origin = provenance(None, "", None)
+    names = ("processor", "platform", "accelerator", "threads")
+    return {"machine": {name: origin[name] for name in names}, "versions": origin["versions"]}
+
+
+def same(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many answers have the same tokens."""
+    ids = ([getattr(answer, "ids", answer) for answer in answers] for answers in (one, other))
+    return sum(a == b for a, b in zip(*ids, strict=True))

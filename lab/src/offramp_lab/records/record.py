@@ -1,0 +1,120 @@
+"""What a record is: a JSON file in lab/records that a command rewrites, whole or in parts, with its
+origin beside it; and what such commands are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.data.example import Example, examples_digest
+from offramp.provenance import provenance
+from offramp.storage import JsonlLog, read_json, write_json
+from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+
+
+@dataclass(frozen=True)
+class Record:
+    """name: of the file. command: the module of `offramp_lab.records` that writes it, if it is not
+    called so."""
+
+    name: str
+    command: str = ""
+
+    @property
+    def path(self) -> Path:
+        return RECORDS / f"{self.name}.json"
+
+    def read(self, file: Path | None = None) -> dict[str, Any]:
+        """What is there, if anything is."""
+        path = file or self.path
+        found: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return found
+
+    def origin(self, seed: int | None = 0, examples: Sequence[Example] = ()) -> dict[str, Any]:
+        """What ran, on what, when."""
+        digest = examples_digest(examples) if examples else None
+        return provenance(seed, [f"offramp_lab.records.{self.command or self.name}"], digest)
+
+    def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:
+        """All of it, with its origin. more: of the origin."""
+        write_json(file or self.path, {**figures, "provenance": {**self.origin(), **more}})
+
+    def parts(
+        self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str], **more: Any
+    ) -> None:
+        """Measure the parts that are asked for, keep each in runs/, and put the record together
+        from those that are there."""
+        files = {name: RUNS / self.name / f"{name}.json" for name in made}
+        for name in asked:
+            write_json(files[name], made[name]())
+        self.write({n: read_json(f) for n, f in files.items() if f.is_file()}, **more)
+
+
+def asked(
+    doc: str | None,
+    *,
+    photo: bool | None = None,
+    dtype: str | None = None,
+    out: Path | None = None,
+    clock: bool = False,
+    more: Callable[[argparse.ArgumentParser], object] = lambda _: None,
+    **numbers: float,
+) -> argparse.Namespace:
+    """The arguments of a command; torch then runs in one thread.
+
+    photo: whether it is of the photo model; False: that may be named. dtype: its default. out: the
+    file that is written if no other is named. clock: whether seconds may be those of the thread;
+    the arguments then have `clock`. numbers: options that are numbers, by name, with their
+    defaults. more: adds others.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    if photo is not None:
+        built = RUNS / "photo_vlm" / "model" if photo else None
+        where = "folder of the built model (default: %(default)s)"
+        parser.add_argument("--photo", "--model", type=Path, default=built, help=where)
+        parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
+    if dtype is not None:
+        parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
+    for name, default in numbers.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    if out is not None:
+        parser.add_argument("--out", type=Path, default=out)
+    if clock:
+        parser.add_argument(
+            "--cpu-time", action="store_const", dest="clock", const=time.thread_time,
+            default=time.perf_counter, help="seconds of the thread, not of the clock",
+        )  # fmt: skip
+    more(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    return arguments
+
+
+def named(clock: Callable[[], float]) -> str:
+    """What a record calls the clock."""
+    return "thread" if clock is time.thread_time else "wall"
+
+
+class Kept:
+    """What was found, as JSON has it, by key; in a file, so that it is not asked for again."""
+
+    def __init__(self, file: Path, others: Sequence[Path] = ()) -> None:
+        """others: files to which other processes add theirs."""
+        files = [f for f in dict.fromkeys((file, *others)) if f.is_file()]
+        self.found = {row["key"]: row["found"] for f in files for row in JsonlLog.read(f)}
+        self._log = JsonlLog(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def keep(self, key: str, found: Any) -> None:
+        if key not in self.found:
+            self.found[key] = found
+            self._log.append({"key": key, "found": found})

@@ -1,0 +1,88 @@
+"""Methods take turns, a record is written in one way, and what was found is not asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offramp.evaluation.timing import in_turn
+from offramp.storage import read_json
+from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.records import record as module
+from offramp_lab.records.record import Kept, Record
+
+Method = Callable[[int], int]
+
+
+def noting(calls: list[tuple[str, int]], name: str) -> Method:
+    def method(given: int) -> int:
+        calls.append((name, given))
+        return len(name) * given
+
+    return method
+
+
+def test_all_answer_an_input_before_the_next_one_in_an_order_that_is_drawn_anew() -> None:
+    calls: list[tuple[str, int]] = []
+    methods = {name: noting(calls, name) for name in ("a", "bb", "ccc")}
+    found = in_turn(methods, [1, 2, 3, 4], rounds=3, warm=1)
+    assert calls[:3] == [("a", 1), ("bb", 1), ("ccc", 1)]  # which does not count
+    turns = [calls[i : i + 3] for i in range(3, len(calls), 3)]
+    assert [{given for _, given in turn} for turn in turns] == [{1}, {2}, {3}, {4}] * 3
+    assert all({name for name, _ in turn} == set(methods) for turn in turns)
+    assert len({tuple(name for name, _ in turn) for turn in turns}) > 2
+    assert found == {name: [[len(name) * i for i in range(1, 5)]] * 3 for name in methods}
+
+
+def test_an_entry_is_the_methods_name_and_what_its_rounds_say() -> None:
+    def figures(rounds: Rounds) -> dict[str, int]:
+        return {"rounds": len(rounds), "sum": sum(map(sum, rounds))}
+
+    methods = {("torch", "full"): lambda n: n, ("torch", "early"): lambda n: 2 * n}
+    assert Experiment(methods, [1, 2], 3).entries(("runtime", "mode"), figures) == [
+        {"runtime": "torch", "mode": "full", "rounds": 3, "sum": 9},
+        {"runtime": "torch", "mode": "early", "rounds": 3, "sum": 18},
+    ]
+    assert Experiment({"one": lambda _: 1}).entries(("way",), figures)[0]["way"] == "one"
+
+
+def test_answers_are_the_same_by_their_tokens() -> None:
+    class Answer:
+        ids = (1, 2)
+
+    assert same([(1, 2), (3,)], [Answer(), (4,)]) == 1
+    with pytest.raises(ValueError, match="shorter"):
+        same([(1,)], [])
+
+
+def test_a_record_is_put_together_from_the_parts_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RECORDS", "RUNS"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    asked: list[str] = []
+
+    def made(name: str) -> Callable[[], list[str]]:
+        return lambda: asked.append(name) or [name]  # type: ignore[func-returns-value]
+
+    record, parts = Record("some"), {name: made(name) for name in ("one", "two", "three")}
+    record.parts(parts, ["two"])
+    assert list(record.read()) == ["two", "provenance"]
+    record.parts(parts, ["one"], flags=["avx"])
+    found = read_json(record.path)
+    assert asked == ["two", "one"] and list(found) == ["one", "two", "provenance"]
+    assert found["provenance"]["command"] == "offramp_lab.records.some"
+    assert found["provenance"]["flags"] == ["avx"]
+
+
+def test_what_others_found_is_there_too_and_a_first_finding_stays(tmp_path: Path) -> None:
+    one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+    Kept(one).keep("a", [1])
+    kept = Kept(other, [one, other])
+    assert "a" in kept and "b" not in kept
+    kept.keep("a", [2])
+    kept.keep("b", None)
+    assert Kept(other, [one]).found == {"a": [1], "b": None}
+    assert Kept(other).found == {"b": None}
