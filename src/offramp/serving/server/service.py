@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,18 +174,29 @@ class Service:
     async def prepare(
         self, urls: Sequence[str], make: Callable[[Sequence[Any]], Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], Sequence[Any]]:
-        """A prompt's inputs and its images, opened and processed in worker threads."""
+        """A prompt's inputs and its images, opened and processed in worker threads.
+
+        Where it is cancelled, its thread goes on with something else behind the current image.
+        """
         loop = asyncio.get_running_loop()
         read = self.images.encoded
         files = await asyncio.gather(
             *(loop.run_in_executor(self._fetchers, read, url) for url in urls)
         )
+        unwanted = threading.Event()
 
         def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
-            images = [self.images.decode(file) for file in files]
+            images = []
+            for file in files:
+                if unwanted.is_set():
+                    raise CancelledError
+                images.append(self.images.decode(file))
             return make(images), images
 
-        return await loop.run_in_executor(self._pool, work)
+        try:
+            return await loop.run_in_executor(self._pool, work)
+        finally:
+            unwanted.set()
 
     async def in_worker(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, out of a worker thread."""

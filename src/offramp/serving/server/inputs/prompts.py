@@ -43,7 +43,7 @@ class Prompter:
         return self.check_images([p.image_url.url for p in parts if p.type == "image_url"])
 
     def check_images(self, urls: Sequence[str]) -> list[str]:
-        """`urls`, where there are not too many."""
+        """`urls`, where there are not too many for the server and for the model."""
         if len(urls) > self.config.images.count:
             raise ApiError(
                 400,
@@ -51,6 +51,11 @@ class Prompter:
                 param="image_url",
                 code="too_many_images",
             )
+        try:
+            self.processor.check_images(len(urls))
+        except InputError as error:
+            said = f"{error.problem} {error.remedy}"
+            raise ApiError(400, said, param="image_url", code="too_many_images") from error
         return list(urls)
 
     def check_text(self, texts: Sequence[str], param: str) -> None:
