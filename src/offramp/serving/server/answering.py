@@ -103,7 +103,7 @@ class Answering:
                 self._tell((index, choice))
 
         handle = self._service.submit(inputs, use, seed=how.seed, on_token=settled, **how.options)
-        handle.add_done_callback(lambda _: self._tell((index, None)))
+        handle.add_done_callback(lambda _: self._over(index))
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
         stream = TextStream(self._service.tokenizer, self._request.stops)
@@ -111,6 +111,10 @@ class Answering:
 
     def _tell(self, what: Event) -> None:  # in the engine's thread, mostly
         self._service.outbox.put(self._events, what)
+
+    def _over(self, index: int) -> None:  # in the engine's thread, mostly
+        self._service.outbox.put(self._place, 1)
+        self._tell((index, None))
 
     def leave(self) -> None:
         """Whatever is not over yet is not wanted; a second time changes nothing."""

@@ -52,7 +52,9 @@ class ServerConfig:
     requests under way. choices: answers to one request (`n`, and prompts of a completion).
     default_tokens: longest answer, where neither the request nor the model says one. seconds: from
     a request's arrival to the end of its answer. body_seconds: until a request's header, and then
-    its body, has come. drain_seconds: how long answers may take after SIGTERM. mode: of requests
+    its body, has come. send_seconds: that a client may take nothing of what is sent to it.
+    connections: open at once; a further one takes the place of the one that has asked for nothing
+    for the longest time. drain_seconds: how long answers may take after SIGTERM. mode: of requests
     that name none; None: the adapter's policy. metrics: prefix of the metrics' names; `vllm` for
     dashboards that know these.
 
@@ -71,6 +73,8 @@ class ServerConfig:
     default_tokens: int = 256
     seconds: float = 300.0
     body_seconds: float = 30.0
+    send_seconds: float = 30.0
+    connections: int = 512
     drain_seconds: float = 30.0
     mode: str | None = None
     metrics: str = "offramp"
@@ -78,7 +82,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         names = ("queue", "body", "bodies", "messages", "characters", "choices", "default_tokens")
-        _check_positive(self, (*names, "seconds", "body_seconds", "drain_seconds"))
+        seconds = ("seconds", "body_seconds", "send_seconds", "drain_seconds")
+        _check_positive(self, (*names, "connections", *seconds))
         if any(not key.strip() for key in self.keys):
             raise InputError("An API key is empty.", "Leave it out, or give a secret.")
 

@@ -49,15 +49,21 @@ class Use:
 
 
 class Place:
-    """Room for some answers, to be given back."""
+    """Room for some answers, to be given back: of each when the engine is done with it, whether its
+    client has read it or not, and of all that are left when nobody waits for them."""
 
     def __init__(self, service: Service, answers: int) -> None:
         self._service, self._answers = service, answers
 
+    def put_nowait(self, answers: int) -> None:
+        """Give room of so many back, as far as it is not back yet; in the event loop's thread."""
+        back = min(answers, self._answers)
+        self._service.under_way -= back
+        self._answers -= back
+
     def leave(self) -> None:
-        """Give it back; a second time changes nothing."""
-        self._service.under_way -= self._answers
-        self._answers = 0
+        """Give all of it back; a second time changes nothing."""
+        self.put_nowait(self._answers)
 
 
 class Service:
