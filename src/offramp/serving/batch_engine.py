@@ -18,6 +18,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.errors import BusyError, InputError
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
@@ -96,6 +97,7 @@ class BatchEngine:
         seed: int | None = None,
         streamer: Any = None,
         on_token: OnToken | None = None,
+        salt: str | None = None,
         wait: bool = False,
         **options: Any,
     ) -> Handle:
@@ -116,7 +118,7 @@ class BatchEngine:
                 )
         else:
             inputs = checked_inputs(what)
-        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options))
+        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt))
         with self._changed:
             self._take_place(wait)
             if isinstance(what, Example) or (self._images and self._images.wanted(inputs)):
@@ -222,7 +224,8 @@ class BatchEngine:
                 inputs = self.processor.prompts([what])
                 handle.request = replace(handle.request, inputs=inputs)
             if not unwanted and self._images is not None:
-                self._images.read(handle.request.inputs)
+                with salted(handle.request.salt):
+                    self._images.read(handle.request.inputs)
         except Exception as found:  # a broken image is its request's own
             error = found
         with self._changed:

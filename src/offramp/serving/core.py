@@ -23,6 +23,7 @@ from offramp.engine.slots.memory import free_bytes
 from offramp.engine.slots.prompt import PromptReader
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.job import Job
@@ -294,7 +295,10 @@ class EngineCore:
             self._check_room(tokens, 0)
         self._reading = job
         try:
-            prompt = self._reader.read(request.inputs, request.options, use_exits=policy.uses_exits)
+            with salted(request.salt):
+                prompt = self._reader.read(
+                    request.inputs, request.options, use_exits=policy.uses_exits
+                )
         finally:
             self._reading = None
         rules = RowRules(prompt, seed=request.seed, streamer=job, on_choice=job.settled)

@@ -29,7 +29,8 @@ class Request:
     instead of the policy's; early exit only. seed: of its own generator; only matters with
     `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
     settled token with its depth and score; they run in the engine's thread and must be quick.
-    options: Hugging Face's generation options.
+    options: Hugging Face's generation options. salt: what is kept of it is found by requests of the
+    same salt alone; None: by all that have none.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.
@@ -42,6 +43,7 @@ class Request:
     streamer: Any = None
     on_token: OnToken | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None:

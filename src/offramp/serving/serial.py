@@ -20,6 +20,7 @@ from offramp.answers import Model, generate_by
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig
 from offramp.serving.job import Job
@@ -126,7 +127,7 @@ class SerialCore:
         request = job.handle.request
         policy = request.exit_policy(self.policy, self.depths)
         options = {**request.options, **self._shared, "streamer": _Steps(job, self._pause)}
-        with torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
+        with salted(request.salt), torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
             torch.seed() if request.seed is None else torch.manual_seed(request.seed)
             output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)

@@ -44,7 +44,8 @@ class Answering:
     """The answers to one request. Made, and used, in the event loop's thread.
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
-    has taken too long, by the loop's clock. on_answer: called with every answer that is over.
+    has taken too long, by the loop's clock. on_answer: called with every answer that is over. salt: as of
+    `offramp.serving.request.Request`.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Answering:
         place: Place,
         until: float,
         on_answer: OnAnswer | None = None,
+        salt: str | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
-        self._on_answer = on_answer
+        self._on_answer, self._salt = on_answer, salt
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -102,7 +104,9 @@ class Answering:
             if self._request.stream:
                 self._tell((index, choice))
 
-        handle = self._service.submit(inputs, use, seed=how.seed, on_token=settled, **how.options)
+        handle = self._service.submit(
+            inputs, use, seed=how.seed, salt=self._salt, on_token=settled, **how.options
+        )
         handle.add_done_callback(lambda _: self._over(index))
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
@@ -117,7 +120,8 @@ async def _answer(
             inputs, images = await prompts()
         watch = _watch(service, body, images) if service.watches(body, use, len(images)) else None
         del images  # they are large, and answers take long
-        answering = Answering(service, body, inputs, use, place, until, watch)
+        salt = request.scope.get("offramp_salt")
+        answering = Answering(service, body, inputs, use, place, until, watch, salt)
     except TimeoutError:
         place.leave()
         seconds = service.config.seconds
@@ -201,6 +205,7 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
 
 def _add_operations(app: FastAPI, models: Models) -> None:
     page = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+    policy = {"Content-Security-Policy": page_policy(page)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -223,5 +228,20 @@ def _add_operations(app: FastAPI, models: Models) -> None:
         return Response(models.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
-    async def index() -> str:
-        return page
+    async def index() -> Response:
+        return HTMLResponse(page, headers=policy)
+
+
+def page_policy(page: str) -> str:
+    """What the page may do: run its own script and style, show images and ask this server."""
+
+    def own(tag: str) -> str:
+        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (base64.b64encode(sha256(part.encode()).digest()).decode() for part in parts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; "
+        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )

@@ -47,7 +47,11 @@ class ServerConfig:
     """How a server behaves.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
-    and `/ready`; none: everything is open. queue: requests that may wait beside those in slots.
+    and `/ready`; none: everything is open. share_kept: whether prompts and images that are kept
+    answer requests of other keys faster too, which tells these what was asked. hosts: names under
+    which it is asked for, in the header `Host`, so that no page of another site reaches it by a name
+    of its own (".example.org": all below it too, "*": any); the address of a connection always is
+    one; none: any. queue: requests that may wait beside those in slots.
     body, messages, characters: bytes of a request, its messages, and its text. bodies: bytes of all
     requests under way. choices: answers to one request (`n`, and prompts of a completion).
     default_tokens: longest answer, where neither the request nor the model says one. seconds: from
@@ -64,6 +68,8 @@ class ServerConfig:
 
     name: str
     keys: Sequence[str] = field(default=(), repr=False)
+    share_kept: bool = False
+    hosts: Sequence[str] = ()
     queue: int = 64
     body: int = 32 * MIB
     bodies: int = 1024 * MIB
@@ -86,6 +92,11 @@ class ServerConfig:
         _check_positive(self, (*names, "connections", *seconds))
         if any(not key.strip() for key in self.keys):
             raise InputError("An API key is empty.", "Leave it out, or give a secret.")
+        if any(not key.isprintable() for key in self.keys):
+            raise InputError(
+                "An API key holds a character that no header can.",
+                "Write keys as plain text in UTF-8, one a line.",
+            )
 
 
 def _check_positive(config: object, names: Sequence[str]) -> None:
