@@ -1,7 +1,7 @@
 """An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digest.
 
-Of an encoded image only what its pixels are made of is decoded (`offramp.data.image_parts`), so that
-it costs no more than they do, whoever wrote the file.
+Of an encoded image only what its pixels are made of is decoded (`offramp.data.image_parts`), so
+that it costs no more than they do, whoever wrote the file.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ def image_names(folder: Path) -> list[str]:
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is opened. Others are rare, and some of their readers start programs or read far more than the
-file holds."""
+"""What is opened. Others are rare, and some of their readers start programs or read far more than
+the file holds."""
 LARGEST = 2**30
 """Bytes of an encoded image."""
 
@@ -172,9 +172,7 @@ _TURNS = {
 }
 
 
-def _to_rgb(
-    picture: Image.Image, name: str, most: int | None, parts: PixelParts
-) -> Image.Image:
+def _to_rgb(picture: Image.Image, name: str, most: int | None, parts: PixelParts) -> Image.Image:
     if most is not None and picture.width * picture.height > most:
         raise _too_large(name, most, picture.size)
     picture.load()

@@ -41,9 +41,7 @@ class VisionCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         # By a reference that does not keep the tower: another one is never taken for it.
-        self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(
-            max_bytes, getsizeof=_nbytes
-        )
+        self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(max_bytes, getsizeof=_nbytes)
         self._lock = threading.Lock()
 
     @property

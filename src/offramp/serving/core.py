@@ -26,7 +26,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.job import Job
+from offramp.serving.job import Job, enqueue
 from offramp.serving.request import Handle, Request
 from offramp.serving.rows.rules import RowRules
 from offramp.serving.rows.slot_batch import RowPolicy, Seat, SlotBatch
@@ -142,13 +142,18 @@ class EngineCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(Job(handle, self.clock))
+        enqueue(self._queue, Job(handle, self.clock))
         return handle
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def queued(self) -> set[Handle]:
+        """Those in the queue; for the thread that makes the rounds."""
+        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:

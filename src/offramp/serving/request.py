@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -103,12 +104,19 @@ class Completion:
     gaps: tuple[float, ...]
 
 
+_arrivals = itertools.count()
+
+
 class Handle(Future[Completion]):
-    """The future answer to a request. `cancel` also stops one that is being written."""
+    """The future answer to a request. `cancel` also stops one that is being written.
+
+    arrival: larger than that of every handle that was made before.
+    """
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
+        self.arrival = next(_arrivals)
         self._stop = threading.Event()
 
     def cancel(self) -> bool:

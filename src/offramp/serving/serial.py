@@ -23,7 +23,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig
-from offramp.serving.job import Job
+from offramp.serving.job import Job, enqueue
 from offramp.serving.request import Handle, Request
 from offramp.serving.rows.row import Choice
 from offramp.serving.schedule.scheduler import Tally
@@ -70,13 +70,18 @@ class SerialCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(Job(handle, self.clock))
+        enqueue(self._queue, Job(handle, self.clock))
         return handle
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def queued(self) -> set[Handle]:
+        """Those in the queue; for the thread that makes the rounds."""
+        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:
@@ -127,7 +132,10 @@ class SerialCore:
         request = job.handle.request
         policy = request.exit_policy(self.policy, self.depths)
         options = {**request.options, **self._shared, "streamer": _Steps(job, self._pause)}
-        with salted(request.salt), torch.random.fork_rng(devices=[]):  # nobody else's numbers are drawn anew
+        with (
+            salted(request.salt),
+            torch.random.fork_rng(devices=[]),
+        ):  # nobody else's numbers are drawn anew
             torch.seed() if request.seed is None else torch.manual_seed(request.seed)
             output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)

@@ -1,5 +1,5 @@
-"""Laws of fetching: a host that is slow in whichever part of its answer holds a thread no longer than
-the deadline, and an address that is not of the open internet is not connected to in any form."""
+"""Laws of fetching: a host that is slow, in whichever part of its answer, holds a thread no longer
+than the deadline; an address that is not of the open internet is not connected to in any form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ SLOW: dict[str, tuple[bytes, bytes]] = {
 
 
 @contextlib.contextmanager
-def host(first: bytes, then: bytes, pause: float = 0.02, secure: Path | None = None) -> Iterator[int]:
+def host(
+    first: bytes, then: bytes, pause: float = 0.02, secure: Path | None = None
+) -> Iterator[int]:
     """A host that answers `first`, and then `then` again and again; its port."""
     over = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -110,13 +112,15 @@ def test_a_host_that_never_shakes_hands_is_given_up() -> None:
         refused_in_time(f"https://example.org:{port}/a.png")
 
 
-def test_a_slow_host_behind_tls_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_host_behind_tls_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = tmp_path / "pair.pem"
     made = subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", pair,
          "-out", tmp_path / "cert.pem", "-subj", "/CN=example.org",
          "-addext", "subjectAltName=DNS:example.org"],
-        capture_output=True,
+        capture_output=True, check=False,
     )  # fmt: skip
     if made.returncode:
         pytest.skip("no openssl here")
@@ -153,13 +157,19 @@ def test_a_private_address_is_private_in_every_form(form: str) -> None:
 
 def test_addresses_that_nobody_on_the_internet_has_are_private() -> None:
     for address in (
-        "fec0::1", "feff::1", "64:ff9b:1::1", "::8.8.8.8", "::ffff:0:8.8.8.8", "3fff::1", "2001:2::1",
-        "2001:10::1", "2001:db8::1", "1::1", "6000::1", "::", "192.0.0.9", "192.88.99.1", "198.18.0.1",
-        "168.63.129.16", "100.100.100.200", "240.0.0.1", "fd00:ec2::254",
+        "fec0::1", "feff::1", "64:ff9b:1::1", "::8.8.8.8", "::ffff:0:8.8.8.8", "3fff::1",
+        "2001:2::1", "2001:10::1", "2001:db8::1", "1::1", "6000::1", "::", "192.0.0.9",
+        "192.88.99.1", "198.18.0.1", "168.63.129.16", "100.100.100.200", "240.0.0.1", "fd00:ec2::254",
     ):  # fmt: skip
         assert not is_public(address), address
 
 
 def test_the_internets_addresses_are_public_in_the_forms_that_lead_there() -> None:
-    for address in ("8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2606:4700::1111", "2a00:1450::1"):
+    for address in (
+        "8.8.8.8",
+        "::ffff:8.8.8.8",
+        "64:ff9b::8.8.8.8",
+        "2606:4700::1111",
+        "2a00:1450::1",
+    ):
         assert is_public(address), address

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from serving import messages, running, scene_examples, service_of
 
 from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
+from serving import messages, running, scene_examples, service_of
 
 WITHIN = 60.0
 """Seconds; a machine that others use too."""
@@ -197,7 +197,9 @@ def test_a_request_that_does_not_come_is_given_up(server: Server, name: str, dri
             if drips:
                 thread.join()
         assert time.monotonic() - begun < 15
-        assert answer.count(b"HTTP/1.1 200") == HALVES[name].count(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        assert answer.count(b"HTTP/1.1 200") == HALVES[name].count(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        )
 
 
 def test_a_kept_connection_is_used_again_after_a_pause(server: Server) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from serving import asking, messages, scene_examples, service_of, shipped
 
 from offramp.cli.commands.serve import _config
 from offramp.engine.prefix_cache import PrefixCache
@@ -17,6 +16,7 @@ from offramp.errors import OfframpError
 from offramp.models.cache_salt import current_salt, salted
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.server.middleware import host_name, keys_of
+from serving import asking, messages, scene_examples, service_of, shipped
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": messages(scene_examples()[0]), "max_tokens": 2}
@@ -26,7 +26,9 @@ BODY = {"messages": messages(scene_examples()[0]), "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Any]:
-    service = service_of(slots=1, hosts=("localhost", "127.0.0.1", "::1", "Models.Example.org", ".in.org"))
+    service = service_of(
+        slots=1, hosts=("localhost", "127.0.0.1", "::1", "Models.Example.org", ".in.org")
+    )
     yield asking(service)
     service.close()
 
@@ -43,8 +45,9 @@ def test_it_answers_to_its_names(local: Any, host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     ["evil.org", "localhost.evil.org", "evil.org:8000", "127.0.0.1.evil.org", "in.org", "xin.org",
-     "localhost@evil.org", "evil.org#localhost", "127.0.0.2", "[::2]", "[::ffff:127.0.0.1]", "0.0.0.0",
-     "localhost:80:80", "localhost:x", "", ".", "a b", "localhost,evil.org", "2130706433"],
+     "localhost@evil.org", "evil.org#localhost", "127.0.0.2", "[::2]", "[::ffff:127.0.0.1]",
+     "0.0.0.0", "localhost:80:80", "localhost:x", "", ".", "a b", "localhost,evil.org",
+     "2130706433"],
 )  # fmt: skip
 def test_it_answers_to_no_other_name(local: Any, host: str) -> None:
     for path in ("/", "/v1/models", "/metrics", "/nowhere"):
@@ -130,13 +133,16 @@ def test_keys_are_utf_8(keyed: Any, key: str) -> None:
     basic = base64.b64encode(f"anybody:{key}".encode())
     assert keyed.get("/v1/models", headers=[(b"Authorization", b"Basic " + basic)]).is_success
     for wrong in (key.encode()[:-1], key.encode() + b"x", key.encode("utf-16"), b"\xff"):
-        assert keyed.get("/v1/models", headers=[(b"Authorization", b"Bearer " + wrong)]).status_code == 401
+        assert (
+            keyed.get("/v1/models", headers=[(b"Authorization", b"Bearer " + wrong)]).status_code
+            == 401
+        )
 
 
-@pytest.mark.parametrize("content", ["one\ntwo\n", "\ufeffone\r\ntwo", "\ufeff# keys\none,two", " one , two "])
-def test_keys_of_a_file_are_what_its_writer_meant(
-    content: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "content", ["one\ntwo\n", "\ufeffone\r\ntwo", "\ufeff# keys\none,two", " one , two "]
+)
+def test_keys_of_a_file_are_what_its_writer_meant(content: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content.encode())
     assert served("--api-keys", str(file)).keys == ("one", "two")
@@ -144,12 +150,10 @@ def test_keys_of_a_file_are_what_its_writer_meant(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xef\xbb\xbf", b"# none\n", "one".encode("utf-16"), "one".encode("utf-16-le"),
-                b"\xff\xfe\xfd", b"o\x00ne", b"o\x1bne"],
+    "content", [b"", b"\xef\xbb\xbf", b"# none\n", "one".encode("utf-16"),
+                "one".encode("utf-16-le"), b"\xff\xfe\xfd", b"o\x00ne", b"o\x1bne"],
 )  # fmt: skip
-def test_files_that_hold_no_keys_are_refused(
-    content: bytes, tmp_path: Path
-) -> None:
+def test_files_that_hold_no_keys_are_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(OfframpError):

@@ -17,12 +17,14 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.config import MIB, ServerConfig
 from offramp.serving.server.errors import ApiError, api_error, respond
 
 access = logging.getLogger("offramp.serving.access")
 OPEN = ("/health", "/ready")
 """What needs no key and is asked for under any name: what a load balancer asks."""
+SMALL = {"/detokenize": 2 * MIB}
+"""Paths whose bodies are smaller than others'."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """Names of the machine itself."""
 HEADERS = {
@@ -98,7 +100,8 @@ class Gate:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        body = await self._body(headers, receive)
+        most = min(self._config.body, SMALL.get(scope["path"], self._config.body))
+        body = await self._body(headers, receive, most)
         body_sent = False
 
         async def whole() -> Message:
@@ -114,8 +117,8 @@ class Gate:
             self._held -= len(body)
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
-        """Raise `ApiError` where the server is asked for under a name that is not its own: a page of
-        another site may have let its name lead here."""
+        """Raise `ApiError` where the server is asked for under a name that is not its own: a page
+        of another site may have let its name lead here."""
         allowed, host = self._config.hosts, headers.get("host")
         if not allowed or "*" in allowed or host is None or scope["path"] in OPEN:
             return
@@ -151,11 +154,11 @@ class Gate:
         same = [hmac.compare_digest(sent, key) for key in self._keys]
         return same.index(True) if any(same) else None
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, no larger and no slower than allowed; its bytes count as held."""
+    async def _body(self, headers: Headers, receive: Receive, most: int) -> bytes:
+        """The whole body, of `most` bytes and no slower than allowed; its bytes count as held."""
         declared = headers.get("content-length", "0")
-        if declared.isdecimal() and (len(declared) > 19 or int(declared) > self._config.body):
-            raise self._too_large()
+        if declared.isdecimal() and (len(declared) > 19 or int(declared) > most):
+            raise _too_large(most)
         body = bytearray()
         try:
             async with asyncio.timeout(self._config.body_seconds):
@@ -166,8 +169,8 @@ class Gate:
                         raise ApiError(400, "The body is not whole.", code="incomplete_body")
                     body += self._taken(message.get("body", b""))
                     more = message.get("more_body", False)
-                    if len(body) > self._config.body:
-                        raise self._too_large()
+                    if len(body) > most:
+                        raise _too_large(most)
         except BaseException as error:
             self._held -= len(body)
             if not isinstance(error, TimeoutError):
@@ -192,14 +195,6 @@ class Gate:
         self._held += len(part)
         return part
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The body is larger than the {self._config.body} bytes allowed.",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-
     def _log(self, scope: Scope, name: str, status: int, seconds: float) -> None:
         """One JSON object a request; never what was asked or answered."""
         if scope["path"] in (*OPEN, "/metrics") and status < 400:
@@ -215,6 +210,15 @@ class Gate:
             **scope["offramp"],
         }
         access.info(json.dumps(row))
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body is larger than the {most} bytes allowed.",
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
 
 
 def keys_of(text: str) -> Sequence[str]:

@@ -126,6 +126,7 @@ class Service:
         self._typical = 1.0  # seconds of an answer, lately
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="offramp-text")
         # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
@@ -204,9 +205,9 @@ class Service:
         finally:
             unwanted.set()
 
-    async def in_worker(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, out of a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def of_text(self, work: Callable[[], bytes]) -> bytes:
+        """What `work` makes of a text, in a thread that no prompt waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
     def use_of(self, request: Sampling) -> Use:
         """How the answers to a request use the exits."""
@@ -278,7 +279,7 @@ class Service:
         if self.watcher is not None:
             self.watcher.close()
         self.engine.close(drain=False)
-        for pool in (self._pool, self._fetchers):
+        for pool in (self._pool, self._fetchers, self._texts):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # -- numbers -----------------------------------------------------------------------------------

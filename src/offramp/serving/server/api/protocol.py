@@ -150,7 +150,7 @@ class Sampling(Strict):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -104,7 +104,7 @@ class Fetcher:
         connection = _connection(parts.scheme, host, (addresses[0], port), end)
         try:
             connection.connect()
-            connection.sock.end = end
+            connection.sock.end = end  # type: ignore[union-attr]
             connection.request(
                 "GET", target, headers={"Accept": "image/*", "User-Agent": "offramp"}
             )

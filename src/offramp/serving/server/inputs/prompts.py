@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.server.api.protocol import Message
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Prompter:
@@ -67,7 +70,7 @@ class Prompter:
                 param=param,
                 code="context_length_exceeded",
             )
-        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        if any(_SURROGATE.search(text) for text in texts):
             raise ApiError(400, "The text is not valid Unicode.", param=param, code="invalid_value")
         mark = self.processor.image_mark
         if mark is not None and any(mark in text for text in texts):
