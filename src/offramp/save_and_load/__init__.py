@@ -78,7 +78,7 @@ class AdapterParts:
 
 
 def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card: str) -> None:
-    """Write the folder; each file appears whole or not at all.
+    """Write the folder; all of it appears, or nothing.
 
     Raises:
         InputError: the exits have no tensors, or the policy names other depths than theirs.
@@ -95,7 +95,8 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         tensors[CHECKS] = _checks_tensors(parts.exits)
     if parts.exits.discriminators is not None:
         tensors[DISCRIMINATORS] = parts.exits.discriminators.state_dict()
-    with atomic_folder(folder) as staging:
+    # An earlier adapter's files that this one lacks go: they would not fit these exits.
+    with atomic_folder(folder, owns=(CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS)) as staging:
         for name, state in tensors.items():
             write_tensors(state, staging / name)
         if parts.seen:
@@ -105,9 +106,6 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
         write_json(staging / CONFIG, sealed({**_entries(backbone, parts), "files": files}))
         (staging / CARD).write_text(card, encoding="utf-8")
-    for name in (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
-        if name not in files:  # an earlier adapter's, which would not fit these exits
-            (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class ServerConfig:
     which it is asked for (`Host`), so that no page of another site reaches it by a name of its own;
     ".example.org": all below it too, "*": any; the address that a connection came to always is one;
     none: any. queue: requests that may wait beside those in slots. body, messages, characters:
-    bytes of a request, its messages, and its text. bodies: bytes of all requests under way. choices: answers to one request (`n`, and prompts of a completion).
+    bytes of a request, its messages, and its text. bodies: bytes of all requests under way.
+    choices: answers to one request (`n`, and prompts of a completion).
     default_tokens: longest answer, where neither the request nor the model says one. seconds: from
     a request's arrival to the end of its answer. body_seconds: until a request's header, and then
     its body, has come. send_seconds: that a client may take nothing of what is sent to it.
