@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.outputs import check_out_adapter
 from offramp.errors import DataError, InputError
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
     """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
 
     Raises:
-        InputError: neither is given. StorageError: it cannot be written.
+        InputError: neither is given, or --out holds another adapter. StorageError: it cannot be written.
     """
     from offramp.storage import check_writable
 
@@ -134,6 +135,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
         )
     out = Path(arguments.out or arguments.adapter)
     check_writable(out, folder=True)
+    check_out_adapter(out, Path(arguments.adapter), arguments)
     return out
 
 
