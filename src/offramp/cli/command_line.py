@@ -16,7 +16,7 @@ from typing import Any
 from offramp import __version__
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
-from offramp.errors import OfframpError, StorageError
+from offramp.errors import OfframpError, StorageError, printable
 from offramp.missing import how_to_install, missing_package
 
 EXAMPLES = """\
@@ -136,13 +136,22 @@ def build_parser(program: Program = OFFRAMP) -> Parser:
 
 
 def _prepare_logging(program: Program) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for package in ("offramp", program.package):
         logging.getLogger(package).setLevel(logging.NOTSET)  # as before an earlier --quiet
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
     for noisy in ("httpx", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Printable(logging.Formatter):
+    """Names of others, which a message may hold, do nothing on a terminal but show."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _stop(stopped: Sequence[int]) -> int:

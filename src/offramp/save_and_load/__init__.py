@@ -13,6 +13,7 @@ training/                   log, and the state that resuming needs; not pushed t
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ from offramp.models.fingerprint import same_backbone
 from offramp.models.quantized.weights import scheme
 from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
+    CHECKS,
     CONFIG,
+    EXITS,
     FORMAT,
     LEARNT,
     RESTORE,
@@ -49,14 +52,14 @@ __all__ = [
     "save_parts",
 ]  # fmt: skip
 
-EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
-    "exits.safetensors",
-    "checks.safetensors",
+DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
     "discriminators.safetensors",
     "seen.json",
     "attempts.json",
     "README.md",
 )
+UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them."
+log = logging.getLogger(__name__)
 _LARGEST_SEEN = 2**30
 """Bytes of the largest seen.json that is read: 50 million images."""
 
@@ -205,6 +208,8 @@ def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
 
 def _check_digests(config: AdapterConfig) -> None:
     """Raise `AdapterError` where a file is not the one that adapter.json was written with."""
+    if config.files is None:
+        log.warning(UNCHECKED, config.folder)
     for name, digest in (config.files or {}).items():
         if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
             raise AdapterError(f"{config.folder / CONFIG} names a file {name[:60]!r}.", RESTORE)

@@ -11,7 +11,7 @@ from typing import Any
 
 from offramp.errors import DataError, StorageError
 from offramp.storage.exchange import exchange_folder
-from offramp.storage.json_text import dumps, read_bytes, unreadable
+from offramp.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.storage.jsonl_log import JsonlLog
 from offramp.storage.places import (
     ROOM,
@@ -26,7 +26,7 @@ from offramp.storage.places import (
 )
 
 __all__ = [
-    "JsonlLog", "atomic_folder", "check_writable", "digest_file", "digest_rows", "locked_folder",
+    "JsonlLog", "atomic_folder", "check_plain", "check_writable", "digest_file", "digest_rows", "locked_folder",
     "read_json", "write_atomic", "write_json", "write_result",
 ]  # fmt: skip
 
@@ -130,10 +130,11 @@ def write_result(path: str | Path, value: Any) -> None:
         raise
 
 
-def read_json(path: str | Path, *, largest: int | None = None) -> Any:
+def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:
     """Read a JSON file.
 
-    largest: bytes of the largest file that is read; None: any.
+    largest: bytes of the largest file that is read; None: any. unique: whether an object that has a
+    name twice is refused, of which the last would count.
 
     Raises:
         DataError: the content is not JSON, nested too deeply, or too large.
@@ -141,7 +142,8 @@ def read_json(path: str | Path, *, largest: int | None = None) -> Any:
     """
     content = read_bytes(path, largest)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        hook = _unique if unique else None
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         raise DataError(
@@ -150,12 +152,22 @@ def read_json(path: str | Path, *, largest: int | None = None) -> Any:
         ) from error
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:60]!r} stands there twice")
+    return names
+
+
 def digest_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hex.
 
     Raises:
         StorageError: the file is missing or cannot be read.
     """
+    check_plain(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, share, whole
-from offramp.errors import InputError
+from offramp.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
+    words = [printable(token) for token in tokens]  # as a terminal shows them
     if arguments.json:
         steps = [
             {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
@@ -194,8 +195,9 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
         return
     if not arguments.stream:
         color = _in_color()
-        words = [_paint(t, d, result.layers, color) for t, d in zip(tokens, depths, strict=True)]
-        print_text(f"{'' if image is None else f'{image}: '}{' '.join(words)}")
+        words = [_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True)]
+        name = "" if image is None else f"{printable(str(image))}: "
+        print_text(f"{name}{' '.join(words)}")
     log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
 
 
