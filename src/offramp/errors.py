@@ -86,8 +86,8 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 def printable(text: str) -> str:
     """Text that a terminal shows and does not obey: what is no letter, sign or space is escaped.
 
-    Lines and tabs stay. Names and JSON of others may hold sequences that move the cursor, change the
-    title or turn the direction of what follows.
+    Lines and tabs stay. Names and JSON of others may hold sequences that move the cursor, change
+    the title or turn the direction of what follows.
     """
     if text.isprintable():
         return text

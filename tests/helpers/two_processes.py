@@ -61,7 +61,7 @@ pseudo = replace(SHARED, regime="pseudo", min_confidence=0.04, adversarial=0.1)
 finish("pseudo", replace(pseudo, steps=30, evaluate_every=2, patience=1, shortlist=9))
 
 
-# Two machines without a shared disk: only the main process has the checkpoint, and all go on from it.
+# Two machines without a shared disk: the main process alone has a checkpoint; all go on from it.
 def stops(batch: Any, step: int) -> Any:
     if step == 3:
         raise KeyboardInterrupt

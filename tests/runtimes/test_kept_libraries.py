@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import hashlib
 import os
 import shutil
@@ -185,7 +184,9 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(
 
 
 @pytest.mark.parametrize("cc", ["env cc", "cc -DX='1 2'", " cc ", ""])
-def test_a_compiler_may_have_arguments(cc: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_may_have_arguments(
+    cc: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CC", cc)
     assert answer() == 42
 
@@ -196,6 +197,3 @@ def test_a_compiler_that_is_none_is_no_error(
 ) -> None:
     monkeypatch.setenv("CC", cc)
     assert compiling.compiled("made") is None
-
-
-

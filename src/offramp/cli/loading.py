@@ -18,12 +18,27 @@ log = logging.getLogger(__name__)
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
     """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
     from offramp.data.formats import read_items
+    from offramp.data.rows import NoAnswerError
 
-    return read_items(
-        arguments.data, arguments.images, arguments.format,
-        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
-        require_answers=require_answers,
-    )  # fmt: skip
+    try:
+        items = read_items(
+            arguments.data, arguments.images, arguments.format,
+            split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
+            require_answers=require_answers,
+        )  # fmt: skip
+    except NoAnswerError as error:
+        without = [
+            f"--{name} {value}"
+            for name, value in (("regime", "unsupervised"), ("risk", "disagreement"))
+            if hasattr(arguments, name)
+        ]
+        hint = f" {' and '.join(without)} needs none." if without else ""
+        raise DataError(error.problem, f"{error.remedy}{hint}") from error
+    for item in items:  # a missing one should not wait for the model
+        image = item.example.image
+        if isinstance(image, Path) and not os.path.exists(image):
+            raise DataError(f"{image} does not exist.", "Correct the path in the data.")
+    return items
 
 
 def load_model(
@@ -32,7 +47,9 @@ def load_model(
     """The backbone and its processor. revision: where --revision does not give another."""
     from offramp.models.shipped import load_named, tiny_kind
 
-    name = name or arguments.backbone
+    name = arguments.backbone if name is None else name
+    if name is None:
+        raise InputError("No backbone was named.", "Give --backbone NAME.")
     backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
@@ -105,8 +122,9 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return laid_out(arguments, adapter), processor
     config = read_config(arguments.adapter)
     named = arguments.backbone
+    own = named is None
     backbone, processor = load_model(
-        arguments, named or config.backbone, None if named else config.revision
+        arguments, config.backbone if own else named, config.revision if own else None
     )
     return laid_out(arguments, Adapter.load(config, backbone)), processor
 
@@ -125,7 +143,8 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
     """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
 
     Raises:
-        InputError: neither is given, or --out holds another adapter. StorageError: it cannot be written.
+        InputError: neither is given, or --out holds another adapter. StorageError: it cannot be
+            written.
     """
     from offramp.storage import check_writable
 

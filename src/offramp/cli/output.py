@@ -72,8 +72,8 @@ def plain(value: Any, indent: str = "") -> str:
     lines = []
     for name, part in value.items():
         nested = isinstance(part, Mapping) and part
-        name = printable(str(name))
-        lines.append(f"{indent}{name}:" if nested else f"{indent}{name}: {_word(part)}")
+        title = f"{indent}{printable(str(name))}:"
+        lines.append(title if nested else f"{title} {_word(part)}")
         if nested:
             lines.append(plain(part, f"{indent}  "))
     return "\n".join(lines)

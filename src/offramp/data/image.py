@@ -35,7 +35,12 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def image_names(folder: Path) -> list[str]:
     """The images in a folder and those below it, in order, as paths from there."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    # Not folders or pipes of such a name.
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and os.path.isfile(path)
+    )
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 

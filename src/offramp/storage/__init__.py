@@ -26,8 +26,8 @@ from offramp.storage.places import (
 )
 
 __all__ = [
-    "JsonlLog", "atomic_folder", "check_plain", "check_writable", "digest_file", "digest_rows", "locked_folder",
-    "read_json", "write_atomic", "write_json", "write_result",
+    "JsonlLog", "atomic_folder", "check_plain", "check_writable", "digest_file", "digest_rows",
+    "locked_folder", "read_json", "write_atomic", "write_json", "write_result",
 ]  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[P
     """Yield an empty staging folder; its files move to `path` when the block ends without error.
 
     A new folder appears at once. In a folder that exists, files of the same name are replaced, all
-    at once too, and every other file stays as it is; one rename each, once all of them are safely on
-    disk, where the system cannot exchange folders or the working folder lies inside.
+    at once too, and every other file stays as it is. Where the system cannot exchange folders, or
+    the working folder lies inside, it is one rename each, once all of them are safely on disk.
 
     owns: names of files that are removed from `path` where the staging folder has none.
 

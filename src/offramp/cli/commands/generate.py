@@ -20,10 +20,12 @@ from offramp.cli.options import (
     policy_options,
 )
 from offramp.cli.output import print_json, print_text, tell
-from offramp.cli.parser import Parser, share, whole
+from offramp.cli.parser import Parser, number, seed, share, whole
 from offramp.errors import InputError, printable
 
 log = logging.getLogger(__name__)
+COLDEST = 1e-4
+"""Below, logits that are divided by a temperature are infinite."""
 
 
 def add(commands: Any) -> None:
@@ -56,7 +58,9 @@ def _options(parser: Parser) -> None:
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     length_option(group)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, metavar="X", help="sample, at this temperature")
+    group.add_argument(
+        "--temperature", type=number(0, 100), metavar="X", help="sample, at this temperature"
+    )
     group.add_argument(
         "--top-p", type=share, metavar="X",
         help="sample from the likeliest tokens that together have this probability",
@@ -65,7 +69,7 @@ def _options(parser: Parser) -> None:
         "--top-k", type=whole(1), metavar="N", help="sample from this many of the likeliest tokens"
     )
     group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="seed of sampling (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="seed of sampling (default: 0)"
     )
     exits = policy_options(parser, threshold=True)
     name_option(
@@ -107,13 +111,16 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     drawn = {n: getattr(arguments, n) for n in ("temperature", "top_p", "top_k")}
     sampling = {name: value for name, value in drawn.items() if value is not None}
     wrong = [
-        name for name in ("temperature", "top_p") if name in sampling and not sampling[name] > 0
+        name
+        for name in ("temperature", "top_p")
+        if name in sampling and not sampling[name] >= COLDEST
     ]
     if wrong:
         raise InputError(
             f"--{wrong[0].replace('_', '-')} is {sampling[wrong[0]]:g}, from which nothing can be "
             "drawn.",
-            "Give a number above 0; without sampling options the likeliest token is taken.",
+            f"Give a number above 0, at least {COLDEST:g}; without sampling options the likeliest "
+            "token is taken.",
         )
     if arguments.stream and arguments.json:
         raise InputError("--stream prints text, and --json none.", "Give one of them.")
@@ -127,6 +134,10 @@ def _check_images(arguments: argparse.Namespace) -> None:
             f"--interactive asks about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
         )
+    from offramp.data.example import Example
+
+    for image in arguments.image:
+        Example(image, "", (), key="image").open_image()
 
 
 def _questions(
@@ -144,9 +155,19 @@ def _questions(
 
 def _typed() -> Iterator[str]:
     """Lines of stdin, up to an empty one."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("--interactive reads stdin, which is closed.", "Give --prompt instead.")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"What came on stdin is no text in {sys.stdin.encoding}.", "Send it as UTF-8."
+            ) from error
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise InputError(f"stdin cannot be read: {said}.", "Give --prompt instead.") from error
         if not line:
             tell("")
             return

@@ -13,7 +13,6 @@ from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
-
 log = logging.getLogger(__name__)
 
 

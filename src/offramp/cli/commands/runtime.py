@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import compile_option, name_option
-from offramp.cli.parser import Parser, whole
+from offramp.cli.parser import Parser, threads, whole
 from offramp.errors import InputError
 
 RUNTIMES = ("torch", "llama.cpp", "cuda-graphs")
@@ -27,7 +27,7 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
     if not sized:
         return group
     group.add_argument(
-        "--threads", type=whole(1), default=1, metavar="N",
+        "--threads", type=threads, default=1, metavar="N",
         help="threads of llama.cpp's decoder (default: 1)",
     )  # fmt: skip
     group.add_argument(

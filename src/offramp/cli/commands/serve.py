@@ -14,7 +14,7 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import choose_device, laid_out
 from offramp.cli.options import add_command, name_option, precision_options, prepack_option
 from offramp.cli.output import print_json, tell
-from offramp.cli.parser import Parser, or_none, share, whole
+from offramp.cli.parser import Parser, or_none, share, threads, whole
 from offramp.errors import InputError, StorageError
 
 MODES = ("full", "early_exit", "lossless")
@@ -49,7 +49,7 @@ def _options(parser: Parser) -> None:
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
     )  # fmt: skip
     model.add_argument(
-        "--threads", type=or_none(whole(1)), metavar="N",
+        "--threads", type=or_none(threads), metavar="N",
         help="CPU threads for one call (default: PyTorch's own choice)",
     )  # fmt: skip
     _engine_options(parser)

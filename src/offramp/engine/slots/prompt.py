@@ -96,7 +96,13 @@ class PromptReader:
         asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
         check_inputs(inputs, self.intercepted.model)
-        if len(inputs["input_ids"]) != 1 or asked.get("num_return_sequences", 1) != 1:
+        if asked.get("num_return_sequences", 1) != 1:
+            raise InputError(
+                f"A request asked for {asked['num_return_sequences']} answers "
+                "(num_return_sequences).",
+                "Submit it as often as answers are wanted, each with a seed of its own.",
+            )
+        if len(inputs["input_ids"]) != 1:
             raise InputError(
                 f"A request of {len(inputs['input_ids'])} rows was submitted.",
                 "Submit each prompt as a request of its own.",

@@ -143,7 +143,9 @@ def _read_own(path: Path) -> bytes:
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for a pipe, until it is known not to be one
 
 
-def _check_own(path: Path, status: os.stat_result, kind: Callable[[int], bool], *, tight: bool = True) -> None:
+def _check_own(
+    path: Path, status: os.stat_result, kind: Callable[[int], bool], *, tight: bool = True
+) -> None:
     """Raise `OSError` unless it is of this kind, this user's, and, if `tight`, no other's to write.
 
     Windows has no owners in this sense; its cache folder is the user's own.
