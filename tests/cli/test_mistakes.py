@@ -44,7 +44,8 @@ def generate(run: RunCommand, image: Path, *more: Any) -> Any:
     [
         ("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "1e-320"),
         ("--temperature", "1e-39"), ("--temperature", "1e9"), ("--temperature", "-1"),
-        ("--temperature", "0"), ("--temperature", "1e400"), ("--top-p", "inf"), ("--top-p", "1e-320"),
+        ("--temperature", "0"), ("--temperature", "1e400"), ("--top-p", "inf"),
+        ("--top-p", "1e-320"),
         ("--top-k", str(2**40)), ("--seed", "9223372036854775807"), ("--seed", str(2**32)),
         ("--seed", "1_0x"), ("--max-new-tokens", str(2**40)), ("--threshold", "inf"),
         ("--device", "meta"), ("--device", ""), ("--device", "cuda:99"), ("--device", "cpu:x"),
@@ -152,10 +153,14 @@ def test_an_image_that_cannot_be_read_is_found_before_the_model_is_loaded(
     assert_two_lines(generate(run, tmp_path / "cut.png"), "cut.png is not a readable image")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"image": "nope.jpg", "captions": ["a"]}) + "\n")
-    for command, what in (("train", ("--backbone", "tiny-opt")), ("calibrate", ("--adapter", EXITS)),
-                          ("eval", ("--adapter", EXITS, "--task", "captions"))):  # fmt: skip
+    commands: dict[str, tuple[Any, ...]] = {
+        "train": ("--backbone", "tiny-opt"),
+        "calibrate": ("--adapter", EXITS),
+        "eval": ("--adapter", EXITS, "--task", "captions"),
+    }
+    for command, what in commands.items():
         found = run(command, *what, "--data", rows, "--out", tmp_path / command)
-        assert_two_lines(found, "nope.jpg does not exist")
+        assert_two_lines(found, "nope.jpg, which does not exist")
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -163,8 +168,8 @@ def test_an_image_that_cannot_be_read_is_found_before_the_model_is_loaded(
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"PK\x03\x04", b"%PDF-1.4", b"GGUF", b"PAR1",
-     b"\x1f\x8b\x08", b'{"image": "a\x00"}'],
+    [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"PK\x03\x04", b"%PDF-1.4", b"GGUF",
+     b"PAR1", b"\x1f\x8b\x08", b'{"image": "a\x00"}'],
 )  # fmt: skip
 def test_a_file_that_is_no_text_is_called_what_it_is(
     content: bytes, run: RunCommand, tmp_path: Path
@@ -195,7 +200,7 @@ def test_a_remedy_names_options_that_the_command_has(
     image: Path, run: RunCommand, tmp_path: Path
 ) -> None:
     out = ("--data", image.parent, "--out", tmp_path / "out")
-    found = run("train", "--backbone", "tiny-opt", *out)
+    found = run("train", "--backbone", "tiny-opt", "--regime", "supervised", *out)
     assert_two_lines(found, "--regime unsupervised")
     found = run("calibrate", "--adapter", EXITS, "--risk", "exact_match_drop", *out)
     assert_two_lines(found, "--risk disagreement")
@@ -205,7 +210,7 @@ def test_a_remedy_names_options_that_the_command_has(
 def test_a_remedy_names_a_depth_that_there_is(opt: Any, batch: Any) -> None:
     adapter = Adapter(opt, Exits(opt, (2,)))
     with pytest.warns(UserWarning, match=r"ExitPolicy\(\{2: 0.95\}\)"):
-        adapter(**batch("blip2-opt", 1))
+        adapter.generate(**batch("blip2-opt", 1), max_new_tokens=1, do_sample=False)
     assert "%d" in NO_THRESHOLDS
 
 

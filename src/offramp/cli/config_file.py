@@ -171,7 +171,7 @@ def _flat(_: _Events, event: Any, path: str) -> Scalar:
 
 
 def _scalar(event: Any) -> Scalar:
-    return Scalar(event.value, plain=event.style is None)
+    return Scalar(event.value, plain=bool(event.implicit[0]))  # as it is written without quotes
 
 
 # -- options ---------------------------------------------------------------------------------------
