@@ -78,8 +78,8 @@ def test_no_more_images_are_prepared_ahead_than_there_are_slots(llava: Any) -> N
         held = Held(engine, text)
         handles = [engine.submit(image, **OPTIONS) for _ in range(8)]
         with engine._changed:
-            assert engine._changed.wait_for(lambda: len(engine._ahead) == 2, WITHIN)
-            assert len(engine._preparing) == 6
+            assert engine._changed.wait_for(lambda: len(engine._preparing) == 6, WITHIN)
+            assert len(engine._ahead) == 2
         held.let_go()
         assert not wait(handles, WITHIN).not_done
         assert engine.drain(WITHIN) and not engine._ahead
@@ -95,6 +95,60 @@ def test_what_was_prepared_later_does_not_go_before_what_came_first(llava: Any) 
             one.add(made[number])
         assert [job.handle for job in one._queue] == made
         assert one.queued == set(made)
+
+
+# -- who is not wanted any more --------------------------------------------------------------------
+
+
+def test_what_waits_to_be_prepared_and_is_cancelled_is_not_prepared(
+    llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, image, text = llava
+    with BatchEngine(backbone, config=EngineConfig(slots=1, limit=64), queue=50) as engine:
+        read: list[Any] = []
+        reader = engine._images
+        assert reader is not None
+        monkeypatch.setattr(reader, "read", read.append)
+        held = Held(engine, text)
+        handles = [engine.submit(image, **OPTIONS) for _ in range(4)]
+        with engine._changed:
+            assert engine._changed.wait_for(lambda: len(engine._preparing) == 3, WITHIN)
+        for handle in handles[1:]:
+            engine.cancel(handle)
+        until_prepared(engine)
+        held.let_go()
+        assert engine.drain(WITHIN)
+        assert len(read) == 1  # the one that was ahead already
+        assert [handle.cancelled() for handle in handles] == [False, True, True, True]
+
+
+def test_a_prompt_that_is_cancelled_is_not_read_to_its_end(llava: Any) -> None:
+    backbone, _, text = llava
+    core = EngineCore(backbone, config=EngineConfig(slots=2, limit=128, budget=8))
+    chunks = 0
+    run_stack = core._reader._run_stack
+
+    def counted(*args: Any, **more: Any) -> Any:
+        nonlocal chunks
+        chunks += 1
+        return run_stack(*args, **more)
+
+    core._reader._run_stack = counted
+    long = {name: part.repeat(1, 16) for name, part in text.items()}  # 64 tokens, eight chunks
+    second = Handle(Request(long, "full", options={"max_new_tokens": 2, "do_sample": False}))
+
+    def told(_: Any) -> None:
+        if core.running > 1:
+            second.cancel()
+
+    options = {"max_new_tokens": 30, "do_sample": False}
+    first = core.add(Request(text, "full", on_token=told, options=options))
+    core.round()
+    before = chunks
+    core.add(second)
+    core.run()
+    assert first.result().output.depths.numel() == 30
+    assert second.cancelled() and chunks - before < 4
 
 
 # -- the end of its thread -------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class BatchEngine:
         self._changed = threading.Condition()
         self._preparing: set[Handle] = set()
         self._ready: list[Handle] = []
-        self._ahead: set[Handle] = set()  # prepared, and without a slot
+        self._ahead: set[Handle] = set()  # being prepared, or ready and without a slot
         self._open: set[Handle] = set()  # without an answer
         self._failed: BaseException | None = None
         self._closed = self._dropped = False
@@ -228,6 +228,8 @@ class BatchEngine:
                 lambda: self._dropped or handle.unwanted or len(self._ahead) < self._most_ahead
             )
             unwanted = self._dropped or handle.unwanted
+            if not unwanted:
+                self._ahead.add(handle)
         try:
             if not unwanted and isinstance(what, Example):
                 assert self.processor is not None
@@ -243,9 +245,9 @@ class BatchEngine:
             if self._failed is not None:
                 return  # it has failed with all others
             if error is not None:
+                self._ahead.discard(handle)
                 handle.set_exception(error)
             else:
-                self._ahead.add(handle)
                 self._ready.append(handle)
             self._changed.notify_all()
 
@@ -300,7 +302,7 @@ class BatchEngine:
             self.core.add(handle)
         self._ready.clear()
         if self._ahead:
-            self._ahead &= self.core.queued
+            self._ahead &= self.core.queued | self._preparing
         if self._dropped:
             self.core.cancel_all()
 

@@ -1,8 +1,7 @@
 """Requests that nobody wrote: drawn, changed and cut by a seed, whole and as streams.
 
 Each is answered, or refused by an error object; a stream ends as streams do; afterwards nothing is
-held. `make fuzz FUZZ=3600 SEED=7` goes on for an hour; a failure names the seed and the number of its
-request.
+held. `make fuzz FUZZ=3600 SEED=7` goes on for an hour; a failure names its seed and its number.
 """
 
 from __future__ import annotations
