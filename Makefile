@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BACKBONE ?= opt
 PIP_FLAGS ?=
+FUZZ ?= 60
+SEED ?= 0
+SOAK ?= 28800
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads pages clean docs
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads fuzz soak pages clean docs
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -59,6 +62,12 @@ loads: $(READY)  ## the batch engine under loads like those of use; rewrites lab
 	$(BIN)/python -m offramp_lab.records.loads.memory
 	$(BIN)/python -m offramp_lab.records.loads.arrivals
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
+
+fuzz: $(READY)  ## requests drawn by a seed, for FUZZ seconds (60): over a thousand a minute
+	OFFRAMP_FUZZ=$(FUZZ) OFFRAMP_FUZZ_SEED=$(SEED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/serving/server/test_fuzz.py
+
+soak: $(READY)  ## many clients for SOAK seconds (a night), some rude; rewrites lab/records/soak.json
+	$(BIN)/python -m offramp_lab.records.soak --seconds $(SOAK)
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
 	$(BIN)/python -m offramp_lab.pages.reports

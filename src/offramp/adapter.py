@@ -32,8 +32,9 @@ from offramp.save_and_load import (
 
 NO_THRESHOLDS = (
     "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
-    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({8: 0.95})."
+    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95})."
 )
+"""With the depth of an exit that there is."""
 
 
 def attach(
@@ -210,7 +211,7 @@ class Adapter:
         given = exit_policy if policy is None else policy
         chosen = (self.policy if given is None else given).in_mode(mode)
         if given is None and mode != "full" and not chosen.effective.thresholds:
-            warnings.warn(NO_THRESHOLDS, stacklevel=3)
+            warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
         return chosen
 
     def with_policy(

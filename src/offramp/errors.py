@@ -83,12 +83,31 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
             raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))
 
 
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: what is no letter, sign or space is escaped.
+
+    Lines and tabs stay. Names and JSON of others may hold sequences that move the cursor, change
+    the title or turn the direction of what follows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text
+    )
+
+
+def _escaped(letter: str) -> str:
+    return ascii(letter)[1:-1]
+
+
 _LONGEST = 2000
 """Letters of the longest line: a damaged file may hold a name of a million."""
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(line.strip() for line in str(text).splitlines() if line.strip())
-    # Half of a surrogate pair, as file names may hold, cannot be written to a terminal or a file.
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = str(text)
+    text = text if len(text) <= 2 * _LONGEST else text[: 2 * _LONGEST]
+    line = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    # Half of a surrogate pair, as file names may hold, is no letter either.
+    line = printable(line.replace("\t", " "))
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -125,3 +125,19 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path
     for rank in range(2):
         told = json.loads((two_processes / f"poisoned-{rank}.json").read_text())
         assert "nan at step 1" in told
+
+
+def test_processes_without_a_shared_disk_go_on_from_the_same_step(two_processes: Path) -> None:
+    assert not (two_processes / "apart-1").exists()  # the second has no checkpoint of its own
+    whole, *apart = (
+        torch.load(two_processes / f"{name}.pt", weights_only=True)
+        for name in ("supervised-0", "apart-0-0", "apart-1-1")
+    )
+    for state in apart:
+        assert same(state["exits"], whole["exits"])
+        assert state["progress"] == whole["progress"]
+
+
+def test_a_checkpoint_that_is_damaged_stops_all_processes(two_processes: Path) -> None:
+    told = [json.loads((two_processes / f"damaged-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1] and "is damaged" in told[0]

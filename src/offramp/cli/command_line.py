@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +17,7 @@ from typing import Any
 from offramp import __version__
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
-from offramp.errors import OfframpError, StorageError
+from offramp.errors import OfframpError, StorageError, printable
 from offramp.missing import how_to_install, missing_package
 
 EXAMPLES = """\
@@ -88,10 +89,10 @@ def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
 
 def _run(argv: Sequence[str] | None, program: Program) -> int:
     try:
+        _check_working_folder()
         arguments = build_parser(program).parse_args(argv)
         if getattr(arguments, "quiet", False):
-            for name in ("offramp", program.package):
-                logging.getLogger(name).setLevel(logging.WARNING)
+            _be_quiet(program)
         command: Callable[[argparse.Namespace], None] = arguments.run
         command(arguments)
     except UsageError as error:
@@ -135,14 +136,53 @@ def build_parser(program: Program = OFFRAMP) -> Parser:
     return parser
 
 
+def _check_working_folder() -> None:
+    """Raise `StorageError` where it was removed: whatever asks for it would fail."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise StorageError(
+            "The working folder is not there any more.", "Change to one that is: cd ~"
+        ) from error
+
+
+def _be_quiet(program: Program) -> None:
+    """Results and errors alone: no lines of ours, no bars of Hugging Face, no warnings."""
+    for name in ("offramp", program.package):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # for what is imported later
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    for module, name in _BARS:  # and for what is imported already
+        silence = getattr(sys.modules.get(module), name, None)
+        if silence is not None:
+            silence()
+
+
+_BARS = (
+    ("transformers.utils.logging", "disable_progress_bar"),
+    ("huggingface_hub.utils", "disable_progress_bars"),
+    ("datasets", "disable_progress_bars"),
+)
+
+
 def _prepare_logging(program: Program) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for package in ("offramp", program.package):
         logging.getLogger(package).setLevel(logging.NOTSET)  # as before an earlier --quiet
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
     for noisy in ("httpx", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Printable(logging.Formatter):
+    """Names of others, which a message may hold, do nothing on a terminal but show."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _stop(stopped: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.outputs import check_out_adapter
 from offramp.errors import DataError, InputError
 
 log = logging.getLogger(__name__)
@@ -17,12 +18,22 @@ log = logging.getLogger(__name__)
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
     """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
     from offramp.data.formats import read_items
+    from offramp.data.rows import NoAnswerError
 
-    return read_items(
-        arguments.data, arguments.images, arguments.format,
-        split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
-        require_answers=require_answers,
-    )  # fmt: skip
+    try:
+        return read_items(
+            arguments.data, arguments.images, arguments.format,
+            split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
+            require_answers=require_answers,
+        )  # fmt: skip
+    except NoAnswerError as error:
+        without = [
+            f"--{name} {value}"
+            for name, value in (("regime", "unsupervised"), ("risk", "disagreement"))
+            if hasattr(arguments, name)
+        ]
+        hint = f" {' and '.join(without)} needs none." if without else ""
+        raise DataError(error.problem, f"{error.remedy}{hint}") from error
 
 
 def load_model(
@@ -31,7 +42,9 @@ def load_model(
     """The backbone and its processor. revision: where --revision does not give another."""
     from offramp.models.shipped import load_named, tiny_kind
 
-    name = name or arguments.backbone
+    name = arguments.backbone if name is None else name
+    if name is None:
+        raise InputError("No backbone was named.", "Give --backbone NAME.")
     backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
@@ -104,8 +117,9 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return laid_out(arguments, adapter), processor
     config = read_config(arguments.adapter)
     named = arguments.backbone
+    own = named is None
     backbone, processor = load_model(
-        arguments, named or config.backbone, None if named else config.revision
+        arguments, config.backbone if own else named, config.revision if own else None
     )
     return laid_out(arguments, Adapter.load(config, backbone)), processor
 
@@ -124,7 +138,8 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
     """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
 
     Raises:
-        InputError: neither is given. StorageError: it cannot be written.
+        InputError: neither is given, or --out holds another adapter. StorageError: it cannot be
+            written.
     """
     from offramp.storage import check_writable
 
@@ -134,6 +149,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
         )
     out = Path(arguments.out or arguments.adapter)
     check_writable(out, folder=True)
+    check_out_adapter(out, Path(arguments.adapter), arguments)
     return out
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.parser import Flattened, Parser, one_of, or_none, share, whole, whole_numbers
+from offramp.cli.parser import Flattened, Parser, one_of, or_none, seed, share, whole, whole_numbers
 from offramp.cli.plugins import load_plugins
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
         return Path
     optional = type(None) in typing.get_args(hint)
     kind = kinds.pop() if kinds else hint
-    number = whole(0 if name == "seed" else 1)
+    number = seed if name == "seed" else whole(1)
     known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
     parse = known[kind]
     return or_none(parse) if optional and parse is number else parse
@@ -382,5 +382,5 @@ def batch_option(group: Any, default: int, help: str = "examples at once") -> No
 
 def seed_option(group: Any, what: str) -> None:
     group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help=f"seed of {what} (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help=f"seed of {what} (default: 0)"
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from offramp.errors import StorageError
+from offramp.errors import StorageError, printable
 
 CLOSED = 128 + 13
 """Exit code where the reader of a pipe has gone: that of a program that SIGPIPE stopped."""
@@ -46,8 +46,15 @@ def print_json(value: Any) -> None:
     """A result as one line of JSON; as ASCII where stdout is not Unicode."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
-    # Half of a surrogate pair, as file names may hold, is written as JSON's own escape.
-    print_text(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    # What is no letter, such as half of a surrogate pair or what a terminal obeys, is written as
+    # JSON's own escape.
+    print_text(text if text.isprintable() else "".join(map(_in_json, text)))
+
+
+def _in_json(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return json.dumps(letter)[1:-1]
 
 
 def show_result(value: Any, text: str | None = None, *, as_json: bool) -> None:
@@ -65,7 +72,8 @@ def plain(value: Any, indent: str = "") -> str:
     lines = []
     for name, part in value.items():
         nested = isinstance(part, Mapping) and part
-        lines.append(f"{indent}{name}:" if nested else f"{indent}{name}: {_word(part)}")
+        title = f"{indent}{printable(str(name))}:"
+        lines.append(title if nested else f"{title} {_word(part)}")
         if nested:
             lines.append(plain(part, f"{indent}  "))
     return "\n".join(lines)
@@ -76,7 +84,7 @@ def _word(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_word, value)) or "none"
-    return "none" if value is None or value == {} else str(value)
+    return "none" if value is None or value == {} else printable(str(value))
 
 
 def tell(text: str) -> None:

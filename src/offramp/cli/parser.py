@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from offramp.cli.config_file import with_config
+from offramp.cli.config_file import of_config
 from offramp.cli.output import print_text
 from offramp.errors import InputError, did_you_mean
 
@@ -23,7 +23,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        # An abbreviated option means another one as soon as there is a further option.
+        super().__init__(*args, **{"allow_abbrev": False, **options})
         self.late: Callable[[Parser], None] | None = None
 
     def parse_known_args(  # type: ignore[override]
@@ -31,11 +32,24 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         self._load()
         typed = sys.argv[1:] if args is None else list(args)
-        typed = with_config(typed, self._option_string_actions)
+        namespace = argparse.Namespace() if namespace is None else namespace
+        self._take_config(typed, namespace)
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             self._refuse(unknown[0])
         return parsed, unknown
+
+    def _take_config(self, typed: Sequence[str], namespace: argparse.Namespace) -> None:
+        """What the `--config` file sets, as if it were the options' defaults."""
+        for action, flag, words in of_config(typed, self._option_string_actions):
+            action.required = False
+            if not flag:  # it is set to what it is anyway
+                continue
+            try:
+                values = self._get_values(action, words)
+                action(self, namespace, values, flag)
+            except argparse.ArgumentError as error:
+                self.error(str(error))
 
     def loaded(self) -> Iterator[argparse.Action]:
         """All options, those of commands included, which are made for it."""
@@ -79,17 +93,50 @@ class Parser(argparse.ArgumentParser):
         return f"See {self.prog} --help."
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A type of options: whole numbers from `least`."""
+MOST = 2**31 - 1
+"""Of a whole number, unless its option says otherwise: what every library takes."""
+SEEDS = 2**32 - 1
+THREADS = 1024
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """A type of options: whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from {least}")
+            raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a whole number") from None
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is not a whole number from {least} to {most}"
+            )
         return number
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """A type of options: seeds, as all generators take them."""
+    return whole(0, SEEDS)(text)
+
+
+def threads(text: str) -> int:
+    """A type of options: how many threads. More would not start, and end the process."""
+    return whole(1, THREADS)(text)
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A type of options: numbers from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a number") from None
+        if not least <= value <= most:  # not a number neither
+            raise argparse.ArgumentTypeError(f"{value:g} is not from {least:g} to {most:g}")
+        return value
 
     return parse
 

@@ -20,6 +20,10 @@ ANSWERS = ("answers", "answer")
 FIELDS = ("image", *CAPTIONS, "question", *ANSWERS, "dialogue", "prompt", "split")
 
 
+class NoAnswerError(DataError):
+    """A row has no answer, and what reads it needs one."""
+
+
 @dataclass(frozen=True)
 class Row:
     """The fields of one row, with what an error needs to name it."""
@@ -74,11 +78,10 @@ class Row:
     def fail_without_answer(self) -> NoReturn:
         # A misspelt field is ignored like any other unknown one; here is where it shows.
         hints = (did_you_mean(name, FIELDS) for name in self.fields if name not in FIELDS)
-        self.fail(
-            f"has no answer; its fields are {', '.join(self.fields)}",
+        raise NoAnswerError(
+            f"{self.where} has no answer; its fields are {', '.join(self.fields)}.",
             next((hint for hint in hints if hint.startswith("Did")), "")
-            or "Add 'captions', or 'answers' to the question; --regime unsupervised and --risk "
-            "disagreement need none.",
+            or "Add 'captions', or 'answers' to the question.",
         )
 
 
@@ -121,6 +124,14 @@ def _looks_like_path(source: str | Path) -> bool:
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     try:
         with open(path, "rb") as file:
+            begin = file.read(512)
+            if kind := _kind_of(begin):
+                raise DataError(
+                    f"{path} is {kind}, not rows of data.",
+                    'Give a JSONL file with a line such as {"image": "dog.jpg"}, or the folder '
+                    "that holds the images.",
+                )
+            file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _row_of(line, path, number)
@@ -128,6 +139,23 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         raise StorageError(
             f"Cannot read {path}: {error.strerror}.", "Check that the file may be read."
         ) from error
+
+
+_KINDS = {
+    b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image", b"BM": "an image",
+    b"RIFF": "an image or a sound", b"II*\0": "an image", b"MM\0*": "an image",
+    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF",
+    b"PAR1": "a Parquet file", b"GGUF": "a GGUF file",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}  # fmt: skip
+
+
+def _kind_of(begin: bytes) -> str | None:
+    """What a file is that holds no text; None: it may."""
+    for mark, kind in _KINDS.items():
+        if begin.startswith(mark):
+            return kind
+    return "a file of bytes" if b"\0" in begin else None
 
 
 def _row_of(line: bytes, path: Path, number: int) -> Row:

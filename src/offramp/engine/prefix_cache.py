@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import current_salt
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 
@@ -43,12 +44,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class _Kept:
-    """A prompt of P tokens: its embeddings [P, D], and keys and values [1, H, P, Dh] by layer."""
+    """A prompt of P tokens: its embeddings [P, D], and keys and values [1, H, P, Dh] by layer.
+
+    salt: under which it was kept, and is found.
+    """
 
     backbone: Backbone
     embeds: Tensor
     layers: Sequence[tuple[Tensor, Tensor]]
     exits: Sequence[tuple[nn.Module, tuple[Tensor, Tensor]]]
+    salt: str | None
 
     def common(self, embeds: Tensor) -> int:
         """How many tokens `embeds` [Q, D] begins with that this prompt begins with too."""
@@ -104,7 +109,7 @@ class PrefixCache:
         best, prompt, most = None, None, 0
         for key, candidate in candidates:
             known = [module for module, _ in candidate.exits]
-            same = candidate.backbone.model is backbone.model
+            same = candidate.backbone.model is backbone.model and candidate.salt == current_salt()
             fits = same and all(any(m is k for k in known) for m in modules)
             common = min(candidate.common(embeds), len(embeds) - 1) if fits else 0
             if common > most:
@@ -197,6 +202,7 @@ class _Served:
                     self._embeds,
                     [_start(entry, length) for entry in layers],
                     [(module, _start(entry, length)) for module, entry in exits],
+                    current_salt(),
                 )
             )
 

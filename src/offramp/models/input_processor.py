@@ -54,13 +54,17 @@ class InputProcessor:
         Raises:
             InputError: several images where the processor takes one a text.
         """
-        if len(images) > 1 and self._places_image:
-            raise InputError(
-                f"This model takes one image with a prompt, and {len(images)} came.",
-                "Ask about each image on its own.",
-            )
+        self.check_images(len(images))
         batch: Any = list(images) if self._places_image else [list(images)]
         return self._processed([text], batch if images else None)
+
+    def check_images(self, images: int) -> None:
+        """Raise `InputError` where a processor that takes one image with a text gets several."""
+        if images > 1 and self._places_image:
+            raise InputError(
+                f"This model takes one image with a prompt, and {images} came.",
+                "Ask about each image on its own.",
+            )
 
     def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
         """The same of token ids."""

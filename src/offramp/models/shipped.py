@@ -68,6 +68,10 @@ def load_named(
     Raises:
         InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`.
     """
+    if not name.strip():
+        raise InputError(
+            "The backbone's name is empty.", "Give a hub name or a folder, or tiny-opt or tiny-t5."
+        )
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind = tiny_kind(name)
     how: dict[str, Any] = {"quantize": quantize, "compile": compile}

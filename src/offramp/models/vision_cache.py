@@ -18,10 +18,12 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from offramp.errors import InputError
+from offramp.models.cache_salt import current_salt
 
 
 class VisionCache:
-    """Outputs of vision towers, by the tower and a digest of what it was given. Thread-safe.
+    """Outputs of vision towers, by the tower, a digest of what it was given and the current salt
+    (`offramp.models.cache_salt`). Thread-safe.
 
     The least recently used are dropped. hits, misses: calls of a tower that were answered from
     here, and that were not. nbytes: of the tensors held, never above `max_bytes`.
@@ -39,9 +41,7 @@ class VisionCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         # By a reference that does not keep the tower: another one is never taken for it.
-        self._held: LRUCache[tuple[weakref.ref[nn.Module], str], Any] = LRUCache(
-            max_bytes, getsizeof=_nbytes
-        )
+        self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(max_bytes, getsizeof=_nbytes)
         self._lock = threading.Lock()
 
     @property
@@ -50,7 +50,7 @@ class VisionCache:
 
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
-        key = (weakref.ref(tower), _digest([*args, kw]))
+        key = (weakref.ref(tower), _digest([*args, kw]), current_salt())
         with self._lock:
             cached = self._held.get(key)
             if cached is None:

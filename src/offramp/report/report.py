@@ -8,7 +8,8 @@ end of the page names what was not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from offramp.data.example import Example
-from offramp.errors import DataError, InputError
+from offramp.errors import DataError, InputError, OfframpError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.report import headline, sections
 from offramp.report.gallery import gallery
@@ -76,7 +77,9 @@ def read_sources(paths: Iterable[str | Path]) -> list[Source]:
     for path in map(Path, paths):
         # Not Path.is_file, which raises on names that are too long.
         files = [path / name for name in FILES if os.path.isfile(path / name)]
-        in_path = [s for file in (files if os.path.isdir(path) else [path]) for s in _in_file(file)]
+        with _of_our_form():
+            found = files if os.path.isdir(path) else [path]
+            in_path = [s for file in found for s in _in_file(file)]
         if not in_path:
             raise InputError(
                 f"{path} holds nothing that a report can show.",
@@ -133,6 +136,30 @@ def report(
     Raises:
         DataError: a result has not the form that this version of offramp writes.
     """
+    with _of_our_form():
+        return _page(sources, examples, title, tokenizer_of)
+
+
+@contextmanager
+def _of_our_form() -> Iterator[None]:
+    """Whatever is missing or odd in a stranger's JSON is said in words."""
+    try:
+        yield
+    except OfframpError:
+        raise
+    except Exception as error:  # of values of any kind, formatted and drawn
+        raise DataError(
+            f"A result cannot be shown: {type(error).__name__}: {error}.",
+            "Name folders and files as this version of offramp wrote them.",
+        ) from error
+
+
+def _page(
+    sources: Sequence[Source],
+    examples: Sequence[Example],
+    title: str,
+    tokenizer_of: Callable[[str], Any] | None,
+) -> str:
     pictures = {example.key: example for example in examples}
     answers = partial(_answers, pictures=pictures, tokenizer_of=tokenizer_of or local_tokenizer)
     shown, missing = [], []

@@ -13,6 +13,7 @@ training/                   log, and the state that resuming needs; not pushed t
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ from offramp.models.fingerprint import same_backbone
 from offramp.models.quantized.weights import scheme
 from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
+    CHECKS,
     CONFIG,
+    EXITS,
     FORMAT,
     LEARNT,
     RESTORE,
@@ -50,14 +53,14 @@ __all__ = [
     "save_parts",
 ]  # fmt: skip
 
-EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
-    "exits.safetensors",
-    "checks.safetensors",
+DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
     "discriminators.safetensors",
     "seen.json",
     "attempts.json",
     "README.md",
 )
+UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them."
+log = logging.getLogger(__name__)
 _LARGEST_SEEN = 2**30
 """Bytes of the largest seen.json that is read: 50 million images."""
 
@@ -79,7 +82,7 @@ class AdapterParts:
 
 
 def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card: str) -> None:
-    """Write the folder; each file appears whole or not at all.
+    """Write the folder; all of it appears, or nothing.
 
     Raises:
         InputError: the exits have no tensors, or the policy names other depths than theirs.
@@ -96,7 +99,8 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         tensors[CHECKS] = _checks_tensors(parts.exits)
     if parts.exits.discriminators is not None:
         tensors[DISCRIMINATORS] = parts.exits.discriminators.state_dict()
-    with atomic_folder(folder) as staging:
+    # An earlier adapter's files that this one lacks go: they would not fit these exits.
+    with atomic_folder(folder, owns=(CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS)) as staging:
         for name, state in tensors.items():
             write_tensors(state, staging / name)
         if parts.seen:
@@ -106,9 +110,6 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
         write_json(staging / CONFIG, sealed({**_entries(backbone, parts), "files": files}))
         (staging / CARD).write_text(card, encoding="utf-8")
-    for name in (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
-        if name not in files:  # an earlier adapter's, which would not fit these exits
-            (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
@@ -215,6 +216,8 @@ def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
 
 def _check_digests(config: AdapterConfig) -> None:
     """Raise `AdapterError` where a file is not the one that adapter.json was written with."""
+    if config.files is None:
+        log.warning(UNCHECKED, config.folder)
     for name, digest in (config.files or {}).items():
         if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
             raise AdapterError(f"{config.folder / CONFIG} names a file {name[:60]!r}.", RESTORE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from offramp.models import JUDGED
 from offramp.storage import digest_rows, read_json
 
 FORMAT = 1
+EXITS, CHECKS = "exits.safetensors", "checks.safetensors"
+_DIGEST = re.compile("[0-9a-f]{64}")
 CONFIG = "adapter.json"
 RESTORE = "Restore the folder, or train the exits again."
 _LARGEST = 64 * 2**20
@@ -168,7 +171,7 @@ def _read(folder: Path) -> dict[str, Any]:
             "Give the folder that `offramp train --out` wrote.",
         )
     try:
-        config = read_json(path, largest=_LARGEST)
+        config = read_json(path, largest=_LARGEST, unique=True)
     except (DataError, StorageError) as error:
         raise AdapterError(error.problem, RESTORE) from error
     if not isinstance(config, dict):
@@ -223,7 +226,9 @@ def _policy(policy: _Entries) -> ExitPolicy:
         for depth, number in policy.get(name, dict).items():
             # Ten digits, because a number of thousands takes Python seconds to read, or is refused.
             plain = isinstance(number, int | float) and not isinstance(number, bool)
-            if not (depth.isascii() and depth.isdigit() and len(depth) < 10 and plain):
+            # "2" and "02" are one depth, of which only one threshold would count.
+            number_of = depth.isascii() and depth.isdigit() and len(depth) < 10
+            if not (number_of and str(int(depth)) == depth and plain):
                 policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {_shown(number)}")
     defaults = policy_to_json(FULL)  # of fields that older adapters do not have
     try:
@@ -247,15 +252,24 @@ def _fingerprint(entries: _Entries) -> dict[str, Any]:
             entries.fail(f"the sample {name[:60]!r} is {_shown(rows)}")
         samples += [(name, row) for row in rows]
     for name, sample in samples:
-        if not isinstance(sample, list) or not all(type(value) is int for value in sample):
+        bits = isinstance(sample, list) and all(
+            type(value) is int and -(2**15) <= value < 2**15 for value in sample
+        )
+        if not bits:
             entries.fail(f"the sample {name[:60]!r} is {_shown(sample)}")
     return dict(entries.values)
 
 
 def _files(config: _Entries) -> dict[str, str] | None:
     files = config.optional("files")
-    if files is not None and not all(isinstance(digest, str) for digest in files.values()):
+    if files is None:
+        return None
+    if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in files.values()):
         config.fail(f"'files' is {_shown(files)}")
+    needed = [EXITS] if config.values.get("checks") is None else [EXITS, CHECKS]
+    for name in needed:
+        if name not in files:
+            config.fail(f"'files' has no SHA-256 of {name}")
     return files
 
 

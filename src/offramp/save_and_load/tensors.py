@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offramp.errors import AdapterError
+from offramp.errors import AdapterError, StorageError
+from offramp.storage import check_plain
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"I64", "I32"}
@@ -39,6 +40,7 @@ def read_shapes(path: Path, whole: tuple[str, ...] = ()) -> dict[str, tuple[int,
     """
     from safetensors import SafetensorError, safe_open
 
+    _check(path)
     try:
         with safe_open(path, framework="pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -48,7 +50,7 @@ def read_shapes(path: Path, whole: tuple[str, ...] = ()) -> dict[str, tuple[int,
         raise _unreadable(path, error) from error
     for name, kind in kinds.items():
         if kind not in (_WHOLE if name in whole else _FLOATS):
-            raise AdapterError(f"{path}: the tensor {name!r} is of type {kind}.", _RESTORE)
+            raise AdapterError(f"{path}: the tensor {name[:60]!r} is of type {kind}.", _RESTORE)
     return shapes
 
 
@@ -76,6 +78,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _check(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -89,6 +92,13 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
                 f"{path}: the tensor {name!r} is not finite in {precision}.", _RESTORE
             )
     return tensors
+
+
+def _check(path: Path) -> None:
+    try:
+        check_plain(path)
+    except StorageError as error:
+        raise AdapterError(error.problem, _RESTORE) from error
 
 
 def _unreadable(path: Path, error: Exception) -> AdapterError:

@@ -7,9 +7,11 @@ the vision tower. The queue is bounded: beyond that, requests are refused.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, InvalidStateError, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.errors import BusyError, InputError
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
@@ -25,6 +28,7 @@ from offramp.serving.image_reader import ImageReader
 from offramp.serving.request import Handle, OnToken, Request
 from offramp.serving.serial import SerialCore
 
+log = logging.getLogger(__name__)
 IMAGE_BYTES = 2**28
 """Of the image features that an engine keeps, unless it is given a cache."""
 
@@ -81,6 +85,9 @@ class BatchEngine:
         self._changed = threading.Condition()
         self._preparing: set[Handle] = set()
         self._ready: list[Handle] = []
+        self._ahead: set[Handle] = set()  # being prepared, or ready and without a slot
+        self._open: set[Handle] = set()  # without an answer
+        self._failed: BaseException | None = None
         self._closed = self._dropped = False
         self._thread = threading.Thread(target=self._serve, name="offramp-engine", daemon=True)
         self._thread.start()
@@ -96,6 +103,7 @@ class BatchEngine:
         seed: int | None = None,
         streamer: Any = None,
         on_token: OnToken | None = None,
+        salt: str | None = None,
         wait: bool = False,
         **options: Any,
     ) -> Handle:
@@ -116,15 +124,17 @@ class BatchEngine:
                 )
         else:
             inputs = checked_inputs(what)
-        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options))
+        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt))
         with self._changed:
             self._take_place(wait)
+            self._open.add(handle)
             if isinstance(what, Example) or (self._images and self._images.wanted(inputs)):
                 self._preparing.add(handle)
                 self._pool.submit(self._prepare, handle, what)
             else:
                 self._ready.append(handle)
             self._changed.notify_all()
+        handle.add_done_callback(self._open.discard)
         return handle
 
     def map(
@@ -169,12 +179,12 @@ class BatchEngine:
     @property
     def alive(self) -> bool:
         """Whether its thread runs."""
-        return self._thread.is_alive()
+        return self._failed is None and self._thread.is_alive()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all that was submitted is answered; False where `timeout` seconds passed."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._idle, timeout)
+            return self._changed.wait_for(lambda: self._idle or not self.alive, timeout)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and stop; those submitted are answered first, or dropped."""
@@ -200,6 +210,8 @@ class BatchEngine:
         """Raise `BusyError` where the queue has none, unless one is waited for."""
         if wait:
             self._changed.wait_for(lambda: self._closed or self.waiting < self.queue)
+        if self._failed is not None:
+            raise _failure(self._failed)
         if self._closed:
             raise BusyError("The engine is closed.", "Start another one.")
         if self.waiting >= self.queue:
@@ -213,28 +225,56 @@ class BatchEngine:
         error: Exception | None = None
         with self._changed:  # what lies ready takes memory
             self._changed.wait_for(
-                lambda: self._dropped or handle.unwanted or self._read_ahead < self._most_ahead
+                lambda: self._dropped or handle.unwanted or len(self._ahead) < self._most_ahead
             )
             unwanted = self._dropped or handle.unwanted
+            if not unwanted:
+                self._ahead.add(handle)
         try:
             if not unwanted and isinstance(what, Example):
                 assert self.processor is not None
                 inputs = self.processor.prompts([what])
                 handle.request = replace(handle.request, inputs=inputs)
             if not unwanted and self._images is not None:
-                self._images.read(handle.request.inputs)
+                with salted(handle.request.salt):
+                    self._images.read(handle.request.inputs)
         except Exception as found:  # a broken image is its request's own
             error = found
         with self._changed:
             self._preparing.discard(handle)
+            if self._failed is not None:
+                return  # it has failed with all others
             if error is not None:
+                self._ahead.discard(handle)
                 handle.set_exception(error)
             else:
                 self._ready.append(handle)
             self._changed.notify_all()
 
     def _serve(self) -> None:
-        """Make rounds while there is work; the engine's thread."""
+        """The engine's thread; where it ends by an error that is no request's, nothing waits on."""
+        try:
+            self._rounds()
+        except BaseException as error:
+            log.critical("The engine has failed.", exc_info=error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """All requests fail, and no more are taken."""
+        with self._changed:
+            self._failed, self._closed, self._dropped = error, True, True
+            self._preparing.clear()
+            self._ready.clear()
+            self._changed.notify_all()
+        for handle in list(self._open):
+            with suppress(InvalidStateError):  # it was answered just now
+                handle.set_exception(_failure(error))
+        if self._on_round is not None:
+            with suppress(BaseException):  # it may be what has failed
+                self._on_round()
+
+    def _rounds(self) -> None:
+        """Make rounds while there is work."""
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -257,17 +297,21 @@ class BatchEngine:
             self._take_in()
             self._changed.notify_all()
 
-    @property
-    def _read_ahead(self) -> int:
-        """Prompts that are ready and have no slot yet."""
-        return len(self._ready) + self.core.waiting
-
     def _take_in(self) -> None:
         for handle in self._ready:
             self.core.add(handle)
         self._ready.clear()
+        if self._ahead:
+            self._ahead &= self.core.queued | self._preparing
         if self._dropped:
             self.core.cancel_all()
+
+
+def _failure(error: BaseException) -> BusyError:
+    return BusyError(
+        f"The engine has failed ({type(error).__name__}: {error}).",
+        "Its log says where. Start another one.",
+    )
 
 
 def _finished(under_way: dict[Handle, Example]) -> Iterator[tuple[Example, Handle]]:

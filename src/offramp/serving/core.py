@@ -34,9 +34,10 @@ from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.job import Job
+from offramp.serving.job import Job, enqueue
 from offramp.serving.pace import Pace
 from offramp.serving.request import Handle, Request
 
@@ -154,13 +155,18 @@ class EngineCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(Job(handle, self.clock))
+        enqueue(self._queue, Job(handle, self.clock))
         return handle
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def queued(self) -> set[Handle]:
+        """Those in the queue; for the thread that makes the rounds."""
+        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:
@@ -321,23 +327,29 @@ class EngineCore:
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
-        if (
-            len(request.inputs["input_ids"]) != 1
-            or (request.options.get("num_return_sequences") or 1) != 1
-        ):
+        answers = request.options.get("num_return_sequences") or 1
+        if answers != 1:
+            raise InputError(
+                f"A request asked for {answers} answers (num_return_sequences).",
+                "Submit it as often as answers are wanted, each with a seed of its own.",
+            )
+        if len(request.inputs["input_ids"]) != 1:
             raise InputError(
                 f"A request of {len(request.inputs['input_ids'])} rows was submitted.",
                 "Submit each prompt as a request of its own.",
             )
         self._reading = job
         try:
-            prepared = self._prompts.prepare(request.inputs, request.options)
-            self._prove(request.inputs)
-            sampler = Sampler(prepared, generator=job.generator(prepared), on_token=job.settled)
-            job.put(prepared.ids)
-            prompt, [first] = self.decoder.read(
-                self._prompts, prepared, [sampler], rule, first_exits=self._first_exits
-            )
+            with salted(request.salt):
+                prepared = self._prompts.prepare(request.inputs, request.options)
+                self._prove(request.inputs)
+                sampler = Sampler(
+                    prepared, generator=job.generator(prepared), on_token=job.settled
+                )
+                job.put(prepared.ids)
+                prompt, [first] = self.decoder.read(
+                    self._prompts, prepared, [sampler], rule, first_exits=self._first_exits
+                )
         finally:
             self._reading = None
         length = columns_of(prompt)

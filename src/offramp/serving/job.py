@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -69,3 +70,12 @@ class Job:
                 tuple(b - a for a, b in pairwise(times)),
             )
         )
+
+
+def enqueue(queue: deque[Job], job: Job) -> None:
+    """Put a job behind those that came before it: first come, first served, whoever's image took
+    longer to open."""
+    place = len(queue)
+    while place and queue[place - 1].handle.arrival > job.handle.arrival:
+        place -= 1
+    queue.insert(place, job)

@@ -69,7 +69,9 @@ def _load(
     config = read_config(adapter_folder(name))
     if backbone is None:
         revision = revision or config.revision
-    model, processor = load_named(backbone or config.backbone, revision=revision, **how)
+    model, processor = load_named(
+        config.backbone if backbone is None else backbone, revision=revision, **how
+    )
     return Adapter.load(config, model), processor
 
 

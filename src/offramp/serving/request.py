@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -25,7 +26,8 @@ class Request:
     depth, instead of the policy's; early exit only. seed: of its own generator; only matters with
     `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
     settled token with its depth and score; they run in the engine's thread and must be quick.
-    options: Hugging Face's generation options.
+    options: Hugging Face's generation options. salt: what is kept of it is found by requests of the
+    same salt alone; None: by all that have none.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.
@@ -38,6 +40,7 @@ class Request:
     streamer: Any = None
     on_token: OnToken | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None:
@@ -90,12 +93,19 @@ class Completion:
     gaps: tuple[float, ...]
 
 
+_arrivals = itertools.count()
+
+
 class Handle(Future[Completion]):
-    """The future answer to a request. `cancel` also stops one that is being written."""
+    """The future answer to a request. `cancel` also stops one that is being written.
+
+    arrival: larger than that of every handle that was made before.
+    """
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
+        self.arrival = next(_arrivals)
         self._stop = threading.Event()
 
     def cancel(self) -> bool:

@@ -21,9 +21,10 @@ from offramp.engine.decoding.scheduler import Tally
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
+from offramp.models.cache_salt import salted
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.core import EngineConfig
-from offramp.serving.job import Job
+from offramp.serving.job import Job, enqueue
 from offramp.serving.request import Handle, Request
 
 
@@ -68,13 +69,18 @@ class SerialCore:
     def add(self, request: Request | Handle) -> Handle:
         """Queue a request; any thread may. Its answer comes with the rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
-        self._queue.append(Job(handle, self.clock))
+        enqueue(self._queue, Job(handle, self.clock))
         return handle
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def queued(self) -> set[Handle]:
+        """Those in the queue; for the thread that makes the rounds."""
+        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:
@@ -128,7 +134,8 @@ class SerialCore:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         own = {"streamer": _Steps(job, self._pause), "seed": seed}
         options = {**request.options, **self._shared, **own}
-        output = generate_by(self._model, request.inputs, policy, options)
+        with salted(request.salt):
+            output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)
         job.finish(output, early_exit=bool(policy.thresholds) and not policy.lossless)
 

@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from offramp.errors import DataError, StorageError
-from offramp.storage.json_text import dumps, read_bytes, unreadable
+from offramp.storage.exchange import exchange_folder
+from offramp.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.storage.jsonl_log import JsonlLog
 from offramp.storage.places import (
     ROOM,
@@ -19,13 +20,14 @@ from offramp.storage.places import (
     reason,
     remove_dead,
     sync,
+    sync_folder,
     temporary_name,
     usual_mode,
 )
 
 __all__ = [
-    "JsonlLog", "atomic_folder", "check_writable", "digest_file", "digest_rows", "locked_folder",
-    "read_json", "write_atomic", "write_json", "write_result",
+    "JsonlLog", "atomic_folder", "check_plain", "check_writable", "digest_file", "digest_rows",
+    "locked_folder", "read_json", "write_atomic", "write_json", "write_result",
 ]  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             # Some file systems commit the rename before the content: an empty file after a crash.
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
     finally:
@@ -58,11 +61,14 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty staging folder; its files move to `path` when the block ends without error.
 
-    A new folder appears at once. In a folder that exists, files of the same name are replaced one
-    rename each after all of them are safely on disk, and every other file stays as it is.
+    A new folder appears at once. In a folder that exists, files of the same name are replaced, all
+    at once too, and every other file stays as it is. Where the system cannot exchange folders, or
+    the working folder lies inside, it is one rename each, once all of them are safely on disk.
+
+    owns: names of files that are removed from `path` where the staging folder has none.
 
     Raises:
         StorageError: a file could not be written or moved. Errors of the block itself pass
@@ -79,19 +85,29 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in files:
             file.chmod(mode)  # some libraries create files that only their owner may read
             sync(file)
-        if target.exists():
-            for file in files:
-                place = target / file.relative_to(staging)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
-        else:
+        if not target.exists():
             os.replace(staging, target)
+            sync_folder(target.parent)
+        elif not exchange_folder(staging, target, without=owns):
+            _replace_each(files, staging, target, owns)
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_each(files: list[Path], staging: Path, target: Path, owns: Collection[str]) -> None:
+    names = [file.relative_to(staging) for file in files]
+    for name in names:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / name, place)
+    for left in set(owns) - {str(name) for name in names}:
+        (target / left).unlink(missing_ok=True)
+    for folder in {(target / name).parent for name in names}:
+        sync_folder(folder)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -114,10 +130,11 @@ def write_result(path: str | Path, value: Any) -> None:
         raise
 
 
-def read_json(path: str | Path, *, largest: int | None = None) -> Any:
+def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:
     """Read a JSON file.
 
-    largest: bytes of the largest file that is read; None: any.
+    largest: bytes of the largest file that is read; None: any. unique: whether an object that has a
+    name twice is refused, of which the last would count.
 
     Raises:
         DataError: the content is not JSON, nested too deeply, or too large.
@@ -125,7 +142,8 @@ def read_json(path: str | Path, *, largest: int | None = None) -> Any:
     """
     content = read_bytes(path, largest)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        hook = _unique if unique else None
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         raise DataError(
@@ -134,12 +152,22 @@ def read_json(path: str | Path, *, largest: int | None = None) -> Any:
         ) from error
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:60]!r} stands there twice")
+    return names
+
+
 def digest_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hex.
 
     Raises:
         StorageError: the file is missing or cannot be read.
     """
+    check_plain(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

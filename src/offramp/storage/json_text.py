@@ -23,12 +23,26 @@ def dumps(value: Any, **options: Any) -> str:
     return text
 
 
+def check_plain(path: str | Path) -> os.stat_result:
+    """Raise `StorageError` unless it is a plain file, or a link to one: a pipe would keep its
+    reader waiting for ever, and a device has no end."""
+    try:
+        return _plain(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def _plain(path: str | Path) -> os.stat_result:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "not a plain file")
+    return status
+
+
 def read_bytes(path: str | Path, largest: int | None = None) -> bytes:
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting for ever
-            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
-            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "not a plain file")
+        status = _plain(path)
         if largest is not None and status.st_size > largest:
             raise DataError(
                 f"{path} has {status.st_size} bytes; at most {largest} are read.",

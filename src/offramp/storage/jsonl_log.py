@@ -9,23 +9,27 @@ from typing import Any, Self
 
 from offramp.errors import DataError, StorageError
 from offramp.storage.json_text import dumps, read_bytes
-from offramp.storage.places import ROOM, reason
+from offramp.storage.places import ROOM, reason, sync_folder
 
 
 class JsonlLog:
-    """An append-only log, one JSON object a line, on disk after each `append`.
+    """An append-only log, one JSON object a line.
+
+    synced: rows are on disk after each `append`, also where the machine stops; else after `sync`,
+    and where the process alone stops. That takes milliseconds a row.
 
     A line that a crash tore off at the end is dropped when the log is opened again, so that what is
     appended next stands on a line of its own.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, synced: bool = True) -> None:
+        self.path, self._synced = Path(path), synced
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _mend_tail(self.path)
             # Unbuffered: a failed write must not be tried again, half a line late, on close.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(f"Cannot open {path}: {reason(error)}.", ROOM) from error
 
@@ -42,9 +46,18 @@ class JsonlLog:
             written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
+            if self._synced:
+                _sync_content(self._file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
+            raise StorageError(f"Cannot add to {self.path}: {reason(error)}.", ROOM) from error
+
+    def sync(self) -> None:
+        """Put all rows on disk. Raise `StorageError` where it takes no more."""
+        try:
+            _sync_content(self._file.fileno())
+        except OSError as error:
             raise StorageError(f"Cannot add to {self.path}: {reason(error)}.", ROOM) from error
 
     def close(self) -> None:
@@ -77,6 +90,9 @@ class JsonlLog:
         if _is_object(tail):
             rows.append(json.loads(tail))
         return rows
+
+
+_sync_content = getattr(os, "fdatasync", os.fsync)  # the size too, but no times
 
 
 def _parse_row(line: bytes, path: str | Path, number: int) -> dict[str, Any]:

@@ -125,5 +125,15 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on disk: a rename is not there before. Not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -17,7 +17,7 @@ import torch
 
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.save_and_load import CONFIG
-from offramp.storage import JsonlLog, check_writable, digest_file, write_atomic
+from offramp.storage import JsonlLog, check_plain, check_writable, digest_file, write_atomic
 
 FOLDER = "training"
 STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"
@@ -91,6 +91,7 @@ def load_state(
         return None
     _check_digest(path, folder / DIGEST)
     try:
+        check_plain(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         then = dict(state["made_of"])
     except Exception as error:  # unpickling a damaged file raises nearly every builtin
@@ -119,6 +120,7 @@ def _check_digest(path: Path, digest: Path) -> None:
     if not digest.exists():
         return
     try:
+        check_plain(digest)
         known = digest.read_bytes().decode("ascii").split()
         actual = digest_file(path)
     except (OSError, ValueError) as error:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from offramp.adapter import Adapter
@@ -27,7 +27,7 @@ from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, resolved
 from offramp.engine.self_check.decoding import check_untested
 from offramp.engine.teacher_forcing import Batch
-from offramp.errors import DataError, InputError, TrainingError
+from offramp.errors import DataError, InputError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.fingerprint import dump_fingerprint
@@ -58,6 +58,7 @@ from offramp.training.optimization import average_gradients, build_optimizers, s
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 PROBED = 8  # batches by which initial layers are chosen
 
 
@@ -149,6 +150,7 @@ class Trainer:
             "number of processes": self.accelerator.num_processes,
         }
         self.progress = Progress()
+        self._log: JsonlLog | None = None
         self.best: dict[str, dict[str, Tensor]] = {}
         self.agreement: dict[str, float] = {}
         self.shortlist: Tensor | None = None
@@ -357,11 +359,14 @@ class Trainer:
             else {"ids": self.shortlist, "found": self.measured},
             **{name: part.state_dict() for name, part in self._moving().items()},
         }
+        if self._log is not None:
+            self._log.sync()
         save_state(self.out, self.made_of, state)
 
     def _restore(self) -> None:
-        """Continue from the checkpoint in `out`, if there is one."""
-        state = load_state(self.out, self.made_of, self.backbone.device)
+        """Continue from the checkpoint in `out`, if there is one; on several machines from the main
+        process's, which alone wrote one."""
+        state = self._of_main(lambda: load_state(self.out, self.made_of, self.backbone.device))
         if state is None:
             return
         with restored(self.out):
@@ -372,6 +377,19 @@ class Trainer:
                 self.shortlist, self.measured = checks["ids"], checks["found"]
             for name, part in self._moving().items():
                 part.load_state_dict(state[name])
+
+    def _of_main(self, read: Callable[[], T]) -> T:
+        """What `read` returns, or the mistake that it raises, in the main process; in all."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = read()
+            except OfframpError as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return cast(T, found[0])
 
     def _moving(self) -> dict[str, Any]:
         return {
@@ -388,8 +406,9 @@ class Trainer:
             yield None
             return
         trim_history(self.out, self.progress)
-        with JsonlLog(self.out / HISTORY) as history:
-            yield history
+        # Steps behind the last checkpoint are done again, so that only those before it matter.
+        with JsonlLog(self.out / HISTORY, synced=False) as self._log:
+            yield self._log
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -15,6 +15,7 @@ from offramp.cli.options import (
     name_option,
 )
 from offramp.cli.output import show_result
+from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser, one_of, share, whole
 from offramp.errors import InputError
 from offramp_lab.commands.engine import bench_of_engine, engine_options
@@ -69,6 +70,7 @@ def _options(parser: Parser) -> None:
         "scenes)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
+    overwrite_option(group)
 
 
 def _case_options(parser: Parser) -> None:
@@ -108,7 +110,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from offramp.provenance import provenance
     from offramp.report.plots import speeds
-    from offramp.storage import check_writable, write_atomic, write_result
+    from offramp.storage import write_atomic, write_result
 
     if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
         raise InputError(
@@ -116,7 +118,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             "Give --shape, or --backbone or --adapter.",
         )
     if arguments.out is not None:
-        check_writable(arguments.out)
+        check_out_file(arguments.out, arguments, lambda _: False, "record that may be replaced")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.batch_engine:

@@ -1,11 +1,11 @@
-"""Soak the server: many clients for minutes, some rude; what they saw goes into
-lab/records/serving.json under "soak".
+"""Soak the server: many clients for hours, some rude; what they saw goes into
+lab/records/soak.json.
 
 32 clients ask about images from 1 pixel to the limit; 10% go away in the middle of an answer, 5%
 send a bad request, some sample. Recorded is every status that was not the client's own fault, the
-server's memory over time, and whether sampled answers are those of the same requests asked one by
-one afterwards. `taskset -c 0,1 python -m offramp_lab.records.soak` takes 10 minutes and two for the
-answers.
+server's memory before the first request, at its peak and after the last one, and whether answers
+are those of the same requests asked one by one afterwards. `make soak` takes a night (eight hours);
+`make soak SOAK=600` ten minutes, and two for the answers.
 
 --seconds: how long. --clients: how many.
 """
@@ -78,6 +78,7 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     seen: dict[int, str] = {}
     wrong: list[str] = []
     memory: list[float] = []
+    start = resident(server.process.pid)  # nothing was asked yet
     end = time.monotonic() + seconds
     async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
 
@@ -117,12 +118,15 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
             answer = await client.post(CHAT, json=good[at])
             if answer.json()["choices"][0]["message"]["content"] != text:
                 wrong.append(f"request {at} is answered differently alone")
+    memory_mib = {
+        "start": start, "peak": peak(server.process.pid), "end": resident(server.process.pid)
+    }  # fmt: skip
     half = memory[len(memory) // 3 :]
     growth = float(np.polyfit(range(len(half)), half, 1)[0] * len(half)) if len(half) > 2 else 0.0
     return {
         "seconds": seconds, "clients": clients, "requests": dict(sorted(statuses.items())),
         "faults": wrong[:20], "faults_in_all": len(wrong), "compared": len(seen),
-        "memory_mib": {"first": memory[0], "last": memory[-1], "trend_of_last_two_thirds": growth},
+        "memory_mib": {**memory_mib, "trend_of_last_two_thirds": growth},
     }  # fmt: skip
 
 
@@ -141,6 +145,12 @@ def resident(process: int | str = "self") -> float:
     """MiB of memory that a process holds."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def peak(process: int | str = "self") -> float:
+    """MiB of memory that a process ever held."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

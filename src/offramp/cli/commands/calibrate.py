@@ -19,6 +19,7 @@ from offramp.cli.options import (
     policy_options,
 )
 from offramp.cli.output import show_result
+from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def _options(parser: Parser) -> None:
         "the adapter's thresholds)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
+    overwrite_option(group)
     runtime_options(parser)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from offramp.cli.options import add_command, name_option, seed_option
 from offramp.cli.output import show_result
+from offramp.cli.outputs import check_out_demo, overwrite_option
 from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def _options(parser: Parser) -> None:
         "--target", type=float, default=0.0075, metavar="X",
         help="share of answers that may differ from the full model's (default: 0.0075)",
     )  # fmt: skip
+    overwrite_option(parser)
     seed_option(parser, "training")
 
 
@@ -51,6 +53,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     Guarantee(target=arguments.target)  # a mistake should not wait for training
     check_writable(arguments.out, folder=True)
     kind = short_name(arguments.backbone)
+    check_out_demo(arguments.out, kind, arguments)
     report = demo(kind, arguments.out, target=arguments.target, seed=arguments.seed)
     show_result(report, table(report), as_json=arguments.json)
     log.info("figures: %s", arguments.out / "report.json")

@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
 from offramp.cli.options import add_command, data_options, model_options
 from offramp.cli.output import show_result
+from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def _options(parser: Parser) -> None:
         help="longest answer (default: 40)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
+    overwrite_option(group)
 
 
 def _draft(arguments: argparse.Namespace) -> None:

@@ -83,7 +83,8 @@ def _evaluation_options(parser: Parser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from offramp.evaluation.evaluate import evaluate, rescore
+    from offramp.evaluation.evaluate import RESULT, evaluate, rescore
+    from offramp.evaluation.run_log import ROWS
     from offramp.evaluation.tasks import Settings
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
@@ -101,6 +102,11 @@ def _eval(arguments: argparse.Namespace) -> None:
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
     check_writable(arguments.out, folder=True)
+    if not (arguments.out / ROWS).exists() and (arguments.out / RESULT).exists():
+        raise InputError(
+            f"{arguments.out / RESULT} is of no run that is there: it would be lost.",
+            "Give another --out.",
+        )
     items = read_data(arguments)
     if arguments.rescore:
         result = rescore(arguments.out, items, arguments.task, **settings)

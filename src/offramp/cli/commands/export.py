@@ -11,7 +11,9 @@ from offramp.cli.commands.runtime import check_not_quantized
 from offramp.cli.loading import load_adapter
 from offramp.cli.options import add_command, depths_option, model_options, name_option
 from offramp.cli.output import show_result
+from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser
+from offramp.errors import InputError, OfframpError
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def _options(parser: Parser) -> None:
         "exits to write (default: those at which the adapter's policy has thresholds)",
     )  # fmt: skip
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
+    overwrite_option(group)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -58,8 +61,24 @@ def _export(arguments: argparse.Namespace) -> None:
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
     check_writable(arguments.out, folder=True)
     adapter, _ = load_adapter(arguments)
+    _check_out(adapter, arguments)
     files = export_gguf(adapter, arguments.out, formats, depths=arguments.depths)
     sizes = {str(file): file.stat().st_size for file in files}
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
+
+
+def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
+    """Raise `InputError` where --out holds segments of another adapter."""
+    from offramp.runtimes.llama_cpp.gguf_files import read_segments
+
+    if arguments.overwrite or not any(arguments.out.glob("segment-*.gguf")):
+        return
+    try:
+        read_segments(arguments.out, adapter, check_digests=False)
+    except OfframpError as error:
+        raise InputError(
+            f"{arguments.out} already holds segments that are not of this adapter.",
+            "Give another --out, or --overwrite to replace them.",
+        ) from error

@@ -21,10 +21,12 @@ from offramp.cli.options import (
     policy_options,
 )
 from offramp.cli.output import print_json, print_text, tell
-from offramp.cli.parser import Parser, share, whole
-from offramp.errors import InputError
+from offramp.cli.parser import Parser, number, seed, share, whole
+from offramp.errors import InputError, printable
 
 log = logging.getLogger(__name__)
+COLDEST = 1e-4
+"""Below, logits that are divided by a temperature are infinite."""
 
 
 def add(commands: Any) -> None:
@@ -57,7 +59,9 @@ def _options(parser: Parser) -> None:
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     length_option(group)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, metavar="X", help="sample, at this temperature")
+    group.add_argument(
+        "--temperature", type=number(0, 100), metavar="X", help="sample, at this temperature"
+    )
     group.add_argument(
         "--top-p", type=share, metavar="X",
         help="sample from the likeliest tokens that together have this probability",
@@ -66,7 +70,7 @@ def _options(parser: Parser) -> None:
         "--top-k", type=whole(1), metavar="N", help="sample from this many of the likeliest tokens"
     )
     group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="seed of sampling (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="seed of sampling (default: 0)"
     )
     exits = policy_options(parser, threshold=True)
     name_option(
@@ -108,13 +112,16 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     drawn = {n: getattr(arguments, n) for n in ("temperature", "top_p", "top_k")}
     sampling = {name: value for name, value in drawn.items() if value is not None}
     wrong = [
-        name for name in ("temperature", "top_p") if name in sampling and not sampling[name] > 0
+        name
+        for name in ("temperature", "top_p")
+        if name in sampling and not sampling[name] >= COLDEST
     ]
     if wrong:
         raise InputError(
             f"--{wrong[0].replace('_', '-')} is {sampling[wrong[0]]:g}, from which nothing can be "
             "drawn.",
-            "Give a number above 0; without sampling options the likeliest token is taken.",
+            f"Give a number above 0, at least {COLDEST:g}; without sampling options the likeliest "
+            "token is taken.",
         )
     if arguments.stream and arguments.json:
         raise InputError("--stream prints text, and --json none.", "Give one of them.")
@@ -128,6 +135,10 @@ def _check_images(arguments: argparse.Namespace) -> None:
             f"--interactive asks about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
         )
+    from offramp.data.example import Example
+
+    for image in arguments.image:
+        Example(image, "", (), key="image").open_image()
 
 
 def _questions(
@@ -145,9 +156,19 @@ def _questions(
 
 def _typed() -> Iterator[str]:
     """Lines of stdin, up to an empty one."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("--interactive reads stdin, which is closed.", "Give --prompt instead.")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"What came on stdin is no text in {sys.stdin.encoding}.", "Send it as UTF-8."
+            ) from error
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise InputError(f"stdin cannot be read: {said}.", "Give --prompt instead.") from error
         if not line:
             tell("")
             return
@@ -182,6 +203,7 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
+    words = [printable(token) for token in tokens]  # as a terminal shows them
     if arguments.json:
         steps = [
             {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
@@ -195,8 +217,9 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
         return
     if not arguments.stream:
         color = _in_color()
-        words = [_paint(t, d, result.layers, color) for t, d in zip(tokens, depths, strict=True)]
-        print_text(f"{'' if image is None else f'{image}: '}{' '.join(words)}")
+        words = [_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True)]
+        name = "" if image is None else f"{printable(str(image))}: "
+        print_text(f"{name}{' '.join(words)}")
     log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
 
 

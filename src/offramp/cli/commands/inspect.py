@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -11,6 +12,8 @@ from offramp.cli.options import add_command, precision_options
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
@@ -46,9 +49,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _adapter(name: str) -> dict[str, Any]:
     """What adapter.json holds, without the digests."""
-    from offramp.save_and_load import read_config
+    from offramp.save_and_load import UNCHECKED, read_config
 
-    entries = dict(read_config(name).raw)
+    config = read_config(name)
+    if config.files is None:
+        log.warning(UNCHECKED, name)
+    entries = dict(config.raw)
     for digest in ("digest", "files"):
         entries.pop(digest, None)
     entries["backbone"] = {n: v for n, v in entries["backbone"].items() if n != "fingerprint"}

@@ -8,7 +8,11 @@ from typing import Any
 
 from offramp.cli.options import add_command, name_option
 from offramp.cli.output import show_result
+from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser
+
+MARK = b'name="generator" content="offramp report"'
+"""By which a page is known as one of this command."""
 
 
 def add(commands: Any) -> None:
@@ -42,14 +46,15 @@ def _options(parser: Parser) -> None:
     parser.add_argument("--split", help="only this split of --data")
     parser.add_argument("--title", default="", help="default: made of the backbones' names")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file")
+    overwrite_option(parser)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from offramp.data.formats import read_items
     from offramp.report.report import read_sources, report
-    from offramp.storage import check_writable, write_atomic
+    from offramp.storage import write_atomic
 
-    check_writable(arguments.out)
+    check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
     sources = read_sources(arguments.sources)
     items = (
         read_items(arguments.data, arguments.images, arguments.format, split=arguments.split)

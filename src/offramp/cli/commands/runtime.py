@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.parser import Parser, whole
+from offramp.cli.parser import Parser, threads, whole
 from offramp.errors import InputError
 
 
@@ -19,7 +19,7 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
     if not sized:
         return group
     group.add_argument(
-        "--threads", type=whole(1), default=1, metavar="N",
+        "--threads", type=threads, default=1, metavar="N",
         help="threads of llama.cpp's decoder (default: 1)",
     )  # fmt: skip
     group.add_argument(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from offramp.cli.options import (
     precision_options,
 )
 from offramp.cli.output import print_json, tell
-from offramp.cli.parser import Parser, or_none, share, whole
+from offramp.cli.parser import Parser, or_none, share, threads, whole
 from offramp.errors import InputError, StorageError
 
 SLOTS = 8
@@ -54,7 +56,7 @@ def _options(parser: Parser) -> None:
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
     )  # fmt: skip
     model.add_argument(
-        "--threads", type=or_none(whole(1)), metavar="N",
+        "--threads", type=or_none(threads), metavar="N",
         help="CPU threads for one call (default: PyTorch's own choice)",
     )  # fmt: skip
     _engine_options(parser)
@@ -71,6 +73,16 @@ def _options(parser: Parser) -> None:
         "(default: no key is needed)",
     )  # fmt: skip
     field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics"))
+    group.add_argument(
+        "--allowed-hosts", nargs="+", metavar="HOST",
+        help="names that the server may be asked for under; .example.org: all below it too, '*': "
+        "any (default: this machine's and --host; with keys any)",
+    )  # fmt: skip
+    group.add_argument(
+        "--share-kept", action="store_true",
+        help="let prompts and images kept for one key answer other keys faster, whose times then "
+        "tell what was asked (default: each key has its own)",
+    )  # fmt: skip
     _watch_options(parser.add_argument_group("watched guarantee"))
     limits = ("count", "bytes", "pixels", "domains", "folder")
     field_options(parser.add_argument_group("images"), ImageLimits, limits)
@@ -159,18 +171,54 @@ def _config(arguments: argparse.Namespace) -> Any:
             "Give a word of letters, digits and underscores.",
         )
     name = arguments.served_name or Path(arguments.name).name or arguments.name
+    keys = tuple(_keys(arguments.api_keys))
+    if not keys and not _is_local(arguments.host):
+        log.warning(
+            "Without keys everybody who reaches %s may ask this server. Give --api-keys FILE, or "
+            "leave --host out.", arguments.host,
+        )  # fmt: skip
     images = ImageLimits(**filled(arguments, ImageLimits))
     body = max(32 * 2**20, 2 * images.bytes * images.count)
     return ServerConfig(
         **filled(arguments, ServerConfig)
         | {
             "name": name,
-            "keys": tuple(_keys(arguments.api_keys)),
+            "keys": keys,
+            "share_kept": arguments.share_kept,
+            "hosts": _hosts(arguments, keyed=bool(keys)),
             "images": images,
             "body": body,
             "bodies": max(2**30, 4 * body),
         }
     )
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+def _hosts(arguments: argparse.Namespace, *, keyed: bool) -> tuple[str, ...]:
+    """Names that the server may be asked for under; none: any, as keys keep others out."""
+    from offramp.serving.server.middleware import LOCAL, host_name
+
+    if arguments.allowed_hosts is None:
+        own = (arguments.host, socket.gethostname(), socket.getfqdn())
+        return () if keyed else (*LOCAL, *(name.lower().rstrip(".") for name in own))
+    wrong = [
+        name
+        for name in arguments.allowed_hosts
+        if name != "*" and host_name(f"[{name}]" if ":" in name else name.lstrip(".")) is None
+    ]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]!r} is not the name of a host.",
+            "Name hosts without a port: example.org, .example.org, 192.0.2.1 or '*'.",
+        )
+    return (*LOCAL, *arguments.allowed_hosts)
 
 
 def _check_serial(arguments: argparse.Namespace) -> None:
@@ -200,10 +248,11 @@ def _keys(file: Path | None) -> list[str]:
         return list(keys_of(os.environ.get(KEYS, "")))
     try:
         keys = keys_of(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise StorageError(
-            f"The keys in {file} cannot be read: {getattr(error, 'strerror', None) or 'no text'}.",
-            "Name a text file with a key a line.",
+            f"The keys in {file} cannot be read: {said}.",
+            "Name a text file in UTF-8 with a key a line.",
         ) from error
     if not keys:
         raise InputError(f"{file} holds no key.", "Write a key a line.")

@@ -144,8 +144,9 @@ def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
 def check_device(name: str) -> None:
     """Raise `InputError` where the machine has no such device."""
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if torch.empty(0, device=name).is_meta:
+            raise NotImplementedError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise InputError(
             f"The device {name!r} cannot be used: {_reason(error)}",
             "Give cpu, or cuda on a machine with a GPU and a torch that was built for it.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,37 @@ def _metadata(file: Path) -> dict[str, Any]:
     """The keys that offramp wrote."""
     try:
         fields = import_gguf().GGUFReader(file).fields
-        return {k: f.contents() for k, f in fields.items() if k.startswith("offramp.")}
+        found = {k: f.contents() for k, f in fields.items() if k.startswith("offramp.")}
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} is no whole GGUF file ({error}).", _AGAIN) from error
+    wrong = [name for name, fits in _KEYS.items() if not fits(found.get(name))]
+    if wrong:
+        raise AdapterError(f"{file} has no {wrong[0]!r}, or none of its kind.", _AGAIN)
+    return found
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return isinstance(json.loads(value), dict)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int) for number in value)
+
+
+_KEYS: dict[str, Callable[[Any], bool]] = {
+    "offramp.format": lambda value: isinstance(value, int),
+    "offramp.segment": lambda value: isinstance(value, int),
+    "offramp.depths": lambda value: _are_numbers(value) and sorted(set(value)) == value != [],
+    "offramp.shortlist": lambda value: value is None or _are_numbers(value),
+    "offramp.backbone": lambda value: isinstance(value, str),
+    "offramp.exits_digest": lambda value: isinstance(value, str),
+    "offramp.fingerprint": _is_json,
+    "offramp.formats": _is_json,
+}
+"""What every file of an export says of itself."""
 
 
 def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) -> None:
@@ -102,9 +131,11 @@ def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) 
             raise AdapterError(f"The segments in {folder} are not of one export.", _AGAIN)
     if len(about) != len(first["offramp.depths"]) + 1:
         raise AdapterError(f"Segments are missing in {folder}.", _AGAIN)
-    difference = same_backbone(
-        json.loads(first["offramp.fingerprint"]), adapter.backbone.fingerprint()
-    )
+    try:
+        saved = json.loads(first["offramp.fingerprint"])
+        difference = same_backbone(saved, adapter.backbone.fingerprint())
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise AdapterError(f"The fingerprint in {folder} is damaged.", _AGAIN) from error
     if difference is not None:
         raise AdapterError(
             f"{folder} was exported for {first['offramp.backbone']!r}, not for this backbone: "

@@ -7,10 +7,10 @@ client that goes away, and a request that takes too long, free their slots withi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from offramp.engine.decoding.sequence import Token
 from offramp.serving.request import Completion, Handle
@@ -21,6 +21,7 @@ from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
 from offramp.serving.server.service import Place, Service, Use
 
+T = TypeVar("T")
 Inputs = Mapping[str, Any]
 Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
@@ -45,6 +46,7 @@ class Answering:
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
     has taken too long, by the loop's clock. on_answer: called with every answer that is over.
+    salt: as of `offramp.serving.request.Request`.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class Answering:
         place: Place,
         until: float,
         on_answer: OnAnswer | None = None,
+        salt: str | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
-        self._on_answer = on_answer
+        self._on_answer, self._salt = on_answer, salt
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -102,8 +105,10 @@ class Answering:
             if self._request.stream:
                 self._tell((index, choice))
 
-        handle = self._service.submit(inputs, use, seed=how.seed, on_token=settled, **how.options)
-        handle.add_done_callback(lambda _: self._tell((index, None)))
+        handle = self._service.submit(
+            inputs, use, seed=how.seed, salt=self._salt, on_token=settled, **how.options
+        )
+        handle.add_done_callback(lambda _: self._over(index))
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
         stream = TextStream(self._service.tokenizer, self._request.stops)
@@ -111,6 +116,10 @@ class Answering:
 
     def _tell(self, what: Event) -> None:  # in the engine's thread, mostly
         self._service.outbox.put(self._events, what)
+
+    def _over(self, index: int) -> None:  # in the engine's thread, mostly
+        self._service.outbox.put(self._place, 1)
+        self._tell((index, None))
 
     def leave(self) -> None:
         """Whatever is not over yet is not wanted; a second time changes nothing."""
@@ -130,23 +139,20 @@ class Answering:
         Raises:
             ApiError: what went wrong with an answer; the client has gone (499).
         """
-        gone = asyncio.ensure_future(_gone(receive))
         try:
-            left = len(self.choices)
-            while left:
-                step = asyncio.ensure_future(self._news())
-                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
-                    step.cancel()
-                    raise ApiError(499, "The client has gone.", code="client_gone")
-                for index, _ in step.result():  # tokens are not told of without a stream
-                    self._finish(self.choices[index])
-                    left -= 1
+            await unless_gone(self._all(), receive)
             written = [choice.written for choice in self.choices]
             return self._named().whole(written, [choice.how.logprobs for choice in self.choices])
         finally:
-            gone.cancel()
             self.leave()
+
+    async def _all(self) -> None:
+        """Wait until all answers are over."""
+        left = len(self.choices)
+        while left:
+            for index, _ in await self._news():  # tokens are not told of without a stream
+                self._finish(self.choices[index])
+                left -= 1
 
     async def _news(self) -> list[Event]:
         """What has come since the last time, at least one thing."""
@@ -207,19 +213,11 @@ class Answering:
         Raises:
             ApiError: what went wrong; the client has gone (499).
         """
-        gone = asyncio.ensure_future(_gone(receive))
-        begun = asyncio.ensure_future(anext(pieces))
         try:
-            await asyncio.wait({begun, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not begun.done():
-                raise ApiError(499, "The client has gone.", code="client_gone")
-            return await begun
+            return await unless_gone(anext(pieces), receive)
         except BaseException:
-            begun.cancel()
             self.leave()
             raise
-        finally:
-            gone.cancel()
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events. What fails before the first is raised, what fails later
@@ -275,6 +273,24 @@ class Answering:
         depths = None if self._request.offramp is None else written.depths[begin:]
         logprobs = self.reply.logprobs(written, choice.how.logprobs, begin, offset)
         return [self.reply.piece(written, piece, logprobs, depths)]
+
+
+async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
+    """What `work` returns; it is cancelled where the client goes away before.
+
+    Raises:
+        ApiError: the client has gone (499).
+    """
+    gone = asyncio.ensure_future(_gone(receive))
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "The client has gone.", code="client_gone")
+        return await task
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def _gone(receive: Callable[[], Any]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -14,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from offramp import __version__
 from offramp.serving.monitor.watcher import Sample
 from offramp.serving.request import Completion
-from offramp.serving.server.answering import Answering, Inputs, OnAnswer
+from offramp.serving.server.answering import Answering, Inputs, OnAnswer, unless_gone
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import (
     ChatRequest,
@@ -29,6 +33,7 @@ from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.service import Service
 
+T = TypeVar("T")
 Prepared = tuple[list[Inputs], Sequence[Any]]
 """Inputs of each prompt, and the images that they share."""
 
@@ -113,15 +118,11 @@ async def _answer(
     place = service.admit(answers)
     try:
         use = service.use_of(body)
-        async with asyncio.timeout_at(until):
-            inputs, images = await prompts()
+        inputs, images = await _in_time(service, prompts(), request, until)
         watch = _watch(service, body, images) if service.watches(body, use, len(images)) else None
         del images  # they are large, and answers take long
-        answering = Answering(service, body, inputs, use, place, until, watch)
-    except TimeoutError:
-        place.leave()
-        seconds = service.config.seconds
-        raise ApiError(504, f"The prompt took longer than {seconds:g} seconds.") from None
+        salt = request.scope.get("offramp_salt")
+        answering = Answering(service, body, inputs, use, place, until, watch, salt)
     except BaseException:
         place.leave()
         raise
@@ -140,6 +141,18 @@ async def _answer(
     return StreamingResponse(
         _stream(first, pieces, answering, entry), media_type="text/event-stream", headers=headers
     )
+
+
+async def _in_time(service: Service, work: Awaitable[T], request: Request, until: float) -> T:
+    """What becomes of a prompt, unless it takes too long or its client goes away."""
+    try:
+        async with asyncio.timeout_at(until):
+            return await unless_gone(work, request.receive)
+    except TimeoutError:
+        seconds = service.config.seconds
+        raise ApiError(
+            504, f"The prompt took longer than {seconds:g} seconds.", code="timeout"
+        ) from None
 
 
 def _watch(service: Service, body: Sampling, images: Sequence[Any]) -> OnAnswer:
@@ -170,7 +183,7 @@ async def _stream(
 
 def _add_tokens(app: FastAPI, models: Models) -> None:
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         service = await models.of(body.model)
         prompter = service.prompter
         if body.messages is not None:
@@ -178,29 +191,45 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
         else:
             prompter.check_text([body.prompt or ""], "prompt")
 
-        def work() -> list[int]:
+        def work() -> bytes:
             text = body.prompt or ""
             if body.messages is not None:
                 text = prompter.conversation_text(body.messages)
             special = body.add_special_tokens and prompter.processor.adds_special_tokens(text)
-            return list(service.tokenizer(text, add_special_tokens=special)["input_ids"])
+            tokens = list(service.tokenizer(text, add_special_tokens=special)["input_ids"])
+            found = {"count": len(tokens), "max_model_len": service.limit, "tokens": tokens}
+            return json.dumps(found).encode()  # here, for a million of them would hold up the loop
 
-        tokens = await service.in_worker(work)
-        return {"count": len(tokens), "max_model_len": service.limit, "tokens": tokens}
+        return await _of_text(service, work, request)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         service = await models.of(body.model)
         known = len(service.tokenizer)
         if wrong := [token for token in body.tokens if token >= known]:
             said = f"There is no token {wrong[0]}: the vocabulary has {known}."
             raise ApiError(400, said, param="tokens", code="invalid_value")
-        text = await service.in_worker(lambda: service.tokenizer.decode(body.tokens))
-        return {"prompt": text}
+
+        def work() -> bytes:
+            return json.dumps({"prompt": service.tokenizer.decode(body.tokens)}).encode()
+
+        return await _of_text(service, work, request)
+
+
+async def _of_text(service: Service, work: Callable[[], bytes], request: Request) -> Response:
+    """JSON that is made of a text, let in and timed as a completion is."""
+    until = asyncio.get_running_loop().time() + service.config.seconds
+    place = service.admit(1)
+    try:
+        content = await _in_time(service, service.of_text(work), request, until)
+        return Response(content, media_type="application/json")
+    finally:
+        place.leave()
 
 
 def _add_operations(app: FastAPI, models: Models) -> None:
     page = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+    policy = {"Content-Security-Policy": page_policy(page)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -223,5 +252,20 @@ def _add_operations(app: FastAPI, models: Models) -> None:
         return Response(models.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
-    async def index() -> str:
-        return page
+    async def index() -> Response:
+        return HTMLResponse(page, headers=policy)
+
+
+def page_policy(page: str) -> str:
+    """What the page may do: run its own script and style, show images and ask this server."""
+
+    def own(tag: str) -> str:
+        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (base64.b64encode(sha256(part.encode()).digest()).decode() for part in parts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; "
+        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )

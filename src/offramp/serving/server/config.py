@@ -50,10 +50,16 @@ class ServerConfig:
     """How a server behaves.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
-    and `/ready`; none: everything is open. body, messages, characters: bytes of a request, its
-    messages, and its text. bodies: bytes of all requests under way. choices: answers to one request
-    (`n`, and prompts of a completion). default_tokens: longest answer, where neither the request
-    nor the model says one. body_seconds: until a request's header, and then its body, has come.
+    and `/ready`; none: everything is open. share_kept: whether prompts and images that are kept
+    answer requests of other keys faster too, which tells these what was asked. hosts: names under
+    which it is asked for (`Host`), so that no page of another site reaches it by a name of its own;
+    ".example.org": all below it too, "*": any; the address that a connection came to always is one;
+    none: any. body, messages, characters: bytes of a request, its messages, and its text. bodies:
+    bytes of all requests under way. choices: answers to one request (`n`, and prompts of a
+    completion). default_tokens: longest answer, where neither the request nor the model says one.
+    body_seconds: until a request's header, and then its body, has come. send_seconds: that a client
+    may take nothing of what is sent to it. connections: open at once; a further one takes the place
+    of the one that has asked for nothing for the longest time.
 
     Raises:
         InputError: a number below 1.
@@ -61,6 +67,8 @@ class ServerConfig:
 
     name: str
     keys: Sequence[str] = field(default=(), repr=False)
+    share_kept: bool = False
+    hosts: Sequence[str] = ()
     queue: int = option(64, "requests that may wait; more are refused")
     body: int = 32 * MIB
     bodies: int = 1024 * MIB
@@ -70,6 +78,8 @@ class ServerConfig:
     default_tokens: int = 256
     seconds: float = option(300.0, "seconds that an answer may take", flag="--timeout")
     body_seconds: float = 30.0
+    send_seconds: float = 30.0
+    connections: int = 512
     drain_seconds: float = option(
         30.0, "seconds for answers under way after SIGTERM", flag="--drain"
     )
@@ -83,9 +93,15 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         names = ("queue", "body", "bodies", "messages", "characters", "choices", "default_tokens")
-        _check_positive(self, (*names, "seconds", "body_seconds", "drain_seconds"))
+        seconds = ("seconds", "body_seconds", "send_seconds", "drain_seconds")
+        _check_positive(self, (*names, "connections", *seconds))
         if any(not key.strip() for key in self.keys):
             raise InputError("An API key is empty.", "Leave it out, or give a secret.")
+        if any(not key.isprintable() for key in self.keys):
+            raise InputError(
+                "An API key holds a character that no header can.",
+                "Write keys as plain text in UTF-8, one a line.",
+            )
 
 
 def _check_positive(config: object, names: Sequence[str]) -> None:

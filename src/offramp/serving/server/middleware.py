@@ -17,12 +17,24 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.config import MIB, ServerConfig
 from offramp.serving.server.errors import ApiError, api_error, respond
 
 access = logging.getLogger("offramp.serving.access")
 OPEN = ("/health", "/ready")
-"""What needs no key: what a load balancer asks."""
+"""What needs no key and is asked for under any name: what a load balancer asks."""
+SMALL = {"/detokenize": 2 * MIB}
+"""Paths whose bodies are smaller than others'."""
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""Names of the machine itself."""
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+"""Of every answer that does not say it itself."""
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -54,8 +66,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = name
-                MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+                sent = MutableHeaders(scope=message)
+                sent["x-request-id"] = name
+                for header, value in HEADERS.items():
+                    sent.setdefault(header, value)
             await send(message)
 
         try:
@@ -72,7 +86,10 @@ class Gate:
             self._log(scope, name, status, time.monotonic() - begun)
 
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        if self._keys and scope["path"] not in OPEN and not self._known(headers):
+        self._check_host(scope, headers)
+        known = self._known(headers) if self._keys else None
+        scope["offramp_salt"] = None if known is None or self._config.share_kept else str(known)
+        if self._keys and scope["path"] not in OPEN and known is None:
             wanted = 'Basic realm="offramp", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             raise ApiError(
                 401,
@@ -83,7 +100,8 @@ class Gate:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        body = await self._body(headers, receive)
+        most = min(self._config.body, SMALL.get(scope["path"], self._config.body))
+        body = await self._body(headers, receive, most)
         body_sent = False
 
         async def whole() -> Message:
@@ -98,25 +116,49 @@ class Gate:
         finally:
             self._held -= len(body)
 
-    def _known(self, headers: Headers) -> bool:
-        """Whether a key was sent: as a bearer's or, by a browser, as a password."""
-        kind, _, value = headers.get("authorization", "").partition(" ")
-        sent = value.strip().encode("utf-8", "replace")
-        if kind.lower() == "basic":
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        """Raise `ApiError` where the server is asked for under a name that is not its own: a page
+        of another site may have let its name lead here."""
+        allowed, host = self._config.hosts, headers.get("host")
+        if not allowed or "*" in allowed or host is None or scope["path"] in OPEN:
+            return
+        name, here = host_name(host), (scope.get("server") or ("",))[0]
+        if name is None or not (
+            name == here
+            or any(
+                name == other.lower() or (other.startswith(".") and name.endswith(other.lower()))
+                for other in allowed
+            )
+        ):
+            raise ApiError(
+                421,
+                f"This server is not {host[:200]!r}. Ask for it by an address of its own, or start "
+                "it with --allowed-hosts.",
+                code="host_not_allowed",
+            )
+
+    def _known(self, headers: Headers) -> int | None:
+        """Which key was sent: as a bearer's or, by a browser, as a password; None: none."""
+        # A header's bytes as they came, which are UTF-8 as the keys are.
+        header = headers.get("authorization", "").encode("latin-1", "replace")
+        kind, _, sent = header.partition(b" ")
+        sent = sent.strip()
+        if kind.lower() == b"basic":
             try:
                 sent = base64.b64decode(sent, validate=True).partition(b":")[2]
             except (binascii.Error, ValueError):
-                return False
-        elif kind.lower() != "bearer":
-            return False
+                return None
+        elif kind.lower() != b"bearer":
+            return None
         # All are compared, so that the time does not show which one is close.
-        return any([hmac.compare_digest(sent, key) for key in self._keys])
+        same = [hmac.compare_digest(sent, key) for key in self._keys]
+        return same.index(True) if any(same) else None
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, no larger and no slower than allowed; its bytes count as held."""
+    async def _body(self, headers: Headers, receive: Receive, most: int) -> bytes:
+        """The whole body, of `most` bytes and no slower than allowed; its bytes count as held."""
         declared = headers.get("content-length", "0")
-        if declared.isdecimal() and (len(declared) > 19 or int(declared) > self._config.body):
-            raise self._too_large()
+        if declared.isdecimal() and (len(declared) > 19 or int(declared) > most):
+            raise _too_large(most)
         body = bytearray()
         try:
             async with asyncio.timeout(self._config.body_seconds):
@@ -127,8 +169,8 @@ class Gate:
                         raise ApiError(400, "The body is not whole.", code="incomplete_body")
                     body += self._taken(message.get("body", b""))
                     more = message.get("more_body", False)
-                    if len(body) > self._config.body:
-                        raise self._too_large()
+                    if len(body) > most:
+                        raise _too_large(most)
         except BaseException as error:
             self._held -= len(body)
             if not isinstance(error, TimeoutError):
@@ -153,14 +195,6 @@ class Gate:
         self._held += len(part)
         return part
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The body is larger than the {self._config.body} bytes allowed.",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-
     def _log(self, scope: Scope, name: str, status: int, seconds: float) -> None:
         """One JSON object a request; never what was asked or answered."""
         if scope["path"] in (*OPEN, "/metrics") and status < 400:
@@ -178,7 +212,26 @@ class Gate:
         access.info(json.dumps(row))
 
 
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body is larger than the {most} bytes allowed.",
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
+
+
 def keys_of(text: str) -> Sequence[str]:
     """Keys in a file or a variable: one a line, or with commas between; lines with # are none."""
+    text = text.removeprefix("\ufeff")  # as some editors begin a file
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     return [key.strip() for line in lines for key in line.split(",") if key.strip()]
+
+
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")
+
+
+def host_name(header: str) -> str | None:
+    """The name or address in a `Host` header, in lower case; None where it is neither."""
+    match = _HOST.fullmatch(header.strip())
+    return None if match is None else (match[1] or match[2]).rstrip(".").lower() or None

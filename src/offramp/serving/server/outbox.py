@@ -9,7 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
+
+
+class Sink(Protocol):
+    """What takes something in the event loop's thread, such as a queue of asyncio's."""
+
+    def put_nowait(self, item: Any, /) -> None: ...
 
 
 class Outbox:
@@ -17,15 +23,15 @@ class Outbox:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._news: deque[tuple[Sink, Any]] = deque()
 
     def open(self) -> None:
         """Remember the running event loop."""
         self._loop = asyncio.get_running_loop()
 
-    def put(self, queue: asyncio.Queue[Any], what: Any) -> None:
-        """Something for a queue of the loop's, at the next flush."""
-        self._news.append((queue, what))
+    def put(self, sink: Sink, what: Any) -> None:
+        """Something for a sink in the loop, at the next flush."""
+        self._news.append((sink, what))
 
     def flush(self) -> None:
         """Hand over what was put since the last time."""
@@ -38,6 +44,6 @@ class Outbox:
                 self._loop.call_soon_threadsafe(_deliver, news)
 
 
-def _deliver(news: list[tuple[asyncio.Queue[Any], Any]]) -> None:
-    for queue, what in news:
-        queue.put_nowait(what)
+def _deliver(news: list[tuple[Sink, Any]]) -> None:
+    for sink, what in news:
+        sink.put_nowait(what)

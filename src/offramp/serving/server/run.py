@@ -18,35 +18,107 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from offramp.errors import InputError
+from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import error_object
 from offramp.serving.server.service import Service
 
 SWITCH_SECONDS = 0.0005
 """How long Python's threads may keep the engine's waiting for their common lock."""
+SEND_BYTES = 256 * 1024
+"""That the system keeps for a client which does not read; more would hide that it does not."""
 HEADER_BYTES = 32 * 1024
 """Of a request's first line and header together."""
 
 
-def protocol(header_seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 that refuses with error objects, and waits so long for a header."""
+def protocol(config: ServerConfig) -> type[H11Protocol]:
+    """HTTP/1.1 that refuses with error objects, and waits so long for a header, and for a client to
+    take what is sent to it."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._waits = self.loop.call_later(header_seconds, self._no_header)
+            self._timer: asyncio.TimerHandle | None = None
+            self._stuck_since: float | None = None
+            self._watch = self.loop.call_later(config.send_seconds, self._look)
+            self._await_header()
+            if len(self.connections) > config.connections:
+                self._make_room()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._waits.cancel()
+            self._watch.cancel()
+            self._header_came()
             super().connection_lost(exc)
 
+        # -- requests that do not come -------------------------------------------------------------
+
+        @property
+        def _asks_nothing(self) -> bool:
+            """Whether no request is under way."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._asks_nothing:
+                self._await_header()
+            else:
+                self._header_came()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
+            if self._asks_nothing and begun:  # the rest of this request, or half of the next one
+                self._await_header()
+
+        def _await_header(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(config.body_seconds, self._no_header)
+                self._waits_since = self.loop.time()
+
+        def _header_came(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
         def _no_header(self) -> None:
-            if self.cycle is None and self.conn.our_state is h11.IDLE:
+            self._timer = None
+            if self._asks_nothing:
                 self._refuse(408, "The request took too long to come.", "timeout")
+
+        def _make_room(self) -> None:
+            """Close the connection that has asked for nothing for the longest time: this one, where
+            all others are being answered."""
+            idle = [c for c in self.connections if isinstance(c, Protocol) and c._asks_nothing]
+            oldest = min(idle, key=lambda one: one._waits_since)
+            said = f"The server has {config.connections} connections already."
+            oldest._refuse(503, said, "too_many_connections")
+
+        # -- clients that do not read --------------------------------------------------------------
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stuck_since = self.loop.time()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stuck_since = None
+
+        def _look(self) -> None:
+            """Give the connection up where what was written, or its end, does not go out."""
+            now = self.loop.time()
+            if self._stuck_since is not None and now - self._stuck_since >= config.send_seconds:
+                self.transport.abort()
+                return
+            if self.transport.is_closing() and self._stuck_since is None:
+                self._stuck_since = now
+            self._watch = self.loop.call_later(config.send_seconds / 2, self._look)
+
+        # -- errors --------------------------------------------------------------------------------
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, f"{msg} A header may have {HEADER_BYTES} bytes.", "invalid_http")
 
         def _refuse(self, status: int, message: str, code: str) -> None:
+            self._unset_keepalive_if_required()
             body = json.dumps(error_object(status, message, code=code)).encode()
             headers = [
                 (b"content-type", b"application/json"),
@@ -112,6 +184,7 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # its connections' too
         listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise InputError(
@@ -126,7 +199,7 @@ def http(app: FastAPI, service: Service) -> uvicorn.Config:
     """How HTTP is spoken for a service."""
     return uvicorn.Config(
         app,
-        http=protocol(service.config.body_seconds),
+        http=protocol(service.config),
         ws="none",
         loop="asyncio",
         lifespan="on",

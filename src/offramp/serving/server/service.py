@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,15 +49,21 @@ class Use:
 
 
 class Place:
-    """Room for some answers, to be given back."""
+    """Room for some answers, to be given back: of each when the engine is done with it, whether its
+    client has read it or not, and of all that are left when nobody waits for them."""
 
     def __init__(self, service: Service, answers: int) -> None:
         self._service, self._answers = service, answers
 
+    def put_nowait(self, answers: int) -> None:
+        """Give room of so many back, as far as it is not back yet; in the event loop's thread."""
+        back = min(answers, self._answers)
+        self._service.under_way -= back
+        self._answers -= back
+
     def leave(self) -> None:
-        """Give it back; a second time changes nothing."""
-        self._service.under_way -= self._answers
-        self._answers = 0
+        """Give all of it back; a second time changes nothing."""
+        self.put_nowait(self._answers)
 
 
 class Service:
@@ -119,6 +126,7 @@ class Service:
         self._typical = 1.0  # seconds of an answer, lately
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="offramp-text")
         # Their own: a host that is slow to answer does not delay the decoding of other images.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
@@ -173,22 +181,33 @@ class Service:
     async def prepare(
         self, urls: Sequence[str], make: Callable[[Sequence[Any]], Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], Sequence[Any]]:
-        """A prompt's inputs and its images, opened and processed in worker threads."""
+        """A prompt's inputs and its images, opened and processed in worker threads.
+
+        Where it is cancelled, its thread goes on with something else behind the current image.
+        """
         loop = asyncio.get_running_loop()
         read = self.images.encoded
         files = await asyncio.gather(
             *(loop.run_in_executor(self._fetchers, read, url) for url in urls)
         )
+        unwanted = threading.Event()
 
         def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
-            images = [self.images.decode(file) for file in files]
+            images = []
+            for file in files:
+                if unwanted.is_set():
+                    raise CancelledError
+                images.append(self.images.decode(file))
             return make(images), images
 
-        return await loop.run_in_executor(self._pool, work)
+        try:
+            return await loop.run_in_executor(self._pool, work)
+        finally:
+            unwanted.set()
 
-    async def in_worker(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, out of a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def of_text(self, work: Callable[[], bytes]) -> bytes:
+        """What `work` makes of a text, in a thread that no prompt waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
     def use_of(self, request: Sampling) -> Use:
         """How the answers to a request use the exits."""
@@ -260,7 +279,7 @@ class Service:
         if self.watcher is not None:
             self.watcher.close()
         self.engine.close(drain=False)
-        for pool in (self._pool, self._fetchers):
+        for pool in (self._pool, self._fetchers, self._texts):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # -- numbers -----------------------------------------------------------------------------------

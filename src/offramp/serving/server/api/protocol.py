@@ -6,6 +6,7 @@ of tools) are taken; what would change an answer is supported or refused, never 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -27,11 +28,14 @@ class Strict(BaseModel):
         return value
 
 
+_DEPTH = re.compile("[1-9][0-9]{0,4}")
+
+
 def _depths(value: Any) -> Any:
-    """JSON's keys are text; depths are numbers."""
+    """JSON's keys are text; depths are numbers, each in one spelling."""
     if isinstance(value, Mapping):
         return {
-            int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 6 else key: field
+            int(key) if isinstance(key, str) and _DEPTH.fullmatch(key) else key: field
             for key, field in value.items()
         }
     return value
@@ -150,7 +154,7 @@ class Sampling(Strict):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -2,7 +2,8 @@
 
 A name is resolved once, all its addresses must be public, and the connection goes to the address
 that was checked, so that a second answer of the name server changes nothing. A redirect is a new
-address, checked in the same way. Proxies of the environment are not used.
+address, checked in the same way. Proxies of the environment are not used. One deadline holds for
+all of it: redirects, handshakes, headers and body.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from offramp.serving.server.config import ImageLimits
 from offramp.serving.server.errors import ApiError
@@ -27,16 +29,31 @@ _CHUNK = 64 * 1024
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the open internet; IPv4 inside IPv6 is looked at itself."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None and not _public(inner):
-            return False
-    return _public(ip)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return _public(ip) and not any(ip in network for network in _SPECIAL)
+    inner = _inner(ip)
+    if inner is not None and not is_public(str(inner)):
+        return False
+    if ip.ipv4_mapped or ip in _NAT64:
+        return True
+    return ip in _UNICAST and ip not in _DOCUMENTATION and _public(ip)
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that was ever given out; what lies outside is private, local or translated."""
+_DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
+_SPECIAL = [ipaddress.IPv4Network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16")]
+"""Global by their numbers: assignments of protocols, relays, and a cloud's own service."""
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+
+def _inner(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 address leads to."""
+    low = int(ip) & 0xFFFFFFFF
+    if ip in _NAT64 or (int(ip) >> 32) & 0xFFFFFFFF in _ISATAP:
+        return ipaddress.IPv4Address(low)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
 
 
 def _public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -84,9 +101,10 @@ class Fetcher:
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
         query = urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
         target = path + (f"?{query}" if query else "")
-        left = max(0.001, end - time.monotonic())
-        connection = _connection(parts.scheme, host, (addresses[0], port), left)
+        connection = _connection(parts.scheme, host, (addresses[0], port), end)
         try:
+            connection.connect()
+            connection.sock.end = end  # type: ignore[union-attr]
             connection.request(
                 "GET", target, headers={"Accept": "image/*", "User-Agent": "offramp"}
             )
@@ -129,24 +147,52 @@ class Fetcher:
             size += len(chunk)
             if size > most:
                 raise _refused(f"The image is larger than the {most} bytes allowed.", 413)
-            if time.monotonic() > end:
-                raise _refused("The image took too long to come.", 400)
         return b"".join(chunks)
 
 
-def _connection(
-    scheme: str, host: str, address: Address, seconds: float
-) -> http.client.HTTPConnection:
+class _Timed:
+    """A socket, plain or not, that is read until `end` at most: however little comes at a time, in
+    whichever part of an answer."""
+
+    end: float | None = None
+
+    def recv_into(self, *args: Any, **more: Any) -> int:
+        if self.end is not None:
+            self.settimeout(_left(self.end))  # type: ignore[attr-defined]
+        return int(super().recv_into(*args, **more))  # type: ignore[misc]
+
+
+class _Plain(_Timed, socket.socket):
+    pass
+
+
+class _Secure(_Timed, ssl.SSLSocket):
+    pass
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`. Raise `TimeoutError` where it is over."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the image took too long to come")
+    return left
+
+
+def _connection(scheme: str, host: str, address: Address, end: float) -> http.client.HTTPConnection:
     """A connection to an address that was checked, with the name of its host."""
 
     def connect(*_: object, **__: object) -> socket.socket:
-        return socket.create_connection(address, timeout=seconds)
+        line = socket.create_connection(address, timeout=_left(end))
+        plain = _Plain(line.family, line.type, line.proto, fileno=line.detach())
+        plain.settimeout(_left(end))
+        return plain
 
     if scheme == "https":
         context = ssl.create_default_context()
-        secure = http.client.HTTPSConnection(host, address[1], timeout=seconds, context=context)
+        context.sslsocket_class = _Secure
+        secure = http.client.HTTPSConnection(host, address[1], context=context)
         secure._create_connection = connect  # type: ignore[attr-defined]
         return secure
-    plain = http.client.HTTPConnection(host, address[1], timeout=seconds)
+    plain = http.client.HTTPConnection(host, address[1])
     plain._create_connection = connect  # type: ignore[attr-defined]
     return plain

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
 import stat
 import urllib.parse
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from offramp.data.image import open_rgb
+from offramp.data.image import ImageTooLargeError, open_rgb
 from offramp.errors import DataError
 from offramp.serving.server.config import ImageLimits
 from offramp.serving.server.errors import ApiError
@@ -59,23 +57,18 @@ class ImageSource:
     def decode(self, encoded: bytes) -> Image.Image:
         """Open an image whose size its header says, before its pixels are."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise self._too_many_pixels("An image") from error
-        except Exception as error:  # decoders of damaged files raise nearly every builtin
+            return open_rgb(encoded, "The image", pixels=self.limits.pixels, formats=FORMATS)
+        except ImageTooLargeError as error:
             raise image_error(
-                f"The image is not readable; known formats: {', '.join(FORMATS)}."
+                f"The image is larger than the {self.limits.pixels} pixels allowed. Shrink it.",
+                413,
+                "image_too_large",
             ) from error
-        with image:
-            if image.width * image.height > self.limits.pixels:
-                size = f"{image.width} x {image.height}"
-                raise self._too_many_pixels(f"An image of {size} pixels")
-            try:
-                return open_rgb(image, "The image")
-            except DataError as error:
-                raise image_error(f"{error.problem}") from error
+        except DataError as error:
+            if isinstance(error.__cause__, UnidentifiedImageError):
+                said = f"The image is not readable; known formats: {', '.join(FORMATS)}."
+                raise image_error(said) from error
+            raise image_error(error.problem) from error
 
     def _from_data(self, url: str) -> bytes:
         match = _DATA.match(url)
@@ -107,18 +100,13 @@ class ImageSource:
             # One answer for what lies outside and what is missing: it shows nothing of the machine.
             if not inside or not stat.S_ISREG(path.stat().st_mode):
                 raise OSError("not a file of the folder")
-            if path.stat().st_size > self.limits.bytes:
-                raise self._too_many_bytes()
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
+            with path.open("rb") as file:
+                encoded = file.read(self.limits.bytes + 1)  # it may have grown
+        except (OSError, RuntimeError, ValueError) as error:  # loops of links are a RuntimeError
             raise image_error("There is no such image in the server's folder.", 404) from error
-
-    def _too_many_pixels(self, what: str) -> ApiError:
-        return image_error(
-            f"{what} is larger than the {self.limits.pixels} pixels allowed. Shrink it.",
-            413,
-            "image_too_large",
-        )
+        if len(encoded) > self.limits.bytes:
+            raise self._too_many_bytes()
+        return encoded
 
     def _too_many_bytes(self) -> ApiError:
         return image_error(

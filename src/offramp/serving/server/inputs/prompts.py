@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.server.api.protocol import Message
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Prompter:
@@ -43,7 +46,7 @@ class Prompter:
         return self.check_images([p.image_url.url for p in parts if p.type == "image_url"])
 
     def check_images(self, urls: Sequence[str]) -> list[str]:
-        """`urls`, where there are not too many."""
+        """`urls`, where there are not too many for the server and for the model."""
         if len(urls) > self.config.images.count:
             raise ApiError(
                 400,
@@ -51,6 +54,11 @@ class Prompter:
                 param="image_url",
                 code="too_many_images",
             )
+        try:
+            self.processor.check_images(len(urls))
+        except InputError as error:
+            said = f"{error.problem} {error.remedy}"
+            raise ApiError(400, said, param="image_url", code="too_many_images") from error
         return list(urls)
 
     def check_text(self, texts: Sequence[str], param: str) -> None:
@@ -62,7 +70,7 @@ class Prompter:
                 param=param,
                 code="context_length_exceeded",
             )
-        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        if any(_SURROGATE.search(text) for text in texts):
             raise ApiError(400, "The text is not valid Unicode.", param=param, code="invalid_value")
         mark = self.processor.image_mark
         if mark is not None and any(mark in text for text in texts):

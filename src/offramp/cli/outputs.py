@@ -1,0 +1,102 @@
+"""What a command may write over: what it wrote itself, an earlier time, and nothing else unless it
+is told."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import InputError, OfframpError
+
+_TOLD = "Give another --out, or --overwrite to replace it."
+
+
+def overwrite_option(group: Any) -> None:
+    group.add_argument(
+        "--overwrite", action="store_true",
+        help="replace what is in --out, whatever wrote it (default: only what this command wrote)",
+    )  # fmt: skip
+
+
+def check_out_file(
+    path: Path, arguments: argparse.Namespace, ours: Callable[[bytes], bool], what: str
+) -> None:
+    """Raise `InputError` where a file exists that is not to be replaced.
+
+    ours: whether a file that begins with these bytes was written by this command. what: its name.
+    """
+    from offramp.storage import check_writable
+
+    check_writable(path)
+    if not os.path.lexists(path):
+        return
+    for read in _named(vars(arguments), besides=path):
+        if _same(path, read):
+            raise InputError(
+                f"--out {path} is a file that this command reads.", "Give another --out."
+            )
+    if arguments.overwrite:
+        return
+    try:
+        with open(path, "rb") as file:
+            found = file.read(4096)
+    except OSError:
+        found = b"?"
+    if found and not ours(found):
+        raise InputError(f"{path} is no {what}: it would be lost.", _TOLD)
+
+
+def check_out_adapter(out: Path, source: Path, arguments: argparse.Namespace) -> None:
+    """Raise `InputError` where `out` holds an adapter of other exits than `source`."""
+    from offramp.save_and_load import CONFIG, EXITS, read_config
+
+    if arguments.overwrite or _same(out, source) or not os.path.lexists(out / CONFIG):
+        return
+    try:
+        files = [read_config(folder).files or {} for folder in (out, source)]
+        same = files[0].get(EXITS, "?") == files[1].get(EXITS)
+    except OfframpError:
+        same = False
+    if not same:
+        raise InputError(f"{out} already holds another adapter.", _TOLD)
+
+
+def check_out_demo(out: Path, kind: str, arguments: argparse.Namespace) -> None:
+    """Raise `InputError` where the demo would replace what it did not write."""
+    from offramp.save_and_load import CONFIG, read_config
+    from offramp.storage import read_json
+
+    if arguments.overwrite:
+        return
+    try:
+        if os.path.lexists(out / kind / CONFIG):
+            command = str(read_config(out / kind).provenance.get("command"))
+            if not command.startswith("offramp demo"):
+                raise InputError(f"{out / kind} already holds an adapter.", _TOLD)
+        for name in ("report.json", f"report-{kind}.json"):
+            if os.path.lexists(out / name):
+                report = read_json(out / name)
+                if not (isinstance(report, dict) and {"sizes", "provenance"} <= report.keys()):
+                    raise InputError(f"{out / name} is no report of a demo.", _TOLD)
+    except InputError:
+        raise
+    except OfframpError as error:
+        raise InputError(f"{error.problem}", _TOLD) from error
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _named(values: dict[str, Any], besides: Path) -> Iterable[Path]:
+    """Everything on the command line that may be a file which is read."""
+    for name, value in values.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if name not in ("out", "run") and isinstance(one, str | Path) and str(one):
+                yield Path(one)

@@ -1,0 +1,117 @@
+"""`--config`: each value is what its option takes, or refused; nothing becomes a text unasked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCommand, assert_two_lines, parser_of
+
+from offramp.errors import OfframpError
+
+NEEDED = ("--backbone", "tiny-opt", "--data", "a", "--out", "b")
+
+
+def read(tmp_path: Path, text: str | bytes, command: str = "train", *words: str) -> Any:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    words = words or (NEEDED if command == "train" else ("tiny-opt",))
+    return parser_of(command).parse_args([command, *words, "--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("prompt: a b", "prompt", "a b"), ('prompt: "3"', "prompt", "3"),
+        ("prompt: 'null'", "prompt", "null"), ('prompt: "true"', "prompt", "true"),
+        ("prompt: 2020-01-01", "prompt", "2020-01-01"), ("prompt: 1:30", "prompt", "1:30"),
+        ("prompt: yes", "prompt", "yes"), ("prompt: '--steps'", "prompt", "--steps"),
+        ('"prompt": "-x"', "prompt", "-x"),
+        ("prompt: |\n  two\n  lines\n", "prompt", "two\nlines\n"),
+        ("steps: 7", "steps", 7), ("steps: '7'", "steps", 7),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("patience: null", "patience", None), ("patience: ~", "patience", None),
+        ("depths: 2,5", "depths", (2, 5)), ("depths: [2, 5]", "depths", (2, 5)),
+        ("depths:\n- 2\n- 5\n", "depths", (2, 5)), ("depths: 3", "depths", (3,)),
+        ("losses: {l1: 0.5}", "losses", {"l1": 0.5}), ("conditional: false", "conditional", False),
+        ("gates: True", "gates", True), ("gates: false", "gates", False),
+        ("", "steps", 1000), ("# nothing\n", "steps", 1000), ("---\n", "steps", 1000),
+        ("\ufeffsteps: 7", "steps", 7), ("data: [a, b]", "data", ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_values_are_what_their_option_takes(
+    text: str, name: str, value: Any, tmp_path: Path
+) -> None:
+    needed = [w for w in NEEDED if name != "data" or w not in ("--data", "a")]
+    found = getattr(read(tmp_path, text, "train", *needed), name)
+    assert found == value or (name == "steps" and value == 1000 and found > 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt: null", "prompt: ~", "prompt:", "prompt: true", "prompt: False", "prompt: 3",
+        "prompt: 3.5", "prompt: 0x1F", "prompt: !!binary aGk=", "prompt: !!str 3", "prompt: !x y",
+        "data: !!set {a, b}", "steps: !!int 3", "steps: null", "steps: true", "steps: [1, 2]",
+        "steps: {a: 1}", "steps: 1.5", "steps: .inf", "steps: .nan", "learning_rate: x",
+        "depths: [[2], 5]", "depths: [{a: 1}]", "depths: [null]", "depths: [true]",
+        "losses: {l1: [1]}",
+        "steps: 1\nsteps: 2", "batch_size: 1\nbatch-size: 2", "losses: {l1: 1, l1: 2}",
+        "steps: &a 3", "a: &a [x]\nb: *a", "steps: *a", "<<: {steps: 3}", "? [a]\n: 3", "- 1", "x",
+        "steps: 1\n---\nsteps: 2", "config: x", "help: true", "gates: 1", "gates: yes",
+        "gates: null",
+        "quiet: no", "steps: 3: 4", "a: [", "\tsteps: 3", "out: 7", "revision: 123456", "seed: -1",
+        b"steps: \xff", "steps: 3".encode("utf-16"), b"steps: \x00", "[" * 100_000, "{" * 100_000,
+        "a: " * 10_000, "steps: " + "9" * 100_000, "s" * 100_000 + ": 1",
+    ],
+)  # fmt: skip
+def test_everything_else_is_refused(text: str | bytes, tmp_path: Path, run: RunCommand) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    begun = time.process_time()
+    found = run("train", *NEEDED, "--config", file)
+    assert_two_lines(found)
+    assert len(found[2]) < 6000
+    assert time.process_time() - begun < 10
+
+
+def test_a_file_that_grows_is_never_built(tmp_path: Path, run: RunCommand) -> None:
+    """Anchors that double, a megabyte of names, and more than is read."""
+    lines = ["a: &a0 [x]"] + [f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    for text in ("\n".join(lines), "steps: 3\n" * 100_000, "x" * (2**20 + 1), "- x\n" * 200_000):
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        begun = time.process_time()
+        assert_two_lines(run("train", *NEEDED, "--config", file))
+        assert time.process_time() - begun < 10
+
+
+def test_a_list_does_not_take_what_stands_behind_it(tmp_path: Path) -> None:
+    found = read(tmp_path, "image_domains: [a.org, b.org]\nqueue: 5\n", "serve")
+    assert (found.name, found.image_domains, found.queue) == ("tiny-opt", ["a.org", "b.org"], 5)
+    found = read(
+        tmp_path, "image_domains: [a.org]", "serve", "tiny-opt", "--image-domains", "c.org"
+    )
+    assert found.image_domains == ["c.org"]
+    found = read(tmp_path, "allowed_hosts: ['*']\nserial: true\nquiet: true", "serve")
+    assert (found.allowed_hosts, found.serial, found.quiet) == (["*"], True, True)
+
+
+def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
+    text = "gates: true\nconditional: true\ndepths: [2]\nprompt: x\npatience: 3"
+    words = (*NEEDED, "--no-conditional", "--depths", "5", "--prompt", "y", "--patience", "none")
+    found = read(tmp_path, text, "train", *words)
+    assert (found.gates, found.conditional, found.depths) == (True, False, (5,))
+    assert (found.prompt, found.patience) == ("y", None)
+
+
+@pytest.mark.parametrize("word", ["--conf", "--step", "--bat", "--back", "--qui", "--no-cond"])
+def test_abbreviations_are_not_taken(word: str, run: RunCommand, tmp_path: Path) -> None:
+    assert_two_lines(run("train", *NEEDED, word, tmp_path / "run.yaml"), word, "not known")
+
+
+def test_what_stands_behind_two_dashes_is_no_option(tmp_path: Path) -> None:
+    with pytest.raises(OfframpError, match="not known"):
+        parser_of("train").parse_args(["train", *NEEDED, "--", "--config", "gone.yaml"])

@@ -1,0 +1,154 @@
+"""Hostile requests by field, address, body and text: for a table of them and for what is drawn."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from PIL import Image
+
+from serving import data_uri, messages, scene_examples
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+GOOD = messages(scene_examples()[0])
+URI = GOOD[0]["content"][0]["image_url"]["url"]
+
+
+def image(url: Any, **more: Any) -> list[dict[str, Any]]:
+    part = {"type": "image_url", "image_url": {"url": url, **more}}
+    return [{"role": "user", "content": [part, {"type": "text", "text": "Caption:"}]}]
+
+
+def chat(**fields: Any) -> tuple[str, Any]:
+    return CHAT, {"messages": GOOD, **fields}
+
+
+def png(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def deep(levels: int) -> bytes:
+    return b'{"messages":' + b"[" * levels + b"]" * levels + b"}"
+
+
+WHOLE = base64.b64decode(URI.partition(",")[2])
+LARGE = data_uri(Image.new("1", (4000, 4001)))
+
+FIELDS = {
+    "temperature": [-1, 2.1, 1e308, "0.5", True, [], {}, float("nan"), float("inf"), 10**400],
+    "top_p": [0, -0.1, 1.1, "1", [1]],
+    "top_k": [-2, 1.5, "5", 2**31, True],
+    "max_tokens": [0, -1, 1.5, "12", 2**31, 10**30, True, []],
+    "max_completion_tokens": [0, -5, 2.0, "1", 257, 100_000],
+    "n": [0, -1, 1.0, "2", 129, 10**9, 17],
+    "seed": [1.5, "1", 2**63, -(2**63) - 1, []],
+    "stop": ["", [""], [1], ["a"] * 17, 5, {}, "x" * 201, [["a"]]],
+    "presence_penalty": [-2.1, 3, "1"],
+    "frequency_penalty": [-3, 2.5, "1", [0]],
+    "repetition_penalty": [0, -1, 11, "1"],
+    "ignore_eos": ["yes", 1, []],
+    "stream": ["true", 1, {}],
+    "stream_options": [{"include_usage": True}, [], "x"],
+    "logprobs": [2, "true", []],
+    "top_logprobs": [-1, 21, 3, "1"],
+    "model": ["gpt-4", 5, [], "../" * 100, "\u0000", "x" * 100_000],
+    "messages": [[], {}, "hello", 5, [5], [[]], [{}], [{"role": "user"}]],
+    "offramp": [
+        "lossless", [], {"mode": "fast"}, {"mode": 1}, {"thresholds": {}}, {"thresholds": []},
+        {"thresholds": {"2": 1.5}}, {"thresholds": {"2": -1}}, {"thresholds": {"2": "0.5"}},
+        {"thresholds": {"x": 0.5}}, {"thresholds": {"99": 0.5}}, {"thresholds": {"-1": 0.5}},
+        {"mode": "lossless", "thresholds": {"2": 0.5}}, {"other": 1},
+        {"thresholds": {str(i): 0.5 for i in range(100)}},
+    ],
+    "tools": [[{"type": "function", "function": {"name": "f"}}], {}, "x"],
+    "tool_choice": ["required", {"type": "function"}],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text"],
+    "logit_bias": [{"5": 100}, [], 5],
+    "metadata": [{"a": 1}, "x", [1]],
+    "user": [5, {}],
+    "audio": [{"voice": "x"}],
+    "modalities": [["text", "audio"]],
+    "functions": [[{"name": "f"}]],
+    "use_beam_search": [True],
+    "best_of": [3],
+    "min_tokens": [5],
+    "store": [True],
+    "temprature": [0.5],
+    "__proto__": [{}],
+    "x" * 5000: [1],
+}  # fmt: skip
+
+CONVERSATIONS = [
+    [{"role": "tool", "content": "x"}],
+    [{"role": "user", "content": []}],
+    [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}],
+    [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
+    [{"role": "user", "content": 5}],
+    [{"role": "user", "content": "no image"}],
+    [{"role": "user", "content": "x", "extra": 1}],
+    [{"role": "user", "content": "<image>"}],
+    [{"role": "system", "content": "be good"}, *GOOD],
+    [{"role": "assistant", "content": GOOD[0]["content"]}],
+    [*GOOD, {"role": "assistant", "content": "a"}, *GOOD],
+    GOOD * 10_000,
+    [{"role": "user", "content": "x"}] * 10_000,
+    [{"role": "user", "content": "word " * 200_000}],
+    [{"role": "user", "content": [*GOOD[0]["content"], {"type": "text", "text": "word " * 4000}]}],
+    [{"role": "user", "content": [GOOD[0]["content"][0]] * 9}],
+    [{"role": "user", "content": [GOOD[0]["content"][0]] * 2}],
+    [{"role": "user", "content": GOOD[0]["content"] * 500}],
+]
+
+URLS = [
+    "", "x", "data:", "data:,", "data:image/png;base64", "data:image/png;base64,",
+    "data:image/png;base64,!!!!", "data:image/png;base64,A", "data:image/png,rawbytes",
+    "data:text/html;base64,PGI+", png(b""), png(b"GIF89a"), png(WHOLE[:50]), png(WHOLE[:-400]),
+    png(b"\x00" * 1000), png(b"%PDF-1.4"), png(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    png(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), png(b"II*\x00" + bytes(100)), LARGE,
+    "data:image/png;base64," + "A" * 15_000_000, "data:" + "x" * 100_000 + ",",
+    "http://127.0.0.1/", "http://127.0.0.1:8000/metrics", "http://localhost/a.png",
+    "http://169.254.169.254/latest/meta-data/", "http://[::1]/", "http://[::ffff:127.0.0.1]/",
+    "http://2130706433/", "http://0x7f000001/", "http://017700000001/", "http://127.1/",
+    "http://0/", "https://example.com/a.png", "http://example.com@127.0.0.1/",
+    "http://127.0.0.1#@example.com/", "http://allowed.org.evil.com/a.png",
+    "http://evil.com/allowed.org", "http://user:pw@allowed.org/", "http://allowed.org:99999/",
+    "HTTP://LOCALHOST/", "ftp://allowed.org/a.png", "gopher://allowed.org/", "file:///etc/passwd",
+    "file://localhost/etc/passwd", "/etc/passwd", "../../etc/passwd", "javascript:alert(1)",
+    "blob:http://allowed.org/x", "jar:file:///x!/y", "http://", "http:///x", "http://[", "//x/y",
+    "http://allowed.org\r\nX: y/", "\u0000", "http://\ud83d.org/", " data:image/png;base64,AAAA",
+    5, None, [], {"url": "x"}, True,
+]  # fmt: skip
+
+BODIES = [
+    b"", b"x", b"[]", b"5", b"null", b'"x"', b"{", b'{"messages": [', b"\xff\xfe", b"\x00" * 100,
+    b'{"messages": NaN}', deep(100_000), b"{" * 50_000, b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
+    b'{"seed": ' + b"9" * 100_000 + b"}", b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b"messages=hello&model=x", b" " * 2_000_000,
+]  # fmt: skip
+
+TEXTS: list[dict[str, Any]] = [
+    {"prompt": ""}, {"prompt": []}, {"prompt": [""]}, {"prompt": [[]]}, {"prompt": [1.5]},
+    {"prompt": [-1]}, {"prompt": [10**12]}, {"prompt": [999_999]}, {"prompt": ["a", 1]},
+    {"prompt": "x", "echo": True}, {"prompt": "x", "suffix": "y"}, {"prompt": "x", "logprobs": 21},
+    {"prompt": ["x"] * 17, "images": [URI]}, {"prompt": [1, 2], "images": [URI]}, {},
+    {"prompt": "x", "images": ["http://127.0.0.1/"]}, {"prompt": "x", "images": [URI] * 9},
+    {"prompt": "x"}, {"prompt": [5, 6, 7]}, {"prompt": None}, {"prompt": {"a": 1}},
+]  # fmt: skip
+
+OTHERS = [
+    ("POST", "/tokenize", {}), ("POST", "/tokenize", {"prompt": 5}),
+    ("POST", "/tokenize", {"prompt": "x", "messages": GOOD}), ("POST", "/detokenize", {}),
+    ("POST", "/detokenize", {"tokens": [-1]}), ("POST", "/detokenize", {"tokens": [10**9]}),
+    ("POST", "/detokenize", {"tokens": "x"}), ("GET", "/nowhere", None), ("GET", CHAT, None),
+    ("PUT", CHAT, {}), ("DELETE", "/v1/models", None), ("GET", "/v1/models/other", None),
+    ("GET", "/" + "a" * 5000, None), ("GET", "/v1/../../etc/passwd", None),
+    ("POST", "/tokenize", {"prompt": "x" * 1_000_000}), ("PATCH", "/", {}),
+]  # fmt: skip
+
+
+def sent(body: Any) -> bytes:
+    if body is None or isinstance(body, bytes):
+        return body or b""
+    return json.dumps(body).encode()
