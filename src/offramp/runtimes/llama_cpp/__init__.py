@@ -4,8 +4,30 @@
 exits; `LlamaCppRuntime` generates with them. Needs the extra `llama-cpp`.
 """
 
-from offramp.runtimes.llama_cpp.gguf_export import FORMATS, ExportFormats, export_gguf
-from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
-from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offramp.runtimes.llama_cpp.gguf_export import FORMATS, ExportFormats, export_gguf
+    from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
+    from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
 
 __all__ = ["FORMATS", "EngineOptions", "ExportFormats", "LlamaCppRuntime", "export_gguf", "kernels"]
+
+_HOMES = {
+    "FORMATS": "gguf_export",
+    "EngineOptions": "segment",
+    "ExportFormats": "gguf_export",
+    "LlamaCppRuntime": "runtime",
+    "export_gguf": "gguf_export",
+    "kernels": "segment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that what runs without PyTorch does not load it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -38,15 +38,16 @@ from offramp.models.fingerprint import dump_fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
     Architecture,
     architecture_of,
-    head_width,
+    input_scale,
     layer_tensors,
-    rope_base,
     rope_factors,
+    settings,
 )
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.storage import atomic_folder, digest_file, write_json
 
-FORMAT = 1
+FORMAT = 2
 DIGESTS = "digests.json"
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Number formats of the weights, by llama.cpp's names."""
@@ -214,9 +215,8 @@ class _Writer:
             self._describe(out, self.backbone.vocabulary if rows is None else len(rows))
             if rows is not None:
                 out.add_array("offramp.shortlist", rows.tolist())
-            for key, value in about.items():
-                add = {int: out.add_uint32, str: out.add_string, list: out.add_array}[type(value)]
-                add(key, value)
+            for key, value in {**about, **self._feeding()}.items():
+                _add_value(out, key, value)
             for name, tensor, kind in self._tensors(rows):
                 self._add(out, name, tensor, kind)
             out.write_header_to_file()
@@ -225,22 +225,33 @@ class _Writer:
         finally:
             out.close()
 
+    @property
+    def _layers(self) -> list[int]:
+        """Which of the decoder's layers the file's are; an exit's, that which it stands before."""
+        plan = self.plan
+        return [*range(plan.start, plan.stop), *([] if plan.exit is None else [plan.stop])]
+
     def _describe(self, out: Any, vocabulary: int) -> None:
         """The architecture's own metadata."""
-        config, width = self.backbone.text_config, head_width(self.backbone)
         out.add_vocab_size(vocabulary)
         out.add_tokenizer_model("none")
-        out.add_context_length(config.max_position_embeddings)
-        out.add_embedding_length(self.backbone.width)
-        out.add_feed_forward_length(config.intermediate_size)
-        out.add_block_count(self.plan.stop - self.plan.start + (self.plan.exit is not None))
-        out.add_head_count(config.num_attention_heads)
-        out.add_head_count_kv(config.num_key_value_heads)
-        out.add_key_length(width)
-        out.add_value_length(width)
-        out.add_rope_dimension_count(width)
-        out.add_rope_freq_base(rope_base(self.backbone))
-        out.add_layer_norm_rms_eps(config.rms_norm_eps)
+        first, stop = self.plan.start, self.plan.stop
+        added = max(0, min(stop, features_of(self.backbone)) - first)
+        for key, value in settings(self.backbone, self.architecture, self._layers, added):
+            _add_value(out, f"{self.architecture.name}.{key}", value)
+
+    def _feeding(self) -> dict[str, Any]:
+        """How a segment is fed, where that is not as plain as can be."""
+        said: dict[str, Any] = {
+            INPUT_SCALE: input_scale(self.backbone, self.architecture),
+            STATE_SCALE: self.architecture.state_scale,
+        }
+        said = {key: value for key, value in said.items() if value != 1.0}
+        if self.architecture.ahead:
+            said[AHEAD] = True
+        if self.architecture.deepstack:
+            said[FIRST_LAYER] = self.plan.start
+        return said
 
     def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Tensor, str]]:
         """Names, tensors and formats."""
@@ -250,15 +261,23 @@ class _Writer:
         assert backbone.norm is not None, "every architecture here ends with a norm"
         norm = backbone.norm.weight.detach().float() + self.architecture.norm_offset
         yield "output_norm.weight", norm, "f32"
-        factors = rope_factors(backbone)
+        if getattr(backbone.norm, "bias", None) is not None:
+            yield "output_norm.bias", backbone.norm.bias.detach().float(), "f32"
+        if backbone.positions is not None:  # the states bring theirs along
+            none = torch.zeros(backbone.text_config.max_position_embeddings, backbone.width)
+            yield "position_embd.weight", none, "f16"
+        factors = rope_factors(backbone) if self.architecture.rope_factors else None
         if factors is not None:
             yield "rope_freqs.weight", factors, "f32"
         layers = [(layer, formats.layers) for layer in backbone.layers[plan.start : plan.stop]]
         if plan.exit is not None:
             layers.append((plan.exit, formats.exits))
         for number, (layer, kind) in enumerate(layers):
-            for name, tensor in layer_tensors(layer, self.architecture, backbone):
-                yield f"blk.{number}.{name}", tensor, kind
+            tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
+            for name, tensor in tensors:
+                # A router's weights are few, and choose experts.
+                careful = "f32" if name == "ffn_gate_inp.weight" else kind
+                yield f"blk.{number}.{name}", tensor, careful
 
     def _add(self, out: Any, name: str, tensor: Tensor, kind: str) -> None:
         array = tensor.cpu().contiguous().numpy()
@@ -268,10 +287,26 @@ class _Writer:
             kind = "f16"
         number = self.gguf.GGMLQuantizationType[kind.upper()]
         if kind == "iq4_nl":
-            data = _fitted(array, number, 2 + _BLOCK // 2)
+            flat = _fitted(array.reshape(-1, array.shape[-1]), number, 2 + _BLOCK // 2)
+            data = flat.reshape(*array.shape[:-1], -1)
         else:
             data = self.gguf.quants.quantize(array, number)
         out.add_tensor(name, data, raw_dtype=number)
+
+
+def _add_value(out: Any, key: str, value: Any) -> None:
+    """One key of the metadata."""
+    add = {
+        bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string,
+        list: out.add_array,
+    }  # fmt: skip
+    add[type(value)](key, value)
+
+
+def features_of(backbone: Backbone) -> int:
+    """Behind how many of its first layers a decoder adds visual features."""
+    vision = getattr(backbone.model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def _fitted(array: npt.NDArray[np.float32], number: int, block_bytes: int) -> npt.NDArray[np.uint8]:

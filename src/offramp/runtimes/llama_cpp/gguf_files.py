@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,23 @@ _AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out F
 class SegmentFiles:
     """The files of an export, in order, and what their metadata says.
 
-    depths: of the exits. cuts: the first decoder layer of each segment, and the number of layers.
-    shortlist: token ids [S] of the exits' heads; None: all. formats: of layers, exits and head.
+    digests: SHA-256 of each. depths: of the exits. cuts: the first decoder layer of each segment,
+    and the number of layers. shortlist: token ids [S] of the exits' heads; None: all. formats: of
+    layers, exits and head.
     """
 
     files: tuple[Path, ...]
+    digests: tuple[str, ...]
     depths: tuple[int, ...]
     cuts: tuple[int, ...]
     shortlist: tuple[int, ...] | None
     formats: dict[str, str]
+
+    @property
+    def taps(self) -> tuple[int | None, ...]:
+        """Of each file, the layer in it whose output the next one is fed with; None: no one's."""
+        layers = (stop - start - 1 for start, stop in itertools.pairwise(self.cuts))
+        return (*itertools.islice(layers, len(self.depths)), None)
 
 
 def read_segments(
@@ -43,13 +52,14 @@ def read_segments(
         AdapterError: there is no export, a file is damaged, or it is of another adapter.
     """
     folder = Path(folder)
-    files = _whole_files(folder, check_digests)
+    files, digests = _whole_files(folder, check_digests)
     about = [_metadata(file) for file in files]
     _check_kinship(folder, about, adapter)
     depths = tuple(about[0]["offramp.depths"])
     shortlist = about[0].get("offramp.shortlist")
     return SegmentFiles(
         files,
+        digests,
         depths,
         (0, *depths, adapter.backbone.depth),
         None if shortlist is None else tuple(shortlist),
@@ -57,7 +67,8 @@ def read_segments(
     )
 
 
-def _whole_files(folder: Path, check_digests: bool) -> tuple[Path, ...]:
+def _whole_files(folder: Path, check_digests: bool) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files, and the digests that they were written with."""
     if not (folder / DIGESTS).is_file():
         raise AdapterError(f"{folder} holds no exported segments ({DIGESTS} is missing).", _AGAIN)
     try:
@@ -73,7 +84,7 @@ def _whole_files(folder: Path, check_digests: bool) -> tuple[Path, ...]:
         raise AdapterError(f"{folder / DIGESTS} is damaged.", _AGAIN) from error
     if damaged or len(names) < 2:
         raise AdapterError(f"{folder / (damaged or [DIGESTS])[0]} is damaged or missing.", _AGAIN)
-    return tuple(folder / name for name in names)
+    return tuple(folder / name for name in names), tuple(str(digests[n]) for n in names)
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -88,9 +99,9 @@ def _metadata(file: Path) -> dict[str, Any]:
 def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) -> None:
     """Raise `AdapterError` where the files are not of one export of this adapter."""
     first = about[0]
-    if first.get("offramp.format") != FORMAT:
+    if first.get("offramp.format") not in (1, FORMAT):  # 1: without what says how to feed a file
         raise AdapterError(
-            f"{folder} has export format {first.get('offramp.format')}; this version reads "
+            f"{folder} has export format {first.get('offramp.format')}; this version reads 1 and "
             f"{FORMAT}.",
             _AGAIN,
         )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.engine.prefill import prepare
+from offramp.engine.prefill import Prepared, prepare
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.decoding import ChainDecider, Decoder
+from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
+from offramp.runtimes.llama_cpp.trial import check_survives
 from offramp.runtimes.one_row import GreedyRow, OneRow
 
 
@@ -56,18 +58,16 @@ class LlamaCppRuntime:
             InputError: the extra `llama-cpp` is not installed.
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
-        architecture_of(adapter.backbone)
+        self._architecture = architecture_of(adapter.backbone)
         self.adapter = adapter
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
-        self._embedding = adapter.backbone.stack.get_input_embeddings()
-        self._rows = _plain_rows(self._embedding)
+        self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         try:
-            for place, file in enumerate(self.files.files):
-                layers = self.files.cuts[place + 1] - self.files.cuts[place]
-                tap = layers - 1 if place < len(self.files.depths) else None
+            check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
+            for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             self.likeness, sizes = self._check()
         except BaseException:
@@ -132,8 +132,8 @@ class LlamaCppRuntime:
         with self._lock, torch.inference_mode():
             prepared = prepare(intercepted.model, inputs, **options)
             check_options(lambda name: getattr(prepared.config, name, None))
-            prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
-            self._check_room(len(prompt), prepared.ids, prepared.criteria)
+            prompt = self._prompt(intercepted, entry, prepared)
+            self._check_room(prompt, prepared.ids, prepared.criteria)
             here = replace(prepared, ids=prepared.ids.cpu())
             sequence = (GreedyRow if GreedyRow.fits(here) else OneRow)(here, streamer)
             rounds = self._decode(prompt, sequence, policy)
@@ -148,7 +148,7 @@ class LlamaCppRuntime:
         The adapter and its backbone decode by this runtime alone from here on, and cannot be saved
         or compared with others.
         """
-        kept = self._embedding.weight.data_ptr()
+        kept = self._embeddings.kept.data_ptr()
         modules = (self.backbone.layers, self.adapter.exits.modules, self.backbone.head)
         freed = 0
         for parameter in [p for module in modules for p in module.parameters()]:
@@ -171,44 +171,36 @@ class LlamaCppRuntime:
     # -- one generation -----------------------------------------------------------------------
 
     def _decode(
-        self, prompt: States, sequence: OneRow, policy: ExitPolicy
+        self, prompt: Prompt, sequence: OneRow, policy: ExitPolicy
     ) -> list[tuple[int, int]]:
+        if not self.backbone.family.causal_prompt:  # such a prompt always runs at full depth
+            policy = replace(policy, exit_in_prefill=False)
         unused = [i for i, depth in enumerate(self.files.depths) if depth not in policy.thresholds]
-        self._chain.reset(unused, exact=policy.lossless or not policy.thresholds)
+        exact = policy.lossless or not policy.thresholds
+        self._chain.reset(unused, exact=exact, prompt=prompt)
         decider = ChainDecider(self.adapter, policy, self.files.depths)
         decoder = Decoder(self._chain, decider, sequence, self._token_states, policy)
         if policy.lossless and policy.thresholds:
-            return decoder.speculate(prompt)
-        decoder.decode(prompt)
+            return decoder.speculate(prompt.states)
+        decoder.decode(prompt.states)
         return []
 
     def _token_states(self, token: int) -> States:
-        """The states [1, D] that enter the decoder for a token of text."""
-        if self._rows is not None:
-            return self._rows[token : token + 1]
-        return self._embed(torch.tensor([[token]], device=self.backbone.device))
-
-    def _embed(self, ids: Tensor) -> States:
-        """The states [T, D] that enter the decoder for ids [1, T] of text."""
-        return np.asarray(self._embedding(ids)[0].float().cpu().numpy())
+        """The states [1, D] that enter the decoder for the next token, of text."""
+        return self._embeddings.of_token(token, self._segments[0].length)
 
     def _prompt(
-        self, entry: DecoderEntry, model: Any, ids: Tensor, prepared: dict[str, Any]
-    ) -> States:
-        """The states [T, D] that enter the decoder for a prepared prompt, padding left out."""
-        if len(ids) != 1:
+        self, intercepted: InterceptedModel, entry: DecoderEntry, prepared: Prepared
+    ) -> Prompt:
+        """What enters the decoder for a prepared prompt."""
+        if len(prepared.ids) != 1:
             raise InputError(
-                f"The llama.cpp runtime writes one answer at a time, and {len(ids)} rows came.",
+                f"The llama.cpp runtime writes one answer at a time, and {len(prepared.ids)} rows "
+                "came.",
                 "Call generate once for each row.",
             )
-        inputs = model.prepare_inputs_for_generation(
-            ids, is_first_iteration=True, next_sequence_length=None, **prepared
-        )
-        states = entry.states(lambda: model(**inputs, return_dict=True))[0]
-        mask = prepared.get("attention_mask")
-        if mask is not None and mask.shape[-1] == len(states):
-            states = states[mask[0].bool()]
-        return np.asarray(states.float().cpu().numpy())
+        read = read_prompt(intercepted, entry, prepared.model, prepared.ids, prepared.arguments)
+        return prompt_of(self.backbone, self._architecture, *read)
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -218,12 +210,11 @@ class LlamaCppRuntime:
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(self.backbone.vocabulary, (1, AT_ONCE), generator=draw)
             ids = ids.to(self.backbone.device)
-            probe = self._embed(ids)
+            probe = self._embeddings.of(ids[0].tolist())
             entry = DecoderEntry()
             stack = InterceptedModel(self.backbone, entry).stack
-            if not np.array_equal(
-                entry.states(lambda: stack(input_ids=ids))[0].float().cpu(), probe
-            ):
+            call = entry.call(lambda: stack(input_ids=ids))
+            if not np.array_equal(call.hidden[0].float().cpu(), probe):
                 raise UnsupportedBackboneError(
                     f"The decoder of {self.backbone.name} changes its embeddings before it starts.",
                     "Use --runtime torch for this backbone.",
@@ -232,8 +223,14 @@ class LlamaCppRuntime:
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
             expected = self.backbone.logits(hidden[0]).float().cpu()
         sizes = call_sizes(self._segments, probe)
-        layers = self.files.formats["layers"]
-        return check_logits(self._segments, self.backbone, probe[:few], expected, layers), sizes
+        # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
+        causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
+        ahead = not causal and call.kw.get("attention_mask") is None
+        likeness = check_logits(
+            self._segments, self.backbone, probe[:few], expected, self.files.formats["layers"],
+            ahead=ahead,
+        )  # fmt: skip
+        return likeness, sizes
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the files or the runtime cannot follow `policy`."""
@@ -261,43 +258,19 @@ class LlamaCppRuntime:
                 "Export them from an adapter whose policy is that one, or change the policy.",
             )
 
-    def _check_room(self, prompt: int, ids: Tensor, criteria: Any) -> None:
+    def _check_room(self, prompt: Prompt, ids: Tensor, criteria: Any) -> None:
         longest = criteria.max_length
         new = 1 if longest is None else max(1, longest - ids.shape[1])
-        if prompt + new - 1 > self.engine.context:
+        rows, positions = len(prompt.states), self.backbone.positions
+        if positions is not None and rows + new - 1 > positions:
             raise InputError(
-                f"A prompt of {prompt} tokens and an answer of {new} are longer than the context "
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the backbone's "
+                f"{positions} positions.",
+                "Shorten the prompt, or lower max_new_tokens.",
+            )
+        if rows + new - 1 > self.engine.context:
+            raise InputError(
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the context "
                 f"of {self.engine.context}.",
                 "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
-
-
-def _plain_rows(embedding: nn.Module) -> States | None:
-    """The embeddings [V, D] themselves, where looking them up is all that is done."""
-    weight = embedding.weight if type(embedding) is nn.Embedding else None
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    return np.asarray(weight.detach().numpy())
-
-
-class _Entered(Exception):
-    """Raised out of the decoder's first layer, once it is known what enters it."""
-
-
-class DecoderEntry:
-    """Stands before the decoder's layers, and keeps what enters the first."""
-
-    def __init__(self) -> None:
-        self._states: Tensor | None = None
-
-    def layer(self, call: LayerCall) -> Any:
-        self._states = call.hidden
-        raise _Entered
-
-    def states(self, call: Callable[[], Any]) -> Tensor:
-        """What enters the decoder [B, T, D] in `call`, which is not run further."""
-        with contextlib.suppress(_Entered):
-            call()
-        states, self._states = self._states, None
-        assert states is not None
-        return states
