@@ -195,6 +195,61 @@ def of_7b() -> str:
     return f"{ours[max(alone, key=lambda layers: alone[layers])]['over_llama_cpp']:.1f}"
 
 
+def kquants() -> str:
+    """Milliseconds of a call by rows: by ours, by llama.cpp's kernels, and the multiple."""
+    entries = {
+        (e["format"], e["kernels"], e["rows"]): e for e in record("runtimes-kquants")["entries"]
+    }
+    formats = dict.fromkeys(layers for layers, _, _ in entries)
+    rows = dict.fromkeys(count for _, _, count in entries)
+
+    def cell(layers: str, count: int) -> str:
+        ours, theirs = (
+            entries[layers, way, count]["milliseconds"] for way in ("ours", "llama.cpp")
+        )
+        return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f}x)"
+
+    cells = [
+        (
+            layers,
+            f"{entries[layers, 'ours', 1]['bytes'] / 1e6:.0f}",
+            *(cell(layers, n) for n in rows),
+        )
+        for layers in formats
+    ]
+    titles = [f"{count} token{'s' if count > 1 else ''}" for count in rows]
+    return table(cells, ("ours / llama.cpp's, ms", "MB", *titles))
+
+
+def kquant_gain() -> str:
+    """How many times as fast as llama.cpp's kernels a token is multiplied in q4_k."""
+    entries = record("runtimes-kquants")["entries"]
+    ours, theirs = (
+        next(e["milliseconds"] for e in entries
+             if (e["format"], e["kernels"], e["rows"]) == ("q4_k", way, 1))
+        for way in ("ours", "llama.cpp")
+    )  # fmt: skip
+    return f"{theirs / ours:.1f}"
+
+
+def families() -> str:
+    """By decoder family, on tiny random models: how near, and of how many prompts the same."""
+    found = record("llama-families")
+    of = found["prompts"]
+    rows = [
+        (
+            row["family"],
+            f"`{row['graph']}`",
+            f"{row['away']:.1e}",
+            "none" if row["cut"] == 0 else f"{row['cut']:.1e}",
+            *(f"{row[mode]} of {of}" for mode in ("full", "early_exit", "lossless")),
+        )
+        for row in found["families"]
+    ]
+    columns = ("decoder", "graph", "logits from the model's", "from one file's")
+    return table(rows, (*columns, "full", "early exit", "lossless, q8_0"))
+
+
 def threshold_of(row: Mapping[str, Any]) -> str:
     """What was chosen."""
     return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
@@ -214,9 +269,12 @@ TABLES: dict[str, Make] = {
     "runtimes-calibrated": calibrated,
     "runtimes-rows": rows_in_a_call,
     "runtimes-shapes": shapes,
+    "runtimes-families": families,
+    "runtimes-kquants": kquants,
 }
 FIGURES: dict[str, Make] = {
     "runtimes-guaranteed": guaranteed("over_llama_cpp"),
     "runtimes-guaranteed-exits": guaranteed("over_full"),
     "runtimes-7b": of_7b,
+    "runtimes-q4_k": kquant_gain,
 }

@@ -49,11 +49,18 @@ from offramp.storage import atomic_folder, digest_file, write_json
 
 FORMAT = 2
 DIGESTS = "digests.json"
-FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+FORMATS = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl",
+)  # fmt: skip
 """Number formats of the weights, by llama.cpp's names."""
 
-_BLOCK = 32
-"""Weights of a row that share a scale; rows of another width stay in f16."""
+_BLOCK, _SUPER_BLOCK = 32, 256
+"""Weights of a row that share a scale, and in K-quants scales of scales; rows of another width stay
+in f16."""
+_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What K-quants are where a row is no multiple of 256 wide, as llama.cpp has it."""
+_FITTED = ("iq4_nl", "q4_k", "q5_k", "q6_k")
+"""Formats that llama.cpp writes, and the package gguf does not."""
 
 
 @dataclass(frozen=True)
@@ -283,14 +290,12 @@ class _Writer:
         array = tensor.cpu().contiguous().numpy()
         if array.ndim == 1:
             kind = "f32"
-        elif kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
+        elif kind in _NARROW and array.shape[-1] % _SUPER_BLOCK:
+            kind = _NARROW[kind]
+        if kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
             kind = "f16"
         number = self.gguf.GGMLQuantizationType[kind.upper()]
-        if kind == "iq4_nl":
-            flat = _fitted(array.reshape(-1, array.shape[-1]), number, 2 + _BLOCK // 2)
-            data = flat.reshape(*array.shape[:-1], -1)
-        else:
-            data = self.gguf.quants.quantize(array, number)
+        data = (_fitted if kind in _FITTED else self.gguf.quants.quantize)(array, number)
         out.add_tensor(name, data, raw_dtype=number)
 
 
@@ -309,17 +314,15 @@ def features_of(backbone: Backbone) -> int:
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
-def _fitted(array: npt.NDArray[np.float32], number: int, block_bytes: int) -> npt.NDArray[np.uint8]:
-    """Rows [R, N] as bytes, in a format whose scales llama.cpp fits and the package gguf does not.
-
-    number: of the format. block_bytes: that a scale and its weights take.
-    """
-    rows = np.ascontiguousarray(array, dtype=np.float32)
-    data = np.empty((len(rows), rows.shape[1] // _BLOCK * block_bytes), dtype=np.uint8)
+def _fitted(array: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.uint8]:
+    """Rows [..., N] as bytes, in a format whose scales llama.cpp fits. number: of the format."""
+    rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float32)
+    block, size = import_gguf().GGML_QUANT_SIZES[number]
+    data = np.empty((len(rows), rows.shape[1] // block * size), dtype=np.uint8)
     quantize = import_llama_cpp().llama_cpp._lib.ggml_quantize_chunk
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
     written = quantize(number, rows.ctypes.data, data.ctypes.data, 0, *rows.shape, None)
     assert written == data.nbytes, "blocks are as large as they are said to be"
-    return data
+    return data.reshape(*array.shape[:-1], -1)
