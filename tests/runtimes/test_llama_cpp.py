@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -290,6 +292,76 @@ def test_scales_that_llama_cpp_fits_lie_nearer_to_the_weights(exported: Any) -> 
         assert down.tensor_type.name == kind.upper()
         away[kind] = np.abs(gguf.quants.dequantize(down.data, down.tensor_type) - weights).mean()
     assert away["iq4_nl"] < 0.95 * away["q4_0"]
+
+
+# -- how it is called ---------------------------------------------------------------------------
+
+
+def test_it_takes_and_returns_what_the_adapter_does(loaded: Any) -> None:
+    inputs, adapter = inputs_of("llava"), adapter_of("llava")
+    for options in ({"mode": "full"}, {"mode": "lossless"}, {"exit_policy": adapter.policy}):
+        ours, theirs = (
+            each.generate(**inputs, **options, **GREEDY) for each in (loaded("llava"), adapter)
+        )
+        assert isinstance(ours, torch.Tensor) and torch.equal(ours, theirs)
+    both = {"policy": FULL, "exit_policy": FULL}
+    refused(lambda: loaded("llava").generate(inputs, **both), InputError, "both given")
+    made = loaded("llava").generate(**inputs, return_dict_in_generate=True, **GREEDY)
+    assert same(made, loaded("llava").generate(inputs, **GREEDY))
+
+
+def test_it_waits_for_the_answer_before_it_closes(exported: Any) -> None:
+    each = LlamaCppRuntime(adapter_of("llava"), exported("llava"), engine=EXACT)
+    begun, found = threading.Event(), []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            begun.set()
+            time.sleep(0.01)
+
+        def end(self) -> None: ...
+
+    def answer() -> None:
+        found.append(each.generate(inputs_of("llava"), streamer=Streamer(), **GREEDY))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert begun.wait(30)
+    each.close()
+    thread.join()
+    assert len(found[0].new_tokens[0]) == NEW
+    each.close()
+    refused(lambda: each.generate(inputs_of("llava"), **GREEDY), InputError, "is closed")
+
+
+@pytest.mark.parametrize("formats", ["f32", "f16"])
+def test_the_last_token_of_a_context_is_written(formats: str, exported: Any) -> None:
+    """Also where calls take two rows, of which one is forgotten again."""
+    inputs = inputs_of("llava")
+    room = inputs["input_ids"].shape[1] + 20 - 1
+    engine = segment.EngineOptions(context=room, kernels=False)
+    with LlamaCppRuntime(adapter_of("llava"), exported("llava", formats), engine=engine) as each:
+        for mode in ("full", "lossless", "early_exit"):
+            made = each.generate(inputs, mode=mode, max_new_tokens=20, do_sample=False)
+            assert made.new_tokens.shape[1] == 20
+        over = {"max_new_tokens": 21, "do_sample": False}
+        refused(lambda: each.generate(inputs, **over), InputError, f"context of {room}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"context": 0}, {"context": 2.5}, {"threads": 0}, {"threads": 10**6}, {"cache": "q8_0"}],
+    ids=str,
+)
+def test_numbers_that_end_the_process_are_refused(options: Any) -> None:
+    [value] = options.values()
+    refused(lambda: segment.EngineOptions(**options), InputError, str(value))
+
+
+def test_the_shortest_context_loads(exported: Any) -> None:
+    engine = segment.EngineOptions(context=1)
+    with LlamaCppRuntime(adapter_of("llava"), exported("llava"), engine=engine) as each:
+        refused(lambda: each.generate(inputs_of("llava"), **GREEDY), InputError, "context of 1")
 
 
 # -- what is refused ---------------------------------------------------------------------------

@@ -273,8 +273,9 @@ def test_lossless_is_the_full_model_by_llama_cpps_kernels(formats: str, exported
 
 
 def test_without_a_compiler_llama_cpp_multiplies(
-    exported: Any, anew: Any, monkeypatch: pytest.MonkeyPatch
+    exported: Any, anew: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    segment._warn_of_slower_kernels.cache_clear()
     adapter, folder = adapter_of("llava"), exported("llava", "q8_0")
     found = []
     for compiler in (os.environ.get("CC", "cc"), "no-such-compiler"):
@@ -284,6 +285,8 @@ def test_without_a_compiler_llama_cpp_multiplies(
             used = runtime._segments[0].products is not None
             found.append(runtime.generate(inputs_of("llava"), **GREEDY))
     assert not used and kernels().startswith("its own kernels: ")
+    warned = [r for r in caplog.records if r.levelname == "WARNING" and "kernels" in r.message]
+    assert len(warned) == 1
     assert all(output.new_tokens.shape[1] > 3 for output in found)
 
 

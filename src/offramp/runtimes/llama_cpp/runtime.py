@@ -6,13 +6,13 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.adapter import Adapter
+from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.generate import check_inputs, check_options
 from offramp.engine.policy import ExitPolicy, GenerationOutput
@@ -64,6 +64,7 @@ class LlamaCppRuntime:
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.Lock()
+        self._closed = False
         self._segments: list[Segment] = []
         try:
             check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
@@ -102,34 +103,76 @@ class LlamaCppRuntime:
         """Of the weights that our own kernels multiply; 0 where llama.cpp's do."""
         return sum(s.products.bytes for s in self._segments if s.products is not None)
 
+    @overload
     def generate(
         self,
         inputs: Mapping[str, Any],
         *,
+        mode: str | None = None,
         policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
         vision_cache: VisionCache | None = None,
         streamer: Any = None,
         **options: Any,
-    ) -> GenerationOutput:
-        """Generate by the adapter's policy, or by another; see `offramp.engine.generate.generate`.
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        vision_cache: VisionCache | None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        vision_cache: VisionCache | None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Generate by the adapter's policy, or by another, as `Adapter.generate` does.
 
         inputs: of one row. Sampling draws from torch's generator: torch.manual_seed repeats it.
 
         Raises:
-            InputError: more than one row, a prompt with its answer longer than the context, or a
-                policy that the files or the runtime cannot follow.
+            InputError: more than one row, a prompt with its answer longer than the context, a
+                policy that the files or the runtime cannot follow, or the runtime is closed.
         """
+        chosen = self.adapter.chosen_policy(mode, policy, exit_policy)
+        read = CallArguments.of(self.backbone.model, inputs, options)
+        made = self._generate(read.inputs, chosen, vision_cache, streamer, read.options)
+        return made if read.returns_dict else made.sequences.clone()
+
+    def _generate(
+        self,
+        inputs: Mapping[str, Any],
+        policy: ExitPolicy,
+        vision_cache: VisionCache | None,
+        streamer: Any,
+        options: dict[str, Any],
+    ) -> GenerationOutput:
         config = options.get("generation_config")
         asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
         check_inputs(inputs, self.backbone.model)
-        policy = (self.policy if policy is None else policy).effective
+        policy = policy.effective
         self._check_policy(policy)
         entry = DecoderEntry()
         intercepted = InterceptedModel(self.backbone, entry)
         if vision_cache is not None:
             intercepted.remember_images(self.backbone, vision_cache)
         with self._lock, torch.inference_mode():
+            self._check_open()
             prepared = prepare(intercepted.model, inputs, **options)
             check_options(lambda name: getattr(prepared.config, name, None))
             prompt = self._prompt(intercepted, entry, prepared)
@@ -158,9 +201,14 @@ class LlamaCppRuntime:
         return freed
 
     def close(self) -> None:
-        """Give llama.cpp's memory back; the runtime is of no use afterwards."""
-        for segment in self._segments:
-            segment.close()
+        """Give llama.cpp's memory back; the runtime is of no use afterwards.
+
+        Waits for an answer that is being written.
+        """
+        with self._lock:
+            for segment in self._segments:
+                segment.close()
+            self._closed = True
 
     def __enter__(self) -> LlamaCppRuntime:
         return self
@@ -231,6 +279,13 @@ class LlamaCppRuntime:
             ahead=ahead,
         )  # fmt: skip
         return likeness, sizes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(
+                "The llama.cpp runtime is closed: its memory was given back.",
+                "Load it again, or generate inside of the `with` statement.",
+            )
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the files or the runtime cannot follow `policy`."""

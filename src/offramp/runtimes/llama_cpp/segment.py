@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import AdapterError, InputError
+from offramp.errors import AdapterError, InputError, check_known
 from offramp.runtimes.llama_cpp.native.products import Products, instructions, reason_against
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
@@ -26,6 +26,13 @@ READ_AT_ONCE = 512
 """Rows of a prompt in one call, where no image or prompt must fit into one."""
 
 
+_LONGEST, _MOST_THREADS = 1 << 20, 512
+_SPARE = 64
+"""Rows beyond the context: of the checks when a segment loads, and of a token that is fed twice."""
+_CACHES = {"f32": 0, "f16": 1}
+"""Number formats of keys and values, by their numbers in ggml."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How llama.cpp runs.
@@ -36,6 +43,9 @@ class EngineOptions:
     compiled_tap: read states by a callback in C where it can be compiled, else in Python.
     kernels: multiply by our own kernels, made for few tokens, where they run; see
     `native.products`. They hold the weights a second time, and the first need not stay in memory.
+
+    Raises:
+        InputError: a number that llama.cpp does not run with.
     """
 
     context: int = 2048
@@ -44,6 +54,17 @@ class EngineOptions:
     cache: str = "f16"
     compiled_tap: bool = True
     kernels: bool = True
+
+    def __post_init__(self) -> None:
+        # llama.cpp ends the process where a number is out of range.
+        for name, most in (("context", _LONGEST), ("threads", _MOST_THREADS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"llama.cpp does not run with {name}={value!r}.",
+                    f"Give a whole number from 1 to {most}.",
+                )
+        check_known("Number format of keys and values", [self.cache], tuple(_CACHES))
 
 
 INPUT_SCALE, STATE_SCALE = "offramp.input_scale", "offramp.state_scale"
@@ -109,7 +130,7 @@ class Segment:
             )
         self._memory = lib.llama_get_memory(self._context)
         self.length = 0
-        self._positions = _PLAIN.table(self.axes, options.context + self.at_once)
+        self._positions = _PLAIN.table(self.axes, options.context + _SPARE + self.at_once)
         self._features: States | None = None
         self._ahead = False
         self._batch = _Batch(lib, self.at_once, self.width, self.features, self.axes)
@@ -205,7 +226,7 @@ class Segment:
     def _parameters(self, options: EngineOptions) -> Any:
         lib = self._lib
         parameters = lib.llama_context_default_params()
-        parameters.n_ctx = options.context
+        parameters.n_ctx = options.context + _SPARE
         parameters.n_batch = parameters.n_ubatch = self.at_once
         parameters.swa_full = True  # windows are masks alone: rows can be taken back
         parameters.n_seq_max = 1
@@ -221,10 +242,6 @@ class Segment:
             parameters.cb_eval = ctypes.cast(self._callback.callback, type(parameters.cb_eval))
             parameters.cb_eval_user_data = self._callback.user_data
         return parameters
-
-
-_CACHES = {"f32": 0, "f16": 1}
-"""Their numbers in ggml."""
 
 
 _SEVERAL_AXES = (8, 40)
@@ -296,9 +313,19 @@ def _products(library: Any, options: EngineOptions) -> Products | None:
         return None
     reason = reason_against(library)
     if reason:
-        log.info("llama.cpp multiplies by its own kernels, not by ours: %s.", reason)
+        _warn_of_slower_kernels(reason)
         return None
     return Products(library)
+
+
+@functools.cache
+def _warn_of_slower_kernels(reason: str) -> None:
+    """Once in a process."""
+    log.warning(
+        "llama.cpp multiplies by its own kernels, which take several times as long for a few "
+        "tokens: %s. EngineOptions(kernels=False) asks for that.",
+        reason,
+    )
 
 
 @functools.cache

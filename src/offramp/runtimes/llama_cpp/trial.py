@@ -75,7 +75,7 @@ def check_survives(
 def _known(digests: Sequence[str], options: EngineOptions) -> Path | None:
     """The mark that these files were tried out by this version of llama.cpp."""
     version = metadata.version("llama-cpp-python")
-    what = json.dumps([version, list(digests), asdict(replace(options, context=0))])
+    what = json.dumps([version, list(digests), asdict(replace(options, context=1, threads=1))])
     try:
         folder = cache_folder().parent / "trials"
     except RuntimeError:  # there is no home

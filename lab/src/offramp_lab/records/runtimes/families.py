@@ -1,9 +1,9 @@
 """Each decoder family inside llama.cpp, on tiny random models; rewrites llama-families.json.
 
-`python -m benchmarks.runtimes.families` takes two minutes and the package llama-cpp-python. Of each
-family: how far logits are from the model's and from those of one file that is not cut; of how many
-prompts with an image what is written in float32 is what PyTorch writes, and in q8_0 lossless what
-full depth is.
+`python -m offramp_lab.records.runtimes.families` takes two minutes and the package
+llama-cpp-python. Of each family: how far logits are from the model's and from those of one file
+that is not cut; of how many prompts with an image what is written in float32 is what PyTorch
+writes, and in q8_0 lossless what full depth is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.provenance import provenance
-from offramp.research import tiny_families as families
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import write_json
+from offramp_lab.inputs import tiny_families as families
+from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
+from offramp_lab.places import RECORDS
 
-RECORD = Path(__file__).parents[1] / "records" / "llama-families.json"
+RECORD = RECORDS / "llama-families.json"
 EXACT = EngineOptions(context=128, cache="f32", flash_attention=False, kernels=False)
 USUAL = EngineOptions(context=128)
 PROMPTS, NEW = 4, 16
@@ -46,7 +48,7 @@ NAMES = {
 def main() -> None:
     torch.set_num_threads(1)
     rows = [family(name, title) for name, title in NAMES.items()]
-    about = provenance(0, ["benchmarks.runtimes.families"], None)
+    about = provenance(0, ["offramp_lab.records.runtimes.families"], None)
     write_json(RECORD, {"prompts": PROMPTS, "tokens": NEW, "families": rows, "provenance": about})
 
 
@@ -90,7 +92,7 @@ def _prompts(name: str) -> list[dict[str, Any]]:
 
 def _probe(backbone: Backbone) -> list[int]:
     draw = np.random.default_rng(0)
-    return [int(n) for n in draw.integers(families.FIRST_WORD, backbone.vocabulary, 24)]
+    return [int(n) for n in draw.integers(FIRST_WORD, backbone.vocabulary, 24)]
 
 
 def _away(backbone: Backbone, runtime: LlamaCppRuntime) -> float:
@@ -98,7 +100,7 @@ def _away(backbone: Backbone, runtime: LlamaCppRuntime) -> float:
     ids = _probe(backbone)
     with torch.inference_mode():
         # A mask of a padded row is one that no model leaves out.
-        padded = torch.tensor([[0, *ids]])
+        padded = torch.tensor([[PAD, *ids]])
         mask = torch.ones_like(padded)
         mask[0, 0] = 0
         states = backbone.stack(input_ids=padded, attention_mask=mask).last_hidden_state[0, 1:]

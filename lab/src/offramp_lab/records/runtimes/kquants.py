@@ -1,8 +1,8 @@
 """Products of K-quants, by our kernels and by llama.cpp's; rewrites runtimes-kquants.json.
 
 Three layers of the shape of a 1B Llama with random weights, milliseconds of CPU time of calls over
-some rows, all ways in turns: medians. `python -m benchmarks.runtimes.kquants` takes two minutes;
-one thread.
+some rows, all ways in turns: medians. `python -m offramp_lab.records.runtimes.kquants` takes two
+minutes; one thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import write_json
+from offramp_lab.places import RECORDS
 
-RECORD = Path(__file__).parents[1] / "records" / "runtimes-kquants.json"
+RECORD = RECORDS / "runtimes-kquants.json"
 FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q4_1")
 ROWS = (1, 2, 4, 8)
 OURS = EngineOptions(context=128)
@@ -41,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     backbone = _backbone()
     entries = [entry for layers in FORMATS for entry in _timed(backbone, layers, rounds)]
-    about = provenance(0, ["benchmarks.runtimes.kquants"], None)
+    about = provenance(0, ["offramp_lab.records.runtimes.kquants"], None)
     write_json(RECORD, {"rounds": rounds, "entries": entries, "provenance": about})
 
 
