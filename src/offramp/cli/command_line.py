@@ -30,6 +30,7 @@ examples:
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --runtime llama.cpp
+  offramp slice model-q4_k_m.gguf --adapter exits --out sliced  the same of a file from the hub
   offramp report --run exits runs/captions --out report.html
 
 compare, analyse and bench are commands of offramp-lab, a package of its own.
@@ -38,8 +39,8 @@ compare, analyse and bench are commands of offramp-lab, a package of its own.
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "report",
-        "inspect", "env", "completion",
+        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "slice",
+        "report", "inspect", "env", "completion",
     )
 }  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy."""

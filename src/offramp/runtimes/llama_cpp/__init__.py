@@ -8,19 +8,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.runtimes.llama_cpp.gguf_export import FORMATS, ExportFormats, export_gguf
+    from offramp.runtimes.llama_cpp.gguf_export import ExportFormats, export_gguf
+    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
     from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
     from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
+    from offramp.runtimes.llama_cpp.slicing import slice_gguf
 
-__all__ = ["FORMATS", "EngineOptions", "ExportFormats", "LlamaCppRuntime", "export_gguf", "kernels"]
+__all__ = [
+    "FORMATS",
+    "EngineOptions",
+    "ExportFormats",
+    "LlamaCppRuntime",
+    "export_gguf",
+    "kernels",
+    "slice_gguf",
+]
 
 _HOMES = {
-    "FORMATS": "gguf_export",
+    "FORMATS": "gguf_writing",
     "EngineOptions": "segment",
     "ExportFormats": "gguf_export",
     "LlamaCppRuntime": "runtime",
     "export_gguf": "gguf_export",
     "kernels": "segment",
+    "slice_gguf": "slicing",
 }
 
 

@@ -6,144 +6,26 @@ none would be lost without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.weights import float_state
-
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-_EXPERTS = {
-    **{name: stem for name, stem in _LAYER.items() if not name.startswith("mlp.")},
-    **_HEAD_NORMS,
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts": "experts",
-}
-_FOUR_NORMS = {
-    **_LAYER,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_OPT = {
-    "self_attn_layer_norm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_output",
-    "final_layer_norm": "ffn_norm",
-    "fc1": "ffn_up",
-    "fc2": "ffn_down",
-}
-_GELU = ("gelu_pytorch_tanh", "gelu_new")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-NO_WINDOW = 1 << 30
-"""The window of layers that have none, where llama.cpp's graph wants one: longer than any text."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A decoder as llama.cpp knows it.
-
-    name: its `general.architecture`. layer: names of a layer's modules, as Hugging Face has them,
-    to those in the file. interleaved: rotary pairs are neighbours there, halves of a head here.
-    activations: of the feed-forward part. norm_offset: what is added to the weights of norms.
-    free_width: a head's width times the number of heads may differ from the model's width.
-    rope_factors: the graph takes a table of frequency factors.
-    sections: rotary positions have the axes time, height and width.
-    experts: the feed-forward part is a mixture of experts.
-    deepstack: visual features are added behind the first layers.
-    ahead: prompts may hold parts whose tokens see each other, ahead too.
-    windows: layers may look back through a window. always_windows: the graph asks for one.
-    query: the tensor that makes up for the scale of attention scores, which llama.cpp computes by
-    itself: 1 / sqrt(head width), or 1 / sqrt(width / heads) in a file of `large` layers.
-    attention_scale, logit_scale: the graph takes them. softcaps: of scores and logits.
-    divided: the graph multiplies the states that it is given by the square root of the width.
-    state_scale: its states are this times as large as the model's.
-    """
-
-    name: str
-    layer: Mapping[str, str]
-    interleaved: bool = False
-    activations: tuple[str, ...] = ("silu", "swish")
-    norm_offset: float = 0.0
-    free_width: bool = False
-    rope_factors: bool = False
-    sections: bool = False
-    experts: bool = False
-    deepstack: bool = False
-    ahead: bool = False
-    windows: bool = False
-    always_windows: bool = False
-    query: str = ""
-    large: int = 0
-    attention_scale: bool = False
-    logit_scale: bool = False
-    softcaps: bool = False
-    divided: bool = False
-    state_scale: float = 1.0
-
-
-_LLAMA = Architecture("llama", _LAYER, interleaved=True, free_width=True, rope_factors=True)
-# The graph of qwen2vl, but one that reads the epsilon of its norms; that one takes it to be zero.
-_QWEN_VL = Architecture("paddleocr", _LAYER, free_width=True, sections=True)
-_QWEN3_VL = Architecture(
-    "qwen3vl", {**_LAYER, **_HEAD_NORMS}, free_width=True, sections=True, deepstack=True
+from offramp.runtimes.llama_cpp.graphs import (
+    ARCHITECTURES,
+    FULL,
+    NO_WINDOW,
+    SLIDING,
+    Architecture,
+    Array,
+    layer_arrays,
+    own_scale,
 )
-_GEMMA3 = Architecture(
-    "gemma3", {**_FOUR_NORMS, **_HEAD_NORMS}, activations=_GELU, norm_offset=1.0, free_width=True,
-    ahead=True, windows=True, query="attn_q_norm", large=62,
-)  # fmt: skip
-# OPT has no graph there. GPT-2's is the same but for GELU where OPT has ReLU, and gelu(k x) / k is
-# ReLU for a large k. So all states are k times the model's: norms take that off, weights that write
-# into the states put it on, and none gets too small for the scales of a number format.
-_OPT_SCALE = 512.0
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": Architecture("qwen2", _LAYER),
-    "qwen3": Architecture("qwen3", {**_LAYER, **_HEAD_NORMS}, free_width=True),
-    "qwen3_moe": Architecture("qwen3moe", _EXPERTS, free_width=True, experts=True),
-    "qwen2_vl_text": _QWEN_VL,
-    "qwen2_5_vl_text": _QWEN_VL,
-    "qwen3_vl_text": _QWEN3_VL,
-    "qwen3_vl_moe_text": Architecture(
-        "qwen3vlmoe", _EXPERTS, free_width=True, sections=True, deepstack=True, experts=True
-    ),
-    "gemma": Architecture(
-        "gemma", _LAYER, activations=_GELU, norm_offset=1.0, free_width=True, ahead=True,
-        divided=True,
-    ),
-    "gemma2": Architecture(
-        "gemma2", _FOUR_NORMS, activations=_GELU, norm_offset=1.0, free_width=True, ahead=True,
-        windows=True, always_windows=True, query="attn_q", large=46, softcaps=True, divided=True,
-    ),
-    "gemma3_text": _GEMMA3,
-    "granite": Architecture(
-        "granite", _LAYER, interleaved=True, free_width=True, rope_factors=True,
-        attention_scale=True, logit_scale=True,
-    ),
-    "opt": Architecture("gpt2", _OPT, activations=("relu",), state_scale=_OPT_SCALE),
-}  # fmt: skip
-"""By the `model_type` of the text config."""
 
 
 def architecture_of(backbone: Backbone) -> Architecture:
@@ -211,7 +93,10 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
     if backbone.family.logit_scale != 1.0 and not architecture.logit_scale:
         yield "scaled logits"
     for layer in backbone.layers:
-        unknown = [n for n, _ in layer.named_parameters() if _name(architecture, n) is None]
+        unknown = [
+            name for name, _ in layer.named_parameters()
+            if name.rpartition(".")[0] not in architecture.layer
+        ]  # fmt: skip
         if unknown:
             yield f"the tensor {unknown[0]!r}"
 
@@ -228,7 +113,7 @@ def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator
             yield "rotary positions on a part of each head"
         elif not architecture.rope_factors and (
             linear_factor(backbone, kind) is None
-            or (kind == _SLIDING and linear_factor(backbone, kind) != 1.0)
+            or (kind == SLIDING and linear_factor(backbone, kind) != 1.0)
         ):
             yield f"rotary positions of the type {named!r}"
     if architecture.sections != ("mrope_section" in (config.rope_parameters or {})):
@@ -246,10 +131,10 @@ def _unfit_attention(backbone: Backbone, architecture: Architecture) -> Iterator
     undeclared = not getattr(config, "layer_types", None) and getattr(
         config, "sliding_window", None
     )
-    if not architecture.windows and (kinds != {_FULL} or undeclared):
+    if not architecture.windows and (kinds != {FULL} or undeclared):
         yield "sliding windows"
-    elif kinds - {_FULL, _SLIDING}:
-        yield f"layers of the kind {sorted(kinds - {_FULL, _SLIDING})[0]!r}"
+    elif kinds - {FULL, SLIDING}:
+        yield f"layers of the kind {sorted(kinds - {FULL, SLIDING})[0]!r}"
 
 
 def activation_of(config: Any) -> str | None:
@@ -261,7 +146,7 @@ def activation_of(config: Any) -> str | None:
 def layer_kinds(backbone: Backbone) -> list[str]:
     """Of each layer: whether it sees all, or through a window."""
     kinds = getattr(backbone.text_config, "layer_types", None)
-    return list(kinds or [_FULL] * backbone.depth)
+    return list(kinds or [FULL] * backbone.depth)
 
 
 def head_width(backbone: Backbone) -> int:
@@ -290,14 +175,14 @@ def _rotary_name(backbone: Backbone, kind: str, what: str) -> str:
     return own if hasattr(backbone.stack.rotary_emb, own) else name
 
 
-def inverse_frequencies(backbone: Backbone, kind: str = _FULL) -> Tensor:
+def inverse_frequencies(backbone: Backbone, kind: str = FULL) -> Tensor:
     """By what each rotary pair [head width / 2] turns from one position to the next."""
     name = _rotary_name(backbone, kind, "frequencies")
     frequencies: Tensor = getattr(backbone.stack.rotary_emb, name)
     return frequencies.float().cpu()
 
 
-def rope_base(backbone: Backbone, kind: str = _FULL) -> float:
+def rope_base(backbone: Backbone, kind: str = FULL) -> float:
     """The base of the rotary frequencies."""
     return float(_rope(backbone.text_config, kind).get("rope_theta", 10000.0))
 
@@ -311,11 +196,11 @@ def _factors(backbone: Backbone, kind: str) -> Tensor:
 
 def rope_factors(backbone: Backbone) -> Tensor | None:
     """By how much each rotary frequency [head width / 2] is divided; None where all by one."""
-    factors = _factors(backbone, _FULL)
+    factors = _factors(backbone, FULL)
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 
-def linear_factor(backbone: Backbone, kind: str = _FULL) -> float | None:
+def linear_factor(backbone: Backbone, kind: str = FULL) -> float | None:
     """By how much all rotary frequencies are divided; None where not all by the same."""
     factors = _factors(backbone, kind)
     if not torch.allclose(factors, factors[:1].expand_as(factors), rtol=1e-5):
@@ -382,11 +267,11 @@ def _windows(
     if not architecture.windows:
         return
     kinds = layer_kinds(backbone)
-    sliding = [kinds[layer] == _SLIDING for layer in layers]
+    sliding = [kinds[layer] == SLIDING for layer in layers]
     if any(sliding):
         yield "attention.sliding_window", int(backbone.text_config.sliding_window)
         yield "attention.sliding_window_pattern", sliding
-        yield "rope.freq_base_swa", rope_base(backbone, _SLIDING)
+        yield "rope.freq_base_swa", rope_base(backbone, SLIDING)
     elif architecture.always_windows:  # a file without a window would abort the process
         yield "attention.sliding_window", NO_WINDOW
         yield "attention.sliding_window_pattern", [True] * len(layers)
@@ -402,87 +287,21 @@ def input_scale(backbone: Backbone, architecture: Architecture) -> float:
 
 def layer_tensors(
     layer: nn.Module, architecture: Architecture, backbone: Backbone, layers: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Array]]:
     """A decoder layer's tensors by their names in the file, less the layer's number.
 
     layers: in the file.
     """
-    found = dict(_tensors(layer, architecture, backbone))
-    query = architecture.query
-    if query:
-        found[f"{query}.weight"] = found[f"{query}.weight"] * _missing_scale(
-            layer, architecture, backbone, layers
-        )
-    if architecture.state_scale != 1.0:
-        _scale_states(found, architecture.state_scale)
-        for part in ("weight", "bias"):
-            fused = [found.pop(f"attn_{name}.{part}") for name in "qkv"]
-            found[f"attn_qkv.{part}"] = torch.cat(fused)
-    yield from found.items()
-
-
-def _tensors(
-    layer: nn.Module, architecture: Architecture, backbone: Backbone
-) -> Iterator[tuple[str, Tensor]]:
     config = backbone.text_config
-    heads = {
-        "attn_q": config.num_attention_heads,
-        "attn_k": getattr(config, "num_key_value_heads", config.num_attention_heads),
-    }
-    for name, value in float_state(layer).items():
-        tensor = value.detach().float().cpu()
-        stem, part = _name(architecture, name) or ("", "")
-        if not stem:
-            raise _unfit(backbone, f"the tensor {name!r}")
-        if stem == "experts":
-            yield from _experts(part, tensor)
-            continue
-        if architecture.interleaved and stem in heads:
-            tensor = _interleave(tensor, heads[stem])
-        if stem.endswith("norm") and part == "weight":
-            tensor = tensor + architecture.norm_offset
-        yield f"{stem}.{part}", tensor
-
-
-def _experts(part: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Of all experts in one tensor [experts, rows, columns]."""
-    if part == "gate_up_proj":
-        gate, up = tensor.chunk(2, dim=1)
-        yield "ffn_gate_exps.weight", gate
-        yield "ffn_up_exps.weight", up
-    else:
-        yield "ffn_down_exps.weight", tensor
-
-
-def _missing_scale(
-    layer: nn.Module, architecture: Architecture, backbone: Backbone, layers: int
-) -> float:
-    """The layer's scale of attention scores over that which llama.cpp computes for the file."""
-    large = layers == architecture.large
-    heads = int(backbone.text_config.num_attention_heads)
-    base = backbone.width // heads if large else head_width(backbone)
-    scale: float = layer.self_attn.scaling * base**0.5  # type: ignore[union-attr]
-    return scale
-
-
-def _scale_states(found: dict[str, Tensor], scale: float) -> None:
-    """Have a layer take and give states that are `scale` times as large.
-
-    `ffn_down` stays: what it is given is larger by that already.
-    """
-    for name in ("attn_output.weight", "attn_output.bias", "ffn_up.weight", "ffn_up.bias",
-                 "ffn_down.bias"):  # fmt: skip
-        found[name] = found[name] * scale
-
-
-def _name(architecture: Architecture, name: str) -> tuple[str, str] | None:
-    module, _, part = name.rpartition(".")
-    stem = architecture.layer.get(module)
-    return None if stem is None else (stem, part)
-
-
-def _interleave(tensor: Tensor, heads: int) -> Tensor:
-    """Rows [heads * width, ...] of a query or key projection, so that the two of each rotary pair,
-    which here stand half a head apart, become neighbours."""
-    rows = tensor.view(heads, 2, -1, *tensor.shape[1:])
-    return rows.transpose(1, 2).reshape(tensor.shape)
+    heads = int(config.num_attention_heads)
+    groups = int(getattr(config, "num_key_value_heads", heads))
+    state = {n: t.detach().float().cpu().numpy() for n, t in float_state(layer).items()}
+    try:
+        found = layer_arrays(state, architecture, (heads, groups))
+    except KeyError as error:
+        raise _unfit(backbone, f"the tensor {error}") from error
+    if architecture.query:
+        own = own_scale(backbone.width, heads, head_width(backbone), architecture, layers)
+        missing = np.float32(layer.self_attn.scaling / own)  # type: ignore[operator, union-attr]
+        found[f"{architecture.query}.weight"] = found[f"{architecture.query}.weight"] * missing
+    yield from found.items()

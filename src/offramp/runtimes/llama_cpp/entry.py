@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
-from offramp.runtimes.llama_cpp.architectures import Architecture, layer_kinds
+from offramp.runtimes.llama_cpp.architectures import layer_kinds
+from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
 

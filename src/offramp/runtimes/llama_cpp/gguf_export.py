@@ -13,7 +13,6 @@ their ids.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -36,31 +34,18 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
 from offramp.models.fingerprint import dump_fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
-    Architecture,
     architecture_of,
     input_scale,
     layer_tensors,
     rope_factors,
     settings,
 )
-from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
+from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.graphs import Architecture, Array
+from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.storage import atomic_folder, digest_file, write_json
-
-FORMAT = 2
-DIGESTS = "digests.json"
-FORMATS = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl",
-)  # fmt: skip
-"""Number formats of the weights, by llama.cpp's names."""
-
-_BLOCK, _SUPER_BLOCK = 32, 256
-"""Weights of a row that share a scale, and in K-quants scales of scales; rows of another width stay
-in f16."""
-_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""What K-quants are where a row is no multiple of 256 wide, as llama.cpp has it."""
-_FITTED = ("iq4_nl", "q4_k", "q5_k", "q6_k")
-"""Formats that llama.cpp writes, and the package gguf does not."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +208,9 @@ class _Writer:
             if rows is not None:
                 out.add_array("offramp.shortlist", rows.tolist())
             for key, value in {**about, **self._feeding()}.items():
-                _add_value(out, key, value)
-            for name, tensor, kind in self._tensors(rows):
-                self._add(out, name, tensor, kind)
+                add_value(out, key, value)
+            for name, array, kind in self._tensors(rows):
+                add_array(out, name, array, kind)
             out.write_header_to_file()
             out.write_kv_data_to_file()
             out.write_tensors_to_file()
@@ -245,7 +230,7 @@ class _Writer:
         first, stop = self.plan.start, self.plan.stop
         added = max(0, min(stop, features_of(self.backbone)) - first)
         for key, value in settings(self.backbone, self.architecture, self._layers, added):
-            _add_value(out, f"{self.architecture.name}.{key}", value)
+            add_value(out, f"{self.architecture.name}.{key}", value)
 
     def _feeding(self) -> dict[str, Any]:
         """How a segment is fed, where that is not as plain as can be."""
@@ -260,69 +245,38 @@ class _Writer:
             said[FIRST_LAYER] = self.plan.start
         return said
 
-    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Tensor, str]]:
+    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Array, str]]:
         """Names, tensors and formats."""
         backbone, plan, formats = self.backbone, self.plan, self.formats
-        head = backbone.head.weight.detach()
-        yield "token_embd.weight", (head if rows is None else head[rows]).float(), formats.head
+        head = backbone.head.weight
+        yield "token_embd.weight", _array(head if rows is None else head[rows]), formats.head
         assert backbone.norm is not None, "every architecture here ends with a norm"
-        norm = backbone.norm.weight.detach().float() + self.architecture.norm_offset
+        norm = _array(backbone.norm.weight) + np.float32(self.architecture.norm_offset)
         yield "output_norm.weight", norm, "f32"
         if getattr(backbone.norm, "bias", None) is not None:
-            yield "output_norm.bias", backbone.norm.bias.detach().float(), "f32"
+            yield "output_norm.bias", _array(backbone.norm.bias), "f32"
         if backbone.positions is not None:  # the states bring theirs along
-            none = torch.zeros(backbone.text_config.max_position_embeddings, backbone.width)
-            yield "position_embd.weight", none, "f16"
+            places = int(backbone.text_config.max_position_embeddings)
+            yield "position_embd.weight", np.zeros((places, backbone.width), np.float32), "f16"
         factors = rope_factors(backbone) if self.architecture.rope_factors else None
         if factors is not None:
-            yield "rope_freqs.weight", factors, "f32"
+            yield "rope_freqs.weight", _array(factors), "f32"
         layers = [(layer, formats.layers) for layer in backbone.layers[plan.start : plan.stop]]
         if plan.exit is not None:
             layers.append((plan.exit, formats.exits))
         for number, (layer, kind) in enumerate(layers):
             tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
-            for name, tensor in tensors:
+            for name, array in tensors:
                 # A router's weights are few, and choose experts.
                 careful = "f32" if name == "ffn_gate_inp.weight" else kind
-                yield f"blk.{number}.{name}", tensor, careful
-
-    def _add(self, out: Any, name: str, tensor: Tensor, kind: str) -> None:
-        array = tensor.cpu().contiguous().numpy()
-        if array.ndim == 1:
-            kind = "f32"
-        elif kind in _NARROW and array.shape[-1] % _SUPER_BLOCK:
-            kind = _NARROW[kind]
-        if kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
-            kind = "f16"
-        number = self.gguf.GGMLQuantizationType[kind.upper()]
-        data = (_fitted if kind in _FITTED else self.gguf.quants.quantize)(array, number)
-        out.add_tensor(name, data, raw_dtype=number)
+                yield f"blk.{number}.{name}", array, careful
 
 
-def _add_value(out: Any, key: str, value: Any) -> None:
-    """One key of the metadata."""
-    add = {
-        bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string,
-        list: out.add_array,
-    }  # fmt: skip
-    add[type(value)](key, value)
+def _array(tensor: Tensor) -> Array:
+    return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
 
 
 def features_of(backbone: Backbone) -> int:
     """Behind how many of its first layers a decoder adds visual features."""
     vision = getattr(backbone.model.config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
-
-
-def _fitted(array: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.uint8]:
-    """Rows [..., N] as bytes, in a format whose scales llama.cpp fits. number: of the format."""
-    rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float32)
-    block, size = import_gguf().GGML_QUANT_SIZES[number]
-    data = np.empty((len(rows), rows.shape[1] // block * size), dtype=np.uint8)
-    quantize = import_llama_cpp().llama_cpp._lib.ggml_quantize_chunk
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    quantize.restype = ctypes.c_size_t
-    quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
-    written = quantize(number, rows.ctypes.data, data.ctypes.data, 0, *rows.shape, None)
-    assert written == data.nbytes, "blocks are as large as they are said to be"
-    return data.reshape(*array.shape[:-1], -1)

@@ -269,13 +269,13 @@ class LlamaCppRuntime:
                 )
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
-            expected = self.backbone.logits(hidden[0]).float().cpu()
+            expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
         sizes = call_sizes(self._segments, probe)
         # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None
         likeness = check_logits(
-            self._segments, self.backbone, probe[:few], expected, self.files.formats["layers"],
+            self._segments, self.backbone.name, probe[:few], expected, self.files.formats["layers"],
             ahead=ahead,
         )  # fmt: skip
         return likeness, sizes

@@ -70,6 +70,8 @@ class EngineOptions:
 INPUT_SCALE, STATE_SCALE = "offramp.input_scale", "offramp.state_scale"
 """Metadata: what states are multiplied by before they go into the graph, and how many times as
 large its own states are as the model's."""
+EMBEDDING_SCALE = "offramp.embedding_scale"
+"""Metadata, of the last file: what a token's embedding is multiplied by to enter the decoder."""
 AHEAD, FIRST_LAYER = "offramp.ahead", "offramp.first_layer"
 """Metadata: whether prompts hold parts whose tokens see each other, and which of the decoder's
 layers is the file's first."""
@@ -108,11 +110,11 @@ class Segment:
         self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
         self.axes = 4 if lib.llama_model_rope_type(self._model) in _SEVERAL_AXES else 1
         self.features = int(lib.llama_model_n_embd_inp(self._model)) // self.width - 1
-        self._input_scale = np.float32(self._said(INPUT_SCALE) or 1.0)
-        self._state_scale = np.float32(self._said(STATE_SCALE) or 1.0)
-        self._first_layer = int(self._said(FIRST_LAYER) or 0)
+        self._input_scale = np.float32(self.said(INPUT_SCALE) or 1.0)
+        self._state_scale = np.float32(self.said(STATE_SCALE) or 1.0)
+        self._first_layer = int(self.said(FIRST_LAYER) or 0)
         # What looks ahead must fit into a call, or llama.cpp ends the process.
-        self.looks_ahead = self._said(AHEAD) == "true"
+        self.looks_ahead = self.said(AHEAD) == "true"
         self.at_once = max(READ_AT_ONCE, options.context) if self.looks_ahead else READ_AT_ONCE
         self._callback: Tap | None = None
         if tap_layer is not None or self.products is not None:
@@ -201,6 +203,11 @@ class Segment:
             first = int(self._positions[0, self.length])
             self._lib.llama_memory_seq_rm(self._memory, 0, first, -1)
 
+    @property
+    def model(self) -> Any:
+        """llama.cpp's pointer, for what reads the file's vocabulary."""
+        return self._model
+
     def close(self) -> None:
         """Give the memory back; the segment is of no use afterwards."""
         if self._context:
@@ -217,7 +224,7 @@ class Segment:
             return None
         return f"deepstack_out-{layer}" if layer < self.features else f"l_out-{layer}"
 
-    def _said(self, key: str) -> str:
+    def said(self, key: str) -> str:
         """What the file's metadata holds under `key`, as text; empty where it has none."""
         text = ctypes.create_string_buffer(64)
         found = self._lib.llama_model_meta_val_str(self._model, key.encode(), text, len(text))

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from offramp.errors import AdapterError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
@@ -113,16 +110,16 @@ def _check_crop(segment: Segment, states: States) -> None:
 
 def check_logits(
     segments: Sequence[Segment],
-    backbone: Backbone,
+    backbone: str,
     probe: States,
-    expected: Tensor,
+    expected: Array,
     layers: str,
     *,
     ahead: bool = False,
 ) -> float:
     """The correlation of the last segment's logits with the backbone's, [n, V], on the probe.
 
-    layers: number format of the layers. ahead: all rows saw each other.
+    backbone: its name. layers: number format of the layers. ahead: all rows saw each other.
 
     Raises:
         AdapterError: it is lower than that format explains.
@@ -131,13 +128,12 @@ def check_logits(
     for segment in segments:
         seen = _feed(segment, states, len(states), ahead=ahead)
         states, logits = seen.states if seen.states is not None else states, seen.logits
-    ours = torch.from_numpy(logits).double()
-    pair = torch.stack([ours.flatten(), expected.double().flatten()])
-    correlation = float(torch.corrcoef(pair)[0, 1])
+    pair = np.array([each.astype(np.float64).ravel() for each in (logits, expected)])
+    correlation = float(np.corrcoef(pair)[0, 1])
     least = _LEAST_LIKE.get(layers, _COARSE)
     if not correlation >= least:
         raise AdapterError(
-            f"The exported decoder of {backbone.name} is not the backbone's: their logits "
+            f"The exported decoder of {backbone} is not the backbone's: their logits "
             f"correlate by {correlation:.4f}, less than {least}.",
             "Export it again; if that does not help, this version of llama.cpp computes it "
             "otherwise: use --runtime torch.",
