@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from offramp import __version__
+from offramp.cli.edge import is_edge
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
 from offramp.errors import OfframpError, StorageError
@@ -89,7 +90,7 @@ def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
 
 def _run(argv: Sequence[str] | None, program: Program) -> int:
     try:
-        arguments = build_parser(program).parse_args(argv)
+        arguments = build_parser(_program_for(argv, program)).parse_args(argv)
         if getattr(arguments, "quiet", False):
             for name in ("offramp", program.package):
                 logging.getLogger(name).setLevel(logging.WARNING)
@@ -119,6 +120,15 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
         tell("error: There is not enough memory.\nGive a smaller --batch-size or --limit.")
         return 1
     return 0
+
+
+EDGE = Program("offramp", "offramp", OFFRAMP.description, EXAMPLES, {"edge": "offramp.cli.edge"})
+"""The commands as they are for what `offramp slice` wrote, which need no PyTorch."""
+
+
+def _program_for(argv: Sequence[str] | None, program: Program) -> Program:
+    edge = program is OFFRAMP and is_edge(sys.argv[1:] if argv is None else argv)
+    return EDGE if edge else program
 
 
 def build_parser(program: Program = OFFRAMP) -> Parser:

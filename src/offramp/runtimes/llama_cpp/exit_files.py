@@ -43,7 +43,11 @@ class ExitFiles:
 
     @property
     def policy(self) -> dict[str, Any]:
-        return dict(self.config["policy"])
+        """As it runs: a first token exits only where decoding showed that it may."""
+        policy, decoding = dict(self.config["policy"]), dict(self.config.get("decoding") or {})
+        if not decoding.get("causal_prompt", True):
+            policy["exit_in_prefill"] = False
+        return policy
 
 
 def read_exits(folder: str | Path) -> ExitFiles:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import AdapterError, OfframpError
-from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.storage import digest_file, read_json
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def _whole_files(folder: Path, check_digests: bool) -> tuple[tuple[Path, ...], t
 def _metadata(file: Path) -> dict[str, Any]:
     """The keys that offramp wrote."""
     try:
-        fields = import_gguf().GGUFReader(file).fields
-        return {k: f.contents() for k, f in fields.items() if k.startswith("offramp.")}
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+        said = read_header(file).said
+        return {key: value for key, value in said.items() if key.startswith("offramp.")}
+    except (ValueError, KeyError, OSError) as error:
         raise AdapterError(f"{file} is no whole GGUF file ({error}).", _AGAIN) from error
 
 
