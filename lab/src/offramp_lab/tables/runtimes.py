@@ -232,6 +232,22 @@ def kquant_gain() -> str:
     return f"{theirs / ours:.1f}"
 
 
+def edge() -> str:
+    """CPU seconds and peak memory of a process, with PyTorch and without."""
+    rows = []
+    for entry in record("runtimes-edge")["entries"]:
+        cells = [
+            f"{entry[f'{step}_seconds']:.2f} s, {entry[f'{step}_megabytes']:.0f} MB"
+            if f"{step}_seconds" in entry
+            else ""
+            for step in ("import", "load", "answer")
+        ]
+        mode = f", {entry['mode'].replace('_', ' ')}" if entry["mode"] else ""
+        rows.append((f"{entry['way']}{mode}", *cells))
+    tokens = record("runtimes-edge")["tokens"]
+    return table(rows, ("CPU and peak memory", "import", "load", f"{tokens} tokens"))
+
+
 def families() -> str:
     """By decoder family, on tiny random models: how near, and of how many prompts the same."""
     found = record("llama-families")
@@ -270,6 +286,7 @@ TABLES: dict[str, Make] = {
     "runtimes-rows": rows_in_a_call,
     "runtimes-shapes": shapes,
     "runtimes-families": families,
+    "runtimes-edge": edge,
     "runtimes-kquants": kquants,
 }
 FIGURES: dict[str, Make] = {
