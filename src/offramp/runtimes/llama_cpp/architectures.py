@@ -41,19 +41,13 @@ def architecture_of(backbone: Backbone) -> Architecture:
             f"The llama.cpp runtime does not run the decoder {config.model_type!r}.",
             f"It runs {', '.join(ARCHITECTURES)}; use --runtime torch for this backbone.",
         )
-    known = architecture.ahead or architecture.deepstack or _text_alone(backbone)
+    known = architecture.ahead or architecture.deepstack or backbone.text_only
     if not backbone.family.causal_prompt and not known:
         raise _unfit(backbone, "prompt that looks ahead, or visual features between its layers")
     problem = next(_misfits(backbone, architecture), None)
     if problem is not None:
         raise _unfit(backbone, problem)
     return architecture
-
-
-def _text_alone(backbone: Backbone) -> bool:
-    """Whether it is a language model that sees no images."""
-    config = backbone.model.config
-    return config.get_text_config() is config
 
 
 def _unfit(backbone: Backbone, what: str) -> UnsupportedBackboneError:
