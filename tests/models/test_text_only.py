@@ -153,3 +153,24 @@ def test_a_language_model_sees_no_images(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[5, 6], [0, 7]]
     picture = Image.new("RGB", (4, 4))
     refused(lambda: encoder.of_text("w1", [picture]), InputError, "sees no images")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_those_that_llama_cpp_has_a_graph_for_run_there(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from offramp.adapter import Adapter
+    from offramp.engine.policy import ExitPolicy
+    from offramp.models.exits import Exits, ExitSet
+    from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+
+    backbone = Backbone(model_of(name), name=name)
+    adapter = Adapter(backbone, ExitSet(Exits(backbone, (2,))), ExitPolicy({2: 0.2}))
+    export_gguf(adapter, tmp_path / "gguf", "f32")
+    engine = EngineOptions(context=96, cache="f32", flash_attention=False)
+    ids = torch.tensor([[5, 9, 33, 70, 12]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with LlamaCppRuntime(adapter, tmp_path / "gguf", engine=engine) as runtime:
+        for mode in ("full", "early_exit", "lossless"):
+            options = {"mode": mode, "max_new_tokens": 20, "do_sample": False}
+            ours, theirs = (each.generate(inputs, **options) for each in (runtime, adapter))
+            assert torch.equal(ours.sequences, theirs.sequences)

@@ -248,6 +248,29 @@ def edge() -> str:
     return table(rows, ("CPU and peak memory", "import", "load", f"{tokens} tokens"))
 
 
+def photo_edge() -> str:
+    """The sliced photo model: speeds without PyTorch, and which answers are the same."""
+    found = record("runtimes-photo-edge")
+    of = found["photographs"]
+
+    def row(way: str) -> tuple[str, ...]:
+        rate, over = found["tokens_per_cpu_second"][way], found["over_llama_cpp"][way]
+        counts = [
+            f"{found[name][way]} of {of}" if way in found[name] else ""
+            for name in ("same_as_in_pytorch", "same_fed_with_its_embeddings")
+        ]
+        return way.replace("_", " "), f"{rate:.0f} ({over:.2f}x)", *counts
+
+    columns = ("", "tokens a CPU second", "as in PyTorch", "... with its embeddings")
+    return table([row(way) for way in found["tokens_per_cpu_second"]], columns)
+
+
+def photo_edge_lossless() -> str:
+    """Of how many photographs the lossless answer is the full model's."""
+    found = record("runtimes-photo-edge")
+    return f"{found['lossless_as_full']} of {found['photographs']}"
+
+
 def families() -> str:
     """By decoder family, on tiny random models: how near, and of how many prompts the same."""
     found = record("llama-families")
@@ -287,6 +310,7 @@ TABLES: dict[str, Make] = {
     "runtimes-shapes": shapes,
     "runtimes-families": families,
     "runtimes-edge": edge,
+    "runtimes-photo-edge": photo_edge,
     "runtimes-kquants": kquants,
 }
 FIGURES: dict[str, Make] = {
@@ -294,4 +318,5 @@ FIGURES: dict[str, Make] = {
     "runtimes-guaranteed-exits": guaranteed("over_full"),
     "runtimes-7b": of_7b,
     "runtimes-q4_k": kquant_gain,
+    "runtimes-photo-lossless": photo_edge_lossless,
 }

@@ -4,7 +4,8 @@ llama.cpp alone; rewrites runtimes-photo-edge.json.
 `python -m offramp_lab.records.runtimes.photo_edge --file SmolLM2-135M-Instruct.Q4_1.gguf` needs the
 model that `python -m examples.photo_vlm.build` makes and the photographs it names; ten minutes, one
 thread. Images go through PyTorch in both, as the model's vision tower has no place in libmtmd.
-CPU seconds are of decoding alone, all ways in turns on the same photographs.
+Embeddings are the file's, quantised, or those of the model in PyTorch, which are rounded to
+bfloat16. CPU seconds are of decoding alone, all ways in turns on the same photographs.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def _compared(
     model = EdgeModel(folder, engine=ENGINE)
     runtime = LlamaCppRuntime(adapter, folder, engine=ENGINE)
     alone = Segment(file, THEIRS, tap_layer=None)
-    same = dict.fromkeys(MODES, 0)
+    own, theirs_too = model._embeddings, runtime._embeddings
+    same, same_fed = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0)
     lossless = 0
     ways: dict[str, Callable[[Prompt], list[int]]] = {
         "llama.cpp alone, one file": lambda prompt: _alone(alone, model, prompt),
@@ -84,6 +86,9 @@ def _compared(
         for mode in MODES:
             theirs = runtime.generate(inputs, mode=mode, max_new_tokens=NEW, do_sample=False)
             same[mode] += answers[mode] == theirs.new_tokens[0].tolist()
+            model._embeddings = theirs_too  # type: ignore[assignment]
+            same_fed[mode] += _edge(model, mode, prompt) == theirs.new_tokens[0].tolist()
+            model._embeddings = own
         lossless += answers["lossless"] == answers["full"]
     for each in (model, runtime, alone):
         each.close()
@@ -92,6 +97,7 @@ def _compared(
     return {
         "photographs": len(photographs),
         "same_as_in_pytorch": same,
+        "same_fed_with_its_embeddings": same_fed,
         "lossless_as_full": lossless,
         "tokens_per_cpu_second": rates,
         "over_llama_cpp": {way: rate / base for way, rate in rates.items()},
