@@ -21,18 +21,19 @@ photographs by 0.8; the nearest two of 2,000 different scenes were 3.4 apart, of
 
 
 def near_copies(examples: Sequence[Example]) -> list[tuple[int, int]]:
-    """Pairs of places whose images look the same.
+    """Pairs of places whose images look the same; prompts without an image have none.
 
     Raises:
         DataError: an image cannot be read.
     """
     from scipy.spatial import cKDTree
 
-    if len(examples) < 2:
+    places = [place for place, example in enumerate(examples) if not example.is_text]
+    if len(places) < 2:
         return []
-    tree = cKDTree(np.stack([_thumbnail(example) for example in examples]))
+    tree = cKDTree(np.stack([_thumbnail(examples[place]) for place in places]))
     pairs = tree.query_pairs(NEAR * (3 * SIDE * SIDE) ** 0.5)
-    return sorted((int(a), int(b)) for a, b in pairs)
+    return sorted((places[int(a)], places[int(b)]) for a, b in pairs)
 
 
 def _thumbnail(example: Example) -> npt.NDArray[Any]:

@@ -23,8 +23,8 @@ from offramp.evaluation.timing import FirstToken
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.runtime import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import Rounds
 
@@ -73,7 +73,7 @@ class OneFile:
         entry = DecoderEntry()
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
-            states = entry.states(lambda: model(**inputs))[0].float().numpy()
+            states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
         self.segment.crop(self.segment.length)
         tokens: list[int] = []
         while len(tokens) < OPTIONS["max_new_tokens"]:
