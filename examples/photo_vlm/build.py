@@ -10,10 +10,10 @@ import torch
 
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.fetch import LANGUAGE, VISION, fetch
-from examples.photo_vlm.learn import Bridge
 from examples.photo_vlm.photos import image_processor
-from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, Neck
+from examples.photo_vlm.vision import Bridge, LiteTowerConfig
 from offramp.errors import DataError
+from offramp.models.photo.tower import EfficientNetLite0, Neck
 from offramp.storage import atomic_folder, read_json, write_json
 
 BRIDGE = Path(__file__).parent / "bridge"

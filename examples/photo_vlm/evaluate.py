@@ -51,13 +51,12 @@ def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 @torch.inference_mode()
 def answers_from_features(
-    bridge: Any, lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int
+    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int, **how: Any
 ) -> list[str]:
-    """Greedy answers, from feature maps [B, 49, 1280] and prompts in batches."""
+    """Greedy answers, from visual tokens [B, N, D] and prompts in batches. how: of `generate`."""
     embed = lm.get_input_embeddings()
     answers: list[str] = []
-    for features, prompts in batches:
-        visual = bridge(features).to(lm.dtype)
+    for visual, prompts in batches:
         ids = [ids_of(tokenizer)("\n" + prompt) for prompt in prompts]
         length = max(len(row) for row in ids)
         inputs = visual.new_zeros(len(ids), visual.shape[1] + length, visual.shape[2])
@@ -67,7 +66,7 @@ def answers_from_features(
             inputs[row, -len(whole) :] = whole
             mask[row, -len(whole) :] = 1
         generated = lm.generate(
-            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False, **how
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
