@@ -17,7 +17,8 @@ ADAPTER = Path(__file__).parent / "adapter"
 
 
 def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tuple[Any, Any]:
-    """Backbone and encoder of a built folder, "auto": in bfloat16, as it was built.
+    """Backbone and encoder of the photo model ("photo"), or of a built folder, "auto": in bfloat16, as
+    it was built.
 
     quantize: as of `Backbone.from_pretrained`.
 
@@ -29,7 +30,12 @@ def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tupl
     import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from offramp.models.backbone import Backbone
     from offramp.models.input_processor import InputProcessor
+    from offramp.models.shipped import is_photo, load_named
 
+    if is_photo(str(folder)):
+        name = {"auto": "bfloat16"}.get(dtype, str(dtype).removeprefix("torch."))
+        backbone, processor = load_named("photo", dtype=name, quantize=quantize)
+        return backbone, InputProcessor(backbone, processor)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no built model.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,15 @@ def add_lora(lm: Any, rank: int) -> dict[str, nn.Parameter]:
     return parameters
 
 
-@torch.no_grad()
-def merge_lora(plain: Any, start: dict[str, Tensor], lora: dict[str, Tensor]) -> None:
-    """Set a language model's linear layers to their weights in `start` with the updates added."""
-    for name, a in lora.items():
-        if ".lora_A." not in name:
-            continue
-        b = lora[name.replace(".lora_A.", ".lora_B.")]
-        layer = name.partition(".lora_A.")[0]
-        weight = start[f"{layer}.weight"]
+def low_rank(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The updates of `add_lora` as the photo model holds them: LAYER.a, and LAYER.b with its factor."""
+    updates = {}
+    for name, tensor in lora.items():
+        layer, _, rest = name.partition(".lora_")
+        is_b = rest.startswith("B")
         # Alpha is twice the rank.
-        plain.get_submodule(layer).weight.copy_(weight.float() + 2.0 * (b.float() @ a.float()))
+        updates[f"{layer}.{'b' if is_b else 'a'}"] = tensor.detach() * (2.0 if is_b else 1.0)
+    return updates
 
 
 def text_loss(lm: Any, visual: Tensor, batch: Batch) -> Tensor:

@@ -14,26 +14,9 @@ from torch import Tensor, nn
 
 from offramp.data.example import Example
 from offramp.errors import DataError
+from offramp.models.photo.build import image_processor
 from offramp.models.photo.tower import FEATURES, GRID
 from offramp.storage import digest_rows, read_json, write_json
-
-SIDE = 224
-
-
-def image_processor() -> Any:
-    """(x - 127) / 128 at 224 x 224, squashed as the photographs in the data are."""
-    from transformers import CLIPImageProcessor
-
-    return CLIPImageProcessor(
-        do_resize=True,
-        size={"height": SIDE, "width": SIDE},
-        do_center_crop=False,
-        do_rescale=False,
-        do_convert_rgb=True,
-        do_normalize=True,
-        image_mean=[127.0] * 3,
-        image_std=[128.0] * 3,
-    )
 
 
 class Features:

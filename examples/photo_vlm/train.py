@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.photo_vlm.build import BRIDGE, load_language, load_network
+from examples.photo_vlm.build import BRIDGE
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, accuracy, answers_from_features, caption_figures
 from examples.photo_vlm.learn import (
     add_lora,
     load_state,
-    merge_lora,
+    low_rank,
     rate_at,
     save_state,
     text_loss,
@@ -46,6 +46,8 @@ from examples.photo_vlm.rows import (
 from examples.photo_vlm.words import Detectors, embeddings_of, texts_by_photograph, vocabulary_of
 from offramp.data.example import Example
 from offramp.errors import InputError
+from offramp.models.photo.build import add_updates, load_language, load_network
+from offramp.models.photo.packages import LANGUAGE, VISION, weights_file
 from offramp.models.photo.tower import Bridge, PhotoTowerConfig, WordDetector
 from offramp.storage import JsonlLog, read_json, write_json
 
@@ -223,7 +225,7 @@ class Validation:
 
     @torch.inference_mode()
     def __call__(self, bridge: Bridge, detector: WordDetector, lora: Any) -> dict[str, Any]:
-        merge_lora(self.lm, self.start, lora)
+        add_updates(self.lm, self.start, low_rank(lora))
         bridge = copy.deepcopy(bridge).to(self.lm.dtype)
         row: dict[str, Any] = {}
         for split, examples in self.examples.items():
@@ -315,9 +317,10 @@ def main() -> None:
     work: Path = arguments.work
     splits = read_photographs(arguments.data)
     examples = {e.group: e for some in splits.values() for e in some}
-    net = load_network(work).bfloat16()
+    weights = work / "weights"
+    net = load_network(weights_file(VISION, weights)).bfloat16()
     features = cache_features(net, list(examples.values()), work, _say)
-    lm, tokenizer = load_language(work, attn_implementation="eager")
+    lm, tokenizer = load_language(weights_file(LANGUAGE, weights), attn_implementation="eager")
     ids = ids_of(tokenizer)
     embeddings = lm.get_input_embeddings().weight
     config, detectors, table = learnt_words(splits, features, embeddings, ids, work)
@@ -329,7 +332,7 @@ def main() -> None:
         features.places, ids, tokenizer.eos_token_id,
     )  # fmt: skip
     views = Views(features, list(examples.values()), net)
-    plain, _ = load_language(work)
+    plain, _ = load_language(weights_file(LANGUAGE, weights))
     validation = Validation(plain, tokenizer, splits, features, arguments.photographs)
     trainer = Trainer(bridge, detectors, lm, rows, views, settings)
     if (work / "state.pt").exists():

@@ -91,9 +91,11 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
 def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
     from offramp.adapter import Adapter
+    from offramp.models.shipped import shipped_exits
     from offramp.save_and_load import read_config
 
-    if not os.path.isdir(arguments.adapter):
+    folder = shipped_exits(arguments.adapter) or arguments.adapter
+    if not os.path.isdir(folder):
         if arguments.backbone is None:
             raise InputError(
                 f"{arguments.adapter} is not an adapter folder on this machine.",
@@ -102,7 +104,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
         backbone, processor = load_model(arguments)
         adapter = Adapter.from_pretrained(backbone, arguments.adapter)
         return laid_out(arguments, adapter), processor
-    config = read_config(arguments.adapter)
+    config = read_config(folder)
     named = arguments.backbone
     backbone, processor = load_model(
         arguments, named or config.backbone, None if named else config.revision

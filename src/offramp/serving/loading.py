@@ -14,7 +14,7 @@ from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import grey_picture
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, tiny_exits, tiny_kind
+from offramp.models.shipped import load_named, shipped_exits, tiny_kind
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -58,15 +58,14 @@ def _load(
     name: str, backbone: str | None, revision: str | None, **how: Any
 ) -> tuple[Adapter | Backbone, Any]:
     """how: of `load_named`."""
-    if tiny_kind(name) is not None and not os.path.isdir(name):
-        model, processor = load_named(name, revision=revision, **how)
-        try:
-            folder = tiny_exits(str(tiny_kind(name)))
-        except InputError:
-            log.info("%s ships without exits: every token runs at full depth", name)
-            return model, processor
-        return Adapter.from_pretrained(model, folder), processor
-    config = read_config(adapter_folder(name))
+    try:
+        shipped = shipped_exits(name)
+    except InputError:
+        if tiny_kind(name) is None:
+            raise
+        log.info("%s ships without exits: every token runs at full depth", name)
+        return load_named(name, revision=revision, **how)
+    config = read_config(adapter_folder(name) if shipped is None else shipped)
     if backbone is None:
         revision = revision or config.revision
     model, processor = load_named(backbone or config.backbone, revision=revision, **how)
