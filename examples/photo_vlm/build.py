@@ -112,7 +112,9 @@ def build(work: Path, bridge_folder: Path) -> tuple[Any, Any]:
     lm, tokenizer = load_language(weights_file(LANGUAGE, work / "weights"))
     bridge, tower = load_bridge(bridge_folder, lm.config)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    model = assemble(lm, load_network(weights_file(VISION, work / "weights")), bridge, tower, image_token)
+    model = assemble(
+        lm, load_network(weights_file(VISION, work / "weights")), bridge, tower, image_token
+    )
     return model, new_processor(tokenizer, tower)
 
 

@@ -17,8 +17,7 @@ ADAPTER = Path(__file__).parent / "adapter"
 
 
 def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tuple[Any, Any]:
-    """Backbone and encoder of the photo model ("photo"), or of a built folder, "auto": in bfloat16, as
-    it was built.
+    """Backbone and encoder of "photo" or of a built folder; "auto": in bfloat16, as it was built.
 
     quantize: as of `Backbone.from_pretrained`.
 

@@ -66,7 +66,11 @@ def answers_from_features(
             inputs[row, -len(whole) :] = whole
             mask[row, -len(whole) :] = 1
         generated = lm.generate(
-            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False, **how
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            do_sample=False,
+            **how,
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -1,4 +1,4 @@
-"""Take what was learnt out of a training's state, and put it with its card into the data package."""
+"""Take what was learnt out of a training's state, and put it into the data package."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def add_lora(lm: Any, rank: int) -> dict[str, nn.Parameter]:
 
 
 def low_rank(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The updates of `add_lora` as the photo model holds them: LAYER.a, and LAYER.b with its factor."""
+    """The updates of `add_lora` as the photo model holds them: LAYER.a, LAYER.b with its factor."""
     updates = {}
     for name, tensor in lora.items():
         layer, _, rest = name.partition(".lora_")

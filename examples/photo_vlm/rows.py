@@ -68,7 +68,7 @@ def half_of(example: Example) -> int:
 
 
 def consensual(examples: Sequence[Example], count: int) -> list[Example]:
-    """The examples with those `count` of their captions alone that are likest the others, by CIDEr."""
+    """The examples with only those `count` captions that are likest the others, by CIDEr."""
     from offramp.evaluation.caption_metrics import caption_scores
 
     most = max(len(example.answers) for example in examples)
@@ -243,8 +243,8 @@ class PackedRows:
 
 
 def _turn(start: int, count: int, size: int, seed: int) -> list[tuple[int, int]]:
-    """`count` of an endless sequence that goes through 0..size-1 in a new order each time, each with
-    how often that was done before."""
+    """`count` of an endless sequence that goes through 0..size-1 in a new order each time, each
+    with how often that was done before."""
     places = (divmod(n, size) for n in range(start, start + count))
     return [(passed, _order(size, passed, seed)[place]) for passed, place in places]
 

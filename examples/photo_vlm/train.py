@@ -1,9 +1,9 @@
-"""Train what joins EfficientNet-lite0 and SmolLM2, and low-rank updates of SmolLM2. Resumes exactly.
+"""Train what joins EfficientNet-lite0 and SmolLM2, and low-rank updates of SmolLM2.
 
 Starts with a detector of words (a minute), whose surest words the language model then reads behind
 the bridge's tokens; goes on through the language model, on the likest captions of each photograph.
-Cut off at any time, the same command goes on from the last checkpoint. The best weights by CIDEr, on
-photographs of the choosing half of the validation split, are kept beside.
+Cut off at any time, the same command goes on from the last checkpoint, exactly. The best weights
+by CIDEr, on photographs of the choosing half of the validation split, are kept beside.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ class Views:
         chosen = [n for n, row in enumerate(rows) if row.pass_ and draw.random() < share]
         if chosen and self.net is not None:
             images = [
-                varied(
-                    self.examples[rows[n].image].open_image(), draw, mirror=not rows[n].sided
-                )
+                varied(self.examples[rows[n].image].open_image(), draw, mirror=not rows[n].sided)
                 for n in chosen
             ]
             features[chosen] = features_of(self.net, images)
@@ -308,7 +306,9 @@ def main() -> None:
         "--start", type=Path, default=BRIDGE, metavar="DIR",
         help="an earlier bridge to start from (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--anew", action="store_true", help="start from a bridge that knows nothing")
+    parser.add_argument(
+        "--anew", action="store_true", help="start from a bridge that knows nothing"
+    )
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     parser.add_argument("--validate", type=int, default=100, help="steps between validations")
     parser.add_argument("--photographs", type=int, default=150, help="to validate on")

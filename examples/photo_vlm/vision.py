@@ -65,7 +65,7 @@ class LiteTower(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: weights are loaded, and what is trained starts as torch starts it."""
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
         tokens = self.neck(self.net(pixel_values))
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 

@@ -22,16 +22,17 @@ from offramp.models.photo.tower import PhotoTowerConfig, WordDetector
 
 FEWEST = 20
 """Photographs of whose texts a word must be part, to be learnt."""
-STOP = frozenset(
-    """a an the this that these those some another other one and or but of in on at by to for from
-    with into onto over under through across along around near next behind front between up down out
-    off while as is are was be being been has have having had do does doing it its his her hers him he
-    she they them their there who which what where how many much there's s t not no so very all both
-    there whose can about above below beneath after before during then than just like close together
-    side left right opposite object objects thing things item items colour color colours type kept
-    found shown shaped placed hung hanged stuck largest most visible decorative ornamental
-    question answer picture photo""".split()
-)
+_STOP = """
+a an the this that these those some another other one and or but of in on at by to for from with
+into onto over under through across along around near next behind front between up down out off
+while as is are was be being been has have having had do does doing it its his her hers him he she
+they them their there who which what where how many much s t not no so very all both each whose
+can about above below beneath after before during then than just like close together side left
+right opposite object objects thing things item items colour color colours type kept found shown
+shaped placed hung hanged stuck largest most visible decorative ornamental question answer picture
+photo
+"""
+STOP = frozenset(_STOP.split())
 
 
 def words_of(text: str) -> set[str]:
@@ -68,15 +69,15 @@ def learnt(
     detector = WordDetector(config)
     detector.mean.copy_(pooled.mean(0))
     detector.scale.copy_(1 / (pooled.std(0) + 1e-3))
-    nn.init.zeros_(detector.layers[-1].weight)
-    detector.layers[-1].bias.data.copy_(torch.logit(present.float().mean(0).clamp(1e-3, 0.9)))
+    nn.init.zeros_(detector.outer.weight)
+    detector.outer.bias.data.copy_(torch.logit(present.float().mean(0).clamp(1e-3, 0.9)))
     parameters = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     batch = 64
     steps = epochs * -(-len(pooled) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(pooled)).split(batch):
+        for chosen in torch.split(torch.randperm(len(pooled)), batch):  # type: ignore[no-untyped-call]
             loss = F.binary_cross_entropy_with_logits(
                 detector(pooled[chosen]), present[chosen].float(), reduction="none"
             )
@@ -88,7 +89,7 @@ def learnt(
 
 
 class Detectors(nn.Module):
-    """Two detectors, each for the training photographs of the other's half, and one for all others."""
+    """Two detectors, each for the training photographs of the other's half; one for all others."""
 
     def __init__(self, config: PhotoTowerConfig) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Detectors(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor, places: Sequence[int]) -> Tensor:
-        """Logits [B, W] of training photographs, of even and odd places, by who did not see them."""
+        """Logits [B, W] of training photographs, by who did not see them; by even and odd place."""
         pooled = WordDetector.pooled(features)
         both = torch.stack([detector(pooled) for detector in self.halves])
         halves = torch.tensor([place % 2 for place in places])

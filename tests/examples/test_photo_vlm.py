@@ -218,7 +218,7 @@ def test_words_say_what_is_seen() -> None:
 
 
 def test_a_photograph_gets_its_words_from_who_did_not_see_it() -> None:
-    """Each half's detector learns the other half's words, so what it says of its own shows which."""
+    """Each half's detector learns the other half's words: what it says of its own shows which."""
     torch.manual_seed(0)
     pooled = torch.randn(40, 3840)
     in_first = torch.arange(40) % 2 == 0

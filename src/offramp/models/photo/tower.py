@@ -1,11 +1,11 @@
 """The photo model's vision tower: EfficientNet-lite0, a trained neck, and words that it detects.
 
 The network is that of the published TensorFlow weights (EfficientNet, Tan and Le 2019; the lite
-variant has no squeeze-and-excite and ReLU6 for swish). What LLaVA reads as visual tokens are those of
-the neck and, behind them, the embeddings of the words that a detector on the same features is surest
-of (words as input to a caption model: Fang et al. 2015; You et al. 2016). So language model, serving
-and export see a LLaVA with so many visual tokens, and nothing else. Importing this module registers
-the tower with `AutoConfig` and `AutoModel`, which loading a built folder needs.
+variant has no squeeze-and-excite and ReLU6 for swish). What LLaVA reads as visual tokens are those
+of the neck and, behind them, the embeddings of the words that a detector on the same features is
+surest of (words as input to a caption model: Fang et al. 2015; You et al. 2016). So language model,
+serving and export see a LLaVA with so many visual tokens, and nothing else. Importing this module
+registers the tower with `AutoConfig` and `AutoModel`, which loading a built folder needs.
 """
 
 from __future__ import annotations
@@ -99,10 +99,12 @@ class EfficientNetLite0(nn.Module):
 
 
 class PhotoTowerConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """hidden_size: the language model's width, in which tokens leave the tower; neck_size: the neck's.
+    """hidden_size: the language model's width, in which tokens leave the tower; neck_size: the
+    neck's.
 
-    grid: side of the map that the neck's tokens form; queries: tokens more, which belong to no place.
-    words: how many detected words follow; vocabulary: among how many; detector_size: its inner width.
+    grid: side of the map that the neck's tokens form; queries: tokens more, which belong to no
+    place. words: how many detected words follow; vocabulary: among how many; detector_size: the
+    detector's inner width.
     """
 
     model_type = MODEL_TYPE
@@ -187,13 +189,9 @@ class WordDetector(nn.Module):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(3 * FEATURES), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(3 * FEATURES), requires_grad=False)
-        self.layers = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(3 * FEATURES, config.detector_size),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(config.detector_size, config.vocabulary),
-        )
+        self.dropout = nn.Dropout(dropout)
+        self.inner = nn.Linear(3 * FEATURES, config.detector_size)
+        self.outer = nn.Linear(config.detector_size, config.vocabulary)
 
     @staticmethod
     def pooled(features: Tensor) -> Tensor:
@@ -203,16 +201,17 @@ class WordDetector(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features [B, 3 * 1280] to logits [B, vocabulary]."""
-        standard = (pooled - self.mean) * self.scale
-        logits: Tensor = self.layers(standard.to(self.layers[1].weight.dtype))
+        standard = ((pooled - self.mean) * self.scale).to(self.inner.weight.dtype)
+        inner = F.gelu(self.inner(self.dropout(standard)))
+        logits: Tensor = self.outer(self.dropout(inner))
         return logits
 
 
 class WordTokens(nn.Module):
     """The words that are likeliest, as the language model's own embeddings of them.
 
-    A word of probability p weighs min(1, 2p); what comes behind is learnt, and so is what stands for
-    a place whose word was dropped: a token of zeros would stay zeros through every norm.
+    A word of probability p weighs min(1, 2p); gain, bias and place are learnt. A word that is
+    dropped leaves bias and place: a token of zeros would stay zeros through every norm.
     """
 
     def __init__(self, config: PhotoTowerConfig) -> None:
