@@ -45,13 +45,15 @@ def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tupl
     return backbone, InputProcessor(backbone, processor)
 
 
-def answer(backbone: Any, encoder: Any, examples: list[Example], longest: int) -> list[str]:
-    """Greedy answers of the full model to a batch."""
+def answer(
+    backbone: Any, encoder: Any, examples: list[Example], longest: int, **how: Any
+) -> list[str]:
+    """Greedy answers of the full model to a batch. how: of `generate`."""
     import torch
 
     prompts = encoder.prompts(examples)
     with torch.inference_mode():
-        ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False)
+        ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False, **how)
     texts: list[str] = encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
     return texts
 

@@ -17,6 +17,13 @@ TINY = ("opt", "t5")
 PHOTO = "offramp/photo"
 """The photo model's name in adapters; "photo" for short. Needs `pip install 'offramp[photo]'`."""
 
+KNOWS = {
+    "offramp/tiny-opt": "drawn shapes, and nothing else",
+    "offramp/tiny-t5": "drawn shapes, and nothing else",
+    PHOTO: "photographs of people and dogs outdoors, and rooms a little",
+}
+"""By a backbone's name, what it was trained on: what else it is shown it answers all the same."""
+
 
 def short_name(name: str) -> str:
     """A tiny model's name without what stands before it: "opt" of "tiny-opt"."""
@@ -123,6 +130,15 @@ def shipped_exits(name: str) -> Path | None:
         return data_folder() / "exits"
     kind = None if os.path.isdir(name) else tiny_kind(name)
     return None if kind is None else tiny_exits(kind)
+
+
+def example_picture(name: str) -> Path | None:
+    """A photograph, a JPEG file, to try the backbone of this name on; None: there is none."""
+    if name != PHOTO:
+        return None
+    from offramp.models.photo.packages import data_folder
+
+    return data_folder() / "cat.jpg"
 
 
 def tiny_exits(kind: str) -> Path:

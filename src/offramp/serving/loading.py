@@ -36,7 +36,7 @@ def load_served(
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
-    name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
+    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
     adapter's own, with revision: of it. dtype, device, quantize, compile: of the backbone, as of
     `load_named`. chat_template: file of the one that writes conversations, instead of the
     processor's own.

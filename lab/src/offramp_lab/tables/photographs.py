@@ -38,6 +38,57 @@ def bridge() -> str:
     return table(rows, ("step", "CIDEr", "BLEU-4", "DAQUAR accuracy"))
 
 
+def photo_model() -> str:
+    """The photo model and the earlier one, on the photographs that chose nothing of either."""
+    ours, before = record("photo-model"), _photo()["regimes"]["unsupervised"]["points"][0]
+    captions, asked = ours["captions"], ours["questions"]["greedy"]["accuracy"]
+    earlier = {
+        "CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": "",
+    }  # fmt: skip
+    rows = []
+    for name, key in earlier.items():
+        cells = [
+            with_range(f"{figure['value']:.3f}", figure["interval"], ".3f")
+            for figure in (captions[decoding][name] for decoding in ("greedy", "beam"))
+        ]
+        rows.append((name.replace("_", "-"), *cells, f"{before[key]:.3f}" if key else ""))
+    rows.append(
+        (
+            "DAQUAR accuracy",
+            with_range(f"{asked['value']:.1%}", asked["interval"], ".1%"),
+            "",
+            f"{before['daquar_accuracy_full']:.1%}",
+        )
+    )
+    return table(rows, ("metric", "greedy", "beam of 3", "earlier model, greedy"))
+
+
+def photo_curve() -> str:
+    """The photo model on the way, on photographs of the choosing half."""
+    rows = [
+        (
+            f"{row['step']:,}",
+            f"{row['cpu_seconds'] / 60:.0f}",
+            f"{row['CIDEr']:.3f}",
+            f"{row['Bleu_4']:.3f}",
+            f"{row['accuracy']:.1%}",
+        )
+        for row in record("photo-card")["curve"]
+    ]
+    return table(rows, ("step", "CPU minutes", "CIDEr", "BLEU-4", "DAQUAR accuracy"))
+
+
+def _exits() -> Value:
+    """The photo model's exits, as they were measured."""
+    regimes: Mapping[str, Value] = record("photo-model-exits")["regimes"]
+    return next(iter(regimes.values()))
+
+
+def photo_exits() -> str:
+    """What was chosen on one half of the photographs, measured on the other, of the photo model."""
+    return table(map(_chosen, _exits()["points"]), THRESHOLD_COLUMNS)
+
+
 THRESHOLD_COLUMNS = (
     "chosen by", "thresholds", "decoding", "end to end", "CIDEr, full / early",
     "CIDEr drop [95% interval]", "DAQUAR, full / early",
@@ -180,6 +231,9 @@ def equal_quality() -> str:
 
 TABLES: dict[str, Make] = {
     "photo-full": full_model,
+    "photo-model": photo_model,
+    "photo-curve": photo_curve,
+    "photo-exits": photo_exits,
     "photo-bridge": bridge,
     "photo-unsupervised": partial(thresholds, "unsupervised"),
     "photo-pseudo-labels": partial(thresholds, "pseudo-labels"),
@@ -191,6 +245,8 @@ TABLES: dict[str, Make] = {
     "photo-equal-quality": equal_quality,
 }
 FIGURES: dict[str, Make] = {
+    "photo-exits-agreement": lambda: f"{_exits()['agreement']['8']:.1%}",
+    "photo-exits-minutes": lambda: f"{_exits()['training_seconds'] / 60:.0f}",
     "bridge-minutes": lambda: f"{record('bridge')['seconds'] / 60:.0f}",
     **{
         f"photo-minutes-{name}": partial(

@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
         commands,
         "generate",
         "Answer a prompt about an image, and show how deep each token ran.",
-        "offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
+        "offramp generate --adapter photo --image dog.jpg\n"
+        "  offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
         "  offramp generate --adapter exits --image dog.jpg --interactive --stream\n"
         "  offramp generate --adapter exits --image dog.jpg --temperature 0.7 --seed 1",
         _generate,

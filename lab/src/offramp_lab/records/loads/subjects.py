@@ -55,8 +55,7 @@ def photo(folder: Path, data: Path, images: int, dtype: str = "float32") -> Subj
     figures are measured."""
     from examples.photo_vlm.caption import ADAPTER, load
     from examples.photo_vlm.evaluate import LONGEST
-    from examples.photo_vlm.held_out import half_of
-    from examples.photo_vlm.rows import read_photographs
+    from examples.photo_vlm.rows import half_of, read_photographs
 
     backbone, encoder = load(folder, getattr(torch, dtype))
     held_out = [e for e in read_photographs(data)["captions_val"] if half_of(e) == 1]

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.provenance import provenance
