@@ -88,8 +88,8 @@ def _answers(
 ) -> list[str]:
     """how: of `generate`."""
     answers: list[str] = []
-    for start in progress(range(0, len(examples), 32), f"{len(examples)} examples"):
-        answers += answer(backbone, encoder, list(examples[start : start + 32]), longest, **how)
+    for start in progress(range(0, len(examples), 128), f"{len(examples)} examples"):
+        answers += answer(backbone, encoder, list(examples[start : start + 128]), longest, **how)
     return answers
 
 

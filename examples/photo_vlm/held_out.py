@@ -68,10 +68,10 @@ SMALL = Sizes(
 )  # fmt: skip
 """To hold regimes against each other, in a quarter of an hour each."""
 MODEST = Sizes(
-    captions=500, questions=60, steps=600, held_out=300, asked=100, timed=10, rounds=3,
-    damaged=0, exact=60, targets=(0.05,),
+    captions=400, questions=40, steps=400, held_out=240, asked=60, timed=8, rounds=2,
+    damaged=0, exact=24, targets=(0.05,),
 )  # fmt: skip
-"""One regime and its lossless mode, in a quarter of an hour of one core."""
+"""One regime and its lossless mode, in ten minutes of one core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {"whole": Sizes(), "small": SMALL, "modest": MODEST, "quick": QUICK}
 

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
     parser.add_argument(
         "--size", choices=SIZES, default="whole",
-        help="modest: one regime in a quarter of an hour; small: to hold regimes against each "
+        help="modest: one regime in ten minutes; small: to hold regimes against each "
         "other; quick: only to try it out",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))

@@ -229,7 +229,7 @@ class Validation:
         for split, examples in self.examples.items():
             batches = (
                 (self._visual(bridge, detector, batch), [e.prompt for e in batch])
-                for batch in (examples[i : i + 50] for i in range(0, len(examples), 50))
+                for batch in (examples[i : i + 200] for i in range(0, len(examples), 200))
             )
             answers = answers_from_features(self.lm, self.tokenizer, batches, LONGEST[split])
             if split == "captions":
@@ -274,13 +274,14 @@ def learnt_words(
     """The tower's configuration, the detectors and the words' embeddings; learnt where the folder
     does not hold them yet."""
     spoken = texts_by_photograph(splits)
-    words = vocabulary_of(spoken)
+    # Kept with the detectors: what is trained later holds the words in this order.
+    is_kept = (work / "detectors.pt").is_file()
+    words = read_json(work / "words.json") if is_kept else vocabulary_of(spoken)
     config = PhotoTowerConfig(hidden_size=embeddings.shape[1], vocabulary=len(words))
     table = embeddings_of(words, embeddings, ids)
-    file = work / "detectors.pt"
-    if file.is_file() and read_json(work / "words.json") == words:
+    if is_kept:
         detectors = Detectors(config)
-        detectors.load_state_dict(torch.load(file, weights_only=True))
+        detectors.load_state_dict(torch.load(work / "detectors.pt", weights_only=True))
         return config, detectors, table
     places = sorted(features.places[group] for group in spoken)
     names = {place: group for group, place in features.places.items()}
@@ -293,8 +294,8 @@ def learnt_words(
     )
     halves = [torch.tensor([p % 2 == half for p in places]) for half in range(2)]
     detectors = Detectors.learnt(pooled, present, halves, config, _say)
-    save_state(file, detectors.state_dict())
     write_json(work / "words.json", words)
+    save_state(work / "detectors.pt", detectors.state_dict())
     return config, detectors, table
 
 

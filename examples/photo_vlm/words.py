@@ -51,9 +51,11 @@ def texts_by_photograph(splits: Mapping[str, Sequence[Example]]) -> dict[str, se
 
 
 def vocabulary_of(spoken: Mapping[str, set[str]]) -> list[str]:
-    """Words to be detected, commonest first."""
+    """Words to be detected, commonest first, and of two as common in the order of the alphabet: a set
+    has another order in every process."""
     counts = Counter(word for words in spoken.values() for word in words)
-    return [word for word, count in counts.most_common() if count >= FEWEST]
+    often = [word for word, count in counts.items() if count >= FEWEST]
+    return sorted(often, key=lambda word: (-counts[word], word))
 
 
 def embeddings_of(words: Sequence[str], embeddings: Tensor, ids: Ids) -> Tensor:
