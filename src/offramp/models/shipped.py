@@ -122,12 +122,18 @@ def shipped_exits(name: str) -> Path | None:
     other name.
 
     Raises:
-        InputError: the photo model's package is not installed, or no exits ship for a tiny one.
+        InputError: the photo model's package is not installed, or the model ships without exits.
     """
     if is_photo(name):
         from offramp.models.photo.packages import data_folder
 
-        return data_folder() / "exits"
+        folder = data_folder() / "exits"
+        if not folder.is_dir():
+            raise InputError(
+                "The photo model ships without exits.",
+                "Train some: offramp train --backbone photo --data photos --depths 8 --out exits.",
+            )
+        return folder
     kind = None if os.path.isdir(name) else tiny_kind(name)
     return None if kind is None else tiny_exits(kind)
 

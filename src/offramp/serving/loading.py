@@ -14,7 +14,7 @@ from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import grey_picture
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, shipped_exits, tiny_kind
+from offramp.models.shipped import load_named, shipped_exits
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,9 @@ def _load(
     try:
         shipped = shipped_exits(name)
     except InputError:
-        if tiny_kind(name) is None:
-            raise
+        loaded = load_named(name, revision=revision, **how)  # says so, if the model is missing too
         log.info("%s ships without exits: every token runs at full depth", name)
-        return load_named(name, revision=revision, **how)
+        return loaded
     config = read_config(adapter_folder(name) if shipped is None else shipped)
     if backbone is None:
         revision = revision or config.revision
