@@ -125,7 +125,9 @@ def main() -> None:
         "--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), metavar="NAME",
         help="of captions (default: greedy beam)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="write figures and answers there, as JSON")
+    parser.add_argument("--beam-limit", type=int, help="photographs for beam search, which is slow")
+    parser.add_argument("--out", type=Path, help="write figures there, as JSON")
+    parser.add_argument("--answers", type=Path, help="write what was said there, as JSON")
     arguments = parser.parse_args()
     splits = read_photographs(arguments.data)
     backbone, encoder = load(arguments.model)
@@ -137,22 +139,25 @@ def main() -> None:
     said: dict[str, dict[str, str]] = {}
     for name, longest in LONGEST.items():
         examples = [e for e in splits[f"{name}_val"] if half_of(e) == 1][: arguments.limit]
-        record[name] = {"count": len(examples)}
+        record[name] = {}
         for decoding in arguments.decodings if name == "captions" else ["greedy"]:
-            how = DECODINGS[decoding]
+            chosen = examples[: arguments.beam_limit] if decoding == "beam" else examples
             began = time.process_time()
-            answers = _answers(backbone, encoder, examples, longest, **how)
+            answers = _answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
             seconds = time.process_time() - began
             record[name][decoding] = {
-                **figures_of(name, answers, examples), "cpu_seconds": round(seconds)
-            }  # fmt: skip
+                "count": len(chosen),
+                "figures": figures_of(name, answers, chosen),
+                "cpu_seconds": round(seconds),
+            }
             said[f"{name}, {decoding}"] = {
-                e.key: text for e, text in zip(examples, answers, strict=True)
+                e.key: text for e, text in zip(chosen, answers, strict=True)
             }
             print(f"{name}, {decoding}: {json.dumps(record[name][decoding])}", flush=True)
-    if arguments.out:
-        write_json(arguments.out, record)
-        write_json(arguments.out.with_suffix(".answers.json"), said)
+            if arguments.out:  # after each: beam search takes long
+                write_json(arguments.out, record)
+    if arguments.answers:
+        write_json(arguments.answers, said)
 
 
 if __name__ == "__main__":

@@ -39,28 +39,25 @@ def bridge() -> str:
 
 
 def photo_model() -> str:
-    """The photo model and the earlier one, on the photographs that chose nothing of either."""
+    """The photo model and the earlier one, on the half of the photographs that chose nothing."""
     ours, before = record("photo-model"), _photo()["regimes"]["unsupervised"]["points"][0]
-    captions, asked = ours["captions"], ours["questions"]["greedy"]["accuracy"]
-    earlier = {
-        "CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": "",
-    }  # fmt: skip
+    columns = {
+        f"{title} ({ours['captions'][decoding]['count']:,})": ours["captions"][decoding]["figures"]
+        for decoding, title in {"greedy": "greedy", "beam": "beam of 3"}.items()
+        if decoding in ours["captions"]
+    }
     rows = []
-    for name, key in earlier.items():
+    for name, earlier in {"CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": ""}.items():
         cells = [
-            with_range(f"{figure['value']:.3f}", figure["interval"], ".3f")
-            for figure in (captions[decoding][name] for decoding in ("greedy", "beam"))
+            with_range(f"{figures[name]['value']:.3f}", figures[name]["interval"], ".3f")
+            for figures in columns.values()
         ]
-        rows.append((name.replace("_", "-"), *cells, f"{before[key]:.3f}" if key else ""))
-    rows.append(
-        (
-            "DAQUAR accuracy",
-            with_range(f"{asked['value']:.1%}", asked["interval"], ".1%"),
-            "",
-            f"{before['daquar_accuracy_full']:.1%}",
-        )
-    )
-    return table(rows, ("metric", "greedy", "beam of 3", "earlier model, greedy"))
+        rows.append((name.replace("_", "-"), *cells, f"{before[earlier]:.3f}" if earlier else ""))
+    asked = ours["questions"]["greedy"]["figures"]["accuracy"]
+    right = with_range(f"{asked['value']:.1%}", asked["interval"], ".1%")
+    rest = [""] * (len(columns) - 1)
+    rows.append(("DAQUAR accuracy", right, *rest, f"{before['daquar_accuracy_full']:.1%}"))
+    return table(rows, ("metric", *columns, f"earlier model, greedy ({before['n_test']:,})"))
 
 
 def photo_curve() -> str:
@@ -76,17 +73,6 @@ def photo_curve() -> str:
         for row in record("photo-card")["curve"]
     ]
     return table(rows, ("step", "CPU minutes", "CIDEr", "BLEU-4", "DAQUAR accuracy"))
-
-
-def _exits() -> Value:
-    """The photo model's exits, as they were measured."""
-    regimes: Mapping[str, Value] = record("photo-model-exits")["regimes"]
-    return next(iter(regimes.values()))
-
-
-def photo_exits() -> str:
-    """What was chosen on one half of the photographs, measured on the other, of the photo model."""
-    return table(map(_chosen, _exits()["points"]), THRESHOLD_COLUMNS)
 
 
 THRESHOLD_COLUMNS = (
@@ -233,7 +219,6 @@ TABLES: dict[str, Make] = {
     "photo-full": full_model,
     "photo-model": photo_model,
     "photo-curve": photo_curve,
-    "photo-exits": photo_exits,
     "photo-bridge": bridge,
     "photo-unsupervised": partial(thresholds, "unsupervised"),
     "photo-pseudo-labels": partial(thresholds, "pseudo-labels"),
@@ -245,8 +230,7 @@ TABLES: dict[str, Make] = {
     "photo-equal-quality": equal_quality,
 }
 FIGURES: dict[str, Make] = {
-    "photo-exits-agreement": lambda: f"{_exits()['agreement']['8']:.1%}",
-    "photo-exits-minutes": lambda: f"{_exits()['training_seconds'] / 60:.0f}",
+    "photo-card-minutes": lambda: f"{record('photo-card')['curve'][-1]['cpu_seconds'] / 60:.0f}",
     "bridge-minutes": lambda: f"{record('bridge')['seconds'] / 60:.0f}",
     **{
         f"photo-minutes-{name}": partial(
