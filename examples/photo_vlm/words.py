@@ -51,8 +51,8 @@ def texts_by_photograph(splits: Mapping[str, Sequence[Example]]) -> dict[str, se
 
 
 def vocabulary_of(spoken: Mapping[str, set[str]]) -> list[str]:
-    """Words to be detected, commonest first, and of two as common in the alphabet's order: a set has
-    another one in every process."""
+    """Words to be detected, commonest first; those as common as each other in the alphabet's order,
+    because a set has another one in every process."""
     counts = Counter(word for words in spoken.values() for word in words)
     often = [word for word, count in counts.items() if count >= FEWEST]
     return sorted(often, key=lambda word: (-counts[word], word))
