@@ -79,7 +79,7 @@ def learnt(
     steps = epochs * -(-len(pooled) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for chosen in torch.split(torch.randperm(len(pooled)), batch):  # type: ignore[no-untyped-call]
+        for chosen in torch.split(torch.randperm(len(pooled)), batch):
             loss = F.binary_cross_entropy_with_logits(
                 detector(pooled[chosen]), present[chosen].float(), reduction="none"
             )
