@@ -117,7 +117,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
 @command
 def main() -> None:
     parser = parser_of(
-        "evaluate", "--model photo --out benchmarks/records/photo-model.json", str(__doc__),
+        "evaluate", "--model photo --out lab/records/photo-model.json", str(__doc__),
         "data", "model",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most so many photographs, and questions")
