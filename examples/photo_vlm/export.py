@@ -48,7 +48,7 @@ def card_of(state: dict[str, Any], words: list[str], data: Path, log: Path) -> d
     return {
         "tower": {name: getattr(tower, name) for name in _TOWER},
         "steps": state["best"]["step"],
-        "cpu_seconds": round(state["seconds"]),
+        "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
         "settings": state["settings"],
         "base": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
         "data": {name: digest_file(data / name) for name in (CAPTIONS, QUESTIONS)},

@@ -1,1 +1,1 @@
-"""Weights, exits and card of offramp's photo model, and a picture to try it on. Data, no code."""
+"""Weights and card of offramp's photo model, and a picture to try it on. Data, no code."""

@@ -230,7 +230,7 @@ TABLES: dict[str, Make] = {
     "photo-equal-quality": equal_quality,
 }
 FIGURES: dict[str, Make] = {
-    "photo-card-minutes": lambda: f"{record('photo-card')['curve'][-1]['cpu_seconds'] / 60:.0f}",
+    "photo-card-minutes": lambda: f"{record('photo-card')['trained']['cpu_seconds'] / 60:.0f}",
     "bridge-minutes": lambda: f"{record('bridge')['seconds'] / 60:.0f}",
     **{
         f"photo-minutes-{name}": partial(

@@ -17,7 +17,7 @@ from offramp.storage import digest_file, write_atomic
 log = logging.getLogger(__name__)
 
 DATA = "offramp_photo"
-"""The package that holds what was trained: weights, exits, card, and a picture to try."""
+"""The package that holds what was trained: weights, their card, and a picture to try."""
 
 
 @dataclass(frozen=True)
