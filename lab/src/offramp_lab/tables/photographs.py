@@ -48,16 +48,19 @@ def photo_model() -> str:
     }
     rows = []
     for name, earlier in {"CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": ""}.items():
-        cells = [
-            with_range(f"{figures[name]['value']:.3f}", figures[name]["interval"], ".3f")
-            for figures in columns.values()
-        ]
+        cells = [_ranged(figures[name], ".3f") for figures in columns.values()]
         rows.append((name.replace("_", "-"), *cells, f"{before[earlier]:.3f}" if earlier else ""))
     asked = ours["questions"]["greedy"]["figures"]["accuracy"]
-    right = with_range(f"{asked['value']:.1%}", asked["interval"], ".1%")
+    right = _ranged(asked, ".1%")
     rest = [""] * (len(columns) - 1)
     rows.append(("DAQUAR accuracy", right, *rest, f"{before['daquar_accuracy_full']:.1%}"))
     return table(rows, ("metric", *columns, f"earlier model, greedy ({before['n_test']:,})"))
+
+
+def _ranged(figure: Value, form: str) -> str:
+    """With its interval, where the metric has one."""
+    value = format(figure["value"], form)
+    return with_range(value, figure["interval"], form) if figure["interval"] else value
 
 
 def photo_curve() -> str:
