@@ -55,6 +55,7 @@ def test_a_shipped_model_without_exits_answers_at_full_depth(
     found = json.loads(out)
     assert code == 0 and {step["depth"] for step in found["steps"]} == {found["layers"]}
     assert "tiny-t5 ships without exits: every token runs at full depth" in caplog.text
+    assert "--threshold" not in caplog.text  # there is nothing that it would be of
 
 
 def test_without_its_package_the_photo_model_says_what_to_install(

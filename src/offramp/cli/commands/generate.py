@@ -86,7 +86,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
-    if arguments.mode != "full" and not policy.effective.thresholds:
+    is_trained = adapter.exits.modules.kind != "lens"
+    if is_trained and arguments.mode != "full" and not policy.effective.thresholds:
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
