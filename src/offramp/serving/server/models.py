@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from offramp.models.shipped import KNOWS, example_picture
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
@@ -79,6 +80,8 @@ def model_card(service: Service) -> dict[str, Any]:
         "output_modalities": ["text"],
         "offramp": {
             "layers": service.backbone.depth,
+            "knows": KNOWS.get(service.backbone.name),
+            "example": example_picture(service.backbone.name) is not None,
             "exits": list(service.engine.core.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
             "guarantee": _promise(service),

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.rows import half_of, read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.engine.prefill import prepare
