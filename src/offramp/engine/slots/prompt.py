@@ -98,8 +98,8 @@ class PromptReader:
         check_inputs(inputs, self.intercepted.model)
         if asked.get("num_return_sequences", 1) != 1:
             raise InputError(
-                f"A request asked for {asked['num_return_sequences']} answers "
-                "(num_return_sequences).",
+                f"A request is one row, and num_return_sequences={asked['num_return_sequences']} "
+                "asks for several.",
                 "Submit it as often as answers are wanted, each with a seed of its own.",
             )
         if len(inputs["input_ids"]) != 1:
