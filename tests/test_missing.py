@@ -81,6 +81,7 @@ def test_a_package_that_loading_misses_is_named(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}', encoding="utf-8")
     for kind, load in (
         ("AutoModelForImageTextToText", Backbone.from_pretrained),
         ("AutoProcessor", load_processor),
