@@ -16,6 +16,7 @@ from families import NAMES, one_row
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
@@ -125,8 +126,7 @@ def serve(
             notes[number] = LogitsWarper()
             extra = {"logits_processor": [notes[number]]}
         prepared = prompts.prepare(request.inputs, {**request.options, **extra})
-        noise = torch.Generator().manual_seed(number)
-        sampler = Sampler(prepared, generator=noise)
+        sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
         rule = ExitRule.of(request.policy, guess_above=request.guess)
         with torch.inference_mode():
             prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, first_exits=early)
@@ -192,8 +192,8 @@ def test_so_it_does_through_the_models_own_stack(name, backbone, exits, batch):
 
 
 PADDED = [name for name in NAMES if name not in ("instructblip-opt", "instructblip-llama")]
-"""Not those whose own `generate` writes otherwise where a prompt is padded: their Q-Former reads the
-padding."""
+"""Not those whose own `generate` writes otherwise where a prompt is padded: their Q-Former reads
+the padding."""
 
 
 @pytest.mark.parametrize("engine", EXECUTORS)

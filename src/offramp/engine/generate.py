@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.prompt import PromptReader, ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, generators
+from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
-from offramp.engine.decoding.sequence import NAN
+from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prepared, check_options
@@ -182,12 +183,16 @@ def write_answers(
     pad = getattr(prepared.config, "_pad_token_tensor", None)
     pad = 0 if pad is None else int(pad.flatten()[0])
     told = _Streamed(prepared.ids, pad, streamer)
-    noise: Sequence[torch.Generator | None] = [None] * rows
-    if prepared.config.do_sample:
-        noise = generators(rows, seed, prepared.ids.device)
+    noise = _noise(rows, seed, prepared)
+    together = Together.of(prepared)
     samplers = [
         Sampler(
-            prepared, row, generator=noise[row], on_token=told.taker(row), observer=observer
+            prepared,
+            row,
+            noise=noise[row],
+            on_token=told.taker(row),
+            observer=observer,
+            together=together,
         )
         for row in range(rows)
     ]
@@ -199,16 +204,40 @@ def write_answers(
         ]
     del prompt
     decoder.finish()
-    if seed is None:
-        samplers[0].hand_back(len(sequences[0].ids))
+    answers = [sequence.tokens for sequence in sequences]
+    if together is not None:
+        answers = [_cut(together, row, answer) for row, answer in enumerate(answers)]
+    own = noise[0]
+    if seed is None and own is not None:
+        own.hand_back(max(map(len, answers)))
     told.end()
     return GenerationOutput.of_rows(
         prepared.ids,
-        [s.tokens for s in sequences],
+        answers,
         decoder.backbone.depth,
         [s.rounds for s in sequences],
         pad,
     )
+
+
+def _cut(together: Together, row: int, answer: Sequence[Token]) -> list[Token]:
+    """A row's answer as long as the others; what came behind its own end counts at no depth."""
+    length, end = min(len(answer), together.length), together.ended.get(row, len(answer))
+    return [
+        token if place < end else Token(token.token, 0)
+        for place, token in enumerate(answer)
+        if place < length
+    ]
+
+
+def _noise(rows: int, seed: int | None, prepared: Prepared) -> Sequence[Noise | None]:
+    """Each row's own by a seed; without one PyTorch's goes on, for all of them together."""
+    if not prepared.config.do_sample:
+        return [None] * rows
+    device = prepared.ids.device
+    if seed is None:
+        return [Noise.going_on(rows, device)] * rows
+    return [Noise.seeded(seed + row, device) for row in range(rows)]
 
 
 class _Streamed:

@@ -344,7 +344,7 @@ class EngineCore:
                 prepared = self._prompts.prepare(request.inputs, request.options)
                 self._prove(request.inputs)
                 sampler = Sampler(
-                    prepared, generator=job.generator(prepared), on_token=job.settled
+                    prepared, noise=job.noise(prepared), on_token=job.settled
                 )
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(

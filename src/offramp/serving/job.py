@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 
+from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import GenerationOutput
 from offramp.engine.prefill import Prepared
@@ -46,12 +47,11 @@ class Job:
         if self.handle.request.on_token is not None:
             self.handle.request.on_token(Token(token, depth, score))
 
-    def generator(self, prepared: Prepared) -> torch.Generator | None:
-        """Of its noise, by its seed; None: any."""
-        seed = self.handle.request.seed
-        if seed is None or not prepared.config.do_sample:
+    def noise(self, prepared: Prepared) -> Noise | None:
+        """By its seed; None where it does not sample."""
+        if not prepared.config.do_sample:
             return None
-        return torch.Generator(prepared.ids.device).manual_seed(seed)
+        return Noise.seeded(self.handle.request.seed, prepared.ids.device)
 
     def end(self) -> None:
         if self.handle.request.streamer is not None:

@@ -142,9 +142,7 @@ class Decoder:
                     "Use a policy with lossless=False.",
                 )
             rule = replace(rule, guesses=None)
-        sequence = Sequence(
-            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner
-        )
+        sequence = Sequence(sampler, rule, *loaded, first=first, layers=self.layers, owner=owner)
         if self.reader.follows:
             sequence.scorer = self.reader.scorer()
         self.sequences.append(sequence)

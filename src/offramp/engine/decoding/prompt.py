@@ -46,7 +46,6 @@ def anyone(depth: int, entry: Tensor) -> bool:
     return True
 
 
-
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt that was read, and the rules for what follows it.
@@ -192,9 +191,9 @@ class PromptReader:
             states = prefill.prefill.get("encoder_hidden_states")
             if states is not None:
                 encoder = states, prefill.prefill.get("encoder_attention_mask")
-        real = None
-        if not self.backbone.is_encoder_decoder and mask is not None and mask.dim() == 2:
-            real = mask.bool()
+        if self.backbone.is_encoder_decoder:  # the other is the encoder's
+            mask = prefill.prefill.get("attention_mask")
+        real = mask.bool() if mask is not None and mask.dim() == 2 else None
         return Prompt(prepared, self.cache, prefill, real, encoder, prefill.logits, self._waits)
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:

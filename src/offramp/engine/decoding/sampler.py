@@ -1,15 +1,13 @@
 """A row's own rules for its next token: Hugging Face's processors and criteria, and its noise.
 
-Sampling is by noise that belongs to a place in the answer, not to a call: a place that is drawn
-again, because its first token was only a guess or a draft, is drawn with the same noise. So a seed
-gives the same tokens whatever was guessed in between, in whatever company, and lossless decoding
-gives the full model's sample of that seed. `torch.multinomial` for one draw takes the largest
-p / e, with e exponential (Gumbel-max in other words), and so consumes the same noise whatever the
-probabilities; that a draft and the full model share it makes them agree often (Daliri et al. 2025).
+So a seed gives the same tokens whatever was guessed in between, in whatever company, and lossless
+decoding gives the full model's sample of that seed. That a draft and the full model share the noise
+makes them agree often (Daliri et al. 2025).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
+from offramp.engine.decoding.noise import Noise
 from offramp.engine.prefill import Prepared
 
 BY_ROW = frozenset(
@@ -40,6 +39,33 @@ Observer = Callable[[int, int, Tensor], None]
 of a place that is chosen again, again."""
 
 
+class Together:
+    """Rows of a batch without an end token: as in Hugging Face's `generate` each is written on
+    until a criterion has ended them all.
+
+    ended: by row, the tokens that it had when a criterion first ended it.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.ended: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Together | None:
+        """Of a request's rows; None where each ends by itself."""
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in prepared.criteria)
+        return None if ends or len(prepared.ids) == 1 else cls(len(prepared.ids))
+
+    def end(self, row: int, tokens: int) -> None:
+        """A criterion ended a row when it had so many tokens."""
+        self.ended.setdefault(row, tokens)
+
+    @property
+    def length(self) -> float:
+        """Tokens of all of them; not known before the last has ended."""
+        return max(self.ended.values()) if len(self.ended) == self._rows else math.inf
+
+
 class Sampler:
     """What may come next in one row, and when it ends.
 
@@ -53,18 +79,19 @@ class Sampler:
         prepared: Prepared,
         row: int = 0,
         *,
-        generator: torch.Generator | None = None,
+        noise: Noise | None = None,
         on_token: OnToken | None = None,
         observer: Observer | None = None,
-        stops: bool = True,
+        together: Together | None = None,
     ) -> None:
-        """row: of the prepared request. generator: of the row's noise, where it samples; None: one
-        with a seed of its own. observer: is told the logits that each token is chosen from. stops:
-        whether the answer ends where a criterion says so."""
+        """row: of the prepared request. noise: where it samples; None: with a seed of its own.
+        observer: is told the logits that each token is chosen from. together: of rows that end at
+        once."""
         self.ids: Tensor = prepared.ids[row : row + 1]
         self.row, self._rows = row, len(prepared.ids)
+        self._lane = 0 if noise is None else min(row, noise.rows - 1)
         self._processors, self._criteria = prepared.processors, prepared.criteria
-        self._on_token, self._observer, self._stops = on_token, observer, stops
+        self._on_token, self._observer, self._together = on_token, observer, together
         self.samples = bool(prepared.config.do_sample)
         self.plain = not self.samples and not len(self._processors) and observer is None
         self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
@@ -78,14 +105,9 @@ class Sampler:
                 self._custom.append(criterion)
         longest = self._criteria.max_length
         self.most = None if longest is None else int(longest) - self.ids.shape[1]
-        self.ended: int | None = None  # tokens when a criterion first said that it is over
-        self._noise: dict[int, Tensor] = {}  # state of the generator before each place is drawn
-        if self.samples:
-            if generator is None:
-                generator = torch.Generator(self.ids.device)
-                generator.seed()
-            self._generator = generator
-            self._noise[0] = generator.get_state()
+        self._noise = noise
+        if self.samples and noise is None:
+            self._noise = Noise.seeded(None, self.ids.device)
 
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
         """The token behind the answer's tokens `before`, out of raw logits [1, V]."""
@@ -95,11 +117,8 @@ class Sampler:
             self._observer(self.row, len(before), scores)
         if not self.samples:
             return int(scores.argmax(-1))
-        place = len(before)
-        self._generator.set_state(self._noise[place])
-        token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-        self._noise[place + 1] = self._generator.get_state()
-        return token
+        assert self._noise is not None
+        return self._noise.choose(self._lane, len(before), scores.softmax(-1))
 
     def constrain(self, logits: Tensor, before: Sequence[int]) -> Tensor:
         """Logits [1, V] of what may come behind `before`, which an exit's score is about: by the
@@ -121,30 +140,27 @@ class Sampler:
         its end token. Other criteria are only asked about what is settled."""
         if self.most is not None and tokens >= self.most:
             return True
-        return self._stops and last in self._ends
+        return last in self._ends
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
         """Give out the token at `place` of the answer `ids`; True where the answer is over.
 
         Raise whatever the one who is told of it, or a criterion, raises.
         """
-        if self.samples:
-            self._noise.pop(place, None)  # that place is settled
+        if self.samples and self._noise is not None:
+            self._noise.settled(self._lane, place)
         if self._on_token is not None:
             self._on_token(place, ids[place], depth, score)
         over = self.would_end(place + 1, ids[place])
         if self._custom:
             text = self._with(ids[: place + 1])
-            if any([bool(stop(text, None).all()) for stop in self._custom]):
-                if self.ended is None:
-                    self.ended = place + 1
-                over = over or self._stops
+            ends = any([bool(stop(text, None).all()) for stop in self._custom])
+            over = over or (ends if self._together is None else False)
+            if ends and self._together is not None:
+                self._together.end(self.row, place + 1)
+        if self._together is not None:
+            over = over or place + 1 >= self._together.length
         return over
-
-    def hand_back(self, tokens: int) -> None:
-        """Let PyTorch's own generator go on from behind so many tokens, where it began here."""
-        if self.samples and self.ids.device.type == "cpu" and tokens in self._noise:
-            torch.set_rng_state(self._noise[tokens])
 
     def _with(self, tokens: Sequence[int]) -> Tensor:
         """Prompt and answer [1, T]."""
@@ -158,19 +174,3 @@ def _through(processors: Any, ids: Tensor, scores: Tensor) -> Tensor:
     own = isinstance(processors, LogitsProcessorList)
     chain: Any = processors if own else LogitsProcessorList(processors)
     return chain(ids, scores)  # type: ignore[no-any-return]
-
-
-def generators(rows: int, seed: int | None, device: torch.device) -> list[torch.Generator]:
-    """One for each row. Without a seed the first goes on from PyTorch's own, so that
-    `torch.manual_seed` holds as it does of Hugging Face's `generate`."""
-    made = []
-    for row in range(rows):
-        generator = torch.Generator(device)
-        if seed is not None:
-            generator.manual_seed(seed + row)
-        elif row == 0 and device.type == "cpu":
-            generator.set_state(torch.get_rng_state())
-        else:
-            generator.manual_seed(int(torch.randint(2**62, (1,))))
-        made.append(generator)
-    return made

@@ -129,6 +129,13 @@ def _rising(seconds: Sequence[float]) -> list[float]:
     return np.maximum.accumulate(seconds).tolist()  # type: ignore[no-any-return]
 
 
+class _Endless(Sampler):
+    """Of answers that no end token ends."""
+
+    def would_end(self, tokens: int, last: int) -> bool:
+        return self.most is not None and tokens >= self.most
+
+
 class _Timer:
     """Makes calls as a decoder makes them, on sequences that stay where they are.
 
@@ -156,7 +163,7 @@ class _Timer:
         for _ in range(slots):
             begin = self._now()
             prepared = reader.prepare(inputs, options)
-            sampler = Sampler(prepared, stops=False)
+            sampler = _Endless(prepared)
             prompt, [first] = decoder.read(
                 reader, prepared, [sampler], self._rule, first_exits=False
             )
