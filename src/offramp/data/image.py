@@ -1,4 +1,4 @@
-"""An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digest."""
+"""An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digests."""
 
 import contextlib
 import hashlib
@@ -80,6 +80,14 @@ def content_digest(image: Path | Image.Image | EncodedImage) -> str:
     if isinstance(image, Image.Image):
         return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return _hash(image.read())
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """SHA-256 of what is seen: size and pixels of upright 8-bit RGB, as `open_rgb` returns it.
+
+    Compression, metadata and the orientation tag do not count, nor whether it came as a file.
+    """
+    return _hash(f"{image.size} ".encode() + image.tobytes())
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
