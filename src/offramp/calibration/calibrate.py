@@ -187,7 +187,8 @@ class Calibration:
 
 def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Example]) -> Adapter:
     """The adapter with the policy that was found, its guarantee, and the images it stands on."""
-    seen = {**adapter.seen, "calibration": sorted(picture_digests(examples))}
+    used = {*adapter.seen.get("calibration", ()), *picture_digests(examples)}
+    seen = {**adapter.seen, "calibration": sorted(used)}
     attempted = with_attempts(adapter, calibration)
     return replace(attempted.with_policy(calibration.policy, calibration.to_json()), seen=seen)
 

@@ -50,14 +50,15 @@ def _hoeffding_bentkus(losses: Array, target: float) -> float:
 def binomial(losses: Array, target: float) -> float:
     """P-value of "the true risk is above `target`", exact for losses of 0 and 1.
 
-    A loss between is rounded to 1 as often as it is large, and to 0 else, by a draw that depends on
-    its place alone: that keeps the mean, so the test stays exact, and costs some power. Gains count
-    as 0. For a number of images that was declared before any was looked at.
+    A loss between is rounded to 1 at the share of the places that it reaches, and to 0 elsewhere;
+    the mean becomes no lower, and of draws with unequal chances small sums are no likelier than of
+    equal ones with the same mean (Hoeffding 1956). Gains count as 0. For a number of images that
+    was declared before any was looked at.
     """
     from scipy.stats import binom
 
-    draws = np.random.default_rng(0).random(len(losses))
-    return float(binom.cdf(int((draws < losses).sum()), len(losses), target))
+    reached = np.random.default_rng(0).permutation(len(losses)) / max(1, len(losses))
+    return float(binom.cdf(int((losses > reached).sum()), len(losses), target))
 
 
 @dataclass(frozen=True)

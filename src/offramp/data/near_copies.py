@@ -36,25 +36,59 @@ SIDE_SHARP, SHARP_CELL = 512, 4
 NOISE, BLUR = 8.0, 0.35
 """By how much a cell of a copy may differ: so many of 255 grey levels, and this share of the cell's
 own contrast, which another encoding or size moves."""
-SMALL_ALIKE, SHARP_ALIKE = 1.0, 1.25
+SMALL_ALIKE, SHARP_ALIKE = 1.0, 1.4
 """How often that allowance the worst cell of two copies may differ. Copies (JPEG at quality 50 to
 85, sizes from half to double, both) of charts, pages, forms, scenes and photographs reached 0.83
-small and 1.10 sharp; the nearest two of 60 line charts, 60 text pages and 40 scatter charts were
-0.89 to 1.2 and 3.8 to 6.5 apart, of 60 copies of a form with another number filled in 1.5 sharp.
+small and 1.31 sharp; the nearest two of 60 line charts, 60 text pages and 40 scatter charts were
+0.89 to 1.2 and 3.8 to 6.5 apart, of 60 forms with another number filled in 1.5 sharp.
 """
 MOST_PAIRS = 200_000
 """Pairs that are compared sharply, a few minutes' work; of more, the nearest."""
 
 
 @dataclass(frozen=True)
+class Grey:
+    """Grey levels, softened a little so that resampling counts less than ink, by cells.
+
+    levels: [cells, pixels]. allowed: by how much each cell of a copy may differ [cells].
+    """
+
+    levels: Array
+    allowed: Array
+
+    @classmethod
+    def of(cls, image: Image.Image, size: tuple[int, int], cell: int) -> Grey:
+        """size: that the image is compared at, whole cells. cell: pixels a side."""
+        small = image.convert("L").resize(size, Image.Resampling.BILINEAR)
+        x = np.pad(np.asarray(small, dtype=np.float32), 1, mode="edge")
+        rows = x[:-2, 1:-1] + 2 * x[1:-1, 1:-1] + x[2:, 1:-1]
+        columns = x[1:-1, :-2] + 2 * x[1:-1, 1:-1] + x[1:-1, 2:]
+        height, width = size[1] // cell, size[0] // cell
+        cells = ((rows + columns) / 8).reshape(height, cell, width, cell).swapaxes(1, 2)
+        levels = np.ascontiguousarray(cells.reshape(height * width, cell * cell))
+        return cls(levels, NOISE + BLUR * levels.std(1))
+
+    def worst(self, other: Grey) -> float:
+        """By how many allowances the worst cell differs from that of another image."""
+        return float(_differ(self.levels, other.levels, self.allowed, other.allowed))
+
+
+def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> Any:
+    """The same of images [..., cells, pixels], as numbers [...]."""
+    apart = one - other
+    squares = np.einsum("...cp,...cp->...c", apart, apart) / apart.shape[-1]
+    return np.sqrt((squares / np.maximum(allowed, others_allowed) ** 2).max(-1))
+
+
+@dataclass(frozen=True)
 class Look:
     """What is kept of an image to find its copies.
 
-    thumbnail: [3 * SIDE * SIDE]. small: grey, softened [SIDE_SMALL, SIDE_SMALL]. size: in pixels.
+    thumbnail: [3 * SIDE * SIDE]. small: its grey levels. size: in pixels.
     """
 
     thumbnail: Array
-    small: Array
+    small: Grey
     size: tuple[int, int]
 
     @classmethod
@@ -63,14 +97,14 @@ class Look:
         thumbnail = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         return cls(
             np.asarray(thumbnail, dtype=np.float32).ravel(),
-            _grey(image, (SIDE_SMALL, SIDE_SMALL)),
+            Grey.of(image, (SIDE_SMALL, SIDE_SMALL), SMALL_CELL),
             image.size,
         )
 
     def alike(self, other: Look) -> bool:
         """Whether both may be copies, as far as thumbnails show."""
         distance = np.sqrt(np.mean((self.thumbnail - other.thumbnail) ** 2))
-        return bool(distance <= NEAR) and _worst(self.small, other.small, SMALL_CELL) <= SMALL_ALIKE
+        return bool(distance <= NEAR) and self.small.worst(other.small) <= SMALL_ALIKE
 
 
 def near_copies(
@@ -90,35 +124,25 @@ def near_copies(
     looks = looks or [Look.of(example.open_image()) for example in examples]
     tree = cKDTree(np.stack([look.thumbnail for look in looks]))
     pairs = tree.query_pairs(NEAR * (3 * SIDE * SIDE) ** 0.5, output_type="ndarray")
-    small = np.stack([look.small for look in looks])
-    pairs = pairs[_small_alike(small, pairs)]
+    pairs = pairs[_small_alike([look.small for look in looks], pairs)]
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     if len(pairs) > MOST_PAIRS:
         log.warning(
             "%d pairs of images look alike; the nearest %d are compared for copies.",
             len(pairs), MOST_PAIRS,
         )  # fmt: skip
-        apart = np.abs(small[pairs[:, 0]] - small[pairs[:, 1]]).max((1, 2))
+        apart = np.array([looks[a].small.worst(looks[b].small) for a, b in pairs.tolist()])
         pairs = pairs[np.sort(np.argsort(apart, kind="stable")[:MOST_PAIRS])]
 
     @lru_cache(1024)
-    def sharp(place: int, size: tuple[int, int]) -> Array:
-        return _grey(examples[place].open_image(), size)
+    def sharp(place: int, size: tuple[int, int]) -> Grey:
+        return Grey.of(examples[place].open_image(), size, SHARP_CELL)
 
     def copied(a: int, b: int) -> bool:
         size = _common(looks[a].size, looks[b].size)
-        return _worst(sharp(a, size), sharp(b, size), SHARP_CELL) <= SHARP_ALIKE
+        return sharp(a, size).worst(sharp(b, size)) <= SHARP_ALIKE
 
     return [(a, b) for a, b in pairs.tolist() if copied(a, b)]
-
-
-def _grey(image: Image.Image, size: tuple[int, int]) -> Array:
-    """Grey levels [H, W], softened a little so that resampling counts less than ink."""
-    small = image.convert("L").resize(size, Image.Resampling.BILINEAR)
-    x = np.pad(np.asarray(small, dtype=np.float32), 1, mode="edge")
-    rows = x[:-2, 1:-1] + 2 * x[1:-1, 1:-1] + x[2:, 1:-1]
-    columns = x[1:-1, :-2] + 2 * x[1:-1, 1:-1] + x[1:-1, 2:]
-    return np.asarray((rows + columns) / 8, dtype=np.float32)
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
@@ -130,21 +154,12 @@ def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _cells(x: Array, cell: int) -> Array:
-    """[..., H, W] as [..., H / cell, cell, W / cell, cell]."""
-    *more, height, width = x.shape
-    return x.reshape(*more, height // cell, cell, width // cell, cell)
-
-
-def _worst(one: Array, other: Array, cell: int) -> Any:
-    """By how many allowances the worst cell of images [..., H, W] differs [...]."""
-    differ = np.sqrt((_cells(one - other, cell) ** 2).mean((-3, -1)))
-    contrast = np.maximum(_cells(one, cell).std((-3, -1)), _cells(other, cell).std((-3, -1)))
-    return (differ / (NOISE + BLUR * contrast)).max((-2, -1))
-
-
-def _small_alike(small: Array, pairs: Array) -> Array:
-    """Which pairs [P, 2] stay candidates, of small images [n, H, W]."""
-    parts = [pairs[i : i + 2048] for i in range(0, len(pairs), 2048)]
-    worst = [_worst(small[part[:, 0]], small[part[:, 1]], SMALL_CELL) for part in parts]
-    return np.concatenate([np.zeros(0), *worst]) <= SMALL_ALIKE
+def _small_alike(small: Sequence[Grey], pairs: Array) -> Array:
+    """Which pairs [P, 2] stay candidates."""
+    if not len(pairs):
+        return np.zeros(0, dtype=bool)
+    levels = np.stack([grey.levels for grey in small])
+    allowed = np.stack([grey.allowed for grey in small])
+    parts = [pairs[i : i + 1024].T for i in range(0, len(pairs), 1024)]
+    worst = [_differ(levels[a], levels[b], allowed[a], allowed[b]) for a, b in parts]
+    return np.concatenate(worst) <= SMALL_ALIKE
