@@ -31,6 +31,9 @@ def copies(image: Image.Image) -> Iterator[Image.Image]:
     yield encoded(image, "webp", quality=80)
     yield image.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
     yield image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
+    dotted = image.copy()
+    dotted.putpixel((width // 2, height // 2), (255, 0, 255))
+    yield dotted
     yield encoded(image.resize((width * 7 // 10, height * 7 // 10)), "jpeg", quality=60)
 
 

@@ -36,11 +36,12 @@ SIDE_SHARP, SHARP_CELL = 512, 4
 NOISE, BLUR = 8.0, 0.35
 """By how much a cell of a copy may differ: so many of 255 grey levels, and this share of the cell's
 own contrast, which another encoding or size moves."""
-SMALL_ALIKE, SHARP_ALIKE = 1.0, 1.4
-"""How often that allowance the worst cell of two copies may differ. Copies (JPEG at quality 50 to
+SMALL_ALIKE, SHARP_ALIKE = 1.0, 1.35
+"""How often that allowance two copies may differ: small in the worst cell, sharp in the second worst,
+so that a single pixel makes no other image. Copies (JPEG at quality 50 to
 85, sizes from half to double, both) of charts, pages, forms, scenes and photographs reached 0.83
-small and 1.31 sharp; the nearest two of 60 line charts, 60 text pages and 40 scatter charts were
-0.89 to 1.2 and 3.8 to 6.5 apart, of 60 forms with another number filled in 1.5 sharp.
+small and 1.30 sharp; the nearest two of 60 line charts, 60 text pages and 40 scatter charts were
+0.89 to 1.2 and 3.8 to 6.0 apart, of 60 forms with another number filled in 1.4 sharp.
 """
 MOST_PAIRS = 200_000
 """Pairs that are compared sharply, a few minutes' work; of more, the nearest."""
@@ -68,16 +69,18 @@ class Grey:
         levels = np.ascontiguousarray(cells.reshape(height * width, cell * cell))
         return cls(levels, NOISE + BLUR * levels.std(1))
 
-    def worst(self, other: Grey) -> float:
-        """By how many allowances the worst cell differs from that of another image."""
-        return float(_differ(self.levels, other.levels, self.allowed, other.allowed))
+    def differ(self, other: Grey) -> Array:
+        """By how many allowances the second worst cell differs from that of another image, and the
+        worst [2]."""
+        ratios = _differ(self.levels, other.levels, self.allowed, other.allowed)
+        return np.asarray(np.partition(ratios, -2)[-2:])
 
 
-def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> Any:
-    """The same of images [..., cells, pixels], as numbers [...]."""
+def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> Array:
+    """By how many allowances each cell of images [..., cells, pixels] differs [..., cells]."""
     apart = one - other
     squares = np.einsum("...cp,...cp->...c", apart, apart) / apart.shape[-1]
-    return np.sqrt((squares / np.maximum(allowed, others_allowed) ** 2).max(-1))
+    return np.asarray(np.sqrt(squares) / np.maximum(allowed, others_allowed))
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,17 @@ class Look:
     def alike(self, other: Look) -> bool:
         """Whether both may be copies, as far as thumbnails show."""
         distance = np.sqrt(np.mean((self.thumbnail - other.thumbnail) ** 2))
-        return bool(distance <= NEAR) and self.small.worst(other.small) <= SMALL_ALIKE
+        return bool(distance <= NEAR) and bool(self.small.differ(other.small)[1] <= SMALL_ALIKE)
+
+
+def copied(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two upright 8-bit RGB images that may be copies are."""
+    size = _common(one.size, other.size)
+    return _same(Grey.of(one, size, SHARP_CELL), Grey.of(other, size, SHARP_CELL))
+
+
+def _same(one: Grey, other: Grey) -> bool:
+    return bool(one.differ(other)[0] <= SHARP_ALIKE)
 
 
 def near_copies(
@@ -131,18 +144,18 @@ def near_copies(
             "%d pairs of images look alike; the nearest %d are compared for copies.",
             len(pairs), MOST_PAIRS,
         )  # fmt: skip
-        apart = np.array([looks[a].small.worst(looks[b].small) for a, b in pairs.tolist()])
+        apart = np.array([looks[a].small.differ(looks[b].small)[1] for a, b in pairs.tolist()])
         pairs = pairs[np.sort(np.argsort(apart, kind="stable")[:MOST_PAIRS])]
 
     @lru_cache(1024)
     def sharp(place: int, size: tuple[int, int]) -> Grey:
         return Grey.of(examples[place].open_image(), size, SHARP_CELL)
 
-    def copied(a: int, b: int) -> bool:
+    def same(a: int, b: int) -> bool:
         size = _common(looks[a].size, looks[b].size)
-        return sharp(a, size).worst(sharp(b, size)) <= SHARP_ALIKE
+        return _same(sharp(a, size), sharp(b, size))
 
-    return [(a, b) for a, b in pairs.tolist() if copied(a, b)]
+    return [(a, b) for a, b in pairs.tolist() if same(a, b)]
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
@@ -161,5 +174,5 @@ def _small_alike(small: Sequence[Grey], pairs: Array) -> Array:
     levels = np.stack([grey.levels for grey in small])
     allowed = np.stack([grey.allowed for grey in small])
     parts = [pairs[i : i + 1024].T for i in range(0, len(pairs), 1024)]
-    worst = [_differ(levels[a], levels[b], allowed[a], allowed[b]) for a, b in parts]
+    worst = [_differ(levels[a], levels[b], allowed[a], allowed[b]).max(-1) for a, b in parts]
     return np.concatenate(worst) <= SMALL_ALIKE
