@@ -111,7 +111,7 @@ class Look:
 
 
 def copied(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two upright 8-bit RGB images that may be copies are."""
+    """Whether two upright 8-bit images, in colour or grey, that may be copies are."""
     size = _common(one.size, other.size)
     return _same(Grey.of(one, size, SHARP_CELL), Grey.of(other, size, SHARP_CELL))
 
