@@ -4,7 +4,12 @@ records/calibrated.json: thresholds for each target and risk, found on one set o
     measured on another: risk, quality, and decoding time, interleaved.
 records/violations.json: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
-    The pool's own risk stands for the true one; that of a half scatters around it.
+    The pool's own risk stands for the true one; that of a half scatters around it. At the
+    boundary: how often each half certifies the safest threshold whose risk over the pool is above
+    the target, by unit. A pool is finite and halves are drawn without replacement, so this is below
+    what independent draws would give; `offramp_lab.records.simulated` has those.
+
+All settings that are tried on the same images share the errors (`candidates`).
 """
 
 import argparse
@@ -24,10 +29,10 @@ from tqdm import tqdm
 from offramp import demo
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
-from offramp.calibration.attempts import by_image, images_of
+from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
 from offramp.calibration.calibrate import GRID, Calibration, Guarantee, calibrate
 from offramp.calibration.profiler import measure_costs
-from offramp.calibration.risk_control import METHODS, control
+from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example, examples_digest
@@ -51,6 +56,9 @@ from offramp_lab.places import RECORDS
 DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
+METHODS = ("auto", "upper_bound", "learn_then_test")
+FINE = tuple(np.round(np.linspace(0.4, 0.98, 59), 3).tolist())
+"""Thresholds of all exits alike among which the boundary is looked for."""
 TASKS = {"captions": captions, "questions": questions}
 POLICY = ExitPolicy()
 
@@ -129,7 +137,8 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     calibrations = [
         calibrate(
             adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
-            costs=costs, progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
+            candidates=len(MEASURED) * len(TARGETS), costs=costs,
+            progress=partial(_bar, f"{risk} {target}"), **demo.OPTIONS,
         )
         for risk in MEASURED
         for target in TARGETS
@@ -176,8 +185,12 @@ def _row(
     stock, baseline, ours = timings["generate"], timings["full"], timings[name]
     right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
     every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    losses = RISKS[calibration.risk].losses(early, full, asked)
     return {
         "risk": calibration.risk,
+        "unit": calibration.unit,
+        "candidates": calibration.candidates,
+        "level": calibration.level,
         "risk_target": calibration.target,
         "confidence": calibration.confidence,
         "method": calibration.method,
@@ -185,9 +198,10 @@ def _row(
         "thresholds": {str(d): t for d, t in calibration.policy.thresholds.items()},
         "risk_calibration": calibration.measured,
         "risk_bound": calibration.bound,
-        "risk_test": float(RISKS[calibration.risk].losses(early, full, asked).mean()),
+        "risk_test": float(Draws.by(calibration.unit, losses, images_of(asked)).risk),
         "n_calibration": calibration.n,
         "answers_calibration": calibration.answers,
+        "images_test": pictures,
         "n_test": len(asked),
         "speedup_predicted": calibration.speedup,
         "speedup_decode": speedup(baseline.decode, ours.decode),
@@ -220,6 +234,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     )
     halves = [_halves(pool, seed) for seed in range(sizes.splits)]
     rows = []
+    images = images_of(pool)
     for risk in MEASURED:
         evaluator = replace(whole, risk=RISKS[risk])
 
@@ -240,7 +255,45 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
             }
             for i, setting in enumerate(_settings())
         ]
+        at = _boundary(lost, images, halves)
+        for row in rows:
+            if row["risk"] == risk and row["method"] == "auto":
+                row["boundary"] = at[row["risk_target"]]
     return rows
+
+
+def _boundary(
+    lost: Callable[..., Any], images: Sequence[ImageRows], halves: Sequence[tuple[Any, Any]]
+) -> dict[float, dict[str, Any]]:
+    """By target and unit: the safest threshold whose risk over the pool is above the target, and
+    how often a half certifies it."""
+    found: dict[float, dict[str, Any]] = {target: {} for target in TARGETS}
+    for threshold in sorted(FINE, reverse=True):
+        losses = lost(tuple((depth, threshold) for depth in DEPTHS))
+        for target in TARGETS:
+            for unit in UNITS:
+                risk = float(Draws.by(unit, losses, images).risk)
+                if unit in found[target] or risk <= target:
+                    continue
+                level = Guarantee(target, CONFIDENCE, unit=unit).level(1)
+                certified = [
+                    p_value(Draws.by(unit, losses, _inside(images, half)), target, "upper_bound")
+                    <= 1 - level
+                    for pair in halves
+                    for half in pair
+                ]
+                found[target][unit] = {
+                    "threshold": threshold, "risk": risk, "halves": len(certified),
+                    "certified": sum(certified),
+                }  # fmt: skip
+        if all(len(units) == len(UNITS) for units in found.values()):
+            break
+    return found
+
+
+def _inside(images: Sequence[ImageRows], half: Any) -> list[ImageRows]:
+    rows = set(half.tolist())
+    return [image for image in images if image.rows[0] in rows]
 
 
 def _settings() -> list[dict[str, Any]]:
@@ -264,7 +317,8 @@ def _split(
     path = path_of(half, search, GRID)
     columns: list[Any] = []
     for thresholds in path:
-        columns.append(by_image(lost(tuple(thresholds.items()))[calibration], tested))
+        losses = lost(tuple(thresholds.items()))[calibration]
+        columns.append(Draws.by("image", losses, tested).sums)
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)
