@@ -119,7 +119,7 @@ def test_prompts_are_known_by_what_they_have_in_common() -> None:
 
 
 def test_questions_without_a_template_are_of_one_kind() -> None:
-    words = "what who where when why how is are does can which".split()
+    words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
     frames = prompt_frames([f"{word} {thing}?" for word in words for thing in ("a", "b")])
     assert frames == [["", "?"]]
     assert fits("do you see it?", frames) and not fits("Write a poem.", frames)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-import lookalikes
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,6 +28,7 @@ from offramp.data.image import content_digest
 from offramp.data.scenes import world
 from offramp.engine.policy import Thresholds
 from offramp.errors import DataError
+from offramp_lab.inputs import lookalikes
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
 

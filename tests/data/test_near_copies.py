@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-import lookalikes
 import pytest
 from PIL import Image
 
@@ -13,6 +12,7 @@ from offramp.data.example import Example
 from offramp.data.image import open_rgb, pixel_digest
 from offramp.data.near_copies import near_copies
 from offramp.data.scenes import world
+from offramp_lab.inputs import lookalikes
 
 
 def examples(images: list[Image.Image]) -> list[Example]:

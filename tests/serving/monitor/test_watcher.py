@@ -11,7 +11,6 @@ from typing import Any
 
 import fakes
 import httpx
-import lookalikes
 import numpy as np
 import pytest
 import torch
@@ -29,6 +28,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
 from offramp.serving.monitor.watcher import Sample, WatchConfig, Watcher
 from offramp.serving.schedule.scheduler import Schedule
+from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import messages, running, scene_examples, service_of, shipped
 

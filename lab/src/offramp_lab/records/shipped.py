@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from offramp import demo
 from offramp.adapter import Adapter
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
+from offramp.data.scenes.tasks import captions, questions
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
-from offramp import demo
-from offramp.data.scenes.tasks import captions, questions
 
 
 def main() -> None:

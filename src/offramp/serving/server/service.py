@@ -17,12 +17,12 @@ from offramp.adapter import Adapter
 from offramp.answers import Model
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.guarantee import Standing
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.guarantee import Standing
 from offramp.serving.monitor.standing import standing_of
 from offramp.serving.monitor.watcher import Loss, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
