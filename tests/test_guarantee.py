@@ -66,7 +66,9 @@ def test_another_condition_is_named_and_nothing_is_guaranteed(
     assert found.sentence.startswith("not guaranteed here: ")
 
 
-@pytest.mark.parametrize("change", [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}])
+@pytest.mark.parametrize(
+    "change", [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}]
+)
 def test_what_keeps_every_answer_keeps_the_guarantee(here: Conditions, change: Any) -> None:
     found = standing(calibration(here), replace(here, **change))
     assert found.promise is not None and found.promise.target == 0.01

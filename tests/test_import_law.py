@@ -43,7 +43,14 @@ MAY_IMPORT = {
     "report": {*ANSWERS, "evaluation"},
     "demo": {*ANSWERS, "training", "evaluation", "calibration", "report"},
     "cli": {
-        *ANSWERS, "training", "evaluation", "calibration", "serving", "runtimes", "report", "demo"
+        *ANSWERS,
+        "training",
+        "evaluation",
+        "calibration",
+        "serving",
+        "runtimes",
+        "report",
+        "demo",
     },
 }
 """By room, what else it may import. `offramp` itself only hands names on, when asked for them."""

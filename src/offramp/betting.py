@@ -186,7 +186,9 @@ class RunningRisk:
     def to_json(self) -> dict[str, Any]:
         """All that was learnt."""
         bets = self._bets
-        kept = None if bets is None else [bets.n, bets.kept, bets.fortune.tolist(), float(bets.most)]
+        kept = (
+            None if bets is None else [bets.n, bets.kept, bets.fortune.tolist(), float(bets.most)]
+        )
         sides = (self._up, self._down, self._most_up, self._most_down)
         return {
             "promised": self.promised, "level": self.level, "confidence": self.confidence,

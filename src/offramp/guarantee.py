@@ -109,7 +109,9 @@ class Conditions:
         """Where a backbone answers by a policy. engine: a runtime's name; None: PyTorch. known:
         sampling, longest, prompts and template."""
         by_depth = ("thresholds", "gates", "weights")
-        policies = {name: Thresholds(getattr(policy, name)).to_json() for name in by_depth}
+        policies: dict[str, Any] = {
+            name: Thresholds(getattr(policy, name)).to_json() for name in by_depth
+        }
         plain = ("score", "kv", "shortlist")
         policies |= {name: getattr(policy, name) for name in plain}
         first = policy.exit_in_prefill and backbone.family.causal_prompt
@@ -182,9 +184,7 @@ def differences(then: Conditions, here: Conditions, *, risk: str = "disagreement
     return found
 
 
-def _alike(
-    name: str, before: Any, now: Any, then: Conditions, here: Conditions, risk: str
-) -> bool:
+def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions, risk: str) -> bool:
     if name == "prompts":
         return before is not None and all(fits(prompt, before) for [prompt] in now)
     if name == "longest":

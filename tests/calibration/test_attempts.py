@@ -224,9 +224,7 @@ def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
 
 def test_what_is_merged_counts_less_and_weighs_as_much() -> None:
     losses = np.array([0.0] * 98 + [1.0, 0.0])
-    images = [
-        ImageRows(f"{i}", "", (i,), cluster="98" if i >= 98 else f"{i}") for i in range(100)
-    ]
+    images = [ImageRows(f"{i}", "", (i,), cluster="98" if i >= 98 else f"{i}") for i in range(100)]
     draws = Draws.by("image", losses, images)
     alone, together = draws.values(0.05)
     assert draws.n == 99 and draws.risk == alone.mean() == 0.01

@@ -10,7 +10,9 @@ def test_rules_keep_what_was_broken_without_them() -> None:
     for row in [*found["lookalikes"], found["still_merged"], found["choices"]]:
         assert row["broken_now"] <= 0.15 < row["broken_before"] + 0.1
     assert found["lookalikes"][0]["broken_before"] > 0.5
-    assert found["unequal_rows"]["passed_by_image"] > 0.5 > found["unequal_rows"]["passed_by_answer"]
+    assert (
+        found["unequal_rows"]["passed_by_image"] > 0.5 > found["unequal_rows"]["passed_by_answer"]
+    )
     assert all(row["before"] == 1 and row["now"] >= 11 for row in found["counted"])
     assert all(row["broken"] <= 0.15 for row in found["boundary"])
 

@@ -11,7 +11,7 @@ answers were made by is noted beside the guarantee (`offramp.guarantee`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ class Calibration:
     unit: str = "image"
     copies: int = 0
     candidates: int = 1
-    conditions: Conditions = Conditions()
+    conditions: Conditions = field(default_factory=Conditions)
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored in an adapter, without the attempts; thresholds are keyed by depth."""
@@ -390,9 +390,7 @@ def _declared(images: Sequence[ImageRows], n: int) -> list[ImageRows]:
     return list(images[:n])
 
 
-def _walk(
-    trial: _Trial, path: Iterable[Thresholds], asked: Guarantee
-) -> tuple[Draws, list[Point]]:
+def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Draws, list[Point]]:
     """What is lost at each point of the path [n, K], and the points, up to the first that fails."""
     method = first_test(asked.test)
     columns = [np.zeros((len(trial.tested.examples), 0))]

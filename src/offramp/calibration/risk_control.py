@@ -155,9 +155,7 @@ def monotone(losses: Losses, level: float = 0.05, low: float = 0.0) -> bool:
         parts = draws.differences(after, before)
         return max(betting_p_value(part, 0.0, 1 - low) for part in parts) <= level / len(pairs)
 
-    return not any(
-        falls(before, after) for before, after in pairs if means[after] < means[before]
-    )
+    return not any(falls(before, after) for before, after in pairs if means[after] < means[before])
 
 
 @dataclass(frozen=True)

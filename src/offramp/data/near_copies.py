@@ -37,8 +37,8 @@ NOISE, BLUR = 8.0, 0.35
 """By how much a cell of a copy may differ: so many of 255 grey levels, and this share of the cell's
 own contrast, which another encoding or size moves."""
 SMALL_ALIKE, SHARP_ALIKE = 1.0, 1.35
-"""How often that allowance two copies may differ: small in the worst cell, sharp in the second worst,
-so that a single pixel makes no other image. Copies (JPEG at quality 50 to
+"""How often that allowance two copies may differ: small in the worst cell, sharp in the second
+worst, so that a single pixel makes no other image. Copies (JPEG at quality 50 to
 85, sizes from half to double, both) of charts, pages, forms, scenes and photographs reached 0.83
 small and 1.30 sharp; the nearest two of 60 line charts, 60 text pages and 40 scatter charts were
 0.89 to 1.2 and 3.8 to 6.0 apart, of 60 forms with another number filled in 1.4 sharp.

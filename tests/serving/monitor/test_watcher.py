@@ -133,8 +133,15 @@ def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine
 @pytest.mark.parametrize(
     "change",
     [
-        {"share": 0.0}, {"share": 1.5}, {"level": 0.0}, {"action": "x"}, {"slack": 0.5},
-        {"deadline": -1}, {"watchers": 0}, {"a_client": 0}, {"coverage": 2},
+        {"share": 0.0},
+        {"share": 1.5},
+        {"level": 0.0},
+        {"action": "x"},
+        {"slack": 0.5},
+        {"deadline": -1},
+        {"watchers": 0},
+        {"a_client": 0},
+        {"coverage": 2},
     ],
 )
 def test_a_watch_that_tells_nothing_is_refused(change: dict[str, Any]) -> None:
@@ -142,7 +149,7 @@ def test_a_watch_that_tells_nothing_is_refused(change: dict[str, Any]) -> None:
         WatchConfig(**change)
 
 
-# -- without a model: an engine whose slots are as busy as one says ---------------------------------
+# -- without a model: an engine whose slots are as busy as one says -------------------------------
 
 
 class _BusyEngine:

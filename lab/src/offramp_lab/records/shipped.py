@@ -27,7 +27,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     backbone, processor = load_tiny("opt")
-    adapter, encoder = Adapter.load(tiny_exits("opt"), backbone), InputProcessor(backbone, processor)
+    adapter, encoder = (
+        Adapter.load(tiny_exits("opt"), backbone),
+        InputProcessor(backbone, processor),
+    )
     n = arguments.images
     examples = [*captions("calibration", n).examples, *questions("calibration", n).examples]
     costs = measure_costs(backbone, encoder.prompts(examples[:1]), adapter.exits)

@@ -180,7 +180,8 @@ def needed(target: float, trials: int = 400) -> dict[str, Any]:
     losses = (draw.random((round(2.2 * measured), trials)) < target / 2).astype(float)
     at = first_pass(losses, target, today)
     return {
-        "target": target, "at_no_loss": samples_needed(target, 1 - LEVEL), "at_measured_half": measured,
+        "target": target, "at_no_loss": samples_needed(target, 1 - LEVEL),
+        "at_measured_half": measured,
         "passes_at_measured_half": float(((at > 0) & (at <= measured)).mean()),
         "four_of_five": quantile(at), "declared": declared_needed(target, 1 - LEVEL, target / 2),
     }  # fmt: skip
@@ -214,19 +215,22 @@ def mixture(losses: Array, target: float) -> Array:
 def adaptive(trials: int) -> list[dict[str, Any]]:
     """Images for a pass in four of five trials at half the target, by how losses are spread."""
     draw, rows = np.random.default_rng(6), []
+    ways = {"today": today, "mixture": mixture, "agrapa": agrapa}
     for target, n in ((0.01, 5000), (0.05, 1000), (0.2, 400)):
-        spread: dict[str, Callable[[], Array]] = {
-            "0 or 1": lambda: (draw.random((n, trials)) < target / 2).astype(float),
-            "a quarter or 0": lambda: 0.25 * (draw.random((n, trials)) < 2 * target),
-            "means of five answers": lambda: draw.binomial(5, target / 2, (n, trials)) / 5,
-            "beta": lambda: draw.beta(5 * target / 2, 5 * (1 - target / 2), (n, trials)),
-        }
-        for name, make in spread.items():
-            losses = make()
-            ways = {"today": today, "mixture": mixture, "agrapa": agrapa}
+        for name, losses in spread(draw, target / 2, (n, trials)).items():
             found = {way: quantile(first_pass(losses, target, bet)) for way, bet in ways.items()}
             rows.append({"target": target, "losses": name, **found})
     return rows
+
+
+def spread(draw: np.random.Generator, mean: float, shape: tuple[int, int]) -> dict[str, Array]:
+    """Losses of one mean, by how they are spread."""
+    return {
+        "0 or 1": (draw.random(shape) < mean).astype(float),
+        "a quarter or 0": 0.25 * (draw.random(shape) < 4 * mean),
+        "means of five answers": draw.binomial(5, mean, shape) / 5,
+        "beta": draw.beta(10 * mean / 2, 10 * (1 - mean) / 2, shape),
+    }
 
 
 def first_pass(losses: Array, target: float, bet: Callable[[Array, float], Array]) -> Array:

@@ -108,8 +108,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
-    names = ("score", "kv", "exit_in_prefill")
-    changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
+    changed = ("score", "kv", "exit_in_prefill")
+    changes = {n: v for n in changed if (v := getattr(arguments, n)) is not None}
     policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)

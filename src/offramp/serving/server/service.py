@@ -214,7 +214,7 @@ class Service:
         return Use(mode, None, mode)
 
     def stands(self, **known: Any) -> Standing:
-        """What is guaranteed of early exit's answers; known: of one request, as of `standing_of`."""
+        """What is guaranteed of early answers; known: of one request, as of `standing_of`."""
         if self.adapter is None:
             return Standing()
         return standing_of(self.adapter, self.prompter.processor, self._runtime, **known)
@@ -317,8 +317,12 @@ class Service:
         gauge("watched_images", "Images whose answers were compared.", lambda: watcher.risk.n)
         gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)
         gauge("live_risk", "Mean loss of the answers compared.", lambda: watcher.risk.mean or 0.0)
-        gauge("live_risk_lower", "The risk is above, at all times.", lambda: watcher.risk.interval[0])
-        gauge("live_risk_upper", "The risk is below, at all times.", lambda: watcher.risk.interval[1])
+        gauge(
+            "live_risk_lower", "The risk is above, at all times.", lambda: watcher.risk.interval[0]
+        )
+        gauge(
+            "live_risk_upper", "The risk is below, at all times.", lambda: watcher.risk.interval[1]
+        )
         gauge("guarantee_broken", "1 where the guarantee is broken.", lambda: watcher.broken)
         gauge(
             "watched_coverage", "Share of the watched requests that were compared, lately.",
@@ -339,8 +343,9 @@ def _with_calibrated_length(config: ServerConfig, adapter: Adapter | None) -> Se
     of longer answers nothing is guaranteed."""
     calibration = {} if adapter is None else adapter.calibration or {}
     longest = (calibration.get("conditions") or {}).get("longest")
-    usual = ServerConfig.default_tokens
-    return replace(config, default_tokens=longest) if longest and config.default_tokens == usual else config
+    if not longest or config.default_tokens != ServerConfig.default_tokens:
+        return config
+    return replace(config, default_tokens=longest)
 
 
 def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
