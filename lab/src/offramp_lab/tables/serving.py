@@ -57,6 +57,58 @@ def watched() -> str:
     return table(rows, WATCHED)
 
 
+def watch_delays() -> str:
+    """Images until a risk that rises is noticed, by how many good ones came before; in brackets
+    without new starts."""
+    found = record("watched")["delays"]
+    afters = list(dict.fromkeys(row["after"] for row in found))
+    columns = list(dict.fromkeys(row["times"] for row in found))
+
+    def cell(after: int, times: float) -> str:
+        with_starts, without = (
+            next(
+                row
+                for row in found
+                if (row["after"], row["times"], row["new_starts"]) == (after, times, starts)
+            )
+            for starts in (True, False)
+        )
+        return f"{_median(with_starts)} ({_median(without)})"
+
+    rows = [(f"{after:,}", *(cell(after, times) for times in columns)) for after in afters]
+    return table(rows, ("good images before", *(f"{times:g} times the risk" for times in columns)))
+
+
+def _median(row: Mapping[str, Any]) -> str:
+    if row["noticed"] < 0.5:
+        return f"noticed in {row['noticed']:.0%} within {row['within']:,}"
+    missed = "" if row["noticed"] > 0.995 else f", in {row['noticed']:.0%}"
+    return f"{row['median_images']:,.0f}{missed}"
+
+
+def watch_average() -> str:
+    """Alarms where the promise holds on average alone, by slack."""
+    found = record("watched")["on_average"]
+    kinds = list(dict.fromkeys((row["kind"], row["words"]) for row in found))
+    slacks = list(dict.fromkeys(row["slack"] for row in found))
+    alarms = {(row["kind"], row["slack"]): f"{row['alarms']:.0%}" for row in found}
+    rows = [(words, *(alarms[kind, slack] for slack in slacks)) for kind, words in kinds]
+    return table(rows, ("risk", *(f"slack {slack}" for slack in slacks)))
+
+
+def watch_coverage() -> str:
+    """Watched requests that are compared under load."""
+    rows = [
+        (
+            f"{row['busy']} of {row['slots']}, {row['waiting']} waiting",
+            f"{row['compared_before']} of {row['requests']}",
+            f"{row['compared']} of {row['requests']}",
+        )
+        for row in record("watched")["coverage"]
+    ]
+    return table(rows, ("slots in use", "compared before", "compared now"))
+
+
 def _delay(delay: Mapping[str, Any]) -> str:
     return f"{delay['median_images']:.0f} (p95 {delay['p95_images']:.0f}) images"
 
@@ -81,4 +133,11 @@ def http() -> str:
     return table(rows, HTTP)
 
 
-TABLES: dict[str, Make] = {"engine": engine, "watched": watched, "serving": http}
+TABLES: dict[str, Make] = {
+    "engine": engine,
+    "watched": watched,
+    "watch-delays": watch_delays,
+    "watch-average": watch_average,
+    "watch-coverage": watch_coverage,
+    "serving": http,
+}
