@@ -58,13 +58,18 @@ RAISED: dict[str, tuple[Exception, str]] = {
 }  # fmt: skip
 
 
+def _requirement(text: str) -> Requirement:
+    """Without where its source is, which the build system fills in."""
+    return Requirement(text.partition("{")[0])
+
+
 def test_every_package_of_an_extra_is_known_with_its_extra() -> None:
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     # Of quant's packages a model needs a single one.
     for extra in extras.keys() - {"all", "dev", "docs", "quant"}:
-        for needed in map(Requirement, extras[extra]):
-            assert needed.name in [r.name for r in map(Requirement, extras[EXTRAS[needed.name]])]
+        for needed in map(_requirement, extras[extra]):
+            assert needed.name in [_requirement(r).name for r in extras[EXTRAS[needed.name]]]
 
 
 @pytest.mark.parametrize("name", RAISED)
@@ -76,6 +81,7 @@ def test_a_package_that_loading_misses_is_named(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}', encoding="utf-8")
     for kind, load in (
         ("AutoModelForImageTextToText", Backbone.from_pretrained),
         ("AutoProcessor", load_processor),

@@ -1,4 +1,4 @@
-"""Put the whole VLM together from the two wheels and the trained bridge, and save it."""
+"""Put the earlier photo model together from its trained bridge, and save it; records rest on it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,14 @@ from typing import Any
 import torch
 
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import LANGUAGE, VISION, fetch
-from examples.photo_vlm.learn import Bridge
-from examples.photo_vlm.photos import image_processor
-from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, Neck
+from examples.photo_vlm.vision import Bridge, LiteTowerConfig
 from offramp.errors import DataError
+from offramp.models.photo.build import IMAGE_TOKEN, image_processor, load_language, load_network
+from offramp.models.photo.packages import LANGUAGE, VISION, weights_file
+from offramp.models.photo.tower import EfficientNetLite0, Neck
 from offramp.storage import atomic_folder, read_json, write_json
 
 BRIDGE = Path(__file__).parent / "bridge"
-# Of SmolLM2's unused special tokens; a new one would change the vocabulary's size.
-IMAGE_TOKEN = "<file_sep>"
-
-
-def load_language(work: Path, **kwargs: Any) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in bfloat16, frozen, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = fetch(LANGUAGE, work)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    # The chat template would put forty tokens around each prompt.
-    tokenizer.chat_template = None
-    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **kwargs)
-    # The weights are no longer quantized, and must not be taken for it when they are saved.
-    del lm.config.quantization_config
-    lm.requires_grad_(False)
-    return lm.train(False), tokenizer
-
-
-def load_network(work: Path) -> EfficientNetLite0:
-    """EfficientNet-lite0 with its ImageNet weights, without the classifier."""
-    weights = torch.load(fetch(VISION, work), weights_only=True)
-    network = EfficientNetLite0()
-    network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("_fc.")})
-    network.requires_grad_(False)
-    return network.eval()
 
 
 def new_bridge(lm_config: Any, tower: LiteTowerConfig) -> Bridge:
@@ -136,10 +109,12 @@ def load_bridge(folder: Path, lm_config: Any) -> tuple[Bridge, LiteTowerConfig]:
 
 def build(work: Path, bridge_folder: Path) -> tuple[Any, Any]:
     """The whole VLM and its processor."""
-    lm, tokenizer = load_language(work)
+    lm, tokenizer = load_language(weights_file(LANGUAGE, work / "weights"))
     bridge, tower = load_bridge(bridge_folder, lm.config)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    model = assemble(lm, load_network(work), bridge, tower, image_token)
+    model = assemble(
+        lm, load_network(weights_file(VISION, work / "weights")), bridge, tower, image_token
+    )
     return model, new_processor(tokenizer, tower)
 
 

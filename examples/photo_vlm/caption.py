@@ -17,7 +17,7 @@ ADAPTER = Path(__file__).parent / "adapter"
 
 
 def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tuple[Any, Any]:
-    """Backbone and encoder of a built folder, "auto": in bfloat16, as it was built.
+    """Backbone and encoder of "photo" or of a built folder; "auto": in bfloat16, as it was built.
 
     quantize: as of `Backbone.from_pretrained`.
 
@@ -29,7 +29,12 @@ def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tupl
     import examples.photo_vlm.vision  # noqa: F401  registers the tower
     from offramp.models.backbone import Backbone
     from offramp.models.input_processor import InputProcessor
+    from offramp.models.shipped import is_photo, load_named
 
+    if is_photo(str(folder)):
+        name = {"auto": "bfloat16"}.get(dtype, str(dtype).removeprefix("torch."))
+        backbone, processor = load_named("photo", dtype=name, quantize=quantize)
+        return backbone, InputProcessor(backbone, processor)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no built model.",
@@ -40,13 +45,15 @@ def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tupl
     return backbone, InputProcessor(backbone, processor)
 
 
-def answer(backbone: Any, encoder: Any, examples: list[Example], longest: int) -> list[str]:
-    """Greedy answers of the full model to a batch."""
+def answer(
+    backbone: Any, encoder: Any, examples: list[Example], longest: int, **how: Any
+) -> list[str]:
+    """Greedy answers of the full model to a batch. how: of `generate`."""
     import torch
 
     prompts = encoder.prompts(examples)
     with torch.inference_mode():
-        ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False)
+        ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False, **how)
     texts: list[str] = encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
     return texts
 

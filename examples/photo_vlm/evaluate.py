@@ -1,8 +1,13 @@
-"""Captions and answers of the full model on photographs it was not trained on, greedy."""
+"""Captions and answers of the full model, on the half of held-out photographs that chose nothing.
+
+Of Flickr8k's validation split, and of DAQUAR's questions about photographs that were held out.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,11 @@ from torch import Tensor
 
 from examples.photo_vlm.caption import answer, load
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.rows import ids_of, read_photographs
+from examples.photo_vlm.rows import half_of, ids_of, read_photographs
 from offramp.data.example import Example
-from offramp.evaluation.statistics import Measure
+from offramp.evaluation.statistics import Measure, interval, mean_of
+from offramp.progress import progress
+from offramp.provenance import provenance
 from offramp.storage import write_json
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
@@ -51,13 +58,12 @@ def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 @torch.inference_mode()
 def answers_from_features(
-    bridge: Any, lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int
+    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int, **how: Any
 ) -> list[str]:
-    """Greedy answers, from feature maps [B, 49, 1280] and prompts in batches."""
+    """Greedy answers, from visual tokens [B, N, D] and prompts in batches. how: of `generate`."""
     embed = lm.get_input_embeddings()
     answers: list[str] = []
-    for features, prompts in batches:
-        visual = bridge(features).to(lm.dtype)
+    for visual, prompts in batches:
         ids = [ids_of(tokenizer)("\n" + prompt) for prompt in prompts]
         length = max(len(row) for row in ids)
         inputs = visual.new_zeros(len(ids), visual.shape[1] + length, visual.shape[2])
@@ -67,44 +73,91 @@ def answers_from_features(
             inputs[row, -len(whole) :] = whole
             mask[row, -len(whole) :] = 1
         generated = lm.generate(
-            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            do_sample=False,
+            **how,
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
-def _answers(folder: Path, examples: Sequence[Example], longest: int, size: int) -> list[str]:
-    from tqdm import tqdm
-
-    backbone, encoder = load(folder)
+def _answers(
+    backbone: Any, encoder: Any, examples: Sequence[Example], longest: int, **how: Any
+) -> list[str]:
+    """how: of `generate`."""
     answers: list[str] = []
-    for start in tqdm(range(0, len(examples), size), desc=f"{len(examples)} examples"):
-        answers += answer(backbone, encoder, list(examples[start : start + size]), longest)
+    for start in progress(range(0, len(examples), 128), f"{len(examples)} examples"):
+        answers += answer(backbone, encoder, list(examples[start : start + 128]), longest, **how)
     return answers
+
+
+def _with_interval(measure: Measure, groups: Sequence[str]) -> dict[str, Any]:
+    return {"value": measure.value, "interval": interval(measure, groups)}
+
+
+def figures_of(name: str, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+    """Metrics of captions or questions, each with its 95% interval over photographs."""
+    groups = [example.group for example in examples]
+    if name == "captions":
+        measures = caption_measures(answers, examples, METRICS)
+    else:
+        right = [accuracy([a], [e]) for a, e in zip(answers, examples, strict=True)]
+        measures = {"accuracy": mean_of(right)}
+    return {metric: _with_interval(measure, groups) for metric, measure in measures.items()}
+
+
+DECODINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"num_beams": 3, "length_penalty": 0.7},
+}
 
 
 @command
 def main() -> None:
-    parser = parser_of("evaluate", "--model runs/photo_vlm/model", str(__doc__), "data", "model")
+    parser = parser_of(
+        "evaluate", "--model photo --out lab/records/photo-model.json", str(__doc__),
+        "data", "model",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most so many photographs, and questions")
-    parser.add_argument("--batch", type=int, default=32, help="examples at a time")
-    parser.add_argument("--out", type=Path, help="write figures and answers there, as JSON")
+    parser.add_argument(
+        "--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), metavar="NAME",
+        help="of captions (default: greedy beam)",
+    )  # fmt: skip
+    parser.add_argument("--beam-limit", type=int, help="photographs for beam search, which is slow")
+    parser.add_argument("--out", type=Path, help="write figures there, as JSON")
+    parser.add_argument("--answers", type=Path, help="write what was said there, as JSON")
     arguments = parser.parse_args()
     splits = read_photographs(arguments.data)
-    figures: dict[str, float] = {}
+    backbone, encoder = load(arguments.model)
+    record: dict[str, Any] = {
+        "model": str(arguments.model),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "provenance": provenance(0, sys.argv, None),
+    }
     said: dict[str, dict[str, str]] = {}
     for name, longest in LONGEST.items():
-        examples = splits[f"{name}_val"][: arguments.limit]
-        answers = _answers(arguments.model, examples, longest, arguments.batch)
-        said[name] = {e.key: text for e, text in zip(examples, answers, strict=True)}
-        if name == "captions":
-            figures |= caption_figures(answers, examples, METRICS)
-        else:
-            figures["daquar_accuracy"] = accuracy(answers, examples)
-        figures[f"{name}_count"] = len(examples)
-    if arguments.out:
-        write_json(arguments.out, {"figures": figures, "answers": said})
-    print(json.dumps(figures, indent=2))
+        examples = [e for e in splits[f"{name}_val"] if half_of(e) == 1][: arguments.limit]
+        record[name] = {}
+        for decoding in arguments.decodings if name == "captions" else ["greedy"]:
+            chosen = examples[: arguments.beam_limit] if decoding == "beam" else examples
+            began = time.process_time()
+            answers = _answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
+            seconds = time.process_time() - began
+            record[name][decoding] = {
+                "count": len(chosen),
+                "figures": figures_of(name, answers, chosen),
+                "cpu_seconds": round(seconds),
+            }
+            said[f"{name}, {decoding}"] = {
+                e.key: text for e, text in zip(chosen, answers, strict=True)
+            }
+            print(f"{name}, {decoding}: {json.dumps(record[name][decoding])}", flush=True)
+            if arguments.out:  # after each: beam search takes long
+                write_json(arguments.out, record)
+    if arguments.answers:
+        write_json(arguments.answers, said)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Take the bridge out of a training's state, and put it with its card where `build` looks."""
+"""Take what was learnt out of a training's state, and put it into the data package."""
 
 from __future__ import annotations
 
@@ -9,46 +9,73 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from examples.photo_vlm.build import BRIDGE, load_language, new_bridge, save_bridge
+import torch
+from torch import Tensor
+
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.fetch import LANGUAGE, VISION
-from examples.photo_vlm.learn import load_state
+from examples.photo_vlm.learn import load_state, low_rank
 from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
-from examples.photo_vlm.vision import LiteTowerConfig
+from offramp.models.photo.build import CARD, WEIGHTS
+from offramp.models.photo.packages import LANGUAGE, VISION
+from offramp.models.photo.tower import PhotoTowerConfig
 from offramp.provenance import provenance
-from offramp.storage import digest_file
+from offramp.storage import atomic_folder, digest_file, read_json, write_json
 
-_TOWER = ("hidden_size", "layers", "heads", "grid", "queries", "image_size")
-_CURVE = ("step", "seconds", "CIDEr", "Bleu_4", "accuracy")
+PACKAGE = Path("photo-model/offramp_photo")
+_TOWER = (
+    "hidden_size", "neck_size", "layers", "heads", "grid", "queries", "words", "vocabulary",
+    "detector_size", "image_size",
+)  # fmt: skip
+_CURVE = ("step", "cpu_seconds", "CIDEr", "Bleu_4", "accuracy")
 
 
-def card_of(state: dict[str, Any], tower: LiteTowerConfig, data: Path, log: Path) -> dict[str, Any]:
-    """Where a bridge comes from, and how it did while it learnt; digests are SHA-256."""
+def weights_of(learnt: dict[str, Any], detector: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bridge, detector and low-rank updates, in bfloat16 and by their names in the file."""
+    groups = {"bridge": learnt["bridge"], "detector": detector, "lora": low_rank(learnt["lora"])}
+    return {
+        f"{group}.{name}": tensor.bfloat16().contiguous()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def card_of(state: dict[str, Any], words: list[str], data: Path, log: Path) -> dict[str, Any]:
+    """Where the weights come from, and how they did while they were learnt; digests are SHA-256."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    tower = PhotoTowerConfig(
+        hidden_size=state["bridge"]["words.table"].shape[1], vocabulary=len(words)
+    )
     return {
         "tower": {name: getattr(tower, name) for name in _TOWER},
-        "steps": state["step"],
-        "seconds": round(state["seconds"]),
+        "steps": state["best"]["step"],
+        "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
         "settings": state["settings"],
-        "weights": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
+        "base": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
         "data": {name: digest_file(data / name) for name in (CAPTIONS, QUESTIONS)},
+        "terms": "Flickr8k and DAQUAR: research and education only.",
         "gguf": metadata.version("gguf"),
         "provenance": provenance(state["settings"]["seed"], sys.argv, None),
         "curve": [{name: row[name] for name in _CURVE} for row in rows if "CIDEr" in row],
+        "words": words,
     }
 
 
 @command
 def main() -> None:
     parser = parser_of("export", "--work runs/photo_vlm", str(__doc__), "data", "work")
-    parser.add_argument("--out", type=Path, default=BRIDGE, help="folder for the bridge")
+    parser.add_argument("--out", type=Path, default=PACKAGE, help="folder for weights and card")
     arguments = parser.parse_args()
-    state = load_state(arguments.work / "state.pt")
-    tower = LiteTowerConfig()
-    bridge = new_bridge(load_language(arguments.work)[0].config, tower)
-    bridge.load_state_dict(state["bridge"]["bridge"])
-    log = arguments.work / "log.jsonl"
-    save_bridge(bridge, arguments.out, card_of(state, tower, arguments.data, log))
+    work: Path = arguments.work
+    state = load_state(work / "state.pt")
+    detectors = torch.load(work / "detectors.pt", weights_only=True)
+    whole = "whole."
+    detector = {n.removeprefix(whole): t for n, t in detectors.items() if n.startswith(whole)}
+    card = card_of(state, read_json(work / "words.json"), arguments.data, work / "log.jsonl")
+    from safetensors.torch import save_file
+
+    with atomic_folder(arguments.out) as staging:
+        save_file(weights_of(state["best"], detector), staging / WEIGHTS)
+        write_json(staging / CARD, {**card, "sha256": digest_file(staging / WEIGHTS)})
     print(arguments.out)
 
 

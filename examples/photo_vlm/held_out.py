@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from examples.photo_vlm.evaluate import (
     accuracy,
     caption_figures,
 )
-from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.data.example import Example
@@ -48,8 +47,9 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Photographs with captions and questions to train exits on, steps, examples measured, and
-    the risks that are guaranteed."""
+    """Photographs with captions and questions to train exits on, steps, examples measured (`exact`:
+    captions decoded losslessly; `damaged`: photographs corrupted and analysed by depth), and the
+    risks that are guaranteed."""
 
     captions: int = 6000
     questions: int = 1000
@@ -59,6 +59,7 @@ class Sizes:
     timed: int = 20
     rounds: int = 5
     damaged: int = 200
+    exact: int = 1000
     targets: tuple[float, ...] = (0.01, 0.05)
 
 
@@ -66,13 +67,13 @@ SMALL = Sizes(
     captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=10, rounds=3, targets=()
 )  # fmt: skip
 """To hold regimes against each other, in a quarter of an hour each."""
+MODEST = Sizes(
+    captions=400, questions=40, steps=400, held_out=240, asked=60, timed=8, rounds=2,
+    damaged=0, exact=24, targets=(0.05,),
+)  # fmt: skip
+"""One regime and its lossless mode, in ten minutes of one core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
-SIZES = {"whole": Sizes(), "small": SMALL, "quick": QUICK}
-
-
-def half_of(example: Example) -> int:
-    """0 to choose on, 1 to measure on: by a hash of the photograph."""
-    return hashlib.sha256(f"half:{example.group}".encode()).digest()[0] % 2
+SIZES = {"whole": Sizes(), "small": SMALL, "modest": MODEST, "quick": QUICK}
 
 
 class Photos:

@@ -1,20 +1,21 @@
-"""The bridge in training: what is learnt, by which losses, and the state that is kept."""
+"""What is learnt beside the bridge, by which loss, and the state that is kept."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from examples.photo_vlm.rows import Batch
 from offramp.errors import DataError
 from offramp.storage import write_atomic
 
-_STATE = ("step", "bridge", "optimizer", "settings", "seconds")
+STATE = ("step", "seconds", "settings", "bridge", "lora", "optimizer", "best")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class FrozenHead(torch.autograd.Function):
@@ -47,68 +48,45 @@ class FrozenHead(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None, None
 
 
-class Bridge(nn.Module):
-    """Neck and projector: everything that is trained, in float32, computed in bfloat16."""
+def add_lora(lm: Any, rank: int) -> dict[str, nn.Parameter]:
+    """Low-rank updates (Hu et al. 2021) on all linear layers of a language model, in float32, by
+    their names; nothing else of it is trained."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    def __init__(self, neck: nn.Module, projector: nn.Module) -> None:
-        super().__init__()
-        self.neck, self.projector = neck, projector
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [B, 49, 1280] to visual tokens [B, tokens, width of the language model]."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.projector(self.neck(features))  # type: ignore[no-any-return]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEAR))
+    inject_adapter_in_model(config, lm.model)
+    parameters = {name: p for name, p in lm.named_parameters() if "lora_" in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    return parameters
 
 
-def text_loss(bridge: Bridge, lm: Any, features: Tensor, batch: Batch) -> Tensor:
+def low_rank(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The updates of `add_lora` as the photo model holds them: LAYER.a, LAYER.b with its factor."""
+    updates = {}
+    for name, tensor in lora.items():
+        layer, _, rest = name.partition(".lora_")
+        is_b = rest.startswith("B")
+        # Alpha is twice the rank.
+        updates[f"{layer}.{'b' if is_b else 'a'}"] = tensor.detach() * (2.0 if is_b else 1.0)
+    return updates
+
+
+def text_loss(lm: Any, visual: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy over the answers' tokens, among the whole vocabulary: over a part of it, what
     lies outside costs nothing and is soon all that the model says."""
-    visual = bridge(features)
-    embedding = lm.get_input_embeddings()
-    words = embedding(batch.ids[:, visual.shape[1] :])
+    words = lm.get_input_embeddings()(batch.ids[:, visual.shape[1] :])
     inputs = torch.cat((visual.to(words.dtype), words), 1)
-    hidden = lm.model(
-        inputs_embeds=inputs,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state.flatten(0, 1)[batch.sources]
+    with torch.autocast("cpu", torch.bfloat16, enabled=words.dtype == torch.bfloat16):
+        hidden = lm.model(
+            inputs_embeds=inputs,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[batch.sources]
     head = lm.lm_head.weight
-    loss: Tensor = FrozenHead.apply(hidden, head, batch.targets, batch.weights)  # type: ignore[no-untyped-call]
+    loss: Tensor = FrozenHead.apply(hidden.to(head.dtype), head, batch.targets, batch.weights)  # type: ignore[no-untyped-call]
     return loss
-
-
-class WordDetector(nn.Module):
-    """Which words a photograph's captions have, read from its visual tokens as the language model
-    would: by the cosine to each word's embedding, the best token counting.
-
-    Training starts with it, because it costs a hundredth of a step through the language model
-    (multiple-instance word detection as in Fang et al. 2015). Not part of the model.
-    """
-
-    def __init__(self, embeddings: Tensor, rates: Tensor) -> None:
-        """embeddings [W, D] of the words; rates [W]: the share of photographs that have each."""
-        super().__init__()
-        embeddings = embeddings.float()
-        self.centre = embeddings.mean(0)
-        self.words = F.normalize(embeddings - self.centre, dim=1)
-        self.length = embeddings.norm(dim=1).mean()
-        self.bias = nn.Parameter(torch.logit(rates.clamp(1e-3, 0.9)) - 2.0)
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, visual: Tensor) -> Tensor:
-        """Visual tokens [B, N, D] to logits [B, W]."""
-        tokens = F.normalize(visual.float() - self.centre, dim=2)
-        logits: Tensor = (tokens @ self.words.T).amax(1) * self.scale.exp() + self.bias
-        return logits
-
-    def loss(self, visual: Tensor, present: Tensor) -> Tensor:
-        """present [B, W]: 1 where a caption has the word. A small term keeps tokens as long as
-        words are."""
-        off = visual.float().norm(dim=2) / self.length - 1
-        entropies = F.binary_cross_entropy_with_logits(self(visual), present, reduction="none")
-        loss: Tensor = entropies.sum(1).mean() + 10 * off.square().mean()
-        return loss
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int = 30, decay: float = 0.4) -> float:
@@ -134,7 +112,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """Raise `DataError` where the file is not a whole state."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        return {name: state[name] for name in _STATE}
+        return {name: state[name] for name in STATE}
     except Exception as error:
         raise DataError(
             f"{path} is not a whole training state.",

@@ -144,13 +144,14 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
 
     def lossless_exactly() -> dict[str, Any]:
         other = precise()
-        return lossless(other, Adapter.load(exits, other.backbone), other.held["captions"])
+        held = other.held["captions"][: photos.sizes.exact]
+        return lossless(other, Adapter.load(exits, other.backbone), held)
 
-    parts: dict[str, Callable[[], Any]] = {
-        "analysis": lambda: curves(photos, adapter, out / "analysis"),
-        "lossless_bfloat16": lambda: lossless(photos, adapter, photos.held["captions"][:300]),
-        "lossless": lossless_exactly,
-    }
+    parts: dict[str, Callable[[], Any]] = {"lossless": lossless_exactly}
+    if photos.sizes.damaged:
+        parts["analysis"] = lambda: curves(photos, adapter, out / "analysis")
+        held = photos.held["captions"][:300]
+        parts["lossless_bfloat16"] = lambda: lossless(photos, adapter, held)
     for name, measure in parts.items():
         if not (out / f"{name}.json").is_file():
             write_json(out / f"{name}.json", measure())
@@ -159,25 +160,25 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
     return early.with_policy(replace(early.policy, drafts=drafts))
 
 
-def assemble(work: Path, depths: Sequence[int]) -> dict[str, Any]:
-    """The record, of what has been measured so far."""
-    parts: dict[str, Any] = {"full": read_json(work / "measured-whole" / "full.json")}
-    for size, name in (("whole", "regimes"), ("small", "matched")):
-        files = {r: work / f"measured-{size}" / f"{_slug(r)}.json" for r in REGIMES}
+def assemble(work: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
+    """The record, of what has been measured so far in a size, and in the small one beside it."""
+    place = work / f"measured-{size}"
+    parts: dict[str, Any] = {"full": read_json(place / "full.json")}
+    for part, name in ((size, "regimes"), ("small", "matched")):
+        files = {r: work / f"measured-{part}" / f"{_slug(r)}.json" for r in REGIMES}
         parts[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    place = work / "measured-whole"
     files = {r: place / f"damaged-{_slug(r)}.json" for r in REGIMES}
     parts["damaged"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
     for name in ("first", "lossless", "lossless_bfloat16", "analysis"):
         file = place / f"{name}.json"
         parts[name] = read_json(file) if file.is_file() else None
-    sizes = {"sizes": vars(SIZES["whole"]), "matched_sizes": vars(SIZES["small"])}
+    sizes = {"sizes": vars(SIZES[size]), "matched_sizes": vars(SIZES["small"])}
     return {**parts, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
 
 
 @command
 def main() -> None:
-    parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work")
+    parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work", "model")
     parser.add_argument(
         "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
         help="with --size whole, more is measured of the first one (default: all)",
@@ -185,7 +186,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
     parser.add_argument(
         "--size", choices=SIZES, default="whole",
-        help="small: to hold regimes against each other; quick: only to try it out",
+        help="modest: one regime in ten minutes; small: to hold regimes against each "
+        "other; quick: only to try it out",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))
     parser.add_argument(
@@ -197,7 +199,7 @@ def main() -> None:
             f"Regime {', '.join(sorted(unknown))} is not known.", f"Known: {', '.join(REGIMES)}."
         )
     work, size = arguments.work, arguments.size
-    place, model = work / f"measured-{size}", work / "model"
+    place, model = work / f"measured-{size}", arguments.model
 
     def photographs(dtype: Any) -> Photos:
         return Photos(load(model, dtype), arguments.data, SIZES[size], arguments.depths)
@@ -211,7 +213,7 @@ def main() -> None:
             write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
         print(read_json(file), file=sys.stderr)
         worn = place / f"damaged-{_slug(regime)}.json"
-        if size != "small" and not worn.is_file():
+        if SIZES[size].damaged and size != "small" and not worn.is_file():
             adapter = Adapter.load(place / "exits" / _slug(regime), photos.backbone)
             write_json(worn, damaged(photos, shipped(adapter, read_json(file))))
     if size != "small":
@@ -220,7 +222,8 @@ def main() -> None:
         if arguments.ship is not None:
             early.save(arguments.ship)
     if size != "quick":
-        write_json(arguments.out, assemble(work, arguments.depths))
+        whole = "whole" if size == "small" else size
+        write_json(arguments.out, assemble(work, whole, arguments.depths))
 
 
 def _slug(name: str) -> str:

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from examples.photo_vlm.vision import FEATURES, GRID
 from offramp.data.example import Example
 from offramp.errors import DataError
+from offramp.models.photo.build import image_processor
+from offramp.models.photo.tower import FEATURES, GRID
 from offramp.storage import digest_rows, read_json, write_json
-
-SIDE = 224
-
-
-def image_processor() -> Any:
-    """(x - 127) / 128 at 224 x 224, squashed as the photographs in the data are."""
-    from transformers import CLIPImageProcessor
-
-    return CLIPImageProcessor(
-        do_resize=True,
-        size={"height": SIDE, "width": SIDE},
-        do_center_crop=False,
-        do_rescale=False,
-        do_convert_rgb=True,
-        do_normalize=True,
-        image_mean=[127.0] * 3,
-        image_std=[128.0] * 3,
-    )
 
 
 class Features:
@@ -78,12 +63,26 @@ def cache_features(net: nn.Module, examples: Sequence[Example], work: Path, say:
     return Features(work)
 
 
-@torch.inference_mode()
+def varied(image: Image.Image, draw: random.Random, *, mirror: bool) -> Image.Image:
+    """A part of at least two thirds of an image, at times mirrored."""
+    width, height = image.size
+    share = draw.uniform(0.82, 1.0)
+    left, top = (draw.uniform(0, (1 - share) * side) for side in image.size)
+    box = (left, top, left + share * width, top + share * height)
+    part = image.resize(image.size, Image.Resampling.BILINEAR, box=box)
+    return ImageOps.mirror(part) if mirror and draw.random() < 0.5 else part
+
+
 def _features(net: nn.Module, examples: Sequence[Example], batch: int = 32) -> Iterator[Tensor]:
-    processor = image_processor()
-    dtype = next(net.parameters()).dtype
     net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for start in range(0, len(examples), batch):
-        images = [example.open_image() for example in examples[start : start + batch]]
-        pixels = processor(images, return_tensors="pt")["pixel_values"].to(dtype)
-        yield net(pixels.contiguous(memory_format=torch.channels_last)).float()
+        yield features_of(net, [e.open_image() for e in examples[start : start + batch]])
+
+
+@torch.inference_mode()
+def features_of(net: nn.Module, images: Sequence[Image.Image]) -> Tensor:
+    """Feature maps [B, 49, 1280] of opened images."""
+    dtype = next(net.parameters()).dtype
+    pixels = image_processor()(list(images), return_tensors="pt")["pixel_values"].to(dtype)
+    features: Tensor = net(pixels.contiguous(memory_format=torch.channels_last)).float()
+    return features

@@ -11,7 +11,8 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,32 @@ def read_photographs(data: Path) -> dict[str, list[Example]]:
     }
 
 
+def half_of(example: Example) -> int:
+    """0 to choose on, 1 to measure on: by a hash of the photograph."""
+    return hashlib.sha256(f"half:{example.group}".encode()).digest()[0] % 2
+
+
+def consensual(examples: Sequence[Example], count: int) -> list[Example]:
+    """The examples with only those `count` captions that are likest the others, by CIDEr."""
+    from offramp.evaluation.caption_metrics import caption_scores
+
+    most = max(len(example.answers) for example in examples)
+    likeness = {example.key: [0.0] * len(example.answers) for example in examples}
+    for n in range(most):
+        held = [e for e in examples if n < len(e.answers) and len(e.answers) > 1]
+        said = {e.key: e.answers[n] for e in held}
+        others = {e.key: [a for i, a in enumerate(e.answers) if i != n] for e in held}
+        scored = caption_scores(said, others, metrics=("CIDEr",), tokenizer="simple")
+        for example, value in zip(held, scored.by_example["CIDEr"], strict=True):
+            likeness[example.key][n] = value
+    chosen = []
+    for example in examples:
+        values = likeness[example.key]
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        chosen.append(replace(example, answers=tuple(example.answers[i] for i in order[:count])))
+    return chosen
+
+
 @dataclass(frozen=True)
 class Text:
     """One text about a photograph: token ids, and which of them are answers to be learnt."""
@@ -83,11 +110,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """image: index of the photograph; weight: of its answers' tokens in the loss."""
+    """image: index of the photograph; weight: of its answers' tokens in the loss; pass_: how often
+    the photograph was seen before; sided: a text tells left from right."""
 
     image: int
     texts: tuple[Text, ...]
     weight: float = 1.0
+    pass_: int = 0
+    sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,60 +207,50 @@ class PackedRows:
         self.asked = list(asked.values())
         self._ids, self.end = ids, end
 
-    def step(self, step: int, seed: int, captioned: int, asked: int) -> list[Row]:
-        """The rows of one step: so many photographs with captions, so many with questions."""
+    def captions(self, step: int, seed: int, count: int) -> list[Row]:
+        """Photographs with their captions."""
         draw = random.Random(f"{seed}:{step}")
-        first = _turn(captioned * step, captioned, len(self.captioned), seed)
-        second = _turn(asked * step, asked, len(self.asked), seed)
-        return [
-            *(self._captions(self.captioned[i], draw) for i in first),
-            *(self._questions(self.asked[i], draw) for i in second),
-        ]
+        turn = _turn(count * step, count, len(self.captioned), seed)
+        return [self._captions(self.captioned[i], draw, passed) for passed, i in turn]
 
-    def photographs(self, start: int, count: int, seed: int) -> list[int]:
-        """Numbers of captioned photographs: `count` of an endless sequence, from `start`."""
-        return _turn(start, count, len(self.captioned), seed)
+    def questions(self, step: int, seed: int, count: int) -> list[Row]:
+        """Photographs with questions about them."""
+        draw = random.Random(f"{seed}:{step}:questions")
+        turn = _turn(count * step, count, len(self.asked), seed)
+        return [self._questions(self.asked[i], draw, passed) for passed, i in turn]
 
-    def place(self, number: int) -> int:
-        """Where a captioned photograph's features are."""
-        return self.images[self.captioned[number].group]
-
-    def spoken(self) -> list[set[int]]:
-        """For each captioned photograph the ids that its captions hold."""
-        return [
-            {i for answer in example.answers for i in self._ids(" " + answer.strip())}
-            for example in self.captioned
-        ]
-
-    def _captions(self, example: Example, draw: random.Random) -> Row:
+    def _captions(self, example: Example, draw: random.Random, passed: int) -> Row:
         captions = draw.sample(example.answers, len(example.answers))
         if draw.random() < 0.05:
             rounds = list(zip(ROUNDS, captions, strict=False))
             texts: tuple[Text, ...] = (self._text(rounds),)
         else:
             texts = tuple(self._text([(example.prompt, caption)]) for caption in captions)
-        return Row(self.images[example.group], texts)
+        sided = any(word in caption.lower() for caption in captions for word in ("left", "right"))
+        return Row(self.images[example.group], texts, pass_=passed, sided=sided)
 
-    def _questions(self, examples: list[Example], draw: random.Random) -> Row:
+    def _questions(self, examples: list[Example], draw: random.Random, passed: int) -> Row:
         chosen = draw.sample(examples, min(len(examples), 8))
         rounds = [(example.prompt, draw.choice(example.answers)) for example in chosen]
         if draw.random() < 0.15:
             texts: tuple[Text, ...] = (self._text(rounds[:3]),)
         else:
             texts = tuple(self._text([turn]) for turn in rounds)
-        # A question's row has few answer tokens beside a caption's.
-        return Row(self.images[examples[0].group], texts, weight=2.0)
+        return Row(self.images[examples[0].group], texts, pass_=passed, sided=True)
 
     def _text(self, rounds: Sequence[tuple[str, str]]) -> Text:
         return Text.of(rounds, self._ids, self.end)
 
 
-def _turn(start: int, count: int, size: int, seed: int) -> list[int]:
-    """`count` of an endless sequence that goes through 0..size-1 in a new order each time."""
-    numbers = []
-    for n in range(start, start + count):
-        epoch, place = divmod(n, size)
-        order = list(range(size))
-        random.Random(f"{seed}:{epoch}:{size}").shuffle(order)
-        numbers.append(order[place])
-    return numbers
+def _turn(start: int, count: int, size: int, seed: int) -> list[tuple[int, int]]:
+    """`count` of an endless sequence that goes through 0..size-1 in a new order each time, each
+    with how often that was done before."""
+    places = (divmod(n, size) for n in range(start, start + count))
+    return [(passed, _order(size, passed, seed)[place]) for passed, place in places]
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, passed: int, seed: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}:{passed}:{size}").shuffle(order)
+    return order

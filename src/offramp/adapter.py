@@ -165,19 +165,10 @@ class Adapter:
         Raises:
             InputError: an option that is not supported, or a prompt without its image.
         """
-        chosen = self._policy(mode, policy, exit_policy)
-        if isinstance(inputs, Mapping):
-            return generate(self.backbone, inputs, exits=self.exits, policy=chosen, **options)
-        asked = options.pop("return_dict_in_generate", None)
-        if asked is None:
-            asked = _returns_dict(self.backbone.model, options.get("generation_config"))
-        # Recognised by type or name: a processor's output may have any names.
-        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
-        if inputs is not None:
-            read["input_ids"] = inputs
-        settings = {name: value for name, value in options.items() if name not in read}
-        made = generate(self.backbone, read, exits=self.exits, policy=chosen, **settings)
-        return made if asked else made.sequences.clone()
+        chosen = self.chosen_policy(mode, policy, exit_policy)
+        read = CallArguments.of(self.backbone.model, inputs, options)
+        made = generate(self.backbone, read.inputs, exits=self.exits, policy=chosen, **read.options)
+        return made if read.returns_dict else made.sequences.clone()
 
     def __call__(
         self,
@@ -206,15 +197,16 @@ class Adapter:
             self.backbone,
             Prepared(model, input_ids, *rules, model_kwargs),
             exits=self.exits,
-            policy=self._policy(mode, policy, exit_policy),
+            policy=self.chosen_policy(mode, policy, exit_policy),
             prefix_cache=prefix_cache,
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()
 
-    def _policy(
+    def chosen_policy(
         self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
     ) -> ExitPolicy:
+        """What `generate` goes by. Raise `InputError` where both policies are given."""
         if policy is not None and exit_policy is not None:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
         given = exit_policy if policy is None else policy
@@ -340,6 +332,33 @@ class Adapter:
                     create_pr=create_pr,
                 )
             )
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """What `generate` was called with: as a Hugging Face model's, or with all inputs in one.
+
+    returns_dict: whether depths and scores are to be returned besides the sequences.
+    """
+
+    inputs: Mapping[str, Any]
+    options: dict[str, Any]
+    returns_dict: bool
+
+    @classmethod
+    def of(cls, model: Any, inputs: Any, options: dict[str, Any]) -> CallArguments:
+        """inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name."""
+        if isinstance(inputs, Mapping):
+            return cls(inputs, options, returns_dict=True)
+        asked = options.pop("return_dict_in_generate", None)
+        if asked is None:
+            asked = _returns_dict(model, options.get("generation_config"))
+        # Recognised by type or name: a processor's output may have any names.
+        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
+        if inputs is not None:
+            read["input_ids"] = inputs
+        settings = {name: value for name, value in options.items() if name not in read}
+        return cls(read, settings, returns_dict=bool(asked))
 
 
 def _returns_dict(model: Any, config: Any) -> bool:

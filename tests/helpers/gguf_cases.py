@@ -17,7 +17,16 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.shortlist import Gate
 
 KINDS = ("llava", "blip2-llama", "smolvlm", "internvl", "internvl-qwen3")
+FURTHER = (
+    "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-experts", "internvl-experts", "gemma3",
+    "paligemma", "paligemma2-wide", "granite", "blip2-opt",
+)  # fmt: skip
+"""Those whose rows have several positions, look ahead, go through windows or to experts, or whose
+graph in llama.cpp is not quite theirs."""
 DEPTHS = (2, 4)
+_OTHER_DEPTHS = {"qwen3-vl": (2, 5), "paligemma2-wide": (2, 5), "gemma3": (2, 7)}
+"""In the first, features join below and above the first exit; in the others the last segment has
+layers of one kind alone."""
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 SHORT = torch.arange(8, 96, 2)
@@ -27,7 +36,8 @@ SHORT = torch.arange(8, 96, 2)
 def adapter_of(name: str) -> Adapter:
     """Exits at two depths that let tokens exit now and then, with a shortlist and a gate."""
     backbone = Backbone(families.build(name), name=name)
-    exits = Exits(backbone, DEPTHS)
+    depths = depths_of(name)
+    exits = Exits(backbone, depths)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in exits.parameters():
@@ -35,11 +45,27 @@ def adapter_of(name: str) -> Adapter:
     exits.requires_grad_(False)
     gate = Gate(torch.randn(backbone.width, generator=draw), torch.tensor(0.0))
     together = ExitSet(exits, SHORT, {2: gate})
-    return Adapter(backbone, together, ExitPolicy(dict.fromkeys(DEPTHS, 0.5), shortlist=True))
+    return Adapter(backbone, together, ExitPolicy(dict.fromkeys(depths, 0.5), shortlist=True))
+
+
+def depths_of(name: str) -> tuple[int, ...]:
+    return _OTHER_DEPTHS.get(name, DEPTHS)
 
 
 def inputs_of(name: str, seed: int = 0) -> dict[str, Any]:
     return families.kind_of(name).inputs(1, seed)
+
+
+def two_images(name: str) -> dict[str, Any]:
+    """One prompt: an image, words, another image, other words."""
+    inputs = families.kind_of(name).inputs(2)
+    rows = [families.one_row(name, inputs, row) for row in range(2)]
+    long = rows[0]["input_ids"].shape[1]
+
+    def along(value: torch.Tensor) -> int:
+        return int(value.dim() == 2 and value.shape[-1] == long)
+
+    return {k: torch.cat([row[k] for row in rows], along(v)) for k, v in rows[0].items()}
 
 
 def same(ours: Any, theirs: Any) -> bool:

@@ -191,8 +191,13 @@ def test_so_it_does_through_the_models_own_stack(name, backbone, exits, batch):
     check(asked, done)
 
 
+PADDED = [name for name in NAMES if name not in ("instructblip-opt", "instructblip-llama")]
+"""Not those whose own `generate` writes otherwise where a prompt is padded: their Q-Former reads
+the padding."""
+
+
 @pytest.mark.parametrize("engine", EXECUTORS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PADDED)
 def test_rows_of_one_padded_call_get_what_each_gets_alone(
     name, engine, backbone, exits, batch, monkeypatch
 ):

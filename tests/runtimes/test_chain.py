@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.prompt import Prompt
 
 
 class FakeTap:
     def __init__(self) -> None:
         self.stop = False
         self.held = np.zeros((0, 2), dtype=np.float32)
-
-    def rows(self) -> Any:
-        return self.held
 
 
 class FakeSegment:
@@ -29,13 +27,23 @@ class FakeSegment:
         self.calls: list[int] = []
         self.outputs: list[int] = []
         self.last: Any = None
+        self.ahead: list[bool] = []
+        self.at_once = 512
 
     @property
     def length(self) -> int:
         return len(self.fed)
 
-    def feed(self, states: Any, outputs: int, idle: int = 0) -> None:
+    def begin(self, prompt: Any = None) -> None:
+        self.fed = []
+
+    def tapped(self) -> Any:
+        assert self.tap is not None
+        return self.tap.held.copy()
+
+    def feed(self, states: Any, outputs: int, idle: int = 0, *, ahead: bool = False) -> None:
         assert 0 <= outputs <= len(states) - idle
+        self.ahead.append(ahead)
         self.calls.append(len(states))
         self.outputs.append(outputs)
         self.fed += list(states)
@@ -206,3 +214,25 @@ def test_unused_exits_end_their_segments_early() -> None:
     assert [segment.tap.stop for segment in chain.segments[:2]] == [False, True]  # type: ignore[union-attr]
     chain.reset()
     assert not chain.segments[1].tap.stop  # type: ignore[union-attr]
+
+
+def test_a_prompt_is_cut_at_what_looks_ahead() -> None:
+    chain = chain_of(2)
+    for segment in chain.segments:
+        segment.at_once = 3
+    states = np.ones((20, 2), dtype=np.float32)
+    prompt = Prompt(states, ahead=((4, 9), (9, 11), (16, 20)))
+    chain.reset(prompt=prompt)
+    chain.run(states)
+    chain.finish(1)
+    calls = [(3, False), (1, False), (5, True), (2, True), (3, False), (2, False), (4, True)]
+    for segment in chain.segments:
+        assert list(zip(segment.calls, segment.ahead, strict=True)) == calls  # type: ignore[attr-defined]
+
+
+def test_text_goes_on_behind_the_largest_position() -> None:
+    positions = np.array([[0, 1, 1, 1, 1, 3]] * 4, dtype=np.int32)
+    positions[1:3, 1:5] = [[1, 1, 2, 2], [1, 2, 1, 5]]
+    table = Prompt(np.ones((6, 2), dtype=np.float32), positions).table(4, 9)
+    assert np.array_equal(table[:, :6], positions)
+    assert np.array_equal(table[:, 6:], [[6, 7, 8]] * 4)

@@ -16,7 +16,7 @@ from gguf_cases import DEPTHS, KINDS, SHORT, adapter_of, refused
 from offramp.engine.policy import FULL
 from offramp.errors import InputError, StorageError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp import export_gguf, gguf_export
-from offramp.runtimes.llama_cpp.architectures import architecture_of
+from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
 from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 
 
@@ -67,14 +67,57 @@ def test_an_export_that_fails_leaves_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["gguf"]
 
 
+GRAPHS = {
+    "llava-next": "llama", "idefics3": "llama", "instructblip-llama": "llama",
+    "qwen2-vl": "paddleocr", "qwen2.5-vl": "paddleocr", "qwen3-vl": "qwen3vl", "gemma3": "gemma3",
+    "paligemma": "gemma", "paligemma2": "gemma2", "blip2-opt": "gpt2", "instructblip-opt": "gpt2",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", sorted(set(families.NAMES) - set(KINDS)))
 def test_other_decoders_are_refused(name: str, backbone: Any) -> None:
-    if name in ("llava-next", "idefics3", "instructblip-llama"):
-        assert architecture_of(backbone(name)).name == "llama"
+    if name in GRAPHS:
+        assert architecture_of(backbone(name)).name == GRAPHS[name]
         return
     with pytest.raises(UnsupportedBackboneError) as error:
         architecture_of(backbone(name))
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "name, changes, word",
+    [
+        ("qwen2-vl", {"hidden_act": "gelu"}, "activation 'gelu'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "always looks ahead"),
+        ("blip2-opt", {"do_layer_norm_before": False}, "norms behind"),
+        ("internvl-experts", {"norm_topk_prob": False}, "add up to one"),
+        ("qwen2.5-vl", {"layer_types": ["sliding_attention"] * 6}, "sliding windows"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 8}, "chunked_attention"),
+    ],
+)
+def test_settings_that_a_graph_does_not_have_are_refused(
+    name: str, changes: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = adapter_of(name).backbone
+    for key, value in changes.items():
+        monkeypatch.setattr(backbone.text_config, key, value)
+    refused(lambda: architecture_of(backbone), UnsupportedBackboneError, word)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_scale_of_scores_is_in_the_weights(large: bool, monkeypatch: Any) -> None:
+    """llama.cpp computes a scale by itself, another one in files of some numbers of layers."""
+    backbone = adapter_of("paligemma2-wide").backbone
+    plain = replace(architecture_of(backbone), query="")
+    heads = backbone.text_config.num_attention_heads
+    base = backbone.width / heads if large else backbone.text_config.head_dim
+    layers = 46 if large else 3
+    [was, now] = [
+        dict(layer_tensors(backbone.layers[0], each, backbone, layers))["attn_q.weight"]
+        for each in (plain, architecture_of(backbone))
+    ]
+    wanted = was * backbone.layers[0].self_attn.scaling * base**0.5
+    assert np.allclose(now, wanted) and not np.allclose(now, was)
 
 
 def test_unknown_formats_and_depths_are_refused(tmp_path: Path) -> None:

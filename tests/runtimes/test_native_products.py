@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +88,7 @@ def given(by: Segment, sizes: list[int]) -> Array:
 def rounded(x: Array) -> Array:
     """To 8 bits, in blocks of 32 with a scale each."""
     blocks = x.reshape(len(x), -1, 32)
-    most = np.abs(blocks).max(-1, keepdims=True)
+    most = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-30))
     return (np.rint(blocks * (127 / most)) * (most / 127)).reshape(x.shape)
 
 
@@ -118,6 +120,98 @@ def test_a_product_is_that_of_its_numbers(
         assert expected.shape == (45, 64)
         away = np.abs(states["ffn_gate-0", by_ours] - expected).max()
         assert away < nearly * np.abs(expected).max()
+
+
+BLOCKS = ("q8_0", "q4_1", "q4_0", "iq4_nl", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K")
+ROUNDED = ("q5_0", "q5_1", "q5_K", "q6_K")
+"""Those whose weights the kernels round to 8 bits."""
+
+
+def product(formats: str, x: Array, rows: int = 40, seed: int = 1) -> tuple[Array, Array]:
+    """What the kernels give [T, rows] for activations [T, columns], outside of llama.cpp, and the
+    weights that llama.cpp's file would hold."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType[formats.upper()]
+    draw = np.random.default_rng(seed)
+    weights = draw.normal(size=(rows, x.shape[1])).astype(np.float32) * 0.03
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    data = np.empty((rows, x.shape[1] // block * size), dtype=np.uint8)
+    library = _library()._lib
+    quantize, pointer, whole = library.ggml_quantize_chunk, ctypes.c_void_p, ctypes.c_int64
+    quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+    quantize(number, weights.ctypes.data, data.ctypes.data, 0, *weights.shape, None)
+    held = gguf.quants.dequantize(data, number)
+    out = np.empty((len(x), rows), dtype=np.float32)
+    made = products.Products(library)
+    size_t = ctypes.c_size_t
+    multiply = made._native.offramp_product
+    multiply.restype = ctypes.c_bool
+    multiply.argtypes = [pointer, ctypes.c_int, size_t, size_t, pointer, size_t, size_t, pointer,
+                         pointer]  # fmt: skip
+    assert multiply(
+        made.handle, number, rows, x.shape[1], data.ctypes.data, data.shape[1], len(x),
+        x.ctypes.data, out.ctypes.data,
+    )  # fmt: skip
+    made.close()
+    return out, held
+
+
+@pytest.mark.parametrize("formats", BLOCKS)
+def test_every_format_that_is_taken_over_is_multiplied(formats: str, instructions: None) -> None:
+    """To float32's last bits; scales of q4_K are rounded to float16, and weights of 5 and 6 bits to
+    8, by less than what they were rounded by before."""
+    x = np.random.default_rng(0).normal(size=(11, 512)).astype(np.float32)
+    found, weights = product(formats, x)
+    exact = rounded(x) @ weights.T
+    if formats in ROUNDED:
+        assert np.abs(found - rounded(x) @ rounded(weights).T).max() < 1e-5 * np.abs(exact).max()
+    allowed = 1e-2 if formats in ROUNDED else 1e-3 if formats == "q4_K" else 2e-6
+    assert np.abs(found - exact).max() < allowed * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("formats", ["q8_0", "q4_1", "q4_0", "iq4_nl"])
+def test_what_is_no_number_stays_none(formats: str, bad: float, instructions: None) -> None:
+    x = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
+    plain, _ = product(formats, x)
+    x[3, 40] = bad
+    found, _ = product(formats, x)
+    assert np.isnan(found[3]).all()
+    others = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert np.array_equal(found[others], plain[others])
+
+
+@pytest.mark.parametrize("formats", ["q8_0", "q4_1", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("small", [1e-4, 1e-8, 1e-20])
+def test_small_blocks_count(formats: str, small: float, instructions: None) -> None:
+    x = np.zeros((3, 96), dtype=np.float32)
+    x[:, 32:64] = np.random.default_rng(0).normal(size=(3, 32)) * small
+    found, weights = product(formats, x)
+    expected = rounded(x[:, 32:64]) @ weights[:, 32:64].T
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@needs_kernels
+def test_threads_that_end_leave_no_memory_behind() -> None:
+    x = np.ones((512, 4096), dtype=np.float32)
+    kept = []
+
+    def run() -> None:
+        kept.append(product("q8_0", x, rows=32)[0].sum())
+
+    def megabytes() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    for turn in range(24):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if turn == 3:
+            before = megabytes()
+    assert len(kept) == 24
+    assert megabytes() - before < 30  # a call's activations take 3 MB
 
 
 @needs_kernels
@@ -179,8 +273,9 @@ def test_lossless_is_the_full_model_by_llama_cpps_kernels(formats: str, exported
 
 
 def test_without_a_compiler_llama_cpp_multiplies(
-    exported: Any, anew: Any, monkeypatch: pytest.MonkeyPatch
+    exported: Any, anew: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    segment._warn_of_slower_kernels.cache_clear()
     adapter, folder = adapter_of("llava"), exported("llava", "q8_0")
     found = []
     for compiler in (os.environ.get("CC", "cc"), "no-such-compiler"):
@@ -190,6 +285,8 @@ def test_without_a_compiler_llama_cpp_multiplies(
             used = runtime._segments[0].products is not None
             found.append(runtime.generate(inputs_of("llava"), **GREEDY))
     assert not used and kernels().startswith("its own kernels: ")
+    warned = [r for r in caplog.records if r.levelname == "WARNING" and "kernels" in r.message]
+    assert len(warned) == 1
     assert all(output.new_tokens.shape[1] > 3 for output in found)
 
 

@@ -234,7 +234,7 @@ def test_slots_that_memory_does_not_hold_are_refused_with_their_size(adapter):
     [
         ({"max_new_tokens": 60}, "slot of 64"),
         ({"num_beams": 2}, "num_beams"),
-        ({"num_return_sequences": 2, "do_sample": True}, "row"),
+        ({"num_return_sequences": 2, "do_sample": True}, "2 answers"),
     ],
 )
 def test_what_cannot_be_batched_fails_its_request_in_two_lines(options, said, adapter, rows):

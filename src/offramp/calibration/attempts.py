@@ -100,11 +100,11 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An image that was opened."""
+    """An image that was opened. look: None of a prompt without an image, known by its text."""
 
     pixels: str
     file: str
-    look: Look
+    look: Look | None
 
 
 def images_of(examples: Sequence[Example]) -> list[ImageRows]:
@@ -149,8 +149,11 @@ def _opened(example: Example, known: dict[Any, _Seen]) -> _Seen:
     """An example's image; a file is opened once, however many questions are asked about it."""
     key = example.image if hasattr(example.image, "parts") else id(example.image)
     if key not in known:
-        image = example.open_image()
         file = content_digest(example.image)[:DIGITS]
+        if example.is_text:
+            known[key] = _Seen(file, file, None)
+            return known[key]
+        image = example.open_image()
         known[key] = _Seen(pixel_digest(image)[:DIGITS], file, Look.of(image))
     return known[key]
 

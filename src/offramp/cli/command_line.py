@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from offramp import __version__
+from offramp.cli.edge import is_edge
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
 from offramp.errors import OfframpError, StorageError, printable
@@ -31,6 +32,7 @@ examples:
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
   offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
+  offramp slice model-q4_k_m.gguf --adapter exits --out sliced  the same of a file from the hub
   offramp report --run exits runs/captions --out report.html
 
 compare, analyse and bench are commands of offramp-lab, a package of its own.
@@ -39,8 +41,8 @@ compare, analyse and bench are commands of offramp-lab, a package of its own.
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "report",
-        "inspect", "env", "completion",
+        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "slice",
+        "report", "inspect", "env", "completion",
     )
 }  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy."""
@@ -90,7 +92,7 @@ def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
 def _run(argv: Sequence[str] | None, program: Program) -> int:
     try:
         _check_working_folder()
-        arguments = build_parser(program).parse_args(argv)
+        arguments = build_parser(_program_for(argv, program)).parse_args(argv)
         if getattr(arguments, "quiet", False):
             _be_quiet(program)
         command: Callable[[argparse.Namespace], None] = arguments.run
@@ -119,6 +121,15 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
         tell("error: There is not enough memory.\nGive a smaller --batch-size or --limit.")
         return 1
     return 0
+
+
+EDGE = Program("offramp", "offramp", OFFRAMP.description, EXAMPLES, {"edge": "offramp.cli.edge"})
+"""The commands as they are for what `offramp slice` wrote, which need no PyTorch."""
+
+
+def _program_for(argv: Sequence[str] | None, program: Program) -> Program:
+    edge = program is OFFRAMP and is_edge(sys.argv[1:] if argv is None else argv)
+    return EDGE if edge else program
 
 
 def build_parser(program: Program = OFFRAMP) -> Parser:

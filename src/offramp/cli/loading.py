@@ -102,11 +102,21 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
 
 
 def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The adapter on its own backbone, or on the one that --backbone names; and the processor."""
+    """The adapter on its own backbone, or on the one that --backbone names; and the processor.
+
+    Of a shipped model without exits, one that never exits."""
     from offramp.adapter import Adapter
+    from offramp.models.exits import Exits, ExitSet
+    from offramp.models.shipped import shipped_exits
     from offramp.save_and_load import read_config
 
-    if not os.path.isdir(arguments.adapter):
+    try:
+        folder = shipped_exits(arguments.adapter) or arguments.adapter
+    except InputError:
+        backbone, processor = load_model(arguments, arguments.adapter)
+        log.info("%s ships without exits: every token runs at full depth", arguments.adapter)
+        return Adapter(backbone, ExitSet(Exits(backbone, (1,), kind="lens"))), processor
+    if not os.path.isdir(folder):
         if arguments.backbone is None:
             raise InputError(
                 f"{arguments.adapter} is not an adapter folder on this machine.",
@@ -115,7 +125,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
         backbone, processor = load_model(arguments)
         adapter = Adapter.from_pretrained(backbone, arguments.adapter)
         return laid_out(arguments, adapter), processor
-    config = read_config(arguments.adapter)
+    config = read_config(folder)
     named = arguments.backbone
     own = named is None
     backbone, processor = load_model(

@@ -199,13 +199,13 @@ def model_options(
             "--adapter",
             required=adapter,
             metavar="NAME",
-            help="folder or hub name of trained exits",
+            help="folder or hub name of trained exits; or photo, tiny-opt or tiny-t5, which ship",
         )
     group.add_argument(
         "--backbone",
         required=required,
         metavar="NAME",
-        help="hub name or folder of the VLM, or tiny-opt or tiny-t5, which ship with offramp"
+        help="hub name or folder of the VLM; or photo, or tiny-opt or tiny-t5, which ship"
         + ("" if adapter is None else " (default: the adapter's)"),
     )
     precision_options(group)

@@ -8,6 +8,8 @@ A row of a JSONL file (or of a Hugging Face data set) is one of
     {"image": PATH, "prompt": TEXT}                         one example; "answers" if there are any
     {"image": PATH}                                         one example, unlabelled
 
+A .txt file holds prompts for a language model, one a line, without images.
+
 Paths are relative to the JSONL file. A null counts as absent. Other fields are ignored, except
 "split", which `split=` reads.
 """
@@ -23,7 +25,7 @@ from PIL import Image
 from offramp.data.example import Example, examples_digest, rank_of, split_examples
 from offramp.data.image import EncodedImage
 from offramp.data.rows import ANSWERS, CAPTIONS, Cell, Row, read_rows
-from offramp.errors import DataError, InputError
+from offramp.errors import DataError, InputError, StorageError
 
 __all__ = [
     "CAPTION_PROMPT", "QUESTION_PROMPT", "EncodedImage", "Example", "examples_digest",
@@ -76,6 +78,8 @@ def read_examples(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}.", "Give 1 or more, or leave it out to read all rows.")
+    if str(source).endswith(".txt") and os.path.isfile(source):
+        return _text_prompts(Path(source), limit, require_answers=require_answers)
     prompts = _Prompts.of(prompt_template)
     examples: list[tuple[int, Example]] = []
     images: set[str] | None = None  # once the limit is reached: those that are read to their end
@@ -114,6 +118,28 @@ def _sampled(rows: Sequence[Row]) -> Iterator[Row]:
             last += 1
         taken |= set(range(first, last + 1))
         yield from rows[first : last + 1]
+
+
+def _text_prompts(file: Path, limit: int | None, *, require_answers: bool) -> list[Example]:
+    """The lines of a text file that hold anything; a prompt that comes twice counts once."""
+    if require_answers:
+        raise DataError(f"{file} holds prompts without answers.", "Train by --regime unsupervised.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not text in UTF-8 ({error}).", "Save it as UTF-8.") from error
+    except OSError as error:
+        raise StorageError(
+            f"Cannot read {file}: {error.strerror}.", "Check the path and that it may be read."
+        ) from error
+    prompts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.setdefault(line.strip(), number)
+    if not prompts:
+        raise DataError(f"{file} holds no prompts.", "Write one a line.")
+    few = list(prompts.items())[:limit]
+    return [Example.of_text(prompt, key=f"{file.name}#{number}") for prompt, number in few]
 
 
 @dataclass(frozen=True)

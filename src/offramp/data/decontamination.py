@@ -30,8 +30,10 @@ def _digests(examples: Sequence[Example]) -> list[tuple[str, str]]:
     for example in examples:
         name = example.image if isinstance(example.image, Path) else id(example.image)
         if name not in read:
-            pixels = pixel_digest(example.open_image())
-            read[name] = pixels[:DIGITS], content_digest(example.image)[:DIGITS]
+            file = content_digest(example.image)[:DIGITS]
+            # A prompt without an image is known by its text.
+            pixels = file if example.is_text else pixel_digest(example.open_image())[:DIGITS]
+            read[name] = pixels, file
         digests.append(read[name])
     return digests
 

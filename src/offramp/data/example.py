@@ -15,11 +15,22 @@ from offramp.storage import digest_rows
 
 
 @dataclass(frozen=True)
+class TextAlone:
+    """Stands in the place of an image where a prompt has none: its text is what tells it apart."""
+
+    text: str
+
+    def read(self) -> bytes:
+        return self.text.encode()
+
+
+@dataclass(frozen=True)
 class Example:
     """One image, one prompt, and the answers that count as right.
 
     Args:
-        image: a file, an image in memory, or something whose `read()` gives a file's bytes.
+        image: a file, an image in memory, or something whose `read()` gives a file's bytes; of
+            `Example.of_text` a `TextAlone`.
         prompt: what the backbone is asked; may be empty, which some backbones caption best with.
         answers: any of them is right; empty means unlabelled.
         key: names the example in digests; the same on every machine.
@@ -27,7 +38,7 @@ class Example:
             means that `split_examples` tells images apart by path or, in memory, by pixels.
     """
 
-    image: Path | Image.Image | EncodedImage
+    image: Path | Image.Image | EncodedImage | TextAlone
     prompt: str
     answers: tuple[str, ...]
     key: str
@@ -52,6 +63,19 @@ class Example:
                 "Write Example(Path('dog.jpg'), 'Caption:', ('a dog',), key='dog').",
             )
 
+    @classmethod
+    def of_text(cls, prompt: str, answers: tuple[str, ...] = (), *, key: str) -> "Example":
+        """One for a language model, which sees no image. Raise `InputError` if the prompt is
+        empty."""
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError("A prompt without an image is empty.", "Write what is asked.")
+        return cls(TextAlone(prompt), prompt, answers, key)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is no image."""
+        return isinstance(self.image, TextAlone)
+
     def open_image(self) -> Image.Image:
         """The image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
@@ -59,6 +83,11 @@ class Example:
             DataError: the image is missing, damaged, too large (Pillow's `MAX_IMAGE_PIXELS`) or of
                 a kind without an agreed range, such as floating point.
         """
+        if isinstance(self.image, TextAlone):
+            raise DataError(
+                f"The example {self.key!r} is a prompt without an image.",
+                "Give data with images for this model, or train a language model.",
+            )
         name = str(self.image) if isinstance(self.image, Path) else f"The image of {self.key!r}"
         return open_rgb(self.image, name)
 
@@ -116,7 +145,7 @@ def examples_digest(examples: Iterable[Example]) -> str:
     """
     seen: dict[Path, str] = {}
 
-    def content(image: Path | Image.Image | EncodedImage) -> str:
+    def content(image: Path | Image.Image | EncodedImage | TextAlone) -> str:
         # A file is read once, however many questions are asked about it.
         if not isinstance(image, Path):
             return content_digest(image)

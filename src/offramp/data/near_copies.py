@@ -121,20 +121,25 @@ def _same(one: Grey, other: Grey) -> bool:
 
 
 def near_copies(
-    examples: Sequence[Example], looks: Sequence[Look] | None = None
+    examples: Sequence[Example], known: Sequence[Look | None] | None = None
 ) -> list[tuple[int, int]]:
-    """Pairs of places whose images are copies of each other.
+    """Pairs of places whose images are copies of each other; prompts without an image have none.
 
-    looks: of the images, where they are known.
+    known: how the images look, where it is known.
 
     Raises:
         DataError: an image cannot be read.
     """
     from scipy.spatial import cKDTree
 
-    if len(examples) < 2:
+    places = [place for place, example in enumerate(examples) if not example.is_text]
+    if len(places) < 2:
         return []
-    looks = looks or [Look.of(example.open_image()) for example in examples]
+    found = [known[place] if known else None for place in places]
+    looks = [
+        look or Look.of(examples[place].open_image())
+        for place, look in zip(places, found, strict=True)
+    ]
     tree = cKDTree(np.stack([look.thumbnail for look in looks]))
     pairs = tree.query_pairs(NEAR * (3 * SIDE * SIDE) ** 0.5, output_type="ndarray")
     pairs = pairs[_small_alike([look.small for look in looks], pairs)]
@@ -149,13 +154,13 @@ def near_copies(
 
     @lru_cache(1024)
     def sharp(place: int, size: tuple[int, int]) -> Grey:
-        return Grey.of(examples[place].open_image(), size, SHARP_CELL)
+        return Grey.of(examples[places[place]].open_image(), size, SHARP_CELL)
 
     def same(a: int, b: int) -> bool:
         size = _common(looks[a].size, looks[b].size)
         return _same(sharp(a, size), sharp(b, size))
 
-    return [(a, b) for a, b in pairs.tolist() if same(a, b)]
+    return [(places[a], places[b]) for a, b in pairs.tolist() if same(a, b)]
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -272,6 +272,12 @@ class Backbone:
         return any(getattr(config, "is_encoder_decoder", False) for config in configs)
 
     @property
+    def text_only(self) -> bool:
+        """Whether it is a language model, which sees no images."""
+        config = self.model.config
+        return not self.is_encoder_decoder and config.get_text_config() is config
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go, and where normed states and logits come."""
         return device_of(self.model)

@@ -26,6 +26,8 @@ class InputProcessor:
     def __init__(self, backbone: Backbone | nn.Module, processor: Any) -> None:
         backbone = Backbone.of(backbone)
         tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None and backbone.text_only and hasattr(processor, "convert_ids_to_tokens"):
+            tokenizer = processor  # of a language model that is all there is
         if tokenizer is None:
             raise InputError(
                 f"{type(processor).__name__} has no tokenizer.",
@@ -34,6 +36,9 @@ class InputProcessor:
         self.backbone = backbone
         self.processor = processor
         self.tokenizer = tokenizer
+        self._is_text = tokenizer is processor
+        if self._is_text and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         if not backbone.is_encoder_decoder:
             tokenizer.padding_side = "left"
         self.eos = _end_token(backbone, tokenizer)
@@ -43,6 +48,8 @@ class InputProcessor:
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `generate` takes for these examples: one padded batch, on the backbone's device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
+        if self._is_text:
+            return self._of_texts(texts)
         images: list[Any] = [example.open_image() for example in examples]
         if not self._places_image:
             images = [[image] for image in images]  # one image for each text
@@ -54,6 +61,10 @@ class InputProcessor:
         Raises:
             InputError: several images where the processor takes one a text.
         """
+        if self._is_text and images:
+            raise InputError("This model sees no images.", "Send text alone.")
+        if self._is_text:
+            return self._of_texts([text])
         self.check_images(len(images))
         batch: Any = list(images) if self._places_image else [list(images)]
         return self._processed([text], batch if images else None)
@@ -74,6 +85,8 @@ class InputProcessor:
     def text_prompt(self, prompt: str) -> dict[str, Any]:
         """What `generate` takes for a prompt without an image, where the model answers those."""
         text = prompt
+        if self._is_text:
+            return self._of_texts([self.prompt_text(prompt)])
         if self.has_template:
             content = [{"type": "text", "text": prompt}]
             text = self.template_text([{"role": "user", "content": content}])
@@ -81,6 +94,16 @@ class InputProcessor:
             special = self.adds_special_tokens(text)
             batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=special)
         return self._on_device(batch)
+
+    def _of_texts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """The same of texts alone: one padded batch."""
+        special = all(map(self.adds_special_tokens, texts))
+        with self._lock:
+            batch = self.tokenizer(
+                list(texts), padding=True, return_tensors="pt", add_special_tokens=special
+            )
+        # What else a tokenizer returns, such as token types, no decoder takes.
+        return self._on_device({n: batch[n] for n in ("input_ids", "attention_mask")})
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer adds special tokens to a text: not where a chat template wrote the
@@ -107,6 +130,8 @@ class InputProcessor:
 
     def prompt_text(self, prompt: str) -> str:
         """The prompt in the form the backbone was tuned on: chat template or image placeholder."""
+        if self._is_text and not self.has_template:
+            return prompt
         if self.has_template:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             return self.template_text([{"role": "user", "content": content}])
@@ -119,6 +144,11 @@ class InputProcessor:
 
     def template_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
         """A conversation as its chat template writes it, up to where the answer begins."""
+        if self._is_text:
+            said = [{**turn, "content": _text_of(turn["content"])} for turn in turns]
+            return str(
+                self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+            )
         return str(self.processor.apply_chat_template(list(turns), add_generation_prompt=True))
 
     def conversation_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
@@ -217,6 +247,13 @@ class InputProcessor:
         """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
+
+
+def _text_of(content: Any) -> str:
+    """A turn's text, as templates of language models want it."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _end_token(backbone: Backbone, tokenizer: Any) -> int:

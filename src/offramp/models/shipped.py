@@ -1,7 +1,9 @@
-"""The two VLMs that ship with the package, and their world's examples with exact ground truth."""
+"""The VLMs that are known by a short name: two tiny ones of drawn shapes, which ship with the
+package, and one of photographs, which is built once."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,15 @@ from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import load_processor
 
 TINY = ("opt", "t5")
+PHOTO = "offramp/photo"
+"""The photo model's name in adapters; "photo" for short. Needs `pip install 'offramp[photo]'`."""
+
+KNOWS = {
+    "offramp/tiny-opt": "drawn shapes, and nothing else",
+    "offramp/tiny-t5": "drawn shapes, and nothing else",
+    PHOTO: "photographs of people and dogs outdoors, and rooms a little",
+}
+"""By a backbone's name, what it was trained on: what else it is shown it answers all the same."""
 
 
 def short_name(name: str) -> str:
@@ -23,6 +34,11 @@ def tiny_kind(name: str) -> str | None:
     """Which tiny model is meant, as "tiny-opt" is; None: none."""
     kind = short_name(name)
     return kind if kind in TINY and kind != name else None
+
+
+def is_photo(name: str) -> bool:
+    """Whether the photo model is meant; a folder of that name is itself."""
+    return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
 
 
 def tiny_folder(kind: str) -> Path:
@@ -61,12 +77,14 @@ def load_named(
     quantize: str | None = None,
     compile: bool = False,
 ) -> tuple[Backbone, Any]:
-    """A shipped model by its long name, or one of a hub name or a folder; and its processor.
+    """A shipped model by its long name, "photo", or a model of a hub name or a folder; and its
+    processor.
 
-    dtype: torch's name of one, or "auto": as saved, shipped ones in float32.
+    dtype: torch's name of one, or "auto": as saved, shipped ones and the photo model in float32.
 
     Raises:
-        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`.
+        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
+            photo model, of `offramp.models.photo.build.built_folder`.
     """
     if not name.strip():
         raise InputError(
@@ -75,7 +93,7 @@ def load_named(
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind = tiny_kind(name)
     how: dict[str, Any] = {"quantize": quantize, "compile": compile}
-    if kind is None:
+    if kind is None and not is_photo(name):
         backbone = Backbone.from_pretrained(
             name, revision=revision, dtype=exact, device=device, **how
         )
@@ -87,7 +105,50 @@ def load_named(
         )
     if dtype == "auto" and quantize is None:
         exact = torch.float32
+    if kind is None:
+        return _load_photo(dtype=exact, device=device, **how)
     return load_tiny(kind, exact, device, **how)
+
+
+def _load_photo(**how: Any) -> tuple[Backbone, Any]:
+    """The photo model, built where it is not, and its processor."""
+    import offramp.models.photo.tower  # noqa: F401  registers the tower
+    from offramp.models.photo.build import built_folder
+
+    folder = built_folder()
+    backbone = Backbone.from_pretrained(folder, **how)
+    backbone.name = PHOTO
+    return backbone, load_processor(folder)
+
+
+def shipped_exits(name: str) -> Path | None:
+    """Folder of the exits of a model with a short name, as "photo" or "tiny-opt" is; None: of any
+    other name.
+
+    Raises:
+        InputError: the photo model's package is not installed, or the model ships without exits.
+    """
+    if is_photo(name):
+        from offramp.models.photo.packages import data_folder
+
+        folder = data_folder() / "exits"
+        if not folder.is_dir():
+            raise InputError(
+                "The photo model ships without exits.",
+                "Train some: offramp train --backbone photo --data photos --depths 8 --out exits.",
+            )
+        return folder
+    kind = None if os.path.isdir(name) else tiny_kind(name)
+    return None if kind is None else tiny_exits(kind)
+
+
+def example_picture(name: str) -> Path | None:
+    """A photograph, a JPEG file, to try the backbone of this name on; None: there is none."""
+    if name != PHOTO:
+        return None
+    from offramp.models.photo.packages import data_folder
+
+    return data_folder() / "cat.jpg"
 
 
 def tiny_exits(kind: str) -> Path:

@@ -14,7 +14,7 @@ from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import grey_picture
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, tiny_exits, tiny_kind
+from offramp.models.shipped import load_named, shipped_exits
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def load_served(
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
-    name: folder or hub name of an adapter, or tiny-opt or tiny-t5. backbone: instead of the
+    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
     adapter's own, with revision: of it. dtype, device, quantize, compile: of the backbone, as of
     `load_named`. chat_template: file of the one that writes conversations, instead of the
     processor's own.
@@ -58,15 +58,13 @@ def _load(
     name: str, backbone: str | None, revision: str | None, **how: Any
 ) -> tuple[Adapter | Backbone, Any]:
     """how: of `load_named`."""
-    if tiny_kind(name) is not None and not os.path.isdir(name):
-        model, processor = load_named(name, revision=revision, **how)
-        try:
-            folder = tiny_exits(str(tiny_kind(name)))
-        except InputError:
-            log.info("%s ships without exits: every token runs at full depth", name)
-            return model, processor
-        return Adapter.from_pretrained(model, folder), processor
-    config = read_config(adapter_folder(name))
+    try:
+        shipped = shipped_exits(name)
+    except InputError:
+        loaded = load_named(name, revision=revision, **how)  # says so, if the model is missing too
+        log.info("%s ships without exits: every token runs at full depth", name)
+        return loaded
+    config = read_config(adapter_folder(name) if shipped is None else shipped)
     if backbone is None:
         revision = revision or config.revision
     model, processor = load_named(

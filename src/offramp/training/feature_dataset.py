@@ -80,7 +80,8 @@ class TrainingStates:
 
     def _check_pictures(self) -> None:
         """Open each image once: a damaged one should stop the run now, not hours into it."""
-        distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in self.examples}
+        seen = [example for example in self.examples if not example.is_text]
+        distinct = {e.image if isinstance(e.image, Path) else id(e.image): e for e in seen}
         for example in progress_bar(self.accelerator, "checking images")(distinct.values()):
             example.open_image()
 

@@ -72,7 +72,8 @@ def test_a_quantised_model_decodes_as_its_own_generate(name, word, batch):
     assert scheme(backbone.layers) == word == describe(backbone)["quantized"]
     assert not [part for part in backbone.layers.modules() if type(part) is nn.Linear]
     found = check_decoding(backbone, batch(name, 1, torch.bfloat16), depths=(2, 4))
-    assert (found.plain, found.exits, found.lossless) == (0.0, 0.0, 0.0)
+    # Kernels over one row and over two round differently in these formats.
+    assert found.exact and found.holds(found.lossless), found
     inputs = batch(name, 1, torch.bfloat16)
     adapter = Adapter(backbone, Exits(backbone, (2,)), ExitPolicy({2: 0.5}))
     full, lossless = (

@@ -114,8 +114,8 @@ def test_nothing_is_trained_through_prepacked_weights():
 
 def test_files_for_other_runtimes_have_the_same_weights(packed):
     plain, laid_out = (
-        dict(layer_tensors(b.layers[0], architecture_of(b), b))
+        dict(layer_tensors(b.layers[0], architecture_of(b), b, b.depth))
         for b in (adapter.backbone for adapter in packed("llava"))
     )
     assert plain.keys() == laid_out.keys() and len(plain) > 5
-    assert all(torch.equal(plain[name], laid_out[name]) for name in plain)
+    assert all((plain[name] == laid_out[name]).all() for name in plain)

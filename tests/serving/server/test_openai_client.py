@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,8 @@ import torch
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.input_processor import InputProcessor
+from offramp.models.photo import packages
+from offramp.models.shipped import PHOTO
 from offramp.serving.server.api.options import CountPenalties
 from offramp.serving.server.service import Service
 from serving import NAME, asking, data_uri, messages, running, scene_examples, service_of, shipped
@@ -252,9 +255,25 @@ def test_models_tell_what_they_read(client: Any, address: str) -> None:
     assert model.id == NAME
     assert model.input_modalities == ["text", "image"]
     assert model.offramp["guarantee"]["target"] == 0.0075
+    assert model.offramp["knows"] == "drawn shapes, and nothing else"
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError, match="gpt"):
         client.models.retrieve("gpt")
+
+
+def test_the_page_tries_a_photograph_where_the_model_has_one(
+    address: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [model] = httpx.get(f"{address}/v1/models").json()["data"]
+    assert model["offramp"]["example"] is False  # of drawn shapes; the page draws one
+    assert httpx.get(f"{address}/example").status_code == 404
+    (tmp_path / "cat.jpg").write_bytes(b"a photograph")
+    monkeypatch.setattr(packages, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(service.backbone, "name", PHOTO)
+    [model] = httpx.get(f"{address}/v1/models").json()["data"]
+    assert model["offramp"]["example"] is True
+    found = httpx.get(f"{address}/example")
+    assert found.content == b"a photograph" and found.headers["content-type"] == "image/jpeg"
 
 
 def test_tokens_there_and_back(address: str) -> None:

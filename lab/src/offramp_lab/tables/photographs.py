@@ -37,6 +37,46 @@ def bridge() -> Table:
     )
 
 
+def photo_model() -> Table:
+    """The photo model and the earlier one, on the half of the photographs that chose nothing."""
+    ours, before = record("photo-model"), _photo()["regimes"]["unsupervised"]["points"][0]
+    columns = {
+        f"{title} ({ours['captions'][decoding]['count']:,})": ours["captions"][decoding]["figures"]
+        for decoding, title in {"greedy": "greedy", "beam": "beam of 3"}.items()
+        if decoding in ours["captions"]
+    }
+    rows = []
+    for name, earlier in {"CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": ""}.items():
+        cells = [_ranged(figures[name], ".3f") for figures in columns.values()]
+        rows.append((name.replace("_", "-"), *cells, f"{before[earlier]:.3f}" if earlier else ""))
+    asked = ours["questions"]["greedy"]["figures"]["accuracy"]
+    right = _ranged(asked, ".1%")
+    rest = [""] * (len(columns) - 1)
+    rows.append(("DAQUAR accuracy", right, *rest, f"{before['daquar_accuracy_full']:.1%}"))
+    return Table(("metric", *columns, f"earlier model, greedy ({before['n_test']:,})"), rows)
+
+
+def _ranged(figure: Value, form: str) -> str:
+    """With its interval, where the metric has one."""
+    value = format(figure["value"], form)
+    return with_range(value, figure["interval"], form) if figure["interval"] else value
+
+
+def photo_curve() -> Table:
+    """The photo model on the way, on photographs of the choosing half."""
+    rows = [
+        (
+            f"{row['step']:,}",
+            f"{row['cpu_seconds'] / 60:.0f}",
+            f"{row['CIDEr']:.3f}",
+            f"{row['Bleu_4']:.3f}",
+            f"{row['accuracy']:.1%}",
+        )
+        for row in record("photo-card")["curve"]
+    ]
+    return Table(("step", "CPU minutes", "CIDEr", "BLEU-4", "DAQUAR accuracy"), rows)
+
+
 def thresholds(regime: str) -> Table:
     """What was chosen on one half of the photographs, measured on the other."""
 
@@ -185,6 +225,8 @@ def _minutes(seconds: float) -> str:
 
 TABLES: dict[str, MakeTable] = {
     "photo-full": full_model,
+    "photo-model": photo_model,
+    "photo-curve": photo_curve,
     "photo-bridge": bridge,
     "photo-unsupervised": partial(thresholds, "unsupervised"),
     "photo-pseudo-labels": partial(thresholds, "pseudo-labels"),
@@ -196,6 +238,7 @@ TABLES: dict[str, MakeTable] = {
     "photo-equal-quality": at_equal_quality,
 }
 FIGURES: dict[str, Make] = {
+    "photo-card-minutes": lambda: _minutes(record("photo-card")["trained"]["cpu_seconds"]),
     "bridge-minutes": lambda: _minutes(record("bridge")["seconds"]),
     **{
         f"photo-minutes-{name}": partial(

@@ -191,6 +191,100 @@ def of_7b() -> str:
     return f"{entries[OURS, max(alone, key=alone.__getitem__), '75% exit']['over_llama_cpp']:.1f}"
 
 
+def kquants() -> Table:
+    """Milliseconds of a call by rows: by ours, by llama.cpp's kernels, and the multiple."""
+    entries = {
+        (e["format"], e["kernels"], e["rows"]): e for e in record("runtimes-kquants")["entries"]
+    }
+    formats = dict.fromkeys(layers for layers, _, _ in entries)
+    rows = dict.fromkeys(count for _, _, count in entries)
+
+    def cell(layers: str, count: int) -> str:
+        ours, theirs = (
+            entries[layers, way, count]["milliseconds"] for way in ("ours", "llama.cpp")
+        )
+        return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f}x)"
+
+    cells = [
+        (
+            layers,
+            f"{entries[layers, 'ours', 1]['bytes'] / 1e6:.0f}",
+            *(cell(layers, n) for n in rows),
+        )
+        for layers in formats
+    ]
+    titles = [f"{count} token{'s' if count > 1 else ''}" for count in rows]
+    return Table(("ours / llama.cpp's, ms", "MB", *titles), cells)
+
+
+def kquant_gain() -> str:
+    """How many times as fast as llama.cpp's kernels a token is multiplied in q4_k."""
+    entries = record("runtimes-kquants")["entries"]
+    ours, theirs = (
+        next(e["milliseconds"] for e in entries
+             if (e["format"], e["kernels"], e["rows"]) == ("q4_k", way, 1))
+        for way in ("ours", "llama.cpp")
+    )  # fmt: skip
+    return f"{theirs / ours:.1f}"
+
+
+def edge() -> Table:
+    """CPU seconds and peak memory of a process, with PyTorch and without."""
+    rows = []
+    for entry in record("runtimes-edge")["entries"]:
+        cells = [
+            f"{entry[f'{step}_seconds']:.2f} s, {entry[f'{step}_megabytes']:.0f} MB"
+            if f"{step}_seconds" in entry
+            else ""
+            for step in ("import", "load", "answer")
+        ]
+        mode = f", {entry['mode'].replace('_', ' ')}" if entry["mode"] else ""
+        rows.append((f"{entry['way']}{mode}", *cells))
+    tokens = record("runtimes-edge")["tokens"]
+    return Table(("CPU and peak memory", "import", "load", f"{tokens} tokens"), rows)
+
+
+def photo_edge() -> Table:
+    """The sliced photo model: speeds without PyTorch, and which answers are the same."""
+    found = record("runtimes-photo-edge")
+    of = found["photographs"]
+
+    def row(way: str) -> tuple[str, ...]:
+        rate, over = found["tokens_per_cpu_second"][way], found["over_llama_cpp"][way]
+        counts = [
+            f"{found[name][way]} of {of}" if way in found[name] else ""
+            for name in ("same_as_in_pytorch", "same_fed_with_its_embeddings")
+        ]
+        return way.replace("_", " "), f"{rate:.0f} ({over:.2f}x)", *counts
+
+    columns = ("", "tokens a CPU second", "as in PyTorch", "... with its embeddings")
+    return Table(columns, [row(way) for way in found["tokens_per_cpu_second"]])
+
+
+def photo_edge_lossless() -> str:
+    """Of how many photographs the lossless answer is the full model's."""
+    found = record("runtimes-photo-edge")
+    return f"{found['lossless_as_full']} of {found['photographs']}"
+
+
+def families() -> Table:
+    """By decoder family, on tiny random models: how near, and of how many prompts the same."""
+    found = record("llama-families")
+    of = found["prompts"]
+    rows = [
+        (
+            row["family"],
+            f"`{row['graph']}`",
+            f"{row['away']:.1e}",
+            "none" if row["cut"] == 0 else f"{row['cut']:.1e}",
+            *(f"{row[mode]} of {of}" for mode in ("full", "early_exit", "lossless")),
+        )
+        for row in found["families"]
+    ]
+    columns = ("decoder", "graph", "logits from the model's", "from one file's")
+    return Table((*columns, "full", "early exit", "lossless, q8_0"), rows)
+
+
 def threshold_of(row: Value) -> str:
     """What was chosen."""
     return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
@@ -210,9 +304,15 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-calibrated": calibrated,
     "runtimes-rows": rows_in_a_call,
     "runtimes-shapes": shapes,
+    "runtimes-families": families,
+    "runtimes-edge": edge,
+    "runtimes-photo-edge": photo_edge,
+    "runtimes-kquants": kquants,
 }
 FIGURES: dict[str, Make] = {
     "runtimes-guaranteed": guaranteed("over_llama_cpp"),
     "runtimes-guaranteed-exits": guaranteed("over_full"),
     "runtimes-7b": of_7b,
+    "runtimes-q4_k": kquant_gain,
+    "runtimes-photo-lossless": photo_edge_lossless,
 }

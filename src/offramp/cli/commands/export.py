@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.runtimes.llama_cpp.gguf_export import FORMATS
+    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
 
     model_options(parser, required=False, adapter=True, engines=())
     group = parser.add_argument_group("files")

@@ -34,7 +34,8 @@ def add(commands: Any) -> None:
         commands,
         "generate",
         "Answer a prompt about an image, and show how deep each token ran.",
-        "offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
+        "offramp generate --adapter photo --image dog.jpg\n"
+        "  offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
         "  offramp generate --adapter exits --image dog.jpg --interactive --stream\n"
         "  offramp generate --adapter exits --image dog.jpg --temperature 0.7 --seed 1",
         _generate,
@@ -90,7 +91,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
-    if arguments.mode != "full" and not policy.effective.thresholds:
+    is_trained = adapter.exits.modules.kind != "lens"
+    if is_trained and arguments.mode != "full" and not policy.effective.thresholds:
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
@@ -116,7 +118,7 @@ def _say_standing(
     """Whether the adapter's guarantee holds of these answers and, if not, why."""
     from offramp.guarantee import Conditions, standing, template_digest
 
-    single = len(arguments.image) == 1
+    single = len(arguments.image) <= 1  # none of a language model
     here = Conditions.of(
         adapter.backbone,
         policy,

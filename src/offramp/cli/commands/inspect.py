@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    parser.add_argument("name", help="adapter folder, or hub name or folder of a VLM")
+    parser.add_argument("name", help="adapter folder, or hub name or folder of a model")
     precision_options(parser.add_argument_group("model"))
 
 
@@ -70,7 +70,11 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
     backbone, processor = load_model(arguments, arguments.name)
     description = describe(backbone)
-    blank = Example(Image.new("RGB", (64, 64)), "Describe the image.", (), "blank")
+    blank = (
+        Example.of_text("Who are you?", key="blank")
+        if backbone.text_only
+        else Example(Image.new("RGB", (64, 64)), "Describe the image.", (), "blank")
+    )
     description["decoding"] = check_exits(backbone, processor, blank)
     description["proposed_depths"] = {
         n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         commands,
         "serve",
         "Serve a model with its exits: OpenAI's API, metrics, and a page to look at.",
-        "offramp serve tiny-opt",
+        "offramp serve tiny-opt\n  offramp serve photo",
         _serve,
         _options,
     )
@@ -44,7 +44,8 @@ def _options(parser: Parser) -> None:
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     parser.add_argument(
-        "name", help="folder or hub name of trained exits; or tiny-opt or tiny-t5, which ship"
+        "name",
+        help="folder or hub name of trained exits; or photo, or tiny-opt or tiny-t5, which ship",
     )
     model = parser.add_argument_group("model")
     model.add_argument(

@@ -26,23 +26,43 @@ def load_model(
     Raises:
         InputError: there is no such model or device, or a package that it needs is missing.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if device is not None:
         check_device(device)
+    options = {"trust_remote_code": False, **kwargs}
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            str(name), revision=revision, dtype=dtype, **{"trust_remote_code": False, **kwargs}
-        )
+        text = _is_language_model(name, revision, options)
+        kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        model: Any = kind.from_pretrained(str(name), revision=revision, dtype=dtype, **options)
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
         raise not_loaded(
-            f"No vision-language model could be loaded from {str(name)!r}", error,
+            f"No vision-language model could be loaded from {str(name)!r}, nor a language model",
+            error,
             "Give a folder written by save_pretrained, or a hub name such as "
             "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
         ) from error  # fmt: skip
     if device is None or _is_on(model.device, torch.device(device)):
         return model
     return model.to(device)
+
+
+def _is_language_model(name: str | Path, revision: str | None, options: dict[str, Any]) -> bool:
+    """Whether the configuration is of a model that continues text, and sees no images."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+    )
+
+    trusted = options["trust_remote_code"]
+    config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=trusted)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return False
+    named = getattr(config, "auto_map", None) or {}
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (
+        "AutoModelForCausalLM" in named and "AutoModelForImageTextToText" not in named
+    )
 
 
 def _is_on(device: torch.device, wanted: torch.device) -> bool:

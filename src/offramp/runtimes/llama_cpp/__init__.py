@@ -4,8 +4,41 @@
 exits; `LlamaCppRuntime` generates with them. Needs the extra `llama-cpp`.
 """
 
-from offramp.runtimes.llama_cpp.gguf_export import FORMATS, ExportFormats, export_gguf
-from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
-from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["FORMATS", "EngineOptions", "ExportFormats", "LlamaCppRuntime", "export_gguf", "kernels"]
+if TYPE_CHECKING:
+    from offramp.runtimes.llama_cpp.gguf_export import ExportFormats, export_gguf
+    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
+    from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
+    from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
+    from offramp.runtimes.llama_cpp.slicing import slice_gguf
+
+__all__ = [
+    "FORMATS",
+    "EngineOptions",
+    "ExportFormats",
+    "LlamaCppRuntime",
+    "export_gguf",
+    "kernels",
+    "slice_gguf",
+]
+
+_HOMES = {
+    "FORMATS": "gguf_writing",
+    "EngineOptions": "segment",
+    "ExportFormats": "gguf_export",
+    "LlamaCppRuntime": "runtime",
+    "export_gguf": "gguf_export",
+    "kernels": "segment",
+    "slice_gguf": "slicing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that what runs without PyTorch does not load it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

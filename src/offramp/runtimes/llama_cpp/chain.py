@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.runtimes.llama_cpp.native.tap import States
-from offramp.runtimes.llama_cpp.segment import READ_AT_ONCE, Segment
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.segment import Segment
 
 Array = npt.NDArray[np.float32]
 
@@ -75,24 +76,32 @@ class SegmentChain:
     def __init__(self, segments: Sequence[Segment], sizes: CallSizes) -> None:
         """sizes: of calls above the first exit, where tokens share a call. Below it none do.
 
-        A prompt goes in `READ_AT_ONCE` rows at a time, whatever follows it.
+        A prompt goes in as many rows at a time as a segment reads, whatever follows it.
         """
         self.segments = segments
         self.sizes = sizes
         self.exact = True
+        self._prompt: Prompt | None = None
         self._waiting: list[list[States]] = []
         self.reset()
 
-    def reset(self, unused: Sequence[int] = (), *, exact: bool = True) -> None:
+    def reset(
+        self,
+        unused: Sequence[int] = (),
+        *,
+        exact: bool = True,
+        prompt: Prompt | None = None,
+    ) -> None:
         """Forget everything.
 
-        unused: exits, by place, that are not run from here on. exact: a token comes out bit by bit
-        the same whoever waited with it; else one that goes on alone is not fed twice, and may
-        round otherwise.
+        prompt: whose states will be run first; None: one of plain text. unused: exits, by place,
+        that are not run from here on. exact: a token comes out bit by bit the same whoever waited
+        with it; else one that goes on alone is not fed twice, and may round otherwise.
         """
         self.exact = exact
+        self._prompt = prompt
         for place, segment in enumerate(self.segments):
-            segment.crop(segment.length)
+            segment.begin(prompt)
             if segment.tap is not None:
                 segment.tap.stop = place in unused
         self._waiting = [[] for _ in self.segments]
@@ -126,10 +135,10 @@ class SegmentChain:
                 self.advance(place, 0)
         logits = []
         left = sum(len(states) for states in self._waiting[last])
-        for rows in self._calls(last):
+        for rows, ahead in self._calls(last):
             left -= len(rows)
             wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(last, rows, wanted).copy())
+            logits.append(self._feed(last, rows, wanted, ahead).copy())
         return np.concatenate(logits)
 
     def advance(self, place: int, outputs: int, new: States | None = None) -> tuple[States, Array]:
@@ -167,43 +176,45 @@ class SegmentChain:
         assert segment.tap is not None
         calls = list(self._calls(place))
         if len(calls) == 1:
-            made = self._feed(place, calls[0], outputs)
-            return segment.tap.rows()[: len(calls[0])].copy(), made
+            rows, ahead = calls[0]
+            made = self._feed(place, rows, outputs, ahead)
+            return segment.tapped()[: len(rows)].copy(), made
         states, logits = [], []
-        left = sum(map(len, calls))
-        for rows in calls:
+        left = sum(len(rows) for rows, _ in calls)
+        for rows, ahead in calls:
             left -= len(rows)
             wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(place, rows, wanted))
-            states.append(segment.tap.rows()[: len(rows)].copy())
+            logits.append(self._feed(place, rows, wanted, ahead))
+            states.append(segment.tapped()[: len(rows)].copy())
             if left and wanted:  # the next call overwrites them
                 logits[-1] = logits[-1].copy()
         return np.concatenate(states), np.concatenate(logits)
 
-    def _feed(self, place: int, rows: States, outputs: int) -> Array:
-        """Logits [outputs, V] of the last rows, a view."""
+    def _feed(self, place: int, rows: States, outputs: int, ahead: bool) -> Array:
+        """Logits [outputs, V] of the last rows, a view. ahead: the rows see each other."""
         segment = self.segments[place]
         idle = self.sizes.least - len(rows) if place and self.exact else 0
         if idle > 0:
             rows = np.concatenate([rows, np.repeat(rows[-1:], idle, 0)])
-        segment.feed(rows, outputs, max(0, idle))
+        segment.feed(rows, outputs, max(0, idle), ahead=ahead)
         return segment.logits(outputs)
 
-    def _calls(self, place: int) -> Iterator[States]:
-        """What is pending before segment `place`, in calls of a length that depends on no exit."""
+    def _calls(self, place: int) -> Iterator[tuple[States, bool]]:
+        """What is pending before segment `place`, in calls of a length that depends on no exit,
+        and whether the rows of a call see each other."""
         waiting, self._waiting[place] = self._waiting[place], []
-        few: list[States] = []
+        few = list[States]()
         for states in waiting:
+            text = states
             if len(states) > 1 and not self.segments[place].length and not few:
-                yield from _cut(states, READ_AT_ONCE)  # the prompt
-            else:
-                few.append(states)
+                prompt = self._prompt or Prompt(states)
+                for start, stop, ahead in prompt.calls(self.segments[place].at_once):
+                    yield states[start:stop], ahead
+                text = states[len(prompt.states) :]  # what waited with it below
+            if len(text):
+                few.append(text)
         if few:
             rows = np.concatenate(few) if len(few) > 1 else few[0]
             for count in self.sizes.cut(len(rows)):
-                yield rows[:count]
+                yield rows[:count], False
                 rows = rows[count:]
-
-
-def _cut(states: States, rows: int) -> Iterator[States]:
-    return (states[i : i + rows] for i in range(0, len(states), rows))

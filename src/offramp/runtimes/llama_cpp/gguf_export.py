@@ -13,7 +13,6 @@ their ids.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -36,23 +34,18 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
 from offramp.models.fingerprint import dump_fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
-    Architecture,
     architecture_of,
-    head_width,
+    input_scale,
     layer_tensors,
-    rope_base,
     rope_factors,
+    settings,
 )
-from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
+from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.graphs import Architecture, Array
+from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.storage import atomic_folder, digest_file, write_json
-
-FORMAT = 1
-DIGESTS = "digests.json"
-FORMATS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-"""Number formats of the weights, by llama.cpp's names."""
-
-_BLOCK = 32
-"""Weights of a row that share a scale; rows of another width stay in f16."""
 
 
 @dataclass(frozen=True)
@@ -214,77 +207,76 @@ class _Writer:
             self._describe(out, self.backbone.vocabulary if rows is None else len(rows))
             if rows is not None:
                 out.add_array("offramp.shortlist", rows.tolist())
-            for key, value in about.items():
-                add = {int: out.add_uint32, str: out.add_string, list: out.add_array}[type(value)]
-                add(key, value)
-            for name, tensor, kind in self._tensors(rows):
-                self._add(out, name, tensor, kind)
+            for key, value in {**about, **self._feeding()}.items():
+                add_value(out, key, value)
+            for name, array, kind in self._tensors(rows):
+                add_array(out, name, array, kind)
             out.write_header_to_file()
             out.write_kv_data_to_file()
             out.write_tensors_to_file()
         finally:
             out.close()
 
+    @property
+    def _layers(self) -> list[int]:
+        """Which of the decoder's layers the file's are; an exit's, that which it stands before."""
+        plan = self.plan
+        return [*range(plan.start, plan.stop), *([] if plan.exit is None else [plan.stop])]
+
     def _describe(self, out: Any, vocabulary: int) -> None:
         """The architecture's own metadata."""
-        config, width = self.backbone.text_config, head_width(self.backbone)
         out.add_vocab_size(vocabulary)
         out.add_tokenizer_model("none")
-        out.add_context_length(config.max_position_embeddings)
-        out.add_embedding_length(self.backbone.width)
-        out.add_feed_forward_length(config.intermediate_size)
-        out.add_block_count(self.plan.stop - self.plan.start + (self.plan.exit is not None))
-        out.add_head_count(config.num_attention_heads)
-        out.add_head_count_kv(config.num_key_value_heads)
-        out.add_key_length(width)
-        out.add_value_length(width)
-        out.add_rope_dimension_count(width)
-        out.add_rope_freq_base(rope_base(self.backbone))
-        out.add_layer_norm_rms_eps(config.rms_norm_eps)
+        first, stop = self.plan.start, self.plan.stop
+        added = max(0, min(stop, features_of(self.backbone)) - first)
+        for key, value in settings(self.backbone, self.architecture, self._layers, added):
+            add_value(out, f"{self.architecture.name}.{key}", value)
 
-    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Tensor, str]]:
+    def _feeding(self) -> dict[str, Any]:
+        """How a segment is fed, where that is not as plain as can be."""
+        said: dict[str, Any] = {
+            INPUT_SCALE: input_scale(self.backbone, self.architecture),
+            STATE_SCALE: self.architecture.state_scale,
+        }
+        said = {key: value for key, value in said.items() if value != 1.0}
+        if self.architecture.ahead:
+            said[AHEAD] = True
+        if self.architecture.deepstack:
+            said[FIRST_LAYER] = self.plan.start
+        return said
+
+    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Array, str]]:
         """Names, tensors and formats."""
         backbone, plan, formats = self.backbone, self.plan, self.formats
-        head = backbone.head.weight.detach()
-        yield "token_embd.weight", (head if rows is None else head[rows]).float(), formats.head
+        head = backbone.head.weight
+        yield "token_embd.weight", _array(head if rows is None else head[rows]), formats.head
         assert backbone.norm is not None, "every architecture here ends with a norm"
-        norm = backbone.norm.weight.detach().float() + self.architecture.norm_offset
+        norm = _array(backbone.norm.weight) + np.float32(self.architecture.norm_offset)
         yield "output_norm.weight", norm, "f32"
-        factors = rope_factors(backbone)
+        if getattr(backbone.norm, "bias", None) is not None:
+            yield "output_norm.bias", _array(backbone.norm.bias), "f32"
+        if backbone.positions is not None:  # the states bring theirs along
+            places = int(backbone.text_config.max_position_embeddings)
+            yield "position_embd.weight", np.zeros((places, backbone.width), np.float32), "f16"
+        factors = rope_factors(backbone) if self.architecture.rope_factors else None
         if factors is not None:
-            yield "rope_freqs.weight", factors, "f32"
+            yield "rope_freqs.weight", _array(factors), "f32"
         layers = [(layer, formats.layers) for layer in backbone.layers[plan.start : plan.stop]]
         if plan.exit is not None:
             layers.append((plan.exit, formats.exits))
         for number, (layer, kind) in enumerate(layers):
-            for name, tensor in layer_tensors(layer, self.architecture, backbone):
-                yield f"blk.{number}.{name}", tensor, kind
-
-    def _add(self, out: Any, name: str, tensor: Tensor, kind: str) -> None:
-        array = tensor.cpu().contiguous().numpy()
-        if array.ndim == 1:
-            kind = "f32"
-        elif kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
-            kind = "f16"
-        number = self.gguf.GGMLQuantizationType[kind.upper()]
-        if kind == "iq4_nl":
-            data = _fitted(array, number, 2 + _BLOCK // 2)
-        else:
-            data = self.gguf.quants.quantize(array, number)
-        out.add_tensor(name, data, raw_dtype=number)
+            tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
+            for name, array in tensors:
+                # A router's weights are few, and choose experts.
+                careful = "f32" if name == "ffn_gate_inp.weight" else kind
+                yield f"blk.{number}.{name}", array, careful
 
 
-def _fitted(array: npt.NDArray[np.float32], number: int, block_bytes: int) -> npt.NDArray[np.uint8]:
-    """Rows [R, N] as bytes, in a format whose scales llama.cpp fits and the package gguf does not.
+def _array(tensor: Tensor) -> Array:
+    return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
 
-    number: of the format. block_bytes: that a scale and its weights take.
-    """
-    rows = np.ascontiguousarray(array, dtype=np.float32)
-    data = np.empty((len(rows), rows.shape[1] // _BLOCK * block_bytes), dtype=np.uint8)
-    quantize = import_llama_cpp().llama_cpp._lib.ggml_quantize_chunk
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    quantize.restype = ctypes.c_size_t
-    quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
-    written = quantize(number, rows.ctypes.data, data.ctypes.data, 0, *rows.shape, None)
-    assert written == data.nbytes, "blocks are as large as they are said to be"
-    return data
+
+def features_of(backbone: Backbone) -> int:
+    """Behind how many of its first layers a decoder adds visual features."""
+    vision = getattr(backbone.model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())

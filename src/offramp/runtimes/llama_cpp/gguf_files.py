@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offramp.adapter import Adapter
 from offramp.errors import AdapterError, OfframpError
-from offramp.models.fingerprint import same_backbone
-from offramp.runtimes.llama_cpp.gguf_export import DIGESTS, FORMAT, exits_digest
-from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.storage import digest_file, read_json
 
+if TYPE_CHECKING:
+    from offramp.adapter import Adapter
+
+FORMAT = 2
+DIGESTS = "digests.json"
 _AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER."
 
 
@@ -22,43 +25,58 @@ _AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out F
 class SegmentFiles:
     """The files of an export, in order, and what their metadata says.
 
-    depths: of the exits. cuts: the first decoder layer of each segment, and the number of layers.
-    shortlist: token ids [S] of the exits' heads; None: all. formats: of layers, exits and head.
+    digests: SHA-256 of each. depths: of the exits. cuts: the first decoder layer of each segment,
+    and the number of layers. shortlist: token ids [S] of the exits' heads; None: all. formats: of
+    layers, exits and head. said: all that offramp wrote into the first file, by key.
     """
 
     files: tuple[Path, ...]
+    digests: tuple[str, ...]
     depths: tuple[int, ...]
     cuts: tuple[int, ...]
     shortlist: tuple[int, ...] | None
     formats: dict[str, str]
+    said: dict[str, Any]
+
+    @property
+    def taps(self) -> tuple[int | None, ...]:
+        """Of each file, the layer in it whose output the next one is fed with; None: no one's."""
+        layers = (stop - start - 1 for start, stop in itertools.pairwise(self.cuts))
+        return (*itertools.islice(layers, len(self.depths)), None)
 
 
 def read_segments(
-    folder: str | Path, adapter: Adapter, *, check_digests: bool = True
+    folder: str | Path, adapter: Adapter | None = None, *, check_digests: bool = True
 ) -> SegmentFiles:
-    """What `export_gguf` wrote for `adapter` into `folder`.
+    """What `export_gguf` or `slice_gguf` wrote into `folder`.
 
-    check_digests: read the files through and compare their SHA-256.
+    adapter: that it was written of; None: it is not compared. check_digests: read the files
+    through and compare their SHA-256.
 
     Raises:
         AdapterError: there is no export, a file is damaged, or it is of another adapter.
     """
     folder = Path(folder)
-    files = _whole_files(folder, check_digests)
+    files, digests = _whole_files(folder, check_digests)
     about = [_metadata(file) for file in files]
-    _check_kinship(folder, about, adapter)
+    _check_together(folder, about)
+    if adapter is not None:
+        _check_kinship(folder, about[0], adapter)
     depths = tuple(about[0]["offramp.depths"])
     shortlist = about[0].get("offramp.shortlist")
     return SegmentFiles(
         files,
+        digests,
         depths,
-        (0, *depths, adapter.backbone.depth),
+        (0, *depths, int(about[0]["offramp.layers"])),
         None if shortlist is None else tuple(shortlist),
         json.loads(about[0]["offramp.formats"]),
+        about[0],
     )
 
 
-def _whole_files(folder: Path, check_digests: bool) -> tuple[Path, ...]:
+def _whole_files(folder: Path, check_digests: bool) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files, and the digests that they were written with."""
     if not (folder / DIGESTS).is_file():
         raise AdapterError(f"{folder} holds no exported segments ({DIGESTS} is missing).", _AGAIN)
     try:
@@ -74,14 +92,14 @@ def _whole_files(folder: Path, check_digests: bool) -> tuple[Path, ...]:
         raise AdapterError(f"{folder / DIGESTS} is damaged.", _AGAIN) from error
     if damaged or len(names) < 2:
         raise AdapterError(f"{folder / (damaged or [DIGESTS])[0]} is damaged or missing.", _AGAIN)
-    return tuple(folder / name for name in names)
+    return tuple(folder / name for name in names), tuple(str(digests[n]) for n in names)
 
 
 def _metadata(file: Path) -> dict[str, Any]:
     """The keys that offramp wrote."""
     try:
-        fields = import_gguf().GGUFReader(file).fields
-        found = {k: f.contents() for k, f in fields.items() if k.startswith("offramp.")}
+        said = read_header(file).said
+        found = {key: value for key, value in said.items() if key.startswith("offramp.")}
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} is no whole GGUF file ({error}).", _AGAIN) from error
     wrong = [name for name, fits in _KEYS.items() if not fits(found.get(name))]
@@ -108,34 +126,56 @@ _KEYS: dict[str, Callable[[Any], bool]] = {
     "offramp.shortlist": lambda value: value is None or _are_numbers(value),
     "offramp.backbone": lambda value: isinstance(value, str),
     "offramp.exits_digest": lambda value: isinstance(value, str),
-    "offramp.fingerprint": _is_json,
+    "offramp.fingerprint": lambda value: value is None or _is_json(value),
     "offramp.formats": _is_json,
 }
 """What every file of an export says of itself."""
 
 
-def _check_kinship(folder: Path, about: list[dict[str, Any]], adapter: Adapter) -> None:
-    """Raise `AdapterError` where the files are not of one export of this adapter."""
+_NEEDED = ("depths", "layers", "exits_digest", "formats", "backbone", "policy")
+
+
+def _check_together(folder: Path, about: list[dict[str, Any]]) -> None:
+    """Raise `AdapterError` where the files are not of one export."""
     first = about[0]
-    if first.get("offramp.format") != FORMAT:
+    if first.get("offramp.format") not in (1, FORMAT):  # 1: without what says how to feed a file
         raise AdapterError(
-            f"{folder} has export format {first.get('offramp.format')}; this version reads "
+            f"{folder} has export format {first.get('offramp.format')}; this version reads 1 and "
             f"{FORMAT}.",
             _AGAIN,
         )
-    shared = ("offramp.format", "offramp.depths", "offramp.exits_digest", "offramp.fingerprint")
+    missing = [name for name in _NEEDED if f"offramp.{name}" not in first]
+    if missing or not {"offramp.fingerprint", "offramp.source"} & set(first):
+        raise AdapterError(
+            f"The files in {folder} do not say their {(missing or ['fingerprint'])[0]}.", _AGAIN
+        )
+    shared = ("format", "depths", "exits_digest", "fingerprint", "source")
     for place, metadata in enumerate(about):
         if metadata.get("offramp.segment") != place or any(
-            metadata.get(k) != first[k] for k in shared
+            metadata.get(f"offramp.{name}") != first.get(f"offramp.{name}") for name in shared
         ):
             raise AdapterError(f"The segments in {folder} are not of one export.", _AGAIN)
     if len(about) != len(first["offramp.depths"]) + 1:
         raise AdapterError(f"Segments are missing in {folder}.", _AGAIN)
-    try:
-        saved = json.loads(first["offramp.fingerprint"])
-        difference = same_backbone(saved, adapter.backbone.fingerprint())
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise AdapterError(f"The fingerprint in {folder} is damaged.", _AGAIN) from error
+
+
+def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> None:
+    """Raise `AdapterError` where the files are not of this adapter.
+
+    A slice of a file from the hub has quantised weights: of the backbone its sizes are compared.
+    """
+    from offramp.models.fingerprint import same_backbone
+    from offramp.runtimes.llama_cpp.gguf_export import exits_digest
+
+    said = first.get("offramp.fingerprint")
+    if said is None:
+        here, layers = adapter.backbone.depth, int(first["offramp.layers"])
+        difference = None if here == layers else f"layers is {here}, not {layers}"
+    else:
+        try:
+            difference = same_backbone(json.loads(said), adapter.backbone.fingerprint())
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise AdapterError(f"The fingerprint in {folder} is damaged.", _AGAIN) from error
     if difference is not None:
         raise AdapterError(
             f"{folder} was exported for {first['offramp.backbone']!r}, not for this backbone: "

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.adapter import Adapter
+from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
 from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainReader
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
+from offramp.runtimes.llama_cpp.trial import check_survives
 
 
 class LlamaCppRuntime:
@@ -55,18 +57,17 @@ class LlamaCppRuntime:
             InputError: the extra `llama-cpp` is not installed.
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
-        architecture_of(adapter.backbone)
+        self._architecture = architecture_of(adapter.backbone)
         self.adapter = adapter
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
-        self._embedding = adapter.backbone.stack.get_input_embeddings()
-        self._rows = _plain_rows(self._embedding)
+        self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.Lock()
+        self._closed = False
         self._segments: list[Segment] = []
         try:
-            for place, file in enumerate(self.files.files):
-                layers = self.files.cuts[place + 1] - self.files.cuts[place]
-                tap = layers - 1 if place < len(self.files.depths) else None
+            check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
+            for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             self.likeness, sizes = self._check()
         except BaseException:
@@ -101,39 +102,84 @@ class LlamaCppRuntime:
         """Of the weights that our own kernels multiply; 0 where llama.cpp's do."""
         return sum(s.products.bytes for s in self._segments if s.products is not None)
 
+    @overload
     def generate(
         self,
         inputs: Mapping[str, Any],
         *,
+        mode: str | None = None,
         policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
         vision_cache: VisionCache | None = None,
         streamer: Any = None,
         seed: int | None = None,
         **options: Any,
-    ) -> GenerationOutput:
-        """Generate by the adapter's policy, or by another; see `offramp.engine.generate.generate`.
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        vision_cache: VisionCache | None = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        vision_cache: VisionCache | None = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate by the adapter's policy, or by another, as `Adapter.generate` does.
 
         inputs: of one row.
 
         Raises:
-            InputError: more than one row, a prompt with its answer longer than the context, or a
-                policy that the files or the runtime cannot follow.
+            InputError: more than one row, a prompt with its answer longer than the context, a
+                policy that the files or the runtime cannot follow, or the runtime is closed.
         """
+        chosen = self.adapter.chosen_policy(mode, policy, exit_policy)
+        read = CallArguments.of(self.backbone.model, inputs, options)
+        made = self._generate(read.inputs, chosen, vision_cache, streamer, seed, read.options)
+        return made if read.returns_dict else made.sequences.clone()
+
+    def _generate(
+        self,
+        inputs: Mapping[str, Any],
+        policy: ExitPolicy,
+        vision_cache: VisionCache | None,
+        streamer: Any,
+        seed: int | None,
+        options: dict[str, Any],
+    ) -> GenerationOutput:
         config = options.get("generation_config")
         asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
         check_options(lambda name: asked.get(name, getattr(config, name, None)))
         check_inputs(inputs, self.backbone.model)
-        policy = (self.policy if policy is None else policy).effective
+        policy = policy.effective
         self._check_policy(policy)
         entry = DecoderEntry()
         intercepted = InterceptedModel(self.backbone, entry)
         if vision_cache is not None:
             intercepted.remember_images(self.backbone, vision_cache)
         with self._lock, torch.inference_mode():
+            self._check_open()
             prepared = prepare(intercepted.model, inputs, **options)
             check_options(lambda name: getattr(prepared.config, name, None))
-            prompt = self._prompt(entry, prepared.model, prepared.ids, prepared.arguments)
-            self._check_room(len(prompt), prepared.ids, prepared.criteria)
+            prompt = self._prompt(intercepted, entry, prepared)
+            self._check_room(prompt, prepared.ids, prepared.criteria)
             return self._write(prompt, prepared, policy, streamer, seed)
 
     def release_decoder(self) -> int:
@@ -142,7 +188,7 @@ class LlamaCppRuntime:
         The adapter and its backbone decode by this runtime alone from here on, and cannot be saved
         or compared with others.
         """
-        kept = self._embedding.weight.data_ptr()
+        kept = self._embeddings.kept.data_ptr()
         modules = (self.backbone.layers, self.adapter.exits.modules, self.backbone.head)
         freed = 0
         for parameter in [p for module in modules for p in module.parameters()]:
@@ -152,9 +198,14 @@ class LlamaCppRuntime:
         return freed
 
     def close(self) -> None:
-        """Give llama.cpp's memory back; the runtime is of no use afterwards."""
-        for segment in self._segments:
-            segment.close()
+        """Give llama.cpp's memory back; the runtime is of no use afterwards.
+
+        Waits for an answer that is being written.
+        """
+        with self._lock:
+            for segment in self._segments:
+                segment.close()
+            self._closed = True
 
     def __enter__(self) -> LlamaCppRuntime:
         return self
@@ -166,7 +217,7 @@ class LlamaCppRuntime:
 
     def _write(
         self,
-        prompt: States,
+        prompt: Prompt,
         prepared: Prepared,
         policy: ExitPolicy,
         streamer: Any,
@@ -175,8 +226,9 @@ class LlamaCppRuntime:
         stand, depths = self.files.depths, policy.depths
         # Guesses fall with whom they wait: what they change must be speed alone.
         exact = policy.lossless or bool(policy.guesses) or not depths
-        self._chain.reset([i for i, depth in enumerate(stand) if depth not in depths], exact=exact)
-        executor = ChainExecutor(self._chain, stand, depths, prompt, self._token_states)
+        unused = [i for i, depth in enumerate(stand) if depth not in depths]
+        self._chain.reset(unused, exact=exact, prompt=prompt)
+        executor = ChainExecutor(self._chain, stand, depths, prompt.states, self._token_states)
         asker = ChainReader(self.adapter, policy, depths)
         return write_answers(
             Decoder(self.backbone, executor, asker),
@@ -189,32 +241,21 @@ class LlamaCppRuntime:
         )
 
     def _token_states(self, token: int) -> States:
-        """The states [1, D] that enter the decoder for a token of text."""
-        if self._rows is not None:
-            return self._rows[token : token + 1]
-        return self._embed(torch.tensor([[token]], device=self.backbone.device))
-
-    def _embed(self, ids: Tensor) -> States:
-        """The states [T, D] that enter the decoder for ids [1, T] of text."""
-        return np.asarray(self._embedding(ids)[0].float().cpu().numpy())
+        """The states [1, D] that enter the decoder for the next token, of text."""
+        return self._embeddings.of_token(token, self._segments[0].length)
 
     def _prompt(
-        self, entry: DecoderEntry, model: Any, ids: Tensor, prepared: dict[str, Any]
-    ) -> States:
-        """The states [T, D] that enter the decoder for a prepared prompt, padding left out."""
-        if len(ids) != 1:
+        self, intercepted: InterceptedModel, entry: DecoderEntry, prepared: Prepared
+    ) -> Prompt:
+        """What enters the decoder for a prepared prompt."""
+        if len(prepared.ids) != 1:
             raise InputError(
-                f"The llama.cpp runtime writes one answer at a time, and {len(ids)} rows came.",
+                f"The llama.cpp runtime writes one answer at a time, and {len(prepared.ids)} rows "
+                "came.",
                 "Call generate once for each row.",
             )
-        inputs = model.prepare_inputs_for_generation(
-            ids, is_first_iteration=True, next_sequence_length=None, **prepared
-        )
-        states = entry.states(lambda: model(**inputs, return_dict=True))[0]
-        mask = prepared.get("attention_mask")
-        if mask is not None and mask.shape[-1] == len(states):
-            states = states[mask[0].bool()]
-        return np.asarray(states.float().cpu().numpy())
+        read = read_prompt(intercepted, entry, prepared.model, prepared.ids, prepared.arguments)
+        return prompt_of(self.backbone, self._architecture, *read)
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -224,22 +265,34 @@ class LlamaCppRuntime:
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(self.backbone.vocabulary, (1, AT_ONCE), generator=draw)
             ids = ids.to(self.backbone.device)
-            probe = self._embed(ids)
+            probe = self._embeddings.of(ids[0].tolist())
             entry = DecoderEntry()
             stack = InterceptedModel(self.backbone, entry).stack
-            if not np.array_equal(
-                entry.states(lambda: stack(input_ids=ids))[0].float().cpu(), probe
-            ):
+            call = entry.call(lambda: stack(input_ids=ids))
+            if not np.array_equal(call.hidden[0].float().cpu(), probe):
                 raise UnsupportedBackboneError(
                     f"The decoder of {self.backbone.name} changes its embeddings before it starts.",
                     "Use --engine torch for this backbone.",
                 )
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
-            expected = self.backbone.logits(hidden[0]).float().cpu()
+            expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
         sizes = call_sizes(self._segments, probe)
-        layers = self.files.formats["layers"]
-        return check_logits(self._segments, self.backbone, probe[:few], expected, layers), sizes
+        # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
+        causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
+        ahead = not causal and call.kw.get("attention_mask") is None
+        likeness = check_logits(
+            self._segments, self.backbone.name, probe[:few], expected, self.files.formats["layers"],
+            ahead=ahead,
+        )  # fmt: skip
+        return likeness, sizes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(
+                "The llama.cpp runtime is closed: its memory was given back.",
+                "Load it again, or generate inside of the `with` statement.",
+            )
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the files or the runtime cannot follow `policy`."""
@@ -267,43 +320,19 @@ class LlamaCppRuntime:
                 "Export them from an adapter whose policy is that one, or change the policy.",
             )
 
-    def _check_room(self, prompt: int, ids: Tensor, criteria: Any) -> None:
+    def _check_room(self, prompt: Prompt, ids: Tensor, criteria: Any) -> None:
         longest = criteria.max_length
         new = 1 if longest is None else max(1, longest - ids.shape[1])
-        if prompt + new - 1 > self.engine.context:
+        rows, positions = len(prompt.states), self.backbone.positions
+        if positions is not None and rows + new - 1 > positions:
             raise InputError(
-                f"A prompt of {prompt} tokens and an answer of {new} are longer than the context "
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the backbone's "
+                f"{positions} positions.",
+                "Shorten the prompt, or lower max_new_tokens.",
+            )
+        if rows + new - 1 > self.engine.context:
+            raise InputError(
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the context "
                 f"of {self.engine.context}.",
                 "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
-
-
-def _plain_rows(embedding: nn.Module) -> States | None:
-    """The embeddings [V, D] themselves, where looking them up is all that is done."""
-    weight = embedding.weight if type(embedding) is nn.Embedding else None
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    return np.asarray(weight.detach().numpy())
-
-
-class _Entered(Exception):
-    """Raised out of the decoder's first layer, once it is known what enters it."""
-
-
-class DecoderEntry:
-    """Stands before the decoder's layers, and keeps what enters the first."""
-
-    def __init__(self) -> None:
-        self._states: Tensor | None = None
-
-    def layer(self, call: LayerCall) -> Any:
-        self._states = call.hidden
-        raise _Entered
-
-    def states(self, call: Callable[[], Any]) -> Tensor:
-        """What enters the decoder [B, T, D] in `call`, which is not run further."""
-        with contextlib.suppress(_Entered):
-            call()
-        states, self._states = self._states, None
-        assert states is not None
-        return states

@@ -12,17 +12,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import AdapterError, InputError
+from offramp.errors import AdapterError, InputError, check_known
 from offramp.runtimes.llama_cpp.native.products import Products, instructions, reason_against
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
+from offramp.runtimes.llama_cpp.prompt import Positions, Prompt
 
 log = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
 
 READ_AT_ONCE = 512
-"""Rows of a prompt in one call."""
+"""Rows of a prompt in one call, where no image or prompt must fit into one."""
+
+
+_LONGEST, _MOST_THREADS = 1 << 20, 512
+_SPARE = 64
+"""Rows beyond the context: of the checks when a segment loads, and of a token that is fed twice."""
+_CACHES = {"f32": 0, "f16": 1}
+"""Number formats of keys and values, by their numbers in ggml."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class EngineOptions:
     compiled_tap: read states by a callback in C where it can be compiled, else in Python.
     kernels: multiply by our own kernels, made for few tokens, where they run; see
     `native.products`. They hold the weights a second time, and the first need not stay in memory.
+
+    Raises:
+        InputError: a number that llama.cpp does not run with.
     """
 
     context: int = 2048
@@ -44,9 +55,34 @@ class EngineOptions:
     compiled_tap: bool = True
     kernels: bool = True
 
+    def __post_init__(self) -> None:
+        # llama.cpp ends the process where a number is out of range.
+        for name, most in (("context", _LONGEST), ("threads", _MOST_THREADS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"llama.cpp does not run with {name}={value!r}.",
+                    f"Give a whole number from 1 to {most}.",
+                )
+        check_known("Number format of keys and values", [self.cache], tuple(_CACHES))
+
+
+INPUT_SCALE, STATE_SCALE = "offramp.input_scale", "offramp.state_scale"
+"""Metadata: what states are multiplied by before they go into the graph, and how many times as
+large its own states are as the model's."""
+EMBEDDING_SCALE = "offramp.embedding_scale"
+"""Metadata, of the last file: what a token's embedding is multiplied by to enter the decoder."""
+AHEAD, FIRST_LAYER = "offramp.ahead", "offramp.first_layer"
+"""Metadata: whether prompts hold parts whose tokens see each other, and which of the decoder's
+layers is the file's first."""
+
 
 class Segment:
-    """A model and a context of llama.cpp, fed with states at positions that go on without a gap."""
+    """A model and a context of llama.cpp, fed with states.
+
+    width: of states. axes: of positions, 1 or 4. features: how many layers add visual features to
+    their states. at_once: most rows in a call. length: rows that were fed.
+    """
 
     def __init__(self, file: Path, options: EngineOptions, *, tap_layer: int | None) -> None:
         """tap_layer: the layer of the file whose output is read; None: no one's.
@@ -72,11 +108,18 @@ class Segment:
         self.width = int(lib.llama_model_n_embd(self._model))
         self.layers = int(lib.llama_model_n_layer(self._model))
         self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+        self.axes = 4 if lib.llama_model_rope_type(self._model) in _SEVERAL_AXES else 1
+        self.features = int(lib.llama_model_n_embd_inp(self._model)) // self.width - 1
+        self._input_scale = np.float32(self.said(INPUT_SCALE) or 1.0)
+        self._state_scale = np.float32(self.said(STATE_SCALE) or 1.0)
+        self._first_layer = int(self.said(FIRST_LAYER) or 0)
+        # What looks ahead must fit into a call, or llama.cpp ends the process.
+        self.looks_ahead = self.said(AHEAD) == "true"
+        self.at_once = max(READ_AT_ONCE, options.context) if self.looks_ahead else READ_AT_ONCE
         self._callback: Tap | None = None
         if tap_layer is not None or self.products is not None:
-            wanted = None if tap_layer is None else f"l_out-{tap_layer}"
             self._callback = Tap(
-                lib._lib, wanted, self.width, READ_AT_ONCE,
+                lib._lib, self._tapped_tensor(tap_layer), self.width, self.at_once,
                 compiled=options.compiled_tap, products=self.products,
             )  # fmt: skip
         self.tap = None if tap_layer is None else self._callback
@@ -89,21 +132,45 @@ class Segment:
             )
         self._memory = lib.llama_get_memory(self._context)
         self.length = 0
-        self._batch = _Batch(lib, READ_AT_ONCE, self.width, options.context)
+        self._positions = _PLAIN.table(self.axes, options.context + _SPARE + self.at_once)
+        self._features: States | None = None
+        self._ahead = False
+        self._batch = _Batch(lib, self.at_once, self.width, self.features, self.axes)
         address_function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         self._logits_address = address_function(("llama_get_logits", lib._lib))
         self._address = 0
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
-    def feed(self, states: States, outputs: int, idle: int = 0) -> None:
+    def begin(self, prompt: Prompt | None = None) -> None:
+        """Forget everything. The next rows are those of `prompt`, whose positions and features
+        they have; None: text, from position 0 on."""
+        if self.length:
+            self.crop(self.length)
+        prompt = prompt or _PLAIN
+        self._positions = prompt.table(self.axes, self._positions.shape[1])
+        features = prompt.features if self.features else None
+        if features is not None:
+            own = features[:, self._first_layer :][:, : self.features]
+            features = own.reshape(len(own), -1)
+        self._features = features
+
+    def feed(self, states: States, outputs: int, idle: int = 0, *, ahead: bool = False) -> None:
         """Run the layers over `states` [n, D], which stand behind what was fed before.
 
-        n: at most `READ_AT_ONCE`. idle: how many of the last rows only fill the call and are
-        forgotten again. outputs: of how many of those before them there will be logits.
+        n: at most `at_once`. idle: how many of the last rows only fill the call and are
+        forgotten again. outputs: of how many of those before them there will be logits. ahead: the
+        rows see each other, and not only what stands before them.
         """
         if self.tap is not None:
             self.tap.clear()
-        batch = self._batch.fill(states, self.length, outputs, idle)
+        if ahead != self._ahead:
+            self._lib.llama_set_causal_attn(self._context, not ahead)
+            self._ahead = ahead
+        if self._input_scale != 1.0:
+            states = states * self._input_scale
+        rows = slice(self.length, self.length + len(states))
+        features = None if self._features is None else self._features[rows]
+        batch = self._batch.fill(states, features, self._positions[:, rows], outputs, idle)
         if (code := self._lib.llama_decode(self._context, batch)) != 0:
             raise InputError(
                 f"llama.cpp refused {len(states)} rows at position {self.length} (code {code}).",
@@ -111,6 +178,12 @@ class Segment:
             )
         self.length += len(states)
         self.crop(idle)
+
+    def tapped(self) -> States:
+        """The states [n, D] that the last call took at the tap; a copy."""
+        assert self.tap is not None
+        rows = self.tap.rows()
+        return rows.copy() if self._state_scale == 1.0 else rows / self._state_scale
 
     def logits(self, rows: int) -> Logits:
         """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
@@ -127,7 +200,13 @@ class Segment:
         """Forget the last `rows` rows."""
         if rows:
             self.length -= rows
-            self._lib.llama_memory_seq_rm(self._memory, 0, self.length, -1)
+            first = int(self._positions[0, self.length])
+            self._lib.llama_memory_seq_rm(self._memory, 0, first, -1)
+
+    @property
+    def model(self) -> Any:
+        """llama.cpp's pointer, for what reads the file's vocabulary."""
+        return self._model
 
     def close(self) -> None:
         """Give the memory back; the segment is of no use afterwards."""
@@ -139,11 +218,24 @@ class Segment:
             self.products.close()
         self._context = self._model = None
 
+    def _tapped_tensor(self, layer: int | None) -> str | None:
+        """Its name: of what the layer hands on, with the features that are added behind it."""
+        if layer is None:
+            return None
+        return f"deepstack_out-{layer}" if layer < self.features else f"l_out-{layer}"
+
+    def said(self, key: str) -> str:
+        """What the file's metadata holds under `key`, as text; empty where it has none."""
+        text = ctypes.create_string_buffer(64)
+        found = self._lib.llama_model_meta_val_str(self._model, key.encode(), text, len(text))
+        return text.value.decode() if found >= 0 else ""
+
     def _parameters(self, options: EngineOptions) -> Any:
         lib = self._lib
         parameters = lib.llama_context_default_params()
-        parameters.n_ctx = options.context
-        parameters.n_batch = parameters.n_ubatch = READ_AT_ONCE
+        parameters.n_ctx = options.context + _SPARE
+        parameters.n_batch = parameters.n_ubatch = self.at_once
+        parameters.swa_full = True  # windows are masks alone: rows can be taken back
         parameters.n_seq_max = 1
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.flash_attn_type = (
@@ -159,22 +251,24 @@ class Segment:
         return parameters
 
 
-_CACHES = {"f32": 0, "f16": 1}
-"""Their numbers in ggml."""
+_SEVERAL_AXES = (8, 40)
+"""Kinds of rotary positions whose rows have four numbers each: plain and interleaved M-RoPE."""
+_PLAIN = Prompt(np.empty((0, 0), dtype=np.float32))
 
 
 class _Batch:
     """The arrays of a llama.cpp batch, allocated once."""
 
-    def __init__(self, lib: Any, rows: int, width: int, context: int) -> None:
-        self._states = np.zeros((rows, width), dtype=np.float32)
-        self._positions = np.zeros(rows, dtype=np.int32)
+    def __init__(self, lib: Any, rows: int, width: int, features: int, axes: int) -> None:
+        self._width = width
+        self._states = np.zeros((rows, width * (1 + features)), dtype=np.float32)
+        self._featured = 0  # rows that hold features
+        self._positions = np.zeros(axes * rows, dtype=np.int32)
         self._ones = np.ones(rows, dtype=np.int32)
         self._outputs = np.zeros(rows, dtype=np.int8)
         self._sequence = (ctypes.c_int32 * 1)(0)
         int_pointer = ctypes.POINTER(ctypes.c_int32)
         self._sequences = (int_pointer * rows)(*[ctypes.cast(self._sequence, int_pointer)] * rows)
-        self._all_positions = np.arange(context + rows, dtype=np.int32)
         self._kind = (0, 0, 0)
         self._batch = lib.llama_batch()
         self._batch.pos = self._positions.ctypes.data_as(int_pointer)
@@ -183,16 +277,32 @@ class _Batch:
         self._batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         self._batch.embd = self._states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
-    def fill(self, states: States, start: int, outputs: int, idle: int) -> Any:
+    def fill(
+        self,
+        states: States,
+        features: States | None,
+        positions: Positions,
+        outputs: int,
+        idle: int,
+    ) -> Any:
+        """features: of the first rows [m, ...], m <= n; None: of none. positions: [axes, n]."""
         rows = len(states)
-        self._states[:rows] = states
-        self._positions[:rows] = self._all_positions[start : start + rows]
+        self._states[:rows, : self._width] = states
+        self._positions[: positions.size] = positions.ravel()  # axis after axis
+        if self._featured or features is not None:
+            self._fill_features(features)
         if self._kind != (rows, outputs, idle):
             self._kind = rows, outputs, idle
             self._batch.n_tokens = rows
             self._outputs[:rows] = 0
             self._outputs[rows - idle - outputs : rows - idle] = 1
         return self._batch
+
+    def _fill_features(self, features: States | None) -> None:
+        self._states[: self._featured, self._width :] = 0.0
+        self._featured = 0 if features is None else len(features)
+        if features is not None:
+            self._states[: self._featured, self._width :] = features
 
 
 def kernels() -> str:
@@ -210,9 +320,19 @@ def _products(library: Any, options: EngineOptions) -> Products | None:
         return None
     reason = reason_against(library)
     if reason:
-        log.info("llama.cpp multiplies by its own kernels, not by ours: %s.", reason)
+        _warn_of_slower_kernels(reason)
         return None
     return Products(library)
+
+
+@functools.cache
+def _warn_of_slower_kernels(reason: str) -> None:
+    """Once in a process."""
+    log.warning(
+        "llama.cpp multiplies by its own kernels, which take several times as long for a few "
+        "tokens: %s. EngineOptions(kernels=False) asks for that.",
+        reason,
+    )
 
 
 @functools.cache

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from offramp.errors import AdapterError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
 
 AT_ONCE = 32
 """Most tokens that share a call."""
+
+_MOST = (AT_ONCE, 16, 8, 7, 4, 3)
+"""Numbers of tokens that are tried. llama.cpp's kernels for K-quants take up to 7 as they take one,
+or 3 where it rearranged the weights."""
 
 _TIMED, _TIMES = (2, 3, 4, 8, 16), 3
 """Numbers of rows whose calls are timed, and how often each."""
@@ -80,9 +81,9 @@ def _seconds(segment: Segment, states: States, least: int, most: int) -> dict[in
 def _sizes(segment: Segment, states: States) -> CallSizes:
     for least in (1, 2):
         few = _feed(segment, states, least)
-        for most in (AT_ONCE, AT_ONCE // 2, AT_ONCE // 4):
-            # Odd sizes too, whose remainders fall into other kernels.
-            sizes = (most, most // 2 - 1, 3)
+        for most in _MOST:
+            # Odd sizes too, whose remainders fall into other kernels; of few, all.
+            sizes = range(least, most + 1) if most < 8 else (most, most // 2 - 1, 3)
             if all(_same(few, _feed(segment, states, size)) for size in sizes):
                 return CallSizes(least, most)
     return CallSizes(1, 1)
@@ -108,26 +109,31 @@ def _check_crop(segment: Segment, states: States) -> None:
 
 
 def check_logits(
-    segments: Sequence[Segment], backbone: Backbone, probe: States, expected: Tensor, layers: str
+    segments: Sequence[Segment],
+    backbone: str,
+    probe: States,
+    expected: Array,
+    layers: str,
+    *,
+    ahead: bool = False,
 ) -> float:
     """The correlation of the last segment's logits with the backbone's, [n, V], on the probe.
 
-    layers: number format of the layers.
+    backbone: its name. layers: number format of the layers. ahead: all rows saw each other.
 
     Raises:
         AdapterError: it is lower than that format explains.
     """
     states, logits = probe, probe
     for segment in segments:
-        seen = _feed(segment, states, len(states))
+        seen = _feed(segment, states, len(states), ahead=ahead)
         states, logits = seen.states if seen.states is not None else states, seen.logits
-    ours = torch.from_numpy(logits).double()
-    pair = torch.stack([ours.flatten(), expected.double().flatten()])
-    correlation = float(torch.corrcoef(pair)[0, 1])
+    pair = np.array([each.astype(np.float64).ravel() for each in (logits, expected)])
+    correlation = float(np.corrcoef(pair)[0, 1])
     least = _LEAST_LIKE.get(layers, _COARSE)
     if not correlation >= least:
         raise AdapterError(
-            f"The exported decoder of {backbone.name} is not the backbone's: their logits "
+            f"The exported decoder of {backbone} is not the backbone's: their logits "
             f"correlate by {correlation:.4f}, less than {least}.",
             "Export it again; if that does not help, this version of llama.cpp computes it "
             "otherwise: use --engine torch.",
@@ -135,15 +141,15 @@ def check_logits(
     return correlation
 
 
-def _feed(segment: Segment, states: States, rows: int) -> _Seen:
+def _feed(segment: Segment, states: States, rows: int, *, ahead: bool = False) -> _Seen:
     """Run the states through a segment, `rows` in a call; it is empty before and after."""
     taps, logits = [], []
     for start in range(0, len(states), rows):
         call = states[start : start + rows]
-        segment.feed(call, len(call))
+        segment.feed(call, len(call), ahead=ahead)
         logits.append(segment.logits(len(call)).copy())
         if segment.tap is not None:
-            tapped = segment.tap.rows().copy()
+            tapped = segment.tapped()
             if len(tapped) != len(call):
                 raise _unfit(
                     f"gives {len(tapped)} rows of the states between its layers for {len(call)}"

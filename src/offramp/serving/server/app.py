@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from offramp import __version__
+from offramp.models.shipped import example_picture
 from offramp.serving.monitor.standing import OTHER
 from offramp.serving.monitor.watcher import Sample
 from offramp.serving.request import Completion
@@ -281,6 +282,13 @@ def _add_operations(app: FastAPI, models: Models) -> None:
             raise ApiError(404, "Nothing is watched here.", code="not_watched")
         await asyncio.to_thread(service.watcher.reset)
         return {"watch": service.watcher.report()}
+
+    @app.get("/example")
+    async def example() -> Response:
+        picture = example_picture(models.loaded[0].backbone.name)
+        if picture is None:
+            raise ApiError(404, "This model has no example picture.")
+        return Response(picture.read_bytes(), media_type="image/jpeg")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from offramp.models.shipped import KNOWS, example_picture
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
@@ -80,6 +81,8 @@ def model_card(service: Service) -> dict[str, Any]:
         "output_modalities": ["text"],
         "offramp": {
             "layers": service.backbone.depth,
+            "knows": KNOWS.get(service.backbone.name),
+            "example": example_picture(service.backbone.name) is not None,
             "exits": list(service.engine.core.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
             "guarantee": _promise(service),

@@ -25,9 +25,11 @@ from offramp_lab.inputs.tiny_families.text import (
     VISION_END,
     VISION_START,
     VOCABULARY,
+    granite,
     llama,
     opt_config,
     qwen,
+    qwen3_experts,
     t5,
 )
 
@@ -145,6 +147,16 @@ KINDS: dict[str, Kind] = {
 NAMES = tuple(KINDS)
 FURTHER: dict[str, Kind] = {
     "internvl-qwen3": Kind(lambda: adapted.internvl(qwen(third=True)), 4, inputs.square(32)),
+    "internvl-experts": Kind(lambda: adapted.internvl(qwen3_experts()), 4, inputs.square(32)),
+    "qwen3-vl-experts": Kind(lambda: native.qwen3(experts=True), 4, inputs.patches, frame=_FRAME),
+    "granite": Kind(lambda: adapted.llava_next(granite()), 4 + 6, inputs.crops),
+    "paligemma2-wide": Kind(  # a window longer than the prompt, and shorter than the answer
+        lambda: adapted.paligemma(
+            {"model_type": "gemma2", "sliding_window": 22, "query_pre_attn_scalar": 6}
+        ),
+        4,
+        inputs.prefix,
+    ),
 }
 """Kinds that are no family of their own, for tests that are about their text model."""
 WORDLESS = [BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO]

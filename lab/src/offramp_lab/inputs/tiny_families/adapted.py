@@ -72,13 +72,13 @@ def llava() -> Any:
     )
 
 
-def llava_next() -> Any:
+def llava_next(text: Any = None) -> Any:
     from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     return LlavaNextForConditionalGeneration(
         LlavaNextConfig(
             vision_config=CLIPVisionConfig(**TOWER, image_size=28, patch_size=14),
-            text_config=llama(),
+            text_config=text or llama(),
             image_token_index=IMAGE,
             image_grid_pinpoints=[[28, 28]],
         )

@@ -85,35 +85,47 @@ def qwen25() -> Any:
     )
 
 
-def qwen3() -> Any:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            vision_config={
-                "depth": 3,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "patch_size": 8,
-                "out_hidden_size": WIDTH,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1, 2],
-            },
-            text_config={
-                "vocab_size": VOCABULARY,
-                "hidden_size": WIDTH,
-                "intermediate_size": 64,
-                "num_hidden_layers": LAYERS,
-                "head_dim": 8,
-                "max_position_embeddings": 128,
-                "rope_parameters": {**_ROPE, "mrope_interleaved": True},
-                **heads(),
-                **IDS,
-            },
-            **_VISION_IDS,
-        )
+def qwen3(experts: bool = False) -> Any:
+    """Qwen3-VL, or the one that is a mixture of experts."""
+    from transformers import (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
     )
+
+    settings: dict[str, Any] = {
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        "text_config": {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": LAYERS,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+            **heads(),
+            **IDS,
+        },
+        **_VISION_IDS,
+    }
+    if not experts:
+        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings))
+    settings["text_config"] |= {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**settings))
 
 
 def gemma3() -> Any:

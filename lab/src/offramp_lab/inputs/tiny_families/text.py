@@ -56,6 +56,48 @@ def opt_config(**more: Any) -> Any:
     return OPTConfig(**settings)
 
 
+def granite() -> Any:
+    """A text model with multipliers of its own for embeddings, scores and residuals."""
+    from transformers import GraniteConfig
+
+    return GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        logits_scaling=4.0,
+        **heads(),
+        **IDS,
+    )
+
+
+def qwen3_experts() -> Any:
+    """One whose layers are mixtures of experts."""
+    from transformers import Qwen3MoeConfig
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_hidden_layers": LAYERS,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        **heads(),
+        **IDS,
+    }
+    return Qwen3MoeConfig(**settings)
+
+
 def t5(tied: bool = False) -> Any:
     from transformers import T5Config
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
-from examples.photo_vlm.held_out import half_of
-from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.rows import half_of, read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -23,8 +22,8 @@ from offramp.evaluation.timing import FirstToken
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.runtime import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import Rounds
 
@@ -73,7 +72,7 @@ class OneFile:
         entry = DecoderEntry()
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
-            states = entry.states(lambda: model(**inputs))[0].float().numpy()
+            states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
         self.segment.crop(self.segment.length)
         tokens: list[int] = []
         while len(tokens) < OPTIONS["max_new_tokens"]:

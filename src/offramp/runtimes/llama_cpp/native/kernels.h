@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
 #include "ggml.h"
@@ -18,9 +19,17 @@ enum { HALVES = 2, ROWS = HALVES * LANES, BLOCK = 32, VECTOR = 4 * LANES };  // 
 
 INLINE bool is_float(enum ggml_type type) { return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16; }
 
-static bool is_known(enum ggml_type type) {
-    return is_float(type) || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q4_1 ||
-           type == GGML_TYPE_IQ4_NL;
+// What a weight is packed as. q4_K's blocks of 32 are q4_1's, with scales of their own. Those of 5 and 6
+// bits are rounded to 8, which adds a sixteenth of a step to what they were rounded by: llama.cpp has no
+// quick kernels for them, and several rows take several times as long there. Others are unknown.
+INLINE enum ggml_type packed_as(enum ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16: case GGML_TYPE_BF16: case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1: case GGML_TYPE_IQ4_NL: return type;
+        case GGML_TYPE_Q4_K: return GGML_TYPE_Q4_1;
+        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: return GGML_TYPE_Q8_0;
+        default: return GGML_TYPE_COUNT;
+    }
 }
 
 INLINE bool has_sign(enum ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_IQ4_NL; }
@@ -28,11 +37,6 @@ INLINE bool has_sign(enum ggml_type type) { return type == GGML_TYPE_Q8_0 || typ
 // What is added to a weight's integer; the products with it are taken off again.
 INLINE int bias_of(enum ggml_type type) {
     return type == GGML_TYPE_Q4_0 ? 8 : has_sign(type) && !SIGNED_PRODUCTS ? 128 : 0;
-}
-
-// Bytes of a block in llama.cpp's memory.
-INLINE size_t block_bytes(enum ggml_type type) {
-    return is_float(type) ? 2 * BLOCK : type == GGML_TYPE_Q8_0 ? 34 : type == GGML_TYPE_Q4_1 ? 20 : 18;
 }
 
 // Bytes of a group's blocks here: integers, then scales in float32 (q4_1: scales and minima in float16).
@@ -44,24 +48,63 @@ INLINE size_t group_bytes(enum ggml_type type, size_t columns) {
     return columns / BLOCK * packed_bytes(type);
 }
 
-// One row's block into its lane, 0 to ROWS - 1.
-static void pack_block(enum ggml_type type, const uint8_t * from, uint8_t * to, size_t lane) {
-    if (is_float(type)) {
-        for (size_t k = 0; k < BLOCK; k++) memcpy(to + 2 * (ROWS * k + lane), from + 2 * k, 2);
-        return;
+// 32 weights of a row: d * integer + m. 8 bits each, or 4, the first 16 in the lower halves of bytes.
+struct block {
+    float d, m;
+    uint8_t integers[BLOCK];
+};
+
+static float half_at(const uint8_t * from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return _cvtsh_ss(half);
+}
+
+// Block b of a row in llama.cpp's memory.
+static struct block block_of(enum ggml_type type, const uint8_t * row, size_t b) {
+    struct block block = {0};
+    if (type == GGML_TYPE_Q4_K) {  // 256 weights: d, m, scales and minima in 6 bits, integers
+        const uint8_t * from = row + b / 8 * 144, * s = from + 4, * q = from + 16 + b % 8 / 2 * BLOCK;
+        const size_t j = b % 8, shift = j % 2 * 4;
+        const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+        const int least = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
+        block.d = half_at(from) * scale;
+        block.m = -half_at(from + 2) * least;
+        for (size_t k = 0; k < BLOCK / 2; k++)
+            block.integers[k] = (q[k] >> shift & 15) | (q[k + BLOCK / 2] >> shift & 15) << 4;
+        return block;
     }
+    const size_t integers = type == GGML_TYPE_Q8_0 ? BLOCK : BLOCK / 2, scales = type == GGML_TYPE_Q4_1 ? 4 : 2;
+    const uint8_t * from = row + b * (scales + integers);
+    block.d = half_at(from);
+    if (type == GGML_TYPE_Q4_1) block.m = half_at(from + 2);
+    memcpy(block.integers, from + scales, integers);
+    return block;
+}
+
+// 32 weights, rounded to 8 bits.
+static struct block rounded(const float * x) {
+    struct block block = {0};
+    int32_t integers[BLOCK / 4];
+    const float most = largest_of_32(x);
+    round_32(x, most > 1e-30f ? 127.0f / most : 0.0f, integers);
+    block.d = most / 127.0f;
+    memcpy(block.integers, integers, BLOCK);
+    return block;
+}
+
+// A block into its row's lane, 0 to ROWS - 1. type: packed_as.
+static void pack_block(enum ggml_type type, const struct block * block, uint8_t * to, size_t lane) {
     const size_t integers = packed_bytes(type) - HALVES * VECTOR;
     uint8_t * scale = to + integers + lane / LANES * VECTOR;
     if (type == GGML_TYPE_Q4_1) {
-        memcpy(scale + 2 * (lane % LANES), from, 2);
-        memcpy(scale + VECTOR / 2 + 2 * (lane % LANES), from + 2, 2);
+        const uint16_t d = _cvtss_sh(block->d, 0), m = _cvtss_sh(block->m, 0);
+        memcpy(scale + 2 * (lane % LANES), &d, 2);
+        memcpy(scale + VECTOR / 2 + 2 * (lane % LANES), &m, 2);
     } else {
-        uint16_t half;
-        memcpy(&half, from, 2);
-        const float wide = _cvtsh_ss(half);
-        memcpy(scale + 4 * (lane % LANES), &wide, 4);
+        memcpy(scale + 4 * (lane % LANES), &block->d, 4);
     }
-    from += block_bytes(type) - (type == GGML_TYPE_Q8_0 ? BLOCK : BLOCK / 2);
+    const uint8_t * from = block->integers;
     for (size_t at = 0; at < integers; at += HALVES * VECTOR, from += 4) {
         uint32_t four;
         memcpy(&four, from, 4);
@@ -70,12 +113,26 @@ static void pack_block(enum ggml_type type, const uint8_t * from, uint8_t * to, 
     }
 }
 
-static void pack_rows(enum ggml_type type, size_t rows, size_t columns, const uint8_t * from, uint8_t * to) {
-    const size_t blocks = columns / BLOCK;
-    for (size_t first = 0; first < rows; first += ROWS)
-        for (size_t b = 0; b < blocks; b++, to += packed_bytes(type))
-            for (size_t row = first; row < rows && row < first + ROWS; row++)
-                pack_block(type, from + (row * blocks + b) * block_bytes(type), to, row - first);
+typedef void (*to_floats_t)(const void *, float *, int64_t);
+
+// from: rows of `stride` bytes. to_float: of the type. numbers: room for a row.
+static void pack_rows(enum ggml_type type, size_t rows, size_t columns, const uint8_t * from, size_t stride,
+                      to_floats_t to_float, float * numbers, uint8_t * to) {
+    const enum ggml_type as = packed_as(type);
+    const bool rounds = as == GGML_TYPE_Q8_0 && type != as;
+    for (size_t row = 0; row < rows; row++, from += stride) {
+        uint8_t * group = to + row / ROWS * group_bytes(as, columns);
+        if (rounds) to_float(from, numbers, columns);
+        for (size_t b = 0; b < columns / BLOCK; b++, group += packed_bytes(as)) {
+            if (is_float(type)) {
+                for (size_t k = 0; k < BLOCK; k++)
+                    memcpy(group + 2 * (ROWS * k + row % ROWS), from + 2 * (b * BLOCK + k), 2);
+                continue;
+            }
+            const struct block block = rounds ? rounded(numbers + b * BLOCK) : block_of(type, from, b);
+            pack_block(as, &block, group, row % ROWS);
+        }
+    }
 }
 
 // -- activations ------------------------------------------------------------------------------
@@ -99,34 +156,40 @@ static size_t activations_bytes(enum ggml_type type, size_t columns, size_t toke
     return tokens * (is_float(type) ? columns * sizeof(float) : columns / BLOCK * sizeof(struct quantised));
 }
 
-// As llama.cpp rounds them, but with scales in float32.
+// As llama.cpp rounds them, but with scales in float32. A block that holds no number, or an infinite
+// one, has no scale: every product with it is none either, as it is in float32.
 static struct quantised quantise(const float * x, int bias) {
-    struct quantised to;
+    struct quantised to = {0};
+    if (!all_finite_32(x)) {
+        to.d = to.s = NAN;
+        return to;
+    }
     const float most = largest_of_32(x);
     const int sum = round_32(x, most > 1e-30f ? 127.0f / most : 0.0f, to.q);
     to.d = most / 127.0f;
     to.s = to.d * sum;
     to.c = -bias * sum;
-    to.unused = 0;
     return to;
 }
 
-// x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`.
-static struct activations arranged(enum ggml_type type, size_t columns, size_t tokens, const float * x,
-                                   size_t stride, void * memory) {
+// x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`. Each thread does its share.
+static void arrange(enum ggml_type type, size_t columns, size_t tokens, const float * x, size_t stride,
+                    void * memory, int thread, int threads) {
     float * numbers = memory;
-    struct quantised * blocks = memory;
-    for (size_t first = 0; first < tokens; first += MOST) {
+    struct quantised * to = memory;
+    const size_t blocks = columns / BLOCK, all = (tokens + MOST - 1) / MOST * blocks;
+    for (size_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
+        const size_t first = i / blocks * MOST, b = i % blocks;
         const size_t chunk = tokens - first < MOST ? tokens - first : MOST;
-        for (size_t n = 0; n < chunk; n++, x += stride) {
+        for (size_t n = 0; n < chunk; n++) {
+            const float * from = x + (first + n) * stride + b * BLOCK;
             if (is_float(type))
-                for (size_t k = 0; k < columns; k++) numbers[first * columns + k * chunk + n] = x[k];
+                for (size_t k = 0; k < BLOCK; k++)
+                    numbers[first * columns + (b * BLOCK + k) * chunk + n] = from[k];
             else
-                for (size_t b = 0; b < columns / BLOCK; b++)
-                    blocks[first * (columns / BLOCK) + b * chunk + n] = quantise(x + b * BLOCK, bias_of(type));
+                to[first * blocks + b * chunk + n] = quantise(from, bias_of(type));
         }
     }
-    return (struct activations) {tokens, numbers, blocks};
 }
 
 // -- one group of rows, some tokens -----------------------------------------------------------

@@ -9,6 +9,7 @@
 // MUL_MAT becomes CUSTOM, an operation of ggml's public interface, with the same sources.
 
 #define _GNU_SOURCE
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -21,39 +22,14 @@ enum { LINE = 64, HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
 // -- ggml's nodes ------------------------------------------------------------------------------
 
 struct weight {
+    struct products * all;
     const struct ggml_tensor * tensor;
-    enum ggml_type type;
+    enum ggml_type type;  // as it is packed
     size_t rows, columns;
     const uint8_t * packed;  // none: llama.cpp multiplies it
     enum ggml_op op;         // what a node becomes
     int32_t parameters[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
 };
-
-static _Thread_local struct { void * memory; size_t bytes; } scratch;
-
-static uint8_t * scratch_of(size_t bytes) {
-    if (scratch.bytes < bytes) {
-        free(scratch.memory);
-        scratch.bytes = (bytes + LINE - 1) / LINE * LINE;
-        scratch.memory = aligned_alloc(LINE, scratch.bytes);
-        if (!scratch.memory) abort();
-    }
-    return scratch.memory;
-}
-
-static void multiply(struct ggml_tensor * out, int thread, int threads, void * user) {
-    const struct weight * weight = user;
-    const struct ggml_tensor * x = out->src[1];
-    const size_t groups = (weight->rows + ROWS - 1) / ROWS, tokens = x->ne[1];
-    const struct product product = {
-        weight->packed, weight->rows, weight->columns, groups * thread / threads,
-        groups * (thread + 1) / threads, out->nb[1] / sizeof(float), out->data,
-    };
-    const size_t bytes = activations_bytes(weight->type, weight->columns, tokens);
-    const struct activations a = arranged(weight->type, weight->columns, tokens, x->data,
-                                          x->nb[1] / sizeof(float), scratch_of(bytes));
-    multiply_packed(weight->type, &product, &a);
-}
 
 // -- weights that were seen ---------------------------------------------------------------------
 
@@ -64,15 +40,43 @@ struct products {
     struct ggml_tensor * (*custom)(struct ggml_context *, enum ggml_type, int64_t, int64_t, int64_t, int64_t,
                                    struct ggml_tensor **, int, ggml_custom_op_t, int, void *);
     void (*free)(struct ggml_context *);
+    const struct ggml_type_traits * (*traits)(enum ggml_type);
     struct weight ** seen;  // by the tensor's address, open addressing
     size_t slots, count, packed_bytes;
     struct arena { struct arena * next; size_t bytes, used; } * arenas;
+    void * scratch;  // a node's activations, arranged by all threads together
+    size_t scratch_bytes;
+    atomic_size_t arrived;  // threads that arranged their share, since the graph's nodes were asked about
 };
+
+// Wait until all threads arranged their share. llama.cpp has all of them at one node, and none goes on
+// to the next before.
+static void wait_for_all(struct products * all, size_t threads) {
+    if (threads == 1) return;
+    const size_t before = atomic_fetch_add(&all->arrived, 1);
+    while (atomic_load(&all->arrived) < (before / threads + 1) * threads) _mm_pause();
+}
+
+static void multiply(struct ggml_tensor * out, int thread, int threads, void * user) {
+    const struct weight * weight = user;
+    const struct ggml_tensor * x = out->src[1];
+    const size_t groups = (weight->rows + ROWS - 1) / ROWS, tokens = x->ne[1];
+    const struct product product = {
+        weight->packed, weight->rows, weight->columns, groups * thread / threads,
+        groups * (thread + 1) / threads, out->nb[1] / sizeof(float), out->data,
+    };
+    struct products * all = weight->all;
+    arrange(weight->type, weight->columns, tokens, x->data, x->nb[1] / sizeof(float), all->scratch, thread, threads);
+    wait_for_all(all, threads);
+    const struct activations a = {tokens, all->scratch, all->scratch};
+    multiply_packed(weight->type, &product, &a);
+}
 
 // What this was compiled for; none where the processor lacks it.
 const char * offramp_products_instructions(void) { return vectors_run() ? INSTRUCTIONS : NULL; }
 
-void * offramp_products_new(void * is_host, void * usage, void * init, void * custom, void * free_context) {
+void * offramp_products_new(void * is_host, void * usage, void * init, void * custom, void * free_context,
+                            void * traits) {
     struct products * all = calloc(1, sizeof *all);
     if (!all) return NULL;
     all->is_host = is_host;
@@ -80,6 +84,7 @@ void * offramp_products_new(void * is_host, void * usage, void * init, void * cu
     all->init = init;
     all->custom = custom;
     all->free = free_context;
+    all->traits = traits;
     return all;
 }
 
@@ -89,6 +94,7 @@ void offramp_products_free(void * products) {
     struct products * all = products;
     for (size_t i = 0; i < all->slots; i++) free(all->seen[i]);
     free(all->seen);
+    free(all->scratch);
     for (struct arena * arena = all->arenas, * next; arena; arena = next) {
         next = arena->next;
         munmap(arena, arena->bytes);
@@ -121,9 +127,13 @@ static void pack(struct products * all, struct weight * weight) {
     const struct ggml_tensor * tensor = weight->tensor;
     const size_t groups = (weight->rows + ROWS - 1) / ROWS;
     const size_t bytes = groups * group_bytes(weight->type, weight->columns);
-    uint8_t * packed = take(all, bytes);
+    float * numbers = malloc(weight->columns * sizeof *numbers);
+    uint8_t * packed = numbers ? take(all, bytes) : NULL;
+    if (packed)
+        pack_rows(tensor->type, weight->rows, weight->columns, tensor->data, tensor->nb[1],
+                  all->traits(tensor->type)->to_float, numbers, packed);
+    free(numbers);
     if (!packed) return;
-    pack_rows(weight->type, weight->rows, weight->columns, tensor->data, packed);
     // What makes a node multiply by this weight, as ggml's own constructor writes it.
     struct ggml_context * context = all->init((struct ggml_init_params) {4096, NULL, true});
     struct ggml_tensor * sources[] = {(struct ggml_tensor *) tensor};
@@ -143,10 +153,11 @@ static void pack(struct products * all, struct weight * weight) {
 }
 
 static bool can_pack(const struct products * all, const struct ggml_tensor * tensor) {
-    return is_known(tensor->type) && tensor->buffer && all->is_host(tensor->buffer) &&
+    const struct ggml_type_traits * traits = all->traits(tensor->type);
+    return packed_as(tensor->type) != GGML_TYPE_COUNT && tensor->buffer && all->is_host(tensor->buffer) &&
            all->usage(tensor->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS &&
            tensor->ne[0] % BLOCK == 0 && tensor->ne[2] == 1 && tensor->ne[3] == 1 &&
-           tensor->nb[1] == tensor->ne[0] / BLOCK * block_bytes(tensor->type);
+           tensor->nb[1] == tensor->ne[0] / traits->blck_size * traits->type_size;
 }
 
 static struct weight ** place_of(struct weight ** seen, size_t slots, const struct ggml_tensor * tensor) {
@@ -171,8 +182,9 @@ static struct weight * weight_of(struct products * all, const struct ggml_tensor
     if (!*place) {
         struct weight * weight = calloc(1, sizeof *weight);
         if (!weight) return NULL;
+        weight->all = all;
         weight->tensor = tensor;
-        weight->type = tensor->type;
+        weight->type = packed_as(tensor->type);
         weight->rows = tensor->ne[1];
         weight->columns = tensor->ne[0];
         if (can_pack(all, tensor)) pack(all, weight);
@@ -180,6 +192,19 @@ static struct weight * weight_of(struct products * all, const struct ggml_tensor
         all->count++;
     }
     return *place;
+}
+
+// Whether there is memory for the activations of so many tokens. Nothing is computed meanwhile.
+static bool has_room(struct products * all, const struct weight * weight, size_t tokens) {
+    size_t bytes = activations_bytes(weight->type, weight->columns, tokens);
+    if (bytes <= all->scratch_bytes) return true;
+    bytes = (bytes + LINE - 1) / LINE * LINE;
+    void * memory = aligned_alloc(LINE, bytes);
+    if (!memory) return false;
+    free(all->scratch);
+    all->scratch = memory;
+    all->scratch_bytes = bytes;
+    return true;
 }
 
 // Take a node over, if it is a product that is known here.
@@ -190,8 +215,32 @@ void offramp_products_offer(void * products, void * tensor) {
     if (w->op != GGML_OP_NONE || x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->ne[2] != 1 ||
         x->ne[3] != 1 || node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float))
         return;
-    const struct weight * weight = weight_of(products, w);
-    if (!weight || !weight->packed) return;
+    struct products * all = products;
+    const struct weight * weight = weight_of(all, w);
+    if (!weight || !weight->packed || !has_room(all, weight, x->ne[1])) return;
+    atomic_store(&all->arrived, 0);
     node->op = weight->op;
     memcpy(node->op_params, weight->parameters, sizeof node->op_params);
+}
+
+// A product outside of llama.cpp: what a test asks for. weights: rows as llama.cpp holds them, of `stride` bytes; x: [tokens, columns]. False
+// where the type is not known or memory ran out.
+bool offramp_product(void * products, int type, size_t rows, size_t columns, const void * weights, size_t stride,
+                     size_t tokens, const float * x, float * out) {
+    struct products * all = products;
+    const enum ggml_type as = packed_as(type);
+    if (as == GGML_TYPE_COUNT) return false;
+    const struct weight weight = {.all = all, .type = as, .rows = rows, .columns = columns};
+    const size_t groups = (rows + ROWS - 1) / ROWS;
+    uint8_t * packed = take(all, groups * group_bytes(as, columns));
+    float * numbers = malloc(columns * sizeof *numbers);
+    const bool possible = packed && numbers && has_room(all, &weight, tokens);
+    if (possible) {
+        pack_rows(type, rows, columns, weights, stride, all->traits(type)->to_float, numbers, packed);
+        arrange(as, columns, tokens, x, columns, all->scratch, 0, 1);
+        const struct product product = {packed, rows, columns, 0, groups, rows, out};
+        multiply_packed(as, &product, &(struct activations) {tokens, all->scratch, all->scratch});
+    }
+    free(numbers);
+    return possible;
 }

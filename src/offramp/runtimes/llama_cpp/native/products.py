@@ -27,6 +27,7 @@ _OF_GGML = (
     "ggml_init",
     "ggml_custom_4d",
     "ggml_free",
+    "ggml_get_type_traits",
 )
 
 

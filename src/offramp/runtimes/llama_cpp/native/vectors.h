@@ -6,9 +6,18 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+
+// Whether 32 numbers are all finite.
+INLINE bool all_finite_32(const float * x) {
+    uint32_t bits[32], bad = 0;
+    memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < 32; i++) bad |= (bits[i] & 0x7f800000u) == 0x7f800000u;
+    return !bad;
+}
 
 // LANES: numbers in a vector. MOST: tokens whose sums fit into the registers.
 // SIGNED_PRODUCTS: whether integers are multiplied with their sign, rather than a bias.

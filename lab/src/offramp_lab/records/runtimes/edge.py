@@ -1,0 +1,81 @@
+"""What a process takes with PyTorch and without; rewrites runtimes-edge.json.
+
+`python -m offramp_lab.records.runtimes.edge --sliced FOLDER` takes a minute. Each way is a process
+of its own, in turns; CPU seconds and peak memory of importing, of loading the sliced folder, and of
+an answer of some tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from offramp.provenance import provenance
+from offramp.storage import write_json
+from offramp_lab.places import RECORDS
+
+RECORD = RECORDS / "runtimes-edge.json"
+TOKENS = 64
+_HEAD = """
+import json, resource, sys, time
+def used():
+    return [time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000]
+marks = [used()]
+"""
+WAYS = {
+    "without PyTorch": _HEAD
+    + """
+from offramp.runtimes.edge.model import EdgeModel
+marks.append(used())
+model = EdgeModel(sys.argv[1])
+marks.append(used())
+answer = model.answer("A photo of", mode=sys.argv[2], max_new_tokens=int(sys.argv[3]))
+marks.append(used())
+print(json.dumps([marks, "torch" in sys.modules]))
+""",
+    "PyTorch and transformers, imported alone": _HEAD
+    + """
+import torch, transformers
+from transformers import AutoModelForImageTextToText
+marks.append(used())
+print(json.dumps([marks, "torch" in sys.modules]))
+""",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sliced", type=Path, required=True, help="what `offramp slice` wrote")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    runs: dict[tuple[str, str], list[Any]] = {}
+    for _ in range(arguments.rounds):
+        for way, code in WAYS.items():
+            for mode in ("full", "early_exit") if way == "without PyTorch" else ("",):
+                command = [sys.executable, "-c", code, str(arguments.sliced), mode, str(TOKENS)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                marks, torch = json.loads(done.stdout)
+                assert torch == (way != "without PyTorch")
+                runs.setdefault((way, mode), []).append(marks)
+    entries = [_entry(way, mode, found) for (way, mode), found in runs.items()]
+    about = provenance(0, ["offramp_lab.records.runtimes.edge"], None)
+    write_json(RECORD, {"tokens": TOKENS, "entries": entries, "provenance": about})
+
+
+def _entry(way: str, mode: str, found: list[Any]) -> dict[str, Any]:
+    steps = ("import", "load", "answer")[: len(found[0]) - 1]
+    cpu = {
+        f"{step}_seconds": median(m[i + 1][0] - m[i][0] for m in found)
+        for i, step in enumerate(steps)
+    }
+    peak = {f"{step}_megabytes": median(m[i + 1][1] for m in found) for i, step in enumerate(steps)}
+    return {"way": way, "mode": mode, **cpu, **peak}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`offramp slice`: a GGUF file from the hub, cut at exits, for llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.options import add_command, depths_option, name_option
+from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "slice",
+        "Cut a GGUF file from the hub at an adapter's exits: tensors as they are stored.",
+        "offramp slice model-q4_k_m.gguf --adapter exits --out sliced\n"
+        "  offramp generate sliced --prompt 'Caption:'",
+        _slice,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
+
+    parser.add_argument("file", type=Path, help="GGUF file of the exits' backbone, in one piece")
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--adapter", type=Path, required=True, help="folder of the exits, as `offramp train` wrote"
+    )
+    depths_option(
+        group, "--depths",
+        "exits to write (default: those at which the adapter's policy has thresholds)",
+    )  # fmt: skip
+    name_option(
+        group, "--exit-format", FORMATS, "number format of the exits' layers", default="q8_0"
+    )
+    group.add_argument("--out", type=Path, required=True, help="folder for the files")
+
+
+def _slice(arguments: argparse.Namespace) -> None:
+    from offramp.runtimes.llama_cpp.slicing import slice_gguf
+    from offramp.storage import check_writable
+
+    check_writable(arguments.out, folder=True)
+    files = slice_gguf(
+        arguments.file, arguments.adapter, arguments.out,
+        depths=arguments.depths, exits=arguments.exit_format,
+    )  # fmt: skip
+    sizes = {str(file): file.stat().st_size for file in files}
+    show_result(sizes, "\n".join(sizes), as_json=arguments.json)
+    for name, size in sizes.items():
+        log.info("%s: %.1f MB", Path(name).name, size / 1e6)
+    log.info(
+        "The exits were trained on other weights than these: choose thresholds on them, "
+        "offramp calibrate --runtime llama.cpp --gguf %s.", arguments.out,
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""`offramp generate F` and `offramp serve F` of a sliced folder: without PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.output import print_json, print_text
+from offramp.cli.parser import Parser, share, whole
+
+log = logging.getLogger(__name__)
+
+NAMES = ("generate", "serve")
+
+
+def is_edge(argv: Sequence[str]) -> bool:
+    """Whether a command names a folder of segments in the place of a model."""
+    if len(argv) < 2 or argv[0] not in NAMES or argv[1].startswith("-"):
+        return False
+    return (Path(argv[1]) / "segment-0.gguf").is_file()
+
+
+def add(commands: Any) -> None:
+    """The two commands, as they are for a folder of segments."""
+    for name, run, options, help in (
+        ("generate", _generate, _generate_options, "Answer a prompt; PyTorch is not loaded."),
+        ("serve", _serve, _serve_options, "Serve OpenAI's API; PyTorch is not loaded."),
+    ):
+        parser: Parser = commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(run=run)
+        parser.add_argument("folder", type=Path, help="what `offramp slice` wrote")
+        _model_options(parser)
+        options(parser)
+        parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+
+
+def _model_options(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--mmproj", type=Path, metavar="FILE", help="projector's file, for images")
+    group.add_argument(
+        "--threads", type=whole(1), default=1, metavar="N", help="of llama.cpp (default: 1)"
+    )
+    group.add_argument(
+        "--context", type=whole(1), default=2048, metavar="N",
+        help="longest prompt with its answer, in tokens (default: 2048)",
+    )  # fmt: skip
+
+
+def _generate_options(parser: Parser) -> None:
+    group = parser.add_argument_group("question")
+    group.add_argument("--prompt", default="Describe this image.", help="what is asked")
+    group.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
+    group.add_argument(
+        "--plain", action="store_true", help="go on with the prompt; without the chat template"
+    )
+    group.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N")
+    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="ends the answer")
+    group.add_argument("--stream", action="store_true", help="print the answer as it is written")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X")
+    group.add_argument("--top-p", type=share, default=1.0, metavar="X")
+    group.add_argument("--top-k", type=whole(0), default=0, metavar="N")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N")
+    group = parser.add_argument_group("exits")
+    from offramp.runtimes.edge.decoding import MODES
+
+    group.add_argument("--mode", choices=MODES, default="early_exit", metavar="NAME",
+                       help=f"{', '.join(MODES)} (default: early_exit)")  # fmt: skip
+    group.add_argument(
+        "--threshold", type=share, metavar="X", help="of all exits, in place of the adapter's"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _serve_options(parser: Parser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    group.add_argument("--port", type=whole(0), default=8000, metavar="N", help="(default: 8000)")
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from offramp.runtimes.edge.model import EdgeModel
+    from offramp.runtimes.llama_cpp.segment import EngineOptions
+
+    engine = EngineOptions(arguments.context, arguments.threads)
+    return EdgeModel(arguments.folder, mmproj=arguments.mmproj, engine=engine)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from offramp.runtimes.edge.sampling import Sampling
+
+    sampling = Sampling(
+        arguments.temperature, arguments.top_p, arguments.top_k, arguments.repetition_penalty,
+        arguments.seed,
+    )  # fmt: skip
+    with _load(arguments) as model:
+        chat = model.vocabulary.has_template and not arguments.plain
+        asked = [{"role": "user", "content": arguments.prompt}] if chat else arguments.prompt
+        streams = arguments.stream and not arguments.json
+        level = arguments.threshold
+        answer = model.answer(
+            asked, arguments.image, max_new_tokens=arguments.max_new_tokens, mode=arguments.mode,
+            sampling=sampling, stop=arguments.stop,
+            thresholds=None if level is None else dict.fromkeys(model.files.depths, level),
+            on_text=_print_part if streams else None,
+        )  # fmt: skip
+        pieces = [model.vocabulary.piece(s.token).decode(errors="replace") for s in answer.steps]
+    if arguments.json:
+        steps = [
+            {"token": piece, "id": s.token, "depth": s.depth,
+             "score": None if s.score != s.score else round(s.score, 6)}
+            for piece, s in zip(pieces, answer.steps, strict=True)
+        ]  # fmt: skip
+        print_json({"answer": answer.text, "layers": answer.layers, "finish": answer.finish,
+                    "mean_depth": answer.mean_depth, "steps": steps})  # fmt: skip
+    else:
+        print_text("" if streams else answer.text)
+    log.info("mean depth %.1f of %d", answer.mean_depth, answer.layers)
+
+
+def _print_part(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from offramp.runtimes.edge.server import EdgeServer
+
+    page = (files("offramp.serving.server") / "web" / "index.html").read_bytes()
+    with _load(arguments) as model:
+        name = arguments.folder.resolve().name
+        with EdgeServer(model, arguments.host, arguments.port, name=name, page=page) as server:
+            if arguments.host not in ("127.0.0.1", "localhost", "::1"):
+                log.warning("There are no keys: whoever reaches %s can ask.", arguments.host)
+            log.info("http://%s:%d: OpenAI's API at /v1, a page at /", arguments.host,
+                     server.server_address[1])  # fmt: skip
+            server.serve_forever()

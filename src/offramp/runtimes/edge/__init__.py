@@ -1,0 +1,1 @@
+"""Sliced files without PyTorch: numpy, llama.cpp and its libmtmd, templates by Jinja."""

@@ -1,0 +1,277 @@
+"""A sliced model that answers: `EdgeModel`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.errors import AdapterError, InputError
+from offramp.runtimes.edge.decoding import MODES, Decoder, Plan, Step, plan_of
+from offramp.runtimes.edge.images import MARKER, ImageReader
+from offramp.runtimes.edge.sampling import Chooser, Sampling
+from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
+from offramp.runtimes.llama_cpp.chain import SegmentChain
+from offramp.runtimes.llama_cpp.gguf_files import read_segments
+from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions, Segment
+from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
+from offramp.runtimes.llama_cpp.trial import check_survives
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """finish: "stop" at the model's end or a stop string, "length" at the most tokens.
+
+    prompt_tokens: of text and images.
+    """
+
+    text: str
+    steps: tuple[Step, ...]
+    layers: int
+    prompt_tokens: int
+    finish: str
+
+    @property
+    def mean_depth(self) -> float:
+        return float(np.mean([step.depth for step in self.steps])) if self.steps else 0.0
+
+
+class EdgeModel:
+    """What `offramp slice` wrote, without PyTorch. Calls from several threads take turns."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        mmproj: str | Path | None = None,
+        engine: EngineOptions | None = None,
+        check_digests: bool = True,
+    ) -> None:
+        """mmproj: the projector's file, for images; None: text alone.
+
+        Raises:
+            AdapterError: files that are missing, damaged, or that hold no tokenizer.
+            InputError: the packages gguf and llama-cpp-python are not installed.
+            UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
+        """
+        self.engine = engine or EngineOptions()
+        self.files = read_segments(folder, check_digests=check_digests)
+        self.policy: dict[str, Any] = json.loads(self.files.said["offramp.policy"])
+        self._lock = threading.Lock()
+        self._segments: list[Segment] = []
+        self._images: ImageReader | None = None
+        self._closed = False
+        try:
+            check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
+            for file, tap in zip(self.files.files, self.files.taps, strict=True):
+                self._segments.append(Segment(file, self.engine, tap_layer=tap))
+            header = read_header(self.files.files[-1])
+            last = self._segments[-1]
+            lib = import_llama_cpp().llama_cpp
+            self.vocabulary = Vocabulary(
+                lib, last.model, header.said.get("tokenizer.chat_template")
+            )
+            self._embeddings = _Embeddings(header, last.width)
+            if mmproj is not None:
+                first = self._segments[0]
+                reader = first if first.features and not last.features else last
+                features = max(segment.features for segment in self._segments)
+                self._images = ImageReader(
+                    mmproj, reader.model, last.width, features, self.engine.threads
+                )
+            probe = self._embeddings.of(_probe(self.vocabulary.size))
+            self._chain = SegmentChain(self._segments, call_sizes(self._segments, probe))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        return str(self.files.said["offramp.backbone"])
+
+    @property
+    def layers(self) -> int:
+        """Of the whole decoder."""
+        return self.files.cuts[-1]
+
+    @property
+    def reads_images(self) -> bool:
+        return self._images is not None
+
+    def answer(
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[str | Path] = (),
+        *,
+        max_new_tokens: int = 128,
+        mode: str = "early_exit",
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        thresholds: dict[int, float] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a text, or a chat by the file's template.
+
+        images: files; where the prompt has no `MARKER` they stand before it, or before the last
+            message of a chat.
+        thresholds: by depth, in place of the adapter's. stop: strings that end the answer, and are
+            left out of it. on_text: is told what is written, as soon as its letters are whole.
+
+        Raises:
+            InputError: a prompt with its answer longer than the context, images without a
+                projector, or a mode or option that does not run here.
+            DataError: an image cannot be read.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"{max_new_tokens} tokens are no answer.", "Ask for 1 or more.")
+        plan = self._plan(mode, thresholds)
+        with self._lock:
+            if self._closed:
+                raise InputError("The model is closed.", "Load it again.")
+            read, ids = self._prompt(self._text(prompt, images), images)
+            rows = len(read.states)
+            self._check_room(rows, max_new_tokens)
+            stream, steps = TextStream(self.vocabulary, stop), list[Step]()
+            finish = "length"
+            for step in self._steps(read, ids, plan, sampling or Sampling(), max_new_tokens):
+                steps.append(step)
+                if self.vocabulary.ends(step.token):
+                    finish = "stop"
+                    break
+                _tell(on_text, stream.add(step.token))
+                if stream.ended:
+                    finish = "stop"
+                    break
+            _tell(on_text, stream.close())
+        return Answer(stream.text, tuple(steps), self.layers, rows, finish)
+
+    def close(self) -> None:
+        """Give the memory back, once an answer that is being written is done."""
+        with self._lock:
+            if self._images is not None:
+                self._images.close()
+            for segment in self._segments:
+                segment.close()
+            self._closed = True
+
+    def __enter__(self) -> EdgeModel:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # -- one answer -----------------------------------------------------------------------------
+
+    def _plan(self, mode: str, thresholds: dict[int, float] | None) -> Plan:
+        policy = dict(self.policy)
+        if thresholds is not None:
+            policy |= {"thresholds": thresholds, "drafts": {}}
+        missing = sorted({int(d) for d in policy["thresholds"]} - set(self.files.depths))
+        if missing and mode != "full":
+            raise InputError(
+                f"No exits stand at depths {missing}.", f"Use {list(self.files.depths)}."
+            )
+        gates = {
+            int(depth): (np.asarray(weight, dtype=np.float32), float(bias))
+            for depth, (weight, bias) in json.loads(
+                self.files.said.get("offramp.gates", "{}")
+            ).items()
+        }
+        ahead = self._segments[0].looks_ahead or self._segments[0].features > 0
+        return plan_of(policy, mode, gates, self.files.shortlist, causal=not ahead)
+
+    def _steps(
+        self, prompt: Prompt, ids: list[int], plan: Plan, sampling: Sampling, most: int
+    ) -> Iterator[Step]:
+        decoder = Decoder(
+            self._chain, self.files.depths, self.layers, plan,
+            Chooser(sampling, self.vocabulary.size, ids),
+            lambda token: self._embeddings.of([token]), self.vocabulary.ends,
+        )  # fmt: skip
+        return decoder.steps(prompt, most)
+
+    def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
+        markers = MARKER * len(images)
+        if isinstance(prompt, str):
+            return prompt if MARKER in prompt else markers + prompt
+        messages = [dict(message) for message in prompt]
+        if not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+            raise InputError(
+                "A message has no role or no content.",
+                'Give {"role": "user", "content": "..."} for each.',
+            )
+        if messages and not any(MARKER in m["content"] for m in messages):
+            messages[-1]["content"] = markers + messages[-1]["content"]
+        return self.vocabulary.chat(messages)
+
+    def _prompt(self, text: str, images: Sequence[str | Path]) -> tuple[Prompt, list[int]]:
+        if images and self._images is None:
+            raise InputError(
+                "Images were given, and no projector reads them.", "Name its file: --mmproj FILE."
+            )
+        if images and self._images is not None:
+            axes = self._segments[0].axes
+            read = self._images.prompt(text, images, self._embeddings.of, axes)
+        else:
+            ids = self.vocabulary.tokens(text)
+            read = Prompt(self._embeddings.of(ids)), ids
+        if not len(read[0].states):
+            raise InputError("The prompt is empty.", "Give a text.")
+        return read
+
+    def _check_room(self, rows: int, new: int) -> None:
+        if rows + new - 1 > self.engine.context:
+            raise InputError(
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the context of "
+                f"{self.engine.context}.",
+                "Load the model with a longer one (--context), or ask for fewer tokens.",
+            )
+
+
+def _tell(on_text: Callable[[str], None] | None, text: str) -> None:
+    if on_text is not None and text:
+        on_text(text)
+
+
+def _probe(vocabulary: int) -> list[int]:
+    draw = np.random.default_rng(0)
+    return [int(token) for token in draw.integers(vocabulary, size=AT_ONCE)]
+
+
+class _Embeddings:
+    """Rows of the embeddings as the file holds them, made numbers when they are looked up."""
+
+    def __init__(self, header: Header, width: int) -> None:
+        place = header.tensors.get("token_embd.weight")
+        if place is None or place.shape[0] != width:
+            raise AdapterError(f"{header.path} holds no embeddings.", "Slice the file again.")
+        self._rows = header.rows("token_embd.weight")
+        self._kind = place.kind
+        self._scale = np.float32(header.said.get(EMBEDDING_SCALE, 1.0))
+        self._quants = import_gguf().quants
+
+    def of(self, tokens: list[int]) -> States:
+        """The states [T, D] that enter the decoder."""
+        if not tokens:
+            return np.zeros((0, 0), dtype=np.float32)
+        rows = self._quants.dequantize(np.ascontiguousarray(self._rows[tokens]), self._type)
+        states = np.asarray(rows, dtype=np.float32)
+        return states if self._scale == 1.0 else states * self._scale
+
+    @property
+    def _type(self) -> Any:
+        return import_gguf().GGMLQuantizationType(self._kind)
+
+
+__all__ = ["MODES", "Answer", "EdgeModel", "Message"]

@@ -1,0 +1,107 @@
+"""Which token comes next, in numpy.
+
+Sampling is by noise that belongs to a place in the answer and a seed (Gumbel-max): whichever layer
+speaks at a place, it is given the same noise. So lossless writes the full model's sample of that
+seed, and one seed gives one answer in every mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import InputError
+
+Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature: 0 takes the likeliest token. top_p, top_k: of the likeliest; 1 and 0: all.
+    repetition_penalty: as Hugging Face has it, over prompt and answer. seed: of the noise.
+
+    Raises:
+        InputError: a number that nothing can be drawn by.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, fits in (
+                ("temperature", self.temperature == 0.0 or 1e-6 <= self.temperature <= 1e6),
+                ("top_p", 0.0 < self.top_p <= 1.0),
+                ("top_k", type(self.top_k) is int and self.top_k >= 0),
+                ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3),
+                ("seed", type(self.seed) is int and 0 <= self.seed < 2**64),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise InputError(
+                f"{wrong[0]} is {getattr(self, wrong[0])!r}, by which nothing can be drawn.",
+                "Use temperature 0 to 1e6, top_p above 0 and at most 1, top_k and seed from 0, "
+                "repetition_penalty 0.001 to 1000.",
+            )
+
+
+class Chooser:
+    """Chooses the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling, vocabulary: int, prompt: list[int]) -> None:
+        """prompt: token ids that the penalty counts."""
+        self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._seen = set(prompt)
+
+    def wrote(self, token: int) -> None:
+        """A token is part of the answer."""
+        self._seen.add(token)
+
+    def allowed(self, logits: Array, ids: Ids | None, drafted: list[int]) -> Array:
+        """Logits [S] after the penalty. ids: of their tokens; None: all. drafted: tokens that stand
+        before it, and are not written yet."""
+        penalty = self._sampling.repetition_penalty
+        if penalty == 1.0:
+            return logits
+        seen = np.fromiter(self._seen | set(drafted), dtype=np.int64)
+        places = seen if ids is None else np.flatnonzero(np.isin(ids, seen))
+        places = places[places < len(logits)]
+        logits = logits.copy()
+        chosen = logits[places]
+        logits[places] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+        return logits
+
+    def choose(self, logits: Array, ids: Ids | None, place: int) -> int:
+        """The token at a place of the answer, of `allowed` logits [S]."""
+        sampling = self._sampling
+        if sampling.temperature == 0.0:
+            best = int(logits.argmax())
+        else:
+            scaled = self._warped(logits.astype(np.float64) / sampling.temperature)
+            noise = np.random.default_rng([sampling.seed, place]).gumbel(size=self._vocabulary)
+            best = int((scaled + (noise[: len(logits)] if ids is None else noise[ids])).argmax())
+        return best if ids is None else int(ids[best])
+
+    def _warped(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Logits, minus infinity where top-k and top-p leave a token out."""
+        sampling = self._sampling
+        if 0 < sampling.top_k < len(scaled):
+            least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
+            scaled = np.where(scaled < least, -np.inf, scaled)
+        if sampling.top_p < 1.0:
+            order = np.argsort(-scaled, kind="stable")
+            shares = np.exp(scaled[order] - scaled[order[0]])
+            before = np.cumsum(shares) - shares
+            left_out = order[before >= sampling.top_p * shares.sum()]
+            scaled = scaled.copy()
+            scaled[left_out[left_out != order[0]]] = -np.inf
+        return scaled

@@ -1,0 +1,144 @@
+"""Tokens and chat templates of a GGUF file, by llama.cpp and Jinja."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from offramp.errors import AdapterError, InputError
+
+_PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+class Vocabulary:
+    """Of a model that llama.cpp has loaded."""
+
+    def __init__(self, lib: Any, model: Any, template: str | None) -> None:
+        """template: of chats, as the file says it; None: there is none.
+
+        Raises:
+            AdapterError: the file has no tokenizer.
+        """
+        self._lib = lib
+        self._vocab = lib.llama_model_get_vocab(model)
+        self.size = int(lib.llama_vocab_n_tokens(self._vocab))
+        if int(lib.llama_vocab_type(self._vocab)) == 0:
+            raise AdapterError(
+                "The files hold no tokenizer: they were exported from PyTorch.",
+                "Slice a file from the hub, which has one: offramp slice model.gguf --adapter A.",
+            )
+        self._template = template
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def tokens(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text; special: what opens a text is put before it, where the model wants it."""
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            found = (ctypes.c_int32 * room)()
+            count = self._lib.llama_tokenize(
+                self._vocab, data, len(data), found, room, special, True
+            )
+            if count >= 0:
+                return list(found[:count])
+            room = -count
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that a token stands for; of a special one none."""
+        if token not in self._pieces or special:
+            room = 64
+            while True:
+                text = ctypes.create_string_buffer(room)
+                count = self._lib.llama_token_to_piece(self._vocab, token, text, room, 0, special)
+                if count >= 0:
+                    break
+                room = -count
+            if special:
+                return text.raw[:count]
+            self._pieces[token] = text.raw[:count]
+        return self._pieces[token]
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text that a chat is written as for the model, up to where its answer begins.
+
+        Raises:
+            InputError: the file's template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        ends = (self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab))
+        bos, eos = (
+            self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+            for token in ends
+        )
+        try:
+            template = environment.from_string(self._template or _PLAIN)
+            text = template.render(
+                messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(
+                f"The model's chat template refuses these messages: {error}.",
+                "Give messages with a role (user, assistant, system) and text.",
+            ) from error
+        return text.removeprefix(bos) if bos and self.tokens("")[:1] else text
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+class TextStream:
+    """Turns tokens into text as they come, and ends it where a stop string begins.
+
+    ended: by a stop string.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()) -> None:
+        self._vocabulary = vocabulary
+        self._stop = [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.text = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """What may be given out now: nothing that a stop string could still begin with."""
+        self._held += self._decoder.decode(self._vocabulary.piece(token))
+        return self._give(final=False)
+
+    def close(self) -> str:
+        """What is left."""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._give(final=True)
+
+    def _give(self, *, final: bool) -> str:
+        if self.ended:
+            return ""
+        begins = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
+        if begins:
+            given, self._held, self.ended = self._held[: min(begins)], "", True
+        else:
+            kept = 0 if final else max((self._overlap(text) for text in self._stop), default=0)
+            cut = len(self._held) - kept
+            given, self._held = self._held[:cut], self._held[cut:]
+        self.text += given
+        return given
+
+    def _overlap(self, text: str) -> int:
+        """Letters at the end with which `text` could begin."""
+        longest = min(len(text) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)

@@ -1,0 +1,201 @@
+"""What enters a decoder in PyTorch: the rows that llama.cpp is given in its place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.intercept import InterceptedModel
+from offramp.runtimes.llama_cpp.architectures import layer_kinds
+from offramp.runtimes.llama_cpp.graphs import Architecture
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.prompt import Prompt, Span
+
+
+class _Entered(Exception):
+    """Raised out of the decoder's first layer, once it is known what enters it."""
+
+
+class DecoderEntry:
+    """Stands before the decoder's layers, and keeps what enters the first."""
+
+    def __init__(self) -> None:
+        self._call: LayerCall | None = None
+
+    def layer(self, call: LayerCall) -> Any:
+        self._call = call
+        raise _Entered
+
+    def call(self, call: Callable[[], Any]) -> LayerCall:
+        """The first layer's call in `call`, which is not run further."""
+        with contextlib.suppress(_Entered):
+            call()
+        entered, self._call = self._call, None
+        assert entered is not None
+        return entered
+
+
+def read_prompt(
+    intercepted: InterceptedModel,
+    entry: DecoderEntry,
+    model: Any,
+    ids: Tensor,
+    prepared: Mapping[str, Any],
+) -> tuple[LayerCall, dict[str, Any], Tensor | None]:
+    """Run a prepared prompt up to the decoder.
+
+    Returns its first layer's call, the stack's arguments, and which rows [T] are no padding.
+    """
+    inputs = model.prepare_inputs_for_generation(
+        ids, is_first_iteration=True, next_sequence_length=None, **prepared
+    )
+    with intercepted.recording() as calls:
+        call = entry.call(lambda: model(**inputs, return_dict=True))
+    mask = prepared.get("attention_mask")
+    same = mask is not None and mask.dim() == 2 and mask.shape[-1] == call.hidden.shape[1]
+    return call, calls[-1], mask[0].bool() if same and mask is not None else None
+
+
+def prompt_of(
+    backbone: Backbone,
+    architecture: Architecture,
+    call: LayerCall,
+    arguments: Mapping[str, Any],
+    real: Tensor | None,
+) -> Prompt:
+    """One row's prompt, padding left out, of what `read_prompt` returns.
+
+    Raises:
+        InputError: parts of it look ahead in a way that llama.cpp does not.
+    """
+    states = call.hidden[0].float().cpu()
+    rows = torch.ones(len(states), dtype=torch.bool) if real is None else real.cpu()
+    return Prompt(
+        _array(states[rows]),
+        _positions(architecture, arguments, rows),
+        _features(architecture, arguments, states, rows),
+        _ahead(backbone, architecture, call, rows),
+    )
+
+
+def _positions(architecture: Architecture, arguments: Mapping[str, Any], rows: Tensor) -> Any:
+    positions = arguments.get("position_ids")
+    if not architecture.sections or positions is None:
+        return None
+    axes = positions[-3:, 0].cpu()[:, rows] if positions.dim() == 3 else None
+    if axes is None:
+        return None
+    # Beyond the pairs of height and width, interleaved axes turn by time, which is the fourth here.
+    return torch.cat([axes, axes[:1]]).int().numpy()
+
+
+def _features(
+    architecture: Architecture, arguments: Mapping[str, Any], states: Tensor, rows: Tensor
+) -> States | None:
+    added = arguments.get("deepstack_visual_embeds")
+    if not architecture.deepstack or not added:
+        return None
+    where = arguments["visual_pos_masks"][0].cpu()
+    features = torch.zeros(len(states), len(added), states.shape[1])
+    for layer, feature in enumerate(added):
+        features[where, layer] = feature.float().cpu()
+    return _array(features[rows])
+
+
+def _ahead(
+    backbone: Backbone, architecture: Architecture, call: LayerCall, rows: Tensor
+) -> tuple[Span, ...]:
+    """The spans whose rows see each other, by the mask that the first layer is given."""
+    mask = call.kw.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return ()
+    sees = mask[0, 0, :, : len(rows)].cpu()
+    sees = (sees if sees.dtype == torch.bool else sees == 0)[rows][:, rows]
+    last = (sees * torch.arange(sees.shape[1])).amax(1).tolist()
+    spans, at = list[Span](), 0
+    while at < len(last):
+        stop = last[at] + 1
+        if stop > at + 1:
+            if any(other + 1 != stop for other in last[at:stop]):
+                raise _strange(backbone, "sees parts of images")
+            spans.append((at, stop))
+        at = max(stop, at + 1)
+    if spans and not architecture.ahead:
+        raise _strange(backbone, "looks ahead")
+    window = getattr(backbone.text_config, "sliding_window", None)
+    longest = max((stop - start for start, stop in spans), default=0)
+    if window and "sliding_attention" in layer_kinds(backbone) and longest > window:
+        raise InputError(
+            f"{longest} tokens of the prompt see each other, more than the {window} of this "
+            "decoder's sliding window, where llama.cpp cuts them off.",
+            "Shorten the prompt, or use --runtime torch.",
+        )
+    return tuple(spans)
+
+
+def _strange(backbone: Backbone, what: str) -> InputError:
+    return InputError(
+        f"A token of this prompt {what}, which the llama.cpp runtime does not know of the decoder "
+        f"of {backbone.name}.",
+        "Use --runtime torch for it.",
+    )
+
+
+class Embeddings:
+    """The states that enter a decoder for tokens of text."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._embedding: nn.Module = backbone.stack.get_input_embeddings()
+        self._rows = _plain_rows(self._embedding)
+        self._places = _places(backbone)
+        self._scale = np.float32(getattr(backbone.text_config, "embedding_multiplier", 1.0))
+
+    @property
+    def kept(self) -> nn.Parameter:
+        """The weights that they are read from."""
+        return self._embedding.weight  # type: ignore[return-value]
+
+    def of_token(self, token: int, position: int) -> States:
+        """The states [1, D] of one."""
+        if self._rows is None:
+            return self.of([token], position)
+        states = self._rows[token : token + 1]
+        if self._scale != 1.0:
+            states = states * self._scale
+        return states if self._places is None else states + self._places[position]
+
+    def of(self, tokens: list[int], position: int = 0) -> States:
+        """The states [T, D] of tokens that stand from `position` on."""
+        ids = torch.tensor([tokens], device=self._backbone.device)
+        states = _array(self._embedding(ids)[0].float().cpu()) * self._scale
+        if self._places is None:
+            return states
+        return states + self._places[position : position + len(tokens)]
+
+
+def _places(backbone: Backbone) -> States | None:
+    """Learned positions [P, D], which are added to embeddings; None where there are none."""
+    if backbone.positions is None:
+        return None
+    table = backbone.stack.embed_positions
+    return _array(table.weight.detach()[int(getattr(table, "offset", 0)) :].float().cpu())
+
+
+def _plain_rows(embedding: nn.Module) -> States | None:
+    """The embeddings [V, D] themselves, where looking them up is all that is done."""
+    weight = embedding.weight if type(embedding) is nn.Embedding else None
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return np.asarray(weight.detach().numpy())
+
+
+def _array(tensor: Tensor) -> States:
+    return np.asarray(tensor.contiguous().numpy())

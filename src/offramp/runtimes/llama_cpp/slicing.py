@@ -1,0 +1,348 @@
+"""A GGUF file from the hub, cut at an adapter's exits: tensors as they are stored, no PyTorch.
+
+The folder holds what `export_gguf` writes, segment by segment. K-quants stay K-quants, bit by bit;
+an exit's head is the rows of the quantised head that its shortlist names. The last segment keeps
+embeddings, head and tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp import __version__
+from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
+from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
+from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
+from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp.segment import AHEAD, EMBEDDING_SCALE, FIRST_LAYER, INPUT_SCALE
+from offramp.storage import atomic_folder, digest_file, write_json
+
+_OF_THE_FILE = ("general.", "GGUF.", "split.", "tokenizer.", "offramp.")
+_PATTERNS = {"gemma3": 6, "gemma2": 2}
+"""Where a file says nothing: one of so many layers sees all, the last of them."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A GGUF file: what is said of it by key, and its tensors by name."""
+
+    path: Path
+    said: Mapping[str, Any]
+    kinds: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+    architecture: Architecture
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A setting of the architecture's."""
+        return self.said.get(f"{self.said['general.architecture']}.{key}", default)
+
+    @property
+    def layers(self) -> int:
+        return int(self.get("block_count"))
+
+    @property
+    def width(self) -> int:
+        return int(self.get("embedding_length"))
+
+
+def slice_gguf(
+    file: str | Path,
+    adapter: str | Path,
+    folder: str | Path,
+    *,
+    depths: Sequence[int] | None = None,
+    exits: str = "q8_0",
+) -> list[Path]:
+    """Cut a GGUF file at the exits of the adapter in a folder; returns the segments' paths.
+
+    Each file appears whole or not at all. depths: of the exits to write; left out, those where the
+    policy lets tokens exit or draft. exits: number format of their layers.
+
+    Raises:
+        AdapterError: one of the two is missing or damaged, or the exits are of another model.
+        InputError: no exit to write, or an unknown format.
+        UnsupportedBackboneError: exits do not run in this file's graph.
+    """
+    if exits not in FORMATS:
+        raise InputError(
+            f"GGUF format {exits!r} is not known.", f"Use one of {', '.join(FORMATS)}."
+        )
+    source, made = _read(Path(file)), read_exits(adapter)
+    chosen = _chosen(made, depths)
+    _check_kinship(source, made, Path(adapter))
+    about = _about(source, made, chosen, exits)
+    edges = [0, *chosen, source.layers]
+    with atomic_folder(folder) as staging:
+        names = []
+        for place in range(len(edges) - 1):
+            depth = chosen[place] if place < len(chosen) else None
+            names.append(f"segment-{place}.gguf")
+            cut = _Cut(source, edges[place], edges[place + 1], depth)
+            cut.write(staging / names[-1], made, {**about, "offramp.segment": place}, exits)
+        write_json(staging / DIGESTS, {name: digest_file(staging / name) for name in names})
+    return [Path(folder) / name for name in names]
+
+
+def _read(path: Path) -> _Source:
+    if not path.is_file():
+        raise AdapterError(f"{path} is no file.", "Name a GGUF file, e.g. model-q4_k_m.gguf.")
+    try:
+        reader = import_gguf().GGUFReader(path)
+        said = {key: field.contents() for key, field in reader.fields.items()}
+        kinds = {key: field.types for key, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        name = str(said["general.architecture"])
+        int(said[f"{name}.block_count"]), int(said[f"{name}.embedding_length"])
+        tensors["token_embd.weight"], tensors["output_norm.weight"]
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, TypeError) as error:
+        raise AdapterError(
+            f"{path} is no whole GGUF file of a language model ({error}).", "Download it again."
+        ) from error
+    architecture = GRAPHS.get(name)
+    if architecture is None or architecture.state_scale != 1.0:
+        raise UnsupportedBackboneError(
+            f"Exits do not run in the graph {name!r} of {path.name}.",
+            f"They run in {', '.join(sorted(GRAPHS))}.",
+        )
+    if int(said.get("split.count", 1)) > 1:
+        raise InputError(
+            f"{path.name} is a part of a file.", "Put the parts together: llama-gguf-split --merge."
+        )
+    if architecture.large == int(said[f"{name}.block_count"]):
+        raise UnsupportedBackboneError(
+            f"{path.name} has {architecture.large} layers, by which llama.cpp takes it for a model "
+            "with another scale of attention scores, and a part of it would not be one.",
+            "Export it from PyTorch: offramp export, which folds the scale into the weights.",
+        )
+    return _Source(path, said, kinds, tensors, architecture)
+
+
+def _chosen(made: ExitFiles, depths: Sequence[int] | None) -> tuple[int, ...]:
+    policy = made.policy
+    named = {int(d) for d in (*policy.get("thresholds", {}), *policy.get("drafts", {}))}
+    chosen = tuple(sorted(named if depths is None else set(depths)))
+    wrong = [depth for depth in chosen if depth not in made.states]
+    if not chosen or wrong:
+        raise InputError(
+            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
+            f"Name depths to write among {sorted(made.states)}, e.g. with --depths.",
+        )
+    if made.config.get("exit_kind", "layer") != "layer":
+        raise InputError(
+            f"Exits of kind {made.config['exit_kind']!r} are no decoder layers, which is what "
+            "llama.cpp runs.",
+            "Train exits of kind 'layer'.",
+        )
+    return chosen
+
+
+def _check_kinship(source: _Source, made: ExitFiles, folder: Path) -> None:
+    """Raise `AdapterError` where sizes say that the exits are of another model. That it is this
+    one's weights cannot be seen: they are quantised."""
+    said = made.config["backbone"].get("fingerprint", {})
+    here = {
+        "layers": source.layers,
+        "width": source.width,
+        "vocabulary": int(source.tensors["token_embd.weight"].shape[1]),
+    }
+    for name, value in here.items():
+        if said.get(name) is not None and int(said[name]) != value:
+            raise AdapterError(
+                f"The exits in {folder} are of a model whose {name} is {said[name]}; that of "
+                f"{source.path.name} is {value}.",
+                "Use the model that they were trained for, or train exits for this one.",
+            )
+
+
+def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str) -> dict[str, Any]:
+    stored = sorted(
+        {t.tensor_type.name.lower() for t in source.tensors.values() if len(t.shape) > 1}
+    )
+    head = source.tensors.get("output.weight", source.tensors["token_embd.weight"])
+    formats = {"layers": "+".join(stored), "exits": exits, "head": head.tensor_type.name.lower()}
+    versions = {"offramp": __version__, "gguf": metadata.version("gguf")}
+    gates = {str(depth): [weight.tolist(), bias] for depth, (weight, bias) in made.gates.items()}
+    return {
+        "offramp.format": FORMAT,
+        "offramp.depths": list(depths),
+        "offramp.layers": source.layers,
+        "offramp.exits_digest": made.digest,
+        "offramp.backbone": str(source.said.get("general.name", source.path.stem)),
+        "offramp.source": json.dumps(_fingerprint(source)),
+        "offramp.policy": json.dumps(made.policy, sort_keys=True),
+        "offramp.formats": json.dumps(formats),
+        "offramp.versions": json.dumps(versions),
+        **({"offramp.gates": json.dumps(gates)} if gates else {}),
+    }
+
+
+def _fingerprint(source: _Source) -> dict[str, Any]:
+    """What identifies the file: its name, its SHA-256, and that of its tensors' names, shapes and
+    number formats."""
+    rows = [[t.name, t.shape.tolist(), t.tensor_type.name] for t in source.tensors.values()]
+    shapes = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+    return {"file": source.path.name, "sha256": digest_file(source.path), "tensors": shapes}
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Layers [start, stop) of a file, and behind them an exit at `depth` or, in the last, none."""
+
+    source: _Source
+    start: int
+    stop: int
+    depth: int | None
+
+    @property
+    def layers(self) -> list[int]:
+        """Which of the source's layers the file's are; the exit's, that which it stands before."""
+        return [*range(self.start, self.stop), *([] if self.depth is None else [self.stop])]
+
+    def write(self, file: Path, made: ExitFiles, about: dict[str, Any], exits: str) -> None:
+        name = str(self.source.said["general.architecture"])
+        out = import_gguf().GGUFWriter(file, name)
+        try:
+            shortlist = made.shortlist if made.policy.get("shortlist") else None
+            for key, value in self._settings(name):
+                add_value(out, f"{name}.{key}", value)
+            if self.depth is None:
+                self._keep_tokenizer(out)
+            else:
+                out.add_tokenizer_model("none")
+                out.add_vocab_size(self._vocabulary if shortlist is None else len(shortlist))
+                if shortlist is not None:
+                    out.add_array("offramp.shortlist", shortlist.tolist())
+            for key, value in {**about, **self._feeding()}.items():
+                add_value(out, key, value)
+            self._add_tensors(out, shortlist)
+            if self.depth is not None:
+                self._add_exit(out, made.states[self.depth], exits)
+            out.write_header_to_file()
+            out.write_kv_data_to_file()
+            out.write_tensors_to_file()
+        finally:
+            out.close()
+
+    def _feeding(self) -> dict[str, Any]:
+        graph = self.source.architecture
+        said: dict[str, Any] = {}
+        if graph.divided:
+            said[INPUT_SCALE] = self.source.width**-0.5
+        if graph.ahead:
+            said[AHEAD] = True
+        if graph.deepstack:
+            said[FIRST_LAYER] = self.start
+        scale = self.source.get("embedding_scale", self.source.width**0.5 if graph.ahead else None)
+        if scale is not None and self.depth is None:  # beside the embeddings
+            said[EMBEDDING_SCALE] = float(scale)
+        return said
+
+    # -- metadata -------------------------------------------------------------------------------
+
+    def _settings(self, name: str) -> Iterator[tuple[str, Any]]:
+        """The architecture's, for these layers."""
+        source = self.source
+        own = ("block_count", "vocab_size", "n_deepstack_layers", "embedding_scale")
+        window = ("attention.sliding_window", "attention.sliding_window_pattern")
+        for key, value in source.said.items():
+            setting = key.removeprefix(f"{name}.")
+            if (
+                key == setting
+                or setting in own
+                or (source.architecture.windows and setting in window)
+            ):
+                continue
+            if isinstance(value, list) and len(value) == source.layers:
+                yield setting, [value[layer] for layer in self.layers]
+            else:
+                yield setting, _typed(value)
+        yield "block_count", len(self.layers)
+        if self.depth is None and self.source.get("vocab_size") is not None:
+            yield "vocab_size", self._vocabulary
+        deepstack = source.get("n_deepstack_layers")
+        if deepstack is not None:
+            yield "n_deepstack_layers", max(0, min(self.stop, int(deepstack)) - self.start)
+        yield from self._windows(name)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.source.tensors["token_embd.weight"].shape[1])
+
+    def _windows(self, name: str) -> Iterator[tuple[str, Any]]:
+        graph, window = self.source.architecture, self.source.get("attention.sliding_window")
+        if not graph.windows:
+            return
+        pattern = self.source.get("attention.sliding_window_pattern", _PATTERNS[name])
+        if not isinstance(pattern, list):
+            every = int(pattern)
+            pattern = [n % every < every - 1 for n in range(self.source.layers)]
+        sliding = [bool(pattern[layer]) for layer in self.layers]
+        if any(sliding) and (window is not None or graph.always_windows):
+            yield "attention.sliding_window", int(4096 if window is None else window)
+            yield "attention.sliding_window_pattern", sliding
+        elif graph.always_windows:
+            yield "attention.sliding_window", NO_WINDOW
+            yield "attention.sliding_window_pattern", [True] * len(self.layers)
+
+    def _keep_tokenizer(self, out: Any) -> None:
+        value_type = import_gguf().GGUFValueType
+        for key, value in self.source.said.items():
+            if not key.startswith(("tokenizer.", "general.")) or key in (
+                "general.architecture", "general.alignment",
+            ):  # fmt: skip
+                continue
+            kinds = self.source.kinds[key]
+            inner = kinds[-1] if kinds[0] == value_type.ARRAY else None
+            out.add_key_value(key, value, kinds[0], inner)
+
+    # -- tensors --------------------------------------------------------------------------------
+
+    def _add_tensors(self, out: Any, shortlist: Any) -> None:
+        tensors = self.source.tensors
+        for name, tensor in tensors.items():
+            layer = name.split(".")[1] if name.startswith("blk.") else None
+            if layer is None:
+                if name not in ("token_embd.weight", "output.weight") or self.depth is None:
+                    _add(out, name, tensor)
+            elif self.start <= int(layer) < self.stop:
+                rest = name.removeprefix(f"blk.{layer}.")
+                _add(out, f"blk.{int(layer) - self.start}.{rest}", tensor)
+        if self.depth is not None:
+            head = tensors.get("output.weight", tensors["token_embd.weight"])
+            _add(out, "token_embd.weight", head, shortlist)
+
+    def _add_exit(self, out: Any, state: Mapping[str, Any], exits: str) -> None:
+        source, place = self.source, self.stop - self.start
+        heads = int(source.get("attention.head_count"))
+        groups = int(source.get("attention.head_count_kv", heads))
+        try:
+            arrays = layer_arrays(state, source.architecture, (heads, groups))
+        except KeyError as error:
+            raise AdapterError(
+                f"An exit holds the tensor {error}, which the graph of {source.path.name} has not.",
+                "Use the model that the exits were trained for.",
+            ) from error
+        for name, array in arrays.items():
+            kind = "f32" if name == "ffn_gate_inp.weight" else exits
+            add_array(out, f"blk.{place}.{name}", array, kind)
+
+
+def _add(out: Any, name: str, tensor: Any, rows: Any = None) -> None:
+    """A tensor as it is stored; rows: of it; None: all."""
+    data = np.asarray(tensor.data) if rows is None else np.ascontiguousarray(tensor.data[rows])
+    out.add_tensor(name, data, raw_dtype=tensor.tensor_type)
+
+
+def _typed(value: Any) -> Any:
+    """A number that gguf-py read, as Python has it."""
+    return value.item() if isinstance(value, np.generic) else value

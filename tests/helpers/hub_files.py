@@ -1,0 +1,182 @@
+"""Files as a hub has them, of tiny random models: with a tokenizer, a template and a projector."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import torch
+from gguf_cases import SHORT
+from transformers import LlamaForCausalLM
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.runtimes.llama_cpp import ExportFormats, slice_gguf
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<vision>", "</vision>", "<video>", "<7>"]
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-:;'()+*/=<>@#&"
+WORDS = [*SPECIAL, *LETTERS, "Ġ", "ab", "Ċ"]
+WORDS += [f"<{n}>" for n in range(len(WORDS), families.VOCABULARY)]
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
+
+
+@cache
+def text_adapter() -> Adapter:
+    """Exits at two depths of a tiny Llama that sees no images."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(families.llama_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.25)
+        model.get_input_embeddings().weight.normal_(0.0, 0.1)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = families.PAD
+    backbone = Backbone(model.eval(), name="tiny-text")
+    exits = Exits(backbone, (2, 4))
+    with torch.no_grad():
+        for parameter in exits.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape))
+    torch.random.set_rng_state(state)
+    exits.requires_grad_(False)
+    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True)
+    return Adapter(backbone, ExitSet(exits, SHORT), policy)
+
+
+def hub_file(backbone: Backbone, path: Path, formats: str = "f32") -> Path:
+    """The whole decoder with a tokenizer of one letter a token."""
+    import gguf
+
+    plain = path.with_suffix(".plain")
+    export_whole(backbone, plain, ExportFormats(formats))
+    reader = gguf.GGUFReader(plain)
+    name = str(reader.fields["general.architecture"].contents())
+    out = gguf.GGUFWriter(path, name)
+    for key, field in reader.fields.items():
+        if key.startswith(f"{name}."):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            out.add_key_value(key, field.contents(), field.types[0], inner)
+    out.add_name("Tiny")
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("default")
+    out.add_token_list(WORDS)
+    out.add_token_types([3] * len(SPECIAL) + [1] * (len(WORDS) - len(SPECIAL)))
+    out.add_token_merges(["a b"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    out.add_add_bos_token(True)
+    out.add_chat_template(TEMPLATE)
+    embeddings = backbone.stack.get_input_embeddings().weight.detach().float().numpy()
+    out.add_tensor("token_embd.weight", embeddings)
+    for tensor in reader.tensors:  # whose embeddings are the head, as no token comes in
+        named = tensor.name.replace("token_embd", "output")
+        out.add_tensor(named, tensor.data, raw_dtype=tensor.tensor_type)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    plain.unlink()
+    return path
+
+
+def sliced(adapter: Adapter, folder: Path, formats: str = "f32") -> Path:
+    """The folder that `offramp slice` writes of both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    exits = replace(adapter.exits, measured={"shortlist": {"size": len(SHORT)}})
+    replace(adapter, exits=exits).save(folder / "adapter")
+    hub_file(adapter.backbone, folder / "hub.gguf", formats)
+    slice_gguf(folder / "hub.gguf", folder / "adapter", folder / "sliced", exits=formats)
+    return folder / "sliced"
+
+
+@cache
+def image_adapter() -> Adapter:
+    """Exits of a tiny LLaVA with a SigLIP tower."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    tower = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=28, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower, text_config=families.llama_config(),
+            image_token_index=families.IMAGE, image_seq_length=4,
+            vision_feature_select_strategy="full",
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.25)
+        model.get_input_embeddings().weight.normal_(0.0, 0.1)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = families.PAD
+    backbone = Backbone(model.eval(), name="tiny-siglip")
+    exits = Exits(backbone, (2, 4))
+    torch.random.set_rng_state(state)
+    exits.requires_grad_(False)
+    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True)
+    return Adapter(backbone, ExitSet(exits, SHORT), policy)
+
+
+def projector(path: Path) -> Path:
+    """Its vision tower and projector, as llama.cpp's converter writes them."""
+    import gguf
+
+    model = image_adapter().backbone.model.model
+    tower, config = model.vision_tower, model.vision_tower.config
+    tower = getattr(tower, "vision_model", tower)
+    out = gguf.GGUFWriter(path, "clip")
+    out.add_bool("clip.has_vision_encoder", True)
+    out.add_bool("clip.use_gelu", True)
+    out.add_string("clip.projector_type", "mlp")
+    for key, value in {
+        "image_size": config.image_size, "patch_size": config.patch_size,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "projection_dim": families.WIDTH, "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+    }.items():  # fmt: skip
+        out.add_uint32(f"clip.vision.{key}", value)
+    out.add_float32("clip.vision.attention.layer_norm_epsilon", config.layer_norm_eps)
+    out.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    out.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    for name, tensor in _projector_tensors(tower, model.multi_modal_projector):
+        out.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def _projector_tensors(tower: Any, joined: Any) -> Any:
+    embeddings = tower.embeddings
+    yield "v.patch_embd.weight", embeddings.patch_embedding.weight
+    yield "v.patch_embd.bias", embeddings.patch_embedding.bias
+    yield "v.position_embd.weight", embeddings.position_embedding.weight
+    parts: dict[str, Any] = {}  # less the last norm: LLaVA reads the layer before the last
+    for n, layer in enumerate(tower.encoder.layers):
+        attention, blk = layer.self_attn, f"blk.{n}"
+        parts |= {
+            f"{blk}.attn_q": attention.q_proj, f"{blk}.attn_k": attention.k_proj,
+            f"{blk}.attn_v": attention.v_proj, f"{blk}.attn_out": attention.out_proj,
+            f"{blk}.ln1": layer.layer_norm1, f"{blk}.ln2": layer.layer_norm2,
+            f"{blk}.ffn_up": layer.mlp.fc1, f"{blk}.ffn_down": layer.mlp.fc2,
+        }  # fmt: skip
+    for name, part in parts.items():
+        yield f"v.{name}.weight", part.weight
+        yield f"v.{name}.bias", part.bias
+    for n, part in ((0, joined.linear_1), (2, joined.linear_2)):
+        yield f"mm.{n}.weight", part.weight
+        yield f"mm.{n}.bias", part.bias

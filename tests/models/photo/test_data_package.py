@@ -1,0 +1,50 @@
+"""The data package in this checkout is whole, small, and says what it was learnt from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from safetensors import safe_open
+
+from offramp.models.photo.build import CARD, WEIGHTS
+from offramp.models.photo.packages import LANGUAGE, VISION
+from offramp.models.photo.tower import PhotoTowerConfig
+from offramp.storage import digest_file, read_json
+
+ROOT = Path(__file__).parents[3] / "photo-model"
+DATA = ROOT / "offramp_photo"
+
+
+def test_its_weights_are_those_of_its_card() -> None:
+    card = read_json(DATA / CARD)
+    assert digest_file(DATA / WEIGHTS) == card["sha256"]
+    assert [base["digest"] for base in card["base"]] == [LANGUAGE.digest, VISION.digest]
+    assert len(card["words"]) == len(set(card["words"])) == card["tower"]["vocabulary"]
+
+
+def test_its_weights_have_the_shapes_of_its_tower() -> None:
+    tower = PhotoTowerConfig(**read_json(DATA / CARD)["tower"])
+    with safe_open(DATA / WEIGHTS, "pt") as file:
+        shape = file.get_slice("bridge.words.table").get_shape()
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert shape == [tower.vocabulary, tower.hidden_size]
+    assert dtypes == {"BF16"}
+
+
+def test_it_is_small() -> None:
+    assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) < 45e6
+
+
+def test_the_picture_to_try_is_named_with_its_licence() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    for picture in DATA.glob("*.jpg"):
+        assert Image.open(picture).size
+        (row,) = [line for line in text.splitlines() if f"`{picture.name}`" in line]
+        assert "CC0" in row or "public domain" in row
+
+
+def test_its_card_names_the_terms_of_what_it_was_learnt_from() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert "Flickr8k" in text and "DAQUAR" in text and "research and education only" in text
+    assert text.count("Apache-2.0") == 2  # the packages whose weights it is put together with

@@ -1,0 +1,292 @@
+"""Laws of the runtime without PyTorch: it writes what the runtime in PyTorch writes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_cases import refused
+from hub_files import WORDS, image_adapter, projector, sliced, text_adapter
+from PIL import Image
+
+from offramp.engine.policy import FULL
+from offramp.errors import AdapterError, DataError, InputError
+
+pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+
+from offramp.runtimes.edge.model import EdgeModel
+from offramp.runtimes.edge.sampling import Chooser, Sampling
+from offramp.runtimes.edge.server import EdgeServer
+from offramp.runtimes.edge.vocabulary import TextStream
+from offramp.runtimes.llama_cpp import LlamaCppRuntime
+from offramp.runtimes.llama_cpp.gguf_header import read_header
+from offramp.runtimes.llama_cpp.segment import EngineOptions
+
+ENGINE = EngineOptions(context=128, cache="f32", flash_attention=False)
+MODES = ("full", "early_exit", "lossless")
+PROMPT, NEW = "the dog ran", 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sliced(text_adapter(), tmp_path_factory.mktemp("edge"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[EdgeModel]:
+    with EdgeModel(folder, engine=ENGINE) as each:
+        yield each
+
+
+def test_words_are_the_files(model: EdgeModel) -> None:
+    ids = model.vocabulary.tokens(PROMPT)
+    assert [WORDS[i] for i in ids] == ["<s>", *PROMPT.replace(" ", "Ġ")]
+    assert b"".join(map(model.vocabulary.piece, ids)) == PROMPT.encode()
+    assert model.vocabulary.chat([{"role": "user", "content": "hi"}]) == "u:hi;a:"
+    assert model.vocabulary.ends(2) and not model.vocabulary.ends(20)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+@pytest.mark.parametrize("mode", MODES)
+def test_it_writes_what_pytorch_does(mode: str, penalty: float, model: Any, folder: Path) -> None:
+    adapter = text_adapter()
+    ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": penalty}
+    with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
+        theirs = runtime.generate(inputs, mode=mode, **options)
+    stock = adapter.generate(inputs, mode=mode, **options)
+    sampling = Sampling(repetition_penalty=penalty)
+    answer = model.answer(PROMPT, mode=mode, max_new_tokens=NEW, sampling=sampling)
+    tokens, depths, scores = zip(*((s.token, s.depth, s.score) for s in answer.steps), strict=True)
+    assert list(tokens) == theirs.new_tokens[0].tolist() == stock.new_tokens[0].tolist()
+    assert list(depths) == theirs.depths[0].tolist()
+    np.testing.assert_allclose(scores, theirs.scores[0].numpy(), atol=1e-4)
+    assert mode == "full" or len(set(depths)) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
+def test_lossless_is_the_full_models_sample(temperature: float, model: EdgeModel) -> None:
+    for seed in range(4):
+        sampling = Sampling(temperature, top_p=0.95, top_k=40, seed=seed)
+        full, lossless = (
+            model.answer(PROMPT, mode=mode, max_new_tokens=NEW, sampling=sampling)
+            for mode in ("full", "lossless")
+        )
+        assert full.text == lossless.text
+        assert [s.token for s in full.steps] == [s.token for s in lossless.steps]
+    if temperature:
+        other = Sampling(temperature, seed=9)
+        assert (
+            model.answer(PROMPT, mode="full", sampling=other, max_new_tokens=NEW).text != full.text
+        )
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    logits = np.array([2.0, 1.0, 0.0, -1.0, 0.5], dtype=np.float32)
+    shares = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
+    counts = np.zeros(5)
+    draws = 4000
+    for seed in range(draws):
+        chooser = Chooser(Sampling(0.8, seed=seed), 5, [])
+        counts[chooser.choose(logits, None, 3)] += 1
+    assert ((counts - draws * shares) ** 2 / (draws * shares)).sum() < 18.5  # 0.1% of chi-square, 4
+    few = Chooser(Sampling(1.0, top_k=2, seed=1), 5, [])
+    assert {few.choose(logits, None, place) for place in range(50)} == {0, 1}
+    least = Chooser(Sampling(1.0, top_p=0.1), 5, [])
+    assert {least.choose(logits, None, place) for place in range(20)} == {0}
+
+
+def test_a_stop_string_ends_the_answer_wherever_tokens_end(model: EdgeModel) -> None:
+    whole = model.answer(PROMPT, mode="full", max_new_tokens=NEW).text
+    for start in range(1, len(whole) - 4, 3):
+        stop = whole[start : start + 3]
+        parts: list[str] = []
+        found = model.answer(
+            PROMPT, mode="full", max_new_tokens=NEW, stop=[stop], on_text=parts.append
+        )
+        assert found.text == whole[: whole.find(stop)] == "".join(parts)
+        assert found.finish == "stop"
+
+
+def test_streams_give_whole_letters() -> None:
+    class Bytes:
+        def piece(self, token: int) -> bytes:
+            return bytes([token])
+
+    stream = TextStream(Bytes())  # type: ignore[arg-type]
+    given = [stream.add(byte) for byte in "hé€".encode()]
+    assert given == ["h", "", "é", "", "", "€"] and stream.close() == "" and stream.text == "hé€"
+
+
+def test_images_go_the_way_they_go_in_pytorch(tmp_path: Path) -> None:
+    """Vision tower and projector by libmtmd; of an image that needs no resizing."""
+    adapter = image_adapter()
+    where, mmproj = sliced(adapter, tmp_path), projector(tmp_path / "mmproj.gguf")
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "dog.png")
+    values = torch.from_numpy(pixels.transpose(2, 0, 1)[None] / 127.5 - 1).float()
+    words = "it is a"
+    with EdgeModel(where, mmproj=mmproj, engine=ENGINE) as each:
+        ids = each.vocabulary.tokens(words)
+        inputs = {
+            "input_ids": torch.tensor([[ids[0], *[3] * 4, *ids[1:]]]),
+            "attention_mask": torch.ones(1, len(ids) + 4, dtype=torch.long),
+            "pixel_values": values,
+        }
+        prompt, _ = each._prompt("<__media__>" + words, [tmp_path / "dog.png"])
+        features = adapter.backbone.model.get_image_features(pixel_values=values)
+        features = getattr(features, "pooler_output", features)[0].detach().numpy()
+        assert np.abs(prompt.states[1:5] - features).max() < 5e-3 * np.abs(features).max()
+        for mode in MODES:
+            ours = each.answer(words, [tmp_path / "dog.png"], mode=mode, max_new_tokens=12)
+            theirs = adapter.generate(inputs, mode=mode, max_new_tokens=12, do_sample=False)
+            assert [step.token for step in ours.steps] == theirs.new_tokens[0].tolist()
+        refused(lambda: each.answer(words, [tmp_path / "no.png"]), DataError, "no.png")
+        both = "<__media__> and <__media__>"
+        refused(lambda: each.answer(both, [tmp_path / "dog.png"]), InputError, "2 images, and 1")
+    refused(lambda: EdgeModel(where, mmproj=tmp_path / "no"), AdapterError, "is no file")
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_mistakes_are_two_lines(model: EdgeModel, exported: Any) -> None:
+    ask = model.answer
+    refused(lambda: ask(PROMPT, ["dog.png"]), InputError, "--mmproj")
+    refused(lambda: ask(PROMPT, max_new_tokens=0), InputError, "0 tokens")
+    refused(lambda: ask(PROMPT, max_new_tokens=500), InputError, "context of 128")
+    refused(lambda: ask(PROMPT, mode="quick"), InputError, "quick")
+    refused(lambda: ask(PROMPT, thresholds={3: 0.5}), InputError, "[3]")
+    refused(lambda: ask([{"role": "user"}]), InputError, "content")
+    for wrong in (
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"seed": -1},
+    ):
+        refused(lambda wrong=wrong: Sampling(**wrong), InputError, next(iter(wrong)))
+    refused(lambda: EdgeModel(exported("llava"), engine=ENGINE), AdapterError, "no tokenizer")
+
+
+def test_a_header_is_read_as_gguf_reads_it_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+    for file in sorted(folder.glob("*.gguf")):
+        reader, header = gguf.GGUFReader(file), read_header(file)
+        for key, field in reader.fields.items():
+            if not key.startswith("GGUF.") and len(field.data) <= 64:
+                assert header.said[key] == pytest.approx(field.contents()), key
+        for tensor in reader.tensors:
+            place = header.tensors[tensor.name]
+            assert place.at == tensor.data_offset and list(place.shape) == tensor.shape.tolist()
+    data = file.read_bytes()
+    for length in (0, 3, 4, 11, 24, 100, 1000, len(data) - 1):
+        (tmp_path / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"its |it |cut off"):
+            read_header(tmp_path / "cut.gguf")
+
+
+# -- without PyTorch -------------------------------------------------------------------------------
+
+
+def test_commands_do_not_load_torch(folder: Path) -> None:
+    code = (
+        "import sys; from offramp.cli import main; "
+        f"code = main(['generate', {str(folder)!r}, '--prompt', 'hi', '--max-new-tokens', '4', "
+        "'--json']); print(code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer, last = done.stdout.splitlines()
+    assert last == "0 []", done.stderr
+    assert len(json.loads(answer)["steps"]) == 4
+
+
+@pytest.fixture
+def served(model: EdgeModel) -> Iterator[str]:
+    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"<p>page</p>") as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def asked(url: str, body: Any = None, host: str | None = None) -> tuple[int, Any]:
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
+    if host is not None:
+        request.add_header("Host", host)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"]
+
+
+def test_openais_client_is_answered(served: str, model: EdgeModel) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0)
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    messages: Any = [{"role": "user", "content": "hi"}]
+    expected = model.answer(messages, max_new_tokens=8)
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+    assert whole.choices[0].message.content == expected.text
+    assert whole.usage is not None and whole.usage.completion_tokens == 8
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=8, stream=True,
+        stream_options={"include_usage": True}, extra_body={"offramp": {"mode": "lossless"}},
+    )  # fmt: skip
+    parts = list(stream)
+    text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+    assert text == model.answer(messages, max_new_tokens=8, mode="full").text
+    assert parts[-1].usage is not None and parts[-1].usage.total_tokens > 8
+    plain = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5)
+    assert plain.choices[0].text == model.answer(PROMPT, max_new_tokens=5).text
+
+
+def test_bad_requests_are_refused(served: str) -> None:
+    chat = f"{served}/v1/chat/completions"
+    message = [{"role": "user", "content": "hi"}]
+    for body, word in (
+        ([1], "object"),
+        ({}, "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content"),
+        ({"messages": message, "temperature": "hot"}, "temperature"),
+        ({"messages": message, "n": 2}, "n is 1"),
+        ({"messages": message, "tools": []}, "tools"),
+        ({"messages": message, "max_tokens": 10**9}, "context"),
+        ({"messages": message, "offramp": {"mode": "x"}}, "Mode"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}]}, "data:"),
+    ):  # fmt: skip
+        code, said = asked(chat, body)
+        assert code == 400 and word in said, said
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    code, said = asked(chat, {"messages": [{"role": "user", "content": [part]}]})
+    assert code == 400 and "projector" in said
+    assert asked(f"{served}/nothing")[0] == 404
+    assert asked(f"{served}/health", host="evil.example")[0] == 403
+    assert asked(f"{served}/")[1] == b"<p>page</p>"
+    assert asked(f"{served}/health") == (200, b'{"status": "ok"}')
+
+
+def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:
+    ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
+    stock = text_adapter().generate({"input_ids": ids}, policy=FULL, max_new_tokens=6)
+    answer = model.answer(PROMPT, mode="full", max_new_tokens=6)
+    assert [step.token for step in answer.steps] == stock.new_tokens[0].tolist()

@@ -1,0 +1,61 @@
+"""Laws of the trial: what would end the process is an error, and is tried once."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_cases import adapter_of, refused
+
+from offramp.errors import UnsupportedBackboneError
+
+pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+
+from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, architectures, export_gguf
+
+ENGINE = EngineOptions(context=64)
+
+
+def test_a_file_that_ends_llama_cpps_process_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def windows(*_: Any) -> Any:  # a graph of Gemma 2 without one is an assertion that fails
+        yield "attention.sliding_window_pattern", [False, False]
+
+    monkeypatch.setattr(architectures, "_windows", windows)
+    adapter = adapter_of("paligemma2-wide")
+    export_gguf(adapter, tmp_path / "gguf", "f32", depths=(5,))
+    refused(
+        lambda: LlamaCppRuntime(adapter, tmp_path / "gguf", engine=ENGINE),
+        UnsupportedBackboneError,
+        "ends its process",
+    )
+
+
+def test_files_are_tried_out_once(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls, run = [], subprocess.run
+
+    def counted(command: Any, **options: Any) -> Any:
+        if any("llama_cpp.trial" in str(part) for part in command):
+            calls.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    for _ in range(2):
+        LlamaCppRuntime(adapter_of("llava"), exported("llava", "q8_0"), engine=ENGINE).close()
+    assert len(calls) == 1
+    LlamaCppRuntime(adapter_of("llava"), exported("llava", "f16"), engine=ENGINE).close()
+    assert len(calls) == 2
+
+
+def test_the_child_does_not_wait_for_torch() -> None:
+    import sys
+
+    code = "import sys, offramp.runtimes.llama_cpp.trial; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers"} & set(done.stdout.split())
