@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a watch keeps over a restart: of these tests alone.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="offramp-tests-")
 
 from collections.abc import Callable
 from functools import cache

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError
+from offramp.guarantee import Conditions
 from offramp.model_card import model_card as card_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
@@ -229,9 +230,15 @@ def test_the_card_tells_backbone_depths_and_provenance(opt: Any) -> None:
 
 def test_the_card_tells_the_promise_or_that_there_is_none(opt: Any) -> None:
     assert "nothing is guaranteed" in model_card(trained(opt, policy=POLICY))
-    card = model_card(trained(opt).with_policy(POLICY, PROMISE))
+    old = model_card(trained(opt).with_policy(POLICY, PROMISE))
+    assert "Not guaranteed here: the calibration does not say attempt, unit, conditions" in old
+    said = {"attempt": 1, "unit": "image", "answers": 3702, "level": 0.96}
+    conditions = Conditions.of(opt, POLICY, longest=40, sampling="greedy").to_json()
+    whole = {**PROMISE, **said, "conditions": conditions}
+    card = model_card(trained(opt).with_policy(POLICY, whole))
     for part in (
-        "`disagreement` is at most 0.01", "95% confidence", "0.002", "n = 1234", "`feedfeed",
+        "the mean over images of the share of answers that differ", "is at most 0.01",
+        "95% confidence", "0.002", "n = 1234", "`feedfeed", "| dtype | float32 |",
     ):  # fmt: skip
         assert part in " ".join(card.split())
     nothing = {**PROMISE, "measured": None, "bound": None}

@@ -213,7 +213,7 @@ def test_a_backbone_and_an_adapter_are_one_line(opt: Any) -> None:
         "guarantee: none)"
     )
     promised = replace(adapter, calibration={"risk": "r", "target": 0.01, "measured": 0.0})
-    assert "guarantee: r <= 0.01" in repr(promised)
+    assert "not guaranteed here: the calibration does not say" in repr(promised)
     kind = type(opt.model).__name__
     assert repr(opt) == f"Backbone({opt.name}: {kind}, 6 layers, width {opt.width}, float32 on cpu)"
 

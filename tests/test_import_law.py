@@ -17,7 +17,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "offramp"
 GROUND = {"offramp", "errors", "options", "missing", "storage", "provenance", "progress", "betting"}
 MODELS = {*GROUND, "data", "models"}
-ADAPTER = {*MODELS, "engine", "save_and_load", "model_card", "adapter"}
+ADAPTER = {*MODELS, "engine", "guarantee", "save_and_load", "model_card", "adapter"}
 ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "data": GROUND,
     "models": {*GROUND, "data"},
     "engine": MODELS,
+    "guarantee": {*MODELS, "engine"},
     "save_and_load": {*MODELS, "engine"},
-    "model_card": {*MODELS, "engine", "save_and_load"},
+    "model_card": {*MODELS, "engine", "guarantee", "save_and_load"},
     "adapter": ADAPTER,
     "answers": ADAPTER,
     "training": ANSWERS,

@@ -162,9 +162,11 @@ def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
 
 
 def _guaranteed(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float) -> Any:
-    """Thresholds with a guarantee, without labels: captions as like the full model's as asked."""
+    """Thresholds with a guarantee, without labels: captions as like the full model's as asked. All
+    that are asked for, of all regimes, are tried on the same photographs."""
     return calibrate(
         adapter, photos.encoder, whole.examples, whole.policy, target=target,
+        candidates=len(photos.sizes.targets) * len(REGIMES),
         confidence=CONFIDENCE, risk="consistency", costs=whole.costs, thresholds=THRESHOLDS,
         max_new_tokens=LONGEST["captions"],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import AdapterError, InputError
+from offramp.guarantee import Conditions, Standing, standing
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -92,13 +93,21 @@ class Adapter:
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
         ends = str(self.policy.thresholds) or "none"
-        calibration = self.calibration or {}
-        promised = calibration.get("measured") is not None
-        bound = f"{calibration.get('risk')} <= {calibration.get('target')}" if promised else "none"
+        found = self.standing()
+        bound = f"guarantee: {found.promise.words}" if found.promise else found.sentence
         return (
             f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
-            f"thresholds: {ends}; guarantee: {bound})"
+            f"thresholds: {ends}; {bound or 'guarantee: none'})"
         )
+
+    def standing(self, *, engine: str | None = None, **known: Any) -> Standing:
+        """What is guaranteed of its answers on this backbone, or why nothing is.
+
+        engine: the name of a runtime that answers in its place. known: of requests: see
+            `offramp.guarantee.Conditions`.
+        """
+        here = Conditions.of(self.backbone, self.policy, engine=engine, **known)
+        return standing(self.calibration, here)
 
     def prepack(self) -> None:
         """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read

@@ -8,7 +8,7 @@ for the mean of each draw given those before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,10 @@ SHARES = np.log(FRACTIONS / FRACTIONS.sum())
 """Logarithms of the shares of the fortune behind each; rare losses are the usual case."""
 RATIOS = np.array([1.3, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0])
 """How many times the claimed mean a bet on a larger one is made for; each has the same share."""
+EVERY = 50
+"""Draws after which the bets against a promise start anew beside those that run. What was gained or
+lost before does not delay them: a risk that rises late is noticed about as soon as one that was
+high from the start."""
 CLAIMS = np.geomspace(2e-5, 0.98, 160)
 """Means among which a confidence interval is looked for."""
 
@@ -58,23 +62,62 @@ def stakes_above(claims: Array) -> Array:
     return np.asarray((p - q) / (q * (1 - q)))
 
 
+def stake_of(start: int) -> float:
+    """The share of the fortune that bets of start number j, from 1, are made with: 1 / (j (j + 1)),
+    which sums to 1."""
+    return 1 / (start * (start + 1))
+
+
+class Restarts:
+    """Bets that the risk is above `promised`, started anew every `EVERY` draws.
+
+    A mixture over starts, as for changes of unknown time (Shin, Ramdas and Rinaldo 2023), but with
+    shares that sum to 1: it cannot expect to gain while the promise holds, so an alarm at a
+    fortune of 1 / level is false with probability at most `level`, over unlimited time. What waits
+    to be bet is kept. Takes constant time and memory a draw.
+
+    shape: of streams that are watched beside each other.
+    """
+
+    def __init__(self, promised: float, shape: tuple[int, ...] = ()) -> None:
+        self.promised, self.n = promised, 0
+        self.stakes = stakes_above(np.array(promised))
+        self.fortune = np.zeros((*shape, len(RATIOS)))
+        self.kept = 1.0
+        self.most = np.ones(shape)
+
+    def add(self, losses: Any) -> None:
+        """One more draw of each stream."""
+        if self.n % EVERY == 0:
+            share = stake_of(self.n // EVERY + 1)
+            self.fortune = self.fortune + share / len(RATIOS)
+            self.kept -= share
+        self.n += 1
+        gains = 1 + self.stakes * (np.asarray(losses)[..., None] - self.promised)
+        # A fortune of 1e300 has long raised the alarm.
+        self.fortune = np.minimum(self.fortune * gains, 1e300)
+        self.most = np.maximum(self.most, self.fortune.sum(-1) + max(self.kept, 0.0))
+
+
 def first_alarms(losses: Array, promised: float, level: float) -> Array:
     """At which draw, from 1, "the risk is at most `promised`" is called broken at `level`, in each
     stream of losses [n, ...]; 0: never."""
-    stakes = stakes_above(np.array(promised))
-    log_fortune = np.log1p(stakes * (losses[..., None] - promised)).cumsum(0)
-    fortune = np.logaddexp.reduce(log_fortune, axis=-1) - np.log(len(RATIOS))
-    over = fortune >= -np.log(level)
-    return np.asarray(np.where(over.any(0), over.argmax(0) + 1, 0))
+    bets = Restarts(promised, losses.shape[1:])
+    found = np.zeros(losses.shape[1:], dtype=int)
+    for number, draw in enumerate(losses, 1):
+        bets.add(draw)
+        found = np.where((found == 0) & (bets.most >= 1 / level), number, found)
+    return found
 
 
 @dataclass
 class RunningRisk:
     """A risk that is watched: what losses in [0, 1] that come one by one say of their mean.
 
-    promised: the claim "the risk is at most this" that is tested; None: none. level: how often, at
-    most, a true claim is ever called broken, over unlimited time. confidence: of the interval, at
-    all times together. Takes constant memory and time.
+    promised: the claim "the risk is at most this" that is tested; None: none. It is true where the
+    risk of each draw, given those before, is at most that. level: how often, at most, a true claim
+    is ever called broken, over unlimited time. confidence: of the interval for a risk that stays
+    the same, at all times together. Takes constant memory and time.
     """
 
     promised: float | None
@@ -83,8 +126,8 @@ class RunningRisk:
 
     def __post_init__(self) -> None:
         self.n, self.total = 0, 0.0
-        promised = () if self.promised is None else (self.promised,)
-        self._claims = np.array([*promised, *CLAIMS])
+        self._bets = None if self.promised is None else Restarts(self.promised)
+        self._claims = CLAIMS
         self._above = stakes_above(self._claims)
         self._below = FRACTIONS / (1 - self._claims[:, None])
         self._up = np.full(self._above.shape, -np.log(len(RATIOS)))
@@ -102,6 +145,8 @@ class RunningRisk:
             raise ValueError(f"a loss of {loss} is not in [0, 1]")
         self.n += 1
         self.total += loss
+        if self._bets is not None:
+            self._bets.add(loss)
         distance = loss - self._claims[:, None]
         self._up += np.log1p(self._above * distance)
         self._down += np.log1p(-self._below * distance)
@@ -120,7 +165,7 @@ class RunningRisk:
     @property
     def p_value(self) -> float:
         """Of the claim that the risk is at most what was promised, at any time."""
-        return 1.0 if self.promised is None else float(np.exp(-self._most_up[0]))
+        return 1.0 if self._bets is None else float(1 / self._bets.most)
 
     @property
     def broken(self) -> bool:
@@ -135,3 +180,36 @@ class RunningRisk:
         low = self._claims[self._most_up >= enough]
         high = self._claims[self._most_down >= enough]
         return float(low.max(initial=0.0)), float(high.min(initial=1.0))
+
+    # -- kept over a restart -----------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was learnt."""
+        bets = self._bets
+        kept = (
+            None if bets is None else [bets.n, bets.kept, bets.fortune.tolist(), float(bets.most)]
+        )
+        sides = (self._up, self._down, self._most_up, self._most_down)
+        return {
+            "promised": self.promised, "level": self.level, "confidence": self.confidence,
+            "n": self.n, "total": self.total, "bets": kept, "sides": [s.tolist() for s in sides],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:
+        """What `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
+        found = cls(value["promised"], value["level"], value["confidence"])
+        found.n, found.total = int(value["n"]), float(value["total"])
+        sides = [np.asarray(side, dtype=float) for side in value["sides"]]
+        now = (found._up, found._down, found._most_up, found._most_down)
+        if [side.shape for side in sides] != [side.shape for side in now]:
+            raise ValueError("bets of another shape")
+        found._up, found._down, found._most_up, found._most_down = sides
+        if found._bets is not None:
+            n, kept, fortune, most = value["bets"]
+            if len(fortune) != len(RATIOS):
+                raise ValueError("bets of another shape")
+            found._bets.n, found._bets.kept = int(n), float(kept)
+            found._bets.fortune = np.array(fortune, dtype=float)
+            found._bets.most = np.array(most, dtype=float)
+        return found

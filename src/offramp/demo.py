@@ -59,7 +59,7 @@ class DemoSizes:
     """Images used by each part; each gives one caption and two questions."""
 
     train: int = 1200
-    calibration: int = 1000
+    calibration: int = 2000
     drafts: int = 10
     quality: int = 500
     timed: int = 40

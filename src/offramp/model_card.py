@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from offramp.guarantee import Conditions, shown_conditions, standing
 from offramp.models.backbone import Backbone
 from offramp.save_and_load import AdapterParts
 
@@ -35,6 +36,8 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         policy=adapter.policy,
         agreement=adapter.metrics.get("agreement", {}),
         calibration=adapter.calibration,
+        standing=standing(adapter.calibration, Conditions.of(backbone, adapter.policy)),
+        conditions=shown_conditions(adapter.calibration),
         provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
         nan=float("nan"),
     )

@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
+import pytest
 from PIL import Image
 
 from offramp.calibration.attempts import (
     Attempt,
+    Draws,
     ImageRows,
     by_image,
     error_share,
     images_of,
+    merged,
     recorded,
     turn_of,
 )
 from offramp.data.example import Example
+from offramp.data.image import content_digest
 from offramp.data.scenes import world
 from offramp.engine.policy import Thresholds
+from offramp.errors import DataError
+from offramp_lab.inputs import lookalikes
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
 
@@ -35,7 +42,9 @@ def copies(folder: Path, n: int) -> list[Example]:
 
 
 def attempt(asked: str, images: list[ImageRows], number: int = 1) -> Attempt:
-    return Attempt(asked, {}, number, tuple(image.name for image in images), PATH, {})
+    members = tuple(sorted({member for image in images for member in image.members}))
+    names = tuple(image.name for image in images)
+    return Attempt(asked, {}, number, names, PATH, {}, members)
 
 
 # -- images ---------------------------------------------------------------------------------------
@@ -58,8 +67,32 @@ def test_images_encoded_again_or_resized_are_one_image(tmp_path: Path) -> None:
         for i in range(1, 200)
     ]
     images = images_of([*copies, *scenes])
-    assert len(images) == 200
-    assert (0, 1, 2, 3) in [image.rows for image in images]
+    assert len(images) == 203 and merged(images) == 3
+    (cluster,) = {image.cluster for image in images if image.rows[0] < 4}
+    assert [image.cluster for image in images].count(cluster) == 4
+
+
+@pytest.mark.parametrize("kind", lookalikes.KINDS)
+def test_charts_pages_and_forms_are_as_many_images_as_there_are(kind: str) -> None:
+    some = [
+        Example(image, "What is it?", (), f"e{i}")
+        for i, image in enumerate(lookalikes.images(kind, 40))
+    ]
+    images = images_of(some)
+    assert len(images) == 40 and merged(images) == 0
+
+
+def test_many_copies_are_refused() -> None:
+    some = [
+        Example(world.render(world.scene("test", i)), "Caption:", (), f"e{i}") for i in range(30)
+    ]
+    small = [example.open_image().resize((60, 60)) for example in some[:2]]
+    copies = [Example(image, "Caption:", (), f"copy {i}") for i, image in enumerate(small)]
+    assert merged(images_of([*some, *copies])) == 2
+    with pytest.raises(DataError, match=r"2 of 11 images are copies.*'(e0|e1|copy 0|copy 1)'"):
+        images_of([*some[:9], *copies])
+    together = [replace(e, group="one") for e in (some[0], copies[0])]
+    assert len(images_of([*together, *some[1:9]])) == 9
 
 
 def test_questions_about_one_image_are_one_image_by_name_or_content() -> None:
@@ -103,6 +136,56 @@ def test_other_settings_on_the_same_images_take_the_next_share() -> None:
     assert sum(error_share(a.number) for a in attempts) < 1
 
 
+def test_the_same_images_in_other_files_share_the_errors(tmp_path: Path) -> None:
+    def examples(suffix: str, **how: Any) -> list[Example]:
+        files = [tmp_path / f"{i}{suffix}" for i in range(4)]
+        for i, file in enumerate(files):
+            fakes.picture(i).save(file, **how)
+        return [Example(file, "Caption:", (), file.name) for file in files]
+
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    before = [attempt("1%", images_of(examples(".png")))]
+    for others in (
+        examples("-fast.png", compress_level=1),
+        examples("-said.png", exif=exif),
+        examples(".bmp"),
+        [Example(fakes.picture(i), "Caption:", (), f"e{i}") for i in range(4)],
+    ):
+        assert turn_of(before, "2%", images_of(others), any_time=True).number == 2
+
+
+def test_other_frames_of_one_film_share_the_errors() -> None:
+    frames = [replace(e, group=f"film {i % 8}") for i, e in enumerate(fakes.examples(16))]
+    before = [attempt("1%", images_of(frames[:8]))]
+    assert turn_of(before, "2%", images_of(frames[8:]), any_time=True).number == 2
+
+
+def test_any_image_of_a_group_is_known_again() -> None:
+    some = [replace(e, group="one") for e in fakes.examples(3)]
+    before = [attempt("1%", images_of(some))]
+    for example in some:
+        alone = images_of([replace(example, group="")])
+        assert turn_of(before, "2%", alone, any_time=True).number == 2
+
+
+def test_an_attempt_of_an_earlier_version_is_known_by_its_files(tmp_path: Path) -> None:
+    some = copies(tmp_path, 1)
+    old = f"{content_digest(tmp_path / '0.png')[:16]}:0123456789abcdef"
+    before = [Attempt("1%", {}, 1, (old,), PATH, {})]
+    assert turn_of(before, "1%", images_of(some), any_time=True).number == 2
+
+
+def test_no_set_of_images_is_forgotten() -> None:
+    first, other = images_of(fakes.examples(8)), images_of(fakes.examples(16)[8:])
+    known: tuple[Attempt, ...] = ()
+    for images in (first, other):
+        turn = turn_of(known, "1%", images, any_time=True)
+        known = recorded(known, attempt("1%", images, turn.number), turn.continues)
+    for images in (first, other):
+        assert turn_of(known, "2%", images, any_time=True).number == 2
+
+
 def test_fresh_images_have_a_budget_of_their_own() -> None:
     first, other = images_of(fakes.examples(8)), images_of(fakes.examples(16)[8:])
     assert turn_of([attempt("1%", first)], "2%", other, any_time=True).number == 1
@@ -133,4 +216,26 @@ def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
     few, more = images_of(fakes.examples(8)), images_of(fakes.examples(20))
     whole = attempt("1%", more)
     assert Attempt.from_json(whole.to_json()) == whole
-    assert recorded([whole], attempt("1%", few)) == (whole,)
+    assert recorded([whole], attempt("1%", few), whole) == (whole,)
+
+
+# -- draws ----------------------------------------------------------------------------------------
+
+
+def test_what_is_merged_counts_less_and_weighs_as_much() -> None:
+    losses = np.array([0.0] * 98 + [1.0, 0.0])
+    images = [ImageRows(f"{i}", "", (i,), cluster="98" if i >= 98 else f"{i}") for i in range(100)]
+    draws = Draws.by("image", losses, images)
+    alone, together = draws.values(0.05)
+    assert draws.n == 99 and draws.risk == alone.mean() == 0.01
+    assert len(together) == 99 and together[-1] == 0.5
+
+
+def test_an_answer_weighs_the_same_wherever_it_is_asked() -> None:
+    losses = np.array([0.0] * 9 + [1.0])
+    images = [ImageRows("a", "", tuple(range(9))), ImageRows("b", "", (9,))]
+    assert Draws.by("image", losses, images).risk == 0.5
+    draws = Draws.by("answer", losses, images)
+    assert draws.risk == pytest.approx(0.1)
+    (values,) = draws.values(0.1)
+    assert values.mean() == pytest.approx(0.1) and values.max() <= 1

@@ -1,6 +1,7 @@
 """What the commands do and show; data goes to stdout. That a mistake is two lines is law 13."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of, program_of
 
 from offramp.calibration import draft_thresholds as drafts
+from offramp.models.shipped import tiny_exits
 from offramp.save_and_load import CONFIG
 
 
@@ -159,6 +161,61 @@ def test_calibrate_stores_its_promise_in_the_adapter(
     assert told["policy"]["thresholds"] and told["risk"] == "rouge_l_drop"
     assert stored["calibration"] == told and stored["policy"] == told["policy"]
     assert stored["policy"]["exit_in_prefill"]
+
+
+def test_a_copy_is_no_first_attempt_on_the_same_images(
+    run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """Whether it passes or not, and wherever it is written."""
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
+    for number, target in enumerate((0.9, 0.8), 1):
+        lax = ("--target", target, "--confidence", 0.5, "--out", tmp_path / f"copy {number}")
+        code, out, _ = run(*asked, *lax)
+        found = json.loads(out)
+        assert code == 0 and found["attempt"] == number and found["unit"] == "image"
+        assert (tmp_path / f"copy {number}").is_dir() == (not found["reason"])
+
+
+def test_calibrate_takes_a_declared_number_a_choice_and_a_unit(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--target", 0.9)
+    code, out, _ = run(*asked, "--of", 4, "--unit", "answer", "--declared", 2)
+    found = json.loads(out)
+    assert code == 0
+    assert (found["unit"], found["candidates"], found["n"]) == ("answer", 4, 2)
+    assert found["method"] == "binomial"
+    assert found["level"] == pytest.approx(1 - 0.05 * 0.8 / 4)
+    for more, words in (
+        (("--declared", 5000), "5000 images were declared"),
+        (("--method", "binomial"), "--declared N"),
+    ):
+        code, _, err = run(*asked, *more)
+        assert code == 1 and words in err
+
+
+def test_generate_says_whether_its_answer_is_guaranteed(
+    run: RunCommand, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shipped = str(tiny_exits("opt"))
+    asked = ("generate", "--adapter", shipped, "--image", photos / "0.png", "--max-new-tokens")
+
+    def said(*more: str, longest: int = 20) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert run(*asked, longest, *more)[0] == 0
+        return caplog.text
+
+    assert "guaranteed with 95% confidence: the mean over images" in said()
+    for more, words in {
+        ("--dtype", "bfloat16"): "precision bfloat16 where float32",
+        ("--prompt", "Describe it."): "a prompt unlike",
+        ("--threshold", "0.1"): "thresholds 2: 0.1 where 2: 0.8",
+        ("--temperature", "0.7"): "sampled where greedy",
+    }.items():
+        found = said(*more)
+        assert "not guaranteed here: " in found and words in found
+    assert "up to 150 tokens where up to 48" in said(longest=150)
 
 
 def test_calibrate_tells_how_many_answers_would_be_needed(

@@ -136,7 +136,7 @@ def test_quiet_leaves_results_and_errors() -> None:
         ).stderr  # fmt: skip
 
     missing = ("calibrate", "--adapter", "gone", "--data", "gone.jsonl")
-    assert "A guarantee of 0.01 needs" in stderr(*missing)
+    assert "A guarantee of 0.01 by image needs" in stderr(*missing)
     quiet = stderr(*missing, "--quiet")
     assert quiet.startswith("error: ") and len(quiet.splitlines()) == 2
 

@@ -129,18 +129,34 @@ def test_split_keeps_the_rows_of_that_split(write: Write) -> None:
     assert [e.group for e in read_examples(path, split="val")] == ["b.png"]
 
 
-def test_rows_after_the_limit_are_not_read(write: Write) -> None:
-    assert len(read_examples(write({"image": "a.png"}, "not JSON"), limit=1)) == 1
+def test_rows_outside_the_sample_are_not_checked(write: Write) -> None:
+    rows = [{"image": "a.png"}, {"image": "b.png"}]
+    (kept,) = read_examples(write(*rows), limit=1)
+    other = rows[0] if kept.group == "b.png" else rows[1]
+    other["captions"] = [3]
+    assert [e.group for e in read_examples(write(*rows), limit=1)] == [kept.group]
 
 
 def test_a_limit_splits_no_image(write: Write) -> None:
     asked = [{"image": image, "question": f"{i}?"} for i, image in enumerate("abab")]
     rows = [{**row, "image": f"./{row['image']}.png"} for row in asked]
-    lost = [{"image": "gone.png"}, {"image": ""}, {"image": 3}, "not JSON", {"image": "a.png"}]
-    found = read_examples(write(*rows[:3], *lost, rows[3]), limit=1)
-    assert [e.key for e in found] == ["a.png#1", "a.png#3", "a.png#8"]
+    found = read_examples(write(*rows, {"image": "a.png"}, {"image": "b.png"}), limit=1)
+    keys = [["a.png#1", "a.png#3", "a.png#5"], ["b.png#2", "b.png#4", "b.png#6"]]
+    assert [e.key for e in found] in keys
     rounds = [{"question": "q?", "answer": "a"}] * 3
     assert len(read_examples(write({"image": "a.png", "dialogue": rounds}), limit=2)) == 3
+
+
+def test_a_limit_is_a_sample_whatever_order_the_file_has(write: Write) -> None:
+    path = write({"image": "a.png"})
+    for i in range(200):
+        (path.parent / f"{i:03}.png").write_bytes((path.parent / "a.png").read_bytes())
+    rows = [{"image": f"{i:03}.png"} for i in range(200)]
+    found = [e.group for e in read_examples(write(*rows), limit=40)]
+    assert found == [e.group for e in read_examples(write(*rows[::-1]), limit=40)][::-1]
+    late = sum(name >= "100.png" for name in found)
+    assert len(found) == 40 and 8 <= late <= 32 and found == sorted(found)
+    assert set(found) < {e.group for e in read_examples(write(*rows), limit=80)}
 
 
 def test_spellings_of_one_path_are_one_picture(write: Write) -> None:

@@ -24,12 +24,15 @@ from risks import (
 )
 
 from offramp.betting import betting_p_values
-from offramp.calibration.attempts import ImageRows, by_image, error_share
+from offramp.calibration.attempts import UNITS, Draws, ImageRows, by_image, error_share
+from offramp.calibration.calibrate import Guarantee
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     betting_upper_bound,
     control,
+    declared_needed,
+    p_value,
 )
 from offramp.calibration.threshold_search import candidates, pareto_path
 
@@ -105,6 +108,72 @@ def test_a_guarantee_holds_where_answers_share_images(rows: int, correlation: fl
     if rows == 10 and correlation == 1:  # what counting answers would do
         each = betting_p_values(draw.permutation(losses), TARGET)
         assert (each <= STATED).mean() > 2 * STATED
+
+
+def test_a_guarantee_holds_where_answers_are_unequally_many() -> None:
+    """Images with 1 or 40 answers: 0.24% of an image's are wrong, and 1.64% of all."""
+    draw, trials = np.random.default_rng(4), 200
+    passed = dict.fromkeys(UNITS, 0)
+    for _ in range(trials):
+        many = draw.random(1500) < 0.02
+        rows = np.where(many, 40, 1)
+        wrong = draw.random(1500) < np.where(many, 0.0344, 0.00175)
+        ends = rows.cumsum()
+        images = [
+            ImageRows("", "", tuple(range(end - n, end)))
+            for n, end in zip(rows.tolist(), ends.tolist(), strict=True)
+        ]
+        losses = np.repeat(wrong, rows).astype(float)
+        for unit in UNITS:
+            p = p_value(Draws.by(unit, losses, images), 0.01, "upper_bound")
+            passed[unit] += p <= STATED * error_share(1)
+    assert passed["image"] > 0.5 * trials  # a risk by image, which is below
+    assert passed["answer"] / trials <= allowed(STATED, trials)
+
+
+@pytest.mark.parametrize("method", TESTS)
+def test_a_guarantee_holds_where_images_of_one_kind_look_alike(method: str) -> None:
+    """As few as may be merged, and the risk is theirs; counted once, they would be forgotten."""
+    draw, trials, n, alike, broken, forgotten = np.random.default_rng(5), 200, 1000, 0.09, 0, 0
+    for _ in range(trials):
+        chart = draw.random(n) < alike
+        wrong = draw.random(n) < np.where(chart, 0.1, 0.0015)  # 1.04% of all
+        clusters = np.where(chart, 0, np.arange(1, n + 1)).tolist()
+        images = [ImageRows(f"{i}", "", (i,), cluster=f"{c}") for i, c in enumerate(clusters)]
+        draws = Draws.by("image", wrong.astype(float), images)
+        level = STATED * error_share(1)
+        broken += p_value(draws, 0.01, method) <= level
+        if method == "upper_bound":
+            together = draws.values(0.01)[1]
+            forgotten += TESTS[method](together, 0.01) <= level
+    assert broken / trials <= allowed(STATED, trials)
+    assert method != "upper_bound" or forgotten > trials / 2
+
+
+def test_a_declared_number_of_images_passes_more_often_and_is_broken_no_more() -> None:
+    draw, trials, level = np.random.default_rng(6), 1000, STATED * error_share(1)
+    n = declared_needed(0.05, 1 - level, 0.025)
+    assert n is not None
+    for kind in ("whole", "parts"):
+        shares = {}
+        for risk in (0.025, 0.05):
+            losses = draw.random((trials, n)) < risk
+            if kind == "parts":
+                losses = 0.25 * (draw.random((trials, n)) < 4 * risk)
+            p = [p_value(row.astype(float), 0.05, "binomial") for row in losses]
+            shares[risk] = np.mean(np.array(p) <= level)
+        assert shares[0.025] >= 0.8 - 3 * math.sqrt(0.8 * 0.2 / trials)
+        assert shares[0.05] <= allowed(level, trials)
+
+
+def test_a_choice_among_many_shares_the_errors() -> None:
+    one, many = Guarantee(), Guarantee(candidates=10)
+    assert 1 - many.level(1) == pytest.approx((1 - one.level(1)) / 10)
+    draw = np.random.default_rng(7)
+    losses = (draw.random((400, 10, TRIALS)) < JUST_ABOVE).astype(float)
+    p = betting_p_values(losses, TARGET)
+    assert (p <= STATED * error_share(1) / 10).any(0).mean() <= allowed(STATED, TRIALS)
+    assert (p <= STATED * error_share(1)).any(0).mean() > 2 * STATED  # each as if it were alone
 
 
 def test_a_guarantee_holds_where_the_list_grows_until_it_passes() -> None:

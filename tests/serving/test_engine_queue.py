@@ -169,7 +169,7 @@ def break_leave(engine: BatchEngine, error: BaseException) -> None:
     def leave(*_: Any) -> None:
         raise error
 
-    engine.core.batch.leave = leave  # type: ignore[union-attr]
+    engine.core.decoder.leave = leave  # type: ignore[method-assign]
 
 
 def break_failing(engine: BatchEngine, error: BaseException) -> None:

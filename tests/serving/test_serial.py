@@ -22,7 +22,6 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.monitor.watcher import Promise
 from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.config import ServerConfig
@@ -201,10 +200,14 @@ def test_a_server_answers_by_its_runtime() -> None:
 
 
 def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
-    calibration = shipped()[0].calibration
-    assert Promise.of(calibration) is not None and Promise.of(calibration, Runtime.name) is None
-    other = {**calibration, "runtime": Runtime.name}
-    assert Promise.of(other) is None and Promise.of(other, Runtime.name) is not None
+    adapter = shipped()[0]
+    assert adapter.standing().promise is not None
+    assert f"answers of {Runtime.name} where" in adapter.standing(engine=Runtime.name).why
+    calibration = dict(adapter.calibration or {})
+    conditions = {**calibration["conditions"], "engine": Runtime.name, "kernels": None}
+    other = replace(adapter, calibration={**calibration, "conditions": conditions})
+    assert other.standing().promise is None
+    assert other.standing(engine=Runtime.name).promise is not None
 
 
 @pytest.mark.parametrize("more, serial", [([], False), (["--slots", "1"], True)])

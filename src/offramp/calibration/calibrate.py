@@ -4,13 +4,14 @@ One pass of the full model over the examples gives its answers, a replay of thes
 would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
 the path is found on a part of the images that is not tested on (`threshold_search`). What is
-counted is images, and all attempts on the same images share one error budget (`attempts`).
+drawn is images, and all attempts on the same images share one error budget (`attempts`). What the
+answers were made by is noted beside the guarantee (`offramp.guarantee`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ import numpy as np
 from offramp.adapter import Adapter
 from offramp.answers import Runtime
 from offramp.calibration.attempts import (
+    UNITS,
     Attempt,
+    Draws,
     ImageRows,
     Turn,
-    by_image,
     error_share,
     images_of,
+    merged,
     recorded,
     turn_of,
 )
@@ -33,6 +36,7 @@ from offramp.calibration.risk_control import (
     TESTS,
     control,
     first_test,
+    p_value,
     samples_needed,
     upper_bound,
 )
@@ -44,6 +48,7 @@ from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json, resolved
 from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.evaluate import tensor_digest
+from offramp.guarantee import Conditions, prompt_frames, template_digest
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows
 
@@ -57,13 +62,20 @@ GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.
 class Guarantee:
     """What is asked for: P(risk <= target) >= confidence, and the method to find it by.
 
-    The risk of an image is the mean of what its answers lose.
+    unit: of `UNITS`: what the risk is a mean over. "image": an image counts once, by the mean of
+    what its answers lose; "answer": all answers count alike, and an image with many counts more.
+    declared: images that are tested, declared before any was looked at; the method is then
+    "binomial". candidates: adapters, training seeds or sets of images among which the best is
+    taken, each with this guarantee asked of it; they share the errors.
     """
 
     target: float = 0.01
     confidence: float = 0.95
     risk: str = "disagreement"
     method: str = "auto"
+    unit: str = "image"
+    declared: int | None = None
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         if not (0 < self.target < 1 and 0 < self.confidence < 1):
@@ -73,14 +85,35 @@ class Guarantee:
             )
         check_known("Risk", [self.risk], tuple(RISKS))
         check_known("Method", [self.method], METHODS)
+        check_known("Unit", [self.unit], UNITS)
+        if (self.declared is not None and self.declared < 1) or self.candidates < 1:
+            raise InputError(
+                f"{self.declared} images declared and a choice of {self.candidates} say nothing.",
+                "Give whole numbers from 1.",
+            )
+        if self.declared is not None and self.method not in ("auto", "binomial"):
+            raise InputError(
+                f"A declared number of images is for the binomial test, not for {self.method!r}.",
+                "Leave --method out, or leave --declared out.",
+            )
+        if self.declared is None and self.method == "binomial":
+            raise InputError(
+                "The binomial test needs the number of images that was declared before.",
+                "Declare it (--declared N), or leave --method out.",
+            )
+
+    @property
+    def test(self) -> str:
+        """The method that decides."""
+        return self.method if self.declared is None else "binomial"
 
     def level(self, attempt: int) -> float:
         """The confidence at which the test of attempt `attempt`, from 1, is made."""
-        return 1 - (1 - self.confidence) * error_share(attempt)
+        return 1 - (1 - self.confidence) * error_share(attempt) / self.candidates
 
     def images_needed(self, risk: float = 0.0, attempt: int = 1) -> int | None:
         """The fewest images that keep the target at a measured `risk`; None: no number would."""
-        return samples_needed(self.target, self.level(attempt), self.method, risk)
+        return samples_needed(self.target, self.level(attempt), self.test, risk)
 
 
 @dataclass(frozen=True)
@@ -104,16 +137,20 @@ class Calibration:
     policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
         can be guaranteed, and then `reason` says why.
     method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
-    measured, bound: the risk of the n tested images, and its upper bound.
-    n, answers: images tested, and answers to them.
+    unit: what the risk is a mean over; see `Guarantee`.
+    measured, bound: the risk on the n tested images, and its upper bound.
+    n, answers: images tested, copies left out, and answers to them. copies: images that were found
+        to be copies of others.
     attempt: number of this attempt among those on the same images. level: the confidence at which
-        its tests were made, so that all attempts together keep `confidence`.
+        its tests were made, so that all attempts together keep `confidence`. candidates: among
+        which the best is taken; see `Guarantee`.
     needed: images that would be enough at the risk measured (where nothing passed: at the safest
         point); None where that is above the target, so that no number would.
     speedup: of decoding, predicted from measured costs.
     path: what was tested, up to the first failure.
     attempts: all that were made with these exits, this one included.
     runtime: whose answers the guarantee is about, by name; None: PyTorch's.
+    conditions: what else it holds under; see `offramp.guarantee.Conditions`.
     """
 
     policy: ExitPolicy
@@ -135,6 +172,10 @@ class Calibration:
     data_digest: str
     attempts: tuple[Attempt, ...] = ()
     runtime: str | None = None
+    unit: str = "image"
+    copies: int = 0
+    candidates: int = 1
+    conditions: Conditions = field(default_factory=Conditions)
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored in an adapter, without the attempts; thresholds are keyed by depth."""
@@ -146,7 +187,8 @@ class Calibration:
 
 def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Example]) -> Adapter:
     """The adapter with the policy that was found, its guarantee, and the images it stands on."""
-    seen = {**adapter.seen, "calibration": sorted(picture_digests(examples))}
+    used = {*adapter.seen.get("calibration", ()), *picture_digests(examples)}
+    seen = {**adapter.seen, "calibration": sorted(used)}
     attempted = with_attempts(adapter, calibration)
     return replace(attempted.with_policy(calibration.policy, calibration.to_json()), seen=seen)
 
@@ -169,6 +211,9 @@ def calibrate(
     confidence: float = 0.95,
     risk: str = "disagreement",
     method: str = "auto",
+    unit: str = "image",
+    declared: int | None = None,
+    candidates: int = 1,
     thresholds: Sequence[float] = GRID,
     batch_size: int = 64,
     costs: Costs | None = None,
@@ -185,7 +230,8 @@ def calibrate(
     Args:
         examples: of images drawn like those to come, each on its own, and never trained on.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
-        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`.
+        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, declared,
+            candidates: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
         runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
@@ -194,16 +240,19 @@ def calibrate(
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: no examples, images that training used, no references where the risk needs
-            them, a full model that is wrong everywhere, or scores that are constant or NaN.
+        DataError: no examples, images that training used or of which many are copies, fewer than
+            were declared, no references where the risk needs them, a full model that is wrong
+            everywhere, or scores that are constant or NaN.
     """
-    asked, policy = Guarantee(target, confidence, risk, method), resolved(policy, encoder.backbone)
+    asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
+    policy = resolved(policy, encoder.backbone)
     if policy.lossless:
         raise InputError(
             "Lossless answers are the full model's, so there is no risk to calibrate.",
             "Calibrate a policy with lossless=False.",
         )
     _check_examples(adapter, examples, risk)
+    images = images_of(examples)  # before the model runs: they may be refused
     whole = ThresholdEvaluator.of(
         adapter, encoder, examples, policy, RISKS[risk],
         costs=costs, batch_size=batch_size, runtime=runtime, **options,
@@ -212,13 +261,25 @@ def calibrate(
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
     name = None if runtime is None else runtime.name
     settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
+    if unit == "answer":  # by which bets are scaled
+        settings["largest"] = max(len(image.rows) for image in images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
-    trial = _trial(whole, thresholds, attempts, digest, asked)
-    losses, points = _walk(trial, progress(trial.turn.path or ()), asked)
-    calibration = _decide(trial, losses, points, asked, examples_digest(examples))
+    trial = _trial(whole, images, thresholds, attempts, digest, asked)
+    draws, points = _walk(trial, progress(trial.turn.path or ()), asked)
+    calibration = _decide(trial, draws, points, asked, examples_digest(examples))
     if points:  # else nothing was tested, and no errors were risked
-        attempts = recorded(attempts, _attempt(trial, calibration, digest, settings))
-    return replace(calibration, attempts=attempts, runtime=name)
+        attempt = _attempt(trial, calibration, digest, settings)
+        attempts = recorded(attempts, attempt, trial.turn.continues)
+    conditions = Conditions.of(
+        encoder.backbone,
+        calibration.policy,
+        engine=name,
+        sampling="sampled" if options.get("do_sample") else "greedy",
+        longest=options.get("max_new_tokens"),
+        prompts=prompt_frames([example.prompt for example in examples]),
+        template=template_digest(encoder.processor),
+    )
+    return replace(calibration, attempts=attempts, runtime=name, conditions=conditions)
 
 
 def _attempt(
@@ -233,6 +294,7 @@ def _attempt(
         settings=settings,
         number=trial.turn.number,
         images=tuple(image.name for image in trial.turn.images),
+        members=tuple(sorted({m for image in trial.turn.images for m in image.members})),
         path=trial.turn.path or (),
         outcome={**outcome, "thresholds": Thresholds(calibration.policy.thresholds).to_json()},
     )
@@ -289,21 +351,23 @@ class _Trial:
     turn: Turn
     level: float
 
-    def losses(self, thresholds: Thresholds) -> Array:
-        """What each image loses [n]."""
-        return by_image(self.tested.losses(thresholds), self.images)
+    def draws(self, losses: Array, unit: str) -> Draws:
+        """Losses [answers, ...] as those of the images."""
+        return Draws.by(unit, losses, self.images)
 
 
 def _trial(
     whole: ThresholdEvaluator,
+    images: Sequence[ImageRows],
     grid: Sequence[float],
     attempts: Sequence[Attempt],
     digest: str,
     asked: Guarantee,
 ) -> _Trial:
-    images = images_of(whole.examples)
     search, tested = split_images(whole, images)
-    any_time = TESTS[first_test(asked.method)].any_time
+    any_time = TESTS[first_test(asked.test)].any_time
+    if asked.declared is not None:
+        tested = _declared(tested, asked.declared)
     turn = turn_of(attempts, digest, tested, any_time=any_time)
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
@@ -316,28 +380,39 @@ def _trial(
     return _Trial(whole.part(np.array(rows)), moved, turn, asked.level(turn.number))
 
 
-def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:
-    """Losses [n, K] and points of the path, up to the first that fails."""
-    method = first_test(asked.method)
-    columns = [np.zeros((len(trial.images), 0))]
+def _declared(images: Sequence[ImageRows], n: int) -> list[ImageRows]:
+    """The first n images. Raise `DataError` where there are fewer."""
+    if len(images) < n:
+        raise DataError(
+            f"{n} images were declared, and {len(images)} are there to be tested.",
+            "Give as many, or declare fewer, before you look at an outcome.",
+        )
+    return list(images[:n])
+
+
+def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Draws, list[Point]]:
+    """What is lost at each point of the path [n, K], and the points, up to the first that fails."""
+    method = first_test(asked.test)
+    columns = [np.zeros((len(trial.tested.examples), 0))]
     points: list[Point] = []
     for thresholds in path:
-        losses = trial.losses(thresholds)
+        losses = trial.tested.losses(thresholds)
         columns.append(losses[:, None])
-        bound = upper_bound(losses, trial.level, method)
+        draws = trial.draws(losses, asked.unit)
+        bound = upper_bound(draws, trial.level, method)
         seconds = trial.tested.seconds(thresholds)
-        points.append(Point(thresholds, float(losses.mean()), bound, seconds))
-        if TESTS[method](losses, asked.target) > 1 - trial.level:
+        points.append(Point(thresholds, float(draws.risk), bound, seconds))
+        if p_value(draws, asked.target, method) > 1 - trial.level:
             break
-    return np.concatenate(columns, 1), points
+    return trial.draws(np.concatenate(columns, 1), asked.unit), points
 
 
 def _decide(
-    trial: _Trial, losses: Array, points: Sequence[Point], asked: Guarantee, digest: str
+    trial: _Trial, draws: Draws, points: Sequence[Point], asked: Guarantee, digest: str
 ) -> Calibration:
     """The fastest point that passed, if it beats the full model; else none, and why."""
     tested = trial.tested
-    decision = control(losses, asked.target, trial.level, asked.method, tested.risk.low)
+    decision = control(draws, asked.target, trial.level, asked.test, tested.risk.low)
     passed = [] if decision.index is None else points[: decision.index + 1]
     # All that passed keep the risk, so any may be taken: the last where no times are known.
     chosen = min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None)
@@ -350,7 +425,7 @@ def _decide(
         chosen = speedup = None
         reason = "No exit is predicted to pay: its checks cost more than they save."
     elif chosen is None:
-        reason = _too_little(points[0], trial, asked.target, needed)
+        reason = _too_little(points[0], draws.n, asked, needed)
     return Calibration(
         policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else Thresholds()),
         risk=asked.risk,
@@ -360,7 +435,7 @@ def _decide(
         monotone=decision.monotone,
         measured=chosen.risk if chosen else None,
         bound=chosen.bound if chosen else None,
-        n=len(trial.images),
+        n=draws.n,
         answers=len(tested.examples),
         attempt=trial.turn.number,
         level=trial.level,
@@ -369,13 +444,19 @@ def _decide(
         reason=reason,
         path=tuple(points),
         data_digest=digest,
+        unit=asked.unit,
+        copies=merged(trial.images),
+        candidates=asked.candidates,
     )
 
 
-def _too_little(safest: Point, trial: _Trial, target: float, needed: int | None) -> str:
+def _too_little(safest: Point, n: int, asked: Guarantee, needed: int | None) -> str:
     measured = (
-        f"At the safest thresholds the risk is {safest.risk:.4f} on {len(trial.images)} images"
+        f"At the safest thresholds the risk by {asked.unit} is {safest.risk:.4f} on {n} images"
     )
     if needed is None:
         return f"{measured}, which is above the target: no number of images would do."
-    return f"{measured}; to guarantee {target:g} at that risk, about {needed} images are needed."
+    about = f"about {needed} images are needed"
+    if asked.unit == "answer":
+        about += ", and more where images have unequal numbers of answers"
+    return f"{measured}; to guarantee {asked.target:g} at that risk, {about}."

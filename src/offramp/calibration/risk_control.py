@@ -1,9 +1,10 @@
 """Statistics of a guarantee: tests and bounds for the mean of bounded losses, walks along a path.
 
 A path is a sequence of settings, the safest first; `losses` [n, K] holds what each of n images
-loses at each of its K points. "The risk" is a mean loss over all images to come. Losses are at
-most 1; those below 0 are gains. Images count as independent draws, in an order that does not depend
-on what they lose (`offramp.calibration.attempts`).
+loses at each of its K points, or is the `Draws` that says so of answers. "The risk" is a mean loss
+over all images, or all answers, to come. Losses are at most 1; those below 0 are gains. Images
+count as independent draws, in an order that does not depend on what they lose
+(`offramp.calibration.attempts`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.betting import FRACTIONS, SHARES, betting_p_value
-from offramp.calibration.attempts import error_share
+from offramp.calibration.attempts import Draws, error_share
 from offramp.errors import InputError, did_you_mean
 
 Array = npt.NDArray[Any]
+Losses = Array | Draws
 
 
 def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
@@ -45,6 +47,20 @@ def _hoeffding_bentkus(losses: Array, target: float) -> float:
     return hoeffding_bentkus(float(np.maximum(losses, 0.0).mean()), len(losses), target)
 
 
+def binomial(losses: Array, target: float) -> float:
+    """P-value of "the true risk is above `target`", exact for losses of 0 and 1.
+
+    A loss between is rounded to 1 at the share of the places that it reaches, and to 0 elsewhere;
+    the mean becomes no lower, and of draws with unequal chances small sums are no likelier than of
+    equal ones with the same mean (Hoeffding 1956). Gains count as 0. For a number of images that
+    was declared before any was looked at.
+    """
+    from scipy.stats import binom
+
+    reached = np.random.default_rng(0).permutation(len(losses)) / max(1, len(losses))
+    return float(binom.cdf(int((losses > reached).sum()), len(losses), target))
+
+
 @dataclass(frozen=True)
 class RiskTest:
     """A p-value of losses [n] and a target.
@@ -62,19 +78,30 @@ class RiskTest:
 TESTS: dict[str, RiskTest] = {
     "upper_bound": RiskTest(betting_p_value, any_time=True),
     "learn_then_test": RiskTest(_hoeffding_bentkus, any_time=False),
+    "binomial": RiskTest(binomial, any_time=False),
 }
-"""By method. The second takes gains as 0."""
+"""By method. The last two take gains as 0."""
 
 METHODS = ("auto", *TESTS)
 
 
-def upper_bound(losses: Array, confidence: float, method: str = "upper_bound") -> float:
+def p_value(losses: Losses, target: float, method: str) -> float:
+    """Of "the true risk is above `target`", for losses [n]."""
+    values = _draws(losses).values(target)
+    return max(TESTS[method](part, target) for part in values)
+
+
+def _draws(losses: Losses) -> Draws:
+    return losses if isinstance(losses, Draws) else Draws.of(losses)
+
+
+def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") -> float:
     """The least target in [mean, 1] that losses [n] pass at `confidence`: a bound on the risk."""
-    test = TESTS[first_test(method)]
-    low, high = float(losses.mean()), 1.0
+    draws, test = _draws(losses), first_test(method)
+    low, high = float(draws.risk), 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        if test(losses, middle) <= 1 - confidence:
+        if p_value(draws, middle, test) <= 1 - confidence:
             high = middle
         else:
             low = middle
@@ -86,7 +113,7 @@ def betting_upper_bound(losses: Array, delta: float) -> float:
     return upper_bound(losses, 1 - delta)
 
 
-def learn_then_test(losses: Array, target: float, confidence: float) -> int | None:
+def learn_then_test(losses: Losses, target: float, confidence: float) -> int | None:
     """The last point before the first whose Hoeffding-Bentkus test fails, or None.
 
     Learn-then-Test (Angelopoulos et al. 2021) with fixed-sequence testing. Gains count as 0, which
@@ -95,7 +122,7 @@ def learn_then_test(losses: Array, target: float, confidence: float) -> int | No
     return _walk(losses, target, confidence, "learn_then_test")
 
 
-def upper_bound_control(losses: Array, target: float, confidence: float) -> int | None:
+def upper_bound_control(losses: Losses, target: float, confidence: float) -> int | None:
     """The last point before the first whose betting bound is above the target, or None.
 
     Jazbec et al. (2024). Gains count, so it can profit from overthinking.
@@ -103,16 +130,16 @@ def upper_bound_control(losses: Array, target: float, confidence: float) -> int 
     return _walk(losses, target, confidence, "upper_bound")
 
 
-def _walk(losses: Array, target: float, confidence: float, method: str) -> int | None:
-    passed = None
-    for point in range(losses.shape[1]):
-        if TESTS[method](losses[:, point], target) > 1 - confidence:
+def _walk(losses: Losses, target: float, confidence: float, method: str) -> int | None:
+    draws, passed = _draws(losses), None
+    for point in range(draws.sums.shape[1]):
+        if p_value(draws.column(point), target, method) > 1 - confidence:
             break
         passed = point
     return passed
 
 
-def monotone(losses: Array, level: float = 0.05, low: float = 0.0) -> bool:
+def monotone(losses: Losses, level: float = 0.05, low: float = 0.0) -> bool:
     """Whether nothing speaks against a risk that never falls along the path.
 
     Betting tests of "no lower than before" on the paired differences of all pairs of points,
@@ -120,12 +147,15 @@ def monotone(losses: Array, level: float = 0.05, low: float = 0.0) -> bool:
 
     low: the least loss there is, 0 or -1.
     """
-    pairs = list(combinations(range(losses.shape[1]), 2))
-    return all(
-        betting_p_value(losses[:, after] - losses[:, before], 0.0, 1 - low) > level / len(pairs)
-        for before, after in pairs
-        if losses[:, after].mean() < losses[:, before].mean()
-    )
+    draws = _draws(losses)
+    pairs = list(combinations(range(draws.sums.shape[1]), 2))
+    means = draws.sums.mean(0)
+
+    def falls(before: int, after: int) -> bool:
+        parts = draws.differences(after, before)
+        return max(betting_p_value(part, 0.0, 1 - low) for part in parts) <= level / len(pairs)
+
+    return not any(falls(before, after) for before, after in pairs if means[after] < means[before])
 
 
 @dataclass(frozen=True)
@@ -138,7 +168,7 @@ class Decision:
 
 
 def control(
-    losses: Array, target: float, confidence: float, method: str = "auto", low: float = 0.0
+    losses: Losses, target: float, confidence: float, method: str = "auto", low: float = 0.0
 ) -> Decision:
     """Choose a point of the path so that P(risk <= target) >= confidence.
 
@@ -174,10 +204,16 @@ def samples_needed(
     if risk >= target:
         return None
     risk = max(risk, 0.0)
-    if first_test(method) == "learn_then_test":
+    test = first_test(method)
+    if test == "learn_then_test":
 
         def passes(n: int) -> bool:
             return hoeffding_bentkus(risk, n, target) <= 1 - confidence
+    elif test == "binomial":
+        from scipy.stats import binom
+
+        def passes(n: int) -> bool:
+            return bool(binom.cdf(round(n * risk), n, target) <= 1 - confidence)
     else:
         stakes = FRACTIONS / (1 - target)
         growth = (1 - risk) * np.log1p(stakes * target) + risk * np.log1p(-FRACTIONS)
@@ -197,6 +233,28 @@ def samples_needed(
     return most
 
 
+def declared_needed(
+    target: float, confidence: float, risk: float, power: float = 0.8
+) -> int | None:
+    """The fewest images of which the binomial test passes with probability `power` where the true
+    risk is `risk`, for losses of 0 and 1; None: no number."""
+    from scipy.stats import binom
+
+    if risk >= target:
+        return None
+
+    def passes(n: int) -> bool:
+        allowed = int(binom.ppf(1 - confidence, n, target))  # least count that may be too many
+        allowed -= int(binom.cdf(allowed, n, target) > 1 - confidence)
+        return allowed >= 0 and bool(binom.cdf(allowed, n, risk) >= power)
+
+    n = samples_needed(target, confidence, "binomial") or 1
+    step = 1
+    while not passes(n):  # not monotone in n by a few images
+        n, step = n + step, max(1, n // 200)
+    return n
+
+
 def first_test(method: str) -> str:
     """The test a method begins with. Raise `InputError` if it is not known."""
     if method not in METHODS:
@@ -208,7 +266,8 @@ def images_needed(
     targets: Sequence[float] = (0.01, 0.02, 0.05), confidence: float = 0.95, method: str = "auto"
 ) -> list[dict[str, Any]]:
     """What a first attempt needs: for each target the images where no answer loses anything, and
-    where half the target is measured."""
+    where half the target is measured; and how many to declare, so that four of five such attempts
+    pass where half the target is the truth."""
     level = 1 - (1 - confidence) * error_share(1)
     return [
         {
@@ -216,6 +275,7 @@ def images_needed(
             "confidence": confidence,
             "at_no_loss": samples_needed(target, level, method),
             "at_half_the_target": samples_needed(target, level, method, target / 2),
+            "declared_at_half_the_target": declared_needed(target, level, target / 2),
         }
         for target in targets
     ]

@@ -303,7 +303,8 @@ def data_options(parser: Parser, what: str, *, limit: int | None = None) -> Any:
     ending = "" if limit is None else f" (default: {limit})"
     group.add_argument(
         "--limit", type=whole(1), default=limit, metavar="N",
-        help=f"read this many examples, and all else that is asked about their images{ending}",
+        help="a sample of this many examples, and all else that is asked about their images"
+        f"{ending}",
     )  # fmt: skip
     return group
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT
+from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT, SEED
+from offramp.data.example import rank_of
 from offramp.errors import DataError, InputError
 from offramp.storage import read_json
 
@@ -107,6 +108,27 @@ class Source:
                 f"Give a template such as {QUESTION_PROMPT!r}.",
             )
         return template.replace("{question}", question.strip())
+
+
+def sampled(content: Any, depth: int = 2) -> Any:
+    """The same content with its rows by image, images as if at random, so that its first rows are a
+    sample. Lists that are referred to by place, such as VisDial's questions, hold texts and stay.
+    """
+    if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+        return sorted(content, key=_rank)
+    if isinstance(content, dict) and depth:
+        items = {name: sampled(value, depth - 1) for name, value in content.items()}
+        if all(has(value, "imageId") for value in content.values() if isinstance(value, dict)):
+            return dict(sorted(items.items(), key=lambda item: _rank(item[1])))
+        return items
+    return content
+
+
+def _rank(row: Any) -> str:
+    """Of a row, by the image that it names."""
+    names = ("image_id", "imageId", "id", "filename")
+    image = next((str(row[name]) for name in names if has(row, name)), repr(row)[:200])
+    return rank_of(SEED, image)
 
 
 def has(value: Any, *names: str) -> bool:

@@ -16,13 +16,13 @@ Paths are relative to the JSONL file. A null counts as absent. Other fields are 
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from offramp.data.example import Example, examples_digest, split_examples
+from offramp.data.example import Example, examples_digest, rank_of, split_examples
 from offramp.data.image import EncodedImage
 from offramp.data.rows import ANSWERS, CAPTIONS, Cell, Row, read_rows
 from offramp.errors import DataError, InputError, StorageError
@@ -34,6 +34,9 @@ __all__ = [
 
 CAPTION_PROMPT = "Caption:"
 QUESTION_PROMPT = "Question: {question} Answer:"
+
+SEED = 0
+"""Of the sample that a limit takes."""
 
 # A row has at most one of these forms; it is recognised by any of the fields.
 _FORMS = {
@@ -62,9 +65,10 @@ def read_examples(
         split: only the rows of this split; None means all of them.
         prompt_template: for questions and dialogues, a text with `{question}`; for captions, the
             prompt itself, which may be empty. Defaults: QUESTION_PROMPT and CAPTION_PROMPT.
-        limit: stop after this many examples, and read only what else is asked about their images,
-            so that no image is split; rows about others are not even checked. Of images inside
-            the rows of a data set, only rows that follow at once are looked at.
+        limit: a sample of this many examples, and all else that is asked about their images, so
+            that no image is split: images as if at random, whatever order the file has, and the
+            same ones every time. Rows about others are not even checked. Of images inside the rows
+            of a data set, rows beside each other belong together.
         require_answers: refuse rows without an answer.
 
     Raises:
@@ -77,9 +81,10 @@ def read_examples(
     if str(source).endswith(".txt") and os.path.isfile(source):
         return _text_prompts(Path(source), limit, require_answers=require_answers)
     prompts = _Prompts.of(prompt_template)
-    examples: list[Example] = []
+    examples: list[tuple[int, Example]] = []
     images: set[str] | None = None  # once the limit is reached: those that are read to their end
-    for row in read_rows(source, split):
+    rows = read_rows(source, split)
+    for row in rows if limit is None else _sampled(list(rows)):
         if images is not None and row.image_name() not in images:
             if isinstance(row.fields.get("image"), Cell | Image.Image):
                 break  # to know the others, all images would have to be read
@@ -87,12 +92,32 @@ def read_examples(
         for example in _row_examples(row, prompts):
             if require_answers and not example.answers:
                 row.fail_without_answer()
-            examples.append(example)
+            examples.append((row.number, example))
         if images is None and limit is not None and len(examples) >= limit:
-            images = {example.group for example in examples}
+            images = {example.group for _, example in examples}
     if not examples:
         raise DataError(f"{source} holds no examples.", 'Add a row, such as {"image": "dog.jpg"}.')
-    return examples
+    return [example for _, example in sorted(examples, key=lambda pair: pair[0])]
+
+
+def _sampled(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows by image, images as if at random."""
+    if not any(isinstance(row.fields.get("image"), Cell | Image.Image) for row in rows):
+        yield from sorted(rows, key=lambda row: rank_of(SEED, row.image_name() or str(row.number)))
+        return
+    # Their images are not read before they are wanted.
+    taken: set[int] = set()
+    for place in sorted(range(len(rows)), key=lambda place: rank_of(SEED, str(place))):
+        if place in taken:
+            continue
+        first = last = place
+        name = rows[place].image_name()
+        while first > 0 and rows[first - 1].image_name() == name:
+            first -= 1
+        while last + 1 < len(rows) and rows[last + 1].image_name() == name:
+            last += 1
+        taken |= set(range(first, last + 1))
+        yield from rows[first : last + 1]
 
 
 def _text_prompts(file: Path, limit: int | None, *, require_answers: bool) -> list[Example]:

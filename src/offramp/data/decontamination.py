@@ -8,39 +8,45 @@ from pathlib import Path
 from typing import Any
 
 from offramp.data.example import Example
-from offramp.data.image import content_digest
+from offramp.data.image import content_digest, pixel_digest
 from offramp.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Seen = Mapping[str, Sequence[str]]
-"""Image digests, sorted, by the step that used them: "train", "calibration"."""
+"""Digests of the images' pixels, sorted, by the step that used them: "train", "calibration".
+
+Adapters of earlier versions hold digests of files; both are looked for."""
 
 DIGITS = 16
 """Hex digits kept of a digest: a million images hold two of the same less than once in 10^7."""
 
 
-def _digests(examples: Sequence[Example]) -> list[str]:
-    """Each example's image digest; a file is read once, however many questions are asked."""
-    read: dict[Any, str] = {}
+def _digests(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """Digests of each example's pixels and of its file; an image is read once, however many
+    questions are asked about it."""
+    read: dict[Any, tuple[str, str]] = {}
     digests = []
     for example in examples:
         name = example.image if isinstance(example.image, Path) else id(example.image)
         if name not in read:
-            read[name] = content_digest(example.image)[:DIGITS]
+            file = content_digest(example.image)[:DIGITS]
+            # A prompt without an image is known by its text.
+            pixels = file if example.is_text else pixel_digest(example.open_image())[:DIGITS]
+            read[name] = pixels, file
         digests.append(read[name])
     return digests
 
 
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
-    """The key of the first example of each distinct image, by the image's digest.
+    """The key of the first example of each distinct image, by the digest of its pixels.
 
     Raises:
-        StorageError: an image file cannot be read.
+        StorageError: an image file cannot be read. DataError: it is no image.
     """
     keys: dict[str, str] = {}
-    for digest, example in zip(_digests(examples), examples, strict=True):
-        keys.setdefault(digest, example.key)
+    for (pixels, _), example in zip(_digests(examples), examples, strict=True):
+        keys.setdefault(pixels, example.key)
     return keys
 
 
@@ -48,10 +54,10 @@ def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> lis
     """For each example, whether its image was used in none of the `steps`.
 
     Raises:
-        StorageError: an image file cannot be read.
+        StorageError: an image file cannot be read. DataError: it is no image.
     """
     used = {digest for step in steps for digest in seen.get(step, ())}
-    return [digest not in used for digest in _digests(examples)]
+    return [used.isdisjoint(digests) for digests in _digests(examples)]
 
 
 def check_no_overlap(
@@ -68,13 +74,18 @@ def check_no_overlap(
         )
     if not any(seen.get(step) for step in steps):
         return
-    pictures = picture_digests(examples)
+    digests = _digests(examples)
     for step in steps:
-        shared = [pictures[digest] for digest in seen.get(step, ()) if digest in pictures]
+        used = set(seen.get(step, ()))
+        shared: dict[str, str] = {}
+        for known, example in zip(digests, examples, strict=True):
+            if not used.isdisjoint(known):
+                shared.setdefault(known[0], example.key)
         if shared:
             purpose = {"train": "training", "calibration": "calibration"}[step]
+            pictures = {pixels for pixels, _ in digests}
             raise DataError(
                 f"{len(shared)} of {len(pictures)} images were used in {purpose}, for instance "
-                f"that of example {shared[0]!r}.",
+                f"that of example {next(iter(shared.values()))!r}.",
                 advice,
             )

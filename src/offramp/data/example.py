@@ -118,7 +118,7 @@ def split_examples(
         )
     group_of = [picture_of(example) for example in examples]
     # Ranks from a hash, not from a generator: no version of Python or numpy changes them.
-    groups = sorted(set(group_of), key=lambda group: _rank(seed, group))
+    groups = sorted(set(group_of), key=lambda group: rank_of(seed, group))
     home: dict[str, str] = {}
     share = 0.0
     for name, fraction in fractions.items():
@@ -167,5 +167,6 @@ def picture_of(example: Example) -> str:
     return example.group or content_digest(example.image)
 
 
-def _rank(seed: int, group: str) -> str:
+def rank_of(seed: int, group: str) -> str:
+    """Sorts images as if at random, the same on every machine."""
     return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offramp.data import format_readers as readers
-from offramp.data.annotation_file import Source, has
+from offramp.data.annotation_file import Source, has, sampled
 from offramp.data.datasets import read_examples
 from offramp.data.item import Item
 from offramp.errors import InputError, check_known
@@ -91,7 +91,8 @@ def read_items(
         layout: of `LAYOUTS`, "jsonl", or "auto", which looks at what the file holds.
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
-        limit: stop after this many examples, and read only what else is asked about their images.
+        limit: a sample of this many examples, and all else that is asked about their images; see
+            `read_examples`.
         require_answers: of JSONL and `datasets`; False: images alone are enough.
 
     Raises:
@@ -119,6 +120,8 @@ def read_items(
     known = f"Name one with --format: {', '.join(FORMATS)}."
     source = Source.open(files, images, prompt, split, known)
     name = layout if layout != "auto" else _recognised(source)
+    if limit is not None:
+        source.content = sampled(source.content)
     source.expected = f"The {name} layout is: {LAYOUTS[name].shape}."
     items: list[Item] = []
     for item in LAYOUTS[name].read(source):

@@ -1,4 +1,4 @@
-"""An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digest.
+"""An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digests.
 
 Of an encoded image only what its pixels are made of is decoded (`offramp.data.image_parts`), so
 that it costs no more than they do, whoever wrote the file.
@@ -164,6 +164,14 @@ def content_digest(image: Path | Image.Image | EncodedImage) -> str:
     if isinstance(image, Image.Image):
         return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return _hash(image.read())
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """SHA-256 of what is seen: size and pixels of upright 8-bit RGB, as `open_rgb` returns it.
+
+    Compression, metadata and the orientation tag do not count, nor whether it came as a file.
+    """
+    return _hash(f"{image.size} ".encode() + image.tobytes())
 
 
 _TURNS = {

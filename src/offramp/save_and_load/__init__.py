@@ -342,10 +342,11 @@ def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
         raise AdapterError(error.problem, RESTORE) from error
     kinds = {"asked": str, "settings": dict, "number": int, "images": list, "path": list,
              "outcome": dict}  # fmt: skip
+    later = {"members": list}  # since images are known by more than their names
     if not isinstance(attempts, list) or not all(
         isinstance(attempt, dict)
-        and attempt.keys() == kinds.keys()
-        and all(isinstance(attempt[name], kind) for name, kind in kinds.items())
+        and kinds.keys() <= attempt.keys() <= kinds.keys() | later.keys()
+        and all(isinstance(value, {**kinds, **later}[name]) for name, value in attempt.items())
         for attempt in attempts
     ):
         raise AdapterError(f"{path} is damaged: it does not list attempts.", RESTORE)

@@ -48,8 +48,8 @@ class RayConfig:
     `held` that were asked for last, each with slots of its own. server: fields of `ServerConfig`
     beside the name. loading: as of `load_served`. cpus, gpus: of a replica. threads: of the
     processor, for one call. watch: whether the guarantee is watched; each replica watches its own
-    requests, and each may be wrong at the level. scaling: more fields of Ray's autoscaling, such as
-    upscale_delay_s.
+    requests, and all that there may be share the level. scaling: more fields of Ray's autoscaling,
+    such as upscale_delay_s.
 
     Raises:
         InputError: no replicas, or fewer at most than at least; two adapters of one name.
@@ -106,7 +106,7 @@ def replica_app(config: RayConfig) -> FastAPI:
 
     def start(name: str, model: Adapter | Backbone) -> Service:
         server = ServerConfig(name=name, queue=config.queue, **config.server)
-        watch = WatchConfig() if config.watch else None
+        watch = WatchConfig(watchers=config.max_replicas) if config.watch else None
         return Service(model, processor, server, sizes, watch=watch)
 
     first = start(config.served, model)

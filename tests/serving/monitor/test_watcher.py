@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fakes
 import httpx
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from offramp.calibration.calibrate import calibrate
 from offramp.data.example import Example
 from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.errors import InputError
+from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.monitor.watcher import Promise, Sample, WatchConfig, Watcher
+from offramp.serving.monitor.watcher import Sample, WatchConfig, Watcher
+from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import messages, running, scene_examples, service_of, shipped
 
@@ -55,7 +63,7 @@ def watched(engine: BatchEngine, examples: list[Example], watcher: Watcher) -> N
 def watcher_of(engine: BatchEngine, config: WatchConfig = ALL, **more: Any) -> Watcher:
     adapter, _ = shipped()
     assert engine.processor is not None
-    promise = more.pop("promise", Promise.of(adapter.calibration))
+    promise = more.pop("promise", adapter.standing().promise)
     return Watcher(engine, engine.processor, promise, config, **more)
 
 
@@ -123,11 +131,149 @@ def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine
 
 
 @pytest.mark.parametrize(
-    "change", [{"share": 0.0}, {"share": 1.5}, {"level": 0.0}, {"action": "x"}]
+    "change",
+    [
+        {"share": 0.0},
+        {"share": 1.5},
+        {"level": 0.0},
+        {"action": "x"},
+        {"slack": 0.5},
+        {"deadline": -1},
+        {"watchers": 0},
+        {"a_client": 0},
+        {"coverage": 2},
+    ],
 )
 def test_a_watch_that_tells_nothing_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         WatchConfig(**change)
+
+
+# -- without a model: an engine whose slots are as busy as one says -------------------------------
+
+
+class _BusyEngine:
+    """Answers as the full model whatever it is asked; so many of 8 slots, and a queue, are in use
+    by others."""
+
+    def __init__(self, running: int, waiting: int = 0) -> None:
+        self.running, self.waiting, self.asked = running, waiting, 0
+        self.core = SimpleNamespace(config=SimpleNamespace(slots=8))
+
+    def submit(self, inputs: Any, *, mode: str, **options: Any) -> Future[Any]:
+        assert mode == "full"
+        self.asked += 1
+        done: Future[Any] = Future()
+        done.set_result(SimpleNamespace(output=inputs["full"]))
+        return done
+
+
+def output(token: int) -> GenerationOutput:
+    return GenerationOutput(torch.tensor([[token]]), torch.tensor([[2]]), torch.zeros(1, 1), 12)
+
+
+def samples(images: list[Image.Image], *, wrong: bool = False, client: str = "") -> list[Sample]:
+    inputs = {"full": output(5)}
+    early = output(6 if wrong else 5)
+    return [Sample(inputs, {}, early, image, "Caption:", client) for image in images]
+
+
+PROMISE = Promise("disagreement", 0.0075, 0.95)
+
+
+def idle_watcher(engine: Any, config: WatchConfig, **more: Any) -> Watcher:
+    _, processor = shipped()
+    encoder = InputProcessor(shipped()[0].backbone, processor)
+    return Watcher(engine, encoder, PROMISE, config, **more)
+
+
+@pytest.mark.parametrize(("running", "waiting"), [(4, 0), (7, 0), (8, 20)])
+def test_a_busy_server_is_watched(running: int, waiting: int) -> None:
+    """With half the slots busy nothing is let go; with all of them, requests take their turn."""
+    engine = _BusyEngine(running, waiting)
+    watcher = idle_watcher(engine, replace(ALL, deadline=0.05))
+    try:
+        for sample in samples([fakes.picture(i) for i in range(60)]):
+            watcher.offer(sample)
+        assert watcher.settle(60)
+        assert engine.asked == watcher.risk.n == 60
+        assert watcher.coverage == 1.0 and not watcher.blind and watcher.let_go == 0
+    finally:
+        watcher.close()
+
+
+def test_lost_coverage_is_an_alarm_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    watcher = idle_watcher(_BusyEngine(8, 1), replace(ALL, backlog=2, deadline=60.0))
+    try:
+        for sample in samples([fakes.picture(i) for i in range(60)]):
+            watcher.offer(sample)
+        assert watcher.blind and watcher.report()["coverage"] < 0.1
+        assert "watch_blind" in caplog.text
+    finally:
+        watcher.close()
+
+
+def test_no_client_fills_the_backlog_or_the_draws() -> None:
+    watcher = idle_watcher(_BusyEngine(8, 1), replace(ALL, backlog=8, deadline=60.0))
+    try:
+        for sample in samples([fakes.picture(i) for i in range(20)], client="loud"):
+            watcher.offer(sample)
+        for sample in samples([fakes.picture(i) for i in range(20, 24)], client="quiet"):
+            watcher.offer(sample)
+        assert watcher._waiting["loud"] == 4 and watcher._waiting["quiet"] >= 3
+        assert all(watcher.draws("loud") for _ in range(100))  # it asks alone
+        evenly = [(watcher.draws("loud"), watcher.draws("quiet")) for _ in range(500)]
+        assert min(np.mean(evenly, 0)) > 0.9
+        flood = [watcher.draws("loud" if i % 20 else "quiet") for i in range(2000)]
+        loud = sum(drawn for i, drawn in enumerate(flood) if i % 20)
+        assert loud < 0.6 * 2000 and all(flood[::20])
+    finally:
+        watcher.close()
+
+
+def test_variants_of_a_few_pixels_count_once_and_forms_each() -> None:
+    watcher = idle_watcher(_BusyEngine(0), ALL)
+    try:
+        chart = lookalikes.chart(0)
+        variants = [chart.copy() for _ in range(5)]
+        for place, variant in enumerate(variants):
+            variant.putpixel((100 + place, 40), (255, 0, 0))
+        for sample in samples([chart, *variants, *lookalikes.images("forms", 5)]):
+            watcher.offer(sample)
+        assert watcher.settle(60) and watcher.risk.n == 6
+    finally:
+        watcher.close()
+
+
+def test_an_alarm_outlives_a_restart_until_it_is_reset(tmp_path: Path) -> None:
+    config = replace(ALL, state=tmp_path / "watch.json")
+    watcher = idle_watcher(_BusyEngine(0), config, about="exits")
+    for sample in samples([fakes.picture(i) for i in range(12)], wrong=True):
+        watcher.offer(sample)
+    assert watcher.settle(60) and watcher.broken
+    watcher.close()
+    again, other = (idle_watcher(_BusyEngine(0), config, about=a) for a in ("exits", "others"))
+    assert again.broken and again.risk.n == 12 and again.risk.interval == watcher.risk.interval
+    assert not other.broken
+    again.reset()
+    assert not again.broken
+    last = idle_watcher(_BusyEngine(0), config, about="exits")
+    assert not last.broken and last.risk.n == 0
+    for one in (again, other, last):
+        one.close()
+    (tmp_path / "watch.json").write_text("{}")
+    torn = idle_watcher(_BusyEngine(0), config, about="exits")
+    assert torn.risk.n == 0
+    torn.close()
+
+
+def test_watchers_share_a_level_and_slack_moves_the_limit() -> None:
+    watcher = idle_watcher(_BusyEngine(0), replace(ALL, watchers=4, slack=2.0))
+    try:
+        assert watcher.risk.level == 0.0025 and watcher.risk.promised == 0.015
+        assert watcher.report()["alarm_above"] == 0.015
+    finally:
+        watcher.close()
 
 
 # -- in the server ---------------------------------------------------------------------------------
@@ -166,6 +312,49 @@ def test_a_broken_promise_changes_answers_metrics_and_what_the_page_is_told(acti
         assert watch_told["broken"] and watch_told["action"] == action
 
 
+def test_the_watch_is_reset_by_a_key_alone() -> None:
+    for keys, sent, status in (((), None, 403), (("k",), None, 401), (("k",), "k", 200)):
+        watch = {"watch": WatchConfig(share=1.0), "loss": lambda early, full: 1.0}
+        service = service_of(slots=2, more=watch, keys=keys)
+        assert service.watcher is not None
+        for _ in range(20):
+            service.watcher.risk.add(1.0)
+        assert service.watcher.broken
+        headers = {} if sent is None else {"Authorization": f"Bearer {sent}"}
+        with running(service) as address:
+            answer = httpx.post(f"{address}/v1/watch/reset", json={}, headers=headers)
+        assert answer.status_code == status
+        assert service.watcher.broken == (status != 200)
+
+
+def test_a_request_says_where_nothing_is_guaranteed_of_it() -> None:
+    service = service_of(slots=4)
+    caption, question = scene_examples()[0], scene_examples()[-1]
+    with running(service) as address:
+
+        def told(example: Example, **more: Any) -> str:
+            body = {"messages": messages(example), **more}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300)
+            return str(answer.raise_for_status().json()["usage"]["offramp"].get("guarantee", ""))
+
+        for example in (caption, question):
+            assert told(example) == told(example, max_tokens=20) == ""
+        for words, more in {
+            "up to 150 tokens where up to 48": {"max_tokens": 150},
+            "sampled": {"temperature": 1.0},
+            "thresholds 2: 0.1 where 2: ": {"offramp": {"thresholds": {"2": 0.1}}},
+        }.items():
+            assert told(caption, **more).startswith("not guaranteed here: ")
+            assert words in told(caption, **more)
+        other = replace(caption, prompt="Write a poem.")
+        assert "a prompt unlike the calibrated ones" in told(other)
+        for mode in ("full", "lossless"):
+            assert told(other, offramp={"mode": mode}) == ""
+        card = httpx.get(f"{address}/v1/models").json()["data"][0]["offramp"]
+        assert card["guarantee"]["unit"] == "image" and card["guarantee"]["max_tokens"] == 48
+        assert card["not_guaranteed"] is None
+
+
 def test_only_answers_that_were_promised_are_compared() -> None:
     watch = WatchConfig(share=1.0)
     service = service_of(slots=4, more={"watch": watch})
@@ -178,6 +367,7 @@ def test_only_answers_that_were_promised_are_compared() -> None:
             {"temperature": 1.0}, {"n": 2}, {"stop": "x"}, {"logprobs": True},
             {"presence_penalty": 1}, {"offramp": {"mode": "full"}},
             {"offramp": {"mode": "lossless"}}, {"offramp": {"thresholds": {"2": 0.1}}},
+            {"max_tokens": 100},
         ):  # fmt: skip
             httpx.post(chat, json={**base, **more}, timeout=300).raise_for_status()
         assert watcher.settle(60) and watcher.risk.n == 0

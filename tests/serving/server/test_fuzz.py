@@ -94,7 +94,7 @@ def change(value: Any, draw: random.Random) -> None:
     while isinstance(value, dict | list) and value:
         key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
         if not isinstance(value[key], dict | list) or draw.random() < 0.4:
-            value[key] = draw.choice(ODD)
+            value[key] = copy.deepcopy(draw.choice(ODD))
             return
         value = value[key]
 

@@ -270,7 +270,7 @@ def test_health_says_that_the_engine_has_failed(stream: bool) -> None:
         def fails(*_: Any) -> None:
             raise RuntimeError("lost")
 
-        service.engine.core.batch.leave = fails  # type: ignore[union-attr]
+        service.engine.core.decoder.leave = fails  # type: ignore[method-assign]
         found = client.post(CHAT, json=body)
         assert "has failed" in found.text or "RuntimeError" in found.text
         service.engine._thread.join(WITHIN)

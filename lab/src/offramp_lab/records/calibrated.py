@@ -4,7 +4,13 @@ records/calibrated.json: thresholds for each target and risk, found on one set o
     measured on another: risk, quality, and decoding time, interleaved.
 records/violations.json: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
-    The pool's own risk stands for the true one; that of a half scatters around it.
+    The pool's own risk stands for the true one; that of a half scatters around it. At the
+    boundary: how often each half of a pool certifies the safest threshold of the exits that ship
+    whose risk over the pool is above the target, by unit. A pool is finite and halves are drawn
+    without replacement, so this is below what independent draws would give;
+    `offramp_lab.records.simulated` has those.
+
+All settings that are tried on the same images share the errors (`candidates`).
 """
 
 import json
@@ -20,10 +26,10 @@ import numpy as np
 from offramp import demo
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
-from offramp.calibration.attempts import by_image, images_of
+from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
 from offramp.calibration.calibrate import GRID, Calibration, Guarantee, calibrate
 from offramp.calibration.profiler import measure_costs
-from offramp.calibration.risk_control import METHODS, control
+from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example
@@ -37,7 +43,8 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
+from offramp.models.shipped import TINY, load_tiny, tiny_exits
+from offramp.storage import write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
@@ -48,6 +55,9 @@ RECORD = Record("calibrated")
 DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
+METHODS = ("auto", "upper_bound", "learn_then_test")
+FINE = tuple(np.round(np.linspace(0.4, 0.98, 59), 3).tolist())
+"""Thresholds of all exits alike among which the boundary is looked for."""
 TASKS = {"captions": captions, "questions": questions}
 POLICY = ExitPolicy()
 
@@ -63,11 +73,23 @@ class Sizes:
     pool: int = 2400
     asked: int = 4
     splits: int = 50
+    boundary: int = 1200
+    halves: int = 400
     timed: int = 40
     rounds: int = 7
 
 
-SMALL = Sizes(train=600, steps=400, calibration=400, test=300, pool=400, timed=15, rounds=3)
+SMALL = Sizes(
+    train=600,
+    steps=400,
+    calibration=400,
+    test=300,
+    pool=400,
+    boundary=200,
+    halves=40,
+    timed=15,
+    rounds=3,
+)
 
 
 def main() -> None:
@@ -75,6 +97,7 @@ def main() -> None:
         __doc__, out=RECORDS,
         more=lambda parser: (
             parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY),
+            parser.add_argument("--boundary", action="store_true", help="the boundary alone"),
             parser.add_argument("--small", action="store_true", help="a try-out"),
         ),
     )  # fmt: skip
@@ -82,13 +105,19 @@ def main() -> None:
     files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]
     calibrated, violations = map(RECORD.read, files)  # of other models too
     violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
-    for kind in arguments.models:
+    violations["shipped"] = _shipped_boundary(sizes)
+    print(json.dumps(violations["shipped"]), file=sys.stderr)
+    for kind in [] if arguments.boundary else arguments.models:
         adapter, encoder = _trained(kind, sizes)
         calibrated[kind] = _calibrated(adapter, encoder, sizes)
         print(json.dumps(calibrated[kind]), file=sys.stderr)
         violations[kind] = _violations(adapter, encoder, sizes)
         print(json.dumps(violations[kind]), file=sys.stderr)
     origin = RECORD.origin(examples=_examples("test", sizes.test))
+    if arguments.boundary:  # the rest is as it was made before
+        violations["shipped"]["provenance"] = origin
+        write_json(files[1], violations)
+        return
     for file, found in zip(files, (calibrated, violations), strict=True):
         RECORD.write(found, file, **origin)
 
@@ -121,7 +150,8 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     calibrations = [
         calibrate(
             adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
-            costs=costs, progress=bar(f"{risk} {target}"), **demo.OPTIONS,
+            candidates=len(MEASURED) * len(TARGETS), costs=costs,
+            progress=bar(f"{risk} {target}"), **demo.OPTIONS,
         )
         for risk in MEASURED
         for target in TARGETS
@@ -160,8 +190,12 @@ def _row(
     stock, baseline, ours = timings["generate"], timings["full"], timings[name]
     right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
     every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    losses = RISKS[calibration.risk].losses(early, full, asked)
     return {
         "risk": calibration.risk,
+        "unit": calibration.unit,
+        "candidates": calibration.candidates,
+        "level": calibration.level,
         "risk_target": calibration.target,
         "confidence": calibration.confidence,
         "method": calibration.method,
@@ -169,9 +203,10 @@ def _row(
         "thresholds": {str(d): t for d, t in calibration.policy.thresholds.items()},
         "risk_calibration": calibration.measured,
         "risk_bound": calibration.bound,
-        "risk_test": float(RISKS[calibration.risk].losses(early, full, asked).mean()),
+        "risk_test": float(Draws.by(calibration.unit, losses, images_of(asked)).risk),
         "n_calibration": calibration.n,
         "answers_calibration": calibration.answers,
+        "images_test": pictures,
         "n_test": len(asked),
         "speedup_predicted": calibration.speedup,
         "speedup_decode": speedup(baseline.decode, ours.decode),
@@ -227,6 +262,69 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
     return rows
 
 
+# -- the boundary ----------------------------------------------------------------------------------
+
+
+def _shipped_boundary(sizes: Sizes) -> dict[str, Any]:
+    """Of the exits that ship, on images of their own, with up to four questions about each."""
+    backbone, processor = load_tiny("opt")
+    adapter = Adapter.load(tiny_exits("opt"), backbone)
+    encoder = InputProcessor(backbone, processor)
+    pool = _examples("test", sizes.boundary, 200_000, sizes.asked)
+    risk = RISKS["disagreement"]
+    whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)
+    halves = [_halves(pool, seed) for seed in range(sizes.halves // 2)]
+
+    @cache
+    def lost(thresholds: tuple[tuple[int, float], ...]) -> Any:
+        return whole.losses(dict(thresholds))
+
+    found = _boundary(lost, images_of(pool), halves, adapter.exits.depths)
+    rows = [
+        {"risk_target": target, "unit": unit, **row}
+        for target, units in found.items()
+        for unit, row in units.items()
+    ]
+    return {"images": sizes.boundary, "answers": len(pool), "entries": rows}
+
+
+def _boundary(
+    lost: Callable[..., Any],
+    images: Sequence[ImageRows],
+    halves: Sequence[tuple[Any, Any]],
+    depths: Sequence[int],
+) -> dict[float, dict[str, Any]]:
+    """By target and unit: the safest threshold whose risk over the pool is above the target, and
+    how often a half certifies it."""
+    found: dict[float, dict[str, Any]] = {target: {} for target in TARGETS}
+    for threshold in sorted(FINE, reverse=True):
+        losses = lost(tuple((depth, threshold) for depth in depths))
+        for target in TARGETS:
+            for unit in UNITS:
+                risk = float(Draws.by(unit, losses, images).risk)
+                if unit in found[target] or risk <= target:
+                    continue
+                level = Guarantee(target, CONFIDENCE, unit=unit).level(1)
+                certified = [
+                    p_value(Draws.by(unit, losses, _inside(images, half)), target, "upper_bound")
+                    <= 1 - level
+                    for pair in halves
+                    for half in pair
+                ]
+                found[target][unit] = {
+                    "threshold": threshold, "risk": risk, "halves": len(certified),
+                    "certified": sum(certified),
+                }  # fmt: skip
+        if all(len(units) == len(UNITS) for units in found.values()):
+            break
+    return found
+
+
+def _inside(images: Sequence[ImageRows], half: Any) -> list[ImageRows]:
+    rows = set(half.tolist())
+    return [image for image in images if image.rows[0] in rows]
+
+
 def _settings() -> list[dict[str, Any]]:
     return [{"method": m, "risk_target": t} for m in METHODS for t in TARGETS]
 
@@ -248,7 +346,8 @@ def _split(
     path = path_of(half, search, GRID)
     columns: list[Any] = []
     for thresholds in path:
-        columns.append(by_image(lost(tuple(thresholds.items()))[calibration], tested))
+        losses = lost(tuple(thresholds.items()))[calibration]
+        columns.append(Draws.by("image", losses, tested).sums)
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)

@@ -1,57 +1,203 @@
 """Simulate a watched guarantee; rewrites lab/records/watched.json.
 
-How often a promise that just holds is ever called broken, over many draws, and after how many
-watched images a promise that does not hold is. About two minutes of one core.
+How often a promise that just holds is ever called broken, and where it holds on average alone;
+after how many watched images one that does not hold is, from the start and after many good images,
+with and without new starts of the bets; and what share of the watched requests is compared under
+load, by the watcher itself before an engine that says it is busy. A few minutes of one core.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
 
-from offramp.betting import first_alarms
+from offramp.betting import RATIOS, Restarts, stakes_above
+from offramp.engine.policy import GenerationOutput
+from offramp.guarantee import Promise
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_tiny
+from offramp.serving.monitor.watcher import Sample, WatchConfig, Watcher
 from offramp_lab.records.record import Record, asked
+
+Array = npt.NDArray[Any]
+Rate = Callable[[int], float]
 
 RECORD = Record("watched")
 TARGETS = (0.0075, 0.01, 0.02, 0.05)
 LEVEL = 0.01
-RATIOS = (1.5, 2.0, 3.0, 10.0)
+GOOD = 0.3
+"""The risk of good images, as a share of what was promised."""
+AFTER = (0, 1_000, 5_000, 20_000)
+TIMES = (1.5, 2.0, 5.0, 50.0)
+SLOTS, BACKLOG = 8, 32
 
 
 def main() -> None:
     arguments = asked(__doc__, streams=1000, images=20_000, out=RECORD.path)
-    entries = [entry(target, arguments.streams, arguments.images) for target in TARGETS]
-    for row in entries:
-        print(row)
-    RECORD.write({"level": LEVEL, "entries": entries}, arguments.out)
+    record = simulate(arguments.streams, arguments.images)
+    for name, rows in record.items():
+        print(name, rows)
+    RECORD.write(record, arguments.out)
+
+
+def simulate(streams: int, images: int, requests: int = 500) -> dict[str, Any]:
+    few = max(20, streams // 5)
+    return {
+        "level": LEVEL,
+        "entries": [entry(target, streams, images) for target in TARGETS],
+        "delays": [
+            delay(0.01, after, times, few, starts)
+            for after in (a for a in AFTER if a <= images)
+            for times in TIMES
+            for starts in (True, False)
+        ],
+        "on_average": [on_average(kind, slack, few) for kind in UNEVEN for slack in (1, 2, 3)],
+        "coverage": [coverage(busy, waiting, requests) for busy, waiting in LOADS],
+    }
+
+
+# -- alarms ----------------------------------------------------------------------------------------
+
+
+class Once(Restarts):
+    """The same bets without new starts, as they were before."""
+
+    def add(self, losses: Any) -> None:
+        if self.n == 0:
+            self.fortune, self.kept = self.fortune + 1 / len(RATIOS), 0.0
+        self.n += 1
+        gains = 1 + stakes_above(np.array(self.promised)) * (losses[..., None] - self.promised)
+        self.fortune = self.fortune * gains
+        self.most = np.maximum(self.most, self.fortune.sum(-1))
+
+
+def alarms(
+    promised: float, rate: Rate, streams: int, images: int, *, starts: bool = True, seed: int = 0
+) -> Array:
+    """First alarms of streams whose losses are 1 with probability rate(image), else 0; 0: none."""
+    random, kind = np.random.default_rng(seed), Restarts if starts else Once
+    bets, found = kind(promised, (streams,)), np.zeros(streams, dtype=int)
+    for image in range(1, images + 1):
+        bets.add((random.random(streams) < rate(image)).astype(float))
+        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), image, found)
+        if (found > 0).all():
+            break
+    return found
 
 
 def entry(target: float, streams: int, images: int) -> dict[str, Any]:
-    """Of one promise: false alarms over `images` images, and delays by how much it is exceeded."""
-    false = alarms(target, target, streams, images) > 0
-    delays = {}
-    for ratio in RATIOS:
-        alarmed = alarms(target, ratio * target, 200, images)
-        noticed = alarmed[alarmed > 0]
-        delays[f"{ratio:g}"] = {
-            "noticed": float((alarmed > 0).mean()),
-            "median_images": float(np.median(noticed)) if len(noticed) else None,
-            "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
-        }
+    """Of one promise: false alarms over `images` images, and delays from the start."""
+    false = alarms(target, steady(target), streams, images, seed=1) > 0
+    delays = {
+        f"{times:g}": told(alarms(target, steady(times * target), 200, images, seed=2))
+        for times in (1.5, 2.0, 3.0, 10.0)
+    }
     return {
         "target": target, "streams": streams, "images": images,
         "false_alarms": float(false.mean()), "delays": delays,
     }  # fmt: skip
 
 
-def alarms(promised: float, risk: float, streams: int, images: int) -> Any:
-    """First alarms of streams whose losses are 1 with probability `risk`, else 0."""
-    random = np.random.default_rng(round(1e6 * risk) + images)
-    return np.concatenate(
-        [
-            first_alarms((random.random((images, 50)) < risk).astype(float), promised, LEVEL)
-            for _ in range(max(1, streams // 50))
-        ]
+def steady(risk: float) -> Rate:
+    return lambda image: risk
+
+
+def told(alarmed: Array) -> dict[str, Any]:
+    noticed = alarmed[alarmed > 0]
+    return {
+        "noticed": float((alarmed > 0).mean()),
+        "median_images": float(np.median(noticed)) if len(noticed) else None,
+        "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
+    }
+
+
+def delay(target: float, after: int, times: float, streams: int, starts: bool) -> dict[str, Any]:
+    """Images until a risk that rises after so many good ones is noticed."""
+    most = after + round(150 / target) if times < 2 else after + round(80 / target)
+
+    def rate(image: int) -> float:
+        return GOOD * target if image <= after else times * target
+
+    found = alarms(target, rate, streams, most, starts=starts, seed=3)
+    early = float(((found > 0) & (found <= after)).mean())
+    later = np.where(found > after, found - after, 0)[(found == 0) | (found > after)]
+    return {
+        "target": target, "after": after, "times": times, "new_starts": starts,
+        "within": most - after, "alarms_before": early, **told(later),
+    }  # fmt: skip
+
+
+# -- a risk that is below the promise on average ---------------------------------------------------
+
+UNEVEN: dict[str, tuple[str, Callable[[float], Rate]]] = {
+    "bursts": (
+        "of every 500 images 50 of one user, at 8 times the mean risk",
+        lambda mean: lambda image: 8 * mean if image % 500 < 50 else 0.2 / 0.9 * mean,
+    ),
+    "days": (
+        "a cycle of 2,000 images from 0.1 to 1.9 times the risk",
+        lambda mean: lambda image: mean * (1 + 0.9 * float(np.sin(image * 2 * np.pi / 2000))),
+    ),
+}
+
+
+def on_average(kind: str, slack: int, streams: int) -> dict[str, Any]:
+    """Alarms over 20,000 images whose risk is nine tenths of the promise on average."""
+    target = 0.01
+    words, rate = UNEVEN[kind]
+    found = alarms(slack * target, rate(0.9 * target), streams, 20_000, seed=4) > 0
+    return {"kind": kind, "words": words, "slack": slack, "alarms": float(found.mean())}
+
+
+# -- coverage under load ---------------------------------------------------------------------------
+
+LOADS = ((0, 0), (2, 0), (4, 0), (6, 0), (8, 0), (8, 40))
+"""Slots of `SLOTS` that other requests use, and requests that wait for one."""
+
+
+class _Busy:
+    """An engine whose slots are in use by others; it answers as the full model at once."""
+
+    def __init__(self, running: int, waiting: int) -> None:
+        self.running, self.waiting = running, waiting
+        self.core = SimpleNamespace(config=SimpleNamespace(slots=SLOTS))
+
+    def submit(self, inputs: Any, **_: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(SimpleNamespace(output=inputs["full"]))
+        return done
+
+
+def coverage(busy: int, waiting: int, requests: int) -> dict[str, Any]:
+    """Of watched requests of four clients that come as fast as half a backlog waits, with a
+    deadline of 10 ms; before, they waited for an engine with half its slots idle."""
+    backbone, processor = load_tiny("opt")
+    promise = Promise("disagreement", 0.01, 0.95)
+    config = WatchConfig(share=1.0, backlog=BACKLOG, deadline=0.01)
+    engine: Any = _Busy(busy, waiting)
+    watcher = Watcher(engine, InputProcessor(backbone, processor), promise, config)
+    draw = np.random.default_rng(5)
+    answer = GenerationOutput(
+        torch.tensor([[5]]), torch.tensor([[2]]), torch.zeros(1, 1), backbone.depth
     )
+    for number in range(requests):
+        pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        watcher.offer(Sample({"full": answer}, {}, answer, image, "Caption:", f"{number % 4}"))
+        while sum(watcher._waiting.values()) > BACKLOG // 2:
+            watcher.settle(0.02)
+    watcher.settle(60)
+    watcher.close()
+    before = requests if not waiting and busy < max(1, SLOTS // 2) else 0
+    return {
+        "busy": busy, "slots": SLOTS, "waiting": waiting, "requests": requests,
+        "compared_before": before, "compared": watcher.risk.n, "let_go": watcher.let_go,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -134,5 +134,6 @@ FIGURES: dict[str, Make] = {
     "adversary-opt-seeds": partial(over_distillation, "opt", "0.005"),
     "adversary-figures": partial(_count, lambda figure: True),
     "adversary-worse": partial(_count, lambda figure: figure["high"] < 0),
+    "adversary-chance": lambda: f"{0.025 * int(_count(lambda figure: True)):.1f}",
     "adversary-better": partial(_count, lambda figure: figure["low"] > 0),
 }

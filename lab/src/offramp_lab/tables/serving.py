@@ -3,7 +3,7 @@ and what HTTP leaves of the engine."""
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, Value, bold, record
+from offramp_lab.tables.markdown import MakeTable, Value, bold, by, record
 
 
 def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:
@@ -64,6 +64,62 @@ def watched() -> Table:
     )
 
 
+def watch_delays() -> Table:
+    """Images until a risk that rises is noticed, by how many good ones came before; in brackets
+    without new starts."""
+    found = record("watched")["delays"]
+    rows = by(found, "after", "times", "new_starts")
+
+    def cell(after: int, times: float) -> str:
+        with_starts, without = (_median(rows[after, times, starts]) for starts in (True, False))
+        return f"{with_starts} ({without})"
+
+    columns = dict.fromkeys(row["times"] for row in found)
+    return Table(
+        ("good images before", *(f"{times:g} times the risk" for times in columns)),
+        [
+            (f"{after:,}", *(cell(after, times) for times in columns))
+            for after in dict.fromkeys(row["after"] for row in found)
+        ],
+    )
+
+
+def _median(row: Value) -> str:
+    if row["noticed"] < 0.5:
+        return f"noticed in {row['noticed']:.0%} within {row['within']:,}"
+    missed = "" if row["noticed"] > 0.995 else f", in {row['noticed']:.0%}"
+    return f"{row['median_images']:,.0f}{missed}"
+
+
+def watch_average() -> Table:
+    """Alarms where the promise holds on average alone, by slack."""
+    found = record("watched")["on_average"]
+    rows = by(found, "kind", "slack")
+    slacks = dict.fromkeys(row["slack"] for row in found)
+    kinds = dict.fromkeys((row["kind"], row["words"]) for row in found)
+    return Table(
+        ("risk", *(f"slack {slack}" for slack in slacks)),
+        [
+            (words, *(f"{rows[kind, slack]['alarms']:.0%}" for slack in slacks))
+            for kind, words in kinds
+        ],
+    )
+
+
+def watch_coverage() -> Table:
+    """Watched requests that are compared under load."""
+    return Table.of(
+        record("watched")["coverage"],
+        {
+            "slots in use": lambda row: (
+                f"{row['busy']} of {row['slots']}, {row['waiting']} waiting"
+            ),
+            "compared before": lambda row: f"{row['compared_before']} of {row['requests']}",
+            "compared now": lambda row: f"{row['compared']} of {row['requests']}",
+        },
+    )
+
+
 def http() -> Table:
     measured = [(n, e) for n, of in record("serving")["http"].items() for e in of["entries"]]
     return Table.of(
@@ -80,4 +136,11 @@ def http() -> Table:
     )
 
 
-TABLES: dict[str, MakeTable] = {"engine": engine, "watched": watched, "serving": http}
+TABLES: dict[str, MakeTable] = {
+    "engine": engine,
+    "watched": watched,
+    "watch-delays": watch_delays,
+    "watch-average": watch_average,
+    "watch-coverage": watch_coverage,
+    "serving": http,
+}

@@ -20,7 +20,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import show_result
 from offramp.cli.outputs import overwrite_option
-from offramp.cli.parser import Parser
+from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
+    from offramp.calibration.attempts import UNITS
     from offramp.calibration.calibrate import Guarantee
     from offramp.calibration.risk_control import METHODS
     from offramp.calibration.risk_functions import RISKS
@@ -54,7 +55,21 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     field_option(group, Guarantee, "target", "largest risk that is allowed")
     field_option(group, Guarantee, "confidence", "probability that the bound holds")
+    field_option(
+        group, Guarantee, "unit", "what the risk is a mean over; with answers, images that are "
+        "asked about often count more",
+        choices=UNITS,
+    )  # fmt: skip
     field_option(group, Guarantee, "method", "test of the thresholds", choices=METHODS)
+    field_option(
+        group, Guarantee, "declared", "test this many images, declared before any was looked at: "
+        "fewer are needed, and more cannot be added later",
+    )  # fmt: skip
+    group.add_argument(
+        "--of", type=whole(1), default=1, metavar="N",
+        help="the best of this many adapters, training seeds or sets of images will be taken, each "
+        "calibrated with this option (default: 1)",
+    )  # fmt: skip
     policy_options(parser, threshold=False)
     group = parser.add_argument_group("answers and output")
     length_option(group)
@@ -79,12 +94,16 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
-    asked = {n: getattr(arguments, n) for n in ("target", "confidence", "risk", "method")}
+    names = ("target", "confidence", "risk", "method", "unit", "declared")
+    asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
     guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
     log.info(
-        "A guarantee of %g needs %d images where no answer loses anything, and about %d where half "
-        "the target is measured; where several exits are searched, 30%% of the images go to that.",
-        guarantee.target, guarantee.images_needed(), guarantee.images_needed(guarantee.target / 2),
+        "A guarantee of %g by %s needs %d images where no answer loses anything, and about %d "
+        "where half the target is measured%s; where several exits are searched, 30%% of the images "
+        "go to that.",
+        guarantee.target, guarantee.unit, guarantee.images_needed(),
+        guarantee.images_needed(guarantee.target / 2),
+        ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
     )  # fmt: skip
     check_runtime(arguments)
     out = adapter_folder(arguments)
@@ -94,8 +113,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
-    names = ("score", "kv", "exit_in_prefill")
-    changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
+    changed = ("score", "kv", "exit_in_prefill")
+    changes = {n: v for n in changed if (v := getattr(arguments, n)) is not None}
     policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)
@@ -151,20 +170,28 @@ def _store(
     adapter: Any, calibration: Any, examples: Any, arguments: argparse.Namespace, out: Path
 ) -> None:
     """The calibrated adapter; where nothing is guaranteed, the attempt alone, which used a share of
-    the error budget."""
+    the error budget. The adapter that was read keeps the attempt too, wherever the copy goes."""
     from offramp.calibration.calibrate import calibrated, with_attempts
 
-    if not calibration.reason or arguments.write:
+    source = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else None
+    written = not calibration.reason or arguments.write
+    if written:
         calibrated(adapter, calibration, examples).save(out)
         log.info("Written to %s.", out)
-        return
-    folder = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else out
+        if source is None or source.resolve() == out.resolve():
+            return
+    folder = source or out
     with_attempts(adapter, calibration).save(folder)
+    if written:
+        log.info("The attempt is recorded in %s too.", folder)
+        return
     log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", folder)
 
 
 def _table(calibration: Any) -> str:
     """The path and the guarantee, as a person reads them on a terminal."""
+    from offramp.guarantee import risk_words
+
     lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}"]
     for point in calibration.path:
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
@@ -177,14 +204,22 @@ def _table(calibration: Any) -> str:
             f"confidence of {calibration.level:.2%}: all attempts together keep "
             f"{calibration.confidence:.0%}."
         )
+    if calibration.candidates > 1:
+        lines.append(
+            f"The best of {calibration.candidates} may be taken: each is tested at "
+            f"{calibration.level:.2%}."
+        )
+    if calibration.copies:
+        lines.append(f"{calibration.copies} images are copies of others and count once.")
     if calibration.reason:
         lines.append(f"Nothing is guaranteed. {calibration.reason}")
     else:
         speed = calibration.speedup
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
-            f"Guaranteed: {calibration.risk} at most {calibration.target:g}, with "
-            f"{calibration.confidence:.0%} confidence (measured {calibration.measured:.4f} on "
+            f"Guaranteed with {calibration.confidence:.0%} confidence: "
+            f"{risk_words(calibration.risk, calibration.unit)} is at most "
+            f"{calibration.target:g} (measured {calibration.measured:.4f} on "
             f"{calibration.n} images, {calibration.answers} answers){faster}. Thresholds: "
             f"{calibration.policy.thresholds}."
         )

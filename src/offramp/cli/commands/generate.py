@@ -102,11 +102,34 @@ def _generate(arguments: argparse.Namespace) -> None:
 
         options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
+    if policy.thresholds and not policy.lossless:
+        _say_standing(adapter, runtime, encoder, policy, options, arguments)
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
     for image, inputs in _questions(arguments, encoder):
         result = _answer(runtime, inputs, policy, arguments.seed, options)
         _show(image, result, encoder, arguments)
+
+
+def _say_standing(
+    adapter: Any, runtime: Any, encoder: Any, policy: Any, options: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Whether the adapter's guarantee holds of these answers and, if not, why."""
+    from offramp.guarantee import Conditions, standing, template_digest
+
+    single = len(arguments.image) <= 1  # none of a language model
+    here = Conditions.of(
+        adapter.backbone,
+        policy,
+        engine=None if runtime is adapter else runtime.name,
+        sampling="sampled" if options["do_sample"] else "greedy",
+        longest=options["max_new_tokens"],
+        prompts=[[arguments.prompt]] if single and not arguments.interactive else None,
+        template=template_digest(encoder.processor),
+    )
+    if said := standing(adapter.calibration, here).sentence:
+        log.info("%s", said)
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -117,12 +117,26 @@ def _watch_options(group: Any) -> None:
 
     group.add_argument(
         "--watch", type=share, default=0.01, metavar="X",
-        help="share of requests that the full model answers too, when idle; 0: none (default: "
-        "0.01)",
+        help="share of requests that the full model answers too, in slots that nobody needs or "
+        "after --watch-deadline; 0: none (default: 0.01)",
     )  # fmt: skip
     group.add_argument(
         "--watch-level", type=share, default=0.01, metavar="X",
         help="how often, at most, a guarantee that holds is ever called broken (default: 0.01)",
+    )  # fmt: skip
+    group.add_argument(
+        "--watch-slack", type=float, default=1.0, metavar="X",
+        help="raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
+        "in bursts (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--watch-deadline", type=float, default=30.0, metavar="SECONDS",
+        help="longest wait for a free slot; then the full model's answer takes one (default: 30)",
+    )  # fmt: skip
+    group.add_argument(
+        "--watch-state", type=Path, metavar="FILE",
+        help="what was learnt is kept there over a restart (default: a file of this adapter in "
+        "~/.local/state/offramp)",
     )  # fmt: skip
     name_option(
         group, "--when-broken", ACTIONS, "what answers are once the guarantee is broken",
@@ -301,22 +315,22 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
 
 def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:
     """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
+    from offramp.adapter import Adapter
     from offramp.calibration.risk_functions import RISKS
-    from offramp.serving.monitor.watcher import Promise, WatchConfig, differs
+    from offramp.serving.monitor.watcher import WatchConfig, differs
 
-    calibration = getattr(model, "calibration", None)
-    promise = Promise.of(calibration, runtime)
-    other = (calibration or {}).get("runtime")
-    if promise is None and Promise.of(calibration, other) is not None:
-        log.warning(
-            "The guarantee is of the answers of %s, and these are of %s: nothing is guaranteed. "
-            "See `offramp calibrate --engine`.", other or "PyTorch", runtime or "PyTorch",
-        )  # fmt: skip
+    standing = model.standing(engine=runtime) if isinstance(model, Adapter) else None
+    promise = None if standing is None else standing.promise
+    if standing is not None and standing.why:
+        log.warning("%s. See `offramp calibrate`.", standing.sentence.capitalize())
     watch = WatchConfig(
         share=arguments.watch or 1.0,
         level=arguments.watch_level,
+        slack=arguments.watch_slack,
+        deadline=arguments.watch_deadline,
         action=arguments.when_broken,
         keep=arguments.keep_watched,
+        state=arguments.watch_state or (_state_file(model) if promise is not None else None),
     )
     if arguments.watch == 0:
         return None, differs
@@ -330,6 +344,15 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
         )  # fmt: skip
         return None, differs
     return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
+
+
+def _state_file(model: Any) -> Path:
+    """Of this guarantee of these exits, wherever they lie: made again, it starts anew."""
+    from offramp.storage import digest_rows
+
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    name = digest_rows([model.backbone.name, dict(model.calibration or {})])[:16]
+    return Path(base) / "offramp" / f"watch-{name}.json"
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -1,10 +1,11 @@
 """Watches a guarantee: a share of what was asked is answered by the full model too.
 
 Calibration says what early answers lose on images like those it saw, and nothing of others. Which
-requests are watched is drawn before they are answered; the full model answers when the engine has
-nothing better to do; each image counts once. What the answers lose is a bet against the promise
-(`offramp.betting`): where the promise holds, it is ever called broken with probability at most
-`level`, however long the server runs.
+requests are watched is drawn before they are answered. The full model answers them in slots that no
+request needs or, where none is free for long, in one slot like a request of its own, so that a busy
+server is watched as well as an idle one; each image counts once. What the answers lose is a bet
+against the promise (`offramp.betting`): where the risk is at most what was promised at each time,
+it is ever called broken with probability at most `level`, however long the server runs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from PIL import Image
 
 from offramp.answers import Answer, answers_of
 from offramp.betting import RunningRisk
-from offramp.data.image import content_digest
+from offramp.data.image import pixel_digest
+from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.engine.policy import GenerationOutput
-from offramp.errors import InputError, OfframpError, check_known
+from offramp.errors import BusyError, InputError, OfframpError, StorageError, check_known
+from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.storage import JsonlLog
+from offramp.storage import JsonlLog, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,13 @@ ACTIONS = ("lossless", "full", "warn")
 Loss = Callable[[Answer, Answer], float]
 """What an early answer loses in [0, 1] against the full model's."""
 ROWS = "rows.jsonl"
+LATELY = 200
+"""Watched requests of which the coverage is told; fewer than `ENOUGH` tell nothing."""
+ENOUGH = 50
+COMPARED_WITH = 128
+"""Images with which a new one is compared for copies that differ by a few pixels."""
+DRAWN = 64
+"""Draws of which no client has more than its share while others ask too."""
 _PAUSE = 0.02
 
 
@@ -48,47 +58,37 @@ def differs(early: Answer, full: Answer) -> float:
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What was calibrated: P(risk <= target) >= confidence, over images like the calibration's."""
-
-    risk: str
-    target: float
-    confidence: float
-
-    @classmethod
-    def of(
-        cls, calibration: Mapping[str, Any] | None, runtime: str | None = None
-    ) -> Promise | None:
-        """That of an adapter; None where nothing could be guaranteed of the runtime's answers.
-
-        runtime: its name; None: PyTorch.
-        """
-        if not calibration or calibration.get("measured") is None:
-            return None
-        if calibration.get("runtime") != runtime:
-            return None
-        return cls(*(calibration[name] for name in ("risk", "target", "confidence")))
-
-
-@dataclass(frozen=True)
 class WatchConfig:
     """How closely to look.
 
     share: of requests that are answered by the full model too. level: how often, at most, a promise
-    that holds is ever called broken. action: of `ACTIONS`. keep: folder that images, prompts and
-    answers of watched requests are written to, so that thresholds can be calibrated on them; only
-    with the consent of those who ask. backlog: watched requests that may wait for the full model;
-    more are let go. remembered: images that are known to have counted.
+    that holds is ever called broken. slack: the alarm is raised at so many times the promised risk:
+    1 is for a risk that is at most what was promised at each time; where it is that only on
+    average, as under bursts of one user or a cycle of days, take 2 or 3. action: of `ACTIONS`.
+    keep: folder that images, prompts and answers of watched requests are written to, so that
+    thresholds can be calibrated on them; only with the consent of those who ask. backlog: watched
+    requests that may wait for the full model; more are let go. deadline: seconds after which one
+    that waits for a free slot is compared like a request of its own. coverage: share of the watched
+    requests that must be compared, lately, or the watch says that it is blind. a_client: largest
+    share of the backlog, and of the draws while others ask too, that one client may have. state:
+    file that keeps what was learnt over a restart. watchers: replicas that share the level, each
+    with a watch of its own. remembered: images that are known to have counted.
 
     Raises:
-        InputError: a share or level outside (0, 1], an unknown action.
+        InputError: a number outside its range, an unknown action.
     """
 
     share: float = 0.01
     level: float = 0.01
+    slack: float = 1.0
     action: str = "lossless"
     keep: Path | None = None
     backlog: int = 32
+    deadline: float = 30.0
+    coverage: float = 0.5
+    a_client: float = 0.5
+    state: Path | None = None
+    watchers: int = 1
     remembered: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -97,26 +97,63 @@ class WatchConfig:
                 f"A share of {self.share} watched at level {self.level} tells nothing.",
                 "Give numbers above 0 and below 1, such as 0.01 and 0.01.",
             )
+        if not (self.slack >= 1 and self.deadline >= 0 and self.watchers >= 1):
+            raise InputError(
+                f"A watch with slack {self.slack}, a deadline of {self.deadline} seconds and "
+                f"{self.watchers} watchers cannot run.",
+                "Give a slack and a number of watchers from 1, and a deadline from 0.",
+            )
+        if not (0 < self.a_client <= 1 and 0 <= self.coverage <= 1):
+            raise InputError(
+                f"A client's share of {self.a_client} and a coverage of {self.coverage} are none.",
+                "Give shares from 0 to 1, such as 0.5 and 0.5.",
+            )
         check_known("Action", [self.action], ACTIONS)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
-    was asked about, and what."""
+    was asked about, and what. client: who asked, by any name."""
 
     inputs: Mapping[str, Any]
     options: Mapping[str, Any]
     output: GenerationOutput
     image: Image.Image
     prompt: str
+    client: str = ""
+
+
+class _Known:
+    """Images that have counted: by their pixels for long, and the last ones also by their look."""
+
+    def __init__(self, remembered: int) -> None:
+        self._remembered = remembered
+        self._digests: OrderedDict[str, None] = OrderedDict()
+        self._last: deque[tuple[Look, Image.Image]] = deque(maxlen=COMPARED_WITH)
+
+    def is_new(self, image: Image.Image, digest: str) -> bool:
+        """Whether neither it nor a copy of it has counted."""
+        if digest in self._digests:
+            return False
+        look = Look.of(image)
+        return not any(look.alike(before) and copied(image, seen) for before, seen in self._last)
+
+    def add(self, image: Image.Image, digest: str) -> None:
+        self._digests[digest] = None
+        while len(self._digests) > self._remembered:
+            self._digests.popitem(last=False)
+        small = image.convert("L")
+        small.thumbnail((SIDE_SHARP, SIDE_SHARP))  # all that copies are compared by
+        self._last.append((Look.of(image), small))
 
 
 class Watcher:
     """Compares in a thread of its own; started at once, ended by `close`.
 
-    promise: None: the risk is reported, not judged. loss: of the promise's risk. seed: of
-    the draw.
+    promise: None: the risk is reported, not judged. loss: of the promise's risk. about: what the
+    promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
+    seed: of the draw.
     """
 
     def __init__(
@@ -127,40 +164,83 @@ class Watcher:
         config: WatchConfig | None = None,
         *,
         loss: Loss = differs,
+        about: str = "",
         seed: int | None = None,
     ) -> None:
         self.config, self.promise = config or WatchConfig(), promise
-        target = None if promise is None else promise.target
-        confidence = 0.95 if promise is None else promise.confidence
-        self.risk = RunningRisk(target, self.config.level, confidence)
+        self._about = {
+            "about": about, "slack": self.config.slack, "level": self.config.level,
+            "watchers": self.config.watchers,
+            "promise": None if promise is None else asdict(promise),
+        }  # fmt: skip
+        self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._draw = random.Random(seed)
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known = _Known(self.config.remembered)
         self._samples: queue.Queue[Sample | None] = queue.Queue(self.config.backlog)
+        self._lock = threading.Lock()
+        self._waiting: Counter[str] = Counter()
+        self._drawn: deque[str | None] = deque(maxlen=DRAWN)
+        self._covered: deque[bool] = deque(maxlen=LATELY)
         self._closed = threading.Event()
-        self._busy = False
+        self._blind = False
         self.let_go = 0
         self._log = None if self.config.keep is None else JsonlLog(self.config.keep / ROWS)
         self._thread = threading.Thread(target=self._work, name="offramp-watch", daemon=True)
         self._thread.start()
 
+    def _new_risk(self) -> RunningRisk:
+        """At the level that all watchers share."""
+        target = None if self.promise is None else min(1.0, self.promise.target * self.config.slack)
+        confidence = 0.95 if self.promise is None else self.promise.confidence
+        return RunningRisk(target, self.config.level / self.config.watchers, confidence)
+
     # -- what the server asks ----------------------------------------------------------------------
 
-    def draws(self) -> bool:
-        """Whether the next request is watched; asked before it is answered."""
-        return self._draw.random() < self.config.share
+    def draws(self, client: str = "") -> bool:
+        """Whether the next request is watched; asked before it is answered.
+
+        A client has no more than its share of the last draws, unless it asks alone: what it is
+        held back by is known before the answer is, so the bets stay fair.
+        """
+        if self._draw.random() >= self.config.share:
+            return False
+        with self._lock:
+            others = any(name not in (client, None) for name in self._drawn)
+            most = max(1, int(self.config.a_client * DRAWN))
+            taken = not (others and self._drawn.count(client) >= most)
+            self._drawn.append(client if taken else None)
+        return taken
 
     def offer(self, sample: Sample) -> None:
         """Compare an answer when there is time; let it go where too many wait."""
-        try:
-            self._samples.put_nowait(sample)
-        except queue.Full:
-            self.let_go += 1
+        most = max(1, int(self.config.a_client * self.config.backlog))
+        with self._lock:
+            if self._waiting[sample.client] >= most:
+                self._lost()
+                return
+            try:
+                self._samples.put_nowait(sample)
+                self._waiting[sample.client] += 1
+            except queue.Full:
+                self._lost()
 
     @property
     def broken(self) -> bool:
         """Whether the promise was shown to be broken."""
         return self.risk.broken
+
+    @property
+    def coverage(self) -> float | None:
+        """The share of the watched requests, lately, that were compared or had counted before;
+        None: too few to tell."""
+        seen = list(self._covered)
+        return sum(seen) / len(seen) if len(seen) >= min(ENOUGH, LATELY) else None
+
+    @property
+    def blind(self) -> bool:
+        """Whether too few of the watched requests are compared to trust the silence."""
+        return self._blind
 
     @property
     def replaces(self) -> str | None:
@@ -175,15 +255,26 @@ class Watcher:
             "risk": self.risk.mean,
             "lower": low,
             "upper": high,
+            "alarm_above": self.risk.promised,
             "p_value": self.risk.p_value,
             "broken": self.broken,
+            "coverage": self.coverage,
+            "blind": self.blind,
             "action": self.config.action,
         }
+
+    def reset(self) -> None:
+        """Forget what was learnt, a broken promise too: after the adapter was calibrated again, or
+        what caused the alarm is over. What is promised from now on starts anew."""
+        with self._lock:
+            self.risk = self._new_risk()
+            self._save()
+        log.warning(json.dumps({"event": "watch_reset"}))
 
     def settle(self, seconds: float) -> bool:
         """Wait until all that was offered is compared; False where the time passed."""
         end = time.monotonic() + seconds
-        while self._busy or not self._samples.empty():
+        while sum(self._waiting.values()):
             if time.monotonic() > end:
                 return False
             time.sleep(_PAUSE)
@@ -204,7 +295,6 @@ class Watcher:
                 sample = self._samples.get(timeout=_PAUSE)
             except queue.Empty:
                 continue
-            self._busy = True
             try:
                 if sample is not None:
                     self._compare(sample)
@@ -213,36 +303,101 @@ class Watcher:
             except Exception:
                 log.warning("A watched request could not be compared.", exc_info=True)
             finally:
-                self._busy = False
+                if sample is not None:
+                    with self._lock:
+                        self._waiting[sample.client] -= 1
+                        self._waiting += Counter()  # drops those at 0
 
     def _compare(self, sample: Sample) -> None:
-        name = content_digest(sample.image)[:32]
-        if name in self._known or not self._wait_until_idle():
+        name = pixel_digest(sample.image)[:32]
+        if not self._known.is_new(sample.image, name):
+            self._note(True)
             return
-        self._known[name] = None
-        while len(self._known) > self.config.remembered:
-            self._known.popitem(last=False)
-        handle = self._engine.submit(sample.inputs, mode="full", **sample.options)
+        handle = self._submit(sample)
+        if handle is None:
+            if not self._closed.is_set():
+                with self._lock:
+                    self._lost()
+            return
         while not handle.done():
             if self._closed.wait(_PAUSE):
                 self._engine.cancel(handle)
                 return
         [early] = answers_of(sample.output, self._encoder)
         [full] = answers_of(handle.result().output, self._encoder)
+        self._known.add(sample.image, name)
         loss = self._loss(early, full)
-        before = self.broken
-        self.risk.add(loss)
+        with self._lock:
+            before = self.broken
+            self.risk.add(loss)
+            self._save()
+        self._note(True)
         self._keep(name, sample, early, full, loss)
         if self.broken and not before:
             self._warn()
 
-    def _wait_until_idle(self) -> bool:
-        """Wait for a slot that no request needs; False where the watch ends first."""
-        slots = self._engine.core.config.slots
-        while self._engine.waiting or self._engine.running >= max(1, slots // 2):
+    def _submit(self, sample: Sample) -> Any:
+        """The full model's answer on its way: at once where a slot is free that no request waits
+        for, and after the deadline whatever else is under way; None: the engine took it not."""
+        end = time.monotonic() + self.config.deadline
+        while not self._free and time.monotonic() < end:
             if self._closed.wait(_PAUSE):
-                return False
-        return not self._closed.is_set()
+                return None
+        end = time.monotonic() + max(1.0, self.config.deadline)
+        while not self._closed.wait(0):
+            try:
+                return self._engine.submit(sample.inputs, mode="full", **sample.options)
+            except BusyError:
+                if time.monotonic() > end or self._closed.wait(_PAUSE):
+                    return None
+        return None
+
+    @property
+    def _free(self) -> bool:
+        """Whether there is a slot that no request needs."""
+        engine = self._engine
+        return not engine.waiting and engine.running < engine.core.config.slots
+
+    def _lost(self) -> None:
+        """A watched request was not compared; with the lock."""
+        self.let_go += 1
+        self._note(False)
+
+    def _note(self, compared: bool) -> None:
+        """Count towards the coverage, and say where too little is seen."""
+        self._covered.append(compared)
+        coverage = self.coverage
+        if coverage is None:
+            return
+        blind = coverage < self.config.coverage
+        if blind != self._blind:
+            self._blind = blind
+            event = "watch_blind" if blind else "watch_sees_again"
+            log.warning(json.dumps({"event": event, "coverage": round(coverage, 3)}))
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def _kept_risk(self) -> RunningRisk | None:
+        """What was learnt of the same promise before a restart."""
+        if self.config.state is None or not self.config.state.is_file():
+            return None
+        try:
+            kept = read_json(self.config.state)
+            if kept["of"] != json.loads(json.dumps(self._about)):
+                return None
+            return RunningRisk.from_json(kept["risk"])
+        except (OfframpError, KeyError, TypeError, ValueError):
+            log.warning("%s says nothing of the watch; it starts anew.", self.config.state)
+            return None
+
+    def _save(self) -> None:
+        """With the lock."""
+        if self.config.state is None:
+            return
+        try:
+            write_json(self.config.state, {"of": self._about, "risk": self.risk.to_json()})
+        except StorageError as error:
+            log.warning("What the watch learnt is not kept: %s", error.problem)
 
     def _keep(self, name: str, sample: Sample, early: Answer, full: Answer, loss: float) -> None:
         """Write a watched request as an example that `offramp calibrate` reads."""
@@ -259,7 +414,8 @@ class Watcher:
         assert self.promise is not None
         low, _ = self.risk.interval
         event = {
-            "event": "guarantee_broken", "risk": self.promise.risk, "promised": self.promise.target,
-            "lower_bound": low, "images": self.risk.n, "action": self.config.action,
+            "event": "guarantee_broken", "risk": self.promise.risk, "unit": self.promise.unit,
+            "promised": self.promise.target, "lower_bound": low, "images": self.risk.n,
+            "action": self.config.action,
         }  # fmt: skip
         log.warning(json.dumps(event))

@@ -7,15 +7,17 @@ client that goes away, and a request that takes too long, free their slots withi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from offramp.engine.decoding.sequence import Token
+from offramp.guarantee import Standing
+from offramp.serving.monitor.standing import OTHER
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation, generation
-from offramp.serving.server.api.protocol import ChatRequest, Sampling
+from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
@@ -69,15 +71,6 @@ class Answering:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_at(until, self._events.put_nowait, _LATE)
         sizes = [service.room_behind(inputs) for inputs in prompts]
-        self.reply = Reply(
-            service.config.name,
-            isinstance(request, ChatRequest),
-            use.named,
-            service.backbone.depth,
-            sum(tokens for tokens, _ in sizes),
-            service.tokenizer,
-            use.fell_back,
-        )
         hows = [
             generation(
                 request, service.backbone.model, service.tokenizer, service.config,
@@ -86,6 +79,17 @@ class Answering:
             for tokens, room in sizes
             for choice in range(request.n)
         ]  # fmt: skip
+        self.standing = standing_of_request(service, request, use, hows)
+        self.reply = Reply(
+            service.config.name,
+            isinstance(request, ChatRequest),
+            use.named,
+            service.backbone.depth,
+            sum(tokens for tokens, _ in sizes),
+            service.tokenizer,
+            use.fell_back,
+            self.standing.why,
+        )
         repeated = [inputs for inputs in prompts for _ in range(request.n)]
         self.choices: list[_Choice] = []
         self._left = False
@@ -291,6 +295,21 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
     finally:
         task.cancel()
         gone.cancel()
+
+
+def standing_of_request(
+    service: Service, request: Sampling, use: Use, hows: Sequence[Generation]
+) -> Standing:
+    """What is guaranteed of the answers to a request, where they may exit early."""
+    if use.named != "early_exit":
+        return Standing()
+    single = single_question(request)
+    return service.stands(
+        asked=OTHER if single is None else single,
+        longest=max(how.longest for how in hows),
+        plain=all(how.plain for how in hows),
+        thresholds=use.thresholds,
+    )
 
 
 async def _gone(receive: Callable[[], Any]) -> None:

@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 
 from offramp import __version__
 from offramp.models.shipped import example_picture
+from offramp.serving.monitor.standing import OTHER
 from offramp.serving.monitor.watcher import Sample
 from offramp.serving.request import Completion
 from offramp.serving.server.answering import Answering, Inputs, OnAnswer, unless_gone
@@ -25,9 +26,11 @@ from offramp.serving.server.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResetRequest,
     Sampling,
     TokenizeRequest,
     asked_text,
+    single_question,
 )
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
@@ -120,7 +123,9 @@ async def _answer(
     try:
         use = service.use_of(body)
         inputs, images = await _in_time(service, prompts(), request, until)
-        watch = _watch(service, body, images) if service.watches(body, use, len(images)) else None
+        client = client_of(request)
+        watched = service.watches(body, use, len(images), client)
+        watch = _watch(service, body, images, client) if watched else None
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
         answering = Answering(service, body, inputs, use, place, until, watch, salt)
@@ -156,12 +161,24 @@ async def _in_time(service: Service, work: Awaitable[T], request: Request, until
         ) from None
 
 
-def _watch(service: Service, body: Sampling, images: Sequence[Any]) -> OnAnswer:
-    """Has an answer compared with the full model's."""
+def client_of(request: Request) -> str:
+    """Who asks, for the watch: whose key or, without keys, which address."""
+    key = request.headers.get("authorization")
+    return key or (request.client.host if request.client else "")
+
+
+def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str) -> OnAnswer:
+    """Has an answer compared with the full model's, where it is one of those promised; where
+    nothing is promised, any greedy one."""
 
     def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
-        if how.plain and done.early_exit and service.watcher is not None:
-            sample = Sample(inputs, how.options, done.output, images[0], asked_text(body))
+        if not (how.plain and done.early_exit) or service.watcher is None:
+            return
+        asked = single_question(body)
+        found = service.stands(asked=OTHER if asked is None else asked, longest=how.longest)
+        if service.standing.promise is None or found.promise is not None:
+            text = asked_text(body)
+            sample = Sample(inputs, how.options, done.output, images[0], text, client)
             service.watcher.offer(sample)
 
     return compare
@@ -251,6 +268,20 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(models.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.post("/v1/watch/reset")
+    async def reset_watch(body: ResetRequest) -> dict[str, Any]:
+        """Forget what was watched; only where keys say who may."""
+        service = await models.of(body.model)
+        if not service.config.keys:
+            raise ApiError(
+                403, "Without API keys anybody could silence the watch. Start with --api-keys.",
+                code="keys_needed",
+            )  # fmt: skip
+        if service.watcher is None:
+            raise ApiError(404, "Nothing is watched here.", code="not_watched")
+        await asyncio.to_thread(service.watcher.reset)
+        return {"watch": service.watcher.report()}
 
     @app.get("/example")
     async def example() -> Response:

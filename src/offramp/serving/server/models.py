@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from offramp.models.shipped import KNOWS, example_picture
@@ -85,6 +86,7 @@ def model_card(service: Service) -> dict[str, Any]:
             "exits": list(service.engine.core.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
             "guarantee": _promise(service),
+            "not_guaranteed": service.standing.why or None,
             "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": service.prompter.processor.has_template,
         },
@@ -92,8 +94,9 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def _promise(service: Service) -> dict[str, Any] | None:
-    """What was calibrated, in a few fields."""
-    if service.promise is None or service.adapter is None:
+    """What was calibrated, in a few fields, and of answers how long."""
+    promise = service.standing.promise
+    if promise is None or service.adapter is None:
         return None
     calibration: Any = service.adapter.calibration
-    return {name: calibration[name] for name in ("risk", "target", "confidence", "n")}
+    return {**asdict(promise), "max_tokens": calibration["conditions"]["longest"]}

@@ -18,12 +18,14 @@ from offramp.adapter import Adapter
 from offramp.answers import Model
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.guarantee import Standing
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineConfig
-from offramp.serving.monitor.watcher import Loss, Promise, WatchConfig, Watcher, differs
+from offramp.serving.monitor.standing import standing_of
+from offramp.serving.monitor.watcher import Loss, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.protocol import Sampling
@@ -33,6 +35,7 @@ from offramp.serving.server.inputs.images import ImageSource
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
+from offramp.storage import digest_rows
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,20 @@ class Service:
         self.engine = self._engine(model, serial, sizes, kept, more)
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
+        self.config = config = _with_calibrated_length(config, self.adapter)
         self.images = images or ImageSource.of(config.images)
         # Decodes while another thread encodes, which a fast tokenizer does not like.
         self.tokenizer = copy.deepcopy(encoder.tokenizer)
         self.ends = end_tokens(self.backbone.model, encoder.eos)
         self.metrics = Metrics(config.metrics, config.name)
-        calibration = None if self.adapter is None else self.adapter.calibration
-        self.promise = Promise.of(calibration, runtime_name(serial))
+        self._runtime = runtime_name(serial)
+        self.standing = self.stands()
         self.watcher: Watcher | None = None
         if watch is not None and self.adapter is not None:
-            self.watcher = Watcher(self.engine, encoder, self.promise, watch, loss=loss)
+            about = digest_rows([dict(self.adapter.calibration or {})])
+            self.watcher = Watcher(
+                self.engine, encoder, self.standing.promise, watch, loss=loss, about=about
+            )
         self._add_gauges(prefix_cache)
         self.under_way = 0
         self.draining = False
@@ -225,16 +232,22 @@ class Service:
             return Use(None, None, own if exits else "full")
         return Use(mode, None, mode)
 
+    def stands(self, **known: Any) -> Standing:
+        """What is guaranteed of early answers; known: of one request, as of `standing_of`."""
+        if self.adapter is None:
+            return Standing()
+        return standing_of(self.adapter, self.prompter.processor, self._runtime, **known)
+
     def _own(self, mode: str | None) -> bool:
         """Whether a request that names `mode` gets the thresholds that were calibrated."""
         exits = bool(self.policy.thresholds) and not self.policy.lossless
         return exits and mode in (None, "early_exit")
 
-    def watches(self, request: Sampling, use: Use, images: int) -> bool:
+    def watches(self, request: Sampling, use: Use, images: int, client: str = "") -> bool:
         """Whether the answer to a request is to be compared with the full model's."""
         own = use.named == "early_exit" and use.thresholds is None
         watched = own and request.n == 1 and images == 1
-        return self.watcher is not None and watched and self.watcher.draws()
+        return self.watcher is not None and watched and self.watcher.draws(client)
 
     def room_behind(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens of a prompt, and of the longest answer that fits behind it."""
@@ -319,21 +332,39 @@ class Service:
             self._add_risk(self.watcher)
 
     def _add_risk(self, watcher: Watcher) -> None:
-        gauge, risk = self.metrics.gauge, watcher.risk
-        gauge("watched_images", "Images whose answers were compared.", lambda: risk.n)
+        gauge = self.metrics.gauge
+        gauge("watched_images", "Images whose answers were compared.", lambda: watcher.risk.n)
         gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)
-        gauge("live_risk", "Mean loss of the answers compared.", lambda: risk.mean or 0.0)
-        gauge("live_risk_lower", "The risk is above, at all times.", lambda: risk.interval[0])
-        gauge("live_risk_upper", "The risk is below, at all times.", lambda: risk.interval[1])
+        gauge("live_risk", "Mean loss of the answers compared.", lambda: watcher.risk.mean or 0.0)
+        gauge(
+            "live_risk_lower", "The risk is above, at all times.", lambda: watcher.risk.interval[0]
+        )
+        gauge(
+            "live_risk_upper", "The risk is below, at all times.", lambda: watcher.risk.interval[1]
+        )
         gauge("guarantee_broken", "1 where the guarantee is broken.", lambda: watcher.broken)
-        if risk.promised is not None:
-            promised = risk.promised
+        gauge(
+            "watched_coverage", "Share of the watched requests that were compared, lately.",
+            lambda: math.nan if watcher.coverage is None else watcher.coverage,
+        )  # fmt: skip
+        if watcher.promise is not None:
+            promised = watcher.promise.target
             gauge("risk_target", "The risk that is guaranteed.", lambda: promised)
 
     @property
     def waiting(self) -> int:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
+
+
+def _with_calibrated_length(config: ServerConfig, adapter: Adapter | None) -> ServerConfig:
+    """Requests that name no longest answer get the calibrated one, where the operator names none:
+    of longer answers nothing is guaranteed."""
+    calibration = {} if adapter is None else adapter.calibration or {}
+    longest = (calibration.get("conditions") or {}).get("longest")
+    if not longest or config.default_tokens != ServerConfig.default_tokens:
+        return config
+    return replace(config, default_tokens=longest)
 
 
 def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:

@@ -86,7 +86,8 @@ class _Format:
         fitting = next(({depth: t} for t, drop in tried.items() if drop <= TARGET), {})
         found = calibrate(
             self._adapter, self._encoder, self._chosen_on, self._policy({}),
-            target=TARGET, risk=RISK, thresholds=THRESHOLDS, runtime=self._runtime, **LONGEST,
+            target=TARGET, risk=RISK, thresholds=THRESHOLDS, runtime=self._runtime,
+            candidates=len(FORMATS), **LONGEST,  # all on the same photographs
         )  # fmt: skip
         evidence = ("measured", "bound", "confidence", "n", "reason")
         return {

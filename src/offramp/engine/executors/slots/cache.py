@@ -300,7 +300,7 @@ def _check_entries(entries: Sequence[Any]) -> None:
         raise UnsupportedBackboneError(
             f"The model keeps {', '.join(sorted(wrong))}, and not keys and values by token, as "
             "slots do.",
-            "Answer its requests one by one: with generate, or `offramp serve --serial`.",
+            "Answer its requests one by one: with generate, or `offramp serve --slots 1`.",
         )
 
 

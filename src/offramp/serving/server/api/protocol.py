@@ -260,6 +260,18 @@ def asked_text(request: Sampling) -> str:
     return str(request.prompts[0])
 
 
+def single_question(request: Sampling) -> str | None:
+    """What is asked about one image in one turn; None of any other request."""
+    if isinstance(request, ChatRequest):
+        parts = [part for message in request.messages for part in message.parts]
+        images = sum(part.type == "image_url" for part in parts)
+        alone = len(request.messages) == 1 and request.messages[0].role == "user"
+        return asked_text(request) if alone and images == 1 else None
+    assert isinstance(request, CompletionRequest)
+    one = len(request.prompts) == 1 and isinstance(request.prompts[0], str)
+    return asked_text(request) if one and len(request.images) == 1 else None
+
+
 class TokenizeRequest(Strict):
     """Of `/tokenize`: a text, or a conversation as the model would read it, images left out."""
 
@@ -273,6 +285,12 @@ class TokenizeRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+
+class ResetRequest(Strict):
+    """Of `/v1/watch/reset`."""
+
+    model: str | None = None
 
 
 class DetokenizeRequest(Strict):

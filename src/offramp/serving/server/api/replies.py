@@ -34,7 +34,8 @@ class Reply:
     """What all parts of one reply say alike.
 
     mode: how the exits were used. layers: of the full model. fell_back: whether the adapter's own
-    thresholds were not used because the watched guarantee is broken.
+    thresholds were not used because the watched guarantee is broken. not_guaranteed: what stands
+    against the adapter's guarantee of these answers, if anything does.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Reply:
     prompt_tokens: int
     tokenizer: Any
     fell_back: bool = False
+    not_guaranteed: str = ""
     id: str = ""
     created: int = 0
 
@@ -70,6 +72,8 @@ class Reply:
         }
         if self.fell_back:
             offramp["guarantee"] = "broken"
+        elif self.not_guaranteed:
+            offramp["guarantee"] = f"not guaranteed here: {self.not_guaranteed}"
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,

@@ -1,0 +1,41 @@
+"""Calibrate the exits that ship with the package again, in place, as `offramp demo` does its own.
+
+The exits stay as they were trained. Target, risk and images are the demo's.
+"""
+
+from offramp import demo
+from offramp.adapter import Adapter
+from offramp.calibration.calibrate import calibrate, calibrated
+from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
+from offramp.calibration.profiler import measure_costs
+from offramp.data.scenes.tasks import captions, questions
+from offramp.engine.policy import ExitPolicy
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_tiny, tiny_exits
+from offramp_lab.experiments.experiment import bar
+from offramp_lab.records.record import asked
+
+
+def main() -> None:
+    arguments = asked(__doc__, images=demo.DemoSizes().calibration, out=tiny_exits("opt"))
+    backbone, processor = load_tiny("opt")
+    adapter, encoder = (
+        Adapter.load(tiny_exits("opt"), backbone),
+        InputProcessor(backbone, processor),
+    )
+    n = arguments.images
+    examples = [*captions("calibration", n).examples, *questions("calibration", n).examples]
+    costs = measure_costs(backbone, encoder.prompts(examples[:1]), adapter.exits)
+    found = calibrate(
+        adapter, encoder, examples, ExitPolicy(), target=demo.TARGET, costs=costs,
+        progress=bar("calibrate"), **demo.OPTIONS,
+    )  # fmt: skip
+    adapter = calibrated(adapter, found, examples)
+    drafted = [encoder.prompts([example]) for example in examples[: demo.DemoSizes().drafts]]
+    adapter = with_drafts(adapter, draft_speeds(adapter, drafted, **demo.OPTIONS))
+    adapter.save(arguments.out)
+    print(found.reason or f"{found.policy.thresholds}: {found.measured} on {found.n} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Simulate guarantees where the truth is known; rewrites lab/records/simulated.json.
+
+How often a promise is given though the risk is above the target, before the rules for copies,
+units and choices and with them; how many images look-alikes count as; and how many images a test
+needs. About three minutes of one core.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.betting import FRACTIONS, SHARES, betting_p_values
+from offramp.calibration.attempts import UNITS, Draws, error_share, images_of, merged
+from offramp.calibration.risk_control import TESTS, declared_needed, p_value, samples_needed
+from offramp.data.example import Example
+from offramp.data.near_copies import NEAR, Look
+from offramp_lab.inputs import lookalikes
+from offramp_lab.records.record import Record, asked
+
+Array = npt.NDArray[Any]
+
+RECORD = Record("simulated")
+STATED = 0.05
+LEVEL = STATED * error_share(1)
+
+
+def main() -> None:
+    arguments = asked(__doc__, trials=1000, images=150, out=RECORD.path)
+    record = simulate(arguments.trials, arguments.images)
+    for name, rows in record.items():
+        print(name, rows)
+    RECORD.write(record, arguments.out)
+
+
+def simulate(trials: int, images: int) -> dict[str, Any]:
+    return {
+        "stated": STATED,
+        "trials": trials,
+        "counted": [counted(kind, images) for kind in lookalikes.KINDS],
+        "lookalikes": [charts(0.5, trials), charts(0.3, trials)],
+        "still_merged": still_merged(trials),
+        "boundary": boundary(trials),
+        "unequal_rows": unequal_rows(trials),
+        "choices": choices(trials),
+        "needed": [needed(target) for target in (0.01, 0.05)],
+        "adaptive": adaptive(min(trials, 200)),
+    }
+
+
+# -- images that look alike ------------------------------------------------------------------------
+
+
+def counted(kind: str, n: int) -> dict[str, Any]:
+    """As how many images n of a kind count: by their thumbnails alone, and confirmed."""
+    some = [
+        Example(image, "What is it?", (), f"e{i}")
+        for i, image in enumerate(lookalikes.images(kind, n))
+    ]
+    thumbnails = np.stack([Look.of(example.open_image()).thumbnail for example in some])
+    names = np.arange(n)
+    for place in range(n):
+        near = np.sqrt(((thumbnails - thumbnails[place]) ** 2).mean(1)) <= NEAR
+        names[np.isin(names, names[near])] = names[near].min()
+    now = images_of(some)
+    before = len(np.unique(names))
+    return {"kind": kind, "images": n, "before": before, "now": len(now) - merged(now)}
+
+
+def charts(share: float, trials: int) -> dict[str, Any]:
+    """Photographs with a risk of 0.05% and charts with 8%, which before counted as one image."""
+    draw, n, target = np.random.default_rng(0), 1000, 0.01
+    k = round(share * n)
+    photos = (draw.random((n - k, trials)) < 0.0005).astype(float)
+    wrong = (draw.random((k, trials)) < 0.08).astype(float)
+    before = betting_p_values(np.concatenate([photos, wrong.mean(0)[None]]), target)
+    order = draw.permutation(n)
+    now = betting_p_values(np.concatenate([photos, wrong])[order], target)
+    return {
+        "photographs": n - k, "charts": k, "target": target,
+        "risk": (1 - share) * 0.0005 + share * 0.08,
+        "broken_before": share_of(before), "broken_now": share_of(now),
+    }  # fmt: skip
+
+
+def still_merged(trials: int) -> dict[str, Any]:
+    """As many copies as are not refused, though each is a draw of its own: 9% of the images, with
+    a risk of 10%."""
+    draw, n, alike, target = np.random.default_rng(1), 1000, 90, 0.01
+    clusters = np.concatenate([np.arange(n - alike), np.full(alike, n - alike)])
+    rates = np.where(clusters == n - alike, 0.1, 0.0015)
+    order = draw.permutation(n)
+    losses = (draw.random((n, trials)) < rates[order, None]).astype(float)
+    both = Draws(losses, np.ones(n), clusters[order], 1.0).values(target)
+    alone, together = (betting_p_values(values, target) for values in both)
+    return {
+        "images": n, "merged": alike - 1, "target": target, "risk": float(rates.mean()),
+        "broken_before": share_of(together), "broken_now": share_of(np.maximum(alone, together)),
+    }  # fmt: skip
+
+
+def share_of(p: Array, level: float = LEVEL) -> float:
+    return float((p <= level).mean())
+
+
+# -- units, choices and the boundary ---------------------------------------------------------------
+
+
+def boundary(trials: int) -> list[dict[str, Any]]:
+    """Each test where the risk is a thousandth of the target above it."""
+    draw, rows = np.random.default_rng(2), []
+    for target, n in ((0.01, 1500), (0.05, 400)):
+        losses = (draw.random((n, trials)) < 1.001 * target).astype(float)
+        counts = losses.sum(0).astype(int)
+        for method, test in TESTS.items():
+            if method == "upper_bound":
+                p = betting_p_values(losses, target)
+            else:  # these depend on the count alone
+                by_count = {
+                    k: test(np.repeat([1.0, 0.0], [k, n - k]), target) for k in set(counts.tolist())
+                }
+                p = np.array([by_count[k] for k in counts.tolist()])
+            rows.append({"method": method, "target": target, "images": n, "broken": share_of(p)})
+    return rows
+
+
+def unequal_rows(trials: int) -> dict[str, Any]:
+    """Images with 1 or 40 answers, those with many wrong more often."""
+    draw, n, target = np.random.default_rng(3), 1500, 0.01
+    passed = dict.fromkeys(UNITS, 0)
+    for _ in range(trials):
+        many = draw.random(n) < 0.02
+        rows = np.where(many, 40, 1)
+        wrong = (draw.random(n) < np.where(many, 0.0344, 0.00175)).astype(float)
+        clusters = np.arange(n)
+        by = {
+            "image": Draws(wrong, np.ones(n), clusters, 1.0),
+            "answer": Draws(wrong * rows, rows.astype(float), clusters, 40.0),
+        }
+        for unit, draws in by.items():
+            passed[unit] += p_value(draws, target, "upper_bound") <= LEVEL
+    by_image = 0.98 * 0.00175 + 0.02 * 0.0344
+    by_answer = (0.98 * 0.00175 + 0.8 * 0.0344) / (0.98 + 0.8)
+    return {
+        "images": n, "target": target, "risk_by_image": by_image, "risk_by_answer": by_answer,
+        "passed_by_image": passed["image"] / trials, "passed_by_answer": passed["answer"] / trials,
+    }  # fmt: skip
+
+
+def choices(trials: int) -> dict[str, Any]:
+    """The first of ten adapters that passes, each just above the target on images of its own."""
+    draw, n, target, many = np.random.default_rng(4), 400, 0.05, 10
+    losses = (draw.random((n, many, trials)) < 1.001 * target).astype(float)
+    p = betting_p_values(losses, target)
+    return {
+        "candidates": many, "images": n, "target": target,
+        "broken_before": float((p <= LEVEL).any(0).mean()),
+        "broken_now": float((p <= LEVEL / many).any(0).mean()),
+    }  # fmt: skip
+
+
+# -- how many images -------------------------------------------------------------------------------
+
+
+def needed(target: float, trials: int = 400) -> dict[str, Any]:
+    """Images for a pass in four of five trials where half the target is the truth, and how often
+    the number for a measured half passes."""
+    measured = samples_needed(target, 1 - LEVEL, risk=target / 2)
+    assert measured is not None
+    draw = np.random.default_rng(5)
+    losses = (draw.random((round(2.2 * measured), trials)) < target / 2).astype(float)
+    at = first_pass(losses, target, today)
+    return {
+        "target": target, "at_no_loss": samples_needed(target, 1 - LEVEL),
+        "at_measured_half": measured,
+        "passes_at_measured_half": float(((at > 0) & (at <= measured)).mean()),
+        "four_of_five": quantile(at), "declared": declared_needed(target, 1 - LEVEL, target / 2),
+    }  # fmt: skip
+
+
+def today(losses: Array, target: float) -> Array:
+    """Logarithm of the fortune [n, ...] of the bets that calibration makes."""
+    gains = (target - losses[..., None]) * FRACTIONS / (1 - target)
+    return np.asarray(np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1))
+
+
+def agrapa(losses: Array, target: float) -> Array:
+    """The same of one bet that adapts to mean and variance so far (Waudby-Smith and Ramdas 2024,
+    aGRAPA); one draw at the target stands for what is known before."""
+    k = np.arange(1, len(losses) + 1).reshape(-1, *(1,) * (losses.ndim - 1))
+    sums = losses.cumsum(0)
+    now = (target + sums) / (k + 1)
+    squares = ((losses - now) ** 2).cumsum(0)
+    before = [np.concatenate([np.zeros_like(x[:1]), x[:-1]]) for x in (sums, squares)]
+    mean = (target + before[0]) / k
+    variance = (target * (1 - target) + before[1]) / k
+    stake = np.clip((target - mean) / (variance + (target - mean) ** 2), 0, 0.9 / (1 - target))
+    return np.asarray(np.log1p(stake * (target - losses)).cumsum(0))
+
+
+def mixture(losses: Array, target: float) -> Array:
+    """Half the fortune on each."""
+    return np.asarray(np.logaddexp(today(losses, target), agrapa(losses, target)) - np.log(2))
+
+
+def adaptive(trials: int) -> list[dict[str, Any]]:
+    """Images for a pass in four of five trials at half the target, by how losses are spread."""
+    draw, rows = np.random.default_rng(6), []
+    ways = {"today": today, "mixture": mixture, "agrapa": agrapa}
+    for target, n in ((0.01, 5000), (0.05, 1000), (0.2, 400)):
+        for name, losses in spread(draw, target / 2, (n, trials)).items():
+            found = {way: quantile(first_pass(losses, target, bet)) for way, bet in ways.items()}
+            rows.append({"target": target, "losses": name, **found})
+    return rows
+
+
+def spread(draw: np.random.Generator, mean: float, shape: tuple[int, int]) -> dict[str, Array]:
+    """Losses of one mean, by how they are spread."""
+    return {
+        "0 or 1": (draw.random(shape) < mean).astype(float),
+        "a quarter or 0": 0.25 * (draw.random(shape) < 4 * mean),
+        "means of five answers": draw.binomial(5, mean, shape) / 5,
+        "beta": draw.beta(10 * mean / 2, 10 * (1 - mean) / 2, shape),
+    }
+
+
+def first_pass(losses: Array, target: float, bet: Callable[[Array, float], Array]) -> Array:
+    """At which image each trial passes, looking after every one; 0: never."""
+    parts: list[Array] = []
+    for start in range(0, losses.shape[1], 50):  # memory
+        fortune = bet(losses[:, start : start + 50], target)
+        over = fortune >= -np.log(LEVEL)
+        parts.append(np.where(over.any(0), over.argmax(0) + 1, 0))
+    return np.concatenate(parts)
+
+
+def quantile(at: Sequence[int] | Array, share: float = 0.8) -> int | None:
+    """After how many images so many of the trials have passed; None: fewer ever did."""
+    found = np.sort(np.where(np.asarray(at) == 0, np.iinfo(int).max, at))
+    n = int(found[int(np.ceil(share * len(found))) - 1])
+    return None if n == np.iinfo(int).max else n
+
+
+if __name__ == "__main__":
+    main()

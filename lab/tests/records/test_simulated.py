@@ -1,0 +1,26 @@
+"""Laws of simulated guarantees: what the rules are for is shown, small, in every record."""
+
+from __future__ import annotations
+
+from offramp_lab.records import simulated, watched
+
+
+def test_rules_keep_what_was_broken_without_them() -> None:
+    found = simulated.simulate(trials=60, images=12)
+    for row in [*found["lookalikes"], found["still_merged"], found["choices"]]:
+        assert row["broken_now"] <= 0.15 < row["broken_before"] + 0.1
+    assert found["lookalikes"][0]["broken_before"] > 0.5
+    assert (
+        found["unequal_rows"]["passed_by_image"] > 0.5 > found["unequal_rows"]["passed_by_answer"]
+    )
+    assert all(row["before"] < row["now"] and row["now"] >= 11 for row in found["counted"])
+    assert all(row["broken"] <= 0.15 for row in found["boundary"])
+
+
+def test_a_watch_sees_what_comes_late_and_what_comes_under_load() -> None:
+    late = [watched.delay(0.01, 1_000, 50.0, 20, starts) for starts in (True, False)]
+    assert late[0]["median_images"] < late[1]["median_images"]
+    covered = watched.coverage(4, 0, 40)
+    assert (covered["compared_before"], covered["compared"], covered["let_go"]) == (0, 40, 0)
+    alarms = [watched.on_average("bursts", slack, 20)["alarms"] for slack in (1, 3)]
+    assert alarms[0] > alarms[1] + 0.2

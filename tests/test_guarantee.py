@@ -1,0 +1,171 @@
+"""Laws of what is guaranteed where: a guarantee is shown under its own conditions alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import fakes
+import families
+import pytest
+import torch
+
+from offramp.adapter import Adapter
+from offramp.answers import generate_answers
+from offramp.engine.policy import ExitPolicy
+from offramp.guarantee import NEEDED, Conditions, fits, prompt_frames, standing
+from offramp.model_card import model_card
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits
+from offramp.models.input_processor import InputProcessor
+
+POLICY = ExitPolicy({2: 0.9})
+KNOWN: dict[str, Any] = {"sampling": "greedy", "longest": 40, "template": ""}
+
+
+def calibration(then: Conditions, **changed: Any) -> dict[str, Any]:
+    found = {
+        "risk": "disagreement", "target": 0.01, "confidence": 0.95, "n": 1000, "attempt": 1,
+        "unit": "image", "measured": 0.002, "bound": 0.008, "answers": 3000, "level": 0.96,
+        "method": "upper_bound", "data_digest": "0" * 64, "conditions": then.to_json(),
+    }  # fmt: skip
+    return {**found, **changed}
+
+
+@pytest.fixture
+def here(opt: Any) -> Conditions:
+    return Conditions.of(opt, POLICY, prompts=[["Caption:"]], **KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "bfloat16"}, "precision bfloat16 where float32 was calibrated"),
+        ({"quantized": "int4"}, "weights in int4 where float was calibrated"),
+        ({"engine": "llama.cpp q4_1"}, "llama.cpp q4_1 where those of torch"),
+        ({"dtype": "bfloat16", "kernels": "compiled"}, "compiled kernels where plain"),
+        ({"device": "cuda"}, "on cuda where cpu"),
+        ({"sampling": "sampled"}, "sampled where greedy decoding"),
+        ({"longest": 150}, "up to 150 tokens where up to 40"),
+        ({"prompts": [["Describe it."]]}, "a prompt unlike the calibrated ones"),
+        ({"template": "another"}, "another chat template"),
+        ({"score": "margin"}, "score margin where max_probability"),
+        ({"kv": "propagate"}, "keys and values by propagate where recompute"),
+        ({"exit_in_prefill": False}, "first tokens ran whole where they may exit"),
+        ({"shortlist": True}, "with a shortlist where calibrated without"),
+        ({"thresholds": {"2": 0.1}}, "thresholds 2: 0.1 where 2: 0.9"),
+        ({"gates": {"2": 0.5}}, "gates 2: 0.5 where none"),
+        ({"weights": {"2": 0.5}}, "weights of exits 2: 0.5 where none"),
+    ],
+)
+def test_another_condition_is_named_and_nothing_is_guaranteed(
+    here: Conditions, change: dict[str, Any], words: str
+) -> None:
+    found = standing(calibration(here), replace(here, **change))
+    assert found.promise is None and words in found.why
+    assert found.sentence.startswith("not guaranteed here: ")
+
+
+@pytest.mark.parametrize(
+    "change", [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}]
+)
+def test_what_keeps_every_answer_keeps_the_guarantee(here: Conditions, change: Any) -> None:
+    found = standing(calibration(here), replace(here, **change))
+    assert found.promise is not None and found.promise.target == 0.01
+    assert "mean over images" in found.sentence and "95%" in found.sentence
+
+
+def test_a_shorter_answer_keeps_no_other_risk(here: Conditions) -> None:
+    then = calibration(here, risk="consistency")
+    assert "up to 20 tokens" in standing(then, replace(here, longest=20)).why
+
+
+def test_each_unit_has_its_words(here: Conditions) -> None:
+    by_answer = standing(calibration(here, unit="answer"), here).sentence
+    assert "the share of answers that differ" in by_answer and "images" not in by_answer
+
+
+@pytest.mark.parametrize("target", [-1, 0, 1, 5, "0.01", None])
+def test_a_target_that_is_no_risk_guarantees_nothing(here: Conditions, target: Any) -> None:
+    found = standing(calibration(here, target=target), here)
+    assert found.promise is None and found.why
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_calibration_that_lacks_what_the_rules_need_guarantees_nothing(
+    here: Conditions, name: str
+) -> None:
+    entries = calibration(here)
+    del entries[name]
+    found = standing(entries, here)
+    assert found.promise is None
+    assert found.why == f"the calibration does not say {name}, so it needs to be made again"
+    assert standing(calibration(here, bound=0.02), here).promise is None
+
+
+def test_where_there_is_no_calibration_nothing_is_said(here: Conditions) -> None:
+    for entries in (None, {}, calibration(here, measured=None)):
+        assert standing(entries, here).sentence == ""
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_prompts_are_known_by_what_they_have_in_common() -> None:
+    asked = [f"Question: what is {thing}? Answer:" for thing in ("it", "this", "that", "there")]
+    frames = prompt_frames([*asked, "Caption:", "Caption:"])
+    assert frames == [["Caption:"], ["Question: what is ", "? Answer:"]]
+    assert fits("Caption:", frames) and fits("Question: what is red? Answer:", frames)
+    for other in ("Caption", "Question: what is red?", "Describe it.", ""):
+        assert not fits(other, frames)
+
+
+def test_questions_without_a_template_are_of_one_kind() -> None:
+    words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
+    frames = prompt_frames([f"{word} {thing}?" for word in words for thing in ("a", "b")])
+    assert frames == [["", "?"]]
+    assert fits("do you see it?", frames) and not fits("Write a poem.", frames)
+
+
+# -- where it is shown -----------------------------------------------------------------------------
+
+
+def adapter(dtype: torch.dtype = torch.float32) -> Adapter:
+    backbone = Backbone(families.build("blip2-opt", dtype))
+    exits = Exits(backbone, (2,)).requires_grad_(False)
+    then = Conditions.of(Backbone(families.build("blip2-opt")), POLICY, **KNOWN)
+    return Adapter(backbone, exits, POLICY, calibration=calibration(then))
+
+
+def test_repr_and_card_show_a_guarantee_where_it_holds_alone() -> None:
+    for dtype, words in {
+        torch.float32: "the mean over images of the share of answers that differ",
+        torch.bfloat16: "not guaranteed here: precision bfloat16 where float32 was calibrated",
+    }.items():
+        found = adapter(dtype)
+        assert words in repr(found)
+        assert words.capitalize()[1:] in model_card(found.backbone, found)
+
+
+def test_thresholds_beside_the_calibrated_ones_are_not_guaranteed() -> None:
+    found = replace(adapter(), policy=ExitPolicy({2: 0.1}))
+    assert "thresholds 2: 0.1 where 2: 0.9 were calibrated" in repr(found)
+
+
+# -- the table of what keeps every number ----------------------------------------------------------
+
+
+def test_in_float32_prepacking_and_the_batch_change_no_answer() -> None:
+    plain, packed = adapter(), adapter()
+    packed.prepack()
+    assert packed.standing().promise is not None
+    some = fakes.examples(12)
+    processor = fakes.Blip2FakeProcessor("blip2-opt")
+
+    def answers(model: Adapter, rows: int) -> list[tuple[int, ...]]:
+        encoder = InputProcessor(model.backbone, processor)
+        policy = ExitPolicy({2: 0.04})
+        found = generate_answers(model, encoder, some, policy, batch_size=rows, max_new_tokens=6)
+        return [answer.ids for answer in found]
+
+    assert answers(plain, 12) == answers(plain, 1) == answers(packed, 1) == answers(packed, 5)
