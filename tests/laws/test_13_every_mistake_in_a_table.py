@@ -103,6 +103,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "serve": {"": adapter},
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
+        "slice": {"": [str(tree / "good.jsonl")], "--adapter": adapter},
         "compare": {**model, "--data": data},
         "analyse": {"--adapter": adapter, "--data": data},
         "bench": {"--shape": ["mini-opt"]},

@@ -243,7 +243,7 @@ def test_gguf_files_without_their_keys_are_refused(tmp_path: Path) -> None:
         for value in odd:
             write_keys({name: value})
             if value is None:
-                with pytest.raises(OfframpError, match=name):
+                with pytest.raises(OfframpError, match=name.removeprefix("offramp.")):
                     read_segments(folder, adapter)
             else:
                 with contextlib.suppress(OfframpError):

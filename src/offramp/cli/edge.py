@@ -22,7 +22,10 @@ def is_edge(argv: Sequence[str]) -> bool:
     """Whether a command names a folder of segments in the place of a model."""
     if len(argv) < 2 or argv[0] not in NAMES or argv[1].startswith("-"):
         return False
-    return (Path(argv[1]) / "segment-0.gguf").is_file()
+    try:
+        return (Path(argv[1]) / "segment-0.gguf").is_file()
+    except (OSError, ValueError):  # no name of a file
+        return False
 
 
 def add(commands: Any) -> None:

@@ -73,7 +73,9 @@ def test_tokens_depths_and_scores_are_the_stacks(name, backbone, exits, batch, b
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava", "florence2"])
 def test_rows_that_end_and_padding_are_the_stacks(name, backbone, batch, both):
     whole, inputs = backbone(name), batch(name, 4)
-    end = int(generate(whole, inputs, **GREEDY).new_tokens[0, 3])
+    free = generate(whole, inputs, **GREEDY).new_tokens
+    late = [int(row[3]) for row in free if row[3] not in free[:, :2]]
+    end = late[0] if late else families.EOS
     same(*both(whole, inputs, eos_token_id=end, pad_token_id=families.PAD))
 
 

@@ -39,7 +39,7 @@ _PLAN = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
 """Which exit each token takes, the first or the second; 0: none. Later tokens catch up."""
 LATE = 2
 """Tokens that the first sequence has when the second joins."""
-_LEAST, _MOST = 2e-5, 2e-3
+_LEAST, _MOST = 1e-4, 2e-3
 """Bounds of the difference of logits that is rounding, relative to the largest, in float32:
 `REPEAT` times what the model's own repeat in other company differs by. `_HALF` in half precision,
 in which kernels over quantised weights may compute as well."""
