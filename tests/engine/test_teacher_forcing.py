@@ -158,12 +158,16 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
         new.append(tuple(result.new_tokens[0].tolist()))
         decoded.append(seen)
     rows = [Answered(e, ids, labelled=False) for e, ids in zip(some, new, strict=True)]
-    with torch.no_grad():
-        features = exit_features(encoder.backbone, exits, record(encoder, rows, DEPTHS))
+    for row, seen in zip(rows, decoded, strict=True):
+        with torch.no_grad():
+            features = exit_features(encoder.backbone, exits, record(encoder, [row], DEPTHS))
+        compare(encoder, features, seen)
+
+
+def compare(encoder: Any, features: Any, seen: Any) -> None:
+    """What training makes of one row beside what decoding made of it."""
     for depth in DEPTHS:
-        steps = torch.cat(
-            [torch.cat([state[:, -1:] for state in seen[depth]], 1) for seen in decoded]
-        )
+        steps = torch.cat([state[:, -1:] for state in seen[depth]], 1)
         # Where nobody may exit at the prompt, its exit states are not computed.
         looked = encoder.backbone.is_encoder_decoder or encoder.backbone.family.causal_prompt
         assert steps.shape[1] == (5 if looked else 4)

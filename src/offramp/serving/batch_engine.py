@@ -189,7 +189,7 @@ class BatchEngine:
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and stop; those submitted are answered first, or dropped."""
         with self._changed:
-            self._closed, self._dropped = True, not drain
+            self._closed, self._dropped = True, self._dropped or not drain
             self._changed.notify_all()
         self._pool.shutdown(wait=True)
         self._thread.join()
@@ -225,7 +225,12 @@ class BatchEngine:
         error: Exception | None = None
         with self._changed:  # what lies ready takes memory
             self._changed.wait_for(
-                lambda: self._dropped or handle.unwanted or len(self._ahead) < self._most_ahead
+                lambda: (
+                    self._dropped
+                    or self._failed is not None
+                    or handle.unwanted
+                    or len(self._ahead) < self._most_ahead
+                )
             )
             unwanted = self._dropped or handle.unwanted
             if not unwanted:
