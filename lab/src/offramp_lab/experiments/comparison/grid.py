@@ -19,7 +19,7 @@ from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.report.tradeoff import FREE
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
-from offramp_lab.experiments.comparison.methods import FIXED, OBJECTIVES, POLICIES, Plan
+from offramp_lab.experiments.comparison.methods import FIXED, POLICIES, Plan
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Grid:
 
     def _trained(self, seed: int, objective: str, depths: tuple[int, ...]) -> Adapter:
         """The objective's exits; what was trained before is taken up."""
-        changes = OBJECTIVES[objective]
+        changes = self.plan.changes(objective)
         if changes is None:
             return Adapter(self.backbone, ExitSet(Exits(self.backbone, depths, kind="lens")))
         if changes.get("regime") == "supervised" and not self._labelled:

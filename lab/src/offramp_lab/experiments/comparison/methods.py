@@ -74,7 +74,7 @@ class Plan:
         need more than one. None: a quarter, a half and three quarters of the layers.
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all exit, for a curve must reach the quality at which it is read.
-    training: what all objectives share; FREE is what it has as it is.
+    training: what all objectives share; FREE is that as it is, with an adversary in any case.
     exit_in_prefill: as in `ExitPolicy`, for every point.
     seeds: how often all of it is trained and timed anew, from `training.seed` on; speeds
         are means.
@@ -110,6 +110,13 @@ class Plan:
                 f"This comparison cannot start: {'; '.join(wrong)}.",
                 "Give counts of 1 or more, quantiles from 0 to 1, and two or more depths.",
             )
+
+    def changes(self, objective: str) -> Mapping[str, Any] | None:
+        """To `training`, by an objective; FREE's exits play against an adversary in any case."""
+        changes = OBJECTIVES[objective]
+        if objective in (FREE, SUPERVISED, NEXT) and not self.training.has_discriminator:
+            return {**ADDED, **(changes or {})}
+        return changes
 
     def others(self, *, labelled: bool) -> list[str]:
         """Those of `objectives` that differ from FREE in this plan; FREE is not among them.
