@@ -16,7 +16,7 @@ from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
 from serving import messages, running, scene_examples, service_of
 
-WITHIN = 60.0
+WITHIN = 180.0
 """Seconds; a machine that others use too."""
 CHAT = "/v1/chat/completions"
 Server = tuple[Service, tuple[str, int]]
