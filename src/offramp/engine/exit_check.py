@@ -52,6 +52,22 @@ class ExitOutput:
         assert entry is not None
         return ExitOutput(entry, state, previous, logits)
 
+    @staticmethod
+    def joined(parts: Sequence[ExitOutput]) -> ExitOutput:
+        """Tokens of several calls behind each other. A state is 0 where that call was not looked
+        at and another was; `previous` is known only where every call knew it."""
+        if len(parts) == 1:
+            return parts[0]
+        state = previous = None
+        if any(part.state is not None for part in parts):
+            state = torch.cat(
+                [torch.zeros_like(p.entry) if p.state is None else p.state for p in parts]
+            )
+        known = [part.previous for part in parts if part.previous is not None]
+        if len(known) == len(parts):
+            previous = torch.cat(known)
+        return ExitOutput(torch.cat([part.entry for part in parts]), state, previous)
+
 
 @dataclass(eq=False)
 class ExitCheck:

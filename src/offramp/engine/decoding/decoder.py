@@ -183,7 +183,7 @@ class Decoder:
             self._heard = True
 
     def _goes_on(self) -> bool:
-        """Let go of the sequences that are over; whether any is not."""
+        """Release the sequences that are over; whether any is not."""
         for sequence in self.sequences:
             if sequence.over or sequence.error is not None:
                 self.leave(sequence)

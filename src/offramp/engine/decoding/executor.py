@@ -97,5 +97,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of all that it holds."""
+        """Release all that it holds."""
         ...

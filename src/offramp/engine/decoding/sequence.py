@@ -85,7 +85,7 @@ class Sequence:
     @property
     def parked(self) -> bool:
         """Whether nothing was said yet behind the last token that was fed."""
-        return self.ran[0] - self.start == len(self.tokens)
+        return self.fed == len(self.tokens)
 
     @property
     def asks(self) -> bool:
@@ -98,7 +98,7 @@ class Sequence:
 
     def idle(self, longest: int | None) -> bool:
         """Whether only deeper layers get it on: it parked, or as many columns wait as may."""
-        if self.ran[0] - self.start == len(self.tokens):
+        if self.parked:
             return True
         return longest is not None and len(self.ran) > 1 and self.pending(1) >= longest
 
@@ -113,10 +113,9 @@ class Sequence:
 
     # -- what the calls bring ------------------------------------------------------------------
 
-    def say(self, token: Token, *, fed: bool = True) -> None:
+    def say(self, token: Token) -> None:
         """The token behind those that were fed stands, whatever deeper layers may think."""
-        if fed:
-            self._feed()
+        self._feed()
         self.tokens.append(token)
         self.ids.append(token.token)
 

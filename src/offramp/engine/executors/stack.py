@@ -162,7 +162,7 @@ class StackExecutor:
         made = [
             self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)
         ]
-        return made[0] if len(made) == 1 else _joined(made)
+        return ExitOutput.joined(made)
 
     def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
         row = self._held[handle]
@@ -216,7 +216,9 @@ class StackExecutor:
         index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
         if segment == len(self.depths):
             return torch.cat([part for part in made if isinstance(part, Tensor)])[index]
-        return _joined([part for part in made if isinstance(part, ExitOutput)]).picked(index)
+        return ExitOutput.joined([part for part in made if isinstance(part, ExitOutput)]).picked(
+            index
+        )
 
     def _run(self, segment: int, span: Span) -> ExitOutput | Tensor:
         row, start = self._held[span.handle], self._bounds[segment]
@@ -306,7 +308,7 @@ class StackExecutor:
             store_keys(self._seen, call.layer, call)
             if index in self.depths and index != running.start and self.exits is not None:
                 store_exit_keys(self._seen, self.exits, call)
-            return self.backbone.skipped_layer_output(replace(call, hidden=call.hidden))
+            return self.backbone.skipped_layer_output(call)
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
@@ -371,22 +373,3 @@ def _along(parts: Any) -> Tensor | None:
     known = list(parts)
     whole = [part for part in known if part is not None]
     return torch.cat(whole, -1) if whole and len(whole) == len(known) else None
-
-
-def _joined(parts: Sequence[ExitOutput]) -> ExitOutput:
-    if len(parts) == 1:
-        return parts[0]
-    states, previous = [p.state for p in parts], [p.previous for p in parts]
-    none = all(state is None for state in states)
-    return ExitOutput(
-        torch.cat([part.entry for part in parts]),
-        None
-        if none
-        else torch.cat(
-            [
-                torch.zeros_like(p.entry) if s is None else s
-                for p, s in zip(parts, states, strict=True)
-            ]
-        ),
-        None if any(p is None for p in previous) else torch.cat(previous),  # type: ignore[arg-type]
-    )

@@ -181,10 +181,7 @@ def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor | None:
     outputs = [part for part in parts if isinstance(part, ExitOutput)]
     if not outputs:
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    states = [part.state for part in outputs if part.state is not None]
-    previous = [part.previous for part in outputs if part.previous is not None]
-    entry = torch.cat([part.entry for part in outputs])
-    return ExitOutput(entry, torch.cat(states), torch.cat(previous) if previous else None)
+    return ExitOutput.joined(outputs)
 
 
 class GraphReader(ExitReader):

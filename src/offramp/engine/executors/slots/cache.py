@@ -240,7 +240,7 @@ class SlotCache:
         self.encoder_lengths[target] = self.encoder_lengths[source]
 
     def drop(self) -> None:
-        """Let go of all keys and values."""
+        """Release all keys and values."""
         for mine in (*self.own, *self.cross):
             mine.held, mine.call, mine.is_initialized = (), None, False
 

@@ -703,20 +703,5 @@ def _narrowed(output: ExitOutput | Tensor, at: int) -> ExitOutput | Tensor:
 
 
 def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor:
-    if all(isinstance(part, Tensor) for part in parts):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    outputs = [part for part in parts if isinstance(part, ExitOutput)]
-    states = [part.state for part in outputs]
-    if any(state is None for state in states):  # whoever is asked counts as not looked at
-        width = next((s for s in states if s is not None), None)
-        if width is None:
-            return ExitOutput(torch.cat([part.entry for part in outputs]), None)
-    joined = [
-        torch.zeros_like(part.entry) if part.state is None else part.state for part in outputs
-    ]
-    previous = [part.previous for part in outputs if part.previous is not None]
-    return ExitOutput(
-        torch.cat([part.entry for part in outputs]),
-        torch.cat(joined),
-        torch.cat(previous) if len(previous) == len(outputs) else None,
-    )
+    states = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(states) if states else ExitOutput.joined(parts)  # type: ignore[arg-type]
