@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import families
@@ -94,6 +96,22 @@ def test_many_rows_and_the_last_positions_are_the_stacks(batch, both):
     same(*both(whole, inputs, **sampled))
     room = whole.positions - inputs["input_ids"].shape[1]
     same(*both(whole, inputs, max_new_tokens=room + 1))
+
+
+def test_tables_serve_every_executor_of_a_backbone(batch, both):
+    """A later executor's calls of another kind are held to its own stack, not to the first's."""
+    whole = Backbone(families.build("florence2"))
+    for rows in (1, 4):
+        same(*both(whole, batch("florence2", rows)))
+
+
+def test_tables_keep_no_backbone_in_memory(batch):
+    whole = Backbone(families.build("florence2"))
+    generate(whole, batch("florence2", 1), **GREEDY)
+    gone = weakref.ref(whole)
+    del whole
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_stacks_own_code_runs_for_the_prompt_and_for_rehearsals_alone(batch):

@@ -553,12 +553,16 @@ class SlotExecutor:
         kind = given.inputs.dim() == 1, given.call.beside is None, given.call.shape[1] == 1
         if kind not in tables.checked:
             try:
-                tables.check(given, self._stack_arguments(given))
+                tables.check(given, self._stage, self._stack_arguments(given))
                 tables.checked.add(kind)
             except CannotRehearseError as error:
                 self._refuse(error)
                 return None
         return tables
+
+    @property
+    def _stage(self) -> Stage:
+        return Stage(self.backbone, self.intercepted.stack)
 
     def _rehearsed(self, positions: int) -> Tables | None:
         """Tables of so many positions, made once for a backbone."""
@@ -577,11 +581,10 @@ class SlotExecutor:
             if backbone.positions is not None:
                 positions = min(positions, backbone.positions)
         try:
-            stage = Stage(backbone, self.intercepted.stack)
             given = self._in_a_row(1 if self._relative is not None else positions)
-            tables = Tables(stage, self._stack_arguments(given), positions)
+            tables = Tables(self._stage, self._stack_arguments(given), positions)
             one = self._in_a_row(1)
-            tables.check(one, self._stack_arguments(one))  # as by itself
+            tables.check(one, self._stage, self._stack_arguments(one))  # as by itself
         except CannotRehearseError as error:
             known[kind] = str(error)
             self._refuse(error)

@@ -174,7 +174,7 @@ class Tables:
         """
         run = stage.run(stack_arguments)
         self.positions = positions
-        self._stage = stage
+        self._embed, self._norm = stage.embed, stage.norm  # the stage is one executor's
         entered = run.calls[0].hidden if run.before_norm is None else run.before_norm
         self._added = entered if bool(entered.any()) else None
         self._kinds: list[_Kind] = []
@@ -191,22 +191,24 @@ class Tables:
 
     def enter(self, given: Given) -> Tensor:
         """The states [B, T, D] that enter the first layer."""
-        states: Tensor = self._stage.embed(given.inputs[:, None])
+        states: Tensor = self._embed(given.inputs[:, None])
         if self._added is not None:
             states = states + _of_tables((self._added,), given)[0]
-        return states if self._stage.norm is None else self._stage.norm(states)
+        return states if self._norm is None else self._norm(states)
 
     def arguments(self, given: Given, instead: Mapping[str, Any]) -> list[Arguments]:
         """Those of each kind of layer; see `kind_of`. instead: of the executor's own."""
         return [kind.at(given, instead) for kind in self._kinds]
 
-    def check(self, given: Given, stack_arguments: Mapping[str, Any]) -> None:
+    def check(self, given: Given, stage: Stage, stack_arguments: Mapping[str, Any]) -> None:
         """Hold what is made for a call to what the stack itself hands to its layers.
+
+        stage: of the executor whose call it is; tables are a backbone's, for all its executors.
 
         Raises:
             CannotRehearseError: they differ.
         """
-        calls, ours = self._stage.run(stack_arguments).calls, self.arguments(given, {})
+        calls, ours = stage.run(stack_arguments).calls, self.arguments(given, {})
         for theirs, kind in zip(calls, self.kind_of, strict=True):
             mine = named(LayerCall(theirs.index, theirs.layer, theirs.hidden, *ours[kind]))[1]
             its = {name: v for name, v in named(theirs)[1].items() if name not in BIASES}
