@@ -194,6 +194,8 @@ def test_small_blocks_count(formats: str, small: float, instructions: None) -> N
 
 @needs_kernels
 def test_threads_that_end_leave_no_memory_behind() -> None:
+    """What leaks does so in every round; other threads, and what the C library keeps of freed
+    memory, make a process grow in some."""
     x = np.ones((512, 4096), dtype=np.float32)
     kept = []
 
@@ -204,14 +206,16 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-    for turn in range(24):
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        if turn == 3:
-            before = megabytes()
-    assert len(kept) == 24
-    assert megabytes() - before < 30  # a call's activations take 3 MB
+    def growth(threads: int) -> float:
+        before = megabytes()
+        for _ in range(threads):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        return megabytes() - before
+
+    assert min(growth(8) for _ in range(6)) < 8  # a call's activations take 2.3 MB
+    assert len(kept) == 48
 
 
 @needs_kernels
