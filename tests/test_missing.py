@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ from packaging.requirements import Requirement
 from offramp.cli.command_line import run
 from offramp.cli.commands import inspect
 from offramp.errors import InputError
-from offramp.missing import EXTRAS, missing_package
+from offramp.missing import EXTRAS, install_command, missing_package
 from offramp.models.backbone import Backbone
 from offramp.models.hub.loading import load_processor
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def behind(error: Exception, cause: Exception) -> Exception:
@@ -47,11 +53,11 @@ RAISED: dict[str, tuple[Exception, str]] = {
         "torchao"),
     "accelerate": (ValueError(
         "Using a `device_map` requires `accelerate`. You can install it with `pip install "
-        "accelerate`"), "offramp[train]"),
-    "gguf": (no_module("gguf"), "offramp[llama-cpp]"),
-    "llama-cpp": (no_module("llama_cpp.llama_cpp"), "offramp[llama-cpp]"),
-    "matplotlib": (no_module("matplotlib.pyplot"), "offramp[report]"),
-    "starlette, which fastapi brings": (no_module("starlette.types"), "offramp[serve]"),
+        "accelerate`"), "[train]"),
+    "gguf": (no_module("gguf"), "[llama-cpp]"),
+    "llama-cpp": (no_module("llama_cpp.llama_cpp"), "[llama-cpp]"),
+    "matplotlib": (no_module("matplotlib.pyplot"), "[report]"),
+    "starlette, which fastapi brings": (no_module("starlette.types"), "[serve]"),
     "sentencepiece": (ImportError(
         "LlamaTokenizer requires the SentencePiece library but it was not found."),
         "SentencePiece"),
@@ -64,7 +70,7 @@ def _requirement(text: str) -> Requirement:
 
 
 def test_every_package_of_an_extra_is_known_with_its_extra() -> None:
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     # Of quant's packages a model needs a single one.
     for extra in extras.keys() - {"all", "dev", "docs", "quant"}:
@@ -121,3 +127,58 @@ def test_a_package_that_a_command_misses_is_named(
 def test_what_is_not_about_a_package_is_not_said_to_be(error: Exception) -> None:
     error.__context__ = no_module("flash_attn")  # one that was looked for, and not needed
     assert missing_package(error) is None
+
+
+class Installed:
+    """A distribution that pip was told of in some way."""
+
+    def __init__(self, origin: dict[str, Any] | None) -> None:
+        self.origin = origin
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self.origin is None else json.dumps(self.origin)
+
+
+def test_what_to_type_follows_how_it_was_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout, wheel = tmp_path / "a checkout's", tmp_path / "offramp-0.1.0-py3-none-any.whl"
+    checkout.mkdir()
+    wheel.touch()
+    git = {"url": "https://example.org/o.git", "vcs_info": {"vcs": "git", "commit_id": "0a1"}}
+    origins: list[tuple[dict[str, Any] | None, str]] = [
+        (None, "pip install 'offramp[eval]'"),
+        ({"url": tmp_path.as_uri(), "dir_info": {}}, f"pip install '{tmp_path}[eval]'"),
+        (
+            {"url": tmp_path.as_uri(), "dir_info": {"editable": True}},
+            f"pip install -e '{tmp_path}[eval]'",
+        ),
+        (
+            {"url": wheel.as_uri(), "archive_info": {}},
+            f"pip install 'offramp[eval] @ {wheel.as_uri()}'",
+        ),
+        ({"url": (tmp_path / "gone.whl").as_uri()}, "pip install 'offramp[eval]'"),
+        (git, "pip install 'offramp[eval] @ git+https://example.org/o.git@0a1'"),
+    ]
+    for origin, typed in origins:
+        monkeypatch.setattr(metadata, "distribution", lambda _, o=origin: Installed(o))
+        assert install_command("eval") == typed
+    odd = Installed({"url": checkout.as_uri(), "dir_info": {}})
+    monkeypatch.setattr(metadata, "distribution", lambda _: odd)
+    assert shlex.split(install_command("eval")) == ["pip", "install", f"{checkout}[eval]"]
+
+
+def test_from_a_source_tree_it_is_the_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", nowhere)
+    assert install_command("eval") == f"pip install '{ROOT}[eval]'"
+
+
+def test_no_remedy_writes_it_by_hand_and_pages_install_from_the_checkout() -> None:
+    """No index has the name yet, so `offramp[extra]` alone would install nothing."""
+    by_hand = re.compile(r"pip install [^\n]*offramp\[")
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    assert not [file for file in files if by_hand.search(file.read_text(encoding="utf-8"))]

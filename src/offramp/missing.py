@@ -1,9 +1,17 @@
-"""Which package is missing, told from whatever a library raised where it is not there."""
+"""Which package is missing, told from whatever a library raised where it is not there, and what to
+type for it."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 EXTRAS = {
     "accelerate": "train",
@@ -66,11 +74,33 @@ def how_to_install(package: str | None) -> str:
     if package is None:
         return "Install the package that it names, with pip install."
     extra = EXTRAS.get(package)
-    return (
-        f"Install it: pip install {package}"
-        if extra is None
-        else (f"Install it: pip install 'offramp[{extra}]'")
-    )
+    return f"Install it: {f'pip install {package}' if extra is None else install_command(extra)}"
+
+
+def install_command(extra: str) -> str:
+    """What to type for an extra, by how offramp was installed (PEP 610): from a checkout, a file,
+    an address or an index."""
+    try:
+        text = metadata.distribution("offramp").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        text = json.dumps({"url": Path(__file__).resolve().parents[2].as_uri(), "dir_info": {}})
+    found: dict[str, Any] = json.loads(text) if text else {}
+    url, source = str(found.get("url", "")), found.get("vcs_info")
+    editable = "-e " if found.get("dir_info", {}).get("editable") else ""
+    what = f"offramp[{extra}]"
+    if url.startswith("file:"):
+        path = Path(url2pathname(urlsplit(url).path))
+        if path.is_dir():
+            what = f"{path}[{extra}]"
+        elif path.exists():  # a wheel that was removed leaves the index
+            what = f"{what} @ {url}"
+    elif url:
+        what += f" @ {source['vcs']}+{url}@{source['commit_id']}" if source else f" @ {url}"
+    return f"pip install {editable}{_quoted(what)}"
+
+
+def _quoted(word: str) -> str:
+    return shlex.quote(word) if "'" in word else f"'{word}'"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

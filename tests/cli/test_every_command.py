@@ -18,6 +18,7 @@ from command_line import parser_of as program_parser
 from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
+from offramp.missing import install_command
 from offramp.training.config import ADVERSARY, TrainConfig
 
 
@@ -155,7 +156,7 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
 ) -> None:
     needs = ["numpy>=1", "nowhere-to-be-found>=1; extra == 'eval'", "ruff; extra == 'dev'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: needs)
-    expected = {"nowhere-to-be-found": "not installed: pip install 'offramp[eval]'"}
+    expected = {"nowhere-to-be-found": f"not installed: {install_command('eval')}"}
     assert optional_packages() == expected
 
 

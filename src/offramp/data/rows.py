@@ -14,6 +14,7 @@ from PIL import Image
 
 from offramp.data.image import content_digest, image_names
 from offramp.errors import DataError, StorageError, did_you_mean
+from offramp.missing import how_to_install
 
 CAPTIONS = ("captions", "caption")
 ANSWERS = ("answers", "answer")
@@ -236,7 +237,7 @@ def _load(name: str, split: str | None) -> tuple[Any, str | None]:
     except ImportError as error:
         raise DataError(
             f"Reading {name} needs the package 'datasets', which is not installed.",
-            "Install it with: pip install 'offramp[data]'; or give a JSONL file.",
+            f"{how_to_install('datasets')}; or give a JSONL file.",
         ) from error
     try:
         if _is_saved_by_datasets(Path(name)):

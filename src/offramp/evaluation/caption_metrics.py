@@ -22,6 +22,7 @@ import numpy as np
 from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.metrics import Measured
 from offramp.evaluation.statistics import Array, Measure, mean_of
+from offramp.missing import how_to_install
 
 BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
 CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")
@@ -96,7 +97,7 @@ def need_pycocoevalcap() -> None:
     except ImportError as error:
         raise InputError(
             "Caption metrics need the package 'pycocoevalcap', which is not installed.",
-            "Install it with: pip install 'offramp[eval]'.",
+            how_to_install("pycocoevalcap"),
         ) from error
 
 

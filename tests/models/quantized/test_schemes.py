@@ -1,4 +1,4 @@
-"""What linears of real libraries mean, where these are: `pip install 'offramp[quant]'`."""
+"""What linears of real libraries mean, where these are: the extra quant."""
 
 from __future__ import annotations
 

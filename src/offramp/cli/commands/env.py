@@ -11,6 +11,7 @@ from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
+from offramp.missing import install_command
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -67,7 +68,7 @@ def optional_packages() -> dict[str, str]:
         extra = str(package.marker or "").partition("extra == ")[2].strip("\"'")
         if extra and extra not in ("all", "dev", "docs"):
             version = _version(package.name)
-            packages[package.name] = version or f"not installed: pip install 'offramp[{extra}]'"
+            packages[package.name] = version or f"not installed: {install_command(extra)}"
     return packages
 
 

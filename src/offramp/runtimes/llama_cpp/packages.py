@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from offramp.errors import InputError
+from offramp.missing import how_to_install
 
 
 def import_gguf() -> Any:
@@ -24,5 +25,5 @@ def _import(name: str) -> Any:
     except (ImportError, OSError, RuntimeError) as error:  # the last two: its library does not load
         raise InputError(
             f"The llama.cpp runtime needs the package {name}: {error}.",
-            "Install it: pip install 'offramp[llama-cpp]'.",
+            how_to_install("llama-cpp-python"),
         ) from error
