@@ -112,7 +112,7 @@ def serve(
         engine, whole, attached, exits.depths, slots=slots, limit=64, **settings
     )
     reader = ExitReader(whole, attached, policy, exits.depths)
-    decoder = Decoder(whole, executor, reader, longest=longest)
+    decoder = Decoder(whole.depth, executor, reader, longest=longest)
     early = first_token_may_exit(whole, policy)
     prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
     queue, done, notes = list(range(len(asked))), {}, {}

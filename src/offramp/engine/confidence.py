@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from offramp.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor  # policies are read where there is no PyTorch
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def entropy(logits: Tensor) -> Tensor:
     """1 - H(p) / log V [B] of logits [B, V]: 1 when certain, 0 when uniform."""
     log_p = logits.float().log_softmax(-1)
     # p = 0 gives log p = -inf and 0 * -inf = NaN; its true contribution to the entropy is 0.
-    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+    terms = (log_p.exp() * log_p).masked_fill(log_p.isneginf(), 0.0)
     return (1.0 + terms.sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
 
 
@@ -51,7 +51,7 @@ class _Streak:
         """The sum [B] so far, with `gain` [B] of the exit at `depth` and its logits [B, V]."""
         chosen = logits.argmax(-1)
         if depth != self._first:
-            gain = gain + torch.where(chosen == self._chosen, self._sum, 0.0)
+            gain = gain + self._sum.masked_fill(chosen != self._chosen, 0.0)
         self._chosen, self._sum = chosen, gain
         return gain
 
@@ -72,7 +72,7 @@ class Patience:
 
     def __call__(self, depth: int, logits: Tensor) -> Tensor:
         """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
-        ones = torch.ones(len(logits), device=logits.device)
+        ones = logits.new_ones(len(logits)).float()
         return (self._streak.add(depth, logits, ones) - 1.0) / self._most
 
 
@@ -116,7 +116,9 @@ def saturation(entry: Tensor, previous: Tensor) -> Tensor:
 
     (1 + cos) / 2 [B], of the angle between a state [B, D] and that one decoder layer earlier.
     """
-    cosine = torch.cosine_similarity(entry.float(), previous.float(), dim=-1)
+    from torch import cosine_similarity
+
+    cosine = cosine_similarity(entry.float(), previous.float(), dim=-1)
     return (0.5 + 0.5 * cosine).clamp(0.0, 1.0)
 
 

@@ -18,7 +18,8 @@ from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.noise import Noise
-from offramp.engine.decoding.prompt import PromptReader, ReadsPrompts
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
@@ -142,7 +143,7 @@ class _Generation:
             watches=self.asker.watches,
         )
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
-        decoder = Decoder(self.backbone, executor, self.asker, schedule=schedule)
+        decoder = Decoder(self.backbone.depth, executor, self.asker, schedule=schedule)
         first_exits = first_token_may_exit(self.backbone, self.policy)
         try:
             return write_answers(
@@ -214,7 +215,7 @@ def write_answers(
     return GenerationOutput.of_rows(
         prepared.ids,
         answers,
-        decoder.backbone.depth,
+        decoder.layers,
         [s.rounds for s in sequences],
         pad,
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from offramp.engine.confidence import check_score, check_weights
 from offramp.errors import InputError, check_known, did_you_mean
-from offramp.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from torch import Tensor  # policies are read where there is no PyTorch
+
+    from offramp.models.backbone import Backbone
 
 KV_POLICIES = ("recompute", "propagate")
 MODES = ("early_exit", "lossless", "full")
@@ -190,6 +191,8 @@ class GenerationOutput:
 
         ids: the prompt's [B, T]. pad: the id that fills up shorter rows.
         """
+        import torch
+
         longest = max(map(len, rows))
 
         def tensor(name: str, fill: Any, **kw: Any) -> Tensor:

@@ -119,7 +119,7 @@ class EngineCore:
         self._attached, self._watches = attached, reader.watches
         self._schedule = config.schedule or Schedule.of(config.slots)
         self.decoder = Decoder(
-            backbone,
+            backbone.depth,
             self._executor(),
             reader,
             schedule=self._schedule,
@@ -343,9 +343,7 @@ class EngineCore:
             with salted(request.salt):
                 prepared = self._prompts.prepare(request.inputs, request.options)
                 self._prove(request.inputs)
-                sampler = Sampler(
-                    prepared, noise=job.noise(prepared), on_token=job.settled
-                )
+                sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(
                     self._prompts, prepared, [sampler], rule, first_exits=self._first_exits
@@ -405,8 +403,10 @@ class EngineCore:
         self.tokens += len(job.tokens)
         if job.instead is not None:
             self.pace.answered(exiting=job.instead)
+        sampler = sequence.sampler
+        assert isinstance(sampler, Sampler)
         output = GenerationOutput.of_rows(
-            sequence.sampler.ids, [sequence.tokens], self.backbone.depth, [sequence.rounds]
+            sampler.ids, [sequence.tokens], self.backbone.depth, [sequence.rounds]
         )
         job.finish(output, early_exit=sequence.rule.exiting)
 

@@ -13,21 +13,16 @@ together changes the order of work, not its outcome.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
 from offramp.engine.decoding.executor import Executor, Span
-from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import ReadsPrompts
+from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
-from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
-from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
 
 
 class Written(NamedTuple):
@@ -38,24 +33,25 @@ class Written(NamedTuple):
 
 
 class Decoder:
-    """Sequences of one backbone, and the loop that moves them on. One thread's.
+    """Sequences of one model, and the loop that moves them on. One thread's.
 
-    executor: runs the layers. reader: asks exits and the LM head. schedule: when the deep layers
-    run. longest: columns of a sequence that may wait before them; None: any number.
+    layers: depth L of the full model. executor: runs the layers. reader: asks exits and the LM
+    head. schedule: when the deep layers run. longest: columns of a sequence that may wait before
+    them; None: any number.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        layers: int,
         executor: Executor,
-        reader: ExitReader,
+        reader: Reader,
         *,
         schedule: Schedule = AT_ONCE,
         longest: int | None = None,
     ) -> None:
-        self.backbone, self.executor, self.reader = backbone, executor, reader
+        self.executor, self.reader = executor, reader
         self.schedule, self.longest = schedule, longest
-        self.depths, self.layers = executor.depths, backbone.depth
+        self.depths, self.layers = executor.depths, layers
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
         self._written: list[Written] = []
@@ -66,8 +62,8 @@ class Decoder:
     def read(
         self,
         reader: ReadsPrompts,
-        prepared: Prepared,
-        samplers: list[Sampler],
+        prepared: Any,
+        samplers: Many[TokenSampler],
         rule: ExitRule,
         *,
         first_exits: bool = True,
@@ -122,7 +118,7 @@ class Decoder:
         self,
         prompt: Any,
         row: int,
-        sampler: Sampler,
+        sampler: TokenSampler,
         rule: ExitRule,
         first: Token,
         owner: Any = None,
@@ -149,14 +145,14 @@ class Decoder:
         self._settle(sequence)
         return sequence
 
-    @torch.inference_mode()
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence; the last one takes its place, as in the executor's slots."""
         place = self.sequences.index(sequence)
         last = self.sequences.pop()
         if last is not sequence:
             self.sequences[place] = last
-        self.executor.release(sequence.handle)
+        with self.reader.computing():
+            self.executor.release(sequence.handle)
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -168,19 +164,22 @@ class Decoder:
                 return
             self.make(self.next_call())
 
-    @torch.inference_mode()
     def finish(self) -> None:
         """The same, where nobody wants to hear of the tokens in between."""
         self._heard = False
         try:
-            while self._goes_on():
-                call = self.next_call()
-                if call == "feed" and len(self.sequences) == 1:  # which is ready, then
-                    self._feed_one(self.sequences[0])
-                else:
-                    self._make(call)
+            with self.reader.computing():
+                self._finish()
         finally:
             self._heard = True
+
+    def _finish(self) -> None:
+        while self._goes_on():
+            call = self.next_call()
+            if call == "feed" and len(self.sequences) == 1:  # which is ready, then
+                self._feed_one(self.sequences[0])
+            else:
+                self._make(call)
 
     def _goes_on(self) -> bool:
         """Release the sequences that are over; whether any is not."""
@@ -219,7 +218,7 @@ class Decoder:
 
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
-        with torch.inference_mode():
+        with self.reader.computing():
             return self._make(call)
 
     def _make(self, call: Call) -> int:

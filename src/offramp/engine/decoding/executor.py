@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from offramp.engine.decoding.prompt import Looks
+from offramp.engine.decoding.reader import Looks
 
 
 class Span(NamedTuple):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.engine.confidence import FEATURE_SCORES, STREAKS
-from offramp.engine.decoding.rule import CLOSED, ExitRule, Verdict
-from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.reader import Question
+from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
@@ -25,18 +24,6 @@ def check_company(policy: ExitPolicy) -> None:
             f"KV policy {policy.kv!r} is approximate, and a batch shares exact keys and values.",
             "Use kv='recompute'.",
         )
-
-
-class Question:
-    """Who asks what comes behind the tokens `before` of an answer. scorer: of a score that follows
-    a token from exit to exit, which each sequence has for itself."""
-
-    __slots__ = ("before", "rule", "sampler", "scorer")
-
-    def __init__(
-        self, sampler: Sampler, rule: ExitRule, before: Sequence[int], scorer: Any = None
-    ) -> None:
-        self.sampler, self.rule, self.before, self.scorer = sampler, rule, before, scorer
 
 
 class ExitReader:
@@ -63,6 +50,10 @@ class ExitReader:
         self.watches = policy.score in FEATURE_SCORES
         """Whether the score reads more than logits."""
         self._scripted = exits is not None and exits.score is not None
+
+    def computing(self) -> torch.inference_mode:
+        """Without gradients."""
+        return torch.inference_mode()
 
     def scorer(self) -> ExitScorer:
         return ExitScorer(self._backbone, self._policy, self._depths, self._exits)
@@ -167,7 +158,7 @@ class ExitReader:
         largest of which is `largest`'s. Raise what the row's own rules raise."""
         if question.sampler.plain:
             return largest
-        return question.sampler.choose(logits[at : at + 1], question.before)
+        return int(question.sampler.choose(logits[at : at + 1], question.before))
 
     def words(self, final: Tensor) -> Callable[[int, Question], int]:
         """The same of one state at a time, by its place among them: what follows a wrong token is

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
     add_exit_entries,
@@ -31,19 +32,6 @@ from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
-
-Decide = Callable[[int, Any], bool]
-"""Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
-it; True once every row has exited."""
-
-
-Looks = Callable[[int, Tensor], bool]
-"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
-
-
-def anyone(depth: int, entry: Tensor) -> bool:
-    """Looks at every exit."""
-    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +62,6 @@ class Prompt:
     @property
     def rows(self) -> int:
         return len(self.prepared.ids)
-
-
-class ReadsPrompts(Protocol):
-    """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
-    not every row's first token exited; the rest of it is the executor's affair."""
-
-    def read(
-        self,
-        prepared: Prepared,
-        *,
-        use_exits: bool = True,
-        decide: Decide | None = None,
-        looks: Looks = anyone,
-    ) -> Any:
-        """As `PromptReader.read`."""
-        ...
 
 
 class PromptReader:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
+from offramp.engine.decoding.reader import TokenSampler
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import Sampler
 
 NAN = float("nan")
 
@@ -55,7 +55,7 @@ class Sequence:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: TokenSampler,
         rule: ExitRule,
         handle: int,
         start: int,

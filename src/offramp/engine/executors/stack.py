@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.prompt import Looks, Prompt
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.reader import Looks
 from offramp.engine.executors.modules.compiled import cannot_compile
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.exit_reader import ExitReader, Question
+from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
@@ -193,7 +194,7 @@ class _Case:
         reader.plan, reader.lossless = plan or (), lossless
         rows = len(self.tokens)
         executor = make_executor(engine, backbone, attached, depths, slots=rows)
-        decoder = Decoder(backbone, executor, reader, schedule=Schedule(2, rows))
+        decoder = Decoder(backbone.depth, executor, reader, schedule=Schedule(2, rows))
         prompts = PromptReader(backbone, attached, depths)
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import Looks, Prompt
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.reader import Looks, Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import ExitOutput
 from offramp.errors import InputError

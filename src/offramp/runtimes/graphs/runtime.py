@@ -108,7 +108,7 @@ class GraphRuntime:
             executor.plain = plain and (not depths or self._programs.reads)
             try:
                 return write_answers(
-                    Decoder(backbone, executor, asker),
+                    Decoder(backbone.depth, executor, asker),
                     reader,
                     prepared,
                     exit_rule(backbone, policy, asker),

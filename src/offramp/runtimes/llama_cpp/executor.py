@@ -19,8 +19,8 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, max_probability
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import Decide, Looks, anyone
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.reader import Decide, Looks, Question, anyone
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
@@ -230,7 +230,7 @@ class ChainReader(ExitReader):
             if question.sampler.plain:
                 return int(final[place].argmax())
             row = torch.from_numpy(final[place : place + 1])
-            return question.sampler.choose(row, question.before)
+            return int(question.sampler.choose(row, question.before))
 
         return word
 

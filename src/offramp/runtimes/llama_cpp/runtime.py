@@ -231,7 +231,7 @@ class LlamaCppRuntime:
         executor = ChainExecutor(self._chain, stand, depths, prompt.states, self._token_states)
         asker = ChainReader(self.adapter, policy, depths)
         return write_answers(
-            Decoder(self.backbone, executor, asker),
+            Decoder(self.backbone.depth, executor, asker),
             executor,
             prepared,
             exit_rule(self.backbone, policy, asker),

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from offramp.engine.decoding.exit_reader import ExitReader, Question
-from offramp.engine.decoding.prompt import Looks
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.reader import Looks, Question
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.exit_check import ExitCheck, ExitOutput
 

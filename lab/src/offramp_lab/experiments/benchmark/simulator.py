@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.prompt import Looks
+from offramp.engine.decoding.reader import Looks
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.decoding.sequence import Token
@@ -167,10 +166,9 @@ class _Simulation:
         longest: int | None,
     ) -> None:
         self.slots, self.arrivals = slots, arrivals
-        backbone: Any = SimpleNamespace(depth=LAYERS, logits=lambda states: states)
         self._executor = _Costed(costs)
         self.decoder = Decoder(
-            backbone, self._executor, ToldReader(says), schedule=schedule, longest=longest
+            LAYERS, self._executor, ToldReader(says), schedule=schedule, longest=longest
         )
         self._rule = ExitRule({EXIT: 0.5}, guesses={EXIT: 0.0} if guess else None)
         self._lengths = lengths

@@ -19,6 +19,7 @@ from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.sequence import Sequence as DecodedSequence
 from offramp.errors import InputError
+from offramp.models.backbone import Backbone
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
@@ -114,7 +115,7 @@ def measure_calls(
             f"{list(decoder.depths)} and {repeats} repeats.",
             "Use an empty decoder with exits, and repeat at least once.",
         )
-    timer = _Timer(decoder, repeats, clock)
+    timer = _Timer(reader.backbone, decoder, repeats, clock)
     wide = [n for n in TOKENS if n <= most]
     narrow = sorted({n for n in TOKENS if n < slots} | {slots})
     try:
@@ -142,8 +143,11 @@ class _Timer:
     context: columns before them.
     """
 
-    def __init__(self, decoder: Decoder, repeats: int, clock: Callable[[], float]) -> None:
-        self._decoder, self._repeats, self._clock = decoder, repeats, clock
+    def __init__(
+        self, backbone: Backbone, decoder: Decoder, repeats: int, clock: Callable[[], float]
+    ) -> None:
+        self._backbone, self._decoder = backbone, decoder
+        self._repeats, self._clock = repeats, clock
         self._executor = decoder.executor
         self._kept: list[DecodedSequence] = []
         self._rule = ExitRule(
@@ -151,7 +155,7 @@ class _Timer:
         )
         self.context = 0
         self._sync: Callable[[], None] = (
-            torch.cuda.synchronize if decoder.backbone.device.type == "cuda" else lambda: None
+            torch.cuda.synchronize if backbone.device.type == "cuda" else lambda: None
         )
 
     def read(
@@ -247,7 +251,7 @@ class _Timer:
 
     def head(self, tokens: int) -> float:
         """Seconds of the LM head and the choice over so many tokens."""
-        backbone = self._decoder.backbone
+        backbone = self._backbone
         states = torch.ones(tokens, backbone.width, dtype=backbone.dtype, device=backbone.device)
         begin = self._now()
         backbone.logits(states).argmax(-1).tolist()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.prompt import Looks, Prompt
+from offramp.engine.decoding.prompt import Prompt
+from offramp.engine.decoding.reader import Looks
 from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
 from offramp.engine.executors.slots.cache import SlotCache

@@ -1,0 +1,111 @@
+"""What the decoder asks of those who know arrays: what exits and the full model say next, and what
+a row's own rules make of it. Nothing here, nor in the decoder, needs PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from offramp.engine.decoding.rule import ExitRule, Verdict
+
+Looks = Callable[[int, Any], bool]
+"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
+
+
+def anyone(depth: int, entry: Any) -> bool:
+    """Looks at every exit."""
+    return True
+
+
+Decide = Callable[[int, Any], bool]
+"""Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
+it; True once every row has exited."""
+
+
+class TokenSampler(Protocol):
+    """What may come next in one row is between it and the reader; the decoder asks when it ends."""
+
+    def would_end(self, tokens: int, last: int) -> bool:
+        """Whether an answer of so many tokens, the last of them `last`, is over by length or by
+        its end token."""
+        ...
+
+    def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
+        """Give out the token at `place` of the answer `ids`; True where the answer is over."""
+        ...
+
+
+class Question:
+    """Who asks what comes behind the tokens `before` of an answer. scorer: of a score that follows
+    a token from exit to exit, which each sequence has for itself."""
+
+    __slots__ = ("before", "rule", "sampler", "scorer")
+
+    def __init__(
+        self, sampler: Any, rule: ExitRule, before: Sequence[int], scorer: Any = None
+    ) -> None:
+        """sampler: a `TokenSampler` of the reader's own kind."""
+        self.sampler, self.rule, self.before, self.scorer = sampler, rule, before, scorer
+
+
+class Reader(Protocol):
+    """Asks exits and the LM head, in the arrays of its executor.
+
+    follows: whether a score follows a token from exit to exit: each sequence needs a scorer.
+    """
+
+    follows: bool
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Inside of what the decoder's calls are made."""
+        ...
+
+    def scorer(self) -> Any:
+        """Of one sequence, where scores follow tokens."""
+        ...
+
+    def looks(self, asked: Sequence[Question | None]) -> Looks:
+        """Whether any of the questions is put to the exit at a depth, past its gate."""
+        ...
+
+    def verdicts(
+        self, depth: int, output: Any, asked: Sequence[Question | None]
+    ) -> list[Verdict | Exception | None]:
+        """Of the exit at `depth` on each token; None where nothing is asked, an error where the
+        row's own rules raised one."""
+        ...
+
+    def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
+        """The token that each question gets out of its raw logits [n, V]."""
+        ...
+
+    def full(self, final: Any, asked: Sequence[Question]) -> list[int | Exception]:
+        """The full model's next token behind each of what its executor ended with."""
+        ...
+
+    def words(self, final: Any) -> Callable[[int, Question], int]:
+        """The same of one at a time, by its place among them: what follows a wrong token is not
+        asked for. Raise what the row's own rules raise."""
+        ...
+
+
+class ReadsPrompts(Protocol):
+    """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
+    not every row's first token exited; the rest of it is the executor's affair."""
+
+    def read(
+        self,
+        prepared: Any,
+        *,
+        use_exits: bool = True,
+        decide: Decide | None = None,
+        looks: Looks = anyone,
+    ) -> Any:
+        """Run a prompt of one or more rows.
+
+        prepared: as this reader takes it. use_exits: whether the exits store their keys. decide:
+        asked about each row's first token at every exit; None: it runs to full depth. looks:
+        whether anyone looks at an exit.
+        """
+        ...
