@@ -1,7 +1,8 @@
 """Keys and values of prompts, kept between calls: a dialogue's next turn runs only what is new.
 
-What enters the decoder decides: where the embeddings of a prompt, image included, begin with those
-of an earlier prompt, bit for bit, their keys and values are the same, and so is all that follows.
+What enters the decoder decides: where the embeddings of a prompt, image included, and its positions
+begin with those of an earlier prompt, bit for bit, and the weights are what they were, keys and
+values are the same, and so is all that follows. Prompts with a mask that hides anything run whole.
 Answers are not kept, only prompts: of the turn before, the next one runs the answer and what was
 asked then.
 """
@@ -9,7 +10,7 @@ asked then.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import current_salt
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
+from offramp.models.weights_version import weights_version
 
 _KNOWN = frozenset(
     ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
@@ -42,24 +44,43 @@ class Reader(Protocol):
     intercepted: InterceptedModel
 
 
+Weights = Mapping[nn.Module, list[Any]]
+"""The version of each module that makes keys: see `weights_version`."""
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A prompt of P tokens: its embeddings [P, D], and keys and values [1, H, P, Dh] by layer.
 
-    salt: under which it was kept, and is found.
+    weights: the version of the stack, and of each exit that attended. positions: [..., P], where
+    the stack was given any. salt: under which it was kept, and is found.
     """
 
     backbone: Backbone
+    weights: Weights
     embeds: Tensor
+    positions: Tensor | None
     layers: Sequence[tuple[Tensor, Tensor]]
     exits: Sequence[tuple[nn.Module, tuple[Tensor, Tensor]]]
     salt: str | None
 
-    def common(self, embeds: Tensor) -> int:
-        """How many tokens `embeds` [Q, D] begins with that this prompt begins with too."""
+    def common(self, embeds: Tensor, positions: Tensor | None) -> int:
+        """How many tokens `embeds` [Q, D] begins with that this prompt begins with too, at the same
+        `positions` [..., Q]."""
         n = min(len(embeds), len(self.embeds))
         same = (embeds[:n] == self.embeds[:n]).all(1)
+        if positions is not None and self.positions is not None:
+            if positions.shape[:-1] != self.positions.shape[:-1]:
+                return 0
+            alike = positions[..., :n] == self.positions[..., :n]
+            same &= alike.reshape(-1, n).all(0)
+        elif positions is not self.positions:
+            return 0
         return int(same.long().cumprod(0).sum())
+
+    def outdated(self, weights: Weights) -> bool:
+        """Whether one of its modules computes other keys today."""
+        return any(weights.get(it, version) != version for it, version in self.weights.items())
 
 
 class PrefixCache:
@@ -98,20 +119,26 @@ class PrefixCache:
             served.leave()
         served.end()
 
-    def best(self, backbone: Backbone, modules: Sequence[nn.Module], embeds: Tensor) -> Any:
+    def best(
+        self, backbone: Backbone, weights: Weights, embeds: Tensor, positions: Tensor | None
+    ) -> Any:
         """The kept prompt with most in common with `embeds` [Q, D], and how many tokens of it.
 
-        modules: the exits that will attend to it.
+        weights: of the stack and of the exits that will attend to it. positions: of the tokens
+        [..., Q], where the stack is given any. Prompts that other weights made are dropped.
         """
         with self._lock:
             # Not as `items` does, which would mark all of them as used.
             candidates = [(key, Cache.__getitem__(self._held, key)) for key in self._held]
         best, prompt, most = None, None, 0
         for key, candidate in candidates:
-            known = [module for module, _ in candidate.exits]
             same = candidate.backbone.model is backbone.model and candidate.salt == current_salt()
-            fits = same and all(any(m is k for k in known) for m in modules)
-            common = min(candidate.common(embeds), len(embeds) - 1) if fits else 0
+            if same and candidate.outdated(weights):
+                with self._lock:
+                    self._held.pop(key, None)
+                continue
+            fits = same and weights.keys() <= candidate.weights.keys()
+            common = min(candidate.common(embeds, positions), len(embeds) - 1) if fits else 0
             if common > most:
                 best, prompt, most = key, candidate, common
         with self._lock:
@@ -138,6 +165,8 @@ class _Served:
     def __init__(self, cache: PrefixCache, run: Reader) -> None:
         self._cache, self._run = cache, run
         self._embeds: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._weights: Weights = {}
         self._hook = run.intercepted.stack.register_forward_pre_hook(
             self._shorten, with_kwargs=True
         )
@@ -151,10 +180,13 @@ class _Served:
         if mask is not None and not bool(mask.all()):
             return None
         self._embeds = embeds[0].clone()
+        positions = kw.get("position_ids")
+        self._positions = None if positions is None else positions.clone()
         exits = self._exits()
-        cached, common = self._cache.best(
-            self._run.backbone, [module for module, _ in exits], self._embeds
-        )
+        backbone = self._run.backbone
+        modules = (backbone.stack, *(module for module, _ in exits))
+        self._weights = {module: weights_version(module) for module in modules}
+        cached, common = self._cache.best(backbone, self._weights, self._embeds, self._positions)
         self._cache.count(common, embeds.shape[1] - common)
         if cached is None:
             return None
@@ -199,7 +231,9 @@ class _Served:
             self._cache.keep(
                 _Kept(
                     self._run.backbone,
+                    self._weights,
                     self._embeds,
+                    self._positions,
                     [_start(entry, length) for entry in layers],
                     [(module, _start(entry, length)) for module, entry in exits],
                     current_salt(),
@@ -211,7 +245,7 @@ def can_shorten(kw: dict[str, Any], cache: Any) -> bool:
     """Whether a stack's call on one row's embeddings can be made for a part of its tokens."""
     present = {name for name, value in kw.items() if value is not None}
     mask = kw.get("attention_mask")
-    flat = mask is None or mask.dim() == 2
+    flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
     return flat and len(kw["inputs_embeds"]) == 1 and not present - _KNOWN and _plain(cache)
 
 

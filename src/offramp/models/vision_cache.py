@@ -1,7 +1,8 @@
 """Image features, computed once for each image: several questions on it share them.
 
 The vision tower is a large part of a short answer. It is frozen and reads nothing but the image,
-so what it returned for the same pixels is what it would return again.
+so what it returned for the same pixels is what it would return again, while its weights are what
+they were.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.cache_salt import current_salt
+from offramp.models.weights_version import weights_version
 
 
 class VisionCache:
@@ -41,7 +43,9 @@ class VisionCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         # By a reference that does not keep the tower: another one is never taken for it.
-        self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(max_bytes, getsizeof=_nbytes)
+        self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(
+            max_bytes, getsizeof=lambda kept: _nbytes(kept[1])
+        )
         self._lock = threading.Lock()
 
     @property
@@ -51,8 +55,11 @@ class VisionCache:
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
         key = (weakref.ref(tower), _digest([*args, kw]), current_salt())
+        version = weights_version(tower)
         with self._lock:
-            cached = self._held.get(key)
+            weights, cached = self._held.get(key, (None, None))
+            if weights != version:
+                cached = None
             if cached is None:
                 self.misses += 1
             else:
@@ -63,7 +70,7 @@ class VisionCache:
         output = tower(*args, **kw)
         if _nbytes(output) <= self.max_bytes:
             with self._lock:
-                self._held[key] = copy.copy(output)
+                self._held[key] = version, copy.copy(output)
         return output
 
 
