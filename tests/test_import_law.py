@@ -141,3 +141,9 @@ def test_data_and_help_do_not_wait_for_torch() -> None:
     loaded = loaded_by(*modules, then="offramp.cli.command_line.build_parser()")
     assert {"offramp.data.datasets", "offramp.cli"} <= loaded
     assert loaded & {"torch", "transformers", "matplotlib"} == set()
+
+
+def test_the_decoder_needs_no_torch() -> None:
+    modules = ["offramp.engine.decoding.decoder", "offramp.engine.policy"]
+    loaded = loaded_by(*modules, "offramp.runtimes.llama_cpp.executor")
+    assert loaded & {"torch", "transformers"} == set()

@@ -33,6 +33,7 @@ from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shortlist import Gate
 from offramp.storage import JsonlLog
 
 DEPTHS = (2, 4)
@@ -159,6 +160,20 @@ def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> Non
             depths.add(depth)
         assert score == pytest.approx(total, abs=2e-3)
     assert depths == {*DEPTHS, encoder.backbone.depth}  # else the law would say little
+
+
+@pytest.mark.parametrize("bias", [-5.0, 5.0])
+def test_no_token_of_a_candidate_leaves_where_a_gate_is_shut(bias: float) -> None:
+    encoder, example = input_processor_of(OPT), fakes.examples(3)[2]
+    gate = Gate(torch.zeros(encoder.backbone.width), torch.tensor(bias))
+    exits = ExitSet(exits_of(OPT), None, {DEPTHS[0]: gate})
+    policy = ExitPolicy({DEPTHS[0]: 0.0})
+    found = candidate_scores(
+        encoder, example, CANDIDATES, exits=exits, policy=replace(policy, gates={DEPTHS[0]: 0.5})
+    )
+    expected = policy if bias > 0 else FULL
+    same = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=expected)
+    assert found == pytest.approx(same, abs=1e-5)
 
 
 def test_how_many_candidates_go_at_once_changes_nothing() -> None:

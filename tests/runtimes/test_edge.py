@@ -28,7 +28,7 @@ from offramp.errors import AdapterError, DataError, InputError
 pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
 
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.edge.sampling import Chooser, Sampling
+from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.server import EdgeServer
 from offramp.runtimes.edge.vocabulary import TextStream
 from offramp.runtimes.llama_cpp import LlamaCppRuntime
@@ -101,13 +101,13 @@ def test_tokens_are_drawn_as_likely_as_they_are() -> None:
     counts = np.zeros(5)
     draws = 4000
     for seed in range(draws):
-        chooser = Chooser(Sampling(0.8, seed=seed), 5, [])
-        counts[chooser.choose(logits, None, 3)] += 1
+        sampler = Sampler(Sampling(0.8, seed=seed), 5)
+        counts[sampler.choose(logits, None, [0] * 3)] += 1
     assert ((counts - draws * shares) ** 2 / (draws * shares)).sum() < 18.5  # 0.1% of chi-square, 4
-    few = Chooser(Sampling(1.0, top_k=2, seed=1), 5, [])
-    assert {few.choose(logits, None, place) for place in range(50)} == {0, 1}
-    least = Chooser(Sampling(1.0, top_p=0.1), 5, [])
-    assert {least.choose(logits, None, place) for place in range(20)} == {0}
+    few = Sampler(Sampling(1.0, top_k=2, seed=1), 5)
+    assert {few.choose(logits, None, [0] * place) for place in range(50)} == {0, 1}
+    least = Sampler(Sampling(1.0, top_p=0.1), 5)
+    assert {least.choose(logits, None, [0] * place) for place in range(20)} == {0}
 
 
 def test_a_stop_string_ends_the_answer_wherever_tokens_end(model: EdgeModel) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from offramp.engine.confidence import SCORES
+from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy, first_token_may_exit
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
@@ -80,10 +81,10 @@ class Replay:
         first: whether the first token of an answer may exit early. A decoder-only model reads it
         off the prompt, at full depth unless `ExitPolicy.exit_in_prefill`.
         """
-        depths = np.where(self.mask, self.layers, 0)
+        depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds)
         shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
-            leaves = self.mask & (self.scores[depth] >= thresholds[depth])
+            leaves = self.mask & rule.reaches(depth, self.scores[depth])
             if depth in shut:
                 leaves &= ~shut[depth]
             if not first:

@@ -71,7 +71,7 @@ def _generate_options(parser: Parser) -> None:
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N")
     group = parser.add_argument_group("exits")
-    from offramp.runtimes.edge.decoding import MODES
+    from offramp.engine.policy import MODES
 
     group.add_argument("--mode", choices=MODES, default="early_exit", metavar="NAME",
                        help=f"{', '.join(MODES)} (default: early_exit)")  # fmt: skip

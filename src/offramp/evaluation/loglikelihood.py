@@ -11,7 +11,8 @@ from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.confidence import check_thresholds
-from offramp.engine.exit_check import ExitScorer
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.exit_check import ExitScorer, gates_of_policy
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefill import Prefill, prepare
@@ -20,6 +21,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
+from offramp.models.shortlist import Gate
 
 
 def follows_policy(policy: ExitPolicy) -> bool:
@@ -69,7 +71,8 @@ def candidate_scores(
     prefill = Prefill(intercepted, prepared)
     prompt = _States(*handler.take()).last()
     scorer = ExitScorer(backbone, policy, depths, attached) if depths else None
-    pick = _Pick(backbone, policy, thresholds, scorer, int(prepared.ids[0, -1]))
+    gates = gates_of_policy(policy, attached) if attached is not None and depths else {}
+    pick = _Pick(backbone, policy, thresholds, scorer, gates, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
     for start in range(0, len(ids), at_once):
         rows, mask = encoder.pad(ids[start : start + at_once])
@@ -129,11 +132,12 @@ class _Pick:
         policy: ExitPolicy,
         thresholds: Mapping[int, float],
         scorer: ExitScorer | None,
+        gates: Mapping[int, tuple[Gate, float]],
         before: int,
     ) -> None:
-        """before: the token that the answers follow."""
+        """gates: by depth, with their levels. before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
-        self._thresholds, self._scorer = thresholds, scorer
+        self._rule, self._scorer, self._gates = ExitRule(thresholds), scorer, gates
         self._first_too = first_token_may_exit(backbone, policy)
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
@@ -150,14 +154,22 @@ class _Pick:
         }
         open_ = torch.ones_like(ids, dtype=torch.bool)
         open_[:, 0] = self._first_too
-        for depth, threshold in self._thresholds.items():
+        for depth in self._rule.thresholds:
             entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
             state = states.exits[depth].flatten(0, 1)
             check = self._scorer(depth, state, entry, previous, None, **token)
-            exits = open_ & (check.score.view_as(ids) >= threshold)
+            scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
+            exits = open_ & opened & self._rule.reaches(depth, scores)
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
         return log_p
+
+    def _opened(self, depth: int, entry: Tensor) -> Tensor:
+        """Which of the states [n, D] the gate at a depth lets its exit look at."""
+        if depth not in self._gates:
+            return torch.ones(len(entry), dtype=torch.bool, device=entry.device)
+        gate, level = self._gates[depth]
+        return gate(entry) >= level
 
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,10 +72,15 @@ class ExitRule:
 
     def exits(self, depth: int, verdict: Verdict) -> bool:
         """Whether the token exits, or is drafted, at `depth` with what the exit there says."""
+        return verdict.open and bool(self.reaches(depth, verdict.score))
+
+    def reaches(self, depth: int, score: Any) -> Any:
+        """Whether a score, or each of an array of them, is enough at `depth`. NaN is where every
+        token exits."""
         threshold = self.thresholds.get(depth)
-        if threshold is None or not verdict.open:
+        if threshold is None:
             return False
-        return threshold == 0.0 or verdict.score >= threshold
+        return threshold == 0.0 or score >= threshold
 
     def guesses_at(self, depth: int, verdict: Verdict) -> bool:
         """Whether a token that does not exit goes on from what the exit says."""

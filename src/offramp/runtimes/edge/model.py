@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offramp.engine.confidence import check_thresholds
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.rule import NO_EXITS, ExitRule
+from offramp.engine.decoding.sequence import Token
+from offramp.engine.policy import ExitPolicy, policy_from_json
 from offramp.errors import AdapterError, InputError
-from offramp.runtimes.edge.decoding import MODES, Decoder, Plan, Step, plan_of
 from offramp.runtimes.edge.images import MARKER, ImageReader
-from offramp.runtimes.edge.sampling import Chooser, Sampling
+from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
+from offramp.runtimes.llama_cpp.array_reader import ArrayReader
 from offramp.runtimes.llama_cpp.chain import SegmentChain
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
@@ -37,7 +43,7 @@ class Answer:
     """
 
     text: str
-    steps: tuple[Step, ...]
+    steps: tuple[Token, ...]
     layers: int
     prompt_tokens: int
     finish: str
@@ -67,7 +73,14 @@ class EdgeModel:
         """
         self.engine = engine or EngineOptions()
         self.files = read_segments(folder, check_digests=check_digests)
-        self.policy: dict[str, Any] = json.loads(self.files.said["offramp.policy"])
+        self.policy = policy_from_json(json.loads(self.files.said["offramp.policy"]))
+        gates = json.loads(self.files.said.get("offramp.gates", "{}"))
+        self._gates = {
+            int(depth): (np.asarray(weight, dtype=np.float32), float(bias))
+            for depth, (weight, bias) in gates.items()
+        }
+        ids = self.files.shortlist
+        self._shortlist = None if ids is None else np.asarray(ids, dtype=np.int64)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._images: ImageReader | None = None
@@ -76,15 +89,15 @@ class EdgeModel:
             check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
+            first, last = self._segments[0], self._segments[-1]
+            self._causal = not first.looks_ahead and first.features == 0
             header = read_header(self.files.files[-1])
-            last = self._segments[-1]
             lib = import_llama_cpp().llama_cpp
             self.vocabulary = Vocabulary(
                 lib, last.model, header.said.get("tokenizer.chat_template")
             )
             self._embeddings = _Embeddings(header, last.width)
             if mmproj is not None:
-                first = self._segments[0]
                 reader = first if first.features and not last.features else last
                 features = max(segment.features for segment in self._segments)
                 self._images = ImageReader(
@@ -135,26 +148,28 @@ class EdgeModel:
         """
         if max_new_tokens < 1:
             raise InputError(f"{max_new_tokens} tokens are no answer.", "Ask for 1 or more.")
-        plan = self._plan(mode, thresholds)
+        policy = self._policy_of(mode, thresholds)
         with self._lock:
             if self._closed:
                 raise InputError("The model is closed.", "Load it again.")
             read, ids = self._prompt(self._text(prompt, images), images)
             rows = len(read.states)
             self._check_room(rows, max_new_tokens)
-            stream, steps = TextStream(self.vocabulary, stop), list[Step]()
-            finish = "length"
-            for step in self._steps(read, ids, plan, sampling or Sampling(), max_new_tokens):
-                steps.append(step)
-                if self.vocabulary.ends(step.token):
-                    finish = "stop"
-                    break
-                _tell(on_text, stream.add(step.token))
-                if stream.ended:
-                    finish = "stop"
-                    break
+            stream = TextStream(self.vocabulary, stop)
+
+            def tell(token: int) -> bool:
+                if not self.vocabulary.ends(token):
+                    _tell(on_text, stream.add(token))
+                return stream.ended
+
+            sampler = Sampler(
+                sampling or Sampling(), self.vocabulary.size, ids,
+                most=max_new_tokens, ends=self.vocabulary.ends, on_token=tell,
+            )  # fmt: skip
+            steps = tuple(self._write(read, policy, sampler))
             _tell(on_text, stream.close())
-        return Answer(stream.text, tuple(steps), self.layers, rows, finish)
+        stopped = stream.ended or self.vocabulary.ends(steps[-1].token)
+        return Answer(stream.text, steps, self.layers, rows, "stop" if stopped else "length")
 
     def close(self) -> None:
         """Give the memory back, once an answer that is being written is done."""
@@ -173,33 +188,36 @@ class EdgeModel:
 
     # -- one answer -----------------------------------------------------------------------------
 
-    def _plan(self, mode: str, thresholds: dict[int, float] | None) -> Plan:
-        policy = dict(self.policy)
+    def _policy_of(self, mode: str, thresholds: dict[int, float] | None) -> ExitPolicy:
+        policy = self.policy
         if thresholds is not None:
-            policy |= {"thresholds": thresholds, "drafts": {}}
-        missing = sorted({int(d) for d in policy["thresholds"]} - set(self.files.depths))
-        if missing and mode != "full":
+            policy = replace(policy, thresholds=thresholds, drafts={}, guesses={})
+        policy = policy.in_mode(mode).effective
+        check_thresholds(dict(policy.thresholds), self.files.depths)
+        if policy.kv != "recompute":
             raise InputError(
-                f"No exits stand at depths {missing}.", f"Use {list(self.files.depths)}."
+                f"Without PyTorch the KV policy {policy.kv!r} is not known.",
+                "Slice the file with a policy of kv='recompute'.",
             )
-        gates = {
-            int(depth): (np.asarray(weight, dtype=np.float32), float(bias))
-            for depth, (weight, bias) in json.loads(
-                self.files.said.get("offramp.gates", "{}")
-            ).items()
-        }
-        ahead = self._segments[0].looks_ahead or self._segments[0].features > 0
-        return plan_of(policy, mode, gates, self.files.shortlist, causal=not ahead)
+        return policy
 
-    def _steps(
-        self, prompt: Prompt, ids: list[int], plan: Plan, sampling: Sampling, most: int
-    ) -> Iterator[Step]:
-        decoder = Decoder(
-            self._chain, self.files.depths, self.layers, plan,
-            Chooser(sampling, self.vocabulary.size, ids),
-            lambda token: self._embeddings.of([token]), self.vocabulary.ends,
-        )  # fmt: skip
-        return decoder.steps(prompt, most)
+    def _write(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> list[Token]:
+        stand, depths = self.files.depths, policy.depths
+        # Guesses fall with whom they wait: what they change must be speed alone.
+        exact = policy.lossless or bool(policy.guesses) or not depths
+        unused = [i for i, depth in enumerate(stand) if depth not in depths]
+        self._chain.reset(unused, exact=exact, prompt=prompt)
+        executor = ChainExecutor(
+            self._chain, stand, depths, prompt.states, lambda token: self._embeddings.of([token])
+        )
+        reader = ArrayReader(policy, self._gates, self._shortlist)
+        decoder = Decoder(self.layers, executor, reader)
+        rule = ExitRule.of(policy) if depths else NO_EXITS
+        early = policy.exit_in_prefill and self._causal
+        run, firsts = decoder.read(executor, None, [sampler], rule, first_exits=early)
+        sequence = decoder.join(run, 0, sampler, rule, firsts[0])
+        decoder.finish()
+        return sequence.tokens
 
     def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
         markers = MARKER * len(images)
@@ -272,6 +290,3 @@ class _Embeddings:
     @property
     def _type(self) -> Any:
         return import_gguf().GGMLQuantizationType(self._kind)
-
-
-__all__ = ["MODES", "Answer", "EdgeModel", "Message"]

@@ -7,6 +7,7 @@ seed, and one seed gives one answer in every mode.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,26 +54,36 @@ class Sampling:
             )
 
 
-class Chooser:
-    """Chooses the tokens of one answer."""
+class Sampler:
+    """The rules of one answer: which token comes next, and when it ends.
 
-    def __init__(self, sampling: Sampling, vocabulary: int, prompt: list[int]) -> None:
-        """prompt: token ids that the penalty counts."""
-        self._sampling = sampling
-        self._vocabulary = vocabulary
-        self._seen = set(prompt)
+    plain: the largest logit is the next token. most: tokens.
+    """
 
-    def wrote(self, token: int) -> None:
-        """A token is part of the answer."""
-        self._seen.add(token)
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocabulary: int,
+        prompt: Sequence[int] = (),
+        *,
+        most: int = 1,
+        ends: Callable[[int], bool] = lambda token: False,
+        on_token: Callable[[int], bool] = lambda token: False,
+    ) -> None:
+        """prompt: token ids that the penalty counts. most: tokens. ends: whether a token ends the
+        answer. on_token: is told of each that is settled; whether the answer ends with it."""
+        self._sampling, self._vocabulary = sampling, vocabulary
+        self._prompt, self._most = set(prompt), most
+        self._ends, self._on_token = ends, on_token
+        self.plain = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
 
-    def allowed(self, logits: Array, ids: Ids | None, drafted: list[int]) -> Array:
-        """Logits [S] after the penalty. ids: of their tokens; None: all. drafted: tokens that stand
-        before it, and are not written yet."""
+    def allowed(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> Array:
+        """Logits [S] after the penalty. ids: of their tokens; None: all. before: the answer's
+        tokens that stand before it."""
         penalty = self._sampling.repetition_penalty
         if penalty == 1.0:
             return logits
-        seen = np.fromiter(self._seen | set(drafted), dtype=np.int64)
+        seen = np.fromiter(self._prompt | set(before), dtype=np.int64)
         places = seen if ids is None else np.flatnonzero(np.isin(ids, seen))
         places = places[places < len(logits)]
         logits = logits.copy()
@@ -80,16 +91,26 @@ class Chooser:
         logits[places] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
         return logits
 
-    def choose(self, logits: Array, ids: Ids | None, place: int) -> int:
-        """The token at a place of the answer, of `allowed` logits [S]."""
+    def choose(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> int:
+        """The token behind `before`, of `allowed` logits [S]."""
         sampling = self._sampling
         if sampling.temperature == 0.0:
             best = int(logits.argmax())
         else:
             scaled = self._warped(logits.astype(np.float64) / sampling.temperature)
-            noise = np.random.default_rng([sampling.seed, place]).gumbel(size=self._vocabulary)
+            draw = np.random.default_rng([sampling.seed, len(before)])
+            noise = draw.gumbel(size=self._vocabulary)
             best = int((scaled + (noise[: len(logits)] if ids is None else noise[ids])).argmax())
         return best if ids is None else int(ids[best])
+
+    def would_end(self, tokens: int, last: int) -> bool:
+        """Whether an answer of so many tokens, the last of them `last`, is over."""
+        return tokens >= self._most or self._ends(last)
+
+    def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
+        """Give out the token at `place` of the answer `ids`; True where the answer is over."""
+        stopped = self._on_token(ids[place])
+        return stopped or self.would_end(place + 1, ids[place])
 
     def _warped(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Logits, minus infinity where top-k and top-p leave a token out."""

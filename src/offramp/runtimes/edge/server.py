@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from offramp.engine.policy import Thresholds
 from offramp.errors import InputError, OfframpError
 from offramp.runtimes.edge.images import MARKER
 from offramp.runtimes.edge.model import Answer, EdgeModel
@@ -170,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             "offramp": {
                 "layers": model.layers,
                 "exits": list(model.files.depths),
-                "thresholds": model.policy["thresholds"],
+                "thresholds": Thresholds(model.policy.thresholds).to_json(),
                 "guarantee": None,
                 "watch": None,
                 "chat_template": model.vocabulary.has_template,

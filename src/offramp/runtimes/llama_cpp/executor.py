@@ -1,30 +1,12 @@
-"""The chain of segments as an executor of the one decoder, one answer at a time.
-
-Between two calls of llama.cpp there are numbers and numpy, and no tensors: the weights went through
-the processor's caches, where each of PyTorch's calls costs ten times what it costs in a loop of its
-own, a fifth of a small model's token. Where a request has rules of its own, or a score is not the
-plain one, tensors over the same memory take their way (`ExitReader`).
-"""
+"""The chain of segments as an executor of the one decoder, one answer at a time, in numpy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from offramp.adapter import Adapter
-from offramp.engine.confidence import SCORES, max_probability
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.reader import Decide, Looks, Question, anyone
-from offramp.engine.decoding.rule import CLOSED, Verdict
-from offramp.engine.exit_check import ExitOutput
-from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared
+from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.native.tap import States
 
@@ -35,12 +17,6 @@ class ChainOutput(NamedTuple):
 
     entry: States
     logits: Array
-
-    @property
-    def tensors(self) -> ExitOutput:
-        """Over the same memory."""
-        entry, logits = torch.from_numpy(self.entry), torch.from_numpy(self.logits)
-        return ExitOutput(entry, None, logits=logits)
 
 
 class ChainPrompt(NamedTuple):
@@ -78,7 +54,7 @@ class ChainExecutor:
 
     def read(
         self,
-        prepared: Prepared,
+        prepared: Any,
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
@@ -168,72 +144,3 @@ class ChainExecutor:
 
     def close(self) -> None:
         """The chain is its runtime's."""
-
-
-class ChainReader(ExitReader):
-    """Asks exits and LM head of a chain, which come with their logits."""
-
-    def __init__(self, adapter: Adapter, policy: ExitPolicy, depths: Sequence[int]) -> None:
-        exits = adapter.exits if depths else None
-        super().__init__(adapter.backbone, exits, policy, depths)
-        shortlist = None if self._scorer is None else self._scorer.shortlist
-        self._ids: list[int] | None = None if shortlist is None else shortlist.tolist()
-        plain = SCORES.get(policy.score) is max_probability
-        self._plain = plain and (exits is None or exits.score is None)
-
-    def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Any], bool]:
-        return _always  # segments run their exits in any case
-
-    def verdicts(
-        self, depth: int, output: Any, asked: Sequence[Question | None]
-    ) -> list[Verdict | Exception | None]:
-        if not self._plain:
-            return super().verdicts(depth, output.tensors, asked)
-        made: list[Verdict | Exception | None] = []
-        for place, question in enumerate(asked):
-            if question is None:
-                made.append(None)
-            elif question.sampler.plain:
-                made.append(self._verdict(depth, output, place, question))
-            else:
-                return super().verdicts(depth, output.tensors, asked)
-        return made
-
-    def _verdict(self, depth: int, output: ChainOutput, place: int, question: Question) -> Verdict:
-        """Of the largest probability."""
-        if depth in self._gates and not self._is_open(depth, output.entry[place]):
-            return CLOSED
-        logits = output.logits[place]
-        largest = int(logits.argmax())
-        token = largest if self._ids is None else self._ids[largest]
-        if question.rule.thresholds.get(depth) == 0.0:
-            return Verdict(token, math.nan)
-        return Verdict(token, 1.0 / float(np.add.reduce(np.exp(logits - logits[largest]))))
-
-    def _is_open(self, depth: int, entry: States) -> bool:
-        gate, level = self._gates[depth]
-        return bool(gate(torch.from_numpy(entry)[None]) >= level)
-
-    def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        if all([question.sampler.plain for question in asked]):
-            return [int(row.argmax()) for row in logits]
-        return super().of_logits(torch.from_numpy(logits), asked)
-
-    def full(self, final: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        """final: logits [n, V], as a chain ends with."""
-        return self.of_logits(final, asked)
-
-    def words(self, final: Any) -> Callable[[int, Question], int]:
-        """final: as of `full`."""
-
-        def word(place: int, question: Question) -> int:
-            if question.sampler.plain:
-                return int(final[place].argmax())
-            row = torch.from_numpy(final[place : place + 1])
-            return int(question.sampler.choose(row, question.before))
-
-        return word
-
-
-def _always(depth: int, entry: Tensor) -> bool:
-    return True

@@ -24,12 +24,13 @@ from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
-from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainReader
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
+from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
 from offramp.runtimes.llama_cpp.trial import check_survives
 
 
@@ -229,7 +230,7 @@ class LlamaCppRuntime:
         unused = [i for i, depth in enumerate(stand) if depth not in depths]
         self._chain.reset(unused, exact=exact, prompt=prompt)
         executor = ChainExecutor(self._chain, stand, depths, prompt.states, self._token_states)
-        asker = ChainReader(self.adapter, policy, depths)
+        asker = TensorReader(self.adapter, policy, depths)
         return write_answers(
             Decoder(self.backbone.depth, executor, asker),
             executor,

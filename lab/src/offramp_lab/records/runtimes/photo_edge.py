@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.rows import half_of, read_photographs
+from offramp.runtimes.edge.decoding import MODES
 
 from offramp.adapter import Adapter
 from offramp.engine.prefill import prepare
 from offramp.models.intercept import InterceptedModel
 from offramp.provenance import provenance
-from offramp.runtimes.edge.decoding import MODES
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.edge.sampling import Sampling
+from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.prompt import Prompt
@@ -112,8 +112,9 @@ def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
 
 
 def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
-    steps = model._steps(prompt, [], model._plan(mode, None), Sampling(), NEW)
-    return [step.token for step in steps]
+    vocabulary = model.vocabulary
+    sampler = Sampler(Sampling(), vocabulary.size, most=NEW, ends=vocabulary.ends)
+    return [step.token for step in model._write(prompt, model._policy_of(mode, None), sampler)]
 
 
 def _alone(segment: Segment, model: EdgeModel, prompt: Prompt) -> list[int]:
