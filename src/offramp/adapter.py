@@ -211,7 +211,8 @@ class Adapter:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
         given = exit_policy if policy is None else policy
         chosen = (self.policy if given is None else given).in_mode(mode)
-        if given is None and mode != "full" and not chosen.effective.thresholds:
+        drafts = chosen.lossless and self.exits.draft_on
+        if given is None and mode != "full" and not (chosen.effective.thresholds or drafts):
             warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
         return chosen
 

@@ -24,6 +24,7 @@ from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
+from offramp.engine.drafter import Drafter
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prepared, check_options
@@ -109,14 +110,19 @@ class _Generation:
         prefix_cache: PrefixCache | None,
     ) -> None:
         attached = None if exits is None else ExitSet.of(exits)
+        self.drafter = Drafter.of(backbone, attached, policy)
         policy = policy.effective
         stand = () if attached is None else attached.depths
         depths = tuple(check_thresholds(dict(policy.thresholds), stand))
+        if self.drafter is not None:
+            depths = (self.drafter.depth,)
         if policy.lossless and depths:
             backbone.check_lossless()
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
         self.rule = exit_rule(backbone, policy, self.asker)
+        if self.drafter is not None:
+            self.rule = self.drafter.rule
         self.reader = PromptReader(
             backbone,
             attached,
@@ -141,6 +147,7 @@ class _Generation:
             slots=rows,
             kv=self.policy.kv,
             watches=self.asker.watches,
+            drafter=self.drafter,
         )
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = Decoder(self.backbone.depth, executor, self.asker, schedule=schedule)

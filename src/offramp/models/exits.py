@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
@@ -97,8 +98,46 @@ def copy_layer(
     return twin
 
 
+class DraftInput(nn.Module):
+    """What enters an exit's layer where it drafts on: W_e norm(embedding) + W_o norm(state).
+
+    The embedding is of the token just written, the state what the same layer made of the one before
+    it, so no layer below runs. Two inputs joined for the next draft are EAGLE's (Li et al. 2024);
+    that the layer behind them is the exit's own, and stays as it is, is not.
+    """
+
+    def __init__(self, embedded: int, width: int) -> None:
+        """embedded: width of embeddings. width: D of states."""
+        super().__init__()
+        self.embedding_norm, self.state_norm = nn.RMSNorm(embedded), nn.RMSNorm(width)
+        self.embedding = nn.Linear(embedded, width, bias=False)
+        self.state = nn.Linear(width, width, bias=False)
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            start = 0.02 * torch.randn(width, embedded, generator=draw)
+            self.embedding.weight.copy_(start)
+            self.state.weight.copy_(torch.eye(width) / 2)
+
+    def forward(self, embedded: Tensor, state: Tensor) -> Tensor:
+        """[..., D] of embeddings [..., E] and states [..., D]."""
+        kind = self.state.weight.dtype
+        one = self.embedding(self.embedding_norm(embedded.to(kind)))
+        return one + self.state(self.state_norm(state.to(kind)))  # type: ignore[no-any-return]
+
+
 def _copied(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
     return copy_layer(backbone.layers[copied_index(backbone, depth)], own[0])
+
+
+def _drafting(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
+    """A copied layer that can draft on; as an exit it is called as the layer is."""
+    layer = _copied(backbone, depth, own)
+    kind = next(layer.parameters()).dtype
+    embedded = int(backbone.stack.get_input_embeddings().weight.shape[1])
+    with torch.device("cpu"):
+        made = DraftInput(embedded, backbone.width)
+    layer.add_module("drafts", made.to(kind))
+    return layer
 
 
 def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
@@ -121,6 +160,7 @@ def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[in
 EXIT_KINDS: dict[str, ExitKind] = {
     "layer": ExitKind(_copied),
     "dense": ExitKind(dense_exit()),
+    "drafting": ExitKind(_drafting),
     "lens": ExitKind(lambda *_: LogitLens()),
 }
 """Kinds of exit by name."""
@@ -157,8 +197,9 @@ class Exits(nn.ModuleDict):
     ) -> None:
         """Build an exit at each depth.
 
-        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "dense", the same with
-            one MLP in place of its experts; "lens", the logit lens; or one of `register_exit`.
+        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "drafting", the same
+            with a `DraftInput`; "dense", with one MLP in place of its experts; "lens", the logit
+            lens; or one of `register_exit`.
 
         Raises:
             InputError: depths that do not fit the backbone, or an unknown kind.
@@ -190,6 +231,11 @@ class Exits(nn.ModuleDict):
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""
         return self[str(depth)]
+
+    def draft_input(self, depth: int) -> DraftInput | None:
+        """What makes the input of the exit's layer where it drafts on; None where it cannot."""
+        found = getattr(self.at(depth), "drafts", None)
+        return found if isinstance(found, DraftInput) else None
 
     def run(self, depth: int, call: LayerCall) -> Tensor:
         """The exit's estimate [B, T, D] of the final state, before the final norm.
@@ -233,6 +279,11 @@ class ExitSet:
     def entries(self) -> tuple[int, ...]:
         """The depth of each cache entry that belongs to the exits."""
         return self.modules.entries
+
+    @property
+    def draft_on(self) -> bool:
+        """Whether any of them drafts on from its own state."""
+        return any(self.modules.draft_input(depth) is not None for depth in self.depths)
 
     def at(self, depth: int) -> nn.Module:
         """The exit at `depth`."""

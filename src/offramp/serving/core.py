@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally
 from offramp.engine.decoding.sequence import Sequence
+from offramp.engine.drafter import Drafter
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.executors.slots.cache import check_memory, slot_bytes
 from offramp.engine.executors.slots.memory import free_bytes
@@ -115,6 +116,10 @@ class EngineCore:
             self.depths = tuple(check_thresholds(dict(policy.thresholds), attached.depths))
         """Of the exits in use, ascending."""
         check_company(policy)
+        ahead = replace(policy, lossless=True)
+        self._drafter = Drafter.of(backbone, attached, ahead, self.depths)
+        if self._drafter is not None and not self.depths:
+            self.depths = (self._drafter.depth,)
         reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
         self._attached, self._watches = attached, reader.watches
         self._schedule = config.schedule or Schedule.of(config.slots)
@@ -147,8 +152,9 @@ class EngineCore:
     def _executor(self) -> Executor:
         sizes = {name: getattr(self.config, name) for name in ("slots", "limit", "layout")}
         return executor_for(
-            self.backbone, self._attached, self.depths, watches=self._watches, **sizes
-        )
+            self.backbone, self._attached, self.depths,
+            watches=self._watches, drafter=self._drafter, **sizes,
+        )  # fmt: skip
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -213,7 +219,7 @@ class EngineCore:
         pays = not exiting or self.pace.exits_pay(exiting=True)
         self.decoder.schedule = self._schedule if pays else AT_ONCE
         call = self.decoder.next_call()
-        trial = exits and call == "feed" and self.pace.wants_trial()
+        trial = exits and call in ("feed", "full") and self.pace.wants_trial()
         if trial and Load.of(sequences, self.config.longest).pending:
             call, trial = "flush", False
         if trial:
@@ -324,6 +330,8 @@ class EngineCore:
         # A score that follows a token from exit to exit wants it settled before the next.
         follows = self.decoder.reader.follows
         rule = ExitRule.of(policy, guess_above=None if follows else self.config.guess_above)
+        if policy.lossless and self._drafter is not None:
+            rule = self._drafter.rule
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
@@ -368,7 +376,8 @@ class EngineCore:
         policy = request.exit_policy(self.policy, self.depths)
         exiting = bool(policy.thresholds) and not policy.lossless
         free = request.mode is None and request.thresholds is None
-        may = bool(policy.effective.thresholds) and (policy.lossless or free)
+        drafts = policy.lossless and self._drafter is not None
+        may = drafts or (bool(policy.effective.thresholds) and (policy.lossless or free))
         if may and not self.pace.exits_pay(exiting=exiting):
             return FULL, exiting
         return policy, None

@@ -92,7 +92,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     is_trained = adapter.exits.modules.kind != "lens"
-    if is_trained and arguments.mode != "full" and not policy.effective.thresholds:
+    drafts = policy.lossless and adapter.exits.draft_on
+    if is_trained and arguments.mode != "full" and not (policy.effective.thresholds or drafts):
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from offramp.engine.decoding.executor import Executor, Span
+from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
@@ -103,6 +103,7 @@ class Decoder:
             use_exits=rule.uses_exits,
             decide=decide if looks else None,
             looks=self.reader.looks(questions),
+            keep=rule.ahead,
         )
         open_ = [row for row, first in enumerate(firsts) if first is None]
         if open_:
@@ -229,11 +230,16 @@ class Decoder:
         return self.deep(flush=call == "flush")
 
     def feed(self) -> int:
-        """Feed the next token of every sequence that is ready up to the first exit."""
+        """Feed the next token of every sequence that is ready up to the first exit. Those whose
+        exit drafts on make a round of their own: they never wait."""
         rows = self.sequences
+        drafting = [row for row in rows if row.rule.ahead is not None]
+        if drafting:
+            rows = [row for row in rows if row.rule.ahead is None]
+        count = self._rounds(drafting)
         if len(rows) == 1 and rows[0].rule.thresholds and rows[0].ready(self.longest):
             self._feed_one(rows[0])
-            return 1
+            return count + 1
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
@@ -250,7 +256,7 @@ class Decoder:
         # In one call those that are not ready go along: what they write is void, and slots stay in
         # order.
         if not rows:
-            return 0
+            return count
         output = self.executor.feed(
             [row.handle for row in rows],
             [row.feed for row in rows],
@@ -266,7 +272,7 @@ class Decoder:
             else:
                 self._follow(row, depth, verdict)
                 self._settle(row)
-        return len(rows)
+        return count + len(rows)
 
     def _feed_one(self, row: Sequence) -> None:
         """The same of the only one, with fewer lists: between two tokens the weights went through
@@ -446,13 +452,18 @@ class Decoder:
         return right
 
     def full(self) -> int:
-        """Feed the next token of every sequence through all layers; nothing may wait.
+        """Feed the next token of every sequence through all layers; nothing may wait. Where an exit
+        drafts on from its own state, its drafts go along.
 
         No exit is looked at, so every sequence's tokens must be the full model's.
         """
         return self._pass(self.sequences)
 
     def _pass(self, rows: list[Sequence]) -> int:
+        drafting = [row for row in rows if row.rule.ahead is not None]
+        if drafting:
+            rows = [row for row in rows if row.rule.ahead is None]
+            return self._rounds(drafting) + self._pass(rows)
         if len(rows) == 1:
             self._full_one(rows[0])
         if len(rows) < 2:
@@ -472,6 +483,49 @@ class Decoder:
             row.passed(Token(word, self.layers))
             self._settle(row)
         return len(rows)
+
+    def _rounds(self, rows: list[Sequence]) -> int:
+        """Draft on from the last verified token of each sequence, and verify all in one call."""
+        if not rows:
+            return 0
+        handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
+        newest = [row.ids[-1] for row in rows]
+        executor = cast(DraftingExecutor, self.executor)
+        drafts = executor.draft(handles, newest, columns, [*map(self._room, rows)])
+        drafts = [row.until_end(draft) for row, draft in zip(rows, drafts, strict=True)]
+        # Behind an end token nothing is asked.
+        fed = [
+            [token, *(draft[:-1] if row.ends_with(draft) else draft)]
+            for row, token, draft in zip(rows, newest, drafts, strict=True)
+        ]
+        word = self.reader.words(executor.verify(handles, fed, columns))
+        first = 0
+        for row, tokens, draft in zip(rows, fed, drafts, strict=True):
+            kept = 0
+            try:
+                for at in range(first, first + len(tokens)):
+                    token = word(at, self._question(row, row.ids))
+                    right = kept < len(draft) and draft[kept] == token
+                    row.passed(Token(token, row.rule.ahead or 0 if right else self.layers))
+                    kept += right
+                    if not right:
+                        break
+            except Exception as error:  # of the row's own rules: its request alone fails
+                row.error = error
+            self.executor.crop(row.handle, row.ran[0])
+            row.rounds.append((len(draft), kept))
+            first += len(tokens)
+            self._settle(row)
+        return first
+
+    def _room(self, row: Sequence) -> int:
+        """How many drafts a sequence may have before it is as long as it may be."""
+        room = row.rule.most or 0
+        if self.executor.positions is not None:
+            room = min(room, self.executor.positions - row.ran[0] - 1)
+        while room > 0 and row.sampler.would_end(len(row.tokens) + room, -1):
+            room -= 1
+        return max(0, room)
 
     def _full_one(self, row: Sequence) -> None:
         """The same of the only one; see `_feed_one`."""

@@ -99,3 +99,28 @@ class Executor(Protocol):
     def close(self) -> None:
         """Release all that it holds."""
         ...
+
+
+class DraftingExecutor(Executor, Protocol):
+    """One that was given a `Drafter`: an exit of its own that drafts on."""
+
+    def draft(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        most: Sequence[int],
+    ) -> list[list[int]]:
+        """What the drafting exit writes behind the next token of each sequence, from the state that
+        it made of the column before: up to `most` ids each; none where that state is not known.
+
+        Nothing that was verified changes.
+        """
+        ...
+
+    def verify(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Any:
+        """Tokens side by side of each sequence, from its column on, through all layers and the
+        drafting exit; of all tokens what `full` returns of one, a sequence's behind the other's."""
+        ...

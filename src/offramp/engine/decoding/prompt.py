@@ -43,7 +43,8 @@ class Prompt:
     real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
     [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth.
     waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
-    last columns that have yet to run the layers above; None where all ran.
+    last columns that have yet to run the layers above; None where all ran. kept: what the drafting
+    exit made of each row's newest token [B, D], where it was asked to be kept.
     """
 
     prepared: Prepared
@@ -53,6 +54,7 @@ class Prompt:
     encoder: tuple[Tensor, Tensor | None] | None
     logits: Tensor
     waits: tuple[int, Tensor] | None
+    kept: Tensor | None = None
 
     @property
     def positions(self) -> Tensor | None:
@@ -105,6 +107,8 @@ class PromptReader:
         self._last = True  # whether the newest token is in the current chunk
         self._before: Tensor | None = None
         self._waits: tuple[int, Tensor] | None = None
+        self._keep: int | None = None
+        self._kept: Tensor | None = None
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """What the model's own `generate` would begin with. inputs: what the processor returned.
@@ -130,23 +134,26 @@ class PromptReader:
         use_exits: bool = True,
         decide: Decide | None = None,
         looks: Looks = anyone,
+        keep: int | None = None,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
-        every exit; None: it runs to full depth. looks: whether anyone looks at an exit.
+        every exit; None: it runs to full depth. looks: whether anyone looks at an exit. keep: depth
+        of the exit that drafts on from what it makes of the newest token.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share.
         """
         self.exits_on = self._depths if use_exits else ()
         self._decide, self._looks, self._waits, self._last = decide, looks, None, True
-        self.cache = prepared.cache
+        self.cache, self._keep = prepared.cache, keep
         try:
             with torch.inference_mode():
                 return self._read(prepared)
         finally:
             self.cache = self._decide = self._before = self._waits = None
+            self._keep = self._kept = None
 
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
@@ -166,7 +173,8 @@ class PromptReader:
         if self.backbone.is_encoder_decoder:  # the other is the encoder's
             mask = prefill.prefill.get("attention_mask")
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
-        return Prompt(prepared, self.cache, prefill, real, encoder, prefill.logits, self._waits)
+        logits = prefill.logits
+        return Prompt(prepared, self.cache, prefill, real, encoder, logits, self._waits, self._kept)
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
         """The stack's forward pass; what it returns is of the last chunk."""
@@ -200,7 +208,10 @@ class PromptReader:
                 self._store_skipped(call)
             return self.backbone.skipped_layer_output(call)
         here, newest = self.backbone.here, call.hidden[:, -1]
-        if call.index in self.exits_on:
+        if call.index == self._keep:
+            assert self.exits is not None
+            self._kept = here(self.exits.run(call.index, call)[:, -1])
+        elif call.index in self.exits_on:
             assert self.exits is not None
             asks = self._decide is not None and self._last
             if self._decide is None or not asks or not self._looks(call.index, here(newest)):

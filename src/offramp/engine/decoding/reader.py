@@ -101,11 +101,13 @@ class ReadsPrompts(Protocol):
         use_exits: bool = True,
         decide: Decide | None = None,
         looks: Looks = anyone,
+        keep: int | None = None,
     ) -> Any:
         """Run a prompt of one or more rows.
 
         prepared: as this reader takes it. use_exits: whether the exits store their keys. decide:
         asked about each row's first token at every exit; None: it runs to full depth. looks:
-        whether anyone looks at an exit.
+        whether anyone looks at an exit. keep: depth of the exit that drafts on from what it makes
+        of each row's newest token.
         """
         ...

@@ -38,13 +38,15 @@ class ExitRule:
     thresholds: by depth, where a token exits or, lossless, is drafted. lossless: whether the full
     model confirms what exits say. guesses: by depth, score from which a token that does not reach
     the threshold goes on all the same, until deeper layers have spoken. most: drafts or guesses
-    that may be open at a time; None: any number.
+    that may be open at a time; None: any number. ahead: lossless, depth of the exit that drafts on
+    from its own state (`offramp.engine.drafter`); None: drafts are what exits say of fed tokens.
     """
 
     thresholds: Mapping[int, float]
     lossless: bool = False
     guesses: Mapping[int, float] | None = None
     most: int | None = None
+    ahead: int | None = None
 
     @classmethod
     def of(cls, policy: ExitPolicy, guess_above: float | None = None) -> ExitRule:
@@ -63,7 +65,7 @@ class ExitRule:
 
     @property
     def uses_exits(self) -> bool:
-        return bool(self.thresholds)
+        return bool(self.thresholds) or self.ahead is not None
 
     @cached_property
     def exiting(self) -> bool:

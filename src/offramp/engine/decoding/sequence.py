@@ -137,6 +137,17 @@ class Sequence:
         self.tokens.append(token)
         self.ids.append(token.token)
 
+    def ends_with(self, draft: Many[int]) -> bool:
+        """Whether the answer is over with the last token of a draft, by its end token."""
+        return bool(draft) and self.sampler.would_end(0, draft[-1])
+
+    def until_end(self, draft: Many[int]) -> list[int]:
+        """A draft as far as its first end token, which stands last."""
+        for place in range(len(draft)):
+            if self.ends_with(draft[: place + 1]):
+                return [*draft[: place + 1]]
+        return [*draft]
+
     def places(self, first: int, end: int) -> list[int]:
         """Places in question behind the columns from `first` up to, and without, `end`."""
         return [place for place in self.asked if first < self.start + place <= end]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offramp.engine.decoding.executor import Executor
+from offramp.engine.drafter import Drafter
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.executors.stack import StackExecutor
 from offramp.errors import UnsupportedBackboneError
@@ -45,17 +46,18 @@ def make_executor(
     limit: int | None = None,
     layout: str | None = None,
     watches: bool = False,
+    drafter: Drafter | None = None,
 ) -> Executor:
     """An executor of one of `EXECUTORS`.
 
     slots: sequences at a time. limit, layout: as of `SlotExecutor`. watches: whether scores read
-    the state before an exit's entry.
+    the state before an exit's entry. drafter: of the exit that drafts on, one of `depths`.
 
     Raises:
         UnsupportedBackboneError: slots, of a model that they cannot hold.
     """
     if engine == "stack":
-        return StackExecutor(backbone, exits, depths, watches=watches)
+        return StackExecutor(backbone, exits, depths, watches=watches, drafter=drafter)
     if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
         raise UnsupportedBackboneError(
             f"{backbone.name} does not run in slots: its layers are of several kinds, on several "
@@ -63,5 +65,6 @@ def make_executor(
             "Its own stack runs it, a sequence at a time.",
         )
     return SlotExecutor(
-        backbone, exits, depths, slots=slots, limit=limit, layout=layout, watches=watches
-    )
+        backbone, exits, depths,
+        slots=slots, limit=limit, layout=layout, watches=watches, drafter=drafter,
+    )  # fmt: skip

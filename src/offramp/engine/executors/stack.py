@@ -17,7 +17,8 @@ from torch import Tensor
 
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks
+from offramp.engine.decoding.reader import Looks, anyone
+from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import cannot_compile
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
@@ -56,6 +57,7 @@ class _Row:
     begin: dict[int, int] = field(default_factory=dict)
     ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
+    verified: tuple[int, Tensor] | None = None  # a column, and the drafting exit's [n, D] from it
 
 
 class StackExecutor:
@@ -76,10 +78,12 @@ class StackExecutor:
         *,
         propagate: bool = False,
         watches: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
         self._bounds = (0, *self.depths, backbone.depth)
         self.propagate, self._watches = propagate, watches
+        self._drafter, self._verifies = drafter, False
         self.intercepted = InterceptedModel(backbone, self)
         cannot_compile(backbone, "this model or request needs its own stack")
         self._held: dict[int, _Row] = {}
@@ -110,6 +114,8 @@ class StackExecutor:
             held.waits[segment] = [_Part(mine, prefill.positions, None)]
             held.begin[segment] = tokens - mine.shape[1]
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
+        if prompt.kept is not None:
+            held.verified = tokens - 1, prompt.kept[row : row + 1]
         self._count += 1
         held.ran = [*ran]
         self._held[self._count] = held
@@ -148,12 +154,16 @@ class StackExecutor:
         surplus: dict[int, int] = {}
         for segment, ran in enumerate(row.ran):
             start, end = self._bounds[segment], self._bounds[segment + 1]
-            entries = [*range(start, end)]
-            if self.exits is not None and end < self.backbone.depth:
-                at = enumerate(self.exits.entries)
-                entries += [self.backbone.depth + i for i, depth in at if depth == end]
+            entries = [*range(start, end), *self._entries_of(end)]
             surplus |= dict.fromkeys(entries, max(0, ran - column))
         return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
+
+    def _entries_of(self, depth: int) -> list[int]:
+        """In the cache, of the exit at a depth; none where none stands there."""
+        if self.exits is None:
+            return []
+        at = enumerate(self.exits.entries)
+        return [self.backbone.depth + i for i, stands in at if stands == depth]
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -167,7 +177,7 @@ class StackExecutor:
 
     def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
         row = self._held[handle]
-        kw = self._arguments(row, token)
+        kw = self._arguments(row, [token])
         self._looks = looks
         self._call(row, range(0, self._bounds[1]), kw)
         output, self._output = self._output, None
@@ -177,11 +187,11 @@ class StackExecutor:
         row.ran[0] += 1
         return output
 
-    def _arguments(self, row: _Row, token: int) -> dict[str, Any]:
-        kw = row.prefill.extend(1)
-        kw["input_ids"] = torch.tensor([[token]], device=self.backbone.device)
+    def _arguments(self, row: _Row, tokens: Sequence[int]) -> dict[str, Any]:
+        kw = row.prefill.extend(len(tokens))
+        kw["input_ids"] = torch.tensor([[*tokens]], device=self.backbone.device)
         row.last = kw
-        row.tokens += 1
+        row.tokens += len(tokens)
         return kw
 
     def full(
@@ -197,11 +207,67 @@ class StackExecutor:
         try:
             for handle, token in zip(handles, ids, strict=True):
                 row = self._held[handle]
-                kw = self._arguments(row, token)
+                kw = self._arguments(row, [token])
                 made.append(self._call(row, range(self.backbone.depth), kw))
                 row.ran = [ran + 1 for ran in row.ran]
         finally:
             self._keys_only = False
+        return torch.cat(made)
+
+    def draft(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        most: Sequence[int],
+    ) -> list[list[int]]:
+        asked = zip(handles, ids, columns, most, strict=True)
+        return [self._draft(self._held[handle], *more) for handle, *more in asked]
+
+    def _draft(self, row: _Row, token: int, column: int, most: int) -> list[int]:
+        drafter = self._drafter
+        first, states = row.verified or (column, torch.empty(0))
+        if drafter is None or not 0 <= column - 1 - first < len(states):
+            return []
+        state, ids = states[column - 1 - first, None], [token]
+        steps = 0
+        try:
+            while len(ids) <= most:
+                given = torch.tensor(ids[-1:], device=self.backbone.device)
+                kw = row.prefill.extend(1)
+                row.tokens, steps = row.tokens + 1, steps + 1
+                self._chunk, self._looks = drafter.inputs(given, state)[None], anyone
+                enters = given[None] if self.backbone.reads_ids else self._chunk.clone()
+                kw["input_ids" if self.backbone.reads_ids else "inputs_embeds"] = enters
+                self._call(row, range(drafter.depth, drafter.depth), kw)
+                output, self._output = self._output, None
+                assert output is not None and output.state is not None
+                state = output.state
+                ids.append(int(drafter.tokens(state)))
+        finally:
+            self._chunk = None
+            row.tokens -= steps
+            row.prefill.rollback(steps)
+            crop(row.cache, dict.fromkeys(self._entries_of(drafter.depth), steps))
+        return ids[1:]
+
+    def verify(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Tensor:
+        assert self._drafter is not None
+        made = []
+        self._verifies = True
+        try:
+            for handle, tokens, column in zip(handles, ids, columns, strict=True):
+                row = self._held[handle]
+                kw = self._arguments(row, tokens)
+                made.append(self._call(row, range(self.backbone.depth), kw))
+                output, self._output = self._output, None
+                assert output is not None and output.state is not None
+                row.verified = column, output.state
+                row.ran = [ran + len(tokens) for ran in row.ran]
+        finally:
+            self._verifies = False
         return torch.cat(made)
 
     def trial(
@@ -290,9 +356,7 @@ class StackExecutor:
             return row.cache  # the first entry of each kind runs
         new = 1 if self._chunk is None else self._chunk.shape[1]
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
-        also = []
-        if running.stop < end and self.exits is not None:
-            also = [end + i for i, depth in enumerate(self.exits.entries) if depth == running.stop]
+        also = self._entries_of(running.stop) if running.stop < end else []
         return stand_in(row.cache, end, running, also, **seen)
 
     # -- one layer ---------------------------------------------------------------------------
@@ -313,7 +377,9 @@ class StackExecutor:
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
-        if self._keys_only and index in self.depths and self.exits is not None:
+        if self._verifies and self._drafter is not None and index == self._drafter.depth:
+            self._at_exit(call)
+        elif self._keys_only and index in self.depths and self.exits is not None:
             store_exit_keys(self._seen, self.exits, call)
         if self._watches and index + 1 == running.stop:
             self._previous = here(call.hidden.flatten(0, 1))
@@ -321,10 +387,11 @@ class StackExecutor:
 
     def _at_exit(self, call: LayerCall) -> None:
         """Run the exit before this layer, or only store its keys where nobody looks."""
-        assert self.exits is not None and self._looks is not None and self._row is not None
+        assert self.exits is not None and self._row is not None
         here, self._entry = self.backbone.here, call.hidden
         entry = here(call.hidden.flatten(0, 1))
-        if not self._looks(call.index, entry):
+        looks = self._looks or anyone
+        if not self._verifies and not looks(call.index, entry):
             store_exit_keys(self._seen, self.exits, call)
             self._output = ExitOutput(entry, None, self._previous)
             return

@@ -59,6 +59,7 @@ class ChainExecutor:
         use_exits: bool = True,
         decide: Decide | None = None,
         looks: Looks = anyone,
+        keep: int | None = None,
     ) -> ChainPrompt:
         """Run the prompt, to full depth or as far as `decide` lets it."""
 

@@ -228,7 +228,8 @@ class Service:
             return Use(replaced, None, replaced, fell_back=True)
         if mode is None:
             own = "lossless" if self.policy.lossless else "early_exit"
-            exits = self.policy.thresholds or (self.policy.lossless and self.policy.drafts)
+            drafts = self.policy.drafts or (self.adapter and self.adapter.exits.draft_on)
+            exits = self.policy.thresholds or (self.policy.lossless and drafts)
             return Use(None, None, own if exits else "full")
         return Use(mode, None, mode)
 

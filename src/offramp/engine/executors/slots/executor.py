@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks
+from offramp.engine.decoding.reader import Looks, anyone
+from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
 from offramp.engine.executors.slots.cache import SlotCache
@@ -53,7 +54,8 @@ class SlotExecutor:
 
     depths: of the exits in use. slots: sequences at a time. limit: columns of one, at most. layout:
     of calls over several columns of several slots; None: packed where attention is Hugging Face's
-    "sdpa", else flat. watches: whether scores read the state before an exit's entry.
+    "sdpa", else flat. watches: whether scores read the state before an exit's entry. drafter: of
+    the exit that drafts on, one of `depths`.
 
     Raises:
         InputError: an unknown layout.
@@ -73,6 +75,7 @@ class SlotExecutor:
         limit: int | None = None,
         layout: str | None = None,
         watches: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
         check_known("Layout", [] if layout is None else [layout], LAYOUTS)
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
@@ -82,6 +85,7 @@ class SlotExecutor:
         self.cache = SlotCache(slots, entries, limit, encoded)
         self.intercepted = InterceptedModel(backbone, self)
         self._watches, self._device = watches, backbone.device
+        self._drafter = drafter
         self.positions = backbone.positions
         packs = can_pack(self.intercepted.stack)
         self.layout = layout or ("packed" if packs else "flat")
@@ -109,6 +113,7 @@ class SlotExecutor:
         self._places: dict[int, Tensor] = {}  # positions of a prompt that waits [..., T], by slot
         self._encoder: dict[int, Tensor] = {}  # states of an encoder [1, S, D], by slot
         self._unread: dict[int, set[int]] = {}  # layers which these have not gone through
+        self._verified: dict[int, tuple[int, Tensor]] = {}  # a column, the drafter's states from it
         self._entries: dict[int, Tensor] = {}  # by segment, states before it [slots, room, D]
         self._base: dict[int, list[int]] = {k: [0] * slots for k in range(1, len(self._bounds) - 1)}
         # of tables
@@ -121,7 +126,7 @@ class SlotExecutor:
         self._ahead = 0  # positions before the first column
         # of the current call
         self._running = range(0)
-        self._keys_only = False
+        self._keys_only = self._verifies = False
         self._looks: Looks | None = None
         self._chunk: Tensor | None = None
         self._output: ExitOutput | None = None
@@ -165,6 +170,8 @@ class SlotExecutor:
         for segment in self._base:
             if ran[segment] == columns:
                 self._base[segment][slot] = columns
+        if prompt.kept is not None:
+            self._verified[slot] = columns - 1, prompt.kept[row : row + 1]
         self._count += 1
         self._handles.append(self._count)
         self._slot_of[self._count] = slot
@@ -209,7 +216,9 @@ class SlotExecutor:
                 kept[slot] = kept[source]
             for base in self._base.values():
                 base[slot] = base[source]
-        held: tuple[dict[int, Any], ...] = (self._places, self._encoder, self._unread)
+        held: tuple[dict[int, Any], ...] = (
+            self._places, self._encoder, self._unread, self._verified,
+        )  # fmt: skip
         for table in held:
             table.pop(slot, None)
             if source in table:
@@ -236,7 +245,7 @@ class SlotExecutor:
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""
         self.cache.drop()
-        self._entries, self._tables, self._looks = {}, None, None
+        self._entries, self._tables, self._looks, self._verified = {}, None, None, {}
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -269,6 +278,69 @@ class SlotExecutor:
                 base[slot] = column + 1
         return final
 
+    def draft(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        most: Sequence[int],
+    ) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in handles]
+        drafter, rows, begin = self._drafter, [], []
+        for row, (handle, column) in enumerate(zip(handles, columns, strict=True)):
+            first, made = self._verified.get(self._slot_of[handle], (column, ()))
+            if most[row] and 0 <= column - 1 - first < len(made):
+                rows.append(row)
+                begin.append(made[column - 1 - first])
+        if drafter is None or not rows:
+            return written
+        # All go as far as the one that goes farthest: what is too much is not looked at.
+        slots = [self._slot_of[handles[row]] for row in rows]
+        tokens, states = self._ids([ids[row] for row in rows]), torch.stack(begin)
+        said = []
+        for step in range(max(most[row] for row in rows)):
+            call = self._one_each(slots, [columns[row] + step for row in rows])
+            given = drafter.inputs(tokens, states).view(*call.shape, -1)
+            output = self.run_layers(range(drafter.depth, drafter.depth), call, given, anyone)
+            assert isinstance(output, ExitOutput) and output.state is not None
+            states = output.state
+            tokens = drafter.tokens(states)
+            said.append(tokens)
+        for row, drafts in zip(rows, torch.stack(said, 1).tolist(), strict=True):
+            written[row] = drafts[: most[row]]
+        return written
+
+    def verify(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Tensor:
+        slots = [self._slot_of[handle] for handle in handles]
+        spans = [
+            Span(handle, column, column + len(tokens))
+            for handle, tokens, column in zip(handles, ids, columns, strict=True)
+        ]
+        self._verifies = True
+        try:
+            if len(slots) == 1:
+                call = self._beside(slots[0], spans[0])
+                made: Any = self._through_all(call, self._ids(ids[0])[None])
+            else:
+                made = self._several(slots, spans, [*map(self._ids, ids)], self._through_all)
+        finally:
+            self._verifies = False
+        states = torch.split(made.state, [len(tokens) for tokens in ids])
+        for slot, span, own in zip(slots, spans, states, strict=True):
+            self._verified[slot] = span.first, own
+            for base in self._base.values():
+                base[slot] = span.end
+        return made.entry  # type: ignore[no-any-return]
+
+    def _through_all(self, call: Call, ids: Tensor) -> ExitOutput:
+        """Final-normed states of ids [B, T], and what the drafting exit makes of them."""
+        final = self._call(range(self.backbone.depth), call, ids)
+        output, self._output = self._output, None
+        assert output is not None
+        return ExitOutput(final, output.state)
+
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> ExitOutput | Tensor:
@@ -286,7 +358,12 @@ class SlotExecutor:
             ]
             output = made[0] if len(made) == 1 else _joined(made)
         else:
-            output = self._several(segment, slots, spans, states, looks)
+            output = self._several(
+                slots,
+                spans,
+                states,
+                lambda call, laid: self._run_segment(segment, call, laid, looks),
+            )
         for slot, span in zip(slots, spans, strict=True):
             base[slot] = span.end
             self._read(slot, segment, span)
@@ -307,24 +384,24 @@ class SlotExecutor:
 
     def _several(
         self,
-        segment: int,
         slots: Sequence[int],
         spans: Sequence[Span],
-        states: Sequence[Tensor],
-        looks: Looks,
+        inputs: Sequence[Tensor],
+        run: Callable[[Call, Tensor], ExitOutput | Tensor],
     ) -> ExitOutput | Tensor:
-        """A segment over columns of several slots in one call."""
+        """What `run` makes of columns of several slots in one call. inputs: each slot's, ids [n] or
+        states [n, D]."""
         order = sorted(range(len(slots)), key=lambda i: slots[i])
         spelt = [(slots[i], c) for i in order for c in range(spans[i].first, spans[i].end)]
         named, columns = [slot for slot, _ in spelt], [column for _, column in spelt]
         width = max(columns) + 1
         self.cache.reserve(width)
         call = lay_out(self.layout, named, columns, width, self._device)
-        laid = torch.cat([states[i] for i in order])
+        laid = torch.cat([inputs[i] for i in order])
         packed = self.layout == "packed"
         if call.gather is not None and not packed:
             laid = laid.index_select(0, call.gather)
-        output = self._run_segment(segment, call, laid.view(*call.shape, -1), looks)
+        output = run(call, laid.view(*call.shape, *laid.shape[1:]))
         if call.pick is not None and not packed:
             output = _picked(output, call.pick)
         if order == [*range(len(slots))]:
@@ -431,8 +508,8 @@ class SlotExecutor:
         return output
 
     def _call(self, running: range, call: Call, inputs: Tensor) -> Tensor:
-        """One call on token ids [n], or states [B, T, D]; final-normed states [n, D], which mean
-        nothing where the last layer did not run."""
+        """One call on token ids [n] or [B, T], or states [B, T, D]; final-normed states [n, D],
+        which mean nothing where the last layer did not run."""
         self._current.call, self._bias = call, None
         self._running, self._chunk = running, inputs if running.start else None
         self._output = self._previous = None
@@ -463,7 +540,7 @@ class SlotExecutor:
         """What the stack is called with."""
         call, inputs = given.call, given.inputs
         kw: dict[str, Any] = {self._cache_name: self.cache.seen_by(call, self._unread_in(call))}
-        kw |= {"input_ids": inputs[:, None]} if inputs.dim() == 1 else {"inputs_embeds": inputs}
+        kw |= {"inputs_embeds": inputs} if given.ids is None else {"input_ids": given.ids}
         # Some stacks size a mask of their own by the cache where they are given none.
         kw["attention_mask"] = torch.ones(
             call.shape[0], call.width, dtype=torch.long, device=self._device
@@ -524,8 +601,8 @@ class SlotExecutor:
         for index in running:
             args, kw = arguments[kind_of[index]]
             module = layers[index]
-            if self._keys_only and index in self.depths:
-                self._store_exit_keys(LayerCall(index, module, hidden, args, kw, instead))
+            if (self._keys_only or self._verifies) and index in self.depths:
+                self._pass_exit(LayerCall(index, module, hidden, args, kw, instead))
             if index == before:
                 self._previous = hidden.flatten(0, -2)
             out = instead[self._running_module(module) if packs else module](hidden, *args, **kw)
@@ -551,7 +628,7 @@ class SlotExecutor:
             tables = self._tables = self._rehearsed(needed)
         if tables is None:
             return None
-        kind = given.inputs.dim() == 1, given.call.beside is None, given.call.shape[1] == 1
+        kind = given.ids is not None, given.call.beside is None, given.call.shape[1] == 1
         if kind not in tables.checked:
             try:
                 tables.check(given, self._stage, self._stack_arguments(given))
@@ -627,8 +704,8 @@ class SlotExecutor:
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
-        if self._keys_only and index in self.depths:
-            self._store_exit_keys(call)
+        if (self._keys_only or self._verifies) and index in self.depths:
+            self._pass_exit(call)
         if self._watches and index + 1 == running.stop:
             self._previous = call.hidden.flatten(0, -2)
         return call.run(self._running_module(call.layer))
@@ -640,6 +717,17 @@ class SlotExecutor:
         if module not in self._packed:
             self._packed[module] = with_packed_attention(module, self._current)
         return self._packed[module]
+
+    def _pass_exit(self, call: LayerCall) -> None:
+        """Of a call through all layers: run the drafting exit, and store the others' keys."""
+        if self._verifies and self._drafter is not None and call.index == self._drafter.depth:
+            self._looks = anyone
+            self._at_exit(call)
+        elif self._packs:
+            assert self.exits is not None
+            call.run(self._running_module(self.exits.at(call.index)))
+        else:
+            self._store_exit_keys(call)
 
     def _at_exit(self, call: LayerCall) -> None:
         """Run the exit before this layer, or only store its keys where nobody looks."""

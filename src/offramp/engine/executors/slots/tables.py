@@ -31,9 +31,9 @@ BIASES = ("position_bias", "encoder_decoder_position_bias")
 class Given:
     """What one call is made on.
 
-    inputs: token ids [n], or states [B, T, D] that enter a deeper layer. offsets: position of
-    column 0 [..., slots], where the stack takes positions; offset: that of the one slot of a call
-    whose positions go up one by one, first: that of the first of several axes.
+    inputs: token ids [n] or [B, T], or states [B, T, D] that enter a deeper layer. offsets:
+    position of column 0 [..., slots], where the stack takes positions; offset: that of the one slot
+    of a call whose positions go up one by one, first: that of the first of several axes.
     encoder: states and mask of the encoder, made when asked for.
     """
 
@@ -49,6 +49,12 @@ class Given:
         self.first = first
         self.call, self.inputs, self.offset = call, inputs, offset
         self._offsets, self._encoder = offsets, encoder
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Token ids [B, T], where these enter the first layer."""
+        ids = self.inputs[:, None] if self.inputs.dim() == 1 else self.inputs
+        return ids if ids.dim() == 2 else None
 
     @property
     def takes_positions(self) -> bool:
@@ -191,7 +197,7 @@ class Tables:
 
     def enter(self, given: Given) -> Tensor:
         """The states [B, T, D] that enter the first layer."""
-        states: Tensor = self._embed(given.inputs[:, None])
+        states: Tensor = self._embed(given.ids)
         if self._added is not None:
             states = states + _of_tables((self._added,), given)[0]
         return states if self._norm is None else self._norm(states)

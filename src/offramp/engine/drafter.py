@@ -1,0 +1,77 @@
+"""An exit that drafts on from its own state: what its layer is given, and what it says.
+
+A round starts from what the exit made of the last token that the full model verified, so no layer
+of the backbone runs before the verifying call. Drafts change speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.exit_check import shortlist_of_policy
+from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import DraftInput, ExitSet
+
+
+@dataclass(frozen=True, eq=False)
+class Drafter:
+    """One exit of kind "drafting".
+
+    depth: where it stands. most: drafts in a round, at most. input: of its layer. head: LM head of
+    what it can say, None: the model's own. shortlist: ids [S] of that, None: all.
+    """
+
+    backbone: Backbone
+    depth: int
+    most: int
+    input: DraftInput
+    head: nn.Module | None
+    shortlist: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        exits: ExitSet | None,
+        policy: ExitPolicy,
+        depths: Sequence[int] = (),
+    ) -> Drafter | None:
+        """The deepest exit that can draft on, under a lossless policy; None where none is to.
+
+        depths: among these; none given: among those that `policy.drafts` names, or all. The deepest
+        reads the most, and drafting costs the same at any depth.
+        """
+        if exits is None or not policy.lossless or not backbone.lossless:
+            return None
+        named = depths or tuple(policy.drafts) or exits.depths
+        for depth in sorted(set(named) & set(exits.depths), reverse=True):
+            made = exits.modules.draft_input(depth)
+            if made is not None:
+                shortlist = shortlist_of_policy(policy, exits)
+                head = None if shortlist is None else exits.shortlist_head(backbone)
+                return cls(backbone, depth, policy.max_draft, made, head, shortlist)
+        return None
+
+    @property
+    def rule(self) -> ExitRule:
+        """Of answers whose drafts it writes."""
+        return ExitRule({}, lossless=True, most=self.most, ahead=self.depth)
+
+    def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
+        """What enters the layer [n, D], for tokens [n] behind states [n, D] of the exit."""
+        embedded = self.backbone.stack.get_input_embeddings()(ids)
+        device = self.input.state.weight.device
+        made: Tensor = self.input(embedded.to(device), states.to(device))
+        return made.to(self.backbone.dtype)
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """The ids [n] that the exit says with states [n, D]."""
+        backbone = self.backbone
+        logits = backbone.logits(backbone.final_norm(backbone.here(states)), self.head)
+        places = logits.argmax(-1)
+        return places if self.shortlist is None else self.shortlist[places]

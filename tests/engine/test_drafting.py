@@ -1,0 +1,210 @@
+"""Exits that draft on from their own state: the same answers, in rounds of several tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import families
+import pytest
+import torch
+from families import NAMES, WORDLESS
+
+from offramp.engine.drafter import Drafter
+from offramp.engine.executors import choice
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.models.exits import Exits, ExitSet
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+LOSSLESS = ExitPolicy(lossless=True, max_draft=3)
+
+
+def drafting(whole, depths=(2,)):
+    """Exits that are copies, and draft on as they were made."""
+    return Exits(whole, depths, kind="drafting")
+
+
+@pytest.fixture
+def knows(monkeypatch):
+    """`knows(full)`: drafts are what mostly follows in the answers of `full`; None: never."""
+
+    def tell(full):
+        following = {}
+        if full is not None:
+            for row in full.new_tokens.tolist():
+                following |= dict(pairwise(row))
+        fed, inputs, tokens = [], Drafter.inputs, Drafter.tokens
+
+        def noted(self, ids, states):
+            fed[:] = ids.tolist()
+            return inputs(self, ids, states)
+
+        def said(self, states):
+            assert tokens(self, states).shape == (len(fed),)
+            return torch.tensor([following.get(token, 0) for token in fed])
+
+        monkeypatch.setattr(Drafter, "inputs", noted)
+        monkeypatch.setattr(Drafter, "tokens", said)
+
+    return tell
+
+
+def accepted(made):
+    return sum(kept for _, kept in made.rounds)
+
+
+def drafted(made):
+    return sum(count for count, _ in made.rounds)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_output_is_the_full_models_whether_drafts_are_right_never_or_mostly(
+    name, rows, backbone, batch, knows
+):
+    whole, inputs = backbone(name), batch(name, rows)
+    exits = drafting(whole, families.depths(name))
+    options = {**GREEDY, "suppress_tokens": WORDLESS}
+    full = generate(whole, inputs, **options)
+    made = generate(whole, inputs, exits=exits, policy=LOSSLESS, **options)
+    assert torch.equal(made.sequences, full.sequences)
+    for told, least in ((None, 0), (full, 1)):
+        knows(told)
+        made = generate(whole, inputs, exits=exits, policy=LOSSLESS, **options)
+        assert torch.equal(made.sequences, full.sequences)
+        assert drafted(made) and accepted(made) >= least
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5", "qwen2-vl", "gemma3"])
+def test_the_models_own_stack_drafts_the_same(name, backbone, batch, monkeypatch):
+    whole, inputs = backbone(name), batch(name, 1)
+    exits = drafting(whole)
+    full = generate(whole, inputs, **GREEDY).sequences
+    ours = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
+    made = choice.make_executor
+    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made("stack", *a, **kw))
+    theirs = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
+    assert torch.equal(theirs.sequences, full) and theirs.rounds == ours.rounds
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5"])
+def test_a_draft_is_what_the_layer_makes_of_token_and_state_without_a_cache(
+    name, backbone, batch, monkeypatch
+):
+    """Against a slow loop: the exit over all its true entries, then over what drafts put in."""
+    whole, inputs = backbone(name), batch(name, 1)
+    exits = drafting(whole)
+    with_cache = []
+    tokens = Drafter.tokens
+    monkeypatch.setattr(
+        Drafter, "tokens",
+        lambda self, states: with_cache.append(states.clone()) or tokens(self, states),
+    )  # fmt: skip
+    generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
+    one_row = [states for states in with_cache if len(states) == 1]
+    assert len(one_row) == len(with_cache) > 3
+    with_cache.clear()
+    double = {key: torch.cat([value, value]) for key, value in inputs.items()}
+    generate(whole, double, exits=exits, policy=LOSSLESS, **GREEDY)
+    for alone, both in zip(one_row, with_cache, strict=False):
+        torch.testing.assert_close(both, alone.expand(2, -1), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_sample_is_the_full_models_of_that_seed(rows, backbone, batch, knows):
+    whole, inputs = backbone("llava"), batch("llava", rows)
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "seed": 3}
+    full = generate(whole, inputs, **options)
+    knows(full)
+    made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **options)
+    assert torch.equal(made.sequences, full.sequences) and accepted(made) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_end_token_inside_a_draft_ends_the_answer(rows, backbone, batch, knows):
+    whole, inputs = backbone("llava"), batch("llava", rows)
+    long = generate(whole, inputs, **GREEDY)
+    end = int(long.new_tokens[0, 5])
+    options = {**GREEDY, "eos_token_id": end, "pad_token_id": 0}
+    full = generate(whole, inputs, **options)
+    knows(long)
+    made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **options)
+    assert torch.equal(made.sequences, full.sequences)
+
+
+def test_no_more_is_drafted_than_the_answer_has_room_for(backbone, batch, knows):
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    exits = drafting(whole)
+    for most in (1, 2, 3, 5):
+        full = generate(whole, inputs, max_new_tokens=most, do_sample=False)
+        knows(full)
+        made = generate(
+            whole, inputs, exits=exits, policy=LOSSLESS, max_new_tokens=most, do_sample=False
+        )
+        assert torch.equal(made.sequences, full.sequences)
+        assert all(count < most for count, _ in made.rounds)
+
+
+def test_processors_are_asked_about_what_stands(backbone, batch, knows):
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    for more in ({"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 8}):
+        full = generate(whole, inputs, **GREEDY, **more)
+        knows(full)
+        made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **GREEDY, **more)
+        assert torch.equal(made.sequences, full.sequences)
+
+
+def test_a_drafting_exit_is_a_copied_layer_and_saves_no_name_anew(backbone):
+    whole = backbone("llava")
+    plain, made = Exits(whole, (2,)).state_dict(), drafting(whole).state_dict()
+    assert plain.keys() < made.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in plain.items())
+    assert {name.split(".")[1] for name in made.keys() - plain.keys()} == {"drafts"}
+
+
+def test_early_exit_of_drafting_exits_is_that_of_the_layer(backbone, batch):
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    policy = ExitPolicy({2: 0.05})
+    layer = generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, **GREEDY)
+    ours = generate(whole, inputs, exits=drafting(whole), policy=policy, **GREEDY)
+    assert torch.equal(ours.sequences, layer.sequences)
+    assert torch.equal(ours.depths, layer.depths)
+
+
+def test_a_shortlist_bounds_what_is_drafted(backbone, batch, knows):
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    ids = torch.arange(0, whole.vocabulary, 2)
+    exits = ExitSet(drafting(whole), ids)
+    full = generate(whole, inputs, **GREEDY)
+    policy = ExitPolicy(lossless=True, max_draft=3, shortlist=True)
+    drafter = Drafter.of(whole, exits, policy)
+    assert set(drafter.tokens(torch.randn(50, whole.width)).tolist()) <= set(ids.tolist())
+    made = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
+    assert torch.equal(made.sequences, full.sequences)
+
+
+def test_requests_of_all_modes_share_an_engine(backbone, batch, knows):
+    """Drafting rows beside early exits and full depth: each gets what it gets alone."""
+    from offramp.serving.core import EngineConfig, EngineCore
+    from offramp.serving.request import Request
+
+    whole = backbone("llava")
+    exits = drafting(whole)
+    policy = ExitPolicy({2: 0.05}, max_draft=3)
+    rows = [families.one_row("llava", batch("llava", 4), row) for row in range(4)]
+    full = [generate(whole, row, **GREEDY) for row in rows]
+    early = [generate(whole, row, exits=exits, policy=policy, **GREEDY) for row in rows]
+    knows(full[0])
+    core = EngineCore(whole, exits, policy, EngineConfig(slots=6, limit=64))
+    asked = [
+        (mode, row)
+        for row in range(4)
+        for mode in ("lossless", *(["early_exit", "full"] if row % 2 else []))
+    ]
+    handles = [core.add(Request(rows[row], mode, options=GREEDY)) for mode, row in asked]
+    core.run()
+    for (mode, row), handle in zip(asked, handles, strict=True):
+        alone = early[row] if mode == "early_exit" else full[row]
+        assert torch.equal(handle.result().output.sequences, alone.sequences), (mode, row)
+    lossless = [h for (mode, _), h in zip(asked, handles, strict=True) if mode == "lossless"]
+    assert sum(accepted(handle.result().output) for handle in lossless) > 0
