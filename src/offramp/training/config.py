@@ -63,8 +63,9 @@ class TrainConfig:
     )
     exit_kind: str = option(
         "layer",
-        "what an exit is: a copied decoder layer; dense: the same with one MLP in place of "
-        "its experts; or a kind registered by a plug-in",
+        "what an exit is: a copied decoder layer; drafting: one that also learns to draft on, for "
+        "lossless decoding; dense: a layer with one MLP in place of its experts; or a kind "
+        "registered by a plug-in",
     )
     steps: int = option(600, "training steps")
     batch_size: int = option(16, "examples in a step")
@@ -159,7 +160,7 @@ class TrainConfig:
             (f"weights of {', '.join(registered)} must not be negative", bool(registered)),
             (
                 "the closest initial layer is of exits that are decoder layers",
-                self.initial_layer == "closest" and self.exit_kind != "layer",
+                self.initial_layer == "closest" and self.exit_kind not in ("layer", "drafting"),
             ),
             ("no loss has a weight at the first step", not at_first),
             (

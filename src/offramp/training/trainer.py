@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -50,6 +50,7 @@ from offramp.training.checkpoint import (
     undisturbed,
 )
 from offramp.training.config import TrainConfig
+from offramp.training.drafting import DraftingStage
 from offramp.training.feature_dataset import Stores, TrainingStates, progress_bar
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
@@ -91,13 +92,41 @@ def train(
     out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
     check_untested(backbone, processor, examples[:1])
-    trainer = Trainer(backbone, processor, examples, config, out, command)
+    drafts = config.exit_kind == "drafting"
+    first = replace(config, exit_kind="layer") if drafts else config
+    trainer = Trainer(backbone, processor, examples, first, out, command)
     if not trainer.accelerator.is_main_process:  # the main one holds the folder for all
-        return trainer.run(resume)
+        return trainer.run_stages(resume, drafts=drafts)
     with locked_folder(out / FOLDER):
         if not resume:
             forget_run(out)
-        return trainer.run(resume)
+        return trainer.run_stages(resume, drafts=drafts)
+
+
+def train_drafting(
+    adapter: Adapter,
+    processor: Any,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+) -> Adapter:
+    """Teach the exits of an adapter, which stay as they are, to draft on; it is saved in `out`.
+
+    config: of this stage: steps, batches, learning rate, and whose answers it learns from.
+
+    Raises:
+        InputError: `out` holds an adapter, and `overwrite` was not asked for; exits that are no
+            copied layers.
+        DataError, StorageError, TrainingError: as of `train`.
+    """
+    out = Path(out)
+    check_out(out, resume=False, overwrite=overwrite)
+    config = replace(config, exit_kind="layer", depths=adapter.exits.depths)
+    trainer = Trainer(adapter.backbone, processor, examples, config, out)
+    with locked_folder(out / FOLDER):
+        return trainer.teach_drafts(adapter, trainer.states.record())
 
 
 class Trainer:
@@ -184,6 +213,23 @@ class Trainer:
             for store in stores if recorded is None else ():
                 store.clear()
         return self._best_adapter()
+
+    def run_stages(self, resume: bool = False, *, drafts: bool) -> Adapter:
+        """`run`; drafts: the exits then learn to draft on, from the same recorded states."""
+        if not drafts:
+            return self.run(resume)
+        recorded: dict[Any, Stores] = {}
+        adapter = self.run(resume, recorded)
+        return self.teach_drafts(adapter, recorded.get(self.states.key) or self.states.record())
+
+    def teach_drafts(self, adapter: Adapter, stores: Stores) -> Adapter:
+        """The adapter with exits that draft on, saved."""
+        made = DraftingStage(adapter, self.config, self.accelerator).run(stores)
+        for store in stores:
+            store.clear()
+        if self.accelerator.is_main_process:
+            made.save(self.out)
+        return made
 
     def _follow(
         self, train_store: FeatureStore, validation: FeatureStore, history: JsonlLog | None

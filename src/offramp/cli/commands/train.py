@@ -77,6 +77,11 @@ def _options(parser: Parser) -> None:
         "--overwrite", action="store_true", help="replace the adapter or checkpoint in --out"
     )
     group.add_argument(
+        "--drafting", nargs="?", const=True, metavar="ADAPTER",
+        help="the exits also learn to draft on, for lossless decoding; with an adapter's folder, "
+        "its exits do, and nothing else of them changes",
+    )  # fmt: skip
+    group.add_argument(
         "--gates", action="store_true",
         help="learn a gate before each exit, where it pays: it predicts whether the exit is worth "
         "running",
@@ -122,6 +127,8 @@ def _config(arguments: argparse.Namespace) -> Any:
     from offramp.training.config import ADVERSARY, FREE, TrainConfig
 
     asked = {n: getattr(arguments, n) for names in GROUPS.values() for n in names}
+    if arguments.drafting is True:
+        asked["exit_kind"] = "drafting"
     own = {n: v for n in ADVERSARY if (v := getattr(arguments, n)) is not None}
     if arguments.objective != "free" and own:
         flag = f"--{next(iter(own)).replace('_', '-')}"
@@ -135,13 +142,14 @@ def _config(arguments: argparse.Namespace) -> Any:
 def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
+    from offramp.adapter import Adapter
     from offramp.calibration.gates import learn_shortlist_and_gates
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.risk_control import images_needed
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
     from offramp.training.checkpoint import check_out
-    from offramp.training.trainer import train
+    from offramp.training.trainer import train, train_drafting
 
     config = _config(arguments)
     check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -156,10 +164,16 @@ def _train(arguments: argparse.Namespace) -> None:
     backbone, processor = load_model(arguments)
     if backbone.tested:  # those `train` checks itself
         check_exits(backbone, processor, examples[0])
-    adapter = train(
-        backbone, processor, examples, config, arguments.out,
-        resume=arguments.resume, overwrite=arguments.overwrite,
-    )  # fmt: skip
+    if isinstance(arguments.drafting, str):
+        adapter = train_drafting(
+            Adapter.from_pretrained(backbone, arguments.drafting),
+            processor, examples, config, arguments.out, overwrite=arguments.overwrite,
+        )  # fmt: skip
+    else:
+        adapter = train(
+            backbone, processor, examples, config, arguments.out,
+            resume=arguments.resume, overwrite=arguments.overwrite,
+        )  # fmt: skip
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:

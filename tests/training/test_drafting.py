@@ -1,0 +1,139 @@
+"""Exits learn to draft on: what is unrolled is what decoding does, and the layer stays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+import fakes
+import pytest
+import torch
+import training_runs
+
+from offramp.adapter import Adapter
+from offramp.engine.drafter import Drafter
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.teacher_forcing import Answered, record
+from offramp.errors import InputError
+from offramp.models.exits import Exits
+from offramp.models.input_processor import InputProcessor
+from offramp.training.config import TrainConfig
+from offramp.training.drafting import DraftingStage, roll_out
+from offramp.training.feature_store import FeatureStore
+from offramp.training.trainer import train, train_drafting
+
+CONFIG = TrainConfig(
+    depths=(2, 4), steps=8, batch_size=4, evaluate_every=4, max_new_tokens=8,
+    validation_fraction=0.25, patience=None,
+)  # fmt: skip
+LOSSLESS = ExitPolicy(lossless=True, max_draft=3)
+
+
+def answered(whole, encoder, n, new=7):
+    rows = []
+    for example in fakes.examples(n):
+        made = generate(whole, encoder.prompts([example]), max_new_tokens=new, do_sample=False)
+        rows.append(Answered(example, tuple(made.new_tokens[0].tolist()), False))
+    return rows
+
+
+def processor(name):
+    return fakes.Blip2FakeProcessor(name)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-llama", "blip2-t5"])
+def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
+    """From the prompt's last token on: states of drafts in training equal those in decoding."""
+    whole = backbone(name)
+    encoder = InputProcessor(whole, processor(name))
+    [row] = answered(whole, encoder, 1)
+    exits = Exits(whole, (2,), kind="drafting")
+    rollout = roll_out(whole, exits, record(encoder, [row], (2,)), 3)[2]
+    states, step = [], count()
+
+    def said(self, made):
+        states.append(made.clone())
+        return torch.tensor([row.ids[next(step) + 1]])
+
+    monkeypatch.setattr(Drafter, "tokens", said)
+    made = generate(
+        whole, encoder.prompts([row.example]), exits=exits, policy=LOSSLESS,
+        max_new_tokens=5, do_sample=False,
+    )  # fmt: skip
+    assert made.new_tokens[0].tolist() == list(row.ids[:5]) and made.rounds[0] == (3, 3)
+    for k in range(3):
+        torch.testing.assert_close(rollout.drafts[k][0, k], states[k][0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
+def test_a_place_drafts_the_same_whatever_the_others_do(name, backbone):
+    """A rollout over an answer, against one that begins at its place alone."""
+    whole = backbone(name)
+    encoder = InputProcessor(whole, processor(name))
+    [row] = answered(whole, encoder, 1)
+    exits = Exits(whole, (2,), kind="drafting")
+    long = roll_out(whole, exits, record(encoder, [row], (2,)), 2)[2]
+    short = roll_out(whole, exits, record(encoder, [replace(row, ids=row.ids[:4])], (2,)), 2)[2]
+    for k in range(2):
+        torch.testing.assert_close(
+            long.drafts[k][:, k:3], short.drafts[k][:, k:], atol=2e-5, rtol=1e-4
+        )
+
+
+def test_only_the_inputs_of_drafts_learn(opt, tmp_path):
+    config = training_runs.SHORT
+    first = train(opt, processor("blip2-opt"), fakes.examples(12), config, tmp_path / "first")
+    adapter = first.with_policy(ExitPolicy({2: 0.3}), {"kept": True})
+    frozen = {n: t.clone() for n, t in opt.model.state_dict().items()}
+    made = train_drafting(
+        adapter, processor("blip2-opt"), fakes.examples(12), CONFIG, tmp_path / "second"
+    )
+    assert made.exits.modules.kind == "drafting"
+    assert made.policy == adapter.policy and made.calibration == {"kept": True}
+    was, now = (a.exits.modules.state_dict() for a in (adapter, made))
+    assert all(torch.equal(now[name], tensor) for name, tensor in was.items())
+    fresh = Exits(opt, (2, 4), kind="drafting").state_dict()
+    own = now.keys() - was.keys()
+    assert own and all(not torch.equal(now[name], fresh[name]) for name in own)
+    assert all(torch.equal(opt.model.state_dict()[n], t) for n, t in frozen.items())
+    loaded = Adapter.load(tmp_path / "second", opt)
+    assert training_runs.same(loaded.exits.modules.state_dict(), now)
+    assert loaded.metrics["drafting"].keys() == {"2", "4"}
+
+
+def test_training_raises_acceptance(backbone, tmp_path):
+    whole = backbone("blip2-opt")
+    encoder = InputProcessor(whole, processor("blip2-opt"))
+    store = FeatureStore(encoder, answered(whole, encoder, 8), (4,), batch_size=4)
+    store.fill()
+    exits = Exits(whole, (4,))
+    config = replace(CONFIG, depths=(4,), steps=40, evaluate_every=20, learning_rate=1e-2)
+    run = training_runs.trainer(whole, tmp_path, config)
+    stage = DraftingStage(Adapter(whole, exits), config, run.accelerator)
+    with torch.no_grad():
+        before = stage.loss(store[0]).item()
+    made = stage.run((store, store))
+    shown = made.metrics["drafting"]["4"]
+    with torch.no_grad():
+        assert stage.loss(store[0]).item() < 0.8 * before
+    assert shown["drafts"] > 20 and 0 < shown["acceptance"][0] <= 1
+    assert shown["first_draft"] > 0
+
+
+def test_train_of_that_kind_has_both_stages(opt, tmp_path):
+    config = replace(CONFIG, exit_kind="drafting")
+    made = train(opt, processor("blip2-opt"), fakes.examples(12), config, tmp_path)
+    assert made.exits.draft_on and set(made.metrics) >= {"agreement", "drafting"}
+    assert made.provenance["config"]["exit_kind"] == "drafting"
+    whole = generate(opt, InputProcessor(opt, processor("blip2-opt")).prompts(fakes.examples(1)),
+                     max_new_tokens=6, do_sample=False)  # fmt: skip
+    prompt = InputProcessor(opt, processor("blip2-opt")).prompts(fakes.examples(1))
+    ours = made.generate(prompt, mode="lossless", max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours.sequences, whole.sequences) and ours.rounds
+
+
+def test_other_exits_are_refused(opt, tmp_path):
+    lens = Adapter(opt, Exits(opt, (2,), kind="lens"))
+    with pytest.raises(InputError, match="cannot learn to draft on"):
+        DraftingStage(lens, CONFIG, training_runs.trainer(opt, tmp_path, CONFIG).accelerator)
