@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.rows import half_of, read_photographs
-from offramp.runtimes.edge.decoding import MODES
 
 from offramp.adapter import Adapter
+from offramp.engine.policy import MODES
 from offramp.engine.prefill import prepare
 from offramp.models.intercept import InterceptedModel
 from offramp.provenance import provenance
