@@ -98,3 +98,16 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], No
     from offramp.engine.confidence import SCORES
 
     return lambda score: monkeypatch.setitem(SCORES, "max_probability", score)
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a registered score of hidden states: how little the layer before an exit did."""
+    from offramp.engine.confidence import FEATURE_SCORES
+
+    def score(check: Any) -> Any:
+        entry, previous = check.entry.float(), check.previous.float()
+        return (0.5 + 0.5 * torch.cosine_similarity(entry, previous, dim=-1)).clamp(0, 1)
+
+    monkeypatch.setitem(FEATURE_SCORES, "idle", score)
+    return "idle"

@@ -261,27 +261,7 @@ def test_the_saved_card_is_the_model_card(saved_adapter: Path) -> None:
     assert card.startswith("---\nlibrary_name: offramp\n") and "{{" not in card and "{%" not in card
 
 
-# -- the discriminator score ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"conditional": False}, {"judged": "sequence"}, {"spectral_norm": True}],
-    ids=str,
-)
-def test_the_discriminator_score_works_after_loading(
-    options: dict[str, Any], opt: Any, batch: Build, tmp_path: Path
-) -> None:
-    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="discriminator")
-    saved = trained(opt, options=options, policy=policy)
-    saved.save(tmp_path)
-    inputs = batch("blip2-opt", 2)
-    loaded = Adapter.load(tmp_path, opt)
-    first, second = (a.generate(inputs, max_new_tokens=5) for a in (saved, loaded))
-    assert torch.equal(first.scores[:, 1:], second.scores[:, 1:])
-    assert ((first.scores[:, 1:] >= 0) & (first.scores[:, 1:] <= 1)).all()
-    again = loaded.generate(inputs, max_new_tokens=5)  # looking changes nothing
-    assert torch.equal(again.scores[:, 1:], second.scores[:, 1:])
+# -- discriminators -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conditional", [True, False])
@@ -304,16 +284,6 @@ def test_lens_exits_are_not_saved(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Lens exits have no tensors"):
         Adapter(opt, Exits(opt, DEPTHS, kind="lens")).save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_the_discriminator_score_without_its_file_is_a_clear_error(
-    opt: Any, batch: Build, tmp_path: Path
-) -> None:
-    trained(opt, policy=ExitPolicy({2: 0.5}, score="discriminator")).save(tmp_path)
-    (tmp_path / DISCRIMINATORS).unlink()
-    loaded = Adapter.load(tmp_path, opt)
-    with pytest.raises(InputError, match=r"discriminators? "):
-        loaded.generate(batch("blip2-opt", 1), max_new_tokens=2)
 
 
 # -- hub --------------------------------------------------------------------------------------

@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "offramp"
-GROUND = {"offramp", "errors", "options", "missing", "storage", "provenance", "progress", "betting"}
+GROUND = {
+    "offramp",
+    "errors",
+    "options",
+    "missing",
+    "storage",
+    "provenance",
+    "progress",
+    "betting",
+    "plugins",
+}
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "guarantee", "save_and_load", "model_card", "adapter"}
 ANSWERS = {*ADAPTER, "answers"}
@@ -26,6 +36,7 @@ MAY_IMPORT = {
     "betting": set(),
     "storage": {"errors"},
     "progress": set(),
+    "plugins": {"errors"},
     "provenance": {"offramp", "errors", "storage"},
     "data": GROUND,
     "models": {*GROUND, "data"},
@@ -92,11 +103,12 @@ def test_nothing_of_the_product_imports_the_lab() -> None:
 LAB = Path(__file__).parents[1] / "lab" / "src" / "offramp_lab"
 BEFORE = {
     "places": set(),
+    "methods": set(),
     "inputs": {"places"},
-    "experiments": {"inputs"},
-    "commands": {"inputs", "experiments"},
+    "experiments": {"methods", "inputs"},
+    "commands": {"methods", "inputs", "experiments"},
     "cli": set(),
-    "records": {"places", "inputs", "experiments"},
+    "records": {"places", "methods", "inputs", "experiments"},
     "tables": {"places", "experiments"},
     "pages": {"places", "inputs", "experiments", "records", "tables"},
     "recipes": set(),

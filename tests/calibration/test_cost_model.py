@@ -188,8 +188,8 @@ def test_measuring_leaves_the_model_and_the_scores_as_they_were() -> None:
 
 def test_measuring_refuses_a_score_that_reads_no_logits() -> None:
     backbone = shape("mini-opt").build()
-    with pytest.raises(InputError, match="discriminator"):
-        measure_costs(backbone, shape("mini-opt").inputs(backbone), score="discriminator")
+    with pytest.raises(InputError, match="agreement"):
+        measure_costs(backbone, shape("mini-opt").inputs(backbone), score="agreement")
 
 
 @pytest.mark.parametrize("name", ["mini-llava", "mini-t5"])

@@ -113,11 +113,7 @@ def test_gates_do_not_stand_before_drafts() -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [
-        ExitPolicy(score="patience"),
-        ExitPolicy(score="agreement", weights={2: 0.3, 4: 0.7}),
-        ExitPolicy({2: 0.5}, score="saturation", kv="propagate"),
-    ],
+    [ExitPolicy(), ExitPolicy(score="agreement", weights={2: 0.3, 4: 0.7}), ExitPolicy({2: 0.5})],
 )
 def test_every_kind_of_policy_can_be_drafted_by(
     adapter: Adapter, policy: ExitPolicy, batch: Any

@@ -9,13 +9,11 @@ import torch
 
 from offramp.engine import confidence as module
 from offramp.engine.confidence import (
-    FEATURE_SCORES,
     SCORES,
     STREAKS,
     check_score,
     check_thresholds,
     check_weights,
-    saturation,
 )
 from offramp.errors import InputError
 
@@ -89,26 +87,11 @@ def test_a_uniform_row_scores_zero(name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 60000.0])
-@pytest.mark.parametrize("name", STREAKS)
-def test_a_streak_is_finite_and_in_range_at_any_scale(name, scale, dtype):
-    rule = STREAKS[name]((2, 4, 6), {})
+def test_a_streak_is_finite_and_in_range_at_any_scale(scale, dtype):
+    rule = STREAKS["agreement"]((2, 4, 6), {})
     for depth in (2, 4, 6):
         found = rule(depth, logits(DTYPES[dtype], scale).clamp(-60000, 60000))
         assert found.shape == (16,) and ((found >= 0) & (found <= 1 + 1e-6)).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 60000.0])
-def test_saturation_is_finite_and_in_range_at_any_scale(scale, dtype):
-    entry, previous = (logits(DTYPES[dtype], scale).clamp(-60000, 60000) for _ in range(2))
-    found = saturation(entry, previous)
-    assert found.dtype == torch.float32 and ((found >= 0) & (found <= 1)).all()
-
-
-@pytest.mark.parametrize(("factor", "score"), [(3.0, 1.0), (-0.5, 0.0)])
-def test_saturation_sees_the_direction_of_a_state_and_not_its_length(factor, score):
-    state = torch.randn(4, 32)
-    assert saturation(factor * state, state).tolist() == pytest.approx([score] * 4, abs=1e-6)
 
 
 # -- names, thresholds and weights --------------------------------------------------------------
@@ -120,7 +103,7 @@ def test_an_unknown_score_is_refused_with_the_names_there_are(name):
         check_score(name)
 
 
-@pytest.mark.parametrize("name", [*SCORES, *STREAKS, *FEATURE_SCORES])
+@pytest.mark.parametrize("name", [*SCORES, "agreement"])
 def test_the_known_scores_are_accepted(name):
     assert check_score(name) == name
 

@@ -6,70 +6,55 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+from exit_walks import (
+    DEPTHS,
+    KINDS,
+    NEW,
+    WEIGHTS,
+    agreeing,
+    check_finished_rows,
+    check_rows_alone,
+    check_walks,
+    counted,
+    decoded,
+    record,
+)
 from families import WORDLESS
-from reference import of_steps, probe
 
-from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, Patience
+from offramp import plugins
+from offramp.engine.confidence import (
+    FEATURE_SCORES,
+    SCORES,
+    STREAKS,
+    Agreement,
+    max_probability,
+    register_score,
+)
 from offramp.engine.exit_check import ExitScorer
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy, policy_from_json, policy_to_json, resolved
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
 
-NEW = 12
-DEPTHS = (1, 2, 3, 5)
-WEIGHTS = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9}
-KINDS = ("llava", "blip2-t5")
-THRESHOLDS = {
-    "patience": {"llava": 0.3, "blip2-t5": 0.3},
-    "agreement": {"llava": 0.1, "blip2-t5": 0.02},
-    "saturation": {"llava": 0.94, "blip2-t5": 0.94},
-}
-"""At which the tokens of these tiny models leave here and there."""
-
-
-def by(score, name, **more):
-    """A policy under which tokens exit at several depths, and some at none."""
-    weights = WEIGHTS if score == "agreement" else {}
-    thresholds = dict.fromkeys(DEPTHS, THRESHOLDS[score][name])
-    return ExitPolicy(thresholds, score=score, weights=weights, **more)
+THRESHOLDS = {"llava": 0.1, "blip2-t5": 0.02}
+"""Of agreement, at which the tokens of these tiny models leave here and there."""
+IDLE = 0.94
 
 
 @pytest.fixture
 def decode(backbone, exits, batch):
     """`decode(name, rows, policy)`: backbone, exits, inputs and generation."""
 
-    def run(name, rows, policy, discriminators=None, **options):
+    def run(name, rows, policy, **options):
         whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, rows)
-        parts = ExitSet(parts, discriminators=discriminators)
-        made = generate(
-            whole,
-            inputs,
-            exits=parts,
-            policy=policy,
-            **{"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS, **options},
-        )
-        return whole, parts, inputs, made
+        return whole, parts, inputs, decoded(whole, parts, inputs, policy, **options)
 
     return run
 
 
 # -- each equals its slow reference -----------------------------------------------------------
-
-
-def agreeing(said):
-    """The places of the last exit and of those just before it that say the same."""
-    places = [len(said) - 1]
-    while places[-1] > 0 and said[places[-1] - 1] == said[-1]:
-        places.append(places[-1] - 1)
-    return places
-
-
-def slow_patience(seen):
-    return (len(agreeing([row.argmax().item() for row in seen.logits])) - 1) / (len(DEPTHS) - 1)
 
 
 def slow_agreement(seen):
@@ -79,100 +64,28 @@ def slow_agreement(seen):
     return sum(gathered) / sum(weights)
 
 
-def slow_saturation(seen):
+def slow_idle(seen):
     before, state = (row.double() for row in seen.states[-1])
     return (1 + (before @ state / (before.norm() * state.norm())).item()) / 2
 
 
-SLOW = {"patience": slow_patience, "agreement": slow_agreement, "saturation": slow_saturation}
-
-
-class Seen:
-    """What the exits at `depths` had before them at one token of one row."""
-
-    def __init__(self, recorded, row, step, depths):
-        self.logits = [recorded.logits[d][row, step] for d in depths]
-        self.states = [[recorded.outputs[d - k][row, step] for k in (1, 0)] for d in depths]
-
-
-def record(whole, inputs, made, parts):
-    """A plain forward over the whole answer: states and logits of the steps that wrote it.
-
-    Logits are of what may be said, as `decode` has it.
-    """
-    entered = []
-    handle = whole.layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    try:
-        seen = probe(whole, inputs, made.sequences, parts)
-    finally:
-        handle.remove()
-    seen.outputs[0] = entered[-1]
-    for by_depth in (seen.logits, seen.outputs):
-        by_depth.update({d: of_steps(x, NEW).clone() for d, x in by_depth.items()})
-    for logits in seen.logits.values():
-        logits[..., WORDLESS] = float("-inf")
-    return seen
-
-
-def walk(score, name, recorded, row, step):
-    """Depth and score at which a token exits, exit by exit."""
-    for place, depth in enumerate(DEPTHS):
-        found = SLOW[score](Seen(recorded, row, step, DEPTHS[: place + 1]))
-        if found >= THRESHOLDS[score][name]:
-            return depth, found
-    return families.LAYERS, found
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("score", SLOW)
-def test_depths_and_scores_are_those_of_a_slow_walk_over_the_exits(score, name, rows, decode):
-    whole, parts, inputs, made = decode(name, rows, by(score, name, exit_in_prefill=True))
-    recorded = record(whole, inputs, made, parts)
-    walks = [[walk(score, name, recorded, row, step) for step in range(NEW)] for row in range(rows)]
-    assert made.depths.tolist() == [[depth for depth, _ in steps] for steps in walks]
-    expected = torch.tensor([[found for _, found in steps] for steps in walks])
-    assert torch.allclose(made.scores, expected, atol=1e-4)
-    assert len(made.depths.unique()) >= 3
+def test_depths_and_scores_are_those_of_a_slow_walk_over_the_exits(
+    name, rows, backbone, exits, batch, idle
+):
+    parts = backbone(name), exits(name, depths=DEPTHS), batch(name, rows)
+    check_walks(slow_agreement, "agreement", THRESHOLDS[name], *parts, weights=WEIGHTS)
+    check_walks(slow_idle, idle, IDLE, *parts)
 
 
-@pytest.mark.parametrize("score", STREAKS)
-def test_a_streak_belongs_to_its_row_and_its_token(score):
-    """Rows scored together, and token after token, score as each would alone."""
-    logits = 3 * torch.randn(5, len(DEPTHS), 4, 3)  # tokens, exits, rows, words
-
-    def fresh():
-        return STREAKS[score](DEPTHS, WEIGHTS)
-
-    one = fresh()
-    together = [[one(d, x) for d, x in zip(DEPTHS, token, strict=True)] for token in logits]
-    for token, found in zip(logits, together, strict=True):
-        for row in range(4):
-            alone = fresh()
-            for depth, x, scores in zip(DEPTHS, token, found, strict=True):
-                assert torch.equal(alone(depth, x[row : row + 1])[0], scores[row])
-
-
-@pytest.mark.parametrize("exits", range(2, 40))
-def test_a_patience_has_its_threshold(exits):
-    """After n agreeing pairs in a row the score reaches n / (E - 1), and not n + 1 of them."""
-    rule, logits = Patience(range(1, exits + 1), {}), torch.tensor([[0.0, 1.0]])
-    for pairs in range(exits):
-        score = rule(pairs + 1, logits)
-        assert score >= pairs / (exits - 1) and not score >= (pairs + 1) / (exits - 1)
-
-
-def test_one_exit_alone_never_has_patience(decode):
-    *_, made = decode("blip2-t5", 1, ExitPolicy({3: 0.001}, score="patience"))
-    assert (made.depths == families.LAYERS).all() and (made.scores == 0).all()
+def test_a_streak_belongs_to_its_row_and_its_token():
+    check_rows_alone(lambda: Agreement(DEPTHS, WEIGHTS))
 
 
 def test_equal_exits_that_are_certain_agree_fully():
-    rules = {name: STREAKS[name](DEPTHS, WEIGHTS) for name in STREAKS}
-    logits = torch.tensor([[0.0, 200.0]])
-    for depth in DEPTHS:
-        found = {name: rule(depth, logits).item() for name, rule in rules.items()}
-    assert found == {"patience": 1.0, "agreement": pytest.approx(1.0)}
+    rule, logits = Agreement(DEPTHS, WEIGHTS), torch.tensor([[0.0, 200.0]])
+    assert [rule(depth, logits) for depth in DEPTHS][-1].item() == pytest.approx(1.0)
 
 
 def test_without_weights_all_exits_count_alike():
@@ -185,36 +98,15 @@ def test_without_weights_all_exits_count_alike():
 # -- what a score does not read is not computed -----------------------------------------------
 
 
-def counted(whole, call):
-    """What `call` returns, and how often the LM head ran."""
-    runs = []
-    handle = whole.head.register_forward_hook(lambda *_: runs.append(1))
-    try:
-        return call(), len(runs)
-    finally:
-        handle.remove()
-
-
-def of_features(score, whole, threshold):
-    judges = build_discriminators(whole.width, DEPTHS, conditional=True)
-    return {
-        "exits": ExitSet(Exits(whole, DEPTHS), discriminators=judges),
-        "policy": ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score),
-        "max_new_tokens": NEW,
-    }
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(
-    ("score", "threshold"),
-    [("saturation", 0.94), ("saturation", 1.0), ("discriminator", 0.51), ("discriminator", 1.0)],
-)
+@pytest.mark.parametrize("threshold", [IDLE, 1.0])
 def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
-    score, threshold, name, rows, batch
+    threshold, name, rows, batch, idle
 ):
     whole, inputs = Backbone(families.build(name)), batch(name, rows)
-    given = of_features(score, whole, threshold)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=idle)
+    given = {"exits": Exits(whole, DEPTHS), "policy": policy, "max_new_tokens": NEW}
     made, heads = counted(whole, lambda: generate(whole, inputs, **given))
     # The model's own forward over the prompt runs it too, if every row has left by then.
     unread = int(whole.depth not in made.depths[:, 0])
@@ -224,7 +116,9 @@ def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
 
 def test_a_score_of_logits_runs_the_head_at_each_exit(batch):
     whole, inputs = Backbone(families.build("blip2-t5")), batch("blip2-t5", 1)
-    _, heads = counted(whole, lambda: generate(whole, inputs, **of_features("margin", whole, 1.0)))
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, 1.0), score="margin")
+    given = {"exits": Exits(whole, DEPTHS), "policy": policy, "max_new_tokens": NEW}
+    _, heads = counted(whole, lambda: generate(whole, inputs, **given))
     assert heads == NEW * (len(DEPTHS) + 1)
 
 
@@ -251,13 +145,14 @@ def test_a_token_that_leaves_unseen_has_no_score_of_an_earlier_exit(rows, decode
 def test_each_token_is_looked_at_once_by_each_exit_up_to_its_own(name, rows, decode, monkeypatch):
     looks = []
 
-    class Noted(Patience):
+    class Noted(Agreement):
         def __call__(self, depth, logits):
             looks.append(depth)
             return super().__call__(depth, logits)
 
-    monkeypatch.setitem(STREAKS, "patience", Noted)
-    *_, made = decode(name, rows, by("patience", name, exit_in_prefill=True))
+    monkeypatch.setitem(STREAKS, "noted", Noted)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLDS[name]), score="noted", weights=WEIGHTS)
+    *_, made = decode(name, rows, policy)
     reached = made.depths.flatten().tolist()
     expected = [depth for each in reached for depth in DEPTHS if depth <= each]
     assert sorted(looks) == sorted(expected)
@@ -268,33 +163,58 @@ def test_each_token_is_looked_at_once_by_each_exit_up_to_its_own(name, rows, dec
 # -- what the decode loop guarantees --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", SLOW)
-def test_a_finished_row_keeps_no_score(score, decode):
-    _, _, _, free = decode("llava", 4, by(score, "llava"))
-    end = int(free.new_tokens[0, 3])
-    *_, made = decode("llava", 4, by(score, "llava"), eos_token_id=end)
-    done = made.depths == 0
-    assert done.any() and made.scores[done].isnan().all()
-    assert torch.equal(made.scores[:, 1:].isnan(), done[:, 1:])
+def test_a_finished_row_keeps_no_score(backbone, exits, batch, idle):
+    parts = backbone("llava"), exits("llava", depths=DEPTHS), batch("llava", 4)
+    check_finished_rows("agreement", THRESHOLDS["llava"], *parts, weights=WEIGHTS)
+    check_finished_rows(idle, IDLE, *parts)
 
 
 # -- what makes no sense is refused ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [("patiense", "patience"), ("agrement", "agreement"), ("saturate", "saturation")],
-)
+@pytest.mark.parametrize(("typed", "meant"), [("agrement", "agreement"), ("margins", "margin")])
 def test_an_unknown_score_is_refused_with_the_closest(typed, meant):
     with pytest.raises(InputError, match=f"Did you mean '{meant}'"):
         ExitPolicy(score=typed)
 
 
-@pytest.mark.parametrize("score", [*SCORES, *STREAKS, *FEATURE_SCORES])
-def test_every_known_score_has_a_judge(score, backbone, exits):
-    judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    attached = ExitSet(exits("llava"), discriminators=judges)
-    scorer = ExitScorer(backbone("llava"), ExitPolicy({2: 0.5}, score=score), (2,), attached)
+@pytest.fixture
+def without_plugins(monkeypatch):
+    """No package brings a score, as where offramp stands alone."""
+    monkeypatch.setattr(plugins, "_points", lambda: ())
+    for registry in (STREAKS, FEATURE_SCORES):
+        for name in plugins.LAB:
+            monkeypatch.delitem(registry, name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["patience", "saturation", "discriminator"])
+def test_without_the_lab_a_policy_by_one_of_its_scores_says_what_to_install(name, without_plugins):
+    with pytest.raises(InputError, match=f"'{name}' is not known.*\n.*offramp-lab"):
+        ExitPolicy({2: 0.5}, score=name)
+    told = {**policy_to_json(ExitPolicy({2: 0.5})), "score": name}  # as older adapters hold it
+    with pytest.raises(InputError, match="pip install"):
+        policy_from_json(told)
+
+
+def test_a_policy_finds_the_score_of_a_plugin_that_was_not_loaded(without_plugins, monkeypatch):
+    class Point:
+        name, value = "mine", "a.module:of_this_test"
+
+        def load(self):
+            return lambda: register_score("brought", max_probability)
+
+    monkeypatch.setattr(plugins, "_points", lambda: (Point(),))
+    monkeypatch.setattr(plugins, "_loaded", set())
+    try:
+        assert ExitPolicy({2: 0.5}, score="brought").score == "brought"
+    finally:
+        SCORES.pop("brought", None)
+
+
+@pytest.mark.parametrize("score", ["max_probability", "margin", "entropy", "agreement"])
+def test_every_built_in_score_is_in_its_range(score, backbone, exits):
+    policy = ExitPolicy({2: 0.5}, score=score)
+    scorer = ExitScorer(backbone("llava"), policy, (2,), ExitSet(exits("llava")))
     state, entry, previous = torch.randn(3, 1, families.WIDTH)
     token = {"position": torch.tensor([0]), "previous_token": torch.tensor([1])}
     with torch.inference_mode():

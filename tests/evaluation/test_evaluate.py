@@ -21,7 +21,7 @@ from offramp import cli
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.data.item import Item
-from offramp.engine.confidence import STREAKS, max_probability
+from offramp.engine.confidence import Agreement, max_probability
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import DataError, InputError
@@ -30,8 +30,7 @@ from offramp.evaluation import evaluate as module
 from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.tasks import TASK_METRICS, Settings
-from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Gate
 from offramp.storage import JsonlLog
@@ -190,19 +189,6 @@ def test_the_mean_is_the_sum_over_tokens() -> None:
     mean = candidate_scores(encoder, example, CANDIDATES, ranking="mean")
     lengths = [len(encoder.answer_ids(example.prompt, text)) for text in CANDIDATES]
     assert mean == pytest.approx([s / n for s, n in zip(summed, lengths, strict=True)], abs=1e-5)
-
-
-def test_the_discriminator_can_be_the_score() -> None:
-    backbone = input_processor_of(OPT).backbone
-    judges = build_discriminators(backbone.width, DEPTHS, conditional=True)
-    for threshold, same in ((0.0, False), (1.0, True)):
-        policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="discriminator")
-        found = candidate_scores(
-            input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES,
-            exits=ExitSet(exits_of(OPT), discriminators=judges), policy=policy,
-        )  # fmt: skip
-        full = candidate_scores(input_processor_of(OPT), fakes.examples(1)[0], CANDIDATES)
-        assert (found == pytest.approx(full, abs=1e-4)) is same
 
 
 def dialogue_items() -> list[Item]:
@@ -524,13 +510,12 @@ def test_the_command_evaluates_goes_on_and_scores_again(
         assert set(result["modes"]["full"]["metrics"]) == {"exact_match", "exact_match_normalised"}
 
 
-@pytest.mark.parametrize("score", STREAKS)
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
-def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str, score: str) -> None:
+def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str) -> None:
     encoder, exits = input_processor_of(name), exits_of(name)
     example = fakes.examples(3)[2]
-    threshold = {"patience": 1.0, "agreement": 0.02}[score]
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
+    threshold = 0.02
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="agreement")
     found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
     depths = set()
     for text, total in zip(CANDIDATES, found, strict=True):
@@ -538,7 +523,7 @@ def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str, s
         logits = logits_of(name, example, ids, exits)
         expected = 0.0
         for place in range(len(ids)):
-            rule, depth = STREAKS[score](DEPTHS, {}), encoder.backbone.depth
+            rule, depth = Agreement(DEPTHS, {}), encoder.backbone.depth
             reached = {d: rule(d, logits[d][place : place + 1]) >= threshold for d in DEPTHS}
             if place > 0 or encoder.backbone.is_encoder_decoder:
                 depth = next((d for d in DEPTHS if reached[d]), depth)

@@ -47,11 +47,10 @@ def test_greedy_outputs_vary_with_image_and_step(name, backbone, batch):
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize("score", ["patience", "agreement", "saturation"])
-def test_whatever_the_score_that_no_token_reaches(score, name, backbone, exits, batch):
-    # At 1 all exits must be certain, or a layer idle; a single exit has nobody to agree with.
-    depths = (1, 2, 3, 5)
-    policy = ExitPolicy(dict.fromkeys((3,) if score == "patience" else depths, 1.0), score=score)
+@pytest.mark.parametrize("score", ["agreement", "idle"])
+def test_whatever_the_score_that_no_token_reaches(score, name, backbone, exits, batch, idle):
+    depths = (1, 2, 3, 5)  # at 1 all exits must be certain, or a layer idle
+    policy = ExitPolicy(dict.fromkeys(depths, 1.0), score=score)
     whole, parts = backbone(name), exits(name, depths=depths)
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
     for rows in ROWS:

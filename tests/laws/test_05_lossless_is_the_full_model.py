@@ -12,8 +12,7 @@ from reference import Dice
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -117,18 +116,13 @@ def test_processors_shape_drafts_and_verification_alike(option, backbone, exits,
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize(
-    ("score", "threshold"),
-    [("patience", 0.15), ("agreement", 0.01), ("saturation", 0.47), ("discriminator", 0.5)],
-)
+@pytest.mark.parametrize(("score", "threshold"), [("agreement", 0.01), ("idle", 0.47)])
 def test_output_is_greedy_whatever_the_score_of_the_drafts(
-    score, threshold, name, backbone, exits, batch
+    score, threshold, name, backbone, exits, batch, idle
 ):
     weights = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9} if score == "agreement" else {}
     policy = lossless(name, threshold, depths=DEPTHS, score=score, weights=weights)
-    judges = build_discriminators(families.WIDTH, DEPTHS, conditional=True)
-    whole = backbone(name)
-    parts = ExitSet(exits(name, depths=DEPTHS), discriminators=judges)
+    whole, parts = backbone(name), exits(name, depths=DEPTHS)
     options = {**GREEDY, "suppress_tokens": WORDLESS}
     for rows in (1, 4):
         inputs = batch(name, rows)
@@ -138,10 +132,10 @@ def test_output_is_greedy_whatever_the_score_of_the_drafts(
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5", "gemma3"])
-def test_output_is_greedy_where_saturation_of_a_lens_drafts(name, backbone, batch):
+def test_output_is_greedy_where_a_lens_drafts_by_its_states(name, backbone, batch, idle):
     whole = backbone(name)
     lens = Exits(whole, families.depths(name), kind="lens")
-    policy = ExitPolicy(dict.fromkeys(lens.depths, 0.9), score="saturation", lossless=True)
+    policy = ExitPolicy(dict.fromkeys(lens.depths, 0.9), score=idle, lossless=True)
     for rows in (1, 4):
         inputs = batch(name, rows)
         made = generate(whole, inputs, exits=lens, policy=policy, **GREEDY)

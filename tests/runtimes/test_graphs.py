@@ -129,9 +129,9 @@ def test_several_exits_drafts_and_guesses_are_generates_own(
     assert seen == {first, second, whole.depth}
 
 
-@pytest.mark.parametrize("score", ["saturation", "patience", "agreement", "margin"])
+@pytest.mark.parametrize("score", ["idle", "agreement", "margin"])
 def test_scores_that_programs_do_not_compute_are_asked_behind_them(
-    score: str, backbone: Any, exits: Any, batch: Any
+    score: str, backbone: Any, exits: Any, batch: Any, idle: str
 ) -> None:
     whole, parts = backbone("llava"), exits("llava")
     inputs = one_row("llava", batch("llava", 2), 0)

@@ -134,7 +134,7 @@ def test_early_exits_are_those_of_pytorch(
 
 
 def test_scores_are_those_of_pytorch(loaded: Any) -> None:
-    for score in ("max_probability", "margin", "entropy", "patience", "agreement"):
+    for score in ("max_probability", "margin", "entropy", "agreement"):
         policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.3), score=score, shortlist=True)
         ours, theirs = (
             each.generate(inputs_of("llava"), policy=policy, **GREEDY)
@@ -485,7 +485,6 @@ def test_a_tensor_that_is_not_there_is_refused(
 @pytest.mark.parametrize(
     "policy, word",
     [
-        (ExitPolicy({2: 0.5}, score="saturation", shortlist=True), "saturation"),
         (ExitPolicy({2: 0.5}, kv="propagate", shortlist=True), "propagate"),
         (ExitPolicy({3: 0.5}, shortlist=True), "[3]"),
         (ExitPolicy({2: 0.5}), "shortlist"),
@@ -496,6 +495,11 @@ def test_policies_that_cannot_be_followed_are_refused(
     policy: ExitPolicy, word: str, loaded: Any
 ) -> None:
     refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, word)
+
+
+def test_scores_of_hidden_states_are_refused(loaded: Any, idle: str) -> None:
+    policy = ExitPolicy({2: 0.5}, score=idle, shortlist=True)
+    refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, idle)
 
 
 def test_inputs_that_do_not_fit_are_refused(loaded: Any) -> None:

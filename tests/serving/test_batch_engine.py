@@ -368,10 +368,8 @@ def test_keys_that_are_not_exact_are_refused(backbone, exits):
         EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv="propagate"), SMALL)
 
 
-def test_a_score_that_follows_a_token_from_exit_to_exit_is_each_requests_own(
-    backbone, exits, rows
-):
-    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="patience")
+def test_a_score_that_follows_a_token_from_exit_to_exit_is_each_requests_own(backbone, exits, rows):
+    policy = ExitPolicy({2: 0.02, 4: 0.1}, score="agreement")
     whole, some = backbone(NAME), exits(NAME)
     engine = EngineCore(whole, some, policy, SMALL)
     handles = [engine.add(request(row)) for row in rows]

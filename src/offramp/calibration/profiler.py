@@ -144,7 +144,7 @@ def measure_costs(
     shortlist: exits read their shortlist alone, as by a policy that says so.
 
     Raises:
-        InputError: fewer than one repeat; the discriminator's score, which reads no logits.
+        InputError: fewer than one repeat; a score that does not read one exit's logits.
     """
     if repeats < 1 or score not in SCORES:
         raise InputError(

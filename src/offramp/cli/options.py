@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.parser import Flattened, Parser, one_of, or_none, seed, share, whole, whole_numbers
-from offramp.cli.plugins import load_plugins
+from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,12 @@ def add_command(
     """
 
     def late(parser: Parser) -> None:
-        load_plugins()
         options(parser)
         _common_options(parser, result=result)
+
+    def with_plugins(arguments: argparse.Namespace) -> None:
+        load_plugins()  # not before: they may import what takes seconds, and help needs no torch
+        run(arguments)
 
     parser: Parser = commands.add_parser(
         name,
@@ -50,7 +53,7 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=with_plugins)
     parser.late = late
 
 
@@ -343,6 +346,7 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
     from offramp.engine.policy import KV_POLICIES
 
+    load_plugins()  # they may bring scores
     group = parser.add_argument_group("early exit")
     if threshold:
         group.add_argument(

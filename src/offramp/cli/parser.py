@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from offramp.cli.config_file import of_config
 from offramp.cli.output import print_text
 from offramp.errors import InputError, did_you_mean
+from offramp.plugins import not_registered
 
 
 class UsageError(InputError):
@@ -86,7 +87,7 @@ class Parser(argparse.ArgumentParser):
             name = "/".join(action.option_strings) or action.metavar or action.dest
             known = [str(choice) for choice in action.choices]
             raise UsageError(
-                f"{name} {_short(str(value))!r} is not known.", did_you_mean(str(value), known)
+                f"{name} {_short(str(value))!r} is not known.", not_registered(str(value), known)
             )
 
     def _remedy(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import InputError, did_you_mean
+from offramp.plugins import check_registered
 
 if TYPE_CHECKING:
     from torch import Tensor  # policies are read where there is no PyTorch
@@ -36,13 +37,14 @@ def entropy(logits: Tensor) -> Tensor:
     return (1.0 + terms.sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
 
 
-class _Streak:
+class Streak:
     """Adds up, row by row, what consecutive exits bring that choose the same token.
 
     An exit that chooses another one starts over; so does every new token, at the first exit.
     """
 
     def __init__(self, first: int) -> None:
+        """first: depth of the first exit."""
         self._first = first
         self._chosen: Tensor
         self._sum: Tensor
@@ -54,26 +56,6 @@ class _Streak:
             gain = gain + self._sum.masked_fill(chosen != self._chosen, 0.0)
         self._chosen, self._sum = chosen, gain
         return gain
-
-
-class Patience:
-    """How long the exits have agreed (PABEE, Zhou et al. 2020).
-
-    With E exits that are on, the score [B] is n / (E - 1), where n counts the exits just before
-    this one that choose its token, one after the other. A threshold t is a patience of
-    ceil(t * (E - 1)) agreeing pairs in a row, and the threshold for a patience of n is n / (E - 1).
-    The first exit has nothing to agree with and scores 0, as does a single one.
-    """
-
-    def __init__(self, depths: Sequence[int], weights: Mapping[int, float]) -> None:
-        """depths: of the exits that are on. weights: not used."""
-        self._streak = _Streak(min(depths))
-        self._most = max(1, len(depths) - 1)
-
-    def __call__(self, depth: int, logits: Tensor) -> Tensor:
-        """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
-        ones = logits.new_ones(len(logits)).float()
-        return (self._streak.add(depth, logits, ones) - 1.0) / self._most
 
 
 class Agreement:
@@ -103,23 +85,12 @@ class Agreement:
                 f"The weights of depths {list(depths)}, where tokens may exit, are all 0.",
                 "Give at least one of them a weight above 0, e.g. the exit's accuracy.",
             )
-        self._streak = _Streak(min(depths))
+        self._streak = Streak(min(depths))
         self._shares = {d: weights.get(d, 1.0) / total for d in depths}
 
     def __call__(self, depth: int, logits: Tensor) -> Tensor:
         """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
         return self._streak.add(depth, logits, self._shares[depth] * max_probability(logits))
-
-
-def saturation(entry: Tensor, previous: Tensor) -> Tensor:
-    """How little the last layer changed the state (MuE, Tang et al. 2023).
-
-    (1 + cos) / 2 [B], of the angle between a state [B, D] and that one decoder layer earlier.
-    """
-    from torch import cosine_similarity
-
-    cosine = cosine_similarity(entry.float(), previous.float(), dim=-1)
-    return (0.5 + 0.5 * cosine).clamp(0.0, 1.0)
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -130,40 +101,44 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 """Scores [B] of one exit's logits [B, V] by name."""
 
 STREAKS: dict[str, Callable[[Sequence[int], Mapping[int, float]], Callable[..., Tensor]]] = {
-    "patience": Patience,
     "agreement": Agreement,
 }
 """Scores over the exits of one token by name: built from depths and weights, then called with each
 exit's depth and logits [B, V] in order of depth."""
 
-FEATURE_SCORES: dict[str, Callable[[Any], Tensor]] = {
-    "saturation": lambda check: saturation(check.entry, check.previous),
-    "discriminator": lambda check: check.verdict.sigmoid(),
+FEATURE_SCORES: dict[str, Callable[[Any], Tensor]] = {}
+"""Registered scores [B] of a whole exit check (`offramp.engine.exit_check.ExitCheck`) by name: of
+hidden states, position or previous token. Those that do not ask for logits run no LM head."""
+
+_BUILT_IN = frozenset((*SCORES, *STREAKS))
+_REGISTRIES: dict[str, dict[str, Any]] = {
+    "logits": SCORES,
+    "exits": STREAKS,
+    "check": FEATURE_SCORES,
 }
-"""Scores [B] of a whole exit check (`offramp.engine.exit_check.ExitCheck`) by name: of hidden
-states, position or previous token. Those that do not ask for logits run no LM head."""
-
-_BUILT_IN = frozenset((*SCORES, *STREAKS, *FEATURE_SCORES))
 
 
-def register_score(name: str, score: Callable[[Any], Tensor], *, reads: str = "logits") -> None:
+def register_score(name: str, score: Callable[..., Any], *, reads: str = "logits") -> None:
     """Give a confidence score a name that policies, calibration and the command line know.
 
-    score: to [B] in [0, 1], larger is safer. With `reads="logits"` it takes one exit's logits
-        [B, V]. With `reads="check"` it takes an `ExitCheck`: `state` and `entry` [B, D], `features`
-        [B, D], `logits` [B, V], `depth`, `position` [B] in the answer from 0, `previous_token` [B];
-        calibration then decodes instead of replaying.
+    score: to [B] in [0, 1], larger is safer. What it takes is said by `reads`:
+
+    - "logits": one exit's logits [B, V].
+    - "exits": it is made anew for each token's walk over the exits, from the depths that are on and
+      the policy's weights by depth, and then called with each exit's depth and logits [B, V].
+    - "check": an `ExitCheck`: `state`, `entry`, `features` and, one decoder layer before the entry,
+      `previous`, all [B, D]; `logits` [B, V], `depth`, `position` [B] in the answer from 0,
+      `previous_token` [B]; `exits`, whose discriminators it may ask. Calibration then decodes
+      instead of replaying, as with "exits".
 
     Raises:
-        InputError: the name is a built-in score's, or `reads` is neither.
+        InputError: the name is a built-in score's, or `reads` is none of these.
     """
     if name in _BUILT_IN:
         raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
-    if reads not in ("logits", "check"):
-        raise InputError(
-            f"A score cannot read {reads!r}.", did_you_mean(str(reads), ("logits", "check"))
-        )
-    (SCORES if reads == "logits" else FEATURE_SCORES)[name] = score
+    if reads not in _REGISTRIES:
+        raise InputError(f"A score cannot read {reads!r}.", did_you_mean(str(reads), _REGISTRIES))
+    _REGISTRIES[reads][name] = score
 
 
 def logits_score(
@@ -180,10 +155,8 @@ def logits_score(
 
 
 def check_score(name: str) -> str:
-    """`name`, or `InputError` with the names there are."""
-    known = (*SCORES, *STREAKS, *FEATURE_SCORES)
-    if name not in known:
-        raise InputError(f"Score {name!r} is not known.", did_you_mean(str(name), known))
+    """`name`, or `InputError` with the names there are, those of plug-ins included."""
+    check_registered("Score", name, lambda: (*SCORES, *STREAKS, *FEATURE_SCORES))
     return name
 
 

@@ -1,7 +1,7 @@
 """Exit checks: the confidence of a token at an exit.
 
-No more is computed than a decision needs. A score of features ("saturation", "discriminator")
-runs no LM head at an exit where no row exits; at a threshold of 0 no score is computed.
+No more is computed than a decision needs. A score that reads no logits runs no LM head at an exit
+where no row exits; at a threshold of 0 no score is computed.
 """
 
 from __future__ import annotations
@@ -123,11 +123,9 @@ class ExitCheck:
         return whole if ids is None else whole[:, ids]
 
     @property
-    def verdict(self) -> Tensor:
-        """The discriminator's logits [B], high for the final layer's own features."""
-        assert self.scorer.discriminators is not None
-        judge = self.scorer.discriminators[str(self.depth)]
-        return judge(self.features.float(), self.entry.float())  # type: ignore[no-any-return]
+    def exits(self) -> ExitSet | None:
+        """Those it is of, with their discriminators; None: there are none."""
+        return self.scorer.exits
 
     @cached_property
     def score(self) -> Tensor:
@@ -148,26 +146,23 @@ class ExitScorer:
         """depths: where tokens may exit.
 
         Raises:
-            InputError: what the policy needs is missing: discriminators, weights, a shortlist;
-                weights where no exit stands.
+            InputError: what the policy needs is missing: weights, a shortlist; weights where no
+                exit stands.
         """
         if exits is not None:
             check_weights(policy.weights, exits.depths)
-        self.backbone, self._exits = backbone, exits
+        self.backbone, self.exits = backbone, exits
         self.shortlist = shortlist_of_policy(policy, exits)
-        self.discriminators = None if exits is None else exits.discriminators
         own = None if exits is None else exits.score
-        self.score = _score_of(policy, depths, self.discriminators)
-        if own is not None:
-            self.score = own
+        self.score = _score_of(policy, depths) if own is None else own
 
     @cached_property
     def head(self) -> nn.Module | None:
         """Of the shortlist; None: the model's own."""
-        if self._exits is None or self.shortlist is None:
+        if self.exits is None or self.shortlist is None:
             return None
         with torch.inference_mode(False):  # it is kept, and may be asked for in training
-            return self._exits.shortlist_head(self.backbone)
+            return self.exits.shortlist_head(self.backbone)
 
     def __call__(
         self,
@@ -208,15 +203,8 @@ def gates_of_policy(policy: ExitPolicy, exits: ExitSet) -> dict[int, tuple[Gate,
     return {depth: (exits.gates[depth], level) for depth, level in policy.gates.items()}
 
 
-def _score_of(
-    policy: ExitPolicy, depths: Sequence[int], discriminators: nn.ModuleDict | None
-) -> Callable[[ExitCheck], Tensor]:
+def _score_of(policy: ExitPolicy, depths: Sequence[int]) -> Callable[[ExitCheck], Tensor]:
     of_logits = logits_score(policy.score, depths, policy.weights)
     if of_logits is not None:
         return lambda check: of_logits(check.depth, check.allowed)
-    if policy.score == "discriminator" and discriminators is None:
-        raise InputError(
-            "The discriminator score needs the discriminators trained with the exits.",
-            "Keep discriminators.safetensors in the adapter's folder, or use another score.",
-        )
     return FEATURE_SCORES[policy.score]

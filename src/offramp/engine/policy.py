@@ -56,8 +56,8 @@ class ExitPolicy:
     thresholds: by depth; a token exits at the first depth where score >= threshold. A depth that
         is missing is off and costs nothing; at one with 0 every token exits, and no score is
         computed there. Empty: the full model.
-    score: a key of `SCORES` (one exit's logits) or of `STREAKS` ("patience", "agreement": what the
-        exits so far agree on), "saturation" (of hidden states) or "discriminator".
+    score: a key of `SCORES` (one exit's logits) or of `STREAKS` ("agreement": what the exits so far
+        agree on), or a registered one (`register_score`).
     weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
         are for all depths with thresholds or, left out, alike.
     kv: "recompute" (exact) or "propagate".

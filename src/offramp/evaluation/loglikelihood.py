@@ -63,7 +63,7 @@ def candidate_scores(
     stand = () if attached is None else attached.depths
     thresholds = check_thresholds(dict(policy.thresholds), stand)
     depths = tuple(thresholds)
-    entered = {depth - k for depth in depths for k in (0, 1)}  # "saturation" reads both
+    entered = {depth - k for depth in depths for k in (0, 1)}  # a score may read both
     handler = StateRecorder(backbone, entered, attached, depths)
     intercepted = InterceptedModel(backbone, handler)
     prepared = prepare(intercepted.model, prompts, max_new_tokens=1)

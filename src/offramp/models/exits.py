@@ -252,7 +252,7 @@ class ExitSet:
     modules: the exits by depth.
     shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.
     gates: by depth (`offramp.models.shortlist`).
-    discriminators: by depth; only the "discriminator" score asks them.
+    discriminators: by depth; asked by the adversary's training, and by scores that read them.
     measured: what was measured when shortlist and gates were learnt.
     score: of an `ExitCheck` [B], in place of the policy's; for exits that follow a script. It knows
         each token's position and row.

@@ -4,7 +4,7 @@ adapter.json                format version, backbone, depths, policy, calibratio
                             the SHA-256 of each of the other files that loading reads
 exits.safetensors           the exits' tensors, nothing of the backbone
 checks.safetensors          shortlist and gates, if there are any (`offramp.models.shortlist`)
-discriminators.safetensors  only needed for the discriminator score and for resuming
+discriminators.safetensors  only needed for scores that read them and for resuming
 seen.json                   digests of the images that training and calibration used
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
 README.md                   the model card; may be edited

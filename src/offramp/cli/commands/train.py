@@ -19,6 +19,7 @@ from offramp.cli.options import (
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
+from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def _options(parser: Parser) -> None:
     from offramp.models.exits import EXIT_KINDS
     from offramp.training.config import TrainConfig
 
+    load_plugins()  # they may bring kinds of exits
     kinds = [kind for kind in EXIT_KINDS if kind != "lens"]  # which has nothing to train
     model_options(parser, required=True)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")

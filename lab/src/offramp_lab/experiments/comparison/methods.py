@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import offramp_lab.methods  # noqa: F401  it registers the baselines that are compared
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
 from offramp.errors import InputError, check_known
 from offramp.report.tradeoff import FREE
@@ -51,7 +52,7 @@ either way; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap
 cosine as in FastVLM. All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
 
 POLICIES: dict[str, str] = {
-    **{name: name for name in (*SCORES, *STREAKS, *FEATURE_SCORES)},
+    **{name: name for name in (*SCORES, "patience", *STREAKS, *FEATURE_SCORES)},
     **dict.fromkeys(FIXED, "max_probability"),
 }
 """The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every

@@ -1,0 +1,6 @@
+"""Baselines, as a plug-in of offramp: importing this registers them.
+
+`offramp` finds it by its entry point, once a policy, an adapter or an option names one of them.
+"""
+
+from offramp_lab.methods import scores as scores

@@ -1,0 +1,219 @@
+"""Laws of the baselines' scores: each equals a slow reference, reads no more than it needs, and
+keeps what the decoder promises of any score."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from adapters import trained
+from decoding import CALM, EXACT, errors_by_depth
+from exit_walks import (
+    DEPTHS,
+    KINDS,
+    NEW,
+    agreeing,
+    check_finished_rows,
+    check_rows_alone,
+    check_walks,
+    counted,
+    decoded,
+)
+from families import WORDLESS
+
+from offramp.adapter import Adapter
+from offramp.engine.confidence import check_score
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.discriminator import build_discriminators
+from offramp.models.exits import Exits, ExitSet
+from offramp.plugins import GROUP, LAB
+from offramp.save_and_load import DISCRIMINATORS
+from offramp_lab import methods
+from offramp_lab.methods.scores import Patience, saturation
+
+PATIENCE, SATURATION = 0.3, 0.94
+"""At which the tokens of these tiny models leave here and there."""
+
+
+def judged(parts: Exits) -> ExitSet:
+    judges = build_discriminators(families.WIDTH, parts.depths, conditional=True)
+    return ExitSet(parts, discriminators=judges)
+
+
+def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
+    project = Path(methods.__file__).parents[3] / "pyproject.toml"
+    points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert points[GROUP] == {"baselines": methods.__name__}
+    assert all(check_score(name) == name for name in LAB)
+
+
+# -- each equals its slow reference -----------------------------------------------------------
+
+
+def slow_patience(seen: Any) -> float:
+    return (len(agreeing([row.argmax().item() for row in seen.logits])) - 1) / (len(DEPTHS) - 1)
+
+
+def slow_saturation(seen: Any) -> float:
+    before, state = (row.double() for row in seen.states[-1])
+    return float((1 + (before @ state / (before.norm() * state.norm())).item()) / 2)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", KINDS)
+def test_depths_and_scores_are_those_of_a_slow_walk_over_the_exits(
+    name: str, rows: int, backbone: Any, exits: Any, batch: Any
+) -> None:
+    parts = backbone(name), exits(name, depths=DEPTHS), batch(name, rows)
+    check_walks(slow_patience, "patience", PATIENCE, *parts)
+    check_walks(slow_saturation, "saturation", SATURATION, *parts)
+
+
+def test_a_patience_belongs_to_its_row_and_its_token() -> None:
+    check_rows_alone(lambda: Patience(DEPTHS, {}))
+
+
+@pytest.mark.parametrize("exits", range(2, 40))
+def test_a_patience_has_its_threshold(exits: int) -> None:
+    """After n agreeing pairs in a row the score reaches n / (E - 1), and not n + 1 of them."""
+    rule, logits = Patience(range(1, exits + 1), {}), torch.tensor([[0.0, 1.0]])
+    for pairs in range(exits):
+        score = rule(pairs + 1, logits)
+        assert score >= pairs / (exits - 1) and not score >= (pairs + 1) / (exits - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 60000.0])
+def test_saturation_is_finite_and_in_range_at_any_scale(scale: float, dtype: torch.dtype) -> None:
+    entry, previous = (
+        (scale * torch.randn(16, 50)).clamp(-60000, 60000).to(dtype) for _ in range(2)
+    )
+    found = saturation(entry, previous)
+    assert found.dtype == torch.float32 and ((found >= 0) & (found <= 1)).all()
+
+
+@pytest.mark.parametrize(("factor", "score"), [(3.0, 1.0), (-0.5, 0.0)])
+def test_saturation_sees_the_direction_of_a_state_and_not_its_length(
+    factor: float, score: float
+) -> None:
+    state = torch.randn(4, 32)
+    assert saturation(factor * state, state).tolist() == pytest.approx([score] * 4, abs=1e-6)
+
+
+# -- what the decoder promises of any score ------------------------------------------------------
+
+
+def test_one_exit_alone_never_has_patience(backbone: Any, exits: Any, batch: Any) -> None:
+    name = "blip2-t5"
+    policy = ExitPolicy({3: 0.001}, score="patience")
+    made = decoded(backbone(name), exits(name, depths=DEPTHS), batch(name, 1), policy)
+    assert (made.depths == families.LAYERS).all() and (made.scores == 0).all()
+
+
+def test_a_finished_row_keeps_no_score(backbone: Any, exits: Any, batch: Any) -> None:
+    parts = backbone("llava"), exits("llava", depths=DEPTHS), batch("llava", 4)
+    check_finished_rows("patience", PATIENCE, *parts)
+    check_finished_rows("saturation", SATURATION, *parts)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("score", "threshold"),
+    [("saturation", SATURATION), ("saturation", 1.0), ("discriminator", 0.51),
+     ("discriminator", 1.0)],
+)  # fmt: skip
+def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
+    score: str, threshold: float, rows: int, batch: Any
+) -> None:
+    whole, inputs = Backbone(families.build("llava")), batch("llava", rows)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
+    parts = judged(Exits(whole, DEPTHS))
+    made, heads = counted(
+        whole, lambda: generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
+    )
+    # The model's own forward over the prompt runs it too, if every row has left by then.
+    unread = int(whole.depth not in made.depths[:, 0])
+    assert heads == sum(len(step.unique()) for step in made.depths.T) + unread
+    assert (len(made.depths.unique()) > 1) == (threshold < 1)
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-t5"])
+@pytest.mark.parametrize(
+    ("score", "threshold"), [("patience", 0.15), ("saturation", 0.47), ("discriminator", 0.5)]
+)
+def test_lossless_output_is_greedy_whatever_the_score_of_the_drafts(
+    score: str, threshold: float, name: str, backbone: Any, exits: Any, batch: Any
+) -> None:
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, lossless=True)
+    whole, parts = backbone(name), judged(exits(name, depths=DEPTHS))
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
+    for rows in (1, 4):
+        inputs = batch(name, rows)
+        made = generate(whole, inputs, exits=parts, policy=policy, **options)
+        assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
+        assert sum(count for count, _ in made.rounds) > 0
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-t5"])
+@pytest.mark.parametrize(("score", "depths"), [("patience", (3,)), ("saturation", DEPTHS)])
+def test_a_score_that_no_token_reaches_leaves_the_full_model(
+    score: str, depths: tuple[int, ...], name: str, backbone: Any, exits: Any, batch: Any
+) -> None:
+    policy = ExitPolicy(dict.fromkeys(depths, 1.0), score=score)
+    whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, 4)
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
+    made = generate(whole, inputs, exits=parts, policy=policy, **options)
+    assert (made.depths == whole.depth).all()
+    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+@pytest.mark.parametrize(("score", "threshold"), [("patience", 0.2), ("saturation", 0.93)])
+def test_keys_are_exact_whatever_the_score(
+    score: str, threshold: float, name: str, backbone: Any, exits: Any, batch: Any
+) -> None:
+    whole = backbone(name, wide=CALM)
+    parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
+    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
+    _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
+    assert len(errors) >= 2 and max(errors.values()) <= EXACT, errors
+
+
+# -- the discriminator ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"conditional": False}, {"judged": "sequence"}, {"spectral_norm": True}],
+    ids=str,
+)
+def test_the_discriminator_score_works_after_loading(
+    options: dict[str, Any], opt: Any, batch: Any, tmp_path: Path
+) -> None:
+    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="discriminator")
+    saved = trained(opt, options=options, policy=policy)
+    saved.save(tmp_path)
+    inputs = batch("blip2-opt", 2)
+    loaded = Adapter.load(tmp_path, opt)
+    first, second = (a.generate(inputs, max_new_tokens=5) for a in (saved, loaded))
+    assert torch.equal(first.scores[:, 1:], second.scores[:, 1:])
+    assert ((first.scores[:, 1:] >= 0) & (first.scores[:, 1:] <= 1)).all()
+    again = loaded.generate(inputs, max_new_tokens=5)  # looking changes nothing
+    assert torch.equal(again.scores[:, 1:], second.scores[:, 1:])
+
+
+def test_the_discriminator_score_without_its_file_is_a_clear_error(
+    opt: Any, batch: Any, tmp_path: Path
+) -> None:
+    trained(opt, policy=ExitPolicy({2: 0.5}, score="discriminator")).save(tmp_path)
+    (tmp_path / DISCRIMINATORS).unlink()
+    loaded = Adapter.load(tmp_path, opt)
+    with pytest.raises(InputError, match=r"discriminators? "):
+        loaded.generate(batch("blip2-opt", 1), max_new_tokens=2)
