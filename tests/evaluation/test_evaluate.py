@@ -30,7 +30,7 @@ from offramp.evaluation import evaluate as module
 from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.tasks import TASK_METRICS, Settings
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Gate
 from offramp.storage import JsonlLog
