@@ -35,6 +35,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         exits=adapter.exits,
         policy=adapter.policy,
         agreement=adapter.metrics.get("agreement", {}),
+        drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
         standing=standing(adapter.calibration, Conditions.of(backbone, adapter.policy)),
         conditions=shown_conditions(adapter.calibration),

@@ -327,6 +327,8 @@ class SlotExecutor:
                 made = self._several(slots, spans, [*map(self._ids, ids)], self._through_all)
         finally:
             self._verifies = False
+        if self._drafter is None:  # whoever drafts reads no states of an exit
+            return made  # type: ignore[no-any-return]
         states = torch.split(made.state, [len(tokens) for tokens in ids])
         for slot, span, own in zip(slots, spans, states, strict=True):
             self._verified[slot] = span.first, own
@@ -334,9 +336,11 @@ class SlotExecutor:
                 base[slot] = span.end
         return made.entry  # type: ignore[no-any-return]
 
-    def _through_all(self, call: Call, ids: Tensor) -> ExitOutput:
-        """Final-normed states of ids [B, T], and what the drafting exit makes of them."""
+    def _through_all(self, call: Call, ids: Tensor) -> ExitOutput | Tensor:
+        """Final-normed states of ids [B, T], and what the drafting exit makes of them, if any."""
         final = self._call(range(self.backbone.depth), call, ids)
+        if self._drafter is None:
+            return final
         output, self._output = self._output, None
         assert output is not None
         return ExitOutput(final, output.state)

@@ -1,0 +1,115 @@
+"""The control of every lossless figure: drafts out of a table of the model's own answers.
+
+Which token came behind up to three others in answers to the images that training saw. It has no
+weights and sees no image, so a drafter that is not clearly faster has learnt no more than a task's
+phrases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.executors.slots.executor import SlotExecutor
+from offramp.engine.generate import write_answers
+from offramp.engine.policy import FULL, GenerationOutput
+from offramp.models.backbone import Backbone
+
+LONGEST, SEEN = 3, 3
+"""Tokens of a context, and how often one must have been seen."""
+SURE = 0.3
+"""Product of a draft's probabilities down to which it goes on."""
+
+
+@dataclass(frozen=True)
+class DraftTable:
+    """By context, the token that mostly follows and how often it does."""
+
+    follows: Mapping[tuple[int, ...], tuple[int, float]]
+
+    @classmethod
+    def of(cls, answers: Iterable[Sequence[int]]) -> DraftTable:
+        """Of token ids of answers."""
+        counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for answer in answers:
+            for place in range(1, len(answer)):
+                for length in range(1, min(LONGEST, place) + 1):
+                    counts[tuple(answer[place - length : place])][answer[place]] += 1
+        return cls(
+            {
+                context: (token, count / found.total())
+                for context, found in counts.items()
+                if found.total() >= SEEN
+                for token, count in found.most_common(1)
+            }
+        )
+
+    def draft(self, answer: Sequence[int], most: int, sure: float = SURE) -> list[int]:
+        """Up to `most` tokens behind an answer, while the product of their shares is `sure`."""
+        written, product = [*answer], 1.0
+        while len(written) < len(answer) + most:
+            lengths = range(min(LONGEST, len(written)), 0, -1)
+            known = (self.follows.get(tuple(written[-length:])) for length in lengths)
+            token, share = next((found for found in known if found), (-1, 0.0))
+            product *= share
+            if product < sure:
+                break
+            written.append(token)
+        return written[len(answer) :]
+
+
+class TableExecutor(SlotExecutor):
+    """Slots whose drafts come out of a table. One sequence."""
+
+    def __init__(self, backbone: Backbone, table: DraftTable) -> None:
+        super().__init__(backbone, None, ())
+        self._table, self._answer, self._first = table, list[int](), -1
+
+    def draft(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        most: Sequence[int],
+    ) -> list[list[int]]:
+        if self._first < 0:
+            self._first = columns[0]
+        answer = [*self._answer[: columns[0] - self._first], ids[0]]
+        return [self._table.draft(answer, most[0])]
+
+    def verify(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Tensor:
+        self._answer[columns[0] - self._first :] = ids[0]
+        return super().verify(handles, ids, columns)
+
+
+def table_generate(
+    backbone: Backbone,
+    table: DraftTable,
+    inputs: Mapping[str, Any],
+    stop: StoppingCriteriaList | None = None,
+    *,
+    most: int = 4,
+    **options: Any,
+) -> GenerationOutput:
+    """The full model's answer to a prompt of one row, by the one decoder, drafted by a table."""
+    reader, asker = PromptReader(backbone, None, ()), ExitReader(backbone, None, FULL, ())
+    given = {} if stop is None else {"stopping_criteria": stop}
+    prepared = reader.prepare(inputs, {**options, **given})
+    executor = TableExecutor(backbone, table)
+    # No layer stands at the depth of the whole model, so no exit is asked.
+    rule = ExitRule({}, lossless=True, most=most, ahead=backbone.depth)
+    try:
+        return write_answers(Decoder(backbone.depth, executor, asker), reader, prepared, rule)
+    finally:
+        executor.close()

@@ -1,0 +1,187 @@
+"""Drafts of several tokens on photographs, against full depth by the same kernels, in drafts.json.
+
+`python -m offramp_lab.records.drafts --adapter FOLDER` needs the model that
+`python -m examples.photo_vlm.build` makes, photographs, and exits that draft on:
+
+    python -m examples.photo_vlm.exits train --backbone runs/photo_vlm/model \
+        --drafting examples/photo_vlm/adapter --data photos.jsonl --out runs/photo_vlm/drafting
+
+Every photograph is answered by all ways in an order of its own, with CPU seconds of the thread from
+the first token on; it is kept in runs/drafts, so that a run that was cut off goes on there. The
+table's counts are of the model's own answers to `--learn` photographs of the training split. Ways:
+full depth; today's exit, by the adapter's drafts and by 5 at .2; the table; 3, 4, 5 drafts of the
+exit from its own state. `--packed` lays the weights out first, and makes a part of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.caption import load
+from examples.photo_vlm.rows import half_of, read_photographs
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.engine.generate import generate
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.errors import InputError
+from offramp.evaluation.timing import FirstToken
+from offramp.models.exits import Exits
+from offramp.progress import progress
+from offramp_lab.experiments.word_triples import DraftTable, table_generate
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Kept, Record, asked
+
+RECORD = Record("drafts")
+NEW = 30
+Way = Callable[[Mapping[str, Any], StoppingCriteriaList], GenerationOutput]
+
+
+def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
+    """All ways to the full model's answer, by name. adapter: with exits that draft on."""
+    backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
+    # The same layer as an exit of its own: drafts are what it says of fed tokens.
+    layer = Exits(backbone, exits.depths)
+    layer.load_state_dict(exits.modules.state_dict(), strict=False)
+    layer.to(backbone.dtype).requires_grad_(False)
+    plain = replace(exits, modules=layer)
+    tuned = dict.fromkeys(exits.depths[:1], 0.2)
+
+    def by(parts: Any, chosen: ExitPolicy) -> Way:
+        return lambda inputs, stop: generate(
+            backbone, inputs, exits=parts, policy=chosen, stopping_criteria=stop,
+            max_new_tokens=NEW, do_sample=False,
+        )  # fmt: skip
+
+    lossless = replace(policy, lossless=True, kv="recompute")
+    ways = {"full": by(None, FULL), "exit, 5 at .2": by(
+        plain, replace(lossless, drafts=tuned, max_draft=5))}  # fmt: skip
+    if lossless.effective.thresholds:
+        ways["exit, as stored"] = by(plain, lossless)
+    ways["table"] = lambda inputs, stop: table_generate(
+        backbone, table, inputs, stop, max_new_tokens=NEW, do_sample=False
+    )
+    for most in (3, 4, 5):
+        ways[f"drafting, {most}"] = by(exits, replace(lossless, max_draft=most))
+    return ways
+
+
+def answered(way: Way, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Token ids, CPU seconds behind the first, and rounds, of one way on one photograph."""
+    first = FirstToken(time.thread_time)
+    made = way(inputs, StoppingCriteriaList([first]))
+    seconds = time.thread_time() - (first.seconds or 0.0)
+    return {"ids": made.new_tokens[0].tolist(), "seconds": seconds, "rounds": [*made.rounds]}
+
+
+def summary(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -> list[dict[str, Any]]:
+    """An entry for each way, of what all of them answered, photograph by photograph.
+
+    speed: tokens a CPU second; times, low, high: of full depth, with a 95% interval of a bootstrap
+    that draws photographs and keeps their pairs. acceptance: by place in a round, of those drafts
+    before which all were right; tokens: written in a round.
+    """
+    draw = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
+    rates = {name: _rates([row[name] for row in rows]) for name in rows[0]}
+    entries = []
+    for name, (tokens, seconds) in rates.items():
+        full_tokens, full_seconds = rates["full"]
+        own = tokens[draw].sum(1) / seconds[draw].sum(1)
+        base = full_tokens[draw].sum(1) / full_seconds[draw].sum(1)
+        low, high = np.quantile(own / base, (0.025, 0.975))
+        speed, full = tokens.sum() / seconds.sum(), full_tokens.sum() / full_seconds.sum()
+        entries.append(
+            {
+                "way": name, "photographs": len(rows), "speed": float(speed),
+                "times": float(speed / full), "low": float(low), "high": float(high),
+                "identical": sum(row[name]["ids"] == row["full"]["ids"] for row in rows),
+                **_rounds([row[name]["rounds"] for row in rows]),
+            }
+        )  # fmt: skip
+    return entries
+
+
+def _rates(answers: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+    """Decoded tokens and seconds, by photograph."""
+    return (
+        np.array([max(0, len(answer["ids"]) - 1) for answer in answers], float),
+        np.array([answer["seconds"] for answer in answers]),
+    )
+
+
+def _rounds(rounds: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """Acceptance by place of all rounds, that of first rounds' first drafts, tokens a round."""
+    every = [one for answer in rounds for one in answer]
+    if not every:
+        return {}
+    most = max(drafted for drafted, _ in every)
+    places = [[kept > k for drafted, kept in every if drafted > k <= kept] for k in range(most)]
+    firsts = [answer[0][1] > 0 for answer in rounds if answer and answer[0][0]]
+    return {
+        "acceptance": [float(np.mean(place)) for place in places if place],
+        "first_draft": float(np.mean(firsts)) if firsts else None,
+        "tokens_a_round": 1 + float(np.mean([kept for _, kept in every])),
+    }
+
+
+def own_answers(adapter: Adapter, encoder: Any, examples: Sequence[Any], file: Path) -> DraftTable:
+    """A table of the full model's answers, which are kept in a file."""
+    kept = Kept(file)
+    for example in progress(examples, "the table's answers"):
+        if example.key not in kept:
+            made = generate(
+                adapter.backbone, encoder.prompts([example]), max_new_tokens=NEW, do_sample=False
+            )
+            kept.keep(example.key, made.new_tokens[0].tolist())
+    return DraftTable.of(kept.found[example.key] for example in examples)
+
+
+def main() -> None:
+    arguments = asked(
+        __doc__, photo=True, dtype="float32", photographs=100, learn=1600,
+        more=lambda parser: (
+            parser.add_argument("--adapter", type=Path, required=True, help="exits that draft on"),
+            parser.add_argument("--packed", action="store_true", help="lay weights out first"),
+            parser.add_argument("--out", type=Path, help="default: the record itself"),
+        ),
+    )  # fmt: skip
+    backbone, encoder = load(arguments.photo, getattr(torch, arguments.dtype))
+    adapter = Adapter.load(arguments.adapter, backbone)
+    if not adapter.exits.draft_on:
+        raise InputError(
+            f"The exits in {arguments.adapter} do not draft on.",
+            "Teach them: offramp train --drafting ADAPTER.",
+        )
+    if arguments.packed:
+        adapter.prepack()
+    photographs = read_photographs(arguments.data)
+    held = [e for e in photographs["captions_val"] if half_of(e) == 1][: arguments.photographs]
+    part = f"pytorch {arguments.dtype}{', packed' if arguments.packed else ''}"
+    folder = RUNS / RECORD.name
+    learnt = photographs["captions"][: arguments.learn]
+    table = own_answers(adapter, encoder, learnt, folder / "answers.jsonl")
+    ways = ways_of(adapter, table)
+    kept = Kept(folder / f"{part}.jsonl")
+    for way in ways.values():
+        answered(way, encoder.prompts(held[:1]))  # code and tables are made once
+    for example in progress(held, part):
+        if example.key not in kept:
+            inputs = encoder.prompts([example])
+            order = random.Random(example.key).sample([*ways], len(ways))
+            taken = {name: answered(ways[name], inputs) for name in order}
+            kept.keep(example.key, {name: taken[name] for name in ways})
+    before = RECORD.read(arguments.out)
+    before.pop("provenance", None)
+    rows = [kept.found[example.key] for example in held]
+    RECORD.write({**before, part: summary(rows)}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Drafts out of a table of answers: what mostly follows; the full model's answers all the same."""
+
+from __future__ import annotations
+
+import torch
+
+from offramp.engine.generate import generate
+from offramp_lab.experiments.word_triples import DraftTable, table_generate
+from offramp_lab.records.drafts import summary
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+def test_the_longest_context_that_was_seen_often_says_what_follows() -> None:
+    table = DraftTable.of([[1, 2, 3, 4]] * 3 + [[9, 3, 5]] * 4 + [[7, 8]] * 2)
+    assert table.draft([1, 2], 4) == [3, 4]  # (1, 2, 3) before (3,), behind which 5 comes oftener
+    assert table.draft([9], 4) == [3, 5] and table.draft([9], 1) == [3]
+    assert table.draft([7], 4) == []  # seen twice
+    assert table.draft([3], 4, sure=0.9) == []
+
+
+def test_a_table_drafts_the_full_models_answer(backbone, batch) -> None:
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    full = generate(whole, inputs, **GREEDY)
+    answer = full.new_tokens[0].tolist()
+    right = table_generate(whole, DraftTable.of([answer] * 3), inputs, **GREEDY)
+    wrong = table_generate(whole, DraftTable.of([answer[::-1]] * 3), inputs, **GREEDY)
+    for made in (right, wrong):
+        assert torch.equal(made.sequences, full.sequences)
+    assert sum(kept for _, kept in right.rounds) > 0
+
+
+def test_a_summary_counts_places_behind_right_ones_and_pairs_photographs() -> None:
+    def row(scale: float) -> dict[str, dict[str, object]]:
+        ids = [1, 2, 3, 4, 5]
+        return {
+            "full": {"ids": ids, "seconds": 2 * scale, "rounds": []},
+            "drafting, 3": {"ids": ids, "seconds": scale, "rounds": [[3, 2], [1, 0]]},
+        }
+
+    full, ours = summary([row(1.0), row(5.0), row(0.1)])
+    assert full["times"] == 1.0 and "acceptance" not in full
+    assert ours["identical"] == 3
+    assert abs(ours["times"] - 2) < 1e-9 and abs(ours["low"] - 2) < 1e-9  # pairs stay together
+    assert ours["acceptance"] == [0.5, 1.0, 0.0] and ours["tokens_a_round"] == 2.0
+    assert ours["first_draft"] == 1.0
