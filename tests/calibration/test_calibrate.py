@@ -164,9 +164,9 @@ def test_in_half_precision_no_answer_is_taken_for_unchanged(dtype: torch.dtype) 
     assert tried.doubtful.all() == (dtype != torch.float32)
 
 
-def test_a_policy_that_cannot_be_replayed_shares_one_threshold() -> None:
-    result = found(4, 5, policy=ExitPolicy(kv="propagate"))
-    assert result.policy.kv == "propagate" and result.n == len(examples())
+def test_a_policy_that_cannot_be_replayed_shares_one_threshold(approximate: str) -> None:
+    result = found(4, 5, policy=ExitPolicy(kv=approximate))
+    assert result.policy.kv == approximate and result.n == len(examples())
     assert all(len(set(point.thresholds.values())) == 1 for point in result.path)
     point = result.path[-1]
     losses = lost(
@@ -272,10 +272,10 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
         found(4, risk="exact_match_drop", examples=some)
 
 
-@pytest.mark.parametrize("policy", [ExitPolicy(), ExitPolicy(kv="propagate")])
+@pytest.mark.parametrize("kv", ["recompute", "approximate"])
 @pytest.mark.parametrize(("value", "words"), [(0.5, "All scores are the same"), (math.nan, "NaN")])
 def test_scores_that_tell_nothing_apart_are_refused(
-    policy: ExitPolicy, value: float, words: str, monkeypatch: pytest.MonkeyPatch
+    kv: str, value: float, words: str, monkeypatch: pytest.MonkeyPatch, approximate: str
 ) -> None:
     from offramp.engine.confidence import SCORES
 
@@ -284,7 +284,7 @@ def test_scores_that_tell_nothing_apart_are_refused(
 
     monkeypatch.setitem(SCORES, "max_probability", constant)
     with pytest.raises(DataError, match=words):
-        found(4, policy=policy)
+        found(4, policy=ExitPolicy(kv=kv))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ COSTS = Costs(
     layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
     exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
 )  # fmt: skip
-KINDS = ("recompute", "propagate")
 
 
 def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:
@@ -38,30 +37,25 @@ def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:
     return np.where(np.diff(stays, prepend=0) > 0, LAYERS, depth)
 
 
-@pytest.mark.parametrize("kv", KINDS)
-def test_without_exits_the_prediction_is_the_full_model(kv: str) -> None:
-    assert predict(COSTS, {}, kv=kv) == COSTS.full == 0.5 + 8 * 1.0 + 2.0
-    assert token_seconds(COSTS, [LAYERS] * 5, [], kv=kv) == pytest.approx(5 * COSTS.full)
+def test_without_exits_the_prediction_is_the_full_model() -> None:
+    assert predict(COSTS, {}) == COSTS.full == 0.5 + 8 * 1.0 + 2.0
+    assert token_seconds(COSTS, [LAYERS] * 5, []) == pytest.approx(5 * COSTS.full)
 
 
-@pytest.mark.parametrize("kv", KINDS)
-def test_an_exit_that_never_fires_costs_its_check_and_a_call_behind_it(kv: str) -> None:
-    assert predict(COSTS, {EXIT: 0.0}, kv=kv) == pytest.approx(COSTS.full + 1.0 + 2.5 + 0.3)
-    assert predict(COSTS, {2: 0.0, 5: 0.0}, kv=kv) == pytest.approx(COSTS.full + 2 * 3.8)
+def test_an_exit_that_never_fires_costs_its_check_and_a_call_behind_it() -> None:
+    assert predict(COSTS, {EXIT: 0.0}) == pytest.approx(COSTS.full + 1.0 + 2.5 + 0.3)
+    assert predict(COSTS, {2: 0.0, 5: 0.0}) == pytest.approx(COSTS.full + 2 * 3.8)
 
 
-@pytest.mark.parametrize("kv", KINDS)
 @pytest.mark.parametrize("depth", range(1, LAYERS - 1))
-def test_once_checks_are_paid_more_leaving_never_costs_more(kv: str, depth: int) -> None:
+def test_once_checks_are_paid_more_leaving_never_costs_more(depth: int) -> None:
     shares = np.linspace(0, 1, 41)
-    seconds = [predict(COSTS, {depth: s, LAYERS - 1: 0.0}, kv=kv) for s in shares]
+    seconds = [predict(COSTS, {depth: s, LAYERS - 1: 0.0}) for s in shares]
     assert np.all(np.diff(seconds) <= 1e-9)
 
 
 def test_a_token_that_leaves_pays_its_layers_and_checks_only() -> None:
     assert predict(COSTS, {EXIT: 1.0}) == pytest.approx(0.5 + 3 * 1.0 + 1.0 + 2.5)
-    stored = predict(COSTS, {EXIT: 1.0}, kv="propagate")
-    assert stored == pytest.approx(predict(COSTS, {EXIT: 1.0}) + 5 * 0.2)
 
 
 def test_those_who_wait_run_deeper_in_one_go() -> None:
@@ -85,11 +79,10 @@ def test_with_two_exits_a_chunk_meets_the_next_exit_whole() -> None:
     assert seconds == pytest.approx(first + second + third)
 
 
-@pytest.mark.parametrize("kv", KINDS)
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
-def test_shares_and_tokens_agree_on_evenly_spread_exits(kv: str, share: float) -> None:
-    each = token_seconds(COSTS, spread(400, share), [EXIT], kv=kv) / 400
-    assert each == pytest.approx(predict(COSTS, {EXIT: share}, kv=kv))
+def test_shares_and_tokens_agree_on_evenly_spread_exits(share: float) -> None:
+    each = token_seconds(COSTS, spread(400, share), [EXIT]) / 400
+    assert each == pytest.approx(predict(COSTS, {EXIT: share}))
 
 
 def test_sequences_are_counted_each_on_its_own_and_up_to_its_end() -> None:
@@ -154,7 +147,6 @@ def test_impossible_costs_are_refused(change: dict[str, object]) -> None:
         lambda: predict(COSTS, {LAYERS: 0.5}),
         lambda: predict(COSTS, {2: 0.6, 5: 0.6}),
         lambda: predict(COSTS, {2: -0.1}),
-        lambda: predict(COSTS, {}, kv="recomputed"),
         lambda: token_seconds(COSTS, [2, LAYERS], [EXIT]),
         lambda: predict_lossless(COSTS, EXIT, acceptance=1.1),
         lambda: predict_lossless(COSTS, EXIT, acceptance=0.5, max_draft=0),

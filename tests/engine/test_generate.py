@@ -29,16 +29,13 @@ from offramp.models.backbone import Backbone
         *(
             (name, way)
             for name in ("blip2-opt", "blip2-t5", "llava", "qwen2.5-vl", "gemma3")
-            for way in ("propagate", "lossless")
+            for way in ("lossless",)
         ),
     ],
 )
 def test_rows_that_end_change_no_other_row(name, way, backbone, exits, batch):
     whole, inputs = backbone(name), batch(name, 4)
-    kv = "recompute" if way == "lossless" else way
-    policy = ExitPolicy(
-        dict.fromkeys(families.depths(name), 0.03), kv=kv, lossless=way == "lossless"
-    )
+    policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.03), lossless=way == "lossless")
     options = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.2}
     free = generate(whole, inputs, exits=exits(name), policy=policy, **options)
     ends = [int(free.new_tokens[0, 3]), int(free.new_tokens[1, 6])]
@@ -52,12 +49,9 @@ def test_rows_that_end_change_no_other_row(name, way, backbone, exits, batch):
         assert (made.depths[row, stop:] == 0).all()
 
 
-@pytest.mark.parametrize("kv", ["recompute", "propagate"])
-def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(
-    kv, backbone, exits, batch
-):
+def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(backbone, exits, batch):
     whole, inputs = backbone("llava"), batch("llava", 4)
-    policy = ExitPolicy({2: 0.0}, kv=kv, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.0}, exit_in_prefill=False)
     free = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW)
     end = int(free.new_tokens[0, 3])
     made = generate(
@@ -235,7 +229,7 @@ def test_a_missing_image_is_refused(name, backbone, batch):
 
 
 def test_an_unknown_kv_policy_is_refused():
-    with pytest.raises(InputError, match="recompute, propagate"):
+    with pytest.raises(InputError, match="Allowed: recompute"):
         ExitPolicy(kv="hole")
 
 

@@ -32,7 +32,13 @@ from offramp.engine.confidence import (
 )
 from offramp.engine.exit_check import ExitScorer
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy, policy_from_json, policy_to_json, resolved
+from offramp.engine.policy import (
+    KV_POLICIES,
+    ExitPolicy,
+    policy_from_json,
+    policy_to_json,
+    resolved,
+)
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -182,7 +188,7 @@ def test_an_unknown_score_is_refused_with_the_closest(typed, meant):
 def without_plugins(monkeypatch):
     """No package brings a score, as where offramp stands alone."""
     monkeypatch.setattr(plugins, "_points", lambda: ())
-    for registry in (STREAKS, FEATURE_SCORES):
+    for registry in (STREAKS, FEATURE_SCORES, KV_POLICIES):
         for name in plugins.LAB:
             monkeypatch.delitem(registry, name, raising=False)
 
@@ -193,6 +199,12 @@ def test_without_the_lab_a_policy_by_one_of_its_scores_says_what_to_install(name
         ExitPolicy({2: 0.5}, score=name)
     told = {**policy_to_json(ExitPolicy({2: 0.5})), "score": name}  # as older adapters hold it
     with pytest.raises(InputError, match="pip install"):
+        policy_from_json(told)
+
+
+def test_without_the_lab_propagated_keys_say_what_to_install(without_plugins):
+    told = {**policy_to_json(ExitPolicy({2: 0.5})), "kv": "propagate"}
+    with pytest.raises(InputError, match=r"'propagate' is not known.*\n.*offramp-lab"):
         policy_from_json(told)
 
 

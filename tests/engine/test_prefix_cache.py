@@ -20,7 +20,6 @@ POLICIES = {
     "early": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), exit_in_prefill=False),
     "early, the first too": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05)),
     "lossless": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), lossless=True),
-    "propagate": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), kv="propagate"),
 }
 
 

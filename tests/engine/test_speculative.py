@@ -64,6 +64,6 @@ def test_a_draft_length_out_of_range_is_refused(longest):
         ExitPolicy({2: 0.5}, lossless=True, max_draft=longest)
 
 
-def test_lossless_refuses_approximate_keys():
+def test_lossless_refuses_approximate_keys(approximate):
     with pytest.raises(InputError, match="exact"):
-        ExitPolicy({2: 0.5}, lossless=True, kv="propagate")
+        ExitPolicy({2: 0.5}, lossless=True, kv=approximate)

@@ -200,10 +200,14 @@ def dialogue_items() -> list[Item]:
 
 @pytest.mark.parametrize(
     ("policy", "by"),
-    [({}, "policy"), ({"kv": "propagate"}, "full"), ({"lossless": True}, "full")],
+    [({}, "policy"), ({"kv": "approximate"}, "full"), ({"lossless": True}, "full")],
 )
 def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: dict[str, Any], by: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    policy: dict[str, Any],
+    by: str,
+    approximate: str,
 ) -> None:
     model = adapter_of(OPT, 0.0, **policy)
     result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())

@@ -14,12 +14,12 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 
 
-def mixed(whole, name, kv, inputs, scored):
+def mixed(whole, name, inputs, scored):
     """A generation of one row whose tokens exit at the first exit, the second and not at all."""
     scored(Dice(3))
     first, second = families.depths(name)
     exits = Exits(whole, (first, second))
-    policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv)
+    policy = ExitPolicy({first: 0.5, second: 0.5})
     made, counts = tokens_by_layer(
         whole,
         lambda: generate(
@@ -38,19 +38,10 @@ def prompt_and_steps(whole, depths, inputs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_under_propagate_a_token_runs_as_many_layers_as_its_depth(name, batch, scored):
-    whole = Backbone(families.build(name))
-    inputs = batch(name, 1)
-    depths, counts = mixed(whole, name, "propagate", inputs, scored)
-    prompt, steps = prompt_and_steps(whole, depths, inputs)
-    assert counts == [prompt + sum(d > i for d in steps) for i in range(whole.depth)]
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_under_recompute_a_skipped_layer_runs_only_when_a_later_token_needs_it(name, batch, scored):
     whole = Backbone(families.build(name))
     inputs = batch(name, 1)
-    depths, counts = mixed(whole, name, "recompute", inputs, scored)
+    depths, counts = mixed(whole, name, inputs, scored)
     prompt, steps = prompt_and_steps(whole, depths, inputs)
     # Up to the last token that went through a layer, every token did, once; after it, none.
     for i, count in enumerate(counts):
@@ -58,12 +49,11 @@ def test_under_recompute_a_skipped_layer_runs_only_when_a_later_token_needs_it(n
 
 
 @pytest.mark.parametrize("lens", [False, True])
-@pytest.mark.parametrize("kv", ["recompute", "propagate"])
-def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(kv, lens, batch):
+def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(lens, batch):
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
     exits = Exits(whole, (2,), kind="lens" if lens else "layer")
-    policy = ExitPolicy({2: 0.0}, kv=kv, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.0}, exit_in_prefill=False)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
     )
@@ -109,8 +99,7 @@ def test_an_exit_that_keeps_no_keys_skips_layers_like_any_other(name, backbone, 
     whole = backbone(name)
     first, second = families.depths(name)
     lens = Exits(whole, (first, second), kind="lens")
-    for kv, prefill in (("recompute", True), ("propagate", True), ("propagate", False)):
-        scored(Dice(3))
-        policy = ExitPolicy({first: 0.5, second: 0.5}, kv=kv, exit_in_prefill=prefill)
-        made = generate(whole, batch(name, 4), exits=lens, policy=policy, max_new_tokens=NEW)
-        assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}
+    scored(Dice(3))
+    policy = ExitPolicy({first: 0.5, second: 0.5})
+    made = generate(whole, batch(name, 4), exits=lens, policy=policy, max_new_tokens=NEW)
+    assert set(made.depths.flatten().tolist()) == {first, second, whole.depth}

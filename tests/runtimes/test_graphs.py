@@ -243,7 +243,7 @@ def test_a_gate_is_asked_before_the_exit(case: Any) -> None:
 
 
 def test_what_cannot_be_recorded_is_refused(
-    case: Any, backbone: Any, exits: Any, batch: Any
+    case: Any, backbone: Any, exits: Any, batch: Any, approximate: str
 ) -> None:
     adapter, inputs = case("blip2-opt")
     runtime = GraphRuntime(adapter, context=64)
@@ -259,8 +259,8 @@ def test_what_cannot_be_recorded_is_refused(
     wants("GraphRuntime with that policy", policy=several)
     two = batch("blip2-opt", 2)
     refused(lambda: runtime.generate(two, **GREEDY), InputError, "one answer at a time")
-    approximate = ExitPolicy({depth: 0.5}, kv="propagate")
-    refused(lambda: GraphRuntime(adapter, policy=approximate), InputError, "recompute")
+    inexact = ExitPolicy({depth: 0.5}, kv=approximate)
+    refused(lambda: GraphRuntime(adapter, policy=inexact), InputError, "recompute")
     other = Adapter(backbone("blip2-t5"), exits("blip2-t5"), ExitPolicy())
     refused(lambda: GraphRuntime(other), UnsupportedBackboneError, "encoder-decoder")
     refused(lambda: GraphRuntime(adapter, context=10**12), InputError, "slots")

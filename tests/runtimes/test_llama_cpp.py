@@ -485,7 +485,6 @@ def test_a_tensor_that_is_not_there_is_refused(
 @pytest.mark.parametrize(
     "policy, word",
     [
-        (ExitPolicy({2: 0.5}, kv="propagate", shortlist=True), "propagate"),
         (ExitPolicy({3: 0.5}, shortlist=True), "[3]"),
         (ExitPolicy({2: 0.5}), "shortlist"),
     ],
@@ -497,9 +496,13 @@ def test_policies_that_cannot_be_followed_are_refused(
     refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, word)
 
 
-def test_scores_of_hidden_states_are_refused(loaded: Any, idle: str) -> None:
-    policy = ExitPolicy({2: 0.5}, score=idle, shortlist=True)
-    refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, idle)
+def test_what_is_registered_and_reads_or_fills_more_is_refused(
+    loaded: Any, idle: str, approximate: str
+) -> None:
+    for name, more in ((idle, {"score": idle}), (approximate, {"kv": approximate})):
+        policy = ExitPolicy({2: 0.5}, shortlist=True, **more)
+        asked = loaded("llava").generate
+        refused(lambda: asked(inputs_of("llava"), policy=policy), InputError, name)  # noqa: B023
 
 
 def test_inputs_that_do_not_fit_are_refused(loaded: Any) -> None:

@@ -363,9 +363,9 @@ def test_a_batch_of_rows_is_not_a_request(adapter, batch):
         handle.result(timeout=0)
 
 
-def test_keys_that_are_not_exact_are_refused(backbone, exits):
+def test_keys_that_are_not_exact_are_refused(backbone, exits, approximate):
     with pytest.raises(InputError):
-        EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv="propagate"), SMALL)
+        EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv=approximate), SMALL)
 
 
 def test_a_score_that_follows_a_token_from_exit_to_exit_is_each_requests_own(backbone, exits, rows):

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from offramp.engine.policy import KV_POLICIES
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import InputError
 
 LENGTHS = (1, 2, 4, 8)
 """Positions run at once for which layers and head are timed."""
@@ -33,8 +32,7 @@ class Costs:
     exit: an exit's own layer, over one position.
     check: the rest of a check: norm, head, score, and the transfer of its verdict.
     score: the score of given logits; part of `check`.
-    store: filling the keys and values of one layer that tokens skip (`propagate`), or of an exit
-        that is not checked.
+    store: filling the keys and values of an exit that is not checked.
     gate: a gate's guess and its verdict.
     token: everything that is neither layers nor head: embedding, masks, Python.
     reenter: a call of the layers behind an exit, besides these: entering the decoder in the middle,
@@ -110,7 +108,7 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 # -- predictions ------------------------------------------------------------------------------
 
 
-def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") -> float:
+def predict(costs: Costs, leave: Mapping[int, float]) -> float:
     """Seconds per token when a share leave[d] of all tokens exits at depth d, the rest nowhere.
 
     Of the tokens a share r_k gets past exit k, each with 1 / r_k on average that run together:
@@ -123,29 +121,24 @@ def predict(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") 
     Raises:
         InputError: depths outside 1..L-1, shares outside [0, 1] or summing to more than 1.
     """
-    _check_kv(kv)
     depths = _check_shares(costs, leave)
     seconds, reach, start = costs.token, 1.0, 0
     for depth in (*depths, costs.layers):
         if reach <= 0.0:
             return seconds
-        together = 1.0 / reach if kv == "recompute" else 1.0
-        layer = float(layer_seconds(costs, together))
+        layer = float(layer_seconds(costs, 1.0 / reach))
         seconds += reach * ((depth - start) * layer + (start > 0) * costs.reenter)
         if depth == costs.layers:
             return seconds + reach * costs.head[0]
         seconds += reach * (costs.exit * layer / costs.layer[0] + costs.check)
-        gone = leave[depth]
-        if kv == "propagate":
-            seconds += gone * (costs.layers - depth) * costs.store
-        reach, start = max(0.0, reach - gone), depth
+        reach, start = max(0.0, reach - leave[depth]), depth
         reach = 0.0 if reach < 1e-9 else reach
     raise AssertionError("the last depth is the full one")
 
 
-def speedup(costs: Costs, leave: Mapping[int, float], *, kv: str = "recompute") -> float:
+def speedup(costs: Costs, leave: Mapping[int, float]) -> float:
     """Full-depth seconds per token over those of `predict`."""
-    return costs.full / predict(costs, leave, kv=kv)
+    return costs.full / predict(costs, leave)
 
 
 def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
@@ -159,13 +152,13 @@ def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
     return shut * look - costs.gate - lost * deeper
 
 
-def break_even(costs: Costs, depth: int, *, kv: str = "recompute") -> float | None:
+def break_even(costs: Costs, depth: int) -> float | None:
     """The smallest share, in percent steps, that must exit at `depth` for its exit to pay.
 
     None where not even all tokens exiting would pay.
     """
     shares = (percent / 100 for percent in range(1, 101))
-    return next((s for s in shares if speedup(costs, {depth: s}, kv=kv) >= 1.0), None)
+    return next((s for s in shares if speedup(costs, {depth: s}) >= 1.0), None)
 
 
 def token_seconds(
@@ -173,7 +166,6 @@ def token_seconds(
     depths: ArrayLike,
     exits: Sequence[int],
     *,
-    kv: str = "recompute",
     shut: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> Array:
     """Seconds of decoding sequences whose depths are known, and so which states are pending when.
@@ -188,7 +180,6 @@ def token_seconds(
     Raises:
         InputError: a depth that is neither an exit's nor L.
     """
-    _check_kv(kv)
     ran = np.atleast_2d(np.asarray(depths, dtype=int))
     on, gated = sorted(exits), shut or {}
     if unknown := set(np.unique(ran).tolist()) - {0, costs.layers, *on}:
@@ -213,10 +204,7 @@ def token_seconds(
         checked = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
         seconds += checked * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
         seconds += passed.sum(1) * costs.reenter
-        if kv == "propagate":
-            seconds += (ran == depth).sum(1) * (costs.layers - depth) * costs.store
-        else:
-            together = _since(passed, live)
+        together = _since(passed, live)
         arrived, start = passed, depth
     seconds += arrived.sum(1) * costs.head[0]
     return np.asarray(seconds if np.ndim(depths) > 1 else seconds[0])
@@ -285,11 +273,6 @@ def best_draft(
 
 
 # -- checks -----------------------------------------------------------------------------------
-
-
-def _check_kv(kv: str) -> None:
-    if kv not in KV_POLICIES:
-        raise InputError(f"KV policy {kv!r} is not known.", did_you_mean(kv, KV_POLICIES))
 
 
 def _check_shares(costs: Costs, leave: Mapping[int, float]) -> list[int]:

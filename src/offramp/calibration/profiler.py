@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -32,6 +32,8 @@ from offramp.models.shortlist import Gate
 FULL = 6  # tokens of a pass in which all are alike
 PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"deep{n}")]
 """Kinds of token: looked at and kept; left; kept, and running with those that left before it."""
+SHUT = 0.9
+"""Level that a gate which guesses 0.5 of every state never reaches."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,6 @@ def measure_costs(
     heads, scored, gate = _small_parts(backbone, rows, score, repeats)
     return measured.costs(
         layers=backbone.depth,
-        depth=exits.depths[0],
         batch=rows,
         context=prompt + len(PLAN) // 2,
         heads=heads,
@@ -188,14 +189,14 @@ def _round(
 
     rows = len(inputs["input_ids"])
 
-    def forced(plan: Sequence[str], kv: str) -> list[_Token]:
+    def forced(plan: Sequence[str], exits: ExitSet, **policy: Any) -> list[_Token]:
         watch = _Stopwatch(backbone.device, rows, hook)
         leave = torch.tensor([False, *(kind == "leave" for kind in plan)])
         script = Script(leave[:, None].expand(-1, rows), score=score)
         with watch.inside(backbone, exits):
             generate_forced(
                 backbone, inputs, exits, script, len(leave),
-                criteria=[watch], kv=kv, shortlist=shortlist,
+                criteria=[watch], shortlist=shortlist, **policy,
             )  # fmt: skip
         return watch.tokens
 
@@ -203,10 +204,20 @@ def _round(
     with watch.inside(backbone, exits):
         stop = StoppingCriteriaList([watch])
         generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=1 + FULL, **OPTIONS)
-    tokens = {"full": watch.tokens, "store": forced(["leave"] * FULL, "propagate")}
-    for kind, token in zip(PLAN, forced(PLAN, "recompute"), strict=True):
+    first = exits.depths[0]
+    gated = replace(exits, gates={first: _unsure(backbone)})
+    tokens = {
+        "full": watch.tokens,
+        "shut": forced(["stay"] * FULL, gated, gates={first: SHUT}),
+    }
+    for kind, token in zip(PLAN, forced(PLAN, exits), strict=True):
         tokens.setdefault(kind, []).append(token)
     return tokens
+
+
+def _unsure(backbone: Backbone) -> Gate:
+    """A gate that guesses 0.5 of every state."""
+    return Gate(*(torch.zeros(n, device=backbone.device) for n in ((backbone.width,), ())))
 
 
 def _hook_seconds(device: torch.device) -> float:
@@ -242,7 +253,6 @@ class _Measurements:
         self,
         *,
         layers: int,
-        depth: int,
         batch: int,
         context: int,
         heads: Sequence[float],
@@ -262,7 +272,8 @@ class _Measurements:
         deep = ["stay", *(f"deep{n}" for n in LENGTHS[1:])]
         reenter = median(self._median(kind, lambda t: outside(t) - t.head) for kind in deep) - check
         exit = self._median("stay", lambda t: t.exit)
-        store = self._median("store", lambda t: t.seconds)
+        # Of tokens at full depth: what a look takes longer than an exit that a gate shuts.
+        look, passed = (self._median(kind, lambda t: t.seconds) for kind in ("stay", "shut"))
         return Costs(
             layers=layers,
             batch=batch,
@@ -273,9 +284,8 @@ class _Measurements:
             exit=exit,
             check=check,
             score=score,
-            # All that a token takes longer which fills what it skips: rows then run one by one.
-            store=max(0.0, (store - overhead - depth * layer - exit - check) / (layers - depth)),
-            token=overhead,
+            store=max(0.0, exit + check - gate - (look - passed)),
+            token=max(0.0, overhead),  # hooks may be charged for more than they took
             reenter=max(0.0, reenter),
             gate=gate,
         )
@@ -289,7 +299,7 @@ def _small_parts(
     states = {n: sample[:, :n].contiguous() for n in LENGTHS}
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
     scored, guessed = [], []
-    gate = Gate(torch.zeros(backbone.width, device=backbone.device), sample.new_zeros(()).float())
+    gate = _unsure(backbone)
     watch = _Stopwatch(backbone.device)
     with torch.inference_mode():
         for _ in range(repeats + 1):

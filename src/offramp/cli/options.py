@@ -344,7 +344,6 @@ def measured_options(
 def policy_options(parser: Parser, *, threshold: bool) -> Any:
     """Options that change the adapter's policy; threshold: also where tokens exit."""
     from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
-    from offramp.engine.policy import KV_POLICIES
 
     load_plugins()  # they may bring scores
     group = parser.add_argument_group("early exit")
@@ -355,9 +354,6 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
         )  # fmt: skip
     scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
-    name_option(
-        group, "--kv", KV_POLICIES, "keys and values of skipped layers", shown="the adapter's"
-    )
     first_token_option(group)
     return group
 

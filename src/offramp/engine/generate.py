@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.prompt import PromptReader
@@ -26,7 +27,13 @@ from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.choice import executor_for
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.policy import (
+    FULL,
+    KV_POLICIES,
+    ExitPolicy,
+    GenerationOutput,
+    first_token_may_exit,
+)
 from offramp.engine.prefill import Prepared, check_options
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check.decoding import prove
@@ -65,7 +72,7 @@ def generate(
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    one = _Generation(backbone, exits, policy, vision_cache, prefix_cache)
+    one = _generation(backbone, exits, policy, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs)
     return one.write(prepared, streamer, seed, observer)
@@ -93,13 +100,18 @@ def generate_prepared(
             f"The exits are attached to {backbone.name}, and another model was asked to generate.",
             "Attach them to that model: offramp.attach(model, exits).",
         )
-    one = _Generation(backbone, exits, policy, None, prefix_cache)
+    one = _generation(backbone, exits, policy, None, prefix_cache)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
 
 
-class _Generation:
-    """One call of `generate`: what reads its prompt, and what decodes it."""
+class Generation:
+    """One call of `generate`: what reads its prompt, and what decodes it.
+
+    A policy of keys and values that is registered (`KV_POLICIES`) brings a class of its own.
+    """
+
+    decodes: type[Decoder] = Decoder
 
     def __init__(
         self,
@@ -120,16 +132,33 @@ class _Generation:
             backbone.check_lossless()
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
-        self.rule = exit_rule(backbone, policy, self.asker)
+        self.rule = self.exit_rule()
+        self.reader = self.prompt_reader(vision_cache, prefix_cache)
+
+    def exit_rule(self) -> ExitRule:
         if self.drafter is not None:
-            self.rule = self.drafter.rule
-        self.reader = PromptReader(
-            backbone,
-            attached,
-            depths,
+            return self.drafter.rule
+        return exit_rule(self.backbone, self.policy, self.asker)
+
+    def prompt_reader(
+        self, vision_cache: VisionCache | None, prefix_cache: PrefixCache | None
+    ) -> PromptReader:
+        return PromptReader(
+            self.backbone,
+            self.exits,
+            self.depths,
             vision_cache=vision_cache,
             prefix_cache=prefix_cache,
-            propagate=policy.kv == "propagate",
+        )
+
+    def executor(self, rows: int) -> Executor:
+        return executor_for(
+            self.backbone,
+            self.exits,
+            self.depths,
+            slots=rows,
+            watches=self.asker.watches,
+            drafter=self.drafter,
         )
 
     def write(
@@ -140,17 +169,9 @@ class _Generation:
         observer: Observer | None = None,
     ) -> GenerationOutput:
         rows = len(prepared.ids)
-        executor = executor_for(
-            self.backbone,
-            self.exits,
-            self.depths,
-            slots=rows,
-            kv=self.policy.kv,
-            watches=self.asker.watches,
-            drafter=self.drafter,
-        )
+        executor = self.executor(rows)
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
-        decoder = Decoder(self.backbone.depth, executor, self.asker, schedule=schedule)
+        decoder = self.decodes(self.backbone.depth, executor, self.asker, schedule=schedule)
         first_exits = first_token_may_exit(self.backbone, self.policy)
         try:
             return write_answers(
@@ -161,12 +182,20 @@ class _Generation:
             executor.close()
 
 
+def _generation(
+    backbone: Backbone, exits: ExitSet | Exits | None, policy: ExitPolicy, *caches: Any
+) -> Generation:
+    own = KV_POLICIES[policy.kv]
+    made: Generation = (own or Generation)(backbone, exits, policy, *caches)
+    return made
+
+
 def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> ExitRule:
     """How single answers use the exits. policy: as it takes effect. asker: asks the exits."""
     if not policy.thresholds:
         return NO_EXITS
     rule = ExitRule.of(policy)
-    if policy.kv == "propagate" or not backbone.lossless or asker.follows:
+    if not backbone.lossless or asker.follows:
         rule = replace(rule, guesses=None)  # guesses are taken back, and exits asked in order
     return rule
 

@@ -171,19 +171,6 @@ def croppable(cache: Any) -> bool:
     )
 
 
-def check_projects(cache: Any) -> None:
-    """Raise `InputError` where layers keep states in place of keys and values.
-
-    All of such a layer runs to make its state, so a token that skips it would save nothing.
-    """
-    if any(hasattr(entry, "is_conv_states_initialized") for entry in self_attention(cache).layers):
-        raise InputError(
-            "Policy kv='propagate' stores keys of skipped layers, and layers of this model keep "
-            "states instead, for which they run whole: nothing would be saved.",
-            "Use kv='recompute'.",
-        )
-
-
 class _KeysStored(Exception):
     """Raised out of a layer once its keys and values are in the cache."""
 

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from offramp.engine.confidence import check_score, check_weights
-from offramp.errors import InputError, check_known, did_you_mean
+from offramp.errors import InputError, check_known
+from offramp.plugins import check_registered
 
 if TYPE_CHECKING:
     from torch import Tensor  # policies are read where there is no PyTorch
 
     from offramp.models.backbone import Backbone
 
-KV_POLICIES = ("recompute", "propagate")
+KV_POLICIES: dict[str, Any] = {"recompute": None}
+"""What fills the keys and values of layers that tokens skip, by name: the class of
+`offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
 MODES = ("early_exit", "lossless", "full")
 """Exits end a token; only draft it, and the full model verifies; or are off."""
 
@@ -60,7 +63,7 @@ class ExitPolicy:
         agree on), or a registered one (`register_score`).
     weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
         are for all depths with thresholds or, left out, alike.
-    kv: "recompute" (exact) or "propagate".
+    kv: a key of `KV_POLICIES`: "recompute" (exact), or a registered one.
     lossless: exits only draft, and the full model verifies (`offramp.engine.decoding`): the
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
@@ -92,10 +95,7 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        if self.kv not in KV_POLICIES:
-            raise InputError(
-                f"KV policy {self.kv!r} is not known.", did_you_mean(self.kv, KV_POLICIES)
-            )
+        check_registered("KV policy", self.kv, lambda: KV_POLICIES)
         if self.lossless and self.kv != "recompute":
             raise InputError(
                 f"Lossless decoding needs exact keys and values, not KV policy {self.kv!r}.",

@@ -51,16 +51,6 @@ def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
         generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
-def test_to_propagate_is_refused_where_it_would_save_nothing(name):
-    model = zoo.build(name)
-    whole, inputs = Backbone(model), zoo.inputs(name, model, 1)
-    policy = ExitPolicy({2: 0.5}, kv="propagate")
-    with pytest.raises(InputError, match="nothing would be saved") as caught:
-        generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=3)
-    assert len(str(caught.value).splitlines()) == 2
-
-
 def test_what_others_register_is_checked_before_it_is_trained(monkeypatch):
     """Of a prefix language model, the default says wrongly that its prompt is causal."""
     model = zoo.build("gemma4_unified")

@@ -113,7 +113,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
-    changed = ("score", "kv", "exit_in_prefill")
+    changed = ("score", "exit_in_prefill")
     changes = {n: v for n in changed if (v := getattr(arguments, n)) is not None}
     policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
     encoder = InputProcessor(adapter.backbone, processor)

@@ -303,7 +303,7 @@ class Decoder:
             token = Token(verdict.token, depth, score)
             if not rule.lossless:
                 row.say(token)
-                self._skip(row, 1)
+                self._left(row, 1)
                 if row.asked:
                     row.held = row.sampler.would_end(len(row.tokens), verdict.token)
                 return
@@ -318,11 +318,8 @@ class Decoder:
         crowded = rule.lossless and rule.most is not None and len(row.asked) > rule.most
         row.held = crowded or row.sampler.would_end(len(row.tokens), verdict.token)
 
-    def _skip(self, row: Sequence, segment: int) -> None:
-        """Where keys and values are propagated: fill what the newest token skips."""
-        if self.executor.propagate:
-            self.executor.skip(row.handle, segment)
-            row.ran = [row.ran[0]] * len(row.ran)
+    def _left(self, row: Sequence, segment: int) -> None:
+        """The newest token exited before a segment, where it waits."""
 
     def _crowded(self, row: Sequence) -> bool:
         return row.rule.most is not None and len(row.asked) >= row.rule.most
@@ -401,7 +398,7 @@ class Decoder:
                         right = row.draft(place, token)
                     else:
                         right = self._give(row, place, token)
-                        self._skip(row, self.depths.index(depth) + 1)
+                        self._left(row, self.depths.index(depth) + 1)
                 else:
                     row.looked(place, score)
             if not right:

@@ -39,7 +39,6 @@ class Executor(Protocol):
 
     depths: tuple[int, ...]
     rows: int | None
-    propagate: bool
     positions: int | None
 
     def load(self, prompt: Any, row: int) -> Loaded:
@@ -77,11 +76,6 @@ class Executor(Protocol):
     def trial(self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]) -> Any:
         """A `full` call to be timed, nothing waiting, after which nothing has changed; None where
         it would leave traces."""
-        ...
-
-    def skip(self, handle: int, segment: int) -> None:
-        """Fill, approximately, what the newest token of a sequence skips from a segment on; only
-        asked of an executor that propagates."""
         ...
 
     def allow_crops(self, handle: int) -> bool:

@@ -21,10 +21,8 @@ from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
     add_exit_entries,
-    check_projects,
     self_attention,
     store_exit_keys,
-    store_keys,
 )
 from offramp.engine.prefill import Prefill, Prepared, check_inputs, check_options, prepare
 from offramp.engine.prefix_cache import PrefixCache, can_shorten
@@ -72,9 +70,8 @@ class PromptReader:
     depths: of the exits in use. vision_cache: image features kept between calls. prefix_cache: keys
     and values of prompts kept between calls. chunk: tokens that are run at once, where the prompt
     is causal and nothing but tokens and positions go with it; None: all. between: called before
-    each of several chunks, the vision tower having run. propagate: fill the keys and values of
-    layers that a first token skips, approximately, instead of letting the prompt wait. waits:
-    whether it may wait at its exit; prompts that do are not kept in a prefix cache.
+    each of several chunks, the vision tower having run. waits: whether it may wait at its exit;
+    prompts that do are not kept in a prefix cache.
     """
 
     def __init__(
@@ -87,7 +84,6 @@ class PromptReader:
         prefix_cache: PrefixCache | None = None,
         chunk: int | None = None,
         between: Callable[[], None] = lambda: None,
-        propagate: bool = False,
         waits: bool = True,
     ) -> None:
         self.backbone, self.exits = backbone, exits
@@ -98,7 +94,7 @@ class PromptReader:
             self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
-        self._prefix_cache, self._propagate, self._may_wait = prefix_cache, propagate, waits
+        self._prefix_cache, self._may_wait = prefix_cache, waits
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
@@ -158,11 +154,7 @@ class PromptReader:
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(self.cache, entries, self.backbone.depth)
-        if self._propagate and self.exits_on:
-            check_projects(self.cache)
         kept = self._prefix_cache
-        if self._propagate and self._decide is not None:
-            kept = None  # the prompt's keys may be approximate
         with nullcontext() if kept is None else kept.serving(self):
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
@@ -204,8 +196,6 @@ class PromptReader:
     def layer(self, call: LayerCall) -> Any:
         """The layer's own output; before it, the exit that stands there."""
         if self._waits is not None:
-            if self._propagate:
-                self._store_skipped(call)
             return self.backbone.skipped_layer_output(call)
         here, newest = self.backbone.here, call.hidden[:, -1]
         if call.index == self._keep:
@@ -224,18 +214,9 @@ class PromptReader:
                 output = ExitOutput(here(newest), state, self._before)
                 if self._decide(call.index, output) and self._may_wait:
                     self._waits = call.index, call.hidden
-                    if self._propagate:
-                        self._store_skipped(call)
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)
         return call.run(call.layer)
-
-    def _store_skipped(self, call: LayerCall) -> None:
-        """Fill a skipped layer's keys and values, and those of an exit there."""
-        store_keys(self.cache, call.layer, call)
-        assert self._waits is not None and self.exits is not None
-        if call.index in self.exits_on and call.index != self._waits[0]:
-            store_exit_keys(self.cache, self.exits, call)
 
 
 def columns_of(prompt: Prompt) -> int:

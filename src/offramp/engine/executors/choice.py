@@ -21,18 +21,9 @@ def executor_for(
     backbone: Backbone,
     exits: ExitSet | None,
     depths: Sequence[int],
-    *,
-    kv: str = "recompute",
     **settings: Any,
 ) -> Executor:
-    """The executor that a backbone was found to be exact by.
-
-    kv: as of `ExitPolicy`. settings: as of `make_executor`.
-    """
-    if kv == "propagate" and depths:
-        return StackExecutor(
-            backbone, exits, depths, propagate=True, watches=settings.get("watches", False)
-        )
+    """The executor that a backbone was found to be exact by. settings: as of `make_executor`."""
     return make_executor(backbone.engine or "slots", backbone, exits, depths, **settings)
 
 

@@ -28,7 +28,6 @@ from offramp.engine.kv_cache import (
     self_attention,
     stand_in,
     store_exit_keys,
-    store_keys,
 )
 from offramp.engine.prefill import Prefill
 from offramp.models.backbone import Backbone, LayerCall
@@ -61,11 +60,7 @@ class _Row:
 
 
 class StackExecutor:
-    """Runs a backbone with exits through its own stack. The layer handler of its twin.
-
-    propagate: fill the keys and values of layers that a token skips at once, by projecting its
-    state at the exit (CALM, Schuster et al. 2022): approximate, and nothing ever waits.
-    """
+    """Runs a backbone with exits through its own stack. The layer handler of its twin."""
 
     rows: int | None = 1
     positions: int | None = None  # counted where its arguments are made
@@ -76,13 +71,12 @@ class StackExecutor:
         exits: ExitSet | None,
         depths: Sequence[int],
         *,
-        propagate: bool = False,
         watches: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
         self._bounds = (0, *self.depths, backbone.depth)
-        self.propagate, self._watches = propagate, watches
+        self._watches = watches
         self._drafter, self._verifies = drafter, False
         self.intercepted = InterceptedModel(backbone, self)
         cannot_compile(backbone, "this model or request needs its own stack")
@@ -92,7 +86,7 @@ class StackExecutor:
         self._row: _Row | None = None
         self._seen: Any = None  # the cache as its layers see it
         self._running = range(0)
-        self._skips = self._keys_only = False
+        self._keys_only = False
         self._looks: Looks | None = None
         self._chunk: Tensor | None = None
         self._output: ExitOutput | None = None
@@ -108,7 +102,7 @@ class StackExecutor:
         tokens = _columns(prompt)
         held = _Row(cache, prefill, tokens)
         ran = [tokens] * (len(self._bounds) - 1)
-        if prompt.waits is not None and not self.propagate:
+        if prompt.waits is not None:
             depth, states = prompt.waits
             segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
             held.waits[segment] = [_Part(mine, prefill.positions, None)]
@@ -320,20 +314,6 @@ class StackExecutor:
             row.waits[segment], row.begin[segment] = [], column
         row.waits[segment].append(part)
 
-    def skip(self, handle: int, segment: int) -> None:
-        """Fill what the newest token skips from a segment on, approximately."""
-        row, depth = self._held[handle], self._bounds[segment]
-        part = row.waits.pop(segment)[-1]
-        kw = dict(row.last)
-        self._chunk, self._skips = part.states, True
-        kw.pop("input_ids", None)
-        kw["inputs_embeds"] = part.states.clone()
-        try:
-            self._call(row, range(depth, self.backbone.depth), kw)
-        finally:
-            self._chunk, self._skips = None, False
-        row.ran = [row.ran[0]] * len(row.ran)
-
     def _call(self, row: _Row, running: range, kw: dict[str, Any]) -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
         run."""
@@ -369,11 +349,6 @@ class StackExecutor:
         if index == running.start and self._chunk is not None:
             call = replace(call, hidden=self._chunk)
         assert self._row is not None
-        if self._skips:
-            store_keys(self._seen, call.layer, call)
-            if index in self.depths and index != running.start and self.exits is not None:
-                store_exit_keys(self._seen, self.exits, call)
-            return self.backbone.skipped_layer_output(call)
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)

@@ -47,7 +47,6 @@ class GraphExecutor:
     """
 
     rows: int | None = 1
-    propagate = False
     positions: int | None = None
 
     def __init__(self, programs: RowPrograms) -> None:
@@ -100,9 +99,6 @@ class GraphExecutor:
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
     ) -> GraphOutput | None:
         return None
-
-    def skip(self, handle: int, segment: int) -> None:
-        raise NotImplementedError("programs keep exact keys and values")
 
     # -- calls -----------------------------------------------------------------------------------
 

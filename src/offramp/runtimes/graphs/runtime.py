@@ -44,7 +44,7 @@ class GraphRuntime:
         """Allocate keys and values of `context` tokens.
 
         Raises:
-            InputError: a policy with KV policy "propagate"; more tokens than memory holds.
+            InputError: a policy whose keys and values are not exact; more tokens than memory holds.
             UnsupportedBackboneError: an encoder-decoder, or one that is spread over devices.
         """
         self.adapter, self.policy = adapter, policy or adapter.policy

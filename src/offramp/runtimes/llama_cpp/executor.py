@@ -36,7 +36,6 @@ class ChainExecutor:
     """
 
     rows: int | None = 1
-    propagate = False
     positions: int | None = None
 
     def __init__(
@@ -130,9 +129,6 @@ class ChainExecutor:
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
     ) -> Array | None:
         return None
-
-    def skip(self, handle: int, segment: int) -> None:
-        raise NotImplementedError("a chain keeps exact keys and values")
 
     def allow_crops(self, handle: int) -> bool:
         return True

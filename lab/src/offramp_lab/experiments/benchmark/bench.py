@@ -34,6 +34,8 @@ from offramp.report.table import Table
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts
 from offramp_lab.experiments.experiment import machine
+from offramp_lab.methods.propagate import measure_store
+from offramp_lab.methods.propagate import token_seconds as propagated_seconds
 
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {"kv": "recompute"},
@@ -111,7 +113,11 @@ def bench(
         if shortlist is not None:
             exits = replace(exits, shortlist=any_shortlist(backbone, shortlist, reference))
     runners = {repr(c): _Runner(c, backbone, exits, costs, score, rows, tokens) for c in cases}
+    store = 0.0
+    if exits is not None and any(case.policy == "propagate" for case in cases):
+        store = measure_store(backbone, inputs, exits, costs, rounds=rounds)
     for runner in runners.values():
+        runner.store = store
         runner.plan(reference, independent, seed)
     methods = {
         "generate": stock_generate_fn(backbone, **greedy),
@@ -215,6 +221,7 @@ class _Runner:
             self._options["max_draft"] = case.max_draft or best_draft(
                 costs, case.depth, acceptance=case.rate
             )
+        self.store = 0.0  # of one layer that a token skips, where keys and values are propagated
         self._leave: Tensor
         self._says: Tensor | None = None
         self._rounds: tuple[tuple[int, int], ...] = ()
@@ -255,8 +262,8 @@ class _Runner:
         if self._lossless:
             drafted = [made for made, _ in self._rounds]
             return full / rounds_seconds(self._costs, self.case.depth, drafted)
-        kv = self._options["kv"]
-        if self._rows > 1 and kv == "recompute":
+        propagates = self.case.policy == "propagate"
+        if self._rows > 1 and not propagates:
             return full / decoding_seconds(
                 batch_costs(self._costs, self.case.depth),
                 lambda _, row, place: bool(self._leave[place, row]),
@@ -266,7 +273,10 @@ class _Runner:
         # Rows that are propagated run one by one: a step is as deep as its deepest.
         left = self._leave[1:].all(1).numpy()
         depths = np.where(left, self.case.depth, self._costs.layers)
-        return full / float(token_seconds(self._costs, depths, [self.case.depth], kv=kv))
+        at = [self.case.depth]
+        if propagates:
+            return full / propagated_seconds(self._costs, self.store, depths, at)
+        return full / float(token_seconds(self._costs, depths, at))
 
     def extra(self, measured: float) -> dict[str, Any]:
         """What else is worth knowing of a case that ran."""
@@ -306,7 +316,7 @@ def table(costs: Costs, entries: Sequence[Mapping[str, Any]]) -> str:
         "LM head": f"{costs.head[0] / unit:.2f}",
         "exit's layer": f"{costs.exit / unit:.2f}",
         "rest of a check": f"{costs.check / unit:.2f} (score {costs.score / unit:.2f})",
-        "keys of a skipped layer": f"{costs.store / unit:.2f}",
+        "keys of a shut exit": f"{costs.store / unit:.2f}",
         "token besides": f"{costs.token / unit:.2f}",
         "re-entry": f"{costs.reenter / unit:.2f}",
     }

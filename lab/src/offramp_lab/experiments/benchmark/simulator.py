@@ -98,7 +98,6 @@ class _Costed:
 
     depths: tuple[int, ...] = (EXIT,)
     rows: int | None = None
-    propagate = False
     positions: int | None = None
 
     def __init__(self, costs: CallCosts) -> None:
@@ -132,9 +131,6 @@ class _Costed:
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor | None:
         return None
-
-    def skip(self, handle: int, segment: int) -> None:
-        raise NotImplementedError("nothing is propagated")
 
     def allow_crops(self, handle: int) -> bool:
         return True

@@ -63,7 +63,6 @@ class SlotExecutor:
     """
 
     rows: int | None = None
-    propagate = False
 
     def __init__(
         self,
@@ -238,9 +237,6 @@ class SlotExecutor:
         slots = [self._slot_of[handle] for handle in handles]
         call = self._one_each(slots, columns)  # what it writes is written again
         return self._call(range(self.backbone.depth), call, self._ids(ids))
-
-    def skip(self, handle: int, segment: int) -> None:
-        raise NotImplementedError("slots keep exact keys and values")
 
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""

@@ -1,0 +1,169 @@
+"""Laws of propagated keys and values: a token runs as many layers as its depth, nothing waits, and
+the first exit stays exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by_layer
+from families import WORDLESS
+from reference import Dice
+
+from offramp.calibration.cost_model import Costs, predict
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp_lab.inputs import zoo
+from offramp_lab.inputs.shapes import shape
+from offramp_lab.methods.propagate import measure_store, token_seconds
+
+NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3", "qwen2.5-vl")
+OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
+LAYERS, EXIT = 8, 3
+COSTS = Costs(
+    layers=LAYERS, batch=1, context=40,
+    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
+    exit=1.0, check=2.5, score=0.2, store=0.0, token=0.5, reenter=0.3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_exiting_equals_stock_generate(name: str, backbone: Any, exits: Any, batch: Any):
+    whole, policy = backbone(name), never(name, kv="propagate")
+    for rows in (1, 4):
+        inputs = batch(name, rows)
+        made = generate(whole, inputs, exits=exits(name), policy=policy, max_new_tokens=NEW,
+                        do_sample=False)  # fmt: skip
+        assert torch.equal(made.sequences, greedy(whole.model, inputs))
+        assert (made.depths == whole.depth).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_runs_as_many_layers_as_its_depth(name: str, batch: Any, scored: Any):
+    whole, inputs = Backbone(families.build(name)), batch(name, 1)
+    scored(Dice(3))
+    first, second = families.depths(name)
+    exits, policy = (
+        Exits(whole, (first, second)),
+        ExitPolicy({first: 0.5, second: 0.5}, kv="propagate", exit_in_prefill=False),
+    )
+    made, counts = tokens_by_layer(
+        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=16,
+                                do_sample=False)
+    )  # fmt: skip
+    depths = made.depths[0].tolist()
+    assert set(depths) == {first, second, whole.depth}
+    prompt = 0 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]
+    steps = depths if whole.is_encoder_decoder else depths[1:]
+    assert counts == [prompt + sum(d > i for d in steps) for i in range(whole.depth)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_exact_at_the_first_exit_and_bounded_past_it(
+    name: str, backbone: Any, exits: Any, batch: Any, scored: Any
+):
+    whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
+    first, second = parts.depths
+    policy = ExitPolicy({first: 0.4, second: 0.5}, kv="propagate")
+    scored(Dice(5))
+    _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
+    assert errors[first] <= EXACT
+    assert EXACT < errors[whole.depth] < 1.0
+
+
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_if_every_token_exits_the_deeper_layers_see_at_most_the_prompt(
+    early: bool, lens: bool, batch: Any
+):
+    whole, inputs = Backbone(families.build("llava")), batch("llava", 1)
+    exits = Exits(whole, (2,), kind="lens" if lens else "layer")
+    policy = ExitPolicy({2: 0.0}, kv="propagate", exit_in_prefill=early)
+    made, counts = tokens_by_layer(
+        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
+    )
+    prompt = inputs["input_ids"].shape[1]
+    assert made.depths.tolist() == [[2 if early else 6] + [2] * 8]
+    assert counts == [prompt + 8] * 2 + [0 if early else prompt] * 4
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "llava"])
+def test_rows_that_end_change_no_other_row(name: str, backbone: Any, exits: Any, batch: Any):
+    whole, inputs = backbone(name), batch(name, 4)
+    policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.03), kv="propagate")
+    free = generate(whole, inputs, exits=exits(name), policy=policy, **OPTIONS)
+    end = int(free.new_tokens[0, 3])
+    made = generate(whole, inputs, exits=exits(name), policy=policy, eos_token_id=end,
+                    pad_token_id=families.PAD, **OPTIONS)  # fmt: skip
+    for row in range(4):
+        tokens = free.new_tokens[row].tolist()
+        stop = tokens.index(end) + 1 if end in tokens else made.depths.shape[1]
+        assert made.new_tokens[row, :stop].tolist() == tokens[:stop]
+        assert torch.equal(made.depths[row, :stop], free.depths[row, :stop])
+        assert (made.depths[row, stop:] == 0).all()
+
+
+def test_a_prefix_cache_keeps_no_approximate_prompt(backbone: Any, exits: Any, batch: Any):
+    whole, inputs, cache = backbone("llava"), batch("llava", 1), PrefixCache()
+    policy = ExitPolicy(dict.fromkeys(families.depths("llava"), 0.05), kv="propagate")
+    first, second = (
+        generate(whole, inputs, exits=exits("llava"), policy=policy, prefix_cache=cache, **OPTIONS)
+        for _ in range(2)
+    )
+    assert cache.reused == 0 and torch.equal(first.sequences, second.sequences)
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+def test_it_is_refused_where_it_would_save_nothing(name: str):
+    model = zoo.build(name)
+    whole, inputs = Backbone(model), zoo.inputs(name, model, 1)
+    policy = ExitPolicy({2: 0.5}, kv="propagate")
+    with pytest.raises(InputError, match="nothing would be saved") as caught:
+        generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=3)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_lossless_decoding_refuses_it():
+    with pytest.raises(InputError, match="exact"):
+        ExitPolicy({2: 0.5}, lossless=True, kv="propagate")
+
+
+# -- what it costs -------------------------------------------------------------------------------
+
+
+def test_without_exits_the_prediction_is_the_full_model():
+    assert token_seconds(COSTS, 0.2, [LAYERS] * 5, []) == pytest.approx(5 * COSTS.full)
+
+
+def test_an_exit_that_never_fires_costs_what_it_costs_where_keys_are_exact():
+    found = token_seconds(COSTS, 0.2, [LAYERS] * 4, [EXIT]) / 4
+    assert found == pytest.approx(predict(COSTS, {EXIT: 0.0}))
+
+
+def test_a_token_that_exits_pays_for_the_keys_of_each_layer_that_it_skips():
+    found = token_seconds(COSTS, 0.2, [EXIT], [EXIT, 6])
+    assert found == pytest.approx(predict(COSTS, {EXIT: 1.0}) + (LAYERS - EXIT) * 0.2)
+
+
+def test_nobody_runs_deeper_for_others():
+    mixed = token_seconds(COSTS, 0.2, [EXIT, LAYERS, EXIT], [EXIT])
+    alone = [token_seconds(COSTS, 0.2, [d], [EXIT]) for d in (EXIT, LAYERS, EXIT)]
+    assert mixed == pytest.approx(np.sum(alone))
+
+
+def test_filling_a_layer_is_measured():
+    whole = shape("mini-opt").build()
+    exits = Exits(whole, (2,)).requires_grad_(False)
+    nothing = Costs(
+        layers=whole.depth, batch=1, context=1, layer=(0.0,) * 4, head=(0.0,) * 4,
+        exit=0.0, check=0.0, score=0.0, store=0.0, token=0.0, reenter=0.0,
+    )  # fmt: skip
+    inputs = shape("mini-opt").inputs(whole)
+    assert measure_store(whole, inputs, ExitSet.of(exits), nothing, rounds=1, tokens=2) > 0.0
