@@ -19,7 +19,7 @@ from offramp.cli.commands import inspect
 from offramp.errors import InputError
 from offramp.missing import EXTRAS, install_command, missing_package
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub import load_processor
 
 ROOT = Path(__file__).resolve().parents[1]
 

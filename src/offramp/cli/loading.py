@@ -84,7 +84,7 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
     """
     import torch
 
-    from offramp.models.hub.loading import check_device
+    from offramp.models.hub import check_device
 
     gpu = torch.cuda.is_available()
     if asked != "auto":

@@ -15,7 +15,7 @@ from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.fingerprint import fingerprint
-from offramp.models.hub.loading import grey_example, load_model, unwrap_peft
+from offramp.models.hub import grey_example, load_model, unwrap_peft
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.prepacked import prepacked
 from offramp.models.quantized.weights import (
@@ -26,7 +26,7 @@ from offramp.models.quantized.weights import (
     unpack,
 )
 from offramp.models.registry import Family, is_tested, registered_family
-from offramp.models.sharding.hooks import check_hooks, device_of, loaded
+from offramp.models.sharding import check_hooks, device_of, loaded
 
 
 @dataclass(slots=True)

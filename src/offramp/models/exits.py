@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone, LayerCall
-from offramp.models.mixture.dense import dense_block, expert_blocks
+from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.quantized.weights import float_copy, float_dtype
-from offramp.models.sharding.hooks import run_like
+from offramp.models.sharding import run_like
 from offramp.models.shortlist import Gate
 
 

@@ -11,7 +11,7 @@ import torch
 
 from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub import load_processor
 
 TINY = ("opt", "t5")
 PHOTO = "offramp/photo"

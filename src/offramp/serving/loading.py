@@ -12,7 +12,7 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import grey_picture
+from offramp.models.hub import grey_picture
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
 from offramp.save_and_load import read_config

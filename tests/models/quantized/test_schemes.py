@@ -9,7 +9,7 @@ from offramp.data.scenes.tasks import captions
 from offramp.engine.self_check.decoding import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder

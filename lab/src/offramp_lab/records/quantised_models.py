@@ -32,7 +32,7 @@ from offramp.engine.teacher_forcing import Answered, record
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder

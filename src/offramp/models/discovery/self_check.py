@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
 from offramp.models.discovery.watch import first_tensor
-from offramp.models.sharding.hooks import device_of
+from offramp.models.sharding import device_of
 
 if TYPE_CHECKING:
     from offramp.models.backbone import Backbone, LayerCall

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from offramp.models.sharding.hooks import hook_twin
+from offramp.models.sharding import hook_twin
 
 _HOOKS = (
     "_forward_hooks",

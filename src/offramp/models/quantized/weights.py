@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.quantized.linears import QuantizedLinear
 from offramp.models.quantized.prepacked import PrepackedLinear
-from offramp.models.sharding.hooks import hooks_of, loaded, unhook
+from offramp.models.sharding import hooks_of, loaded, unhook
 
 _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
 """Where linears and their weights say how many bits they are held in."""

@@ -14,7 +14,7 @@ from offramp.engine.self_check.decoding import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.exits import Exits
-from offramp.models.sharding.hooks import device_of
+from offramp.models.sharding import device_of
 
 DEEP = families.LAYERS // 2
 """From here on the layers are elsewhere."""

@@ -9,7 +9,7 @@ import pytest
 
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.hub.loading import load_processor
+from offramp.models.hub import load_processor
 from offramp.storage import read_json, write_json
 
 CODE = """

@@ -14,7 +14,7 @@ from offramp.models import exits as kinds
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, copied_index, dense_exit, register_exit
 from offramp.models.intercept import InterceptedModel
-from offramp.models.mixture.dense import DenseBlock, expert_blocks
+from offramp.models.mixture import DenseBlock, expert_blocks
 from offramp_lab.inputs import zoo
 
 DEPTH = 2

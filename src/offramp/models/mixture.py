@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from offramp.errors import UnsupportedBackboneError
-from offramp.models.sharding.hooks import device_of
+from offramp.models.sharding import device_of
 
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """How blocks and configurations call the number of experts that a token runs through."""

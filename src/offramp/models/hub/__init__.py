@@ -1,1 +1,0 @@
-"""What comes from a folder or from the hub."""

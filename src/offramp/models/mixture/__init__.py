@@ -1,1 +1,0 @@
-"""Decoder layers that choose among experts."""

@@ -1,1 +1,0 @@
-"""Models whose parts accelerate keeps on several devices, or on disk, and moves by hooks."""
