@@ -29,19 +29,25 @@ class FakeSegment:
         self.last: Any = None
         self.ahead: list[bool] = []
         self.at_once = 512
+        self.sequences = 1
 
     @property
     def length(self) -> int:
         return len(self.fed)
 
-    def begin(self, prompt: Any = None) -> None:
+    def length_of(self, slot: int) -> int:
+        return len(self.fed)
+
+    def begin(self, prompt: Any = None, slot: int = 0) -> None:
         self.fed = []
 
     def tapped(self) -> Any:
         assert self.tap is not None
         return self.tap.held.copy()
 
-    def feed(self, states: Any, outputs: int, idle: int = 0, *, ahead: bool = False) -> None:
+    def feed(
+        self, states: Any, outputs: int, idle: int = 0, *, ahead: bool = False, slot: int = 0
+    ) -> None:
         assert 0 <= outputs <= len(states) - idle
         self.ahead.append(ahead)
         self.calls.append(len(states))
@@ -57,7 +63,7 @@ class FakeSegment:
         assert rows == len(self.last)
         return self.last
 
-    def crop(self, rows: int) -> None:
+    def crop(self, rows: int, slot: int = 0) -> None:
         self.fed = self.fed[: len(self.fed) - rows]
 
 
@@ -89,7 +95,7 @@ def test_segments_get_every_token_in_order(segments: int, seed: int, least: int)
         expected = plain.finish(1)
         if ours.run(token[None], decide) == segments - 1:
             assert np.array_equal(ours.finish(1), expected)
-    if ours.waits:
+    if ours.waits():
         assert np.array_equal(ours.finish(1), expected)
     for one, other in zip(plain.segments, ours.segments, strict=True):
         assert np.array_equal(one.fed, other.fed)  # type: ignore[attr-defined]
@@ -172,9 +178,9 @@ def test_what_waits_is_taken_back_too(rows: int) -> None:
             each.run(token[None], lambda exit, *_, at=number % 2: exit == at)
             if number == 3:
                 each.finish(1)
-    assert chain.waits and chain.tokens == other.tokens + rows
+    assert chain.waits() and chain.tokens() == other.tokens() + rows
     chain.crop(rows)
-    assert chain.tokens == other.tokens
+    assert chain.tokens() == other.tokens()
     for each in (chain, other):
         each.run(TOKENS[-1:])
     assert np.array_equal(chain.finish(6), other.finish(6))

@@ -188,13 +188,13 @@ def test_guesses_change_nothing_but_the_calls(
     theirs = adapter.generate(inputs, policy=policy, **longer)
     assert len(theirs.depths.unique()) == len(depths) + 1
     each, calls = loaded("internvl"), []
-    finish = each._chain.finish
+    finish = each._chain._through_last
 
-    def counted(outputs: int) -> Any:
+    def counted(outputs: int, slot: int) -> Any:
         calls.append(outputs)
-        return finish(outputs)
+        return finish(outputs, slot)
 
-    monkeypatch.setattr(each._chain, "finish", counted)
+    monkeypatch.setattr(each._chain, "_through_last", counted)
     guessing = replace(policy, guesses=guesses)
     ours = each.generate(inputs, policy=guessing, **longer)
     assert same(ours, theirs)
@@ -247,7 +247,7 @@ def test_tokens_left_early_leave_no_trace(loaded: Any, monkeypatch: pytest.Monke
     leaves = iter([False, True, True, False, True, False, False] * 4)
     for row in states:
         chain.run(row[None], lambda *_: next(leaves))
-    assert chain.waits
+    assert chain.waits()
     assert np.array_equal(chain.finish(1), plain[-1:])
     chain.reset()
     for row in states[::-1]:  # other states before the last would show
@@ -508,7 +508,7 @@ def test_what_is_registered_and_reads_or_fills_more_is_refused(
 def test_inputs_that_do_not_fit_are_refused(loaded: Any) -> None:
     each = loaded("llava")
     two = families.KINDS["llava"].inputs(2)
-    refused(lambda: each.generate(two, **GREEDY), InputError, "one answer at a time")
+    refused(lambda: each.generate(two, **GREEDY), InputError, "writes 1 at a time")
     one = inputs_of("llava")
     refused(lambda: each.generate(one, max_new_tokens=300), InputError, "context of 256")
     refused(lambda: each.generate(one, num_beams=2), InputError, "num_beams")

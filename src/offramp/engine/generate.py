@@ -202,7 +202,7 @@ def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> Exit
 
 def write_answers(
     decoder: Decoder,
-    reader: ReadsPrompts,
+    reader: ReadsPrompts | Sequence[ReadsPrompts],
     prepared: Prepared,
     rule: ExitRule,
     *,
@@ -213,7 +213,8 @@ def write_answers(
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
-    decoder: without sequences. reader: reads prompts for its executor. rule: of all rows.
+    decoder: without sequences. reader: reads the prompts for its executor; or one for each row.
+    rule: of all rows.
     streamer, seed, observer: as of `generate`. first_exits: whether first tokens may exit.
     """
     rows = len(prepared.ids)
@@ -233,13 +234,20 @@ def write_answers(
         )
         for row in range(rows)
     ]
-    prompt, firsts = decoder.read(reader, prepared, samplers, rule, first_exits=first_exits)
-    with torch.inference_mode():
-        sequences = [
-            decoder.join(prompt, row, samplers[row], rule, firsts[row], owner=row)
-            for row in range(rows)
-        ]
-    del prompt
+    reads: list[tuple[ReadsPrompts, list[Sampler]]] = (
+        [(one, [sampler]) for one, sampler in zip(reader, samplers, strict=True)]
+        if isinstance(reader, Sequence)
+        else [(reader, samplers)]
+    )
+    sequences = []
+    for one, group in reads:
+        prompt, firsts = decoder.read(one, prepared, group, rule, first_exits=first_exits)
+        with torch.inference_mode():
+            sequences += [
+                decoder.join(prompt, row, sampler, rule, first, owner=sampler.row)
+                for row, (sampler, first) in enumerate(zip(group, firsts, strict=True))
+            ]
+        del prompt
     decoder.finish()
     answers = [sequence.tokens for sequence in sequences]
     if together is not None:

@@ -122,7 +122,9 @@ def _eval(arguments: argparse.Namespace) -> None:
             arguments.task,
             None if alone else policy_of(arguments, model),
             out=arguments.out,
-            runtime=None if alone else load_runtime(arguments, model),
+            runtime=None
+            if alone
+            else load_runtime(arguments, model, sequences=arguments.batch_size),
             resume=arguments.resume,
             allow_seen=arguments.allow_seen,
             progress=lambda batches: progress(batches, "evaluate"),

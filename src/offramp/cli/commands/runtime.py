@@ -56,7 +56,7 @@ def load_runtime(
     """What generates in the adapter's place; None: it does that itself.
 
     alone: nothing else decodes by the adapter, or saves it: what is held twice is freed. sizes:
-    threads and context, where the command has other options for them.
+    threads and context, where the command has other options for them; sequences, at a time.
     """
     check_runtime(arguments)
     if arguments.runtime == "torch":
@@ -68,7 +68,8 @@ def load_runtime(
         return _graphs(adapter, context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
-    runtime = LlamaCppRuntime(adapter, arguments.gguf, engine=EngineOptions(context, threads))
+    engine = EngineOptions(context, threads, sequences=sizes.get("sequences", 1))
+    runtime = LlamaCppRuntime(adapter, arguments.gguf, engine=engine)
     if alone:
         runtime.release_decoder()
     return runtime

@@ -202,19 +202,21 @@ class EdgeModel:
         return policy
 
     def _write(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> list[Token]:
-        stand, depths = self.files.depths, policy.depths
+        depths = policy.depths
         # Guesses fall with whom they wait: what they change must be speed alone.
         exact = policy.lossless or bool(policy.guesses) or not depths
-        unused = [i for i, depth in enumerate(stand) if depth not in depths]
-        self._chain.reset(unused, exact=exact, prompt=prompt)
         executor = ChainExecutor(
-            self._chain, stand, depths, prompt.states, lambda token: self._embeddings.of([token])
+            self._chain,
+            self.files.depths,
+            depths,
+            lambda token, position: self._embeddings.of([token]),
+            exact=exact,
         )
         reader = ArrayReader(policy, self._gates, self._shortlist)
         decoder = Decoder(self.layers, executor, reader)
         rule = ExitRule.of(policy) if depths else NO_EXITS
         early = policy.exit_in_prefill and self._causal
-        run, firsts = decoder.read(executor, None, [sampler], rule, first_exits=early)
+        run, firsts = decoder.read(executor, prompt, [sampler], rule, first_exits=early)
         sequence = decoder.join(run, 0, sampler, rule, firsts[0])
         decoder.finish()
         return sequence.tokens

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.runtimes.llama_cpp.segment import Part, Segment
 
 Array = npt.NDArray[np.float32]
 
@@ -31,11 +31,13 @@ class CallSizes:
     single token is fed twice, the second time to be forgotten.
 
     seconds: of the CPU in calls, by their tokens, without logits; none: the fewest calls are best.
+    shared: whether rows of several sequences come out of a call as they do alone.
     """
 
     least: int = 1
     most: int = 1
     seconds: Mapping[int, float] = field(default_factory=dict)
+    shared: bool = True
 
     def cut(self, tokens: int) -> list[int]:
         """How many each of the calls holds that take the least time together."""
@@ -62,6 +64,9 @@ class CallSizes:
         return float(np.interp(max(tokens, self.least), known, [self.seconds[n] for n in known]))
 
 
+_NOTHING: States = np.zeros((0, 0), dtype=np.float32)
+
+
 class Decide(Protocol):
     """Whether a token exits at an exit."""
 
@@ -71,19 +76,24 @@ class Decide(Protocol):
 
 
 class SegmentChain:
-    """The segments of one decoder, and the states pending before each."""
+    """The segments of one decoder, and the states of each sequence pending before each.
+
+    slot: of a sequence, where there are several.
+    """
 
     def __init__(self, segments: Sequence[Segment], sizes: CallSizes) -> None:
-        """sizes: of calls above the first exit, where tokens share a call. Below it none do.
+        """sizes: of calls where tokens share one: above the first exit, or with other sequences'.
 
         A prompt goes in as many rows at a time as a segment reads, whatever follows it.
         """
         self.segments = segments
         self.sizes = sizes
         self.exact = True
-        self._prompt: Prompt | None = None
-        self._waiting: list[list[States]] = []
-        self.reset()
+        self.slots = segments[0].sequences
+        self._prompts: list[Prompt | None] = [None] * self.slots
+        self._waiting: list[list[list[States]]] = [[] for _ in range(self.slots)]
+        for slot in range(self.slots):
+            self.reset(slot=slot)
 
     def reset(
         self,
@@ -91,124 +101,215 @@ class SegmentChain:
         *,
         exact: bool = True,
         prompt: Prompt | None = None,
+        slot: int = 0,
     ) -> None:
-        """Forget everything.
+        """Forget a sequence.
 
         prompt: whose states will be run first; None: one of plain text. unused: exits, by place,
         that are not run from here on. exact: a token comes out bit by bit the same whoever waited
         with it; else one that goes on alone is not fed twice, and may round otherwise.
         """
         self.exact = exact
-        self._prompt = prompt
+        self._prompts[slot] = prompt
         for place, segment in enumerate(self.segments):
-            segment.begin(prompt)
+            segment.begin(prompt, slot)
             if segment.tap is not None:
                 segment.tap.stop = place in unused
-        self._waiting = [[] for _ in self.segments]
+        self._waiting[slot] = [[] for _ in self.segments]
 
-    @property
-    def waits(self) -> bool:
+    def waits(self, slot: int = 0) -> bool:
         """Whether any token is pending at an exit."""
-        return any(self._waiting)
+        return any(self._waiting[slot])
 
-    def run(self, states: States, decide: Decide | None = None) -> int:
+    def run(self, states: States, decide: Decide | None = None, slot: int = 0) -> int:
         """Run tokens [n, D] that stay together, the last of them looked at by `decide`.
 
         Returns the place of the exit where they exited, or the number of exits where they did not;
         the logits then are the last segment's.
         """
-        last = len(self.segments) - 1
+        last, waiting = len(self.segments) - 1, self._waiting[slot]
         for place in range(last):
-            self._waiting[place].append(states)
-            states, logits = self._through(place, 1)
+            waiting[place].append(states)
+            states, logits = self._through(place, 1, slot)
             if decide is not None and decide(place, states[-1], logits[-1]):
-                self._waiting[place + 1].append(states)
+                waiting[place + 1].append(states)
                 return place
-        self._waiting[last].append(states)
+        waiting[last].append(states)
         return last
 
-    def finish(self, outputs: int) -> Array:
+    def finish(self, outputs: int, slot: int = 0) -> Array:
         """Take all pending tokens to the end; logits [outputs, V] of the last of them."""
-        last = len(self.segments) - 1
+        last, waiting = len(self.segments) - 1, self._waiting[slot]
         for place in range(1, last):
-            if self._waiting[place]:
-                self.advance(place, 0)
-        logits = []
-        left = sum(len(states) for states in self._waiting[last])
-        for rows, ahead in self._calls(last):
+            if waiting[place]:
+                self.advance(place, 0, slot=slot)
+        return self._through_last(outputs, slot)
+
+    def _through_last(self, outputs: int, slot: int) -> Array:
+        logits, last = [], len(self.segments) - 1
+        left = sum(len(states) for states in self._waiting[slot][last])
+        for rows, ahead in self._calls(last, slot):
             left -= len(rows)
             wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(last, rows, wanted, ahead).copy())
+            logits.append(self._feed(last, rows, wanted, ahead, slot).copy())
         return np.concatenate(logits)
 
-    def advance(self, place: int, outputs: int, new: States | None = None) -> tuple[States, Array]:
+    def advance(
+        self, place: int, outputs: int, new: States | None = None, slot: int = 0
+    ) -> tuple[States, Array]:
         """Run what is pending before the exit at `place` up to and through it, where it waits on.
 
         new: states [m, D] behind what is pending. Returns the states [n, D] that entered the exit,
         and logits [outputs, S] of the last.
         """
         if new is not None:
-            self._waiting[place].append(new)
-        states, logits = self._through(place, outputs)
-        self._waiting[place + 1].append(states)
+            self._waiting[slot][place].append(new)
+        states, logits = self._through(place, outputs, slot)
+        self._waiting[slot][place + 1].append(states)
         return states, logits
 
-    @property
-    def tokens(self) -> int:
-        """How many ran through the first segment, the prompt's among them."""
-        return self.segments[0].length
+    def together(
+        self, place: int, outputs: Mapping[int, int], new: Mapping[int, States] | None = None
+    ) -> dict[int, tuple[States, Array]]:
+        """`advance` several sequences, in calls that they share as far as that changes no bit; at
+        the last place, to the end.
 
-    def crop(self, rows: int) -> None:
+        outputs: by slot. new: the same. Returns states and logits by slot; behind the last segment
+        there are no states.
+        """
+        for slot, states in (new or {}).items():
+            self._waiting[slot][place].append(states)
+        made: dict[int, tuple[States, Array]] = {}
+        for group in self._groups(place, sorted(outputs)):
+            if len(group) > 1:
+                made |= self._share(place, group, outputs)
+            elif place < len(self.segments) - 1:
+                states, logits = self._through(place, outputs[group[0]], group[0])
+                # The next group's call overwrites them.
+                made[group[0]] = states, logits if len(outputs) == 1 else logits.copy()
+            else:
+                slot = group[0]
+                made[slot] = _NOTHING, self._through_last(outputs[slot], slot)
+        if place < len(self.segments) - 1:
+            for slot, (states, _) in made.items():
+                self._waiting[slot][place + 1].append(states)
+        return made
+
+    def _groups(self, place: int, slots: Sequence[int]) -> list[list[int]]:
+        """Which sequences share calls: a prompt is read alone, and the slots between are filled."""
+        groups = list[list[int]]()
+        open_ = list[int]()
+        for slot in slots:
+            prompt = self._prompts[slot]
+            if not self.segments[place].length_of(slot) and prompt is not None:
+                groups.append([slot])
+            elif self.sizes.shared and open_ and slot - open_[0] < self.sizes.most:
+                open_.append(slot)
+            else:
+                open_ = [slot]
+                groups.append(open_)
+        return groups
+
+    def _share(
+        self, place: int, group: Sequence[int], outputs: Mapping[int, int]
+    ) -> dict[int, tuple[States, Array]]:
+        """Run segment `place` over what is pending before it of neighbouring sequences."""
+        segment, slots = self.segments[place], range(group[0], group[-1] + 1)
+        queues = {slot: np.concatenate(self._waiting[slot][place]) for slot in group}
+        for slot in group:
+            self._waiting[slot][place] = []
+        longest = max(map(len, queues.values()))
+        each = max(1, self.sizes.most // len(slots))
+        filler = queues[group[0]][:1]
+        states: dict[int, list[States]] = {slot: [] for slot in group}
+        logits: dict[int, list[Array]] = {slot: [] for slot in group}
+        for start in range(0, longest, each):
+            count = min(each, longest - start)
+            parts = list[Part]()
+            for slot in slots:
+                queue = queues.get(slot, filler[:0])
+                rows = queue[start : start + count]
+                left = len(queue) - start - len(rows)
+                wanted = min(len(rows), max(0, outputs.get(slot, 0) - left))
+                idle = count - len(rows)
+                if idle:
+                    rows = np.concatenate([rows, np.repeat(filler, idle, 0)])
+                parts.append(Part(slot, rows, wanted, idle))
+            segment.feed_together(parts)
+            tapped = None if segment.tap is None else segment.tapped()
+            made = segment.logits(sum(part.outputs for part in parts)).copy()
+            for at, part in enumerate(parts):
+                own, made = made[: part.outputs], made[part.outputs :]
+                if part.slot in logits:
+                    logits[part.slot].append(own)
+                    if tapped is not None:
+                        rows = tapped[at * count : (at + 1) * count - part.idle]
+                        states[part.slot].append(rows.copy())
+        return {
+            slot: (
+                np.concatenate(states[slot]) if states[slot] else _NOTHING,
+                np.concatenate(logits[slot]),
+            )
+            for slot in group
+        }
+
+    def tokens(self, slot: int = 0) -> int:
+        """How many ran through the first segment, the prompt's among them."""
+        return self.segments[0].length_of(slot)
+
+    def crop(self, rows: int, slot: int = 0) -> None:
         """Forget the last `rows` tokens, pending or not."""
-        left = self.tokens - rows
-        for segment, waiting in zip(self.segments, self._waiting, strict=True):
-            segment.crop(max(0, segment.length - left))
-            pending = sum(map(len, waiting)) - (left - segment.length)
+        left = self.tokens(slot) - rows
+        for segment, waiting in zip(self.segments, self._waiting[slot], strict=True):
+            length = segment.length_of(slot)
+            segment.crop(max(0, length - left), slot)
+            pending = sum(map(len, waiting)) - (left - segment.length_of(slot))
             while pending > 0:
                 last = waiting.pop()
                 if len(last) > pending:
                     waiting.append(last[: len(last) - pending])
                 pending -= len(last)
 
-    def _through(self, place: int, outputs: int) -> tuple[States, Array]:
+    def _through(self, place: int, outputs: int, slot: int) -> tuple[States, Array]:
         """Run segment `place` over what is pending before it: states, and logits of the last."""
         segment = self.segments[place]
         assert segment.tap is not None
-        calls = list(self._calls(place))
+        calls = list(self._calls(place, slot))
         if len(calls) == 1:
             rows, ahead = calls[0]
-            made = self._feed(place, rows, outputs, ahead)
+            made = self._feed(place, rows, outputs, ahead, slot)
             return segment.tapped()[: len(rows)].copy(), made
         states, logits = [], []
         left = sum(len(rows) for rows, _ in calls)
         for rows, ahead in calls:
             left -= len(rows)
             wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(place, rows, wanted, ahead))
+            logits.append(self._feed(place, rows, wanted, ahead, slot))
             states.append(segment.tapped()[: len(rows)].copy())
             if left and wanted:  # the next call overwrites them
                 logits[-1] = logits[-1].copy()
         return np.concatenate(states), np.concatenate(logits)
 
-    def _feed(self, place: int, rows: States, outputs: int, ahead: bool) -> Array:
+    def _feed(self, place: int, rows: States, outputs: int, ahead: bool, slot: int) -> Array:
         """Logits [outputs, V] of the last rows, a view. ahead: the rows see each other."""
         segment = self.segments[place]
         idle = self.sizes.least - len(rows) if place and self.exact else 0
         if idle > 0:
             rows = np.concatenate([rows, np.repeat(rows[-1:], idle, 0)])
-        segment.feed(rows, outputs, max(0, idle), ahead=ahead)
+        segment.feed(rows, outputs, max(0, idle), ahead=ahead, slot=slot)
         return segment.logits(outputs)
 
-    def _calls(self, place: int) -> Iterator[tuple[States, bool]]:
+    def _calls(self, place: int, slot: int) -> Iterator[tuple[States, bool]]:
         """What is pending before segment `place`, in calls of a length that depends on no exit,
         and whether the rows of a call see each other."""
-        waiting, self._waiting[place] = self._waiting[place], []
+        pending, segment = self._waiting[slot], self.segments[place]
+        waiting, pending[place] = pending[place], []
         few = list[States]()
         for states in waiting:
             text = states
-            if len(states) > 1 and not self.segments[place].length and not few:
-                prompt = self._prompt or Prompt(states)
-                for start, stop, ahead in prompt.calls(self.segments[place].at_once):
+            if len(states) > 1 and not segment.length_of(slot) and not few:
+                prompt = self._prompts[slot] or Prompt(states)
+                for start, stop, ahead in prompt.calls(segment.at_once):
                     yield states[start:stop], ahead
                 text = states[len(prompt.states) :]  # what waited with it below
             if len(text):

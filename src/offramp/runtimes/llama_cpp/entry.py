@@ -23,6 +23,11 @@ class _Entered(Exception):
     """Raised out of the decoder's first layer, once it is known what enters it."""
 
 
+Entered = tuple[LayerCall, dict[str, Any], Tensor | None]
+"""What enters a decoder: its first layer's call, the stack's arguments, and which columns [B, T] of
+the prompt are no padding; None: all."""
+
+
 class DecoderEntry:
     """Stands before the decoder's layers, and keeps what enters the first."""
 
@@ -48,10 +53,10 @@ def read_prompt(
     model: Any,
     ids: Tensor,
     prepared: Mapping[str, Any],
-) -> tuple[LayerCall, dict[str, Any], Tensor | None]:
+) -> Entered:
     """Run a prepared prompt up to the decoder.
 
-    Returns its first layer's call, the stack's arguments, and which rows [T] are no padding.
+    Returns its first layer's call, the stack's arguments, and which columns [B, T] are no padding.
     """
     inputs = model.prepare_inputs_for_generation(
         ids, is_first_iteration=True, next_sequence_length=None, **prepared
@@ -60,36 +65,35 @@ def read_prompt(
         call = entry.call(lambda: model(**inputs, return_dict=True))
     mask = prepared.get("attention_mask")
     same = mask is not None and mask.dim() == 2 and mask.shape[-1] == call.hidden.shape[1]
-    return call, calls[-1], mask[0].bool() if same and mask is not None else None
+    return call, calls[-1], mask.bool() if same and mask is not None else None
 
 
 def prompt_of(
-    backbone: Backbone,
-    architecture: Architecture,
-    call: LayerCall,
-    arguments: Mapping[str, Any],
-    real: Tensor | None,
+    backbone: Backbone, architecture: Architecture, entered: Entered, row: int = 0
 ) -> Prompt:
-    """One row's prompt, padding left out, of what `read_prompt` returns.
+    """A row's prompt, padding left out, of what `read_prompt` returns.
 
     Raises:
         InputError: parts of it look ahead in a way that llama.cpp does not.
     """
-    states = call.hidden[0].float().cpu()
-    rows = torch.ones(len(states), dtype=torch.bool) if real is None else real.cpu()
+    call, arguments, real = entered
+    states = call.hidden[row].float().cpu()
+    columns = torch.ones(len(states), dtype=torch.bool) if real is None else real[row].cpu()
     return Prompt(
-        _array(states[rows]),
-        _positions(architecture, arguments, rows),
-        _features(architecture, arguments, states, rows),
-        _ahead(backbone, architecture, call, rows),
+        _array(states[columns]),
+        _positions(architecture, arguments, columns, row),
+        _features(architecture, arguments, states, columns, row),
+        _ahead(backbone, architecture, call, columns, row),
     )
 
 
-def _positions(architecture: Architecture, arguments: Mapping[str, Any], rows: Tensor) -> Any:
+def _positions(
+    architecture: Architecture, arguments: Mapping[str, Any], columns: Tensor, row: int
+) -> Any:
     positions = arguments.get("position_ids")
     if not architecture.sections or positions is None:
         return None
-    axes = positions[-3:, 0].cpu()[:, rows] if positions.dim() == 3 else None
+    axes = positions[-3:, row].cpu()[:, columns] if positions.dim() == 3 else None
     if axes is None:
         return None
     # Beyond the pairs of height and width, interleaved axes turn by time, which is the fourth here.
@@ -97,26 +101,35 @@ def _positions(architecture: Architecture, arguments: Mapping[str, Any], rows: T
 
 
 def _features(
-    architecture: Architecture, arguments: Mapping[str, Any], states: Tensor, rows: Tensor
+    architecture: Architecture,
+    arguments: Mapping[str, Any],
+    states: Tensor,
+    columns: Tensor,
+    row: int,
 ) -> States | None:
     added = arguments.get("deepstack_visual_embeds")
     if not architecture.deepstack or not added:
         return None
-    where = arguments["visual_pos_masks"][0].cpu()
+    masks = arguments["visual_pos_masks"].cpu()
+    where, first = masks[row], int(masks[:row].sum())  # they stand behind those of rows before
+    own = slice(first, first + int(where.sum()))
     features = torch.zeros(len(states), len(added), states.shape[1])
     for layer, feature in enumerate(added):
-        features[where, layer] = feature.float().cpu()
-    return _array(features[rows])
+        features[where, layer] = feature[own].float().cpu()
+    return _array(features[columns])
 
 
 def _ahead(
-    backbone: Backbone, architecture: Architecture, call: LayerCall, rows: Tensor
+    backbone: Backbone, architecture: Architecture, call: LayerCall, rows: Tensor, row: int
 ) -> tuple[Span, ...]:
-    """The spans whose rows see each other, by the mask that the first layer is given."""
+    """The spans whose columns see each other, by the mask that the first layer is given.
+
+    rows: which columns are no padding. row: of the mask.
+    """
     mask = call.kw.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return ()
-    sees = mask[0, 0, :, : len(rows)].cpu()
+    sees = mask[min(row, len(mask) - 1), 0, :, : len(rows)].cpu()
     sees = (sees if sees.dtype == torch.bool else sees == 0)[rows][:, rows]
     last = (sees * torch.arange(sees.shape[1])).amax(1).tolist()
     spans, at = list[Span](), 0

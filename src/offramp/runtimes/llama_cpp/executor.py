@@ -1,14 +1,21 @@
-"""The chain of segments as an executor of the one decoder, one answer at a time, in numpy."""
+"""The chain of segments as an executor of the one decoder, in numpy.
+
+Every sequence has cells of its own in llama.cpp, so what others do leaves its numbers as they are.
+Where several go on, their tokens share calls: the weights are read once for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.prompt import Prompt
 
 
 class ChainOutput(NamedTuple):
@@ -20,22 +27,23 @@ class ChainOutput(NamedTuple):
 
 
 class ChainPrompt(NamedTuple):
-    """A prompt that was run. columns: its tokens. logits: of the first token [1, V]; None where it
-    exited: then it waits. waits: the depth at whose exit."""
+    """A prompt that was run. slot: its sequence's. columns: its tokens. logits: of the first token
+    [1, V]; None where it exited: then it waits. waits: the depth at whose exit."""
 
+    slot: int
     columns: int
     logits: Array | None
     waits: int | None
 
 
 class ChainExecutor:
-    """Runs a chain for one sequence, whose prompt it reads itself.
+    """Runs a chain for as many sequences as it has slots, whose prompts it reads itself.
 
-    stand: depths of the chain's exits. depths: of those in use. prompt: the states [T, D] of the
-    prompt that enter the decoder. embed: the states [1, D] of a token.
+    stand: depths of the chain's exits. depths: of those in use. embed: the states [1, D] of a token
+    at a position. exact: as of `SegmentChain.reset`.
     """
 
-    rows: int | None = 1
+    rows: int | None = 1  # rows that have nothing to say do not go along
     positions: int | None = None
 
     def __init__(
@@ -43,24 +51,27 @@ class ChainExecutor:
         chain: SegmentChain,
         stand: Sequence[int],
         depths: Sequence[int],
-        prompt: States,
-        embed: Callable[[int], States],
+        embed: Callable[[int, int], States],
+        *,
+        exact: bool,
     ) -> None:
         self.depths = tuple(depths)
-        self._chain, self._stand, self._embed, self._prompt = chain, tuple(stand), embed, prompt
+        self._chain, self._stand, self._embed, self._exact = chain, tuple(stand), embed, exact
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]
+        self._unused = [place for place in range(self._last) if place not in self._places]
+        self._free = set(range(chain.slots))
 
     def read(
         self,
-        prepared: Any,
+        prepared: Prompt,
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
         looks: Looks = anyone,
         keep: int | None = None,
     ) -> ChainPrompt:
-        """Run the prompt, to full depth or as far as `decide` lets it."""
+        """Run a prompt in a free slot, to full depth or as far as `decide` lets it."""
 
         def at(exit: int, state: Array, logits: Array) -> bool:
             assert decide is not None
@@ -68,51 +79,81 @@ class ChainExecutor:
                 return False
             return decide(self._stand[exit], ChainOutput(state[None], logits[None]))
 
-        chain, columns = self._chain, len(self._prompt)
-        place = chain.run(self._prompt, None if decide is None else at)
+        chain, columns, slot = self._chain, len(prepared.states), min(self._free)
+        chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot)
+        place = chain.run(prepared.states, None if decide is None else at, slot)
         if place < self._last:
-            return ChainPrompt(columns, None, self._stand[place])
-        return ChainPrompt(columns, chain.finish(1), None)
+            return ChainPrompt(slot, columns, None, self._stand[place])
+        return ChainPrompt(slot, columns, chain.finish(1, slot), None)
 
     def load(self, prompt: ChainPrompt, row: int) -> Loaded:
         columns, depths = prompt.columns, self.depths
         ran = len(depths) + 1
         if prompt.waits is not None:
             ran = depths.index(prompt.waits) + 1
-        return Loaded(0, columns, [columns] * ran + [0] * (len(depths) + 1 - ran))
+        self._free.discard(prompt.slot)
+        return Loaded(prompt.slot, columns, [columns] * ran + [0] * (len(depths) + 1 - ran))
 
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ChainOutput:
-        place, states = self._places[0], self._embed(ids[0])
+        place = self._places[0]
+        new = self._entering(handles, ids)
+        if len(handles) == 1:
+            slot = handles[0]
+            if place == 0:
+                return ChainOutput(*self._chain.advance(0, 1, new[slot], slot))
+            self._chain.advance(0, 0, new[slot], slot)
+            return self._through(1, place, {slot: 1})[slot]
+        outputs = dict.fromkeys(handles, 1)
         if place == 0:
-            return ChainOutput(*self._chain.advance(0, 1, states))
-        self._chain.advance(0, 0, states)
-        return self._through(1, place, 1)
+            made = self._chain.together(0, outputs, new)
+            return _stacked([ChainOutput(*made[slot]) for slot in handles])
+        self._chain.together(0, dict.fromkeys(handles, 0), new)
+        parts = self._through(1, place, outputs)
+        return _stacked([parts[slot] for slot in handles])
 
-    def _through(self, start: int, place: int, outputs: int) -> ChainOutput:
-        """Run what is pending from the chain's exit at `start` through the one at `place`."""
+    def _entering(self, handles: Sequence[int], ids: Sequence[int]) -> dict[int, States]:
+        """The states [1, D] of the next token of each."""
+        tokens = self._chain.tokens
+        return {
+            slot: self._embed(token, tokens(slot)) for slot, token in zip(handles, ids, strict=True)
+        }
+
+    def _through(
+        self, start: int, place: int, outputs: Mapping[int, int]
+    ) -> Mapping[int, ChainOutput]:
+        """Run what is pending from the chain's exit at `start` through the one at `place`; by slot.
+
+        outputs: how many of the last tokens of each there will be logits of.
+        """
         for between in range(start, place):
-            self._chain.advance(between, 0)
-        return ChainOutput(*self._chain.advance(place, outputs))
+            self._chain.together(between, dict.fromkeys(outputs, 0))
+        made = self._chain.together(place, outputs)
+        return {slot: ChainOutput(*each) for slot, each in made.items()}
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> ChainOutput | Array:
-        total = spans[0].end - spans[0].first
-        outputs = total - asked[0] if asked else 0  # llama.cpp has them of the last tokens
-        picks = None if len(asked) == outputs else [column - asked[0] for column in asked]
+        outputs, picks, total = dict[int, int](), dict[int, list[int]](), 0
+        for span in spans:
+            start, total = total, total + span.end - span.first
+            own = [column for column in asked if start <= column < total]
+            # llama.cpp has logits of the last tokens.
+            outputs[span.handle] = total - own[0] if own else 0
+            picks[span.handle] = [column - own[0] for column in own]
+        below = self._places[segment - 1]
         if segment == len(self.depths):
-            logits = self._chain.finish(outputs)
-            return logits if picks is None else logits[picks]
-        below, place = self._places[segment - 1 : segment + 1]
-        entry, logits = self._through(below + 1, place, outputs)
-        entry = entry[total - outputs :]
-        return (
-            ChainOutput(entry, logits)
-            if picks is None
-            else ChainOutput(entry[picks], logits[picks])
-        )
+            made = self._through(below + 1, self._last, outputs)
+            parts = [_picked(made[slot].logits, picks[slot]) for slot in outputs]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        made = self._through(below + 1, self._places[segment], outputs)
+        chosen = []
+        for slot in outputs:
+            entry, logits = made[slot]
+            entry = entry[len(entry) - outputs[slot] :]
+            chosen.append(ChainOutput(_picked(entry, picks[slot]), _picked(logits, picks[slot])))
+        return _stacked(chosen)
 
     def full(
         self,
@@ -122,8 +163,16 @@ class ChainExecutor:
         *,
         exits: bool,
     ) -> Array:
-        self._chain.run(self._embed(ids[0]))
-        return self._chain.finish(1)
+        new, last = self._entering(handles, ids), self._last
+        if len(handles) == 1:
+            slot = handles[0]
+            self._chain.run(new[slot], None, slot)
+            return self._chain.finish(1, slot)
+        outputs = dict.fromkeys(handles, 1)
+        for place in range(last):
+            self._chain.together(place, dict.fromkeys(handles, 0), new if place == 0 else None)
+        made = self._chain.together(last, outputs, None if last else new)
+        return np.concatenate([made[slot][1] for slot in handles])
 
     def trial(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
@@ -134,10 +183,24 @@ class ChainExecutor:
         return True
 
     def crop(self, handle: int, column: int) -> None:
-        self._chain.crop(self._chain.tokens - column)
+        self._chain.crop(self._chain.tokens(handle) - column, handle)
 
     def release(self, handle: int) -> None:
-        """The next reset forgets all."""
+        """Free its slot; whoever takes it resets it."""
+        self._free.add(handle)
 
     def close(self) -> None:
         """The chain is its runtime's."""
+
+
+def _stacked(parts: Sequence[ChainOutput]) -> ChainOutput:
+    if len(parts) == 1:
+        return ChainOutput(*parts[0])
+    return ChainOutput(
+        np.concatenate([part.entry for part in parts]),
+        np.concatenate([part.logits for part in parts]),
+    )
+
+
+def _picked(rows: Array, places: Sequence[int]) -> Array:
+    return rows if len(places) == len(rows) else rows[places]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
+from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
@@ -24,7 +26,7 @@ from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
-from offramp.runtimes.llama_cpp.executor import ChainExecutor
+from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
@@ -37,8 +39,9 @@ from offramp.runtimes.llama_cpp.trial import check_survives
 class LlamaCppRuntime:
     """An adapter whose decoder runs in llama.cpp, from files that `export_gguf` wrote.
 
-    `generate` takes and returns what `Adapter.generate` does, for one row. Vision tower, projector
-    and embeddings run in PyTorch. Calls from several threads take turns.
+    `generate` takes and returns what `Adapter.generate` does, for as many rows as the engine has
+    sequences. Vision tower, projector and embeddings run in PyTorch. Calls from several threads
+    take turns.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class LlamaCppRuntime:
             raise
         self._chain = SegmentChain(self._segments, sizes)
 
-    rows = 1
-    """Prompts in one call of `generate`."""
+    @property
+    def rows(self) -> int:
+        """Prompts in one call of `generate`, at most."""
+        return self.engine.sequences
 
     @property
     def name(self) -> str:
@@ -145,10 +150,10 @@ class LlamaCppRuntime:
     ) -> Any:
         """Generate by the adapter's policy, or by another, as `Adapter.generate` does.
 
-        inputs: of one row.
+        inputs: of at most `rows` rows.
 
         Raises:
-            InputError: more than one row, a prompt with its answer longer than the context, a
+            InputError: more rows, a prompt with its answer longer than the context, a
                 policy that the files or the runtime cannot follow, or the runtime is closed.
         """
         chosen = self.adapter.chosen_policy(mode, policy, exit_policy)
@@ -179,9 +184,10 @@ class LlamaCppRuntime:
             self._check_open()
             prepared = prepare(intercepted.model, inputs, **options)
             check_options(lambda name: getattr(prepared.config, name, None))
-            prompt = self._prompt(intercepted, entry, prepared)
-            self._check_room(prompt, prepared.ids, prepared.criteria)
-            return self._write(prompt, prepared, policy, streamer, seed)
+            prompts = self._prompts(intercepted, entry, prepared)
+            for prompt in prompts:
+                self._check_room(prompt, prepared.ids, prepared.criteria)
+            return self._write(prompts, prepared, policy, streamer, seed)
 
     def release_decoder(self) -> int:
         """Free what PyTorch holds of the weights in llama.cpp's files, and return their bytes.
@@ -218,22 +224,25 @@ class LlamaCppRuntime:
 
     def _write(
         self,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
         prepared: Prepared,
         policy: ExitPolicy,
         streamer: Any,
         seed: int | None,
     ) -> GenerationOutput:
-        stand, depths = self.files.depths, policy.depths
-        # Guesses fall with whom they wait: what they change must be speed alone.
-        exact = policy.lossless or bool(policy.guesses) or not depths
-        unused = [i for i, depth in enumerate(stand) if depth not in depths]
-        self._chain.reset(unused, exact=exact, prompt=prompt)
-        executor = ChainExecutor(self._chain, stand, depths, prompt.states, self._token_states)
+        depths = policy.depths
+        # Guesses, and others in the call, fall with whom they wait: what they change must be speed
+        # alone.
+        exact = policy.lossless or bool(policy.guesses) or not depths or self.rows > 1
+        executor = ChainExecutor(
+            self._chain, self.files.depths, depths, self._token_states, exact=exact
+        )
         asker = TensorReader(self.adapter, policy, depths)
+        rows = len(prompts)
+        schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
         return write_answers(
-            Decoder(self.backbone.depth, executor, asker),
-            executor,
+            Decoder(self.backbone.depth, executor, asker, schedule=schedule),
+            [_Reads(executor, prompt) for prompt in prompts],
             prepared,
             exit_rule(self.backbone, policy, asker),
             streamer=streamer,
@@ -241,22 +250,22 @@ class LlamaCppRuntime:
             first_exits=first_token_may_exit(self.backbone, policy),
         )
 
-    def _token_states(self, token: int) -> States:
+    def _token_states(self, token: int, position: int) -> States:
         """The states [1, D] that enter the decoder for the next token, of text."""
-        return self._embeddings.of_token(token, self._segments[0].length)
+        return self._embeddings.of_token(token, position)
 
-    def _prompt(
+    def _prompts(
         self, intercepted: InterceptedModel, entry: DecoderEntry, prepared: Prepared
-    ) -> Prompt:
-        """What enters the decoder for a prepared prompt."""
-        if len(prepared.ids) != 1:
+    ) -> list[Prompt]:
+        """What enters the decoder for each row of a prepared prompt."""
+        rows = len(prepared.ids)
+        if rows > self.rows:
             raise InputError(
-                f"The llama.cpp runtime writes one answer at a time, and {len(prepared.ids)} rows "
-                "came.",
-                "Call generate once for each row.",
+                f"This llama.cpp runtime writes {self.rows} at a time, and {rows} rows came.",
+                f"Load it with EngineOptions(sequences={rows}), or call generate once for each.",
             )
         read = read_prompt(intercepted, entry, prepared.model, prepared.ids, prepared.arguments)
-        return prompt_of(self.backbone, self._architecture, *read)
+        return [prompt_of(self.backbone, self._architecture, read, row) for row in range(rows)]
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -337,3 +346,13 @@ class LlamaCppRuntime:
                 f"of {self.engine.context}.",
                 "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
+
+
+class _Reads:
+    """Reads one row's prompt."""
+
+    def __init__(self, executor: ChainExecutor, prompt: Prompt) -> None:
+        self._executor, self._prompt = executor, prompt
+
+    def read(self, prepared: Any, **how: Any) -> ChainPrompt:
+        return self._executor.read(self._prompt, **how)

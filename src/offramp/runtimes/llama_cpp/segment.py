@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,11 @@ READ_AT_ONCE = 512
 """Rows of a prompt in one call, where no image or prompt must fit into one."""
 
 
-_LONGEST, _MOST_THREADS = 1 << 20, 512
+_LONGEST, _MOST_THREADS, _MOST_SEQUENCES = 1 << 20, 512, 64
 _SPARE = 64
 """Rows beyond the context: of the checks when a segment loads, and of a token that is fed twice."""
+_PADDING = 256
+"""Cells of a sequence's cache are a multiple of these."""
 _CACHES = {"f32": 0, "f16": 1}
 """Number formats of keys and values, by their numbers in ggml."""
 
@@ -43,6 +46,7 @@ class EngineOptions:
     compiled_tap: read states by a callback in C where it can be compiled, else in Python.
     kernels: multiply by our own kernels, made for few tokens, where they run; see
     `native.products`. They hold the weights a second time, and the first need not stay in memory.
+    sequences: answers written at a time, each with a context of its own.
 
     Raises:
         InputError: a number that llama.cpp does not run with.
@@ -54,10 +58,13 @@ class EngineOptions:
     cache: str = "f16"
     compiled_tap: bool = True
     kernels: bool = True
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         # llama.cpp ends the process where a number is out of range.
-        for name, most in (("context", _LONGEST), ("threads", _MOST_THREADS)):
+        for name, most in (
+            ("context", _LONGEST), ("threads", _MOST_THREADS), ("sequences", _MOST_SEQUENCES)
+        ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise InputError(
@@ -77,11 +84,30 @@ AHEAD, FIRST_LAYER = "offramp.ahead", "offramp.first_layer"
 layers is the file's first."""
 
 
+class Part(NamedTuple):
+    """Rows of one of the sequences that share a call. states: [n, D], the last `idle` of which only
+    fill the call. outputs: of how many of those before these there will be logits."""
+
+    slot: int
+    states: States
+    outputs: int
+    idle: int
+
+
+class _Row:
+    """A sequence. length: rows that were fed."""
+
+    def __init__(self, positions: Positions) -> None:
+        self.length = 0
+        self.positions = positions
+        self.features: States | None = None
+
+
 class Segment:
     """A model and a context of llama.cpp, fed with states.
 
     width: of states. axes: of positions, 1 or 4. features: how many layers add visual features to
-    their states. at_once: most rows in a call. length: rows that were fed.
+    their states. at_once: most rows in a call. sequences: how many there are, each in a slot.
     """
 
     def __init__(self, file: Path, options: EngineOptions, *, tap_layer: int | None) -> None:
@@ -131,9 +157,10 @@ class Segment:
                 "Ask for a shorter one: context=1024.",
             )
         self._memory = lib.llama_get_memory(self._context)
-        self.length = 0
-        self._positions = _PLAIN.table(self.axes, options.context + _SPARE + self.at_once)
-        self._features: States | None = None
+        self.sequences = options.sequences
+        self._most = options.context + _SPARE + self.at_once
+        table = _PLAIN.table(self.axes, self._most)
+        self._rows = [_Row(table) for _ in range(self.sequences)]
         self._ahead = False
         self._batch = _Batch(lib, self.at_once, self.width, self.features, self.axes)
         address_function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
@@ -141,26 +168,39 @@ class Segment:
         self._address = 0
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
-    def begin(self, prompt: Prompt | None = None) -> None:
-        """Forget everything. The next rows are those of `prompt`, whose positions and features
+    @property
+    def length(self) -> int:
+        """Rows that were fed to the first sequence."""
+        return self._rows[0].length
+
+    def length_of(self, slot: int) -> int:
+        """Rows that were fed to a sequence."""
+        return self._rows[slot].length
+
+    def begin(self, prompt: Prompt | None = None, slot: int = 0) -> None:
+        """Forget a sequence. Its next rows are those of `prompt`, whose positions and features
         they have; None: text, from position 0 on."""
-        if self.length:
-            self.crop(self.length)
+        row = self._rows[slot]
+        if row.length:
+            self.crop(row.length, slot)
         prompt = prompt or _PLAIN
-        self._positions = prompt.table(self.axes, self._positions.shape[1])
+        row.positions = prompt.table(self.axes, self._most)
         features = prompt.features if self.features else None
         if features is not None:
             own = features[:, self._first_layer :][:, : self.features]
             features = own.reshape(len(own), -1)
-        self._features = features
+        row.features = features
 
-    def feed(self, states: States, outputs: int, idle: int = 0, *, ahead: bool = False) -> None:
+    def feed(
+        self, states: States, outputs: int, idle: int = 0, *, ahead: bool = False, slot: int = 0
+    ) -> None:
         """Run the layers over `states` [n, D], which stand behind what was fed before.
 
         n: at most `at_once`. idle: how many of the last rows only fill the call and are
         forgotten again. outputs: of how many of those before them there will be logits. ahead: the
-        rows see each other, and not only what stands before them.
+        rows see each other, and not only what stands before them. slot: the sequence's.
         """
+        row = self._rows[slot]
         if self.tap is not None:
             self.tap.clear()
         if ahead != self._ahead:
@@ -168,16 +208,44 @@ class Segment:
             self._ahead = ahead
         if self._input_scale != 1.0:
             states = states * self._input_scale
-        rows = slice(self.length, self.length + len(states))
-        features = None if self._features is None else self._features[rows]
-        batch = self._batch.fill(states, features, self._positions[:, rows], outputs, idle)
+        rows = slice(row.length, row.length + len(states))
+        features = None if row.features is None else row.features[rows]
+        positions = row.positions[:, rows]
+        self._decode(self._batch.fill(states, features, positions, outputs, idle, slot), row)
+        row.length += len(states)
+        self.crop(idle, slot)
+
+    def feed_together(self, parts: Sequence[Part]) -> None:
+        """Run the layers over rows of text of several sequences in one call, as many of each.
+
+        parts: of slots one behind the other, ascending: llama.cpp takes no others at once. Taps and
+        logits come in that order, taps of idle rows too.
+        """
+        if self.tap is not None:
+            self.tap.clear()
+        if self._ahead:
+            self._lib.llama_set_causal_attn(self._context, True)
+            self._ahead = False
+        states = np.concatenate([part.states for part in parts])
+        if self._input_scale != 1.0:
+            states = states * self._input_scale
+        count = len(parts[0].states)
+        positions = []
+        for part in parts:
+            row = self._rows[part.slot]
+            positions.append(row.positions[:, row.length : row.length + count])
+        batch = self._batch.fill_parts(states, np.concatenate(positions, 1), parts)
+        self._decode(batch, self._rows[parts[0].slot])
+        for part in parts:
+            self._rows[part.slot].length += count
+            self.crop(part.idle, part.slot)
+
+    def _decode(self, batch: Any, row: _Row) -> None:
         if (code := self._lib.llama_decode(self._context, batch)) != 0:
             raise InputError(
-                f"llama.cpp refused {len(states)} rows at position {self.length} (code {code}).",
+                f"llama.cpp refused {batch.n_tokens} rows at position {row.length} (code {code}).",
                 "Give a longer context, e.g. context=4096.",
             )
-        self.length += len(states)
-        self.crop(idle)
 
     def tapped(self) -> States:
         """The states [n, D] that the last call took at the tap; a copy."""
@@ -196,12 +264,13 @@ class Segment:
             self._address = address
         return self._logits[:rows]
 
-    def crop(self, rows: int) -> None:
-        """Forget the last `rows` rows."""
+    def crop(self, rows: int, slot: int = 0) -> None:
+        """Forget the last `rows` rows of a sequence."""
         if rows:
-            self.length -= rows
-            first = int(self._positions[0, self.length])
-            self._lib.llama_memory_seq_rm(self._memory, 0, first, -1)
+            row = self._rows[slot]
+            row.length -= rows
+            first = int(row.positions[0, row.length])
+            self._lib.llama_memory_seq_rm(self._memory, slot, first, -1)
 
     @property
     def model(self) -> Any:
@@ -233,10 +302,15 @@ class Segment:
     def _parameters(self, options: EngineOptions) -> Any:
         lib = self._lib
         parameters = lib.llama_context_default_params()
-        parameters.n_ctx = options.context + _SPARE
+        cells = options.context + _SPARE
+        if options.sequences > 1:
+            cells = -(-cells // _PADDING) * _PADDING * options.sequences
+        parameters.n_ctx = cells
         parameters.n_batch = parameters.n_ubatch = self.at_once
         parameters.swa_full = True  # windows are masks alone: rows can be taken back
-        parameters.n_seq_max = 1
+        # Cells of its own for each: in shared ones a sequence's rows would change their order.
+        parameters.n_seq_max = options.sequences
+        parameters.kv_unified = False
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -266,10 +340,13 @@ class _Batch:
         self._positions = np.zeros(axes * rows, dtype=np.int32)
         self._ones = np.ones(rows, dtype=np.int32)
         self._outputs = np.zeros(rows, dtype=np.int8)
-        self._sequence = (ctypes.c_int32 * 1)(0)
+        self._slots = np.zeros(rows, dtype=np.int32)
         int_pointer = ctypes.POINTER(ctypes.c_int32)
-        self._sequences = (int_pointer * rows)(*[ctypes.cast(self._sequence, int_pointer)] * rows)
-        self._kind = (0, 0, 0)
+        places = range(self._slots.ctypes.data, self._slots.ctypes.data + 4 * rows, 4)
+        self._sequences = (int_pointer * rows)(
+            *[ctypes.cast(place, int_pointer) for place in places]
+        )
+        self._kind = (0, 0, 0, 0)
         self._batch = lib.llama_batch()
         self._batch.pos = self._positions.ctypes.data_as(int_pointer)
         self._batch.n_seq_id = self._ones.ctypes.data_as(int_pointer)
@@ -284,6 +361,7 @@ class _Batch:
         positions: Positions,
         outputs: int,
         idle: int,
+        slot: int,
     ) -> Any:
         """features: of the first rows [m, ...], m <= n; None: of none. positions: [axes, n]."""
         rows = len(states)
@@ -291,11 +369,28 @@ class _Batch:
         self._positions[: positions.size] = positions.ravel()  # axis after axis
         if self._featured or features is not None:
             self._fill_features(features)
-        if self._kind != (rows, outputs, idle):
-            self._kind = rows, outputs, idle
+        if self._kind != (rows, outputs, idle, slot):
+            self._kind = rows, outputs, idle, slot
+            self._slots[:rows] = slot
             self._batch.n_tokens = rows
             self._outputs[:rows] = 0
             self._outputs[rows - idle - outputs : rows - idle] = 1
+        return self._batch
+
+    def fill_parts(self, states: States, positions: Positions, parts: Sequence[Part]) -> Any:
+        """positions: [axes, n], of all parts' rows."""
+        rows, each = len(states), len(parts[0].states)
+        self._states[:rows, : self._width] = states
+        self._positions[: positions.size] = positions.ravel()
+        if self._featured:
+            self._fill_features(None)
+        self._kind = (0, 0, 0, 0)
+        self._batch.n_tokens = rows
+        self._outputs[:rows] = 0
+        for place, part in enumerate(parts):
+            end = (place + 1) * each - part.idle
+            self._slots[place * each : (place + 1) * each] = part.slot
+            self._outputs[end - part.outputs : end] = 1
         return self._batch
 
     def _fill_features(self, features: States | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from offramp.errors import AdapterError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes
 from offramp.runtimes.llama_cpp.native.tap import States
-from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.runtimes.llama_cpp.segment import Part, Segment
 
 AT_ONCE = 32
 """Most tokens that share a call."""
@@ -50,18 +50,54 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
             or rows that are taken back leave a trace.
     """
     first, *others = segments
+    several = first.sequences > 1
     states = _feed(first, probe, 1).states
     _check_crop(first, probe)
-    sizes = [CallSizes(1, AT_ONCE)]
+    sizes = [_sizes(first, probe) if several else CallSizes(1, AT_ONCE)]
+    inputs = [probe]
     for segment in others:
         assert states is not None
+        inputs.append(states)
         sizes.append(_sizes(segment, states))
         _check_crop(segment, states)
         states = _feed(segment, states, AT_ONCE).states
     least, most = max(size.least for size in sizes), min(size.most for size in sizes)
     if least > most:
         return CallSizes(1, 1)
-    return CallSizes(least, most, _seconds(segments[-1], probe, least, most))
+    shared = several and all(
+        _shares(segment, states, most) for segment, states in zip(segments, inputs, strict=True)
+    )
+    return CallSizes(least, most, _seconds(segments[-1], probe, least, most), shared)
+
+
+def _shares(segment: Segment, states: States, most: int) -> bool:
+    """Whether rows come out of calls with those of other sequences as they do alone."""
+    slots = min(segment.sequences, most)
+    if slots < 2:
+        return False
+    rows = AT_ONCE // 4
+    shifted = [np.roll(states, slot, axis=0)[:rows] for slot in range(slots)]
+    alone = [_feed(segment, each, min(rows, most)) for each in shifted]
+    for count in {1, min(rows, most // slots)}:
+        found: list[list[States]] = [[] for _ in range(slots)]
+        for start in range(0, rows, count):
+            parts = [Part(i, each[start : start + count], len(each[start : start + count]), 0)
+                     for i, each in enumerate(shifted)]  # fmt: skip
+            segment.feed_together(parts)
+            width = len(parts[0].states)
+            logits, taps = segment.logits(width * slots).copy(), None
+            if segment.tap is not None:
+                taps = segment.tapped()
+            for i in range(slots):
+                own = slice(i * width, (i + 1) * width)
+                found[i].append(logits[own] if taps is None else taps[own])
+        for slot in range(slots):
+            segment.crop(segment.length_of(slot), slot)
+        for seen, each in zip(alone, found, strict=True):
+            expected = seen.logits if seen.states is None else seen.states
+            if not np.array_equal(expected, np.concatenate(each)):
+                return False
+    return True
 
 
 def _seconds(segment: Segment, states: States, least: int, most: int) -> dict[int, float]:

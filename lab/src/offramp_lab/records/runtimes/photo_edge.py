@@ -108,7 +108,7 @@ def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
     intercepted = InterceptedModel(runtime.backbone, entry)
     with torch.inference_mode():
         prepared = prepare(intercepted.model, inputs, max_new_tokens=NEW, do_sample=False)
-        return runtime._prompt(intercepted, entry, prepared)
+        return runtime._prompts(intercepted, entry, prepared)[0]
 
 
 def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
