@@ -3,10 +3,13 @@
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = metadata.version("offramp")
-except metadata.PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
+__version__ = "0+unknown"  # run from a source tree that was not installed
+for _name in ("offramp", "offramp-edge"):
+    try:
+        __version__ = metadata.version(_name)
+        break
+    except metadata.PackageNotFoundError:
+        continue
 
 if TYPE_CHECKING:
     from offramp.adapter import Adapter, attach
