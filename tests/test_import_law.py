@@ -25,6 +25,7 @@ GROUND = {
     "progress",
     "betting",
     "plugins",
+    "certificate",
 }
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "guarantee", "save_and_load", "model_card", "adapter"}
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "missing": set(),
     "betting": set(),
     "storage": {"errors"},
+    "certificate": {"errors", "storage"},
     "progress": set(),
     "plugins": {"errors"},
     "provenance": {"offramp", "errors", "storage"},
@@ -49,6 +51,7 @@ MAY_IMPORT = {
     "training": ANSWERS,
     "evaluation": ANSWERS,
     "serving": ANSWERS,
+    "verification": {*ANSWERS, "serving"},
     "runtimes": ANSWERS,
     "integrations": {*ANSWERS, "serving"},
     "calibration": {*ANSWERS, "evaluation"},
@@ -60,6 +63,7 @@ MAY_IMPORT = {
         "evaluation",
         "calibration",
         "serving",
+        "verification",
         "runtimes",
         "report",
         "demo",

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from offramp.certificate import Certificate
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
@@ -75,6 +76,7 @@ class Adapter:
     calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
     seen: see `offramp.data.decontamination`; empty where it is not known.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
+    certificate: what `offramp verify` found of its exits; None: nothing yet.
     """
 
     backbone: Backbone
@@ -85,6 +87,7 @@ class Adapter:
     calibration: Mapping[str, Any] | None = None
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
@@ -95,9 +98,11 @@ class Adapter:
         ends = str(self.policy.thresholds) or "none"
         found = self.standing()
         bound = f"guarantee: {found.promise.words}" if found.promise else found.sentence
+        runs = () if self.certificate is None else self.certificate.runs
+        verified = "".join(f"; verified: {run.words}" for run in runs)
         return (
             f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
-            f"thresholds: {ends}; {bound or 'guarantee: none'})"
+            f"thresholds: {ends}; {bound or 'guarantee: none'}{verified})"
         )
 
     def standing(self, *, engine: str | None = None, **known: Any) -> Standing:

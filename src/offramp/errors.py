@@ -43,6 +43,10 @@ class UnsupportedBackboneError(OfframpError, TypeError):
     """The model is of a kind that offramp does not know how to run."""
 
 
+class InexactError(OfframpError, ArithmeticError):
+    """Decoding that was to be exact is not."""
+
+
 class TrainingError(OfframpError, RuntimeError):
     """Training cannot go on."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from offramp.certificate import Certificate
 from offramp.guarantee import Conditions, shown_conditions, standing
 from offramp.models.backbone import Backbone
 from offramp.save_and_load import AdapterParts
@@ -39,10 +40,27 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         calibration=adapter.calibration,
         standing=standing(adapter.calibration, Conditions.of(backbone, adapter.policy)),
         conditions=shown_conditions(adapter.calibration),
+        verified=verified_section(adapter.certificate),
         provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
         nan=float("nan"),
     )
     return f"---\n{card_data(backbone.name).to_yaml()}\n---\n{text}"
+
+
+def verified_section(certificate: Certificate | None) -> str:
+    """The card's section on what `offramp verify` found, without its heading."""
+    if certificate is None:
+        return "Not verified on any machine yet: `offramp verify FOLDER`."
+    return "\n".join(f"* {run.words}" for run in certificate.runs)
+
+
+def with_verified(card: str, certificate: Certificate) -> str:
+    """A card, which may have been edited, with that section in place of its own or at its end."""
+    section = f"## Verified\n\n{verified_section(certificate)}\n"
+    text, found = re.subn(
+        r"(?ms)^## Verified$.*?(?=^## |\Z)", lambda _: f"{section}\n", card, count=1
+    )
+    return text if found else f"{card.rstrip()}\n\n{section}"
 
 
 def card_data(backbone: str) -> ModelCardData:

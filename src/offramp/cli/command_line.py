@@ -28,6 +28,7 @@ examples:
   offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
   offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
   offramp draft --adapter exits --data held_out.jsonl
+  offramp verify exits                           whether every way to decode is exact here
   offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
@@ -41,8 +42,8 @@ compare, analyse and bench are commands of offramp-lab, a package of its own.
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "generate", "serve", "eval", "export", "slice",
-        "report", "inspect", "env", "completion",
+        "demo", "train", "calibrate", "draft", "verify", "generate", "serve", "eval", "export",
+        "slice", "report", "inspect", "env", "completion",
     )
 }  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy."""

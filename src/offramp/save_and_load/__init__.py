@@ -7,6 +7,7 @@ checks.safetensors          shortlist and gates, if there are any (`offramp.mode
 discriminators.safetensors  only needed for scores that read them and for resuming
 seen.json                   digests of the images that training and calibration used
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
+certificate.json            what `offramp verify` found (`offramp.certificate`)
 README.md                   the model card; may be edited
 training/                   log, and the state that resuming needs; not pushed to the hub
 """
@@ -24,9 +25,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from offramp.certificate import CERTIFICATE, Certificate
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
-from offramp.errors import AdapterError, DataError, InputError, StorageError
+from offramp.errors import AdapterError, DataError, InputError, OfframpError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths, copied_index
@@ -48,9 +50,9 @@ from offramp.save_and_load.tensors import check_shapes, read_shapes, read_tensor
 from offramp.storage import atomic_folder, digest_file, read_json, write_json
 
 __all__ = [
-    "ATTEMPTS", "CARD", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "SEEN",
-    "AdapterConfig", "AdapterParts", "check_policy_depths", "load_parts", "read_config",
-    "save_parts",
+    "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT",
+    "SEEN", "AdapterConfig", "AdapterParts", "check_policy_depths", "exits_digest",
+    "load_certificate", "load_parts", "read_config", "save_parts",
 ]  # fmt: skip
 
 DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
@@ -61,6 +63,7 @@ DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
 )
 UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them."
 log = logging.getLogger(__name__)
+_OWNED = (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CERTIFICATE)
 _LARGEST_SEEN = 2**30
 """Bytes of the largest seen.json that is read: 50 million images."""
 
@@ -76,6 +79,7 @@ class AdapterParts:
     calibration: Mapping[str, Any] | None = None
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
+    certificate: Certificate | None = None
 
 
 # -- saving -----------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
     if parts.exits.discriminators is not None:
         tensors[DISCRIMINATORS] = parts.exits.discriminators.state_dict()
     # An earlier adapter's files that this one lacks go: they would not fit these exits.
-    with atomic_folder(folder, owns=(CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS)) as staging:
+    with atomic_folder(folder, owns=_OWNED) as staging:
         for name, state in tensors.items():
             write_tensors(state, staging / name)
         if parts.seen:
@@ -110,6 +114,10 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
         write_json(staging / CONFIG, sealed({**_entries(backbone, parts), "files": files}))
         (staging / CARD).write_text(card, encoding="utf-8")
+        # No file of the adapter's own: it comes and goes without the exits being written anew.
+        kept = parts.certificate and parts.certificate.of_exits(files[EXITS])
+        if kept:
+            kept.write(staging / CERTIFICATE)
 
 
 def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
@@ -205,6 +213,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         calibration=None if calibration is None else dict(calibration),
         seen=_load_seen(config),
         attempts=_load_attempts(config),
+        certificate=load_certificate(config),
     )
 
 
@@ -351,3 +360,21 @@ def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
     ):
         raise AdapterError(f"{path} is damaged: it does not list attempts.", RESTORE)
     return attempts
+
+
+def exits_digest(config: AdapterConfig) -> str:
+    """SHA-256 of the exits' file. Raise `StorageError` where it cannot be read."""
+    return (config.files or {}).get(EXITS) or digest_file(config.folder / EXITS)
+
+
+def load_certificate(config: AdapterConfig) -> Certificate | None:
+    """What `offramp verify` found of these exits; None where nothing is known of them. One that is
+    damaged says so in the log: it changes no answer."""
+    path = config.folder / CERTIFICATE
+    if not path.exists():
+        return None
+    try:
+        return Certificate.read(path).of_exits(exits_digest(config))
+    except OfframpError as error:
+        log.warning("%s %s", error.problem, error.remedy)
+        return None

@@ -49,7 +49,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _adapter(name: str) -> dict[str, Any]:
     """What adapter.json holds, without the digests."""
-    from offramp.save_and_load import UNCHECKED, read_config
+    from offramp.save_and_load import UNCHECKED, load_certificate, read_config
 
     config = read_config(name)
     if config.files is None:
@@ -58,6 +58,8 @@ def _adapter(name: str) -> dict[str, Any]:
     for digest in ("digest", "files"):
         entries.pop(digest, None)
     entries["backbone"] = {n: v for n, v in entries["backbone"].items() if n != "fingerprint"}
+    certificate = load_certificate(config)
+    entries["verified"] = [] if certificate is None else [run.words for run in certificate.runs]
     return entries
 
 

@@ -1,0 +1,177 @@
+"""`offramp verify`: whether every way to decode an adapter is exact on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
+from offramp.cli.loading import load_adapter, policy_of, read_data
+from offramp.cli.options import (
+    ENGINES,
+    add_command,
+    data_options,
+    engine_option,
+    length_option,
+    policy_options,
+    precision_options,
+)
+from offramp.cli.output import show_result
+from offramp.cli.outputs import check_out_file, overwrite_option
+from offramp.cli.parser import Flattened, Parser, whole, whole_numbers
+from offramp.errors import InexactError
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    add_command(
+        commands,
+        "verify",
+        "Decode in every way that an adapter has, alone, in batches and in company, hold the "
+        "answers to the model's own, and keep what came out in the adapter. Ends with 1 where "
+        "something that promises to be exact is not.",
+        "offramp verify exits\n"
+        "  offramp verify exits --data held_out.jsonl --limit 64 --engine packed\n"
+        "  offramp verify exits --engine llama.cpp --gguf exits-q8_0",
+        _verify,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    from offramp.verification import ROWS, SLOTS
+
+    parser.add_argument(
+        "adapter", metavar="ADAPTER",
+        help="folder or hub name of trained exits; or photo, tiny-opt or tiny-t5, which ship",
+    )  # fmt: skip
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--backbone", metavar="NAME",
+        help="hub name or folder of the VLM (default: the adapter's)",
+    )  # fmt: skip
+    precision_options(group)
+    engine_option(group, ENGINES)
+    data_options(
+        parser, "prompts to answer (default: the adapter's, of drawn pictures)",
+        limit=32, required=False,
+    )  # fmt: skip
+    group = parser.add_argument_group("size and output")
+    group.add_argument(
+        "--rows", metavar="N,N", type=whole_numbers(2), nargs="+", action=Flattened, default=ROWS,
+        help=f"rows of batches (default: {','.join(map(str, ROWS))})",
+    )  # fmt: skip
+    group.add_argument(
+        "--slots", type=whole(1), default=SLOTS, metavar="N",
+        help=f"requests in company, in the batch engine (default: {SLOTS})",
+    )  # fmt: skip
+    length_option(group)
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the certificate to this file as well"
+    )
+    overwrite_option(group)
+    policy_options(parser, threshold=True)
+    runtime_options(parser)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress_bar
+    from offramp.storage import check_writable
+    from offramp.verification import Settings, Verification, own_examples, with_thresholds
+
+    settings = Settings(arguments.rows, arguments.slots, arguments.max_new_tokens)
+    check_runtime(arguments)
+    kept = _folder(arguments)
+    if kept is not None:
+        check_writable(kept, folder=True)
+    if arguments.out is not None:
+        check_out_file(arguments.out, arguments, _is_certificate, "certificate")
+    digest = _digest(arguments)
+    items = None if arguments.data is None else read_data(arguments, require_answers=False)
+    adapter, processor = load_adapter(arguments)
+    encoder = InputProcessor(adapter.backbone, processor)
+    if items is None:
+        examples = own_examples(adapter, arguments.limit)
+    else:
+        examples = [item.example for item in items]
+    policy = with_thresholds(policy_of(arguments, adapter), adapter, encoder, examples)
+    runtime = load_runtime(arguments, adapter)
+    one = Verification(
+        adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
+    )
+    with progress_bar("verify", total=one.answers) as bar:
+        paths = one.run(told=bar.update)
+    run = one.certified(paths, arguments.engine, digest, sys.argv)
+    show_result(run.to_json(), _text(paths), as_json=arguments.json)
+    _keep(run, kept, arguments)
+    log.info("%s", run.words)
+    broken = [path for path in paths if path.broken]
+    if broken:
+        names = ", ".join(path.path for path in broken)
+        raise InexactError(
+            f"Not exact, though promised: {names}.",
+            "Do not decode so on this machine; please report it with --json's output.",
+        )
+
+
+def _folder(arguments: argparse.Namespace) -> Path | None:
+    """The adapter's own folder, if it is on this machine and none that ships."""
+    from offramp.save_and_load import CONFIG
+
+    folder = Path(arguments.adapter)
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def _is_certificate(begin: bytes) -> bool:
+    return begin.lstrip().startswith(b"{") and b'"runs"' in begin[:64]
+
+
+def _digest(arguments: argparse.Namespace) -> str:
+    """SHA-256 of the exits' file; "" of a model that ships without."""
+    from offramp.errors import InputError
+    from offramp.models.shipped import shipped_exits
+    from offramp.save_and_load import exits_digest, read_config
+    from offramp.serving.loading import adapter_folder
+
+    try:
+        shipped = shipped_exits(arguments.adapter)
+    except InputError:
+        return ""
+    return exits_digest(read_config(shipped or adapter_folder(arguments.adapter)))
+
+
+def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
+    """Write the certificate into the adapter's folder and its card, and where --out says."""
+    from offramp.certificate import CERTIFICATE, Certificate
+    from offramp.model_card import with_verified
+    from offramp.save_and_load import CARD, load_certificate, read_config
+    from offramp.storage import write_atomic
+
+    if arguments.out is not None:
+        Certificate([run]).write(arguments.out)
+        log.info("Written to %s.", arguments.out)
+    if folder is None:
+        if arguments.out is None:
+            log.info("%s is no folder of yours: nothing is kept; give --out.", arguments.adapter)
+        return
+    before = load_certificate(read_config(folder)) or Certificate()
+    certificate = before.with_run(run)
+    certificate.write(folder / CERTIFICATE)
+    card = folder / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        write_atomic(card, with_verified(text, certificate))
+    log.info("Kept in %s.", folder / CERTIFICATE)
+
+
+def _text(paths: Sequence[Any]) -> str:
+    from offramp.certificate import COLUMNS, rows
+    from offramp.report.table import Table
+
+    return Table(COLUMNS, rows(paths)).plain()

@@ -1,0 +1,539 @@
+"""Whether every way to decode comes to what it should: at full size, on this machine.
+
+Greedy answers are held to something that shares nothing with the decoder: full depth and lossless
+to the model's own `generate`, early exit to a pass in which every layer and every exit runs for
+every token, one by one. Rows of a batch, and requests in the company of others, are held to the
+same answers alone. A runtime in other numbers than the model's is held to its own full depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.answers import GREEDY, Runtime
+from offramp.certificate import PathResult, Run, finite
+from offramp.data.example import Example, examples_digest
+from offramp.data.scenes import language, world
+from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.reader import Question
+from offramp.engine.decoding.rule import ExitRule, Verdict
+from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.exit_check import ExitOutput
+from offramp.engine.generate import generate
+from offramp.engine.kv_cache import add_exit_entries
+from offramp.engine.policy import (
+    FULL,
+    ExitPolicy,
+    GenerationOutput,
+    Thresholds,
+    first_token_may_exit,
+    policy_to_json,
+)
+from offramp.engine.prefill import Prefill, prepare
+from offramp.engine.teacher_forcing import StateRecorder
+from offramp.errors import InputError, OfframpError
+from offramp.guarantee import Conditions
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
+from offramp.models.quantized.linears import SCHEMES
+from offramp.models.quantized.weights import scheme
+from offramp.provenance import provenance
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineConfig
+from offramp.storage import digest_rows
+
+ROWS = (2, 4, 8, 16, 32)
+SLOTS = 8
+_LARGEST = 32
+"""Logits of a token that are compared: its largest ones."""
+OWN, EVERY_LAYER = "the model's own generate", "every layer, every exit"
+ALONE, IN_TORCH = "alone", "early exit in PyTorch"
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a verification.
+
+    rows: of static batches. slots: requests in company. longest: tokens of the longest answer.
+
+    Raises:
+        InputError: a batch of fewer than 2 rows, or another number below 1.
+    """
+
+    rows: Sequence[int] = ROWS
+    slots: int = SLOTS
+    longest: int = 40
+
+    def __post_init__(self) -> None:
+        wrong = [r for r in self.rows if r < 2] + [n for n in (self.slots, self.longest) if n < 1]
+        if wrong:
+            raise InputError(
+                f"Nothing can be verified with {wrong[0]} rows, slots or tokens.",
+                "Give batches of 2 rows and more, and slots and lengths from 1.",
+            )
+
+
+class _Row(NamedTuple):
+    """An answer: N ids and, where they are known, depths and scores."""
+
+    ids: Sequence[int]
+    depths: Sequence[int] | None = None
+    scores: Sequence[float] | None = None
+
+
+class _Largest:
+    """As `observer`: the largest logits of each place, and which tokens' they are."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, row: int, place: int, logits: Tensor) -> None:
+        self.at[place] = logits[0].float().topk(min(_LARGEST, logits.shape[1]))
+
+
+class _Apart:
+    """As `observer`: how far logits are from those of another, by place; of a place that is asked
+    about again, the last time."""
+
+    def __init__(self, of: _Largest) -> None:
+        self._of, self.at = of.at, dict[int, float]()
+
+    def __call__(self, row: int, place: int, logits: Tensor) -> None:
+        if place in self._of:
+            theirs, ids = self._of[place]
+            ours = logits[0].float()[ids]
+            said = theirs.isfinite() & (theirs > -1e30)  # tokens that are never said are far below
+            off = (ours - theirs)[said].abs().max() / theirs[said].abs().max().clamp(min=1e-30)
+            self.at[place] = math.inf if off.isnan() else float(off)
+
+
+class Verification:
+    """The paths of an adapter, one after the other; see the module.
+
+    examples: whose prompts are answered. policy: instead of the adapter's. runtime: what decodes in
+    PyTorch's place; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        encoder: InputProcessor,
+        examples: Sequence[Example],
+        *,
+        policy: ExitPolicy | None = None,
+        runtime: Runtime | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """Raise `InputError` where there are no examples."""
+        if not examples:
+            raise InputError("There are no prompts to verify by.", "Give examples.")
+        self.settings = settings or Settings()
+        self.policy = adapter.policy if policy is None else policy
+        self.adapter, self.encoder, self.runtime = adapter, encoder, runtime
+        self.backbone: Backbone = adapter.backbone
+        self.examples = list(examples)
+        self._told: Callable[[int], object] = lambda _: None
+        self._options = {**GREEDY, "max_new_tokens": self.settings.longest}
+        self._policies = _modes(self.policy)
+        held_in = scheme(self.backbone.layers)
+        self._exact = not held_in and self.backbone.dtype in (torch.float32, torch.float64)
+        """Whether rounding is too small to change a token."""
+        self._alone_exact = self._exact or held_in in SCHEMES
+        """Whether a token's products do not depend on the tokens beside it, at least."""
+
+    @property
+    def answers(self) -> int:
+        """How many answers are written in all."""
+        modes, n = len(self._policies), len(self.examples)
+        if self.runtime is not None:
+            return n * (1 + modes + ("early exit" in self._policies))
+        batches = sum(-(-n // rows) * rows for rows in self.settings.rows)
+        return n * (1 + 2 * modes + len(self._shared)) + batches * len(self._shared)
+
+    @property
+    def _shared(self) -> dict[str, ExitPolicy]:
+        """The modes of rows and of requests in company: one with exits is as the policy is."""
+        names = {m: p for m, p in self._policies.items() if m != "guesses"}
+        if "guesses" in self._policies:
+            names["early exit"] = self._policies["guesses"]
+        return names
+
+    def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
+        """What each path came to. told: is called with how many answers more there are."""
+        self._told = told
+        self._inputs = [self.encoder.prompts([example]) for example in self.examples]
+        noted = self._notes()
+        own = self._each(partial(self._own, noted))
+        if self.runtime is not None:
+            return self._of_runtime(self.runtime, own)
+        alone = {m: self._each(partial(self._write, p)) for m, p in self._policies.items()}
+        results = [
+            self._single(mode, policy, alone, own, noted) for mode, policy in self._policies.items()
+        ]
+        beside = {m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
+                  for m, p in self._shared.items()}  # fmt: skip
+        for rows in self.settings.rows:
+            for mode, policy in self._shared.items():
+                made = _tried(partial(self._batched, rows, policy))
+                theirs = beside[mode]
+                if isinstance(made, list) and isinstance(theirs, list):
+                    theirs = [theirs[i % len(theirs)] for i in range(len(made))]
+                results.append(_compared(f"{mode}, {rows} rows", ALONE, self._exact, made, theirs))
+        together = _tried(self._in_company)
+        for mode, theirs in beside.items():
+            made = together if isinstance(together, _Refused) else together[mode]
+            name = f"{mode}, among {self.settings.slots}"
+            results.append(_compared(name, ALONE, self._exact, made, theirs))
+        return results
+
+    def _single(
+        self,
+        mode: str,
+        policy: ExitPolicy,
+        alone: Mapping[str, Any],
+        own: Any,
+        noted: Sequence[_Largest],
+    ) -> PathResult:
+        """Single answers in a mode. own, noted: the model's own answers and their logits."""
+        if mode == "guesses":
+            against, theirs = "early exit without guesses", alone["early exit"]
+            return _compared(mode, against, self._alone_exact, alone[mode], theirs)
+        # Several tokens of one call, as drafts are, get what each gets alone.
+        against, theirs, promised = OWN, own, self._alone_exact
+        if mode == "early exit":
+            noted = self._notes()
+            against, promised = EVERY_LAYER, self._exact and policy.kv == "recompute"
+            theirs = alone[mode]
+            if isinstance(theirs, list):
+                theirs = self._each(partial(self._forced, policy, theirs, noted))
+        apart = self._each(partial(self._off, policy, noted))
+        return _compared(mode, against, promised, alone[mode], theirs, apart)
+
+    def _of_runtime(self, runtime: Runtime, own: Any) -> list[PathResult]:
+        """The paths of what decodes in PyTorch's place: lossless and guesses to its own answers,
+        which are the model's as far as its numbers are."""
+
+        def answer(policy: ExitPolicy, place: int) -> _Row:
+            return _row(runtime.generate(self._inputs[place], policy=policy, **self._options))
+
+        made = {m: self._each(partial(answer, p)) for m, p in self._policies.items()}
+        same = self._exact and "graphs" in runtime.name
+        results = []
+        for mode, policy in self._policies.items():
+            against, theirs, promised = OWN, own, same
+            if mode == "early exit":
+                against, theirs = IN_TORCH, self._each(partial(self._write, policy))
+            elif mode != "full":
+                mine = "full" if mode == "lossless" else "early exit"
+                against, theirs, promised = f"its own {mine}", made[mine], True
+                theirs = _without_depths(theirs) if mode == "lossless" else theirs
+            results.append(_compared(mode, against, promised, made[mode], theirs))
+        return results
+
+    def certified(
+        self, paths: Sequence[PathResult], engine: str, exits: str, command: Sequence[str]
+    ) -> Run:
+        """What `run` returned, with what it was found of.
+
+        engine: by the name of the command line. exits: SHA-256 of their file. command: the line.
+        """
+        backbone = self.backbone
+        if self.runtime is not None:
+            engine = self.runtime.name
+        else:
+            engine = f"{engine} ({backbone.engine or 'slots'})"
+        return Run(
+            engine=engine,
+            quantized=scheme(backbone.layers) or "",
+            dtype=str(backbone.dtype).removeprefix("torch."),
+            device=backbone.device.type,
+            exits=exits,
+            backbone=digest_rows([backbone.fingerprint()]),
+            policy=digest_rows([policy_to_json(self.policy)]),
+            thresholds=str(self.policy.thresholds),
+            prompts=len(self.examples),
+            longest=self.settings.longest,
+            paths=paths,
+            provenance=provenance(None, command, examples_digest(self.examples)),
+        )
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def _notes(self) -> list[_Largest]:
+        return [_Largest() for _ in self.examples]
+
+    def _each(self, answer: Callable[[int], Any]) -> Any:
+        """An answer to each prompt, or why there is none. answer: of the prompt at a place."""
+
+        def one(place: int) -> Any:
+            made = answer(place)
+            self._told(1)
+            return made
+
+        return _tried(lambda: [one(place) for place in range(len(self.examples))])
+
+    def _own(self, noted: Sequence[_Largest], place: int) -> _Row:
+        """The model's own answer."""
+        with torch.inference_mode():
+            made = self.backbone.model.generate(
+                **self._inputs[place],
+                **self._options,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        for at, logits in enumerate(made.scores):
+            noted[place](0, at, logits)
+        return _Row(made.sequences[0, -len(made.scores) :].tolist())
+
+    def _write(self, policy: ExitPolicy, place: int, **more: Any) -> _Row:
+        return _row(self._generate(self._inputs[place], policy, **more))
+
+    def _off(self, policy: ExitPolicy, noted: Sequence[_Largest], place: int) -> dict[int, float]:
+        """How far the logits of the same answer are from those that were noted, by place."""
+        apart = _Apart(noted[place])
+        self._write(policy, place, observer=apart)
+        return apart.at
+
+    def _generate(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, **more: Any
+    ) -> GenerationOutput:
+        return generate(
+            self.backbone, inputs, exits=self.adapter.exits, policy=policy, **self._options, **more
+        )
+
+    def _batched(self, rows: int, policy: ExitPolicy) -> list[_Row]:
+        """The answers again, so many rows at a time; the first prompts again where some lack."""
+        n, made = len(self.examples), list[_Row]()
+        for start in range(0, n, rows):
+            chunk = [self.examples[(start + i) % n] for i in range(rows)]
+            output = self._generate(self.encoder.prompts(chunk), policy)
+            made += [_row(output, row) for row in range(rows)]
+            self._told(rows)
+        return made
+
+    def _in_company(self) -> dict[str, list[_Row]]:
+        """The answers again, of all modes at once, by requests to one engine."""
+        slots, longest = self.settings.slots, self.settings.longest
+        ids = [one["input_ids"].shape[1] for one in self._inputs if "input_ids" in one]
+        limit = max([1024, *(n + longest + 1 for n in ids)])
+        config = EngineConfig(slots, limit, schedule=Schedule.of(slots))
+        shared = self._shared
+        policy = shared.get("early exit", FULL)
+        adapter = replace(self.adapter, policy=policy, calibration=None)
+        names = {"full": "full", "early exit": "early_exit", "lossless": "lossless"}
+        with BatchEngine(adapter, config=config) as engine:
+            asked = [
+                (mode, engine.submit(given, mode=names[mode], wait=True, **self._options))
+                for given in self._inputs
+                for mode in shared
+            ]
+            made: dict[str, list[_Row]] = {mode: [] for mode in shared}
+            for mode, handle in asked:
+                made[mode].append(_row(handle.result().output))
+                self._told(1)
+        return made
+
+    @torch.inference_mode()
+    def _forced(
+        self,
+        policy: ExitPolicy,
+        answers: Sequence[_Row],
+        noted: Sequence[_Largest],
+        place: int,
+    ) -> _Row:
+        """What exits and the full model say behind each prefix of an answer, where every layer and
+        every exit runs for every token, one by one."""
+        backbone, exits, ids = self.backbone, self.adapter.exits, answers[place].ids
+        depths = tuple(policy.thresholds)
+        entered = {depth - k for depth in depths for k in (0, 1)}  # "saturation" reads both
+        recorder = StateRecorder(backbone, entered, exits, depths)
+        intercepted = InterceptedModel(backbone, recorder)
+        prepared = prepare(intercepted.model, self._inputs[place], **self._options)
+        add_exit_entries(prepared.cache, exits.entries, backbone.depth)
+        prefill = Prefill(intercepted, prepared)
+        sampler = Sampler(prepared, 0, observer=noted[place])
+        reader = ExitReader(backbone, exits, policy, depths)
+        rule = replace(ExitRule.of(policy), guesses=None)
+        words: list[tuple[int, int, float]] = []
+        for at in range(len(ids)):
+            if at:
+                fed = torch.tensor([[ids[at - 1]]], device=prepared.ids.device)
+                intercepted.stack(input_ids=fed, **prefill.extend(1))
+            entries, states, final = recorder.take()
+            scorer = reader.scorer() if reader.follows else None
+            question = Question(sampler, rule, list(ids[:at]), scorer)
+            said, score = None, _NAN
+            looked = depths if at or first_token_may_exit(backbone, policy) else ()
+            for depth in looked:
+                output = ExitOutput(
+                    *(part[0, -1:] for part in (entries[depth], states[depth], entries[depth - 1]))
+                )
+                [verdict] = reader.verdicts(depth, output, [question])
+                if not isinstance(verdict, Verdict):
+                    assert verdict is not None
+                    raise verdict
+                score = rule.shown(depth, verdict)
+                if rule.exits(depth, verdict):
+                    said = verdict.token, depth, score
+                    break
+            if said is None:
+                [word] = reader.full(backbone.final_norm(final[:1, -1]), [question])
+                if isinstance(word, Exception):
+                    raise word
+                said = word, backbone.depth, score
+            words.append(said)
+        return _Row(*zip(*words, strict=True))
+
+
+_PROMPTS = (
+    "Caption:",
+    "What is shown?",
+    "Question: how many things are there, and which of them is the largest? Answer:",
+    "Describe the image.",
+)
+
+
+def own_examples(adapter: Adapter, n: int) -> list[Example]:
+    """Examples to verify by where none are given: drawn pictures, each another, under the prompts
+    that the adapter was calibrated on, or else some of several lengths. Of a language model texts.
+    """
+    conditions = (adapter.calibration or {}).get("conditions") or {}
+    frames = Conditions.from_json(conditions).prompts or ()
+    prompts = [" what is there ".join(frame) if len(frame) > 1 else frame[0] for frame in frames]
+    prompts = [prompt for prompt in prompts if prompt.strip()] or list(_PROMPTS)
+    if adapter.backbone.text_only:
+        texts = [language.caption(world.scene("test", i)) for i in range(n)]
+        return [Example.of_text(f"Go on: {text}", key=f"text-{i}") for i, text in enumerate(texts)]
+    return [
+        Example(
+            world.render(world.scene("test", i)), prompts[i % len(prompts)], (), key=f"drawn-{i}"
+        )
+        for i in range(n)
+    ]
+
+
+def with_thresholds(
+    policy: ExitPolicy, adapter: Adapter, encoder: InputProcessor, examples: Sequence[Example]
+) -> ExitPolicy:
+    """A policy that has thresholds: where it has none, the middle one of the scores at each exit on
+    a few prompts, so that tokens exit and others do not. Left as it is where exits have no tensors.
+    """
+    if policy.thresholds or not list(adapter.exits.modules.parameters()):
+        return policy
+    looked = replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, 1.0))
+    seen = _NAN
+    for example in examples[:4]:  # the last one's counts
+        made = generate(
+            adapter.backbone, encoder.prompts([example]), exits=adapter.exits, policy=looked,
+            max_new_tokens=10, **GREEDY,
+        )  # fmt: skip
+        scores = made.scores[made.scores.isfinite()]
+        seen = float(scores.median()) if len(scores) else seen
+    middle = 1.0 if seen != seen else seen
+    return replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, middle))
+
+
+def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
+    """The policy of each mode that an adapter has; guesses where its policy has some."""
+    modes = {"full": FULL}
+    if not policy.thresholds:
+        return modes
+    plain = replace(policy, lossless=False, guesses={})
+    modes["early exit"] = plain
+    if policy.guesses:
+        modes["guesses"] = replace(plain, guesses=policy.guesses)
+    if policy.kv == "recompute":
+        modes["lossless"] = replace(policy, lossless=True)
+    return modes
+
+
+def _without_depths(answers: Any) -> Any:
+    """Answers whose depths are not to be compared."""
+    return answers if isinstance(answers, _Refused) else [_Row(row.ids) for row in answers]
+
+
+def _row(output: GenerationOutput, row: int = 0) -> _Row:
+    """An answer of a generation, without its padding."""
+    live = output.depths[row] > 0
+    values = (output.new_tokens[row], output.depths[row], output.scores[row])
+    return _Row(*(value[live].tolist() for value in values))
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Why there is no answer. clean: in words that were meant for it."""
+
+    why: str
+    clean: bool
+
+
+def _tried(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except OfframpError as error:
+        return _Refused(error.problem, clean=True)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _Refused(f"not enough memory ({type(error).__name__})", clean=True)
+    except Exception as error:  # whatever a model raises where it is not driven as it must be
+        return _Refused(f"{type(error).__name__}: {str(error)[:200]}", clean=False)
+
+
+def _compared(
+    path: str, against: str, promised: bool, ours: Any, theirs: Any, apart: Any = None
+) -> PathResult:
+    """Answers and what they are held to. apart: differences of their logits, by place; None: not
+    compared."""
+    for side in (ours, theirs, apart):
+        if isinstance(side, _Refused):
+            return PathResult(path, against, promised and not side.clean, refused=side.why)
+    pairs = list(zip(ours, theirs, strict=True))
+    wrong = [_differing(*pair) for pair in pairs]
+    logits, scores = list[float](), list[float]()
+    for place, ((mine, other), places) in enumerate(zip(pairs, wrong, strict=True)):
+        until = min(places, default=len(mine.ids))
+        if apart is not None:
+            logits += [value for at, value in apart[place].items() if at <= until]
+        if mine.scores is not None and other.scores is not None:
+            both = zip(mine.scores[:until], other.scores[:until], strict=True)
+            scores += [abs(a - b) for a, b in both if a == a or b == b]
+    return PathResult(
+        path,
+        against,
+        promised,
+        answers=len(pairs),
+        answers_differ=sum(map(bool, wrong)),
+        tokens=sum(max(len(mine.ids), len(other.ids)) for mine, other in pairs),
+        tokens_differ=sum(map(len, wrong)),
+        logits_apart=_largest(logits),
+        scores_apart=_largest(scores),
+    )
+
+
+def _differing(ours: _Row, theirs: _Row) -> list[int]:
+    """Places at which two answers differ, in ids or in depths where both know them."""
+    shared = range(min(len(ours.ids), len(theirs.ids)))
+    longer = range(len(shared), max(len(ours.ids), len(theirs.ids)))
+    depths = None if ours.depths is None else theirs.depths
+    different = [
+        place
+        for place in shared
+        if ours.ids[place] != theirs.ids[place]
+        or (depths is not None and ours.depths[place] != depths[place])  # type: ignore[index]
+    ]
+    return [*different, *longer]
+
+
+def _largest(values: Sequence[float]) -> float | None:
+    """The largest, as JSON has it; None of none."""
+    return max((finite(math.inf if v != v else v) for v in values), default=None)
