@@ -22,7 +22,7 @@ from offramp.guarantee import Conditions, Standing, standing
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.quantized.prepacked import prepack
+from offramp.models.prepack import prepack
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
@@ -116,7 +116,7 @@ class Adapter:
 
     def prepack(self) -> None:
         """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read
-        faster. In place, for inference alone; see `offramp.models.quantized.prepacked.prepack`.
+        faster. In place, for inference alone; see `offramp.models.prepack`.
 
         Raises:
             InputError: the model is not on a processor, or in a precision that it does not have.

@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from offramp import __version__
-
 
 def provenance(
     seed: int | None, command: str | Sequence[str], data_digest: str | None
@@ -35,7 +33,7 @@ def provenance(
         "data_digest": data_digest,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "offramp": __version__,
+            "offramp": _version("offramp"),
             "commit": _commit(),
             "torch": _version("torch"),
             "transformers": _version("transformers"),

@@ -22,7 +22,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import ExportFormats, export_gguf, slice_gguf
 from offramp.runtimes.llama_cpp.exit_files import read_exits
-from offramp.runtimes.llama_cpp.gguf_export import exits_digest, export_whole
+from offramp.runtimes.llama_cpp.exits_digest import exits_digest
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
 
 gguf = pytest.importorskip("gguf")
 

@@ -136,7 +136,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
     """A backbone or an adapter, prepacked where --prepack says so."""
-    from offramp.models.quantized.prepacked import prepack
+    from offramp.models.prepack import prepack
 
     if getattr(arguments, "prepack", False):
         backbone = getattr(model, "backbone", model)

@@ -13,8 +13,9 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.fingerprint import describe
+from offramp.models.prepack import prepack
 from offramp.models.quantized import prepacked as prepacking
-from offramp.models.quantized.prepacked import PrepackedLinear, prepack, prepacked
+from offramp.models.quantized.prepacked import PrepackedLinear, prepacked
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
 from offramp.save_and_load import load_parts, read_config
 

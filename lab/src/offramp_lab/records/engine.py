@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.quantized.prepacked import prepack
+from offramp.models.prepack import prepack
 from offramp.serving.core import EngineConfig
 from offramp_lab.experiments.benchmark.bench import any_shortlist
 from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table

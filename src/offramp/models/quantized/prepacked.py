@@ -7,17 +7,13 @@ compiled models freeze; here every loop has it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import InputError
-
-if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone
-    from offramp.models.exits import ExitSet
 
 _ROWS = 4
 """Fewer tokens than these take longer than these do, on the processors that were measured."""
@@ -69,28 +65,8 @@ class PrepackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def prepack(backbone: Backbone, exits: ExitSet | None = None) -> None:
-    """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
-
-    In place, one after the other, so that no more than one weight is held twice; but the model's
-    own head and its embeddings, which often share their weight, keep theirs. For inference alone.
-
-    Raises:
-        InputError: the model is not on a processor, or in a precision that this one has no products
-            for.
-    """
-    if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
-        backbone.reader = prepacked(backbone.head)
-    for module in (backbone.layers, *([] if exits is None else [exits.modules])):
-        for parent in module.modules():
-            for name, part in parent.named_children():
-                if type(part) is nn.Linear and _is_worth_it(part.weight):
-                    setattr(parent, name, prepacked(part))
-    if exits is not None:
-        exits.forget_head()
-
-
-def _is_worth_it(weight: Tensor) -> bool:
+def is_worth_it(weight: Tensor) -> bool:
+    """Whether one token's product is faster in the layout."""
     return weight.dtype != torch.float32 or weight.numel() >= LEAST
 
 
@@ -98,7 +74,8 @@ def prepacked(linear: nn.Linear) -> PrepackedLinear:
     """A linear in oneDNN's layout; the plain one is left as it is.
 
     Raises:
-        InputError: as of `prepack`.
+        InputError: the linear is not on a processor, or in a precision that this one has no
+            products for.
     """
     weight = linear.weight
     precision = str(weight.dtype).removeprefix("torch.")

@@ -13,7 +13,6 @@ their ids.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from offramp import __version__
@@ -40,6 +38,7 @@ from offramp.runtimes.llama_cpp.architectures import (
     rope_factors,
     settings,
 )
+from offramp.runtimes.llama_cpp.exits_digest import exits_digest
 from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
 from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
@@ -134,19 +133,6 @@ def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
     return [
         SegmentPlan(i, edges[i], edges[i + 1], exit_module) for i, exit_module in enumerate(exits)
     ]
-
-
-def exits_digest(adapter: Adapter) -> str:
-    """SHA-256 over the exits' tensors and the shortlist, the same in float32 and bfloat16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(adapter.exits.modules.state_dict().items()):
-        digest.update(name.encode())
-        bits = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(bits.numpy().tobytes())
-    shortlist = adapter.exits.shortlist
-    if shortlist is not None:
-        digest.update(shortlist.cpu().long().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:

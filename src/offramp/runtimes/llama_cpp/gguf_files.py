@@ -165,7 +165,7 @@ def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> Non
     A slice of a file from the hub has quantised weights: of the backbone its sizes are compared.
     """
     from offramp.models.fingerprint import same_backbone
-    from offramp.runtimes.llama_cpp.gguf_export import exits_digest
+    from offramp.runtimes.llama_cpp.exits_digest import exits_digest
 
     said = first.get("offramp.fingerprint")
     if said is None:

@@ -1,0 +1,30 @@
+"""A whole backbone, and exits beside it, with weights laid out for a processor."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
+from offramp.models.quantized.prepacked import is_worth_it, prepacked
+
+
+def prepack(backbone: Backbone, exits: ExitSet | None = None) -> None:
+    """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
+
+    In place, one after the other, so that no more than one weight is held twice; but the model's
+    own head and its embeddings, which often share their weight, keep theirs. For inference alone.
+
+    Raises:
+        InputError: the model is not on a processor, or in a precision that this one has no products
+            for.
+    """
+    if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
+        backbone.reader = prepacked(backbone.head)
+    for module in (backbone.layers, *([] if exits is None else [exits.modules])):
+        for parent in module.modules():
+            for name, part in parent.named_children():
+                if type(part) is nn.Linear and is_worth_it(part.weight):
+                    setattr(parent, name, prepacked(part))
+    if exits is not None:
+        exits.forget_head()
