@@ -34,7 +34,7 @@ from offramp.engine.policy import (
     GenerationOutput,
     first_token_may_exit,
 )
-from offramp.engine.prefill import Prepared, check_options
+from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError
@@ -133,6 +133,7 @@ class Generation:
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
         self.rule = self.exit_rule()
+        self.longest = 0  # of the prompts, in tokens, once they are known
         self.reader = self.prompt_reader(vision_cache, prefix_cache)
 
     def exit_rule(self) -> ExitRule:
@@ -157,6 +158,7 @@ class Generation:
             self.exits,
             self.depths,
             slots=rows,
+            longest=self.longest,
             watches=self.asker.watches,
             drafter=self.drafter,
         )
@@ -169,6 +171,7 @@ class Generation:
         observer: Observer | None = None,
     ) -> GenerationOutput:
         rows = len(prepared.ids)
+        self.longest = max(prompt_lengths(prepared))
         executor = self.executor(rows)
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = self.decodes(self.backbone.depth, executor, self.asker, schedule=schedule)

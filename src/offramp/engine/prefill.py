@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.errors import InputError
+from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 
 _BY_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
@@ -131,10 +132,11 @@ class Prefill:
         """Run the prompt through a model whose handler decides what each layer does.
 
         Raises:
-            InputError: it is longer than the backbone's positions.
+            InputError: it is longer than the backbone's positions, or its rows lie on both sides of
+                a length at which rotary frequencies change.
         """
-        self._limit, self._read = intercepted.backbone.positions, 0
-        self._take(_longest(prepared))
+        lengths = prompt_lengths(prepared)
+        self._limit, self._read = room_of(intercepted.backbone, lengths), max(lengths)
         with intercepted.recording() as calls:
             inputs = prepared.model.prepare_inputs_for_generation(
                 prepared.ids,
@@ -142,6 +144,9 @@ class Prefill:
                 next_sequence_length=None,
                 **prepared.arguments,
             )
+            if all(inputs.get(name) is None for name in CACHE_NAMES):
+                # Phi-3 drops it, even empty, beyond its short frequencies.
+                inputs = {**inputs, cache_name(prepared.arguments): prepared.cache}
             self.logits: Tensor = prepared.model(**inputs, return_dict=True).logits[:, -1]
         self.prefill: dict[str, Any] = calls[-1]
         self._static = {n: self.prefill[n] for n in _REPEATED if self.prefill.get(n) is not None}
@@ -209,10 +214,7 @@ class Prefill:
         that follows."""
         self._read += tokens
         if self._limit is not None and self._read > self._limit:
-            raise InputError(
-                f"Prompt and answer are longer than the backbone's {self._limit} positions.",
-                "Shorten the prompt, or lower max_new_tokens.",
-            )
+            raise too_long(self._limit)
 
 
 def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
@@ -226,13 +228,41 @@ def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
     return picked
 
 
-def _longest(prepared: Prepared) -> int:
-    """Tokens of the longest prompt that the decoder is to read, its padding left out."""
+def prompt_lengths(prepared: Prepared) -> list[int]:
+    """Tokens of each prompt that the decoder is to read, its padding left out."""
     embeds, mask = (prepared.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
     read: int = (prepared.ids if embeds is None else embeds).shape[1]
     if prepared.model.config.is_encoder_decoder or mask is None or mask.dim() != 2:
-        return prepared.ids.shape[1] if prepared.model.config.is_encoder_decoder else read
-    return min(read, int(mask.sum(1).max()))
+        return [prepared.ids.shape[1] if prepared.model.config.is_encoder_decoder else read]
+    return [min(read, count) for count in mask.sum(1).tolist()]
+
+
+def room_of(backbone: Backbone, lengths: Sequence[int]) -> int | None:
+    """Tokens that prompts of these lengths and their answers may have; None: no end.
+
+    Raises:
+        InputError: a prompt is longer than that, or the prompts of one batch lie on both sides of
+            a length at which rotary frequencies change.
+    """
+    shortest, longest = min(lengths), max(lengths)
+    room = backbone.room(longest)
+    if backbone.room(shortest) != room:
+        raise InputError(
+            f"Prompts of {shortest} and {longest} tokens in one batch: the backbone's rotary "
+            f"frequencies change beyond {backbone.rope.switches} tokens.",
+            "Give prompts up to that length and longer ones in batches of their own.",
+        )
+    if room is not None and longest > room:
+        raise too_long(room)
+    return room
+
+
+def too_long(limit: int) -> InputError:
+    """Of a prompt and its answer that want more tokens than `Backbone.room` has."""
+    return InputError(
+        f"Prompt and answer are longer than the backbone's {limit} positions.",
+        "Shorten the prompt, or lower max_new_tokens.",
+    )
 
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:

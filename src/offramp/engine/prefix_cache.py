@@ -175,7 +175,7 @@ class _Served:
         """Before the stack's first call: the prompt."""
         self._hook.remove()
         embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
-        if embeds is None or not can_shorten(kw, self._run.cache):
+        if embeds is None or not can_shorten(kw, self._run.cache, self._run.backbone):
             return None
         if mask is not None and not bool(mask.all()):
             return None
@@ -241,8 +241,10 @@ class _Served:
             )
 
 
-def can_shorten(kw: dict[str, Any], cache: Any) -> bool:
+def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:
     """Whether a stack's call on one row's embeddings can be made for a part of its tokens."""
+    if backbone.room(kw["inputs_embeds"].shape[1]) != backbone.room(0):
+        return False  # a part would be read by other frequencies
     present = {name for name, value in kw.items() if value is not None}
     mask = kw.get("attention_mask")
     flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

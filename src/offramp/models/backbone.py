@@ -26,6 +26,7 @@ from offramp.models.quantized.weights import (
     unpack,
 )
 from offramp.models.registry import Family, is_tested, registered_family
+from offramp.models.rope import LengthDependentRope
 from offramp.models.sharding import check_hooks, device_of, loaded
 
 
@@ -103,6 +104,7 @@ class Backbone:
         if self.family.vision is not None:
             self._find(self.family.vision)
         self.text_config: Any = self.stack.config
+        self.rope = LengthDependentRope.of(self.text_config)
         self._check_drivable()
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
         self.sharded = len({device_of(part) for part in parts}) > 1
@@ -261,10 +263,21 @@ class Backbone:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that its learned positions are for; None: rotary and relative ones have no end."""
+        """Tokens that its learned positions are for, or that "dynamic" rotary frequencies stay the
+        same for: further on they change with every token, and kept keys are of none of them. None:
+        rotary and relative positions have no end."""
         if not isinstance(getattr(self.stack, "embed_positions", None), nn.Embedding):
-            return None
+            return self.rope.grows
         return int(self.text_config.max_position_embeddings)
+
+    def room(self, prompt: int) -> int | None:
+        """Tokens that a prompt of so many and its answer may have; None: no end.
+
+        A longer one has other rotary frequencies from its first token on ("longrope"): what is kept
+        of a shorter prompt is of no use there.
+        """
+        switch = self.rope.switches
+        return switch if switch is not None and prompt <= switch else self.positions
 
     @property
     def is_encoder_decoder(self) -> bool:

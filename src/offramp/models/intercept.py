@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.discovery.twin import graft, twin
+from offramp.models.rope import LengthDependentRope, with_own_frequencies
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
 
@@ -83,6 +84,8 @@ class InterceptedModel:
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)
+        if backbone.rope != LengthDependentRope():
+            with_own_frequencies(root, family.stack)
 
     def remember_images(self, backbone: Backbone, cache: VisionCache) -> None:
         """Ask `cache` before the vision tower. Raise `InputError` if the tower is not known."""

@@ -153,7 +153,7 @@ class EngineCore:
         sizes = {name: getattr(self.config, name) for name in ("slots", "limit", "layout")}
         return executor_for(
             self.backbone, self._attached, self.depths,
-            watches=self._watches, drafter=self._drafter, **sizes,
+            longest=self.config.limit, watches=self._watches, drafter=self._drafter, **sizes,
         )  # fmt: skip
 
     # -- requests ------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ class EngineCore:
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
-        positions = self.backbone.positions or self.config.limit
+        positions = self.backbone.room(prompt) or self.config.limit
         limit = min(self.config.limit, positions)
         if prompt + answer > limit:
             what = "a slot" if limit == self.config.limit else "the backbone's positions, a slot"

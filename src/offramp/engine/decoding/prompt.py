@@ -176,7 +176,7 @@ class PromptReader:
             args
             or embeds is None
             or embeds.shape[1] <= self._chunk
-            or not can_shorten(kw, self.cache)
+            or not can_shorten(kw, self.cache, self.backbone)
         ):
             return self._run_stack(*args, **kw)
         past, total = int(self.cache.get_seq_length()), embeds.shape[1]

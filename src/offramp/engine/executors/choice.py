@@ -21,10 +21,19 @@ def executor_for(
     backbone: Backbone,
     exits: ExitSet | None,
     depths: Sequence[int],
+    *,
+    longest: int = 0,
     **settings: Any,
 ) -> Executor:
-    """The executor that a backbone was found to be exact by. settings: as of `make_executor`."""
-    return make_executor(backbone.engine or "slots", backbone, exits, depths, **settings)
+    """The executor that a backbone was found to be exact by.
+
+    longest: tokens that the longest prompt may have; slots hold none that is read by frequencies of
+    its own (`Backbone.room`). settings: as of `make_executor`.
+    """
+    engine = backbone.engine or "slots"
+    if backbone.room(longest) != backbone.room(0):
+        engine = "stack"
+    return make_executor(engine, backbone, exits, depths, **settings)
 
 
 def make_executor(

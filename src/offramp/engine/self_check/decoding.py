@@ -27,13 +27,15 @@ from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared, prepare
+from offramp.engine.prefill import Prepared, prepare, room_of
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids
+from offramp.models.discovery.twin import twin
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
+from offramp.models.rope import LengthDependentRope, with_own_frequencies
 
 TOKENS = 10
 _PLAN = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
@@ -134,12 +136,16 @@ class _Case:
         self, backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int]
     ) -> None:
         self.backbone, self.depths = backbone, tuple(depths)
-        self.inputs = _several(backbone.model, inputs)
+        self.model = backbone.model
+        if backbone.rope != LengthDependentRope():  # it would write its frequencies
+            self.model = twin(backbone.model)
+            with_own_frequencies(self.model, backbone.family.stack)
+        self.inputs, new = _fitting(backbone, self.model, inputs)
         self.options: dict[str, Any] = {
             "do_sample": False,
             "num_beams": 1,
             "use_cache": True,
-            "max_new_tokens": TOKENS,
+            "max_new_tokens": new,
             # To read an id that marks an image wants an image.
             "suppress_tokens": special_ids(backbone.model),
             "forced_eos_token_id": None,
@@ -150,10 +156,10 @@ class _Case:
 
     def _own(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """The model's own tokens [B, N], and the logits [B, V] that each step chose from."""
-        made = self.backbone.model.generate(
+        made = self.model.generate(
             **inputs,
             **self.options,
-            min_new_tokens=TOKENS,
+            min_new_tokens=self.options["max_new_tokens"],
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -272,6 +278,30 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
         tried(lambda: case.worst(engine, (1,), lossless=True)) if exact else not_asked,
         case.allowed,
     )
+
+
+def _fitting(
+    backbone: Backbone, model: Any, inputs: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], int]:
+    """Several prompts made of the inputs, and tokens of an answer, that stay on one side of where
+    rotary frequencies change; see `Backbone.room`."""
+    several = _several(model, inputs)
+    if backbone.rope == LengthDependentRope():
+        return several, TOKENS
+    lengths = _lengths(inputs)
+    room = room_of(backbone, lengths)
+    if room is None:
+        return several, TOKENS
+    longest = max(_lengths(several))
+    if longest > room:
+        several, longest = inputs, max(lengths)
+    return several, min(TOKENS, room - longest + 1)
+
+
+def _lengths(inputs: Mapping[str, Any]) -> list[int]:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    found: list[int] = (torch.ones_like(ids) if mask is None else mask).sum(1).tolist()
+    return found
 
 
 def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

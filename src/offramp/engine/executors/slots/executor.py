@@ -85,7 +85,7 @@ class SlotExecutor:
         self.intercepted = InterceptedModel(backbone, self)
         self._watches, self._device = watches, backbone.device
         self._drafter = drafter
-        self.positions = backbone.positions
+        self.positions = backbone.room(0)
         packs = can_pack(self.intercepted.stack)
         self.layout = layout or ("packed" if packs else "flat")
         with_slot_masks(self.intercepted.stack)
@@ -622,8 +622,8 @@ class SlotExecutor:
             return None
         tables = self._tables
         needed = self.cache.columns + self._ahead
-        if self.backbone.positions is not None:
-            needed = min(needed, self.backbone.positions)
+        if self.positions is not None:
+            needed = min(needed, self.positions)
         if tables is None or tables.positions < needed:
             tables = self._tables = self._rehearsed(needed)
         if tables is None:
@@ -656,13 +656,15 @@ class SlotExecutor:
             return made
         if self._relative is None:  # the others have none
             positions = max(positions, 256)
-            if backbone.positions is not None:
-                positions = min(positions, backbone.positions)
+            if self.positions is not None:
+                positions = min(positions, self.positions)
         try:
             given = self._in_a_row(1 if self._relative is not None else positions)
             tables = Tables(self._stage, self._stack_arguments(given), positions)
-            one = self._in_a_row(1)
-            tables.check(one, self._stage, self._stack_arguments(one))  # as by itself
+            # As by themselves: tables may depend on how many positions they are for.
+            for count in {1, max(1, tables.positions // 2)} if self._relative is None else {1}:
+                fewer = self._in_a_row(count)
+                tables.check(fewer, self._stage, self._stack_arguments(fewer))
         except CannotRehearseError as error:
             known[kind] = str(error)
             self._refuse(error)
