@@ -37,6 +37,13 @@ def here(opt: Any) -> Conditions:
     return Conditions.of(opt, POLICY, prompts=[["Caption:"]], **KNOWN)
 
 
+def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Conditions) -> None:
+    found = calibration(here)
+    del found["conditions"]["first"]
+    assert standing(found, here).promise is not None
+    assert standing(found, replace(here, first={"2": 0.5})).promise is None
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -54,6 +61,7 @@ def here(opt: Any) -> Conditions:
         ({"exit_in_prefill": False}, "first tokens ran whole where they may exit"),
         ({"shortlist": True}, "with a shortlist where calibrated without"),
         ({"thresholds": {"2": 0.1}}, "thresholds 2: 0.1 where 2: 0.9"),
+        ({"first": {"2": 0.5}}, "first tokens 2: 0.5 where none"),
         ({"gates": {"2": 0.5}}, "gates 2: 0.5 where none"),
         ({"weights": {"2": 0.5}}, "weights of exits 2: 0.5 where none"),
     ],

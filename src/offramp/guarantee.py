@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from offramp.engine.policy import ExitPolicy, Thresholds
+from offramp.engine.policy import ExitPolicy, Thresholds, resolved
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
@@ -81,8 +81,8 @@ class Conditions:
     a runtime's name with its number format. kernels: "plain", "prepacked" or "compiled". device:
     its kind. sampling: "greedy", or how else tokens are chosen. longest: tokens of the longest
     answer. prompts: see `prompt_frames`; of a request, its one prompt. template: digest of the chat
-    template, "" where there is none. The rest is of the policy; thresholds, gates and weights by
-    depth, as JSON.
+    template, "" where there is none. The rest is of the policy; thresholds, those of first tokens,
+    gates and weights by depth, as JSON.
     """
 
     dtype: str | None = None
@@ -99,6 +99,7 @@ class Conditions:
     exit_in_prefill: bool | None = None
     shortlist: bool | None = None
     thresholds: Mapping[str, float] | None = None
+    first: Mapping[str, float] | None = None
     gates: Mapping[str, float] | None = None
     weights: Mapping[str, float] | None = None
 
@@ -108,20 +109,19 @@ class Conditions:
     ) -> Conditions:
         """Where a backbone answers by a policy. engine: a runtime's name; None: PyTorch. known:
         sampling, longest, prompts and template."""
-        by_depth = ("thresholds", "gates", "weights")
+        policy = resolved(policy, backbone)
+        by_depth = ("thresholds", "first", "gates", "weights")
         policies: dict[str, Any] = {
             name: Thresholds(getattr(policy, name)).to_json() for name in by_depth
         }
-        plain = ("score", "kv", "shortlist")
+        plain = ("score", "kv", "shortlist", "exit_in_prefill")
         policies |= {name: getattr(policy, name) for name in plain}
-        first = policy.exit_in_prefill and backbone.family.causal_prompt
         return cls(
             dtype=str(backbone.dtype).removeprefix("torch."),
             quantized=scheme(backbone.layers) or "",
             engine=engine or TORCH,
             kernels=None if engine else _kernels(backbone),
             device=backbone.device.type,
-            exit_in_prefill=first,
             **policies,
             **known,
         )
@@ -164,6 +164,7 @@ _WORDS: Mapping[str, str] = {
     "exit_in_prefill": "first tokens {here} where they {then} when calibrated",
     "shortlist": "{here} where calibrated {then}",
     "thresholds": "thresholds {here} where {then} were calibrated",
+    "first": "thresholds of first tokens {here} where {then} were calibrated",
     "gates": "gates {here} where {then} were calibrated",
     "weights": "weights of exits {here} where {then} were calibrated",
 }
@@ -190,6 +191,8 @@ def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions,
     if name == "longest":
         shorter = before is not None and now < before and risk == "disagreement"
         return before == now or shorter
+    if name == "first":  # calibrations from before there were any do not name them
+        return bool((before or {}) == now)
     if name in SAME_IN_FLOAT32 and {then.dtype, here.dtype} == {"float32"}:
         return not (then.quantized or here.quantized) or before == now
     return bool(before == now)

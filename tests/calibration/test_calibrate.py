@@ -19,10 +19,11 @@ from risks import COARSE, DEPTHS, population, seconds
 from offramp.adapter import Adapter
 from offramp.answers import Answer, answers_of, generate_answers
 from offramp.calibration import calibrate as module
+from offramp.calibration.attempts import images_of
 from offramp.calibration.calibrate import Calibration, calibrate, calibrated
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import ThresholdEvaluator
+from offramp.calibration.threshold_evaluator import FIRST_SHARE, SEARCH, ThresholdEvaluator
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
@@ -390,6 +391,60 @@ def test_candidates_stay_few_however_many_exits_there_are(exits: int) -> None:
     assert len(tried) <= LIMIT
     assert {depth for thresholds in tried for depth in thresholds} == set(range(1, exits + 1))
     assert {max(module.GRID), min(module.GRID)} <= {v for t in tried for v in t.values()}
+
+
+@pytest.mark.parametrize("first", [0.05, "auto"])
+@pytest.mark.parametrize("depths", [(4,), (4, 5)])
+def test_what_is_promised_covers_first_tokens_at_their_own_threshold(
+    first: Any, depths: tuple[int, ...]
+) -> None:
+    result = found(*depths, first=first)
+    assert result.policy.first and result.conditions.first == result.policy.first.to_json()
+    assert {*result.policy.first} == {*result.policy.thresholds}
+    searched = [i for i in images_of(examples()) if i.rank < SEARCH]
+    at_all = first == "auto" or len(depths) > 1  # what is searched on is not tested on
+    assert result.n == len(examples()) - (len(searched) if at_all else 0)
+    rows = [row for i in images_of(examples()) if not at_all or i not in searched for row in i.rows]
+    some = [examples()[row] for row in rows]
+    losses = lost("disagreement", result.policy, some, *depths)
+    assert result.measured == pytest.approx(losses.mean())
+
+
+def test_a_searched_threshold_of_first_tokens_is_one_that_changes_few_of_them() -> None:
+    lax, strict = (found(4, first="auto", target=target) for target in (0.9, 0.05))
+    (loose,), (tight,) = (r.attempts[-1].outcome["first"].values() for r in (lax, strict))
+    assert loose < tight
+    searched = [examples()[row] for i in images_of(examples()) if i.rank < SEARCH for row in i.rows]
+    for threshold, target in ((loose, 0.9), (tight, 0.05)):
+        policy = ExitPolicy({4: threshold})
+        early, full = (
+            generate_answers(adapter_at(4), encoder(), searched, p, batch_size=10, **OPTIONS)
+            for p in (policy, FULL)
+        )
+        changed = np.mean([a.ids[0] != b.ids[0] for a, b in zip(early, full, strict=True)])
+        assert changed <= FIRST_SHARE * target
+
+
+def test_more_images_keep_the_threshold_of_first_tokens_that_was_searched() -> None:
+    few = found(4, first="auto", examples=examples()[:24])
+    adapter = replace(adapter_at(4), attempts=[a.to_json() for a in few.attempts])
+    given = {"costs": costs(), **LAX, "first": "auto"}
+    more = calibrate(adapter, encoder(), examples(), ExitPolicy(), **given)
+    assert more.attempt == few.attempt == 1 and more.n > few.n
+    assert more.attempts[-1].outcome["first"] == few.attempts[-1].outcome["first"]
+
+
+@pytest.mark.parametrize("wrong", ["some", 1.5])
+def test_a_threshold_of_first_tokens_is_a_share_or_searched(wrong: Any) -> None:
+    with pytest.raises(InputError, match="first tokens"):
+        found(4, first=wrong)
+
+
+def test_first_tokens_that_never_exit_have_no_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = encoder().backbone
+    monkeypatch.setattr(backbone, "family", replace(backbone.family, causal_prompt=False))
+    with pytest.raises(InputError, match="read whole"):
+        found(4, first="auto")
 
 
 def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(

@@ -163,6 +163,19 @@ def test_calibrate_stores_its_promise_in_the_adapter(
     assert stored["policy"]["exit_in_prefill"]
 
 
+def test_calibrate_stores_a_threshold_of_first_tokens_and_generate_takes_another(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
+    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--first-threshold", "auto")
+    told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
+    assert code == 0 and told["policy"]["first"]
+    assert stored["policy"] == told["policy"]
+    assert told["conditions"]["first"] == told["policy"]["first"]
+    code, _, err = run(*asked, "--first-threshold", "soon")
+    assert code == 2 and "soon" in err
+
+
 def test_a_copy_is_no_first_attempt_on_the_same_images(
     run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
 ) -> None:

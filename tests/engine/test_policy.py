@@ -20,6 +20,7 @@ from exit_walks import (
     record,
 )
 from families import WORDLESS
+from reference import Script
 
 from offramp import plugins
 from offramp.engine.confidence import (
@@ -275,6 +276,54 @@ def test_a_first_token_may_exit_by_default_where_the_prompt_is_causal(
     early = whole.is_encoder_decoder or whole.family.causal_prompt
     assert made.depths.tolist() == [[parts.depths[0] if early else whole.depth, parts.depths[0]]]
     assert resolved(rule, whole).exit_in_prefill == whole.family.causal_prompt
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5"])
+def test_a_first_token_exits_by_its_own_threshold_and_the_others_by_theirs(
+    backbone, exits, batch, scored, name
+) -> None:
+    whole, parts = backbone(name), exits(name)
+    (depth, other), rows = parts.depths, batch(name, 1)
+
+    def depths(first, **more):
+        scored(Script([0.5] * 4))
+        policy = ExitPolicy({depth: 0.4}, first=first, **more)
+        options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": WORDLESS}
+        return generate(whole, rows, exits=parts, policy=policy, **options).depths[0].tolist()
+
+    assert depths({}) == depths({depth: 0.5}) == [depth] * 3
+    late = [whole.depth, depth, depth]
+    assert depths({depth: 0.6}) == late
+    assert depths({other: 0.1}) == late  # no threshold stands there
+    if not whole.is_encoder_decoder:
+        assert depths({depth: 0.5}, exit_in_prefill=False) == late
+
+
+def test_thresholds_that_someone_asks_for_leave_first_tokens_the_stricter() -> None:
+    policy = ExitPolicy({2: 0.3, 4: 0.3}, first={2: 0.5})
+    assert policy.at({2: 0.1}).opening == {2: 0.5}
+    assert policy.at({2: 0.9, 4: 0.2}).opening == {2: 0.9}
+    assert policy.at({4: 0.2}).opening == {4: 0.5}
+    assert ExitPolicy({2: 0.3}).at({2: 0.1}).opening == {2: 0.1}
+
+
+def test_thresholds_of_first_tokens_are_stored_where_there_are_any() -> None:
+    own = ExitPolicy({2: 0.5}, first={2: 0.9})
+    assert policy_from_json(policy_to_json(own)) == own
+    without = policy_to_json(ExitPolicy({2: 0.5}))
+    assert "first" not in without and policy_from_json(without).first == {}
+
+
+@pytest.mark.parametrize("wrong", [{3: 0.5}, {2: 1.5}])
+def test_a_first_token_cannot_exit_where_no_exit_stands_or_beyond_a_score(
+    backbone, exits, batch, wrong
+) -> None:
+    policy = ExitPolicy({2: 0.5}, first=wrong)
+    some = exits("llava", depths=(2,))
+    with pytest.raises(InputError):
+        generate(backbone("llava"), batch("llava", 1), exits=some, policy=policy)
+    with pytest.raises(InputError):
+        EngineCore(backbone("llava"), some, policy)
 
 
 def test_a_stored_policy_keeps_what_it_said_of_the_first_token() -> None:

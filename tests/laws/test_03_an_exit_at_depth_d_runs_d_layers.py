@@ -6,7 +6,7 @@ import families
 import pytest
 from decoding import NEW, always, tokens_by_layer
 from families import CAUSAL_PROMPT, LOOKS_AHEAD, NAMES
-from reference import Dice
+from reference import Dice, Script
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -72,6 +72,27 @@ def test_if_the_prompt_exits_too_the_deeper_layers_see_nothing(name, batch):
     )
     assert made.depths.tolist() == [[2] * 5]
     assert counts[2:] == [0] * 4
+
+
+@pytest.mark.parametrize("name", CAUSAL_PROMPT)
+@pytest.mark.parametrize("deep", [None, 0, 2])
+def test_visual_tokens_reach_deep_layers_only_where_a_token_needs_them(name, deep, batch, scored):
+    """The first token has a threshold of its own; `deep`: which token does not reach its own."""
+    whole, inputs = Backbone(families.build(name)), batch(name, 1)
+    sure = [0.6, 0.3, 0.3, 0.3]  # a score of 0.6 is enough for the first token, 0.3 for others
+    if deep is not None:
+        sure[deep] = 0.5 if deep == 0 else 0.1
+    scored(Script(sure))
+    policy = ExitPolicy({2: 0.2}, first={2: 0.6})
+    made, counts = tokens_by_layer(
+        whole,
+        lambda: generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4),
+    )
+    depths = [6 if place == deep else 2 for place in range(4)]
+    assert made.depths.tolist() == [depths]
+    prompt = counts[0] - 3
+    assert whole.is_encoder_decoder or prompt >= inputs["input_ids"].shape[1]
+    assert counts[2:] == [0 if deep is None else prompt + deep] * 4
 
 
 @pytest.mark.parametrize("name", LOOKS_AHEAD)

@@ -28,6 +28,20 @@ def test_recompute_keeps_every_step_exact(name, backbone, exits, batch, scored):
         assert max(errors.values()) <= EXACT, (rows, prefill, errors)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_token_with_a_threshold_of_its_own_keeps_every_step_exact(
+    name, backbone, exits, batch, scored
+):
+    whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
+    first, second = parts.depths
+    for own in ({first: 0.0}, {second: 0.1}, {first: 0.9, second: 0.2}):
+        scored(Dice(5))
+        policy = ExitPolicy({first: 0.7, second: 0.6}, first=own)
+        _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
+        assert set(errors) == {first, second, whole.depth}
+        assert max(errors.values()) <= EXACT, (own, errors)
+
+
 @pytest.mark.parametrize("lens", [False, True])
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava", "florence2"])
 def test_recompute_is_exact_with_an_exit_at_every_depth(name, lens, backbone, exits, batch, scored):

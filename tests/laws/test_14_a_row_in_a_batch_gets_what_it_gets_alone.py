@@ -23,7 +23,7 @@ from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.executors.slots.layout import LAYOUTS
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, ExitSet, copy_layer, first
 
 ROWS = 5
@@ -113,7 +113,7 @@ def serve(
     )
     reader = ExitReader(whole, attached, policy, exits.depths)
     decoder = Decoder(whole.depth, executor, reader, longest=longest)
-    early = first_token_may_exit(whole, policy)
+    early = first_thresholds(whole, policy)
     prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
@@ -129,7 +129,7 @@ def serve(
         sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
         rule = ExitRule.of(request.policy, guess_above=request.guess)
         with torch.inference_mode():
-            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, first_exits=early)
+            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, first=early)
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:

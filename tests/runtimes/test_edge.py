@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,24 @@ def test_it_writes_what_pytorch_does(mode: str, penalty: float, model: Any, fold
     assert list(depths) == theirs.depths[0].tolist()
     np.testing.assert_allclose(scores, theirs.scores[0].numpy(), atol=1e-4)
     assert mode == "full" or len(set(depths)) > 1
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path) -> None:
+    adapter = text_adapter()
+    first = dict.fromkeys(adapter.policy.thresholds, own)
+    adapter = adapter.with_policy(replace(adapter.policy, exit_in_prefill=True, first=first))
+    with EdgeModel(sliced(adapter, tmp_path), engine=ENGINE) as model:
+        ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        theirs = adapter.generate(inputs, max_new_tokens=NEW, do_sample=False)
+        answer = model.answer(PROMPT, mode="early_exit", max_new_tokens=NEW)
+        assert [s.token for s in answer.steps] == theirs.new_tokens[0].tolist()
+        assert [s.depth for s in answer.steps] == theirs.depths[0].tolist()
+        earliest = min(adapter.policy.thresholds)
+        assert answer.steps[0].depth == (earliest if own == 0.0 else adapter.backbone.depth)
+        lossless = model.answer(PROMPT, mode="lossless", max_new_tokens=NEW)
+        assert lossless.text == model.answer(PROMPT, mode="full", max_new_tokens=NEW).text
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])

@@ -118,7 +118,9 @@ def test_an_answer_may_be_much_longer_than_its_prompt(loaded: Any) -> None:
     assert torch.equal(ours.sequences, stock)
 
 
-@pytest.mark.parametrize("more", [{}, {"exit_in_prefill": False}, {"gates": {2: 0.5}}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"exit_in_prefill": False}, {"first": {2: 0.1}}, {"gates": {2: 0.5}}], ids=str
+)
 @pytest.mark.parametrize("name", [*KINDS, *FURTHER])
 def test_early_exits_are_those_of_pytorch(
     name: str, more: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch

@@ -355,6 +355,25 @@ def test_a_first_token_may_exit_where_it_may_alone(name, backbone, exits, batch)
     assert (ours.depths[0, 0] == 2) == (name == NAME)
 
 
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits, batch):
+    whole, some = backbone(NAME), exits(NAME)
+    policy = ExitPolicy({2: 0.05}, first={2: own})
+    engine = EngineCore(whole, some, policy, SMALL)
+    inputs = [one_row(NAME, batch(NAME, 4), row) for row in range(4)]
+    handles = [engine.add(request(each)) for each in inputs]
+    strict = engine.add(replace(request(inputs[0]), thresholds={2: 1.0}))
+    engine.run()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    for handle, each in zip(handles, inputs, strict=True):
+        ours = handle.result().output
+        alone = generate(whole, each, exits=some, policy=policy, **options)
+        assert torch.equal(ours.sequences, alone.sequences)
+        assert torch.equal(ours.depths, alone.depths)
+        assert ours.depths[0, 0] == (2 if own == 0.0 else whole.depth)
+    assert strict.result().output.depths[0, 0] == whole.depth
+
+
 def test_a_batch_of_rows_is_not_a_request(adapter, batch):
     engine = core(adapter)
     handle = engine.add(request(batch(NAME, 2)))

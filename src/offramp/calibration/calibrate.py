@@ -3,9 +3,10 @@
 One pass of the full model over the examples gives its answers, a replay of these what the exits
 would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
-the path is found on a part of the images that is not tested on (`threshold_search`). What is
-drawn is images, and all attempts on the same images share one error budget (`attempts`). What the
-answers were made by is noted beside the guarantee (`offramp.guarantee`).
+the path is found on a part of the images that is not tested on (`threshold_search`), and so is a
+threshold of first tokens. What is drawn is images, and all attempts on the same images share one
+error budget (`attempts`). What the answers were made by is noted beside the guarantee
+(`offramp.guarantee`).
 """
 
 from __future__ import annotations
@@ -41,17 +42,30 @@ from offramp.calibration.risk_control import (
     upper_bound,
 )
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
+from offramp.calibration.threshold_evaluator import (
+    ThresholdEvaluator,
+    first_threshold,
+    path_of,
+    split_images,
+)
 from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json, resolved
+from offramp.engine.policy import (
+    ExitPolicy,
+    Thresholds,
+    first_token_may_exit,
+    policy_to_json,
+    resolved,
+)
 from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.evaluate import tensor_digest
 from offramp.guarantee import Conditions, prompt_frames, template_digest
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows
 
+AUTO = "auto"
+"""Of first tokens: a threshold is searched."""
 GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -215,6 +229,7 @@ def calibrate(
     declared: int | None = None,
     candidates: int = 1,
     thresholds: Sequence[float] = GRID,
+    first: float | str | None = None,
     batch_size: int = 64,
     costs: Costs | None = None,
     runtime: Runtime | None = None,
@@ -230,6 +245,9 @@ def calibrate(
     Args:
         examples: of images drawn like those to come, each on its own, and never trained on.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
+        first: threshold of an answer's first token, with which the prompt may wait at its exit:
+            a number that was chosen before any of these images was looked at; or "auto": it is
+            searched, on images that are then not tested on. None: the policy's own.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, declared,
             candidates: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
@@ -245,7 +263,7 @@ def calibrate(
             everywhere, or scores that are constant or NaN.
     """
     asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
-    policy = resolved(policy, encoder.backbone)
+    policy = _policy_of(policy, first, adapter, encoder)
     if policy.lossless:
         raise InputError(
             "Lossless answers are the full model's, so there is no risk to calibrate.",
@@ -261,10 +279,12 @@ def calibrate(
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
     name = None if runtime is None else runtime.name
     settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
+    if first == AUTO:
+        settings["first"] = AUTO
     if unit == "answer":  # by which bets are scaled
         settings["largest"] = max(len(image.rows) for image in images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
-    trial = _trial(whole, images, thresholds, attempts, digest, asked)
+    trial = _trial(whole, images, thresholds, attempts, digest, asked, search_first=first == AUTO)
     draws, points = _walk(trial, progress(trial.turn.path or ()), asked)
     calibration = _decide(trial, draws, points, asked, examples_digest(examples))
     if points:  # else nothing was tested, and no errors were risked
@@ -282,10 +302,33 @@ def calibrate(
     return replace(calibration, attempts=attempts, runtime=name, conditions=conditions)
 
 
+def _policy_of(
+    policy: ExitPolicy, first: float | str | None, adapter: Adapter, encoder: InputProcessor
+) -> ExitPolicy:
+    """What is calibrated. Raise `InputError` for a first token that cannot have a threshold."""
+    if first is None:
+        return resolved(policy, encoder.backbone)
+    is_share = isinstance(first, int | float) and 0 <= first <= 1
+    if not (is_share or first == AUTO):
+        raise InputError(
+            f"A threshold of {first!r} for first tokens is not known.",
+            f"Give a number from 0 to 1, or {AUTO!r} to have it searched.",
+        )
+    own = Thresholds() if isinstance(first, str) else Thresholds.shared(adapter.exits.depths, first)
+    policy = resolved(replace(policy, exit_in_prefill=True, first=own), encoder.backbone)
+    if not first_token_may_exit(encoder.backbone, policy):
+        raise InputError(
+            f"First tokens of {encoder.backbone.name} never exit: its prompts are read whole.",
+            "Calibrate without a threshold for first tokens.",
+        )
+    return policy
+
+
 def _attempt(
     trial: _Trial, calibration: Calibration, asked: str, settings: dict[str, Any]
 ) -> Attempt:
     """What is kept of an attempt."""
+    searched = settings.get("first") == AUTO
     outcome: dict[str, Any] = {
         n: getattr(calibration, n) for n in ("n", "measured", "bound", "reason")
     }
@@ -296,7 +339,11 @@ def _attempt(
         images=tuple(image.name for image in trial.turn.images),
         members=tuple(sorted({m for image in trial.turn.images for m in image.members})),
         path=trial.turn.path or (),
-        outcome={**outcome, "thresholds": Thresholds(calibration.policy.thresholds).to_json()},
+        outcome={
+            **outcome,
+            "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
+            **({"first": Thresholds(trial.tested.policy.first).to_json()} if searched else {}),
+        },
     )
 
 
@@ -363,12 +410,18 @@ def _trial(
     attempts: Sequence[Attempt],
     digest: str,
     asked: Guarantee,
+    *,
+    search_first: bool,
 ) -> _Trial:
-    search, tested = split_images(whole, images)
+    search, tested = split_images(whole, images, first=search_first)
     any_time = TESTS[first_test(asked.test)].any_time
     if asked.declared is not None:
         tested = _declared(tested, asked.declared)
     turn = turn_of(attempts, digest, tested, any_time=any_time)
+    if search_first and turn.continues is not None:
+        whole = whole.with_first(max(turn.continues.outcome["first"].values()))
+    elif search_first:
+        whole = whole.with_first(first_threshold(whole, search, grid, asked.target))
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]
@@ -427,7 +480,7 @@ def _decide(
     elif chosen is None:
         reason = _too_little(points[0], draws.n, asked, needed)
     return Calibration(
-        policy=replace(tested.policy, thresholds=chosen.thresholds if chosen else Thresholds()),
+        policy=_chosen(tested.policy, chosen),
         risk=asked.risk,
         target=asked.target,
         confidence=asked.confidence,
@@ -448,6 +501,14 @@ def _decide(
         copies=merged(trial.images),
         candidates=asked.candidates,
     )
+
+
+def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
+    """The policy at a point of the path; None: without thresholds."""
+    if point is None:
+        return replace(policy, thresholds={}, first={})
+    first = {d: t for d, t in policy.first.items() if d in point.thresholds}
+    return replace(policy, thresholds=point.thresholds, first=first)
 
 
 def _too_little(safest: Point, n: int, asked: Guarantee, needed: int | None) -> str:

@@ -63,7 +63,7 @@ def learn_shortlist_and_gates(
     rows = {name: full_model_answers(encoder, part, **options) for name, part in parts.items()}
     exits, measured = adapter.exits, dict(adapter.exits.measured)
     # Without thresholds, and without the KV policy, which a score does not depend on.
-    fields = ("score", "exit_in_prefill", "shortlist", "gates")
+    fields = ("score", "exit_in_prefill", "first", "shortlist", "gates")
     policy = ExitPolicy(**{name: getattr(adapter.policy, name) for name in fields})
     if shortlist is not None:
         exits, measured = _with_shortlist(encoder, exits, rows, shortlist)

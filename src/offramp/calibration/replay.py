@@ -74,21 +74,22 @@ class Replay:
         thresholds: Mapping[int, float],
         *,
         gates: Mapping[int, float] | None = None,
-        first: bool = True,
+        first: Mapping[int, float] | None = None,
     ) -> Array:
         """The depth [N, A] at which each token exits; 0 where there is none.
 
-        first: whether the first token of an answer may exit early. A decoder-only model reads it
-        off the prompt, at full depth unless `ExitPolicy.exit_in_prefill`.
+        first: thresholds of an answer's first token; none: it never exits early, as where a
+        decoder-only model reads the prompt at full depth. None: as of the others.
         """
         depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds)
+        opening = rule if first is None else rule.opening(first)
         shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
-            leaves = self.mask & rule.reaches(depth, self.scores[depth])
+            scores = self.scores[depth]
+            leaves = self.mask & rule.reaches(depth, scores)
+            leaves[:, 0] = self.mask[:, 0] & opening.reaches(depth, scores[:, 0])
             if depth in shut:
                 leaves &= ~shut[depth]
-            if not first:
-                leaves[:, 0] = False
             depths = np.where(leaves, depth, depths)
         return depths
 
@@ -140,8 +141,11 @@ class PolicyReplay:
 
     def depths(self, thresholds: Mapping[int, float] | None = None) -> Array:
         """The depth [N, A] at which each token exits, by the policy's thresholds or by others."""
-        by = self.policy.thresholds if thresholds is None else thresholds
-        return self.replay.depths(by, gates=self.policy.gates, first=self.first)
+        by = self.policy
+        if thresholds is not None:
+            by = replace(by, thresholds=thresholds)
+        first = by.opening if self.first else {}
+        return self.replay.depths(by.thresholds, gates=by.gates, first=first)
 
     def differs(self, thresholds: Mapping[int, float] | None = None) -> Array:
         """Which answers [N] would not be the full model's, if they are its greedy ones."""

@@ -26,7 +26,9 @@ from offramp.errors import DataError
 from offramp.models.input_processor import InputProcessor
 
 SEARCH = 0.3
-"""Share of the images on which several exits' path is found."""
+"""Share of the images on which several exits' path, and a threshold of first tokens, are found."""
+FIRST_SHARE = 0.25
+"""Share of a risk's target that changed first tokens may be of the answers searched on."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,23 @@ class ThresholdEvaluator:
             doubtful=self.doubtful[rows],
         )
 
+    def with_first(self, threshold: float) -> ThresholdEvaluator:
+        """First tokens exit at a threshold of their own."""
+        policy = replace(self.policy, first=Thresholds.shared(self.depths, threshold))
+        replayed = None if self.replay is None else replace(self.replay, policy=policy)
+        return replace(self, policy=policy, replay=replayed)
+
+    def changed_first(self, threshold: float) -> Array:
+        """Answers [n] whose first token is not the full model's, where it exits at `threshold`."""
+        shared = Thresholds.shared(self.depths, threshold)
+        if self.replay is not None:
+            replayed = self.replay.replay
+            said = replayed.written(replayed.depths(shared, gates=self.policy.gates))
+            return np.asarray(said[:, 0] != replayed.targets[:, 0])
+        early = self.answer(self.examples, replace(self.policy, thresholds=shared, first={}))
+        pairs = zip(early, self.full, strict=True)
+        return np.array([mine.ids[0] != full.ids[0] for mine, full in pairs])
+
     def losses(self, thresholds: Mapping[int, float]) -> Array:
         """What each answer loses [n]; those that stay the full model's lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
@@ -141,22 +160,23 @@ class ThresholdEvaluator:
 
 
 def split_images(
-    whole: ThresholdEvaluator, images: Sequence[ImageRows]
+    whole: ThresholdEvaluator, images: Sequence[ImageRows], *, first: bool = False
 ) -> tuple[list[ImageRows], list[ImageRows]]:
     """Images on which a path is searched, and those on which it is tested: by rank, so that more
-    images move none from one to the other.
+    images move none from one to the other. first: whether a threshold of first tokens is
+    searched too.
 
     Raises:
         DataError: too few images for both.
     """
-    if not searches(whole):
+    if not (first or searches(whole)):
         return [], list(images)
     search = [image for image in images if image.rank < SEARCH]
     tested = [image for image in images if image.rank >= SEARCH]
     if not search or not tested:
         raise DataError(
             f"{len(images)} images are too few to search thresholds on some and test on others.",
-            "Give more images, or calibrate an adapter with one exit.",
+            "Give more images, or calibrate one exit, with no threshold searched for first tokens.",
         )
     return search, tested
 
@@ -164,6 +184,23 @@ def split_images(
 def searches(whole: ThresholdEvaluator) -> bool:
     """Whether each exit may have a threshold of its own."""
     return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
+
+
+def first_threshold(
+    whole: ThresholdEvaluator,
+    search: Sequence[ImageRows],
+    grid: Sequence[float],
+    target: float,
+) -> float:
+    """The lowest threshold of the grid from which on first tokens that exit are the full model's,
+    in all but `FIRST_SHARE` of the target of the answers searched on; 1 where there is none."""
+    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
+    found = 1.0
+    for threshold in sorted(grid, reverse=True):
+        if part.changed_first(threshold).mean() > FIRST_SHARE * target:
+            break
+        found = float(threshold)
+    return found
 
 
 def path_of(

@@ -179,13 +179,17 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
 
 
 def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter's policy, with what --threshold, --score and --exit-in-prefill change."""
+    """The adapter's policy, with what --threshold, --first-threshold, --score and
+    --exit-in-prefill change."""
     from dataclasses import replace
 
     policy = adapter.policy
     if arguments.threshold is not None:
         thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
-        policy = replace(policy, thresholds=thresholds, drafts={})
+        policy = replace(policy.at(thresholds), drafts={})
+    if arguments.first_threshold is not None:
+        first = dict.fromkeys(adapter.exits.depths, arguments.first_threshold)
+        policy = replace(policy, first=first, exit_in_prefill=True)
     names = ("score", "exit_in_prefill")
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return replace(policy, **changes)

@@ -356,8 +356,23 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
         )  # fmt: skip
     scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
+    own_first_option(group, auto=not threshold)
     first_token_option(group)
     return group
+
+
+def own_first_option(group: Any, *, auto: bool = False) -> None:
+    """The option of a threshold for first tokens. auto: whether it can be searched."""
+
+    def threshold(text: str) -> Any:
+        return text if auto and text == "auto" else share(text)
+
+    searched = "; auto: searched, on 30%% of the images" if auto else ""
+    group.add_argument(
+        "--first-threshold", type=threshold, metavar="X",
+        help="threshold of its own for an answer's first token, whose prompt then waits at its "
+        f"exit{searched} (default: the adapter's)",
+    )  # fmt: skip
 
 
 def first_token_option(

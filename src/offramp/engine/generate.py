@@ -32,7 +32,7 @@ from offramp.engine.policy import (
     KV_POLICIES,
     ExitPolicy,
     GenerationOutput,
-    first_token_may_exit,
+    first_thresholds,
 )
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
@@ -126,6 +126,7 @@ class Generation:
         policy = policy.effective
         stand = () if attached is None else attached.depths
         depths = tuple(check_thresholds(dict(policy.thresholds), stand))
+        check_thresholds(dict(policy.first), stand)
         if self.drafter is not None:
             depths = (self.drafter.depth,)
         if policy.lossless and depths:
@@ -175,11 +176,11 @@ class Generation:
         executor = self.executor(rows)
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = self.decodes(self.backbone.depth, executor, self.asker, schedule=schedule)
-        first_exits = first_token_may_exit(self.backbone, self.policy)
+        first = first_thresholds(self.backbone, self.policy)
         try:
             return write_answers(
                 decoder, self.reader, prepared, self.rule,
-                streamer=streamer, seed=seed, observer=observer, first_exits=first_exits,
+                streamer=streamer, seed=seed, observer=observer, first=first,
             )  # fmt: skip
         finally:
             executor.close()
@@ -212,13 +213,14 @@ def write_answers(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
-    first_exits: bool = True,
+    first: Mapping[int, float] | None = None,
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
     decoder: without sequences. reader: reads the prompts for its executor; or one for each row.
     rule: of all rows.
-    streamer, seed, observer: as of `generate`. first_exits: whether first tokens may exit.
+    streamer, seed, observer: as of `generate`. first: thresholds of first tokens;
+    None: the rule's.
     """
     rows = len(prepared.ids)
     pad = getattr(prepared.config, "_pad_token_tensor", None)
@@ -244,11 +246,11 @@ def write_answers(
     )
     sequences = []
     for one, group in reads:
-        prompt, firsts = decoder.read(one, prepared, group, rule, first_exits=first_exits)
+        prompt, firsts = decoder.read(one, prepared, group, rule, first=first)
         with torch.inference_mode():
             sequences += [
-                decoder.join(prompt, row, sampler, rule, first, owner=sampler.row)
-                for row, (sampler, first) in enumerate(zip(group, firsts, strict=True))
+                decoder.join(prompt, row, sampler, rule, said, owner=sampler.row)
+                for row, (sampler, said) in enumerate(zip(group, firsts, strict=True))
             ]
         del prompt
     decoder.finish()

@@ -49,7 +49,7 @@ class Thresholds(dict[int, float]):
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
-_BY_DEPTH = ("thresholds", "drafts", "guesses", "weights", "gates")
+_BY_DEPTH = ("thresholds", "first", "drafts", "guesses", "weights", "gates")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class ExitPolicy:
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too. True means where the prompt is causal, which the
         backbone's family says: see `resolved`.
+    first: by depth; thresholds of an answer's first token, where it may exit. A depth that is
+        missing, or that `thresholds` miss, is off. Empty: those of every token.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
     gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
@@ -92,6 +94,7 @@ class ExitPolicy:
     weights: Mapping[int, float] = field(default_factory=dict)
     shortlist: bool = False
     gates: Mapping[int, float] = field(default_factory=dict)
+    first: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -127,6 +130,21 @@ class ExitPolicy:
         """Where tokens exit or are drafted, ascending."""
         return tuple(sorted({*self.thresholds, *self.drafts}))
 
+    @property
+    def opening(self) -> Thresholds:
+        """The thresholds of an answer's first token, where it may exit."""
+        if not self.first:
+            return Thresholds(self.thresholds)
+        return Thresholds({d: t for d, t in self.first.items() if d in self.thresholds})
+
+    def at(self, thresholds: Mapping[int, float]) -> ExitPolicy:
+        """The policy at thresholds that someone asks for in place of its own. First tokens keep
+        theirs where these are stricter."""
+        first = {d: max(t, thresholds[d]) for d, t in self.first.items() if d in thresholds}
+        if self.first and not first:  # none of its depths is left
+            first = Thresholds.shared([*thresholds], max(self.first.values()))
+        return replace(self, thresholds=thresholds, first=first)
+
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.
 
@@ -146,8 +164,9 @@ FULL = ExitPolicy()
 def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
     """The policy as it runs on this backbone: first tokens exit early only where the prompt is
     causal. What adapters store, so that they say what was measured."""
-    first = policy.exit_in_prefill and backbone.family.causal_prompt
-    return replace(policy, exit_in_prefill=first)
+    may = policy.exit_in_prefill and backbone.family.causal_prompt
+    first = policy.first if may or backbone.is_encoder_decoder else {}
+    return replace(policy, exit_in_prefill=may, first=first)
 
 
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
@@ -157,6 +176,11 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     policy says so and the prompt is causal; an encoder-decoder reads it off its first step.
     """
     return backbone.is_encoder_decoder or resolved(policy, backbone).exit_in_prefill
+
+
+def first_thresholds(backbone: Backbone, policy: ExitPolicy) -> Thresholds:
+    """At which thresholds an answer's first token exits, by depth; none where it may not."""
+    return policy.opening if first_token_may_exit(backbone, policy) else Thresholds()
 
 
 @dataclass(frozen=True)
@@ -232,8 +256,10 @@ class GenerationOutput:
 
 
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
-    """A policy as JSON, whose keys are text."""
-    return {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
+    """A policy as JSON, whose keys are text. Without thresholds of first tokens it is what it was
+    before there were any, by which attempts are known."""
+    told = {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
+    return told if policy.first else {n: value for n, value in told.items() if n != "first"}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:

@@ -14,7 +14,7 @@ from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import ExitScorer, gates_of_policy
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
-from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
+from offramp.engine.policy import FULL, ExitPolicy, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.models.backbone import Backbone
@@ -138,7 +138,7 @@ class _Pick:
         """gates: by depth, with their levels. before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
         self._rule, self._scorer, self._gates = ExitRule(thresholds), scorer, gates
-        self._first_too = first_token_may_exit(backbone, policy)
+        self._opening = self._rule.opening(first_thresholds(backbone, policy))
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
@@ -153,13 +153,14 @@ class _Pick:
             ).flatten(),
         }
         open_ = torch.ones_like(ids, dtype=torch.bool)
-        open_[:, 0] = self._first_too
         for depth in self._rule.thresholds:
             entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
             state = states.exits[depth].flatten(0, 1)
             check = self._scorer(depth, state, entry, previous, None, **token)
             scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
-            exits = open_ & opened & self._rule.reaches(depth, scores)
+            exits = open_ & opened
+            exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])
+            exits[:, 0] &= self._opening.reaches(depth, scores[:, 0])
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
         return log_p

@@ -219,7 +219,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
 
 def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
     """Raise `InputError` where the policy names a depth at which no exit stands."""
-    for thresholds in (policy.thresholds, policy.drafts, policy.guesses):
+    for thresholds in (policy.thresholds, policy.first, policy.drafts, policy.guesses):
         check_thresholds(dict(thresholds), depths)
 
 

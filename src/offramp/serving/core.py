@@ -30,7 +30,7 @@ from offramp.engine.drafter import Drafter
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.executors.slots.cache import check_memory, slot_bytes
 from offramp.engine.executors.slots.memory import free_bytes
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError
@@ -114,6 +114,7 @@ class EngineCore:
         self.depths: tuple[int, ...] = ()
         if attached is not None:
             self.depths = tuple(check_thresholds(dict(policy.thresholds), attached.depths))
+            check_thresholds(dict(policy.first), attached.depths)
         """Of the exits in use, ascending."""
         check_company(policy)
         ahead = replace(policy, lossless=True)
@@ -131,7 +132,6 @@ class EngineCore:
             longest=config.longest,
         )
         self.pace = Pace(config.schedule is not None, clock)
-        self._first_exits = first_token_may_exit(backbone, policy)
         self._prompts = PromptReader(
             backbone,
             attached,
@@ -354,8 +354,9 @@ class EngineCore:
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(
-                    self._prompts, prepared, [sampler], rule, first_exits=self._first_exits
-                )
+                    self._prompts, prepared, [sampler], rule,
+                    first=first_thresholds(self.backbone, policy),
+                )  # fmt: skip
         finally:
             self._reading = None
         length = columns_of(prompt)

@@ -70,9 +70,8 @@ class Request:
         if mode == "lossless":
             return replace(policy, lossless=True)
         thresholds = policy.thresholds if self.thresholds is None else self.thresholds
-        return replace(
-            policy, thresholds=check_thresholds(dict(thresholds), depths), lossless=False
-        )
+        asked = check_thresholds(dict(thresholds), depths)
+        return replace(policy if self.thresholds is None else policy.at(asked), lossless=False)
 
 
 @dataclass(frozen=True)

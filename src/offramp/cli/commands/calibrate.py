@@ -123,6 +123,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
             score=policy.score, shortlist=policy.shortlist,
         )  # fmt: skip
+    first = arguments.first_threshold
+    if first is None and arguments.exit_in_prefill is not None:
+        policy = replace(policy, first={})  # asked for by name: as every token, or not at all
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     calibration = calibrate(
         adapter,
@@ -131,6 +134,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         policy,
         costs=costs,
         runtime=runtime,
+        first=first,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda path: progress(path, "calibrate"),
@@ -215,12 +219,14 @@ def _table(calibration: Any) -> str:
         lines.append(f"Nothing is guaranteed. {calibration.reason}")
     else:
         speed = calibration.speedup
+        own = calibration.policy.first
+        first = f"; of first tokens {own}" if own else ""
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "
             f"{risk_words(calibration.risk, calibration.unit)} is at most "
             f"{calibration.target:g} (measured {calibration.measured:.4f} on "
             f"{calibration.n} images, {calibration.answers} answers){faster}. Thresholds: "
-            f"{calibration.policy.thresholds}."
+            f"{calibration.policy.thresholds}{first}."
         )
     return "\n".join(lines)

@@ -12,7 +12,7 @@ together changes the order of work, not its outcome.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -66,25 +66,26 @@ class Decoder:
         samplers: Many[TokenSampler],
         rule: ExitRule,
         *,
-        first_exits: bool = True,
+        first: Mapping[int, float] | None = None,
     ) -> tuple[Any, list[Token]]:
         """Read a prompt of one or more rows, and choose each row's first token.
 
-        first_exits: whether the exits may say it.
+        first: thresholds at which the exits may say it, by depth; None: the rule's.
         """
+        opening = rule.opening(rule.thresholds if first is None else first)
         firsts: list[Token | None] = [None] * len(samplers)
         scores = [NAN] * len(samplers)
-        questions = [Question(sampler, rule, ()) for sampler in samplers]
+        questions = [Question(sampler, opening, ()) for sampler in samplers]
         if self.reader.follows:
             for question in questions:
                 question.scorer = self.reader.scorer()
 
         def decide(depth: int, output: Any) -> bool:
-            if depth not in rule.thresholds or all(first is not None for first in firsts):
+            if depth not in opening.thresholds or all(said is not None for said in firsts):
                 return False
             asked = [
-                question if first is None else None
-                for question, first in zip(questions, firsts, strict=True)
+                question if said is None else None
+                for question, said in zip(questions, firsts, strict=True)
             ]
             for row, verdict in enumerate(self.reader.verdicts(depth, output, asked)):
                 if isinstance(verdict, Exception):
@@ -92,20 +93,19 @@ class Decoder:
                 if verdict is None:
                     continue
                 if verdict.open:
-                    scores[row] = rule.shown(depth, verdict)
-                if rule.exits(depth, verdict):
+                    scores[row] = opening.shown(depth, verdict)
+                if opening.exits(depth, verdict):
                     firsts[row] = Token(verdict.token, depth, scores[row])
-            return all(first is not None for first in firsts)
+            return all(said is not None for said in firsts)
 
-        looks = rule.exiting and first_exits
         prompt = reader.read(
             prepared,
             use_exits=rule.uses_exits,
-            decide=decide if looks else None,
+            decide=decide if opening.exiting else None,
             looks=self.reader.looks(questions),
             keep=rule.ahead,
         )
-        open_ = [row for row, first in enumerate(firsts) if first is None]
+        open_ = [row for row, said in enumerate(firsts) if said is None]
         if open_:
             logits = prompt.logits if len(open_) == len(firsts) else prompt.logits[open_]
             words = self.reader.of_logits(logits, [questions[row] for row in open_])
@@ -113,7 +113,7 @@ class Decoder:
                 if isinstance(word, Exception):
                     raise word
                 firsts[row] = Token(word, self.layers, scores[row])
-        return prompt, [first for first in firsts if first is not None]
+        return prompt, [said for said in firsts if said is not None]
 
     def join(
         self,

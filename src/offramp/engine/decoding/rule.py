@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -62,6 +62,11 @@ class ExitRule:
         if guess_above is not None and not policy.guesses:
             most = None  # its caller's schedule says when the layers above are asked
         return cls({d: _single(t) for d, t in at.items()}, policy.lossless, guesses or None, most)
+
+    def opening(self, thresholds: Mapping[int, float]) -> ExitRule:
+        """The rule of an answer's first token, which exits at `thresholds`; none: nowhere."""
+        at = {} if self.lossless else {d: _single(t) for d, t in thresholds.items()}
+        return replace(self, thresholds=at, guesses=None)
 
     @property
     def uses_exits(self) -> bool:

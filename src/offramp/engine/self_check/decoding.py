@@ -206,7 +206,7 @@ class _Case:
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
             prompt, firsts = decoder.read(
-                prompts, prepared, list(samplers), rule, first_exits=first or self._encoded
+                prompts, prepared, list(samplers), rule, first=at if first or self._encoded else {}
             )
             waiting = list(range(1, rows))
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]

@@ -191,9 +191,10 @@ class EdgeModel:
     def _policy_of(self, mode: str, thresholds: dict[int, float] | None) -> ExitPolicy:
         policy = self.policy
         if thresholds is not None:
-            policy = replace(policy, thresholds=thresholds, drafts={}, guesses={})
+            policy = replace(policy.at(thresholds), drafts={}, guesses={})
         policy = policy.in_mode(mode).effective
-        check_thresholds(dict(policy.thresholds), self.files.depths)
+        for at in (policy.thresholds, policy.first):
+            check_thresholds(dict(at), self.files.depths)
         if policy.kv != "recompute":
             raise InputError(
                 f"Without PyTorch the KV policy {policy.kv!r} is not known.",
@@ -215,8 +216,8 @@ class EdgeModel:
         reader = ArrayReader(policy, self._gates, self._shortlist)
         decoder = Decoder(self.layers, executor, reader)
         rule = ExitRule.of(policy) if depths else NO_EXITS
-        early = policy.exit_in_prefill and self._causal
-        run, firsts = decoder.read(executor, prompt, [sampler], rule, first_exits=early)
+        first = policy.opening if policy.exit_in_prefill and self._causal else {}
+        run, firsts = decoder.read(executor, prompt, [sampler], rule, first=first)
         sequence = decoder.join(run, 0, sampler, rule, firsts[0])
         decoder.finish()
         return sequence.tokens

@@ -14,7 +14,7 @@ from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.executors.slots.cache import check_memory, slot_bytes
 from offramp.engine.executors.slots.memory import free_bytes
 from offramp.engine.generate import exit_rule, write_answers
-from offramp.engine.policy import ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
@@ -114,7 +114,7 @@ class GraphRuntime:
                     exit_rule(backbone, policy, asker),
                     streamer=streamer,
                     seed=seed,
-                    first_exits=first_token_may_exit(backbone, policy),
+                    first=first_thresholds(backbone, policy),
                 )
             finally:
                 executor.close()

@@ -17,7 +17,7 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
-from offramp.engine.policy import ExitPolicy, GenerationOutput, first_token_may_exit
+from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
 from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
@@ -247,7 +247,7 @@ class LlamaCppRuntime:
             exit_rule(self.backbone, policy, asker),
             streamer=streamer,
             seed=seed,
-            first_exits=first_token_may_exit(self.backbone, policy),
+            first=first_thresholds(self.backbone, policy),
         )
 
     def _token_states(self, token: int, position: int) -> States:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from offramp.adapter import Adapter
 from offramp.guarantee import Conditions, Standing, standing, template_digest
@@ -31,7 +30,7 @@ def standing_of(
     """
     policy = adapter.policy
     if thresholds is not None:
-        policy = replace(policy, thresholds=thresholds)
+        policy = policy.at(thresholds)
     here = Conditions.of(
         adapter.backbone,
         policy,

@@ -168,9 +168,7 @@ class _Timer:
             begin = self._now()
             prepared = reader.prepare(inputs, options)
             sampler = _Endless(prepared)
-            prompt, [first] = decoder.read(
-                reader, prepared, [sampler], self._rule, first_exits=False
-            )
+            prompt, [first] = decoder.read(reader, prepared, [sampler], self._rule, first={})
             with torch.inference_mode():
                 self._kept.append(decoder.join(prompt, 0, sampler, self._rule, first))
             took.append(self._now() - begin)
