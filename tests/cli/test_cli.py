@@ -163,7 +163,7 @@ def test_calibrate_stores_its_promise_in_the_adapter(
     assert stored["policy"]["exit_in_prefill"]
 
 
-def test_calibrate_stores_a_threshold_of_first_tokens_and_generate_takes_another(
+def test_calibrate_stores_a_threshold_of_first_tokens(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
