@@ -48,7 +48,7 @@ def test_it_tells_which_answers_change_and_where_their_tokens_leave(
     encoder, examples, rows, found = replayed(model, name, trained)
     changed = 0
     for thresholds in middling(found):
-        depths = found.depths(thresholds, first=first)
+        depths = found.depths(thresholds, first=None if first else {})
         differs = found.differs(depths)
         changed += differs.sum()
         for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
@@ -86,7 +86,7 @@ def test_a_token_leaves_at_the_first_exit_that_is_sure_enough() -> None:
     said = {2: np.array([[7, 6, -1]]), 4: np.array([[5, 6, -1]])}
     found = Replay(12, targets, targets, said, scores)
     assert found.depths({2: 0.5, 4: 0.5}).tolist() == [[2, 4, 0]]
-    assert found.depths({2: 0.5, 4: 0.5}, first=False).tolist() == [[12, 4, 0]]
+    assert found.depths({2: 0.5, 4: 0.5}, first={}).tolist() == [[12, 4, 0]]
     assert found.depths({}).tolist() == [[12, 12, 0]]
     assert found.differs(found.depths({2: 0.5})).tolist() == [True]
     assert found.differs(found.depths({4: 0.5})).tolist() == [False]
