@@ -220,6 +220,19 @@ def test_a_real_processor_that_wants_a_placeholder_gets_one(backbone: Build) -> 
     assert one.model.generate(**batch, max_new_tokens=2).shape[0] == 3
 
 
+def test_a_real_processors_text_is_kept(backbone: Build) -> None:
+    tokenizer = fakes.word_level()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    encoder = InputProcessor(backbone("llava"), llava_processor(tokenizer))
+    for number in range(4):
+        example = Example(fakes.picture(number), "w10 w11", ("w20",), f"{number}")
+        kept = encoder.prompts([example])
+        whole = InputProcessor(encoder.backbone, encoder.processor).prompts([example])
+        assert kept.keys() == whole.keys()
+        assert all(torch.equal(kept[name], whole[name]) for name in kept)
+    assert encoder.kept_texts.hits == 2
+
+
 def test_pixels_come_in_the_backbones_precision(backbone: Build) -> None:
     encoder = InputProcessor(
         backbone("blip2-opt", torch.bfloat16), blip2_processor(fakes.word_level())

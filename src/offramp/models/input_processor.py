@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
+from offramp.models.kept_texts import KeptTexts
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
@@ -44,6 +45,7 @@ class InputProcessor:
         self.eos = _end_token(backbone, tokenizer)
         # Fast tokenizers keep padding as a state, and refuse a second thread that changes it.
         self._lock = threading.Lock()
+        self.kept_texts = KeptTexts(processor)
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `generate` takes for these examples: one padded batch, on the backbone's device."""
@@ -114,10 +116,16 @@ class InputProcessor:
     def _processed(self, texts: Sequence[str], images: Any) -> dict[str, Any]:
         adds = all(map(self.adds_special_tokens, texts))
         more = {} if adds else {"add_special_tokens": False}
-        with self._lock:
-            batch = self.processor(
+
+        def whole() -> Mapping[str, Any]:
+            made: Mapping[str, Any] = self.processor(
                 images=images, text=texts, padding=True, return_tensors="pt", **more
             )
+            return made
+
+        one = _only(images) if len(texts) == 1 else None
+        with self._lock:
+            batch = whole() if one is None else self.kept_texts.batch(texts[0], one, whole)
         return self._on_device(batch)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,6 +255,13 @@ class InputProcessor:
         """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
+
+
+def _only(images: Any) -> Any:
+    """The image of a batch of one text with one image; None of any other."""
+    while isinstance(images, list) and len(images) == 1:
+        images = images[0]
+    return images if isinstance(images, Image.Image) else None
 
 
 def _text_of(content: Any) -> str:
