@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from offramp.adapter import Adapter
 from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.models.exits import Exits
 from offramp_lab.experiments.word_triples import DraftTable, table_generate
-from offramp_lab.records.drafts import summary
+from offramp_lab.records.drafts import answered, summary, ways_of
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -44,3 +47,18 @@ def test_a_summary_counts_places_behind_right_ones_and_pairs_photographs() -> No
     assert abs(ours["times"] - 2) < 1e-9 and abs(ours["low"] - 2) < 1e-9  # pairs stay together
     assert ours["acceptance"] == [0.5, 1.0, 0.0] and ours["tokens_a_round"] == 2.0
     assert ours["first_draft"] == 1.0
+
+
+def test_all_ways_of_the_record_write_the_full_models_answer(backbone, batch) -> None:
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    adapter = Adapter(
+        whole, Exits(whole, (2,), kind="drafting"), ExitPolicy({2: 0.1}, drafts={2: 0.05})
+    )
+    full = generate(whole, inputs, **GREEDY).new_tokens[0].tolist()
+    taken = {
+        name: answered(way, inputs)
+        for name, way in ways_of(adapter, DraftTable.of([full] * 3)).items()
+    }
+    assert set(taken) > {"full", "table", "exit, as stored", "drafting, 4"}
+    assert all(one["ids"] == taken["full"]["ids"] for one in taken.values())
+    assert all(entry["identical"] == 1 for entry in summary([taken]))
