@@ -142,10 +142,11 @@ def shipped_exits(name: str) -> Path | None:
     return None if kind is None else tiny_exits(kind)
 
 
-def example_picture(name: str) -> Path | None:
-    """A photograph, a JPEG file, to try the backbone of this name on; None: there is none."""
+def example_picture(name: str) -> Path:
+    """A picture to try the backbone of this name on: a drawn scene, or, of the photo model, a
+    photograph."""
     if name != PHOTO:
-        return None
+        return Path(__file__).parent / "shipped_models" / "scene.png"
     from offramp.models.photo.packages import data_folder
 
     return data_folder() / "cat.jpg"

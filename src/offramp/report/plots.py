@@ -268,6 +268,78 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
     return _drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.27 * len(rows)))
 
 
+def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool = False) -> str:
+    """What each row is made of, as a bar. factors: its parts multiply, on a logarithmic axis from
+    1; else they add up."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+
+    def draw(axes: Any) -> None:
+        for at, row in enumerate(rows.values()):
+            start = 1.0 if factors else 0.0
+            for color, name in zip(COLORS, names, strict=False):
+                if name in row:
+                    end = start * row[name] if factors else start + row[name]
+                    axes.barh(at, end - start, left=start, height=0.6, color=color)
+                    start = end
+            shown = f"{start:.2f}x" if factors else f"{start:,.0f}"
+            axes.text(start, at, f" {shown}", va="center")
+        for color, name in zip(COLORS, names, strict=False):
+            axes.barh(0, 0, color=color, label=name)
+        if factors:
+            axes.set_xscale("log")
+            ticks = [1, 2, 3, 4, 6, 8]
+            axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+        _legend(axes)
+
+    return _drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.4 + 0.36 * len(rows)))
+
+
+def strips(rows: Mapping[str, Sequence[int]], layers: int, what: str) -> str:
+    """The depth of each token of an answer, a bar a token, one answer below the other."""
+
+    def draw(axes: Any) -> None:
+        for at, depths in enumerate(rows.values()):
+            for place, depth in enumerate(depths):
+                height = 0.85 * depth / layers
+                axes.bar(
+                    place, height, bottom=at, width=0.86, color=depth_color(depth, layers),
+                    edgecolor=_INK, linewidth=0.3,
+                )  # fmt: skip
+        axes.set_yticks([at + 0.4 for at in range(len(rows))], list(rows))
+        axes.set_ylim(0, len(rows))
+        axes.set_xlabel(what)
+        axes.grid(visible=False)
+
+    return _drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 0.8 + 0.8 * len(rows)))
+
+
+def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
+    """Values above 0 of each row on a logarithmic axis, and the limit; zeros stand at the left."""
+    least = min(v for values in rows.values() for v in values if v > 0) / 3
+
+    def draw(axes: Any) -> None:
+        for at, (values, marker) in enumerate(zip(rows.values(), MARKERS, strict=False)):
+            heights = [at + 0.5 * ((7 * n % 11) / 11 - 0.5) for n in range(len(values))]
+            axes.plot(
+                [max(v, least) for v in values], heights, marker, color=COLORS[at % len(COLORS)],
+                ms=3.5, alpha=0.7, linestyle="none",
+            )  # fmt: skip
+        axes.axvline(limit, color=_INK, lw=1, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+
+    return _drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.5 * len(rows)))
+
+
 def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Decoding speed of every peer that ran, a bar for each backbone.
 

@@ -75,6 +75,7 @@ def test_what_is_wrong_is_said_on_the_page(page: Page) -> None:
     with running(service_of(slots=1, keys=("secret",))) as address:
         page.show(address.replace("//", "//u:secret@") + "/", 390, 844)
         page.until("document.getElementById('model').textContent !== '…'")
-        page.ask("document.getElementById('prompt').value = '<image><image>'; show(EXAMPLE)")
+        page.ask("document.getElementById('prompt').value = '<image><image>'; example()")
+        page.until("!document.getElementById('go').disabled")
         page.ask("document.getElementById('go').click()")
         page.until("/stands for images/.test(document.getElementById('state').textContent)")

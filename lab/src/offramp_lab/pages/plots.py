@@ -3,7 +3,16 @@
 import re
 from typing import Any
 
-from offramp.report.plots import intervals, speeds, standalone, throughput, tradeoff
+from offramp.report.plots import (
+    dots,
+    intervals,
+    parts,
+    speeds,
+    standalone,
+    strips,
+    throughput,
+    tradeoff,
+)
 from offramp.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.places import DOCS
@@ -31,8 +40,74 @@ def plots() -> dict[str, tuple[str, str]]:
         "compare-photo": ("FREE beside each method, photographs", methods()),
         "photo": ("CIDEr at measured speeds, photographs", regimes(record("photo"))),
         "peers": ("Decoding speed, tiny models", speeds(peers)),
+        "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
+        "quantisation": ("Weights of the photo model in memory", quantisation()),
+        "guarantees": ("Risk kept, of what was promised", guarantees()),
+        "models": ("How near decoding is to the model itself", models()),
+        "decoding": ("Depth of each token, tiny OPT", decoding()),
         "engine": ("Batch engine, SmolLM2-135M shape", engine("smollm2-135m, bfloat16")),
     }
+
+
+def runtimes() -> str:
+    """Speed over llama.cpp alone, in two parts: our kernels, and the exits, as SVG."""
+    over = record("runtimes-photo-edge")["over_llama_cpp"]
+    kernels = over["full"]
+    names = {"full": "exits off", "lossless": "lossless", "early_exit": "early exit"}
+    rows = {
+        title: {"kernels": kernels, "exits": over[way] / kernels} for way, title in names.items()
+    }
+    return parts(rows, "decoding, of llama.cpp alone", factors=True)
+
+
+def quantisation() -> str:
+    """Megabytes by number format: the decoder layers, and the rest, as SVG."""
+    memory = record("quantised")["timings"]["memory"]
+    rows = {
+        name: {
+            "decoder layers": held["layers"] / 1e6,
+            "the rest": (held["model"] - held["layers"]) / 1e6,
+        }
+        for name, held in memory.items()
+        if "prepacked" not in name  # in place: no more
+    }
+    return parts(rows, "MB")
+
+
+def guarantees() -> str:
+    """Of fifty calibrations each, the mean and the largest risk on fresh images, as SVG."""
+    rows = {}
+    for kind in KINDS:
+        for entry in record("violations")[kind]:
+            if entry["method"] == "auto" and entry["promised"]:
+                at = entry["risk_target"]
+                mean, most = entry["mean_risk_test"] / at, entry["largest_risk_test"] / at
+                rows[f"{tiny(kind)}, {entry['risk'].replace('_', ' ')}, {at:g}"] = (
+                    mean, mean, most,
+                )  # fmt: skip
+    return intervals(rows, "risk over promise: mean, largest")
+
+
+def models() -> str:
+    """By what was checked, how far each model type's logits are from its own, as SVG."""
+    found = record("models")["types"].values()
+    titles = {"plain": "full depth", "exits": "exits", "first_token": "first token exits",
+              "lossless": "lossless"}  # fmt: skip
+    rows = {
+        title: [float(kind["3"][name]) for kind in found
+                if "3" in kind and isinstance(kind["3"].get(name), int | float)]
+        for name, title in titles.items()
+    }  # fmt: skip
+    limit = next(kind["allowed"] for kind in found if "allowed" in kind)
+    return dots(rows, limit, "largest difference of logits; dotted: allowed")
+
+
+def decoding() -> str:
+    """One caption token by token, with early exits and by the full model, as SVG."""
+    shown = record("picture")
+    names = {"full": "full", "early_exit": "early exit"}
+    rows = {title: shown["modes"][mode]["depths"] for mode, title in names.items()}
+    return strips(rows, shown["layers"], "token")
 
 
 def methods() -> str:

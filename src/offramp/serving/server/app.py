@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from offramp import __version__
 from offramp.models.shipped import example_picture
@@ -286,9 +286,7 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/example")
     async def example() -> Response:
         picture = example_picture(models.loaded[0].backbone.name)
-        if picture is None:
-            raise ApiError(404, "This model has no example picture.")
-        return Response(picture.read_bytes(), media_type="image/jpeg")
+        return FileResponse(picture)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:

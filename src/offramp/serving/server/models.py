@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from offramp.models.shipped import KNOWS, example_picture
+from offramp.models.shipped import KNOWS
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
@@ -82,7 +82,6 @@ def model_card(service: Service) -> dict[str, Any]:
         "offramp": {
             "layers": service.backbone.depth,
             "knows": KNOWS.get(service.backbone.name),
-            "example": example_picture(service.backbone.name) is not None,
             "exits": list(service.engine.core.depths),
             "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
             "guarantee": _promise(service),

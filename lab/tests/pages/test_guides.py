@@ -1,0 +1,66 @@
+"""A guide is short and has a picture; what it is worth and what did not work stand beside it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from offramp.report.plots import standalone
+from offramp_lab.pages.plots import plots
+from offramp_lab.places import ROOT
+
+DOCS = ROOT / "docs"
+GUIDES = ("serving", "runtimes", "quantisation")
+
+
+def text(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_is_at_most_1200_words_with_a_picture_and_leads_on(name: str) -> None:
+    assert len(re.sub(r"<!--.*?-->", "", text(name)).split()) <= 1200
+    assert re.search(r"!\[[^\]]+\]\([^)]+\)", text(name))
+    for other in (f"{name}-results", f"{name}-limits"):
+        assert f"({other}.md)" in text(name) and (DOCS / f"{other}.md").is_file()
+
+
+@pytest.mark.parametrize("name", [*GUIDES, "guarantees", "models", "decoding"])
+def test_a_page_that_people_would_rather_look_at_has_a_picture(name: str) -> None:
+    assert re.search(r"!\[[^\]]+\]\((plots/)?[\w-]+\.(svg|png)\)", text(name))
+
+
+def test_the_first_two_pages_name_a_path_for_each_kind_of_reader() -> None:
+    for page in (text("index"), (ROOT / "README.md").read_text(encoding="utf-8")):
+        for reader in ("I serve", "I research", "I run on a CPU"):
+            assert f"**{reader}" in page
+
+
+def test_every_plot_is_drawn_from_its_record() -> None:
+    """But for the numbers of matplotlib's version, the words of each committed plot are what the
+    records give now."""
+    for name, (title, svg) in plots().items():
+        words = [
+            re.findall(r">([^<>]+)</text>", s)
+            for s in (
+                (DOCS / "plots" / f"{name}.svg").read_text(encoding="utf-8"),
+                standalone(svg, title),
+            )
+        ]
+        assert words[0] == words[1], name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [p.name for p in DOCS.glob("*.md") if f" {p.name}" not in navigation]
+
+
+def test_an_anchor_leads_to_a_heading() -> None:
+    pages = {p.name: p.read_text(encoding="utf-8") for p in DOCS.glob("*.md")}
+    for name, page in pages.items():
+        for other, anchor in re.findall(r"\]\(([\w-]*(?:\.md)?)#([\w-]+)\)", page):
+            target = pages[other or name]
+            heads = re.findall(r"^#+ (.*)$", target, re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
+            assert anchor in slugs, (name, other, anchor)
