@@ -34,7 +34,8 @@ from offramp.save_and_load import (
 
 NO_THRESHOLDS = (
     "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
-    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95})."
+    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
+    "none where they were trained."
 )
 """With the depth of an exit that there is."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from offramp.errors import StorageError, printable
+
+log = logging.getLogger(__name__)
 
 CLOSED = 128 + 13
 """Exit code where the reader of a pipe has gone: that of a program that SIGPIPE stopped."""
@@ -105,6 +108,11 @@ def end_output(code: int) -> int:
         tell(f"error: {_full(error)}")
         return 1
     return code
+
+
+def say_next(*commands: str) -> None:
+    """What comes after a command, for a person: on stderr, and not where it is told to be quiet."""
+    log.info("next: %s", "\n  or: ".join(commands))
 
 
 def close_output() -> int:

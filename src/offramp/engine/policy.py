@@ -20,6 +20,9 @@ KV_POLICIES: dict[str, Any] = {"recompute": None}
 `offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
 MODES = ("early_exit", "lossless", "full")
 """Exits end a token; only draft it, and the full model verifies; or are off."""
+DRAFT = 0.5
+"""Score from which trained exits draft until `offramp draft` finds what is fastest: a token that is
+likelier right than wrong."""
 
 
 class Thresholds(dict[int, float]):
@@ -144,6 +147,15 @@ class ExitPolicy:
         if self.first and not first:  # none of its depths is left
             first = Thresholds.shared([*thresholds], max(self.first.values()))
         return replace(self, thresholds=thresholds, first=first)
+
+    @property
+    def own_mode(self) -> str:
+        """What a request that names no mode gets: lossless drafts where nothing else is known."""
+        if self.lossless:
+            return "lossless"
+        if self.thresholds:
+            return "early_exit"
+        return "lossless" if self.drafts else "full"
 
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.

@@ -332,6 +332,7 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
             )  # fmt: skip
         axes.axvline(limit, color=_INK, lw=1, linestyle=":")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(what)

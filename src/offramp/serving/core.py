@@ -113,8 +113,9 @@ class EngineCore:
         self.backbone = backbone
         self.depths: tuple[int, ...] = ()
         if attached is not None:
-            self.depths = tuple(check_thresholds(dict(policy.thresholds), attached.depths))
-            check_thresholds(dict(policy.first), attached.depths)
+            for by_depth in (policy.thresholds, policy.first, policy.drafts):
+                check_thresholds(dict(by_depth), attached.depths)
+            self.depths = policy.depths
         """Of the exits in use, ascending."""
         check_company(policy)
         ahead = replace(policy, lossless=True)

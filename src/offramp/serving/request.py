@@ -59,7 +59,7 @@ class Request:
         """
         mode = self.mode
         if mode is None and self.thresholds is None:
-            mode = "lossless" if policy.lossless else "early_exit" if policy.thresholds else "full"
+            mode = policy.own_mode
         if mode == "full":
             return FULL
         if not depths:
@@ -70,6 +70,11 @@ class Request:
         if mode == "lossless":
             return replace(policy, lossless=True)
         thresholds = policy.thresholds if self.thresholds is None else self.thresholds
+        if not thresholds and self.thresholds is None:
+            raise InputError(
+                "A request wants to exit early, and these exits have no thresholds.",
+                "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
+            )
         asked = check_thresholds(dict(thresholds), depths)
         return replace(policy if self.thresholds is None else policy.at(asked), lossless=False)
 

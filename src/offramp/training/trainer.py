@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import ExitPolicy, resolved
+from offramp.engine.policy import DRAFT, ExitPolicy, Thresholds, resolved
 from offramp.engine.self_check.decoding import check_untested
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, OfframpError, TrainingError
@@ -384,7 +384,7 @@ class Trainer:
         return Adapter(
             self.backbone,
             ExitSet(exits, self.shortlist, discriminators=discriminators, measured=self.measured),
-            resolved(ExitPolicy(shortlist=self.shortlist is not None), self.backbone),
+            resolved(self._policy(), self.backbone),
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={
                 "agreement": self.agreement,
@@ -392,6 +392,13 @@ class Trainer:
                 "initial_layer": {str(d): layer for d, layer in self.initial.items()},
             },
             seen=self.seen,
+        )
+
+    def _policy(self) -> ExitPolicy:
+        """No thresholds yet; lossless drafts from the start, where they can be taken back."""
+        depths = self.exits.depths if self.backbone.lossless else ()
+        return ExitPolicy(
+            shortlist=self.shortlist is not None, drafts=Thresholds.shared(depths, DRAFT)
         )
 
     def _checkpoint(self) -> None:

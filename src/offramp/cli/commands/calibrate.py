@@ -18,7 +18,7 @@ from offramp.cli.options import (
     measured_options,
     policy_options,
 )
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
@@ -143,6 +143,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     # Before it is written, for it took long to find.
     show_result(calibration.to_json(), _table(calibration), as_json=arguments.json)
     _store(adapter, calibration, examples, arguments, out)
+    if calibration.reason and not arguments.write:
+        say_next(f"offramp draft --adapter {arguments.adapter} --data {arguments.data[0]}")
+    else:
+        say_next(f"offramp generate --adapter {out} --image dog.jpg", f"offramp serve {out}")
 
 
 def _say_how_long(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, name_option, seed_option
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_demo, overwrite_option
 from offramp.cli.parser import Parser
 
@@ -58,3 +58,4 @@ def _demo(arguments: argparse.Namespace) -> None:
     show_result(report, table(report), as_json=arguments.json)
     log.info("figures: %s", arguments.out / "report.json")
     log.info("open %s", arguments.out / "report.html")
+    say_next(f"offramp serve {arguments.out / kind}")

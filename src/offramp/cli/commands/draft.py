@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
 from offramp.cli.options import add_command, data_options, model_options
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
@@ -78,6 +78,7 @@ def _draft(arguments: argparse.Namespace) -> None:
     if chosen.policy != adapter.policy:
         chosen.save(out)
         log.info("Written to %s.", out)
+    say_next(f"offramp generate --adapter {out} --image dog.jpg --mode lossless")
 
 
 def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from offramp.cli.options import (
     name_option,
     policy_options,
 )
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser, one_of
 from offramp.errors import InputError
 
@@ -130,4 +131,47 @@ def _eval(arguments: argparse.Namespace) -> None:
             progress=lambda batches: progress(batches, "evaluate"),
             **settings,
         )
-    show_result(result, as_json=arguments.json)
+    file = arguments.out / RESULT
+    show_result(result, summary(result, file), as_json=arguments.json)
+    say_next(f"offramp report --run {arguments.out} --out report.html")
+
+
+def summary(result: Mapping[str, Any], file: Path) -> str:
+    """The result as a person reads it, in ten lines; all of it is in `file`, and under --json."""
+    modes, compared = result["modes"], result.get("compared")
+    missing = f", {result['missing']} without an answer" if result["missing"] else ""
+    lines = [f"{result['task']}: {result['n']} examples{missing}"]
+    for name, mode in modes.items():
+        depth = mode["mean_depth"]
+        ran = "no tokens" if depth is None else f"mean depth {depth:.2f} of {mode['layers']}"
+        rate = (mode["latency"] or {}).get("tokens_per_second")
+        lines.append(
+            f"{name.replace('_', ' ')}: {ran}" + (f", {rate:.1f} tokens/s" if rate else "")
+        )
+    metrics = next(iter(modes.values()))["metrics"]
+    shown = list(metrics)[:SHOWN]
+    for name in shown:
+        values = " / ".join(_between(mode["metrics"][name]) for mode in modes.values())
+        lines.append(f"{name}: {values}")
+    if len(metrics) > len(shown):
+        lines[-1] += f"; {len(metrics) - len(shown)} more measures with --json"
+    if compared is not None:
+        lines.append(f"same answers as the full model: {_between(compared['agreement'])}")
+        speeds = {n: s for n, s in compared["speedup"].items() if s}
+        if speeds:
+            words = (f"{n.replace('_', ' ')} {_between(s)}x" for n, s in speeds.items())
+            lines.append(f"speed of full depth by the same products: {', '.join(words)}")
+    return "\n".join([*lines, f"all of it: {file}"])
+
+
+SHOWN = 4
+"""Measures of quality in the summary."""
+
+
+def _between(figure: Mapping[str, Any]) -> str:
+    """A figure with its interval, where it has one."""
+    if figure["value"] is None:
+        return "none"
+    ends = [figure["low"], figure["high"]]
+    interval = "" if None in ends else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
+    return f"{figure['value']:.3g}{interval}"

@@ -10,7 +10,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_not_quantized
 from offramp.cli.loading import load_adapter
 from offramp.cli.options import add_command, depths_option, model_options, name_option
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser
 from offramp.errors import InputError, OfframpError
@@ -67,6 +67,10 @@ def _export(arguments: argparse.Namespace) -> None:
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
+    say_next(
+        f"offramp generate --adapter {arguments.adapter} --engine llama.cpp "
+        f"--gguf {arguments.out} --image dog.jpg"
+    )
 
 
 def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:

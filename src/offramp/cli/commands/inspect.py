@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.cli.loading import check_exits, load_model
 from offramp.cli.options import add_command, precision_options
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
@@ -45,6 +45,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
         )
     description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
     show_result(description, as_json=arguments.json)
+    if is_adapter:
+        say_next(f"offramp generate --adapter {arguments.name} --image dog.jpg")
+        return
+    depth = next(iter(description["proposed_depths"].values()), [1])[0]
+    say_next(
+        f"offramp train --backbone {arguments.name} --data photos --depths {depth} --out exits"
+    )
 
 
 def _adapter(name: str) -> dict[str, Any]:

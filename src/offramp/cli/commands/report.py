@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, name_option
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser
 
@@ -65,3 +65,4 @@ def _report(arguments: argparse.Namespace) -> None:
     write_atomic(arguments.out, page)
     result = {"report": str(arguments.out), "bytes": len(page.encode())}
     show_result(result, as_json=arguments.json)
+    say_next(f"open {arguments.out}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.options import add_command, depths_option, name_option
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 
 log = logging.getLogger(__name__)
@@ -59,5 +59,6 @@ def _slice(arguments: argparse.Namespace) -> None:
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
     log.info(
         "The exits were trained on other weights than these: choose thresholds on them, "
-        "offramp calibrate --runtime llama.cpp --gguf %s.", arguments.out,
+        "offramp calibrate --engine llama.cpp --gguf %s.", arguments.out,
     )  # fmt: skip
+    say_next(f"offramp generate --adapter {arguments.out} --prompt 'A dog'")

@@ -16,7 +16,7 @@ from offramp.cli.options import (
     model_options,
     name_option,
 )
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 from offramp.plugins import load_plugins
@@ -194,3 +194,8 @@ def _train(arguments: argparse.Namespace) -> None:
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
         result = {"adapter": str(arguments.out), **adapter.metrics, **learnt}
         show_result(result, as_json=arguments.json)
+        out = arguments.out
+        say_next(
+            f"offramp calibrate --adapter {out} --data held_out --target 0.01   (thresholds)",
+            f"offramp draft --adapter {out} --data held_out   (the full model's tokens, faster)",
+        )

@@ -227,10 +227,10 @@ class Service:
         if replaced is not None and self._own(mode):
             return Use(replaced, None, replaced, fell_back=True)
         if mode is None:
-            own = "lossless" if self.policy.lossless else "early_exit"
-            drafts = self.policy.drafts or (self.adapter and self.adapter.exits.draft_on)
-            exits = self.policy.thresholds or (self.policy.lossless and drafts)
-            return Use(None, None, own if exits else "full")
+            own, policy = self.policy.own_mode, self.policy
+            drafts = policy.drafts or policy.thresholds
+            drafts = drafts or (self.adapter and self.adapter.exits.draft_on)
+            return Use(None, None, "full" if own == "lossless" and not drafts else own)
         return Use(mode, None, mode)
 
     def stands(self, **known: Any) -> Standing:

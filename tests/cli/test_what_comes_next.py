@@ -1,0 +1,76 @@
+"""Laws of what commands print: ten lines at most, then the command that comes next."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCommand, parser_of
+
+from offramp.cli.commands.eval import summary
+from offramp.engine.policy import DRAFT
+
+
+def next_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The commands that the last line names, each of which has the options it is given."""
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("next: ")]
+    commands = [line.partition(": ")[2].partition("   (")[0] for line in said.splitlines()]
+    for command in commands:
+        program, name, *words = shlex.split(command)
+        if program == "offramp":
+            actions = list(parser_of(name).loaded())
+            known = {flag for action in actions for flag in action.option_strings}
+            assert not [w for w in words if w.startswith("--") and w not in known]
+    return commands
+
+
+def test_inspect_names_training_with_a_depth_it_proposes(
+    run: RunCommand, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        code, out, _ = run("inspect", "tiny-opt", "--json")
+    depth = json.loads(out)["proposed_depths"]["1"][0]
+    assert code == 0 and f"--depths {depth}" in next_of(caplog)[0]
+
+
+def test_eval_is_ten_lines_and_the_rest_is_json(
+    run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    asked = ("eval", "--adapter", adapter, "--task", "captions", "--data", held_out,
+             "--metrics", "CIDEr", "--limit", 3, "--threshold", 0.5, "--max-new-tokens", 6,
+             "--out", tmp_path / "run")  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        code, out, _ = run(*asked)
+    lines = out.rstrip("\n").splitlines()
+    assert code == 0 and len(lines) <= 10
+    assert "captions: 3 examples" in lines[0] and "mean depth" in out
+    assert "same answers as the full model: " in out and "[" in out
+    assert lines[-1].endswith("result.json") and "{" not in out
+    assert next_of(caplog) == [f"offramp report --run {tmp_path / 'run'} --out report.html"]
+
+
+def test_a_figure_without_an_interval_and_an_answer_without_tokens_are_said() -> None:
+    figure = {"value": 0.25, "low": None, "high": None}
+    mode = {"metrics": {"accuracy": figure}, "mean_depth": None, "layers": 12, "latency": None}
+    result: dict[str, Any] = {"task": "vqa", "n": 1, "missing": 2, "modes": {"full": mode}}
+    text = summary(result, Path("run/result.json"))
+    assert "2 without an answer" in text and "no tokens" in text and "accuracy: 0.25\n" in text
+
+
+def test_trained_exits_draft_losslessly_out_of_the_box(
+    run: RunCommand, adapter: Path, photos: Path
+) -> None:
+    policy = json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))["policy"]
+    assert policy["thresholds"] == {} and policy["drafts"] == {"2": DRAFT, "5": DRAFT}
+    asked = ("generate", "--adapter", adapter, "--image", photos / "0.png", "--json",
+             "--max-new-tokens", 12)  # fmt: skip
+    (_, drafted, _), (_, full, _) = run(*asked, "--mode", "lossless"), run(*asked, "--mode", "full")
+    drafted, full = json.loads(drafted), json.loads(full)
+    words = [[step["id"] for step in found["steps"]] for found in (drafted, full)]
+    assert words[0] == words[1]
+    assert min(step["depth"] for step in drafted["steps"]) < drafted["layers"]
