@@ -228,8 +228,9 @@ class Service:
             return Use(replaced, None, replaced, fell_back=True)
         if mode is None:
             own, policy = self.policy.own_mode, self.policy
-            drafts = policy.drafts or policy.thresholds
-            drafts = drafts or (self.adapter and self.adapter.exits.draft_on)
+            drafts = bool(policy.drafts or policy.thresholds) or (
+                self.adapter is not None and self.adapter.exits.draft_on
+            )
             return Use(None, None, "full" if own == "lossless" and not drafts else own)
         return Use(mode, None, mode)
 
