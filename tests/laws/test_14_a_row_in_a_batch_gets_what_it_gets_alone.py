@@ -113,7 +113,6 @@ def serve(
     )
     reader = ExitReader(whole, attached, policy, exits.depths)
     decoder = Decoder(whole.depth, executor, reader, longest=longest)
-    early = first_thresholds(whole, policy)
     prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
@@ -129,7 +128,9 @@ def serve(
         sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
         rule = ExitRule.of(request.policy, guess_above=request.guess)
         with torch.inference_mode():
-            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, first=early)
+            prompt, [token] = decoder.read(
+                prompts, prepared, [sampler], rule, first=first_thresholds(whole, request.policy)
+            )
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:
