@@ -317,7 +317,7 @@ def test_a_data_set_name_without_the_package_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"offramp\[data\]"):
+    with pytest.raises(DataError, match=r"\[data\]"):
         read_examples("someone/pictures")
 
 

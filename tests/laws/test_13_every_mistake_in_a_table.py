@@ -110,6 +110,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "report": {"--run": adapter},
         "demo": {},
         "inspect": {"": adapter},
+        "verify": {"": adapter, "--data": data},
         "env": {},
         "completion": {"": ["bash"]},
     }[command]
@@ -196,7 +197,7 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
     tables["--config"] = files_of(tree, CONFIGS)
     if command == "generate":
         tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"]}
-    outs = (*OUTS, "folder" if command in ("bench", "report") else "good.png")
+    outs = (*OUTS, "folder" if command in ("bench", "report", "verify") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []
     if command in ("calibrate", "demo"):
@@ -242,7 +243,7 @@ def cases(command: str, tree: Path, out: Path) -> Iterator[list[str]]:
         if option == "--help":
             continue
         if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
-            if action.nargs != "*":
+            if action.nargs not in ("*", "?"):
                 yield [*line(), option]  # without its value
             # Names are looked up in a list whatever they are; numbers are parsed in many ways.
             for value in VALUES if action.choices is None else ("", LONG, SURROGATE):

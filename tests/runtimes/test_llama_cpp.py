@@ -529,6 +529,6 @@ def test_a_missing_package_is_named(exported: Any, monkeypatch: pytest.MonkeyPat
     refused(
         lambda: export_gguf(adapter_of("llava"), exported("llava")),
         InputError,
-        "offramp[llama-cpp]",
+        "[llama-cpp]",
     )
     refused(packages.import_llama_cpp, InputError, "llama_cpp")

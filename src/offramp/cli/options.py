@@ -32,10 +32,12 @@ def add_command(
     options: Options,
     *,
     result: bool = True,
+    plugins: bool = True,
 ) -> None:
     """Add a command. options: adds its options, once the command is asked for.
 
-    result: whether it prints one, which --json then prints as JSON.
+    result: whether it prints one, which --json then prints as JSON. plugins: whether it runs what
+    plug-ins may add; these may need PyTorch.
     """
 
     def late(parser: Parser) -> None:
@@ -43,7 +45,8 @@ def add_command(
         _common_options(parser, result=result)
 
     def with_plugins(arguments: argparse.Namespace) -> None:
-        load_plugins()  # not before: they may import what takes seconds, and help needs no torch
+        if plugins:  # not before: they may import what takes seconds, and help needs no torch
+            load_plugins()
         run(arguments)
 
     parser: Parser = commands.add_parser(

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
         "  offramp generate sliced --prompt 'Caption:'",
         _slice,
         _options,
+        plugins=False,
     )
 
 
