@@ -181,13 +181,13 @@ def main() -> None:
     parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work", "model")
     parser.add_argument(
         "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
-        help="with --size whole, more is measured of the first one (default: all)",
+        help="without --size small, more is measured of the first one (default: all)",
     )  # fmt: skip
     parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
     parser.add_argument(
         "--size", choices=SIZES, default="whole",
-        help="modest: one regime in ten minutes; small: to hold regimes against each "
-        "other; quick: only to try it out",
+        help="middle: one regime in an hour; modest: in ten minutes; small: to hold regimes "
+        "against each other; quick: only to try it out",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))
     parser.add_argument(
