@@ -15,6 +15,11 @@ def _photo() -> Any:
     return record("photo")
 
 
+def _first(found: Value) -> Value:
+    """Of a record of exits on photographs, the regime of which most was measured."""
+    return found["regimes"][found["first"]]
+
+
 def full_model() -> Table:
     """What the model itself reaches."""
     full = _photo()["full"]
@@ -77,14 +82,14 @@ def photo_curve() -> Table:
     return Table(("step", "CPU minutes", "CIDEr", "BLEU-4", "DAQUAR accuracy"), rows)
 
 
-def thresholds(regime: str) -> Table:
+def thresholds(name: str, regime: str) -> Table:
     """What was chosen on one half of the photographs, measured on the other."""
 
     def on(form: Callable[[Value], str], off: str = "") -> Callable[[Value], str]:
         return lambda row: form(row) if row["thresholds"] else off
 
     return Table.of(
-        _photo()["regimes"][regime]["points"],
+        record(name)["regimes"][regime]["points"],
         {
             "chosen by": lambda row: row["chosen_by"],
             "thresholds": on(
@@ -103,6 +108,51 @@ def thresholds(regime: str) -> Table:
             ),
         },
     )
+
+
+def both_models() -> Table:
+    """What exits are worth on the earlier model, and on the better one: at depth 8 in both."""
+    found = _photo(), record("photo-exits")
+
+    def row(title: str, form: Callable[[Value], str]) -> tuple[str, ...]:
+        return title, *(form(one) for one in found)
+
+    def point(name: str, form: Callable[[Value], str]) -> Callable[[Value], str]:
+        def of(one: Value) -> str:
+            (chosen,) = [p for p in _first(one)["points"] if p["chosen_by"] == name]
+            return form(chosen) if chosen["thresholds"] else "off"
+
+        return of
+
+    def drop(chosen: Value) -> str:
+        return with_range(f"{chosen['cider_drop']:+.1%}", chosen["cider_drop_interval"], "+.1%")
+
+    def speed_at(chosen: Value) -> str:
+        (threshold,) = chosen["thresholds"].values()
+        return f"{bold(times(chosen['speedup_decode']))} at {threshold:g}, {drop(chosen)}"
+
+    always = "every token at the exit"
+    rows = [
+        row("CIDEr of the full model", lambda one: f"{one['full']['cider']:.3f}"),
+        row("agreement of the exit", lambda one: f"{_first(one)['agreement']['8']:.1%}"),
+        row("every token at the exit: decoding, CIDEr lost", point(always, speed_at)),
+        row("CIDEr drop 1%, as chosen on the other half", point("CIDEr drop 1%", speed_at)),
+        row("guaranteed, risk 1%", point("risk 1%", speed_at)),
+        row("guaranteed, risk 5%", point("risk 5%", speed_at)),
+        row("lossless, float32", lambda one: bold(times(one["lossless"]["speedup_decode"]))),
+        row("drafts accepted", lambda one: f"{one['lossless']['acceptance']:.0%}"),
+        row(
+            "identical captions",
+            lambda one: (
+                f"{one['lossless']['identical_captions']:,} of {one['lossless']['captions']:,}"
+            ),
+        ),
+        row(
+            "photographs and steps of the exits' training",
+            lambda one: f"{one['sizes']['captions']:,}, {one['sizes']['steps']:,}",
+        ),
+    ]
+    return Table(("", "earlier model", "photo model"), rows)
 
 
 def lossless() -> Table:
@@ -228,8 +278,10 @@ TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
     "photo-curve": photo_curve,
     "photo-bridge": bridge,
-    "photo-unsupervised": partial(thresholds, "unsupervised"),
-    "photo-pseudo-labels": partial(thresholds, "pseudo-labels"),
+    "photo-unsupervised": partial(thresholds, "photo", "unsupervised"),
+    "photo-pseudo-labels": partial(thresholds, "photo", "pseudo-labels"),
+    "photo-exits": partial(thresholds, "photo-exits", "unsupervised"),
+    "photo-both": both_models,
     "photo-lossless": lossless,
     "photo-corrupted": corrupted,
     "photo-regimes": regimes,
