@@ -39,15 +39,18 @@ def weights_of(learnt: dict[str, Any], detector: dict[str, Tensor]) -> dict[str,
     }
 
 
-def card_of(state: dict[str, Any], words: list[str], data: Path, log: Path) -> dict[str, Any]:
-    """Where the weights come from, and how they did while they were learnt; digests are SHA-256."""
+def card_of(
+    state: dict[str, Any], step: int, words: list[str], data: Path, log: Path
+) -> dict[str, Any]:
+    """Where the weights of a step come from, and how they did while they were learnt; digests are
+    SHA-256."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     tower = PhotoTowerConfig(
         hidden_size=state["bridge"]["words.table"].shape[1], vocabulary=len(words)
     )
     return {
         "tower": {name: getattr(tower, name) for name in _TOWER},
-        "steps": state["best"]["step"],
+        "steps": step,
         "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
         "settings": state["settings"],
         "base": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
@@ -64,17 +67,22 @@ def card_of(state: dict[str, Any], words: list[str], data: Path, log: Path) -> d
 def main() -> None:
     parser = parser_of("export", "--work runs/photo_vlm", str(__doc__), "data", "work")
     parser.add_argument("--out", type=Path, default=PACKAGE, help="folder for weights and card")
+    parser.add_argument(
+        "--last", action="store_true", help="the last weights, not those of the highest CIDEr"
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work
     state = load_state(work / "state.pt")
     detectors = torch.load(work / "detectors.pt", weights_only=True)
     whole = "whole."
     detector = {n.removeprefix(whole): t for n, t in detectors.items() if n.startswith(whole)}
-    card = card_of(state, read_json(work / "words.json"), arguments.data, work / "log.jsonl")
+    learnt = state if arguments.last else state["best"]
+    words = read_json(work / "words.json")
+    card = card_of(state, learnt["step"], words, arguments.data, work / "log.jsonl")
     from safetensors.torch import save_file
 
     with atomic_folder(arguments.out) as staging:
-        save_file(weights_of(state["best"], detector), staging / WEIGHTS)
+        save_file(weights_of(learnt, detector), staging / WEIGHTS)
         write_json(staging / CARD, {**card, "sha256": digest_file(staging / WEIGHTS)})
     print(arguments.out)
 

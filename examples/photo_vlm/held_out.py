@@ -73,7 +73,8 @@ MODEST = Sizes(
 )  # fmt: skip
 """One regime and its lossless mode, in ten minutes of one core."""
 MIDDLE = Sizes(
-    captions=2000, questions=300, steps=2000, asked=300, timed=50, rounds=3, damaged=100, exact=300
+    captions=1500, questions=200, steps=1200, held_out=800, asked=200, timed=50, rounds=3,
+    damaged=60, exact=150,
 )  # fmt: skip
 """One regime, all that is measured of it, speeds on 50 photographs, in an hour of one core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)

@@ -312,7 +312,7 @@ def main() -> None:
     )
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     parser.add_argument("--validate", type=int, default=100, help="steps between validations")
-    parser.add_argument("--photographs", type=int, default=150, help="to validate on")
+    parser.add_argument("--photographs", type=int, default=500, help="to validate on")
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler")
     arguments = parser.parse_args()
     work: Path = arguments.work
