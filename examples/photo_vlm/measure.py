@@ -148,7 +148,7 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
         return lossless(other, Adapter.load(exits, other.backbone), held)
 
     parts: dict[str, Callable[[], Any]] = {"lossless": lossless_exactly}
-    if photos.sizes.damaged:
+    if photos.sizes.curves:
         parts["analysis"] = lambda: curves(photos, adapter, out / "analysis")
         held = photos.held["captions"][:300]
         parts["lossless_bfloat16"] = lambda: lossless(photos, adapter, held)
