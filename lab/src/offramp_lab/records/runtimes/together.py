@@ -80,7 +80,7 @@ def _timed(runtime: LlamaCppRuntime, mode: str, rounds: int) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(1, runtime.backbone.vocabulary, (runtime.rows, PROMPT), generator=draw)
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-    # Of what the exit says, half is sure enough.
+    # At the median of the exit's scores about half of the tokens exit.
     sure = runtime.generate({"input_ids": ids}, policy=ExitPolicy({EXIT: 1.0}), **options)
     level = float(sure.scores[~sure.scores.isnan()].median())
     options["policy"] = ExitPolicy({EXIT: level}).in_mode(mode)

@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -638,7 +639,7 @@ class SlotExecutor:
                 return None
         return tables
 
-    @property
+    @cached_property
     def _stage(self) -> Stage:
         return Stage(self.backbone, self.intercepted.stack)
 
