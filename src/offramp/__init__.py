@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offramp.calibration.calibrate import calibrate
     from offramp.data.example import Example
     from offramp.engine.confidence import register_score
+    from offramp.engine.constraint import JsonConstraint
     from offramp.engine.generate import generate
     from offramp.engine.policy import ExitPolicy, GenerationOutput
     from offramp.models.backbone import Backbone
@@ -37,6 +38,7 @@ __all__ = [
     "Exits",
     "Family",
     "GenerationOutput",
+    "JsonConstraint",
     "TrainConfig",
     "attach",
     "calibrate",
@@ -58,6 +60,7 @@ _HOMES = {
     "Exits": "models.exits",
     "Family": "models.registry",
     "GenerationOutput": "engine.policy",
+    "JsonConstraint": "engine.constraint",
     "TrainConfig": "training.config",
     "attach": "adapter",
     "calibrate": "calibration.calibrate",

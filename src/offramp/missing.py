@@ -20,6 +20,7 @@ EXTRAS = {
     "fastapi": "serve",
     "gguf": "llama-cpp",
     "llama-cpp-python": "llama-cpp",
+    "llguidance": "json",
     "matplotlib": "report",
     "offramp-photo": "photo",
     "peft": "peft",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offramp.engine.confidence import FEATURE_SCORES, STREAKS
+from offramp.engine.constraint import NothingAllowed
 from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
@@ -120,7 +121,9 @@ class ExitReader:
         scored = any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in asked)
         scores = self.scores(look, asked) if scored else [float("nan")] * len(asked)
         made: list[Verdict | Exception | None] = [
-            None if question is None else chain.errors.get(i) or Verdict(-1, scores[i], opened[i])
+            None
+            if question is None
+            else _verdict(chain.errors.get(i) or Verdict(-1, scores[i], opened[i]))
             for i, question in enumerate(asked)
         ]
         # Only what is to be said is chosen: processors are asked once for a token that stands.
@@ -132,7 +135,9 @@ class ExitReader:
             for i, word in enumerate(self._said(look, wanted)):
                 verdict = made[i]
                 if wanted[i] is not None and isinstance(verdict, Verdict):
-                    made[i] = word if isinstance(word, Exception) else verdict._replace(token=word)
+                    made[i] = _verdict(
+                        word if isinstance(word, Exception) else verdict._replace(token=word)
+                    )
         return made
 
     def scores(self, look: ExitCheck, asked: Sequence[Question | None]) -> Sequence[float]:
@@ -170,6 +175,11 @@ class ExitReader:
             return self.last_word(question, logits, place, largest[place])
 
         return word
+
+
+def _verdict(said: Verdict | Exception) -> Verdict | Exception:
+    """An exit that can say nothing that is allowed, of few tokens, was not there."""
+    return CLOSED if isinstance(said, NothingAllowed) else said
 
 
 def _says(question: Question | None, depth: int, verdict: Verdict) -> bool:

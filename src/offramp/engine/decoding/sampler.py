@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
+from offramp.engine.constraint import Constraint
 from offramp.engine.decoding.noise import Noise
 from offramp.engine.prefill import Prepared
 
@@ -90,12 +91,8 @@ class Sampler:
         self.ids: Tensor = prepared.ids[row : row + 1]
         self.row, self._rows = row, len(prepared.ids)
         self._lane = 0 if noise is None else min(row, noise.rows - 1)
-        self._processors, self._criteria = prepared.processors, prepared.criteria
+        self._criteria = prepared.criteria
         self._on_token, self._observer, self._together = on_token, observer, together
-        self.samples = bool(prepared.config.do_sample)
-        self.plain = not self.samples and not len(self._processors) and observer is None
-        self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
-        self.scored = bool(self._hard)
         self._ends: frozenset[int] = frozenset()
         self._custom = []
         for criterion in self._criteria:
@@ -103,6 +100,12 @@ class Sampler:
                 self._ends |= set(criterion.eos_token_id.flatten().tolist())
             elif type(criterion).__name__ != "MaxLengthCriteria":
                 self._custom.append(criterion)
+        self._own: list[Any] = []  # of this row alone
+        self._processors = [self._of_row(processor) for processor in prepared.processors]
+        self.samples = bool(prepared.config.do_sample)
+        self.plain = not self.samples and not len(self._processors) and observer is None
+        self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        self.scored = bool(self._hard)
         longest = self._criteria.max_length
         self.most = None if longest is None else int(longest) - self.ids.shape[1]
         self._noise = noise
@@ -126,10 +129,16 @@ class Sampler:
         without the warpers that only shape sampling (temperature, top-k, top-p, ...)."""
         return self._processed(self._hard, logits, before) if self._hard else logits
 
+    def _of_row(self, processor: Any) -> Any:
+        if not isinstance(processor, Constraint):
+            return processor
+        self._own.append(processor.of_row(self.ids.shape[1], self._ends))
+        return self._own[-1]
+
     def _processed(self, processors: Any, logits: Tensor, before: Sequence[int]) -> Tensor:
         ids = self._with(before)
         scores = logits.to(ids.device, torch.float32, copy=True)
-        if self._rows == 1 or all(type(p) in BY_ROW for p in processors):
+        if self._rows == 1 or all(type(p) in BY_ROW or p in self._own for p in processors):
             return _through(processors, ids, scores)
         ids, scores = ids.expand(self._rows, -1), scores.expand(self._rows, -1)
         made = _through(processors, ids.contiguous(), scores.contiguous())
