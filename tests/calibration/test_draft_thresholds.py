@@ -52,7 +52,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def test_every_exit_alone_and_all_together_are_tried(adapter: Adapter, timed: Any) -> None:
     found = draft_speeds(adapter, [{}], thresholds=(0.1, 0.5))
-    tried = [dict(d.thresholds) for d in found]
+    tried = [dict(d.thresholds) for d in found if d.longest == adapter.policy.max_draft]
     places = [[2], [4], [2, 4]]
     assert sorted(map(str, tried)) == sorted(
         str(dict.fromkeys(place, t)) for place in places for t in (0.1, 0.5)
@@ -66,6 +66,9 @@ def test_the_fastest_is_stored_and_what_is_promised_stays(adapter: Adapter, time
     assert [d.speedup for d in found] == sorted((d.speedup for d in found), reverse=True)
     chosen = with_drafts(adapter, found)
     assert chosen.policy == replace(adapter.policy, drafts={4: 0.5})
+    lengths = sorted(d.longest for d in found if d.thresholds == {4: 0.5})
+    assert lengths == list(module.LONGEST)
+    assert with_drafts(adapter, [module.Drafting({4: 0.5}, 2.0, 3)]).policy.max_draft == 3
     assert chosen.calibration == PROMISE
 
 
@@ -80,7 +83,14 @@ def test_without_prompts_there_is_nothing_to_race(adapter: Adapter) -> None:
 
 def test_a_race_over_real_prompts(adapter: Adapter, batch: Any) -> None:
     found = draft_speeds(adapter, [batch(NAME, 1)], thresholds=(0.0, 1.0), rounds=1, **GREEDY)
-    assert len(found) == 6 and all(d.speedup > 0 for d in found)
+    assert len(found) == 6 + len(module.LONGEST) - 1 and all(d.speedup > 0 for d in found)
+
+
+def test_exits_that_draft_on_are_tried_by_how_far(adapter: Adapter, timed: Any) -> None:
+    exits = Exits(adapter.backbone, (2, 4), kind="drafting")
+    found = draft_speeds(Adapter(adapter.backbone, exits, ExitPolicy()), [{}])
+    assert sorted(d.longest for d in found) == list(module.LONGEST)
+    assert {tuple(d.thresholds) for d in found} == {(4,)}
 
 
 # -- what drafts mean ----------------------------------------------------------------------------

@@ -16,22 +16,32 @@ from offramp.errors import DataError
 from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
+LONGEST = (2, 3, 4, 5, 8)
+"""Drafts in a round, at most."""
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """Thresholds to draft or guess by, and how fast they decode against the full model."""
+    """Thresholds to draft or guess by, and how fast they decode against the full model.
+
+    longest: drafts in a round, at most.
+    """
 
     thresholds: Thresholds
     speedup: float
+    longest: int = ExitPolicy.max_draft
 
 
 def draft_policies(adapter: Adapter, thresholds: Sequence[float] = THRESHOLDS) -> list[ExitPolicy]:
     """Lossless policies that draft by each exit alone and by all, at every threshold.
 
-    What else stands in the adapter's policy (score, shortlist, longest draft) is kept.
+    What else stands in the adapter's policy (score, shortlist, longest draft) is kept. Exits that
+    draft on write as many as a round may have, at no threshold: of those by every `LONGEST`.
     """
     depths = adapter.exits.depths
+    if adapter.exits.draft_on:
+        policy = replace(adapter.policy, kv="recompute", lossless=True, drafts={depths[-1]: 0.0})
+        return [replace(policy, max_draft=most) for most in LONGEST]
     places = dict.fromkeys([*((depth,) for depth in depths), depths])
     sweep = [Thresholds.shared(place, t) for place in places for t in thresholds]
     return [replace(adapter.policy, kv="recompute", lossless=True, drafts=d) for d in sweep]
@@ -46,7 +56,8 @@ def draft_speeds(
     progress: Any = iter,
     **options: Any,
 ) -> list[Drafting]:
-    """Time lossless decoding by each of `draft_policies`, interleaved; the fastest first.
+    """Time lossless decoding by each of `draft_policies`, interleaved, and the fastest of them by
+    every `LONGEST`; the fastest first.
 
     inputs: processor output, batch 1 each, like the prompts to come. options: of generation.
 
@@ -54,7 +65,14 @@ def draft_speeds(
         DataError: no inputs.
     """
     sweep = [(Thresholds(p.drafts), p) for p in draft_policies(adapter, thresholds)]
-    return _timed(adapter, sweep, inputs, rounds, progress, options)
+    found = _timed(adapter, sweep, inputs, rounds, progress, options)
+    if adapter.exits.draft_on:
+        return found
+    best = replace(sweep[0][1], drafts=found[0].thresholds)
+    lengths = [n for n in LONGEST if n != best.max_draft]
+    sweep = [(found[0].thresholds, replace(best, max_draft=most)) for most in lengths]
+    found += _timed(adapter, sweep, inputs, rounds, progress, options)
+    return sorted(found, key=lambda one: -one.speedup)
 
 
 def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
@@ -65,7 +83,9 @@ def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
     best = drafting[0]
     if best.speedup <= 1.0:
         return adapter
-    return adapter.with_policy(replace(adapter.policy, drafts=best.thresholds))
+    return adapter.with_policy(
+        replace(adapter.policy, drafts=best.thresholds, max_draft=best.longest)
+    )
 
 
 def guess_policies(adapter: Adapter, thresholds: Sequence[float] = THRESHOLDS) -> list[ExitPolicy]:
@@ -117,7 +137,7 @@ def _timed(
     timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
     full = timings["full"].decode
     found = [
-        Drafting(chosen, speedup(full, timings[str(n)].decode))
-        for n, (chosen, _) in enumerate(sweep)
+        Drafting(chosen, speedup(full, timings[str(n)].decode), policy.max_draft)
+        for n, (chosen, policy) in enumerate(sweep)
     ]
     return sorted(found, key=lambda one: -one.speedup)

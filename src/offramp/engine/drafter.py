@@ -22,13 +22,13 @@ from offramp.models.exits import DraftInput, ExitSet
 class Drafter:
     """One exit of kind "drafting".
 
-    depth: where it stands. most: drafts in a round, at most. input: of its layer. head: LM head of
-    what it can say, None: the model's own. shortlist: ids [S] of that, None: all.
+    depth: where it stands. rule: of answers whose drafts it writes. input: of its layer. head: LM
+    head of what it can say, None: the model's own. shortlist: ids [S] of that, None: all.
     """
 
     backbone: Backbone
     depth: int
-    most: int
+    rule: ExitRule
     input: DraftInput
     head: nn.Module | None
     shortlist: Tensor | None
@@ -54,13 +54,9 @@ class Drafter:
             if made is not None:
                 shortlist = shortlist_of_policy(policy, exits)
                 head = None if shortlist is None else exits.shortlist_head(backbone)
-                return cls(backbone, depth, policy.max_draft, made, head, shortlist)
+                rule = ExitRule.drafting(policy, depth)
+                return cls(backbone, depth, rule, made, head, shortlist)
         return None
-
-    @property
-    def rule(self) -> ExitRule:
-        """Of answers whose drafts it writes."""
-        return ExitRule({}, lossless=True, most=self.most, ahead=self.depth)
 
     def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
         """What enters the layer [n, D], for tokens [n] behind states [n, D] of the exit."""

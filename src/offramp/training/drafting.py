@@ -436,10 +436,13 @@ class DraftingStage:
         measured = {str(depth): one.to_json for depth, one in found.items()}
         for depth, one in measured.items():
             log.info("Drafts at depth %s are right: %s.", depth, one)
+        # One row more in the verifying call costs as much as a fifth draft is worth.
+        policy = replace(adapter.policy, max_draft=UNROLLED)
         ran = {**dict(adapter.provenance.get("config") or {}), "exit_kind": "drafting"}
         return replace(
             adapter,
             exits=replace(adapter.exits, modules=exits),
+            policy=policy,
             metrics={**adapter.metrics, "drafting": measured},
             provenance={**adapter.provenance, "config": {**asdict(self.config), **ran}},
         )

@@ -67,7 +67,10 @@ def _draft(arguments: argparse.Namespace) -> None:
     draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter
-    rows = [{"drafts": d.thresholds, "speedup_decode": d.speedup} for d in draftings]
+    rows: list[dict[str, Any]] = [
+        {"drafts": d.thresholds, "longest": d.longest, "speedup_decode": d.speedup}
+        for d in draftings
+    ]
     text = _table(draftings, better=better)
     if len(guess_policies(adapter)) > 1:
         guessing = guess_speeds(adapter, inputs, **options)
@@ -85,12 +88,14 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
     """From one answer of the full model, which is about as long as any way of drafting takes."""
     import time
 
-    from offramp.calibration.draft_thresholds import draft_policies, guess_policies
+    from offramp.calibration.draft_thresholds import LONGEST, draft_policies, guess_policies
     from offramp.engine.policy import FULL
     from offramp.progress import duration
 
     guesses = len(guess_policies(adapter))
     ways = 1 + len(draft_policies(adapter)) + (1 + guesses if guesses > 1 else 0)
+    if not adapter.exits.draft_on:
+        ways += len(LONGEST)
     begin = time.perf_counter()
     adapter.generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
@@ -107,10 +112,10 @@ def _table(draftings: Any, *, better: bool) -> str:
     """The thresholds that were timed and the choice, as a person reads it on a terminal."""
     lines = [f"{'drafts':<40}{'decoding':>10}"]
     for drafting in draftings:
-        lines.append(f"{_words(drafting.thresholds):<40}{drafting.speedup:>9.2f}x")
+        lines.append(f"{_draft_words(drafting):<40}{drafting.speedup:>9.2f}x")
     best = draftings[0]
     said = (
-        f"Lossless decoding drafts by {_words(best.thresholds)} from here on, "
+        f"Lossless decoding drafts by {_draft_words(best)} from here on, "
         f"{best.speedup:.2f}x as fast as the full model."
         if better
         else "No drafts are faster than the full model; the adapter's are left as they are."
@@ -122,6 +127,10 @@ def _guess_table(guessing: Any) -> str:
     lines = ["", "", f"{'early exit with guesses from':<40}{'decoding':>10}"]
     lines += [f"{_words(one.thresholds):<40}{one.speedup:>9.2f}x" for one in guessing]
     return "\n".join(lines)
+
+
+def _draft_words(drafting: Any) -> str:
+    return f"{_words(drafting.thresholds)}, {drafting.longest} at most"
 
 
 def _words(thresholds: Any) -> str:

@@ -149,6 +149,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.risk_control import images_needed
     from offramp.models.input_processor import InputProcessor
+    from offramp.models.shipped import shipped_exits
     from offramp.progress import progress
     from offramp.training.checkpoint import check_out
     from offramp.training.trainer import train, train_drafting
@@ -168,7 +169,9 @@ def _train(arguments: argparse.Namespace) -> None:
         check_exits(backbone, processor, examples[0])
     if isinstance(arguments.drafting, str):
         adapter = train_drafting(
-            Adapter.from_pretrained(backbone, arguments.drafting),
+            Adapter.from_pretrained(
+                backbone, shipped_exits(arguments.drafting) or arguments.drafting
+            ),
             processor, examples, config, arguments.out, overwrite=arguments.overwrite,
         )  # fmt: skip
     else:

@@ -63,6 +63,11 @@ class ExitRule:
             most = None  # its caller's schedule says when the layers above are asked
         return cls({d: _single(t) for d, t in at.items()}, policy.lossless, guesses or None, most)
 
+    @classmethod
+    def drafting(cls, policy: ExitPolicy, depth: int) -> ExitRule:
+        """The rule of answers whose drafts the exit at `depth` writes from its own state."""
+        return cls({}, lossless=True, most=policy.max_draft, ahead=depth)
+
     def opening(self, thresholds: Mapping[int, float]) -> ExitRule:
         """The rule of an answer's first token, which exits at `thresholds`; none: nowhere."""
         at = {} if self.lossless else {d: _single(t) for d, t in thresholds.items()}

@@ -22,6 +22,7 @@ from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp.array_reader import ArrayReader
 from offramp.runtimes.llama_cpp.chain import SegmentChain
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
@@ -83,10 +84,11 @@ class EdgeModel:
         self._shortlist = None if ids is None else np.asarray(ids, dtype=np.int64)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
+        self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
         try:
-            check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
+            check_survives(*self.files.tried, self.files.digests, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             first, last = self._segments[0], self._segments[-1]
@@ -105,6 +107,7 @@ class EdgeModel:
                 )
             probe = self._embeddings.of(_probe(self.vocabulary.size))
             self._chain = SegmentChain(self._segments, call_sizes(self._segments, probe))
+            self._drafter = ChainDrafter.load(self.files, self.engine, self._embeddings.of)
         except BaseException:
             self.close()
             raise
@@ -178,6 +181,8 @@ class EdgeModel:
                 self._images.close()
             for segment in self._segments:
                 segment.close()
+            if self._drafter is not None:
+                self._drafter.close()
             self._closed = True
 
     def __enter__(self) -> EdgeModel:
@@ -203,7 +208,8 @@ class EdgeModel:
         return policy
 
     def _write(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> list[Token]:
-        depths = policy.depths
+        drafter = self._drafter if policy.lossless else None
+        depths = policy.depths if drafter is None else ()
         # Guesses fall with whom they wait: what they change must be speed alone.
         exact = policy.lossless or bool(policy.guesses) or not depths
         executor = ChainExecutor(
@@ -212,10 +218,13 @@ class EdgeModel:
             depths,
             lambda token, position: self._embeddings.of([token]),
             exact=exact,
+            drafter=drafter,
         )
         reader = ArrayReader(policy, self._gates, self._shortlist)
         decoder = Decoder(self.layers, executor, reader)
         rule = ExitRule.of(policy) if depths else NO_EXITS
+        if drafter is not None:
+            rule = ExitRule.drafting(policy, drafter.depth)
         first = policy.opening if policy.exit_in_prefill and self._causal else {}
         run, firsts = decoder.read(executor, prompt, [sampler], rule, first=first)
         sequence = decoder.join(run, 0, sampler, rule, firsts[0])
@@ -282,11 +291,11 @@ class _Embeddings:
         self._scale = np.float32(header.said.get(EMBEDDING_SCALE, 1.0))
         self._quants = import_gguf().quants
 
-    def of(self, tokens: list[int]) -> States:
+    def of(self, tokens: Sequence[int]) -> States:
         """The states [T, D] that enter the decoder."""
         if not tokens:
             return np.zeros((0, 0), dtype=np.float32)
-        rows = self._quants.dequantize(np.ascontiguousarray(self._rows[tokens]), self._type)
+        rows = self._quants.dequantize(np.ascontiguousarray(self._rows[[*tokens]]), self._type)
         states = np.asarray(rows, dtype=np.float32)
         return states if self._scale == 1.0 else states * self._scale
 

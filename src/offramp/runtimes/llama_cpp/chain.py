@@ -31,18 +31,25 @@ class CallSizes:
     single token is fed twice, the second time to be forgotten.
 
     seconds: of the CPU in calls, by their tokens, without logits; none: the fewest calls are best.
-    shared: whether rows of several sequences come out of a call as they do alone.
+    shared: whether rows of several sequences come out of a call as they do alone. first: as `most`,
+    of text in the first segment, where a single token is never fed twice.
     """
 
     least: int = 1
     most: int = 1
     seconds: Mapping[int, float] = field(default_factory=dict)
     shared: bool = True
+    first: int = 1
 
     def cut(self, tokens: int) -> list[int]:
         """How many each of the calls holds that take the least time together."""
         whole, rest = divmod(tokens, self.most)
         return [self.most] * whole + self._cuts[rest]
+
+    def cut_first(self, tokens: int) -> list[int]:
+        """The same in the first segment."""
+        whole, rest = divmod(tokens, self.first)
+        return [self.first] * whole + [rest] * bool(rest)
 
     @cached_property
     def _cuts(self) -> list[list[int]]:
@@ -316,6 +323,8 @@ class SegmentChain:
                 few.append(text)
         if few:
             rows = np.concatenate(few) if len(few) > 1 else few[0]
-            for count in self.sizes.cut(len(rows)):
+            sizes = self.sizes
+            cuts = sizes.cut(len(rows)) if place else sizes.cut_first(len(rows))
+            for count in cuts:
                 yield rows[:count], False
                 rows = rows[count:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,11 +185,11 @@ class Embeddings:
             states = states * self._scale
         return states if self._places is None else states + self._places[position]
 
-    def of(self, tokens: list[int], position: int = 0) -> States:
-        """The states [T, D] of tokens that stand from `position` on."""
+    def of(self, tokens: Sequence[int], position: int | None = 0) -> States:
+        """The states [T, D] of tokens that stand from `position` on; None: the embeddings alone."""
         ids = torch.tensor([tokens], device=self._backbone.device)
         states = _array(self._embedding(ids)[0].float().cpu()) * self._scale
-        if self._places is None:
+        if self._places is None or position is None:
             return states
         return states + self._places[position : position + len(tokens)]
 

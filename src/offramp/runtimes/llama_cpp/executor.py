@@ -14,6 +14,7 @@ import numpy as np
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 
@@ -40,7 +41,7 @@ class ChainExecutor:
     """Runs a chain for as many sequences as it has slots, whose prompts it reads itself.
 
     stand: depths of the chain's exits. depths: of those in use. embed: the states [1, D] of a token
-    at a position. exact: as of `SegmentChain.reset`.
+    at a position. exact: as of `SegmentChain.reset`. drafter: of answers whose drafts it writes.
     """
 
     rows: int | None = 1  # rows that have nothing to say do not go along
@@ -54,8 +55,9 @@ class ChainExecutor:
         embed: Callable[[int, int], States],
         *,
         exact: bool,
+        drafter: ChainDrafter | None = None,
     ) -> None:
-        self.depths = tuple(depths)
+        self.depths, self._drafter = tuple(depths), drafter
         self._chain, self._stand, self._embed, self._exact = chain, tuple(stand), embed, exact
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]
@@ -81,6 +83,10 @@ class ChainExecutor:
 
         chain, columns, slot = self._chain, len(prepared.states), min(self._free)
         chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot)
+        if keep is not None and self._drafter is not None:
+            self._drafter.begin(slot, prepared)
+            logits = self._whole({slot: prepared.states}, {slot: 1})
+            return ChainPrompt(slot, columns, logits, None)
         place = chain.run(prepared.states, None if decide is None else at, slot)
         if place < self._last:
             return ChainPrompt(slot, columns, None, self._stand[place])
@@ -163,16 +169,44 @@ class ChainExecutor:
         *,
         exits: bool,
     ) -> Array:
-        new, last = self._entering(handles, ids), self._last
+        new = self._entering(handles, ids)
         if len(handles) == 1:
             slot = handles[0]
             self._chain.run(new[slot], None, slot)
             return self._chain.finish(1, slot)
-        outputs = dict.fromkeys(handles, 1)
+        return self._whole(new, dict.fromkeys(handles, 1))
+
+    def _whole(self, new: Mapping[int, States], outputs: Mapping[int, int]) -> Array:
+        """Run new states of each slot through all segments; logits of the last ones of each. The
+        drafter gets what enters its exit."""
+        chain, last, drafter = self._chain, self._last, self._drafter
         for place in range(last):
-            self._chain.together(place, dict.fromkeys(handles, 0), new if place == 0 else None)
-        made = self._chain.together(last, outputs, None if last else new)
-        return np.concatenate([made[slot][1] for slot in handles])
+            made = chain.together(place, dict.fromkeys(new, 0), new if place == 0 else None)
+            if drafter is not None and self._stand[place] == drafter.depth:
+                for slot in new:
+                    drafter.take(slot, made[slot][0])
+        made = chain.together(last, outputs)
+        parts = [made[slot][1] for slot in new]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def draft(
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        most: Sequence[int],
+    ) -> list[list[int]]:
+        assert self._drafter is not None
+        return [*map(self._drafter.draft, handles, ids, most)]
+
+    def verify(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Array:
+        new = {
+            slot: np.concatenate([self._embed(t, column + i) for i, t in enumerate(tokens)])
+            for slot, tokens, column in zip(handles, ids, columns, strict=True)
+        }
+        return self._whole(new, {slot: len(states) for slot, states in new.items()})
 
     def trial(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
@@ -184,6 +218,8 @@ class ChainExecutor:
 
     def crop(self, handle: int, column: int) -> None:
         self._chain.crop(self._chain.tokens(handle) - column, handle)
+        if self._drafter is not None:
+            self._drafter.crop(handle, column)
 
     def release(self, handle: int) -> None:
         """Free its slot; whoever takes it resets it."""

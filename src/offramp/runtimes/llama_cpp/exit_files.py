@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError
+from offramp.runtimes.llama_cpp.graphs import DRAFTS
 from offramp.storage import digest_file, read_json
 
 Array = npt.NDArray[np.float32]
@@ -40,6 +41,14 @@ class ExitFiles:
     shortlist: npt.NDArray[np.int64] | None
     gates: Mapping[int, tuple[Array, float]]
     digest: str
+
+    def draft_input(self, depth: int) -> dict[str, Array]:
+        """What enters the exit at a depth where it drafts on, by name; empty where it does not."""
+        return {
+            name.removeprefix(DRAFTS): array
+            for name, array in self.states[depth].items()
+            if name.startswith(DRAFTS)
+        }
 
     @property
     def policy(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 segment-0.gguf    layers below the first exit, the exit's own layer, norm, the head's rows
 ...               one segment more for each further exit
 segment-N.gguf    the layers above the last exit, norm, the whole head
+drafter.gguf      where the last exit drafts on: its layer once more, norm, the head's rows
+drafter.npz       what enters it there, of `DraftInput`
 digests.json      SHA-256 of each file
 
 Weights are the model's own. Embeddings and everything before the decoder stay in PyTorch: a segment
@@ -38,8 +40,9 @@ from offramp.runtimes.llama_cpp.architectures import (
     rope_factors,
     settings,
 )
+from offramp.runtimes.llama_cpp.drafter import write_draft_input
 from offramp.runtimes.llama_cpp.exits_digest import exits_digest
-from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
 from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
 from offramp.runtimes.llama_cpp.packages import import_gguf
@@ -74,16 +77,14 @@ class ExportFormats:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """One file: the decoder layers [start, stop), and behind them an exit or, in the last, none."""
+    """One file: the decoder layers [start, stop), and behind them an exit or, in the whole model's
+    last, none."""
 
     index: int
     start: int
     stop: int
     exit: nn.Module | None
-
-    @property
-    def file(self) -> str:
-        return f"segment-{self.index}.gguf"
+    file: str
 
 
 def export_gguf(
@@ -110,29 +111,38 @@ def export_gguf(
     shortlist = shortlist_of_policy(adapter.policy, adapter.exits)
     about = _about(adapter, chosen, formats)
     plans = plan_segments(adapter, chosen)
+    files = [plan.file for plan in plans]
     with atomic_folder(folder) as staging:
         for plan in plans:
             rows = shortlist if plan.exit is not None else None
             writer = _Writer(adapter.backbone, architecture, formats, plan)
             writer.write(staging / plan.file, rows, {**about, "offramp.segment": plan.index})
-        digests = {plan.file: digest_file(staging / plan.file) for plan in plans}
-        write_json(staging / DIGESTS, digests)
-    return [Path(folder) / plan.file for plan in plans]
+        if (drafts := adapter.exits.modules.draft_input(chosen[-1])) is not None:
+            state = {name: _array(tensor) for name, tensor in drafts.state_dict().items()}
+            write_draft_input(staging / DRAFT_INPUT, state)
+            files.append(DRAFT_INPUT)
+        write_json(staging / DIGESTS, {file: digest_file(staging / file) for file in files})
+    return [Path(folder) / file for file in files]
 
 
 def export_whole(backbone: Backbone, file: Path, formats: ExportFormats) -> None:
     """The decoder without exits in one file, which is what llama.cpp runs alone: for comparison."""
-    plan = SegmentPlan(0, 0, backbone.depth, None)
+    plan = SegmentPlan(0, 0, backbone.depth, None, file.name)
     _Writer(backbone, architecture_of(backbone), formats, plan).write(file, None, {})
 
 
 def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
-    """The chain of segments for the exits at `depths`."""
+    """The chain of segments for the exits at `depths`, and the layer of one that drafts on."""
     edges = [0, *depths, adapter.backbone.depth]
     exits = [*(adapter.exits.at(depth) for depth in depths), None]
-    return [
-        SegmentPlan(i, edges[i], edges[i + 1], exit_module) for i, exit_module in enumerate(exits)
+    plans = [
+        SegmentPlan(i, edges[i], edges[i + 1], exit_module, f"segment-{i}.gguf")
+        for i, exit_module in enumerate(exits)
     ]
+    last = depths[-1]
+    if adapter.exits.modules.draft_input(last) is not None:
+        plans.append(SegmentPlan(len(plans), last, last, adapter.exits.at(last), DRAFTER))
+    return plans
 
 
 def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:
@@ -144,11 +154,11 @@ def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int,
             f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
             f"Name depths to write among {list(adapter.exits.depths)}, e.g. with --depths.",
         )
-    if adapter.exits.modules.kind != "layer":
+    if adapter.exits.modules.kind not in ("layer", "drafting"):
         raise InputError(
             f"Exits of kind {adapter.exits.modules.kind!r} are no decoder layers, which is what "
             "llama.cpp runs.",
-            "Export exits of kind 'layer'.",
+            "Export exits of kind 'layer' or 'drafting'.",
         )
     return check_depths(sorted(named), adapter.backbone.depth)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 DIGESTS = "digests.json"
+DRAFTER, DRAFT_INPUT = "drafter.gguf", "drafter.npz"
+"""The layer of the exit that drafts on, and what enters it there."""
 _AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER."
 
 
@@ -27,7 +29,8 @@ class SegmentFiles:
 
     digests: SHA-256 of each. depths: of the exits. cuts: the first decoder layer of each segment,
     and the number of layers. shortlist: token ids [S] of the exits' heads; None: all. formats: of
-    layers, exits and head. said: all that offramp wrote into the first file, by key.
+    layers, exits and head. said: all that offramp wrote into the first file, by key. drafter: of
+    the deepest exit, where it drafts on; its digest is the last one.
     """
 
     files: tuple[Path, ...]
@@ -37,6 +40,14 @@ class SegmentFiles:
     shortlist: tuple[int, ...] | None
     formats: dict[str, str]
     said: dict[str, Any]
+    drafter: Path | None = None
+
+    @property
+    def tried(self) -> tuple[tuple[Path, ...], tuple[int | None, ...]]:
+        """All files that llama.cpp loads, and their taps."""
+        if self.drafter is None:
+            return self.files, self.taps
+        return (*self.files, self.drafter), (*self.taps, 0)
 
     @property
     def taps(self) -> tuple[int | None, ...]:
@@ -57,7 +68,7 @@ def read_segments(
         AdapterError: there is no export, a file is damaged, or it is of another adapter.
     """
     folder = Path(folder)
-    files, digests = _whole_files(folder, check_digests)
+    files, digests, drafts = _whole_files(folder, check_digests)
     about = [_metadata(file) for file in files]
     _check_together(folder, about)
     if adapter is not None:
@@ -72,19 +83,24 @@ def read_segments(
         None if shortlist is None else tuple(shortlist),
         json.loads(about[0]["offramp.formats"]),
         about[0],
+        folder / DRAFTER if drafts else None,
     )
 
 
-def _whole_files(folder: Path, check_digests: bool) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The files, and the digests that they were written with."""
+def _whole_files(
+    folder: Path, check_digests: bool
+) -> tuple[tuple[Path, ...], tuple[str, ...], bool]:
+    """The segments, the digests that llama.cpp's files were written with, and whether one drafts
+    on."""
     if not (folder / DIGESTS).is_file():
         raise AdapterError(f"{folder} holds no exported segments ({DIGESTS} is missing).", _AGAIN)
     try:
         digests: dict[str, str] = dict(read_json(folder / DIGESTS))
-        names = [f"segment-{place}.gguf" for place in range(len(digests))]
+        drafts = {DRAFTER, DRAFT_INPUT} <= set(digests)
+        names = [f"segment-{place}.gguf" for place in range(len(digests) - 2 * drafts)]
         damaged = [
             name
-            for name in names
+            for name in (*names, *([DRAFTER, DRAFT_INPUT] if drafts else []))
             if not (folder / name).is_file()
             or (check_digests and digest_file(folder / name) != digests[name])
         ]
@@ -92,7 +108,8 @@ def _whole_files(folder: Path, check_digests: bool) -> tuple[tuple[Path, ...], t
         raise AdapterError(f"{folder / DIGESTS} is damaged.", _AGAIN) from error
     if damaged or len(names) < 2:
         raise AdapterError(f"{folder / (damaged or [DIGESTS])[0]} is damaged or missing.", _AGAIN)
-    return tuple(folder / name for name in names), tuple(str(digests[n]) for n in names)
+    loaded = [*names, *([DRAFTER] if drafts else [])]
+    return tuple(folder / name for name in names), tuple(str(digests[n]) for n in loaded), drafts
 
 
 def _metadata(file: Path) -> dict[str, Any]:

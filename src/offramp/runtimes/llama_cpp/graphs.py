@@ -150,12 +150,17 @@ GRAPHS: dict[str, Architecture] = {
 """By `general.architecture`, as a file from the hub says it."""
 
 
+DRAFTS = "drafts."
+"""How names of tensors begin, of an exit that drafts on, that are not its layer's."""
+
+
 def layer_arrays(
     state: Mapping[str, Array], architecture: Architecture, heads: tuple[int, int]
 ) -> dict[str, Array]:
     """A decoder layer's tensors by their names in a file, less the layer's number.
 
-    state: by their names in Hugging Face's module. heads: of queries, and of keys and values.
+    state: by their names in Hugging Face's module; what enters an exit that drafts on is left out.
+    heads: of queries, and of keys and values.
 
     Raises:
         KeyError: a tensor that has no place in the graph, by its name.
@@ -163,6 +168,8 @@ def layer_arrays(
     found: dict[str, Array] = {}
     by_stem = dict(zip(("attn_q", "attn_k"), heads, strict=True))
     for name, value in state.items():
+        if name.startswith(DRAFTS):
+            continue
         module, _, part = name.rpartition(".")
         stem = architecture.layer.get(module)
         if stem is None:

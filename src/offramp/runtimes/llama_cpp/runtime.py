@@ -14,6 +14,7 @@ from torch import Tensor
 from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
@@ -25,6 +26,7 @@ from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
 from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
@@ -69,11 +71,15 @@ class LlamaCppRuntime:
         self._lock = threading.Lock()
         self._closed = False
         self._segments: list[Segment] = []
+        self._drafter: ChainDrafter | None = None
         try:
-            check_survives(self.files.files, self.files.taps, self.files.digests, self.engine)
+            check_survives(*self.files.tried, self.files.digests, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             self.likeness, sizes = self._check()
+            self._drafter = ChainDrafter.load(
+                self.files, self.engine, lambda tokens: self._embeddings.of(tokens, None)
+            )
         except BaseException:
             self.close()
             raise
@@ -212,6 +218,8 @@ class LlamaCppRuntime:
         with self._lock:
             for segment in self._segments:
                 segment.close()
+            if self._drafter is not None:
+                self._drafter.close()
             self._closed = True
 
     def __enter__(self) -> LlamaCppRuntime:
@@ -230,21 +238,25 @@ class LlamaCppRuntime:
         streamer: Any,
         seed: int | None,
     ) -> GenerationOutput:
-        depths = policy.depths
+        drafter = self._drafter if policy.lossless else None
+        depths = policy.depths if drafter is None else ()
         # Guesses, and others in the call, fall with whom they wait: what they change must be speed
         # alone.
         exact = policy.lossless or bool(policy.guesses) or not depths or self.rows > 1
         executor = ChainExecutor(
-            self._chain, self.files.depths, depths, self._token_states, exact=exact
+            self._chain, self.files.depths, depths, self._token_states, exact=exact, drafter=drafter
         )
         asker = TensorReader(self.adapter, policy, depths)
         rows = len(prompts)
         schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
+        rule = exit_rule(self.backbone, policy, asker)
+        if drafter is not None:
+            rule = ExitRule.drafting(policy, drafter.depth)
         return write_answers(
             Decoder(self.backbone.depth, executor, asker, schedule=schedule),
             [_Reads(executor, prompt) for prompt in prompts],
             prepared,
-            exit_rule(self.backbone, policy, asker),
+            rule,
             streamer=streamer,
             seed=seed,
             first=first_thresholds(self.backbone, policy),

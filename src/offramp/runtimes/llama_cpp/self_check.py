@@ -53,7 +53,8 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
     several = first.sequences > 1
     states = _feed(first, probe, 1).states
     _check_crop(first, probe)
-    sizes = [_sizes(first, probe) if several else CallSizes(1, AT_ONCE)]
+    below = _sizes(first, probe)
+    sizes = [below if several else CallSizes(1, AT_ONCE)]
     inputs = [probe]
     for segment in others:
         assert states is not None
@@ -67,7 +68,8 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
     shared = several and all(
         _shares(segment, states, most) for segment, states in zip(segments, inputs, strict=True)
     )
-    return CallSizes(least, most, _seconds(segments[-1], probe, least, most), shared)
+    seconds = _seconds(segments[-1], probe, least, most)
+    return CallSizes(least, most, seconds, shared, below.most if below.least == 1 else 1)
 
 
 def _shares(segment: Segment, states: States, most: int) -> bool:

@@ -19,8 +19,9 @@ import numpy as np
 
 from offramp import __version__
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
+from offramp.runtimes.llama_cpp.drafter import write_draft_input
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
-from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, FORMAT
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
 from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
 from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
 from offramp.runtimes.llama_cpp.packages import import_gguf
@@ -83,12 +84,21 @@ def slice_gguf(
     about = _about(source, made, chosen, exits)
     edges = [0, *chosen, source.layers]
     with atomic_folder(folder) as staging:
-        names = []
-        for place in range(len(edges) - 1):
-            depth = chosen[place] if place < len(chosen) else None
-            names.append(f"segment-{place}.gguf")
-            cut = _Cut(source, edges[place], edges[place + 1], depth)
-            cut.write(staging / names[-1], made, {**about, "offramp.segment": place}, exits)
+        names, last = list[str](), chosen[-1]
+        cuts = [
+            (f"segment-{place}.gguf", _Cut(source, start, stop, depth))
+            for place, (start, stop, depth) in enumerate(
+                zip(edges, edges[1:], [*chosen, None], strict=False)
+            )
+        ]
+        drafts = made.draft_input(last)
+        if drafts:
+            cuts.append((DRAFTER, _Cut(source, last, last, last)))
+            write_draft_input(staging / DRAFT_INPUT, drafts)
+            names.append(DRAFT_INPUT)
+        for place, (name, cut) in enumerate(cuts):
+            cut.write(staging / name, made, {**about, "offramp.segment": place}, exits)
+            names.append(name)
         write_json(staging / DIGESTS, {name: digest_file(staging / name) for name in names})
     return [Path(folder) / name for name in names]
 
@@ -137,11 +147,11 @@ def _chosen(made: ExitFiles, depths: Sequence[int] | None) -> tuple[int, ...]:
             f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
             f"Name depths to write among {sorted(made.states)}, e.g. with --depths.",
         )
-    if made.config.get("exit_kind", "layer") != "layer":
+    if made.config.get("exit_kind", "layer") not in ("layer", "drafting"):
         raise InputError(
             f"Exits of kind {made.config['exit_kind']!r} are no decoder layers, which is what "
             "llama.cpp runs.",
-            "Train exits of kind 'layer'.",
+            "Train exits of kind 'layer' or 'drafting'.",
         )
     return chosen
 

@@ -1,0 +1,152 @@
+"""An exit that drafts on from its own state inside llama.cpp, its layer in a file of its own.
+
+As in `offramp.engine.drafter`, in numpy. Nothing here need come out the same to the last bit:
+drafts change speed alone.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from offramp.errors import AdapterError
+from offramp.runtimes.llama_cpp.chain import Array, CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.gguf_files import DRAFT_INPUT, SegmentFiles
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
+
+_AT_ONCE = 32
+"""Verified rows in a call."""
+_NAMES = ("embedding_norm.weight", "state_norm.weight", "embedding.weight", "state.weight")
+
+
+class ChainDrafter:
+    """Drafts for each slot of a chain.
+
+    depth: of the exit. segment: its layer and the head of what it can say, tapped behind the layer.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        segment: Segment,
+        weights: Mapping[str, Array],
+        shortlist: Sequence[int] | None,
+        embedded: Callable[[Sequence[int]], States],
+    ) -> None:
+        """weights: of `DraftInput`, by name. shortlist: ids of what the exit says; None: all.
+        embedded: embeddings [n, E] of tokens, without positions."""
+        self.depth, self._segment = depth, segment
+        self._chain = SegmentChain([segment], CallSizes(most=_AT_ONCE))
+        self._states: dict[int, States] = {}
+        self._embedded, self._ids = embedded, None if shortlist is None else [*shortlist]
+        word_norm, state_norm, of_words, of_states = (weights[name] for name in _NAMES)
+        self._of_words = np.ascontiguousarray((word_norm * of_words).T)
+        self._of_states = np.ascontiguousarray(state_norm * of_states)
+        self._known = {}
+        if self._ids is not None:  # what it says it is given next
+            entering = self._entering(self._ids)
+            self._known = {token: row for token, row in zip(self._ids, entering, strict=True)}
+
+    @classmethod
+    def load(
+        cls, files: SegmentFiles, engine: EngineOptions, embedded: Callable[[Sequence[int]], States]
+    ) -> ChainDrafter | None:
+        """The one of an export; None where no exit of it drafts on.
+
+        Raises:
+            AdapterError: a file that does not load.
+        """
+        if files.drafter is None:
+            return None
+        segment = Segment(files.drafter, engine, tap_layer=0)
+        try:
+            weights = read_draft_input(files.drafter.with_name(DRAFT_INPUT), segment.width)
+            return cls(files.depths[-1], segment, weights, files.shortlist, embedded)
+        except BaseException:
+            segment.close()
+            raise
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._segment.close()
+
+    def begin(self, slot: int, prompt: Prompt) -> None:
+        """Forget a sequence: what is taken next is of another's prompt."""
+        self._states.pop(slot, None)
+        self._chain.reset(prompt=prompt, slot=slot)
+
+    def take(self, slot: int, states: States) -> None:
+        """States [n, D] of tokens behind those before, as they enter the exit."""
+        self._chain.run(states, None, slot)
+
+    def draft(self, slot: int, token: int, most: int) -> list[int]:
+        """Up to `most` ids behind a token, from the state of the one before it."""
+        chain, segment = self._chain, self._segment
+        if chain.waits(slot):
+            chain.finish(1, slot)
+            self._states[slot] = segment.tapped()[-1:]
+        state, drafts = self._states.get(slot), list[int]()
+        if state is None:
+            return drafts
+        for _ in range(most):
+            segment.feed(self._input(token, state), 1, slot=slot)
+            said = int(segment.logits(1)[0].argmax())
+            token = said if self._ids is None else self._ids[said]
+            drafts.append(token)
+            state = segment.tapped()
+        segment.crop(len(drafts), slot)
+        return drafts
+
+    def crop(self, slot: int, columns: int) -> None:
+        """Forget what a sequence has from a column on."""
+        self._chain.crop(self._chain.tokens(slot) - columns, slot)
+
+    def _input(self, token: int, state: States) -> States:
+        """What enters the layer [1, D]."""
+        word = self._known.get(token)
+        if word is None:
+            word = self._entering([token])[0]
+        made: States = word + self._of_states @ _normed(state[0])
+        return made[None]
+
+    def _entering(self, tokens: Sequence[int]) -> Array:
+        """The embeddings' part [n, D] of that."""
+        return np.asarray(_normed(self._embedded(tokens)) @ self._of_words, dtype=np.float32)
+
+
+def _normed(rows: Array) -> Array:
+    """By root mean square, as `torch.nn.RMSNorm` does."""
+    small = np.finfo(np.float32).eps
+    mean = np.square(rows).mean(-1, keepdims=True) + small
+    return np.asarray(rows / np.sqrt(mean), dtype=np.float32)
+
+
+def write_draft_input(file: Path, state: Mapping[str, Array]) -> None:
+    """Keep the weights of a `DraftInput`. state: by its names."""
+    np.savez(file, allow_pickle=False, **{name: state[name] for name in _NAMES})
+
+
+def read_draft_input(file: Path, width: int) -> dict[str, Array]:
+    """What was kept. width: D of states.
+
+    Raises:
+        AdapterError: the file holds something else.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            found = {name: held[name].astype(np.float32) for name in _NAMES}
+        words = found["embedding_norm.weight"].shape
+        shapes = [words, (width,), (width, *words), (width, width)]
+        if [found[name].shape for name in _NAMES] != shapes:
+            raise ValueError(f"its states are not {width} wide")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise AdapterError(
+            f"{file} does not say what enters an exit that drafts on: {error}.",
+            "Export the exits again.",
+        ) from error
+    return found

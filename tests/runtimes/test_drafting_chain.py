@@ -1,0 +1,156 @@
+"""Laws of exits that draft on inside llama.cpp: full depth's answer, in rounds of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from gguf_cases import FURTHER, GREEDY, KINDS, SHORT, adapter_of, depths_of, inputs_of, refused
+from hub_files import sliced, text_adapter
+
+from offramp.adapter import Adapter
+from offramp.engine.drafter import Drafter
+from offramp.errors import AdapterError
+from offramp.models.exits import Exits, ExitSet
+
+pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+
+from offramp.runtimes.edge.model import EdgeModel
+from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.segment import EngineOptions
+
+EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
+
+
+def drafting(adapter: Adapter) -> Adapter:
+    """The same exits, which draft on, the deepest by what it learnt."""
+    backbone, plain = adapter.backbone, adapter.exits
+    exits = Exits(backbone, plain.depths, kind="drafting")
+    exits.load_state_dict(plain.modules.state_dict(), strict=False)
+    exits.requires_grad_(False)
+    policy = replace(adapter.policy, drafts=dict.fromkeys(plain.depths, 0.1), max_draft=3)
+    return replace(adapter, exits=ExitSet(exits, SHORT), policy=replace(policy, lossless=True))
+
+
+@pytest.fixture(scope="session")
+def loaded(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., LlamaCppRuntime]]:
+    """`loaded(name, formats, sequences)`: a runtime of exits that draft on, loaded once."""
+    made: list[LlamaCppRuntime] = []
+
+    @cache
+    def load(name: str, formats: str = "f32", sequences: int = 1) -> LlamaCppRuntime:
+        adapter = drafting(adapter_of(name))
+        folder = tmp_path_factory.mktemp("drafting")
+        export_gguf(adapter, folder, formats)
+        made.append(LlamaCppRuntime(adapter, folder, engine=replace(EXACT, sequences=sequences)))
+        return made[-1]
+
+    yield load
+    for runtime in made:
+        runtime.close()
+
+
+@pytest.fixture
+def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
+    """`knows(answer)`: drafts are what mostly follows in it."""
+
+    def tell(answer: Sequence[int]) -> None:
+        following, draft = dict(pairwise(answer)), ChainDrafter.draft
+
+        def told(self: ChainDrafter, slot: int, token: int, most: int) -> list[int]:
+            made = []
+            for _ in draft(self, slot, token, most):
+                token = following.get(token, 0)
+                made.append(token)
+            return made
+
+        monkeypatch.setattr(ChainDrafter, "draft", told)
+
+    return tell
+
+
+@pytest.mark.parametrize("formats", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", [*KINDS, *FURTHER])
+def test_answers_are_full_depths(
+    name: str, formats: str, loaded: Callable[..., LlamaCppRuntime], knows: Any
+) -> None:
+    runtime, inputs = loaded(name, formats), inputs_of(name)
+    full = runtime.generate(inputs, mode="full", return_dict_in_generate=True, **GREEDY)
+    made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(made.sequences, full.sequences)
+    assert sum(count for count, _ in made.rounds) > 0
+    knows(full.new_tokens[0].tolist())
+    made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(made.sequences, full.sequences)
+    assert sum(kept for _, kept in made.rounds) > 0
+    assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
+
+
+@pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
+def test_drafts_are_pytorchs(
+    name: str, loaded: Callable[..., LlamaCppRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = list[int](), list[int]()
+    draft, tokens = ChainDrafter.draft, Drafter.tokens
+
+    def drafted(self: ChainDrafter, slot: int, token: int, most: int) -> list[int]:
+        made = draft(self, slot, token, most)
+        here.extend(made)
+        return made
+
+    def said(self: Drafter, states: torch.Tensor) -> torch.Tensor:
+        made = tokens(self, states)
+        there.extend(made.tolist())
+        return made
+
+    monkeypatch.setattr(ChainDrafter, "draft", drafted)
+    monkeypatch.setattr(Drafter, "tokens", said)
+    runtime = loaded(name)
+    for seed in range(3):
+        inputs = inputs_of(name, seed)
+        runtime.generate(inputs, **GREEDY)
+        runtime.adapter.generate(inputs, **GREEDY)
+        assert here == there and len(set(here)) > 1
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_several_rows_draft_as_alone(name: str, loaded: Callable[..., LlamaCppRuntime]) -> None:
+    runtime, alone = loaded(name, "f32", 3), loaded(name)
+    inputs = families.kind_of(name).inputs(3)
+    made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
+    for row in range(3):
+        one = families.one_row(name, inputs, row)
+        expected = alone.generate(one, return_dict_in_generate=True, **GREEDY)
+        length = expected.new_tokens.shape[1]
+        assert torch.equal(made.new_tokens[row, :length], expected.new_tokens[0])
+
+
+def test_without_pytorch_answers_are_full_depths(tmp_path: Path) -> None:
+    folder = sliced(drafting(text_adapter()), tmp_path)
+    with EdgeModel(folder, engine=EXACT) as model:
+        full = model.answer("abc", max_new_tokens=24, mode="full")
+        made = model.answer("abc", max_new_tokens=24, mode="lossless")
+        early = model.answer("abc", max_new_tokens=24, mode="early_exit")
+    assert [step.token for step in made.steps] == [step.token for step in full.steps]
+    assert {step.depth for step in early.steps} != {model.layers}
+
+
+def test_what_enters_the_exit_must_be_of_the_export(tmp_path: Path) -> None:
+    adapter = drafting(adapter_of("llava"))
+    export_gguf(adapter, tmp_path / "made", "f32")
+    (tmp_path / "made" / "drafter.npz").write_bytes(b"PK")
+    refused(lambda: LlamaCppRuntime(adapter, tmp_path / "made"), AdapterError, "drafter.npz")
+    refused(
+        lambda: LlamaCppRuntime(adapter, tmp_path / "made", check_digests=False),
+        AdapterError, "what enters an exit",
+    )  # fmt: skip
