@@ -35,6 +35,10 @@ def deep(levels: int) -> bytes:
 WHOLE = base64.b64decode(URI.partition(",")[2])
 LARGE = data_uri(Image.new("1", (4000, 4001)))
 
+NESTED: dict[str, Any] = {}
+for _ in range(300):
+    NESTED = {"type": "array", "items": NESTED}
+
 FIELDS = {
     "temperature": [-1, 2.1, 1e308, "0.5", True, [], {}, float("nan"), float("inf"), 10**400],
     "top_p": [0, -0.1, 1.1, "1", [1]],
@@ -63,7 +67,18 @@ FIELDS = {
     ],
     "tools": [[{"type": "function", "function": {"name": "f"}}], {}, "x"],
     "tool_choice": ["required", {"type": "function"}],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text"],
+    "response_format": [
+        {"type": "json_schema"}, "text", {"type": "xml"}, [], {"type": "json_object", "strict": 1},
+        *(
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+            for schema in (
+                [], {"type": 5}, {"not": {}}, {"$ref": "http://169.254.169.254/latest"},
+                {"$ref": "#/$defs/none"}, {"type": "string", "pattern": "("},
+                {"type": "string", "pattern": "(?=a)b"}, {"minItems": -1, "type": "array"},
+                {"allOf": [{"$ref": "#"}], "uniqueItems": True}, NESTED,
+            )
+        ),
+    ],
     "logit_bias": [{"5": 100}, [], 5],
     "metadata": [{"a": 1}, "x", [1]],
     "user": [5, {}],

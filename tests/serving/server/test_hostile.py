@@ -42,7 +42,7 @@ def table() -> list[tuple[str, str, Any]]:
     ]
     rows += [("POST", CHAT, {"messages": found}) for found in CONVERSATIONS]
     rows += [("POST", CHAT, {"messages": image(url)}) for url in URLS]
-    rows += [("POST", CHAT, {"messages": image(URI, detail=d)}) for d in ("high", 5)]
+    rows += [("POST", CHAT, {"messages": image(URI, detail=d)}) for d in ("huge", 5)]
     rows += [("POST", CHAT, body) for body in BODIES]
     rows += [("POST", TEXT, {"max_tokens": 5, **fields}) for fields in TEXTS]
     return [*rows, *OTHERS]

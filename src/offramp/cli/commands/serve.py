@@ -73,7 +73,7 @@ def _options(parser: Parser) -> None:
         help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
         "(default: no key is needed)",
     )  # fmt: skip
-    field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics"))
+    field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics", "cors"))
     group.add_argument(
         "--allowed-hosts", nargs="+", metavar="HOST",
         help="names that the server may be asked for under; .example.org: all below it too, '*': "

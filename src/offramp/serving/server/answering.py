@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from offramp.engine.constraint import Constraint
 from offramp.engine.decoding.sequence import Token
 from offramp.guarantee import Standing
 from offramp.serving.monitor.standing import OTHER
@@ -48,7 +49,7 @@ class Answering:
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
     has taken too long, by the loop's clock. on_answer: called with every answer that is over.
-    salt: as of `offramp.serving.request.Request`.
+    salt: as of `offramp.serving.request.Request`. constraint: of every answer's tokens.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Answering:
         until: float,
         on_answer: OnAnswer | None = None,
         salt: str | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt = on_answer, salt
+        self._exact = constraint is not None
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -74,7 +77,7 @@ class Answering:
         hows = [
             generation(
                 request, service.backbone.model, service.tokenizer, service.config,
-                prompt=tokens, room=room, choice=choice,
+                prompt=tokens, room=room, choice=choice, constraint=constraint,
             )
             for tokens, room in sizes
             for choice in range(request.n)
@@ -115,7 +118,9 @@ class Answering:
         handle.add_done_callback(lambda _: self._over(index))
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
-        stream = TextStream(self._service.tokenizer, self._request.stops)
+        stream = TextStream(
+            self._service.tokenizer, self._request.stops, exact=self._exact
+        )
         return _Choice(handle, how, inputs, Written(index), stream)
 
     def _tell(self, what: Event) -> None:  # in the engine's thread, mostly

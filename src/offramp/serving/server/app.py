@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
 from offramp.models.shipped import example_picture
@@ -35,6 +36,7 @@ from offramp.serving.server.api.protocol import (
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
+from offramp.serving.server.reference import reference
 from offramp.serving.server.service import Service
 
 T = TypeVar("T")
@@ -56,6 +58,14 @@ def create_app(served: Service | Models) -> FastAPI:
         title="offramp", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.add_middleware(Gate, config=service.config, refused=service.metrics.refused)
+    if service.config.cors:  # before the gate: a browser asks whether it may ask without its key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.rstrip("/") for origin in service.config.cors],
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     add_handlers(app)
     _add_openai(app, models)
     _add_tokens(app, models)
@@ -69,6 +79,7 @@ def create_app(served: Service | Models) -> FastAPI:
 def _add_openai(app: FastAPI, models: Models) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation with images; in pieces with `stream`."""
         service = await models.of(body.model)
         prompter = service.prompter
         urls = prompter.images_of(body.messages)
@@ -82,6 +93,7 @@ def _add_openai(app: FastAPI, models: Models) -> None:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Write on behind texts as they are, or token ids; `images` is an extension."""
         service = await models.of(body.model)
         prompter, asked = service.prompter, body.prompts
         urls = prompter.check_images(body.images)
@@ -103,10 +115,12 @@ def _add_openai(app: FastAPI, models: Models) -> None:
 
     @app.get("/v1/models")
     async def cards() -> dict[str, Any]:
+        """What is served: context, exits, guarantee."""
         return {"object": "list", "data": models.cards()}
 
     @app.get("/v1/models/{name:path}")
     async def card(name: str) -> dict[str, Any]:
+        """One of the models."""
         return model_card(await models.of(name))
 
 
@@ -122,13 +136,14 @@ async def _answer(
     place = service.admit(answers)
     try:
         use = service.use_of(body)
+        constraint = await _in_time(service, service.constraint(body), request, until)
         inputs, images = await _in_time(service, prompts(), request, until)
         client = client_of(request)
         watched = service.watches(body, use, len(images), client)
         watch = _watch(service, body, images, client) if watched else None
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
-        answering = Answering(service, body, inputs, use, place, until, watch, salt)
+        answering = Answering(service, body, inputs, use, place, until, watch, salt, constraint)
     except BaseException:
         place.leave()
         raise
@@ -202,6 +217,7 @@ async def _stream(
 def _add_tokens(app: FastAPI, models: Models) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """The tokens of a text, or of a conversation."""
         service = await models.of(body.model)
         prompter = service.prompter
         if body.messages is not None:
@@ -222,6 +238,7 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        """The text of tokens."""
         service = await models.of(body.model)
         known = len(service.tokenizer)
         if wrong := [token for token in body.tokens if token >= known]:
@@ -251,22 +268,26 @@ def _add_operations(app: FastAPI, models: Models) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """Whether the engine lives. Needs no key."""
         if not all(service.alive for service in models.loaded):
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
+        """Whether requests are taken. Needs no key."""
         if models.first.draining or not models.first.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
+        """Of offramp."""
         return {"version": __version__}
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Numbers for Prometheus."""
         return Response(models.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.post("/v1/watch/reset")
@@ -285,12 +306,20 @@ def _add_operations(app: FastAPI, models: Models) -> None:
 
     @app.get("/example")
     async def example() -> Response:
+        """A picture that the model knows."""
         picture = example_picture(models.loaded[0].backbone.name)
         return FileResponse(picture)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:
+        """A page to try it on."""
         return HTMLResponse(page, headers=policy)
+
+    @app.get("/docs", response_class=HTMLResponse)
+    async def docs() -> Response:
+        """This page."""
+        text = reference(app.openapi())
+        return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
 
 def page_policy(page: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from offramp.errors import InputError
 from offramp.options import option
 
 MIB = 2**20
+_ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+/?")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class ServerConfig:
     keys: Sequence[str] = field(default=(), repr=False)
     share_kept: bool = False
     hosts: Sequence[str] = ()
+    cors: Sequence[str] = option(
+        (), "origins whose pages may ask from a browser, such as https://example.org; '*': any",
+        metavar="ORIGIN", shown="none",
+    )  # fmt: skip
     queue: int = option(64, "requests that may wait; more are refused")
     body: int = 32 * MIB
     bodies: int = 1024 * MIB
@@ -95,6 +101,11 @@ class ServerConfig:
         names = ("queue", "body", "bodies", "messages", "characters", "choices", "default_tokens")
         seconds = ("seconds", "body_seconds", "send_seconds", "drain_seconds")
         _check_positive(self, (*names, "connections", *seconds))
+        if wrong := [origin for origin in self.cors if not _ORIGIN.fullmatch(origin)]:
+            raise InputError(
+                f"{wrong[0]!r} is no origin of a page.",
+                "Give a scheme and a host, with a port where it has one: https://example.org.",
+            )
         if any(not key.strip() for key in self.keys):
             raise InputError("An API key is empty.", "Leave it out, or give a secret.")
         if any(not key.isprintable() for key in self.keys):

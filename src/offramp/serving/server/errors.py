@@ -65,15 +65,17 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, f"The server failed: {type(error).__name__}.", code="internal_error")
 
 
-def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
-    """The first problem that pydantic found, in words. known: fields of the request."""
-    problem = problems[0]
-    where = ".".join(str(part) for part in problem["loc"] if part != "body")[:200]
-    kind, said = problem["type"], str(problem["msg"])
+def validation_error(
+    problems: Sequence[Mapping[str, Any]], known: Sequence[str] = (), body: Any = None
+) -> ApiError:
+    """The first problem that pydantic found, in words. known: fields of the request. body: what
+    was sent."""
+    problem, field, said = _first_of(problems, body)
+    where = _written(field)[:200]
+    kind = problem["type"]
     if kind == "extra_forbidden":
-        field = str(problem["loc"][-1])
-        top = len([part for part in problem["loc"] if part != "body"]) == 1
-        remedy = did_you_mean(field, known) if top and known else "Leave it out."
+        top = len(field) == 1
+        remedy = did_you_mean(str(field[-1]), known) if top and known else "Leave it out."
         return ApiError(
             400,
             f"The field {where!r} is not supported. {remedy}",
@@ -85,8 +87,67 @@ def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str]
     if not where:
         said = f"The body must be a JSON object, sent as application/json: {said}"
         return ApiError(400, said, code="invalid_json")
-    said = said.removeprefix("Value error, ")
     return ApiError(400, f"{where}: {said}", param=where, code="invalid_value")
+
+
+Field = tuple[str | int, ...]
+"""Of a body: keys and places on the way to it."""
+
+
+def _first_of(
+    problems: Sequence[Mapping[str, Any]], body: Any
+) -> tuple[Mapping[str, Any], Field, str]:
+    """The first problem, its field, and what it says. A value that may be of several kinds fails as
+    each of them: the one that got furthest is what was meant, and all of them where none did."""
+    fields = [_field(problem, body) for problem in problems]
+    first, union = fields[0]
+    if union is None:
+        return problems[0], first, _said(problems[0])
+    kinds = [
+        (problem, field)
+        for problem, (field, _) in zip(problems, fields, strict=True)
+        if tuple(problem["loc"])[: len(union)] == union
+    ]
+    problem, field = max(kinds, key=lambda kind: len(kind[1]))  # the first of several
+    if len(field) > len(first):
+        return problem, field, _said(problem)
+    said = dict.fromkeys(_said(other) for other, at in kinds if at == first)
+    return problems[0], first, " or ".join(said).replace(" or Input should be ", " or ")
+
+
+def _field(problem: Mapping[str, Any], body: Any) -> tuple[Field, tuple[Any, ...] | None]:
+    """Where a problem is in the body, and pydantic's way to the first value that may be of several
+    kinds; None: there is none on the way. That way also names kinds, which no body has."""
+    way = tuple(problem["loc"])
+    field: list[str | int] = []
+    value, union, tagged = body, None, False
+    for at, part in enumerate(way):
+        if at == 0 and part == "body":
+            continue
+        here = isinstance(value, Mapping)
+        if here and not tagged and value.get("type") == part and at + 1 < len(way):
+            tagged = True  # the kind that the value says it is
+        elif here and (part in value or str(part) in value):
+            value, tagged = value.get(part, value.get(str(part))), False
+            field.append(str(part))
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value, tagged = value[part], False
+            field.append(part)
+        elif at + 1 == len(way) and (problem["type"] == "missing" or body is None):
+            field.append(part)
+        elif union is None:
+            union = way[:at]
+    return tuple(field), union
+
+
+def _said(problem: Mapping[str, Any]) -> str:
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _written(field: Field) -> str:
+    """As JavaScript writes it: messages[0].content[1].text."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in field)
+    return text.removeprefix(".")
 
 
 def respond(error: ApiError) -> JSONResponse:
@@ -104,7 +165,7 @@ def add_handlers(app: FastAPI) -> None:
         body = getattr(request.scope.get("route"), "body_field", None)
         model = getattr(getattr(body, "field_info", None), "annotation", None)
         known = tuple(getattr(model, "model_fields", ()))
-        return respond(validation_error(error.errors(), known))
+        return respond(validation_error(error.errors(), known, error.body))
 
     def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.answers import Model
+from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.errors import OfframpError
 from offramp.guarantee import Standing
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
@@ -67,6 +69,9 @@ class Place:
     def leave(self) -> None:
         """Give all of it back; a second time changes nothing."""
         self.put_nowait(self._answers)
+
+
+T = TypeVar("T")
 
 
 class Service:
@@ -212,7 +217,22 @@ class Service:
         finally:
             unwanted.set()
 
-    async def of_text(self, work: Callable[[], bytes]) -> bytes:
+    async def constraint(self, request: Sampling) -> JsonConstraint | None:
+        """Of the answers to a request. Made in a thread: a large schema takes long.
+
+        Raises:
+            ApiError: a schema that is not supported, a tokenizer that cannot write it.
+        """
+        schema = request.schema_of_answer
+        if schema is None:
+            return None
+        try:
+            return await self.of_text(lambda: JsonConstraint(schema, self.tokenizer))
+        except OfframpError as error:
+            said = f"{error.problem} {error.remedy}"
+            raise ApiError(400, said, param="response_format", code="invalid_value") from error
+
+    async def of_text(self, work: Callable[[], T]) -> T:
         """What `work` makes of a text, in a thread that no prompt waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.engine.constraint import Constraint
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.api.text import StopStrings
 from offramp.serving.server.config import ServerConfig
@@ -111,11 +112,12 @@ def generation(
     prompt: int,
     room: int,
     choice: int = 0,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """The options for the answer number `choice` to a prompt.
 
     model: whose generation configuration fills what the request leaves out. prompt: its
-    tokens. room: tokens left behind them.
+    tokens. room: tokens left behind them. constraint: which tokens may come.
     """
     defaults = model.generation_config
     usual = getattr(defaults, "max_new_tokens", None) or config.default_tokens
@@ -137,6 +139,8 @@ def generation(
     if request.presence_penalty or request.frequency_penalty:
         penalties = (request.presence_penalty, request.frequency_penalty)
         processors.append(CountPenalties(*penalties))
+    if constraint is not None:
+        processors.append(constraint)
     wanted = request.top_logprobs_wanted
     noted = None if wanted is None else LogprobWarper(wanted)
     if noted is not None:

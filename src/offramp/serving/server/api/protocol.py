@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from offramp.engine.constraint import ANY_OBJECT
 from offramp.engine.policy import MODES
 
 
@@ -69,10 +70,11 @@ class StreamOptions(Strict):
 
 
 class ImageUrl(Strict):
-    """url: a data URI, or what the server's allow-lists name."""
+    """url: a data URI, or what the server's allow-lists name. detail: changes nothing: an image is
+    read at the size that the model was tuned, and its exits calibrated, on."""
 
     url: str
-    detail: Literal["auto"] = "auto"
+    detail: Literal["low", "high", "auto"] = "auto"
 
 
 class TextPart(Strict):
@@ -110,9 +112,34 @@ class Message(Strict):
 # -- requests --------------------------------------------------------------------------------------
 
 
-class ResponseFormat(Strict):
+class AnyText(Strict):
     type: Literal["text"]
 
+
+class AnyJson(Strict):
+    """An object of JSON, whatever is in it."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    """schema: JSON Schema, as far as llguidance knows it. strict: changes nothing: a schema is
+    always obeyed."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonBySchema(Strict):
+    """An answer that a JSON schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[AnyText | AnyJson | JsonBySchema, Field(discriminator="type")]
 
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -124,7 +151,6 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
@@ -142,7 +168,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 class Sampling(Strict):
     """What both kinds of completion share. temperature: left out: as the model's own generation
-    configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer."""
+    configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer.
+    response_format: an answer that ends by itself parses."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -156,6 +183,7 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     offramp: OfframpOptions | None = None
@@ -185,7 +213,19 @@ class Sampling(Strict):
         options = self.offramp
         if options and options.thresholds and options.mode not in (None, "early_exit"):
             raise ValueError("offramp.thresholds are for offramp.mode 'early_exit'")
+        if self.ignore_eos and self.schema_of_answer is not None:
+            raise ValueError("ignore_eos writes on behind the end of a response_format's JSON")
         return self
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The JSON schema that answers are to obey; None: none."""
+        match self.response_format:
+            case AnyJson():
+                return ANY_OBJECT
+            case JsonBySchema(json_schema=named):
+                return named.schema_
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:

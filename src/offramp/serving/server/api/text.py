@@ -13,10 +13,14 @@ _WINDOW = 16
 
 class TextStream:
     """One answer's text, token by token. Its pieces together are the decoded answer, without
-    special tokens, outer spaces, and what stands behind the first of the strings `stops`."""
+    special tokens, outer spaces, and what stands behind the first of the strings `stops`.
+    exact: without the tokenizer's own clean-up, which moves spaces before marks."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), *, exact: bool = False
+    ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._more = {"clean_up_tokenization_spaces": False} if exact else {}
         self._ids: list[int] = []
         # Where the tokens begin that the next one is decoded with, which of these are decoded for
         # good, and their text.
@@ -27,7 +31,7 @@ class TextStream:
         self.stopped = False
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **self._more))
 
     def put(self, token: int) -> str:
         """The piece that is certain now; often empty."""

@@ -1,0 +1,125 @@
+"""Laws of `response_format`: over HTTP, whole and in pieces, an answer that ended parses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from schemas import drawn, random_model
+
+from offramp import Adapter, EngineConfig, ExitPolicy
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.service import Service
+from serving import NAME, asking, messages, scene_examples
+
+CHAT = "/v1/chat/completions"
+SCHEMA = {
+    "type": "object", "properties": {"shape": {"enum": ["square", "circle"]}},
+    "required": ["shape"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    backbone, exits, processor = random_model()
+    adapter = Adapter(backbone, exits, ExitPolicy({1: 0.5, 3: 0.2}))
+    sizes = EngineConfig(4, 256, schedule=Schedule.of(4))
+    service = Service(adapter, processor, ServerConfig(NAME), sizes)
+    yield asking(service)
+    service.close()
+
+
+def by(schema: Any, **more: Any) -> dict[str, Any]:
+    named = {"name": "answer", "schema": schema, "strict": True}
+    return {
+        "messages": messages(scene_examples()[0]), "max_tokens": 120,
+        "response_format": {"type": "json_schema", "json_schema": named}, **more,
+    }  # fmt: skip
+
+
+def ask(client: Any, body: dict[str, Any]) -> list[tuple[str, str]]:
+    """Text and reason of each choice."""
+    found = client.post(CHAT, json=body)
+    assert found.status_code == 200, found.text
+    if not body.get("stream"):
+        return [(c["message"]["content"], c["finish_reason"]) for c in found.json()["choices"]]
+    texts, reasons = [""] * body.get("n", 1), [""] * body.get("n", 1)
+    for line in found.text.split("\n\n"):
+        if line and line != "data: [DONE]":
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+                reasons[choice["index"]] = choice["finish_reason"] or ""
+    return list(zip(texts, reasons, strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
+def test_an_answer_that_stopped_is_valid(client: Any, mode: str, stream: bool) -> None:
+    stopped = 0
+    for seed in range(10):
+        schema = drawn(random.Random(f"{mode} {seed}"))
+        sampled = {"temperature": 1, "seed": seed, "n": 2, "top_logprobs": 3, "logprobs": True}
+        extra = {"offramp": {"mode": mode}, "stream": stream, **(sampled if seed % 2 else {})}
+        for text, reason in ask(client, by(schema, **extra)):
+            if reason == "stop":
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+                stopped += 1
+            else:
+                assert reason == "length"
+    assert stopped > 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_was_cut_says_so(client: Any, stream: bool) -> None:
+    [(text, reason)] = ask(client, by(SCHEMA, max_tokens=4, stream=stream))
+    assert reason == "length" and text.startswith("{") and not text.endswith("}")
+
+
+def test_json_object_is_an_object(client: Any) -> None:
+    body = by(SCHEMA, temperature=1, seed=1, max_tokens=220)
+    body["response_format"] = {"type": "json_object"}
+    [(text, reason)] = ask(client, body)
+    assert text.startswith("{")
+    assert reason == "length" or isinstance(json.loads(text), dict)
+
+
+def test_completions_take_it_too(client: Any) -> None:
+    body = by(SCHEMA)
+    del body["messages"]
+    images = [messages(scene_examples()[0])[0]["content"][0]["image_url"]["url"]]
+    found = client.post("/v1/completions", json={**body, "prompt": "Caption:", "images": images})
+    jsonschema.validate(json.loads(found.json()["choices"][0]["text"]), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "change, param, says",
+    [
+        ({"type": "xml"}, "response_format", "xml"),
+        ({"type": "json_schema"}, "response_format.json_schema", "required"),
+        (by({"not": {}})["response_format"], "response_format", '"not"'),
+        (by({"type": "strin"})["response_format"], "response_format", "strin"),
+        (by(True)["response_format"], "response_format.json_schema.schema", "dictionary"),
+        ({"type": "json_object", "schema": {}}, "response_format.schema", "not supported"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+            "response_format.json_schema.name",
+            "pattern",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    client: Any, change: Any, param: str, says: str
+) -> None:
+    found = client.post(CHAT, json=by({}, response_format=change))
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, param) and says in error["message"]
+
+
+def test_json_and_writing_on_behind_its_end_exclude_each_other(client: Any) -> None:
+    found = client.post(CHAT, json=by(SCHEMA, ignore_eos=True))
+    assert found.status_code == 400 and "ignore_eos" in found.json()["error"]["message"]
