@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
+import pytest
 import torch
 
 from offramp.adapter import Adapter
@@ -9,7 +12,7 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits
 from offramp_lab.experiments.word_triples import DraftTable, table_generate
-from offramp_lab.records.drafts import answered, summary, ways_of
+from offramp_lab.records.drafts import answered, summary, ways_in_llama_cpp, ways_of
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -49,12 +52,16 @@ def test_a_summary_counts_places_behind_right_ones_and_pairs_photographs() -> No
     assert ours["first_draft"] == 1.0
 
 
-def test_all_ways_of_the_record_write_the_full_models_answer(backbone, batch) -> None:
-    whole, inputs = backbone("llava"), batch("llava", 1)
-    adapter = Adapter(
-        whole, Exits(whole, (2,), kind="drafting"), ExitPolicy({2: 0.1}, drafts={2: 0.05})
-    )
-    full = generate(whole, inputs, **GREEDY).new_tokens[0].tolist()
+@pytest.fixture
+def adapter(backbone) -> Adapter:
+    whole = backbone("llava")
+    exits = Exits(whole, (2,), kind="drafting").requires_grad_(False)
+    return Adapter(whole, exits, ExitPolicy({2: 0.1}, drafts={2: 0.05}))
+
+
+def test_all_ways_of_the_record_write_the_full_models_answer(adapter, batch) -> None:
+    inputs = batch("llava", 1)
+    full = generate(adapter.backbone, inputs, **GREEDY).new_tokens[0].tolist()
     taken = {
         name: answered(way, inputs)
         for name, way in ways_of(adapter, DraftTable.of([full] * 3)).items()
@@ -62,3 +69,16 @@ def test_all_ways_of_the_record_write_the_full_models_answer(backbone, batch) ->
     assert set(taken) > {"full", "table", "exit, as stored", "drafting, 4"}
     assert all(one["ids"] == taken["full"]["ids"] for one in taken.values())
     assert all(entry["identical"] == 1 for entry in summary([taken]))
+
+
+def test_so_do_those_inside_llama_cpp(adapter, batch, tmp_path) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    inputs = batch("llava", 1)
+    full = generate(adapter.backbone, inputs, **GREEDY).new_tokens[0].tolist()
+    with ExitStack() as stack:
+        table = DraftTable.of([full] * 3)
+        ways = ways_in_llama_cpp(adapter, table, "f32", tmp_path, stack)
+        taken = {name: answered(way, inputs) for name, way in ways.items()}
+    expected = taken["full"]["ids"]
+    assert len(taken) == 7 and all(one["ids"] == expected for one in taken.values())
+    assert sum(kept for _, kept in taken["table"]["rounds"]) > 0

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
@@ -23,6 +25,9 @@ from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import write_answers
 from offramp.engine.policy import FULL, GenerationOutput
 from offramp.models.backbone import Backbone
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
 
 LONGEST, SEEN = 3, 3
 """Tokens of a context, and how often one must have been seen."""
@@ -113,3 +118,35 @@ def table_generate(
         return write_answers(Decoder(backbone.depth, executor, asker), reader, prepared, rule)
     finally:
         executor.close()
+
+
+class TableDrafter(ChainDrafter):
+    """The same for one sequence inside llama.cpp."""
+
+    def __init__(self, table: DraftTable, depth: int) -> None:
+        """depth: of the whole model, where no exit stands: no states are taken."""
+        self.depth, self._table = depth, table
+        self._answer, self._fed, self._columns = list[int](), list[int](), 0
+
+    def begin(self, slot: int, prompt: Prompt) -> None:
+        self._answer, self._fed, self._columns = [], [], len(prompt.states)
+
+    def draft(self, slot: int, token: int, most: int) -> list[int]:
+        drafts = self._table.draft([*self._answer, token], most)
+        self._fed = [token, *drafts]
+        return drafts
+
+    def crop(self, slot: int, columns: int) -> None:
+        self._answer += self._fed[: columns - self._columns]
+        self._columns = columns
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+class TableRuntime(LlamaCppRuntime):
+    """Inside llama.cpp, lossless by a table."""
+
+    def __init__(self, adapter: Adapter, folder: Path, table: DraftTable, **how: Any) -> None:
+        super().__init__(adapter, folder, **how)
+        self._drafter = TableDrafter(table, adapter.backbone.depth)

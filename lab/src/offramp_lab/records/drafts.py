@@ -1,16 +1,17 @@
 """Drafts of several tokens on photographs, against full depth by the same kernels, in drafts.json.
 
-`python -m offramp_lab.records.drafts --adapter FOLDER` needs the model that
-`python -m examples.photo_vlm.build` makes, photographs, and exits that draft on:
+`python -m offramp_lab.records.drafts --photo photo --adapter FOLDER` needs photographs, and exits
+that draft on; those of the earlier model need what `python -m examples.photo_vlm.build` makes:
 
-    python -m examples.photo_vlm.exits train --backbone runs/photo_vlm/model \
-        --drafting examples/photo_vlm/adapter --data photos.jsonl --out runs/photo_vlm/drafting
+    offramp train --backbone photo --drafting photo --data flickr8k_captions.jsonl --split train \
+        --limit 2000 --steps 900 --max-new-tokens 30 --out runs/drafting
 
 Every photograph is answered by all ways in an order of its own, with CPU seconds of the thread from
 the first token on; it is kept in runs/drafts, so that a run that was cut off goes on there. The
 table's counts are of the model's own answers to `--learn` photographs of the training split. Ways:
 full depth; today's exit, by the adapter's drafts and by 5 at .2; the table; 3, 4, 5 drafts of the
-exit from its own state. `--packed` lays the weights out first, and makes a part of its own.
+exit from its own state. `--packed` lays the weights out first, `--gguf q8_0` decodes inside
+llama.cpp; each makes a part of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,26 +35,70 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
 from offramp.evaluation.timing import FirstToken
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.progress import progress
-from offramp_lab.experiments.word_triples import DraftTable, table_generate
+from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
+from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 
 RECORD = Record("drafts")
-NEW = 30
+NEW, AT_ONCE = 30, 16
 Way = Callable[[Mapping[str, Any], StoppingCriteriaList], GenerationOutput]
+
+
+def plain_exits(adapter: Adapter) -> ExitSet:
+    """The same layer as an exit of its own: drafts are what it says of fed tokens."""
+    backbone, exits = adapter.backbone, adapter.exits
+    layer = Exits(backbone, exits.depths)
+    layer.load_state_dict(exits.modules.state_dict(), strict=False)
+    layer.to(backbone.dtype).requires_grad_(False)
+    return replace(exits, modules=layer)
+
+
+def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[int, ExitPolicy]]:
+    """Of the exit that says what follows fed tokens, by name; and of the one that drafts on, by the
+    drafts of a round."""
+    lossless = replace(adapter.policy, lossless=True, kv="recompute")
+    tuned = dict.fromkeys(adapter.exits.depths[:1], 0.2)
+    by_exit = {"exit, 5 at .2": replace(lossless, drafts=tuned, max_draft=5)}
+    if lossless.effective.thresholds:
+        by_exit["exit, as stored"] = replace(lossless, max_draft=ExitPolicy.max_draft)
+    return by_exit, {most: replace(lossless, max_draft=most) for most in (3, 4, 5)}
+
+
+def ways_in_llama_cpp(
+    adapter: Adapter, table: DraftTable, formats: str, folder: Path, stack: ExitStack
+) -> dict[str, Way]:
+    """The same inside llama.cpp, by our kernels, one thread. folder: of the exports."""
+    plain = replace(adapter, exits=plain_exits(adapter))
+    for name, one in (("drafting", adapter), ("plain", plain)):
+        if not (folder / name).is_dir():
+            export_gguf(one, folder / name, formats)
+    drafts = stack.enter_context(LlamaCppRuntime(adapter, folder / "drafting"))
+    exits = stack.enter_context(LlamaCppRuntime(plain, folder / "plain"))
+    words = stack.enter_context(TableRuntime(plain, folder / "plain", table))
+    by_exit, drafting = lossless_policies(adapter)
+
+    def by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
+        return lambda inputs, stop: runtime.generate(
+            inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True,
+            max_new_tokens=NEW, do_sample=False,
+        )  # fmt: skip
+
+    return {
+        "full": by(exits, FULL),
+        **{name: by(exits, policy) for name, policy in by_exit.items()},
+        "table": by(words, drafting[4]),
+        **{f"drafting, {most}": by(drafts, policy) for most, policy in drafting.items()},
+    }
 
 
 def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
     """All ways to the full model's answer, by name. adapter: with exits that draft on."""
-    backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
-    # The same layer as an exit of its own: drafts are what it says of fed tokens.
-    layer = Exits(backbone, exits.depths)
-    layer.load_state_dict(exits.modules.state_dict(), strict=False)
-    layer.to(backbone.dtype).requires_grad_(False)
-    plain = replace(exits, modules=layer)
-    tuned = dict.fromkeys(exits.depths[:1], 0.2)
+    backbone, exits = adapter.backbone, adapter.exits
+    plain = plain_exits(adapter)
+    by_exit, drafting = lossless_policies(adapter)
 
     def by(parts: Any, chosen: ExitPolicy) -> Way:
         return lambda inputs, stop: generate(
@@ -60,16 +106,11 @@ def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
             max_new_tokens=NEW, do_sample=False,
         )  # fmt: skip
 
-    lossless = replace(policy, lossless=True, kv="recompute")
-    ways = {"full": by(None, FULL), "exit, 5 at .2": by(
-        plain, replace(lossless, drafts=tuned, max_draft=5))}  # fmt: skip
-    if lossless.effective.thresholds:
-        ways["exit, as stored"] = by(plain, lossless)
+    ways = {"full": by(None, FULL), **{n: by(plain, policy) for n, policy in by_exit.items()}}
     ways["table"] = lambda inputs, stop: table_generate(
         backbone, table, inputs, stop, max_new_tokens=NEW, do_sample=False
     )
-    for most in (3, 4, 5):
-        ways[f"drafting, {most}"] = by(exits, replace(lossless, max_draft=most))
+    ways |= {f"drafting, {most}": by(exits, policy) for most, policy in drafting.items()}
     return ways
 
 
@@ -134,12 +175,14 @@ def _rounds(rounds: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
 def own_answers(adapter: Adapter, encoder: Any, examples: Sequence[Any], file: Path) -> DraftTable:
     """A table of the full model's answers, which are kept in a file."""
     kept = Kept(file)
-    for example in progress(examples, "the table's answers"):
-        if example.key not in kept:
-            made = generate(
-                adapter.backbone, encoder.prompts([example]), max_new_tokens=NEW, do_sample=False
-            )
-            kept.keep(example.key, made.new_tokens[0].tolist())
+    left = [example for example in examples if example.key not in kept]
+    groups = [left[start : start + AT_ONCE] for start in range(0, len(left), AT_ONCE)]
+    for group in progress(groups, "the table's answers"):
+        made = generate(
+            adapter.backbone, encoder.prompts(group), max_new_tokens=NEW, do_sample=False
+        )
+        for example, ids, depths in zip(group, made.new_tokens, made.depths, strict=True):
+            kept.keep(example.key, ids[depths > 0].tolist())
     return DraftTable.of(kept.found[example.key] for example in examples)
 
 
@@ -149,6 +192,7 @@ def main() -> None:
         more=lambda parser: (
             parser.add_argument("--adapter", type=Path, required=True, help="exits that draft on"),
             parser.add_argument("--packed", action="store_true", help="lay weights out first"),
+            parser.add_argument("--gguf", metavar="FORMAT", help="inside llama.cpp"),
             parser.add_argument("--out", type=Path, help="default: the record itself"),
         ),
     )  # fmt: skip
@@ -164,11 +208,27 @@ def main() -> None:
     photographs = read_photographs(arguments.data)
     held = [e for e in photographs["captions_val"] if half_of(e) == 1][: arguments.photographs]
     part = f"pytorch {arguments.dtype}{', packed' if arguments.packed else ''}"
+    if arguments.gguf:
+        part = f"llama.cpp {arguments.gguf}"
     folder = RUNS / RECORD.name
     learnt = photographs["captions"][: arguments.learn]
     table = own_answers(adapter, encoder, learnt, folder / "answers.jsonl")
-    ways = ways_of(adapter, table)
-    kept = Kept(folder / f"{part}.jsonl")
+    with ExitStack() as stack:
+        if arguments.gguf:
+            ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)
+        else:
+            ways = ways_of(adapter, table)
+        rows = _rows(ways, encoder, held, folder / f"{part}.jsonl", part)
+    before = RECORD.read(arguments.out)
+    before.pop("provenance", None)
+    RECORD.write({**before, part: summary(rows)}, arguments.out)
+
+
+def _rows(
+    ways: Mapping[str, Way], encoder: Any, held: Sequence[Any], file: Path, part: str
+) -> list[dict[str, Any]]:
+    """What each way answered to each photograph, in an order of its own, kept in a file."""
+    kept = Kept(file)
     for way in ways.values():
         answered(way, encoder.prompts(held[:1]))  # code and tables are made once
     for example in progress(held, part):
@@ -177,10 +237,7 @@ def main() -> None:
             order = random.Random(example.key).sample([*ways], len(ways))
             taken = {name: answered(ways[name], inputs) for name in order}
             kept.keep(example.key, {name: taken[name] for name in ways})
-    before = RECORD.read(arguments.out)
-    before.pop("provenance", None)
-    rows = [kept.found[example.key] for example in held]
-    RECORD.write({**before, part: summary(rows)}, arguments.out)
+    return [kept.found[example.key] for example in held]
 
 
 if __name__ == "__main__":
