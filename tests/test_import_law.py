@@ -26,6 +26,7 @@ GROUND = {
     "betting",
     "plugins",
     "certificate",
+    "depth_color",
 }
 MODELS = {*GROUND, "data", "models"}
 ADAPTER = {*MODELS, "engine", "guarantee", "save_and_load", "model_card", "adapter"}
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "options": set(),
     "missing": set(),
     "betting": set(),
+    "depth_color": set(),
     "storage": {"errors"},
     "certificate": {"errors", "storage"},
     "progress": set(),

@@ -121,11 +121,14 @@ def demo(
     }
     write_json(out / "report.json", report)
     write_json(out / f"report-{kind}.json", report)
-    name = f"{report['backbone']}, demo"
-    write_atomic(
-        out / "report.html", page([Source("demo", name, report, shown)], _examples("test", SHOWN))
-    )
+    write_atomic(out / "report.html", demo_page(report, shown))
     return report
+
+
+def demo_page(report: Mapping[str, Any], shown: Done) -> str:
+    """The page of a demo's report and some of its answers."""
+    source = Source("demo", f"{report['backbone']}, demo", report, shown)
+    return page([source], _examples("test", SHOWN))
 
 
 def _examples(split: str, pictures: int) -> list[Example]:
@@ -188,10 +191,10 @@ def _measure(
         "full_vs_generate": speedup(timings["generate"].decode, timings["full"].decode),
         "modes": modes,
     }
-    return report, {**_rows("full", tasks, full), **_rows("early_exit", tasks, early)}
+    return report, {**shown_rows("full", tasks, full), **shown_rows("early_exit", tasks, early)}
 
 
-def _rows(mode: str, tasks: Sequence[Task], answers: Mapping[str, Sequence[Answer]]) -> Done:
+def shown_rows(mode: str, tasks: Sequence[Task], answers: Mapping[str, Sequence[Answer]]) -> Done:
     """The answers to some of each task's examples, as an evaluation keeps them."""
     return {
         (mode, example.key): {

@@ -11,7 +11,11 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
 SAYS = {
     "train-exits": ("Adapter(exits at 2 of 12", "lossless writes the full model's tokens: True"),
-    "look-into-the-exits": ("logit lens, threshold 0.0: mean depth 2.00", "drafted, kept: (("),
+    "look-into-the-exits": (
+        "logit lens, threshold 0.0: mean depth 2.00",
+        "drafted, kept: ((",
+        "depth of that word under it: 12",
+    ),
 }
 
 

@@ -79,6 +79,11 @@ class Page:
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         return found["result"].get("value")
 
+    def press(self, key: str) -> None:
+        """A key, down and up."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
     def until(self, script: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + self._seconds

@@ -14,8 +14,8 @@ from PIL import Image
 
 from offramp import cli
 from offramp.data.example import Example
+from offramp.depth_color import depth_color
 from offramp.errors import DataError, InputError
-from offramp.report import plots
 from offramp.report.gallery import token
 from offramp.report.report import KINDS, Source, read_sources, report
 
@@ -372,7 +372,7 @@ def test_words_can_be_read_on_every_depths_colour() -> None:
 
 
 def test_deeper_is_darker() -> None:
-    shades = [luminance(plots.depth_color(depth, 12)) for depth in range(1, 13)]
+    shades = [luminance(depth_color(depth, 12)) for depth in range(1, 13)]
     assert shades == sorted(shades, reverse=True)
     assert len(set(shades)) == 12
 

@@ -11,13 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from offramp.data.example import Example
+from offramp.depth_color import depth_color, ink_on
 from offramp.evaluation.run_log import ROWS, Done, Row
 from offramp.report.html import render
-from offramp.report.plots import depth_color
 
 _SIDE = 240  # pixels of the longer side of an image
 _SMALL = 100  # up to here an image is kept exactly
-_DARK = 0.179  # the luminance on which black and white have the same contrast, 4.58
 
 
 def gallery(
@@ -101,15 +100,3 @@ def picture(example: Example) -> dict[str, Any]:
     image.save(data, kind, optimize=True, quality=80)  # a PNG has no quality and ignores it
     source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     return {"source": source, "width": image.width, "height": image.height}
-
-
-def ink_on(color: str) -> str:
-    """Black or white, whichever can be read on "#rrggbb"."""
-    return "#000" if _luminance(color) > _DARK else "#fff"
-
-
-def _luminance(color: str) -> float:
-    """Relative luminance in [0, 1] of "#rrggbb" (WCAG 2)."""
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

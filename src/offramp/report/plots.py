@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
+from offramp.depth_color import depth_color
 from offramp.storage import write_atomic
 
 COLORS = ("#2b83c6", "#e07b00", "#1b9e77", "#c95a9b", "#8a78e8", "#a98a12")
@@ -423,14 +424,6 @@ def calibration_curve(
         _legend(axes)
 
     return _drawn("risk along the path of thresholds", draw)
-
-
-def depth_color(depth: int, layers: int) -> str:
-    """The colour of a depth as "#rrggbb": pale for shallow, dark for deep, to any colour vision."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    return str(to_hex(colormaps["cividis_r"](0.06 + 0.86 * (depth - 1) / max(1, layers - 1))))
 
 
 # -- an analysis -----------------------------------------------------------------------------------

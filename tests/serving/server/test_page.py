@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import Page, browser, open_page
 
+from offramp.depth_color import depth_color, ink_on
 from offramp.models.input_processor import InputProcessor
 from serving import running, scene_examples, service_of, shipped
 
@@ -46,13 +49,77 @@ def test_both_answers_appear_coloured_by_depth(
     early = page.ask(depths.format("early"))
     assert len(early) > 5 and min(early) == 2
     tokens = early + page.ask(depths.format("full"))
-    colours = "new Set([...document.querySelectorAll('.token')].map(t => t.style.background)).size"
-    assert page.ask(colours) == len(set(tokens))
+    style = "t => [t.style.background, t.style.color]"
+    colours = f"[...document.querySelectorAll('.token')].map({style})"
+    for depth, (ground, ink) in zip(tokens, page.ask(colours), strict=True):
+        expected = depth_color(depth, 12)
+        assert rgb(ground) == [int(expected[i : i + 2], 16) for i in (1, 3, 5)]
+        assert rgb(ink) == ([0] * 3 if ink_on(expected) == "#000" else [255] * 3)
+    number = "getComputedStyle(document.querySelector('#early .token'), '::after').content"
+    assert page.ask(number) == f'"{early[0]}"'
+    assert "An exit is" in page.ask("document.querySelector('main').innerText")
     assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
     assert "0.75%" in page.ask("document.getElementById('promise').textContent")
     assert float(page.ask("parseFloat(document.querySelector('#early .depth').textContent)")) >= 2
     assert page.errors == []
     page.shot(tmp_path / f"page-{size}-{'dark' if dark else 'light'}.png")
+
+
+def rgb(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text)]
+
+
+def test_the_keyboard_goes_from_word_to_word(page: Page, address: str) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    page.ask("example().then(both)")
+    page.until(DONE)
+    stops = "document.querySelectorAll('#early [tabindex=\"0\"]').length"
+    assert page.ask(stops) == 1
+    page.ask("document.querySelector('#early .token').focus()")
+    legend = "document.getElementById('legend').textContent"
+    depths = page.ask("[...document.querySelectorAll('#early .token')].map(t => +t.dataset.depth)")
+    for depth in depths:
+        shown = f"depth {depth} of 12" if depth < 12 else "full depth, 12 layers"
+        assert page.ask(legend).endswith(shown)
+        page.press("ArrowRight")
+    page.press("Home")
+    focused = "[...document.querySelectorAll('#early .token')].indexOf(document.activeElement)"
+    assert page.ask(focused) == 0 and page.ask(stops) == 1
+
+
+def test_reading_the_image_is_counted_for_neither_side(page: Page) -> None:
+    """A vision tower that takes a second makes neither side slower: what the first side read would
+    have helped the second."""
+    service = service_of()
+    tower = service.backbone.model.get_submodule("vision_model")
+    slow = tower.register_forward_pre_hook(lambda *_: time.sleep(1.0))
+    try:
+        with running(service) as address:
+            page.show(address + "/", 1280, 900)
+            page.until("document.getElementById('prompt').value === 'Caption:'")
+            page.ask("example().then(both)")
+            page.until(DONE)
+            for side in ("early", "full"):
+                first = page.ask(f"document.querySelector('#{side} .first').textContent")
+                assert float(first.split()[0]) < 1
+            said = page.ask("document.getElementById('state').textContent")
+            read = re.search(r"prompt took ([0-9.]+) s, counted for neither", said)
+            assert read is not None and float(read[1]) >= 1
+    finally:
+        slow.remove()
+
+
+def test_the_prompt_is_one_that_the_exits_were_calibrated_with(page: Page, address: str) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    for frames, prompt in (
+        ([["Describe it."]], "Describe it."),
+        ([["Q: ", "? A:"], ["Tell me."]], "Tell me."),
+        ([["Q: ", "? A:"]], "Q: …? A:"),
+        ([["", ""]], "Caption:"),
+    ):
+        assert page.ask(f"usual({{guarantee: {{prompts: {frames}}}}})") == prompt
 
 
 def test_the_answers_are_the_models(page: Page, address: str) -> None:

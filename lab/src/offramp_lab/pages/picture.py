@@ -20,13 +20,13 @@ from transformers.generation.streamers import BaseStreamer
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.data.scenes import world
+from offramp.depth_color import depth_color, ink_on
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.provenance import provenance
-from offramp.report.gallery import ink_on, words
 from offramp.report.gallery import picture as embedded
-from offramp.report.plots import depth_color
+from offramp.report.gallery import words
 from offramp.storage import write_atomic, write_json
 from offramp_lab.places import DOCS, RECORDS
 from offramp_lab.tables.markdown import record

@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
+from offramp.depth_color import STOPS
 from offramp.models.shipped import example_picture
 from offramp.serving.monitor.standing import OTHER
 from offramp.serving.monitor.watcher import Sample
@@ -263,7 +264,7 @@ async def _of_text(service: Service, work: Callable[[], bytes], request: Request
 
 
 def _add_operations(app: FastAPI, models: Models) -> None:
-    page = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+    page = _page()
     policy = {"Content-Security-Policy": page_policy(page)}
 
     @app.get("/health")
@@ -320,6 +321,12 @@ def _add_operations(app: FastAPI, models: Models) -> None:
         """This page."""
         text = reference(app.openapi())
         return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
+
+
+def _page() -> str:
+    """The page, with the colours of depth."""
+    text = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+    return text.replace('["from shallow to deep"]', json.dumps(STOPS))
 
 
 def page_policy(page: str) -> str:

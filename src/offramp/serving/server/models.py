@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from offramp.models.shipped import KNOWS
 from offramp.serving.server.errors import ApiError
@@ -93,9 +93,11 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def _promise(service: Service) -> dict[str, Any] | None:
-    """What was calibrated, in a few fields, and of answers how long."""
+    """What was calibrated, in a few fields, and of which prompts and answers how long."""
     promise = service.standing.promise
     if promise is None or service.adapter is None:
         return None
-    calibration: Any = service.adapter.calibration
-    return {**asdict(promise), "max_tokens": calibration["conditions"]["longest"]}
+    about = cast(Any, service.adapter.calibration)["conditions"]
+    return {
+        **asdict(promise), "max_tokens": about["longest"], "prompts": about.get("prompts") or [],
+    }  # fmt: skip
