@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from offramp.models.exits import Exits, register_exit
     from offramp.models.registry import Family, register_backbone
     from offramp.serving.batch_engine import BatchEngine
-    from offramp.serving.core import EngineConfig
+    from offramp.serving.engine_config import EngineConfig
     from offramp.training.config import TrainConfig
     from offramp.training.losses import register_loss
     from offramp.training.trainer import train
@@ -54,7 +54,7 @@ _HOMES = {
     "Adapter": "adapter",
     "Backbone": "models.backbone",
     "BatchEngine": "serving.batch_engine",
-    "EngineConfig": "serving.core",
+    "EngineConfig": "serving.engine_config",
     "Example": "data.example",
     "ExitPolicy": "engine.policy",
     "Exits": "models.exits",

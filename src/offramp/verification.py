@@ -49,7 +49,7 @@ from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.weights import scheme
 from offramp.provenance import provenance
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.storage import digest_rows
 
 ROWS = (2, 4, 8, 16, 32)

@@ -185,7 +185,8 @@ def test_a_shortlist_bounds_what_is_drafted(backbone, batch, knows):
 
 def test_requests_of_all_modes_share_an_engine(backbone, batch, knows):
     """Drafting rows beside early exits and full depth: each gets what it gets alone."""
-    from offramp.serving.core import EngineConfig, EngineCore
+    from offramp.serving.core import EngineCore
+    from offramp.serving.engine_config import EngineConfig
     from offramp.serving.request import Request
 
     whole = backbone("llava")

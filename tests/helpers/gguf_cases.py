@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -46,6 +47,16 @@ def adapter_of(name: str) -> Adapter:
     gate = Gate(torch.randn(backbone.width, generator=draw), torch.tensor(0.0))
     together = ExitSet(exits, SHORT, {2: gate})
     return Adapter(backbone, together, ExitPolicy(dict.fromkeys(depths, 0.5), shortlist=True))
+
+
+def drafting(adapter: Adapter) -> Adapter:
+    """The same exits, which draft on, the deepest by what it learnt."""
+    backbone, plain = adapter.backbone, adapter.exits
+    exits = Exits(backbone, plain.depths, kind="drafting")
+    exits.load_state_dict(plain.modules.state_dict(), strict=False)
+    exits.requires_grad_(False)
+    policy = replace(adapter.policy, drafts=dict.fromkeys(plain.depths, 0.1), max_draft=3)
+    return replace(adapter, exits=ExitSet(exits, SHORT), policy=replace(policy, lossless=True))
 
 
 def depths_of(name: str) -> tuple[int, ...]:

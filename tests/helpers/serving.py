@@ -19,7 +19,7 @@ from offramp.adapter import Adapter
 from offramp.data.scenes import tasks
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.models.shipped import load_tiny, tiny_exits
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models

@@ -12,13 +12,11 @@ from typing import Any
 import families
 import pytest
 import torch
-from gguf_cases import FURTHER, GREEDY, KINDS, SHORT, adapter_of, depths_of, inputs_of, refused
+from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, inputs_of, refused
 from hub_files import sliced, text_adapter
 
-from offramp.adapter import Adapter
 from offramp.engine.drafter import Drafter
 from offramp.errors import AdapterError
-from offramp.models.exits import Exits, ExitSet
 
 pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
 
@@ -28,16 +26,6 @@ from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 
 EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
-
-
-def drafting(adapter: Adapter) -> Adapter:
-    """The same exits, which draft on, the deepest by what it learnt."""
-    backbone, plain = adapter.backbone, adapter.exits
-    exits = Exits(backbone, plain.depths, kind="drafting")
-    exits.load_state_dict(plain.modules.state_dict(), strict=False)
-    exits.requires_grad_(False)
-    policy = replace(adapter.policy, drafts=dict.fromkeys(plain.depths, 0.1), max_draft=3)
-    return replace(adapter, exits=ExitSet(exits, SHORT), policy=replace(policy, lossless=True))
 
 
 @pytest.fixture(scope="session")

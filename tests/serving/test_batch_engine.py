@@ -21,7 +21,8 @@ from offramp.errors import BusyError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 
 NAME = "blip2-opt"

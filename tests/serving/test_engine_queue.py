@@ -12,7 +12,8 @@ from families import one_row
 
 from offramp.errors import BusyError
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Handle, Request
 from offramp.serving.serial import SerialCore
 
@@ -126,14 +127,14 @@ def test_a_prompt_that_is_cancelled_is_not_read_to_its_end(llava: Any) -> None:
     backbone, _, text = llava
     core = EngineCore(backbone, config=EngineConfig(slots=2, limit=128, budget=8))
     chunks = 0
-    run_stack = core._prompts._run_stack
+    run_stack = core._host._prompts._run_stack
 
     def counted(*args: Any, **more: Any) -> Any:
         nonlocal chunks
         chunks += 1
         return run_stack(*args, **more)
 
-    core._prompts._run_stack = counted
+    core._host._prompts._run_stack = counted
     long = {name: part.repeat(1, 16) for name, part in text.items()}  # 64 tokens, eight chunks
     second = Handle(Request(long, "full", options={"max_new_tokens": 2, "do_sample": False}))
 

@@ -14,7 +14,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.offline import write_answers
 
 NAME = "blip2-opt"

@@ -10,7 +10,8 @@ from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.serving import pace as pace_module
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.pace import Pace
 from offramp.serving.request import Request
 

@@ -210,6 +210,14 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
     assert other.standing(engine=Runtime.name).promise is not None
 
 
+@pytest.mark.parametrize("more, slots", [([], 4), (["--slots", "2"], 2), (["--serial"], 1)])
+def test_llama_cpp_has_a_slot_for_each_sequence(more: list[str], slots: int) -> None:
+    engine = ["--engine", "llama.cpp", "--gguf", "x"]
+    arguments = build_parser().parse_args(["serve", "tiny-opt", *engine, *more])
+    _check_serial(arguments)
+    assert arguments.slots == slots
+
+
 @pytest.mark.parametrize("more, serial", [([], False), (["--slots", "1"], True)])
 def test_one_slot_is_written_serially(more: list[str], serial: bool) -> None:
     arguments = build_parser().parse_args(["serve", "tiny-opt", *more])
@@ -221,7 +229,7 @@ def test_one_slot_is_written_serially(more: list[str], serial: bool) -> None:
     "more, word",
     [
         (["--engine", "compiled", "--slots", "4"], "--slots"),
-        (["--engine", "llama.cpp", "--gguf", "x", "--slots", "2"], "llama.cpp"),
+        (["--engine", "cuda-graphs", "--slots", "2"], "cuda-graphs"),
         (["--engine", "llama.cpp"], "--gguf"),
     ],
 )

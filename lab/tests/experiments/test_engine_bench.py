@@ -11,7 +11,8 @@ from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.exits import Exits, ExitSet
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp.storage import read_json
 from offramp_lab import cli

@@ -9,7 +9,8 @@ from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.simulator import Workload, full_depth, simulate
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds

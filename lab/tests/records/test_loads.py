@@ -9,7 +9,8 @@ from families import one_row
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts
 from offramp_lab.records.loads.arrivals import (
     Arrival,

@@ -19,7 +19,7 @@ from offramp.data.image import open_rgb
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.loading import load_served
 
 LONGEST = 256

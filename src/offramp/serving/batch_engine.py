@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, InvalidStateError, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
@@ -23,7 +23,9 @@ from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.core import EngineConfig, EngineCore, checked_inputs
+from offramp.serving.core import EngineCore, checked_inputs
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.host import Runtime, is_runtime
 from offramp.serving.image_reader import ImageReader
 from offramp.serving.request import Handle, OnToken, Request
 from offramp.serving.serial import SerialCore
@@ -36,12 +38,12 @@ IMAGE_BYTES = 2**28
 class BatchEngine:
     """A running engine; close it, or use it as a context manager.
 
-    model: an adapter, or a backbone alone; or a `SerialCore`, which answers one by one. processor:
-    turns examples into inputs; not needed where inputs are submitted. queue: requests that may wait
-    beside those in slots. workers: threads that open images, run the processor and, one at a time,
-    the vision tower. on_round: called in the engine's thread after every round, or token of a
-    `SerialCore`, behind what it told its requests. vision_cache: instead of one of 256 MiB; a
-    `SerialCore` has its own. more: as of `EngineCore`.
+    model: an adapter, or a backbone alone; a `LlamaCppRuntime`, whose sequences are the slots; or a
+    `SerialCore`, which answers one by one. processor: turns examples into inputs; not needed where
+    inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
+    open images, run the processor and, one at a time, the vision tower. on_round: called in the
+    engine's thread after every round, or token of a `SerialCore`, behind what it told its requests.
+    vision_cache: instead of one of 256 MiB; a `SerialCore` has its own. more: as of `EngineCore`.
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -49,7 +51,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        model: Adapter | Backbone | SerialCore,
+        model: Adapter | Backbone | Runtime | SerialCore,
         processor: InputProcessor | None = None,
         config: EngineConfig | None = None,
         *,
@@ -71,14 +73,19 @@ class BatchEngine:
             model.between = self._between
         else:
             adapter = model if isinstance(model, Adapter) else None
-            backbone = model.backbone if isinstance(model, Adapter) else model
+            if is_runtime(model):
+                adapter, config = model.adapter, _sizes(model, config)
+            backbone = adapter.backbone if adapter is not None else cast(Backbone, model)
             if backbone.family.vision is not None:
                 vision_cache = vision_cache or VisionCache(IMAGE_BYTES)
                 self._images = ImageReader(backbone, vision_cache)
             exits, policy = (adapter.exits, adapter.policy) if adapter else (None, FULL)
-            self.core = EngineCore(
-                backbone, exits, policy, config, vision_cache=vision_cache, **more
-            )
+            if is_runtime(model):
+                more.pop("prefix_cache", None)  # it keeps no prompts
+                more["host"] = model.host(policy, vision_cache)
+            else:
+                more["vision_cache"] = vision_cache
+            self.core = EngineCore(backbone, exits, policy, config, **more)
         self.processor, self.queue, self._on_round = processor, queue, on_round
         self._most_ahead = self.core.config.slots
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
@@ -310,6 +317,23 @@ class BatchEngine:
             self._ahead &= self.core.queued | self._preparing
         if self._dropped:
             self.core.cancel_all()
+
+
+def _sizes(runtime: Runtime, config: EngineConfig | None) -> EngineConfig:
+    """A slot for each sequence of a runtime.
+
+    Raises:
+        InputError: other sizes were asked for.
+    """
+    rows, context = runtime.rows, runtime.context
+    config = config or EngineConfig(slots=rows, limit=context)
+    if config.slots != rows or config.limit > context:
+        raise InputError(
+            f"The engine has {config.slots} slots of {config.limit} tokens, and the llama.cpp "
+            f"runtime {rows} sequences of {context}.",
+            f"Load it with EngineOptions(context={config.limit}, sequences={config.slots}).",
+        )
+    return config
 
 
 def _failure(error: BaseException) -> BusyError:

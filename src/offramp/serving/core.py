@@ -12,32 +12,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitReader, check_company
-from offramp.engine.decoding.prompt import PromptReader, columns_of
+from offramp.engine.decoding.exit_reader import check_company
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally
 from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.drafter import Drafter
-from offramp.engine.executors.choice import executor_for
-from offramp.engine.executors.slots.cache import check_memory, slot_bytes
-from offramp.engine.executors.slots.memory import free_bytes
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.self_check.decoding import prove
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.vision_cache import VisionCache
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.host import Host, TorchHost
 from offramp.serving.job import Job, enqueue
 from offramp.serving.pace import Pace
 from offramp.serving.request import Handle, Request
@@ -46,44 +37,12 @@ CALLS = ("read", "feed", "deep", "flush", "full", "trial")
 """Kinds of call that are counted: a prompt, the decoder's, and full depth tried beside it."""
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of a batch engine.
-
-    slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
-    read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
-    it takes, where its family allows. longest: tokens of a row that may wait before the deep
-    layers. guess_above: score from which an exit's token is worth a guess. layout: of the deep call
-    (`offramp.engine.executors.slots.layout`). schedule: of the calls, exits being used whether they
-    pay or not; None: the engine finds out from what its calls take.
-
-    Raises:
-        InputError: a number below 1.
-    """
-
-    slots: int = 8
-    limit: int = 1024
-    budget: int = 256
-    longest: int = 64
-    guess_above: float = 0.0
-    layout: str | None = None
-    schedule: Schedule | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {n: getattr(self, n) for n in ("slots", "limit", "budget", "longest")}
-        wrong = {n: v for n, v in sizes.items() if type(v) is not int or v < 1}
-        if wrong:
-            raise InputError(
-                f"The engine cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
-                "Give whole numbers from 1.",
-            )
-
-
 class EngineCore:
     """A decoder, a queue of prompts, and the rounds.
 
-    vision_cache, prefix_cache: what requests with an image, or the beginning of a prompt, in common
-    share; without, all of it is run. clock: returns seconds. make_reader: of what asks the exits.
+    host: what reads prompts and runs the layers; None: PyTorch, how: as of `TorchHost`, whose
+    vision_cache and prefix_cache are what requests with an image, or the beginning of a prompt, in
+    common share. clock: returns seconds. depths: of the exits in use, ascending.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over.
@@ -96,66 +55,33 @@ class EngineCore:
         policy: ExitPolicy = FULL,
         config: EngineConfig | None = None,
         *,
-        vision_cache: VisionCache | None = None,
-        prefix_cache: PrefixCache | None = None,
+        host: Host | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        make_reader: Callable[..., ExitReader] = ExitReader,
+        **how: Any,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        config = config or EngineConfig()
-        attached = None if exits is None else ExitSet.of(exits)
-        entries = backbone.depth + (len(attached.entries) if attached is not None else 0)
-        size = config.slots * slot_bytes(
-            backbone.text_config, entries, config.limit, backbone.dtype
-        )
-        check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
-        self.config, self.policy, self.clock = config, policy, clock
-        self.backbone = backbone
-        self.depths: tuple[int, ...] = ()
-        if attached is not None:
-            for by_depth in (policy.thresholds, policy.first, policy.drafts):
-                check_thresholds(dict(by_depth), attached.depths)
-            self.depths = policy.depths
-        """Of the exits in use, ascending."""
+        self.config = config or EngineConfig()
+        self.policy, self.clock = policy, clock
         check_company(policy)
-        ahead = replace(policy, lossless=True)
-        self._drafter = Drafter.of(backbone, attached, ahead, self.depths)
-        if self._drafter is not None and not self.depths:
-            self.depths = (self._drafter.depth,)
-        reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
-        self._attached, self._watches = attached, reader.watches
-        self._schedule = config.schedule or Schedule.of(config.slots)
+        self._host = host or TorchHost(
+            backbone, exits, policy, self.config, between=self._meanwhile, **how
+        )
+        self.backbone, self.depths = backbone, self._host.depths
+        self._schedule = self.config.schedule or Schedule.of(self.config.slots)
         self.decoder = Decoder(
             backbone.depth,
-            self._executor(),
-            reader,
+            self._host.executor(),
+            self._host.reader,
             schedule=self._schedule,
-            longest=config.longest,
+            longest=self.config.longest,
         )
-        self.pace = Pace(config.schedule is not None, clock)
-        self._prompts = PromptReader(
-            backbone,
-            attached,
-            self.depths,
-            vision_cache=vision_cache,
-            prefix_cache=prefix_cache,
-            chunk=config.budget,
-            between=self._meanwhile,
-            waits=prefix_cache is None,
-        )
+        self.pace = Pace(self.config.schedule is not None or not self._host.tries, clock)
         self._queue: deque[Job] = deque()
         self._reading: Job | None = None
         self._thread: int | None = None
         self.calls = dict.fromkeys(CALLS, 0)
         self.seconds = dict.fromkeys(CALLS, 0.0)
         self.tokens = 0
-
-    def _executor(self) -> Executor:
-        sizes = {name: getattr(self.config, name) for name in ("slots", "limit", "layout")}
-        return executor_for(
-            self.backbone, self._attached, self.depths,
-            longest=self.config.limit, watches=self._watches, drafter=self._drafter, **sizes,
-        )  # fmt: skip
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -331,8 +257,8 @@ class EngineCore:
         # A score that follows a token from exit to exit wants it settled before the next.
         follows = self.decoder.reader.follows
         rule = ExitRule.of(policy, guess_above=None if follows else self.config.guess_above)
-        if policy.lossless and self._drafter is not None:
-            rule = self._drafter.rule
+        if policy.lossless and self._host.drafting is not None:
+            rule = self._host.drafting
         tokens = int(request.inputs["input_ids"].shape[-1])
         if not self.backbone.is_encoder_decoder:  # else these are the encoder's
             self._check_room(tokens, 0)
@@ -350,27 +276,22 @@ class EngineCore:
         self._reading = job
         try:
             with salted(request.salt):
-                prepared = self._prompts.prepare(request.inputs, request.options)
-                self._prove(request.inputs)
+                prepared = self._host.prepare(request.inputs, request.options)
+                if self._host.prove(request.inputs):
+                    self.decoder.executor = self._host.executor()
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(
-                    self._prompts, prepared, [sampler], rule,
+                    *self._host.reads(prepared), [sampler], rule,
                     first=first_thresholds(self.backbone, policy),
                 )  # fmt: skip
         finally:
             self._reading = None
-        length = columns_of(prompt)
+        length = self._host.columns(prompt)
         self._check_room(length, sampler.most or 0)
         with torch.inference_mode():
             self.decoder.join(prompt, 0, sampler, rule, first, job)
         return min(max(tokens, length), self.config.budget)
-
-    def _prove(self, inputs: Mapping[str, Any]) -> None:
-        """Before the first prompt of a backbone that was not proven: find its executor."""
-        if self.backbone.engine is None:
-            prove(self.backbone, inputs)
-            self.decoder.executor = self._executor()
 
     def _policy(self, request: Request) -> tuple[ExitPolicy, bool | None]:
         """How a request is answered; and where that is at full depth because exits were found not
@@ -378,7 +299,7 @@ class EngineCore:
         policy = request.exit_policy(self.policy, self.depths)
         exiting = bool(policy.thresholds) and not policy.lossless
         free = request.mode is None and request.thresholds is None
-        drafts = policy.lossless and self._drafter is not None
+        drafts = policy.lossless and self._host.drafting is not None
         may = drafts or (bool(policy.effective.thresholds) and (policy.lossless or free))
         if may and not self.pace.exits_pay(exiting=exiting):
             return FULL, exiting

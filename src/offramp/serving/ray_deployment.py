@@ -29,7 +29,7 @@ from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.loading import adapter_folder, load_served
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.job import Job, enqueue
 from offramp.serving.request import Handle, Request
 

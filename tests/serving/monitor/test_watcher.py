@@ -26,7 +26,7 @@ from offramp.errors import InputError
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.watcher import Sample, WatchConfig, Watcher
 from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models
 from offramp.serving.server.service import Service

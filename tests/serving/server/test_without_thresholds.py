@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from offramp.engine.policy import DRAFT, Thresholds
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.service import Service
 from serving import NAME, messages, running, scene_examples, shipped

@@ -35,7 +35,7 @@ def bench_of_engine(
 ) -> tuple[dict[str, Any], str]:
     """Costs of calls, and each case predicted and measured; and their table."""
     from offramp.models.exits import Exits, ExitSet
-    from offramp.serving.core import EngineConfig
+    from offramp.serving.engine_config import EngineConfig
     from offramp_lab.experiments.benchmark.bench import any_shortlist
     from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
 

@@ -128,8 +128,9 @@ class TableDrafter(ChainDrafter):
         self.depth, self._table = depth, table
         self._answer, self._fed, self._columns = list[int](), list[int](), 0
 
-    def begin(self, slot: int, prompt: Prompt) -> None:
-        self._answer, self._fed, self._columns = [], [], len(prompt.states)
+    def begin(self, slot: int, prompt: Prompt | None) -> None:
+        self._answer, self._fed = [], []
+        self._columns = 0 if prompt is None else len(prompt.states)
 
     def draft(self, slot: int, token: int, most: int) -> list[int]:
         drafts = self._table.draft([*self._answer, token], most)

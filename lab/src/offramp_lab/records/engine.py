@@ -21,7 +21,7 @@ import torch
 
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.benchmark.bench import any_shortlist
 from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
 from offramp_lab.inputs.shapes import shape

@@ -33,7 +33,8 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rounds
 from offramp_lab.inputs import tiny_families

@@ -37,7 +37,7 @@ from offramp.data.scenes.tasks import captions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, asked
 

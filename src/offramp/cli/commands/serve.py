@@ -24,7 +24,7 @@ from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, share, threads, whole
 from offramp.errors import InputError, StorageError
 
-SLOTS = 8
+SLOTS, LLAMA_CPP_SLOTS = 8, 4
 KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def _engine_options(parser: Parser) -> None:
     engine.add_argument(
         "--slots", type=whole(1), metavar="N",
         help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
-        f"models that slots refuse (default: {SLOTS}; 1 where the engine has no more)",
+        f"models that slots refuse (default: {SLOTS}; {LLAMA_CPP_SLOTS} in llama.cpp, 1 where "
+        "the engine has no more)",
     )  # fmt: skip
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
@@ -241,6 +242,9 @@ def _check_serial(arguments: argparse.Namespace) -> None:
     if arguments.serial:
         log.warning("--serial is --slots 1 now, and goes with the next release.")
     way = "--serial"
+    if arguments.engine == "llama.cpp":
+        arguments.slots = 1 if arguments.serial else arguments.slots or LLAMA_CPP_SLOTS
+        return
     if arguments.engine not in ("torch", "packed"):
         way = f"--engine {arguments.engine}"
     arguments.serial |= way != "--serial" or arguments.slots == 1
@@ -280,7 +284,7 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
 
     from offramp.engine.prefix_cache import PrefixCache
     from offramp.models.vision_cache import VisionCache
-    from offramp.serving.core import EngineConfig
+    from offramp.serving.engine_config import EngineConfig
     from offramp.serving.server.service import Service, runtime_name
 
     if arguments.threads is not None:
@@ -310,6 +314,8 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
             "Name an adapter, or leave --engine out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
+    if arguments.runtime == "llama.cpp":
+        sizes["sequences"] = arguments.slots
     return load_runtime(arguments, model, alone=True, **sizes)
 
 

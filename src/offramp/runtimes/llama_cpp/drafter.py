@@ -43,6 +43,7 @@ class ChainDrafter:
         self.depth, self._segment = depth, segment
         self._chain = SegmentChain([segment], CallSizes(most=_AT_ONCE))
         self._states: dict[int, States] = {}
+        self._wanted: set[int] = set()
         self._embedded, self._ids = embedded, None if shortlist is None else [*shortlist]
         word_norm, state_norm, of_words, of_states = (weights[name] for name in _NAMES)
         self._of_words = np.ascontiguousarray((word_norm * of_words).T)
@@ -75,14 +76,19 @@ class ChainDrafter:
         """Give the memory back."""
         self._segment.close()
 
-    def begin(self, slot: int, prompt: Prompt) -> None:
-        """Forget a sequence: what is taken next is of another's prompt."""
+    def begin(self, slot: int, prompt: Prompt | None) -> None:
+        """Forget a sequence: what is taken next is of another's prompt. None: of one whose drafts
+        nobody asks for."""
         self._states.pop(slot, None)
         self._chain.reset(prompt=prompt, slot=slot)
+        self._wanted.discard(slot)
+        if prompt is not None:
+            self._wanted.add(slot)
 
     def take(self, slot: int, states: States) -> None:
         """States [n, D] of tokens behind those before, as they enter the exit."""
-        self._chain.run(states, None, slot)
+        if slot in self._wanted:
+            self._chain.run(states, None, slot)
 
     def draft(self, slot: int, token: int, most: int) -> list[int]:
         """Up to `most` ids behind a token, from the state of the one before it."""
@@ -104,7 +110,8 @@ class ChainDrafter:
 
     def crop(self, slot: int, columns: int) -> None:
         """Forget what a sequence has from a column on."""
-        self._chain.crop(self._chain.tokens(slot) - columns, slot)
+        if slot in self._wanted:
+            self._chain.crop(self._chain.tokens(slot) - columns, slot)
 
     def _input(self, token: int, state: States) -> States:
         """What enters the layer [1, D]."""

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
-from offramp.runtimes.llama_cpp.architectures import layer_kinds
+from offramp.models.vision_cache import VisionCache
+from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_kinds
 from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
+from offramp.runtimes.llama_cpp.segment import EngineOptions
 
 
 class _Entered(Exception):
@@ -159,6 +162,66 @@ def _strange(backbone: Backbone, what: str) -> InputError:
         f"of {backbone.name}.",
         "Use --runtime torch for it.",
     )
+
+
+class PromptEntry:
+    """The way of prompts from a processor's output to the decoder's first layer, in PyTorch."""
+
+    def __init__(
+        self, backbone: Backbone, engine: EngineOptions, vision_cache: VisionCache | None = None
+    ) -> None:
+        self._backbone, self._engine, self._entry = backbone, engine, DecoderEntry()
+        self._intercepted = InterceptedModel(backbone, self._entry)
+        if vision_cache is not None:
+            self._intercepted.remember_images(backbone, vision_cache)
+
+    def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
+        """As `PromptReader.prepare`."""
+        config = options.get("generation_config")
+        asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
+        check_options(lambda name: asked.get(name, getattr(config, name, None)))
+        check_inputs(inputs, self._backbone.model)
+        prepared = prepare(self._intercepted.model, inputs, **options)
+        check_options(lambda name: getattr(prepared.config, name, None))
+        return prepared
+
+    def prompts(self, prepared: Prepared) -> list[Prompt]:
+        """What enters the decoder for each row.
+
+        Raises:
+            InputError: more rows than the runtime writes at a time, or too long ones.
+        """
+        backbone, rows, most = self._backbone, len(prepared.ids), self._engine.sequences
+        if rows > most:
+            raise InputError(
+                f"This llama.cpp runtime writes {most} at a time, and {rows} rows came.",
+                f"Load it with EngineOptions(sequences={rows}), or call generate once for each.",
+            )
+        read = read_prompt(
+            self._intercepted, self._entry, prepared.model, prepared.ids, prepared.arguments
+        )
+        architecture = architecture_of(backbone)
+        prompts = [prompt_of(backbone, architecture, read, row) for row in range(rows)]
+        for prompt in prompts:
+            self._check_room(prompt, prepared.ids, prepared.criteria)
+        return prompts
+
+    def _check_room(self, prompt: Prompt, ids: Tensor, criteria: Any) -> None:
+        longest = criteria.max_length
+        new = 1 if longest is None else max(1, longest - ids.shape[1])
+        rows, positions = len(prompt.states), self._backbone.positions
+        if positions is not None and rows + new - 1 > positions:
+            raise InputError(
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the backbone's "
+                f"{positions} positions.",
+                "Shorten the prompt, or lower max_new_tokens.",
+            )
+        if rows + new - 1 > self._engine.context:
+            raise InputError(
+                f"A prompt of {rows} tokens and an answer of {new} are longer than the context "
+                f"of {self._engine.context}.",
+                "Load the runtime with a longer one (--context), or lower max_new_tokens.",
+            )
 
 
 class Embeddings:

@@ -57,7 +57,7 @@ class ChainExecutor:
         exact: bool,
         drafter: ChainDrafter | None = None,
     ) -> None:
-        self.depths, self._drafter = tuple(depths), drafter
+        self.depths, self.drafter = tuple(depths), drafter
         self._chain, self._stand, self._embed, self._exact = chain, tuple(stand), embed, exact
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]
@@ -83,8 +83,9 @@ class ChainExecutor:
 
         chain, columns, slot = self._chain, len(prepared.states), min(self._free)
         chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot)
-        if keep is not None and self._drafter is not None:
-            self._drafter.begin(slot, prepared)
+        if self.drafter is not None:
+            self.drafter.begin(slot, None if keep is None else prepared)
+        if keep is not None:
             logits = self._whole({slot: prepared.states}, {slot: 1})
             return ChainPrompt(slot, columns, logits, None)
         place = chain.run(prepared.states, None if decide is None else at, slot)
@@ -179,7 +180,7 @@ class ChainExecutor:
     def _whole(self, new: Mapping[int, States], outputs: Mapping[int, int]) -> Array:
         """Run new states of each slot through all segments; logits of the last ones of each. The
         drafter gets what enters its exit."""
-        chain, last, drafter = self._chain, self._last, self._drafter
+        chain, last, drafter = self._chain, self._last, self.drafter
         for place in range(last):
             made = chain.together(place, dict.fromkeys(new, 0), new if place == 0 else None)
             if drafter is not None and self._stand[place] == drafter.depth:
@@ -196,8 +197,8 @@ class ChainExecutor:
         columns: Sequence[int],
         most: Sequence[int],
     ) -> list[list[int]]:
-        assert self._drafter is not None
-        return [*map(self._drafter.draft, handles, ids, most)]
+        assert self.drafter is not None
+        return [*map(self.drafter.draft, handles, ids, most)]
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -218,8 +219,8 @@ class ChainExecutor:
 
     def crop(self, handle: int, column: int) -> None:
         self._chain.crop(self._chain.tokens(handle) - column, handle)
-        if self._drafter is not None:
-            self._drafter.crop(handle, column)
+        if self.drafter is not None:
+            self.drafter.crop(handle, column)
 
     def release(self, handle: int) -> None:
         """Free its slot; whoever takes it resets it."""

@@ -19,7 +19,7 @@ from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
-from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
+from offramp.engine.prefill import Prepared
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
@@ -27,10 +27,10 @@ from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
-from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, prompt_of, read_prompt
+from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
 from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
-from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.host import LlamaCppHost
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
@@ -63,13 +63,13 @@ class LlamaCppRuntime:
             InputError: the extra `llama-cpp` is not installed.
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
-        self._architecture = architecture_of(adapter.backbone)
+        architecture_of(adapter.backbone)
         self.adapter = adapter
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._lent = False
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
         try:
@@ -89,6 +89,11 @@ class LlamaCppRuntime:
     def rows(self) -> int:
         """Prompts in one call of `generate`, at most."""
         return self.engine.sequences
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt with its answer, at most."""
+        return self.engine.context
 
     @property
     def name(self) -> str:
@@ -176,24 +181,13 @@ class LlamaCppRuntime:
         seed: int | None,
         options: dict[str, Any],
     ) -> GenerationOutput:
-        config = options.get("generation_config")
-        asked = {**inputs, **{name: value for name, value in options.items() if value is not None}}
-        check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs, self.backbone.model)
         policy = policy.effective
         self._check_policy(policy)
-        entry = DecoderEntry()
-        intercepted = InterceptedModel(self.backbone, entry)
-        if vision_cache is not None:
-            intercepted.remember_images(self.backbone, vision_cache)
+        entry = PromptEntry(self.backbone, self.engine, vision_cache)
         with self._lock, torch.inference_mode():
             self._check_open()
-            prepared = prepare(intercepted.model, inputs, **options)
-            check_options(lambda name: getattr(prepared.config, name, None))
-            prompts = self._prompts(intercepted, entry, prepared)
-            for prompt in prompts:
-                self._check_room(prompt, prepared.ids, prepared.criteria)
-            return self._write(prompts, prepared, policy, streamer, seed)
+            prepared = entry.prepare(inputs, options)
+            return self._write(entry.prompts(prepared), prepared, policy, streamer, seed)
 
     def release_decoder(self) -> int:
         """Free what PyTorch holds of the weights in llama.cpp's files, and return their bytes.
@@ -209,6 +203,24 @@ class LlamaCppRuntime:
                 freed += parameter.nbytes
                 parameter.data = parameter.data.new_empty(0)
         return freed
+
+    def host(
+        self, policy: ExitPolicy, vision_cache: VisionCache | None = None
+    ) -> LlamaCppHost:
+        """What a batch engine writes with, a slot for each sequence. Nothing else decodes from
+        here on.
+
+        Raises:
+            InputError: the files cannot follow the policy, in any mode; the runtime is closed.
+        """
+        for mode in ("early_exit", "lossless"):
+            self._check_policy(policy.in_mode(mode).effective)
+        with self._lock:
+            self._check_open()
+            self._lent = True
+        executor = self._executor(policy.depths, self._drafter, exact=True)
+        entry = PromptEntry(self.backbone, self.engine, vision_cache)
+        return LlamaCppHost(self.adapter, policy, executor, entry)
 
     def close(self) -> None:
         """Give llama.cpp's memory back; the runtime is of no use afterwards.
@@ -243,9 +255,7 @@ class LlamaCppRuntime:
         # Guesses, and others in the call, fall with whom they wait: what they change must be speed
         # alone.
         exact = policy.lossless or bool(policy.guesses) or not depths or self.rows > 1
-        executor = ChainExecutor(
-            self._chain, self.files.depths, depths, self._token_states, exact=exact, drafter=drafter
-        )
+        executor = self._executor(depths, drafter, exact=exact)
         asker = TensorReader(self.adapter, policy, depths)
         rows = len(prompts)
         schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
@@ -262,22 +272,13 @@ class LlamaCppRuntime:
             first=first_thresholds(self.backbone, policy),
         )
 
-    def _token_states(self, token: int, position: int) -> States:
-        """The states [1, D] that enter the decoder for the next token, of text."""
-        return self._embeddings.of_token(token, position)
-
-    def _prompts(
-        self, intercepted: InterceptedModel, entry: DecoderEntry, prepared: Prepared
-    ) -> list[Prompt]:
-        """What enters the decoder for each row of a prepared prompt."""
-        rows = len(prepared.ids)
-        if rows > self.rows:
-            raise InputError(
-                f"This llama.cpp runtime writes {self.rows} at a time, and {rows} rows came.",
-                f"Load it with EngineOptions(sequences={rows}), or call generate once for each.",
-            )
-        read = read_prompt(intercepted, entry, prepared.model, prepared.ids, prepared.arguments)
-        return [prompt_of(self.backbone, self._architecture, read, row) for row in range(rows)]
+    def _executor(
+        self, depths: Sequence[int], drafter: ChainDrafter | None, *, exact: bool
+    ) -> ChainExecutor:
+        return ChainExecutor(
+            self._chain, self.files.depths, depths, self._embeddings.of_token, exact=exact,
+            drafter=drafter,
+        )  # fmt: skip
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -315,6 +316,11 @@ class LlamaCppRuntime:
                 "The llama.cpp runtime is closed: its memory was given back.",
                 "Load it again, or generate inside of the `with` statement.",
             )
+        if self._lent:
+            raise InputError(
+                "The llama.cpp runtime writes for a batch engine.",
+                "Submit to the engine, or load another runtime.",
+            )
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the files or the runtime cannot follow `policy`."""
@@ -340,23 +346,6 @@ class LlamaCppRuntime:
             raise InputError(
                 f"The policy has shortlist={policy.shortlist}, and the files' exits have {has}.",
                 "Export them from an adapter whose policy is that one, or change the policy.",
-            )
-
-    def _check_room(self, prompt: Prompt, ids: Tensor, criteria: Any) -> None:
-        longest = criteria.max_length
-        new = 1 if longest is None else max(1, longest - ids.shape[1])
-        rows, positions = len(prompt.states), self.backbone.positions
-        if positions is not None and rows + new - 1 > positions:
-            raise InputError(
-                f"A prompt of {rows} tokens and an answer of {new} are longer than the backbone's "
-                f"{positions} positions.",
-                "Shorten the prompt, or lower max_new_tokens.",
-            )
-        if rows + new - 1 > self.engine.context:
-            raise InputError(
-                f"A prompt of {rows} tokens and an answer of {new} are longer than the context "
-                f"of {self.engine.context}.",
-                "Load the runtime with a longer one (--context), or lower max_new_tokens.",
             )
 
 

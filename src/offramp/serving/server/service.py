@@ -25,7 +25,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.host import is_runtime
 from offramp.serving.monitor.standing import standing_of
 from offramp.serving.monitor.watcher import Loss, WatchConfig, Watcher, differs
 from offramp.serving.request import Handle
@@ -97,9 +98,10 @@ class Service:
         **more: Any,
     ) -> None:
         """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
-        all. loss: of its risk. serial: what answers one request at a time instead of slots, the
-        adapter itself or its runtime. vision_cache, prefix_cache: as of either engine; the former
-        is left out where it is not known where the vision tower is. more: as of `BatchEngine`.
+        all. loss: of its risk. serial: what answers instead of slots in PyTorch: the adapter
+        itself, one request at a time, or its runtime, in as many slots as that has rows.
+        vision_cache, prefix_cache: as of either engine; the former is left out where it is not
+        known where the vision tower is. more: as of `BatchEngine`.
 
         Raises:
             InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -110,7 +112,8 @@ class Service:
         self.config = config
         sizes = _within_positions(engine or EngineConfig(), self.backbone)
         self.limit = sizes.limit
-        self.room = config.queue + (sizes.slots if serial is None else 1)
+        several = serial is None or is_runtime(serial)
+        self.room = config.queue + (sizes.slots if several else 1)
         self.outbox = Outbox()
         known = self.backbone.family.vision is not None
         kept = {"vision_cache": vision_cache if known else None, "prefix_cache": prefix_cache}
@@ -154,6 +157,8 @@ class Service:
         more = {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush, **more}
         if serial is None:
             return BatchEngine(model, None, sizes, **kept, **more)
+        if is_runtime(serial):
+            return BatchEngine(serial, None, sizes, **kept, **more)
         return BatchEngine(SerialCore(serial, self.policy, limit=sizes.limit, **kept), **more)
 
     # -- who is let in -----------------------------------------------------------------------------

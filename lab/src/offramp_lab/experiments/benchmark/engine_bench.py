@@ -30,7 +30,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
 from offramp_lab.experiments.benchmark.simulator import (

@@ -32,7 +32,8 @@ from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.benchmark.simulator import quantiles
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from offramp.adapter import Adapter
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.policy import MODES
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.records.loads.subjects import keep, tiny
 from offramp_lab.records.record import asked

@@ -25,7 +25,8 @@ from transformers import StoppingCriteriaList
 from offramp.answers import Answer
 from offramp.engine.policy import FULL
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
-from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.records.loads.subjects import Subject, keep, photo

@@ -25,13 +25,11 @@ from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import MODES
-from offramp.engine.prefill import prepare
-from offramp.models.intercept import InterceptedModel
 from offramp.provenance import provenance
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
-from offramp.runtimes.llama_cpp.entry import DecoderEntry
+from offramp.runtimes.llama_cpp.entry import PromptEntry
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import write_json
@@ -104,11 +102,10 @@ def _compared(
 
 
 def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
-    entry = DecoderEntry()
-    intercepted = InterceptedModel(runtime.backbone, entry)
+    entry = PromptEntry(runtime.backbone, runtime.engine)
     with torch.inference_mode():
-        prepared = prepare(intercepted.model, inputs, max_new_tokens=NEW, do_sample=False)
-        return runtime._prompts(intercepted, entry, prepared)[0]
+        prepared = entry.prepare(inputs, {"max_new_tokens": NEW, "do_sample": False})
+        return entry.prompts(prepared)[0]
 
 
 def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:

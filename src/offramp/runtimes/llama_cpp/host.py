@@ -1,0 +1,50 @@
+"""The runtime as what a batch engine writes with: a sequence of llama.cpp's for each slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from offramp.adapter import Adapter
+from offramp.engine.decoding.executor import Executor
+from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefill import Prepared
+from offramp.runtimes.llama_cpp.entry import PromptEntry
+from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
+from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
+
+
+class LlamaCppHost:
+    """One engine's; meanwhile the runtime itself answers nothing."""
+
+    tries = False
+
+    def __init__(
+        self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry
+    ) -> None:
+        self.backbone, self.depths = adapter.backbone, executor.depths
+        self.reader = TensorReader(adapter, policy, self.depths)
+        self._executor, self._entry, drafter = executor, entry, executor.drafter
+        self.drafting = None if drafter is None else ExitRule.drafting(policy, drafter.depth)
+
+    def executor(self) -> Executor:
+        return self._executor
+
+    def prove(self, inputs: Mapping[str, Any]) -> bool:
+        return False  # the runtime did when it was loaded
+
+    def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
+        with torch.inference_mode():
+            return self._entry.prepare(inputs, options)
+
+    def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:
+        with torch.inference_mode():
+            [prompt] = self._entry.prompts(prepared)
+        return self._executor, prompt
+
+    def columns(self, prompt: ChainPrompt) -> int:
+        return prompt.columns

@@ -1,0 +1,41 @@
+"""Sizes of a batch engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offramp.engine.decoding.scheduler import Schedule
+from offramp.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of a batch engine.
+
+    slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
+    read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
+    it takes, where its family allows. longest: tokens of a row that may wait before the deep
+    layers. guess_above: score from which an exit's token is worth a guess. layout: of the deep call
+    (`offramp.engine.executors.slots.layout`). schedule: of the calls, exits being used whether they
+    pay or not; None: the engine finds out from what its calls take.
+
+    Raises:
+        InputError: a number below 1.
+    """
+
+    slots: int = 8
+    limit: int = 1024
+    budget: int = 256
+    longest: int = 64
+    guess_above: float = 0.0
+    layout: str | None = None
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {n: getattr(self, n) for n in ("slots", "limit", "budget", "longest")}
+        wrong = {n: v for n, v in sizes.items() if type(v) is not int or v < 1}
+        if wrong:
+            raise InputError(
+                f"The engine cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
+                "Give whole numbers from 1.",
+            )
