@@ -36,6 +36,15 @@ def actions() -> Iterator[tuple[str, argparse.Action]]:
         yield from ((command, action) for action in parser_of(command)._actions)
 
 
+def test_the_server_tells_its_options_without_loading_pytorch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import atexit, sys; from offramp.cli import main; "
+         "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help'])"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "--watch-level" in done.stdout and done.stdout.splitlines()[-1] == "False"
+
+
 @pytest.mark.parametrize("command", EVERY)
 def test_every_command_takes_the_same(command: str) -> None:
     known = parser_of(command)._option_string_actions

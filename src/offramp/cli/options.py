@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -132,7 +132,7 @@ def field_option(
         flag,
         **several,
         metavar=field.metadata.get("metavar") or _metavar(hint),
-        type=field.metadata.get("parse") or _parser_of(hint, name),
+        type=field.metadata.get("parse") or _parser_of(hint, name, field.metadata),
         default=default,
         help=text,
     )
@@ -151,10 +151,13 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def field_options(group: Any, cls: type, names: Collection[str], **choices: Iterable[str]) -> None:
-    """The options of these fields, in their order, with their own help. choices: by field."""
+def field_options(
+    group: Any, cls: type, names: Collection[str] | None = None, **choices: Iterable[str]
+) -> None:
+    """The options of these fields, in their order, with their own help; None: of all that have one.
+    choices: by field."""
     for field in fields(cls):
-        if field.name in names:
+        if "help" in field.metadata if names is None else field.name in names:
             field_option(group, cls, field.name, choices=choices.get(field.name))
 
 
@@ -168,7 +171,10 @@ def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {n: getattr(arguments, word) for n, word in words.items() if hasattr(arguments, word)}
 
 
-def _parser_of(hint: Any, name: str) -> Callable[[str], Any]:
+def _parser_of(hint: Any, name: str, said: Mapping[str, Any]) -> Callable[[str], Any]:
+    """said: of its metadata, whether it is a share."""
+    if said.get("share"):
+        return share
     kinds = set(typing.get_args(hint)) - {type(None)}
     if Path in kinds:
         return Path

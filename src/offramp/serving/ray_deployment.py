@@ -94,7 +94,7 @@ def replica_app(config: RayConfig) -> FastAPI:
     """The application of one replica; built in its process, as it holds the model."""
     import torch
 
-    from offramp.serving.monitor.watcher import WatchConfig
+    from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.server.app import create_app
     from offramp.serving.server.config import ServerConfig
     from offramp.serving.server.service import Service

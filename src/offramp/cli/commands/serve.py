@@ -17,11 +17,10 @@ from offramp.cli.options import (
     engine_option,
     field_options,
     filled,
-    name_option,
     precision_options,
 )
 from offramp.cli.output import print_json, tell
-from offramp.cli.parser import Parser, or_none, share, threads, whole
+from offramp.cli.parser import Parser, or_none, threads, whole
 from offramp.errors import InputError, StorageError
 
 SLOTS, LLAMA_CPP_SLOTS = 8, 4
@@ -41,6 +40,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
+    from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     parser.add_argument(
@@ -84,7 +84,7 @@ def _options(parser: Parser) -> None:
         help="let prompts and images kept for one key answer other keys faster, whose times then "
         "tell what was asked (default: each key has its own)",
     )  # fmt: skip
-    _watch_options(parser.add_argument_group("watched guarantee"))
+    field_options(parser.add_argument_group("watched guarantee"), WatchConfig)
     limits = ("count", "bytes", "pixels", "domains", "folder")
     field_options(parser.add_argument_group("images"), ImageLimits, limits)
 
@@ -111,43 +111,6 @@ def _engine_options(parser: Parser) -> None:
     runtime_options(parser, sized=False).add_argument(
         "--serial", action="store_true", help=argparse.SUPPRESS
     )
-
-
-def _watch_options(group: Any) -> None:
-    from offramp.serving.monitor.watcher import ACTIONS
-
-    group.add_argument(
-        "--watch", type=share, default=0.01, metavar="X",
-        help="share of requests that the full model answers too, in slots that nobody needs or "
-        "after --watch-deadline; 0: none (default: 0.01)",
-    )  # fmt: skip
-    group.add_argument(
-        "--watch-level", type=share, default=0.01, metavar="X",
-        help="how often, at most, a guarantee that holds is ever called broken (default: 0.01)",
-    )  # fmt: skip
-    group.add_argument(
-        "--watch-slack", type=float, default=1.0, metavar="X",
-        help="raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
-        "in bursts (default: 1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--watch-deadline", type=float, default=30.0, metavar="SECONDS",
-        help="longest wait for a free slot; then the full model's answer takes one (default: 30)",
-    )  # fmt: skip
-    group.add_argument(
-        "--watch-state", type=Path, metavar="FILE",
-        help="what was learnt is kept there over a restart (default: a file of this adapter in "
-        "~/.local/state/offramp)",
-    )  # fmt: skip
-    name_option(
-        group, "--when-broken", ACTIONS, "what answers are once the guarantee is broken",
-        default="lossless",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep-watched", type=Path, metavar="FOLDER",
-        help="write images and prompts of watched requests there, for `offramp calibrate`; only "
-        "with the consent of those who ask (default: nothing is written)",
-    )  # fmt: skip
 
 
 def _number(group: Any, flag: str, default: int, help: str) -> None:
@@ -323,21 +286,16 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
     from offramp.adapter import Adapter
     from offramp.calibration.risk_functions import RISKS
-    from offramp.serving.monitor.watcher import WatchConfig, differs
+    from offramp.serving.monitor.watch_config import WatchConfig
+    from offramp.serving.monitor.watcher import differs
 
     standing = model.standing(engine=runtime) if isinstance(model, Adapter) else None
     promise = None if standing is None else standing.promise
     if standing is not None and standing.why:
         log.warning("%s. See `offramp calibrate`.", standing.sentence.capitalize())
-    watch = WatchConfig(
-        share=arguments.watch or 1.0,
-        level=arguments.watch_level,
-        slack=arguments.watch_slack,
-        deadline=arguments.watch_deadline,
-        action=arguments.when_broken,
-        keep=arguments.keep_watched,
-        state=arguments.watch_state or (_state_file(model) if promise is not None else None),
-    )
+    asked = filled(arguments, WatchConfig)
+    own = _state_file(model) if promise is not None else None
+    watch = WatchConfig(**asked | {"share": asked["share"] or 1.0, "state": asked["state"] or own})
     if arguments.watch == 0:
         return None, differs
     if promise is None:

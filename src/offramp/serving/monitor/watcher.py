@@ -19,7 +19,6 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -29,16 +28,15 @@ from offramp.betting import RunningRisk
 from offramp.data.image import pixel_digest
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.engine.policy import GenerationOutput
-from offramp.errors import BusyError, InputError, OfframpError, StorageError, check_known
+from offramp.errors import BusyError, OfframpError, StorageError
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.storage import JsonlLog, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-ACTIONS = ("lossless", "full", "warn")
-"""What answers are once the promise is broken: lossless, the full model's, or as before."""
 Loss = Callable[[Answer, Answer], float]
 """What an early answer loses in [0, 1] against the full model's."""
 ROWS = "rows.jsonl"
@@ -55,60 +53,6 @@ _PAUSE = 0.02
 def differs(early: Answer, full: Answer) -> float:
     """The risk "disagreement"."""
     return float(early.ids != full.ids)
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    """How closely to look.
-
-    share: of requests that are answered by the full model too. level: how often, at most, a promise
-    that holds is ever called broken. slack: the alarm is raised at so many times the promised risk:
-    1 is for a risk that is at most what was promised at each time; where it is that only on
-    average, as under bursts of one user or a cycle of days, take 2 or 3. action: of `ACTIONS`.
-    keep: folder that images, prompts and answers of watched requests are written to, so that
-    thresholds can be calibrated on them; only with the consent of those who ask. backlog: watched
-    requests that may wait for the full model; more are let go. deadline: seconds after which one
-    that waits for a free slot is compared like a request of its own. coverage: share of the watched
-    requests that must be compared, lately, or the watch says that it is blind. a_client: largest
-    share of the backlog, and of the draws while others ask too, that one client may have. state:
-    file that keeps what was learnt over a restart. watchers: replicas that share the level, each
-    with a watch of its own. remembered: images that are known to have counted.
-
-    Raises:
-        InputError: a number outside its range, an unknown action.
-    """
-
-    share: float = 0.01
-    level: float = 0.01
-    slack: float = 1.0
-    action: str = "lossless"
-    keep: Path | None = None
-    backlog: int = 32
-    deadline: float = 30.0
-    coverage: float = 0.5
-    a_client: float = 0.5
-    state: Path | None = None
-    watchers: int = 1
-    remembered: int = 1_000_000
-
-    def __post_init__(self) -> None:
-        if not (0 < self.share <= 1 and 0 < self.level < 1):
-            raise InputError(
-                f"A share of {self.share} watched at level {self.level} tells nothing.",
-                "Give numbers above 0 and below 1, such as 0.01 and 0.01.",
-            )
-        if not (self.slack >= 1 and self.deadline >= 0 and self.watchers >= 1):
-            raise InputError(
-                f"A watch with slack {self.slack}, a deadline of {self.deadline} seconds and "
-                f"{self.watchers} watchers cannot run.",
-                "Give a slack and a number of watchers from 1, and a deadline from 0.",
-            )
-        if not (0 < self.a_client <= 1 and 0 <= self.coverage <= 1):
-            raise InputError(
-                f"A client's share of {self.a_client} and a coverage of {self.coverage} are none.",
-                "Give shares from 0 to 1, such as 0.5 and 0.5.",
-            )
-        check_known("Action", [self.action], ACTIONS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,8 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import is_runtime
 from offramp.serving.monitor.standing import standing_of
-from offramp.serving.monitor.watcher import Loss, WatchConfig, Watcher, differs
+from offramp.serving.monitor.watch_config import WatchConfig
+from offramp.serving.monitor.watcher import Loss, Watcher, differs
 from offramp.serving.request import Handle
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.protocol import Sampling

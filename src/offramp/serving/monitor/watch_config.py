@@ -1,0 +1,88 @@
+"""How closely a guarantee is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offramp.errors import InputError, check_known
+from offramp.options import option
+
+ACTIONS = ("lossless", "full", "warn")
+"""What answers are once the promise is broken: lossless, the full model's, or as before."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How closely to look.
+
+    share: of requests that are answered by the full model too. level: how often, at most, a promise
+    that holds is ever called broken. slack: the alarm is raised at so many times the promised risk:
+    1 is for a risk that is at most what was promised at each time; where it is that only on
+    average, as under bursts of one user or a cycle of days, take 2 or 3. action: of `ACTIONS`.
+    keep: folder that images, prompts and answers of watched requests are written to, so that
+    thresholds can be calibrated on them; only with the consent of those who ask. backlog: watched
+    requests that may wait for the full model; more are let go. deadline: seconds after which one
+    that waits for a free slot is compared like a request of its own. coverage: share of the watched
+    requests that must be compared, lately, or the watch says that it is blind. a_client: largest
+    share of the backlog, and of the draws while others ask too, that one client may have. state:
+    file that keeps what was learnt over a restart. watchers: replicas that share the level, each
+    with a watch of its own. remembered: images that are known to have counted.
+
+    Raises:
+        InputError: a number outside its range, an unknown action.
+    """
+
+    share: float = option(
+        0.01, "share of requests that the full model answers too, in slots that nobody needs or "
+        "after --watch-deadline; 0: none", flag="--watch", share=True,
+    )  # fmt: skip
+    level: float = option(
+        0.01, "how often, at most, a guarantee that holds is ever called broken",
+        flag="--watch-level", share=True,
+    )  # fmt: skip
+    slack: float = option(
+        1.0, "raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
+        "in bursts", flag="--watch-slack",
+    )  # fmt: skip
+    action: str = option(
+        "lossless", "what answers are once the guarantee is broken", flag="--when-broken",
+        choices=ACTIONS,
+    )  # fmt: skip
+    keep: Path | None = option(
+        None, "write images and prompts of watched requests there, for `offramp calibrate`; only "
+        "with the consent of those who ask", flag="--keep-watched", metavar="FOLDER",
+        shown="nothing is written",
+    )  # fmt: skip
+    backlog: int = 32
+    deadline: float = option(
+        30.0, "longest wait for a free slot in seconds; then the full model's answer takes one",
+        flag="--watch-deadline",
+    )  # fmt: skip
+    coverage: float = 0.5
+    a_client: float = 0.5
+    state: Path | None = option(
+        None, "what was learnt is kept there over a restart", flag="--watch-state", metavar="FILE",
+        shown="a file of this adapter in ~/.local/state/offramp",
+    )  # fmt: skip
+    watchers: int = 1
+    remembered: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share <= 1 and 0 < self.level < 1):
+            raise InputError(
+                f"A share of {self.share} watched at level {self.level} tells nothing.",
+                "Give numbers above 0 and below 1, such as 0.01 and 0.01.",
+            )
+        if not (self.slack >= 1 and self.deadline >= 0 and self.watchers >= 1):
+            raise InputError(
+                f"A watch with slack {self.slack}, a deadline of {self.deadline} seconds and "
+                f"{self.watchers} watchers cannot run.",
+                "Give a slack and a number of watchers from 1, and a deadline from 0.",
+            )
+        if not (0 < self.a_client <= 1 and 0 <= self.coverage <= 1):
+            raise InputError(
+                f"A client's share of {self.a_client} and a coverage of {self.coverage} are none.",
+                "Give shares from 0 to 1, such as 0.5 and 0.5.",
+            )
+        check_known("Action", [self.action], ACTIONS)
