@@ -23,6 +23,8 @@ EXTRAS = {
     "llguidance": "json",
     "matplotlib": "report",
     "offramp-photo": "photo",
+    "opentelemetry-exporter-otlp-proto-http": "trace",
+    "opentelemetry-sdk": "trace",
     "peft": "peft",
     "prometheus-client": "serve",
     "pycocoevalcap": "eval",

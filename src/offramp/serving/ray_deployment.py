@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from PIL import Image
 
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
-from offramp.errors import InputError, OfframpError
+from offramp.errors import InputError, OfframpError, check_known
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
@@ -98,6 +99,7 @@ def replica_app(config: RayConfig) -> FastAPI:
     from offramp.serving.server.app import create_app
     from offramp.serving.server.config import ServerConfig
     from offramp.serving.server.service import Service
+    from offramp.serving.server.tracing import provider_of
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -110,7 +112,8 @@ def replica_app(config: RayConfig) -> FastAPI:
         return Service(model, processor, server, sizes, watch=watch)
 
     first = start(config.served, model)
-    return create_app(_multiplexed(config, first, start) if config.others else first)
+    served = _multiplexed(config, first, start) if config.others else first
+    return create_app(served, provider_of(os.environ))
 
 
 def _multiplexed(
@@ -189,6 +192,17 @@ def deployment(config: RayConfig) -> Any:
         graceful_shutdown_wait_loop_s=0.5,
     )
     return deployed(serve.ingress(build)(Replica)).bind()
+
+
+def application(arguments: dict[str, Any]) -> Any:
+    """The same for a file of Ray Serve's, whose `args` are the fields of `RayConfig`.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    for name in arguments:
+        check_known("Argument", [name], [field.name for field in fields(RayConfig)])
+    return deployment(RayConfig(**arguments))
 
 
 class Captioner:

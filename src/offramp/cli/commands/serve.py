@@ -123,7 +123,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from offramp.serving.server.app import create_app
     from offramp.serving.server.run import listen, serve
+    from offramp.serving.server.tracing import provider_of
 
+    traces = provider_of(os.environ)
     place = listen(arguments.host, arguments.port)
     service = _service(arguments, config)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -133,7 +135,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             print_json({"model": config.name, "url": address})
         tell(f"offramp serves {config.name}: {address} (a page), {address}/v1 (OpenAI's API)")
 
-    serve(create_app(service), service, place, ready=ready)
+    serve(create_app(service, traces), service, place, ready=ready)
 
 
 def _config(arguments: argparse.Namespace) -> Any:

@@ -23,6 +23,7 @@ from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
 from offramp.serving.server.service import Place, Service, Use
+from offramp.serving.server.tracing import Trace, now
 
 T = TypeVar("T")
 Inputs = Mapping[str, Any]
@@ -50,6 +51,7 @@ class Answering:
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
     has taken too long, by the loop's clock. on_answer: called with every answer that is over.
     salt: as of `offramp.serving.request.Request`. constraint: of every answer's tokens.
+    trace: is told of every answer that is over.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class Answering:
         until: float,
         on_answer: OnAnswer | None = None,
         salt: str | None = None,
+        *,
         constraint: Constraint | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt = on_answer, salt
-        self._exact = constraint is not None
+        self._exact, self._trace, self._begun = constraint is not None, trace, now()
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -200,6 +204,9 @@ class Answering:
         first = choice.written.index % self._request.n == 0
         tokens = int(choice.inputs["input_ids"].shape[-1]) if first else 0
         self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
+        if self._trace is not None:
+            asked = int(choice.inputs["input_ids"].shape[-1])
+            self._trace.answered(self._begun, done, written.depths, asked, written.reason)
         if self._on_answer is not None:
             self._on_answer(choice.inputs, choice.how, done)
         return last

@@ -39,14 +39,18 @@ from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
 from offramp.serving.server.service import Service
+from offramp.serving.server.tracing import KEY, Traced, now
 
 T = TypeVar("T")
 Prepared = tuple[list[Inputs], Sequence[Any]]
 """Inputs of each prompt, and the images that they share."""
 
 
-def create_app(served: Service | Models) -> FastAPI:
-    """The ASGI application of a service, or of several; when it shuts down, they are closed."""
+def create_app(served: Service | Models, traces: Any = None) -> FastAPI:
+    """The ASGI application of a service, or of several; when it shuts down, they are closed.
+
+    traces: of `tracing.provider_of`; None: requests are not traced.
+    """
     models = served if isinstance(served, Models) else Models(served)
     service = models.first
 
@@ -54,6 +58,8 @@ def create_app(served: Service | Models) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(models.close)
+        if traces is not None:  # sends what is left
+            await asyncio.to_thread(traces.shutdown)
 
     app = FastAPI(
         title="offramp", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -67,6 +73,8 @@ def create_app(served: Service | Models) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-Id"],
         )
+    if traces is not None:
+        app.add_middleware(Traced, provider=traces)
     add_handlers(app)
     _add_openai(app, models)
     _add_tokens(app, models)
@@ -138,13 +146,19 @@ async def _answer(
     try:
         use = service.use_of(body)
         constraint = await _in_time(service, service.constraint(body), request, until)
+        trace, begun = request.scope.get(KEY), now()
         inputs, images = await _in_time(service, prompts(), request, until)
+        if trace is not None:
+            trace.part("image", begun, now(), offramp__images=len(images))
         client = client_of(request)
         watched = service.watches(body, use, len(images), client)
         watch = _watch(service, body, images, client) if watched else None
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
-        answering = Answering(service, body, inputs, use, place, until, watch, salt, constraint)
+        answering = Answering(
+            service, body, inputs, use, place, until, watch, salt,
+            constraint=constraint, trace=trace,
+        )  # fmt: skip
     except BaseException:
         place.leave()
         raise

