@@ -36,7 +36,7 @@ from offramp.engine.policy import (
 )
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.self_check.decoding import prove
+from offramp.engine.self_check.decoding import prove, prove_prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -74,7 +74,7 @@ def generate(
     backbone = Backbone.of(backbone)
     one = _generation(backbone, exits, policy, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
-    prove(backbone, inputs)
+    prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
 
 
@@ -92,6 +92,7 @@ def generate_prepared(
 
     Raises:
         InputError: it is of another model, or asks for what the loop does not do.
+        UnsupportedBackboneError: a backbone that was not proven, and cannot be on this prompt.
     """
     check_options(lambda name: getattr(prepared.config, name, None))
     path = next((n for n, m in backbone.model.named_modules() if m is prepared.model), None)
@@ -101,6 +102,7 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     one = _generation(backbone, exits, policy, None, prefix_cache)
+    prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,10 @@ class Backbone:
             known = None  # another text model in a wrapper that is known
         self.family: Family = known or discover(model, example)
         self.stack = self._find(self.family.stack)
-        self.layers = self._find(f"{self.family.stack}.{self.family.layers}")
+        layers = self._find(f"{self.family.stack}.{self.family.layers}")
+        self.layer_names = tuple(layers) if isinstance(layers, nn.ModuleDict) else None
+        """What a stack calls its layers that holds them by name; None: by number."""
+        self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
         self.norm = (
             self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
         )
@@ -111,19 +114,28 @@ class Backbone:
         """Whether parts of the decoder run on several devices."""
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
-        self.softcap = _softcap(self.text_config, model.config)
+        self.softcap = self.family.softcap
         """Bound of the soft cap on logits; the check at load turns off one that is not used."""
+        if self.softcap is None and not self.family.discovered:
+            self.softcap = _softcap(self.text_config, model.config)
+        self.words: int | None = None
+        """Tokens that the model keeps of those that its head reads; None: all of them."""
         self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
         kinds = [type(layer) for layer in self.layers]
         common = max(kinds, key=kinds.count)
         self.rare_layers = frozenset(i for i, kind in enumerate(kinds) if kind is not common)
         """Layers of another kind than most: Mllama's cross-attention, with the image's keys."""
-        self.tested = not self.family.discovered and is_tested(model.config)
+        self.stock = self._is_stock()
+        """Whether all of its code but the vision tower's is of libraries that tests ran it with: a
+        class of somebody's own may bear the name of a family and compute otherwise."""
+        self.tested = not self.family.discovered and is_tested(model.config) and self.stock
         """Whether its family has tests here; what is found or registered by others is checked."""
+        self.example = example
         self.lossless = True
         """Whether drafts can be taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
+        self._proven_at = frozenset(range(self.depth) if self.tested else ())
         self.reads_ids = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = self_check(self, example)
@@ -204,20 +216,39 @@ class Backbone:
     def _proven(self) -> str | None:
         """The executor that tests have shown to be exact for this class; None: for no such class,
         or on several devices."""
-        known = self.tested and type(self.model).__module__.startswith("transformers.models.")
         if self.sharded:
-            return "stack" if known else None
+            return "stack" if self.tested else None
         attention = getattr(self.text_config, "_attn_implementation", None)
-        return "slots" if known and attention in ("sdpa", "eager") else None
+        return "slots" if self.tested and attention in ("sdpa", "eager") else None
 
-    def learn(self, *, causal_prompt: bool, lossless: bool, engine: str | None = None) -> None:
+    def _is_stock(self) -> bool:
+        vision = self.family.vision
+        seen = set() if vision is None else set(self._find(vision).modules())
+        kinds = {type(part) for part in self.model.modules() if part not in seen}
+        return all(kind.__module__.partition(".")[0] in _STOCK for kind in kinds)
+
+    def is_proven(self, depths: Iterable[int]) -> bool:
+        """Whether decoding with exits at these depths was found to be exact."""
+        return self.engine is not None and self._proven_at.issuperset(depths)
+
+    def learn(
+        self,
+        *,
+        causal_prompt: bool,
+        lossless: bool,
+        engine: str | None = None,
+        depths: Iterable[int] = (),
+    ) -> None:
         """Take over what decoding showed: whether the first token may exit out of the prompt,
-        whether drafts can be taken back, and which executor is exact. What is registered as
-        impossible stays so."""
-        causal = causal_prompt and (self.family.discovered or self.family.causal_prompt)
-        self.family = replace(self.family, causal_prompt=causal)
-        self.lossless = lossless
+        whether drafts can be taken back, and which executor is exact, with exits at which depths.
+        What is registered, or was found at other depths, as impossible stays so."""
+        again = bool(self._proven_at)
+        able = self.family.causal_prompt if again or not self.family.discovered else True
+        self.family = replace(self.family, causal_prompt=causal_prompt and able)
+        self.lossless = lossless and (self.lossless or not again)
         self.engine = engine or self.engine
+        if engine is not None:
+            self._proven_at |= frozenset(depths)
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache."""
@@ -313,15 +344,20 @@ class Backbone:
         rows = normed.reshape(-1, normed.shape[-1])
         read = head or (self.compiled_decoding and self.head_code) or self.reader
         logits = self.here(read(rows * self._scale if self._scale != 1.0 else rows))
+        if self.words is not None and head is None:
+            logits = logits[:, : self.words]
         if self.family.logit_scale != 1.0:
             logits = logits * self.family.logit_scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
+        added = self._logit_bias() if head is None else getattr(head, "added", None)
+        if added is not None:
+            logits = logits + added
         if len(self._suppressed) and head is None:
             logits = logits.index_fill(
                 1, self._suppressed.to(logits.device), torch.finfo(logits.dtype).min
             )
-        return logits.view(*normed.shape[:-1], -1)
+        return logits.reshape(*normed.shape[:-1], -1)
 
     def head_rows(self, ids: Tensor) -> nn.Module:
         """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
@@ -332,7 +368,18 @@ class Backbone:
             rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
             if bias is not None:
                 rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
-        return rows if self.reader is self.head else prepacked(rows)
+        made: nn.Module = rows if self.reader is self.head else prepacked(rows)
+        added = self._logit_bias()
+        made.__dict__["added"] = None if added is None else added[ids.to(added.device)]
+        return made
+
+    def _logit_bias(self) -> Tensor | None:
+        """What the model adds to its logits [V], if anything."""
+        path = self.family.logit_bias
+        if path is None:
+            return None
+        added: Tensor = self.here(self._find(path).flatten())
+        return added if self.words is None else added[: self.words]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""
@@ -379,6 +426,8 @@ class Backbone:
         return node
 
     def _check_drivable(self) -> None:
+        if self.family.logit_bias is not None:
+            self._find(self.family.logit_bias)
         if not isinstance(self.layers, nn.ModuleList) or len(self.layers) < 2:
             raise UnsupportedBackboneError(
                 f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
@@ -395,6 +444,13 @@ class Backbone:
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
+
+
+_STOCK = frozenset(
+    {"torch", "transformers", "offramp", "peft"}
+    | {"bitsandbytes", "compressed_tensors", "optimum", "torchao"}
+)
+"""Packages whose modules are held to their families by tests."""
 
 
 def _has_paths(model: nn.Module, family: Family) -> bool:

@@ -46,11 +46,12 @@ class _LayerStandIn(nn.Module):
         return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
 
 
-def stand_ins(backbone: Backbone, handler: LayerHandler) -> nn.ModuleList:
+def stand_ins(backbone: Backbone, handler: LayerHandler) -> nn.Module:
     """What stands in place of the layers in a stack that asks `handler`."""
-    return nn.ModuleList(
-        _LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)
-    )
+    made = [_LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)]
+    if backbone.layer_names is None:
+        return nn.ModuleList(made)
+    return nn.ModuleDict(dict(zip(backbone.layer_names, made, strict=True)))
 
 
 class _HeadStandIn(nn.Module):

@@ -20,8 +20,10 @@ class Family:
     head: the LM head.
     hidden_scale: factor on the normed state before the head, or a function of the text config that
         gives it (T5 ties).
-    logit_scale: factor on what the head makes (Granite, mup). suppressed: ids of tokens whose
-        logits the model puts at the lowest number (Chameleon's image tokens).
+    logit_scale: factor on what the head makes (Granite, mup). softcap: bound of a soft cap on that,
+        where the configuration does not call it `final_logit_softcapping`. logit_bias: path of a
+        parameter or buffer that is added last (BART). suppressed: ids of tokens whose logits the
+        model puts at the lowest number (Chameleon's image tokens).
     vision: the vision tower, which reads the image and nothing else.
     causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
         features join between layers (Qwen3-VL); the prompt then always runs at full depth.
@@ -35,6 +37,8 @@ class Family:
     vision: str | None = None
     hidden_scale: Callable[[Any], float] | float | None = None
     logit_scale: float = 1.0
+    softcap: float | None = None
+    logit_bias: str | None = None
     suppressed: tuple[int, ...] = ()
     causal_prompt: bool = True
     discovered: bool = False

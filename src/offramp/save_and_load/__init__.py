@@ -141,14 +141,14 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         "calibration": None if parts.calibration is None else dict(parts.calibration),
         "metrics": dict(parts.metrics),
         "provenance": dict(parts.provenance),
-        **({"decoding": _learnt(backbone)} if not backbone.tested else {}),
+        **({"decoding": _learnt(backbone, parts.exits.depths)} if not backbone.tested else {}),
     }
 
 
-def _learnt(backbone: Backbone) -> dict[str, Any]:
+def _learnt(backbone: Backbone, depths: Sequence[int]) -> dict[str, Any]:
     values = (backbone.family.causal_prompt, backbone.lossless)
     found: dict[str, Any] = dict(zip(LEARNT, values, strict=True))
-    if backbone.engine is not None:
+    if backbone.is_proven(depths):
         found |= {"engine": backbone.engine, "transformers": transformers.__version__}
     return found
 
@@ -190,7 +190,9 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         version, engine = found.pop("transformers", None), found.pop("engine", None)
         if version != transformers.__version__ or engine not in ("slots", "stack"):
             engine = None  # it is found out again
-        backbone.learn(**found, engine=engine)
+        if not backbone.stock:
+            engine = None  # as well: code that no version is of may have changed since
+        backbone.learn(**found, engine=engine, depths=config.depths)
     calibration = config.calibration
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
     if was != held_in:

@@ -144,9 +144,9 @@ class TorchHost:
         )  # fmt: skip
 
     def prove(self, inputs: Mapping[str, Any]) -> bool:
-        if self.backbone.engine is not None:
+        if self.backbone.is_proven(self.depths):
             return False
-        prove(self.backbone, inputs)
+        prove(self.backbone, inputs, self.depths)
         return True
 
     def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:

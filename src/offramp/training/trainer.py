@@ -91,7 +91,7 @@ def train(
     """
     out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
-    check_untested(backbone, processor, examples[:1])
+    check_untested(backbone, processor, examples[:1], config.depths or ())
     drafts = config.exit_kind == "drafting"
     first = replace(config, exit_kind="layer") if drafts else config
     trainer = Trainer(backbone, processor, examples, first, out, command)
@@ -119,11 +119,12 @@ def train_drafting(
     Raises:
         InputError: `out` holds an adapter, and `overwrite` was not asked for; exits that are no
             copied layers.
-        DataError, StorageError, TrainingError: as of `train`.
+        DataError, StorageError, TrainingError, UnsupportedBackboneError: as of `train`.
     """
     out = Path(out)
     check_out(out, resume=False, overwrite=overwrite)
     config = replace(config, exit_kind="layer", depths=adapter.exits.depths)
+    check_untested(adapter.backbone, processor, examples[:1], adapter.exits.depths)
     trainer = Trainer(adapter.backbone, processor, examples, config, out)
     with locked_folder(out / FOLDER):
         return trainer.teach_drafts(adapter, trainer.states.record())

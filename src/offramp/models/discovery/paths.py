@@ -3,7 +3,9 @@
 The outermost list whose members run in the step is the layers, what encloses their calls is the
 stack, the child of the stack that takes exactly the last layer's output is the norm, and the last
 module of vocabulary width is the head. Ratios between what one returns and the next takes give the
-scales. Nothing is believed: `self_check` holds the result to the model.
+scale of states; what the model makes of a head that says what we like is a scale of logits, a cap
+on them, a bias and the tokens that are never said. Nothing is believed: `self_check` holds the
+result to the model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, text_prompt
+from offramp.models.discovery.twin import graft, twin
 from offramp.models.discovery.watch import Call, Watch, first_tensor, watch
 from offramp.models.registry import Family
 
@@ -54,10 +57,6 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
     norm, normed = _norm(seen.last, stack, layers[-1], last)
     logits = _logits(model, seen.last)
     head, scale = _head(seen.last, layers[-1], normed, logits)
-    made = first_tensor(head.out)
-    assert made is not None
-    cap = _softcap(model, stack.module)
-    logit_scale, suppressed = _readout(model, made, logits, cap)
     return Family(
         stack=stack.path,
         layers=_inside(stack.path, layers[0].path.rpartition(".")[0]),
@@ -65,8 +64,7 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
         head=head.path,
         vision=_tower(model, stack.path),
         hidden_scale=scale,
-        logit_scale=logit_scale,
-        suppressed=suppressed,
+        **_readout(model, head, logits, text_prompt(model) if example is None else example),
         causal_prompt=False,
         discovered=True,
     )
@@ -100,11 +98,15 @@ def _inside(stack: str, path: str) -> str:
 
 def _layers(model: Any, calls: Sequence[Call]) -> list[Call]:
     """The calls of the outermost list's members, in order."""
-    lists = {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    lists: dict[str, Any] = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
+    }
     members: dict[str, list[Call]] = {}
     for call in calls:
         parent, _, name = call.path.rpartition(".")
-        if parent in lists and name.isdigit():
+        if parent in lists and name in lists[parent]._modules:
             members.setdefault(parent, []).append(call)
     outer = {
         path: chain
@@ -137,6 +139,12 @@ def _layers(model: Any, calls: Sequence[Call]) -> list[Call]:
             f"Layers of {path} run more than once for a token ({len(chain)} calls of "
             f"{len(lists[path])} layers).",
             "A decoder that loops over its layers cannot leave any out; see docs/models.md.",
+        )
+    if [call.path.rpartition(".")[2] for call in chain] != [*lists[path]._modules]:
+        raise UnsupportedBackboneError(
+            f"Layers of {path} run in another order than they stand in.",
+            "Only decoders whose layers follow on one another can be exited early; see "
+            "docs/models.md.",
         )
     return chain
 
@@ -214,7 +222,9 @@ def _head(
 ) -> tuple[Call, float | None]:
     """The module that reads the normed state, times a constant, into logits."""
     after = [c for c in calls if c.order > layer.order and not _is_under(c, layer)]
-    wide = [c for c in after if _width(c.out) == logits.shape[-1] and c.level > 0]
+    words = logits.shape[-1]
+    wide = [c for c in after if (_width(c.out) or 0) >= words and c.level > 0]
+    wide.sort(key=lambda c: _width(c.out) == words)  # else the model keeps the first alone
     for call in reversed(wide):  # the innermost that reads the state itself
         if any(True for _ in call.module.children()):
             continue
@@ -251,45 +261,95 @@ def _tolerance(tensor: Tensor) -> float:
     return 1e-5 if tensor.dtype in (torch.float32, torch.float64) else 1.6e-2
 
 
-def _softcap(model: Any, stack: Any) -> float | None:
-    for config in (getattr(stack, "config", None), model.config.get_text_config(decoder=True)):
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap is not None:
-            return float(cap)
-    return None
+class _Says(nn.Module):
+    """Stands in a head's place and says what it is told, of every state."""
+
+    def __init__(self, head: nn.Module, words: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(_head=head, _words=words)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_head"], name)
+
+    def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self._words.expand(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def _readout(
-    model: Any, made: Tensor, logits: Tensor, cap: float | None
-) -> tuple[float, tuple[int, ...]]:
-    """The factor between what the head makes and the logits, and the tokens that are never said."""
-    x = made.reshape(-1, made.shape[-1])[-1].double()
-    y = logits.reshape(-1, logits.shape[-1])[-1].double()
-    lowest = torch.finfo(logits.dtype).min / 2
-    never = y <= lowest  # the model may write that into what its head returned
-    x, y = x[~never], y[~never]
-    if cap is not None:
-        y = torch.atanh((y / cap).clamp(-0.999999, 0.999999)) * cap
-    scale = float((x * y).sum() / (x * x).sum())
-    if float((y - scale * x).abs().max()) > 20 * _tolerance(logits) * float(y.abs().max()):
-        if cap is not None:  # a wrapper may leave its text model's out
-            return _readout(model, made, logits, None)
-        raise UnsupportedBackboneError(
-            "The model's logits are not its head's output times a constant.",
-            "Its readout is not known; see docs/models.md.",
-        )
-    return _named(model.config.to_dict(), scale), tuple(never.nonzero()[:, 0].tolist())
+    model: Any, head: Call, logits: Tensor, example: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the model does to what its head says, as fields of a `Family`: scale, cap, bias, and the
+    tokens that are never said."""
+    said = first_tensor(head.out)
+    assert said is not None
+    allowed = _tolerance(logits)
+
+    def of(words: Tensor) -> Tensor:
+        """Logits [V], in double precision, where the head says these words [W]."""
+        root = twin(model)
+        graft(root, head.path, _Says(head.module, words.to(said)))
+        with torch.inference_mode():
+            made = root.generate(  # type: ignore[operator]
+                **example, max_new_tokens=1, do_sample=False, num_beams=1,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        return made.logits[0][0].double()  # type: ignore[no-any-return]
+
+    spread = torch.linspace(-1, 1, said.shape[-1], dtype=torch.float64, device=said.device)
+    bias = of(torch.zeros_like(spread))
+    never = bias <= torch.finfo(logits.dtype).min / 2
+    bias[never] = 0
+    most = (of(1e4 * spread.sign()) - bias)[~never].abs().max().item()
+    words, cap = spread[: len(bias)][~never], None
+    scale = _scale(words * 1e-2, (of(spread * 1e-2) - bias)[~never])
+    if abs(most - 1e4 * abs(scale)) > 0.5 * 1e4 * abs(scale):
+        cap = _named(model.config.to_dict(), most, allowed)
+        x = words * 1e-2
+        y = (of(spread * 1e-2) - bias)[~never]
+        scale = _scale(x, torch.atanh((y / cap).clamp(-0.999999, 0.999999)) * cap)
+    scale = _named(model.config.to_dict(), scale, allowed)
+    for size in (1.0, 30.0):
+        x, y = size * words * scale, (of(spread * size) - bias)[~never]
+        x = x if cap is None else torch.tanh(x / cap) * cap
+        if not (y - x).abs().max() <= 20 * allowed * max(y.abs().max().item(), 1e-6):
+            raise UnsupportedBackboneError(
+                "The model's logits are not its head's output times a constant, capped or with a "
+                "bias.",
+                "Its readout is not known; see docs/models.md.",
+            )
+    return {
+        "logit_scale": scale,
+        "softcap": cap,
+        "logit_bias": _place_of(model, bias) if bool(bias.any()) else None,
+        "suppressed": tuple(never.nonzero()[:, 0].tolist()),
+    }
 
 
-def _named(config: Mapping[str, Any], scale: float) -> float:
-    """The number that the configuration means by a measured factor: a field, or one over it."""
-    if abs(scale - 1.0) < 1e-4:
+def _scale(x: Tensor, y: Tensor) -> float:
+    return float((x * y).sum() / (x * x).sum())
+
+
+def _place_of(model: Any, bias: Tensor) -> str:
+    """The path of the parameter or buffer that a bias of logits is."""
+    for path, value in (*model.named_parameters(), *model.named_buffers()):
+        held = value.flatten()[: len(bias)]
+        if held.numel() == len(bias) and torch.equal(held.to(bias), bias):
+            return str(path)
+    raise UnsupportedBackboneError(
+        "The model adds to its logits what is no parameter or buffer of it.",
+        "Keep it in one: self.register_buffer('logits_bias', ...).",
+    )
+
+
+def _named(config: Mapping[str, Any], measured: float, tolerance: float) -> float:
+    """The number that the configuration means by a measured one: a field, or one over it."""
+    if abs(measured - 1.0) < tolerance:
         return 1.0
     for value in _numbers(config):
         for exact in (value, 1 / value):
-            if abs(exact - scale) < 1e-4 * abs(scale):
+            if abs(exact - measured) < tolerance * abs(measured):
                 return exact
-    return scale
+    return measured
 
 
 def _numbers(config: Mapping[str, Any]) -> list[float]:

@@ -1,0 +1,292 @@
+"""Decoders as people write them: a LLaVA whose stack or layers somebody changed, by idiom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+LAST = families.LAYERS - 1
+
+
+def noise(number: int, like: Tensor) -> Tensor:
+    """1 give or take 1e-4, the same for a number."""
+    draw = torch.Generator().manual_seed(number)
+    return 1 + 1e-4 * torch.randn(like.shape[-1], generator=draw)
+
+
+class Stack(LlamaModel):
+    """Llama's stack with places to do something else in."""
+
+    def enter(self, h: Tensor, positions: Tensor) -> Tensor:
+        return h
+
+    def between(self, i: int, h: Tensor, first: Tensor, ids: Any, positions: Tensor) -> Tensor:
+        """Behind layer i, but the last."""
+        return h
+
+    def seen(self, keys: Tensor, queries: Tensor) -> Tensor | None:
+        """Which columns are seen from which; None: all before."""
+        return None
+
+    def leave(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+    def forward(  # type: ignore[no-untyped-def, override]
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
+        inputs_embeds=None, use_cache=None, **kw: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past, new = 0 if cache is None else cache.get_seq_length(), h.shape[1]
+        if position_ids is None:
+            position_ids = (torch.arange(new) + past)[None]
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=h, attention_mask=attention_mask, cache=cache,
+            position_ids=position_ids,
+        )  # fmt: skip
+        queries, keys = torch.arange(past, past + new)[:, None], torch.arange(past + new)[None]
+        seen = self.seen(keys, queries)
+        if seen is not None:
+            before = seen & (keys <= queries)
+            if mask is not None:
+                before = before & (mask if mask.dtype == torch.bool else mask > -1)
+            mask = torch.zeros(before.shape).masked_fill(~before, -1e9)
+            mask = mask[None, None] if mask.dim() == 2 else mask
+        h = first = self.enter(h, position_ids)
+        rope = self.rotary_emb(h, position_ids=position_ids)
+        by_name = isinstance(self.layers, nn.ModuleDict)
+        for i, layer in enumerate(self.layers.values() if by_name else self.layers):
+            h = layer(
+                h, attention_mask=mask, position_embeddings=rope, position_ids=position_ids,
+                cache=cache, use_cache=use_cache, **kw,
+            )  # fmt: skip
+            h = h if i == LAST else self.between(i, h, first, input_ids, position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=self.leave(h), cache=cache)
+
+
+class ScaledOutside(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return h * (0.5 + 0.3 * i)
+
+
+class EmbeddingsAdded(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return h + 0.1 * (i + 1) * first
+
+
+class TokensAdded(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return h if ids is None else h + self.embed_tokens((ids + i) % 90)
+
+
+class Noise(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return h * noise(i, h)
+
+
+class Skips(Stack):
+    """The output of layer 1 joins again behind layer 3, as in a U-net."""
+
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        if i == 1:
+            self.kept = h
+        return h + 0.5 * self.kept if i == 3 else h
+
+
+class NormedBetween(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return self.norm(h) if i == 2 else h
+
+
+class ScaledByPosition(Stack):
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return h * (1 + 0.1 * torch.sin(positions.float()))[..., None]
+
+
+class EverySecond(Stack):
+    """Odd layers leave tokens at odd positions alone."""
+
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        if i % 2 == 0:
+            self.kept = h
+            return h
+        return torch.where((positions % 2 == 1)[..., None], self.kept, h)
+
+
+class TokenBefore(Stack):
+    """Mixes in the state of the token before, kept on the module."""
+
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        if i != 2:
+            return h
+        kept = self.__dict__.get("kept", h)
+        before = kept if kept.shape == h.shape and h.shape[1] == 1 else h.roll(1, 1)
+        self.__dict__["kept"] = h[:, -1:]
+        return h + 0.3 * before
+
+
+class PositionsEnter(Stack):
+    def enter(self, h: Tensor, positions: Tensor) -> Tensor:
+        return h + 0.3 * torch.sin(positions.float())[..., None]
+
+
+class Window(Stack):
+    def seen(self, keys: Tensor, queries: Tensor) -> Tensor:
+        return queries - keys < 8
+
+
+class Strided(Stack):
+    def seen(self, keys: Tensor, queries: Tensor) -> Tensor:
+        return ((queries - keys) % 2 == 0) | (queries - keys < 2)
+
+
+class NormedTwice(Stack):
+    def leave(self, h: Tensor) -> Tensor:
+        return self.norm(self.norm(h))
+
+
+class NormedBehind(Stack):
+    def leave(self, h: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(self.norm(h), h.shape[-1:])
+
+
+class NoiseByLength(LlamaDecoderLayer):
+    """Calls of several tokens compute otherwise than calls of one."""
+
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        h = super().forward(hidden_states, *args, **kw)
+        return h * noise(3, h) if h.shape[1] == 1 else h
+
+
+class NoiseByCall(LlamaDecoderLayer):
+    """No call is as the one before."""
+
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
+        h = super().forward(hidden_states, *args, **kw)
+        return h * noise(self.calls, h)
+
+
+class StateBeside(LlamaDecoderLayer):
+    """The mean of all states so far, kept beside the cache."""
+
+    def forward(self, hidden_states, *args, cache=None, **kw):  # type: ignore[no-untyped-def]
+        kept = self.__dict__.setdefault("kept", {})
+        total, count = kept.get(id(cache), (0, 0))
+        total, count = total + hidden_states.sum(1, keepdim=True), count + hidden_states.shape[1]
+        kept[id(cache)] = total, count
+        hidden_states = hidden_states + 0.3 * total / count
+        return super().forward(hidden_states, *args, cache=cache, **kw)
+
+
+class ScaledByCache(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, cache=None, **kw):  # type: ignore[no-untyped-def]
+        length = 0 if cache is None else cache.get_seq_length()
+        h = super().forward(hidden_states, *args, cache=cache, **kw)
+        return h * (1 + 0.01 * length)
+
+
+class AcrossRows(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        h = super().forward(hidden_states, *args, **kw)
+        return h + 0.1 * h.mean(0, keepdim=True)
+
+
+class Head(LlavaForConditionalGeneration):
+    """LLaVA with logits that are not its head's output."""
+
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits
+
+    def forward(  # type: ignore[no-untyped-def, override]
+        self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, **kw: Any
+    ) -> Any:
+        named = {"pixel_values": pixel_values, "attention_mask": attention_mask}
+        out = super().forward(input_ids, position_ids=position_ids, **named, **kw)
+        out.logits = self.read(out.logits, position_ids)
+        return out
+
+
+class Tempered(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits / 0.7
+
+
+class TemperedALittle(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits * 1.00003
+
+
+class TemperedByPosition(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits if positions is None else logits * (1 + 0.01 * positions[..., -1:, None])
+
+
+class Capped(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return 7.25 * torch.tanh(logits / 7.25)
+
+
+class Biased(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits + self.logits_bias
+
+
+class CappedAndBiased(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return 7.25 * torch.tanh(0.5 * logits / 7.25) + self.logits_bias
+
+
+class BiasedByNothing(Head):
+    """By what is no parameter or buffer."""
+
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits + torch.linspace(-2, 2, logits.shape[-1])
+
+
+class BiasedInCap(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return 7.25 * torch.tanh((logits + self.logits_bias) / 7.25)
+
+
+class Sliced(Head):
+    def read(self, logits: Tensor, positions: Any) -> Tensor:
+        return logits[..., :90]
+
+
+class ByName(Stack):
+    """Its layers stand in an `nn.ModuleDict`."""
+
+
+
+STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
+LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
+
+
+def build(kind: type) -> Any:
+    """A tiny LLaVA with one of `STACKS`, `LAYERS` or `HEADS` in it; unless it is a head, its own
+    class is Hugging Face's. Heads are of a type that nobody registered."""
+    model = families.build("llava")
+    stack = model.model.language_model
+    if kind in STACKS:
+        stack.__class__ = kind
+    if kind is ByName:
+        stack.layers = nn.ModuleDict({f"layer_{i}": it for i, it in enumerate(stack.layers)})
+    if kind in LAYERS:
+        for layer in stack.layers:
+            layer.__class__ = kind
+    if kind in HEADS:
+        model.__class__ = kind
+        model.config.__class__ = type("Own", (type(model.config),), {"model_type": "home_made"})
+        bias = torch.linspace(-2, 2, families.VOCABULARY) ** 3
+        model.register_buffer("logits_bias", bias)
+    return model
