@@ -267,7 +267,6 @@ class ByName(Stack):
     """Its layers stand in an `nn.ModuleDict`."""
 
 
-
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
 

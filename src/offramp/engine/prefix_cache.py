@@ -52,11 +52,10 @@ Weights = Mapping[nn.Module, list[Any]]
 class _Kept:
     """A prompt of P tokens: its embeddings [P, D], and keys and values [1, H, P, Dh] by layer.
 
-    weights: the version of the stack, and of each exit that attended. positions: [..., P], where
-    the stack was given any. salt: under which it was kept, and is found.
+    weights: the version of the stack, which no other backbone has, and of each exit that attended.
+    positions: [..., P], where the stack was given any. salt: under which it was kept, and is found.
     """
 
-    backbone: Backbone
     weights: Weights
     embeds: Tensor
     positions: Tensor | None
@@ -119,9 +118,7 @@ class PrefixCache:
             served.leave()
         served.end()
 
-    def best(
-        self, backbone: Backbone, weights: Weights, embeds: Tensor, positions: Tensor | None
-    ) -> Any:
+    def best(self, weights: Weights, embeds: Tensor, positions: Tensor | None) -> Any:
         """The kept prompt with most in common with `embeds` [Q, D], and how many tokens of it.
 
         weights: of the stack and of the exits that will attend to it. positions: of the tokens
@@ -132,12 +129,12 @@ class PrefixCache:
             candidates = [(key, Cache.__getitem__(self._held, key)) for key in self._held]
         best, prompt, most = None, None, 0
         for key, candidate in candidates:
-            same = candidate.backbone.model is backbone.model and candidate.salt == current_salt()
-            if same and candidate.outdated(weights):
+            if candidate.outdated(weights):
                 with self._lock:
                     self._held.pop(key, None)
                 continue
-            fits = same and weights.keys() <= candidate.weights.keys()
+            same = weights.keys() <= candidate.weights.keys()  # the stack is one of them
+            fits = same and candidate.salt == current_salt()
             common = min(candidate.common(embeds, positions), len(embeds) - 1) if fits else 0
             if common > most:
                 best, prompt, most = key, candidate, common
@@ -183,10 +180,9 @@ class _Served:
         positions = kw.get("position_ids")
         self._positions = None if positions is None else positions.clone()
         exits = self._exits()
-        backbone = self._run.backbone
-        modules = (backbone.stack, *(module for module, _ in exits))
+        modules = (self._run.backbone.stack, *(module for module, _ in exits))
         self._weights = {module: weights_version(module) for module in modules}
-        cached, common = self._cache.best(backbone, self._weights, self._embeds, self._positions)
+        cached, common = self._cache.best(self._weights, self._embeds, self._positions)
         self._cache.count(common, embeds.shape[1] - common)
         if cached is None:
             return None
@@ -230,7 +226,6 @@ class _Served:
         with torch.inference_mode():
             self._cache.keep(
                 _Kept(
-                    self._run.backbone,
                     self._weights,
                     self._embeds,
                     self._positions,

@@ -48,9 +48,7 @@ def by_generate(whole, inputs):
 
 def by_drafts(whole, inputs):
     noted = Noted()
-    made = generate(
-        whole, inputs, exits=Exits(whole, (3,)), policy=DRAFTS, observer=noted, **SOON
-    )
+    made = generate(whole, inputs, exits=Exits(whole, (3,)), policy=DRAFTS, observer=noted, **SOON)
     return made.sequences, noted
 
 
@@ -78,9 +76,7 @@ def test_the_models_own_answer_or_none(kind, door, loaded, batch):
     except UnsupportedBackboneError as error:
         assert kind not in RIGHT and len(str(error).splitlines()) == 2
         return
-    own = whole.model.generate(
-        **inputs, **SOON, output_logits=True, return_dict_in_generate=True
-    )
+    own = whole.model.generate(**inputs, **SOON, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(ours, own.sequences)
     if noted is not None:
         theirs = torch.stack(own.logits, 1)

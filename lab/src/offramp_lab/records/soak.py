@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 from PIL import Image
 
 from offramp.data.scenes.tasks import captions
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.serving import Server
 
-RECORD = Record("serving", "soak")
+RECORD = Record("soak")
 SIDES = (1, 2, 17, 72, 300, 1000, 2000)
 LIMIT = SIDES[-1] ** 2
 BAD: tuple[dict[str, Any], ...] = (
@@ -43,8 +42,7 @@ def main() -> None:
     with Server("--image-pixels", str(LIMIT), "--queue", str(4 * arguments.clients)) as server:
         figures = asyncio.run(soak(server, arguments.clients, arguments.seconds))
     print(figures)
-    record = {**RECORD.read(arguments.out), "soak": {**figures, "load": os.getloadavg()}}
-    RECORD.write(record, arguments.out)
+    RECORD.write({**figures, "load": os.getloadavg()}, arguments.out)
 
 
 def bodies() -> list[dict[str, Any]]:
@@ -77,7 +75,6 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     good, statuses = bodies(), Counter[str]()
     seen: dict[int, str] = {}
     wrong: list[str] = []
-    memory: list[float] = []
     start = resident(server.process.pid)  # nothing was asked yet
     end = time.monotonic() + seconds
     async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
@@ -108,12 +105,7 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
                 except httpx.HTTPError as error:
                     wrong.append(repr(error))
 
-        async def weigh() -> None:
-            while time.monotonic() < end:
-                memory.append(resident(server.process.pid))
-                await asyncio.sleep(min(5.0, seconds / 20))
-
-        await asyncio.gather(weigh(), *map(one, range(clients)))
+        await asyncio.gather(*map(one, range(clients)))
         for at, text in seen.items():  # one by one, with nobody else there
             answer = await client.post(CHAT, json=good[at])
             if answer.json()["choices"][0]["message"]["content"] != text:
@@ -121,12 +113,10 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     memory_mib = {
         "start": start, "peak": peak(server.process.pid), "end": resident(server.process.pid)
     }  # fmt: skip
-    half = memory[len(memory) // 3 :]
-    growth = float(np.polyfit(range(len(half)), half, 1)[0] * len(half)) if len(half) > 2 else 0.0
     return {
         "seconds": seconds, "clients": clients, "requests": dict(sorted(statuses.items())),
         "faults": wrong[:20], "faults_in_all": len(wrong), "compared": len(seen),
-        "memory_mib": {**memory_mib, "trend_of_last_two_thirds": growth},
+        "memory_mib": memory_mib,
     }  # fmt: skip
 
 
