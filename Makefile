@@ -5,6 +5,9 @@ PIP_FLAGS ?=
 FUZZ ?= 60
 SEED ?= 0
 SOAK ?= 28800
+# Where a wheel of llama-cpp-python may lie, which takes eight minutes to compile: where one does, or pip
+# kept one, it is installed too; else the tests that need it are named at the end of a run.
+OFFRAMP_WHEELS ?= wheels
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,4 +86,8 @@ clean:  ## everything that make and the tools left behind; other folders under r
 $(READY): pyproject.toml lab/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]' -e lab
+	wheel=$$( (ls $(OFFRAMP_WHEELS)/llama_cpp_python-*.whl || $(BIN)/python -m pip cache list --format=abspath \
+		llama_cpp_python) 2>/dev/null | sort -V | tail -n 1); \
+		if [ -n "$$wheel" ]; then $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
+		--find-links $(OFFRAMP_WHEELS) "$$wheel"; fi
 	touch $@

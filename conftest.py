@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What a watch keeps over a restart: of these tests alone.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="offramp-tests-")
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,28 @@ import torch
 torch.set_num_threads(1)
 
 pytest_plugins = ["command_line"]
+
+NEEDS_LLAMA = "needs llama-cpp-python"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("llama_cpp") is None:
+        for item in items:
+            if item.get_closest_marker("llama_cpp"):
+                item.add_marker(pytest.mark.skip(reason=NEEDS_LLAMA))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tests that nothing could run here are named, by file, and not lost in a list of skips."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    left = [report for report in skipped if NEEDS_LLAMA in str(report.longrepr)]
+    if left:
+        terminalreporter.stats["skipped"] = [it for it in skipped if it not in left]
+        terminalreporter.stats["not run"] = left
+        terminalreporter.section(f"not run: {NEEDS_LLAMA}")
+        for file, count in sorted(Counter(it.nodeid.partition("::")[0] for it in left).items()):
+            terminalreporter.write_line(f"{count:4} of {file}")
 
 
 @pytest.fixture(autouse=True)

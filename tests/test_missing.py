@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -182,3 +185,15 @@ def test_no_remedy_writes_it_by_hand_and_pages_install_from_the_checkout() -> No
     by_hand = re.compile(r"pip install [^\n]*offramp\[")
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
     assert not [file for file in files if by_hand.search(file.read_text(encoding="utf-8"))]
+
+
+def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['llama_cpp'] = None\n")
+    file = "tests/runtimes/test_trial.py"
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    assert re.search(rf"= not run: needs llama-cpp-python =+\n +\d+ of {file}\n", told)
+    assert "SKIPPED" not in told and re.search(r"^\d+ not run in", told, re.MULTILINE), told

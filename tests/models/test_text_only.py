@@ -155,9 +155,9 @@ def test_a_language_model_sees_no_images(tmp_path: Path) -> None:
     refused(lambda: encoder.of_text("w1", [picture]), InputError, "sees no images")
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_those_that_llama_cpp_has_a_graph_for_run_there(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     from offramp.adapter import Adapter
     from offramp.engine.policy import ExitPolicy
     from offramp.models.exits import Exits, ExitSet

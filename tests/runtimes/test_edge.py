@@ -25,9 +25,6 @@ from PIL import Image
 
 from offramp.engine.policy import FULL
 from offramp.errors import AdapterError, DataError, InputError
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.server import EdgeServer
@@ -35,6 +32,8 @@ from offramp.runtimes.edge.vocabulary import TextStream
 from offramp.runtimes.llama_cpp import LlamaCppRuntime
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.segment import EngineOptions
+
+pytestmark = pytest.mark.llama_cpp
 
 ENGINE = EngineOptions(context=128, cache="f32", flash_attention=False)
 MODES = ("full", "early_exit", "lossless")

@@ -122,8 +122,8 @@ def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> Non
     refused(lambda: load_runtime(asked, adapter(), context=64, threads=1), InputError, "NVIDIA")
 
 
+@pytest.mark.llama_cpp
 def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
     engine = EngineOptions(context=256, cache="f32", flash_attention=False)
@@ -140,8 +140,8 @@ def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> 
         assert found.runtime == "llama.cpp f32, exits f32, head f32"
 
 
+@pytest.mark.llama_cpp
 def test_an_engine_answers_by_the_real_runtime(exported: Any) -> None:
-    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 
     inputs, options = inputs_of(NAME), {"do_sample": False, **LONGEST}

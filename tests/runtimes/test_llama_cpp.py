@@ -36,11 +36,10 @@ from offramp.engine.confidence import SCORES
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.models.exits import Exits, ExitSet
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf, segment
 from offramp.runtimes.llama_cpp.gguf_export import DIGESTS
+
+pytestmark = pytest.mark.llama_cpp
 
 EXACT = segment.EngineOptions(context=256, cache="f32", flash_attention=False)
 """As near to PyTorch in float32 as llama.cpp comes."""

@@ -17,22 +17,25 @@ import torch
 from gguf_cases import GREEDY, adapter_of, inputs_of
 
 from offramp.engine.policy import FULL
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, kernels, segment
 from offramp.runtimes.llama_cpp.native import compiling, products
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, _library
+
+pytestmark = pytest.mark.llama_cpp
 
 FORMATS = ("f16", "bf16", "q8_0", "q4_1", "q4_0", "iq4_nl")
 OURS = EngineOptions(context=256)
 THEIRS = replace(OURS, kernels=False)
 STATES = np.random.default_rng(0).normal(size=(45, 32)).astype(np.float32)
 
-needs_kernels = pytest.mark.skipif(
-    bool(products.reason_against(_library()._lib)), reason="the kernels do not run here"
-)
+needs_kernels = pytest.mark.usefixtures("run_here")
 Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def run_here() -> None:
+    if products.reason_against(_library()._lib):
+        pytest.skip("the kernels do not run here")
 
 
 @pytest.fixture

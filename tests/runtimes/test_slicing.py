@@ -96,10 +96,10 @@ def test_half_precision_has_the_same_digest(tmp_path: Path) -> None:
     assert read_exits(tmp_path / "half").digest == exits_digest(half)
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("formats", ["q4_k", "q6_k"])
 def test_k_quants_are_cut_bit_by_bit(formats: str, kernels: bool, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
     from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 
@@ -137,8 +137,8 @@ def test_k_quants_are_cut_bit_by_bit(formats: str, kernels: bool, tmp_path: Path
         segment.close()
 
 
+@pytest.mark.llama_cpp
 def test_the_runtime_runs_a_slice(whole: Any, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     from offramp.runtimes.llama_cpp import LlamaCppRuntime
     from offramp.runtimes.llama_cpp.segment import EngineOptions
 

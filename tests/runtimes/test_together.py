@@ -13,10 +13,9 @@ from gguf_cases import adapter_of
 
 from offramp.engine.policy import GenerationOutput
 from offramp.errors import InputError
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
+
+pytestmark = pytest.mark.llama_cpp
 
 MODES = ("full", "early_exit", "lossless")
 ROWS, NEW = 4, 12

@@ -10,10 +10,9 @@ import pytest
 from gguf_cases import adapter_of, refused
 
 from offramp.errors import UnsupportedBackboneError
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, architectures, export_gguf
+
+pytestmark = pytest.mark.llama_cpp
 
 ENGINE = EngineOptions(context=64)
 

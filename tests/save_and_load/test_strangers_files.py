@@ -204,9 +204,9 @@ def test_json_and_errors_escape_what_terminals_obey(folder: Path, run: RunComman
 # -- GGUF ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.llama_cpp
 def test_gguf_files_without_their_keys_are_refused(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
     from gguf_cases import adapter_of
 
     from offramp.runtimes.llama_cpp.gguf_export import DIGESTS, export_gguf
