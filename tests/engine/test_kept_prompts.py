@@ -177,6 +177,16 @@ def test_exits_that_were_trained_on_find_no_keys_of_before(batch: Callable[..., 
     assert torch.equal(ours.depths, plain.depths)
 
 
+def test_a_tower_is_the_same_after_it_has_run_for_the_first_time(
+    batch: Callable[..., Any],
+) -> None:
+    """Hugging Face hangs hooks there, which only note what goes by."""
+    whole, cache = Backbone(families.build("llava")), VisionCache()
+    for _ in range(3):
+        generate(whole, batch("llava", 1), vision_cache=cache, max_new_tokens=1)
+    assert (cache.misses, cache.hits) == (1, 2)
+
+
 def test_features_of_a_tower_that_was_changed_are_made_anew() -> None:
     tower, image, cache = nn.Linear(3, 3), torch.ones(1, 3), VisionCache()
     with torch.inference_mode():

@@ -17,13 +17,12 @@ from hub_files import sliced, text_adapter
 
 from offramp.engine.drafter import Drafter
 from offramp.errors import AdapterError
-
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.segment import EngineOptions
+
+pytestmark = pytest.mark.llama_cpp
 
 EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
 

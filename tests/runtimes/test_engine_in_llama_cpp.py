@@ -14,12 +14,11 @@ from gguf_cases import adapter_of, drafting, refused
 from offramp.adapter import Adapter
 from offramp.engine.policy import GenerationOutput
 from offramp.errors import InputError
+from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 
-pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-
-from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+pytestmark = pytest.mark.llama_cpp
 
 MODES = ("full", "early_exit", "lossless")
 SLOTS, CONTEXT = 3, 192

@@ -71,8 +71,8 @@ def test_all_ways_of_the_record_write_the_full_models_answer(adapter, batch) -> 
     assert all(entry["identical"] == 1 for entry in summary([taken]))
 
 
+@pytest.mark.llama_cpp
 def test_so_do_those_inside_llama_cpp(adapter, batch, tmp_path) -> None:
-    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
     inputs = batch("llava", 1)
     full = generate(adapter.backbone, inputs, **GREEDY).new_tokens[0].tolist()
     with ExitStack() as stack:

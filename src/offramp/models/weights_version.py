@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 _READ = {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "training"}
-_SKIPPED = frozenset(vars(nn.Module())) - _READ
+_RECORDERS = "output_capturing"
+"""Of Hugging Face: hooks that only note what goes by, hung where a module runs for the first time,
+and a mark that they are there."""
+_SKIPPED = frozenset(vars(nn.Module())) - _READ | {f"_{_RECORDERS}_hooks_installed"}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -48,13 +51,17 @@ def _parts(module: nn.Module) -> Iterator[Any]:
                     yield _Same(tensor)
                     yield _written(tensor)
         elif name in ("_forward_hooks", "_forward_pre_hooks"):
-            yield tuple(value)
+            yield tuple(key for key, hook in value.items() if not _records(hook))
         elif name == "forward":
             yield _Same(value) if hasattr(value, "__weakref__") else id(value)
         elif isinstance(value, _PLAIN):
             yield value
         elif isinstance(value, (list, dict)):
             yield _switches(value)
+
+
+def _records(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).endswith(_RECORDERS)
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:
