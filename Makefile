@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads fuzz soak pages clean docs
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads fuzz soak pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -77,6 +77,13 @@ pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots wh
 
 docs: $(READY)  ## the documentation as a site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-version: $(READY)  ## the documentation of VERSION (X.Y), and as "latest", on the branch gh-pages; pushes nothing
+	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/mike deploy --update-aliases $(VERSION) latest
+	$(BIN)/mike set-default latest
+
+notes:  ## what the changelog says of VERSION (X.Y.Z)
+	@awk -v v='$(VERSION)' '/^## \[/ {on = index($$0, "[" v "]")} on {print; n++} END {exit !n}' CHANGELOG.md
 
 clean:  ## everything that make and the tools left behind; other folders under runs/ stay
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache runs/demo

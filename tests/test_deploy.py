@@ -173,10 +173,13 @@ def test_every_metric_of_the_dashboard_is_exported() -> None:
 # -- the forge -------------------------------------------------------------------------------------
 
 
-def test_ci_is_valid_and_runs_what_contributors_run() -> None:
-    file = GITHUB / "workflows" / "ci.yaml"
-    schema_check("vendor.github-workflows", file)
-    text = file.read_text("utf-8")
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_a_workflow_is_valid(name: str) -> None:
+    schema_check("vendor.github-workflows", GITHUB / "workflows" / f"{name}.yaml")
+
+
+def test_ci_runs_what_contributors_run() -> None:
+    text = (GITHUB / "workflows" / "ci.yaml").read_text("utf-8")
     assert "run: .ci/run" in text and "deploy/Dockerfile" in text
 
 
