@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import RunCommand, parser_of
+from command_line import RunCommand, assert_two_lines, parser_of
 
 from offramp.cli.commands.eval import summary
+from offramp.data.scenes import world
 from offramp.engine.policy import DRAFT
 
 
@@ -35,6 +36,37 @@ def test_inspect_names_training_with_a_depth_it_proposes(
         code, out, _ = run("inspect", "tiny-opt", "--json")
     depth = json.loads(out)["proposed_depths"]["1"][0]
     assert code == 0 and f"--depths {depth}" in next_of(caplog)[0]
+
+
+def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
+    run: RunCommand, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(16):
+        world.render(world.scene("train", number)).save(tmp_path / f"{number}.png")
+    asked = ("inspect", "--suitability", "tiny-opt", "--data", tmp_path, "--max-new-tokens", 8)
+    with caplog.at_level(logging.INFO):
+        code, out, _ = run(*asked)
+    assert code == 0 and len(out.rstrip("\n").splitlines()) <= 10
+    assert "2 of 12" in out and "settled, 95%" in out
+    (after,) = next_of(caplog)
+    assert after.startswith(f"offramp train --backbone tiny-opt --data {tmp_path} --depths ")
+    code, out, _ = run(*asked, "--depths", "3", "--json")
+    found = json.loads(out)
+    assert found["best"] == 3 and found["depths"][0]["settled"].keys() == {"0.9", "0.95", "0.98"}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--suitability",), "none were named"),
+        (("--data", "photos"), "inspect reads no data"),
+        (("--suitability", "--data", "photos", "--level", 0.7), "level of 0.7"),
+    ],
+)
+def test_what_does_not_go_with_suitability_is_said_in_two_lines(
+    run: RunCommand, words: tuple[Any, ...], problem: str
+) -> None:
+    assert_two_lines(run("inspect", "tiny-opt", *words), problem)
 
 
 def test_eval_is_ten_lines_and_the_rest_is_json(

@@ -1,4 +1,4 @@
-"""`offramp inspect`: an adapter, or what a backbone could carry."""
+"""`offramp inspect`: an adapter, what a backbone could carry, and whether exits would pay."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ import logging
 import os
 from typing import Any
 
-from offramp.cli.loading import check_exits, load_model
-from offramp.cli.options import add_command, precision_options
+from offramp.cli.loading import check_exits, load_model, read_data
+from offramp.cli.options import (
+    add_command,
+    batch_option,
+    data_options,
+    depths_option,
+    length_option,
+    precision_options,
+)
 from offramp.cli.output import say_next, show_result
-from offramp.cli.parser import Parser
+from offramp.cli.parser import Parser, whole
 from offramp.errors import InputError
 
 log = logging.getLogger(__name__)
+
+LEVEL = 0.95
 
 
 def add(commands: Any) -> None:
     add_command(
         commands,
         "inspect",
-        "Describe an adapter, or what exits could be attached to a backbone.",
-        "offramp inspect tiny-opt",
+        "Describe an adapter, what exits a backbone could carry, or whether they would pay.",
+        "offramp inspect tiny-opt\n  offramp inspect --suitability tiny-opt --data photos",
         _inspect,
         _options,
     )
@@ -30,19 +39,42 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     parser.add_argument("name", help="adapter folder, or hub name or folder of a model")
     precision_options(parser.add_argument_group("model"))
+    group = parser.add_argument_group("would exits pay?")
+    group.add_argument(
+        "--suitability", action="store_true",
+        help="tell from prompts, before any training, how many tokens exits would settle, at which "
+        "depth, and the speed to expect on this machine",
+    )  # fmt: skip
+    group.add_argument(
+        "--level", type=float, default=LEVEL, metavar="X",
+        help="share of all tokens that is to stay the full model's: 0.9, 0.95 or 0.98 "
+        f"(default: {LEVEL:g})",
+    )  # fmt: skip
+    depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
+    group.add_argument(
+        "--planned", type=whole(1), default=2000, metavar="N",
+        help="prompts that training would have (default: 2000)",
+    )  # fmt: skip
+    length_option(group)
+    batch_option(group, 16, "prompts at once")
+    data_options(parser, "prompts, which need no answers", limit=200, required=False)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
 
+    _check_asked(arguments)
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
-    options = ("revision", "dtype", "device", "quantize")
-    named = [n for n in options if getattr(arguments, n) not in (None, "auto")]
+    options = ("revision", "dtype", "device", "quantize", "suitability")
+    named = [n for n in options if getattr(arguments, n) not in (None, "auto", False)]
     if is_adapter and named:
         raise InputError(
             f"{arguments.name} is an adapter, to which --{named[0]} says nothing.",
             f"Leave --{named[0]} out, or name a backbone.",
         )
+    if arguments.suitability and not is_adapter:
+        _suitability(arguments)
+        return
     description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
     show_result(description, as_json=arguments.json)
     if is_adapter:
@@ -89,3 +121,89 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
         n: list(propose_depths(backbone.depth, n)) for n in (1, 2, 3) if n < backbone.depth
     }
     return description
+
+
+# -- would exits pay? --------------------------------------------------------------------------
+
+
+def _check_asked(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` where options do not go together, before anything is loaded."""
+    if arguments.suitability and not arguments.data:
+        raise InputError(
+            "Whether exits would pay is told from prompts, and none were named.",
+            "Give --data, such as --data photos; prompts and images are enough.",
+        )
+    if arguments.data and not arguments.suitability:
+        raise InputError(
+            f"inspect reads no data, such as {arguments.data[0]}, unless it is asked whether exits "
+            "would pay.",
+            "Add --suitability.",
+        )
+
+
+def _suitability(arguments: argparse.Namespace) -> None:
+    from itertools import count
+
+    from offramp.calibration.suitability import LEVELS, suitability
+    from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
+
+    if arguments.level not in LEVELS:
+        raise InputError(
+            f"A level of {arguments.level:g} is not told.",
+            f"Use one of {', '.join(f'{level:g}' for level in LEVELS)}.",
+        )
+    examples = [item.example for item in read_data(arguments, require_answers=False)]
+    backbone, processor = load_model(arguments, arguments.name)
+    if examples:
+        check_exits(backbone, processor, examples[0])
+    steps = (f"{n} of 3: {what}" for n, what in zip(count(1), STEPS, strict=False))
+    found = suitability(
+        InputProcessor(backbone, processor), examples,
+        depths=arguments.depths or (), planned=max(arguments.planned, len(examples)),
+        max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
+        progress=lambda items: progress(items, next(steps)),
+    )  # fmt: skip
+    best = found.best(arguments.level)
+    show_result(
+        {**found.to_json(), "level": arguments.level, "best": best.depth},
+        _forecast(found, arguments.level), as_json=arguments.json,
+    )  # fmt: skip
+    narrow = " --shortlist 2048" if found.shortlist else ""
+    say_next(
+        f"offramp train --backbone {arguments.name} --data {arguments.data[0]} "
+        f"--depths {best.depth}{narrow} --out exits"
+    )
+
+
+STEPS = ("answers", "states", "costs")
+
+
+def _forecast(found: Any, level: float) -> str:
+    """As a person reads it on a terminal."""
+    best, exact = found.best(level), max(found.prospects, key=lambda p: p.lossless)
+    levels = tuple(best.settled)
+    lines = [
+        f"{found.tokens:,} tokens of the model's own answers to {found.prompts} prompts, followed "
+        f"to exits trained on {found.planned:,}:",
+        f"{'depth':<10}{'agrees':>8}" + "".join(f"{f'settled, {n:.0%}':>14}" for n in levels)
+        + f"{f'speed, {level:.0%}':>12}{'lossless':>10}",
+    ]  # fmt: skip
+    for p in found.prospects:
+        shares = "".join(f"{share:>14.0%}" for share in p.settled.values())
+        lines.append(
+            f"{f'{p.depth} of {found.layers}':<10}{p.agreement:>8.0%}{shares}"
+            f"{p.speedup[level]:>11.2f}x{p.lossless:>9.2f}x"
+        )
+    speed = best.speedup[level]
+    if max(speed, exact.lossless) < WORTH:
+        return "\n".join([*lines, "Exits are not expected to pay here."])
+    lines.append(
+        f"Best: depth {best.depth}, decoding {speed:.1f}x as fast, with {level:.0%} of the tokens "
+        f"the full model's; losslessly depth {exact.depth}, {exact.lossless:.1f}x."
+    )
+    return "\n".join(lines)
+
+
+WORTH = 1.05
+"""Below this speed exits are not worth their training."""

@@ -1,0 +1,298 @@
+"""Would exits pay on a model, before any is trained: from the model's own answers to some prompts.
+
+A stand-in takes the trained exit's place. An exit starts as a copy of the layer behind it, so what
+an untrained one gives is the state one layer deeper; a kernel ridge regression maps that to the
+final layer's features, in closed form. It is fitted on three quarters of the answers and judged on
+the others, in turn, and on halves and quarters of what it is fitted on: the share of tokens that it
+leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
+et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from offramp.answers import full_model_answers
+from offramp.calibration.cost_model import Costs, predict, predict_lossless
+from offramp.calibration.profiler import measure_costs
+from offramp.data.example import Example
+from offramp.engine.teacher_forcing import Answered, group, record
+from offramp.errors import DataError, InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet, check_depths
+from offramp.models.input_processor import InputProcessor
+
+Array = npt.NDArray[Any]
+
+LEVELS = (0.9, 0.95, 0.98)
+"""Shares of all tokens that stay the full model's, for which it is said how many settle. Beyond
+these, a few tokens would decide."""
+TOKENS = 3000
+"""Most tokens that are looked at; of more, a sample."""
+FOLDS = 4
+PIECES = (4, 2, 1)
+"""Into which the answers to learn from are cut, to see how much more of them would help."""
+RIDGE = 0.01
+"""Beside a kernel whose diagonal is 1."""
+FEWEST = 16
+"""Prompts."""
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """An exit at `depth`, once it is trained.
+
+    agreement: share of tokens for which its likeliest is the full model's.
+    settled: by level, the largest share of tokens that exit, surest first, while that share of all
+        tokens stays the full model's.
+    speedup: by level, of decoding, over full depth. lossless: the same of lossless decoding.
+    """
+
+    depth: int
+    agreement: float
+    settled: Mapping[float, float]
+    speedup: Mapping[float, float]
+    lossless: float
+
+
+@dataclass(frozen=True)
+class Suitability:
+    """What exits promise on a model of L `layers`.
+
+    prompts, tokens: that were answered, and looked at. planned: prompts that training would have.
+    shortlist: whether exits read a shortlist of the vocabulary. costs: of decoding one answer at a
+    time on this machine.
+    """
+
+    layers: int
+    prompts: int
+    tokens: int
+    planned: int
+    shortlist: bool
+    prospects: tuple[Prospect, ...]
+    costs: Costs
+
+    def best(self, level: float) -> Prospect:
+        """The depth whose exit decodes fastest at a level of `LEVELS`."""
+        return max(self.prospects, key=lambda p: p.speedup[level])
+
+    def to_json(self) -> dict[str, Any]:
+        def by_level(shares: Mapping[float, float]) -> dict[str, float]:
+            return {f"{level:g}": share for level, share in shares.items()}
+
+        rows = [
+            {
+                "depth": p.depth,
+                "agreement": p.agreement,
+                "settled": by_level(p.settled),
+                "speedup": by_level(p.speedup),
+                "lossless": p.lossless,
+            }
+            for p in self.prospects
+        ]
+        names = ("layers", "prompts", "tokens", "planned", "shortlist")
+        return {
+            **{n: getattr(self, n) for n in names},
+            "depths": rows,
+            "costs": self.costs.to_json(),
+        }
+
+
+def looked_at(layers: int) -> tuple[int, ...]:
+    """Depths that are tried unless others are named: six, up to three quarters of the layers."""
+    return tuple(sorted({min(max(1, round(layers * k / 8)), layers - 1) for k in range(1, 7)}))
+
+
+@torch.no_grad()
+def suitability(
+    encoder: InputProcessor,
+    examples: Sequence[Example],
+    *,
+    depths: Sequence[int] = (),
+    planned: int = 2000,
+    max_new_tokens: int = 40,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Any = iter,
+) -> Suitability:
+    """Answer the prompts with the full model, and tell what exits at `depths` would settle.
+
+    planned: prompts that training would have. progress: wraps the batches that are answered, the
+        batches that are read, and the rounds in which costs are measured.
+
+    Raises:
+        DataError: fewer than `FEWEST` prompts, or one leaves no room for `max_new_tokens`.
+        InputError: depths that do not fit; fewer prompts planned than given.
+    """
+    backbone = encoder.backbone
+    chosen = check_depths(depths or looked_at(backbone.depth), backbone.depth)
+    if len(examples) < FEWEST:
+        raise DataError(
+            f"{len(examples)} prompts are too few to tell what exits would settle.",
+            f"Give at least {FEWEST}; with 200 it is told to within about a tenth.",
+        )
+    if planned < len(examples):
+        raise InputError(
+            f"Training on {planned} prompts was planned, and {len(examples)} are given.",
+            "Plan for at least as many.",
+        )
+    answers = full_model_answers(
+        encoder, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+    )
+    seen = _Seen.of(encoder, answers, chosen, batch_size, seed, progress)
+    shortlist = _is_wide(backbone)
+    exits = ExitSet(
+        Exits(backbone, chosen[:1]).requires_grad_(False), seen.spoken if shortlist else None
+    )
+    costs = measure_costs(
+        backbone, encoder.prompts(examples[:1]), exits,
+        shortlist=shortlist, progress=progress,
+    )  # fmt: skip
+    more = planned / len(examples)
+    return Suitability(
+        layers=backbone.depth,
+        prompts=len(examples),
+        tokens=len(seen.said),
+        planned=planned,
+        shortlist=shortlist,
+        prospects=tuple(_prospect(backbone, seen, depth, more, costs) for depth in chosen),
+        costs=costs,
+    )
+
+
+def _is_wide(backbone: Backbone) -> bool:
+    """Whether the LM head weighs more than two layers, so that exits should read a shortlist."""
+    layer = sum(parameter.numel() for parameter in backbone.layers[0].parameters())
+    return bool(backbone.vocabulary * backbone.width > 2 * layer)
+
+
+# -- what the model did ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """N tokens of the full model's answers.
+
+    untrained: by depth, features [N, D] that an untrained exit gives. final: the final layer's.
+    said: the tokens [N]. spoken: each of them once, ascending. answer: the number [N] of each one's
+    answer, in a random order.
+    """
+
+    untrained: Mapping[int, Tensor]
+    final: Tensor
+    said: Tensor
+    spoken: Tensor
+    answer: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        encoder: InputProcessor,
+        answers: Sequence[Answered],
+        depths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        progress: Any,
+    ) -> _Seen:
+        backbone, draw = encoder.backbone, torch.Generator().manual_seed(seed)
+        # The state that enters the last layer is the deepest one that is no final state yet.
+        entered = {depth: min(depth + 1, backbone.depth - 1) for depth in depths}
+        order = torch.randperm(len(answers), generator=draw)
+        number = {id(answer): int(n) for answer, n in zip(answers, order, strict=True)}
+        share = TOKENS / sum(len(answer.ids) for answer in answers)
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in progress(group(answers, batch_size)):
+            batch = record(encoder, rows, sorted(set(entered.values())))
+            keep = batch.mask & (torch.rand(batch.mask.shape, generator=draw) < share).to(
+                batch.mask.device
+            )
+            answer = torch.tensor([number[id(row)] for row in rows])[:, None].expand(keep.shape)
+            features = [backbone.final_norm(batch.entries(entered[d]))[keep] for d in depths]
+            parts.append(
+                (batch.teacher[keep], batch.targets[keep].cpu(), answer[keep.cpu()], *features)
+            )
+        final, said, answer, *untrained = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(
+            untrained=dict(zip(depths, (u.float() for u in untrained), strict=True)),
+            final=final.float(),
+            said=said,
+            spoken=torch.unique(said),
+            answer=answer,
+        )
+
+
+# -- what an exit would say --------------------------------------------------------------------
+
+
+def _prospect(backbone: Backbone, seen: _Seen, depth: int, more: float, costs: Costs) -> Prospect:
+    """more: how many times as many answers training would have as there are here."""
+    kernel = _kernel(seen.untrained[depth])
+    head = backbone.head_rows(seen.spoken.to(backbone.device))
+    left = [
+        np.mean([_left(backbone, seen, kernel, head, n, pieces) for n in range(pieces)], 0)
+        for pieces in PIECES
+    ]
+    learnt = (1 - 1 / FOLDS) / np.array(PIECES)
+    wrong, *rest = followed(learnt, np.maximum(left, 0.5 / len(seen.said)), more).tolist()
+    # At a higher level no more settle; where it seems so, that is noise.
+    shares = np.minimum.accumulate([1.0 - share for share in rest]).tolist()
+    settle = dict(zip(LEVELS, shares, strict=True))
+    lossless = predict_lossless(costs, depth, acceptance=1.0 - wrong)
+    return Prospect(
+        depth=depth,
+        agreement=1.0 - wrong,
+        settled=settle,
+        speedup={n: costs.full / float(predict(costs, {depth: s})) for n, s in settle.items()},
+        lossless=costs.full / lossless,
+    )
+
+
+def _kernel(states: Tensor) -> Tensor:
+    """exp(-|x - y|^2 / m) of states [N, D], with m the median of the squared distances: [N, N]."""
+    apart = torch.cdist(states, states).square()
+    return torch.exp(-apart / apart[apart > 0].median())
+
+
+def _left(
+    backbone: Backbone, seen: _Seen, kernel: Tensor, head: Any, piece: int, pieces: int
+) -> Array:
+    """Share of tokens that the stand-in gets wrong, and then, by level, those that do not settle,
+    where it has learnt one of so many pieces of the other folds' answers."""
+    scores, right = np.empty(len(seen.said)), np.empty(len(seen.said), dtype=bool)
+    fold, turn = seen.answer % FOLDS, seen.answer // FOLDS
+    for number in range(FOLDS):
+        judged, learnt = fold == number, (fold != number) & (turn % pieces == piece)
+        middle = seen.final[learnt].mean(0)
+        known = kernel[learnt][:, learnt].double()
+        known.diagonal().add_(RIDGE)
+        slope = torch.linalg.solve(known, (seen.final[learnt] - middle).double()).float()
+        features = kernel[judged][:, learnt] @ slope + middle
+        best, place = backbone.logits(features.to(backbone.dtype), head).float().softmax(-1).max(-1)
+        scores[judged] = best.cpu()
+        right[judged] = seen.spoken[place.cpu()] == seen.said[judged]
+    return np.array([1 - right.mean(), *(1 - settled(scores, right, level) for level in LEVELS)])
+
+
+def settled(scores: Array, right: Array, level: float) -> float:
+    """The largest share of N tokens that exit at a threshold, while no more than 1 - level of all N
+    are other than the full model's. scores, right: [N], of each token."""
+    order = np.argsort(-scores, kind="stable")
+    wrong = np.cumsum(~right[order])
+    ends = np.append(scores[order][1:] != scores[order][:-1], True)
+    passed = np.flatnonzero(ends & (wrong <= (1 - level) * len(scores) + 1e-9))
+    return float(passed[-1] + 1) / len(scores) if len(passed) else 0.0
+
+
+def followed(learnt: Array, left: Array, more: float) -> Array:
+    """Shares [K] left where `more` was learnt, by the power law through `left` [P, K], which was
+    left where `learnt` [P] was; it never rises."""
+    x, y = np.log(learnt), np.log(left)
+    slopes = np.minimum(np.polyfit(x, y, 1)[0], 0.0)
+    return np.asarray(np.exp(y.mean(0) + slopes * (np.log(more) - x.mean())))
