@@ -15,7 +15,7 @@ from offramp import Adapter, EngineConfig, ExitPolicy
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.service import Service
-from serving import NAME, asking, messages, scene_examples
+from serving import NAME, asking, messages, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {
@@ -118,6 +118,15 @@ def test_what_is_not_supported_is_refused_by_name(
     found = client.post(CHAT, json=by({}, response_format=change))
     error = found.json()["error"]
     assert (found.status_code, error["param"]) == (400, param) and says in error["message"]
+
+
+def test_an_answer_by_a_schema_has_no_guarantee() -> None:
+    service = service_of(slots=1)
+    found = asking(service).post(CHAT, json=by(SCHEMA, offramp={"mode": "early_exit"}))
+    service.close()
+    usage = found.json()["usage"]["offramp"]
+    assert usage["guarantee"].startswith("not guaranteed here")
+    assert json.loads(found.json()["choices"][0]["message"]["content"])["shape"]
 
 
 def test_json_and_writing_on_behind_its_end_exclude_each_other(client: Any) -> None:

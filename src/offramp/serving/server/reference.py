@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -9,12 +11,20 @@ from typing import Any
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 56rem; padding: 1rem; }
+h1, h2 { overflow-wrap: anywhere; }
 code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
 h2 { border-top: 1px solid #8888; margin-top: 2rem; padding-top: 1rem; }
 h2 b { border: 1px solid; border-radius: .3rem; font-size: .8em; padding: .1rem .4rem; }
 table { border-collapse: collapse; width: 100%; }
+td:first-child, th { white-space: nowrap; }
+td:first-child code { overflow-wrap: normal; }
 th, td { border-bottom: 1px solid #8884; padding: .3rem .6rem .3rem 0; text-align: left;
   vertical-align: top; }
+@media (max-width: 36rem) {
+  tr { display: block; border-bottom: 1px solid #8884; padding: .3rem 0; }
+  td { border: 0; display: block; padding: 0; }
+  tr:first-child, td:empty { display: none; }
+}
 """
 _LIMITS = {
     "minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above",
@@ -31,6 +41,7 @@ def reference(document: Mapping[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
         f"<title>{title}: API</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{title}: API</h1>"
         "<p>OpenAI's API, as far as it is listed here; every other field is refused by name. "
@@ -44,7 +55,7 @@ def _operations(paths: Mapping[str, Any]) -> Iterator[str]:
     for path, methods in paths.items():
         for method, about in methods.items():
             yield f"<h2><b>{method.upper()}</b> <code>{escape(path)}</code></h2>"
-            yield f"<p>{escape(about.get('description') or about['summary'])}</p>"
+            yield f"<p>{_text(about.get('description') or about['summary'])}</p>"
             content = about.get("requestBody", {}).get("content", {})
             for kind, body in content.items():
                 yield f"<p>Takes {_type(body['schema'])} as <code>{escape(kind)}</code>.</p>"
@@ -56,10 +67,10 @@ def _schemas(schemas: Mapping[str, Any]) -> Iterator[str]:
         if not fields or name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, not ours
             continue
         yield f'<h2 id="{escape(name)}">{escape(name)}</h2>'
-        yield f"<p>{escape(schema.get('description', ''))}</p>"
-        yield "<table><tr><th>field</th><th>what it takes</th><th>left out</th></tr>"
+        yield f"<p>{_text(schema.get('description', ''))}</p>"
+        yield "<table><tr><th>field</th><th>what it takes</th><th></th></tr>"
         for field, about in fields.items():
-            usual = _usual(about) if field not in schema.get("required", ()) else "needed"
+            usual = "required" if field in schema.get("required", ()) else _usual(about)
             yield (
                 f"<tr><td><code>{escape(field)}</code></td><td>{_type(about)}</td>"
                 f"<td>{usual}</td></tr>"
@@ -67,9 +78,14 @@ def _schemas(schemas: Mapping[str, Any]) -> Iterator[str]:
         yield "</table>"
 
 
+def _text(text: str) -> str:
+    """Docstring as HTML."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+
+
 def _usual(about: Mapping[str, Any]) -> str:
     value = about.get("default")
-    return "" if value is None else f"<code>{escape(str(value))}</code>"
+    return "" if value is None else f"default {_written(value)}"
 
 
 def _type(about: Mapping[str, Any]) -> str:
@@ -82,13 +98,20 @@ def _type(about: Mapping[str, Any]) -> str:
             kinds = [part for part in about[choice] if part.get("type") != "null"]
             return " or ".join(map(_type, kinds))
     if "const" in about:
-        return f"<code>{escape(repr(about['const']))}</code>"
+        return _written(about["const"])
     if "enum" in about:
-        return " or ".join(f"<code>{escape(repr(value))}</code>" for value in about["enum"])
+        return " or ".join(map(_written, about["enum"]))
     kind = escape(str(about.get("type", "anything")))
     if kind == "array":
         kind = f"list of {_type(about.get('items', {}))}"
     elif isinstance(about.get("additionalProperties"), Mapping):
         kind = f"object of {_type(about['additionalProperties'])}"
-    limits = [f"{words} {escape(str(about[n]))}" for n, words in _LIMITS.items() if n in about]
+    limits = [f"{words} {_written(about[n])}" for n, words in _LIMITS.items() if n in about]
     return ", ".join([kind, *limits])
+
+
+def _written(value: Any) -> str:
+    """A value as JSON has it; whole numbers as such."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"<code>{escape(json.dumps(value, ensure_ascii=False))}</code>"
