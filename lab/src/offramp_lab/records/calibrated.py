@@ -49,7 +49,7 @@ from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, asked, named
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
@@ -94,7 +94,7 @@ SMALL = Sizes(
 
 def main() -> None:
     arguments = asked(
-        __doc__, out=RECORDS,
+        __doc__, out=RECORDS, clock=True,
         more=lambda parser: (
             parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY),
             parser.add_argument("--boundary", action="store_true", help="the boundary alone"),
@@ -109,7 +109,7 @@ def main() -> None:
     print(json.dumps(violations["shipped"]), file=sys.stderr)
     for kind in [] if arguments.boundary else arguments.models:
         adapter, encoder = _trained(kind, sizes)
-        calibrated[kind] = _calibrated(adapter, encoder, sizes)
+        calibrated[kind] = _calibrated(adapter, encoder, sizes, arguments.clock)
         print(json.dumps(calibrated[kind]), file=sys.stderr)
         violations[kind] = _violations(adapter, encoder, sizes)
         print(json.dumps(violations[kind]), file=sys.stderr)
@@ -144,7 +144,9 @@ def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
 # -- calibrated.json ------------------------------------------------------------------------------
 
 
-def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
+def _calibrated(
+    adapter: Adapter, encoder: InputProcessor, sizes: Sizes, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     held_out = _examples("calibration", sizes.calibration)
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibrations = [
@@ -165,10 +167,13 @@ def _calibrated(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
         for i, calibration in enumerate(calibrations)
     }
     timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
-    timings = time_interleaved(methods, timed, rounds=sizes.rounds, progress=bar("timing"))
+    timings = time_interleaved(
+        methods, timed, rounds=sizes.rounds, progress=bar("timing"), clock=clock
+    )
     full = _answers(adapter, encoder, sizes.test, FULL)
     return [
-        _row(c, timings, str(i), full, _answers(adapter, encoder, sizes.test, c.policy))
+        {"clock": named(clock)}
+        | _row(c, timings, str(i), full, _answers(adapter, encoder, sizes.test, c.policy))
         for i, c in enumerate(calibrations)
     ]
 
