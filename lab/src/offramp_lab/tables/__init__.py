@@ -2,6 +2,7 @@
 
 from offramp_lab.tables import (
     comparison,
+    drafts,
     lean,
     loads,
     overview,
@@ -15,7 +16,8 @@ from offramp_lab.tables import (
 from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
-    overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, loads,
+    overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, drafts,
+    loads,
 )  # fmt: skip
 TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {

@@ -145,7 +145,8 @@ class SegmentChain:
         return last
 
     def finish(self, outputs: int, slot: int = 0) -> Array:
-        """Take all pending tokens to the end; logits [outputs, V] of the last of them."""
+        """Take all pending tokens to the end; logits [outputs, V] of the last of them, until the
+        last segment runs again."""
         last, waiting = len(self.segments) - 1, self._waiting[slot]
         for place in range(1, last):
             if waiting[place]:
@@ -154,8 +155,12 @@ class SegmentChain:
 
     def _through_last(self, outputs: int, slot: int) -> Array:
         logits, last = [], len(self.segments) - 1
-        left = sum(len(states) for states in self._waiting[slot][last])
-        for rows, ahead in self._calls(last, slot):
+        calls = list(self._calls(last, slot))
+        if len(calls) == 1:
+            [(rows, ahead)] = calls
+            return self._feed(last, rows, min(outputs, len(rows)), ahead, slot)
+        left = sum(len(rows) for rows, _ in calls)
+        for rows, ahead in calls:
             left -= len(rows)
             wanted = min(len(rows), max(0, outputs - left))
             logits.append(self._feed(last, rows, wanted, ahead, slot).copy())
@@ -196,7 +201,8 @@ class SegmentChain:
                 made[group[0]] = states, logits if len(outputs) == 1 else logits.copy()
             else:
                 slot = group[0]
-                made[slot] = _NOTHING, self._through_last(outputs[slot], slot)
+                logits = self._through_last(outputs[slot], slot)
+                made[slot] = _NOTHING, logits if len(outputs) == 1 else logits.copy()
         if place < len(self.segments) - 1:
             for slot, (states, _) in made.items():
                 self._waiting[slot][place + 1].append(states)
