@@ -5,6 +5,7 @@ PIP_FLAGS ?=
 FUZZ ?= 60
 SEED ?= 0
 SOAK ?= 28800
+CLIENTS ?= 32
 # Where a wheel of llama-cpp-python may lie, which takes eight minutes to compile: where one does, or pip
 # kept one, it is installed too; else the tests that need it are named at the end of a run.
 OFFRAMP_WHEELS ?= wheels
@@ -69,8 +70,8 @@ loads: $(READY)  ## the batch engine under loads like those of use; rewrites lab
 fuzz: $(READY)  ## requests drawn by a seed, for FUZZ seconds (60): over a thousand a minute
 	OFFRAMP_FUZZ=$(FUZZ) OFFRAMP_FUZZ_SEED=$(SEED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/serving/server/test_fuzz.py
 
-soak: $(READY)  ## many clients for SOAK seconds (a night), some rude; rewrites lab/records/soak.json
-	$(BIN)/python -m offramp_lab.records.soak --seconds $(SOAK)
+soak: $(READY)  ## CLIENTS (32) for SOAK seconds (a night), some rude; rewrites lab/records/soak.json
+	$(BIN)/python -m offramp_lab.records.soak --seconds $(SOAK) --clients $(CLIENTS)
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
 	$(BIN)/python -m offramp_lab.pages.reports

@@ -17,6 +17,13 @@ from offramp.save_and_load import AdapterParts
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+_UNSAID = {
+    "measured": None, "risk": "?", "target": None, "answers": "?", "level": None, "method": "?",
+    "data_digest": "?",
+}  # fmt: skip
+"""Of a calibration by an earlier version, which said less."""
+
+
 def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
     """The card: the hub's metadata as YAML, then depths, thresholds, guarantee and provenance."""
     environment = Environment(
@@ -27,7 +34,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
     )
     environment.filters.update(
         fixed=lambda number: f"{number:.4f}",
-        short=lambda number: f"{number:.3g}",
+        short=lambda number: "?" if number is None else f"{number:.3g}",
         percent=lambda number: f"{number:.0%}",
         repr=repr,
     )
@@ -38,6 +45,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         agreement=adapter.metrics.get("agreement", {}),
         drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
+        said={**_UNSAID, **(adapter.calibration or {})},
         standing=standing(adapter.calibration, Conditions.of(backbone, adapter.policy)),
         conditions=shown_conditions(adapter.calibration),
         verified=verified_section(adapter.certificate),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import agreeing, tokens_by_layer
 from families import NAMES, WORDLESS
 
 from offramp.engine.generate import generate
@@ -121,3 +122,23 @@ def test_a_first_token_out_of_the_prompt_keeps_the_prompt_pending(backbone, exit
         policy = ExitPolicy({depth: threshold}, guesses=guesses, exit_in_prefill=True)
         made.append(generate(whole, inputs, exits=parts, policy=policy, **GREEDY))
     assert_same(*made)
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0], ids=["guessed", "exited"])
+def test_nothing_is_fed_behind_the_last_token(first, backbone, batch, scored):
+    """Whether it was guessed, or exited behind a guess."""
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    parts, turns = agreeing(whole), []
+
+    def by_turns(logits):
+        turns.append(first if len(turns) % 2 == 0 else 1.0 - first)
+        return torch.full(logits.shape[:-1], turns[-1])
+
+    scored(by_turns)
+    depth = parts.depths[0]
+    policy = ExitPolicy({depth: 0.5}, guesses={depth: 0.0})
+    made, counts = tokens_by_layer(
+        whole, lambda: generate(whole, inputs, exits=parts, policy=policy, **GREEDY)
+    )
+    assert made.new_tokens.shape[1] == 12 and len(set(turns)) == 2
+    assert counts[0] == inputs["input_ids"].shape[1] + 12 - 1

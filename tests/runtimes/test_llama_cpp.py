@@ -386,6 +386,22 @@ def test_it_waits_for_the_answer_before_it_closes(exported: Any) -> None:
     refused(lambda: each.generate(inputs_of("llava"), **GREEDY), InputError, "is closed")
 
 
+def test_a_callback_does_not_wait_for_its_own_answer(exported: Any) -> None:
+    inputs, said = inputs_of("llava"), []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            for ask in (each.close, lambda: each.generate(inputs, **GREEDY)):
+                refused(ask, InputError, "callback")
+            said.append(value)
+
+        def end(self) -> None: ...
+
+    with LlamaCppRuntime(adapter_of("llava"), exported("llava"), engine=EXACT) as each:
+        made = each.generate(inputs, streamer=Streamer(), **GREEDY)
+        assert len(said) > NEW and same(made, each.generate(inputs, **GREEDY))
+
+
 @pytest.mark.parametrize("formats", ["f32", "f16"])
 def test_the_last_token_of_a_context_is_written(formats: str, exported: Any) -> None:
     """Also where calls take two rows, of which one is forgotten again."""

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import os
+import random
 import shutil
 import socket
 from collections.abc import Iterator
@@ -199,6 +200,47 @@ def test_json_and_errors_escape_what_terminals_obey(folder: Path, run: RunComman
     assert printable(str(error)) == str(error) and "é 字" in str(error)
     assert len(str(error)) < 5000
     assert printable("a\tb\né") == "a\tb\né"
+
+
+# -- whatever is written there ---------------------------------------------------------------------
+
+THINGS: tuple[Any, ...] = (
+    None, True, -1, 1.5, 1e308, 2**63, 10**30, "", "x" * 5000, "\x00", "\ud800", "../../x", [],
+    [[]], [1] * 1000, ["2"], [2, 2], {}, {"": 0}, {"2": "x"},
+)  # fmt: skip
+
+
+def test_an_entry_of_any_kind_is_refused_or_written_again(
+    folder: Path, backbone: Any, tmp_path: Path
+) -> None:
+    """By a seed: another thing in one place, or nothing there."""
+    draw, config = random.Random(0), entries(folder)
+    every, taken = [*places(config)], 0
+    for number in range(120):
+        changed, at = copy.deepcopy(config), draw.choice(every)
+        inside = changed
+        for name in at[:-1]:
+            inside = inside[name]
+        thing = draw.choice(THINGS)
+        if draw.random() < 0.15:
+            del inside[at[-1]]
+        else:
+            inside[at[-1]] = thing
+        try:
+            write(folder, changed)
+        except (InputError, UnicodeEncodeError):
+            continue
+        try:
+            adapter = Adapter.load(folder, backbone)
+            assert repr(adapter) and adapter.standing() is not None
+            if number % 4 == 0:
+                adapter.save(tmp_path / "again")
+            taken += 1
+        except OfframpError as error:
+            assert len(str(error).splitlines()) == 2 and len(str(error)) < 5000
+        except Exception as error:
+            raise AssertionError(f"{at} = {thing!r:.60}: {error!r}") from error
+    assert 20 < taken < 110
 
 
 # -- GGUF ------------------------------------------------------------------------------------------

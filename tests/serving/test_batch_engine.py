@@ -170,6 +170,25 @@ class StopsAt:
         return torch.tensor([ids.shape[1] >= self.length])
 
 
+def test_a_callback_waits_for_nothing_that_waits_for_it(adapter, rows):
+    """A full queue, the end of all answers, the end of the engine: in the engine's own thread."""
+    said = []
+
+    def ask(_):
+        if not said:
+            engine.submit(rows[1], max_new_tokens=2)
+            with pytest.raises(BusyError, match="full"):
+                engine.submit(rows[2], wait=True, max_new_tokens=2)
+            said.append(engine.drain())
+            engine.close(drain=False)
+
+    engine = BatchEngine(adapter, config=replace(SMALL, slots=1), queue=1)
+    with pytest.raises(CancelledError):
+        engine.submit(rows[0], on_token=ask, max_new_tokens=8).result(timeout=60)
+    engine.close()
+    assert said == [False] and not engine.alive
+
+
 def test_a_criterion_is_asked_about_settled_tokens_alone(adapter, rows):
     length = rows[0]["input_ids"].shape[1] + 6
     ours, theirs = StopsAt(length), StopsAt(length)
@@ -373,6 +392,16 @@ def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits
         assert torch.equal(ours.depths, alone.depths)
         assert ours.depths[0, 0] == (2 if own == 0.0 else whole.depth)
     assert strict.result().output.depths[0, 0] == whole.depth
+
+
+@pytest.mark.parametrize("ids", [[[5, 6]], torch.tensor([5, 6]), torch.tensor([[0.5]])], ids=str)
+def test_what_is_no_tensor_of_ids_is_refused(ids, adapter):
+    with (
+        BatchEngine(adapter, config=SMALL) as engine,
+        pytest.raises(InputError, match="whole numbers in a tensor") as caught,
+    ):
+        engine.submit({"input_ids": ids})
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_batch_of_rows_is_not_a_request(adapter, batch):

@@ -33,6 +33,21 @@ LEARNT = ("causal_prompt", "lossless")
 """What decoding shows of a backbone that was discovered."""
 PROVEN = ("engine", "transformers")
 """Which executor was found to be exact, with which version of transformers."""
+_NUMBER = (int, float)
+_CALIBRATION: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
+    **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), _NUMBER),
+    **dict.fromkeys(("n", "answers", "attempt"), (int,)),
+    "conditions": (dict,),
+}
+"""What is said of a guarantee, and is more than shown to people as it stands."""
+_CONDITIONS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("dtype", "quantized", "engine", "kernels", "device"), (str,)),
+    **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
+    **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
+    **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
+    "longest": (int,), "prompts": (list,),
+}  # fmt: skip
 _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
 
@@ -92,9 +107,9 @@ def read_config(folder: str | Path) -> AdapterConfig:
         discriminators=_discriminators(config),
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),
-        calibration=config.optional("calibration"),
+        calibration=_calibration(config),
         decoding=_decoding(config),
-        metrics=config.get("metrics", dict),
+        metrics=_metrics(config),
         provenance=config.get("provenance", dict),
         files=_files(config),
         raw=config.values,
@@ -133,6 +148,17 @@ class _Entries:
             return None
         entry: dict[str, Any] = self.get(name, dict)
         return entry
+
+    def check_kinds(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
+        """Those of these entries that are there and say something."""
+        for name, wanted in kinds.items():
+            if self.values.get(name) is not None:
+                self.get(name, *wanted)
+
+    def check_numbers(self) -> None:
+        """Every entry is a number."""
+        for name in self.values:
+            self.get(name, *_NUMBER)
 
     def check_known(self, names: Iterable[str]) -> None:
         known = set(names)
@@ -197,6 +223,45 @@ def _decoding(config: _Entries) -> dict[str, Any] | None:
     if all(name in shown.values for name in PROVEN):
         found |= {name: shown.get(name, str) for name in PROVEN}
     return found
+
+
+def _calibration(config: _Entries) -> dict[str, Any] | None:
+    """What is guaranteed; an adapter of an earlier version may say less, or null."""
+    if config.optional("calibration") is None:
+        return None
+    said = config.part("calibration")
+    said.check_kinds(_CALIBRATION)
+    if said.optional("conditions") is not None:
+        then = said.part("conditions")
+        then.check_kinds(_CONDITIONS)
+        for name in ("thresholds", "first", "gates", "weights"):
+            if then.optional(name) is not None:
+                then.part(name).check_numbers()
+        frames = then.values.get("prompts") or []
+        if not all(
+            isinstance(f, list) and f and all(isinstance(t, str) for t in f) for f in frames
+        ):
+            then.fail(f"'{then.where}prompts' is {_shown(frames)}")
+    return dict(said.values)
+
+
+def _metrics(config: _Entries) -> dict[str, Any]:
+    """What training measured: agreement by depth, and how often drafts were right."""
+    said = config.part("metrics")
+    for name in ("agreement", "drafting"):
+        if said.optional(name) is None:
+            continue
+        rows = said.part(name)
+        if name == "agreement":
+            rows.check_numbers()
+            continue
+        for depth in rows.values:
+            found = rows.part(depth)
+            found.get("first_draft", *_NUMBER)
+            shares = found.get("acceptance", list)
+            if not all(type(share) in _NUMBER for share in shares):
+                found.fail(f"'{found.where}acceptance' is {_shown(shares)}")
+    return {name: value for name, value in said.values.items() if value is not None}
 
 
 def _discriminators(config: _Entries) -> dict[str, Any] | None:

@@ -189,17 +189,22 @@ class BatchEngine:
         return self._failed is None and self._thread.is_alive()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until all that was submitted is answered; False where `timeout` seconds passed."""
+        """Wait until all that was submitted is answered; False where `timeout` seconds passed, or
+        where it is asked for by a callback, on whose return the answers wait."""
+        if self._is_mine:
+            return self._idle
         with self._changed:
             return self._changed.wait_for(lambda: self._idle or not self.alive, timeout)
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests and stop; those submitted are answered first, or dropped."""
+        """Take no more requests and stop; those submitted are answered first, or dropped. Where a
+        callback asks for it, it does not wait until it has."""
         with self._changed:
             self._closed, self._dropped = True, self._dropped or not drain
             self._changed.notify_all()
-        self._pool.shutdown(wait=True)
-        self._thread.join()
+        self._pool.shutdown(wait=not self._is_mine)
+        if not self._is_mine:
+            self._thread.join()
 
     def __enter__(self) -> BatchEngine:
         return self
@@ -210,12 +215,18 @@ class BatchEngine:
     # -- threads -------------------------------------------------------------------------------
 
     @property
+    def _is_mine(self) -> bool:
+        """Whether the engine's own thread asks, in which callbacks run."""
+        return threading.current_thread() is self._thread
+
+    @property
     def _idle(self) -> bool:
         return not self._preparing and not self._ready and self.core.idle
 
     def _take_place(self, wait: bool) -> None:
-        """Raise `BusyError` where the queue has none, unless one is waited for."""
-        if wait:
+        """Raise `BusyError` where the queue has none, unless one is waited for; a callback cannot,
+        for places come free behind it."""
+        if wait and not self._is_mine:
             self._changed.wait_for(lambda: self._closed or self.waiting < self.queue)
         if self._failed is not None:
             raise _failure(self._failed)

@@ -351,4 +351,12 @@ def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
             "Pass what the processor returned: processor(images=image, text=prompt, "
             "return_tensors='pt').",
         )
+    ids = inputs["input_ids"]
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() != 2:
+        shape = getattr(ids, "shape", None)
+        came = type(ids).__name__ if shape is None else f"{ids.dtype} of shape {[*shape]}"
+        raise InputError(
+            f"Token ids are whole numbers in a tensor [1, T], and came as {came}.",
+            "Ask the processor for tensors: return_tensors='pt'.",
+        )
     return inputs

@@ -92,6 +92,8 @@ class _Reader:
         found = {n: TensorPlace(shape, kind, start + at) for n, (shape, kind, at) in places.items()}
         sizes = import_gguf().GGML_QUANT_SIZES
         for name, place in found.items():
+            if place.kind not in sizes:
+                raise ValueError(f"the tensor {name[:60]!r} is of the kind {place.kind}")
             block, size = sizes[place.kind]
             end = place.at + int(np.prod(place.shape, dtype=np.int64)) // block * size
             if end > len(self._data):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -68,8 +69,8 @@ class LlamaCppRuntime:
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
-        self._lock = threading.Lock()
-        self._closed = self._lent = False
+        self._lock = threading.RLock()
+        self._closed = self._lent = self._busy = False
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
         try:
@@ -184,10 +185,28 @@ class LlamaCppRuntime:
         policy = policy.effective
         self._check_policy(policy)
         entry = PromptEntry(self.backbone, self.engine, vision_cache)
-        with self._lock, torch.inference_mode():
-            self._check_open()
+        with self._held(), torch.inference_mode():
             prepared = entry.prepare(inputs, options)
             return self._write(entry.prompts(prepared), prepared, policy, streamer, seed)
+
+    @contextmanager
+    def _held(self, *, open: bool = True) -> Iterator[None]:
+        """While nothing else is done with llama.cpp. Raise `InputError` where a callback asks for
+        it, which would wait for the answer that waits for it; open: or the runtime is closed."""
+        with self._lock:
+            if self._busy:
+                raise InputError(
+                    "The runtime was asked for something by a callback of the answer that it is "
+                    "writing.",
+                    "Ask behind the answer, or from another thread.",
+                )
+            if open:
+                self._check_open()
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     def release_decoder(self) -> int:
         """Free what PyTorch holds of the weights in llama.cpp's files, and return their bytes.
@@ -215,8 +234,7 @@ class LlamaCppRuntime:
         """
         for mode in ("early_exit", "lossless"):
             self._check_policy(policy.in_mode(mode).effective)
-        with self._lock:
-            self._check_open()
+        with self._held():
             self._lent = True
         executor = self._executor(policy.depths, self._drafter, exact=True)
         entry = PromptEntry(self.backbone, self.engine, vision_cache)
@@ -226,8 +244,11 @@ class LlamaCppRuntime:
         """Give llama.cpp's memory back; the runtime is of no use afterwards.
 
         Waits for an answer that is being written.
+
+        Raises:
+            InputError: a callback of that answer asked for it.
         """
-        with self._lock:
+        with self._held(open=False):
             for segment in self._segments:
                 segment.close()
             if self._drafter is not None:
