@@ -19,6 +19,7 @@ PAGES = (
     "docs/batch-engine.md",
     "docs/llama-cpp-kernels.md",
     "docs/llama-cpp-models.md",
+    "docs/peers.md",
     "docs/quantisation-libraries.md",
     "docs/quantisation-limits.md",
     "docs/quantisation-results.md",

@@ -11,6 +11,7 @@ answers to other prompts, and decodes some of these, beside full depth, for its 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def photo(data: Path) -> Case:
         halves[half_of(example)].append(example)
     return Case(
         Adapter.load(folder, backbone), InputProcessor(backbone, processor), halves[0][:PROMPTS],
-        halves[1][:400], halves[1][:50], planned=1500, longest=30,
+        halves[1][:PROMPTS], halves[1][:50], planned=1500, longest=30,
     )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             {"depth": depth, "agreement": float(right.mean()), "settled": shares,
              "threshold": threshold}
         )  # fmt: skip
+    print(foretold.prospects, depths, seconds, file=sys.stderr)
     speeds = timed(case, policies, rounds)
     for row in depths:
         row["speedup"] = speeds[f"{row['depth']}"]

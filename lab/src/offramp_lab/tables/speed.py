@@ -113,6 +113,66 @@ def _peer(name: str) -> str:
     return f"{title} ({' / '.join(settings)})" if settings else title
 
 
+BENCH = "here: `make bench`"
+
+
+def instead() -> Table:
+    """What somebody might take instead of exits, measured here or cited, which is told apart."""
+
+    def ours(title: str, what: str, way: str, same: str = "") -> tuple[str, ...]:
+        both = [record("peers")[kind][way] for kind in KINDS]
+        speeds = [times(peer["speedup_decode"]) for peer in both]
+        shares = [f"{peer['identical']:.0%}" for peer in both]
+        return title, what, " / ".join(speeds), same or f"{' / '.join(shares)} the same", BENCH
+
+    tide = record("tide")
+    ran = f"none: {tide['layers_per_token']:g} of {tide['layers']} layers run for every token"
+    rows = [
+        ours("**offramp, early exit**", "trained exits, the model frozen", "early_exit"),
+        ours(
+            "**offramp, lossless**", "exits draft, the model verifies", "lossless", "all the same"
+        ),
+        (
+            f"tide-inference {tide['version']}",
+            "small routers, the model frozen; asked after all layers have run",
+            ran,
+            "may differ",
+            "here: `python -m offramp_lab.records.tide`",
+        ),
+        ours("static truncation", "the first layers alone, as many as exits run", "truncation"),
+        ours("prompt lookup", "drafts copied from the prompt, verified", "prompt_lookup"),
+        (
+            "LayerSkip in transformers",
+            "`assistant_early_exit`: the model's own early layers draft",
+            "raises an error on both",
+            "",
+            BENCH,
+        ),
+        (
+            "LayerSkip",
+            "the whole model is trained, so that its early layers can draft",
+            "up to 2.16x, CNN/DM summaries; 1.82x, code; 2.0x, TOPv2",
+            "verified",
+            "cited: [Elhoushi et al. 2024](https://arxiv.org/abs/2404.16710), abstract",
+        ),
+        (
+            "EAGLE head",
+            "one trained layer drafts on final features; the model, frozen, verifies",
+            "2.7x to 3.5x, LLaMA2-Chat 70B",
+            "distribution kept",
+            "cited: [Li et al. 2024](https://proceedings.mlr.press/v235/li24bt.html), abstract",
+        ),
+        (
+            "a smaller model",
+            "another model, such as SmolVLM-256M for one of 2.2 billion",
+            "not given there",
+            "its own",
+            "cited: [Marafioti et al. 2025](https://arxiv.org/abs/2504.05299), abstract",
+        ),
+    ]
+    return Table(("", "what it is", "decoding", "answers", "from where"), rows)
+
+
 DIALOGUES = {
     "full": "full depth",
     "full, kept": "full depth, caches kept",
@@ -131,7 +191,9 @@ def dialogues() -> Table:
     return _both("dialogues", DIALOGUES, told)
 
 
-TABLES: dict[str, MakeTable] = {"shapes": shapes, "peers": peers, "dialogues": dialogues}
+TABLES: dict[str, MakeTable] = {
+    "shapes": shapes, "peers": peers, "instead": instead, "dialogues": dialogues
+}  # fmt: skip
 FIGURES: dict[str, Make] = {
     "loop-backbones": lambda: str(len(_whole_loop())),
     "loop-slowest": lambda: f"{_whole_loop()[0]:.2f}",
