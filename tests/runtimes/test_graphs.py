@@ -6,19 +6,25 @@ tried here.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from fakes import picture
 from families import NAMES, one_row
 from gguf_cases import refused
+from schemas import random_model
 
 from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.constraint import JsonConstraint
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.exits import ExitSet
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import Gate
 from offramp.runtimes.graphs import GraphRuntime
 from offramp.runtimes.graphs.recording import Mailbox, Recorder
@@ -165,6 +171,21 @@ def test_requests_with_rules_of_their_own_are_generates_own(options: Any, case: 
         same(runtime.generate(inputs, policy=policy, **asked), expected)
     assert torch.equal(torch.get_rng_state(), before), "the global generator is nobody's"
     same(runtime.generate(inputs, **GREEDY), adapter.generate(inputs, **GREEDY))
+
+
+def test_an_answer_by_a_schema_is_generates_own() -> None:
+    backbone, exits, processor = random_model()
+    adapter = Adapter(backbone, exits, ExitPolicy({1: 0.6, 3: 0.2}))
+    example = Example(picture(0), "What is shown?", (), "0")
+    inputs = InputProcessor(backbone, processor).prompts([example])
+    runtime = GraphRuntime(adapter, context=256)
+    schema = {"type": "array", "items": {"enum": ["a", 1, None]}, "minItems": 3, "maxItems": 3}
+    asked = {"max_new_tokens": 60, "logits_processor": [JsonConstraint(schema, processor)]}
+    for policy in (adapter.policy, FULL, replace(adapter.policy, lossless=True)):
+        made = runtime.generate(inputs, policy=policy, do_sample=False, **asked)
+        same(made, adapter.generate(inputs, policy=policy, do_sample=False, **asked))
+        answer = processor.tokenizer.decode(made.new_tokens[0], skip_special_tokens=True)
+        assert len(json.loads(answer)) == 3
 
 
 def test_a_request_that_failed_leaves_nothing_behind(case: Any) -> None:

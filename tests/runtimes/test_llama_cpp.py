@@ -298,6 +298,31 @@ def test_constraints_count_at_the_exits_too(loaded: Any) -> None:
     assert same(*found)
 
 
+class Alternating:
+    """A constraint: even tokens at even places, odd ones at odd places."""
+
+    def of_row(self, prompt: int, ends: Any) -> Any:
+        def row(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            wrong = (torch.arange(scores.shape[-1]) + ids.shape[1] - prompt) % 2 == 1
+            return scores.masked_fill(wrong, float("-inf"))
+
+        return row
+
+
+def test_a_constraint_of_each_row_counts_at_the_exits_too(loaded: Any) -> None:
+    drafts = ExitPolicy({2: 0.0}, lossless=True, shortlist=True)
+    for policy in (ExitPolicy({2: 0.2}, shortlist=True), drafts):
+        found = [
+            each.generate(
+                inputs_of("llava"), policy=policy, logits_processor=[Alternating()], **GREEDY
+            )
+            for each in (loaded("llava"), adapter_of("llava"))
+        ]
+        assert same(*found)
+        tokens = found[0].new_tokens[0]
+        assert ((tokens + torch.arange(len(tokens))) % 2 == 0).all()
+
+
 def test_padding_before_a_prompt_changes_nothing(loaded: Any) -> None:
     plain = inputs_of("llava")
     padded = dict(plain)

@@ -146,8 +146,9 @@ class _Answer:
         said = _first_line(self._matcher.get_error())
         self._matcher, self._written, self._allowed = self._fresh.deep_copy(), [], None
         return InputError(
-            "The model's vocabulary cannot write what the JSON schema asks for"
-            + (f": {said}." if said else "."),
+            f"The JSON schema cannot be followed: {said}."
+            if said
+            else "The model's vocabulary cannot write what the JSON schema asks for.",
             "Use a simpler schema, or a model whose tokens write JSON.",
         )
 

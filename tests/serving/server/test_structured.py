@@ -120,6 +120,12 @@ def test_what_is_not_supported_is_refused_by_name(
     assert (found.status_code, error["param"]) == (400, param) and says in error["message"]
 
 
+def test_a_schema_has_an_end(client: Any) -> None:
+    long = {"enum": [f"word {i}" for i in range(8000)]}
+    error = client.post(CHAT, json=by(long)).json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "schema_too_long")
+
+
 def test_an_answer_by_a_schema_has_no_guarantee() -> None:
     service = service_of(slots=1)
     found = asking(service).post(CHAT, json=by(SCHEMA, offramp={"mode": "early_exit"}))

@@ -56,9 +56,9 @@ class ServerConfig:
     answer requests of other keys faster too, which tells these what was asked. hosts: names under
     which it is asked for (`Host`), so that no page of another site reaches it by a name of its own;
     ".example.org": all below it too, "*": any; the address that a connection came to always is one;
-    none: any. body, messages, characters: bytes of a request, its messages, and its text. bodies:
-    bytes of all requests under way. choices: answers to one request (`n`, and prompts of a
-    completion). default_tokens: longest answer, where neither the request nor the model says one.
+    none: any. body, messages, characters: bytes of a request, its messages, and its text. schema:
+    characters of a JSON schema. bodies: bytes of all requests under way. choices: answers to one
+    request (`n`, and prompts of a completion). default_tokens: longest answer, where neither the request nor the model says one.
     body_seconds: until a request's header, and then its body, has come. send_seconds: that a client
     may take nothing of what is sent to it. connections: open at once; a further one takes the place
     of the one that has asked for nothing for the longest time.
@@ -80,6 +80,7 @@ class ServerConfig:
     bodies: int = 1024 * MIB
     messages: int = 256
     characters: int = 400_000
+    schema: int = 65_536
     choices: int = 16
     default_tokens: int = 256
     seconds: float = option(300.0, "seconds that an answer may take", flag="--timeout")
@@ -98,9 +99,9 @@ class ServerConfig:
     images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        names = ("queue", "body", "bodies", "messages", "characters", "choices", "default_tokens")
+        names = ("queue", "body", "bodies", "messages", "characters", "schema", "choices")
         seconds = ("seconds", "body_seconds", "send_seconds", "drain_seconds")
-        _check_positive(self, (*names, "connections", *seconds))
+        _check_positive(self, (*names, "default_tokens", "connections", *seconds))
         if wrong := [origin for origin in self.cors if not _ORIGIN.fullmatch(origin)]:
             raise InputError(
                 f"{wrong[0]!r} is no origin of a page.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import math
 import threading
 import time
@@ -227,11 +228,21 @@ class Service:
         """Of the answers to a request. Made in a thread: a large schema takes long.
 
         Raises:
-            ApiError: a schema that is not supported, a tokenizer that cannot write it.
+            ApiError: a schema that is not supported, or too long, a tokenizer that cannot write it.
         """
         schema = request.schema_of_answer
         if schema is None:
             return None
+        try:
+            size = len(json.dumps(schema))
+        except RecursionError:
+            size = self.config.body
+        if size > self.config.schema:
+            raise ApiError(
+                400,
+                f"The JSON schema is longer than the {self.config.schema} characters allowed.",
+                param="response_format", code="schema_too_long",
+            )  # fmt: skip
         try:
             return await self.of_text(lambda: JsonConstraint(schema, self.tokenizer))
         except OfframpError as error:
