@@ -58,10 +58,10 @@ class ServerConfig:
     ".example.org": all below it too, "*": any; the address that a connection came to always is one;
     none: any. body, messages, characters: bytes of a request, its messages, and its text. schema:
     characters of a JSON schema. bodies: bytes of all requests under way. choices: answers to one
-    request (`n`, and prompts of a completion). default_tokens: longest answer, where neither the request nor the model says one.
-    body_seconds: until a request's header, and then its body, has come. send_seconds: that a client
-    may take nothing of what is sent to it. connections: open at once; a further one takes the place
-    of the one that has asked for nothing for the longest time.
+    request (`n`, and prompts of a completion). default_tokens: longest answer, where neither the
+    request nor the model says one. body_seconds: until a request's header, and then its body, has
+    come. send_seconds: that a client may take nothing of what is sent to it. connections: open at
+    once; a further one takes the place of the one that has asked for nothing for the longest time.
 
     Raises:
         InputError: a number below 1.
