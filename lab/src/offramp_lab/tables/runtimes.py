@@ -295,6 +295,22 @@ def cider_of(score: Value) -> str:
     return with_range(f"{score['CIDEr']:.3f}", score["difference_interval"], "+.3f")
 
 
+def together() -> Table:
+    """Four captions at once against one by one, by format and mode."""
+    found = record("runtimes-together")
+    rows = [
+        (
+            f"{one['format']}, {one['mode'].replace('_', ' ')}",
+            f"{one['one_by_one']:.0f}",
+            f"{one['at_once']:.0f}",
+            f"{one['times']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+            f"{one['same']} of {found['photographs']}",
+        )
+        for one in found["entries"]
+    ]
+    return Table(("tokens/CPU s", "one by one", "four at once", "times", "same answers"), rows)
+
+
 TABLES: dict[str, MakeTable] = {
     "runtimes-speeds": speeds,
     "runtimes-kernels": kernels,
@@ -308,6 +324,7 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-edge": edge,
     "runtimes-photo-edge": photo_edge,
     "runtimes-kquants": kquants,
+    "runtimes-together": together,
 }
 FIGURES: dict[str, Make] = {
     "runtimes-guaranteed": guaranteed("over_llama_cpp"),

@@ -9,6 +9,7 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.executor import Executor
+from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.policy import ExitPolicy
@@ -21,6 +22,9 @@ from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
 class LlamaCppHost:
     """One engine's; meanwhile the runtime itself answers nothing."""
 
+    depths: tuple[int, ...]
+    drafting: ExitRule | None
+    reader: ExitReader
     tries = False
 
     def __init__(
