@@ -50,7 +50,7 @@ def layers_run() -> dict[str, Any]:
         vocab_size=128, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).train(False)
     calls = 0
 
     def count(*_: Any) -> None:
