@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoding import NEW
 
+from offramp.engine.decoding.noise import Noise
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 
@@ -113,3 +114,17 @@ def test_generations_in_two_threads_do_not_disturb_each_other(backbone, exits, b
     for rows, results in found.items():
         assert len(results) == 5
         assert all(torch.equal(each, alone[rows]) for each in results)
+
+
+def test_noise_of_what_is_settled_is_let_go():
+    """It is as wide as the vocabulary, for each token of an answer."""
+    noise = Noise.seeded(0, torch.device("cpu"))
+    noise.rows, even = 2, torch.full((1, 100), 0.01)
+    for place in range(5):
+        for row in range(2):
+            noise.choose(row, place, even)
+        assert len(noise._drawn) == 1
+        noise.settled(0, place)
+        assert len(noise._drawn) == 1
+        noise.settled(1, place)
+    assert not noise._drawn and not noise._left

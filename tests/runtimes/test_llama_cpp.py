@@ -411,6 +411,18 @@ def test_it_waits_for_the_answer_before_it_closes(exported: Any) -> None:
     refused(lambda: each.generate(inputs_of("llava"), **GREEDY), InputError, "is closed")
 
 
+def test_logits_are_read_where_they_are_now(exported: Any) -> None:
+    """llama.cpp moves them when it makes more room, also in a call whose logits nobody read."""
+    file = sorted(exported("llava").glob("segment-*.gguf"))[-1]
+    each = segment.Segment(file, EXACT, tap_layer=None)
+    kept = [np.full((4, each.vocabulary), value, dtype=np.float32) for value in (1, 2)]
+    for place in (*kept, kept[0]):
+        each._logits_address = lambda _, place=place: place.ctypes.data  # type: ignore[assignment]
+        assert np.array_equal(each.logits(1), place[:1])
+        assert np.array_equal(each.logits(4), place)
+    each.close()
+
+
 def test_a_callback_does_not_wait_for_its_own_answer(exported: Any) -> None:
     inputs, said = inputs_of("llava"), []
 
