@@ -45,6 +45,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "numbers.jsonl": '{"image": 3}\n', "long.jsonl": json.dumps({"image": LONG}),
         "half.jsonl": '{"image": "good.png", "captions": [3]}\n',
         "bad-image.jsonl": row.replace("good.png", "not-an-image.png"),
+        "endless.jsonl": row[:-2] + f', "prompt": "{LONG * 9}"}}',
+        "surrogate.jsonl": row[:-2] + ', "prompt": "\\ud800"}',
         "empty.json": "", "deep.json": "[" * 100_000, "list.json": "[]", "other.json": '{"a": 1}',
         "list.yaml": "- 1", "broken.yaml": "a: [", "unknown.yaml": "sptes: 3", "text.yaml": "hello",
         "quiet.yaml": "quiet: 3", "deep.yaml": "[" * 500,
@@ -196,7 +198,9 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
     tables["--device"] = list(DEVICES)
     tables["--config"] = files_of(tree, CONFIGS)
     if command == "generate":
-        tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"]}
+        tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"], "--prompt": [SURROGATE]}
+    if command == "train":
+        tables["--data"] += files_of(tree, ("endless.jsonl", "surrogate.jsonl"))
     outs = (*OUTS, "folder" if command in ("bench", "report", "verify") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []

@@ -92,6 +92,7 @@ class InputProcessor:
         if self.has_template:
             content = [{"type": "text", "text": prompt}]
             text = self.template_text([{"role": "user", "content": content}])
+        check_letters([text])
         with self._lock:
             special = self.adds_special_tokens(text)
             batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=special)
@@ -99,6 +100,7 @@ class InputProcessor:
 
     def _of_texts(self, texts: Sequence[str]) -> dict[str, Any]:
         """The same of texts alone: one padded batch."""
+        check_letters(texts)
         special = all(map(self.adds_special_tokens, texts))
         with self._lock:
             batch = self.tokenizer(
@@ -114,6 +116,7 @@ class InputProcessor:
         return not (first and text.startswith(first))
 
     def _processed(self, texts: Sequence[str], images: Any) -> dict[str, Any]:
+        check_letters(texts)
         adds = all(map(self.adds_special_tokens, texts))
         more = {} if adds else {"add_special_tokens": False}
 
@@ -255,6 +258,19 @@ class InputProcessor:
         """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
+
+
+def check_letters(texts: Sequence[str]) -> None:
+    """Raise `InputError` where a text holds what no tokenizer reads: bytes of a command line that
+    are not UTF-8, or half of a pair that JSON escapes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise InputError(
+                f"A text is not UTF-8: {around!r}.", "Write it in UTF-8, without halves of letters."
+            ) from error
 
 
 def _only(images: Any) -> Any:

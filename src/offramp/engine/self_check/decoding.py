@@ -27,7 +27,7 @@ from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared, prepare, room_of
+from offramp.engine.prefill import Prepared, prepare, room_of, too_long
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids
@@ -143,6 +143,9 @@ class _Case:
         if backbone.rope != LengthDependentRope():  # it would write its frequencies
             self.model = twin(backbone.model)
             with_own_frequencies(self.model, backbone.family.stack)
+        limit = None if backbone.is_encoder_decoder else backbone.positions
+        if limit is not None and "input_ids" in inputs and max(_lengths(inputs)) > limit:
+            raise too_long(limit)
         self.plan = _PLAN if len(self.depths) < 3 else (*range(len(self.depths) + 1), 0)
         self.inputs, new = _fitting(backbone, self.model, inputs, max(TOKENS, len(self.plan)))
         self.options: dict[str, Any] = {
