@@ -12,6 +12,7 @@ import pytest
 from command_line import RunCommand, assert_two_lines, parser_of
 
 from offramp.cli.commands.eval import summary
+from offramp.cli.output import few
 from offramp.data.scenes import world
 from offramp.engine.policy import DRAFT
 
@@ -36,6 +37,23 @@ def test_inspect_names_training_with_a_depth_it_proposes(
         code, out, _ = run("inspect", "tiny-opt", "--json")
     depth = json.loads(out)["proposed_depths"]["1"][0]
     assert code == 0 and f"--depths {depth}" in next_of(caplog)[0]
+
+
+@pytest.mark.parametrize("name", ["adapter", "tiny-opt"])
+def test_inspect_is_ten_lines_and_the_rest_is_json(
+    run: RunCommand, trained: Path, name: str
+) -> None:
+    named = trained if name == "adapter" else name
+    code, out, _ = run("inspect", named)
+    lines = out.rstrip("\n").splitlines()
+    assert code == 0 and len(lines) == 10 and "{" not in out
+    assert ("thresholds: " in out) is (name == "adapter")
+    assert len(json.loads(run("inspect", named, "--json")[1])) >= 10
+
+
+def test_long_lists_end_with_how_many_more_there_are() -> None:
+    assert few(["a", "b", "c"], 3) == ["a", "b", "c"]
+    assert few(["a", "b", "c", "d"], 3) == ["a", "b", "... and 2 more, with --json"]
 
 
 def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(

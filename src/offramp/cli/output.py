@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offramp.errors import StorageError, printable
@@ -88,6 +88,20 @@ def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_word, value)) or "none"
     return "none" if value is None or value == {} else printable(str(value))
+
+
+def inline(value: Any) -> str:
+    """A value on one line; of a mapping, each name with its value."""
+    if isinstance(value, Mapping) and value:
+        return ", ".join(f"{printable(str(n))}: {inline(part)}" for n, part in value.items())
+    return _word(value)
+
+
+def few(lines: Sequence[str], most: int) -> list[str]:
+    """The first of these lines, and in the place of the others how many more `--json` shows."""
+    if len(lines) <= most:
+        return [*lines]
+    return [*lines[: most - 1], f"... and {len(lines) - most + 1} more, with --json"]
 
 
 def tell(text: str) -> None:

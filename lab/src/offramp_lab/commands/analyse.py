@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
 from offramp.cli.options import add_command, field_options, measured_options
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
@@ -66,3 +66,4 @@ def _analyse(arguments: argparse.Namespace) -> None:
         progress=lambda iterable: progress(iterable, "analyse"),
     )
     show_result(result, summary(result), as_json=arguments.json)
+    say_next(f"offramp report --run {arguments.out} --out report.html")

@@ -1,17 +1,17 @@
-"""What `offramp inspect --suitability` foretells of exits, beside exits that were then trained;
-rewrites suitability.json in lab/records.
+"""What `offramp inspect --suitability` foretells of exits, beside exits that were trained; rewrites
+suitability.json in lab/records.
 
-On 200 prompts without labels: the tiny models (scenes), and the photo model (photographs,
-bfloat16), whose exit ships. The tiny models' exits, at three depths, are trained here as `offramp
-train` does, once, and kept in runs/suitability. What is trained is read along the full model's
-answers to other prompts, and decodes some of these, beside full depth, for its speed. One thread.
-`python -m offramp_lab.records.suitability` takes an hour; `--models tiny-opt` makes a part again.
+On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
+photo model (photographs, bfloat16), and those that `offramp demo --backbone t5` leaves in
+runs/demo. Trained exits are read along the full model's answers to other prompts, and decode 50 of
+these, beside full depth, for their speed. One thread.
+`python -m offramp_lab.records.suitability` takes ten minutes; `... opt photo-speeds` makes some of
+its parts again.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ from offramp.calibration.replay import replay
 from offramp.calibration.suitability import LEVELS, settled, suitability
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions, questions
+from offramp.demo import OPTIONS, DemoSizes
 from offramp.engine.policy import ExitPolicy, Thresholds
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, in_turn
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, shipped_exits
-from offramp.training.config import TrainConfig
-from offramp.training.trainer import train
+from offramp.models.shipped import load_named, load_tiny, shipped_exits, tiny_exits
+from offramp.storage import read_json
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
 
@@ -45,9 +45,6 @@ RECORD = Record("suitability")
 PROMPTS = 200
 LEVEL = 0.95
 """At which speeds are measured."""
-TRAINED = 1200
-"""Scenes that the tiny models' exits are trained on; each gives a caption and two questions."""
-DEPTHS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -62,26 +59,24 @@ class Case:
     planned: int
     longest: int
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the exits read a shortlist."""
+        return self.adapter.exits.shortlist is not None
+
 
 def scenes(split: str, pictures: int, start: int = 0) -> list[Example]:
     return captions(split, pictures, start).examples + questions(split, pictures, start).examples
 
 
-def tiny(name: str) -> Case:
-    backbone, processor = load_named(name)
-    folder = RUNS / "suitability" / name
-    if (folder / "adapter.json").is_file():
-        adapter = Adapter.load(folder, backbone)
-    else:
-        config = TrainConfig(depths=DEPTHS)
-        adapter = train(
-            backbone, processor, scenes("train", TRAINED), config, folder,
-            overwrite=True, command=["offramp_lab.records.suitability"],
-        )  # fmt: skip
-    held_out = scenes("test", PROMPTS)
+def tiny(kind: str) -> Case:
+    backbone, processor = load_tiny(kind)
+    folder = tiny_exits(kind) if kind == "opt" else RUNS / "demo" / kind
+    held_out = scenes("test", 67)[:PROMPTS]
     return Case(
-        adapter, InputProcessor(backbone, processor), scenes("calibration", 67)[:PROMPTS], held_out,
-        held_out[:50], planned=3 * TRAINED, longest=48,
+        Adapter.load(folder, backbone), InputProcessor(backbone, processor),
+        scenes("calibration", 67, 5000)[:PROMPTS], held_out, held_out[:50],
+        planned=3 * DemoSizes().train, longest=OPTIONS["max_new_tokens"],
     )  # fmt: skip
 
 
@@ -98,50 +93,49 @@ def photo(data: Path) -> Case:
     )  # fmt: skip
 
 
-def measured(case: Case, rounds: int) -> dict[str, Any]:
-    """What is foretold, what was trained, and how fast that is."""
+def foretold(case: Case) -> dict[str, Any]:
+    """What is foretold, and what was trained."""
     wall, cpu = time.perf_counter(), time.process_time()
-    foretold = suitability(
-        case.encoder, case.asked, depths=case.adapter.exits.depths, planned=case.planned,
+    depths = case.adapter.exits.depths
+    found = suitability(
+        case.encoder, case.asked, depths=depths, planned=case.planned,
         max_new_tokens=case.longest, progress=partial(tqdm, disable=None, leave=False),
     )  # fmt: skip
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     rows = full_model_answers(
         case.encoder, case.held_out, batch_size=32, max_new_tokens=case.longest
     )
-    narrow = case.adapter.exits.shortlist is not None
-    said = replay(case.encoder, case.adapter.exits, rows, shortlist=narrow)
-    depths, policies = [], {"full": ExitPolicy()}
-    for prospect in foretold.prospects:
-        depth = prospect.depth
+    said = replay(case.encoder, case.adapter.exits, rows, shortlist=case.narrow)
+    trained = []
+    for depth in depths:
         right = (said.said[depth] == said.targets)[said.mask]
         scores = said.scores[depth][said.mask]
         shares = {f"{level:g}": settled(scores, right, level) for level in LEVELS}
         last = max(1, round(shares[f"{LEVEL:g}"] * len(scores)))
-        threshold = float(np.sort(scores)[-last])
-        policies[f"{depth}"] = ExitPolicy({depth: threshold}, shortlist=narrow)
-        policies[f"{depth} lossless"] = ExitPolicy(
-            lossless=True, drafts=Thresholds({depth: 0.0}), shortlist=narrow
-        )
-        depths.append(
+        trained.append(
             {"depth": depth, "agreement": float(right.mean()), "settled": shares,
-             "threshold": threshold}
+             "threshold": float(np.sort(scores)[-last])}
         )  # fmt: skip
-    print(foretold.prospects, depths, seconds, file=sys.stderr)
-    speeds = timed(case, policies, rounds)
-    for row in depths:
-        row["speedup"] = speeds[f"{row['depth']}"]
-        row["lossless"] = speeds[f"{row['depth']} lossless"]
     return {
-        "foretold": foretold.to_json(),
-        "trained": depths,
+        "foretold": found.to_json(),
+        "trained": trained,
         "tokens": int(said.mask.sum()),
         "held_out": len(case.held_out),
-        "timed": len(case.timed),
-        "rounds": rounds,
         "seconds": seconds,
         "dtype": str(case.encoder.backbone.dtype).removeprefix("torch."),
     }
+
+
+def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """Decoding over full depth, by depth: at the threshold of `LEVEL`, and losslessly."""
+    policies = {"full": ExitPolicy()}
+    for row in trained:
+        depth = row["depth"]
+        policies[f"{depth}"] = ExitPolicy({depth: row["threshold"]}, shortlist=case.narrow)
+        policies[f"{depth} lossless"] = ExitPolicy(
+            lossless=True, drafts=Thresholds({depth: 0.0}), shortlist=case.narrow
+        )
+    return {"timed": len(case.timed), "rounds": rounds, **timed(case, policies, rounds)}
 
 
 def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
@@ -175,22 +169,30 @@ def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str,
 
 def main() -> None:
     cases: dict[str, Callable[[Path], Case]] = {
-        "tiny-opt": lambda _: tiny("tiny-opt"),
-        "tiny-t5": lambda _: tiny("tiny-t5"),
+        "opt": lambda _: tiny("opt"),
+        "t5": lambda _: tiny("t5"),
         "photo": photo,
     }
+    names = [part for name in cases for part in (name, f"{name}-speeds")]
 
     def models(parser: ArgumentParser) -> None:
-        parser.add_argument("--models", nargs="+", default=[*cases], choices=cases)
+        parser.add_argument("parts", nargs="*", default=names, choices=[*names, []])
 
     arguments = asked(__doc__, photo=False, rounds=3, more=models)
     load = os.getloadavg()[0]
 
-    def made(name: str) -> dict[str, Any]:
-        return measured(cases[name](arguments.data), arguments.rounds)
+    def made(part: str) -> dict[str, Any]:
+        name = part.removesuffix("-speeds")
+        case = cases[name](arguments.data)
+        if part == name:
+            return foretold(case)
+        trained = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
+        return speeds(case, trained, arguments.rounds)
 
-    parts = {name: partial(made, name) for name in cases}
-    RECORD.parts(parts, arguments.models, load=[round(load, 1), round(os.getloadavg()[0], 1)])
+    RECORD.parts(
+        {part: partial(made, part) for part in names}, arguments.parts,
+        load=[round(load, 1), round(os.getloadavg()[0], 1)],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

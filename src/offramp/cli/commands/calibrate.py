@@ -18,7 +18,7 @@ from offramp.cli.options import (
     measured_options,
     policy_options,
 )
-from offramp.cli.output import say_next, show_result
+from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
@@ -197,15 +197,15 @@ def _store(
 
 
 def _table(calibration: Any) -> str:
-    """The path and the guarantee, as a person reads them on a terminal."""
+    """The end of the path, and the guarantee, as a person reads them on a terminal."""
     from offramp.guarantee import risk_words
 
-    lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}"]
-    for point in calibration.path:
+    points = []
+    for point in reversed(calibration.path):  # the boldest first: what decides
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
-        lines.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
-    lines.append("")
+        points.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
+    lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
     if calibration.attempt > 1:
         lines.append(
             f"This is attempt {calibration.attempt} on these images, so it is tested at a "

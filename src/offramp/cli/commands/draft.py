@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
 from offramp.cli.options import add_command, data_options, model_options
-from offramp.cli.output import say_next, show_result
+from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
@@ -109,10 +109,9 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
 
 
 def _table(draftings: Any, *, better: bool) -> str:
-    """The thresholds that were timed and the choice, as a person reads it on a terminal."""
-    lines = [f"{'drafts':<40}{'decoding':>10}"]
-    for drafting in draftings:
-        lines.append(f"{_draft_words(drafting):<40}{drafting.speedup:>9.2f}x")
+    """The fastest thresholds and the choice, as a person reads them on a terminal."""
+    timed = [f"{_draft_words(drafting):<40}{drafting.speedup:>9.2f}x" for drafting in draftings]
+    lines = [f"{'drafts':<40}{'decoding':>10}", *few(timed, 5)]
     best = draftings[0]
     said = (
         f"Lossless decoding drafts by {_draft_words(best)} from here on, "
@@ -125,7 +124,7 @@ def _table(draftings: Any, *, better: bool) -> str:
 
 def _guess_table(guessing: Any) -> str:
     lines = ["", "", f"{'early exit with guesses from':<40}{'decoding':>10}"]
-    lines += [f"{_words(one.thresholds):<40}{one.speedup:>9.2f}x" for one in guessing]
+    lines += few([f"{_words(one.thresholds):<40}{one.speedup:>9.2f}x" for one in guessing], 3)
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from offramp.cli.options import (
     length_option,
     precision_options,
 )
-from offramp.cli.output import say_next, show_result
+from offramp.cli.output import inline, plain, say_next, show_result
 from offramp.cli.parser import Parser, whole
 from offramp.errors import InputError
 
@@ -76,7 +76,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _suitability(arguments)
         return
     description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
-    show_result(description, as_json=arguments.json)
+    text = _told(description) if is_adapter else plain({n: inline(description[n]) for n in SHOWN})
+    show_result(description, text, as_json=arguments.json)
     if is_adapter:
         say_next(f"offramp generate --adapter {arguments.name} --image dog.jpg")
         return
@@ -100,6 +101,35 @@ def _adapter(name: str) -> dict[str, Any]:
     certificate = load_certificate(config)
     entries["verified"] = [] if certificate is None else [run.words for run in certificate.runs]
     return entries
+
+
+def _told(entries: dict[str, Any]) -> str:
+    """The same in ten lines, as a person reads it on a terminal."""
+    from offramp.guarantee import Conditions, standing
+
+    policy, metrics, calibration = (
+        entries.get(n) or {} for n in ("policy", "metrics", "calibration")
+    )
+    told = {
+        "backbone": entries["backbone"].get("name"),
+        "exits": f"{entries.get('exit_kind')} at {inline(entries.get('depths'))}",
+        "thresholds": inline(policy.get("thresholds")),
+        "score": policy.get("score"),
+        "lossless drafts": f"from {inline(policy.get('drafts'))}",
+        "guarantee": standing(calibration, Conditions()).sentence.removeprefix("guaranteed "),
+        "agreement": inline(metrics.get("agreement")),
+        "made by": (entries.get("provenance") or {}).get("command"),
+        "verified": entries["verified"],
+        "all": "with --json",
+    }
+    return plain({name: value or "none" for name, value in told.items()})
+
+
+SHOWN = (
+    "name", "text_model_type", "layers", "width", "vocabulary", "dtype", "weight_bytes",
+    "exit_bytes", "decoding", "proposed_depths",
+)  # fmt: skip
+"""What is printed of a backbone; the rest with --json."""
 
 
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from offramp.cli.options import (
     policy_options,
     precision_options,
 )
-from offramp.cli.output import show_result
+from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Flattened, Parser, whole, whole_numbers
 from offramp.errors import InexactError
@@ -118,6 +118,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             f"Not exact, though promised: {names}.",
             "Do not decode so on this machine; please report it with --json's output.",
         )
+    say_next(f"offramp serve {arguments.adapter}")
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:
