@@ -1,7 +1,7 @@
 """Write docs/report-opt.html and docs/report-t5.html, and two screenshots where Chromium is there.
 
-They show the committed records (demo, analysis, compare), the adapters that the demo
-left in runs/demo, and answers of those to some test images, which are decoded here.
+Each is of one run: the figures of the committed record, and answers of the adapter that the demo
+left in runs/demo, which must be that run's or one that decides alike.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ import torch
 from PIL import Image
 
 from offramp.adapter import Adapter
-from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions, questions
-from offramp.evaluation.evaluate import evaluate
+from offramp.demo import SHOWN, answers, demo_page, shown_rows
+from offramp.engine.policy import FULL
+from offramp.errors import DataError
+from offramp.evaluation.run_log import Done
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.report.report import read_sources, report
-from offramp.storage import write_atomic
+from offramp.storage import read_json, write_atomic
 from offramp_lab.places import DOCS, RECORDS, RUNS
 
 DEMO = RUNS / "demo"
-PICTURES = 40
 SHOTS = {"phone": (390, 2600), "desktop": (1440, 2000)}  # width and height in pixels
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
@@ -34,35 +35,31 @@ QUIET = (
 )  # fmt: skip
 
 
-def page(kind: str, runs: Path) -> str:
-    """The report of one tiny model."""
-    files = [RECORDS / f"{name}.json" for name in (f"demo-{kind}", "analysis", "compare")]
-    paths = [file for file in files if file.is_file()]
-    shown: list[Example] = []
-    if (DEMO / kind / "adapter.json").is_file():
-        shown = answered(kind, runs)
-        paths += [DEMO / kind, runs / "captions", runs / "questions"]
-    else:
-        print(f"No adapter in {DEMO / kind}: run make demo first for its answers.", file=sys.stderr)
-    sources = [s for s in read_sources(paths) if s.name.split(", ")[0] == f"tiny-{kind}"]
-    return report(sources, shown)
+def page(kind: str) -> str:
+    """The report of one tiny model's demo.
 
-
-def answered(kind: str, runs: Path) -> list[Example]:
-    """Evaluate the demo's adapter on some test images; returns the examples."""
+    Raises:
+        DataError: the adapter in runs/demo is of another run than the record.
+    """
+    record = read_json(RECORDS / f"demo-{kind}.json")
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(DEMO / kind, backbone)
-    tasks: dict[str, tuple[str, Any]] = {
-        "captions": ("captions", captions("test", PICTURES)),
-        "questions": ("gqa", questions("test", PICTURES)),
-    }
-    for name, (form, task) in tasks.items():
-        metrics = ("ROUGE_L", "CIDEr") if form == "captions" else ("exact_match",)
-        evaluate(
-            adapter, InputProcessor(backbone, processor), task.examples, form,
-            out=runs / name, metrics=metrics, tokenizer="simple",
-        )  # fmt: skip
-    return [example for _, task in tasks.values() for example in task.examples]
+    if decided(dict(adapter.calibration or {})) != decided(record["calibration"]):
+        raise DataError(
+            f"{DEMO / kind} and lab/records/demo-{kind}.json are of two runs.", "Run make records."
+        )
+    encoder = InputProcessor(backbone, processor)
+    tasks = [captions("test", SHOWN), questions("test", SHOWN)]
+    shown: Done = {}
+    for mode, policy in (("full", FULL), ("early_exit", adapter.policy)):
+        shown |= shown_rows(mode, tasks, answers(adapter, encoder, tasks, policy))
+    return demo_page(record, shown)
+
+
+def decided(calibration: Mapping[str, Any]) -> list[Any]:
+    """What a calibration measured and chose; seconds differ from run to run."""
+    path = [(step["thresholds"], step["risk"]) for step in calibration["path"]]
+    return [calibration["policy"]["thresholds"], calibration["measured"], path]
 
 
 def screenshot(browser: str, html: Path, out: Path, size: tuple[int, int]) -> None:
@@ -89,8 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for kind in arguments.backbone:
-        with tempfile.TemporaryDirectory() as folder:
-            write_atomic(arguments.out / f"report-{kind}.html", page(kind, Path(folder)))
+        write_atomic(arguments.out / f"report-{kind}.html", page(kind))
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
