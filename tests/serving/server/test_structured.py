@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -15,7 +15,7 @@ from offramp import Adapter, EngineConfig, ExitPolicy
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.service import Service
-from serving import NAME, asking, messages, scene_examples, service_of
+from serving import NAME, asking, messages, running, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {
@@ -138,3 +138,25 @@ def test_an_answer_by_a_schema_has_no_guarantee() -> None:
 def test_json_and_writing_on_behind_its_end_exclude_each_other(client: Any) -> None:
     found = client.post(CHAT, json=by(SCHEMA, ignore_eos=True))
     assert found.status_code == 400 and "ignore_eos" in found.json()["error"]["message"]
+
+
+def test_openais_client_parses_it() -> None:
+    """With a class of pydantic's, as its users write it."""
+    import openai
+    from pydantic import BaseModel
+
+    class Thing(BaseModel):
+        color: Literal["red", "blue"]
+        count: Literal[1, 2, 3]
+
+    class Scene(BaseModel):
+        thing: Thing
+        background: Literal["white", "black"] | None
+
+    service = service_of(slots=1)
+    with running(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as asker:
+        found = asker.chat.completions.parse(
+            model=NAME, messages=messages(scene_examples()[0]), max_completion_tokens=150,
+            response_format=Scene,
+        )  # fmt: skip
+    assert isinstance(found.choices[0].message.parsed, Scene)
