@@ -5,7 +5,8 @@
 
 A type is built with random weights (`offramp_lab.inputs.zoo`), loaded with one prompt with an
 image, and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
-self-check (`offramp.engine.self_check.decoding`), logits and tokens.
+self-check (`offramp.engine.self_check.decoding`), logits and tokens. Then its engine is found, as
+at the first prompt that anybody asks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ UNTRIED = {
 }
 """Why there is no tiny model of a type, by what its code raised."""
 COLUMNS = ("plain", "exits", "first_token", "lossless")
+
+
+ENGINES = {"slots": "slots", "stack": "its own stack", None: "refused"}
+"""What decodes a type, from its first prompt on: the engine that was found to write its tokens."""
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def run(types: list[str]) -> Any:
     warnings.filterwarnings("ignore")
     import torch
 
-    from offramp.engine.self_check.decoding import check_decoding
+    from offramp.engine.self_check.decoding import check_decoding, prove
     from offramp.errors import OfframpError
     from offramp.models.backbone import Backbone
     from offramp.models.registry import registered_family
@@ -84,6 +89,11 @@ def run(types: list[str]) -> Any:
             check = check_decoding(whole, zoo.inputs(name, model, rows), depths=(2, 4))
             outcome[str(rows)] = {column: getattr(check, column) for column in COLUMNS}
             outcome["allowed"] = check.allowed
+        try:
+            prove(whole, zoo.inputs(name, model, 1))
+            outcome["engine"] = whole.engine
+        except OfframpError as error:
+            outcome["engine_refused"] = error.problem
         yield name, outcome
         print(name, outcome, file=sys.stderr, flush=True)
 
@@ -119,16 +129,17 @@ def table(record: dict[str, Any]) -> str:
     for name, outcome in record["types"].items():
         stack = f"`{outcome['paths'][0]}`" if "paths" in outcome else ""
         if reason := why(outcome):  # the record keeps what the type's own code raised
-            rows.append((name, stack, reason, "", "", ""))
+            rows.append((name, stack, reason, *[""] * 4))
             continue
         stack += " (registered)" if outcome["registered"] else ""
-        rows.append((name, stack, *(verdict(outcome, column) for column in COLUMNS)))
+        engine = ENGINES[outcome.get("engine")]
+        rows.append((name, stack, *(verdict(outcome, column) for column in COLUMNS), engine))
     exact = sum(row[2] == row[3] == "exact" for row in rows)
     head = (
         f"transformers {record['transformers']}: {len(rows)} types, {exact} exact without exits and"
         " with them.\n\n"
-        "| type | decoder stack | without exits | exits | first token early | lossless |\n"
-        "|---|---|---|---|---|---|\n"
+        "| type | decoder stack | without exits | exits | first token early | lossless | engine |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(
         "| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows
