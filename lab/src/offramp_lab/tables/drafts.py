@@ -1,7 +1,9 @@
 """Lossless decoding by exits that draft on, beside a table of word triples."""
 
+from collections.abc import Callable
+
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 WAYS = {
     "exit, as stored": "exit, by its threshold",
@@ -42,4 +44,18 @@ def drafts() -> Table:
     )  # fmt: skip
 
 
+def way(part: str, name: str = "drafting, 4") -> Value:
+    """What the record has of one way to the full model's answer, in a part."""
+    return by(record("drafts")[part], "way")[name]
+
+
+def _times(part: str) -> Callable[[], str]:
+    return lambda: f"{way(part)['times']:.2f}"
+
+
 TABLES: dict[str, MakeTable] = {"drafts": drafts}
+FIGURES: dict[str, Make] = {
+    "drafts-packed": _times("pytorch float32, packed"),
+    "drafts-f16": _times("llama.cpp f16"),
+    "drafts-q8_0": _times("llama.cpp q8_0"),
+}

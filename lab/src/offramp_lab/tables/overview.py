@@ -2,9 +2,9 @@
 
 from offramp.report.html import times
 from offramp.report.table import Table
+from offramp_lab.tables.drafts import way
 from offramp_lab.tables.markdown import Make, MakeTable, bold, by, record, tiny
 from offramp_lab.tables.runtimes import OURS, WAY, entry_at, timed_entries
-from offramp_lab.tables.speed import forced
 
 COLUMNS = (
     "model",
@@ -28,7 +28,7 @@ def overview() -> Table:
             _photo(),
             _llama_cpp("q8_0"),
             _sliced(),
-            _forced("OPT-2.7B shape, 90% exit at 8 of 32"),
+            _drafting(),
             _at_once("float32"),
         ],
     )
@@ -49,6 +49,20 @@ def _tiny(kind: str) -> tuple[str, ...]:
         f"by image, at most {row['risk_target']:.0%} of answers change "
         f"(here {row['risk_test']:.2%})",
         f"questions right: {right}",
+    )
+
+
+def _drafting() -> tuple[str, ...]:
+    ours = way("pytorch float32, packed")
+    plain = way("pytorch float32", "full")
+    return (
+        "the photo model that ships, lossless, packed float32",
+        bold(times(ours["times"])),
+        f"{times(ours['speed'] / plain['speed'])} of plain weights",
+        "not measured",
+        f"{ours['photographs']} photographs, [{ours['low']:.2f}, {ours['high']:.2f}]",
+        "nothing to trust: the full model's tokens",
+        f"{ours['identical']} of {ours['photographs']} answers the same",
     )
 
 
@@ -117,20 +131,6 @@ def _sliced() -> tuple[str, ...]:
     )
 
 
-def _forced(title: str) -> tuple[str, ...]:
-    entry = forced("opt-2.7b", 1, 8, "recompute", 0.9)
-    assert entry is not None, "lab/records/bench.json lacks the README's case"
-    return (
-        title,
-        bold(times(entry["measured"])),
-        NOTHING_ELSE,
-        "not measured",
-        "random tokens",
-        "none: speed only",
-        "none: random weights",
-    )
-
-
 def _at_once(dtype: str) -> tuple[str, ...]:
     """The photo model in the batch engine, against single requests at full depth."""
     run = record("loads")["photographs"]["figures"][dtype]
@@ -147,17 +147,6 @@ def _at_once(dtype: str) -> tuple[str, ...]:
     )
 
 
-def _alone() -> dict[str, float]:
-    """Lossless single answers in bfloat16, of full depth through the same loop."""
-    run = record("loads")["photographs"]["figures"]["bfloat16"]
-    way = by(run["ways"], "way")["alone, lossless"]
-    return {
-        "decoding": way["over_full_alone_decode"],
-        "end-to-end": way["over_full_alone"],
-        "photographs": run["photographs"],
-    }
-
-
 def _edge(way: str) -> float:
     """Of llama.cpp alone; "exits" and "kernels" are the two parts of early exit."""
     over = record("runtimes-photo-edge")["over_llama_cpp"]
@@ -168,11 +157,6 @@ def _edge(way: str) -> float:
 
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
-    "lossless-alone": lambda: f"{_alone()['decoding']:.2f}",
-    "lossless-alone-end-to-end": lambda: f"{_alone()['end-to-end']:.2f}",
-    "lossless-alone-photographs": lambda: f"{_alone()['photographs']}",
-    **{
-        f"edge-{way}": lambda way=way: f"{_edge(way):.2f}"  # type: ignore[misc]
-        for way in ("early_exit", "exits", "kernels")
-    },
+    f"edge-{part}": lambda part=part: f"{_edge(part):.2f}"  # type: ignore[misc]
+    for part in ("early_exit", "exits", "kernels")
 }
