@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offramp.answers import full_model_answers
-from offramp.calibration.cost_model import Costs, predict, predict_lossless
+from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.engine.teacher_forcing import Answered, group, record
@@ -39,7 +39,7 @@ TOKENS = 3000
 FOLDS = 4
 PIECES = (4, 2, 1)
 """Into which the answers to learn from are cut, to see how much more of them would help."""
-RIDGE = 0.01
+RIDGE = 0.03
 """Beside a kernel whose diagonal is 1."""
 FEWEST = 16
 """Prompts."""
@@ -52,14 +52,13 @@ class Prospect:
     agreement: share of tokens for which its likeliest is the full model's.
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
         tokens stays the full model's.
-    speedup: by level, of decoding, over full depth. lossless: the same of lossless decoding.
+    speedup: by level, of decoding, over full depth.
     """
 
     depth: int
     agreement: float
     settled: Mapping[float, float]
     speedup: Mapping[float, float]
-    lossless: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ class Suitability:
                 "agreement": p.agreement,
                 "settled": by_level(p.settled),
                 "speedup": by_level(p.speedup),
-                "lossless": p.lossless,
             }
             for p in self.prospects
         ]
@@ -128,7 +126,8 @@ def suitability(
         batches that are read, and the rounds in which costs are measured.
 
     Raises:
-        DataError: fewer than `FEWEST` prompts, or one leaves no room for `max_new_tokens`.
+        DataError: fewer than `FEWEST` prompts, or decoded tokens; a prompt that leaves no room for
+            `max_new_tokens`.
         InputError: depths that do not fit; fewer prompts planned than given.
     """
     backbone = encoder.backbone
@@ -155,14 +154,14 @@ def suitability(
         backbone, encoder.prompts(examples[:1]), exits,
         shortlist=shortlist, progress=progress,
     )  # fmt: skip
-    more = planned / len(examples)
+    more, lengths = planned / len(examples), [len(answer.ids) - 1 for answer in answers]
     return Suitability(
         layers=backbone.depth,
         prompts=len(examples),
         tokens=len(seen.said),
         planned=planned,
         shortlist=shortlist,
-        prospects=tuple(_prospect(backbone, seen, depth, more, costs) for depth in chosen),
+        prospects=tuple(_prospect(backbone, seen, depth, more, costs, lengths) for depth in chosen),
         costs=costs,
     )
 
@@ -178,7 +177,8 @@ def _is_wide(backbone: Backbone) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """N tokens of the full model's answers.
+    """N tokens of the full model's answers. The first of each is left out: it comes out of the
+    prompt's pass, is often the same for all prompts, and does not count for decoding's speed.
 
     untrained: by depth, features [N, D] that an untrained exit gives. final: the final layer's.
     said: the tokens [N]. spoken: each of them once, ascending. answer: the number [N] of each one's
@@ -206,13 +206,19 @@ class _Seen:
         entered = {depth: min(depth + 1, backbone.depth - 1) for depth in depths}
         order = torch.randperm(len(answers), generator=draw)
         number = {id(answer): int(n) for answer, n in zip(answers, order, strict=True)}
-        share = TOKENS / sum(len(answer.ids) for answer in answers)
+        decoded = sum(len(answer.ids) - 1 for answer in answers)
+        if decoded < FEWEST:
+            raise DataError(
+                f"Beyond the first token, {len(answers)} answers have {decoded} tokens in all.",
+                "Give prompts with longer answers: the prompt's own pass gives the first token.",
+            )
+        share = TOKENS / decoded
         parts: list[tuple[Tensor, ...]] = []
         for rows in progress(group(answers, batch_size)):
             batch = record(encoder, rows, sorted(set(entered.values())))
-            keep = batch.mask & (torch.rand(batch.mask.shape, generator=draw) < share).to(
-                batch.mask.device
-            )
+            drawn = torch.rand(batch.mask.shape, generator=draw) < share
+            drawn[:, 0] = False
+            keep = batch.mask & drawn.to(batch.mask.device)
             answer = torch.tensor([number[id(row)] for row in rows])[:, None].expand(keep.shape)
             features = [backbone.final_norm(batch.entries(entered[d]))[keep] for d in depths]
             parts.append(
@@ -231,8 +237,16 @@ class _Seen:
 # -- what an exit would say --------------------------------------------------------------------
 
 
-def _prospect(backbone: Backbone, seen: _Seen, depth: int, more: float, costs: Costs) -> Prospect:
-    """more: how many times as many answers training would have as there are here."""
+def _prospect(
+    backbone: Backbone,
+    seen: _Seen,
+    depth: int,
+    more: float,
+    costs: Costs,
+    lengths: Sequence[int],
+) -> Prospect:
+    """more: how many times as many answers training would have as there are here. lengths: tokens
+    that each answer decodes."""
     kernel = _kernel(seen.untrained[depth])
     head = backbone.head_rows(seen.spoken.to(backbone.device))
     left = [
@@ -244,14 +258,20 @@ def _prospect(backbone: Backbone, seen: _Seen, depth: int, more: float, costs: C
     # At a higher level no more settle; where it seems so, that is noise.
     shares = np.minimum.accumulate([1.0 - share for share in rest]).tolist()
     settle = dict(zip(LEVELS, shares, strict=True))
-    lossless = predict_lossless(costs, depth, acceptance=1.0 - wrong)
     return Prospect(
         depth=depth,
         agreement=1.0 - wrong,
         settled=settle,
-        speedup={n: costs.full / float(predict(costs, {depth: s})) for n, s in settle.items()},
-        lossless=costs.full / lossless,
+        speedup={n: _speedup(costs, depth, share, lengths) for n, share in settle.items()},
     )
+
+
+def _speedup(costs: Costs, depth: int, share: float, lengths: Sequence[int]) -> float:
+    """Of decoding answers of these lengths, where a share of tokens, drawn at random, exits."""
+    live = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    exits = np.random.default_rng(0).random(live.shape) < share
+    depths = np.where(live, np.where(exits, depth, costs.layers), 0)
+    return float(costs.full * live.sum() / token_seconds(costs, depths, [depth]).sum())
 
 
 def _kernel(states: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ PAGES = (
     "docs/runtimes-limits.md",
     "docs/runtimes-results.md",
     "docs/serving-results.md",
+    "docs/suitability.md",
     "docs/torch-engines.md",
     "docs/watch.md",
     "docs/without-pytorch.md",

@@ -11,13 +11,14 @@ from offramp_lab.tables import (
     runtimes,
     serving,
     speed,
+    suitability,
     tiny,
 )
 from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
     overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, drafts,
-    loads,
+    loads, suitability,
 )  # fmt: skip
 TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {

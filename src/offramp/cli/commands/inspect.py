@@ -211,26 +211,26 @@ STEPS = ("answers", "states", "costs")
 
 def _forecast(found: Any, level: float) -> str:
     """As a person reads it on a terminal."""
-    best, exact = found.best(level), max(found.prospects, key=lambda p: p.lossless)
+    best = found.best(level)
     levels = tuple(best.settled)
     lines = [
         f"{found.tokens:,} tokens of the model's own answers to {found.prompts} prompts, followed "
         f"to exits trained on {found.planned:,}:",
         f"{'depth':<10}{'agrees':>8}" + "".join(f"{f'settled, {n:.0%}':>14}" for n in levels)
-        + f"{f'speed, {level:.0%}':>12}{'lossless':>10}",
+        + f"{f'speed, {level:.0%}':>12}",
     ]  # fmt: skip
     for p in found.prospects:
         shares = "".join(f"{share:>14.0%}" for share in p.settled.values())
         lines.append(
             f"{f'{p.depth} of {found.layers}':<10}{p.agreement:>8.0%}{shares}"
-            f"{p.speedup[level]:>11.2f}x{p.lossless:>9.2f}x"
+            f"{p.speedup[level]:>11.2f}x"
         )
     speed = best.speedup[level]
-    if max(speed, exact.lossless) < WORTH:
+    if speed < WORTH:
         return "\n".join([*lines, "Exits are not expected to pay here."])
     lines.append(
-        f"Best: depth {best.depth}, decoding {speed:.1f}x as fast, with {level:.0%} of the tokens "
-        f"the full model's; losslessly depth {exact.depth}, {exact.lossless:.1f}x."
+        f"Best: depth {best.depth}, decoding {speed:.1f}x as fast on this machine, while "
+        f"{level:.0%} of all tokens stay the full model's."
     )
     return "\n".join(lines)
 

@@ -1,0 +1,48 @@
+"""What was foretold of exits, beside what was trained."""
+
+from typing import Any
+
+from offramp.report.html import times
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, record, tiny
+
+MODELS = {"opt": tiny("opt"), "t5": tiny("t5"), "photo": "photo model"}
+LEVEL = "0.95"
+
+
+def _found(kind: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Of the one exit of a model: what was foretold, what was trained, and its speed."""
+    part = record("suitability")[kind]
+    [told], [trained] = part["foretold"]["depths"], part["trained"]
+    return told, trained, record("suitability")[f"{kind}-speeds"][str(trained["depth"])]
+
+
+def beside() -> Table:
+    """Shares of tokens, foretold / trained, and the speed at one level with its interval."""
+    rows = []
+    for kind, model in MODELS.items():
+        told, trained, speed = _found(kind)
+        both = (told, trained)
+        low, high = speed["interval"]
+        faster = f"{times(speed['value'])} [{low:.2f}, {high:.2f}]"
+        rows.append(
+            (
+                f"{model}, depth {told['depth']}",
+                " / ".join(f"{of['agreement']:.1%}" for of in both),
+                *(" / ".join(f"{of['settled'][n]:.1%}" for of in both) for n in told["settled"]),
+                f"{times(told['speedup'][LEVEL])} / {faster}",
+            )
+        )
+    levels = [f"settled at {float(level):.0%}" for level in _found("opt")[0]["settled"]]
+    return Table(("foretold / trained", "agrees", *levels, "speed at 95%"), rows)
+
+
+def _cpu(kind: str) -> str:
+    return f"{record('suitability')[kind]['seconds']['cpu']:.0f}"
+
+
+TABLES: dict[str, MakeTable] = {"suitability": beside}
+FIGURES: dict[str, Make] = {
+    f"suitability-cpu-{kind}": lambda kind=kind: _cpu(kind)  # type: ignore[misc]
+    for kind in MODELS
+}
