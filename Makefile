@@ -94,7 +94,7 @@ clean:  ## everything that make and the tools left behind; other folders under r
 $(READY): pyproject.toml lab/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]' -e lab
-	wheel=$$( (ls $(OFFRAMP_WHEELS)/llama_cpp_python-*.whl || $(BIN)/python -m pip cache list --format=abspath \
+	-wheel=$$( (ls $(OFFRAMP_WHEELS)/llama_cpp_python-*.whl || $(BIN)/python -m pip cache list --format=abspath \
 		llama_cpp_python) 2>/dev/null | sort -V | tail -n 1); \
 		if [ -n "$$wheel" ]; then $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 		--find-links $(OFFRAMP_WHEELS) "$$wheel"; fi
