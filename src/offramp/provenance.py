@@ -83,10 +83,13 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's marketing name where the system reports it, else its architecture."""
+    """The processor's marketing name where the system reports it, with its family and model, which
+    tell generations apart (AMD's 25 is Zen 3 and 4, 26 Zen 5); else its architecture."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+        said = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+        said = {key.strip(): value.strip() for key, value in said.items()}
+        if name := said.get("model name"):
+            family = said.get("cpu family")
+            return f"{name} (family {family}, model {said.get('model')})" if family else name
     return platform.processor() or platform.machine()

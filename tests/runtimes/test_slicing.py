@@ -123,12 +123,12 @@ def test_k_quants_are_cut_bit_by_bit(formats: str, kernels: bool, tmp_path: Path
     one = Segment(tmp_path / "whole.gguf", options, tap_layer=None)
     chain = SegmentChain(parts, CallSizes(1, 1))
     chain.run(states[:12])
-    found = [chain.finish(12)]
+    found = [chain.finish(12).copy()]
     one.feed(states[:12], 12)
     expected = [one.logits(12).copy()]
     for row in states[12:]:
         chain.run(row[None])
-        found.append(chain.finish(1))
+        found.append(chain.finish(1).copy())
         one.feed(row[None], 1)
         expected.append(one.logits(1).copy())
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))

@@ -56,7 +56,7 @@ class TensorReader(ExitReader):
     def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
         if all([question.sampler.plain for question in asked]):
             return [int(row.argmax()) for row in logits]
-        return super().of_logits(torch.from_numpy(logits), asked)
+        return super().of_logits(torch.from_numpy(logits.copy()), asked)  # a rule may keep them
 
     def full(self, final: Any, asked: Sequence[Question]) -> list[int | Exception]:
         """final: logits [n, V], as a chain ends with."""
@@ -68,7 +68,7 @@ class TensorReader(ExitReader):
         def word(place: int, question: Question) -> int:
             if question.sampler.plain:
                 return int(final[place].argmax())
-            row = torch.from_numpy(final[place : place + 1])
+            row = torch.from_numpy(final[place : place + 1].copy())
             return int(question.sampler.choose(row, question.before))
 
         return word
