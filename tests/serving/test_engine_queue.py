@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any
@@ -84,6 +85,27 @@ def test_no_more_images_are_prepared_ahead_than_there_are_slots(llava: Any) -> N
         held.let_go()
         assert not wait(handles, WITHIN).not_done
         assert engine.drain(WITHIN) and not engine._ahead
+
+
+def test_the_image_that_came_first_is_prepared_first(
+    llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever worker is quicker to ask for the only place."""
+    backbone, image, text = llava
+    with BatchEngine(backbone, config=EngineConfig(slots=1, limit=64), queue=50) as engine:
+        held, work = Held(engine, text), []
+        monkeypatch.setattr(engine._pool, "submit", lambda *task: work.append(task))
+        handles = [engine.submit(image, **OPTIONS) for _ in range(2)]
+        workers = [threading.Thread(target=run, args=args) for run, *args in reversed(work)]
+        for worker in workers:
+            worker.start()
+            time.sleep(0.1)
+        with engine._changed:
+            assert engine._changed.wait_for(lambda: len(engine._preparing) == 1, WITHIN)
+            assert engine._preparing == {handles[1]}
+        held.let_go()
+        for worker in workers:
+            worker.join(WITHIN)
 
 
 def test_what_was_prepared_later_does_not_go_before_what_came_first(llava: Any) -> None:

@@ -131,9 +131,10 @@ class BatchEngine:
                 )
         else:
             inputs = checked_inputs(what)
-        handle = Handle(Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt))
+        request = Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt)
         with self._changed:
             self._take_place(wait)
+            handle = Handle(request)  # here, so that it stands in the pool's queue as it arrived
             self._open.add(handle)
             if isinstance(what, Example) or (self._images and self._images.wanted(inputs)):
                 self._preparing.add(handle)
@@ -247,12 +248,13 @@ class BatchEngine:
                     self._dropped
                     or self._failed is not None
                     or handle.unwanted
-                    or len(self._ahead) < self._most_ahead
+                    or (len(self._ahead) < self._most_ahead and self._is_next(handle))
                 )
             )
             unwanted = self._dropped or handle.unwanted
             if not unwanted:
                 self._ahead.add(handle)
+                self._changed.notify_all()  # who came behind it is next
         try:
             if not unwanted and isinstance(what, Example):
                 assert self.processor is not None
@@ -273,6 +275,11 @@ class BatchEngine:
             else:
                 self._ready.append(handle)
             self._changed.notify_all()
+
+    def _is_next(self, handle: Handle) -> bool:
+        """Whether nobody came before it who is still to be prepared: workers ask in any order."""
+        waiting = self._preparing - self._ahead
+        return all(other.arrival >= handle.arrival or other.unwanted for other in waiting)
 
     def _serve(self) -> None:
         """The engine's thread; where it ends by an error that is no request's, nothing waits on."""
