@@ -1,6 +1,6 @@
 """Lossless decoding by exits that draft on, beside a table of word triples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
@@ -16,32 +16,40 @@ WAYS = {
 def drafts() -> Table:
     """Multiples of full depth by the same products, with their intervals; of each engine."""
     rows = []
-    for part, entries in record("drafts").items():
-        if part == "provenance":
-            continue
-        found = by(entries, "way")
+    for part, found in _parts():
         times = [
             f"{one['times']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
             for one in (found[way] for way in WAYS)
         ]
-        four = found["drafting, 4"]
-        right = " ".join(f"{share:.2f}"[1:] for share in four["acceptance"])
+        photographs = found["full"]["photographs"]
         same = min(found[way]["identical"] for way in WAYS)
+        rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))
+    return Table(("", "full depth, tokens/CPU s", *WAYS.values(), "identical"), rows)
+
+
+def right() -> Table:
+    """How often each of four drafts is right, those before it being so."""
+    rows = []
+    for part, found in _parts():
+        four = found["drafting, 4"]
         rows.append(
             (
-                part.replace("pytorch", "PyTorch"), f"{found['full']['speed']:.0f}", *times,
-                f"{four['times'] / found['table']['times']:.2f}", right,
-                f"{four['first_draft']:.2f}", f"{four['tokens_a_round']:.2f}",
-                f"{same} of {four['photographs']}",
+                part,
+                *(f"{share:.2f}" for share in four["acceptance"]),
+                f"{four['first_draft']:.2f}",
+                f"{four['tokens_a_round']:.2f}",
+                f"{four['times'] / found['table']['times']:.2f}x",
             )
-        )  # fmt: skip
-    return Table(
-        (
-            "", "full depth, tokens/CPU s", *WAYS.values(), "4 drafts over the table",
-            "each of 4 right", "first of an answer", "tokens a round", "identical",
-        ),
-        rows,
-    )  # fmt: skip
+        )
+    places = ("first draft", "second", "third", "fourth")
+    return Table(("", *places, "first of an answer", "tokens a round", "of the table"), rows)
+
+
+def _parts() -> Iterator[tuple[str, dict[str, Value]]]:
+    """Each engine, and what the record has of it by way."""
+    for part, entries in record("drafts").items():
+        if part != "provenance":
+            yield part.replace("pytorch", "PyTorch"), by(entries, "way")
 
 
 def way(part: str, name: str = "drafting, 4") -> Value:
@@ -53,7 +61,7 @@ def _times(part: str) -> Callable[[], str]:
     return lambda: f"{way(part)['times']:.2f}"
 
 
-TABLES: dict[str, MakeTable] = {"drafts": drafts}
+TABLES: dict[str, MakeTable] = {"drafts": drafts, "drafts-right": right}
 FIGURES: dict[str, Make] = {
     "drafts-packed": _times("pytorch float32, packed"),
     "drafts-f16": _times("llama.cpp f16"),
