@@ -172,8 +172,6 @@ def _check_asked(arguments: argparse.Namespace) -> None:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
-    from itertools import count
-
     from offramp.calibration.suitability import LEVELS, suitability
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
@@ -187,7 +185,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
     backbone, processor = load_model(arguments, arguments.name)
     if examples:
         check_exits(backbone, processor, examples[0])
-    steps = (f"{n} of 3: {what}" for n, what in zip(count(1), STEPS, strict=False))
+    steps = (f"{n} of {len(STEPS)}: {what}" for n, what in enumerate(STEPS, 1))
     found = suitability(
         InputProcessor(backbone, processor), examples,
         depths=arguments.depths or (), planned=max(arguments.planned, len(examples)),

@@ -301,11 +301,10 @@ def _readout(
     bias[never] = 0
     most = (of(1e4 * spread.sign()) - bias)[~never].abs().max().item()
     words, cap = spread[: len(bias)][~never], None
-    scale = _scale(words * 1e-2, (of(spread * 1e-2) - bias)[~never])
+    x, y = words * 1e-2, (of(spread * 1e-2) - bias)[~never]
+    scale = _scale(x, y)
     if abs(most - 1e4 * abs(scale)) > 0.5 * 1e4 * abs(scale):
         cap = _named(model.config.to_dict(), most, allowed)
-        x = words * 1e-2
-        y = (of(spread * 1e-2) - bias)[~never]
         scale = _scale(x, torch.atanh((y / cap).clamp(-0.999999, 0.999999)) * cap)
     scale = _named(model.config.to_dict(), scale, allowed)
     for size in (1.0, 30.0):

@@ -106,7 +106,9 @@ class EdgeModel:
                     mmproj, reader.model, last.width, features, self.engine.threads
                 )
             probe = self._embeddings.of(_probe(self.vocabulary.size))
-            self._chain = SegmentChain(self._segments, call_sizes(self._segments, probe))
+            drafts = self.files.drafter is not None
+            sizes = call_sizes(self._segments, probe, drafts=drafts)
+            self._chain = SegmentChain(self._segments, sizes)
             self._drafter = ChainDrafter.load(self.files, self.engine, self._embeddings.of)
         except BaseException:
             self.close()
@@ -224,7 +226,7 @@ class EdgeModel:
         decoder = Decoder(self.layers, executor, reader)
         rule = ExitRule.of(policy) if depths else NO_EXITS
         if drafter is not None:
-            rule = ExitRule.drafting(policy, drafter.depth)
+            rule = drafter.rule(policy)
         first = policy.opening if policy.exit_in_prefill and self._causal else {}
         run, firsts = decoder.read(executor, prompt, [sampler], rule, first=first)
         sequence = decoder.join(run, 0, sampler, rule, firsts[0])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.gguf_files import DRAFT_INPUT, SegmentFiles
@@ -75,6 +77,10 @@ class ChainDrafter:
     def close(self) -> None:
         """Give the memory back."""
         self._segment.close()
+
+    def rule(self, policy: ExitPolicy) -> ExitRule:
+        """Of answers whose drafts it writes, under a lossless policy."""
+        return ExitRule.drafting(policy, self.depth)
 
     def begin(self, slot: int, prompt: Prompt | None) -> None:
         """Forget a sequence: what is taken next is of another's prompt. None: of one whose drafts

@@ -15,7 +15,7 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
-from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_kinds
+from offramp.runtimes.llama_cpp.architectures import layer_kinds
 from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
@@ -168,9 +168,14 @@ class PromptEntry:
     """The way of prompts from a processor's output to the decoder's first layer, in PyTorch."""
 
     def __init__(
-        self, backbone: Backbone, engine: EngineOptions, vision_cache: VisionCache | None = None
+        self,
+        backbone: Backbone,
+        architecture: Architecture,
+        engine: EngineOptions,
+        vision_cache: VisionCache | None = None,
     ) -> None:
-        self._backbone, self._engine, self._entry = backbone, engine, DecoderEntry()
+        self._backbone, self._architecture, self._engine = backbone, architecture, engine
+        self._entry = DecoderEntry()
         self._intercepted = InterceptedModel(backbone, self._entry)
         if vision_cache is not None:
             self._intercepted.remember_images(backbone, vision_cache)
@@ -200,8 +205,7 @@ class PromptEntry:
         read = read_prompt(
             self._intercepted, self._entry, prepared.model, prepared.ids, prepared.arguments
         )
-        architecture = architecture_of(backbone)
-        prompts = [prompt_of(backbone, architecture, read, row) for row in range(rows)]
+        prompts = [prompt_of(backbone, self._architecture, read, row) for row in range(rows)]
         for prompt in prompts:
             self._check_room(prompt, prepared.ids, prepared.criteria)
         return prompts

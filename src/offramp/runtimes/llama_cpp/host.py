@@ -33,7 +33,7 @@ class LlamaCppHost:
         self.backbone, self.depths = adapter.backbone, executor.depths
         self.reader = TensorReader(adapter, policy, self.depths)
         self._executor, self._entry, drafter = executor, entry, executor.drafter
-        self.drafting = None if drafter is None else ExitRule.drafting(policy, drafter.depth)
+        self.drafting = None if drafter is None else drafter.rule(policy)
 
     def executor(self) -> Executor:
         return self._executor

@@ -15,7 +15,6 @@ from torch import Tensor
 from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
@@ -64,7 +63,7 @@ class LlamaCppRuntime:
             InputError: the extra `llama-cpp` is not installed.
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
-        architecture_of(adapter.backbone)
+        self._architecture = architecture_of(adapter.backbone)
         self.adapter = adapter
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
@@ -184,7 +183,7 @@ class LlamaCppRuntime:
     ) -> GenerationOutput:
         policy = policy.effective
         self._check_policy(policy)
-        entry = PromptEntry(self.backbone, self.engine, vision_cache)
+        entry = self.entry(vision_cache)
         with self._held(), torch.inference_mode():
             prepared = entry.prepare(inputs, options)
             return self._write(entry.prompts(prepared), prepared, policy, streamer, seed)
@@ -237,8 +236,11 @@ class LlamaCppRuntime:
         with self._held():
             self._lent = True
         executor = self._executor(policy.depths, self._drafter, exact=True)
-        entry = PromptEntry(self.backbone, self.engine, vision_cache)
-        return LlamaCppHost(self.adapter, policy, executor, entry)
+        return LlamaCppHost(self.adapter, policy, executor, self.entry(vision_cache))
+
+    def entry(self, vision_cache: VisionCache | None = None) -> PromptEntry:
+        """What takes prompts as far as llama.cpp."""
+        return PromptEntry(self.backbone, self._architecture, self.engine, vision_cache)
 
     def close(self) -> None:
         """Give llama.cpp's memory back; the runtime is of no use afterwards.
@@ -282,7 +284,7 @@ class LlamaCppRuntime:
         schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
         rule = exit_rule(self.backbone, policy, asker)
         if drafter is not None:
-            rule = ExitRule.drafting(policy, drafter.depth)
+            rule = drafter.rule(policy)
         return write_answers(
             Decoder(self.backbone.depth, executor, asker, schedule=schedule),
             [_Reads(executor, prompt) for prompt in prompts],
@@ -321,7 +323,7 @@ class LlamaCppRuntime:
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
             expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
-        sizes = call_sizes(self._segments, probe)
+        sizes = call_sizes(self._segments, probe, drafts=self.files.drafter is not None)
         # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None

@@ -40,10 +40,13 @@ class _Seen:
     logits: Array
 
 
-def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
+def call_sizes(
+    segments: Sequence[Segment], probe: States, *, drafts: bool = False
+) -> CallSizes:
     """How many tokens may share a call above the first exit, as `CallSizes` has it.
 
-    probe: states [`AT_ONCE`, D] that enter the first segment. Leaves the segments empty.
+    probe: states [`AT_ONCE`, D] that enter the first segment. drafts: whether several tokens of a
+    sequence enter it at once, to be verified. Leaves the segments empty.
 
     Raises:
         UnsupportedBackboneError: the tensor between two segments is not there, or has other rows;
@@ -53,7 +56,7 @@ def call_sizes(segments: Sequence[Segment], probe: States) -> CallSizes:
     several = first.sequences > 1
     states = _feed(first, probe, 1).states
     _check_crop(first, probe)
-    below = _sizes(first, probe)
+    below = _sizes(first, probe) if several or drafts else CallSizes()
     sizes = [below if several else CallSizes(1, AT_ONCE)]
     inputs = [probe]
     for segment in others:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def slice_gguf(
         names, last = list[str](), chosen[-1]
         cuts = [
             (f"segment-{place}.gguf", _Cut(source, start, stop, depth))
-            for place, (start, stop, depth) in enumerate(
-                zip(edges, edges[1:], [*chosen, None], strict=False)
+            for place, ((start, stop), depth) in enumerate(
+                zip(pairwise(edges), [*chosen, None], strict=True)
             )
         ]
         drafts = made.draft_input(last)

@@ -29,7 +29,6 @@ from offramp.provenance import provenance
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
-from offramp.runtimes.llama_cpp.entry import PromptEntry
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import write_json
@@ -102,7 +101,7 @@ def _compared(
 
 
 def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
-    entry = PromptEntry(runtime.backbone, runtime.engine)
+    entry = runtime.entry()
     with torch.inference_mode():
         prepared = entry.prepare(inputs, {"max_new_tokens": NEW, "do_sample": False})
         return entry.prompts(prepared)[0]
