@@ -82,7 +82,14 @@ LARGE = Sizes(steps=8000, timed=100, rounds=3, exact=300)
 """One regime with all that is asked of the first one, speeds on 100 photographs; two hours of one
 core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
-SIZES = {"whole": Sizes(), "large": LARGE, "middle": MIDDLE, "small": SMALL, "modest": MODEST, "quick": QUICK}
+SIZES = {
+    "whole": Sizes(),
+    "large": LARGE,
+    "middle": MIDDLE,
+    "small": SMALL,
+    "modest": MODEST,
+    "quick": QUICK,
+}
 
 
 class Photos:

@@ -186,8 +186,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
     parser.add_argument(
         "--size", choices=SIZES, default="whole",
-        help="large: one regime in two hours; middle: in one; modest: in ten minutes; small: to hold "
-        "regimes against each other; quick: only to try it out",
+        help="large: one regime in two hours; middle: in one; modest: in ten minutes; small: to "
+        "hold regimes against each other; quick: only to try it out",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))
     parser.add_argument(
