@@ -57,8 +57,6 @@ def test_the_next_turn_is_answered_as_without_and_only_the_new_is_run(
                 assert seen[0] in (1, 3)  # the last token of a known prompt is run again
     finally:
         handle.remove()
-    if rule.exit_in_prefill and rule.thresholds and not rule.lossless:
-        return  # prompts that exited are not kept
     served = cache.reused > 0
     kind = families.KINDS[name]
     causal = whole.family.causal_prompt and not whole.is_encoder_decoder
@@ -97,13 +95,49 @@ def test_exits_that_were_off_are_not_served_from_a_prompt_they_never_saw(backbon
     assert cache.reused == before
 
 
-def test_prompts_that_wait_at_an_exit_are_not_kept(backbone, exits, batch):
+@pytest.fixture
+def run_by(backbone):
+    """Tokens that the first and the last layer of llava run, call by call."""
+    whole, seen = backbone("llava"), {0: [], -1: []}
+    handles = [
+        whole.layers[n].register_forward_pre_hook(lambda _, a, n=n: seen[n].append(a[0].shape[1]))
+        for n in seen
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_prompt_waits_at_its_exit_the_first_time_and_is_kept_the_second(
+    backbone, exits, batch, run_by
+):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
-    policy = ExitPolicy({parts.depths[0]: 0.0}, exit_in_prefill=True)
+    run = {"exits": parts, "policy": ExitPolicy({parts.depths[0]: 0.0}), **OPTIONS}
+    cache, ran = PrefixCache(), []
+    plain = generate(whole, inputs, **run)
+    read = run_by[0][0]
+    for turn in (inputs, inputs, inputs, longer(inputs, 3)):
+        before = cache.reused
+        run_by[0].clear(), run_by[-1].clear()
+        ours = generate(whole, turn, prefix_cache=cache, **run)
+        if turn is inputs:
+            assert torch.equal(ours.sequences, plain.sequences)
+            assert torch.equal(ours.depths, plain.depths)
+        ran.append((cache.reused - before, run_by[0][0], sum(run_by[-1])))
+    # It waits; runs whole and is kept; is found, and its last token waits; what is new waits.
+    assert ran == [(0, read, 0), (0, read, read), (read - 1, 1, 0), (read, 3, 0)]
+
+
+def test_a_prompt_that_is_mostly_new_waits_though_its_beginning_came_before(
+    backbone, exits, batch, run_by
+):
+    whole, parts, one = backbone("llava"), exits("llava"), batch("llava", 1)
+    run = {"exits": parts, "policy": ExitPolicy({parts.depths[0]: 0.0}), **OPTIONS}
     cache = PrefixCache()
-    for _ in range(2):
-        generate(whole, inputs, exits=parts, policy=policy, prefix_cache=cache, **OPTIONS)
-    assert cache.reused == 0
+    generate(whole, one, prefix_cache=cache, **run)
+    other = {**one, "pixel_values": one["pixel_values"].flip(-1)}
+    generate(whole, other, prefix_cache=cache, **run)
+    assert run_by[-1] == [] and cache.reused == 0
 
 
 def test_batches_run_as_ever(backbone, batch):

@@ -5,6 +5,9 @@ begin with those of an earlier prompt, bit for bit, and the weights are what the
 values are the same, and so is all that follows. Prompts with a mask that hides anything run whole.
 Answers are not kept, only prompts: of the turn before, the next one runs the answer and what was
 asked then.
+
+A prompt that waits at its exit has no keys above it to be kept. Most prompts never come again, so
+it may wait the first time; once more of it was run before than is new, it runs whole and is kept.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ class PrefixCache:
     """The last few prompts of a backbone, for its next ones. Thread-safe.
 
     reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
-    Batches of one, decoder-only backbones with plain attention and a causal prompt; others, and
-    prompts that stay pending at an exit, run without it.
+    Batches of one, decoder-only backbones with plain attention and a causal prompt; others run
+    without it.
 
     Raises:
         InputError: `prompts` is below 1.
@@ -101,46 +104,59 @@ class PrefixCache:
         self.prompts = prompts
         self.reused = self.run = 0
         self._held: LRUCache[int, _Kept] = LRUCache(prompts)
+        self._glimpsed: LRUCache[int, _Kept] = LRUCache(prompts)  # they waited: without keys
         self._count = 0
         self._lock = threading.Lock()
 
     @contextmanager
-    def serving(self, run: Reader) -> Iterator[None]:
+    def serving(self, run: Reader) -> Iterator[Served | None]:
         """Stand before the prompt that `run` reads meanwhile, and keep it once it was read."""
         backbone = run.backbone
         if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
-            yield
+            yield None
             return
-        served = _Served(self, run)
+        served = Served(self, run)
         try:
-            yield
+            yield served
         finally:
             served.leave()
         served.end()
 
     def best(self, weights: Weights, embeds: Tensor, positions: Tensor | None) -> Any:
-        """The kept prompt with most in common with `embeds` [Q, D], and how many tokens of it.
+        """The kept prompt with most in common with `embeds` [Q, D], how many tokens of it, and how
+        many `embeds` has in common with a prompt that waited and was not kept.
 
         weights: of the stack and of the exits that will attend to it. positions: of the tokens
         [..., Q], where the stack is given any. Prompts that other weights made are dropped.
         """
+        prompt, most = self._likest(self._held, weights, embeds, positions)
+        _, glimpsed = self._likest(self._glimpsed, weights, embeds, positions)
+        return prompt, min(most, len(embeds) - 1), glimpsed
+
+    def _likest(
+        self,
+        held: LRUCache[int, _Kept],
+        weights: Weights,
+        embeds: Tensor,
+        positions: Tensor | None,
+    ) -> tuple[_Kept | None, int]:
         with self._lock:
             # Not as `items` does, which would mark all of them as used.
-            candidates = [(key, Cache.__getitem__(self._held, key)) for key in self._held]
+            candidates = [(key, Cache.__getitem__(held, key)) for key in held]
         best, prompt, most = None, None, 0
         for key, candidate in candidates:
             if candidate.outdated(weights):
                 with self._lock:
-                    self._held.pop(key, None)
+                    held.pop(key, None)
                 continue
             same = weights.keys() <= candidate.weights.keys()  # the stack is one of them
             fits = same and candidate.salt == current_salt()
-            common = min(candidate.common(embeds, positions), len(embeds) - 1) if fits else 0
+            common = candidate.common(embeds, positions) if fits else 0
             if common > most:
                 best, prompt, most = key, candidate, common
         with self._lock:
             if best is not None:
-                self._held.get(best)  # marks it as used
+                held.get(best)  # marks it as used
         return prompt, most
 
     def count(self, reused: int, run: int) -> None:
@@ -150,14 +166,19 @@ class PrefixCache:
             self.run += run
 
     def keep(self, prompt: _Kept) -> None:
-        """Add a prompt; the least recently used one is dropped."""
+        """Add a prompt, which waited if it has no layers; the least recently used one is dropped."""
         with self._lock:
             self._count += 1
-            self._held[self._count] = prompt
+            (self._held if prompt.layers else self._glimpsed)[self._count] = prompt
 
 
-class _Served:
-    """One generation's part of a cache: shortens its prefill, and keeps its prompt."""
+class Served:
+    """One generation's part of a cache: shortens its prefill, and keeps its prompt.
+
+    keeps: whether the prompt is worth running whole, known once the stack is called.
+    """
+
+    keeps = False
 
     def __init__(self, cache: PrefixCache, run: Reader) -> None:
         self._cache, self._run = cache, run
@@ -182,8 +203,10 @@ class _Served:
         exits = self._exits()
         modules = (self._run.backbone.stack, *(module for module, _ in exits))
         self._weights = {module: weights_version(module) for module in modules}
-        cached, common = self._cache.best(self._weights, self._embeds, self._positions)
-        self._cache.count(common, embeds.shape[1] - common)
+        cached, common, glimpsed = self._cache.best(self._weights, self._embeds, self._positions)
+        length = embeds.shape[1]
+        self.keeps = glimpsed - common > max(1, length - glimpsed)
+        self._cache.count(common, length - common)
         if cached is None:
             return None
         for entry, (keys, values) in zip(self._run.cache.layers, cached.layers, strict=False):
@@ -215,14 +238,14 @@ class _Served:
         self._hook.remove()
 
     def end(self) -> None:
-        """Keep the prompt, if all layers have it as the full model would."""
+        """Keep the prompt: with its keys, if all layers have it as the full model would."""
         if self._embeds is None:
             return
         length, exits = len(self._embeds), self._exits()
         layers = self._run.cache.layers[: self._run.backbone.depth]
         entries = [*layers, *(entry for _, entry in exits)]
         if any(not e.is_initialized or e.get_seq_length() < length for e in entries):
-            return  # it is pending at an exit
+            layers, exits = [], []  # it waits at an exit
         with torch.inference_mode():
             self._cache.keep(
                 _Kept(

@@ -132,7 +132,6 @@ class TorchHost:
             prefix_cache=prefix_cache,
             chunk=config.budget,
             between=between,
-            waits=prefix_cache is None,
         )
         self.prepare = self._prompts.prepare
 

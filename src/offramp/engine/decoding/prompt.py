@@ -25,7 +25,7 @@ from offramp.engine.kv_cache import (
     store_exit_keys,
 )
 from offramp.engine.prefill import Prefill, Prepared, check_inputs, check_options, prepare
-from offramp.engine.prefix_cache import PrefixCache, can_shorten
+from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
 from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -70,8 +70,7 @@ class PromptReader:
     depths: of the exits in use. vision_cache: image features kept between calls. prefix_cache: keys
     and values of prompts kept between calls. chunk: tokens that are run at once, where the prompt
     is causal and nothing but tokens and positions go with it; None: all. between: called before
-    each of several chunks, the vision tower having run. waits: whether it may wait at its exit;
-    prompts that do are not kept in a prefix cache.
+    each of several chunks, the vision tower having run.
     """
 
     def __init__(
@@ -84,7 +83,6 @@ class PromptReader:
         prefix_cache: PrefixCache | None = None,
         chunk: int | None = None,
         between: Callable[[], None] = lambda: None,
-        waits: bool = True,
     ) -> None:
         self.backbone, self.exits = backbone, exits
         self.intercepted = InterceptedModel(backbone, self)
@@ -94,7 +92,8 @@ class PromptReader:
             self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
-        self._prefix_cache, self._may_wait = prefix_cache, waits
+        self._prefix_cache = prefix_cache
+        self._served: Served | None = None
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
@@ -149,13 +148,13 @@ class PromptReader:
                 return self._read(prepared)
         finally:
             self.cache = self._decide = self._before = self._waits = None
-            self._keep = self._kept = None
+            self._keep = self._kept = self._served = None
 
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(self.cache, entries, self.backbone.depth)
         kept = self._prefix_cache
-        with nullcontext() if kept is None else kept.serving(self):
+        with nullcontext() if kept is None else kept.serving(self) as self._served:
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
         if self.backbone.is_encoder_decoder or "encoder_hidden_states" in prefill.prefill:
@@ -212,7 +211,8 @@ class PromptReader:
             else:
                 state = here(self.exits.run(call.index, call)[:, -1])
                 output = ExitOutput(here(newest), state, self._before)
-                if self._decide(call.index, output) and self._may_wait:
+                keeps = self._served is not None and self._served.keeps
+                if self._decide(call.index, output) and not keeps:
                     self._waits = call.index, call.hidden
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)

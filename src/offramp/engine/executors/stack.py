@@ -105,7 +105,10 @@ class StackExecutor:
         if prompt.waits is not None:
             depth, states = prompt.waits
             segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
-            held.waits[segment] = [_Part(mine, prefill.positions, None)]
+            places = prefill.positions
+            if places is not None:
+                places = places[..., -mine.shape[1] :]
+            held.waits[segment] = [_Part(mine, places, None)]
             held.begin[segment] = tokens - mine.shape[1]
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:

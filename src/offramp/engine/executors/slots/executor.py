@@ -196,8 +196,9 @@ class SlotExecutor:
         self._ahead = max(self._ahead, axes[-1])
         if prompt.waits is not None:
             plain = torch.arange(columns, device=own.device) + offset[..., None]
-            if not torch.equal(plain.expand_as(own), own):
-                self._places[slot] = own
+            before = columns - own.shape[-1]  # of an earlier prompt; they wait nowhere
+            if not torch.equal(plain[..., before:].expand_as(own), own):
+                self._places[slot] = torch.cat([plain[..., :before], own], -1)
 
     def release(self, handle: int) -> None:
         """Free a slot; the last sequence moves there, so that those in use stand at the front."""
