@@ -23,7 +23,8 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": families.W
 
 
 def kept(backbone: Backbone, embeds: torch.Tensor, positions: Any = None) -> _Kept:
-    return _Kept(weights(backbone), embeds, positions, [], [], None)
+    layer = torch.zeros(1, 1, len(embeds), 1)
+    return _Kept(weights(backbone), embeds, positions, [(layer, layer)], [], None)
 
 
 def weights(backbone: Backbone) -> dict[nn.Module, list[Any]]:
@@ -35,7 +36,7 @@ def test_a_prompt_of_another_backbone_is_not_taken(backbone: Callable[..., Any])
     cache, embeds = PrefixCache(), torch.randn(6, ours.width)
     cache.keep(kept(ours, embeds))
     assert cache.best(weights(ours), embeds, None)[1] == 5
-    assert cache.best(weights(other), embeds, None) == (None, 0)
+    assert cache.best(weights(other), embeds, None) == (None, 0, 0)
     assert cache.best(weights(ours), embeds, None)[1] == 5
 
 
@@ -52,9 +53,9 @@ def test_a_prompt_is_taken_as_far_as_its_positions_are_the_same(
     elsewhere = positions.clone()
     elsewhere[1, 0, 3] = 7
     assert cache.best(weights(ours), embeds, elsewhere)[1] == 3
-    assert cache.best(weights(ours), embeds, positions + 1) == (None, 0)
-    assert cache.best(weights(ours), embeds, positions[0]) == (None, 0)
-    assert cache.best(weights(ours), embeds, None) == (None, 0)
+    assert cache.best(weights(ours), embeds, positions + 1) == (None, 0, 0)
+    assert cache.best(weights(ours), embeds, positions[0]) == (None, 0, 0)
+    assert cache.best(weights(ours), embeds, None) == (None, 0, 0)
 
 
 def test_positions_that_the_caller_gives_decide_what_is_taken(batch: Callable[..., Any]) -> None:
