@@ -166,7 +166,7 @@ class PrefixCache:
             self.run += run
 
     def keep(self, prompt: _Kept) -> None:
-        """Add a prompt, which waited if it has no layers; the least recently used one is dropped."""
+        """Add a prompt, which waited if it has no layers; that not used for longest is dropped."""
         with self._lock:
             self._count += 1
             (self._held if prompt.layers else self._glimpsed)[self._count] = prompt
