@@ -143,7 +143,7 @@ def template_digest(processor: Any) -> str:
 
 
 def _kernels(backbone: Backbone) -> str:
-    if backbone.compiled_decoding:
+    if backbone.decoding.compiled:
         return "compiled"
     packed = any(isinstance(part, PrepackedLinear) for part in backbone.layers.modules())
     return "prepacked" if packed else "plain"

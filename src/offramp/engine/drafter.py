@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.executors.modules.compiled import head_code
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, HeadCode
 from offramp.models.exits import DraftInput, ExitSet
 
 
@@ -23,7 +24,8 @@ class Drafter:
     """One exit of kind "drafting".
 
     depth: where it stands. rule: of answers whose drafts it writes. input: of its layer. head: LM
-    head of what it can say, None: the model's own. shortlist: ids [S] of that, None: all.
+    head of what it can say, None: the model's own, or `code`. shortlist: ids [S] of that, None:
+    all.
     """
 
     backbone: Backbone
@@ -32,6 +34,7 @@ class Drafter:
     input: DraftInput
     head: nn.Module | None
     shortlist: Tensor | None
+    code: HeadCode | None = None
 
     @classmethod
     def of(
@@ -55,7 +58,7 @@ class Drafter:
                 shortlist = shortlist_of_policy(policy, exits)
                 head = None if shortlist is None else exits.shortlist_head(backbone)
                 rule = ExitRule.drafting(policy, depth)
-                return cls(backbone, depth, rule, made, head, shortlist)
+                return cls(backbone, depth, rule, made, head, shortlist, head_code(backbone))
         return None
 
     def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
@@ -68,6 +71,7 @@ class Drafter:
     def tokens(self, states: Tensor) -> Tensor:
         """The ids [n] that the exit says with states [n, D]."""
         backbone = self.backbone
-        logits = backbone.logits(backbone.final_norm(backbone.here(states)), self.head)
+        normed = backbone.final_norm(backbone.here(states))
+        logits = backbone.logits(normed, self.head, code=self.code)
         places = logits.argmax(-1)
         return places if self.shortlist is None else self.shortlist[places]

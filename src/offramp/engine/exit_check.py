@@ -20,7 +20,7 @@ from offramp.engine.confidence import (
 )
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
+from offramp.models.backbone import Backbone, HeadCode
 from offramp.models.exits import ExitSet
 from offramp.models.shortlist import Gate
 
@@ -101,7 +101,9 @@ class ExitCheck:
         """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
         if self.made is not None:
             return self.made
-        return self.scorer.backbone.logits(self.features, self.scorer.head)
+        return self.scorer.backbone.logits(
+            self.features, self.scorer.head, code=self.scorer.code
+        )
 
     @cached_property
     def logits(self) -> Tensor:
@@ -142,8 +144,9 @@ class ExitScorer:
         policy: ExitPolicy,
         depths: Sequence[int],
         exits: ExitSet | None = None,
+        code: HeadCode | None = None,
     ) -> None:
-        """depths: where tokens may exit.
+        """depths: where tokens may exit. code: called in place of the LM head.
 
         Raises:
             InputError: what the policy needs is missing: weights, a shortlist; weights where no
@@ -151,7 +154,7 @@ class ExitScorer:
         """
         if exits is not None:
             check_weights(policy.weights, exits.depths)
-        self.backbone, self.exits = backbone, exits
+        self.backbone, self.exits, self.code = backbone, exits, code
         self.shortlist = shortlist_of_policy(policy, exits)
         own = None if exits is None else exits.score
         self.score = _score_of(policy, depths) if own is None else own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,22 @@ class LayerCall:
         return called(self.hidden, *self.args, **self.kw)
 
 
+HeadCode = Callable[[Tensor], Tensor]
+"""Does what the LM head does: logits [N, V] of states [N, D]."""
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How the layers are called where tokens are decoded; answers are the same.
+
+    lean: whether the stack's own code around them is left out, where that is exact. compiled:
+    whether layers, exits and head are code that is compiled for single answers on a CPU.
+    """
+
+    lean: bool = True
+    compiled: bool = False
+
+
 class Backbone:
     """A frozen VLM with its decoder laid open. Not an `nn.Module`: it is held, never trained.
 
@@ -58,12 +75,8 @@ class Backbone:
     (0-based), and the state at full depth is what the final norm reads.
     """
 
-    lean_decoding = True
-    """Whether the stack's own code around its layers is left out, where that is exact."""
-    compiled_decoding = False
-    """Whether layers, exits and head are compiled for the decoding of single answers."""
-    head_code: Callable[[Tensor], Tensor] | None = None
-    """What is called in the head's place then, once there is any."""
+    decoding = DecodeOptions()
+    """Of all that decodes on it; for others see `with_decoding`."""
 
     def __init__(
         self,
@@ -197,8 +210,7 @@ class Backbone:
                 )
             quantize_layers(backbone.layers, quantize)
             backbone = cls._of_loaded(model, str(name), revision, example)
-        backbone.compiled_decoding = compile
-        return backbone
+        return backbone.with_decoding(compiled=compile)
 
     @classmethod
     def _of_loaded(
@@ -212,6 +224,13 @@ class Backbone:
             if made is None:
                 raise
         return cls(model, name=name, revision=revision, example=made)
+
+    def with_decoding(self, **options: bool) -> Backbone:
+        """The same model, decoded by other options (`DecodeOptions`) than this backbone, which
+        stays as it is: what is found out by decoding each finds out for itself."""
+        made = copy.copy(self)
+        made.decoding = replace(self.decoding, **options)
+        return made
 
     def _proven(self) -> str | None:
         """The executor that tests have shown to be exact for this class; None: for no such class,
@@ -336,13 +355,15 @@ class Backbone:
 
     # -- reading states ---------------------------------------------------------------------
 
-    def logits(self, normed: Tensor, head: nn.Module | None = None) -> Tensor:
+    def logits(
+        self, normed: Tensor, head: nn.Module | None = None, *, code: HeadCode | None = None
+    ) -> Tensor:
         """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
 
-        head: of `head_rows`, to read only those tokens.
+        head: of `head_rows`, to read only those tokens. code: called in place of the whole head.
         """
         rows = normed.reshape(-1, normed.shape[-1])
-        read = head or (self.compiled_decoding and self.head_code) or self.reader
+        read = head or code or self.reader
         logits = self.here(read(rows * self._scale if self._scale != 1.0 else rows))
         if self.words is not None and head is None:
             logits = logits[:, : self.words]

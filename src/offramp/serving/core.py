@@ -176,7 +176,7 @@ class EngineCore:
                     [s.ran[0] for s in sequences],
                 )
                 if final is not None:
-                    self.backbone.logits(final).argmax(-1).tolist()
+                    self._host.reader.logits(final).argmax(-1).tolist()
             if final is not None:
                 self.pace.tried(len(sequences), self.clock() - begin)
 

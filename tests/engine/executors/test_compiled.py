@@ -7,7 +7,7 @@ tried on one.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import families
@@ -28,27 +28,30 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
 @pytest.fixture
 def codes(monkeypatch):
-    """Code made since, by backbone; of graphs as they were traced."""
+    """Code made since, by model; of graphs as they were traced."""
     made = WeakKeyDictionary()
     monkeypatch.setattr(compiled, "_CODES", made)
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     return lambda whole: [
-        code for kind in made[whole]._kinds for code in kind.codes.values() if code is not None
+        code
+        for kind in made[whole.model]._kinds
+        for code in kind.codes.values()
+        if code is not None
     ]
 
 
 @pytest.fixture
-def both(monkeypatch, scored):
+def both(scored):
     """What the modules make of a request, and what their code makes."""
 
     def run(whole, inputs, *, dice=None, **given):
         made: list[Any] = []
         for by_code in (False, True):
-            monkeypatch.setattr(whole, "compiled_decoding", by_code)
+            decoded = whole.with_decoding(compiled=by_code)
             if dice is not None:
                 scored(Dice(dice))
             torch.manual_seed(3)
-            made.append(generate(whole, inputs, **{**GREEDY, **given}))
+            made.append(generate(decoded, inputs, **{**GREEDY, **given}))
         theirs, ours = made
         assert torch.equal(ours.sequences, theirs.sequences)
         assert torch.equal(ours.depths, theirs.depths)
@@ -74,6 +77,57 @@ def test_code_writes_the_modules_tokens(name, backbone, exits, batch, both, code
     assert len(mixed.depths.unique()) == 3
     assert both(whole, inputs, policy=ExitPolicy({first: 0.4}, lossless=True), **given).rounds
     assert 3 < len(codes(whole)) < 20 and not warned()
+
+
+class Counted(compiled.CompiledHead):
+    """Heads by code; how many rows each call read."""
+
+    rows: ClassVar[list[int]] = []
+
+    def __call__(self, rows):
+        self.rows.append(len(rows))
+        return super().__call__(rows)
+
+
+class Beside:
+    """A streamer that behind every token has something else done on the same backbone."""
+
+    def __init__(self, other):
+        self.other, self.came = other, []
+
+    def put(self, value):
+        self.came.append(self.other())
+
+    def end(self):
+        pass
+
+
+def test_what_is_decoded_by_other_options_on_one_backbone_is_not_touched(
+    backbone, exits, batch, codes, scored, monkeypatch
+):
+    """One by code, one by modules and one by the stack, a token of each after the other."""
+    monkeypatch.setattr(compiled, "CompiledHead", Counted)
+    whole, inputs, first = backbone("llava"), batch("llava", 1), exits("llava").depths[0]
+    given = {**GREEDY, "exits": exits("llava"), "policy": ExitPolicy({first: 0.5})}
+    scored(lambda logits: (logits.argmax(-1) % 2).float())
+    plain = whole.with_decoding()
+    by_code, by_stack = whole.with_decoding(compiled=True), whole.with_decoding(lean=False)
+    assert plain.decoding == whole.decoding and plain.layers is whole.layers
+    Counted.rows.clear()
+    alone = generate(by_code, inputs, **given)
+    calls = len(Counted.rows)
+    for streamer in (None, Beside(lambda: generate(by_stack, inputs, **given).sequences)):
+        Counted.rows.clear()
+        made = generate(plain, inputs, streamer=streamer, **given)
+        assert torch.equal(made.sequences, alone.sequences) and not Counted.rows
+    asked = Beside(lambda: generate(plain, inputs, **given).sequences)
+    made = generate(by_code, inputs, streamer=asked, **given)
+    assert len(Counted.rows) == calls > len(made.depths[0])
+    assert all(torch.equal(other, alone.sequences) for other in asked.came)
+    asked = Beside(lambda: generate(by_code, inputs, **given).sequences)
+    Counted.rows.clear()
+    generate(plain, inputs, streamer=asked, **given)
+    assert len(Counted.rows) == calls * len(asked.came)
 
 
 def test_guesses_samples_and_the_full_model_are_the_modules(backbone, exits, batch, both, codes):

@@ -130,8 +130,7 @@ def test_what_is_made_otherwise_is_left_to_the_stack(batch, both, monkeypatch):
 
 
 def test_a_switch_leaves_every_token_to_the_stack(batch, both):
-    whole = Backbone(families.build("llava"))
-    whole.lean_decoding = False
+    whole = Backbone(families.build("llava")).with_decoding(lean=False)
     same(*both(whole, batch("llava", 1), lean=False))
 
 

@@ -91,11 +91,13 @@ class Case:
             return model.generate(**inputs, **options, streamer=clock)
 
         def ours(path: str, policy: ExitPolicy) -> Run:
+            backbone = self.backbone.with_decoding(
+                lean=path != "stack", compiled=path == "compiled"
+            )
+
             def run(inputs: Mapping[str, Any], clock: Clock) -> Any:
-                self.backbone.lean_decoding = path != "stack"
-                self.backbone.compiled_decoding = path == "compiled"
                 return generate(
-                    self.backbone,
+                    backbone,
                     inputs,
                     exits=self.exits,
                     policy=policy,
@@ -172,10 +174,9 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
     options = {"max_new_tokens": TOKENS, "do_sample": False}
 
     def milliseconds(_: None, path: str, mode: str) -> float:
-        case.backbone.lean_decoding = path == "lean"
-        case.backbone.compiled_decoding = False
+        backbone = case.backbone.with_decoding(lean=path == "lean", compiled=False)
         policy = case.policies[mode]
-        core = EngineCore(case.backbone, case.exits, policy, config, clock=time.thread_time)
+        core = EngineCore(backbone, case.exits, policy, config, clock=time.thread_time)
         for row in range(SLOTS):
             core.add(Request(case.prompts[row % len(case.prompts)], options=options))
         core.run()

@@ -11,6 +11,7 @@ from offramp.engine.confidence import FEATURE_SCORES, STREAKS
 from offramp.engine.constraint import NothingAllowed
 from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
+from offramp.engine.executors.modules.compiled import head_code
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
@@ -43,7 +44,7 @@ class ExitReader:
     ) -> None:
         """Raise `InputError` where what the policy needs is missing."""
         self._backbone, self._exits, self._policy = backbone, exits, policy
-        self._depths = tuple(depths)
+        self._depths, self._code = tuple(depths), head_code(backbone)
         self._scorer = self.scorer() if depths else None
         self._gates = gates_of_policy(policy, exits) if exits is not None else {}
         self.follows = policy.score in STREAKS and len(self._depths) > 1
@@ -57,7 +58,7 @@ class ExitReader:
         return torch.inference_mode()
 
     def scorer(self) -> ExitScorer:
-        return ExitScorer(self._backbone, self._policy, self._depths, self._exits)
+        return ExitScorer(self._backbone, self._policy, self._depths, self._exits, self._code)
 
     def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Tensor], bool]:
         """Whether any of the questions is put to the exit at a depth, past its gate."""
@@ -152,7 +153,11 @@ class ExitReader:
 
     def full(self, final: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
         """The full model's next token behind each of the final-normed states [n, D]."""
-        return self.of_logits(self._backbone.logits(final), asked)
+        return self.of_logits(self.logits(final), asked)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """The full model's [n, V], of final-normed states [n, D]."""
+        return self._backbone.logits(final, code=self._code)
 
     def of_logits(self, logits: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
         """The token that each question gets out of its raw logits [n, V]."""
@@ -168,7 +173,7 @@ class ExitReader:
     def words(self, final: Tensor) -> Callable[[int, Question], int]:
         """The same of one state at a time, by its place among them: what follows a wrong token is
         not asked for."""
-        logits = self._backbone.logits(final)
+        logits = self.logits(final)
         largest: list[int] = logits.argmax(-1).tolist()
 
         def word(place: int, question: Question) -> int:

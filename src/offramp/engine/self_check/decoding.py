@@ -388,12 +388,7 @@ def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] =
         UnsupportedBackboneError: none is.
     """
     if not backbone.is_proven(depths):
-        engine, backbone.engine = backbone.engine, "stack"  # while it is being found out
-        try:
-            adopt_findings(backbone, check_decoding(backbone, inputs, depths=depths))
-        except BaseException:
-            backbone.engine = engine
-            raise
+        adopt_findings(backbone, check_decoding(backbone, inputs, depths=depths))
 
 
 def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.engine.policy import FULL, ExitPolicy
@@ -50,7 +49,8 @@ def main() -> None:
         for name in ("prepacked", "compiled")
     }
     others["prepacked"].adapter.prepack()
-    others["compiled"].adapter.backbone.compiled_decoding = True
+    compiled = others["compiled"].adapter
+    compiled.backbone = compiled.backbone.with_decoding(compiled=True)
     ways = policies(subject, arguments.above)
     generates = {
         "generate": stock_generate_fn(subject.adapter.backbone, **subject.options),
@@ -98,13 +98,8 @@ def _way(subject: Subject, name: str, policy: ExitPolicy) -> GenerateFn:
     """Generation by a policy, without the lean path where the name says plain."""
     adapter = subject.adapter
     exits = adapter.exits if policy is not FULL else None
-    generate = exit_generate_fn(adapter.backbone, exits, policy, **subject.options)
-
-    def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        adapter.backbone.lean_decoding = not name.startswith("plain")
-        return generate(inputs, stop)
-
-    return run
+    backbone = adapter.backbone.with_decoding(lean=not name.startswith("plain"))
+    return exit_generate_fn(backbone, exits, policy, **subject.options)
 
 
 def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:

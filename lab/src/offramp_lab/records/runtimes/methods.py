@@ -237,20 +237,13 @@ class Bench:
 
     def compiled_methods(self) -> dict[Name, Method]:
         """What inductor compiles at the first call, which takes minutes."""
-        backbone = self.adapter.backbone
-
-        def generate(inputs: Mapping[str, Any], **options: Any) -> Any:
-            backbone.compiled_decoding = True
-            try:
-                return self.adapter.generate(inputs, **options)
-            finally:
-                backbone.compiled_decoding = False
-
+        own = self.adapter
+        by_code = replace(own, backbone=own.backbone.with_decoding(compiled=True))
         methods: dict[Name, Method] = {
             ("generate, static cache, compiled", "float32", "full"): stock_compiled(self.adapter)
         }
         for mode, policy in self.policies.items():
-            methods[COMPILED, "float32", mode] = generating(generate, policy=policy)
+            methods[COMPILED, "float32", mode] = generating(by_code.generate, policy=policy)
         return methods
 
     def weights_bytes(self, runtime: str, layers: str) -> int:

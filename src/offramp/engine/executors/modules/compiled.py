@@ -197,32 +197,36 @@ class CompiledModules(BareModules):
         return made
 
 
-_CODES: WeakKeyDictionary[Backbone, Codes] = WeakKeyDictionary()
+_CODES: WeakKeyDictionary[nn.Module, Codes] = WeakKeyDictionary()
+"""By model."""
 
 
 def called_in_place(backbone: Backbone) -> BareModules:
-    """By module, what decoding calls in its place; the head's code is hung into the backbone."""
-    caller = type(backbone.stack).forward.__module__
-    if not backbone.compiled_decoding:
-        return BareModules(caller)
-    if backbone.device.type != "cpu":
-        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
-        return BareModules(caller)
-    codes = _codes(backbone)
-    head = backbone.head
-    if not _share_parts(head, bare(head, caller)):
-        backbone.head_code = CompiledHead(codes, head, backbone.reader)
-    return CompiledModules(codes, caller)
+    """By module, what decoding calls in its place."""
+    caller, codes = type(backbone.stack).forward.__module__, _codes(backbone)
+    return BareModules(caller) if codes is None else CompiledModules(codes, caller)
+
+
+def head_code(backbone: Backbone) -> CompiledHead | None:
+    """What decoding calls in the LM head's place; None: the head itself."""
+    codes, head = _codes(backbone), backbone.head
+    if codes is None or _share_parts(head, bare(head, type(backbone.stack).forward.__module__)):
+        return None
+    return CompiledHead(codes, head, backbone.reader)
 
 
 def cannot_compile(backbone: Backbone, reason: str) -> None:
-    """Warn that decoding runs as before, where it was to be compiled; once for a backbone."""
-    if backbone.compiled_decoding:
-        _codes(backbone).warn(reason)
+    """Warn that decoding runs as before, where it was to be compiled; once for a model."""
+    if backbone.decoding.compiled:
+        _CODES.setdefault(backbone.model, Codes()).warn(reason)
 
 
-def _codes(backbone: Backbone) -> Codes:
-    return _CODES.setdefault(backbone, Codes())
+def _codes(backbone: Backbone) -> Codes | None:
+    """All code of a backbone that is decoded by code."""
+    if backbone.device.type != "cpu":
+        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
+        return None
+    return _CODES.setdefault(backbone.model, Codes()) if backbone.decoding.compiled else None
 
 
 class _Written:

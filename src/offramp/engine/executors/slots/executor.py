@@ -46,8 +46,8 @@ from offramp.models.intercept import InterceptedModel
 
 log = logging.getLogger(__name__)
 
-_TABLES: WeakKeyDictionary[Backbone, dict[Any, Tables | str]] = WeakKeyDictionary()
-"""What was rehearsed, by kind of attention; or why a stack must run itself."""
+_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Tables | str]] = WeakKeyDictionary()
+"""What was rehearsed of a model, by kind of attention; or why a stack must run itself."""
 
 
 class SlotExecutor:
@@ -118,7 +118,7 @@ class SlotExecutor:
         self._base: dict[int, list[int]] = {k: [0] * slots for k in range(1, len(self._bounds) - 1)}
         # of tables
         self._refused = bool(
-            backbone.rare_layers or backbone.reads_ids or not backbone.lean_decoding
+            backbone.rare_layers or backbone.reads_ids or not backbone.decoding.lean
         )
         self._relative = RelativeBias(backbone) if backbone.family.layers == "block" else None
         self._bias: tuple[Tensor, Tensor] | None = None
@@ -649,7 +649,7 @@ class SlotExecutor:
         backbone, current = self.backbone, self._current.call
         attention = backbone.text_config._attn_implementation
         kind = attention, self._offsets is None, backbone.dtype, backbone.device
-        known = _TABLES.setdefault(backbone, {})
+        known = _TABLES.setdefault(backbone.model, {})
         made = known.get(kind)
         if isinstance(made, str):
             self._refused = True
@@ -695,7 +695,7 @@ class SlotExecutor:
     def layer(self, call: LayerCall) -> Any:
         """What the stack gets for a layer: its output, or the state handed through."""
         args = call.args if self._relative is None else self._with_bias(call.args)
-        instead = self._instead if self.backbone.lean_decoding else None
+        instead = self._instead if self.backbone.decoding.lean else None
         made = LayerCall(call.index, call.layer, call.hidden, args, call.kw, instead)
         return self._run_layer(made)
 
