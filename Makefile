@@ -46,11 +46,11 @@ calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/recor
 	$(BIN)/python -m offramp_lab.records.calibrated
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/records/compare.json and docs/defaults.md
+compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/records/compare.json and its pages
 	$(BIN)/python -m offramp_lab.records.compare
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-ablation: $(READY)  ## the adversary against none, on two cores; rewrites lab/records/ablation.json and docs/defaults.md
+ablation: $(READY)  ## the adversary against none, on two cores; rewrites lab/records/ablation.json and its pages
 	$(BIN)/python -m offramp_lab.records.ablation --shard 0/2 & $(BIN)/python -m offramp_lab.records.ablation --shard 1/2; wait
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
