@@ -43,6 +43,7 @@ from offramp.engine.teacher_forcing import StateRecorder
 from offramp.errors import InputError, OfframpError
 from offramp.guarantee import Conditions
 from offramp.models.backbone import Backbone
+from offramp.models.fingerprint import fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.models.quantized.linears import SCHEMES
@@ -259,7 +260,7 @@ class Verification:
             dtype=str(backbone.dtype).removeprefix("torch."),
             device=backbone.device.type,
             exits=exits,
-            backbone=digest_rows([backbone.fingerprint()]),
+            backbone=digest_rows([fingerprint(backbone)]),
             policy=digest_rows([policy_to_json(self.policy)]),
             thresholds=str(self.policy.thresholds),
             prompts=len(self.examples),

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 
 
 class Probe:

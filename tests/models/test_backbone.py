@@ -15,7 +15,7 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.models.fingerprint import same_backbone
+from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.registry import Family, register_backbone
 
@@ -235,22 +235,22 @@ def test_no_such_model_is_an_input_error(tmp_path):
 def test_a_reloaded_backbone_has_the_same_fingerprint_and_is_frozen(name, tmp_path, backbone):
     backbone(name).model.save_pretrained(tmp_path)
     again = Backbone.from_pretrained(tmp_path)
-    assert again.fingerprint() == backbone(name).fingerprint()
+    assert fingerprint(again) == fingerprint(backbone(name))
     assert not any(parameter.requires_grad for parameter in again.model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_precision_is_the_same_backbone(name, backbone):
-    half = backbone(name, torch.bfloat16).fingerprint()
-    assert same_backbone(backbone(name).fingerprint(), half) is None
+    half = fingerprint(backbone(name, torch.bfloat16))
+    assert same_backbone(fingerprint(backbone(name)), half) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_seed_is_another_backbone(name, backbone):
-    other = Backbone(families.build(name, seed=1)).fingerprint()
-    assert "differ" in (same_backbone(backbone(name).fingerprint(), other) or "")
+    other = fingerprint(Backbone(families.build(name, seed=1)))
+    assert "differ" in (same_backbone(fingerprint(backbone(name)), other) or "")
 
 
 def test_another_family_is_another_backbone_in_words(backbone):
-    one, other = backbone("llava").fingerprint(), backbone("internvl").fingerprint()
+    one, other = fingerprint(backbone("llava")), fingerprint(backbone("internvl"))
     assert same_backbone(one, other) == "model_type is internvl, not llava"

@@ -14,6 +14,7 @@ from offramp.engine.self_check.decoding import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.exits import Exits
+from offramp.models.fingerprint import fingerprint
 from offramp.models.sharding import device_of
 
 DEEP = families.LAYERS // 2
@@ -55,7 +56,7 @@ def test_an_exit_before_a_layer_on_disk_is_its_copy_in_memory(on_disk, tmp_path)
     exits = Exits(whole, (2, 4))
     layer = plain.model.language_model.layers[4]
     assert all(map(torch.equal, exits.at(4).parameters(), layer.parameters()))
-    assert whole.fingerprint() == Backbone(plain).fingerprint()
+    assert fingerprint(whole) == fingerprint(Backbone(plain))
     Adapter(whole, exits, ExitPolicy({2: 0.5})).save(tmp_path / "exits")
     assert Adapter.load(tmp_path / "exits", whole).exits.depths == (2, 4)
 

@@ -15,8 +15,9 @@ from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.modules.compiled import head_code
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone, HeadCode
+from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, ExitSet
+from offramp.models.opened import HeadCode
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,9 @@ from offramp.engine.confidence import (
 )
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone, HeadCode
+from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+from offramp.models.opened import HeadCode
 from offramp.models.shortlist import Gate
 
 Constrain = Callable[[Tensor], Tensor]

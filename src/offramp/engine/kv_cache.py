@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
+from offramp.models.opened import LayerCall
 
 CACHE_NAMES = ("cache", "past_key_values")
 """A stack's argument for the cache: transformers 5.24 renamed the second to the first."""

@@ -24,8 +24,8 @@ from transformers import (
 
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import OpenedModel
 
 _BY_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
 """Masks of Mllama's cross-attention, a row for each token: later ones see what the last did."""
@@ -237,7 +237,7 @@ def prompt_lengths(prepared: Prepared) -> list[int]:
     return [min(read, count) for count in mask.sum(1).tolist()]
 
 
-def room_of(backbone: Backbone, lengths: Sequence[int]) -> int | None:
+def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:
     """Tokens that prompts of these lengths and their answers may have; None: no end.
 
     Raises:

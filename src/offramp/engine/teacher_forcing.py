@@ -19,10 +19,11 @@ from offramp.data.example import Example
 from offramp.engine.kv_cache import cache_parameter, exits_only
 from offramp.engine.prefill import Prefill, prepare, without_inputs
 from offramp.errors import UnsupportedBackboneError
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, first
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 
 
 @dataclass(frozen=True)

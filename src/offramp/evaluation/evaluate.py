@@ -32,7 +32,7 @@ from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
 from offramp.models.backbone import Backbone
-from offramp.models.fingerprint import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
 from offramp.storage import digest_rows, write_json
@@ -183,7 +183,7 @@ class _Answerer:
             "format": FORMAT,
             "task": self.plan.task,
             "backbone": self.backbone.name,
-            "fingerprint": digest_rows([dump_fingerprint(self.backbone.fingerprint())]),
+            "fingerprint": digest_rows([dump_fingerprint(fingerprint(self.backbone))]),
             "exits": tensor_digest([m for m in trained if m]) if trained else None,
             # Every field, so that none can change unnoticed.
             "policy": policy_to_json(policy) if self.exits is not None else None,

@@ -1,59 +1,24 @@
-"""The frozen vision-language model: where its language decoder is, and how its states are read."""
+"""The frozen vision-language model, held to what was found of it, and how it is decoded."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.models.discovery.paths import discover
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
-from offramp.models.fingerprint import fingerprint
-from offramp.models.hub import grey_example, load_model, unwrap_peft
+from offramp.models.hub import grey_example, load_model
+from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
-from offramp.models.quantized.prepacked import prepacked
-from offramp.models.quantized.weights import (
-    check_scheme,
-    float_dtype,
-    float_parameters,
-    scheme,
-    unpack,
-)
-from offramp.models.registry import Family, is_tested, registered_family
-from offramp.models.rope import LengthDependentRope
-from offramp.models.sharding import check_hooks, device_of, loaded
-
-
-@dataclass(slots=True)
-class LayerCall:
-    """One call of a decoder layer by its stack.
-
-    index: of the layer, from 0. hidden: the state that enters it [B, T, D]. args, kw: what the
-    stack passes beside it, in the family's own names. instead: what is called in a module's place.
-    """
-
-    index: int
-    layer: nn.Module
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kw: dict[str, Any]
-    instead: Mapping[Any, Any] | None = None
-
-    def run(self, module: Callable[..., Any]) -> Any:
-        """What `module`, called as the stack called the layer, returns."""
-        called = module if self.instead is None else self.instead[module]
-        return called(self.hidden, *self.args, **self.kw)
-
-
-HeadCode = Callable[[Tensor], Tensor]
-"""Does what the LM head does: logits [N, V] of states [N, D]."""
+from offramp.models.quantized.weights import scheme
+from offramp.models.registry import is_tested
 
 
 @dataclass(frozen=True)
@@ -68,7 +33,7 @@ class DecodeOptions:
     compiled: bool = False
 
 
-class Backbone:
+class Backbone(OpenedModel):
     """A frozen VLM with its decoder laid open. Not an `nn.Module`: it is held, never trained.
 
     Depth d means d decoder layers run, 1..`depth`; the state at depth d is the input of layer d
@@ -95,45 +60,10 @@ class Backbone:
             UnsupportedBackboneError: the decoder cannot be found or driven, or it is not read as
                 the model reads itself (`offramp.models.discovery.self_check`).
         """
-        model = unwrap_peft(model)
-        self.model: Any = model
-        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.revision = revision
-        check_scheme(model)
-        model.eval()
-        model.requires_grad_(False)  # HF resets it on load
-        check_hooks(model)
-        unpack(model)
-        known = registered_family(model.config)
-        if known is not None and is_tested(model.config) and not _has_paths(model, known):
-            known = None  # another text model in a wrapper that is known
-        self.family: Family = known or discover(model, example)
-        self.stack = self._find(self.family.stack)
-        layers = self._find(f"{self.family.stack}.{self.family.layers}")
-        self.layer_names = tuple(layers) if isinstance(layers, nn.ModuleDict) else None
-        """What a stack calls its layers that holds them by name; None: by number."""
-        self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
-        self.norm = (
-            self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
-        )
-        self.head = self.reader = self._find(self.family.head)  # its weight may be laid out anew
-        if self.family.vision is not None:
-            self._find(self.family.vision)
-        self.text_config: Any = self.stack.config
-        self.rope = LengthDependentRope.of(self.text_config)
-        self._check_drivable()
-        parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
-        self.sharded = len({device_of(part) for part in parts}) > 1
-        """Whether parts of the decoder run on several devices."""
-        scale = self.family.hidden_scale
-        self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
-        self.softcap = self.family.softcap
-        """Bound of the soft cap on logits; the check at load turns off one that is not used."""
-        if self.softcap is None and not self.family.discovered:
-            self.softcap = _softcap(self.text_config, model.config)
-        self.words: int | None = None
-        """Tokens that the model keeps of those that its head reads; None: all of them."""
-        self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
+        super().__init__(model, example)
+        config = self.model.config
+        self.name = name or getattr(config, "_name_or_path", "") or type(self.model).__name__
+        self.revision, self.example = revision, example
         kinds = [type(layer) for layer in self.layers]
         common = max(kinds, key=kinds.count)
         self.rare_layers = frozenset(i for i, kind in enumerate(kinds) if kind is not common)
@@ -141,9 +71,8 @@ class Backbone:
         self.stock = self._is_stock()
         """Whether all of its code but the vision tower's is of libraries that tests ran it with: a
         class of somebody's own may bear the name of a family and compute otherwise."""
-        self.tested = not self.family.discovered and is_tested(model.config) and self.stock
+        self.tested = not self.family.discovered and is_tested(config) and self.stock
         """Whether its family has tests here; what is found or registered by others is checked."""
-        self.example = example
         self.lossless = True
         """Whether drafts can be taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
@@ -151,7 +80,8 @@ class Backbone:
         self._proven_at = frozenset(range(self.depth) if self.tested else ())
         self.reads_ids = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
-        self._layout = self_check(self, example)
+        self._layout = found = self_check(self, example)
+        self.softcap, self.words = found.softcap, found.words
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:
@@ -287,11 +217,6 @@ class Backbone:
     # -- what it is -------------------------------------------------------------------------
 
     @property
-    def depth(self) -> int:
-        """Number of decoder layers L."""
-        return len(self.layers)
-
-    @property
     def width(self) -> int:
         """Width D of the decoder's states."""
         return self._layout.width
@@ -302,113 +227,10 @@ class Backbone:
         return self._layout.vocabulary
 
     @property
-    def vision(self) -> Any:
-        """The vision tower. Raise `InputError` where the family does not say where it is."""
-        if self.family.vision is None:
-            raise InputError(
-                f"Where the vision tower of {type(self.model).__name__} is, is not known.",
-                "Name it: register_backbone(..., Family(..., vision='path.to.the.tower')).",
-            )
-        return self._find(self.family.vision)
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens that its learned positions are for, or that "dynamic" rotary frequencies stay the
-        same for: further on they change with every token, and kept keys are of none of them. None:
-        rotary and relative positions have no end."""
-        if not isinstance(getattr(self.stack, "embed_positions", None), nn.Embedding):
-            return self.rope.grows
-        return int(self.text_config.max_position_embeddings)
-
-    def room(self, prompt: int) -> int | None:
-        """Tokens that a prompt of so many and its answer may have; None: no end.
-
-        A longer one has other rotary frequencies from its first token on ("longrope"): what is kept
-        of a shorter prompt is of no use there.
-        """
-        switch = self.rope.switches
-        return switch if switch is not None and prompt <= switch else self.positions
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        configs = (self.model.config, self.text_config)
-        return any(getattr(config, "is_encoder_decoder", False) for config in configs)
-
-    @property
     def text_only(self) -> bool:
         """Whether it is a language model, which sees no images."""
         config = self.model.config
         return not self.is_encoder_decoder and config.get_text_config() is config
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go, and where normed states and logits come."""
-        return device_of(self.model)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return float_dtype(self.layers)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies this backbone; see `offramp.models.fingerprint`."""
-        return fingerprint(self)
-
-    # -- reading states ---------------------------------------------------------------------
-
-    def logits(
-        self, normed: Tensor, head: nn.Module | None = None, *, code: HeadCode | None = None
-    ) -> Tensor:
-        """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
-
-        head: of `head_rows`, to read only those tokens. code: called in place of the whole head.
-        """
-        rows = normed.reshape(-1, normed.shape[-1])
-        read = head or code or self.reader
-        logits = self.here(read(rows * self._scale if self._scale != 1.0 else rows))
-        if self.words is not None and head is None:
-            logits = logits[:, : self.words]
-        if self.family.logit_scale != 1.0:
-            logits = logits * self.family.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        added = self._logit_bias() if head is None else getattr(head, "added", None)
-        if added is not None:
-            logits = logits + added
-        if len(self._suppressed) and head is None:
-            logits = logits.index_fill(
-                1, self._suppressed.to(logits.device), torch.finfo(logits.dtype).min
-            )
-        return logits.reshape(*normed.shape[:-1], -1)
-
-    def head_rows(self, ids: Tensor) -> nn.Module:
-        """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
-        bias = getattr(self.head, "bias", None)
-        with loaded(self.head):
-            weight = float_parameters(self.head)[0]()
-            rows = nn.Linear(weight.shape[1], len(ids), bias=bias is not None, device="meta")
-            rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
-            if bias is not None:
-                rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
-        made: nn.Module = rows if self.reader is self.head else prepacked(rows)
-        added = self._logit_bias()
-        made.__dict__["added"] = None if added is None else added[ids.to(added.device)]
-        return made
-
-    def _logit_bias(self) -> Tensor | None:
-        """What the model adds to its logits [V], if anything."""
-        path = self.family.logit_bias
-        if path is None:
-            return None
-        added: Tensor = self.here(self._find(path).flatten())
-        return added if self.words is None else added[: self.words]
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The final norm, where the family has one."""
-        return self.here(self.norm(hidden) if self.norm is not None else hidden)
-
-    def here(self, tensor: Tensor) -> Tensor:
-        """The tensor on `device`, from wherever its layer runs."""
-        return tensor.to(self.device) if self.sharded else tensor
 
     # -- driving ----------------------------------------------------------------------------
 
@@ -416,78 +238,9 @@ class Backbone:
         """What the layer would return if it left the state as it is."""
         return self.handed_through(call, self._layout.returns[call.index])
 
-    def handed_through(self, call: LayerCall, values: int) -> Any:
-        """The same, of a layer that returns this many values; 0: the state alone.
-
-        T5's layers hand the attention biases on, from block 0, which computes the relative one:
-        a skipped block must do the same.
-        """
-        if self.family.layers != "block":
-            return (call.hidden, *[None] * (values - 1)) if values else call.hidden
-        _, bias, _, _, cross_bias = call.args[:5]
-        attention = self.layers[call.index].layer[0].SelfAttention
-        if bias is None and attention.has_relative_attention_bias:
-            cache = call.kw.get("cache", call.kw.get("past_key_values"))
-            past = cache.get_seq_length() if cache is not None else 0
-            new = call.hidden.shape[1]
-            bias = attention.compute_bias(new, past + new, call.hidden.device, past)
-        return call.hidden, bias, cross_bias
-
-    def _find(self, path: str) -> Any:
-        node = self.model
-        for name in path.split("."):
-            if not hasattr(node, name):
-                raise UnsupportedBackboneError(
-                    f"{type(self.model).__name__} has no {path!r} ({type(node).__name__} has no "
-                    f"{name!r}).",
-                    "Correct the paths with offramp.register_backbone; docs/models.md shows how "
-                    "to find them.",
-                )
-            node = getattr(node, name)
-        return node
-
-    def _check_drivable(self) -> None:
-        if self.family.logit_bias is not None:
-            self._find(self.family.logit_bias)
-        if not isinstance(self.layers, nn.ModuleList) or len(self.layers) < 2:
-            raise UnsupportedBackboneError(
-                f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
-                "Point the family at the decoder stack; see docs/models.md.",
-            )
-        inside = f"{self.family.stack}.{self.family.layers}."
-        if self.family.head.startswith(inside):
-            raise UnsupportedBackboneError(
-                f"The LM head {self.family.head!r} lies inside the layers.",
-                "Correct head in register_backbone; see docs/models.md.",
-            )
-        if getattr(self.stack, "project_out", None) is not None:
-            raise UnsupportedBackboneError(
-                "This OPT projects its states to another width before the LM head.",
-                "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
-            )
-
 
 _STOCK = frozenset(
     {"torch", "transformers", "offramp", "peft"}
     | {"bitsandbytes", "compressed_tensors", "optimum", "torchao"}
 )
 """Packages whose modules are held to their families by tests."""
-
-
-def _has_paths(model: nn.Module, family: Family) -> bool:
-    inside = [family.layers, *([] if family.norm is None else [family.norm])]
-    try:
-        for path in (family.head, *(f"{family.stack}.{name}" for name in inside)):
-            model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _softcap(*configs: Any) -> float | None:
-    """The bound of a soft cap on logits, where one of the configurations has it."""
-    for config in configs:
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap is not None:
-            return float(cap)
-    return None

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.mixture import dense_block, expert_blocks
+from offramp.models.opened import LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.sharding import run_like
 from offramp.models.shortlist import Gate

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from offramp.models.backbone import Backbone
 from offramp.models.quantized.weights import (
     float_parameters,
     float_values,
     scheme,
     weight_bytes,
 )
-
-if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone
 
 Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from offramp.models.backbone import Backbone, LayerCall
 from offramp.models.discovery.twin import graft, twin
+from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
@@ -46,7 +46,7 @@ class _LayerStandIn(nn.Module):
         return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
 
 
-def stand_ins(backbone: Backbone, handler: LayerHandler) -> nn.Module:
+def stand_ins(backbone: OpenedModel, handler: LayerHandler) -> nn.Module:
     """What stands in place of the layers in a stack that asks `handler`."""
     made = [_LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)]
     if backbone.layer_names is None:
@@ -77,7 +77,7 @@ class _HeadStandIn(nn.Module):
 class InterceptedModel:
     """A VLM whose layers ask a handler: run it whole, or its decoder stack alone."""
 
-    def __init__(self, backbone: Backbone, handler: LayerHandler) -> None:
+    def __init__(self, backbone: OpenedModel, handler: LayerHandler) -> None:
         family = backbone.family
         root = twin(backbone.model)
         graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
@@ -88,7 +88,7 @@ class InterceptedModel:
         if backbone.rope != LengthDependentRope():
             with_own_frequencies(root, family.stack)
 
-    def remember_images(self, backbone: Backbone, cache: VisionCache) -> None:
+    def remember_images(self, backbone: OpenedModel, cache: VisionCache) -> None:
         """Ask `cache` before the vision tower. Raise `InputError` if the tower is not known."""
         tower = RememberedTower(backbone.vision, cache)
         graft(self.model, str(backbone.family.vision), tower)

@@ -32,7 +32,7 @@ from offramp.errors import AdapterError, DataError, InputError, OfframpError, St
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths, copied_index
-from offramp.models.fingerprint import same_backbone
+from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.quantized.weights import scheme
 from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
@@ -131,7 +131,7 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         "backbone": {
             "name": backbone.name,
             "revision": backbone.revision,
-            "fingerprint": backbone.fingerprint(),
+            "fingerprint": fingerprint(backbone),
         },
         "depths": list(parts.exits.depths),
         "exit_kind": parts.exits.modules.kind,
@@ -172,7 +172,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
             a file is missing, damaged, or not the one that adapter.json was written with.
     """
     _check_digests(config)
-    now = backbone.fingerprint()
+    now = fingerprint(backbone)
     difference = same_backbone(config.fingerprint, now)
     if difference is not None:
         raise AdapterError(

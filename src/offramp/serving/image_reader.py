@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from offramp.engine.prefill import Prefill, prepare
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import RememberedTower, VisionCache
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ from offramp.adapter import Adapter
 from offramp.engine.kv_cache import cache_parameter, exits_only, self_attention
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import InputError, TrainingError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, Exits
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 from offramp.progress import progress_bar
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig

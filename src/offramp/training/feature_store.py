@@ -13,7 +13,7 @@ import torch
 from offramp.data.example import examples_digest
 from offramp.engine.teacher_forcing import Answered, Batch, group, record
 from offramp.errors import InputError
-from offramp.models.fingerprint import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows, write_atomic
 from offramp.training.config import CACHES
@@ -111,7 +111,7 @@ class FeatureStore:
         backbone = self._encoder.backbone
         rows = [row for group in self._groups for row in group]
         made_of = [
-            dump_fingerprint(backbone.fingerprint()),
+            dump_fingerprint(fingerprint(backbone)),
             str(backbone.dtype),
             self._depths,
             examples_digest(row.example for row in rows),

@@ -30,7 +30,7 @@ from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
-from offramp.models.fingerprint import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.progress import progress_bar as steps_bar
@@ -176,7 +176,7 @@ class Trainer:
         self.made_of = {
             **asdict(config),
             "examples": digest,
-            "backbone": dump_fingerprint(backbone.fingerprint()),
+            "backbone": dump_fingerprint(fingerprint(backbone)),
             "number of processes": self.accelerator.num_processes,
         }
         self.progress = Progress()

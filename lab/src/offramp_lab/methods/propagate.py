@@ -32,8 +32,9 @@ from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import Script, generate_forced
 from offramp.evaluation.timing import time_interleaved
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import VisionCache
 
 

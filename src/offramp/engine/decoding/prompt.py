@@ -26,9 +26,10 @@ from offramp.engine.kv_cache import (
 )
 from offramp.engine.prefill import Prefill, Prepared, check_inputs, check_options, prepare
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import VisionCache
 
 

@@ -30,9 +30,10 @@ from offramp.engine.kv_cache import (
     store_exit_keys,
 )
 from offramp.engine.prefill import Prefill
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 
 
 @dataclass(eq=False)

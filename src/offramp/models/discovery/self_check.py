@@ -11,9 +11,10 @@ What only decoding shows is left to `offramp.engine.self_check.decoding`, part 3
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
 from offramp.models.discovery.watch import first_tensor
+from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.sharding import device_of
-
-if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone, LayerCall
 
 _WIDE = {torch.float32: 1e-5, torch.float64: 1e-5}
 """Largest difference allowed, relative to the largest value; elsewhere `_HALF`. The same modules
@@ -41,12 +41,15 @@ class Layout:
     """What the probe measured of a decoder.
 
     width: of its states. vocabulary: of its logits. returns: for each layer, how many values it
-    returns; 0 where it returns the state alone.
+    returns; 0 where it returns the state alone. softcap, words: as of `OpenedModel`, where its
+    logits are the model's own.
     """
 
     width: int
     vocabulary: int
     returns: tuple[int, ...]
+    softcap: float | None
+    words: int | None
 
 
 class _Listener:
@@ -56,7 +59,7 @@ class _Listener:
         does not depend on what came before, and weights that are not read cost nothing.
     """
 
-    def __init__(self, backbone: Backbone, *, whole: bool) -> None:
+    def __init__(self, backbone: OpenedModel, *, whole: bool) -> None:
         self.backbone, self.whole = backbone, whole
         self.returns = [0] * backbone.depth
         self.last: Tensor | None = None
@@ -74,7 +77,7 @@ class _Listener:
         return out
 
 
-def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> Layout:
+def self_check(backbone: OpenedModel, example: Mapping[str, Any] | None = None) -> Layout:
     """Parts 1 and 2 of the self-check, and the layout that the probe shows.
 
     A model without weights (on the meta device) cannot run; its layout is what its shapes say.
@@ -84,7 +87,8 @@ def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> 
     """
     if device_of(backbone.layers).type == "meta":
         width, vocabulary = backbone.text_config.hidden_size, len(backbone.head.weight)
-        return Layout(int(width), vocabulary, (0,) * backbone.depth)
+        returns = (0,) * backbone.depth
+        return Layout(int(width), vocabulary, returns, backbone.softcap, backbone.words)
 
     try:
         return _probed(backbone, example, whole=False)
@@ -92,10 +96,9 @@ def self_check(backbone: Backbone, example: Mapping[str, Any] | None = None) -> 
         return _probed(backbone, example, whole=True)
 
 
-def _probed(backbone: Backbone, example: Mapping[str, Any] | None, *, whole: bool) -> Layout:
+def _probed(backbone: OpenedModel, example: Mapping[str, Any] | None, *, whole: bool) -> Layout:
     """Run the probe, all layers or few, and hold what is read of the last state to the model."""
-    from offramp.models.intercept import InterceptedModel  # it imports the backbone
-
+    backbone = copy.copy(backbone)  # on which part 2 tries what holds
     listener = _Listener(backbone, whole=whole)
     intercepted = InterceptedModel(backbone, listener)
     made: dict[str, Any] = {}
@@ -121,7 +124,8 @@ def _probed(backbone: Backbone, example: Mapping[str, Any] | None, *, whole: boo
     finally:
         for handle in handles:
             handle.remove()
-    return Layout(int(listener.last.shape[-1]), words, tuple(listener.returns))
+    width, returns = int(listener.last.shape[-1]), tuple(listener.returns)
+    return Layout(width, words, returns, backbone.softcap, backbone.words)
 
 
 def _around(stack: str, head: str) -> str:
@@ -188,7 +192,7 @@ def _generate(model: Any, _: Any, example: Mapping[str, Any] | None) -> None:
     model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
 
 
-def _check_norm(backbone: Backbone, last: Tensor, out: Any) -> Tensor:
+def _check_norm(backbone: OpenedModel, last: Tensor, out: Any) -> Tensor:
     """Part 1."""
     returned = first_tensor(getattr(out, "last_hidden_state", out))
     assert returned is not None
@@ -212,7 +216,7 @@ def _check_norm(backbone: Backbone, last: Tensor, out: Any) -> Tensor:
     return normed
 
 
-def _check_logits(backbone: Backbone, normed: Tensor, out: Any) -> int:
+def _check_logits(backbone: OpenedModel, normed: Tensor, out: Any) -> int:
     """Part 2; how many logits there are."""
     theirs = getattr(out, "logits", None)
     if not isinstance(theirs, Tensor):
@@ -269,7 +273,7 @@ def _allowed(tensor: Tensor) -> float:
     return _WIDE.get(tensor.dtype, _HALF)
 
 
-def _remedy(backbone: Backbone, fields: str) -> str:
+def _remedy(backbone: OpenedModel, fields: str) -> str:
     kind = backbone.model.config.model_type
     if backbone.family.discovered:
         return (

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import layer_kinds
 from offramp.runtimes.llama_cpp.graphs import Architecture

@@ -32,7 +32,7 @@ from offramp.engine.policy import policy_to_json
 from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
-from offramp.models.fingerprint import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
     architecture_of,
     input_scale,
@@ -173,7 +173,7 @@ def _about(adapter: Adapter, depths: Sequence[int], formats: ExportFormats) -> d
         "offramp.layers": adapter.backbone.depth,
         "offramp.exits_digest": exits_digest(adapter),
         "offramp.backbone": adapter.backbone.name,
-        "offramp.fingerprint": dump_fingerprint(adapter.backbone.fingerprint()),
+        "offramp.fingerprint": dump_fingerprint(fingerprint(adapter.backbone)),
         "offramp.policy": json.dumps(policy_to_json(adapter.policy), sort_keys=True),
         "offramp.formats": json.dumps(vars(formats)),
         "offramp.versions": json.dumps(versions),

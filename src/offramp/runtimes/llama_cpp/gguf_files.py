@@ -181,7 +181,7 @@ def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> Non
 
     A slice of a file from the hub has quantised weights: of the backbone its sizes are compared.
     """
-    from offramp.models.fingerprint import same_backbone
+    from offramp.models.fingerprint import fingerprint, same_backbone
     from offramp.runtimes.llama_cpp.exits_digest import exits_digest
 
     said = first.get("offramp.fingerprint")
@@ -190,7 +190,7 @@ def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> Non
         difference = None if here == layers else f"layers is {here}, not {layers}"
     else:
         try:
-            difference = same_backbone(json.loads(said), adapter.backbone.fingerprint())
+            difference = same_backbone(json.loads(said), fingerprint(adapter.backbone))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise AdapterError(f"The fingerprint in {folder} is damaged.", _AGAIN) from error
     if difference is not None:

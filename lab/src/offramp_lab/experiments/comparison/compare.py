@@ -26,7 +26,7 @@ from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest, picture_of
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
-from offramp.models.fingerprint import dump_fingerprint
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.provenance import provenance
 from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
 from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
@@ -104,7 +104,7 @@ def _settings(
     if plan.exit_in_prefill:  # so it always was before it was a choice, and those runs go on
         del fixed["exit_in_prefill"]
     return {
-        "backbone": dump_fingerprint(backbone.fingerprint()),
+        "backbone": dump_fingerprint(fingerprint(backbone)),
         "train": examples_digest(train),
         "test": examples_digest(test),
         "plan": digest_rows([fixed]),

@@ -40,9 +40,10 @@ from offramp.engine.executors.slots.tables import BIASES, Given, Tables
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import cache_parameter, store_exit_keys
 from offramp.errors import UnsupportedBackboneError, check_known
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
 from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.kv_cache import CACHE_NAMES
-from offramp.models.backbone import Backbone, LayerCall
+from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import twin
 from offramp.models.intercept import stand_ins
+from offramp.models.opened import LayerCall
 
 
 class CannotRehearseError(Exception):

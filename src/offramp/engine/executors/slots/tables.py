@@ -19,7 +19,7 @@ from offramp.engine.executors.slots.layout import Call
 from offramp.engine.executors.slots.masks import MaskRule, rule_of
 from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage, named, same
 from offramp.engine.kv_cache import CACHE_NAMES
-from offramp.models.backbone import LayerCall
+from offramp.models.opened import LayerCall
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a layer, by position and by name."""

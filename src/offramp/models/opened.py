@@ -1,0 +1,272 @@
+"""A vision-language model laid open: where its language decoder is, and how its states are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.discovery.paths import discover
+from offramp.models.hub import unwrap_peft
+from offramp.models.quantized.prepacked import prepacked
+from offramp.models.quantized.weights import (
+    check_scheme,
+    float_dtype,
+    float_parameters,
+    unpack,
+)
+from offramp.models.registry import Family, is_tested, registered_family
+from offramp.models.rope import LengthDependentRope
+from offramp.models.sharding import check_hooks, device_of, loaded
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One call of a decoder layer by its stack.
+
+    index: of the layer, from 0. hidden: the state that enters it [B, T, D]. args, kw: what the
+    stack passes beside it, in the family's own names. instead: what is called in a module's place.
+    """
+
+    index: int
+    layer: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kw: dict[str, Any]
+    instead: Mapping[Any, Any] | None = None
+
+    def run(self, module: Callable[..., Any]) -> Any:
+        """What `module`, called as the stack called the layer, returns."""
+        called = module if self.instead is None else self.instead[module]
+        return called(self.hidden, *self.args, **self.kw)
+
+
+HeadCode = Callable[[Tensor], Tensor]
+"""Does what the LM head does: logits [N, V] of states [N, D]."""
+
+
+class OpenedModel:
+    """A model as it is described: nobody has held the description to it yet.
+
+    softcap: bound of the soft cap on logits. words: tokens that the model keeps of those that its
+    head reads; None: all of them.
+    """
+
+    def __init__(self, model: nn.Module, example: Mapping[str, Any] | None = None) -> None:
+        """Find the decoder, by the registry or by watching it run; see `Backbone`."""
+        model = unwrap_peft(model)
+        self.model: Any = model
+        check_scheme(model)
+        model.eval()
+        model.requires_grad_(False)  # HF resets it on load
+        check_hooks(model)
+        unpack(model)
+        known = registered_family(model.config)
+        if known is not None and is_tested(model.config) and not _has_paths(model, known):
+            known = None  # another text model in a wrapper that is known
+        self.family: Family = known or discover(model, example)
+        self.stack = self._find(self.family.stack)
+        layers = self._find(f"{self.family.stack}.{self.family.layers}")
+        self.layer_names = tuple(layers) if isinstance(layers, nn.ModuleDict) else None
+        """What a stack calls its layers that holds them by name; None: by number."""
+        self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
+        self.norm = (
+            self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
+        )
+        self.head = self.reader = self._find(self.family.head)  # its weight may be laid out anew
+        if self.family.vision is not None:
+            self._find(self.family.vision)
+        self.text_config: Any = self.stack.config
+        self.rope = LengthDependentRope.of(self.text_config)
+        self._check_drivable()
+        parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
+        self.sharded = len({device_of(part) for part in parts}) > 1
+        """Whether parts of the decoder run on several devices."""
+        scale = self.family.hidden_scale
+        self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
+        self.softcap = self.family.softcap
+        if self.softcap is None and not self.family.discovered:
+            self.softcap = _softcap(self.text_config, model.config)
+        self.words: int | None = None
+        self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.layers)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        configs = (self.model.config, self.text_config)
+        return any(getattr(config, "is_encoder_decoder", False) for config in configs)
+
+    @property
+    def vision(self) -> Any:
+        """The vision tower. Raise `InputError` where the family does not say where it is."""
+        if self.family.vision is None:
+            raise InputError(
+                f"Where the vision tower of {type(self.model).__name__} is, is not known.",
+                "Name it: register_backbone(..., Family(..., vision='path.to.the.tower')).",
+            )
+        return self._find(self.family.vision)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that its learned positions are for, or that "dynamic" rotary frequencies stay the
+        same for: further on they change with every token, and kept keys are of none of them. None:
+        rotary and relative positions have no end."""
+        if not isinstance(getattr(self.stack, "embed_positions", None), nn.Embedding):
+            return self.rope.grows
+        return int(self.text_config.max_position_embeddings)
+
+    def room(self, prompt: int) -> int | None:
+        """Tokens that a prompt of so many and its answer may have; None: no end.
+
+        A longer one has other rotary frequencies from its first token on ("longrope"): what is kept
+        of a shorter prompt is of no use there.
+        """
+        switch = self.rope.switches
+        return switch if switch is not None and prompt <= switch else self.positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, and where normed states and logits come."""
+        return device_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return float_dtype(self.layers)
+
+    # -- reading states ---------------------------------------------------------------------
+
+    def logits(
+        self, normed: Tensor, head: nn.Module | None = None, *, code: HeadCode | None = None
+    ) -> Tensor:
+        """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
+
+        head: of `head_rows`, to read only those tokens. code: called in place of the whole head.
+        """
+        rows = normed.reshape(-1, normed.shape[-1])
+        read = head or code or self.reader
+        logits = self.here(read(rows * self._scale if self._scale != 1.0 else rows))
+        if self.words is not None and head is None:
+            logits = logits[:, : self.words]
+        if self.family.logit_scale != 1.0:
+            logits = logits * self.family.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        added = self._logit_bias() if head is None else getattr(head, "added", None)
+        if added is not None:
+            logits = logits + added
+        if len(self._suppressed) and head is None:
+            logits = logits.index_fill(
+                1, self._suppressed.to(logits.device), torch.finfo(logits.dtype).min
+            )
+        return logits.reshape(*normed.shape[:-1], -1)
+
+    def head_rows(self, ids: Tensor) -> nn.Module:
+        """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
+        bias = getattr(self.head, "bias", None)
+        with loaded(self.head):
+            weight = float_parameters(self.head)[0]()
+            rows = nn.Linear(weight.shape[1], len(ids), bias=bias is not None, device="meta")
+            rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
+            if bias is not None:
+                rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
+        made: nn.Module = rows if self.reader is self.head else prepacked(rows)
+        added = self._logit_bias()
+        made.__dict__["added"] = None if added is None else added[ids.to(added.device)]
+        return made
+
+    def _logit_bias(self) -> Tensor | None:
+        """What the model adds to its logits [V], if anything."""
+        path = self.family.logit_bias
+        if path is None:
+            return None
+        added: Tensor = self.here(self._find(path).flatten())
+        return added if self.words is None else added[: self.words]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The final norm, where the family has one."""
+        return self.here(self.norm(hidden) if self.norm is not None else hidden)
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The tensor on `device`, from wherever its layer runs."""
+        return tensor.to(self.device) if self.sharded else tensor
+
+    # -- driving ----------------------------------------------------------------------------
+
+    def handed_through(self, call: LayerCall, values: int) -> Any:
+        """The same, of a layer that returns this many values; 0: the state alone.
+
+        T5's layers hand the attention biases on, from block 0, which computes the relative one:
+        a skipped block must do the same.
+        """
+        if self.family.layers != "block":
+            return (call.hidden, *[None] * (values - 1)) if values else call.hidden
+        _, bias, _, _, cross_bias = call.args[:5]
+        attention = self.layers[call.index].layer[0].SelfAttention
+        if bias is None and attention.has_relative_attention_bias:
+            cache = call.kw.get("cache", call.kw.get("past_key_values"))
+            past = cache.get_seq_length() if cache is not None else 0
+            new = call.hidden.shape[1]
+            bias = attention.compute_bias(new, past + new, call.hidden.device, past)
+        return call.hidden, bias, cross_bias
+
+    def _find(self, path: str) -> Any:
+        node = self.model
+        for name in path.split("."):
+            if not hasattr(node, name):
+                raise UnsupportedBackboneError(
+                    f"{type(self.model).__name__} has no {path!r} ({type(node).__name__} has no "
+                    f"{name!r}).",
+                    "Correct the paths with offramp.register_backbone; docs/models.md shows how "
+                    "to find them.",
+                )
+            node = getattr(node, name)
+        return node
+
+    def _check_drivable(self) -> None:
+        if self.family.logit_bias is not None:
+            self._find(self.family.logit_bias)
+        if not isinstance(self.layers, nn.ModuleList) or len(self.layers) < 2:
+            raise UnsupportedBackboneError(
+                f"{self.family.stack}.{self.family.layers} is not a list of at least two layers.",
+                "Point the family at the decoder stack; see docs/models.md.",
+            )
+        inside = f"{self.family.stack}.{self.family.layers}."
+        if self.family.head.startswith(inside):
+            raise UnsupportedBackboneError(
+                f"The LM head {self.family.head!r} lies inside the layers.",
+                "Correct head in register_backbone; see docs/models.md.",
+            )
+        if getattr(self.stack, "project_out", None) is not None:
+            raise UnsupportedBackboneError(
+                "This OPT projects its states to another width before the LM head.",
+                "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
+            )
+
+
+def _has_paths(model: nn.Module, family: Family) -> bool:
+    inside = [family.layers, *([] if family.norm is None else [family.norm])]
+    try:
+        for path in (family.head, *(f"{family.stack}.{name}" for name in inside)):
+            model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _softcap(*configs: Any) -> float | None:
+    """The bound of a soft cap on logits, where one of the configurations has it."""
+    for config in configs:
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            return float(cap)
+    return None
