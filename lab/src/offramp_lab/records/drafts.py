@@ -1,7 +1,7 @@
 """Drafts of several tokens on photographs, against full depth by the same kernels, in drafts.json.
 
-`python -m offramp_lab.records.drafts --photo photo --adapter FOLDER` needs photographs, and exits
-that draft on; those of the earlier model need what `python -m examples.photo_vlm.build` makes:
+`python -m offramp_lab.records.drafts` needs photographs, and exits that draft on, as those of the
+photo model do:
 
     offramp train --backbone photo --drafting photo --data flickr8k_captions.jsonl --split train \
         --limit 2000 --steps 900 --max-new-tokens 30 --out runs/drafting
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.caption import load
 from examples.photo_vlm.rows import half_of, read_photographs
 from transformers import StoppingCriteriaList
 
@@ -38,8 +37,10 @@ from offramp.evaluation.timing import FirstToken
 from offramp.models.exits import Exits, ExitSet
 from offramp.progress import progress
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
+from offramp_lab.experiments.experiment import Rates, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
+from offramp_lab.records.photo import exits_of, load_photo
 from offramp_lab.records.record import Kept, Record, asked
 
 RECORD = Record("drafts")
@@ -122,26 +123,20 @@ def answered(way: Way, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"ids": made.new_tokens[0].tolist(), "seconds": seconds, "rounds": [*made.rounds]}
 
 
-def summary(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -> list[dict[str, Any]]:
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each way, of what all of them answered, photograph by photograph.
 
     speed: tokens a CPU second; times, low, high: of full depth, with a 95% interval of a bootstrap
     that draws photographs and keeps their pairs. acceptance: by place in a round, of those drafts
     before which all were right; tokens: written in a round.
     """
-    draw = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
     rates = {name: _rates([row[name] for row in rows]) for name in rows[0]}
     entries = []
-    for name, (tokens, seconds) in rates.items():
-        full_tokens, full_seconds = rates["full"]
-        own = tokens[draw].sum(1) / seconds[draw].sum(1)
-        base = full_tokens[draw].sum(1) / full_seconds[draw].sum(1)
-        low, high = np.quantile(own / base, (0.025, 0.975))
-        speed, full = tokens.sum() / seconds.sum(), full_tokens.sum() / full_seconds.sum()
+    for name, own in rates.items():
         entries.append(
             {
-                "way": name, "photographs": len(rows), "speed": float(speed),
-                "times": float(speed / full), "low": float(low), "high": float(high),
+                "way": name, "photographs": len(rows), "speed": float(own[0].sum() / own[1].sum()),
+                **times(own, rates["full"]),
                 "identical": sum(row[name]["ids"] == row["full"]["ids"] for row in rows),
                 **_rounds([row[name]["rounds"] for row in rows]),
             }
@@ -149,12 +144,10 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -> list[di
     return entries
 
 
-def _rates(answers: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+def _rates(answers: Sequence[Mapping[str, Any]]) -> Rates:
     """Decoded tokens and seconds, by photograph."""
-    return (
-        np.array([max(0, len(answer["ids"]) - 1) for answer in answers], float),
-        np.array([answer["seconds"] for answer in answers]),
-    )
+    tokens = [max(0, len(answer["ids"]) - 1) for answer in answers]
+    return np.array([tokens, [answer["seconds"] for answer in answers]], float)
 
 
 def _rounds(rounds: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
@@ -190,17 +183,16 @@ def main() -> None:
     arguments = asked(
         __doc__, photo=True, dtype="float32", photographs=100, learn=1600,
         more=lambda parser: (
-            parser.add_argument("--adapter", type=Path, required=True, help="exits that draft on"),
             parser.add_argument("--packed", action="store_true", help="lay weights out first"),
             parser.add_argument("--gguf", metavar="FORMAT", help="inside llama.cpp"),
             parser.add_argument("--out", type=Path, help="default: the record itself"),
         ),
     )  # fmt: skip
-    backbone, encoder = load(arguments.photo, getattr(torch, arguments.dtype))
-    adapter = Adapter.load(arguments.adapter, backbone)
+    dtype = getattr(torch, arguments.dtype)
+    adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
     if not adapter.exits.draft_on:
         raise InputError(
-            f"The exits in {arguments.adapter} do not draft on.",
+            f"The exits in {exits_of(arguments.photo, arguments.adapter)} do not draft on.",
             "Teach them: offramp train --drafting ADAPTER.",
         )
     if arguments.packed:

@@ -22,11 +22,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
 
-from offramp.adapter import Adapter
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.modules import compiled
 from offramp.engine.generate import generate
@@ -38,6 +36,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rounds
 from offramp_lab.inputs import tiny_families
+from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("lean")
@@ -194,10 +193,9 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
     return Experiment(methods, rounds=rounds, warm=1).entries(WAY, figures)
 
 
-def photo_model(model: Path, data: Path, prompts: int) -> Case:
+def photo_model(model: Path, exits: Path | None, data: Path, prompts: int) -> Case:
     """The photo model with its shipped exits and thresholds."""
-    backbone, encoder = load(model, torch.float32)
-    adapter = Adapter.load(ADAPTER, backbone)
+    adapter, encoder = load_photo(model, exits)
     shipped = adapter.policy
     policies = {
         "full": FULL,
@@ -207,7 +205,7 @@ def photo_model(model: Path, data: Path, prompts: int) -> Case:
     }
     examples = read_photographs(data)["captions_val"][:prompts]
     inputs = [encoder.prompts([example]) for example in examples]
-    return Case("photo", _endless(backbone), adapter.exits, policies, inputs)
+    return Case("photo", _endless(adapter.backbone), adapter.exits, policies, inputs)
 
 
 def tiny_opt() -> Case:
@@ -232,7 +230,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that code is made
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # by processes whose time is counted
     load_before = os.getloadavg()[0]
-    photo = photo_model(arguments.photo, arguments.data, arguments.prompts)
+    photo = photo_model(arguments.photo, arguments.adapter, arguments.data, arguments.prompts)
     tiny = tiny_opt()
     record = {
         "tokens": TOKENS,

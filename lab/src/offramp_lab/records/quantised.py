@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.photo_vlm.caption import ADAPTER, load
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer
@@ -32,6 +31,7 @@ from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.places import RUNS
+from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
@@ -84,13 +84,18 @@ class Bench:
     photographs: Sequence[Example]
 
     @classmethod
-    def of(cls, model: Path, photographs: Sequence[Example], formats: Iterable[str]) -> Bench:
+    def of(
+        cls,
+        model: Path,
+        exits: Path | None,
+        photographs: Sequence[Example],
+        formats: Iterable[str],
+    ) -> Bench:
         """encoder: of pixels in float32."""
         adapters, encoders = {}, {}
         for name in formats:
             dtype, word = HOW[name.removesuffix(PREPACKED)]
-            backbone, encoders[name] = load(model, dtype, word)
-            adapters[name] = Adapter.load(ADAPTER, backbone)
+            adapters[name], encoders[name] = load_photo(model, exits, dtype, word)
             if name.endswith(PREPACKED):
                 adapters[name].prepack()
         return cls(adapters, encoders["float32"], photographs)
@@ -255,7 +260,7 @@ def main() -> None:
     choosing, measuring = halves(arguments.data)
 
     def bench(count: int, formats: Iterable[str]) -> Bench:
-        return Bench.of(arguments.photo, measuring[:count], formats)
+        return Bench.of(arguments.photo, arguments.adapter, measuring[:count], formats)
 
     made: dict[str, Callable[[], Any]] = {
         "kernels": kernels,

@@ -68,16 +68,16 @@ def asked(
 ) -> argparse.Namespace:
     """The arguments of a command; torch then runs in one thread.
 
-    photo: whether it is of the photo model; False: that may be named. dtype: its default. out: the
-    file that is written if no other is named. clock: whether seconds may be those of the thread;
-    the arguments then have `clock`. numbers: options that are numbers, by name, with their
-    defaults. more: adds others.
+    photo: whether it is of the photo model, and its exits; False: that may be named. dtype: its
+    default. out: the file that is written if no other is named. clock: whether seconds may be those
+    of the thread; the arguments then have `clock`. numbers: options that are numbers, by name, with
+    their defaults. more: adds others.
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
-        built = RUNS / "photo_vlm" / "model" if photo else None
-        where = "folder of the built model (default: %(default)s)"
-        parser.add_argument("--photo", "--model", type=Path, default=built, help=where)
+        from offramp_lab.records.photo import PHOTO, add_photo
+
+        add_photo(parser, PHOTO if photo else None)
         parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
     if dtype is not None:
         parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))

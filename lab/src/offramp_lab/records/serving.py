@@ -23,12 +23,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import numpy as np
+import torch
 
 from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
@@ -88,7 +88,7 @@ def main() -> None:
             parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES),
         ),
     )  # fmt: skip
-    served = photo(arguments.photo, arguments.data) if arguments.photo else tiny()
+    served = photo(arguments) if arguments.photo else tiny()
     measured = measure(served, arguments)
     record = RECORD.read(arguments.out)
     record.setdefault("http", {})[served.name] = measured
@@ -102,17 +102,19 @@ def tiny() -> Served:
     return Served("tiny-opt", TINY, adapter, encoder, captions("test", 32).examples)
 
 
-def photo(folder: Path, data: Path) -> Served:
-    from examples.photo_vlm.caption import ADAPTER, load
+def photo(arguments: argparse.Namespace) -> Served:
+    from offramp_lab.records.photo import exits_of, load_photo
 
-    backbone, encoder = load(folder)
+    model, data = arguments.photo, arguments.data
+    exits = exits_of(model, arguments.adapter)
+    adapter, encoder = load_photo(model, exits, torch.bfloat16)
     rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
     asked = [
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
         for n, row in enumerate(rows)
     ]
-    words = ["examples.photo_vlm.exits", "serve", str(ADAPTER), "--backbone", str(folder)]
-    return Served("photo model", words, Adapter.load(ADAPTER, backbone), encoder, asked)
+    words = ["examples.photo_vlm.exits", "serve", str(exits), "--backbone", str(model)]
+    return Served("photo model", words, adapter, encoder, asked)
 
 
 def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:

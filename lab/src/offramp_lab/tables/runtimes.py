@@ -40,12 +40,18 @@ def entry_at(layers: str, thresholds: Mapping[str, float]) -> Value:
 
 
 def _of(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
-    """A speed, and the multiple of the entry's that is called `name`; of no entry nothing."""
+    """A speed, and the multiple of the entry's that is called `name`, with its interval if it is
+    known; of no entry nothing."""
 
     def cell(entry: Value | None) -> str:
-        return "" if entry is None else f"{entry[unit]:.{digits}f} ({entry[name]:.2f}x)"
+        return "" if entry is None else f"{entry[unit]:.{digits}f} ({_ratio(entry, name)})"
 
     return cell
+
+
+def _ratio(entry: Value, name: str) -> str:
+    ends = entry.get(f"{name}_interval")
+    return f"{entry[name]:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
 
 
 _speed = _of("over_llama_cpp", "cpu_tokens_per_second")
@@ -73,7 +79,7 @@ def kernels() -> Table:
     """The same by llama.cpp's own kernels, and what exits alone gain by ours."""
     theirs = {f"{t}, by llama.cpp's kernels": (ITS_KERNELS, m) for m, t in MODES.items()}
     gains = {f"{t}, by our kernels, of exits off": (OURS, m) for m, t in [*MODES.items()][1:]}
-    gained = _by_format(gains, lambda entry: f"{entry['over_full']:.2f}x")
+    gained = _by_format(gains, lambda entry: _ratio(entry, "over_full"))
     return Table(gained.columns, (*_by_format(theirs).rows, *gained.rows))
 
 
@@ -179,9 +185,7 @@ def shapes() -> Table:
     for runtime, by_whose in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
         ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
     cell = _of("over_llama_cpp", digits=2)
-    return Table.grid(
-        ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]])
-    )
+    return Table.grid(ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]]))
 
 
 def of_7b() -> str:

@@ -24,7 +24,7 @@ THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=False, images=240,
+        __doc__, photo=False, dtype="float32", images=240,
         more=lambda parser: parser.add_argument(
             "--t5", type=Path, help="exits that `offramp demo --backbone t5` trained"
         ),
@@ -43,7 +43,7 @@ def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:
     if arguments.t5 is not None:
         yield tiny("t5", arguments.images, arguments.t5)
     if arguments.photo is not None:
-        yield photo(arguments.photo, arguments.data, arguments.images)
+        yield photo(arguments)
 
 
 def measure(subject: Subject) -> dict[str, Any]:

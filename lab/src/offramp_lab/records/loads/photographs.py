@@ -1,6 +1,6 @@
 """Captions of photographs through the batch engine, against single requests one after the other.
 
-    python -m offramp_lab.records.loads.photographs --photo FOLDER --dtype bfloat16
+    python -m offramp_lab.records.loads.photographs --dtype bfloat16
 
 The photo model with its shipped exits and thresholds, held-out photographs, greedy. Captions a
 second are counted twice: end to end, photographs opened and seen by the model included, and of
@@ -56,7 +56,7 @@ def main() -> None:
         ),
     )  # fmt: skip
     clock, slots = arguments.clock, arguments.slots
-    subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+    subject = photo(arguments)
     few = replace(subject, examples=subject.examples[:2])
     ways = {
         name: run

@@ -1,14 +1,14 @@
 """Single captions of the photo model: early exit at three thresholds, lossless, and guesses.
 
-    python -m offramp_lab.records.loads.single --photo FOLDER --dtype bfloat16
+    python -m offramp_lab.records.loads.single --dtype bfloat16
 
 One interleaved run over held-out photographs, decoding alone. Of guesses every level of --above
 below the threshold is timed, as `offramp draft` does, and the fastest is what the table shows.
 "plain" are the loops without guesses and without the lean path: Hugging Face's stack, called once a
 token. "prepacked" is the same model with its weights laid out for the processor, "compiled" with
 code that was compiled.
-Rewrites "single" in lab/records/loads.json, of its number format alone; five minutes each,
-a quiet machine.
+Rewrites "single" in lab/records/loads.json, of its number format alone; a quarter of an
+hour each, a quiet machine.
 
 --cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
 """
@@ -37,17 +37,14 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, dtype="bfloat16", clock=True, images=16, rounds=3,
+        __doc__, photo=True, dtype="bfloat16", clock=True, images=50, rounds=2,
         more=lambda parser: parser.add_argument(
             "--above", type=float, nargs="+", default=(0.0, 0.1)
         ),
     )  # fmt: skip
-    subject = photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
+    subject = photo(arguments)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
-    others = {
-        name: photo(arguments.photo, arguments.data, arguments.images, arguments.dtype)
-        for name in ("prepacked", "compiled")
-    }
+    others = {name: photo(arguments) for name in ("prepacked", "compiled")}
     others["prepacked"].adapter.prepack()
     compiled = others["compiled"].adapter
     compiled.backbone = compiled.backbone.with_decoding(compiled=True)

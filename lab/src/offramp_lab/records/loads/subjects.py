@@ -1,5 +1,6 @@
 """Models with their shipped exits, and images that no one trained or chose thresholds on."""
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,17 +47,17 @@ def tiny(kind: str, images: int, exits: Path | None = None) -> Subject:
     return Subject(f"tiny-{kind}", adapter, encoder, examples, 48)
 
 
-def photo(folder: Path, data: Path, images: int, dtype: str = "float32") -> Subject:
-    """The photo model that was built into `folder`, on held-out photographs of the half on which
+def photo(arguments: argparse.Namespace) -> Subject:
+    """The photo model, by what a command was `asked`, on held-out photographs of the half on which
     figures are measured."""
-    from examples.photo_vlm.caption import ADAPTER, load
     from examples.photo_vlm.evaluate import LONGEST
 
+    from offramp_lab.records.photo import load_photo
     from offramp_lab.records.runtimes.methods import halves
 
-    backbone, encoder = load(folder, getattr(torch, dtype))
-    adapter = Adapter.load(ADAPTER, backbone)
-    examples = halves(data)[1][:images]
+    dtype = getattr(torch, arguments.dtype)
+    adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
+    examples = halves(arguments.data)[1][: arguments.images]
     return Subject("photo model", adapter, encoder, examples, LONGEST["captions"])
 
 

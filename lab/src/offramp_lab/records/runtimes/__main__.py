@@ -1,11 +1,10 @@
 """What runtimes make of the photo model; rewrites runtimes.json in lab/records.
 
-One thread. `python -m offramp_lab.records.runtimes` needs the model that `python -m
-examples.photo_vlm.build` makes, the photographs it names, and the packages llama-cpp-python and
-openvino-genai; without the latter its rows are left out. Parts, each kept in runs/runtimes for the
-others: answers (200 photographs, a quarter of an hour), calibrated (as long again; both go on where
-they were cut off), timings and callback (ten minutes, on a quiet machine). `--parts timings`
-measures only these.
+One thread. `python -m offramp_lab.records.runtimes` needs the photographs, and the packages
+llama-cpp-python and openvino-genai; without the latter its rows are left out. Parts, each kept in
+runs/runtimes for the others: answers (200 photographs, a quarter of an hour), calibrated (as long
+again; both go on where they were cut off), timings (of 50, half an hour, on a quiet machine) and
+callback. `--parts timings` measures only these.
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from examples.photo_vlm.caption import ADAPTER, load
-
-from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp_lab.places import RUNS
+from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes import answers, calibrated, openvino, timings
 from offramp_lab.records.runtimes.methods import Bench, halves
@@ -32,15 +28,15 @@ PARTS = ("answers", "calibrated", "timings", "callback")
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=200, timed=6, rounds=3, more=_more)
+    arguments = asked(__doc__, photo=True, photographs=200, timed=50, rounds=2, more=_more)
 
     @cache
     def loaded() -> tuple[Bench, Bench, Sequence[Example]]:
         """All photographs of the measuring half that are asked for, a few, and the other half."""
-        backbone, encoder = load(arguments.photo, torch.float32)
+        adapter, encoder = load_photo(arguments.photo, arguments.adapter)
         choosing, measuring = halves(arguments.data)
         some = measuring[: arguments.photographs]
-        bench = Bench(Adapter.load(ADAPTER, backbone), encoder, some, RUNS / RECORD.name)
+        bench = Bench(adapter, encoder, some, RUNS / RECORD.name)
         few = replace(bench, photographs=measuring[: arguments.timed])
         return bench, few, choosing[: arguments.photographs]
 

@@ -25,7 +25,7 @@ from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRun
 from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Rounds
+from offramp_lab.experiments.experiment import Rates, Rounds
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -121,6 +121,13 @@ def medians(rounds: Rounds) -> dict[str, float]:
     totals = [[sum(column) for column in zip(*(t.seconds for t in r), strict=True)] for r in rounds]
     whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
     return {"tokens": tokens, "wall": wall, "cpu": cpu, "whole": whole, "whole_cpu": whole_cpu}
+
+
+def rates_of(rounds: Rounds) -> Rates:
+    """Decoded tokens and CPU seconds of each input, medians of the rounds."""
+    spent = [[(len(t.answer) - 1, t.seconds[2]) for t in found] for found in rounds]
+    found: Rates = np.median(np.array(spent, float), 0).T
+    return found
 
 
 def policies(shipped: ExitPolicy, **thresholds: float) -> dict[str, ExitPolicy]:

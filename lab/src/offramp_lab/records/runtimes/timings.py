@@ -14,7 +14,7 @@ import numpy as np
 
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp_lab.experiments.experiment import Experiment, same
+from offramp_lab.experiments.experiment import TIMES, Experiment, Rates, same, times
 from offramp_lab.records.runtimes.methods import (
     ENGINE,
     FORMATS,
@@ -27,6 +27,7 @@ from offramp_lab.records.runtimes.methods import (
     Name,
     answers_of,
     medians,
+    rates_of,
     timed,
 )
 
@@ -45,10 +46,11 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
     said = {name: answers_of(found) for name, found in runs.items()}
     # Some load a runtime.
     weights = {pair: bench.weights_bytes(*pair) for pair in {name[:2] for name in methods}}
-    entries = []
+    entries, rates = [], {}
     for name, found in runs.items():
         runtime, layers, _ = name
         alone, took = said.get(("llama.cpp", layers, "full")), medians(found)
+        rates[name] = rates_of(found)
         entries.append(
             {
                 **dict(zip(WAY, name, strict=True)),
@@ -69,7 +71,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": _with_ratios(entries),
+        "entries": _with_ratios(entries, rates),
         "row_milliseconds": {
             name: {layers: row_costs(bench, layers, engine) for layers in FORMATS}
             for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK))
@@ -83,17 +85,20 @@ def _call_sizes(bench: Bench, layers: str) -> dict[str, int]:
         return {"least": runtime.call_sizes.least, "most": runtime.call_sizes.most}
 
 
-def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_ratios(rows: list[dict[str, Any]], rates: Mapping[Name, Rates]) -> list[dict[str, Any]]:
     """Each method's CPU speed over llama.cpp's own at its format, over Hugging Face's, and over the
-    same runtime's at full depth."""
-    speeds = {(r["runtime"], r["format"], r["mode"]): r["cpu_tokens_per_second"] for r in rows}
-    stock_speed = speeds["generate", "float32", "full"]
+    same runtime's at full depth; each with the interval over photographs."""
     for row in rows:
-        alone = speeds.get(("llama.cpp", row["format"], "full"))
-        speed = row["cpu_tokens_per_second"]
-        row["over_generate"] = speed / stock_speed
-        row["over_llama_cpp"] = None if alone is None else speed / alone
-        row["over_full"] = speed / speeds[row["runtime"], row["format"], "full"]
+        runtime, layers, _ = name = row["runtime"], row["format"], row["mode"]
+        bases = {
+            "over_generate": ("generate", "float32", "full"),
+            "over_llama_cpp": ("llama.cpp", layers, "full"),
+            "over_full": (runtime, layers, "full"),
+        }
+        for over, base in bases.items():
+            ratio = times(rates[name], rates[base]) if base in rates else dict.fromkeys(TIMES)
+            row[over], *ends = (ratio[part] for part in TIMES)
+            row[f"{over}_interval"] = ends if base in rates and base != name else None
     return rows
 
 

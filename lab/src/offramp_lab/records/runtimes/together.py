@@ -1,6 +1,6 @@
 """Several answers at once inside llama.cpp against one after the other, in runtimes-together.json.
 
-`python -m offramp_lab.records.runtimes.together --photo photo` captions photographs of the
+`python -m offramp_lab.records.runtimes.together` captions photographs of the
 reporting half in groups, by the batch engine over our kernels: each group submitted at once and one
 by one, in an order of its own, in every mode; CPU seconds of the process for whole answers, prompts
 with them, the vision tower's output being kept from before. One thread decodes.
@@ -12,21 +12,19 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.caption import load
 from examples.photo_vlm.rows import half_of, read_photographs
 
-from offramp.adapter import Adapter
 from offramp.engine.policy import MODES
-from offramp.models.shipped import shipped_exits
 from offramp.progress import progress
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Handle
+from offramp_lab.experiments.experiment import times
+from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("runtimes-together")
@@ -41,11 +39,10 @@ def main() -> None:
         __doc__, photo=True, dtype="float32", photographs=52, sequences=4,
         more=lambda parser: (
             parser.add_argument("--formats", nargs="+", default=["q8_0", "q4_1"]),
-            parser.add_argument("--adapter", type=Path, default=shipped_exits("photo")),
         ),
     )  # fmt: skip
-    backbone, encoder = load(arguments.photo, getattr(torch, arguments.dtype))
-    adapter = Adapter.load(arguments.adapter, backbone)
+    dtype = getattr(torch, arguments.dtype)
+    adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
     held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
     held = held[: arguments.photographs]
     size = arguments.sequences
@@ -92,15 +89,11 @@ def _timed(engine: BatchEngine, groups: Sequence[Sequence[Any]], mode: str) -> d
             begin = time.process_time()
             ways[way](group)
             seconds[WAYS.index(way), place] = time.process_time() - begin
-    draw = np.random.default_rng(0).integers(len(groups), size=(2000, len(groups)))
-    ratios = seconds[1][draw].sum(1) / seconds[0][draw].sum(1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
+    at_once_, one_by_one_ = (np.stack([tokens, spent]) for spent in seconds)
     rates = {way: float(tokens.sum() / seconds[i].sum()) for i, way in enumerate(WAYS)}
     return {
         **rates,
-        "times": rates["at_once"] / rates["one_by_one"],
-        "low": float(low),
-        "high": float(high),
+        **times(at_once_, one_by_one_),
         "same": int(same),
     }
 
