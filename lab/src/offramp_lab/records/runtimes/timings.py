@@ -107,7 +107,7 @@ def row_costs(
 ) -> dict[str, dict[str, float]]:
     """CPU milliseconds of a call by its rows: of the layers below and above the exit, and of the
     decoder in one file; behind 40 tokens."""
-    below, above = sorted(bench.files(layers).glob("*.gguf"))
+    below, above = sorted(bench.files(layers).glob("segment-*.gguf"))
     files = {"below": below, "above": above, "one_file": bench.whole(layers)}
     draw = np.random.default_rng(0)
     found: dict[str, dict[str, float]] = {}
