@@ -31,9 +31,17 @@ from examples.photo_vlm.held_out import (
     cider,
     full_figures,
 )
-from examples.photo_vlm.regime import ALWAYS, OPTIONS, measured, timings_of
+from examples.photo_vlm.regime import (
+    ALWAYS,
+    OPTIONS,
+    PROMISE,
+    measured,
+    promised_of,
+    timings_of,
+)
 from offramp.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
+from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.errors import InputError
@@ -88,19 +96,24 @@ def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
     return figures
 
 
-def shipped(adapter: Adapter, figures: dict[str, Any]) -> Adapter:
-    """What is needed to exit by the first policy that was found: its exits, no discriminators.
+def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Example]) -> Adapter:
+    """What is needed to exit by the policy that is guaranteed, or else by the first that was found:
+    its exits, no discriminators. examples: what the guarantee stands on.
 
     Raises:
         InputError: none of the policies exits early.
     """
-    chosen = (row for row in figures["points"] if row["chosen_by"] != ALWAYS)
-    row = next((row for row in chosen if row["thresholds"]), None)
-    if row is None:
+    chosen = [row for row in figures["points"] if row["chosen_by"] != ALWAYS and row["thresholds"]]
+    if not chosen:
         raise InputError("These exits have no thresholds that keep what was asked.", "Train on.")
-    thresholds = {int(d): t for d, t in row["thresholds"].items()}
-    gates = {int(d): g for d, g in row["gates"].items()}
-    policy = replace(adapter.policy, thresholds=thresholds, gates=gates)
+    row = next((row for row in chosen if row["chosen_by"] == PROMISE), chosen[0])
+    thresholds, first, gates = (
+        {int(d): t for d, t in row[name].items()} for name in ("thresholds", "first", "gates")
+    )
+    policy = replace(adapter.policy, thresholds=thresholds, first=first, gates=gates)
+    seen = adapter.seen
+    if "calibration" in row:
+        seen = {**seen, "calibration": sorted(picture_digests(examples))}
     exits = Exits(adapter.backbone, sorted(thresholds)).to(adapter.backbone.dtype)
     for depth in exits.depths:
         exits.at(depth).load_state_dict(adapter.exits.at(depth).state_dict())
@@ -110,7 +123,9 @@ def shipped(adapter: Adapter, figures: dict[str, Any]) -> Adapter:
         exits=replace(adapter.exits, modules=exits, discriminators=None),
         policy=policy,
         metrics={**adapter.metrics, "agreement": agreement},
-        calibration=None,
+        calibration=row.get("calibration"),
+        attempts=row.get("attempts", []),
+        seen=seen,
     )
 
 
@@ -139,7 +154,8 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
     """
     exits = out / "exits" / _slug(regime)
     adapter = Adapter.load(exits, photos.backbone)
-    early = shipped(adapter, read_json(out / f"{_slug(regime)}.json"))
+    figures = read_json(out / f"{_slug(regime)}.json")
+    early = shipped(adapter, figures, promised_of(photos))
     write_json(out / "first.json", regime)
 
     def lossless_exactly() -> dict[str, Any]:
@@ -210,12 +226,14 @@ def main() -> None:
     for regime in arguments.regimes:
         file = place / f"{_slug(regime)}.json"
         if not file.is_file():
-            write_json(file, measured(photos, regime, place / "exits" / _slug(regime)))
+            exits = place / "exits" / _slug(regime)
+            write_json(file, measured(photos, regime, exits, len(arguments.regimes)))
         print(read_json(file), file=sys.stderr)
         worn = place / f"damaged-{_slug(regime)}.json"
         if SIZES[size].damaged and size != "small" and not worn.is_file():
             adapter = Adapter.load(place / "exits" / _slug(regime), photos.backbone)
-            write_json(worn, damaged(photos, shipped(adapter, read_json(file))))
+            early = shipped(adapter, read_json(file), promised_of(photos))
+            write_json(worn, damaged(photos, early))
     if size != "small":
         first = arguments.regimes[0]
         early = first_of_all(photos, lambda: photographs(torch.float32), first, place)

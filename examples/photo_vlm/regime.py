@@ -28,10 +28,11 @@ from examples.photo_vlm.held_out import (
 )
 from offramp.adapter import Adapter
 from offramp.calibration.attempts import images_of
-from offramp.calibration.calibrate import calibrate
+from offramp.calibration.calibrate import Calibration, calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
+from offramp.data.example import Example
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import interval
 from offramp.evaluation.timing import (
@@ -72,14 +73,17 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     return adapter
 
 
-def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
-    """What a regime's exits are worth at several thresholds."""
+def measured(photos: Photos, regime: str, folder: Path, regimes: int) -> dict[str, Any]:
+    """What a regime's exits are worth at several thresholds. regimes: how many are tried on the
+    same photographs."""
     adapter = trained(photos, regime, folder)
     whole = _evaluator(photos, adapter)
     path = _path(photos, adapter, whole)
     chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
     targets = photos.sizes.targets
-    guarantees = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t) for t in targets}
+    tried = regimes * (len(targets) + 1)
+    guarantees = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t, tried) for t in targets}
+    guarantees[PROMISE] = promised(photos, adapter, whole, tried)
     policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
     policies |= {
         n: calibration.policy
@@ -100,6 +104,9 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
                 "risk": calibration.risk, "risk_bound": calibration.bound,
                 "n_calibration": calibration.n, "reason": calibration.reason,
             }  # fmt: skip
+        if name == PROMISE:
+            row["calibration"] = guarantees[name].to_json()
+            row["attempts"] = [attempt.to_json() for attempt in guarantees[name].attempts]
         policy = policies.get(name)
         rows.append({**row, **(_row(photos, adapter, policy, timings, name) if policy else OFF)})
     return {
@@ -114,6 +121,8 @@ def measured(photos: Photos, regime: str, folder: Path) -> dict[str, Any]:
 
 
 ALWAYS = "every token at the exit"
+DROP_ROUGE = 0.03
+PROMISE = f"ROUGE-L drop {DROP_ROUGE:.0%}"
 OFF = {"thresholds": {}, "speedup_decode": 1.0, "speedup_end_to_end": 1.0, "cider_drop": 0.0}
 
 
@@ -161,15 +170,33 @@ def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
     return {int(d): t for d, t in best["thresholds"].items()}
 
 
-def _guaranteed(photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float) -> Any:
-    """Thresholds with a guarantee, without labels: captions as like the full model's as asked. All
-    that are asked for, of all regimes, are tried on the same photographs."""
+def _guaranteed(
+    photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float, tried: int
+) -> Calibration:
+    """Thresholds with a guarantee, without labels: captions as like the full model's as asked.
+    tried: guarantees that are asked for on the same photographs."""
     return calibrate(
-        adapter, photos.encoder, whole.examples, whole.policy, target=target,
-        candidates=len(photos.sizes.targets) * len(REGIMES),
+        adapter, photos.encoder, whole.examples, whole.policy, target=target, candidates=tried,
         confidence=CONFIDENCE, risk="consistency", costs=whole.costs, thresholds=THRESHOLDS,
         max_new_tokens=LONGEST["captions"],
     )  # fmt: skip
+
+
+def promised(
+    photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, tried: int
+) -> Calibration:
+    """Thresholds that ship: of captions and answers to questions, ROUGE-L falls by at most
+    `DROP_ROUGE`, first tokens having a threshold of their own, so that a prompt may wait."""
+    return calibrate(
+        adapter, photos.encoder, promised_of(photos), whole.policy, target=DROP_ROUGE,
+        candidates=tried, confidence=CONFIDENCE, risk="rouge_l_drop", first="auto",
+        costs=whole.costs, thresholds=THRESHOLDS, max_new_tokens=LONGEST["captions"],
+    )  # fmt: skip
+
+
+def promised_of(photos: Photos) -> list[Example]:
+    """What the thresholds that ship are calibrated on."""
+    return [*photos.part("captions", 0), *photos.part("questions", 0)]
 
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
@@ -207,6 +234,7 @@ def _row(
              for answers in (photos.full["questions", 1], asked)]  # fmt: skip
     return {
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
+        "first": {str(d): t for d, t in policy.first.items()},
         "gates": {str(d): g for d, g in policy.gates.items() if d in policy.thresholds},
         "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings[name].seconds),

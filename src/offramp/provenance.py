@@ -48,8 +48,13 @@ def provenance(
 
 
 def _shown(command: Sequence[str]) -> str:
-    """A command line to type again: the program by its name, not by where it lies here."""
-    return shlex.join([os.path.basename(command[0]), *command[1:]]) if command else ""
+    """A command line to type again: the program, and files that are named from the root, by their
+    names, not by where they lie here: adapters that hold it are given to others."""
+    if not command:
+        return ""
+    parts = [word.rpartition("=") for word in command[1:]]
+    named = ["".join((*lead, os.path.basename(p) if os.path.isabs(p) else p)) for *lead, p in parts]
+    return shlex.join([os.path.basename(command[0]), *named])
 
 
 def _version(package: str) -> str | None:
