@@ -16,10 +16,12 @@ from offramp.errors import InputError
 ADAPTER = Path(__file__).parent / "adapter"
 
 
-def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tuple[Any, Any]:
+def load(
+    folder: Path, dtype: Any = "auto", quantize: str | None = None, vision: str = "torch"
+) -> tuple[Any, Any]:
     """Backbone and encoder of "photo" or of a built folder; "auto": in bfloat16, as it was built.
 
-    quantize: as of `Backbone.from_pretrained`.
+    quantize, vision: as of `Backbone.from_pretrained`.
 
     Raises:
         InputError: there is none.
@@ -33,14 +35,14 @@ def load(folder: Path, dtype: Any = "auto", quantize: str | None = None) -> tupl
 
     if is_photo(str(folder)):
         name = {"auto": "bfloat16"}.get(dtype, str(dtype).removeprefix("torch."))
-        backbone, processor = load_named("photo", dtype=name, quantize=quantize)
+        backbone, processor = load_named("photo", dtype=name, quantize=quantize, vision=vision)
         return backbone, InputProcessor(backbone, processor)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no built model.",
             f"Build it: python -m examples.photo_vlm.build --out {folder}",
         )
-    backbone = Backbone.from_pretrained(folder, dtype=dtype, quantize=quantize)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, quantize=quantize, vision=vision)
     processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
     return backbone, InputProcessor(backbone, processor)
 

@@ -41,7 +41,8 @@ def load_photo(
     adapter: Path | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
+    vision: str = "torch",
 ) -> tuple[Adapter, Any]:
-    """The model with exits, and its encoder."""
-    backbone, encoder = caption.load(model, dtype, quantize)
+    """The model with exits, and its encoder. vision: what runs the tower."""
+    backbone, encoder = caption.load(model, dtype, quantize, vision)
     return Adapter.load(exits_of(model, adapter), backbone), encoder

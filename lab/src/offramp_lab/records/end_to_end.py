@@ -1,0 +1,310 @@
+"""Whole captions of photographs, from the file to the text, step by step; in end_to_end.json.
+
+`python -m offramp_lab.records.end_to_end` needs photographs and the packages onnxruntime and
+llama-cpp-python (a quarter of an hour of one core). Every photograph is captioned in all ways, in
+an order of its own; CPU seconds of the process from opening the file to the last token, and of its
+parts: opening and preparing, vision and prompt up to the first token, decoding. Steps: exits at the
+shipped thresholds while prompts run whole; prompts that wait at their exit (`ExitPolicy.first`);
+the vision tower by ONNX Runtime. Rivals: Hugging Face's `generate`, full depth by the same
+products, llama.cpp alone as it comes and behind the same tower. Then questions about photographs,
+and photographs eight at a time in the batch engine. What was answered is kept in runs/end_to_end,
+so that a run that was cut off goes on there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.evaluate import LONGEST, accuracy, caption_measures
+from examples.photo_vlm.rows import half_of, read_photographs
+from transformers import StoppingCriteriaList
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.statistics import interval, mean_of
+from offramp.progress import progress
+from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+from offramp_lab.experiments.experiment import Rates, times
+from offramp_lab.places import RUNS
+from offramp_lab.records.photo import load_photo
+from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.runtimes.methods import ENGINE, Clock, OneFile
+
+RECORD = Record("end_to_end")
+FORMAT = "q8_0"
+TOWERS = ("torch", "onnxruntime")
+LOW = 0.1
+"""A threshold below the one that ships."""
+SLOTS = 8
+Name = tuple[str, str, str]
+"""What decodes, mode, what runs the vision tower."""
+Answered = tuple[list[int], float, float, float]
+"""Ids, and CPU seconds: opening and preparing, up to the first token, decoding."""
+Way = Callable[[Example, int], Answered]
+"""Answers an example in so many tokens at most."""
+
+
+def modes(adapter: Adapter) -> dict[str, ExitPolicy]:
+    shipped = adapter.policy
+    low = dict.fromkeys(shipped.thresholds, LOW)
+    return {
+        "full": FULL,
+        "early exit, prompt run whole": replace(shipped, exit_in_prefill=False, first={}),
+        "early exit": shipped,
+        f"early exit at {LOW:g}": replace(shipped, thresholds=low),
+        "lossless": replace(shipped, lossless=True),
+    }
+
+
+def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, Way]:
+    """By name. adapters: by what runs the vision tower, with the encoder. work: for exported
+    files."""
+    found: dict[Name, Way] = {}
+    chain, whole = work / FORMAT, work / f"whole-{FORMAT}.gguf"
+    for tower, (adapter, encoder) in adapters.items():
+        if not chain.is_dir():
+            export_gguf(adapter, chain, FORMAT)
+            export_whole(adapter.backbone, whole, ExportFormats(FORMAT))
+        runtime = LlamaCppRuntime(adapter, chain, engine=ENGINE)
+        alone = OneFile(adapter, whole, encoder.eos)
+        found["generate", "full", tower] = partial(
+            _answer, encoder, partial(_stock, adapter.backbone.model)
+        )
+        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(_alone, alone))
+        for mode, policy in modes(adapter).items():
+            for engine, generate in (("PyTorch", adapter.generate), (FORMAT, runtime.generate)):
+                found[engine, mode, tower] = partial(
+                    _answer, encoder, partial(_by, generate, policy=policy)
+                )
+    return found
+
+
+def _answer(encoder: Any, write: Callable[..., list[int]], example: Example, most: int) -> Answered:
+    clock, begin = Clock(), time.process_time()
+    inputs = encoder.prompts([example])
+    opened = time.process_time()
+    ids = write(inputs, clock, most)
+    end = time.process_time()
+    assert clock.cpu is not None
+    return ids, opened - begin, clock.cpu - opened, end - clock.cpu
+
+
+def _by(generate: Any, inputs: Any, clock: Clock, most: int, **options: Any) -> list[int]:
+    """By what takes a policy."""
+    options |= {"stopping_criteria": StoppingCriteriaList([clock]), "max_new_tokens": most}
+    made = generate(inputs, do_sample=False, **options)
+    ids: list[int] = made.new_tokens[0].tolist()
+    return ids
+
+
+def _stock(model: Any, inputs: Any, clock: Clock, most: int) -> list[int]:
+    """By Hugging Face's `generate`."""
+    stop = StoppingCriteriaList([clock])
+    made = model.generate(**inputs, stopping_criteria=stop, max_new_tokens=most, do_sample=False)
+    ids: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
+    return ids
+
+
+def _alone(alone: OneFile, inputs: Any, clock: Clock, most: int) -> list[int]:
+    return [*alone(inputs, clock)][:most]
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+def captioned(
+    found: Mapping[Name, Way], examples: Sequence[Example], texts: Any, kept: Kept
+) -> list[dict[str, Any]]:
+    """An entry for each way: milliseconds of a caption by parts; how many times as fast it is as
+    full depth of what decodes it, as llama.cpp alone, as it comes and behind the same tower; and
+    what its captions are worth beside full depth's."""
+    told = _answers(found, examples, LONGEST["captions"], kept)
+    rates = {name: _rates(answers) for name, answers in told.items()}
+    scores = {
+        name: caption_measures([texts(ids) for ids, *_ in answers], examples, ("CIDEr", "ROUGE_L"))
+        for name, answers in told.items()
+    }
+    entries = []
+    for name, answers in told.items():
+        engine, _, tower = name
+        bases = {
+            "full": (engine, "full", TOWERS[0]),
+            "same_full": (engine, "full", tower),
+            "alone": ("llama.cpp alone", "full", TOWERS[0]),
+            "alone_same_tower": ("llama.cpp alone", "full", tower),
+        }
+        full = bases["full"]
+        parts = 1e3 * np.array([row[1:] for row in answers]).mean(0)
+        entries.append(
+            {
+                **_named(name),
+                "milliseconds": dict(zip(("opened", "first_token", "decoded"), parts, strict=True)),
+                "whole_milliseconds": float(parts.sum()),
+                **{f"over_{base}": times(rates[name], rates[of]) for base, of in bases.items()},
+                "as_full": sum(a[0] == b[0] for a, b in zip(answers, told[full], strict=True)),
+                **{
+                    metric: {
+                        "value": scores[name][metric].value,
+                        "difference": interval(scores[name][metric], minus=scores[full][metric]),
+                    }
+                    for metric in ("CIDEr", "ROUGE_L")
+                },
+            }
+        )
+    return entries
+
+
+def questioned(
+    found: Mapping[Name, Way], examples: Sequence[Example], texts: Any, kept: Kept
+) -> list[dict[str, Any]]:
+    """Of each way, how many answers are right, beside full depth's, and how fast it is."""
+    told = _answers(found, examples, LONGEST["questions"], kept)
+    groups = [example.group for example in examples]
+    right = {
+        name: mean_of(
+            [accuracy([texts(row[0])], [e]) for row, e in zip(rows, examples, strict=True)]
+        )
+        for name, rows in told.items()
+    }
+    entries = []
+    for name, answers in told.items():
+        full = (name[0], "full", TOWERS[0])
+        entries.append(
+            {
+                **_named(name),
+                "right": right[name].value,
+                "difference": interval(right[name], groups, minus=right[full]),
+                "as_full": sum(a[0] == b[0] for a, b in zip(answers, told[full], strict=True)),
+                "over_full": times(_rates(answers), _rates(told[full])),
+            }
+        )
+    return entries
+
+
+def together(
+    adapters: Mapping[str, tuple[Adapter, Any]], examples: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """Photographs in the batch engine, in PyTorch: CPU milliseconds a caption, in groups of
+    `SLOTS`, of each mode and tower in turn."""
+    found = {
+        (mode, tower): partial(_engine, adapter, encoder, policy)
+        for tower, (adapter, encoder) in adapters.items()
+        for mode, policy in modes(adapter).items()
+        if mode != f"early exit at {LOW:g}"
+    }
+    groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
+    for run in found.values():
+        run(groups[0])
+    taken: dict[tuple[str, str], list[tuple[list[Any], float]]] = {name: [] for name in found}
+    for place, group in enumerate(progress(groups, "together")):
+        for name in random.Random(place).sample([*found], len(found)):
+            taken[name].append(found[name](group))
+    sizes = [len(group) for group in groups]
+    rates = {n: np.array([sizes, [s for _, s in rows]], float) for n, rows in taken.items()}
+    before = ("early exit, prompt run whole", TOWERS[0])
+    said = {name: [ids for group, _ in rows for ids in group] for name, rows in taken.items()}
+    return [
+        {
+            "mode": mode,
+            "tower": tower,
+            "milliseconds": 1e3 * float(own[1].sum() / own[0].sum()),
+            "over_before": times(own, rates[before]),
+            "over_full": times(own, rates["full", TOWERS[0]]),
+            "as_before": sum(a == b for a, b in zip(said[mode, tower], said[before], strict=True)),
+        }
+        for (mode, tower), own in rates.items()
+    ]
+
+
+def _engine(
+    adapter: Adapter, encoder: Any, policy: ExitPolicy, group: Sequence[Example]
+) -> tuple[list[list[int]], float]:
+    """Ids of each, and CPU seconds: photographs are opened in the same thread."""
+    options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+    exits = None if policy is FULL else adapter.exits
+    begin = time.process_time()
+    config = EngineConfig(slots=SLOTS, limit=128)
+    core = EngineCore(adapter.backbone, exits, policy, config)
+    mode = "lossless" if policy.lossless else "early_exit" if exits else "full"
+    requests = [Request(encoder.prompts([e]), mode, options=options) for e in group]
+    handles = [core.add(request) for request in requests]
+    core.run()
+    ids = [handle.result().output.new_tokens[0].tolist() for handle in handles]
+    return ids, time.process_time() - begin
+
+
+def _answers(
+    found: Mapping[Name, Way], examples: Sequence[Example], most: int, kept: Kept
+) -> dict[Name, list[Answered]]:
+    """What every way made of every example, each in an order of its own; kept."""
+    for way in found.values():
+        way(examples[0], most)  # code and tables are made once
+    for example in progress(examples, f"{len(examples)} examples"):
+        if example.key not in kept:
+            order = random.Random(example.key).sample([*found], len(found))
+            taken = {name: found[name](example, most) for name in order}
+            kept.keep(example.key, [taken[name] for name in found])
+    rows = [kept.found[example.key] for example in examples]
+    return {name: [row[place] for row in rows] for place, name in enumerate(found)}
+
+
+def _rates(answers: Sequence[Answered]) -> Rates:
+    """Answers, each of them one, and their seconds."""
+    return np.array([[1] * len(answers), [sum(row[1:]) for row in answers]], float)
+
+
+def _named(name: Name) -> dict[str, str]:
+    return dict(zip(("engine", "mode", "tower"), name, strict=True))
+
+
+def _held_out(data: Path, split: str, count: int) -> Iterator[Example]:
+    held = (e for e in read_photographs(data)[split] if half_of(e) == 1)
+    return (example for example, _ in zip(held, range(count), strict=False))
+
+
+def main() -> None:
+    arguments = asked(__doc__, photo=True, photographs=100, questions=100)
+    work = RUNS / RECORD.name
+    adapters = {
+        tower: load_photo(arguments.photo, arguments.adapter, torch.float32, vision=tower)
+        for tower in TOWERS
+    }
+    encoder = adapters[TOWERS[0]][1]
+    captions = [*_held_out(arguments.data, "captions_val", arguments.photographs)]
+    questions = [*_held_out(arguments.data, "questions_val", arguments.questions)]
+
+    def texts(ids: list[int]) -> str:
+        return str(encoder.texts(torch.tensor([ids]))[0])
+
+    found = ways(adapters, work)
+    shipped = adapters[TOWERS[0]][0].policy
+    RECORD.write(
+        {
+            "photographs": len(captions),
+            "questions": len(questions),
+            "format": FORMAT,
+            "thresholds": {str(d): t for d, t in shipped.thresholds.items()},
+            "first": {str(d): t for d, t in shipped.first.items()},
+            "captioned": captioned(found, captions, texts, Kept(work / "captions.jsonl")),
+            "questioned": questioned(found, questions, texts, Kept(work / "questions.jsonl")),
+            "slots": SLOTS,
+            "together": together(adapters, captions),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
