@@ -45,6 +45,7 @@ from offramp_lab.records.runtimes.methods import ENGINE, Clock, OneFile
 
 RECORD = Record("end_to_end")
 FORMAT = "q8_0"
+OURS = ("PyTorch", FORMAT)
 TOWERS = ("torch", "onnxruntime")
 LOW = 0.1
 """A threshold below the one that ships."""
@@ -85,7 +86,7 @@ def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, 
         )
         found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(_alone, alone))
         for mode, policy in modes(adapter).items():
-            for engine, generate in (("PyTorch", adapter.generate), (FORMAT, runtime.generate)):
+            for engine, generate in zip(OURS, (adapter.generate, runtime.generate), strict=True):
                 found[engine, mode, tower] = partial(
                     _answer, encoder, partial(_by, generate, policy=policy)
                 )
@@ -171,7 +172,8 @@ def questioned(
     found: Mapping[Name, Way], examples: Sequence[Example], texts: Any, kept: Kept
 ) -> list[dict[str, Any]]:
     """Of each way, how many answers are right, beside full depth's, and how fast it is."""
-    told = _answers(found, examples, LONGEST["questions"], kept)
+    ours = {name: way for name, way in found.items() if name[0] in OURS}
+    told = _answers(ours, examples, LONGEST["questions"], kept)
     groups = [example.group for example in examples]
     right = {
         name: mean_of(
