@@ -3,6 +3,7 @@
 from offramp_lab.tables import (
     comparison,
     drafts,
+    end_to_end,
     lean,
     loads,
     overview,
@@ -18,7 +19,7 @@ from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
     overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, drafts,
-    loads, suitability,
+    end_to_end, loads, suitability,
 )  # fmt: skip
 TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {

@@ -1,0 +1,121 @@
+"""Whole captions from the file to the text: where the milliseconds go, and what each step brings."""
+
+from collections.abc import Callable, Iterable
+
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
+
+STOCK, ALONE = "generate", "llama.cpp alone"
+RUN_WHOLE, EARLY = "early exit, prompt run whole", "early exit"
+TORCH, ENGINE = "torch", "onnxruntime"
+NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
+
+
+def _entries(part: str) -> list[Value]:
+    found: list[Value] = record("end_to_end")[part]
+    return found
+
+
+def _ratio(ratio: Value) -> str:
+    return with_range(f"{ratio['times']:.2f}", (ratio["low"], ratio["high"]), ".2f")
+
+
+def _way(entry: Value) -> str:
+    name = NAMES.get(entry["engine"], f"ours, {entry['engine']}")
+    mode = "" if entry["engine"] in (STOCK, ALONE) else f", {entry['mode']}"
+    return name + mode + (f", {entry['tower']} tower" if entry["tower"] != TORCH else "")
+
+
+def _of(engines: Iterable[str]) -> list[Value]:
+    return [e for e in _entries("captioned") if e["engine"] in engines]
+
+
+def captions() -> Table:
+    """Milliseconds of a caption by parts, and multiples of full depth."""
+    return _table(_of((STOCK, "PyTorch")), {"of full depth": "over_full"})
+
+
+def captions_in_llama() -> Table:
+    """The same inside llama.cpp, beside llama.cpp alone."""
+    columns = {
+        "of llama.cpp alone": "over_alone",
+        "of it behind the same tower": "over_alone_same_tower",
+        "of full depth": "over_full",
+    }
+    return _table(_of((ALONE, record("end_to_end")["format"])), columns)
+
+
+def _table(entries: Iterable[Value], ratios: dict[str, str]) -> Table:
+    count = record("end_to_end")["photographs"]
+
+    def part(name: str) -> Callable[[Value], str]:
+        return lambda entry: f"{entry['milliseconds'][name]:.0f}"
+
+    def ratio(name: str) -> Callable[[Value], str]:
+        return lambda entry: _ratio(entry[name]) if name in entry else ""
+
+    return Table.of(
+        entries,
+        {
+            "": _way,
+            "opening": part("opened"),
+            "vision, prompt": part("first_token"),
+            "decoding": part("decoded"),
+            "whole, ms": lambda entry: f"{entry['whole_milliseconds']:.0f}",
+            **{title: ratio(name) for title, name in ratios.items()},
+            "as full depth": lambda entry: f"{entry['as_full']} of {count}",
+            "ROUGE-L, difference": lambda entry: with_range(
+                f"{entry['ROUGE_L']['value']:.3f}", entry["ROUGE_L"]["difference"], "+.3f"
+            ),
+        },
+    )
+
+
+def questions() -> Table:
+    """Questions answered right."""
+    count = record("end_to_end")["questions"]
+    return Table.of(
+        _entries("questioned"),
+        {
+            "": _way,
+            "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),
+            "as full depth": lambda entry: f"{entry['as_full']} of {count}",
+            "of full depth, end to end": lambda entry: _ratio(entry["over_full"]),
+        },
+    )
+
+
+def together() -> Table:
+    """Several photographs at once."""
+    count = record("end_to_end")["photographs"]
+    return Table.of(
+        _entries("together"),
+        {
+            "": lambda e: e["mode"] + (f", {e['tower']} tower" if e["tower"] != TORCH else ""),
+            "ms a caption": lambda entry: f"{entry['milliseconds']:.0f}",
+            "of full depth": lambda entry: _ratio(entry["over_full"]),
+            "of early exit as it was": lambda entry: _ratio(entry["over_before"]),
+            "as early exit as it was": lambda entry: f"{entry['as_before']} of {count}",
+        },
+    )
+
+
+def _whole(engine: str, mode: str, over: str) -> Make:
+    def figure() -> str:
+        entry = by(_entries("captioned"), "engine", "mode", "tower")[engine, mode, ENGINE]
+        return _ratio(entry[over])
+
+    return figure
+
+
+TABLES: dict[str, MakeTable] = {
+    "end-to-end": captions,
+    "end-to-end-llama": captions_in_llama,
+    "end-to-end-questions": questions,
+    "end-to-end-together": together,
+}
+FIGURES: dict[str, Make] = {
+    "end-to-end-torch": _whole("PyTorch", EARLY, "over_full"),
+    "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
+    "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
+}
