@@ -1,4 +1,4 @@
-"""Whole captions from the file to the text: where the milliseconds go, and what each step brings."""
+"""Whole captions, from the file to the text: where the time goes, and what each step brings."""
 
 from collections.abc import Callable, Iterable
 
