@@ -35,7 +35,9 @@ def load(
 
     if is_photo(str(folder)):
         name = {"auto": "bfloat16"}.get(dtype, str(dtype).removeprefix("torch."))
-        backbone, processor = load_named("photo", dtype=name, quantize=quantize, vision=vision)
+        backbone, processor = load_named(
+            "photo", dtype=name, quantize=quantize, vision=vision  # type: ignore[call-arg]
+        )
         return backbone, InputProcessor(backbone, processor)
     if not (folder / "config.json").is_file():
         raise InputError(
