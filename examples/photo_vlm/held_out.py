@@ -78,8 +78,8 @@ MIDDLE = Sizes(
     damaged=60, exact=40, curves=False,
 )  # fmt: skip
 """One regime, its lossless mode and corruptions, speeds on 50 photographs; an hour of one core."""
-LARGE = Sizes(steps=8000, timed=100, rounds=3, exact=300)
-"""One regime with all that is asked of the first one, speeds on 100 photographs; two hours of one
+LARGE = Sizes(steps=8000, timed=60, rounds=2, exact=300)
+"""One regime with all that is asked of the first one, speeds on 60 photographs; two hours of one
 core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {
