@@ -1,7 +1,7 @@
 """Every image-text-to-text type of transformers, tiny: what offramp does with it.
 
     python -m offramp_lab.records.models_table          # run all types, keep the record
-    python -m offramp_lab.records.models_table --table  # rewrite the table of docs/models.md alone
+    python -m offramp_lab.records.models_table --table  # rewrite the table alone
 
 A type is built with random weights (`offramp_lab.inputs.zoo`), loaded with one prompt with an
 image, and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
@@ -19,17 +19,17 @@ from typing import Any
 from offramp_lab.places import DOCS, RECORDS
 
 RECORD = RECORDS / "models.json"
-PAGE = DOCS / "models.md"
+PAGE = DOCS / "models-results.md"
 START, END = "<!-- table: models -->", "<!-- end: models -->"
 UNTRIED = {
     "Unrecognized configuration class": "the auto class of transformers does not take its config",
-    "": "what its own code makes of a tiny model fails",
+    "": "a tiny model of it does not run in its own code",
 }
 """Why there is no tiny model of a type, by what its code raised."""
 COLUMNS = ("plain", "exits", "first_token", "lossless")
 
 
-ENGINES = {"slots": "slots", "stack": "its own stack", None: "refused"}
+ENGINES = {"slots": "slots", "stack": "its own forward", None: "refused"}
 """What decodes a type, from its first prompt on: the engine that was found to write its tokens."""
 
 
@@ -121,7 +121,7 @@ def why(outcome: dict[str, Any]) -> str:
     off = max((o for o in found if isinstance(o, float)), default=0.0)
     if off > outcome["allowed"]:
         return f"refused by check 3: where tokens exit, later logits are off by {off:.0e}"
-    return "refused by check 3: its own code fails where tokens that exited are caught up with"
+    return "refused by check 3: its own code fails when skipped layers are filled in later"
 
 
 def table(record: dict[str, Any]) -> str:
