@@ -40,6 +40,7 @@ from offramp.evaluation.timing import (
     Timing,
     exit_generate_fn,
     speedup,
+    speedup_interval,
     stock_generate_fn,
     time_interleaved,
 )
@@ -237,6 +238,7 @@ def _row(
         "first": {str(d): t for d, t in policy.first.items()},
         "gates": {str(d): g for d, g in policy.gates.items() if d in policy.thresholds},
         "speedup_decode": speedup(timings["full"].decode, timings[name].decode),
+        "speedup_decode_interval": speedup_interval(timings["full"], timings[name]),
         "speedup_end_to_end": speedup(timings["full"].seconds, timings[name].seconds),
         "speedup_vs_generate": speedup(timings["generate"].decode, timings[name].decode),
         "cider_full": full.value,

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.evaluation.timing import Timing, speedup, time_interleaved
+from offramp.evaluation.timing import Timing, speedup, speedup_interval, time_interleaved
 
 
 class Clock:
@@ -76,3 +76,14 @@ def test_ways_are_interleaved_and_none_keeps_its_place_or_its_neighbour() -> Non
     assert all(70 < firsts[name] < 130 for name in "abc")  # of 300, a third each
     behind = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
     assert all(70 < behind[a, b] < 130 for a, b in itertools.permutations("abc", 2))
+
+
+def test_the_interval_of_a_speedup_is_over_examples_in_pairs() -> None:
+    slow = Timing(by_example=[[2.0, 4.0, 8.0], [2.0, 4.0, 8.0]])
+    twice = Timing(by_example=[[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    assert speedup_interval(slow, twice) == (2.0, 2.0)
+    some = Timing(by_example=[[1.0, 4.0, 8.0]] * 2)
+    low, high = speedup_interval(slow, some)
+    assert low == 1.0 and 1.0 < high <= 2.0
+    assert speedup_interval(Timing(by_example=[[2.0]]), Timing(by_example=[[1.0]])) is None
+    assert (slow + twice).by_example == [[2.0, 4.0, 8.0, 1.0, 2.0, 4.0]] * 2

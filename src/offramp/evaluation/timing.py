@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from statistics import median
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.statistics import Measure, interval
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 
@@ -56,12 +58,13 @@ class Timing:
     """Seconds of each round, summed over examples, and the tokens written in one round.
 
     seconds: from processor output to the last token. decode: from the first token to the last.
-    answers: new token ids of each example.
+    answers: new token ids of each example. by_example: `decode` of each example, by round.
     """
 
     seconds: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     answers: list[tuple[int, ...]] = field(default_factory=list)
+    by_example: list[list[float]] = field(default_factory=list)
 
     def __add__(self, other: Timing) -> Timing:
         """Of the examples of both, round by round."""
@@ -69,6 +72,10 @@ class Timing:
             [sum(both) for both in zip_longest(self.seconds, other.seconds, fillvalue=0.0)],
             [sum(both) for both in zip_longest(self.decode, other.decode, fillvalue=0.0)],
             self.answers + other.answers,
+            [
+                [*chain(*both)]
+                for both in zip_longest(self.by_example, other.by_example, fillvalue=())
+            ],
         )
 
     @property
@@ -110,6 +117,7 @@ def time_interleaved(
             [sum(whole for whole, _, _ in taken) for taken in by_round],
             [sum(decode for _, decode, _ in taken) for taken in by_round],
             [answer for _, _, answer in by_round[0]] if by_round else [],
+            [[decode for _, decode, _ in taken] for taken in by_round],
         )
         for name, by_round in runs.items()
     }
@@ -143,6 +151,13 @@ def in_turn(
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Ratio of medians."""
     return median(slow) / median(fast)
+
+
+def speedup_interval(slow: Timing, fast: Timing) -> tuple[float, float] | None:
+    """Of decoding: the 95% interval of a bootstrap over examples, drawn in pairs; each example's
+    seconds are the median of its rounds. None: fewer than two examples."""
+    both = np.stack([np.median(timing.by_example, 0) for timing in (slow, fast)], 1)
+    return interval(Measure(float("nan"), both))
 
 
 def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
