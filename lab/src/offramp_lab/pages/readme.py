@@ -12,6 +12,7 @@ from offramp_lab.tables.markdown import fill
 PAGES = (
     "README.md",
     "docs/guarantees.md",
+    "docs/guarantees-results.md",
     "docs/results.md",
     "docs/decoding-results.md",
     "docs/defaults.md",
