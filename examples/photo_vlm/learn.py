@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.photo_vlm.rows import Batch
-from offramp.errors import DataError
+from offramp.errors import DataError, InputError
 from offramp.storage import write_atomic
 
 STATE = ("step", "seconds", "settings", "bridge", "lora", "optimizer", "best")
@@ -70,6 +70,23 @@ def low_rank(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Alpha is twice the rank.
         updates[f"{layer}.{'b' if is_b else 'a'}"] = tensor.detach() * (2.0 if is_b else 1.0)
     return updates
+
+
+@torch.no_grad()
+def set_low_rank(lora: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
+    """Set the parameters of `add_lora` to updates as the photo model holds them: `low_rank` gives
+    these again."""
+    for name, now in low_rank(lora).items():
+        if name not in updates or updates[name].shape != now.shape:
+            raise InputError(
+                f"The weights to start from have no update of {name} in {tuple(now.shape)}.",
+                "Start from weights of the same language model and rank.",
+            )
+    for name, parameter in lora.items():
+        layer, _, rest = name.partition(".lora_")
+        is_b = rest.startswith("B")
+        update = updates[f"{layer}.{'b' if is_b else 'a'}"]
+        parameter.copy_(update / (2.0 if is_b else 1.0))
 
 
 def text_loss(lm: Any, visual: Tensor, batch: Batch) -> Tensor:

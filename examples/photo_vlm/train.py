@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from examples.photo_vlm.learn import (
     low_rank,
     rate_at,
     save_state,
+    set_low_rank,
     text_loss,
 )
 from examples.photo_vlm.photos import cache_features, features_of, varied
@@ -45,8 +46,14 @@ from examples.photo_vlm.rows import (
 )
 from examples.photo_vlm.words import Detectors, embeddings_of, texts_by_photograph, vocabulary_of
 from offramp.data.example import Example
-from offramp.errors import InputError
-from offramp.models.photo.build import add_updates, load_language, load_network
+from offramp.errors import DataError, InputError
+from offramp.models.photo.build import (
+    CARD,
+    WEIGHTS,
+    add_updates,
+    load_language,
+    load_network,
+)
 from offramp.models.photo.packages import LANGUAGE, VISION, weights_file
 from offramp.models.photo.tower import Bridge, PhotoTowerConfig, WordDetector
 from offramp.storage import JsonlLog, read_json, write_json
@@ -250,22 +257,43 @@ def _spread(examples: list[Example], count: int) -> list[Example]:
     return examples[:: max(1, len(examples) // count)][:count]
 
 
-def start_bridge(config: PhotoTowerConfig, start: Path | None, table: Tensor) -> Bridge:
-    """A bridge with the words' embeddings; its neck and projector new, or an earlier bridge's."""
-    from safetensors.torch import load_file
-
+def start_bridge(
+    config: PhotoTowerConfig, before: Mapping[str, Tensor] | None, table: Tensor
+) -> Bridge:
+    """A bridge with the words' embeddings; the rest of it new, or that of an earlier bridge."""
     bridge = Bridge(config)
     for parameter in bridge.projector.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
         else:
             torch.nn.init.zeros_(parameter)
-    if start is not None:
-        before = load_file(start / "bridge.safetensors")
+    if before is not None:
         own = {n: t for n, t in bridge.state_dict().items() if n.startswith("words.")}
         bridge.load_state_dict({**own, **{n: t.float() for n, t in before.items()}})
     bridge.words.table.data = table.float()
     return bridge
+
+
+def learnt_before(start: Path) -> dict[str, dict[str, Tensor]]:
+    """Bridge and low-rank updates of a folder: an earlier bridge's, or one that `export` wrote.
+
+    Raises:
+        DataError: the folder holds neither.
+    """
+    from safetensors.torch import load_file
+
+    if (start / "bridge.safetensors").is_file():
+        return {"bridge": load_file(start / "bridge.safetensors")}
+    if not (start / WEIGHTS).is_file():
+        raise DataError(
+            f"{start} holds no {WEIGHTS} and no bridge.safetensors.",
+            "Name a folder that `export` wrote, such as photo-model/offramp_photo.",
+        )
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(start / WEIGHTS).items():
+        group, _, inner = name.partition(".")
+        groups.setdefault(group, {})[inner] = tensor
+    return groups
 
 
 def learnt_words(
@@ -276,7 +304,8 @@ def learnt_words(
     spoken = texts_by_photograph(splits)
     # Kept with the detectors: what is trained later holds the words in this order.
     is_kept = (work / "detectors.pt").is_file()
-    words = read_json(work / "words.json") if is_kept else vocabulary_of(spoken)
+    named = work / "words.json"
+    words = read_json(named) if named.is_file() else vocabulary_of(spoken)
     config = PhotoTowerConfig(hidden_size=embeddings.shape[1], vocabulary=len(words))
     table = embeddings_of(words, embeddings, ids)
     if is_kept:
@@ -294,7 +323,7 @@ def learnt_words(
     )
     halves = [torch.tensor([p % 2 == half for p in places]) for half in range(2)]
     detectors = Detectors.learnt(pooled, present, halves, config, _say)
-    write_json(work / "words.json", words)
+    write_json(named, words)
     save_state(work / "detectors.pt", detectors.state_dict())
     return config, detectors, table
 
@@ -305,7 +334,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="through the language model")
     parser.add_argument(
         "--start", type=Path, default=BRIDGE, metavar="DIR",
-        help="an earlier bridge to start from (default: %(default)s)",
+        help="what to start from: an earlier bridge, or what `export` wrote, as "
+        "photo-model/offramp_photo (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--anew", action="store_true", help="start from a bridge that knows nothing"
@@ -324,9 +354,14 @@ def main() -> None:
     lm, tokenizer = load_language(weights_file(LANGUAGE, weights), attn_implementation="eager")
     ids = ids_of(tokenizer)
     embeddings = lm.get_input_embeddings().weight
+    if not arguments.anew and not (work / "words.json").is_file():
+        known = arguments.start / CARD  # its words stand in its own order
+        if known.is_file():
+            write_json(work / "words.json", read_json(known)["words"])
     config, detectors, table = learnt_words(splits, features, embeddings, ids, work)
+    before = {} if arguments.anew else learnt_before(arguments.start)
     torch.manual_seed(0)
-    bridge = start_bridge(config, None if arguments.anew else arguments.start, table)
+    bridge = start_bridge(config, before.get("bridge"), table)
     settings = Settings(arguments.steps)
     rows = PackedRows(
         {**splits, "captions": consensual(splits["captions"], settings.captions)},
@@ -336,6 +371,8 @@ def main() -> None:
     plain, _ = load_language(weights_file(LANGUAGE, weights))
     validation = Validation(plain, tokenizer, splits, features, arguments.photographs)
     trainer = Trainer(bridge, detectors, lm, rows, views, settings)
+    if "lora" in before:
+        set_low_rank(trainer.lora, before["lora"])
     if (work / "state.pt").exists():
         trainer.load(work / "state.pt")
         _say(f"going on from step {trainer.step}")

@@ -17,6 +17,7 @@ from examples.photo_vlm.vision import LiteTowerConfig
 from photo import END, IMAGE, language, tokenizer
 from photo import TOWER as PHOTO
 from PIL import Image
+from safetensors.torch import save_file
 
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
@@ -294,6 +295,23 @@ def test_merged_updates_are_what_the_language_model_trained_with() -> None:
     with torch.inference_mode():
         trained, merged = (lm(inputs_embeds=inputs).logits for lm in (one.lm, plain))
     torch.testing.assert_close(trained, merged)
+
+
+def test_training_starts_from_what_another_one_wrote(tmp_path: Path) -> None:
+    one, other = trainer(), trainer()
+    one.run(3, lambda row: True)
+    learnt = export.weights_of(one.weights(), {})
+    save_file(learnt, tmp_path / "model.safetensors")
+    before = train.learnt_before(tmp_path)
+    learn.set_low_rank(other.lora, before["lora"])
+    bridge = train.start_bridge(PHOTO, before["bridge"], one.bridge.words.table)
+    again = export.weights_of({**other.weights(), "bridge": bridge.state_dict()}, {})
+    assert all(torch.equal(again[name], tensor) for name, tensor in learnt.items())
+    with pytest.raises(DataError, match="holds no"):
+        train.learnt_before(tmp_path / "nothing")
+    del before["lora"][next(iter(before["lora"]))]
+    with pytest.raises(InputError, match="no update"):
+        learn.set_low_rank(other.lora, before["lora"])
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
