@@ -1,4 +1,4 @@
-"""PyTorch without the framework around a token: milliseconds, and what they were with it."""
+"""Lean and compiled decoding: milliseconds a token, and what they gain."""
 
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
@@ -10,15 +10,14 @@ MODES = {
     "lossless": "lossless",
 }
 PATHS = {
-    "generate": "`generate`", "stack": "with the stack", "lean": "without", "compiled": "compiled"
+    "generate": "`generate`, ms", "stack": "own forward", "lean": "lean", "compiled": "compiled"
 }  # fmt: skip
 GAINS = (("stack", "lean"), ("stack", "compiled"), ("lean", "compiled"))
 PARTS = {"speeds": "", "overhead": ", products left out"}
 
 
 def speeds() -> Table:
-    """CPU milliseconds of a token: Hugging Face's, with the stack's own code, without it, and
-    compiled."""
+    """CPU milliseconds of a token: Hugging Face's, by the model's own forward, lean, compiled."""
     rows = []
     for part, what in PARTS.items():
         found = by(record("lean")[part], "model", "mode", "path")
@@ -33,7 +32,7 @@ def speeds() -> Table:
                 f"{took[a] / took[b]:.2f}x" if a in took and b in took else "" for a, b in GAINS
             ]
             rows.append((f"{model}, {MODES[mode]}{what}", *spent, *gains))
-    return Table(("", *PATHS.values(), "without", "compiled", "compiled over without"), rows)
+    return Table(("", *PATHS.values(), "lean gains", "compiled gains", "compiled over lean"), rows)
 
 
 def _photo(part: str) -> list[Value]:
