@@ -43,15 +43,18 @@ def arrivals() -> Table:
         return ", ".join(f"{of[p]:.1f}" for p in ("p50", "p95")) + " s"
 
     measured = {k: f["arrivals"] for k, f in record("engine").items() if "arrivals" in f}
+    columns = (
+        "", "tokens a second", "over static", "rows busy", "first token p50, p95", "answer p50, p95"
+    )  # fmt: skip
     return Table(
-        ("", "tokens a second", "", "rows busy", "first token p50, p95", "answer p50, p95"),
+        columns,
         [
             (
                 f"{key}, {way}",
                 f"{of[way]['tokens_per_second']:.0f}",
                 bold(times(of["measured"])) + f" ({of['predicted']:.2f} predicted)"
                 if way == "engine"
-                else "1",
+                else "1.00x",
                 f"{of[way]['busy']:.1f}",
                 *(seconds(of[way][what]) for what in ("first", "total")),
             )

@@ -25,11 +25,11 @@ def engine() -> Table:
         {
             "shape": lambda of: of[0],
             "case": lambda of: of[1]["name"].partition(": ")[2],
-            "of a static batch (of a prepacked one)": lambda of: (
+            "over a static batch (a prepacked one)": lambda of: (
                 bold(times(of[1]["against_static"])) + _of_prepacked(of[1])
             ),
-            "of its own full depth: predicted": lambda of: times(of[1]["predicted"]),
-            "measured": lambda of: (
+            "exits: predicted": lambda of: times(of[1]["predicted"]),
+            "exits: measured": lambda of: (
                 times(of[1]["measured"]) + ("" if of[1]["within"] else " (off by more than 10%)")
             ),
             "gaps p50, p95, p99": lambda of: milliseconds(of[1], "p50", "p95", "p99"),
