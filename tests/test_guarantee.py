@@ -51,6 +51,7 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"quantized": "int4"}, "weights in int4 where float was calibrated"),
         ({"engine": "llama.cpp q4_1"}, "llama.cpp q4_1 where those of torch"),
         ({"dtype": "bfloat16", "kernels": "compiled"}, "compiled kernels where plain"),
+        ({"dtype": "bfloat16", "vision": "openvino"}, "tower in openvino where one in torch"),
         ({"device": "cuda"}, "on cuda where cpu"),
         ({"sampling": "sampled"}, "sampled where greedy decoding"),
         ({"longest": 150}, "up to 150 tokens where up to 40"),
@@ -75,12 +76,25 @@ def test_another_condition_is_named_and_nothing_is_guaranteed(
 
 
 @pytest.mark.parametrize(
-    "change", [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}]
+    "change",
+    [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}, {"vision": "openvino"}],
 )
 def test_what_keeps_every_answer_keeps_the_guarantee(here: Conditions, change: Any) -> None:
     found = standing(calibration(here), replace(here, **change))
     assert found.promise is not None and found.promise.target == 0.01
     assert "mean over images" in found.sentence and "95%" in found.sentence
+
+
+def test_a_runtimes_tower_is_part_of_what_was_calibrated(here: Conditions) -> None:
+    """States that are rounded to 8 bits let a last bit of the tower grow."""
+    inside = replace(here, engine="llama.cpp q8_0", kernels=None)
+    found = calibration(inside)
+    assert standing(found, inside).promise is not None
+    other = standing(found, replace(inside, vision="onnxruntime"))
+    assert other.why == "a vision tower in onnxruntime where one in torch was calibrated"
+    del found["conditions"]["vision"]  # of before there was a choice
+    assert standing(found, inside).promise is not None
+    assert standing(found, replace(inside, vision="openvino")).promise is None
 
 
 def test_a_shorter_answer_keeps_no_other_risk(here: Conditions) -> None:

@@ -24,8 +24,8 @@ FRAMES = 8
 """Kinds of prompts that are told apart by their first word; of more, all are one kind."""
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
-SAME_IN_FLOAT32 = ("kernels",)
-"""What changes no answer in float32; docs/guarantees.md lists it, and tests try it."""
+SAME_IN_FLOAT32 = ("kernels", "vision")
+"""What changes no answer of PyTorch in float32; docs/guarantees.md lists it, and tests try it."""
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -78,17 +78,19 @@ class Conditions:
     """What may change an answer; None: not known, and not compared.
 
     dtype: of the backbone. quantized: how its layers are held; "" as `dtype`. engine: "torch", or
-    a runtime's name with its number format. kernels: "plain", "prepacked" or "compiled". device:
-    its kind. sampling: "greedy", or how else tokens are chosen. longest: tokens of the longest
-    answer. prompts: see `prompt_frames`; of a request, its one prompt. template: digest of the chat
-    template, "" where there is none. The rest is of the policy; thresholds, those of first tokens,
-    gates and weights by depth, as JSON.
+    a runtime's name with its number format. kernels: "plain", "prepacked" or "compiled". vision:
+    what runs the vision tower, in runtimes too; None, of before there was a choice: "torch".
+    device: its kind. sampling: "greedy", or how else tokens are chosen. longest: tokens of the
+    longest answer. prompts: see `prompt_frames`; of a request, its one prompt. template: digest of
+    the chat template, "" where there is none. The rest is of the policy; thresholds, those of first
+    tokens, gates and weights by depth, as JSON.
     """
 
     dtype: str | None = None
     quantized: str | None = None
     engine: str | None = None
     kernels: str | None = None
+    vision: str | None = None
     device: str | None = None
     sampling: str | None = None
     longest: int | None = None
@@ -121,6 +123,7 @@ class Conditions:
             quantized=scheme(backbone.layers) or "",
             engine=engine or TORCH,
             kernels=None if engine else _kernels(backbone),
+            vision=backbone.vision_engine,
             device=backbone.device.type,
             **policies,
             **known,
@@ -154,6 +157,7 @@ _WORDS: Mapping[str, str] = {
     "quantized": "weights in {here} where {then} was calibrated",
     "engine": "answers of {here} where those of {then} were calibrated",
     "kernels": "{here} kernels where {then} ones were calibrated",
+    "vision": "a vision tower in {here} where one in {then} was calibrated",
     "device": "on {here} where {then} was calibrated",
     "sampling": "{here} where {then} decoding was calibrated",
     "longest": "answers of up to {here} tokens where up to {then} were calibrated",
@@ -193,7 +197,10 @@ def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions,
         return before == now or shorter
     if name == "first":  # calibrations from before there were any do not name them
         return bool((before or {}) == now)
-    if name in SAME_IN_FLOAT32 and {then.dtype, here.dtype} == {"float32"}:
+    if name == "vision":  # the same, before there was a choice
+        before = before or TORCH
+    in_torch = here.engine == TORCH  # a runtime that rounds states to 8 bits lets a last bit grow
+    if name in SAME_IN_FLOAT32 and in_torch and {then.dtype, here.dtype} == {"float32"}:
         return not (then.quantized or here.quantized) or before == now
     return bool(before == now)
 

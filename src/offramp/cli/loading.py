@@ -54,6 +54,7 @@ def load_model(
         ),
         quantize=arguments.quantize,
         compile=getattr(arguments, "compile", False),
+        vision=getattr(arguments, "vision", "torch"),
     )
     return laid_out(arguments, backbone), processor
 

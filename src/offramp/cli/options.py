@@ -223,6 +223,7 @@ def model_options(
     precision_options(group)
     if adapter is not None and engines:
         engine_option(group, engines)
+        vision_options(parser.add_argument_group("images"))
     return group
 
 
@@ -278,6 +279,17 @@ class _Engine(argparse.Action):
             asked = " and ".join(f if f in _BEFORE else f"{f} {n}" for f, n in chosen.items())
             parser.error(f"{asked} ask for two engines")
         vars(namespace).update(_PLAIN | ENGINES[name][1] | {"engine": name, "chosen": chosen})
+
+
+VISION = ("torch", "onnxruntime", "openvino")
+
+
+def vision_options(group: Any) -> None:
+    """How images are seen."""
+    name_option(
+        group, "--vision", VISION, "what runs the vision tower, on a CPU and in float32",
+        default="torch",
+    )  # fmt: skip
 
 
 def precision_options(group: Any) -> None:

@@ -19,6 +19,7 @@ from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
 from offramp.models.registry import is_tested
+from offramp.models.vision_engine import TORCH, check_vision_engine, vision_engine
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Backbone(OpenedModel):
         device: str | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        vision: str = "torch",
         example: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Backbone:
@@ -118,6 +120,8 @@ class Backbone(OpenedModel):
         quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
         compile: whether single answers are decoded by compiled code (docs/runtimes.md).
+        vision: what runs the vision tower: "torch", "onnxruntime" or "openvino"
+            (docs/torch-engines.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.
@@ -127,6 +131,7 @@ class Backbone(OpenedModel):
             InputError: there is no such model or device, or a package that it needs is missing; or
                 it cannot be quantised so.
         """
+        check_vision_engine(vision)
         if quantize is not None:
             check_quantize(quantize, dtype, kwargs)
             dtype = torch.bfloat16
@@ -140,7 +145,9 @@ class Backbone(OpenedModel):
                 )
             quantize_layers(backbone.layers, quantize)
             backbone = cls._of_loaded(model, str(name), revision, example)
-        return backbone.with_decoding(compiled=compile)
+        if vision != TORCH and example is None:
+            example = grey_example(name, revision, model)
+        return backbone.with_decoding(compiled=compile).with_vision(vision, example)
 
     @classmethod
     def _of_loaded(
@@ -160,6 +167,38 @@ class Backbone(OpenedModel):
         stays as it is: what is found out by decoding each finds out for itself."""
         made = copy.copy(self)
         made.decoding = replace(self.decoding, **options)
+        return made
+
+    def with_vision(self, name: str, example: Mapping[str, Any] | None = None) -> Backbone:
+        """The same model with a vision tower that an inference engine runs, on a CPU in float32.
+
+        name: "onnxruntime", "openvino" or, for the model's own tower, "torch". example: what the
+            model's processor made of a prompt with an image; by it the tower is exported.
+
+        Where that cannot be, or the engine does not see what the tower sees, PyTorch goes on, and a
+        warning says why.
+
+        Raises:
+            InputError: there is no such engine, its package is missing, or there is no tower on a
+                CPU.
+        """
+        check_vision_engine(name)
+        made = copy.copy(self)
+        made.tower = None
+        if name == TORCH:
+            return made
+        if self.text_only:
+            raise InputError(
+                f"{self.name} sees no images, and has no vision tower to run in {name}.",
+                "Leave the vision engine out.",
+            )
+        if self.device.type != "cpu":
+            raise InputError(
+                f"{name} runs vision towers on a CPU, and the model is on {self.device}.",
+                "Leave the vision engine out, or load the model with device='cpu'.",
+            )
+        assert made.vision is not None  # or it says what to do
+        made.tower = vision_engine(name, self.model, str(self.family.vision), example)
         return made
 
     def _proven(self) -> str | None:
@@ -225,6 +264,11 @@ class Backbone(OpenedModel):
     def vocabulary(self) -> int:
         """Tokens V that logits are over."""
         return self._layout.vocabulary
+
+    @property
+    def vision_engine(self) -> str:
+        """What runs the vision tower: "torch", "onnxruntime" or "openvino"."""
+        return TORCH if self.tower is None else self.tower.name
 
     @property
     def text_only(self) -> bool:

@@ -82,6 +82,8 @@ class InterceptedModel:
         root = twin(backbone.model)
         graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
         graft(root, family.head, _HeadStandIn(backbone.reader))
+        if backbone.tower is not None:
+            graft(root, str(family.vision), backbone.tower)
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)

@@ -22,6 +22,7 @@ from offramp.models.quantized.weights import (
 from offramp.models.registry import Family, is_tested, registered_family
 from offramp.models.rope import LengthDependentRope
 from offramp.models.sharding import check_hooks, device_of, loaded
+from offramp.models.vision_engine import VisionEngine
 
 
 @dataclass(slots=True)
@@ -55,6 +56,9 @@ class OpenedModel:
     softcap: bound of the soft cap on logits. words: tokens that the model keeps of those that its
     head reads; None: all of them.
     """
+
+    tower: VisionEngine | None = None
+    """What stands in the vision tower's place; see `Backbone.with_vision`."""
 
     def __init__(self, model: nn.Module, example: Mapping[str, Any] | None = None) -> None:
         """Find the decoder, by the registry or by watching it run; see `Backbone`."""
@@ -108,13 +112,14 @@ class OpenedModel:
 
     @property
     def vision(self) -> Any:
-        """The vision tower. Raise `InputError` where the family does not say where it is."""
+        """The vision tower, or what stands in its place. Raise `InputError` where the family does
+        not say where it is."""
         if self.family.vision is None:
             raise InputError(
                 f"Where the vision tower of {type(self.model).__name__} is, is not known.",
                 "Name it: register_backbone(..., Family(..., vision='path.to.the.tower')).",
             )
-        return self._find(self.family.vision)
+        return self.tower or self._find(self.family.vision)
 
     @property
     def positions(self) -> int | None:

@@ -60,7 +60,7 @@ def load_tiny(
 ) -> tuple[Backbone, Any]:
     """A shipped model, "opt" or "t5", and its processor.
 
-    how: quantize and compile, as of `Backbone.from_pretrained`.
+    how: quantize, compile and vision, as of `Backbone.from_pretrained`.
     """
     kind, folder = short_name(kind), tiny_folder(kind)
     backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device, **how)
@@ -76,11 +76,13 @@ def load_named(
     device: str | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    vision: str = "torch",
 ) -> tuple[Backbone, Any]:
     """A shipped model by its long name, "photo", or a model of a hub name or a folder; and its
     processor.
 
     dtype: torch's name of one, or "auto": as saved, shipped ones and the photo model in float32.
+    quantize, compile, vision: as of `Backbone.from_pretrained`.
 
     Raises:
         InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
@@ -92,7 +94,7 @@ def load_named(
         )
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind = tiny_kind(name)
-    how: dict[str, Any] = {"quantize": quantize, "compile": compile}
+    how: dict[str, Any] = {"quantize": quantize, "compile": compile, "vision": vision}
     if kind is None and not is_photo(name):
         backbone = Backbone.from_pretrained(
             name, revision=revision, dtype=exact, device=device, **how

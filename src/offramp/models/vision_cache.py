@@ -54,7 +54,7 @@ class VisionCache:
 
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
-        key = (weakref.ref(tower), _digest([*args, kw]), current_salt())
+        key = (weakref.ref(tower), digest([*args, kw]), current_salt())
         version = weights_version(tower)
         with self._lock:
             weights, cached = self._held.get(key, (None, None))
@@ -89,16 +89,17 @@ class RememberedTower(nn.Module):
         return self._cache.call(self._tower, args, kw)
 
 
-def _digest(value: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(value: Any) -> str:
+    """Of nested arguments, their tensors bit for bit."""
+    made = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
         if isinstance(part, Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
+            made.update(f"{part.dtype} {tuple(part.shape)} {part.device}".encode())
             flat = part.detach().contiguous().cpu().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            made.update(flat.view(torch.uint8).numpy().tobytes())
         else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
+            made.update(repr(part).encode())
+    return made.hexdigest()
 
 
 def _nbytes(value: Any) -> int:

@@ -32,13 +32,14 @@ def load_served(
     device: str | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    vision: str = "torch",
     chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
-    adapter's own, with revision: of it. dtype, device, quantize, compile: of the backbone, as of
-    `load_named`. chat_template: file of the one that writes conversations, instead of the
+    adapter's own, with revision: of it. dtype, device, quantize, compile, vision: of the backbone,
+    as of `load_named`. chat_template: file of the one that writes conversations, instead of the
     processor's own.
 
     Raises:
@@ -46,9 +47,8 @@ def load_served(
         model that ships, a template that does not work. StorageError: it cannot be read.
     """
     text = None if chat_template is None else _template_of(chat_template)
-    model, processor = _load(
-        name, backbone, revision, dtype=dtype, device=device, quantize=quantize, compile=compile
-    )
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
+    model, processor = _load(name, backbone, revision, compile=compile, vision=vision, **how)
     if text is None:
         return model, processor
     return model, _with_template(model, processor, text, str(chat_template))

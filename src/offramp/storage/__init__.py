@@ -15,6 +15,7 @@ from offramp.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.storage.jsonl_log import JsonlLog
 from offramp.storage.places import (
     ROOM,
+    cache_folder,
     check_writable,
     locked_folder,
     reason,
@@ -26,8 +27,8 @@ from offramp.storage.places import (
 )
 
 __all__ = [
-    "JsonlLog", "atomic_folder", "check_plain", "check_writable", "digest_file", "digest_rows",
-    "locked_folder", "read_json", "write_atomic", "write_json", "write_result",
+    "JsonlLog", "atomic_folder", "cache_folder", "check_plain", "check_writable", "digest_file",
+    "digest_rows", "locked_folder", "read_json", "write_atomic", "write_json", "write_result",
 ]  # fmt: skip
 
 

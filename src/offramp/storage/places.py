@@ -17,6 +17,11 @@ from offramp.errors import StorageError
 ROOM = "Check that the folder exists, may be written and has free space, then run it again."
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp" / name
+
+
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
     """Raise `StorageError` where `path` could not be written, without leaving a trace.
 

@@ -14,12 +14,13 @@ from offramp_lab.tables import (
     speed,
     suitability,
     tiny,
+    vision,
 )
 from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
     overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, drafts,
-    end_to_end, loads, suitability,
+    end_to_end, loads, suitability, vision,
 )  # fmt: skip
 TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {

@@ -18,6 +18,7 @@ from offramp.cli.options import (
     field_options,
     filled,
     precision_options,
+    vision_options,
 )
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, threads, whole
@@ -86,7 +87,9 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     field_options(parser.add_argument_group("watched guarantee"), WatchConfig)
     limits = ("count", "bytes", "pixels", "domains", "folder")
-    field_options(parser.add_argument_group("images"), ImageLimits, limits)
+    images = parser.add_argument_group("images")
+    vision_options(images)
+    field_options(images, ImageLimits, limits)
 
 
 def _engine_options(parser: Parser) -> None:
@@ -336,6 +339,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         device=device,
         quantize=arguments.quantize,
         compile=arguments.compile,
+        vision=arguments.vision,
         chat_template=arguments.chat_template,
     )
     return laid_out(arguments, model), processor

@@ -19,6 +19,7 @@ from offramp.cli.options import (
     length_option,
     policy_options,
     precision_options,
+    vision_options,
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
@@ -57,6 +58,7 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     precision_options(group)
     engine_option(group, ENGINES)
+    vision_options(parser.add_argument_group("images"))
     data_options(
         parser, "prompts to answer (default: the adapter's, of drawn pictures)",
         limit=32, required=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,14 @@ from offramp.missing import how_to_install
 from offramp.models.photo.packages import LANGUAGE, VISION, data_folder, weights_file
 from offramp.models.photo.tower import EfficientNetLite0, PhotoTowerConfig
 from offramp.progress import progress_bar
-from offramp.storage import atomic_folder, digest_file, digest_rows, read_json, write_json
+from offramp.storage import (
+    atomic_folder,
+    cache_folder,
+    digest_file,
+    digest_rows,
+    read_json,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +38,16 @@ LAYOUT = 1
 """Raised where the same trained weights would be built into another folder."""
 
 
-def cache_folder() -> Path:
-    """Where the photo model is built: `offramp/photo` in XDG_CACHE_HOME, or in ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "offramp" / "photo"
-
-
 def built_folder(data: Path | None = None, cache: Path | None = None) -> Path:
     """The built model's folder; it is built where it is not there or no longer as it was built.
 
-    data: of the trained weights; None: the installed package's. cache: None: `cache_folder()`.
+    data: of the trained weights; None: the installed package's. cache: None: the user's.
 
     Raises:
         InputError: a package is missing. StorageError: weights could not be fetched, or the folder
             not be written. DataError: weights are not those that were trained.
     """
-    data, cache = data or data_folder(), cache or cache_folder()
+    data, cache = data or data_folder(), cache or cache_folder("photo")
     trained = digest_file(data / WEIGHTS)
     _check_trained(data, trained)
     parts = [LAYOUT, trained, LANGUAGE.digest, VISION.digest]

@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from offramp.errors import OfframpError, UnsupportedBackboneError
-from offramp.runtimes.llama_cpp.native.compiling import cache_folder
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp.storage import write_atomic
+from offramp.storage import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def _known(digests: Sequence[str], options: EngineOptions) -> Path | None:
     version = metadata.version("llama-cpp-python")
     what = json.dumps([version, list(digests), asdict(replace(options, context=1, threads=1))])
     try:
-        folder = cache_folder().parent / "trials"
+        folder = cache_folder("trials")
     except RuntimeError:  # there is no home
         return None
     return folder / hashlib.sha256(what.encode()).hexdigest()[:32]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offramp.errors import StorageError
-from offramp.storage import write_atomic
+from offramp.storage import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +43,12 @@ def compiled(
     command = (*compiler, "-std=gnu11", "-O3", "-shared", "-fPIC", *flags, *include)
     source = Path(__file__).with_name(f"{name}.c")
     try:
-        kept = cache_folder() / f"{name}-{_digest(compiler, command, source, headers)}.so"
+        kept = cache_folder("native") / f"{name}-{_digest(compiler, command, source, headers)}.so"
         found = _kept(kept)
         return _compile(command, source, kept) if found is None else found
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # or there is no home
         log.info("%s.c could not be compiled (%s): it is not used.", name, error)
         return None
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp" / "native"
 
 
 def _compiler() -> tuple[str, ...]:

@@ -1,0 +1,117 @@
+"""The photo model's tower in PyTorch and in inference engines; rewrites vision.json in lab/records.
+
+One thread, float32. The tower alone on photographs, by each engine in turn; how far its tokens are
+from PyTorch's own; and captions with the shipped exits, as many as are the same.
+`python -m offramp_lab.records.vision` takes three minutes; engines that are not installed are left
+out.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from examples.photo_vlm.rows import read_photographs
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.answers import generate_answers
+from offramp.data.example import Example
+from offramp.errors import InputError
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_named, shipped_exits
+from offramp.models.vision_engine import ENGINES, check_vision_engine
+from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.records.record import Record, asked
+
+RECORD = Record("vision")
+TOKENS = 30
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def loaded(name: str) -> tuple[Adapter, InputProcessor]:
+    """The photo model whose tower runs so, with the exits that ship."""
+    backbone, processor = load_named("photo", vision=name)
+    assert backbone.vision_engine == name
+    folder = shipped_exits("photo")
+    assert folder is not None
+    return Adapter.from_pretrained(backbone, folder), InputProcessor(backbone, processor)
+
+
+def names() -> list[str]:
+    """The engines that are installed."""
+    found = []
+    for name in ENGINES:
+        try:
+            check_vision_engine(name)
+        except InputError as error:
+            print(error)
+            continue
+        found.append(name)
+    return found
+
+
+def calls_of(model: Adapter, encoder: InputProcessor, examples: Sequence[Example]) -> list[Call]:
+    """How the model calls its tower for each photograph."""
+    calls: list[Call] = []
+    hook = model.backbone.vision.register_forward_pre_hook(
+        lambda _, args, kw: calls.append((args, kw)), with_kwargs=True
+    )
+    generate_answers(model, encoder, examples, batch_size=1, max_new_tokens=1)
+    hook.remove()
+    return calls
+
+
+@torch.inference_mode()
+def measure(pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
+    models = {name: loaded(name) for name in names()}
+    examples = read_photographs(data)["captions_val"][:pictures]
+    calls = calls_of(*models["torch"], examples)
+
+    def tokens(call: Call, name: str) -> Tensor:
+        args, kw = call
+        found: Tensor = models[name][0].backbone.vision(*args, **kw).last_hidden_state
+        return found
+
+    def milliseconds(call: Call, name: str) -> float:
+        start = time.process_time()
+        tokens(call, name)
+        return 1e3 * (time.process_time() - start)
+
+    def figures(found: Rounds) -> dict[str, float]:
+        times = [taken for taken_in_round in found for taken in taken_in_round]
+        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
+
+    methods = {name: partial(milliseconds, name=name) for name in models}
+    entries = Experiment(methods, calls, rounds, warm=2).entries(("engine",), figures)
+    answers = {
+        name: generate_answers(*model, examples, batch_size=1, max_new_tokens=TOKENS)
+        for name, model in models.items()
+    }
+    for entry in entries:
+        name = entry["engine"]
+        pairs = [(tokens(call, name), tokens(call, "torch")) for call in calls]
+        entry["distance"] = max(float((made - own).norm() / own.norm()) for made, own in pairs)
+        entry["same_captions"] = same(answers[name], answers["torch"])
+    return entries
+
+
+def main() -> None:
+    arguments = asked(__doc__, photo=True, rounds=3, pictures=50)
+    load_before = os.getloadavg()[0]
+    engines = measure(arguments.pictures, arguments.rounds, arguments.data)
+    load = [round(load_before, 1), round(os.getloadavg()[0], 1)]
+    sizes = {"pictures": arguments.pictures, "rounds": arguments.rounds}
+    RECORD.write({**sizes, "engines": engines, "load": load})
+    for entry in engines:
+        print(entry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The photo model's tower by what runs it."""
+
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import MakeTable, by, record
+
+NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def engines() -> Table:
+    """CPU milliseconds of a photograph, how far its tokens are from PyTorch's, and captions that
+    are the same."""
+    found = record("vision")
+    entries = by(found["engines"], "engine")
+    own = entries["torch"]["cpu_milliseconds"]
+    rows = []
+    for name, shown in NAMES.items():
+        if name in entries:
+            entry = entries[name]
+            took, far = entry["cpu_milliseconds"], entry["distance"]
+            same = f"{entry['same_captions']} of {found['pictures']}"
+            rows.append((shown, f"{took:.1f}", f"{own / took:.1f}x", f"{far:.1e}", same))
+    return Table(("tower in", "ms", "", "distance of tokens", "same captions"), rows)
+
+
+TABLES: dict[str, MakeTable] = {"vision-engines": engines}
