@@ -134,6 +134,7 @@ def captioned(
     what its captions are worth beside full depth's."""
     told = _answers(found, examples, LONGEST["captions"], kept)
     rates = {name: _rates(answers) for name, answers in told.items()}
+    decoding = {name: _rates(answers, since=2) for name, answers in told.items()}
     scores = {
         name: caption_measures([texts(ids) for ids, *_ in answers], examples, ("CIDEr", "ROUGE_L"))
         for name, answers in told.items()
@@ -155,6 +156,7 @@ def captioned(
                 "milliseconds": dict(zip(("opened", "first_token", "decoded"), parts, strict=True)),
                 "whole_milliseconds": float(parts.sum()),
                 **{f"over_{base}": times(rates[name], rates[of]) for base, of in bases.items()},
+                "decoding_over_full": times(decoding[name], decoding[full]),
                 "as_full": sum(a[0] == b[0] for a, b in zip(answers, told[full], strict=True)),
                 **{
                     metric: {
@@ -263,9 +265,10 @@ def _answers(
     return {name: [row[place] for row in rows] for place, name in enumerate(found)}
 
 
-def _rates(answers: Sequence[Answered]) -> Rates:
-    """Answers, each of them one, and their seconds."""
-    return np.array([[1] * len(answers), [sum(row[1:]) for row in answers]], float)
+def _rates(answers: Sequence[Answered], since: int = 0) -> Rates:
+    """Answers, each of them one, and their seconds from a part of them on."""
+    seconds = np.array([row[1:] for row in answers], float)[:, since:].sum(1)
+    return np.stack([np.ones(len(answers)), seconds])
 
 
 def _named(name: Name) -> dict[str, str]:
