@@ -119,9 +119,9 @@ class Backbone(OpenedModel):
 
         quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
-        compile: whether single answers are decoded by compiled code (docs/runtimes.md).
+        compile: whether single answers are decoded by compiled code (docs/torch-engines.md).
         vision: what runs the vision tower: "torch", "onnxruntime" or "openvino"
-            (docs/torch-engines.md).
+            (docs/vision-towers.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.

@@ -31,6 +31,7 @@ PAGES = (
     "docs/serving-results.md",
     "docs/suitability.md",
     "docs/torch-engines.md",
+    "docs/vision-towers.md",
     "docs/watch.md",
     "docs/without-pytorch.md",
     "lab/src/offramp_lab/recipes/tiny_vlm/README.md",
