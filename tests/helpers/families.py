@@ -15,7 +15,7 @@ from offramp_lab.inputs.tiny_families import (
     depths,
     kind_of,
 )
-from offramp_lab.inputs.tiny_families.adapted import blip2
+from offramp_lab.inputs.tiny_families.models import blip2
 from offramp_lab.inputs.tiny_families.text import (
     BOS,
     EOS,

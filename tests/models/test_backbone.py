@@ -10,7 +10,7 @@ from families import NAMES
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone

@@ -10,7 +10,7 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
 from offramp.models.exits import Exits

@@ -78,7 +78,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_is_exact_in_every_mode(name: str) -> None:
     """By the check at load: exits, a first token that leaves early, drafts taken back."""
-    from offramp.engine.self_check.decoding import check_decoding
+    from offramp.engine.self_check import check_decoding
 
     backbone = Backbone(model_of(name), name=name)
     assert backbone.text_only

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from offramp import cli
-from offramp_lab.recipes.blip2.commands import BACKBONES, DATA, commands
+from offramp_lab.recipes.blip2 import BACKBONES, DATA, commands
 
 TINY = {BACKBONES["opt"]: "tiny-opt", BACKBONES["t5"]: "tiny-t5", "4096": "64"}
 SHORT = ("--steps", "2", "--evaluate-every", "1", "--batch-size", "4", "--max-new-tokens", "8")

@@ -65,7 +65,7 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
     Raises:
         UnsupportedBackboneError: decoding with exits would not be the model's own.
     """
-    from offramp.engine.self_check.decoding import adopt_findings, check_decoding
+    from offramp.engine.self_check import adopt_findings, check_decoding
     from offramp.models.input_processor import InputProcessor
 
     check = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))

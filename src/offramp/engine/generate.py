@@ -36,7 +36,7 @@ from offramp.engine.policy import (
 )
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.self_check.decoding import prove, prove_prepared
+from offramp.engine.self_check import prove, prove_prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet

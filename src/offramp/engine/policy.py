@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from offramp.engine.confidence import check_score, check_weights
 from offramp.errors import InputError, check_known
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 KV_POLICIES: dict[str, Any] = {"recompute": None}
 """What fills the keys and values of layers that tokens skip, by name: the class of
 `offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
-MODES = ("early_exit", "lossless", "full")
+Mode = Literal["early_exit", "lossless", "full"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 """Exits end a token; only draft it, and the full model verifies; or are off."""
 DRAFT = 0.5
 """Score from which trained exits draft until `offramp draft` finds what is fastest: a token that is

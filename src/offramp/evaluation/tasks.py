@@ -12,7 +12,7 @@ from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.caption_metrics import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
 from offramp.evaluation.metrics import vqa_accuracy
 
-MODES = ("full", "early_exit", "both")
+WHICH = ("full", "early_exit", "both")
 RANKINGS = ("sum", "mean")
 _VQA = ("vqa_accuracy",)
 TASK_METRICS: dict[str, tuple[str, ...]] = {
@@ -56,7 +56,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_known("Task", [self.task], TASKS)
-        check_known("Mode", [self.mode], MODES)
+        check_known("Mode", [self.mode], WHICH)
         check_known("Ranking", [self.ranking], RANKINGS)
         check_known("Tokenizer", [self.tokenizer], TOKENIZERS)
         check_known("Metric", self.wanted, TASK_METRICS[self.task])

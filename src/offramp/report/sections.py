@@ -32,8 +32,12 @@ from offramp.report.plots import (
 from offramp.report.table import Table
 from offramp.report.tradeoff import FREE, by_name
 
-MODES = {"generate": "stock generate", "full": "full model", "early_exit": "early exit",
-         "lossless": "lossless"}  # fmt: skip
+TITLES = {
+    "generate": "stock generate",
+    "full": "full model",
+    "early_exit": "early exit",
+    "lossless": "lossless",
+}
 
 
 # -- speed and depth -------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ _LATENCIES = (
 def measured_eval(value: Value) -> Markup:
     """Every metric of a run by mode, its groups, and the times."""
     modes, both = value["modes"], value.get("compared", {})
-    titles = [MODES[m] for m in modes]
+    titles = [TITLES[m] for m in modes]
     rows = []
     for name in next(iter(modes.values()))["metrics"]:
         form = partial(metric, name)
@@ -278,7 +282,7 @@ def measured_eval(value: Value) -> Markup:
     timed = any(mode.get("latency") for mode in modes.values())
     latency = Table.grid(
         {title: place for title, *place in (_LATENCIES if timed else ())},
-        {MODES[name]: mode.get("latency") for name, mode in modes.items()},
+        {TITLES[name]: mode.get("latency") for name, mode in modes.items()},
         lambda place, of: _latency(of, *place),
     )
     measured = Table(("metric", *titles, *(["difference"] if both else [])), rows)
@@ -303,7 +307,7 @@ def measured_demo(value: Value) -> Markup:
         "against generate": lambda mode: times(mode.get("speedup_vs_generate")),
         **{f"{t} right": lambda mode, t=t: percent(mode["quality"][t]) for t in tasks},
     }
-    named = {MODES.get(name, name): mode for name, mode in value["modes"].items()}
+    named = {TITLES.get(name, name): mode for name, mode in value["modes"].items()}
     measured = Table.grid(named, told, lambda mode, tell: tell(mode), "mode")
     return render("figures", kind="demo", measured=measured)
 

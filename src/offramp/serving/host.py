@@ -20,7 +20,7 @@ from offramp.engine.executors.slots.memory import free_bytes
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.self_check.decoding import prove
+from offramp.engine.self_check import prove
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache

@@ -25,7 +25,7 @@ from offramp.adapter import Adapter
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import DRAFT, ExitPolicy, Thresholds, resolved
-from offramp.engine.self_check.decoding import check_untested
+from offramp.engine.self_check import check_untested
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import DataError, InputError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone

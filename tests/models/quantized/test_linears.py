@@ -10,7 +10,7 @@ from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits

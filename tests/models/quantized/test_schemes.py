@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.data.scenes.tasks import captions
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.hub import load_processor

@@ -13,7 +13,7 @@ from training_runs import SHORT
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.errors import AdapterError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits

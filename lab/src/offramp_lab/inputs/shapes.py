@@ -17,17 +17,13 @@ from torch import Tensor, nn
 from offramp.engine.executors.slots.memory import free_bytes
 from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
+from offramp_lab.inputs.tiny_families import models
+from offramp_lab.inputs.tiny_families.text import IMAGE, config
 
-IMAGE, FIRST_WORD = 3, 8
+FIRST_WORD = 8
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-_PICTURE: dict[str, Any] = {"image_size": 28, "patch_size": 14}
-_PATCHES = 4  # of such an image; as many query tokens are read from it
+_SIDE, _PATCHES = 28, 4
+"""Pixels of an image's side, and its tokens in a prompt."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,14 @@ class Shape:
 
     name: str
     config: Callable[[], Any]
-    wrap: Callable[[Any], nn.Module]
+    wrap: Callable[..., nn.Module]
 
     def empty(self) -> nn.Module:
         """The model with real buffers and parameters that take no memory."""
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            model: Any = self.wrap(self.config())
+            model: Any = self.wrap(self.config(), layers=1)
         encoder = getattr(getattr(model, "language_model", None), "encoder", None)
         if encoder is not None:  # only now: its config also sizes the decoder's cache
             encoder.block = encoder.block[:1]
@@ -81,8 +77,7 @@ class Shape:
         draw = torch.Generator().manual_seed(seed)
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
         ids = torch.cat([torch.full((batch, _PATCHES), IMAGE), text], 1)
-        side = _PICTURE["image_size"]
-        pixels = torch.randn(batch, 3, side, side, generator=draw)
+        pixels = torch.randn(batch, 3, _SIDE, _SIDE, generator=draw)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -135,9 +130,8 @@ def _copy_round(pool: Tensor, offset: int, flat: Tensor) -> None:
 
 
 def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
-    from transformers import OPTConfig
-
-    return OPTConfig(
+    return config(
+        "OPT",
         num_hidden_layers=layers,
         hidden_size=width,
         word_embed_proj_dim=width,
@@ -150,31 +144,28 @@ def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
 
 
 def _t5(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Any:
-    from transformers import T5Config
-
-    settings: dict[str, Any] = {
-        "num_layers": layers,
-        "num_decoder_layers": layers,
-        "d_model": width,
-        "d_kv": 64,
-        "d_ff": inner,
-        "num_heads": heads,
-        "vocab_size": vocabulary,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-    }
-    return T5Config(**settings)
+    return config(
+        "T5",
+        num_layers=layers,
+        num_decoder_layers=layers,
+        d_model=width,
+        d_kv=64,
+        d_ff=inner,
+        num_heads=heads,
+        vocab_size=vocabulary,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
 
 
 def _llama(
     layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
+    return config(
+        "Llama",
         num_hidden_layers=layers,
         hidden_size=width,
         intermediate_size=inner,
@@ -187,52 +178,16 @@ def _llama(
     )
 
 
-# -- around them ------------------------------------------------------------------------------
-
-
-def _blip2(text: Any) -> nn.Module:
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        Blip2QFormerConfig,
-        Blip2VisionConfig,
-    )
-
-    return Blip2ForConditionalGeneration(
-        Blip2Config(
-            vision_config=Blip2VisionConfig(**_TOWER, **_PICTURE),
-            qformer_config=Blip2QFormerConfig(**_TOWER, vocab_size=8, encoder_hidden_size=16),
-            text_config=text,
-            num_query_tokens=_PATCHES,
-            image_token_index=IMAGE,
-        )
-    )
-
-
-def _llava(text: Any) -> nn.Module:
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**_TOWER, **_PICTURE),
-            text_config=text,
-            image_token_index=IMAGE,
-            image_seq_length=_PATCHES,
-            tie_word_embeddings=text.tie_word_embeddings,
-        )
-    )
-
-
 SHAPES: dict[str, Shape] = {
     s.name: s
     for s in (
-        Shape("opt-2.7b", lambda: _opt(32, 2560, 32, 50304), _blip2),
-        Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), _blip2),
-        Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), _llava),
-        Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), _llava),
-        Shape("mini-opt", lambda: _opt(8, 32, 2, 512), _blip2),
-        Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), _blip2),
-        Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), _llava),
+        Shape("opt-2.7b", lambda: _opt(32, 2560, 32, 50304), models.blip2),
+        Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), models.blip2),
+        Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), models.llava),
+        Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), models.llava),
+        Shape("mini-opt", lambda: _opt(8, 32, 2, 512), models.blip2),
+        Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), models.blip2),
+        Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), models.llava),
     )
 }
 """By name; the minis are for trying things out."""

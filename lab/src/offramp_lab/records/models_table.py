@@ -5,7 +5,7 @@
 
 A type is built with random weights (`offramp_lab.inputs.zoo`), loaded with one prompt with an
 image, and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
-self-check (`offramp.engine.self_check.decoding`), logits and tokens. Then its engine is found, as
+self-check (`offramp.engine.self_check`), logits and tokens. Then its engine is found, as
 at the first prompt that anybody asks.
 """
 
@@ -59,7 +59,7 @@ def run(types: list[str]) -> Any:
     warnings.filterwarnings("ignore")
     import torch
 
-    from offramp.engine.self_check.decoding import check_decoding, prove
+    from offramp.engine.self_check import check_decoding, prove
     from offramp.errors import OfframpError
     from offramp.models.backbone import Backbone
     from offramp.models.registry import registered_family

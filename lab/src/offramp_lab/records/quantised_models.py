@@ -27,7 +27,7 @@ from offramp.calibration.calibrate import calibrate
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import check_decoding
+from offramp.engine.self_check import check_decoding
 from offramp.engine.teacher_forcing import Answered, record
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone

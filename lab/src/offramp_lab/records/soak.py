@@ -24,6 +24,7 @@ import httpx
 from PIL import Image
 
 from offramp.data.scenes.tasks import captions
+from offramp.engine.policy import MODES
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.serving import Server
 
@@ -59,7 +60,7 @@ def bodies() -> list[dict[str, Any]]:
             {"type": "text", "text": "Caption:"},
             {"type": "image_url", "image_url": {"url": url}},
         ]
-        mode = draw.choice(("full", "early_exit", "lossless"))
+        mode = draw.choice(MODES)
         rows.append(
             {
                 "messages": [{"role": "user", "content": content}], "seed": number,

@@ -61,12 +61,12 @@ def _options(parser: Parser) -> None:
 
 
 def _evaluation_options(parser: Parser) -> None:
-    from offramp.evaluation.tasks import MODES, RANKINGS, TASK_METRICS, Settings
+    from offramp.evaluation.tasks import RANKINGS, TASK_METRICS, WHICH, Settings
 
     group = parser.add_argument_group("evaluation")
     name_option(group, "--task", TASK_METRICS, "task", required=True)
     field_option(
-        group, Settings, "mode", "which models answer", choices=MODES, default=None,
+        group, Settings, "mode", "which models answer", choices=WHICH, default=None,
         shown="both; without --adapter full",
     )  # fmt: skip
     metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})

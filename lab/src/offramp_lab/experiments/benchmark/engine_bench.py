@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import MODES, ExitPolicy
-from offramp.engine.self_check.decoding import prove
+from offramp.engine.self_check import prove
 from offramp.errors import InputError, check_known
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken

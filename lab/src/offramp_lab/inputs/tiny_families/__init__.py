@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp_lab.inputs.tiny_families import adapted, inputs, native
+from offramp_lab.inputs.tiny_families import models
 from offramp_lab.inputs.tiny_families.text import (
     BOS,
     EOS,
@@ -64,19 +64,12 @@ class Kind:
                 FIRST_WORD, VOCABULARY, (PROMPTS[row % len(PROMPTS)],), generator=draw
             )
             rows.append([*before, *[IMAGE] * self.images, *after, *words.tolist()])
-        longest = max(map(len, rows))
-        padded, masks = [], []
-        for ids in rows:
-            gap = [PAD] * (longest - len(ids))
-            on, off = [1] * len(ids), [0] * len(gap)
-            padded.append(gap + ids if self.padding == "left" else ids + gap)
-            masks.append(off + on if self.padding == "left" else on + off)
-        tokens, mask = torch.tensor(padded), torch.tensor(masks)
+        text = models.pad(rows, self.padding)
         torch_state = torch.random.get_rng_state()
         torch.default_generator.manual_seed(2000 + seed)
-        extra = self.extra(tokens, mask)
+        extra = self.extra(text["input_ids"], text["attention_mask"])
         torch.random.set_rng_state(torch_state)
-        return {"input_ids": tokens, "attention_mask": mask, **extra}
+        return {**text, **extra}
 
 
 def kind_of(name: str) -> Kind:
@@ -114,48 +107,44 @@ def build(
 _FRAME = ((VISION_START,), (VISION_END,))
 
 KINDS: dict[str, Kind] = {
-    "blip2-opt": Kind(lambda: adapted.blip2(opt_config()), 4, inputs.square(28)),
-    "blip2-llama": Kind(lambda: adapted.blip2(llama()), 4, inputs.square(28)),
-    "blip2-t5": Kind(lambda: adapted.blip2(t5()), 4, inputs.square(28), padding="right"),
-    "instructblip-opt": Kind(lambda: adapted.instructblip(opt_config()), 4, inputs.with_question),
-    "instructblip-llama": Kind(lambda: adapted.instructblip(llama()), 4, inputs.with_question),
+    "blip2-opt": Kind(lambda: models.blip2(opt_config()), 4, models.square(28)),
+    "blip2-llama": Kind(lambda: models.blip2(llama()), 4, models.square(28)),
+    "blip2-t5": Kind(lambda: models.blip2(t5()), 4, models.square(28), padding="right"),
+    "instructblip-opt": Kind(lambda: models.instructblip(opt_config()), 4, models.with_question),
+    "instructblip-llama": Kind(lambda: models.instructblip(llama()), 4, models.with_question),
     "instructblip-t5": Kind(
-        lambda: adapted.instructblip(t5(tied=True)), 4, inputs.with_question, padding="right"
+        lambda: models.instructblip(t5(tied=True)), 4, models.with_question, padding="right"
     ),
-    "llava": Kind(adapted.llava, 4, inputs.square(28)),
-    "llava-next": Kind(adapted.llava_next, 4 + 6, inputs.crops),
-    "idefics3": Kind(adapted.idefics3, 4, inputs.tiles),
-    "smolvlm": Kind(adapted.smolvlm, 4, inputs.tiles),
-    "qwen2-vl": Kind(native.qwen2, 4, inputs.patches, frame=_FRAME),
-    "qwen2.5-vl": Kind(native.qwen25, 4, inputs.patches, frame=_FRAME),
-    "qwen3-vl": Kind(native.qwen3, 4, inputs.patches, frame=_FRAME),
-    "paligemma": Kind(lambda: adapted.paligemma({"model_type": "gemma"}), 4, inputs.prefix),
+    "llava": Kind(models.llava, 4, models.square(28)),
+    "llava-next": Kind(models.llava_next, 4 + 6, models.crops),
+    "idefics3": Kind(lambda: models.tiled("Idefics3"), 4, models.tiles),
+    "smolvlm": Kind(lambda: models.tiled("SmolVLM"), 4, models.tiles),
+    "qwen2-vl": Kind(models.qwen2, 4, models.patches, frame=_FRAME),
+    "qwen2.5-vl": Kind(models.qwen25, 4, models.patches, frame=_FRAME),
+    "qwen3-vl": Kind(models.qwen3, 4, models.patches, frame=_FRAME),
+    "paligemma": Kind(lambda: models.paligemma(model_type="gemma"), 4, models.prefix),
     "paligemma2": Kind(
-        lambda: adapted.paligemma(
-            {"model_type": "gemma2", "sliding_window": 6, "query_pre_attn_scalar": 8}
-        ),
+        lambda: models.paligemma(model_type="gemma2", sliding_window=6, query_pre_attn_scalar=8),
         4,
-        inputs.prefix,
+        models.prefix,
     ),
-    "gemma3": Kind(native.gemma3, 4, inputs.blocks, frame=_FRAME),
-    "internvl": Kind(lambda: adapted.internvl(qwen()), 4, inputs.square(32)),
+    "gemma3": Kind(models.gemma3, 4, models.blocks, frame=_FRAME),
+    "internvl": Kind(lambda: models.internvl(qwen()), 4, models.square(32)),
     "florence2": Kind(
-        native.florence2, 16 + 1, inputs.square(32), padding="right", wide=0.1, loud=0.02
+        models.florence2, 16 + 1, models.square(32), padding="right", wide=0.1, loud=0.02
     ),
 }
 
 NAMES = tuple(KINDS)
 FURTHER: dict[str, Kind] = {
-    "internvl-qwen3": Kind(lambda: adapted.internvl(qwen(third=True)), 4, inputs.square(32)),
-    "internvl-experts": Kind(lambda: adapted.internvl(qwen3_experts()), 4, inputs.square(32)),
-    "qwen3-vl-experts": Kind(lambda: native.qwen3(experts=True), 4, inputs.patches, frame=_FRAME),
-    "granite": Kind(lambda: adapted.llava_next(granite()), 4 + 6, inputs.crops),
+    "internvl-qwen3": Kind(lambda: models.internvl(qwen(third=True)), 4, models.square(32)),
+    "internvl-experts": Kind(lambda: models.internvl(qwen3_experts()), 4, models.square(32)),
+    "qwen3-vl-experts": Kind(lambda: models.qwen3(experts=True), 4, models.patches, frame=_FRAME),
+    "granite": Kind(lambda: models.llava_next(granite()), 4 + 6, models.crops),
     "paligemma2-wide": Kind(  # a window longer than the prompt, and shorter than the answer
-        lambda: adapted.paligemma(
-            {"model_type": "gemma2", "sliding_window": 22, "query_pre_attn_scalar": 6}
-        ),
+        lambda: models.paligemma(model_type="gemma2", sliding_window=22, query_pre_attn_scalar=6),
         4,
-        inputs.prefix,
+        models.prefix,
     ),
 }
 """Kinds that are no family of their own, for tests that are about their text model."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp_lab.inputs import tiny_families as families
 from offramp_lab.inputs.zoo.config import BOS, FIRST_WORD, PAD, VOCABULARY, shrink
-from offramp_lab.inputs.zoo.inputs import IMAGES, by_signature, pad
+from offramp_lab.inputs.zoo.inputs import IMAGES, by_signature
 
 PROMPTS = (6, 3, 5)
 """Words in each row's prompt: rows of a batch need padding."""
@@ -105,17 +105,12 @@ def build(name: str, seed: int = 0, wide: float = 0.25, loud: float = 0.1) -> An
     return model.float().eval()
 
 
-def inputs(
-    name: str, model: Any, rows: int, seed: int = 0, image: bool = True
-) -> dict[str, Tensor]:
+def inputs(name: str, model: Any, rows: int, seed: int = 0) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(100 + seed)
         words = [
             torch.randint(FIRST_WORD, VOCABULARY, (PROMPTS[r % 3],)).tolist() for r in range(rows)
         ]
-        if name in AS_BEFORE and image:
+        if name in AS_BEFORE:
             return families.KINDS[AS_BEFORE[name]].inputs(rows, seed)
-        if not image:
-            return pad(words)
-        maker = IMAGES.get(name, by_signature)
-        return maker(model, words)
+        return IMAGES.get(name, by_signature)(model, words)

@@ -129,9 +129,7 @@ def _shrink(config: Mapping[str, Any], path: str, ids: dict[str, int]) -> dict[s
     tiny: dict[str, Any] = {}
     for name, value in config.items():
         inside = f"{path}.{name}"
-        if isinstance(value, Mapping) and not re.search(
-            "rope|rotary|vocabulary|2label|_dict$", name
-        ):
+        if isinstance(value, Mapping) and not _NO_FIELDS.search(name):
             tiny[name] = _shrink(value, inside, ids)
         elif name in sizes and isinstance(value, int | float | list | tuple) and value:
             tiny[name] = (

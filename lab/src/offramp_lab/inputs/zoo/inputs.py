@@ -9,21 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp_lab.inputs.zoo.config import BOS, IMAGE, PAD
+from offramp_lab.inputs.tiny_families.models import pad
+from offramp_lab.inputs.zoo.config import BOS, IMAGE
 
 Words = Sequence[Sequence[int]]
-
-
-def pad(rows: Words, side: str = "left") -> dict[str, Tensor]:
-    """Ids and mask [B, T] of rows of different lengths."""
-    longest = max(map(len, rows))
-    ids, masks = [], []
-    for row in map(list, rows):
-        gap = longest - len(row)
-        padding, off, on = [PAD] * gap, [0] * gap, [1] * len(row)
-        ids.append(padding + row if side == "left" else row + padding)
-        masks.append(off + on if side == "left" else on + off)
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
+Make = Callable[[Any, Words], dict[str, Any]]
+"""The inputs of a model, from the words of each row's prompt."""
 
 
 def _sight(model: Any) -> Any:
@@ -111,169 +102,139 @@ def put(
 
 def by_signature(model: Any, words: Words) -> dict[str, Any]:
     """Pixels as the model's `forward` names them."""
-    rows = len(words)
-    names = inspect.signature(model.forward).parameters
-    if "image_grid_thw" in names:
-        pixels = _patches(model, rows)
-    else:
-        pixels = {"pixel_values": _square(model)(rows)}
-    return put(model, words, pixels)
+    grid = "image_grid_thw" in inspect.signature(model.forward).parameters
+    return put(model, words, (_patches if grid else _local)(model, len(words)))
 
 
-def _framed(model: Any, words: Words) -> dict[str, Any]:
-    config = model.config
-    start, end = config.vision_start_token_id, getattr(config, "vision_end_token_id", BOS)
-    return put(model, words, _patches(model, len(words)), frame=((start,), (end,)))
+# -- images among the prompt's tokens --------------------------------------------------------------
 
 
-def _glm(model: Any, words: Words) -> dict[str, Any]:
-    config = model.config
-    frame = ((config.image_start_token_id,), (config.image_end_token_id,))
-    return put(model, words, _patches(model, len(words)), frame=frame)
+def _shown(pixels: Callable[[Any, int], dict[str, Tensor]], **how: Any) -> Make:
+    """By `put`, with pixels from the model and the number of rows."""
+    return lambda model, words: put(model, words, pixels(model, len(words)), **how)
 
 
-def _tiles(model: Any, words: Words) -> dict[str, Any]:
-    pixels = _square(model)(len(words), 1)
-    mask = torch.ones(len(words), 1, *pixels.shape[-2:], dtype=torch.bool)
-    return put(model, words, {"pixel_values": pixels, "pixel_attention_mask": mask})
+def _framed(*names: str) -> Make:
+    """Patches between two tokens whose ids the configuration has under these names."""
+
+    def make(model: Any, words: Words) -> dict[str, Any]:
+        start, end = ((getattr(model.config, name),) for name in names)
+        return put(model, words, _patches(model, len(words)), frame=(start, end))
+
+    return make
 
 
-def _docling(model: Any, words: Words) -> dict[str, Any]:
-    mask = torch.ones(len(words), 1, dtype=torch.bool)
-    pixels = {"pixel_values": _square(model)(len(words), 1), "pixel_attention_mask": mask}
-    return put(model, words, pixels)
+_GLM = _framed("image_start_token_id", "image_end_token_id")
+_OMNI = _framed("vision_start_token_id", "vision_end_token_id")
 
 
-def _crops(model: Any, words: Words) -> dict[str, Any]:
-    crops = _square(model)(len(words), 2)
-    size = crops.shape[-1]
-    pixels = {"pixel_values": crops, "image_sizes": torch.tensor([[size, size]] * len(words))}
-    return put(model, words, pixels)
+def _sized(model: Any, rows: int, *crops: int) -> dict[str, Tensor]:
+    """crops: how many each image is seen in, where it is."""
+    square = _square(model)(rows, *crops)
+    return {"pixel_values": square, "image_sizes": torch.tensor([[square.shape[-1]] * 2] * rows)}
 
 
-def _sized(model: Any, words: Words) -> dict[str, Any]:
-    square = _square(model)(len(words))
-    size = square.shape[-1]
-    pixels = {"pixel_values": square, "image_sizes": torch.tensor([[size, size]] * len(words))}
-    return put(model, words, pixels)
+def _crops(model: Any, rows: int) -> dict[str, Tensor]:
+    return _sized(model, rows, 2)
 
 
-def _cpm(model: Any, words: Words) -> dict[str, Any]:
+def _tiles(model: Any, rows: int) -> dict[str, Tensor]:
+    pixels = _square(model)(rows, 1)
+    mask = torch.ones(rows, 1, *pixels.shape[-2:], dtype=torch.bool)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _docling(model: Any, rows: int) -> dict[str, Tensor]:
+    mask = torch.ones(rows, 1, dtype=torch.bool)
+    return {"pixel_values": _square(model)(rows, 1), "pixel_attention_mask": mask}
+
+
+def _cpm(model: Any, rows: int) -> dict[str, Tensor]:
     """MiniCPM lays the patches of all images in one long strip."""
-    patch = _patch(model)
-    sizes = torch.tensor([[4, 4]] * len(words))
-    pixels = {
-        "pixel_values": torch.randn(1, 3, patch, 16 * patch * len(words)),
-        "target_sizes": sizes,
+    patch, sizes = _patch(model), torch.tensor([[4, 4]] * rows)
+    return {"pixel_values": torch.randn(1, 3, patch, 16 * patch * rows), "target_sizes": sizes}
+
+
+def _nemotron(model: Any, rows: int) -> dict[str, Tensor]:
+    pixels = torch.randn(16 * rows, 3 * _patch(model) ** 2)
+    return {"pixel_values": pixels, "image_grid_hw": torch.tensor([[4, 4]] * rows)}
+
+
+def _siglip2(model: Any, rows: int) -> dict[str, Tensor]:
+    return {
+        "pixel_values": torch.randn(rows, 16, 3 * _patch(model) ** 2),
+        "spatial_shapes": torch.tensor([[4, 4]] * rows),
+        "pixel_attention_mask": torch.ones(rows, 16, dtype=torch.long),
     }
-    return put(model, words, pixels)
 
 
-def _nemotron(model: Any, words: Words) -> dict[str, Any]:
-    pixels = {
-        "pixel_values": torch.randn(16 * len(words), 3 * _patch(model) ** 2),
-        "image_grid_hw": torch.tensor([[4, 4]] * len(words)),
-    }
-    return put(model, words, pixels)
+def _video_llama(model: Any, rows: int) -> dict[str, Tensor]:
+    return {**_patches(model, rows), "image_merge_sizes": torch.tensor([2] * rows)}
 
 
-def _siglip2(model: Any, words: Words) -> dict[str, Any]:
-    pixels = {
-        "pixel_values": torch.randn(len(words), 16, 3 * _patch(model) ** 2),
-        "spatial_shapes": torch.tensor([[4, 4]] * len(words)),
-        "pixel_attention_mask": torch.ones(len(words), 16, dtype=torch.long),
-    }
-    return put(model, words, pixels)
+def _paddle(model: Any, rows: int) -> dict[str, Tensor]:
+    patch, grids = _patch(model), torch.tensor([[1, 4, 4]] * rows)
+    return {"pixel_values": torch.randn(16 * rows, 3, patch, patch), "image_grid_thw": grids}
 
 
-def _video_llama(model: Any, words: Words) -> dict[str, Any]:
-    pixels = {
-        **_patches(model, len(words)),
-        "image_merge_sizes": torch.tensor([2] * len(words)),
-    }
-    return put(model, words, pixels)
-
-
-def _paddle(model: Any, words: Words) -> dict[str, Any]:
-    patch = _patch(model)
-    pixels = {
-        "pixel_values": torch.randn(16 * len(words), 3, patch, patch),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * len(words)),
-    }
-    return put(model, words, pixels)
-
-
-def _inkling(model: Any, words: Words) -> dict[str, Any]:
+def _inkling(model: Any, rows: int) -> dict[str, Tensor]:
     config = _sight(model)
     size = config.patch_size
-    pixels = torch.randn(len(words), config.temporal_patch_size, size, size, 3)
-    return put(model, words, {"pixel_values": pixels})
+    return {"pixel_values": torch.randn(rows, config.temporal_patch_size, size, size, 3)}
 
 
-def _inkling2(model: Any, words: Words) -> dict[str, Any]:
-    patch = _patch(model)
-    side = model.config.vision_config.spatial_merge_size * patch
-    pixels = {
-        "pixel_values": torch.randn(4 * len(words), side, side, 3),
-        "image_grid_thw": torch.tensor([[1, 2, 2]] * len(words)),
-    }
-    return put(model, words, pixels)
+def _inkling2(model: Any, rows: int) -> dict[str, Tensor]:
+    side = model.config.vision_config.spatial_merge_size * _patch(model)
+    grids = torch.tensor([[1, 2, 2]] * rows)
+    return {"pixel_values": torch.randn(4 * rows, side, side, 3), "image_grid_thw": grids}
 
 
-def _molmo(model: Any, words: Words) -> dict[str, Any]:
-    patch, rows = _patch(model), len(words)
+def _molmo(model: Any, rows: int) -> dict[str, Tensor]:
     places = model.config.vision_config.num_position_embeddings
     pooling = (torch.arange(4) + places * torch.arange(rows)[:, None]).reshape(-1, 1)
-    pixels = {
-        "pixel_values": torch.randn(rows, places, 3 * patch * patch),
+    return {
+        "pixel_values": torch.randn(rows, places, 3 * _patch(model) ** 2),
         "image_token_pooling": pooling,
         "image_grids": torch.tensor([[2, 2, 0, 0]] * rows),
+        "image_num_crops": torch.tensor([1] * rows),
     }
-    text = put(model, words, pixels, taken=4)
-    return {**text, "image_num_crops": torch.tensor([1] * rows)}
 
 
-def _gemma4(model: Any, words: Words) -> dict[str, Any]:
+def _gemma4(model: Any, rows: int) -> dict[str, Tensor]:
     config = _sight(model)
-    patch, rows = getattr(config, "model_patch_size", config.patch_size), len(words)
+    patch = getattr(config, "model_patch_size", config.patch_size)
     places = torch.tensor([[x, y] for y in range(4) for x in range(4)])
-    pixels = {
-        "pixel_values": torch.rand(rows, 16, 3 * patch * patch),
-        "image_position_ids": places.expand(rows, -1, -1),
-    }
-    return put(model, words, pixels)
+    pixels = torch.rand(rows, 16, 3 * patch * patch)
+    return {"pixel_values": pixels, "image_position_ids": places.expand(rows, -1, -1)}
 
 
-def _local(model: Any, words: Words) -> dict[str, Any]:
-    return put(model, words, {"pixel_values": _square(model)(len(words))})
+def _local(model: Any, rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": _square(model)(rows)}
 
 
-def _perception(model: Any, words: Words) -> dict[str, Any]:
-    return put(model, words, {"pixel_values": torch.randn(len(words), 1, 3, 28, 28)})
+def _perception(model: Any, rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(rows, 1, 3, 28, 28)}
 
 
-def _fuyu(model: Any, words: Words) -> dict[str, Any]:
-    patch = model.config.patch_size
-    pixels = {"pixel_values": torch.randn(len(words), 4, 3 * patch * patch)}
-    return put(model, words, pixels, taken=4)
+def _fuyu(model: Any, rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(rows, 4, 3 * model.config.patch_size**2)}
+
+
+def _gemma3n(model: Any, rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(rows, 3, 64, 64)}
+
+
+def _hybrid(model: Any, rows: int) -> dict[str, Tensor]:
+    coarse, fine = _square(model)(rows), model.config.high_res_vision_config.image_size
+    return {"pixel_values": coarse, "high_res_pixel_values": torch.randn(rows, 3, fine, fine)}
+
+
+# -- images elsewhere, or at places of their own ---------------------------------------------------
 
 
 def _text_alone(model: Any, words: Words) -> dict[str, Any]:
     """Mistral 4 comes under a name of the auto class and takes no image."""
     return pad(words)
-
-
-def _gemma3n(model: Any, words: Words) -> dict[str, Any]:
-    return put(model, words, {"pixel_values": torch.randn(len(words), 3, 64, 64)}, taken=4)
-
-
-def _hybrid(model: Any, words: Words) -> dict[str, Any]:
-    fine = model.config.high_res_vision_config.image_size
-    pixels = {
-        "pixel_values": _square(model)(len(words)),
-        "high_res_pixel_values": torch.randn(len(words), 3, fine, fine),
-    }
-    return put(model, words, pixels)
 
 
 def _blank(model: Any, words: Words) -> dict[str, Any]:
@@ -288,28 +249,33 @@ def _pixels_alone(model: Any, words: Words) -> dict[str, Any]:
     return {"pixel_values": torch.randn(len(words), 3, size, size)}
 
 
+def _placed(rows: int, width: int) -> Tensor:
+    """Nine patches of an image, each behind its row and column."""
+    patches = torch.randn(rows, 9, 2 + width)
+    patches[:, :, :2] = torch.tensor([[1 + i // 3, 1 + i % 3] for i in range(9)])
+    return patches
+
+
 def _flattened(model: Any, words: Words) -> dict[str, Any]:
-    patches = torch.randn(len(words), 9, 2 + model.config.vision_config.patch_embed_hidden_size)
-    places = torch.tensor([[1 + i // 3, 1 + i % 3] for i in range(9)])
-    patches[:, :, :2] = places
+    patches = _placed(len(words), model.config.vision_config.patch_embed_hidden_size)
     return {"flattened_patches": patches, "attention_mask": torch.ones(len(words), 9).long()}
 
 
+def _kosmos(model: Any, words: Words) -> tuple[dict[str, Tensor], Tensor]:
+    """The prompt, and where its image is."""
+    taken = [IMAGE] * model.config.latent_query_num
+    text = pad([[BOS, *taken, *w] for w in words])
+    return text, text["input_ids"] == IMAGE
+
+
 def _kosmos25(model: Any, words: Words) -> dict[str, Any]:
-    patches = torch.randn(
-        len(words), 9, 2 + model.vision_model.embeddings.patch_projection.in_features
-    )
-    patches[:, :, :2] = torch.tensor([[1 + i // 3, 1 + i % 3] for i in range(9)])
-    taken = model.config.latent_query_num
-    text = pad([[BOS, *[IMAGE] * taken, *w] for w in words])
-    place = (text["input_ids"] == IMAGE).long()
-    return {**text, "flattened_patches": patches, "image_embeds_position_mask": place}
+    width = model.vision_model.embeddings.patch_projection.in_features
+    patches, (text, place) = _placed(len(words), width), _kosmos(model, words)
+    return {**text, "flattened_patches": patches, "image_embeds_position_mask": place.long()}
 
 
 def _kosmos2(model: Any, words: Words) -> dict[str, Any]:
-    taken = model.config.latent_query_num
-    text = pad([[BOS, *[IMAGE] * taken, *w] for w in words])
-    place = text["input_ids"] == IMAGE
+    text, place = _kosmos(model, words)
     return {**text, "pixel_values": _square(model)(len(words)), "image_embeds_position_mask": place}
 
 
@@ -354,12 +320,6 @@ def _seq2seq(model: Any, words: Words) -> dict[str, Any]:
     return put(model, words, pixels, taken, side="right")
 
 
-def _omni(model: Any, words: Words) -> dict[str, Any]:
-    pixels = {**_patches(model, len(words))}
-    start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
-    return put(model, words, pixels, frame=((start,), (end,)))
-
-
 def _video_blip(model: Any, words: Words) -> dict[str, Any]:
     rows = len(words)
     taken = model.config.num_query_tokens * 4
@@ -372,56 +332,56 @@ def _video_blip(model: Any, words: Words) -> dict[str, Any]:
     }
 
 
-IMAGES: dict[str, Callable[[Any, Words], dict[str, Any]]] = {
-    "apertus1p5": _sized,
+IMAGES: dict[str, Make] = {
+    "apertus1p5": _shown(_sized),
     "blip": _blank,
-    "deepseek_vl_hybrid": _hybrid,
+    "deepseek_vl_hybrid": _shown(_hybrid),
     "diffusion_gemma": _text_alone,
-    "emu3": _sized,
-    "fuyu": _fuyu,
-    "gemma4": _gemma4,
-    "gemma4_unified": _gemma4,
-    "gemma3n": _gemma3n,
+    "emu3": _shown(_sized),
+    "fuyu": _shown(_fuyu, taken=4),
+    "gemma4": _shown(_gemma4),
+    "gemma4_unified": _shown(_gemma4),
+    "gemma3n": _shown(_gemma3n, taken=4),
     "git": _blank,
-    "granite4_vision": _crops,
-    "granite_docling": _docling,
-    "glm46v": _glm,
-    "glm4v": _glm,
-    "glm4v_moe": _glm,
-    "glm_ocr": _glm,
-    "glmga": _glm,
+    "granite4_vision": _shown(_crops),
+    "granite_docling": _shown(_docling),
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
     "idefics": _idefics,
-    "idefics2": _tiles,
-    "inkling2": _inkling2,
-    "inkling2_loop": _inkling2,
-    "inkling_mm_model": _inkling,
+    "idefics2": _shown(_tiles),
+    "inkling2": _shown(_inkling2),
+    "inkling2_loop": _shown(_inkling2),
+    "inkling_mm_model": _shown(_inkling),
     "instructblipvideo": _video_blip,
     "kosmos-2": _kosmos2,
     "kosmos-2.5": _kosmos25,
-    "lfm2_vl": _siglip2,
-    "lighton_ocr": _sized,
-    "llava_next_video": _crops,
-    "llava_onevision": _crops,
-    "minicpm_ocr": _cpm,
-    "minicpmv4_6": _cpm,
-    "minicpmv4_7": _cpm,
-    "mistral3": _sized,
-    "mistral_large4": _sized,
+    "lfm2_vl": _shown(_siglip2),
+    "lighton_ocr": _shown(_sized),
+    "llava_next_video": _shown(_crops),
+    "llava_onevision": _shown(_crops),
+    "minicpm_ocr": _shown(_cpm),
+    "minicpmv4_6": _shown(_cpm),
+    "minicpmv4_7": _shown(_cpm),
+    "mistral3": _shown(_sized),
+    "mistral_large4": _shown(_sized),
     "mistral4": _text_alone,
     "mllama": _mllama,
-    "molmo2": _molmo,
-    "nemotron_h_omni": _nemotron,
-    "paddleocr_vl": _paddle,
-    "perception_lm": _perception,
+    "molmo2": _shown(_molmo, taken=4),
+    "nemotron_h_omni": _shown(_nemotron),
+    "paddleocr_vl": _shown(_paddle),
+    "perception_lm": _shown(_perception),
     "pix2struct": _flattened,
     "pp_formulanet": _pixels_alone,
-    "kimi_k25": _paddle,
-    "qwen2_5_omni_thinker": _omni,
-    "qwen3_omni_moe_thinker": _omni,
-    "step3p7": _local,
+    "kimi_k25": _shown(_paddle),
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "step3p7": _shown(_local),
     "t5gemma2": _seq2seq,
     "udop": _udop,
-    "unlimited_ocr": _local,
-    "video_llama_3": _video_llama,
+    "unlimited_ocr": _shown(_local),
+    "video_llama_3": _shown(_video_llama),
     "vision-encoder-decoder": _pixels_alone,
 }

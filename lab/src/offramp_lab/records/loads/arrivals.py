@@ -27,7 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import prove
+from offramp.engine.self_check import prove
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone

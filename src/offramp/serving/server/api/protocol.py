@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.engine.constraint import ANY_OBJECT
-from offramp.engine.policy import MODES
+from offramp.engine.policy import Mode
 
 
 class Strict(BaseModel):
@@ -43,10 +43,10 @@ def _depths(value: Any) -> Any:
 
 
 class OfframpOptions(Strict):
-    """How the answer uses the exits. mode: of `MODES`; left out: the server's. thresholds: by
+    """How the answer uses the exits. mode: one of those; left out: the server's. thresholds: by
     depth, instead of the adapter's."""
 
-    mode: Literal["full", "early_exit", "lossless"] | None = None
+    mode: Mode | None = None
     thresholds: (
         Annotated[
             dict[int, Annotated[float, Field(ge=0, le=1)]],
@@ -55,9 +55,6 @@ class OfframpOptions(Strict):
         ]
         | None
     ) = None
-
-
-assert set(MODES) == {"full", "early_exit", "lossless"}
 
 
 class StreamOptions(Strict):

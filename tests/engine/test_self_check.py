@@ -8,7 +8,7 @@ import pytest
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.self_check.decoding import adopt_findings, check_decoding
+from offramp.engine.self_check import adopt_findings, check_decoding
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone

@@ -106,7 +106,7 @@ def commands(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        usage="python -m offramp_lab.recipes.blip2.commands coco --backbone opt",
+        usage="python -m offramp_lab.recipes.blip2 coco --backbone opt",
         description=__doc__,
     )
     parser.add_argument("data", choices=DATA)

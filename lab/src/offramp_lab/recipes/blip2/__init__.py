@@ -1,1 +1,0 @@
-"""FREE's own backbones on the data sets of its paper, as commands."""
