@@ -20,7 +20,9 @@ from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
 
 POLICY = ExitPolicy({2: 0.9})
-KNOWN: dict[str, Any] = {"sampling": "greedy", "longest": 40, "template": ""}
+KNOWN: dict[str, Any] = {
+    "sampling": "greedy", "longest": 40, "template": "", "shrink_on_load": False,
+}  # fmt: skip
 
 
 def calibration(then: Conditions, **changed: Any) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"engine": "llama.cpp q4_1"}, "llama.cpp q4_1 where those of torch"),
         ({"dtype": "bfloat16", "kernels": "compiled"}, "compiled kernels where plain"),
         ({"dtype": "bfloat16", "vision": "openvino"}, "tower in openvino where one in torch"),
+        ({"shrink_on_load": True}, "JPEGs decoded smaller where whole when calibrated"),
         ({"device": "cuda"}, "on cuda where cpu"),
         ({"sampling": "sampled"}, "sampled where greedy decoding"),
         ({"longest": 150}, "up to 150 tokens where up to 40"),
@@ -83,6 +86,13 @@ def test_what_keeps_every_answer_keeps_the_guarantee(here: Conditions, change: A
     found = standing(calibration(here), replace(here, **change))
     assert found.promise is not None and found.promise.target == 0.01
     assert "mean over images" in found.sentence and "95%" in found.sentence
+
+
+def test_a_calibration_from_before_jpegs_were_shrunk_was_of_whole_ones(here: Conditions) -> None:
+    found = calibration(here)
+    del found["conditions"]["shrink_on_load"]
+    assert standing(found, here).promise is not None
+    assert standing(found, replace(here, shrink_on_load=True)).promise is None
 
 
 def test_a_runtimes_tower_is_part_of_what_was_calibrated(here: Conditions) -> None:

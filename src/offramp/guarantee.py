@@ -17,6 +17,7 @@ from offramp.engine.policy import ExitPolicy, Thresholds, resolved
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
+from offramp.models.shrink_on_load import smallest_side
 
 TORCH = "torch"
 """The engine of an adapter that answers by itself, one by one or in slots."""
@@ -80,6 +81,7 @@ class Conditions:
     dtype: of the backbone. quantized: how its layers are held; "" as `dtype`. engine: "torch", or
     a runtime's name with its number format. kernels: "plain", "prepacked" or "compiled". vision:
     what runs the vision tower, in runtimes too; None, of before there was a choice: "torch".
+    shrink_on_load: whether JPEGs are decoded no larger than needed; before there was a choice, not.
     device: its kind. sampling: "greedy", or how else tokens are chosen. longest: tokens of the
     longest answer. prompts: see `prompt_frames`; of a request, its one prompt. template: digest of
     the chat template, "" where there is none. The rest is of the policy; thresholds, those of first
@@ -91,6 +93,7 @@ class Conditions:
     engine: str | None = None
     kernels: str | None = None
     vision: str | None = None
+    shrink_on_load: bool | None = None
     device: str | None = None
     sampling: str | None = None
     longest: int | None = None
@@ -110,7 +113,7 @@ class Conditions:
         cls, backbone: Backbone, policy: ExitPolicy, *, engine: str | None = None, **known: Any
     ) -> Conditions:
         """Where a backbone answers by a policy. engine: a runtime's name; None: PyTorch. known:
-        sampling, longest, prompts and template."""
+        sampling, longest, prompts and `of_processor`."""
         policy = resolved(policy, backbone)
         by_depth = ("thresholds", "first", "gates", "weights")
         policies: dict[str, Any] = {
@@ -139,6 +142,12 @@ class Conditions:
         return cls(**{name: part for name, part in value.items() if name in names})
 
 
+def of_processor(processor: Any) -> dict[str, Any]:
+    """The conditions that are a processor's."""
+    shrunk = smallest_side(processor) is not None
+    return {"template": template_digest(processor), "shrink_on_load": shrunk}
+
+
 def template_digest(processor: Any) -> str:
     """Of a processor's chat template; "" where it has none."""
     template = getattr(processor, "chat_template", None)
@@ -158,6 +167,7 @@ _WORDS: Mapping[str, str] = {
     "engine": "answers of {here} where those of {then} were calibrated",
     "kernels": "{here} kernels where {then} ones were calibrated",
     "vision": "a vision tower in {here} where one in {then} was calibrated",
+    "shrink_on_load": "JPEGs decoded {here} where {then} when calibrated",
     "device": "on {here} where {then} was calibrated",
     "sampling": "{here} where {then} decoding was calibrated",
     "longest": "answers of up to {here} tokens where up to {then} were calibrated",
@@ -197,6 +207,8 @@ def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions,
         return before == now or shorter
     if name == "first":  # calibrations from before there were any do not name them
         return bool((before or {}) == now)
+    if name == "shrink_on_load":
+        return bool(bool(before) == now)
     if name == "vision":  # the same, before there was a choice
         before = before or TORCH
     in_torch = here.engine == TORCH  # a runtime that rounds states to 8 bits lets a last bit grow
@@ -210,6 +222,8 @@ def _shown(name: str, value: Any) -> str:
         return value or "float"
     if name == "exit_in_prefill":
         return "may exit" if value else "ran whole"
+    if name == "shrink_on_load":
+        return "smaller" if value else "whole"
     if name == "shortlist":
         return "with a shortlist" if value else "without a shortlist"
     if name == "prompts":

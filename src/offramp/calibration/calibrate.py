@@ -60,7 +60,7 @@ from offramp.engine.policy import (
 )
 from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.evaluate import tensor_digest
-from offramp.guarantee import Conditions, prompt_frames, template_digest
+from offramp.guarantee import Conditions, of_processor, prompt_frames
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows
 
@@ -297,7 +297,7 @@ def calibrate(
         sampling="sampled" if options.get("do_sample") else "greedy",
         longest=options.get("max_new_tokens"),
         prompts=prompt_frames([example.prompt for example in examples]),
-        template=template_digest(encoder.processor),
+        **of_processor(encoder.processor),
     )
     return replace(calibration, attempts=attempts, runtime=name, conditions=conditions)
 

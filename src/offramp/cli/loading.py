@@ -41,6 +41,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The backbone and its processor. revision: where --revision does not give another."""
     from offramp.models.shipped import load_named, tiny_kind
+    from offramp.models.shrink_on_load import with_shrink_on_load
 
     name = arguments.backbone if name is None else name
     if name is None:
@@ -56,6 +57,8 @@ def load_model(
         compile=getattr(arguments, "compile", False),
         vision=getattr(arguments, "vision", "torch"),
     )
+    if getattr(arguments, "shrink_on_load", False):
+        processor = with_shrink_on_load(processor)
     return laid_out(arguments, backbone), processor
 
 

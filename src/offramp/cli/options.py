@@ -290,6 +290,11 @@ def vision_options(group: Any) -> None:
         group, "--vision", VISION, "what runs the vision tower, on a CPU and in float32",
         default="torch",
     )  # fmt: skip
+    group.add_argument(
+        "--shrink-on-load", action="store_true",
+        help="decode large JPEGs at a half, a quarter or an eighth, twice as large as the model "
+        "looks at them or more: faster, and pixels differ by rounding",
+    )  # fmt: skip
 
 
 def precision_options(group: Any) -> None:

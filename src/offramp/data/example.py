@@ -76,8 +76,10 @@ class Example:
         """Whether there is no image."""
         return isinstance(self.image, TextAlone)
 
-    def open_image(self) -> Image.Image:
+    def open_image(self, smallest: int | None = None) -> Image.Image:
         """The image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
+
+        smallest: as of `offramp.data.image.open_rgb`.
 
         Raises:
             DataError: the image is missing, damaged, too large (Pillow's `MAX_IMAGE_PIXELS`) or of
@@ -89,7 +91,7 @@ class Example:
                 "Give data with images for this model, or train a language model.",
             )
         name = str(self.image) if isinstance(self.image, Path) else f"The image of {self.key!r}"
-        return open_rgb(self.image, name)
+        return open_rgb(self.image, name, smallest=smallest)
 
 
 def split_examples(

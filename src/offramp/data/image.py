@@ -61,11 +61,13 @@ def open_rgb(
     *,
     pixels: int | None = None,
     formats: Sequence[str] = FORMATS,
+    smallest: int | None = None,
 ) -> Image.Image:
     """An image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
     name: what errors call it. pixels: the most that are decoded (default: Pillow's
-    `MAX_IMAGE_PIXELS`). formats: that are opened.
+    `MAX_IMAGE_PIXELS`). formats: that are opened. smallest: a JPEG may be decoded at a half, a
+    quarter or an eighth of its size, as long as each side keeps so many pixels; None: it is not.
 
     Raises:
         ImageTooLargeError: it has more pixels.
@@ -77,7 +79,8 @@ def open_rgb(
         if isinstance(image, Image.Image):
             encoded = _unread(image)
             if encoded is None:
-                return _to_rgb(image, name, most, PixelParts(b"", _noted_orientation(image)))
+                parts = PixelParts(b"", _noted_orientation(image))
+                return _to_rgb(image, name, most, parts, None)
         else:
             encoded = image if isinstance(image, bytes) else _encoded(image, name)
         parts = pixel_parts(encoded)
@@ -87,7 +90,7 @@ def open_rgb(
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(parts.content), formats=_known(formats))
         with picture:
-            return _to_rgb(picture, name, most, parts)
+            return _to_rgb(picture, name, most, parts, smallest)
     except DataError:
         raise
     except TooCostly as error:
@@ -185,9 +188,13 @@ _TURNS = {
 }
 
 
-def _to_rgb(picture: Image.Image, name: str, most: int | None, parts: PixelParts) -> Image.Image:
+def _to_rgb(
+    picture: Image.Image, name: str, most: int | None, parts: PixelParts, smallest: int | None
+) -> Image.Image:
     if most is not None and picture.width * picture.height > most:
         raise _too_large(name, most, picture.size)
+    if smallest is not None:
+        picture.draft(None, (smallest, smallest))  # what no JPEG is stays as it is
     picture.load()
     if parts.turned:
         with contextlib.suppress(Exception):  # broken EXIF says nothing against the pixels

@@ -194,6 +194,7 @@ class _Answerer:
             "max_new_tokens": self.plan.longest,
             "ranking": self.plan.ranking if self.plan.task == "dialogue" else None,
             **({} if self.runtime is None else {"runtime": self.runtime.name}),
+            **({"shrink_on_load": True} if self.encoder.smallest_side else {}),
             **({} if self.backbone.tower is None else {"vision": self.backbone.vision_engine}),
         }
 

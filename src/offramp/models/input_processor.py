@@ -14,6 +14,7 @@ from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.kept_texts import KeptTexts
+from offramp.models.shrink_on_load import smallest_side
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
@@ -46,13 +47,15 @@ class InputProcessor:
         # Fast tokenizers keep padding as a state, and refuse a second thread that changes it.
         self._lock = threading.Lock()
         self.kept_texts = KeptTexts(processor)
+        self.smallest_side = smallest_side(processor)
+        """Pixels that a side of an image has at least, where JPEGs are shrunk on load."""
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `generate` takes for these examples: one padded batch, on the backbone's device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
         if self._is_text:
             return self._of_texts(texts)
-        images: list[Any] = [example.open_image() for example in examples]
+        images: list[Any] = [example.open_image(self.smallest_side) for example in examples]
         if not self._places_image:
             images = [[image] for image in images]  # one image for each text
         return self._processed(texts, images)

@@ -15,6 +15,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.hub import grey_picture
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
+from offramp.models.shrink_on_load import with_shrink_on_load
 from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,15 @@ def load_served(
     quantize: str | None = None,
     compile: bool = False,
     vision: str = "torch",
+    shrink_on_load: bool = False,
     chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
     """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
 
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
     adapter's own, with revision: of it. dtype, device, quantize, compile, vision: of the backbone,
-    as of `load_named`. chat_template: file of the one that writes conversations, instead of the
-    processor's own.
+    as of `load_named`. shrink_on_load: as of `with_shrink_on_load`. chat_template: file of the one
+    that writes conversations, instead of the processor's own.
 
     Raises:
         AdapterError: there is no such adapter, or it does not fit. InputError: a revision of a
@@ -49,6 +51,8 @@ def load_served(
     text = None if chat_template is None else _template_of(chat_template)
     how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     model, processor = _load(name, backbone, revision, compile=compile, vision=vision, **how)
+    if shrink_on_load:
+        processor = with_shrink_on_load(processor)
     if text is None:
         return model, processor
     return model, _with_template(model, processor, text, str(chat_template))

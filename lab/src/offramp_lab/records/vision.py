@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from examples.photo_vlm.rows import read_photographs
+from PIL import Image
 from torch import Tensor
 
 from offramp.adapter import Adapter
@@ -26,12 +29,16 @@ from offramp.data.example import Example
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
+from offramp.models.shrink_on_load import with_shrink_on_load
 from offramp.models.vision_engine import ENGINES, check_vision_engine
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("vision")
 TOKENS = 30
+LARGE = (4000, 3000)
+STANDARD = 128
+"""Of the photo model's processor, in 255ths of a pixel's range."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -102,15 +109,57 @@ def measure(pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    """Milliseconds from a file of 12 megapixels to the model's inputs, and how far the pixels that
+    the tower gets are from those of the whole photograph."""
+    backbone, processor = load_named("photo")
+    encoders = {
+        "whole": InputProcessor(backbone, processor),
+        "shrunk": InputProcessor(backbone, with_shrink_on_load(processor)),
+    }
+    with TemporaryDirectory() as folder:
+        examples = list[Example]()
+        for example in read_photographs(data)["captions_val"][:pictures]:
+            file = Path(folder) / f"{len(examples)}.jpg"
+            example.open_image().resize(LARGE, Image.Resampling.BICUBIC).save(file, quality=90)
+            examples.append(replace(example, image=file))
+
+        def milliseconds(example: Example, name: str) -> float:
+            start = time.process_time()
+            encoders[name].prompts([example])
+            return 1e3 * (time.process_time() - start)
+
+        methods = {name: partial(milliseconds, name=name) for name in encoders}
+        taken = Experiment(methods, examples, rounds, warm=2).run()
+        far = []
+        for example in examples:
+            whole, shrunk = (e.prompts([example])["pixel_values"] for e in encoders.values())
+            far.append((whole - shrunk).abs() * STANDARD)
+        size = median(example.image.stat().st_size for example in examples)  # type: ignore[union-attr]
+    ways = {name: median(t for row in rows for t in row) for name, rows in taken.items()}
+    return {
+        "pictures": len(examples), "rounds": rounds, "size": LARGE, "bytes": size,
+        "cpu_milliseconds": ways, "mean": float(torch.stack(far).mean()),
+        "largest": float(torch.stack(far).max()),
+    }  # fmt: skip
+
+
+def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    before = os.getloadavg()[0]
+    found = measure(pictures, rounds, data)
+    load = [round(before, 1), round(os.getloadavg()[0], 1)]
+    return {"pictures": pictures, "rounds": rounds, "engines": found, "load": load}
+
+
 def main() -> None:
-    arguments = asked(__doc__, photo=True, rounds=3, pictures=50)
-    load_before = os.getloadavg()[0]
-    engines = measure(arguments.pictures, arguments.rounds, arguments.data)
-    load = [round(load_before, 1), round(os.getloadavg()[0], 1)]
-    sizes = {"pictures": arguments.pictures, "rounds": arguments.rounds}
-    RECORD.write({**sizes, "engines": engines, "load": load})
-    for entry in engines:
-        print(entry)
+    parts = {"towers": engines, "decoding": decode}
+    arguments = asked(
+        __doc__, photo=True, rounds=3, pictures=50,
+        more=lambda parser: parser.add_argument("--parts", nargs="+", default=[*parts]),
+    )  # fmt: skip
+    how = (arguments.pictures, arguments.rounds, arguments.data)
+    made = {name: partial(part, *how) for name, part in parts.items()}
+    RECORD.parts(made, arguments.parts)
 
 
 if __name__ == "__main__":

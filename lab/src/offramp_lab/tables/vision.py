@@ -1,7 +1,7 @@
 """The photo model's tower by what runs it."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, by, record
 
 NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -9,7 +9,7 @@ NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVIN
 def engines() -> Table:
     """CPU milliseconds of a photograph, how far its tokens are from PyTorch's, and captions that
     are the same."""
-    found = record("vision")
+    found = record("vision")["towers"]
     entries = by(found["engines"], "engine")
     own = entries["torch"]["cpu_milliseconds"]
     rows = []
@@ -22,4 +22,13 @@ def engines() -> Table:
     return Table(("tower in", "ms", "", "distance of tokens", "same captions"), rows)
 
 
+def _decoding(what: str) -> str:
+    found = record("vision")["decoding"]["cpu_milliseconds"]
+    return f"{found[what]:.0f}"
+
+
+FIGURES: dict[str, Make] = {
+    "decode-whole": lambda: _decoding("whole"),
+    "decode-shrunk": lambda: _decoding("shrunk"),
+}
 TABLES: dict[str, MakeTable] = {"vision-engines": engines}

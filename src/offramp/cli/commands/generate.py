@@ -117,7 +117,7 @@ def _say_standing(
     arguments: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Whether the adapter's guarantee holds of these answers and, if not, why."""
-    from offramp.guarantee import Conditions, standing, template_digest
+    from offramp.guarantee import Conditions, of_processor, standing
 
     single = len(arguments.image) <= 1  # none of a language model
     here = Conditions.of(
@@ -127,7 +127,7 @@ def _say_standing(
         sampling="sampled" if options["do_sample"] else "greedy",
         longest=options["max_new_tokens"],
         prompts=[[arguments.prompt]] if single and not arguments.interactive else None,
-        template=template_digest(encoder.processor),
+        **of_processor(encoder.processor),
     )
     if said := standing(adapter.calibration, here).sentence:
         log.info("%s", said)

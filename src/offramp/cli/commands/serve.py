@@ -340,6 +340,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         quantize=arguments.quantize,
         compile=arguments.compile,
         vision=arguments.vision,
+        shrink_on_load=arguments.shrink_on_load,
         chat_template=arguments.chat_template,
     )
     return laid_out(arguments, model), processor

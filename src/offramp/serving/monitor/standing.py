@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from offramp.adapter import Adapter
-from offramp.guarantee import Conditions, Standing, standing, template_digest
+from offramp.guarantee import Conditions, Standing, of_processor, standing
 from offramp.models.input_processor import InputProcessor
 
 OTHER = "\0"
@@ -38,6 +38,6 @@ def standing_of(
         sampling={None: None, True: "greedy", False: "sampled or ruled by the request"}[plain],
         longest=longest,
         prompts=None if asked is None else [[asked]],
-        template=template_digest(encoder.processor),
+        **of_processor(encoder.processor),
     )
     return standing(adapter.calibration, here)

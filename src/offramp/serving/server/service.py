@@ -123,7 +123,7 @@ class Service:
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.config = config = _with_calibrated_length(config, self.adapter)
-        self.images = images or ImageSource.of(config.images)
+        self.images = images or ImageSource.of(config.images, encoder.smallest_side)
         # Decodes while another thread encodes, which a fast tokenizer does not like.
         self.tokenizer = copy.deepcopy(encoder.tokenizer)
         self.ends = end_tokens(self.backbone.model, encoder.eos)

@@ -30,14 +30,18 @@ def image_error(message: str, status: int = 400, code: str = "invalid_image") ->
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Opens the images that requests name. Thread-safe; its methods block."""
+    """Opens the images that requests name. Thread-safe; its methods block.
+
+    smallest: as of `open_rgb`.
+    """
 
     limits: ImageLimits
     fetcher: Fetcher
+    smallest: int | None = None
 
     @classmethod
-    def of(cls, limits: ImageLimits) -> ImageSource:
-        return cls(limits, Fetcher(limits))
+    def of(cls, limits: ImageLimits, smallest: int | None = None) -> ImageSource:
+        return cls(limits, Fetcher(limits), smallest)
 
     def open(self, url: str) -> Image.Image:
         """The image as 8-bit RGB. Raise `ApiError` where it cannot be had, or is too large."""
@@ -57,7 +61,10 @@ class ImageSource:
     def decode(self, encoded: bytes) -> Image.Image:
         """Open an image whose size its header says, before its pixels are."""
         try:
-            return open_rgb(encoded, "The image", pixels=self.limits.pixels, formats=FORMATS)
+            return open_rgb(
+                encoded, "The image", pixels=self.limits.pixels, formats=FORMATS,
+                smallest=self.smallest,
+            )  # fmt: skip
         except ImageTooLargeError as error:
             raise image_error(
                 f"The image is larger than the {self.limits.pixels} pixels allowed. Shrink it.",
