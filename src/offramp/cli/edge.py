@@ -16,6 +16,7 @@ from offramp.cli.parser import Parser, share, whole
 log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
+SLOTS = 4
 
 
 def is_edge(argv: Sequence[str]) -> bool:
@@ -85,13 +86,17 @@ def _serve_options(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument("--port", type=whole(0), default=8000, metavar="N", help="(default: 8000)")
+    group.add_argument(
+        "--slots", type=whole(1), default=SLOTS, metavar="N",
+        help=f"answers written at once, with a context each (default: {SLOTS})",
+    )  # fmt: skip
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def _load(arguments: argparse.Namespace, slots: int = 1) -> Any:
     from offramp.runtimes.edge.model import EdgeModel
     from offramp.runtimes.llama_cpp.segment import EngineOptions
 
-    engine = EngineOptions(arguments.context, arguments.threads)
+    engine = EngineOptions(arguments.context, arguments.threads, sequences=slots)
     return EdgeModel(arguments.folder, mmproj=arguments.mmproj, engine=engine)
 
 
@@ -136,7 +141,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.edge.server import EdgeServer
 
     page = (files("offramp.serving.server") / "web" / "index.html").read_bytes()
-    with _load(arguments) as model:
+    with _load(arguments, arguments.slots) as model:
         name = arguments.folder.resolve().name
         with EdgeServer(model, arguments.host, arguments.port, name=name, page=page) as server:
             if arguments.host not in ("127.0.0.1", "localhost", "::1"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy, policy_from_json
 from offramp.errors import AdapterError, InputError
 from offramp.runtimes.edge.images import MARKER, ImageReader
+from offramp.runtimes.edge.rounds import Job, OnText, Rounds
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp.array_reader import ArrayReader
@@ -55,7 +56,11 @@ class Answer:
 
 
 class EdgeModel:
-    """What `offramp slice` wrote, without PyTorch. Calls from several threads take turns."""
+    """What `offramp slice` wrote, without PyTorch.
+
+    Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
+    share, each as it is written alone; others wait.
+    """
 
     def __init__(
         self,
@@ -82,11 +87,12 @@ class EdgeModel:
         }
         ids = self.files.shortlist
         self._shortlist = None if ids is None else np.asarray(ids, dtype=np.int64)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what reads prompts
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
+        self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
             check_survives(*self.files.tried, self.files.digests, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
@@ -137,7 +143,7 @@ class EdgeModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         thresholds: dict[int, float] | None = None,
-        on_text: Callable[[str], None] | None = None,
+        on_text: OnText | None = None,
     ) -> Answer:
         """Answer a text, or a chat by the file's template.
 
@@ -158,34 +164,39 @@ class EdgeModel:
             if self._closed:
                 raise InputError("The model is closed.", "Load it again.")
             read, ids = self._prompt(self._text(prompt, images), images)
-            rows = len(read.states)
-            self._check_room(rows, max_new_tokens)
-            stream = TextStream(self.vocabulary, stop)
+        rows = len(read.states)
+        self._check_room(rows, max_new_tokens)
+        stream, ended = TextStream(self.vocabulary, stop), False
 
-            def tell(token: int) -> bool:
-                if not self.vocabulary.ends(token):
-                    _tell(on_text, stream.add(token))
-                return stream.ended
+        def settled(token: int) -> bool:
+            nonlocal ended
+            ended = self.vocabulary.ends(token)
+            if not ended:
+                job.tell(stream.add(token))
+            return stream.ended
 
-            sampler = Sampler(
-                sampling or Sampling(), self.vocabulary.size, ids,
-                most=max_new_tokens, ends=self.vocabulary.ends, on_token=tell,
-            )  # fmt: skip
-            steps = tuple(self._write(read, policy, sampler))
-            _tell(on_text, stream.close())
-        stopped = stream.ended or self.vocabulary.ends(steps[-1].token)
-        return Answer(stream.text, steps, self.layers, rows, "stop" if stopped else "length")
+        sampler = Sampler(
+            sampling or Sampling(), self.vocabulary.size, ids,
+            most=max_new_tokens, ends=self.vocabulary.ends, on_token=settled,
+        )  # fmt: skip
+        job = self._job(read, policy, sampler)
+        steps = tuple(self._rounds.write(job, on_text))
+        if (rest := stream.close()) and on_text is not None:
+            on_text(rest)
+        finish = "stop" if stream.ended or ended else "length"
+        return Answer(stream.text, steps, self.layers, rows, finish)
 
     def close(self) -> None:
-        """Give the memory back, once an answer that is being written is done."""
+        """Give the memory back, once the answers that are being written are done."""
         with self._lock:
-            if self._images is not None:
-                self._images.close()
-            for segment in self._segments:
-                segment.close()
-            if self._drafter is not None:
-                self._drafter.close()
             self._closed = True
+        self._rounds.close()
+        if self._images is not None:
+            self._images.close()
+        for segment in self._segments:
+            segment.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def __enter__(self) -> EdgeModel:
         return self
@@ -209,29 +220,33 @@ class EdgeModel:
             )
         return policy
 
-    def _write(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> list[Token]:
-        drafter = self._drafter if policy.lossless else None
-        depths = policy.depths if drafter is None else ()
-        # Guesses fall with whom they wait: what they change must be speed alone.
-        exact = policy.lossless or bool(policy.guesses) or not depths
+    def _job(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> Job:
+        rule = ExitRule.of(policy) if policy.depths else NO_EXITS
+        if policy.lossless and self._drafter is not None:
+            rule = self._drafter.rule(policy)
+        opens = policy.exit_in_prefill and self._causal
+        return Job(prompt, sampler, policy, rule, policy.opening if opens else {})
+
+    def _decoder(self, policy: ExitPolicy) -> Decoder:
+        """For an answer under a policy; where there are several slots, for any that may join."""
+        depths, drafter = self.files.depths, self._drafter
+        several = self.engine.sequences > 1
+        if several:
+            policy = self.policy
+        else:
+            drafter = drafter if policy.lossless else None
+            depths = policy.depths if drafter is None else ()
         executor = ChainExecutor(
             self._chain,
             self.files.depths,
             depths,
             lambda token, position: self._embeddings.of([token]),
-            exact=exact,
+            # Guesses fall with whom they wait, and so does company: that must change speed alone.
+            exact=several or policy.lossless or bool(policy.guesses) or not depths,
             drafter=drafter,
         )
         reader = ArrayReader(policy, self._gates, self._shortlist)
-        decoder = Decoder(self.layers, executor, reader)
-        rule = ExitRule.of(policy) if depths else NO_EXITS
-        if drafter is not None:
-            rule = drafter.rule(policy)
-        first = policy.opening if policy.exit_in_prefill and self._causal else {}
-        run, firsts = decoder.read(executor, prompt, [sampler], rule, first=first)
-        sequence = decoder.join(run, 0, sampler, rule, firsts[0])
-        decoder.finish()
-        return sequence.tokens
+        return Decoder(self.layers, executor, reader)
 
     def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
         markers = MARKER * len(images)
@@ -269,11 +284,6 @@ class EdgeModel:
                 f"{self.engine.context}.",
                 "Load the model with a longer one (--context), or ask for fewer tokens.",
             )
-
-
-def _tell(on_text: Callable[[str], None] | None, text: str) -> None:
-    if on_text is not None and text:
-        on_text(text)
 
 
 def _probe(vocabulary: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""OpenAI's API over one `EdgeModel`, by the standard library: one answer at a time."""
+"""OpenAI's API over one `EdgeModel`, by the standard library."""
 
 from __future__ import annotations
 

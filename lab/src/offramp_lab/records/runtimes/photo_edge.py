@@ -24,6 +24,7 @@ from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
+from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import MODES
 from offramp.provenance import provenance
 from offramp.runtimes.edge.model import EdgeModel
@@ -72,7 +73,7 @@ def _compared(
     seconds, tokens = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
     for example in photographs:
         inputs = encoder.prompts([example])
-        prompt = _prompt(runtime, inputs)
+        prompt = prompt_of(runtime, inputs)
         answers = {}
         for way, write in ways.items():
             begin = time.process_time()
@@ -100,7 +101,8 @@ def _compared(
     }
 
 
-def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
+def prompt_of(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
+    """What a processor's inputs are to llama.cpp."""
     entry = runtime.entry()
     with torch.inference_mode():
         prepared = entry.prepare(inputs, {"max_new_tokens": NEW, "do_sample": False})
@@ -108,9 +110,14 @@ def _prompt(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
 
 
 def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
+    return [step.token for step in written(model, mode, prompt)]
+
+
+def written(model: EdgeModel, mode: str, prompt: Prompt) -> list[Token]:
+    """The greedy answer to a prompt whose states are known."""
     vocabulary = model.vocabulary
     sampler = Sampler(Sampling(), vocabulary.size, most=NEW, ends=vocabulary.ends)
-    return [step.token for step in model._write(prompt, model._policy_of(mode, None), sampler)]
+    return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
 
 
 def _alone(segment: Segment, model: EdgeModel, prompt: Prompt) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ NEW = 30
 WAYS = ("at_once", "one_by_one")
 Rows = list[list[tuple[int, int]]]
 """Tokens and depths of each answer."""
+Answers = Callable[[Sequence[Any]], Rows]
+"""Of a group of prompts."""
 
 
 def main() -> None:
@@ -58,14 +60,13 @@ def main() -> None:
                 BatchEngine(runtime) as engine,
             ):
                 for mode in MODES:
-                    told = _timed(engine, groups, mode)
+                    told = timed(groups, _ways(engine, mode), mode)
                     entries.append({"format": formats, "mode": mode, **told})
                     print(entries[-1])
     RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
 
 
-def _timed(engine: BatchEngine, groups: Sequence[Sequence[Any]], mode: str) -> dict[str, Any]:
-    """groups: of prompts as the processor makes them."""
+def _ways(engine: BatchEngine, mode: str) -> dict[str, Answers]:
     options: dict[str, Any] = {"mode": mode, "max_new_tokens": NEW, "do_sample": False}
 
     def answers(handles: Iterable[Handle]) -> Rows:
@@ -78,22 +79,31 @@ def _timed(engine: BatchEngine, groups: Sequence[Sequence[Any]], mode: str) -> d
     def one_by_one(group: Sequence[Any]) -> Rows:
         return [answers([engine.submit(inputs, **options)])[0] for inputs in group]
 
-    ways = {"at_once": at_once, "one_by_one": one_by_one}
-    seconds = np.zeros((len(WAYS), len(groups)))
+    return {"at_once": at_once, "one_by_one": one_by_one}
+
+
+def timed(
+    groups: Sequence[Sequence[Any]], ways: Mapping[str, Answers], name: str
+) -> dict[str, Any]:
+    """Tokens a CPU second of both `WAYS` to answer groups of prompts, in an order of its own each;
+    and how many times as many at once, with its paired interval, and on the clock."""
+    seconds, wall = np.zeros((len(WAYS), len(groups))), np.zeros((len(WAYS), len(groups)))
     tokens, same = np.zeros(len(groups)), 0
-    for place, group in enumerate(progress(groups, mode)):
-        told = [run(group) for run in ways.values()]  # what the tower makes is kept
+    for place, group in enumerate(progress(groups, name)):
+        told = [ways[way](group) for way in WAYS]  # what the tower makes is kept
         same += sum(a == b for a, b in zip(*told, strict=True))
         tokens[place] = sum(map(len, told[0]))
         for way in random.Random(place).sample(WAYS, len(WAYS)):
-            begin = time.process_time()
+            begin, start = time.process_time(), time.perf_counter()
             ways[way](group)
             seconds[WAYS.index(way), place] = time.process_time() - begin
+            wall[WAYS.index(way), place] = time.perf_counter() - start
     at_once_, one_by_one_ = (np.stack([tokens, spent]) for spent in seconds)
     rates = {way: float(tokens.sum() / seconds[i].sum()) for i, way in enumerate(WAYS)}
     return {
         **rates,
         **times(at_once_, one_by_one_),
+        "wall_times": float(wall[1].sum() / wall[0].sum()),
         "same": int(same),
     }
 
