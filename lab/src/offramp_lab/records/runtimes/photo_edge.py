@@ -62,12 +62,12 @@ def _compared(
 ) -> dict[str, Any]:
     model = EdgeModel(folder, engine=ENGINE)
     runtime = LlamaCppRuntime(adapter, folder, engine=ENGINE)
-    alone = Segment(file, THEIRS, tap_layer=None)
+    whole = Segment(file, THEIRS, tap_layer=None)
     own, theirs_too = model._embeddings, runtime._embeddings
     same, same_fed = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0)
     lossless = 0
     ways: dict[str, Callable[[Prompt], list[int]]] = {
-        "llama.cpp alone, one file": lambda prompt: _alone(alone, model, prompt),
+        "llama.cpp alone, one file": lambda prompt: alone(whole, model, prompt),
         **{mode: functools.partial(_edge, model, mode) for mode in MODES},
     }
     seconds, tokens = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
@@ -87,7 +87,7 @@ def _compared(
             same_fed[mode] += _edge(model, mode, prompt) == theirs.new_tokens[0].tolist()
             model._embeddings = own
         lossless += answers["lossless"] == answers["full"]
-    for each in (model, runtime, alone):
+    for each in (model, runtime, whole):
         each.close()
     rates = {way: tokens[way] / seconds[way] for way in ways}
     base = rates["llama.cpp alone, one file"]
@@ -113,26 +113,26 @@ def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
     return [step.token for step in written(model, mode, prompt)]
 
 
-def written(model: EdgeModel, mode: str, prompt: Prompt) -> list[Token]:
+def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:
     """The greedy answer to a prompt whose states are known."""
     vocabulary = model.vocabulary
-    sampler = Sampler(Sampling(), vocabulary.size, most=NEW, ends=vocabulary.ends)
+    sampler = Sampler(Sampling(), vocabulary.size, most=new, ends=vocabulary.ends)
     return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
 
 
-def _alone(segment: Segment, model: EdgeModel, prompt: Prompt) -> list[int]:
+def alone(segment: Segment, model: EdgeModel, prompt: Prompt, new: int = NEW) -> list[int]:
     """Greedy, by llama.cpp's kernels, from the whole file."""
     segment.begin()
-    written: list[int] = []
+    tokens: list[int] = []
     states = prompt.states
-    while len(written) < NEW:
+    while len(tokens) < new:
         segment.feed(states, 1)
         token = int(np.argmax(segment.logits(1)[0]))
-        written.append(token)
+        tokens.append(token)
         if model.vocabulary.ends(token):
             break
         states = model._embeddings.of([token])
-    return written
+    return tokens
 
 
 if __name__ == "__main__":
