@@ -16,6 +16,7 @@ from offramp.engine.decoding.sequence import Sequence, Token
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.runtimes.edge.sampling import Sampler
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.prompt import Prompt
 
 _BUDGET = 256
@@ -147,9 +148,10 @@ class Rounds:
         try:
             if self._decoder is None or not self._decoder.sequences:
                 self._decoder = self._make(job.policy)
-            decoder = self._decoder
+            decoder, executor = self._decoder, self._decoder.executor
+            assert isinstance(executor, ChainExecutor), "which reads prompts itself"
             prompt, [first] = decoder.read(
-                decoder.executor, job.prompt, [job.sampler], job.rule, first=job.first
+                executor, job.prompt, [job.sampler], job.rule, first=job.first
             )
             decoder.join(prompt, 0, job.sampler, job.rule, first, job)
         except Exception as error:  # whatever is wrong with a request is its own
