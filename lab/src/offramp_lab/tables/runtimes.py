@@ -1,5 +1,6 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -299,9 +300,9 @@ def cider_of(score: Value) -> str:
     return with_range(f"{score['CIDEr']:.3f}", score["difference_interval"], "+.3f")
 
 
-def together() -> Table:
+def together(name: str) -> Table:
     """Four captions at once against one by one, by format and mode."""
-    found = record("runtimes-together")
+    found = record(name)
     rows = [
         (
             f"{one['format']}, {one['mode'].replace('_', ' ')}",
@@ -328,7 +329,10 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-edge": edge,
     "runtimes-photo-edge": photo_edge,
     "runtimes-kquants": kquants,
-    "runtimes-together": together,
+    **{
+        name: functools.partial(together, name)
+        for name in ("runtimes-together", "runtimes-edge-together")
+    },
 }
 FIGURES: dict[str, Make] = {
     "runtimes-guaranteed": guaranteed("over_llama_cpp"),

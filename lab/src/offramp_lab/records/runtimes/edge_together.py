@@ -20,13 +20,13 @@ from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.engine.policy import MODES
 from offramp.models.backbone import Backbone
-from offramp.models.photo.build import cache_folder
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.storage import cache_folder
 from offramp_lab.records.photo import exits_of, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.photo_edge import prompt_of, written
@@ -66,7 +66,7 @@ def hub_file(backbone: Backbone, out: Path, formats: str) -> Path:
     gguf = import_gguf()
     plain = out.with_suffix(".plain")
     export_whole(backbone, plain, ExportFormats(formats))
-    like = gguf.GGUFReader(weights_file(LANGUAGE, cache_folder()))
+    like = gguf.GGUFReader(weights_file(LANGUAGE, cache_folder("photo")))
     writer = gguf.GGUFWriter(out, str(like.fields["general.architecture"].contents()))
     for key, field in like.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
