@@ -8,7 +8,7 @@ import pytest
 
 from offramp.report.plots import standalone
 from offramp_lab.pages.plots import plots
-from offramp_lab.places import ROOT
+from offramp_lab.places import RECORDS, ROOT
 
 DOCS = ROOT / "docs"
 RESULTS, LIMITS = "results", "limits"
@@ -61,6 +61,11 @@ def test_every_plot_is_drawn_from_its_record() -> None:
             )
         ]
         assert words[0] == words[1], name
+
+
+def test_every_record_says_how_to_make_it_again() -> None:
+    page = text("reproducing")
+    assert not [p.name for p in RECORDS.glob("*.json") if f"`{p.name}`" not in page]
 
 
 def test_every_page_is_in_the_navigation() -> None:

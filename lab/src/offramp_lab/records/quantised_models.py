@@ -2,7 +2,7 @@
 
     python -m offramp_lab.records.quantised_models                 # the tiny OPT, every scheme
     python -m offramp_lab.records.quantised_models --photo FOLDER  # the photo model, int8 and int4
-    python -m offramp_lab.pages.readme                           # tables of docs/quantisation.md
+    python -m offramp_lab.pages.readme                             # the tables of the pages
 
 FOLDER is what `python -m examples.photo_vlm.build` wrote; its photographs are read from --data. A
 scheme whose package is missing, or that does not run on this machine, is a row that says so.
