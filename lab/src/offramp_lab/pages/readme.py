@@ -33,7 +33,7 @@ PAGES = (
     "docs/torch-engines.md",
     "docs/vision-towers.md",
     "docs/watch.md",
-    "docs/without-pytorch.md",
+    "docs/without-pytorch-results.md",
     "lab/src/offramp_lab/recipes/tiny_vlm/README.md",
 )
 
