@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.replay import Array, PolicyReplay, Replay, can_replay, replay
 from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.decontamination import check_no_overlap
-from offramp.data.example import Example, examples_digest
+from offramp.data.example import Example, examples_digest, picture_of
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError, InputError, check_known
@@ -37,6 +36,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.options import option
 from offramp.provenance import provenance
 from offramp.report.html import fine, percent, with_interval
+from offramp.report.plots import save_analysis
 from offramp.report.table import Table
 from offramp.storage import write_json
 from offramp_lab.experiments.analysis.depth_curves import (
@@ -82,16 +82,19 @@ class AnalysisConfig:
     """What is measured and how. The command's flags and their help come from here."""
 
     metric: str | None = option(
-        None, "quality of answers", choices=METRICS,
+        None,
+        "quality of answers",
+        choices=METRICS,
         shown="rouge_l for answers of more than five words, else exact_match_normalised",
-    )  # fmt: skip
+    )
     decode_depths: tuple[int, ...] | None = option(
         None, "decode with every token exiting at these", shown="all, or twelve spread evenly"
     )
     exit_in_prefill: bool | None = option(
-        None, "let first tokens exit early too, where the prompt is causal",
+        None,
+        "let first tokens exit early too, where the prompt is causal",
         shown="as the adapter's policy has it; where a depth is forced they do",
-    )  # fmt: skip
+    )
     max_new_tokens: int = option(40, "longest answer")
     batch_size: int = option(32, "examples at once; changes memory and time, not results")
     confidence: float = option(0.95, "of the bootstrap's intervals")
@@ -111,11 +114,12 @@ class AnalysisConfig:
 
     def draws(self, examples: Sequence[Example]) -> Bootstrap:
         """Intervals over the images of examples."""
-        return Bootstrap(_pictures(examples), self.confidence, self.resamples, self.seed)
+        images = list(map(picture_of, examples))
+        return Bootstrap(images, self.confidence, self.resamples, self.seed)
 
 
 def analyse(
-    model: Adapter | Backbone | nn.Module,
+    model: Adapter | Backbone,
     encoder: InputProcessor,
     examples: Sequence[Example],
     config: AnalysisConfig = AnalysisConfig(),
@@ -154,52 +158,49 @@ def analyse(
             the adapter's training or calibration.
         InputError: a decode depth is not one of the backbone's, or the metric is not known.
     """
-    model = model if isinstance(model, Adapter) else Backbone.of(model)
-    _check_examples(model, examples, allow_seen)
+    adapter = model if isinstance(model, Adapter) else None
+    if not examples:
+        raise DataError("There are no examples to analyse.", "Give at least one.")
+    if adapter is not None and not allow_seen:
+        check_no_overlap(
+            adapter.seen,
+            examples,
+            ("train", "calibration"),
+            "Analyse other images, or allow these with --allow-seen: figures on images that the "
+            "exits know are too good.",
+        )
     labelled = [example for example in examples if example.answers]
     name, judge = config.metric or "quality", quality
     if judge is None:
         name, judge = metric_for(labelled, config.metric)
-    adapter = model if isinstance(model, Adapter) else None
     seen = observe(adapter, encoder, examples, config, progress)
-    all_draws, draws = config.draws(examples), config.draws(labelled)
-    forced = {n: {"agreement": curve(r, r.final, all_draws)} for n, r in seen.own.items()}
-    for kind, replayed in seen.labelled.items():
-        forced[kind]["accuracy"] = curve(replayed, replayed.targets, draws)
+    measures = _measures(seen.full, examples, judge, config)
+    thought = _overthinking(seen, measures["quality"]) if labelled else {}
     result = {
         "format": FORMAT,
         "backbone": encoder.backbone.name,
         "layers": encoder.backbone.depth,
         "exits": list(adapter.exits.depths) if adapter else [],
         "n": len(examples),
-        "pictures": len(set(_pictures(examples))),
+        "pictures": len(set(map(picture_of, examples))),
         "settings": asdict(config),
-        "teacher_forced": forced,
-        **_free_running(seen, examples, name, judge, all_draws, draws),
-        "needed_depth": _needed(seen.own, encoder, token_class),
+        "teacher_forced": {kind: _forced(of, measures) for kind, of in seen.kinds.items()},
+        "free_running": {
+            **({"metric": name} if labelled else {}),
+            **{
+                kind: {name: measure.by_depth(of.forced) for name, measure in measures.items()}
+                for kind, of in seen.kinds.items()
+            },
+            **_own_policy(seen, measures, thought),
+        },
+        **({"overthinking": thought} if labelled else {}),
+        "needed_depth": _needed(seen.kinds, encoder, token_class),
         "provenance": provenance(config.seed, sys.argv, examples_digest(examples)),
     }
     if out is not None:
-        from offramp.report.plots import save_analysis
-
         write_json(Path(out) / RESULT, result)
         save_analysis(result, Path(out))
     return result
-
-
-def _check_examples(
-    model: Adapter | Backbone, examples: Sequence[Example], allow_seen: bool
-) -> None:
-    if not examples:
-        raise DataError("There are no examples to analyse.", "Give at least one.")
-    if isinstance(model, Adapter) and not allow_seen:
-        check_no_overlap(
-            model.seen,
-            examples,
-            ("train", "calibration"),
-            "Analyse other images, or allow these with --allow-seen: figures on images that the "
-            "exits know are too good.",
-        )
 
 
 def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Quality]:
@@ -213,26 +214,31 @@ def metric_for(examples: Sequence[Example], name: str | None) -> tuple[str, Qual
     return name, QUALITIES[name]
 
 
-def _pictures(examples: Sequence[Example]) -> list[str]:
-    return [example.group or example.key for example in examples]
-
-
 # -- what a model does ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Observed:
-    """All that a model was asked for. By kind of exit ("lens", "exits"):
+class Seen:
+    """What a kind of exit says at every depth.
 
-    own, labelled: what every depth says along the full model's own answers, and along the data's.
+    own, labelled: along the full model's own answers, and along the data's; None: it has none.
     forced: answers to all examples where every token exits at one depth, the full model's last.
+    """
+
+    own: Replay
+    labelled: Replay | None
+    forced: Mapping[int, Sequence[Answer]]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that a model was asked for. kinds: of exit ("lens", "exits").
+
     policy: the answers by the adapter's own policy; None: it has none. policy_replay: the depths
     that it gives to the data's answers; None: it cannot be replayed, or there are none.
     """
 
-    own: Mapping[str, Replay]
-    labelled: Mapping[str, Replay]
-    forced: Mapping[str, Mapping[int, Sequence[Answer]]]
+    kinds: Mapping[str, Seen]
     full: Sequence[Answer]
     policy: Sequence[Answer] | None
     policy_replay: PolicyReplay | None
@@ -247,12 +253,6 @@ def observe(
 ) -> Observed:
     """Decode and replay; see `Observed`."""
     backbone = encoder.backbone
-    kinds = {"lens": ExitSet(Exits(backbone, range(1, backbone.depth), kind="lens"))}
-    depths = {"lens": _decode_depths(config, backbone.depth)}
-    if adapter is not None:
-        kinds["exits"], depths["exits"] = adapter.exits, adapter.exits.depths
-        if (first := config.exit_in_prefill) is not None:
-            adapter = replace(adapter, policy=replace(adapter.policy, exit_in_prefill=first))
     size: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     asked = {"max_new_tokens": config.max_new_tokens, **size}
     full = generate_answers(backbone, encoder, examples, **asked)
@@ -262,28 +262,36 @@ def observe(
         for e in examples
         if e.answers
     ]
-    own = {name: replay(encoder, exits, written, **size) for name, exits in kinds.items()}
-    labelled = {n: replay(encoder, exits, people, **size) for n, exits in kinds.items() if people}
     # A threshold of 0: every token exits, the first one too where the prompt allows it.
     rule = ExitPolicy(exit_in_prefill=config.exit_in_prefill is not False)
-    forced: dict[str, dict[int, Sequence[Answer]]] = {}
-    for name, exits in kinds.items():
+
+    def seen(exits: ExitSet, depths: Sequence[int]) -> Seen:
         at_one = Adapter(backbone, exits)
-        forced[name] = {
+        forced = {
             depth: generate_answers(
                 at_one, encoder, examples, replace(rule, thresholds={depth: 0.0}), **asked
             )
-            for depth in depths[name]
+            for depth in depths
         }
-        forced[name][backbone.depth] = full
-    policy = policy_replay = None
-    if adapter is not None and adapter.policy.thresholds:
-        policy = generate_answers(adapter, encoder, examples, adapter.policy, **asked)
-        if people and can_replay(adapter.policy):
-            policy_replay = PolicyReplay.of(encoder, adapter.exits, people, adapter.policy, **size)
+        own = replay(encoder, exits, written, **size)
+        labelled = replay(encoder, exits, people, **size) if people else None
+        return Seen(own, labelled, {**forced, backbone.depth: full})
+
+    lens = ExitSet(Exits(backbone, range(1, backbone.depth), kind="lens"))
+    kinds = {"lens": seen(lens, _decode_depths(config, backbone.depth))}
+    if adapter is None:
+        return Observed(kinds, full, None, None)
+    kinds["exits"] = seen(adapter.exits, adapter.exits.depths)
+    policy, answers, replayed = adapter.policy, None, None
+    if (first := config.exit_in_prefill) is not None:
+        policy = replace(policy, exit_in_prefill=first)
+    if policy.thresholds:
+        answers = generate_answers(adapter, encoder, examples, policy, **asked)
+        if people and can_replay(policy):
+            replayed = PolicyReplay.of(encoder, adapter.exits, people, policy, **size)
         elif people:
             log.warning("This policy cannot be replayed, so it is judged by its answers alone.")
-    return Observed(own, labelled, forced, full, policy, policy_replay)
+    return Observed(kinds, full, answers, replayed)
 
 
 def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
@@ -296,70 +304,81 @@ def _decode_depths(config: AnalysisConfig, layers: int) -> tuple[int, ...]:
 # -- what was seen --------------------------------------------------------------------------------
 
 
-def _free_running(
-    seen: Observed,
-    examples: Sequence[Example],
-    metric: str,
-    quality: Quality,
-    all_draws: Bootstrap,
-    draws: Bootstrap,
-) -> dict[str, Any]:
-    """`free_running` and `overthinking`. all_draws: over all examples; draws: labelled ones."""
+@dataclass(frozen=True)
+class Measure:
+    """A figure of answers to all examples.
+
+    of: what each example adds [N]; of those alone that have it. draws: over their images.
+    """
+
+    of: Callable[[Sequence[Answer]], Array]
+    draws: Bootstrap
+
+    def by_depth(self, forced: Mapping[int, Sequence[Answer]]) -> dict[str, Any]:
+        """Where every token exits at one depth, by that; and its dip."""
+        values = np.stack([self.of(answers) for answers in forced.values()], 1)
+        return {
+            "depths": list(forced),
+            "values": [self.draws.mean(column) for column in values.T],
+            "dip": dip(list(forced), values, np.ones(len(values)), self.draws),
+        }
+
+
+def _measures(
+    full: Sequence[Answer], examples: Sequence[Example], quality: Quality, config: AnalysisConfig
+) -> dict[str, Measure]:
+    """`identical`, of all examples, and `quality`, of labelled ones, where there are any."""
     labelled = [example for example in examples if example.answers]
 
     def identical(answers: Sequence[Answer]) -> Array:
         """Which answers [N] are the full model's, as 1 and 0."""
-        return np.array([float(a.ids == b.ids) for a, b in zip(answers, seen.full, strict=True)])
+        return np.array([float(a.ids == b.ids) for a, b in zip(answers, full, strict=True)])
 
     def judged(answers: Sequence[Answer]) -> Array:
-        """Quality [N] of the answers to labelled examples."""
         asked = [a for a, e in zip(answers, examples, strict=True) if e.answers]
         return np.asarray(quality(asked, labelled), dtype=np.float64)
 
-    measures = {"identical": (identical, all_draws)}
-    if labelled:
-        measures["quality"] = (judged, draws)
-    running: dict[str, Any] = {"metric": metric} if labelled else {}
-    for kind, answers in seen.forced.items():
-        running[kind] = {
-            name: _by_depth(answers, measure, over) for name, (measure, over) in measures.items()
-        }
-    thought = {kind: overthinking(r, draws) for kind, r in seen.labelled.items()}
-    if seen.policy is not None:
-        depths = [depth for answer in seen.policy for depth in answer.depths]
-        running["policy"] = {
-            "mean_depth": float(np.mean(depths)),
-            **{name: over.mean(measure(seen.policy)) for name, (measure, over) in measures.items()},
-        }
-        if labelled:
-            early, full = judged(seen.policy), judged(seen.full)
-            running["policy"]["difference"] = draws.mean(early, full)
-            tokens = overthought(seen.labelled["exits"])
-            thought["answers"] = _against_full(early, full, np.asarray(tokens.any(1)), draws)
-        if seen.policy_replay is not None:
-            replayed = seen.policy_replay
-            thought["policy"] = by_policy(replayed.replay, replayed.depths(), draws, tokens)
-    return {"free_running": running, **({"overthinking": thought} if labelled else {})}
+    measures = {"identical": Measure(identical, config.draws(examples))}
+    return measures | ({"quality": Measure(judged, config.draws(labelled))} if labelled else {})
 
 
-def _by_depth(
-    answers: Mapping[int, Sequence[Answer]],
-    measure: Callable[[Sequence[Answer]], Array],
-    draws: Bootstrap,
+def _forced(seen: Seen, measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """Tokens by depth, along known answers."""
+    curves = {"agreement": curve(seen.own, seen.own.final, measures["identical"].draws)}
+    if (known := seen.labelled) is not None:
+        curves["accuracy"] = curve(known, known.targets, measures["quality"].draws)
+    return curves
+
+
+def _own_policy(
+    seen: Observed, measures: Mapping[str, Measure], thought: Mapping[str, Any]
 ) -> dict[str, Any]:
-    values = np.stack([measure(decoded) for decoded in answers.values()], 1)
-    return {
-        "depths": list(answers),
-        "values": [draws.mean(column) for column in values.T],
-        "dip": dip(list(answers), values, np.ones(len(values)), draws),
-    }
+    """`policy`, where the adapter has one. thought: of `_overthinking`."""
+    if seen.policy is None:
+        return {}
+    depths = [depth for answer in seen.policy for depth in answer.depths]
+    told: dict[str, Any] = {"mean_depth": float(np.mean(depths))}
+    told |= {name: one.draws.mean(one.of(seen.policy)) for name, one in measures.items()}
+    if "answers" in thought:
+        told["difference"] = thought["answers"]["difference"]
+    return {"policy": told}
+
+
+def _overthinking(seen: Observed, quality: Measure) -> dict[str, Any]:
+    """Of labelled answers: tokens by kind of exit, and what the adapter's policy makes of them."""
+    known = {kind: of.labelled for kind, of in seen.kinds.items() if of.labelled is not None}
+    thought = {kind: overthinking(replayed, quality.draws) for kind, replayed in known.items()}
+    if seen.policy is not None:
+        tokens = overthought(known["exits"])
+        answers = quality.of(seen.policy), quality.of(seen.full)
+        thought["answers"] = _against_full(*answers, np.asarray(tokens.any(1)), quality.draws)
+        if (ran := seen.policy_replay) is not None:
+            thought["policy"] = by_policy(ran.replay, ran.depths(), quality.draws, tokens)
+    return thought
 
 
 def _against_full(early: Array, full: Array, subset: Array, draws: Bootstrap) -> dict[str, Any]:
-    """Labelled answers [N] that are better and worse than the full model's.
-
-    subset: those [N] whose quality is also given by itself.
-    """
+    """Labelled answers [N] that are better and worse than the full model's; and of a `subset`."""
     within = draws.within(subset)
     return {
         "n": len(full),
@@ -375,10 +394,10 @@ def _against_full(early: Array, full: Array, subset: Array, draws: Bootstrap) ->
 
 
 def _needed(
-    own: Mapping[str, Replay], encoder: InputProcessor, token_class: TokenClass
+    seen: Mapping[str, Seen], encoder: InputProcessor, token_class: TokenClass
 ) -> dict[str, Any]:
     """How deep the tokens of the model's own answers need to go, by kind of token."""
-    targets = own["lens"].targets
+    targets = seen["lens"].own.targets
     texts, classes = _classes(targets, encoder, token_class)
     kinds = {
         "position": (positions(targets, encoder.eos), POSITIONS),
@@ -386,8 +405,8 @@ def _needed(
         "token": (texts, [t for t, _ in Counter(texts.flat).most_common(_SHOWN + 1) if t]),
     }
     needed_by_exits: dict[str, Any] = {}
-    for name, replayed in own.items():
-        depths = settled(replayed) if name == "lens" else first_agreement(replayed)
+    for name, of in seen.items():
+        depths = settled(of.own) if name == "lens" else first_agreement(of.own)
         everything = np.where(depths > 0, "all", "")
         needed_by_exits[name] = {"all": by_kind(depths, everything, ["all"])["all"]}
         needed_by_exits[name] |= {by: by_kind(depths, *kind) for by, kind in kinds.items()}
