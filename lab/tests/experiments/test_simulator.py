@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from offramp.errors import InputError
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.benchmark.simulator import Workload, full_depth, simulate
+from offramp_lab.experiments.benchmark.scripted_reader import Script
+from offramp_lab.experiments.benchmark.simulator import full_depth, replay
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
 
 FEED, DEEP, HEAD, READ = 2.0, 5.0, 1.0, 3.0
@@ -27,57 +30,41 @@ def costs(slots=4):
     return CallCosts(slots, 10, flat(FEED), flat(DEEP), flat(HEAD), flat(10.0), READ)
 
 
+def simulated(exits, right=0.7, schedule=None, *, guess=True, longest=40):
+    """Tokens a second of 80 answers; exits, right: shares that are drawn."""
+    script, draw = Script(exits, right), random.Random(0)
+    lengths = [draw.randint(40, longest) for _ in range(80)]
+    schedule = schedule or Schedule.of(4)
+    return replay(
+        costs(), script.happens, lengths, schedule, guess=guess, slots=4
+    ).tokens_per_second
+
+
 def test_if_all_tokens_exit_only_calls_that_feed_are_paid():
-    found = simulate(costs(), Workload(1.0, lengths=(40, 40)))
-    assert found.tokens_per_second == pytest.approx(4 / FEED)
+    assert simulated(1.0) == pytest.approx(4 / FEED)
 
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_if_no_guess_is_right_every_flush_gives_a_row_one_token(patience):
-    schedule = Schedule(patience=patience, idle=4)
     # Equal lengths, so that all rows end with the same call.
-    work = Workload(0.0, right=0.0, lengths=(40, 40))
-    found = simulate(costs(), work, schedule)
-    cycle = (patience + 1) * FEED + DEEP + HEAD
-    assert found.tokens_per_second == pytest.approx(4 / cycle, rel=0.04)
+    found = simulated(0.0, 0.0, Schedule(patience=patience, idle=4))
+    assert found == pytest.approx(4 / ((patience + 1) * FEED + DEEP + HEAD), rel=0.04)
 
 
 def test_if_rows_park_every_token_takes_both_calls():
-    work = Workload(0.0, guess=False, lengths=(40, 40))
-    found = simulate(costs(), work, Schedule(patience=4, idle=4))
-    assert found.tokens_per_second == pytest.approx(4 / (FEED + DEEP + HEAD))
+    found = simulated(0.0, schedule=Schedule(patience=4, idle=4), guess=False)
+    assert found == pytest.approx(4 / (FEED + DEEP + HEAD))
 
 
 def test_more_exits_and_better_guesses_are_never_slower():
-    rates = [simulate(costs(), Workload(p, 0.5)).tokens_per_second for p in (0.0, 0.5, 0.9, 1.0)]
-    rights = [simulate(costs(), Workload(0.5, g)).tokens_per_second for g in (0.0, 0.5, 0.9, 1.0)]
+    rates = [simulated(exits, 0.5, longest=80) for exits in (0.0, 0.5, 0.9, 1.0)]
+    rights = [simulated(0.5, right, longest=80) for right in (0.0, 0.5, 0.9, 1.0)]
     assert rates == sorted(rates)
     assert rights == sorted(rights)
 
 
-def test_a_free_engine_answers_after_the_prompt_and_a_busy_one_later():
-    rare = simulate(costs(), Workload(0.9, arrivals=0.001), tokens=500)
-    often = simulate(costs(), Workload(0.9, arrivals=1.0), tokens=500)
-    assert rare.first[0] == pytest.approx(READ)
-    assert often.first[0] > 2 * READ
-
-
 def test_full_depth_is_one_call_a_token():
-    assert full_depth(costs()) == pytest.approx(4 / 10.0)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"exit_rate": 1.1},
-        {"exit_rate": 0.5, "right": -0.1},
-        {"exit_rate": 0.5, "lengths": (9, 3)},
-        {"exit_rate": 0.5, "arrivals": 0.0},
-    ],
-)
-def test_a_workload_that_cannot_be_is_refused(wrong):
-    with pytest.raises(InputError):
-        Workload(**wrong)
+    assert full_depth(costs(), 4) == pytest.approx(4 / 10.0)
 
 
 def test_costs_are_linear_between_what_was_measured_and_beyond():

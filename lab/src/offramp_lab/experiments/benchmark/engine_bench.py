@@ -199,7 +199,7 @@ def predict_case(
     if case.mode == "full":
         rate = full_depth(costs, config.slots)
         gap = config.slots / rate
-        return Prediction(rate, (gap, gap, gap), (costs.read,) * 3)
+        return Prediction(rate, (gap, gap, gap))
     return replay(
         costs,
         script_of(case, seed).happens,
