@@ -182,8 +182,10 @@ class Verification:
         results = [
             self._single(mode, policy, alone, own, noted) for mode, policy in self._policies.items()
         ]
-        beside = {m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
-                  for m, p in self._shared.items()}  # fmt: skip
+        beside = {
+            m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
+            for m, p in self._shared.items()
+        }
         for rows in self.settings.rows:
             for mode, policy in self._shared.items():
                 made = _tried(partial(self._batched, rows, policy))

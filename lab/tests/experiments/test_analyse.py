@@ -274,9 +274,11 @@ def test_every_token_is_of_one_kind(analysed: Any) -> None:
 def test_a_backbone_alone_has_the_lens_alone(backbone: Build, exits: Build) -> None:
     adapter, encoder = model(backbone, exits, "blip2-opt")
     told = analyse(
-        adapter.backbone, encoder, fakes.examples(3),
+        adapter.backbone,
+        encoder,
+        fakes.examples(3),
         AnalysisConfig(decode_depths=(2,), **QUICK),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     assert told["exits"] == []
     assert list(told["teacher_forced"]) == list(told["needed_depth"]) == ["lens"]
     assert told["free_running"]["lens"]["identical"]["depths"] == [2, told["layers"]]

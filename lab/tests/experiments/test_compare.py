@@ -60,8 +60,9 @@ def run(models: dict[str, Backbone]) -> RunComparison:
     def start(out: Path, plan: Plan = SMALL, name: str = NAMES[0], **more: Any) -> Any:
         given = {"train": examples[:10], "test": examples[10:], **more}
         processor = fakes.Blip2FakeProcessor(name)
-        return compare(models[name], processor, given.pop("train"), given.pop("test"), out, plan,
-                       **given)  # fmt: skip
+        return compare(
+            models[name], processor, given.pop("train"), given.pop("test"), out, plan, **given
+        )
 
     return start
 
@@ -325,8 +326,9 @@ def test_exits_with_a_shortlist_read_no_other_tokens(
     training = replace(TRAINING, shortlist=8)
     run(tmp_path, replace(SMALL, objectives=("logit_lens",), training=training))
     assert {(e.objective, e.rule.shortlist) for e in rules} == {
-        ("free", True), ("logit_lens", False)
-    }  # fmt: skip
+        ("free", True),
+        ("logit_lens", False),
+    }
 
 
 @pytest.mark.usefixtures("finished")
@@ -350,9 +352,10 @@ def test_methods_as_published_are_pairs_of_an_objective_and_a_policy(
 def test_a_method_as_published_is_held_against_free_at_any_depths() -> None:
     pair = point(0.0, 1.5, "cross_entropy", "patience", depths=(2, 4))
     (curve,) = (
-        c for c in equal_quality([*HAND, pair, point(0.0, 5.0, "free_supervised")])["curves"]
+        c
+        for c in equal_quality([*HAND, pair, point(0.0, 5.0, "free_supervised")])["curves"]
         if c["objective"] == "cross_entropy"
-    )  # fmt: skip
+    )
     assert curve["free_over"]["0.005"] == pytest.approx(5.0 / 1.5)
 
 

@@ -39,8 +39,9 @@ def test_never_exiting_equals_stock_generate(name: str, backbone: Any, exits: An
     whole, policy = backbone(name), never(name, kv="propagate")
     for rows in (1, 4):
         inputs = batch(name, rows)
-        made = generate(whole, inputs, exits=exits(name), policy=policy, max_new_tokens=NEW,
-                        do_sample=False)  # fmt: skip
+        made = generate(
+            whole, inputs, exits=exits(name), policy=policy, max_new_tokens=NEW, do_sample=False
+        )
         assert torch.equal(made.sequences, greedy(whole.model, inputs))
         assert (made.depths == whole.depth).all()
 
@@ -55,9 +56,11 @@ def test_a_token_runs_as_many_layers_as_its_depth(name: str, batch: Any, scored:
         ExitPolicy({first: 0.5, second: 0.5}, kv="propagate", exit_in_prefill=False),
     )
     made, counts = tokens_by_layer(
-        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=16,
-                                do_sample=False)
-    )  # fmt: skip
+        whole,
+        lambda: generate(
+            whole, inputs, exits=exits, policy=policy, max_new_tokens=16, do_sample=False
+        ),
+    )
     depths = made.depths[0].tolist()
     assert set(depths) == {first, second, whole.depth}
     prompt = 0 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]

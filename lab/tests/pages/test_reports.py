@@ -23,9 +23,10 @@ def test_a_page_shows_the_figures_of_its_record_and_of_no_other_run(kind: str) -
     made = record(kind)
     modes, about = made["modes"], made["provenance"]
     for figure in (
-        modes["early_exit"]["speedup_decode"], modes["early_exit"]["speedup_end_to_end"],
+        modes["early_exit"]["speedup_decode"],
+        modes["early_exit"]["speedup_end_to_end"],
         modes["lossless"]["speedup_decode"],
-    ):  # fmt: skip
+    ):
         assert f"{figure:.2f}x" in page
     assert about["date"][:10] in page
     assert (about["versions"]["commit"] or "")[:7] in page

@@ -39,9 +39,10 @@ def test_as_many_tokens_may_leave_as_the_best_threshold_of_a_replay_lets(
 ) -> None:
     monkeypatch.setattr(tool, "KEPT", kept)
     monkeypatch.setattr(tool, "LONGEST", 6)
-    trained, encoder = exits(name, wide=4.0), InputProcessor(
-        backbone(name, wide=4.0), fakes.Blip2FakeProcessor(name)
-    )  # fmt: skip
+    trained, encoder = (
+        exits(name, wide=4.0),
+        InputProcessor(backbone(name, wide=4.0), fakes.Blip2FakeProcessor(name)),
+    )
     examples = fakes.examples(12)
     place = tool.Place(encoder, [Task("some", examples, lambda text, example: False)])
     figures = place.judged(Adapter(encoder.backbone, trained))

@@ -151,9 +151,8 @@ def suitability(
         Exits(backbone, chosen[:1]).requires_grad_(False), seen.spoken if shortlist else None
     )
     costs = measure_costs(
-        backbone, encoder.prompts(examples[:1]), exits,
-        shortlist=shortlist, progress=progress,
-    )  # fmt: skip
+        backbone, encoder.prompts(examples[:1]), exits, shortlist=shortlist, progress=progress
+    )
     more, lengths = planned / len(examples), [len(answer.ids) - 1 for answer in answers]
     return Suitability(
         layers=backbone.depth,

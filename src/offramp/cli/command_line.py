@@ -115,8 +115,9 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
             raise  # a mistake of ours
         package, reason = missing_package(error), " ".join(str(error).split())[:300]
         what = "A package" if package is None else f"The package {package}"
-        tell(f"error: {what} is missing or broken: {reason.rstrip('.')}.\n"
-             f"{how_to_install(package)}")  # fmt: skip
+        tell(
+            f"error: {what} is missing or broken: {reason.rstrip('.')}.\n{how_to_install(package)}"
+        )
         return 1
     except MemoryError:
         tell("error: There is not enough memory.\nGive a smaller --batch-size or --limit.")

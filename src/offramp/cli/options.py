@@ -67,9 +67,10 @@ def _common_options(parser: Parser, *, result: bool) -> None:
         group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument("--quiet", action="store_true", help="print results and errors only")
     group.add_argument(
-        "--config", metavar="FILE",
+        "--config",
+        metavar="FILE",
         help="options as lines of a YAML file, such as steps: 400; what is typed here wins",
-    )  # fmt: skip
+    )
 
 
 def name_option(
@@ -308,9 +309,11 @@ def precision_options(group: Any) -> None:
         shown="as saved",
     )  # fmt: skip
     group.add_argument(
-        "--device", default="auto", metavar="NAME",
+        "--device",
+        default="auto",
+        metavar="NAME",
         help="such as cpu, cuda or cuda:1 (default: cuda where there is one; cpu for tiny models)",
-    )  # fmt: skip
+    )
 
 
 def data_options(
@@ -359,14 +362,16 @@ def measured_options(
     data = data_options(parser, what)
     if allow_seen:
         data.add_argument(
-            "--allow-seen", action="store_true",
+            "--allow-seen",
+            action="store_true",
             help="take images that the exits were trained or calibrated on",
-        )  # fmt: skip
+        )
     if leave_out is not None:
         data.add_argument(
-            "--leave-out-seen", action="store_true",
+            "--leave-out-seen",
+            action="store_true",
             help=f"leave out images that the exits were {leave_out} on, and say how many",
-        )  # fmt: skip
+        )
 
 
 def policy_options(parser: Parser, *, threshold: bool) -> Any:
@@ -377,9 +382,11 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     group = parser.add_argument_group("early exit")
     if threshold:
         group.add_argument(
-            "--threshold", type=share, metavar="X",
+            "--threshold",
+            type=share,
+            metavar="X",
             help="one threshold for all exits (default: the adapter's)",
-        )  # fmt: skip
+        )
     scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     own_first_option(group, auto=not threshold)
@@ -395,19 +402,23 @@ def own_first_option(group: Any, *, auto: bool = False) -> None:
 
     searched = "; auto: searched, on 30%% of the images" if auto else ""
     group.add_argument(
-        "--first-threshold", type=threshold, metavar="X",
+        "--first-threshold",
+        type=threshold,
+        metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         f"exit{searched} (default: the adapter's)",
-    )  # fmt: skip
+    )
 
 
 def first_token_option(
     group: Any, *, default: bool | None = None, shown: str = "the adapter's"
 ) -> None:
     group.add_argument(
-        "--exit-in-prefill", action=argparse.BooleanOptionalAction, default=default,
+        "--exit-in-prefill",
+        action=argparse.BooleanOptionalAction,
+        default=default,
         help=f"let first tokens exit early too, where the prompt is causal (default: {shown})",
-    )  # fmt: skip
+    )
 
 
 def length_option(group: Any, default: int | None = 40, shown: str | None = None) -> None:

@@ -16,9 +16,10 @@ _TOLD = "Give another --out, or --overwrite to replace it."
 
 def overwrite_option(group: Any) -> None:
     group.add_argument(
-        "--overwrite", action="store_true",
+        "--overwrite",
+        action="store_true",
         help="replace what is in --out, whatever wrote it (default: only what this command wrote)",
-    )  # fmt: skip
+    )
 
 
 def check_out_file(

@@ -147,8 +147,9 @@ def near_copies(
     if len(pairs) > MOST_PAIRS:
         log.warning(
             "%d pairs of images look alike; the nearest %d are compared for copies.",
-            len(pairs), MOST_PAIRS,
-        )  # fmt: skip
+            len(pairs),
+            MOST_PAIRS,
+        )
         apart = np.array([looks[a].small.differ(looks[b].small)[1] for a, b in pairs.tolist()])
         pairs = pairs[np.sort(np.argsort(apart, kind="stable")[:MOST_PAIRS])]
 

@@ -172,8 +172,9 @@ class _Answerer:
         if plan.task == "dialogue" and early.kv != "recompute":
             log.warning(
                 "Under KV policy %s a candidate's likelihood depends on where earlier tokens "
-                "exited; the full model ranks in both modes.", early.kv,
-            )  # fmt: skip
+                "exited; the full model ranks in both modes.",
+                early.kv,
+            )
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not resumed."""

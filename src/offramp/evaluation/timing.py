@@ -182,9 +182,8 @@ def exit_generate_fn(
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         output = generate(
-            backbone, inputs, exits=exits, policy=policy,
-            stopping_criteria=stop, **options,
-        )  # fmt: skip
+            backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **options
+        )
         return output.new_tokens.flatten()
 
     return run

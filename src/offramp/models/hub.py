@@ -41,7 +41,7 @@ def load_model(
             error,
             "Give a folder written by save_pretrained, or a hub name such as "
             "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
-        ) from error  # fmt: skip
+        ) from error
     if device is None or _is_on(model.device, torch.device(device)):
         return model
     return model.to(device)
@@ -101,9 +101,10 @@ def load_processor(
         )
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
         raise not_loaded(
-            f"No processor could be loaded from {str(name)!r}", error,
+            f"No processor could be loaded from {str(name)!r}",
+            error,
             "Save the model's processor beside it: processor.save_pretrained(folder).",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def grey_picture() -> Image.Image:

@@ -70,8 +70,9 @@ def _curves(points: Sequence[Value]) -> list[dict[str, Any]]:
     policies = [p for p in points if p["objective"] == FREE or p["policy"] == "truncation"]
     plots: list[dict[str, Any]] = []
     for by, ours, chosen in (
-        ("objective", _words(FREE), exits), ("policy", "max probability", policies),
-    ):  # fmt: skip
+        ("objective", _words(FREE), exits),
+        ("policy", "max probability", policies),
+    ):
         curves: dict[str, list[Band]] = {
             _words(name): curve for name, curve in by_name((p[by], p) for p in chosen).items()
         }
@@ -89,9 +90,11 @@ def _equal_quality(value: Value) -> Table | None:
     first = next(iter(levels.values()))
     ordered = sorted(curves, key=lambda c: -c["speedup_decode"][first])
     return Table.grid(
-        {_pair(curve): curve["speedup_decode"] for curve in ordered}, levels,
-        lambda speeds, at: times(speeds[at]), "objective, policy",
-    )  # fmt: skip
+        {_pair(curve): curve["speedup_decode"] for curve in ordered},
+        levels,
+        lambda speeds, at: times(speeds[at]),
+        "objective, policy",
+    )
 
 
 def _or_dash(value: float | None, form: str) -> str:

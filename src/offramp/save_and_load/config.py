@@ -46,8 +46,9 @@ _CONDITIONS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
     **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
     **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
-    "longest": (int,), "prompts": (list,),
-}  # fmt: skip
+    "longest": (int,),
+    "prompts": (list,),
+}
 _DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
 

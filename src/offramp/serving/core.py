@@ -282,9 +282,11 @@ class EngineCore:
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(
-                    *self._host.reads(prepared), [sampler], rule,
+                    *self._host.reads(prepared),
+                    [sampler],
+                    rule,
                     first=first_thresholds(self.backbone, policy),
-                )  # fmt: skip
+                )
         finally:
             self._reading = None
         length = self._host.columns(prompt)

@@ -208,8 +208,9 @@ def roll_out(backbone: Backbone, exits: Exits, batch: Batch, steps: int) -> dict
         embedded = backbone.stack.get_input_embeddings()(batch.targets[:, :-1])
     answer = _Unrolled(prompt, batch.answer, embedded, cache, steps)
     parts: list[tuple[Any, Mapping[int, Tensor], Mapping[str, Any]]] = [
-        (prompt, batch.prompt, batch.prompt_kw), (answer, batch.answer, batch.answer_kw),
-    ]  # fmt: skip
+        (prompt, batch.prompt, batch.prompt_kw),
+        (answer, batch.answer, batch.answer_kw),
+    ]
     for handler, entries, kw in parts:
         stack = InterceptedModel(backbone, handler).stack
         embeds = next(iter(entries.values())).clone()  # BLIP adds positions where it lies
@@ -326,9 +327,10 @@ class DraftingStage:
                     given = [
                         norm(x[keep].float().to(norm.weight.device))
                         for norm, x in (
-                            (made.embedding_norm, embedded), (made.state_norm, rollout.before),
+                            (made.embedding_norm, embedded),
+                            (made.state_norm, rollout.before),
                         )
-                    ]  # fmt: skip
+                    ]
                     x = torch.cat(given, -1).double()
                     y = batch.answer[depth][keep].to(x)
                     both = grams.setdefault(depth, [x.new_zeros(()), x.new_zeros(())])

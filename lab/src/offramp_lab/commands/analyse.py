@@ -12,9 +12,7 @@ from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
 
-OWN = (
-    "metric", "decode_depths", "exit_in_prefill", "max_new_tokens", "batch_size", "seed"
-)  # fmt: skip
+OWN = ("metric", "decode_depths", "exit_in_prefill", "max_new_tokens", "batch_size", "seed")
 """Fields of `AnalysisConfig` that are flags."""
 
 

@@ -61,14 +61,17 @@ def _options(parser: Parser) -> None:
             flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
         )
     group.add_argument(
-        "--peers", action="store_true",
+        "--peers",
+        action="store_true",
         help="time the adapter beside what transformers offers, on the prompts of --data",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--data", nargs="+", metavar="FILE",
+        "--data",
+        nargs="+",
+        metavar="FILE",
         help="prompts for --peers, as in offramp eval (default for tiny-opt and tiny-t5: drawn "
         "scenes)",
-    )  # fmt: skip
+    )
     group.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
     overwrite_option(group)
 
@@ -78,9 +81,10 @@ def _case_options(parser: Parser) -> None:
 
     group = parser.add_argument_group("scripted exits")
     depths_option(
-        group, "--depths",
+        group,
+        "--depths",
         "where to script exits (default: the adapter's; else a quarter and half of the depth)",
-    )  # fmt: skip
+    )
     rates = " ".join(map(str, RATES))
     group.add_argument(
         "--rates", type=share, nargs="*", metavar="SHARE",
@@ -95,9 +99,11 @@ def _case_options(parser: Parser) -> None:
         help=f"{one_of(POLICIES)} (default: all; lossless at batch 1)",
     )  # fmt: skip
     group.add_argument(
-        "--shortlist", type=whole(2), metavar="N",
+        "--shortlist",
+        type=whole(2),
+        metavar="N",
         help="tokens that exits read (default: the adapter's shortlist, or all)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--independent", action="store_true", help="rows exit at depths of their own"
     )

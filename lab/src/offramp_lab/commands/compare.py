@@ -52,31 +52,39 @@ def _options(parser: Parser) -> None:
     field_options(parser.add_argument_group("training"), TrainConfig, TRAINING)
     group = parser.add_argument_group("measuring and output")
     name_option(
-        group, "--quality", ("agreement", *QUALITIES),
+        group,
+        "--quality",
+        ("agreement", *QUALITIES),
         "agreement with the full model, which needs no references, or a metric against the data's",
         default="agreement",
-    )  # fmt: skip
+    )
     field_option(group, Plan, "timed", "test examples that are timed")
     field_option(group, Plan, "rounds", "rounds of the timing")
     field_option(group, Plan, "seeds", "train and time all of it this often; figures are means")
     group.add_argument(
-        "--out", type=Path, required=True,
+        "--out",
+        type=Path,
+        required=True,
         help="folder for compare.json, compare.svg and what an interrupted run continues from",
-    )  # fmt: skip
+    )
 
 
 def _data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", required=True, metavar="SOURCE",
+        "--data",
+        required=True,
+        metavar="SOURCE",
         help="JSONL file, folder of images, or datasets name or folder; split by image",
-    )  # fmt: skip
+    )
     group.add_argument("--split", help="only rows of this split")
     group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
     group.add_argument(
-        "--limit", type=whole(1), metavar="N",
+        "--limit",
+        type=whole(1),
+        metavar="N",
         help="read so many examples, and what else is asked about their images",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--test-fraction", type=float, default=0.3, metavar="X",
         help="share of the images to test on; the others train (default: 0.3)",
@@ -106,10 +114,11 @@ def _method_options(parser: Parser) -> None:
         group, "--depths", "of the exits of every objective (default: a quarter of the layers)"
     )
     depths_option(
-        group, "--several",
+        group,
+        "--several",
         "of FREE's exits for policies that need more than one (default: a quarter, a half and "
         "three quarters of the layers)",
-    )  # fmt: skip
+    )
     first_token_option(group, default=True, shown="they do")
 
 

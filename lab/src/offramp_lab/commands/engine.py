@@ -13,10 +13,11 @@ def engine_options(parser: Parser) -> None:
     """The flags of the engine's benchmark."""
     group = parser.add_argument_group("batch engine")
     group.add_argument(
-        "--batch-engine", action="store_true",
+        "--batch-engine",
+        action="store_true",
         help="many requests at once: tokens a second against full depth and against HF's static "
         "batch, and the gaps between a row's tokens; --rates, --acceptance, --shortlist, --rounds",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--slots", type=whole(1), default=8, metavar="N", help="rows at once (default: 8)"
     )

@@ -83,8 +83,10 @@ def guarantees() -> str:
                 at = entry["risk_target"]
                 mean, most = entry["mean_risk_test"] / at, entry["largest_risk_test"] / at
                 rows[f"{tiny(kind)}, {entry['risk'].replace('_', ' ')}, {at:g}"] = (
-                    mean, mean, most,
-                )  # fmt: skip
+                    mean,
+                    mean,
+                    most,
+                )
     return intervals(rows, "risk over promise: mean, largest")
 
 

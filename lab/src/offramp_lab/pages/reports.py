@@ -73,8 +73,9 @@ def screenshot(browser: str, html: Path, out: Path, size: tuple[int, int]) -> No
         )
         window = f"--window-size={max(width, 500)},{height}"
         place = [f"--user-data-dir={folder}/profile", f"--screenshot={raw}", frame.as_uri()]
-        subprocess.run([browser, *QUIET, window, *place], check=True, timeout=120,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [browser, *QUIET, window, *place], check=True, timeout=120, stderr=subprocess.DEVNULL
+        )
         picture = Image.open(raw).convert("RGB").crop((0, 0, width, height))
     picture.quantize(96, dither=Image.Dither.NONE).save(out, optimize=True)
 

@@ -212,9 +212,10 @@ class Bench:
         sizes, seed = self.sizes, group[0].seed
         pictures, steps = (sizes.few, sizes.long) if setting.few else (sizes.pictures, sizes.steps)
         examples = [
-            e for make in (captions, questions)
+            e
+            for make in (captions, questions)
             for e in make("train", pictures, start=seed * sizes.pictures).examples
-        ]  # fmt: skip
+        ]
         for cell in group:
             began = time.perf_counter()
             config = TrainConfig(
@@ -299,14 +300,16 @@ def _difference(
 
 def main() -> None:
     arguments = asked(
-        __doc__.split("\n\n")[0], seeds=3, out=RUNS / "ablation",
+        __doc__.split("\n\n")[0],
+        seeds=3,
+        out=RUNS / "ablation",
         more=lambda parser: (
             parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS]),
             parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2"),
             parser.add_argument("--estimate", action="store_true", help="only print what is left"),
             parser.add_argument("--quick", action="store_true"),
         ),
-    )  # fmt: skip
+    )
     logging.getLogger("offramp").setLevel(logging.WARNING)
     sizes = QUICK if arguments.quick else Sizes()
     out = arguments.out / "quick" if arguments.quick else arguments.out

@@ -76,11 +76,12 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
 
 def main() -> None:
     arguments = asked(
-        __doc__, out=RECORD.path,
+        __doc__,
+        out=RECORD.path,
         more=lambda parser: parser.add_argument(
             "--backbone", choices=TINY, nargs="+", default=TINY, help="only these"
         ),
-    )  # fmt: skip
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     analyses = RECORD.read(arguments.out)
     for kind in arguments.backbone:

@@ -166,9 +166,11 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
         )
 
     methods = {
-        "full": method(False, False), "full, kept": method(False, True),
-        "early_exit": method(True, False), "early_exit, kept": method(True, True),
-    }  # fmt: skip
+        "full": method(False, False),
+        "full, kept": method(False, True),
+        "early_exit": method(True, False),
+        "early_exit, kept": method(True, True),
+    }
     timings = time_interleaved(methods, inputs, rounds=ROUNDS)
     return {
         name: {

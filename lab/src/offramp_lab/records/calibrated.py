@@ -94,13 +94,15 @@ SMALL = Sizes(
 
 def main() -> None:
     arguments = asked(
-        __doc__, out=RECORDS, clock=True,
+        __doc__,
+        out=RECORDS,
+        clock=True,
         more=lambda parser: (
             parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY),
             parser.add_argument("--boundary", action="store_true", help="the boundary alone"),
             parser.add_argument("--small", action="store_true", help="a try-out"),
         ),
-    )  # fmt: skip
+    )
     sizes = SMALL if arguments.small else Sizes()
     files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]
     calibrated, violations = map(RECORD.read, files)  # of other models too
@@ -317,9 +319,11 @@ def _boundary(
                     for half in pair
                 ]
                 found[target][unit] = {
-                    "threshold": threshold, "risk": risk, "halves": len(certified),
+                    "threshold": threshold,
+                    "risk": risk,
+                    "halves": len(certified),
                     "certified": sum(certified),
-                }  # fmt: skip
+                }
         if all(len(units) == len(UNITS) for units in found.values()):
             break
     return found

@@ -92,12 +92,13 @@ QUICK = Sizes(
 
 def main() -> None:
     arguments = asked(
-        __doc__, out=RUNS / "compare",
+        __doc__,
+        out=RUNS / "compare",
         more=lambda parser: (
             parser.add_argument("--backbone", choices=TINY, help="only this one"),
             parser.add_argument("--quick", action="store_true"),
         ),
-    )  # fmt: skip
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     out = arguments.out / "quick" if arguments.quick else arguments.out
     for kind in TINY if arguments.backbone is None else (arguments.backbone,):

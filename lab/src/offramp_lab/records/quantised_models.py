@@ -267,9 +267,10 @@ def _decoded(
 
 def main() -> None:
     arguments = asked(
-        str(__doc__).splitlines()[0], photo=False,
+        str(__doc__).splitlines()[0],
+        photo=False,
         more=lambda parser: parser.add_argument("schemes", nargs="*", help="run these alone"),
-    )  # fmt: skip
+    )
     warnings.filterwarnings("ignore")
     on_photographs = arguments.photo is not None
     model = _photo(arguments.photo, arguments.data) if on_photographs else _tiny()

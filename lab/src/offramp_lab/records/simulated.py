@@ -154,10 +154,12 @@ def choices(trials: int) -> dict[str, Any]:
     losses = (draw.random((n, many, trials)) < 1.001 * target).astype(float)
     p = betting_p_values(losses, target)
     return {
-        "candidates": many, "images": n, "target": target,
+        "candidates": many,
+        "images": n,
+        "target": target,
         "broken_before": float((p <= LEVEL).any(0).mean()),
         "broken_now": float((p <= LEVEL / many).any(0).mean()),
-    }  # fmt: skip
+    }
 
 
 # -- how many images -------------------------------------------------------------------------------
@@ -172,11 +174,13 @@ def needed(target: float, trials: int = 400) -> dict[str, Any]:
     losses = (draw.random((round(2.2 * measured), trials)) < target / 2).astype(float)
     at = first_pass(losses, target, today)
     return {
-        "target": target, "at_no_loss": samples_needed(target, 1 - LEVEL),
+        "target": target,
+        "at_no_loss": samples_needed(target, 1 - LEVEL),
         "at_measured_half": measured,
         "passes_at_measured_half": float(((at > 0) & (at <= measured)).mean()),
-        "four_of_five": quantile(at), "declared": declared_needed(target, 1 - LEVEL, target / 2),
-    }  # fmt: skip
+        "four_of_five": quantile(at),
+        "declared": declared_needed(target, 1 - LEVEL, target / 2),
+    }
 
 
 def today(losses: Array, target: float) -> Array:

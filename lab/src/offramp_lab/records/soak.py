@@ -63,11 +63,13 @@ def bodies() -> list[dict[str, Any]]:
         mode = draw.choice(MODES)
         rows.append(
             {
-                "messages": [{"role": "user", "content": content}], "seed": number,
-                "temperature": 1.0 if number % 3 == 0 else 0, "offramp": {"mode": mode},
+                "messages": [{"role": "user", "content": content}],
+                "seed": number,
+                "temperature": 1.0 if number % 3 == 0 else 0,
+                "offramp": {"mode": mode},
                 "max_completion_tokens": draw.randint(1, 40),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -112,8 +114,10 @@ async def soak(server: Server, clients: int, seconds: float) -> dict[str, Any]:
             if answer.json()["choices"][0]["message"]["content"] != text:
                 wrong.append(f"request {at} is answered differently alone")
     memory_mib = {
-        "start": start, "peak": peak(server.process.pid), "end": resident(server.process.pid)
-    }  # fmt: skip
+        "start": start,
+        "peak": peak(server.process.pid),
+        "end": resident(server.process.pid),
+    }
     return {
         "seconds": seconds, "clients": clients, "requests": dict(sorted(statuses.items())),
         "faults": wrong[:20], "faults_in_all": len(wrong), "compared": len(seen),

@@ -188,9 +188,10 @@ def main() -> None:
         return speeds(case, trained, arguments.rounds)
 
     RECORD.parts(
-        {part: partial(made, part) for part in names}, arguments.parts,
+        {part: partial(made, part) for part in names},
+        arguments.parts,
         load=[round(load, 1), round(os.getloadavg()[0], 1)],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ def _forced_entries() -> list[Value]:
 def forced(shape: str, batch: int, depth: int, policy: str, rate: float) -> Value | None:
     """One measured case; in a batch that of rows which exit independently."""
     entries = [
-        e for e in _forced_entries()
+        e
+        for e in _forced_entries()
         if (e["shape"], e["batch"], e["exit_depth"]) == (shape, batch, depth)
         and (e["policy"], e["exit_rate"]) == (policy, rate)
         and e.get("rows", "independent") == "independent"
-    ]  # fmt: skip
+    ]
     return entries[0] if entries else None
 
 

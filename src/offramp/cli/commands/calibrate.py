@@ -56,10 +56,12 @@ def _options(parser: Parser) -> None:
     field_option(group, Guarantee, "target", "largest risk that is allowed")
     field_option(group, Guarantee, "confidence", "probability that the bound holds")
     field_option(
-        group, Guarantee, "unit", "what the risk is a mean over; with answers, images that are "
-        "asked about often count more",
+        group,
+        Guarantee,
+        "unit",
+        "what the risk is a mean over; with answers, images that are asked about often count more",
         choices=UNITS,
-    )  # fmt: skip
+    )
     field_option(group, Guarantee, "method", "test of the thresholds", choices=METHODS)
     field_option(
         group, Guarantee, "declared", "test this many images, declared before any was looked at: "
@@ -75,10 +77,11 @@ def _options(parser: Parser) -> None:
     length_option(group)
     batch_option(group, 64)
     group.add_argument(
-        "--write", action="store_true",
+        "--write",
+        action="store_true",
         help="where nothing can be guaranteed, store that, and switch the exits off (default: keep "
         "the adapter's thresholds)",
-    )  # fmt: skip
+    )
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     overwrite_option(group)
     runtime_options(parser)
@@ -101,10 +104,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         "A guarantee of %g by %s needs %d images where no answer loses anything, and about %d "
         "where half the target is measured%s; where several exits are searched, 30%% of the images "
         "go to that.",
-        guarantee.target, guarantee.unit, guarantee.images_needed(),
+        guarantee.target,
+        guarantee.unit,
+        guarantee.images_needed(),
         guarantee.images_needed(guarantee.target / 2),
         ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
-    )  # fmt: skip
+    )
     check_runtime(arguments)
     out = adapter_folder(arguments)
     labelled = RISKS[arguments.risk].quality is not None

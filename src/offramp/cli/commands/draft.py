@@ -61,9 +61,11 @@ def _draft(arguments: argparse.Namespace) -> None:
     inputs = [encoder.prompts([item.example]) for item in items]
     _say_how_long(adapter, inputs, arguments)
     options: dict[str, Any] = {
-        "rounds": arguments.rounds, "progress": lambda rounds: progress(rounds, "timing"),
-        "max_new_tokens": arguments.max_new_tokens, "do_sample": False,
-    }  # fmt: skip
+        "rounds": arguments.rounds,
+        "progress": lambda rounds: progress(rounds, "timing"),
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": False,
+    }
     draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter

@@ -49,14 +49,17 @@ def _options(parser: Parser) -> None:
     _evaluation_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--out", type=Path, required=True,
+        "--out",
+        type=Path,
+        required=True,
         help="folder for rows.jsonl (an answer a line) and result.json",
-    )  # fmt: skip
+    )
     group.add_argument("--resume", action="store_true", help="continue the run in --out")
     group.add_argument(
-        "--rescore", action="store_true",
+        "--rescore",
+        action="store_true",
         help="score the answers in --out again; no model is loaded",
-    )  # fmt: skip
+    )
     runtime_options(parser)
 
 

@@ -42,13 +42,13 @@ def _options(parser: Parser) -> None:
         shown="the layers', or q8_0 where that has fewer bits",
     )  # fmt: skip
     name_option(
-        group, "--head-format", FORMATS, "number format of the head", default="",
-        shown="the exits'",
-    )  # fmt: skip
+        group, "--head-format", FORMATS, "number format of the head", default="", shown="the exits'"
+    )
     depths_option(
-        group, "--depths",
+        group,
+        "--depths",
         "exits to write (default: those at which the adapter's policy has thresholds)",
-    )  # fmt: skip
+    )
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
 

@@ -54,9 +54,10 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--prompt", default="Caption:", help="what is asked (default: Caption:)")
     group.add_argument(
-        "--interactive", action="store_true",
+        "--interactive",
+        action="store_true",
         help="ask for prompts, line by line, each about the same image; an empty line ends it",
-    )  # fmt: skip
+    )
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     length_option(group)
     group = parser.add_argument_group("sampling")
@@ -64,9 +65,11 @@ def _options(parser: Parser) -> None:
         "--temperature", type=number(0, 100), metavar="X", help="sample, at this temperature"
     )
     group.add_argument(
-        "--top-p", type=share, metavar="X",
+        "--top-p",
+        type=share,
+        metavar="X",
         help="sample from the likeliest tokens that together have this probability",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--top-k", type=whole(1), metavar="N", help="sample from this many of the likeliest tokens"
     )
@@ -75,10 +78,12 @@ def _options(parser: Parser) -> None:
     )
     exits = policy_options(parser, threshold=True)
     name_option(
-        exits, "--mode", MODES,
+        exits,
+        "--mode",
+        MODES,
         "what exits do: write tokens, draft tokens that the full model verifies, or nothing",
         default="early_exit",
-    )  # fmt: skip
+    )
     runtime_options(parser)
 
 

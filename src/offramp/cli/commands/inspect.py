@@ -41,10 +41,11 @@ def _options(parser: Parser) -> None:
     precision_options(parser.add_argument_group("model"))
     group = parser.add_argument_group("would exits pay?")
     group.add_argument(
-        "--suitability", action="store_true",
+        "--suitability",
+        action="store_true",
         help="tell from prompts, before any training, how many tokens exits would settle, at which "
         "depth, and the speed to expect on this machine",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--level", type=float, default=LEVEL, metavar="X",
         help="share of all tokens that is to stay the full model's: 0.9, 0.95 or 0.98 "
@@ -195,8 +196,9 @@ def _suitability(arguments: argparse.Namespace) -> None:
     best = found.best(arguments.level)
     show_result(
         {**found.to_json(), "level": arguments.level, "best": best.depth},
-        _forecast(found, arguments.level), as_json=arguments.json,
-    )  # fmt: skip
+        _forecast(found, arguments.level),
+        as_json=arguments.json,
+    )
     narrow = " --shortlist 2048" if found.shortlist else ""
     say_next(
         f"offramp train --backbone {arguments.name} --data {arguments.data[0]} "
@@ -214,9 +216,10 @@ def _forecast(found: Any, level: float) -> str:
     lines = [
         f"{found.tokens:,} tokens of the model's own answers to {found.prompts} prompts, followed "
         f"to exits trained on {found.planned:,}:",
-        f"{'depth':<10}{'agrees':>8}" + "".join(f"{f'settled, {n:.0%}':>14}" for n in levels)
+        f"{'depth':<10}{'agrees':>8}"
+        + "".join(f"{f'settled, {n:.0%}':>14}" for n in levels)
         + f"{f'speed, {level:.0%}':>12}",
-    ]  # fmt: skip
+    ]
     for p in found.prospects:
         shares = "".join(f"{share:>14.0%}" for share in p.settled.values())
         lines.append(

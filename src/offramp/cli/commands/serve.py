@@ -54,13 +54,17 @@ def _options(parser: Parser) -> None:
     )
     precision_options(model)
     model.add_argument(
-        "--chat-template", type=Path, metavar="FILE",
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
         help="Jinja template that writes conversations (default: the processor's, if it has one)",
-    )  # fmt: skip
+    )
     model.add_argument(
-        "--threads", type=or_none(threads), metavar="N",
+        "--threads",
+        type=or_none(threads),
+        metavar="N",
         help="CPU threads for one call (default: PyTorch's own choice)",
-    )  # fmt: skip
+    )
     _engine_options(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
@@ -70,21 +74,26 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--served-name", metavar="TEXT", help="the model's name in requests")
     group.add_argument(
-        "--api-keys", type=Path, metavar="FILE",
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
         help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
         "(default: no key is needed)",
-    )  # fmt: skip
+    )
     field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics", "cors"))
     group.add_argument(
-        "--allowed-hosts", nargs="+", metavar="HOST",
+        "--allowed-hosts",
+        nargs="+",
+        metavar="HOST",
         help="names that the server may be asked for under; .example.org: all below it too, '*': "
         "any (default: this machine's and --host; with keys any)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--share-kept", action="store_true",
+        "--share-kept",
+        action="store_true",
         help="let prompts and images kept for one key answer other keys faster, whose times then "
         "tell what was asked (default: each key has its own)",
-    )  # fmt: skip
+    )
     field_options(parser.add_argument_group("watched guarantee"), WatchConfig)
     limits = ("count", "bytes", "pixels", "domains", "folder")
     images = parser.add_argument_group("images")
@@ -98,11 +107,13 @@ def _engine_options(parser: Parser) -> None:
     engine = parser.add_argument_group("engine")
     field_options(engine, ServerConfig, ("queue", "mode"))
     engine.add_argument(
-        "--slots", type=whole(1), metavar="N",
+        "--slots",
+        type=whole(1),
+        metavar="N",
         help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
         f"models that slots refuse (default: {SLOTS}; {LLAMA_CPP_SLOTS} in llama.cpp, 1 where "
         "the engine has no more)",
-    )  # fmt: skip
+    )
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
     _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
     engine.add_argument(
@@ -159,8 +170,9 @@ def _config(arguments: argparse.Namespace) -> Any:
     if not keys and not _is_local(arguments.host):
         log.warning(
             "Without keys everybody who reaches %s may ask this server. Give --api-keys FILE, or "
-            "leave --host out.", arguments.host,
-        )  # fmt: skip
+            "leave --host out.",
+            arguments.host,
+        )
     images = ImageLimits(**filled(arguments, ImageLimits))
     body = max(32 * 2**20, 2 * images.bytes * images.count)
     return ServerConfig(
@@ -309,8 +321,9 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     if risk is None or risk.quality is not None:
         log.warning(
             "The guarantee of %r needs right answers, which requests do not bring: it is not "
-            "watched.", promise.risk,
-        )  # fmt: skip
+            "watched.",
+            promise.risk,
+        )
         return None, differs
     return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
 

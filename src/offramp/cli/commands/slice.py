@@ -36,9 +36,10 @@ def _options(parser: Parser) -> None:
         "--adapter", type=Path, required=True, help="folder of the exits, as `offramp train` wrote"
     )
     depths_option(
-        group, "--depths",
+        group,
+        "--depths",
         "exits to write (default: those at which the adapter's policy has thresholds)",
-    )  # fmt: skip
+    )
     name_option(
         group, "--exit-format", FORMATS, "number format of the exits' layers", default="q8_0"
     )
@@ -60,6 +61,7 @@ def _slice(arguments: argparse.Namespace) -> None:
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
     log.info(
         "The exits were trained on other weights than these: choose thresholds on them, "
-        "offramp calibrate --engine llama.cpp --gguf %s.", arguments.out,
-    )  # fmt: skip
+        "offramp calibrate --engine llama.cpp --gguf %s.",
+        arguments.out,
+    )
     say_next(f"offramp generate --adapter {arguments.out} --prompt 'A dog'")

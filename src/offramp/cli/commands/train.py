@@ -84,10 +84,11 @@ def _options(parser: Parser) -> None:
         "its exits do, and nothing else of them changes",
     )  # fmt: skip
     group.add_argument(
-        "--gates", action="store_true",
+        "--gates",
+        action="store_true",
         help="learn a gate before each exit, where it pays: it predicts whether the exit is worth "
         "running",
-    )  # fmt: skip
+    )
 
 
 ADVERSARIAL = "FREE's adversary"
@@ -160,8 +161,9 @@ def _train(arguments: argparse.Namespace) -> None:
     log.info(
         "To calibrate these exits to 1%% later needs %d images that training does not see, where "
         "no answer loses anything, and about %d where half of that is lost.",
-        needed["at_no_loss"], needed["at_half_the_target"],
-    )  # fmt: skip
+        needed["at_no_loss"],
+        needed["at_half_the_target"],
+    )
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
     backbone, processor = load_model(arguments)

@@ -48,21 +48,23 @@ def _options(parser: Parser) -> None:
     from offramp.verification import ROWS, SLOTS
 
     parser.add_argument(
-        "adapter", metavar="ADAPTER",
+        "adapter",
+        metavar="ADAPTER",
         help="folder or hub name of trained exits; or photo, tiny-opt or tiny-t5, which ship",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--backbone", metavar="NAME",
-        help="hub name or folder of the VLM (default: the adapter's)",
-    )  # fmt: skip
+        "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
+    )
     precision_options(group)
     engine_option(group, ENGINES)
     vision_options(parser.add_argument_group("images"))
     data_options(
-        parser, "prompts to answer (default: the adapter's, of drawn pictures)",
-        limit=32, required=False,
-    )  # fmt: skip
+        parser,
+        "prompts to answer (default: the adapter's, of drawn pictures)",
+        limit=32,
+        required=False,
+    )
     group = parser.add_argument_group("size and output")
     group.add_argument(
         "--rows", metavar="N,N", type=whole_numbers(2), nargs="+", action=Flattened, default=ROWS,

@@ -250,9 +250,11 @@ class _Reply:
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        text = {"message": {"role": "assistant", "content": answer.text}} if self._chat else {
-            "text": answer.text
-        }  # fmt: skip
+        text = (
+            {"message": {"role": "assistant", "content": answer.text}}
+            if self._chat
+            else {"text": answer.text}
+        )
         depths = [step.depth for step in answer.steps]
         choice = {"index": 0, **text, "finish_reason": answer.finish, "offramp": {"depths": depths}}
         return {**self._head, "object": self._kind, "choices": [choice], "usage": _usage(answer)}

@@ -88,9 +88,10 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
         yield "scaled logits"
     for layer in backbone.layers:
         unknown = [
-            name for name, _ in layer.named_parameters()
+            name
+            for name, _ in layer.named_parameters()
             if name.rpartition(".")[0] not in architecture.layer
-        ]  # fmt: skip
+        ]
         if unknown:
             yield f"the tensor {unknown[0]!r}"
 

@@ -63,8 +63,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         # llama.cpp ends the process where a number is out of range.
         for name, most in (
-            ("context", _LONGEST), ("threads", _MOST_THREADS), ("sequences", _MOST_SEQUENCES)
-        ):  # fmt: skip
+            ("context", _LONGEST),
+            ("threads", _MOST_THREADS),
+            ("sequences", _MOST_SEQUENCES),
+        ):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise InputError(

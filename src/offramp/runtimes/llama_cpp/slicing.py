@@ -309,8 +309,9 @@ class _Cut:
         value_type = import_gguf().GGUFValueType
         for key, value in self.source.said.items():
             if not key.startswith(("tokenizer.", "general.")) or key in (
-                "general.architecture", "general.alignment",
-            ):  # fmt: skip
+                "general.architecture",
+                "general.alignment",
+            ):
                 continue
             kinds = self.source.kinds[key]
             inner = kinds[-1] if kinds[0] == value_type.ARRAY else None

@@ -38,17 +38,23 @@ class WatchConfig:
         "after --watch-deadline; 0: none", flag="--watch", share=True,
     )  # fmt: skip
     level: float = option(
-        0.01, "how often, at most, a guarantee that holds is ever called broken",
-        flag="--watch-level", share=True,
-    )  # fmt: skip
+        0.01,
+        "how often, at most, a guarantee that holds is ever called broken",
+        flag="--watch-level",
+        share=True,
+    )
     slack: float = option(
-        1.0, "raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
-        "in bursts", flag="--watch-slack",
-    )  # fmt: skip
+        1.0,
+        "raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
+        "in bursts",
+        flag="--watch-slack",
+    )
     action: str = option(
-        "lossless", "what answers are once the guarantee is broken", flag="--when-broken",
+        "lossless",
+        "what answers are once the guarantee is broken",
+        flag="--when-broken",
         choices=ACTIONS,
-    )  # fmt: skip
+    )
     keep: Path | None = option(
         None, "write images and prompts of watched requests there, for `offramp calibrate`; only "
         "with the consent of those who ask", flag="--keep-watched", metavar="FOLDER",
@@ -56,9 +62,10 @@ class WatchConfig:
     )  # fmt: skip
     backlog: int = 32
     deadline: float = option(
-        30.0, "longest wait for a free slot in seconds; then the full model's answer takes one",
+        30.0,
+        "longest wait for a free slot in seconds; then the full model's answer takes one",
         flag="--watch-deadline",
-    )  # fmt: skip
+    )
     coverage: float = 0.5
     a_client: float = 0.5
     state: Path | None = option(

@@ -113,10 +113,12 @@ class Watcher:
     ) -> None:
         self.config, self.promise = config or WatchConfig(), promise
         self._about = {
-            "about": about, "slack": self.config.slack, "level": self.config.level,
+            "about": about,
+            "slack": self.config.slack,
+            "level": self.config.level,
             "watchers": self.config.watchers,
             "promise": None if promise is None else asdict(promise),
-        }  # fmt: skip
+        }
         self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._draw = random.Random(seed)

@@ -311,9 +311,10 @@ def _add_operations(app: FastAPI, models: Models) -> None:
         service = await models.of(body.model)
         if not service.config.keys:
             raise ApiError(
-                403, "Without API keys anybody could silence the watch. Start with --api-keys.",
+                403,
+                "Without API keys anybody could silence the watch. Start with --api-keys.",
                 code="keys_needed",
-            )  # fmt: skip
+            )
         if service.watcher is None:
             raise ApiError(404, "Nothing is watched here.", code="not_watched")
         await asyncio.to_thread(service.watcher.reset)

@@ -29,9 +29,11 @@ class ImageLimits:
     bytes: int = option(10 * MIB, "bytes of an encoded image", flag="--image-bytes")
     pixels: int = option(20_000_000, "pixels of an image", flag="--image-pixels")
     domains: Sequence[str] = option(
-        (), "hosts that images are fetched from; .example.org: all below it too",
-        flag="--image-domains", metavar="HOST",
-    )  # fmt: skip
+        (),
+        "hosts that images are fetched from; .example.org: all below it too",
+        flag="--image-domains",
+        metavar="HOST",
+    )
     folder: Path | None = option(
         None, "folder whose images file:// may name", flag="--image-folder", metavar="FOLDER"
     )
@@ -72,9 +74,11 @@ class ServerConfig:
     share_kept: bool = False
     hosts: Sequence[str] = ()
     cors: Sequence[str] = option(
-        (), "origins whose pages may ask from a browser, such as https://example.org; '*': any",
-        metavar="ORIGIN", shown="none",
-    )  # fmt: skip
+        (),
+        "origins whose pages may ask from a browser, such as https://example.org; '*': any",
+        metavar="ORIGIN",
+        shown="none",
+    )
     queue: int = option(64, "requests that may wait; more are refused")
     body: int = 32 * MIB
     bodies: int = 1024 * MIB

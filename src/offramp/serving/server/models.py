@@ -99,5 +99,7 @@ def _promise(service: Service) -> dict[str, Any] | None:
         return None
     about = cast(Any, service.adapter.calibration)["conditions"]
     return {
-        **asdict(promise), "max_tokens": about["longest"], "prompts": about.get("prompts") or [],
-    }  # fmt: skip
+        **asdict(promise),
+        "max_tokens": about["longest"],
+        "prompts": about.get("prompts") or [],
+    }

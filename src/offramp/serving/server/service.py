@@ -241,8 +241,9 @@ class Service:
             raise ApiError(
                 400,
                 f"The JSON schema is longer than the {self.config.schema} characters allowed.",
-                param="response_format", code="schema_too_long",
-            )  # fmt: skip
+                param="response_format",
+                code="schema_too_long",
+            )
         try:
             return await self.of_text(lambda: JsonConstraint(schema, self.tokenizer))
         except OfframpError as error:
@@ -341,14 +342,16 @@ class Service:
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
         gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
         gauge(
-            "kv_cache_usage_perc", "Share of the slots' columns in use, 0 to 1.",
+            "kv_cache_usage_perc",
+            "Share of the slots' columns in use, 0 to 1.",
             lambda: engine.core.cache_use,
-        )  # fmt: skip
+        )
         if prefixes is not None:
             gauge(
-                "prefix_cache_hit_rate", "Share of prompt tokens whose keys were kept.",
+                "prefix_cache_hit_rate",
+                "Share of prompt tokens whose keys were kept.",
                 lambda: prefixes.reused / max(1, prefixes.reused + prefixes.run),
-            )  # fmt: skip
+            )
         tallies = engine.core.tallies
 
         def rate(part: str, whole: Callable[[Any], int], exiting: bool) -> Callable[[], float]:
@@ -359,13 +362,15 @@ class Service:
             return value
 
         gauge(
-            "exit_rate", "Share of early exit's tokens that exited, lately.",
+            "exit_rate",
+            "Share of early exit's tokens that exited, lately.",
             rate("exited", lambda tally: tally.tokens, True),
-        )  # fmt: skip
+        )
         gauge(
-            "draft_acceptance_rate", "Share of lossless drafts that were right, lately.",
+            "draft_acceptance_rate",
+            "Share of lossless drafts that were right, lately.",
             rate("right", lambda tally: tally.ruled, False),
-        )  # fmt: skip
+        )
 
         if self.watcher is not None:
             self._add_risk(self.watcher)
@@ -383,9 +388,10 @@ class Service:
         )
         gauge("guarantee_broken", "1 where the guarantee is broken.", lambda: watcher.broken)
         gauge(
-            "watched_coverage", "Share of the watched requests that were compared, lately.",
+            "watched_coverage",
+            "Share of the watched requests that were compared, lately.",
             lambda: math.nan if watcher.coverage is None else watcher.coverage,
-        )  # fmt: skip
+        )
         if watcher.promise is not None:
             promised = watcher.promise.target
             gauge("risk_target", "The risk that is guaranteed.", lambda: promised)

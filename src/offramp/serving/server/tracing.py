@@ -118,10 +118,11 @@ class Traced:
         }
         method, path = scope["method"], scope["path"][:200]
         span = self._tracer.start_span(
-            f"{method} {path}", context=TraceContextTextMapPropagator().extract(headers),
+            f"{method} {path}",
+            context=TraceContextTextMapPropagator().extract(headers),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method, "url.path": path},
-        )  # fmt: skip
+        )
         scope[KEY] = Trace(self._tracer, span)
 
         async def answer(message: Message) -> None:

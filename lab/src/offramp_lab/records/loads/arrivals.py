@@ -213,9 +213,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = EngineConfig(slots=slots, limit=inputs["input_ids"].shape[1] + lengths[1] + 1)
     costs = _engine_costs(backbone, inputs, config, work)
     prompts, step = _static_costs(backbone, inputs, slots, work)
-    rate = arguments.load * slots / (
-        mean(lengths) * seconds(costs.full, slots) + slots * costs.read
-    )  # fmt: skip
+    rate = (
+        arguments.load * slots / (mean(lengths) * seconds(costs.full, slots) + slots * costs.read)
+    )
     drawn = [poisson(rate, arguments.requests, lengths, seed) for seed in range(arguments.rounds)]
 
     def static(arrivals: Sequence[Arrival]) -> Outcome:

@@ -81,9 +81,7 @@ def _requests(
 ) -> Iterator[Request]:
     for number in range(count):
         length = draw.randint(1, longest)
-        options = {
-            "max_new_tokens": length, "min_new_tokens": length, "do_sample": number % 3 == 0
-        }  # fmt: skip
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": number % 3 == 0}
         yield Request(draw.choice(inputs), draw.choice(MODES), seed=number, options=options)
 
 
@@ -96,9 +94,11 @@ def held(core: EngineCore) -> dict[str, float]:
     objects = gc.get_objects()
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
     return {
-        "memory_mib": resident(), "tensors": tensors, "objects": len(objects),
+        "memory_mib": resident(),
+        "tensors": tensors,
+        "objects": len(objects),
         "slots": slots.cache.nbytes,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":
