@@ -22,6 +22,7 @@ PAGES = (
     "docs/batch-engine.md",
     "docs/llama-cpp-kernels.md",
     "docs/llama-cpp-models.md",
+    "docs/models-results.md",
     "docs/peers.md",
     "docs/quantisation-libraries.md",
     "docs/quantisation-limits.md",

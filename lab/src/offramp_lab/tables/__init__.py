@@ -6,6 +6,7 @@ from offramp_lab.tables import (
     end_to_end,
     lean,
     loads,
+    models,
     overview,
     photographs,
     quantised,
@@ -20,7 +21,7 @@ from offramp_lab.tables.markdown import Make, MakeTable
 
 _MODULES = (
     overview, tiny, comparison, speed, photographs, lean, serving, quantised, runtimes, drafts,
-    end_to_end, loads, suitability, vision,
+    end_to_end, loads, models, suitability, vision,
 )  # fmt: skip
 TABLES: dict[str, MakeTable] = {n: make for m in _MODULES for n, make in m.TABLES.items()}
 FIGURES: dict[str, Make] = {
