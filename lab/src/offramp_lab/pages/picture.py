@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from itertools import pairwise
 from statistics import median
@@ -28,6 +29,7 @@ from offramp.provenance import provenance
 from offramp.report.gallery import picture as embedded
 from offramp.report.gallery import words
 from offramp.storage import write_atomic, write_json
+from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.places import DOCS, RECORDS
 from offramp_lab.tables.markdown import record
 
@@ -57,27 +59,28 @@ def measure() -> dict[str, Any]:
     encoder = InputProcessor(backbone, processor)
     inputs = encoder.prompts([_example()])
     policies = {"early_exit": adapter.policy, "full": ExitPolicy()}
-    outputs: dict[str, Any] = {}
-    taken: dict[str, list[list[float]]] = {name: [] for name in policies}
-    for _ in range(REPEATS):
-        for name, policy in policies.items():
-            clock = _Clock()
-            outputs[name] = adapter.generate(
-                inputs, policy=policy, streamer=clock, max_new_tokens=48, do_sample=False
-            )
-            count = outputs[name].depths.shape[1]
-            gaps = [after - before for before, after in pairwise(clock.times)]
-            taken[name].append(gaps[-count + 1 :])
+
+    def captioned(_: None, policy: ExitPolicy) -> tuple[Any, list[float]]:
+        clock = _Clock()
+        made = adapter.generate(
+            inputs, policy=policy, streamer=clock, max_new_tokens=48, do_sample=False
+        )
+        gaps = [after - before for before, after in pairwise(clock.times)]
+        return made, gaps[1 - made.depths.shape[1] :]
+
+    methods = {name: partial(captioned, policy=policy) for name, policy in policies.items()}
+    runs = Experiment(methods, rounds=REPEATS).run()
     return {
         "layers": backbone.depth,
         "slower": SLOWER,
         "modes": {
             name: {
-                "words": words(out.new_tokens[0].tolist(), encoder.tokenizer),
-                "depths": out.depths[0].tolist(),
-                "seconds": [0.0, *(median(seconds) for seconds in zip(*taken[name], strict=True))],
+                "words": words(first.new_tokens[0].tolist(), encoder.tokenizer),
+                "depths": first.depths[0].tolist(),
+                "seconds": [0.0, *map(median, zip(*(gaps for [(_, gaps)] in rounds), strict=True))],
             }
-            for name, out in outputs.items()
+            for name, rounds in runs.items()
+            for [(first, _)] in rounds[:1]
         },
         "provenance": provenance(None, sys.argv, None),
     }

@@ -41,6 +41,7 @@ from offramp_lab.experiments.experiment import bar
 from offramp_lab.inputs import tiny_families
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.places import RECORDS, RUNS
+from offramp_lab.records.record import asked
 
 OUT = RUNS / "bench"
 ACCEPTANCE = 0.8
@@ -51,11 +52,13 @@ DIALOGUES, TURNS = 10, 5
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        sys.exit(f"{', '.join(sorted(unknown))} is no part; parts: {', '.join(PARTS)}")
-    for name in chosen:
+    arguments = asked(
+        __doc__,
+        more=lambda parser: parser.add_argument(
+            "parts", nargs="*", default=[*PARTS], choices=[*PARTS, []]
+        ),
+    )
+    for name in arguments.parts:
         write_json(OUT / f"{name}.json", PARTS[name]())
     if missing := [name for name in PARTS if not (OUT / f"{name}.json").is_file()]:
         print(f"no records yet: {', '.join(missing)} not measured", file=sys.stderr)

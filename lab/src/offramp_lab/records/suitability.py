@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from examples.photo_vlm.rows import half_of, read_photographs
-from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -34,10 +33,11 @@ from offramp.data.scenes.tasks import captions, questions
 from offramp.demo import OPTIONS, DemoSizes
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
-from offramp.evaluation.timing import FirstToken, exit_generate_fn, in_turn
+from offramp.evaluation.timing import FirstToken, exit_generate_fn
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, load_tiny, shipped_exits, tiny_exits
 from offramp.storage import read_json
+from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
 
@@ -99,7 +99,7 @@ def foretold(case: Case) -> dict[str, Any]:
     depths = case.adapter.exits.depths
     found = suitability(
         case.encoder, case.asked, depths=depths, planned=case.planned,
-        max_new_tokens=case.longest, progress=partial(tqdm, disable=None, leave=False),
+        max_new_tokens=case.longest, progress=bar("forecast"),
     )  # fmt: skip
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     rows = full_model_answers(
@@ -154,8 +154,7 @@ def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str,
         for name, policy in policies.items()
     }
     prompts = [case.encoder.prompts([example]) for example in case.timed]
-    bar = partial(tqdm, desc="timing", disable=None, leave=False)
-    found = in_turn(runs, prompts, rounds=rounds, warm=2, progress=bar)
+    found = Experiment(runs, prompts, rounds, warm=2, title="timing").run()
     took = {name: np.median(by_round, 0) for name, by_round in found.items()}
     ratios = {}
     for name in policies:
