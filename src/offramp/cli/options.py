@@ -390,7 +390,11 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     own_first_option(group, auto=not threshold)
-    first_token_option(group)
+    group.add_argument(
+        "--exit-in-prefill",
+        action=argparse.BooleanOptionalAction,
+        help="let first tokens exit early too, where the prompt is causal (default: the adapter's)",
+    )
     return group
 
 
@@ -407,17 +411,6 @@ def own_first_option(group: Any, *, auto: bool = False) -> None:
         metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         f"exit{searched} (default: the adapter's)",
-    )
-
-
-def first_token_option(
-    group: Any, *, default: bool | None = None, shown: str = "the adapter's"
-) -> None:
-    group.add_argument(
-        "--exit-in-prefill",
-        action=argparse.BooleanOptionalAction,
-        default=default,
-        help=f"let first tokens exit early too, where the prompt is causal (default: {shown})",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
-from offramp.cli.options import add_command, field_options, measured_options
+from offramp.cli.options import add_command, field_options, filled, measured_options
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
@@ -46,7 +46,7 @@ def _analyse(arguments: argparse.Namespace) -> None:
     from offramp.storage import check_writable
     from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse, summary
 
-    config = AnalysisConfig(**{name: getattr(arguments, name) for name in OWN})
+    config = AnalysisConfig(**filled(arguments, AnalysisConfig))
     if arguments.adapter is None and arguments.backbone is None:
         raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
     check_writable(arguments.out, folder=True)

@@ -18,7 +18,6 @@ from offramp.cli.output import show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser, one_of, share, whole
 from offramp.errors import InputError
-from offramp_lab.commands.engine import bench_of_engine, engine_options
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def _options(parser: Parser) -> None:
     model = model_options(parser, required=False, adapter=False, engines=engines)
     name_option(model, "--shape", SHAPES, "a decoder with random weights")
     _case_options(parser)
-    engine_options(parser)
+    _engine_options(parser)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
         "--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's choice)"
@@ -109,6 +108,27 @@ def _case_options(parser: Parser) -> None:
     )
 
 
+def _engine_options(parser: Parser) -> None:
+    group = parser.add_argument_group("batch engine")
+    group.add_argument(
+        "--batch-engine",
+        action="store_true",
+        help="many requests at once: tokens a second against full depth and against HF's static "
+        "batch, and the gaps between a row's tokens; --rates, --acceptance, --shortlist, --rounds",
+    )
+    group.add_argument(
+        "--slots", type=whole(1), default=8, metavar="N", help="rows at once (default: 8)"
+    )
+    group.add_argument(
+        "--right", type=share, default=0.7, metavar="SHARE",
+        help="share of guesses that the full model confirms (default: 0.7)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lengths", type=whole(2), nargs=2, default=(30, 60), metavar="N",
+        help="shortest and longest answer, in tokens (default: 30 60)",
+    )  # fmt: skip
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     import sys
 
@@ -129,7 +149,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.batch_engine:
         arguments.batch = 1
-        result, text = bench_of_engine(arguments, _subject(arguments))
+        result, text = _bench_of_engine(arguments, _subject(arguments))
     else:
         result, text = _time_peers(arguments) if arguments.peers else _force(arguments)
     show_result(result, text, as_json=arguments.json)
@@ -171,6 +191,35 @@ def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         backbone, inputs, cases, costs, exits=exits, tokens=arguments.tokens,
         rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
         shortlist=arguments.shortlist,
+    )  # fmt: skip
+    return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
+
+
+def _bench_of_engine(
+    arguments: argparse.Namespace, subject: tuple[Any, Any, Any]
+) -> tuple[dict[str, Any], str]:
+    """Costs of calls, and each case predicted and measured; and their table."""
+    from dataclasses import replace
+
+    from offramp.models.exits import Exits, ExitSet
+    from offramp.serving.engine_config import EngineConfig
+    from offramp_lab.experiments.benchmark.bench import any_shortlist
+    from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
+
+    backbone, inputs, exits = subject
+    if exits is None or arguments.depths:
+        depths = arguments.depths or [max(1, backbone.depth // 4)]
+        exits = ExitSet(Exits(backbone, depths[:1]).requires_grad_(False))
+    if arguments.shortlist is not None:
+        exits = replace(exits, shortlist=any_shortlist(backbone, arguments.shortlist))
+    rates = (0.75, 0.9) if arguments.rates is None else arguments.rates
+    cases = [EngineCase("early_exit", rate, arguments.right) for rate in rates]
+    cases += [EngineCase("lossless", right=right) for right in arguments.acceptance]
+    prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
+    config = EngineConfig(slots=arguments.slots, limit=prompt + arguments.lengths[1] + 1)
+    costs, entries = bench_engine(
+        backbone, exits, inputs, cases, config, rounds=arguments.rounds,
+        lengths=tuple(arguments.lengths), shortlist=exits.shortlist is not None,
     )  # fmt: skip
     return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 

@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import load_model
-from offramp.cli.options import (
-    add_command,
-    depths_option,
-    field_option,
-    field_options,
-    first_token_option,
-    model_options,
-    name_option,
-)
+from offramp.cli.options import add_command, field_options, filled, model_options, name_option
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of, whole
 
@@ -58,9 +50,7 @@ def _options(parser: Parser) -> None:
         "agreement with the full model, which needs no references, or a metric against the data's",
         default="agreement",
     )
-    field_option(group, Plan, "timed", "test examples that are timed")
-    field_option(group, Plan, "rounds", "rounds of the timing")
-    field_option(group, Plan, "seeds", "train and time all of it this often; figures are means")
+    field_options(group, Plan, ("seeds", "timed", "rounds"))
     group.add_argument(
         "--out",
         type=Path,
@@ -92,7 +82,7 @@ def _data_options(parser: Parser) -> None:
 
 
 def _method_options(parser: Parser) -> None:
-    from offramp_lab.experiments.comparison.methods import OBJECTIVES, POLICIES
+    from offramp_lab.experiments.comparison.methods import OBJECTIVES, POLICIES, Plan
 
     group = parser.add_argument_group("methods")
     group.add_argument(
@@ -110,16 +100,7 @@ def _method_options(parser: Parser) -> None:
         help="methods as they were published, such as logit_lens:saturation (MuE on a frozen "
         "model) or cross_entropy:patience (PABEE), at the depths of --several",
     )  # fmt: skip
-    depths_option(
-        group, "--depths", "of the exits of every objective (default: a quarter of the layers)"
-    )
-    depths_option(
-        group,
-        "--several",
-        "of FREE's exits for policies that need more than one (default: a quarter, a half and "
-        "three quarters of the layers)",
-    )
-    first_token_option(group, default=True, shown="they do")
+    field_options(group, Plan, ("depths", "several", "exit_in_prefill"))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -136,14 +117,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     from offramp_lab.experiments.comparison.compare import compare
     from offramp_lab.experiments.comparison.methods import Plan
 
-    names = ("objectives", "policies", "pairs", "depths", "several")
-    chosen: dict[str, Any] = {
-        n: tuple(v) for n in names if (v := getattr(arguments, n)) is not None
-    }
-    names = ("exit_in_prefill", "seeds", "timed", "rounds", "max_new_tokens")
-    same = {n: getattr(arguments, n) for n in names}
+    names = ("objectives", "policies", "pairs")
+    named = {n: tuple(v) for n in names if (v := getattr(arguments, n)) is not None}
+    chosen = {"max_new_tokens": arguments.max_new_tokens, **filled(arguments, Plan), **named}
     training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, **FREE, patience=None)
-    plan = Plan(training=training, **chosen, **same)  # a mistake should not wait for the data
+    plan = Plan(training=training, **chosen)  # a mistake should not wait for the data
     check_writable(arguments.out, folder=True)
     examples = read_examples(
         arguments.data,

@@ -176,7 +176,7 @@ class _Timer:
             raise InputError(
                 "Costs are measured of calls that are made again and again, and this model's "
                 "recurrent states cannot be taken back.",
-                "Measure its speed whole: offramp-lab bench without --engine.",
+                "Measure its speed whole: offramp-lab bench without --batch-engine.",
             )
         for _ in range(answer):
             decoder.make("full")

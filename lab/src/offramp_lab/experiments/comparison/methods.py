@@ -9,6 +9,7 @@ from typing import Any
 import offramp_lab.methods  # noqa: F401  it registers the baselines that are compared
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
 from offramp.errors import InputError, check_known
+from offramp.options import option
 from offramp.report.tradeoff import FREE
 from offramp.training.config import FREE as ADDED
 from offramp.training.config import OBJECTIVES as TERMS
@@ -70,29 +71,32 @@ class Plan:
     pairs: more of (objective, policy), at the depths `several`: methods as they were published.
         ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
         ("cross_entropy", "patience") is PABEE (Zhou et al. 2020).
-    depths: of the exits of every objective; None: proposed from the layer count.
-    several: of those FREE exits that the policies are tried on besides; patience and agreement
-        need more than one. None: a quarter, a half and three quarters of the layers.
+    depths, several: patience and agreement need more than one exit.
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all exit, for a curve must reach the quality at which it is read.
     training: what all objectives share; FREE is that as it is, with an adversary in any case.
-    exit_in_prefill: as in `ExitPolicy`, for every point.
-    seeds: how often all of it is trained and timed anew, from `training.seed` on; speeds
-        are means.
-    timed: test examples to be timed on. rounds: its rounds. Both may be others later.
+    seeds: from `training.seed` on. timed, rounds: may be others later.
     """
 
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
     policies: tuple[str, ...] = tuple(POLICIES)
     pairs: tuple[tuple[str, str], ...] = ()
-    depths: tuple[int, ...] | None = None
-    several: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = option(
+        None, "of the exits of every objective", shown="a quarter of the layers"
+    )
+    several: tuple[int, ...] | None = option(
+        None,
+        "of FREE's exits for policies that need more than one",
+        shown="a quarter, a half and three quarters of the layers",
+    )
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None, **ADDED))
-    seeds: int = 1
-    exit_in_prefill: bool = True
-    timed: int = 12
-    rounds: int = 5
+    seeds: int = option(1, "train and time all of it this often; figures are means")
+    exit_in_prefill: bool = option(
+        True, "let first tokens exit early too, where the prompt is causal", shown="they do"
+    )
+    timed: int = option(12, "test examples that are timed")
+    rounds: int = option(5, "rounds of the timing")
     batch_size: int = 64
     max_new_tokens: int = 48
 
