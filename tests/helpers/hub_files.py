@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,9 @@ def text_adapter() -> Adapter:
     return Adapter(backbone, ExitSet(exits, SHORT), policy)
 
 
-def hub_file(backbone: Backbone, path: Path, formats: str = "f32") -> Path:
+def hub_file(
+    backbone: Backbone, path: Path, formats: str = "f32", words: Sequence[str] = WORDS
+) -> Path:
     """The whole decoder with a tokenizer of one letter a token."""
     import gguf
 
@@ -67,8 +70,8 @@ def hub_file(backbone: Backbone, path: Path, formats: str = "f32") -> Path:
     out.add_name("Tiny")
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre("default")
-    out.add_token_list(WORDS)
-    out.add_token_types([3] * len(SPECIAL) + [1] * (len(WORDS) - len(SPECIAL)))
+    out.add_token_list(list(words))
+    out.add_token_types([3] * len(SPECIAL) + [1] * (len(words) - len(SPECIAL)))
     out.add_token_merges(["a b"])
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
@@ -87,12 +90,14 @@ def hub_file(backbone: Backbone, path: Path, formats: str = "f32") -> Path:
     return path
 
 
-def sliced(adapter: Adapter, folder: Path, formats: str = "f32") -> Path:
+def sliced(
+    adapter: Adapter, folder: Path, formats: str = "f32", words: Sequence[str] = WORDS
+) -> Path:
     """The folder that `offramp slice` writes of both."""
     folder.mkdir(parents=True, exist_ok=True)
     exits = replace(adapter.exits, measured={"shortlist": {"size": len(SHORT)}})
     replace(adapter, exits=exits).save(folder / "adapter")
-    hub_file(adapter.backbone, folder / "hub.gguf", formats)
+    hub_file(adapter.backbone, folder / "hub.gguf", formats, words)
     slice_gguf(folder / "hub.gguf", folder / "adapter", folder / "sliced", exits=formats)
     return folder / "sliced"
 

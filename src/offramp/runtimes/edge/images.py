@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from offramp.errors import AdapterError, DataError, InputError
+from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
+from offramp.runtimes.llama_cpp.segment import Segment
 
 MARKER = "<__media__>"
 """Stands in a prompt where an image does."""
@@ -24,19 +27,25 @@ class ImageReader:
     """A projector's file (mmproj) beside a text model."""
 
     def __init__(
-        self, file: str | Path, model: Any, width: int, features: int, threads: int
+        self, file: str | Path, segment: Segment, words: Path, features: int, threads: int
     ) -> None:
-        """model: llama.cpp's, with its tokenizer. width: of the decoder's states. features: how
-        many layers add visual features to them.
+        """segment: that of the file `words`, which has the tokenizer. features: how many of the
+        decoder's layers add visual features to states.
 
         Raises:
             AdapterError: the file is missing, or no projector for this model.
         """
         if not Path(file).is_file():
             raise AdapterError(f"{file} is no file.", "Name the projector's file: mmproj-...gguf.")
-        self._lib: Any = importlib.import_module("llama_cpp.mtmd_cpp")
-        self._quiet = _silence(self._lib)
-        self._width, self._features = width, features
+        self._lib, _ = _mtmd()
+        self._width, self._features = segment.width, features
+        self._words = self._context = None
+        model = segment.model
+        if features:
+            # Of a decoder libmtmd asks that it takes all features, which files share; of a
+            # tokenizer alone it asks nothing.
+            _check_features(Path(file), segment.width, features)
+            model = self._words = _tokenizer_of(self._lib.llama_cpp, words)
         parameters = self._lib.mtmd_context_params_default()
         parameters.use_gpu = False
         parameters.print_timings = False
@@ -46,11 +55,8 @@ class ImageReader:
         parameters.media_marker = self._marker
         self._context = self._lib.mtmd_init_from_file(str(file).encode(), model, parameters)
         if not self._context:
-            raise AdapterError(
-                f"{file} is no projector for this model, or llama.cpp does not know its kind.",
-                "Use the mmproj file that was made with the model's; Qwen3-VL's needs exits at "
-                "depth 3 or above.",
-            )
+            self.close()
+            raise _unfit(file)
         if not self._lib.mtmd_support_vision(self._context):
             self.close()
             raise AdapterError(f"{file} reads no images.", "Name a projector for images.")
@@ -59,7 +65,9 @@ class ImageReader:
         """Give the memory back."""
         if self._context:
             self._lib.mtmd_free(self._context)
-        self._context = None
+        if self._words:
+            self._lib.llama_cpp.llama_model_free(self._words)
+        self._context = self._words = None
 
     def prompt(
         self,
@@ -171,9 +179,37 @@ class ImageReader:
         return np.array([[p.t, p.y, p.x, p.t] for p in found], dtype=np.int32).T
 
 
-def _silence(lib: Any) -> Any:
-    """libmtmd writes to stderr by itself. Returns what must outlive it."""
+def _unfit(file: str | Path) -> AdapterError:
+    return AdapterError(
+        f"{file} is no projector for this model, or llama.cpp does not know its kind.",
+        "Use the mmproj file that was made with the model's.",
+    )
+
+
+def _check_features(file: Path, width: int, features: int) -> None:
+    """Raise `AdapterError` where a projector makes other rows than [1 + features, D]."""
+    try:
+        tensors = read_header(file).tensors
+        made = sum(name.startswith("v.deepstack.") and "fc2.bias" in name for name in tensors)
+        fits = tensors["mm.2.bias"].shape == (width,) and made == features
+    except (ValueError, KeyError, OSError) as error:
+        raise _unfit(file) from error
+    if not fits:
+        raise _unfit(file)
+
+
+def _tokenizer_of(lib: Any, file: Path) -> Any:
+    parameters = lib.llama_model_default_params()
+    parameters.vocab_only = True
+    return lib.llama_model_load_from_file(str(file).encode(), parameters)
+
+
+@cache
+def _mtmd() -> tuple[Any, Any]:
+    """libmtmd, which writes to stderr by itself; and what it calls instead, for as long as it is
+    loaded: whichever reader is gone."""
+    lib: Any = importlib.import_module("llama_cpp.mtmd_cpp")
     callback = lib.llama_cpp.llama_log_callback(lambda *_: None)
     for name in ("mtmd_log_set", "mtmd_helper_log_set"):
         getattr(lib, name)(callback, None)
-    return callback
+    return lib, callback

@@ -106,10 +106,9 @@ class EdgeModel:
             )
             self._embeddings = _Embeddings(header, last.width)
             if mmproj is not None:
-                reader = first if first.features and not last.features else last
-                features = max(segment.features for segment in self._segments)
+                features = sum(segment.features for segment in self._segments)
                 self._images = ImageReader(
-                    mmproj, reader.model, last.width, features, self.engine.threads
+                    mmproj, last, self.files.files[-1], features, self.engine.threads
                 )
             probe = self._embeddings.of(_probe(self.vocabulary.size))
             drafts = self.files.drafter is not None
