@@ -21,7 +21,6 @@ from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.executors.choice import EXECUTORS, make_executor
-from offramp.engine.executors.slots.layout import LAYOUTS
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, ExitSet, copy_layer, first
@@ -100,7 +99,7 @@ def serve(
     noted: int | None = None,
     longest: int | None = None,
     engine: str = "slots",
-    **settings: Any,
+    packs: bool | None = None,
 ) -> tuple[dict[int, Any], dict[int, LogitsWarper]]:
     """Answer all in one decoder, in an order drawn from `seed`; one of them is taken out once.
 
@@ -108,9 +107,9 @@ def serve(
     """
     draw = random.Random(seed)
     policy, attached = ExitPolicy(dict.fromkeys(exits.depths, 0.5)), ExitSet.of(exits)
-    executor = make_executor(
-        engine, whole, attached, exits.depths, slots=slots, limit=64, **settings
-    )
+    executor = make_executor(engine, whole, attached, exits.depths, slots=slots, limit=64)
+    if packs is not None:
+        executor.packs = packs
     reader = ExitReader(whole, attached, policy, exits.depths)
     decoder = Decoder(whole.depth, executor, reader, longest=longest)
     prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
@@ -174,10 +173,11 @@ def test_a_row_in_a_batch_gets_what_it_gets_alone(name, backbone, exits, batch):
     asked = requests(name, whole, some, batch(name, 4))
     packs = whole.text_config._attn_implementation == "sdpa"
     number = NAMES.index(name)
-    for noted, layout in enumerate((LAYOUTS[number % 2], "packed" if packs else "padded")):
-        seed = 2 * number + noted
-        settings = {"layout": layout, "longest": 5 if noted else None}
-        done, notes = serve(whole, some, asked, slots=3, seed=seed, noted=noted, **settings)
+    for noted, packed in enumerate((False, packs)):
+        seed, longest = 2 * number + noted, 5 if noted else None
+        done, notes = serve(
+            whole, some, asked, slots=3, seed=seed, noted=noted, longest=longest, packs=packed
+        )
         check(asked, done)
         for number, seen in notes.items():
             for length, logits in asked[number].logits.by_length.items():

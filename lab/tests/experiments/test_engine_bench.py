@@ -84,7 +84,7 @@ def test_the_simulator_makes_the_calls_that_the_engine_makes(mini, case, monkeyp
     def taking(made, kind):
         def call(decoder, **more):
             nonlocal now
-            asks = any(sequence.asks for sequence in decoder.sequences)
+            asks = any(sequence.asked for sequence in decoder.sequences)
             tokens = made(decoder, **more)
             now += seconds(getattr(costs, kind), tokens) + 0.5 * (kind == "deep" and asks)
             return tokens

@@ -44,10 +44,10 @@ class ExitOutput:
     previous: Tensor | None = None
     logits: Tensor | None = None
 
-    def picked(self, index: Tensor) -> ExitOutput:
+    def picked(self, index: Tensor | slice) -> ExitOutput:
         """Of the tokens `index` alone."""
         entry, state, previous, logits = (
-            None if part is None else part.index_select(0, index.to(part.device))
+            None if part is None else _picked(part, index)
             for part in (self.entry, self.state, self.previous, self.logits)
         )
         assert entry is not None
@@ -68,6 +68,27 @@ class ExitOutput:
         if len(known) == len(parts):
             previous = torch.cat(known)
         return ExitOutput(torch.cat([part.entry for part in parts]), state, previous)
+
+
+Output = ExitOutput | Tensor
+"""Of an exit; or of the full model, final-normed states [n, D]."""
+
+
+def picked(output: Output, index: Tensor | slice) -> Output:
+    """Of the tokens `index` alone."""
+    return output.picked(index) if isinstance(output, ExitOutput) else _picked(output, index)
+
+
+def _picked(part: Tensor, index: Tensor | slice) -> Tensor:
+    return part[index] if isinstance(index, slice) else part.index_select(0, index.to(part.device))
+
+
+def joined(parts: Sequence[Output]) -> Output:
+    """Of several calls behind each other; see `ExitOutput.joined`."""
+    outputs = [part for part in parts if isinstance(part, ExitOutput)]
+    if outputs:
+        return ExitOutput.joined(outputs)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 @dataclass(eq=False)

@@ -113,6 +113,7 @@ class Generation:
     A policy of keys and values that is registered (`KV_POLICIES`) brings a class of its own.
     """
 
+    reads: type[PromptReader] = PromptReader
     decodes: type[Decoder] = Decoder
 
     def __init__(
@@ -147,7 +148,7 @@ class Generation:
     def prompt_reader(
         self, vision_cache: VisionCache | None, prefix_cache: PrefixCache | None
     ) -> PromptReader:
-        return PromptReader(
+        return self.reads(
             self.backbone,
             self.exits,
             self.depths,

@@ -22,6 +22,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from offramp.engine.decoding.executor import too_long
 from offramp.engine.kv_cache import CACHE_NAMES, cache_name
 from offramp.errors import InputError
 from offramp.models.intercept import InterceptedModel
@@ -82,6 +83,26 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
 
     model.generate(**inputs, custom_generate=take, **options)
     return taken[0]
+
+
+def prepare_checked(
+    model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> Prepared:
+    """The same of what a caller asks for. inputs: what the processor returned.
+
+    Raises:
+        InputError: an image is missing, or an option is not done.
+    """
+    config = options.get("generation_config")
+    asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
+    # Before Hugging Face sees them, which would refuse some in other words.
+    check_options(lambda name: asked.get(name, getattr(config, name, None)))
+    check_inputs(inputs, model)
+    with torch.inference_mode():
+        prepared = prepare(model, inputs, **options)
+    # The model's own defaults may ask for what the caller did not.
+    check_options(lambda name: getattr(prepared.config, name, None), own=True)
+    return prepared
 
 
 def _with_cross_attention(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -255,14 +276,6 @@ def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:
     if room is not None and longest > room:
         raise too_long(room)
     return room
-
-
-def too_long(limit: int) -> InputError:
-    """Of a prompt and its answer that want more tokens than `Backbone.room` has."""
-    return InputError(
-        f"Prompt and answer are longer than the backbone's {limit} positions.",
-        "Shorten the prompt, or lower max_new_tokens.",
-    )
 
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import too_long
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import Question
@@ -27,7 +28,7 @@ from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared, prepare, room_of, too_long
+from offramp.engine.prefill import Prepared, prepare, room_of
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -29,15 +28,15 @@ from offramp.models.cache_salt import salted
 from offramp.models.exits import Exits, ExitSet
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host, TorchHost
-from offramp.serving.job import Job, enqueue
+from offramp.serving.job import Job, Jobs
 from offramp.serving.pace import Pace
-from offramp.serving.request import Handle, Request
+from offramp.serving.request import Request
 
 CALLS = ("read", "feed", "deep", "flush", "full", "trial")
 """Kinds of call that are counted: a prompt, the decoder's, and full depth tried beside it."""
 
 
-class EngineCore:
+class EngineCore(Jobs):
     """A decoder, a queue of prompts, and the rounds.
 
     host: what reads prompts and runs the layers; None: PyTorch, how: as of `TorchHost`, whose
@@ -61,7 +60,8 @@ class EngineCore:
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
         self.config = config or EngineConfig()
-        self.policy, self.clock = policy, clock
+        super().__init__(clock)
+        self.policy = policy
         check_company(policy)
         self._host = host or TorchHost(
             backbone, exits, policy, self.config, between=self._meanwhile, **how
@@ -76,7 +76,6 @@ class EngineCore:
             longest=self.config.longest,
         )
         self.pace = Pace(self.config.schedule is not None or not self._host.tries, clock)
-        self._queue: deque[Job] = deque()
         self._reading: Job | None = None
         self._thread: int | None = None
         self.calls = dict.fromkeys(CALLS, 0)
@@ -84,22 +83,6 @@ class EngineCore:
         self.tokens = 0
 
     # -- requests ------------------------------------------------------------------------------
-
-    def add(self, request: Request | Handle) -> Handle:
-        """Queue a request; any thread may. Its answer comes with the rounds."""
-        handle = request if isinstance(request, Handle) else Handle(request)
-        enqueue(self._queue, Job(handle, self.clock))
-        return handle
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._queue)
-
-    @property
-    def queued(self) -> set[Handle]:
-        """Those in the queue; for the thread that makes the rounds."""
-        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:
@@ -220,9 +203,7 @@ class EngineCore:
         for sequence in [s for s in self.decoder.sequences if s.owner.handle.unwanted]:
             self.decoder.leave(sequence)
             sequence.owner.handle.drop()
-        for job in [job for job in self._queue if job.handle.unwanted]:
-            self._queue.remove(job)
-            job.handle.drop()
+        super()._drop_unwanted()
 
     def _admit(self) -> None:
         """Read prompts into free slots, one after the other, within the budget of a round."""

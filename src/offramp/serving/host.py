@@ -136,10 +136,10 @@ class TorchHost:
         self.prepare = self._prompts.prepare
 
     def executor(self) -> Executor:
-        sizes = {name: getattr(self._config, name) for name in ("slots", "limit", "layout")}
+        slots, limit = self._config.slots, self._config.limit
         return executor_for(
-            self.backbone, self._attached, self.depths, longest=self._config.limit,
-            watches=self.reader.watches, drafter=self._drafter, **sizes,
+            self.backbone, self._attached, self.depths, longest=limit, slots=slots, limit=limit,
+            watches=self.reader.watches, drafter=self._drafter,
         )  # fmt: skip
 
     def prove(self, inputs: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import GenerationOutput
 from offramp.engine.prefill import Prepared
-from offramp.serving.request import Completion, Handle
+from offramp.serving.request import Completion, Handle, Request
 
 
 @dataclass(eq=False)
@@ -72,10 +72,33 @@ class Job:
         )
 
 
-def enqueue(queue: deque[Job], job: Job) -> None:
-    """Put a job behind those that came before it: first come, first served, whoever's image took
-    longer to open."""
-    place = len(queue)
-    while place and queue[place - 1].handle.arrival > job.handle.arrival:
-        place -= 1
-    queue.insert(place, job)
+class Jobs:
+    """First come, first served, whoever's image took longer to open. clock: returns seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._queue: deque[Job] = deque()
+
+    def add(self, request: Request | Handle) -> Handle:
+        """Queue a request; any thread may. Its answer comes with the rounds."""
+        handle = request if isinstance(request, Handle) else Handle(request)
+        place = len(self._queue)
+        while place and self._queue[place - 1].handle.arrival > handle.arrival:
+            place -= 1
+        self._queue.insert(place, Job(handle, self.clock))
+        return handle
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def queued(self) -> set[Handle]:
+        """Those in the queue; for the thread that makes the rounds."""
+        return {job.handle for job in self._queue}
+
+    def _drop_unwanted(self) -> None:
+        for job in [job for job in self._queue if job.handle.unwanted]:
+            self._queue.remove(job)
+            job.handle.drop()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
@@ -24,11 +23,10 @@ from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.job import Job, enqueue
-from offramp.serving.request import Handle, Request
+from offramp.serving.job import Job, Jobs
 
 
-class SerialCore:
+class SerialCore(Jobs):
     """One request at a time.
 
     model: an adapter, a backbone, or a runtime. policy: of requests that name none; None: the
@@ -52,7 +50,7 @@ class SerialCore:
         own = model.policy if isinstance(model, Adapter) else FULL
         self.policy = own if policy is None else policy
         self.config = EngineConfig(slots=1, limit=limit)
-        self.clock = clock
+        super().__init__(clock)
         self.between: Callable[[], None] = lambda: None
         self.depths = self.policy.depths
         self.tallies = {True: Tally(), False: Tally()}
@@ -63,24 +61,7 @@ class SerialCore:
             self._shared["vision_cache"] = vision_cache
         if prefix_cache is not None and isinstance(model, Adapter | Backbone):
             self._shared["prefix_cache"] = prefix_cache
-        self._queue: deque[Job] = deque()
         self._job: Job | None = None
-
-    def add(self, request: Request | Handle) -> Handle:
-        """Queue a request; any thread may. Its answer comes with the rounds."""
-        handle = request if isinstance(request, Handle) else Handle(request)
-        enqueue(self._queue, Job(handle, self.clock))
-        return handle
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._queue)
-
-    @property
-    def queued(self) -> set[Handle]:
-        """Those in the queue; for the thread that makes the rounds."""
-        return {job.handle for job in self._queue}
 
     @property
     def running(self) -> int:
@@ -142,11 +123,6 @@ class SerialCore:
     def _pause(self) -> None:
         self._drop_unwanted()
         self.between()
-
-    def _drop_unwanted(self) -> None:
-        for job in [job for job in self._queue if job.handle.unwanted]:
-            self._queue.remove(job)
-            job.handle.drop()
 
     def _count(self, output: GenerationOutput, policy: ExitPolicy) -> None:
         """Note what the exits did."""

@@ -94,26 +94,22 @@ class PropagatingDecoder(Decoder):
 
     executor: PropagatingExecutor
 
-    def _left(self, row: Row, segment: int) -> None:
-        self.executor.skip(row.handle, segment)
-        row.ran = [row.ran[0]] * len(row.ran)
+    def _settle(self, row: Row) -> None:
+        waits = [k for k in range(1, len(row.ran)) if row.pending(k) and not row.asked]
+        if waits and row.error is None:
+            self.executor.skip(row.handle, waits[0])
+            row.ran = [row.ran[0]] * len(row.ran)
+        super()._settle(row)
 
 
 class Propagated(Generation):
     """A call of `generate` whose skipped keys and values are projected."""
 
-    decodes = PropagatingDecoder
+    reads, decodes = PropagatingReader, PropagatingDecoder
 
     def prompt_reader(self, vision_cache: VisionCache | None, prefix_cache: Any) -> PromptReader:
-        if self.depths and first_token_may_exit(self.backbone, self.policy):
-            prefix_cache = None  # the prompt's keys may be approximate
-        return PropagatingReader(
-            self.backbone,
-            self.exits,
-            self.depths,
-            vision_cache=vision_cache,
-            prefix_cache=prefix_cache,
-        )
+        approximate = self.depths and first_token_may_exit(self.backbone, self.policy)
+        return super().prompt_reader(vision_cache, None if approximate else prefix_cache)
 
     def executor(self, rows: int) -> Executor:
         if not self.depths:

@@ -17,7 +17,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span
+from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, too_long
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
@@ -170,17 +170,10 @@ class Decoder:
         self._heard = False
         try:
             with self.reader.computing():
-                self._finish()
+                while self._goes_on():
+                    self._make(self.next_call())
         finally:
             self._heard = True
-
-    def _finish(self) -> None:
-        while self._goes_on():
-            call = self.next_call()
-            if call == "feed" and len(self.sequences) == 1:  # which is ready, then
-                self._feed_one(self.sequences[0])
-            else:
-                self._make(call)
 
     def _goes_on(self) -> bool:
         """Release the sequences that are over; whether any is not."""
@@ -199,23 +192,12 @@ class Decoder:
 
     def next_call(self) -> Call:
         """What the schedule asks for."""
-        sequences = self.sequences
-        if len(sequences) == 1:  # the load of one
-            sequence = sequences[0]
-            if not sequence.rule.thresholds and sequence.ran[0] == sequence.ran[-1]:
-                return "full"
-            if self.schedule.patience == 0:
-                ready = not sequence.held and sequence.ran[0] - sequence.start < len(
-                    sequence.tokens
-                )
-                return "feed" if ready and self.longest is None else self._by_schedule()
-        elif not any(sequence.rule.thresholds for sequence in sequences):
-            waits = any(sequence.ran[0] != sequence.ran[-1] for sequence in sequences)
-            return "flush" if waits else "full"
-        return self._by_schedule()
-
-    def _by_schedule(self) -> Call:
-        return self.schedule.next_call(Load.of(self.sequences, self.longest))
+        rows = self.sequences
+        if not any([row.rule.thresholds for row in rows]):
+            return "flush" if any([row.ran[0] != row.ran[-1] for row in rows]) else "full"
+        if len(rows) == 1 and self.schedule.patience == 0 and self.longest is None:
+            return "feed" if rows[0].ready(None) else "deep"  # nobody waits for it to stop drafting
+        return self.schedule.next_call(Load.of(rows, self.longest))
 
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
@@ -233,13 +215,10 @@ class Decoder:
         """Feed the next token of every sequence that is ready up to the first exit. Those whose
         exit drafts on make a round of their own: they never wait."""
         rows = self.sequences
-        drafting = [row for row in rows if row.rule.ahead is not None]
-        if drafting:
-            rows = [row for row in rows if row.rule.ahead is None]
-        count = self._rounds(drafting)
         if len(rows) == 1 and rows[0].rule.thresholds and rows[0].ready(self.longest):
             self._feed_one(rows[0])
-            return count + 1
+            return 1
+        count, rows = self._ahead(rows)
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
@@ -303,7 +282,6 @@ class Decoder:
             token = Token(verdict.token, depth, score)
             if not rule.lossless:
                 row.say(token)
-                self._left(row, 1)
                 if row.asked:
                     row.held = row.sampler.would_end(len(row.tokens), verdict.token)
                 return
@@ -317,9 +295,6 @@ class Decoder:
             return
         crowded = rule.lossless and rule.most is not None and len(row.asked) > rule.most
         row.held = crowded or row.sampler.would_end(len(row.tokens), verdict.token)
-
-    def _left(self, row: Sequence, segment: int) -> None:
-        """The newest token exited before a segment, where it waits."""
 
     def _crowded(self, row: Sequence) -> bool:
         return row.rule.most is not None and len(row.asked) >= row.rule.most
@@ -398,7 +373,6 @@ class Decoder:
                         right = row.draft(place, token)
                     else:
                         right = self._give(row, place, token)
-                        self._left(row, self.depths.index(depth) + 1)
                 else:
                     row.looked(place, score)
             if not right:
@@ -457,21 +431,12 @@ class Decoder:
         return self._pass(self.sequences)
 
     def _pass(self, rows: list[Sequence]) -> int:
-        drafting = [row for row in rows if row.rule.ahead is not None]
-        if drafting:
-            rows = [row for row in rows if row.rule.ahead is None]
-            return self._rounds(drafting) + self._pass(rows)
-        if len(rows) == 1:
-            self._full_one(rows[0])
-        if len(rows) < 2:
-            return len(rows)
-        exits = any(row.rule.thresholds for row in rows)
-        final = self.executor.full(
-            [row.handle for row in rows],
-            [row.feed for row in rows],
-            [row.ran[0] for row in rows],
-            exits=exits,
-        )
+        count, rows = self._ahead(rows)
+        if not rows:
+            return count
+        fed = [(row.handle, row.ids[-1], row.ran[0]) for row in rows]
+        exits = any([row.rule.thresholds for row in rows])
+        final = self.executor.full(*map(list, zip(*fed, strict=True)), exits=exits)
         words = self.reader.full(final, [self._question(row, row.ids) for row in rows])
         for row, word in zip(rows, words, strict=True):
             if isinstance(word, Exception):
@@ -479,12 +444,17 @@ class Decoder:
                 continue
             row.passed(Token(word, self.layers))
             self._settle(row)
-        return len(rows)
+        return count + len(rows)
+
+    def _ahead(self, rows: list[Sequence]) -> tuple[int, list[Sequence]]:
+        """Make a round of those whose exit drafts on; over how many tokens, and the others."""
+        drafting = [row for row in rows if row.rule.ahead is not None]
+        if not drafting:
+            return 0, rows
+        return self._rounds(drafting), [row for row in rows if row.rule.ahead is None]
 
     def _rounds(self, rows: list[Sequence]) -> int:
         """Draft on from the last verified token of each sequence, and verify all in one call."""
-        if not rows:
-            return 0
         handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
         newest = [row.ids[-1] for row in rows]
         executor = cast(DraftingExecutor, self.executor)
@@ -524,17 +494,6 @@ class Decoder:
             room -= 1
         return max(0, room)
 
-    def _full_one(self, row: Sequence) -> None:
-        """The same of the only one; see `_feed_one`."""
-        exits = bool(row.rule.thresholds)
-        final = self.executor.full([row.handle], [row.ids[-1]], [row.ran[0]], exits=exits)
-        word = self.reader.full(final, [self._question(row, row.ids)])[0]
-        if isinstance(word, Exception):
-            row.error = word
-            return
-        row.passed(Token(word, self.layers))
-        self._settle(row)
-
     def _question(self, row: Sequence, before: list[int]) -> Question:
         return Question(row.sampler, row.rule, before, row.scorer)
 
@@ -550,9 +509,6 @@ class Decoder:
                     return
             limit = self.executor.positions
             if limit is not None and row.ran[0] >= limit and row.ready(None):
-                row.error = InputError(
-                    f"Prompt and answer are longer than the backbone's {limit} positions.",
-                    "Shorten the prompt, or lower max_new_tokens.",
-                )
+                row.error = too_long(limit)
         except Exception as error:  # of whoever is told, or a criterion: its request alone fails
             row.error = error

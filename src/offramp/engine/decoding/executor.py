@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from offramp.engine.decoding.reader import Looks
+from offramp.errors import InputError
 
 
 class Span(NamedTuple):
@@ -33,8 +34,8 @@ class Loaded(NamedTuple):
 class Executor(Protocol):
     """Runs segments for sequences, each by a handle of its own.
 
-    depths: of the exits in use, ascending. rows: sequences that one call is over, at most; None:
-    any number.
+    depths: of the exits in use, ascending. rows: sequences that one call is over, at most;
+    positions: columns of a sequence, at most; None: any number.
     """
 
     depths: tuple[int, ...]
@@ -93,6 +94,14 @@ class Executor(Protocol):
     def close(self) -> None:
         """Release all that it holds."""
         ...
+
+
+def too_long(positions: int) -> InputError:
+    """Of a prompt and its answer that want more columns."""
+    return InputError(
+        f"Prompt and answer are longer than the backbone's {positions} positions.",
+        "Shorten the prompt, or lower max_new_tokens.",
+    )
 
 
 class DraftingExecutor(Executor, Protocol):

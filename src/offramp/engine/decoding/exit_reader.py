@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class ExitReader:
         """Raise `InputError` where what the policy needs is missing."""
         self._backbone, self._exits, self._policy = backbone, exits, policy
         self._depths, self._code = tuple(depths), head_code(backbone)
+        self.logits = partial(backbone.logits, code=self._code)
+        """The full model's [n, V], of final-normed states [n, D]."""
         self._scorer = self.scorer() if depths else None
         self._gates = gates_of_policy(policy, exits) if exits is not None else {}
         self.follows = policy.score in STREAKS and len(self._depths) > 1
@@ -154,10 +157,6 @@ class ExitReader:
     def full(self, final: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
         """The full model's next token behind each of the final-normed states [n, D]."""
         return self.of_logits(self.logits(final), asked)
-
-    def logits(self, final: Tensor) -> Tensor:
-        """The full model's [n, V], of final-normed states [n, D]."""
-        return self._backbone.logits(final, code=self._code)
 
     def of_logits(self, logits: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
         """The token that each question gets out of its raw logits [n, V]."""

@@ -24,7 +24,7 @@ from offramp.engine.kv_cache import (
     self_attention,
     store_exit_keys,
 )
-from offramp.engine.prefill import Prefill, Prepared, check_inputs, check_options, prepare
+from offramp.engine.prefill import Prefill, Prepared, prepare_checked
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
@@ -107,21 +107,8 @@ class PromptReader:
         self._kept: Tensor | None = None
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """What the model's own `generate` would begin with. inputs: what the processor returned.
-
-        Raises:
-            InputError: an image is missing, or an option is not done.
-        """
-        config = options.get("generation_config")
-        asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
-        # Before Hugging Face sees them, which would refuse some in other words.
-        check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs, self.intercepted.model)
-        with torch.inference_mode():
-            prepared = prepare(self.intercepted.model, inputs, **options)
-        # The model's own defaults may ask for what the caller did not.
-        check_options(lambda name: getattr(prepared.config, name, None), own=True)
-        return prepared
+        """What the model's own `generate` would begin with; as `prepare_checked`."""
+        return prepare_checked(self.intercepted.model, inputs, options)
 
     def read(
         self,

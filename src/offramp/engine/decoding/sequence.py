@@ -82,25 +82,17 @@ class Sequence:
         """Tokens of the answer that ran through the first segment."""
         return self.ran[0] - self.start
 
-    @property
-    def parked(self) -> bool:
-        """Whether nothing was said yet behind the last token that was fed."""
-        return self.fed == len(self.tokens)
-
-    @property
-    def asks(self) -> bool:
-        """Whether deeper layers must speak before the next token can be settled."""
-        return bool(self.asked)
-
     def pending(self, segment: int) -> int:
         """Columns that wait before a segment."""
         return self.ran[segment - 1] - self.ran[segment]
 
     def idle(self, longest: int | None) -> bool:
-        """Whether only deeper layers get it on: it parked, or as many columns wait as may."""
-        if self.parked:
+        """Whether only deeper layers get it on: it parked, nothing being said behind the last token
+        that was fed, or as many columns wait as may."""
+        ran = self.ran
+        if ran[0] - self.start == len(self.tokens):
             return True
-        return longest is not None and len(self.ran) > 1 and self.pending(1) >= longest
+        return longest is not None and len(ran) > 1 and ran[0] - ran[1] >= longest
 
     def ready(self, longest: int | None) -> bool:
         """Whether its next token can be fed, no more than `longest` waiting."""

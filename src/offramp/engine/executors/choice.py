@@ -44,14 +44,13 @@ def make_executor(
     *,
     slots: int,
     limit: int | None = None,
-    layout: str | None = None,
     watches: bool = False,
     drafter: Drafter | None = None,
 ) -> Executor:
     """An executor of one of `EXECUTORS`.
 
-    slots: sequences at a time. limit, layout: as of `SlotExecutor`. watches: whether scores read
-    the state before an exit's entry. drafter: of the exit that drafts on, one of `depths`.
+    slots: sequences at a time. limit: as of `SlotExecutor`. watches: whether scores read the state
+    before an exit's entry. drafter: of the exit that drafts on, one of `depths`.
 
     Raises:
         UnsupportedBackboneError: slots, of a model that they cannot hold.
@@ -66,5 +65,5 @@ def make_executor(
         )
     return SlotExecutor(
         backbone, exits, depths,
-        slots=slots, limit=limit, layout=layout, watches=watches, drafter=drafter,
+        slots=slots, limit=limit, watches=watches, drafter=drafter,
     )  # fmt: skip

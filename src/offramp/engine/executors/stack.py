@@ -20,11 +20,12 @@ from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import cannot_compile
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import (
     cache_name,
     crop,
     croppable,
+    entries_between,
     self_attention,
     stand_in,
     store_exit_keys,
@@ -151,17 +152,12 @@ class StackExecutor:
         """How many columns from `column` on the entries have: of layers and of exits."""
         surplus: dict[int, int] = {}
         for segment, ran in enumerate(row.ran):
-            start, end = self._bounds[segment], self._bounds[segment + 1]
-            entries = [*range(start, end), *self._entries_of(end)]
+            entries = self._entries(*self._bounds[segment : segment + 2])
             surplus |= dict.fromkeys(entries, max(0, ran - column))
         return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
 
-    def _entries_of(self, depth: int) -> list[int]:
-        """In the cache, of the exit at a depth; none where none stands there."""
-        if self.exits is None:
-            return []
-        at = enumerate(self.exits.entries)
-        return [self.backbone.depth + i for i, stands in at if stands == depth]
+    def _entries(self, start: int, end: int) -> list[int]:
+        return entries_between(self.backbone, self.exits, start, end)
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -246,7 +242,7 @@ class StackExecutor:
             self._chunk = None
             row.tokens -= steps
             row.prefill.rollback(steps)
-            crop(row.cache, dict.fromkeys(self._entries_of(drafter.depth), steps))
+            crop(row.cache, dict.fromkeys(self._entries(drafter.depth, drafter.depth), steps))
         return ids[1:]
 
     def verify(
@@ -275,17 +271,12 @@ class StackExecutor:
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> ExitOutput | Tensor:
+    ) -> Output:
         self._looks = looks
-        made: list[ExitOutput | Tensor] = [self._run(segment, span) for span in spans]
-        index = torch.tensor(asked, dtype=torch.long, device=self.backbone.device)
-        if segment == len(self.depths):
-            return torch.cat([part for part in made if isinstance(part, Tensor)])[index]
-        return ExitOutput.joined([part for part in made if isinstance(part, ExitOutput)]).picked(
-            index
-        )
+        made = joined([self._run(segment, span) for span in spans])
+        return picked(made, torch.tensor(asked, dtype=torch.long, device=self.backbone.device))
 
-    def _run(self, segment: int, span: Span) -> ExitOutput | Tensor:
+    def _run(self, segment: int, span: Span) -> Output:
         row, start = self._held[span.handle], self._bounds[segment]
         parts = row.waits.pop(segment)
         states = torch.cat([part.states for part in parts], 1)
@@ -340,7 +331,7 @@ class StackExecutor:
             return row.cache  # the first entry of each kind runs
         new = 1 if self._chunk is None else self._chunk.shape[1]
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
-        also = self._entries_of(running.stop) if running.stop < end else []
+        also = self._entries(running.stop, running.stop)
         return stand_in(row.cache, end, running, also, **seen)
 
     # -- one layer ---------------------------------------------------------------------------

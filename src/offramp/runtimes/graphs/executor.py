@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.exit_check import Output, joined, picked
 from offramp.errors import InputError
 from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
 
@@ -143,7 +142,7 @@ class GraphExecutor:
         if first < self._prompt:  # it waited; as long as it is, no program is made for it
             waited = Span(handle, first, min(end, self._prompt))
             programs.slots.run(segment, [waited], (), lambda depth, entry: False)
-        tokens, scores, opened, states = [], [], [], []
+        tokens, scores, opened, states = [], [], [], list[Output]()
         for start in range(max(first, self._prompt), end, MOST):
             stop = min(end, start + MOST)
             read = programs.deep(segment, start, stop)
@@ -155,30 +154,14 @@ class GraphExecutor:
             scores += [said.scores[row] for row in rows]
             opened += [said.opened[row] for row in rows]
             if not self.plain:
-                states.append(_picked(programs.states(segment, start, stop), rows))
+                made = programs.states(segment, start, stop)  # which is written again
+                states.append(picked(made, torch.tensor(rows, device=programs.backbone.device)))
             if segment == len(self.depths):
                 self._aim = said.tokens[-1], stop
-        return GraphOutput(Said(tokens, scores, opened), _joined(states))
+        return GraphOutput(Said(tokens, scores, opened), joined(states) if states else None)
 
     def _states(self, segment: int, first: int, end: int) -> Any:
         return None if self.plain else self._programs.states(segment, first, end)
-
-
-def _picked(states: ExitOutput | Tensor, rows: Sequence[int]) -> ExitOutput | Tensor:
-    """A copy of some rows."""
-    entry = states.entry if isinstance(states, ExitOutput) else states
-    index = torch.tensor(rows, device=entry.device)
-    return states.picked(index) if isinstance(states, ExitOutput) else states[index]
-
-
-def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor | None:
-    """Rows of several programs behind each other; None of none."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    outputs = [part for part in parts if isinstance(part, ExitOutput)]
-    if not outputs:
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return ExitOutput.joined(outputs)
 
 
 class GraphReader(ExitReader):

@@ -59,9 +59,8 @@ class RowPrograms:
         self._columns = limit + WARM_UPS + 1
         self._watches = policy.score in FEATURE_SCORES
         self.slots = SlotExecutor(
-            backbone, exits, self.depths,
-            slots=1, limit=self._columns, layout="flat", watches=self._watches,
-        )  # fmt: skip
+            backbone, exits, self.depths, limit=self._columns, watches=self._watches
+        )
         self.slots.cache.reserve(self._columns + 1)
         self.reads = policy.score in SCORES
         self._bounds = (0, *self.depths, backbone.depth)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.prefill import Prepared, check_inputs, check_options, prepare
+from offramp.engine.prefill import Prepared, prepare_checked
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
@@ -183,13 +183,7 @@ class PromptEntry:
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """As `PromptReader.prepare`."""
-        config = options.get("generation_config")
-        asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
-        check_options(lambda name: asked.get(name, getattr(config, name, None)))
-        check_inputs(inputs, self._backbone.model)
-        prepared = prepare(self._intercepted.model, inputs, **options)
-        check_options(lambda name: getattr(prepared.config, name, None))
-        return prepared
+        return prepare_checked(self._intercepted.model, inputs, options)
 
     def prompts(self, prepared: Prepared) -> list[Prompt]:
         """What enters the decoder for each row.

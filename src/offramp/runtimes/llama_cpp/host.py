@@ -42,8 +42,7 @@ class LlamaCppHost:
         return False  # the runtime did when it was loaded
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        with torch.inference_mode():
-            return self._entry.prepare(inputs, options)
+        return self._entry.prepare(inputs, options)
 
     def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:
         with torch.inference_mode():

@@ -26,20 +26,19 @@ from offramp.engine.executors.modules.compiled import called_in_place, cannot_co
 from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.executors.slots.layout import (
-    LAYOUTS,
     Call,
     CurrentCall,
     OneSlot,
-    lay_out,
+    flat,
     one_each,
+    packed,
 )
 from offramp.engine.executors.slots.masks import with_slot_masks
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
 from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage
 from offramp.engine.executors.slots.tables import BIASES, Given, Tables
-from offramp.engine.exit_check import ExitOutput
-from offramp.engine.kv_cache import cache_parameter, store_exit_keys
-from offramp.errors import UnsupportedBackboneError, check_known
+from offramp.engine.exit_check import ExitOutput, Output, joined, picked
+from offramp.engine.kv_cache import cache_parameter, entries_between, store_exit_keys
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
 from offramp.models.intercept import InterceptedModel
@@ -54,14 +53,15 @@ _TABLES: WeakKeyDictionary[nn.Module, dict[Any, Tables | str]] = WeakKeyDictiona
 class SlotExecutor:
     """Runs a backbone with exits on the rows of a slot cache. The layer handler of its twin stack.
 
-    depths: of the exits in use. slots: sequences at a time. limit: columns of one, at most. layout:
-    of calls over several columns of several slots; None: packed where attention is Hugging Face's
-    "sdpa", else flat. watches: whether scores read the state before an exit's entry. drafter: of
-    the exit that drafts on, one of `depths`.
+    depths: of the exits in use. slots: sequences at a time. limit: columns of one, at most.
+    watches: whether scores read the state before an exit's entry. drafter: of the exit that drafts
+    on, one of `depths`.
+
+    packs: whether calls over several columns of several slots are packed (`layout`), as they can be
+    where attention is Hugging Face's "sdpa".
 
     Raises:
-        InputError: an unknown layout.
-        UnsupportedBackboneError: attention that cannot take masks of ours, or not be packed.
+        UnsupportedBackboneError: attention that cannot take masks of ours.
     """
 
     rows: int | None = None
@@ -74,11 +74,9 @@ class SlotExecutor:
         *,
         slots: int = 1,
         limit: int | None = None,
-        layout: str | None = None,
         watches: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
-        check_known("Layout", [] if layout is None else [layout], LAYOUTS)
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
         self._bounds = (0, *self.depths, backbone.depth)
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
@@ -88,16 +86,11 @@ class SlotExecutor:
         self._watches, self._device = watches, backbone.device
         self._drafter = drafter
         self.positions = backbone.room(0)
-        packs = can_pack(self.intercepted.stack)
-        self.layout = layout or ("packed" if packs else "flat")
+        self.packs = can_pack(self.intercepted.stack)
         with_slot_masks(self.intercepted.stack)
         self._current = CurrentCall()
         self._instead = called_in_place(backbone)
         self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
-        if self.layout == "packed" and not packs:
-            raise UnsupportedBackboneError(
-                "Deep calls can be packed for 'sdpa' attention alone.", "Use layout='flat'."
-            )
         stack = self.intercepted.stack
         embed = getattr(stack, "embed_positions", None)
         if embed is not None and encoded:
@@ -163,11 +156,7 @@ class SlotExecutor:
             if states is not None:
                 mine = states[row : row + 1]
                 self._encoder[slot] = mine if encoder is None else mine[:, encoder]
-                unread = [*range(depth, self.backbone.depth)]
-                if self.exits is not None:
-                    at = enumerate(self.exits.entries)
-                    unread += [self.backbone.depth + i for i, d in at if d > depth]
-                self._unread[slot] = set(unread)
+                self._unread[slot] = {e for k in range(segment, len(ran)) for e in self._written(k)}
         for segment in self._base:
             if ran[segment] == columns:
                 self._base[segment][slot] = columns
@@ -335,7 +324,7 @@ class SlotExecutor:
                 base[slot] = span.end
         return made.entry  # type: ignore[no-any-return]
 
-    def _through_all(self, call: Call, ids: Tensor) -> ExitOutput | Tensor:
+    def _through_all(self, call: Call, ids: Tensor) -> Output:
         """Final-normed states of ids [B, T], and what the drafting exit makes of them, if any."""
         final = self._call(range(self.backbone.depth), call, ids)
         if self._drafter is None:
@@ -346,7 +335,7 @@ class SlotExecutor:
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> ExitOutput | Tensor:
+    ) -> Output:
         slots = [self._slot_of[span.handle] for span in spans]
         base = self._base[segment]
         states = [
@@ -359,7 +348,7 @@ class SlotExecutor:
                 self._run_segment(segment, self._beside(slot, span), state[None], looks)
                 for slot, span, state in zip(slots, spans, states, strict=True)
             ]
-            output = made[0] if len(made) == 1 else _joined(made)
+            output = joined(made)
         else:
             output = self._several(
                 slots,
@@ -380,18 +369,16 @@ class SlotExecutor:
         if len(asked) == total:
             return output
         if len(asked) == 1:
-            at = asked[0] if asked[0] >= 0 else total + asked[0]
-            return _narrowed(output, at)
-        index = torch.tensor(asked, dtype=torch.long, device=self._device)
-        return output.picked(index) if isinstance(output, ExitOutput) else output[index]
+            return picked(output, slice(asked[0], asked[0] + 1))
+        return picked(output, torch.tensor(asked, dtype=torch.long, device=self._device))
 
     def _several(
         self,
         slots: Sequence[int],
         spans: Sequence[Span],
         inputs: Sequence[Tensor],
-        run: Callable[[Call, Tensor], ExitOutput | Tensor],
-    ) -> ExitOutput | Tensor:
+        run: Callable[[Call, Tensor], Output],
+    ) -> Output:
         """What `run` makes of columns of several slots in one call. inputs: each slot's, ids [n] or
         states [n, D]."""
         order = sorted(range(len(slots)), key=lambda i: slots[i])
@@ -399,14 +386,9 @@ class SlotExecutor:
         named, columns = [slot for slot, _ in spelt], [column for _, column in spelt]
         width = max(columns) + 1
         self.cache.reserve(width)
-        call = lay_out(self.layout, named, columns, width, self._device)
+        call = (packed if self.packs else flat)(named, columns, width, self._device)
         laid = torch.cat([inputs[i] for i in order])
-        packed = self.layout == "packed"
-        if call.gather is not None and not packed:
-            laid = laid.index_select(0, call.gather)
         output = run(call, laid.view(*call.shape, *laid.shape[1:]))
-        if call.pick is not None and not packed:
-            output = _picked(output, call.pick)
         if order == [*range(len(slots))]:
             return output
         where, at = {}, 0
@@ -416,7 +398,7 @@ class SlotExecutor:
         index = [
             where[i] + n for i in range(len(spans)) for n in range(spans[i].end - spans[i].first)
         ]
-        return _picked(output, torch.tensor(index, device=self._device))
+        return picked(output, torch.tensor(index, device=self._device))
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, device=self._device)
@@ -473,30 +455,30 @@ class SlotExecutor:
         """Note that a segment has run a slot's columns: of a prompt that waited, with the encoder's
         states."""
         if slot in self._unread:
-            start, end = self._bounds[segment], self._bounds[segment + 1]
-            ran = {*range(start, end)}
-            if self.exits is not None and end < self.backbone.depth:
-                at = enumerate(self.exits.entries)
-                ran |= {self.backbone.depth + i for i, d in at if d == end}
-            self._unread[slot] -= ran
+            self._unread[slot].difference_update(self._written(segment))
             last = self.backbone.depth - 1
             if last not in self._unread[slot]:
                 del self._unread[slot], self._encoder[slot]
         if slot in self._places and segment == len(self._bounds) - 2:
             del self._places[slot]
 
+    def _written(self, segment: int) -> list[int]:
+        """Entries of the cache that a segment writes."""
+        start, end = self._bounds[segment : segment + 2]
+        return entries_between(self.backbone, self.exits, start, end)
+
     # -- one call ----------------------------------------------------------------------------
 
     def _run_segment(
         self, segment: int, call: Call, inputs: Tensor, looks: Looks
-    ) -> ExitOutput | Tensor:
+    ) -> Output:
         """Layers of a segment and the exit behind them, or the final norm."""
         running = range(self._bounds[segment], self._bounds[segment + 1])
         return self.run_layers(running, call, inputs, looks)
 
     def run_layers(
         self, running: range, call: Call, inputs: Tensor, looks: Looks
-    ) -> ExitOutput | Tensor:
+    ) -> Output:
         """Layers, and the exit behind them or the final norm, on token ids [n] or states [B, T, D].
 
         For programs, which know themselves where they write. running: from the first layer or an
@@ -757,7 +739,7 @@ class SlotExecutor:
     @property
     def _packs(self) -> bool:
         call = self._current.call
-        return self.layout == "packed" and call.beside is None and call.gather is not None
+        return call.beside is None and call.gather is not None
 
     # -- per family --------------------------------------------------------------------------
 
@@ -779,26 +761,3 @@ class SlotExecutor:
 def _names(layer: nn.Module) -> list[str]:
     """Of a layer's arguments behind the hidden states."""
     return [*inspect.signature(type(layer).forward).parameters][2:]
-
-
-def _picked(output: ExitOutput | Tensor, index: Tensor) -> ExitOutput | Tensor:
-    if isinstance(output, ExitOutput):
-        return output.picked(index)
-    return output.index_select(0, index)
-
-
-def _narrowed(output: ExitOutput | Tensor, at: int) -> ExitOutput | Tensor:
-    """Of one token."""
-    if isinstance(output, Tensor):
-        return output[at : at + 1]
-    state, previous = output.state, output.previous
-    return ExitOutput(
-        output.entry[at : at + 1],
-        None if state is None else state[at : at + 1],
-        None if previous is None else previous[at : at + 1],
-    )
-
-
-def _joined(parts: Sequence[ExitOutput | Tensor]) -> ExitOutput | Tensor:
-    states = [part for part in parts if isinstance(part, Tensor)]
-    return torch.cat(states) if states else ExitOutput.joined(parts)  # type: ignore[arg-type]

@@ -1,10 +1,8 @@
 """How the tokens of one call are laid out for the stack, and for its attention.
 
 flat: every token is a row [N, 1]; keys are gathered for each. Any family.
-padded: the tokens of a slot stand side by side [R, W]; keys are read once for each slot, and the
-    last token of the shorter ones is repeated.
 packed: the tokens form one row [1, N], which is all that the linear layers see; only attention,
-    which must be ours, sees them side by side [R, W].
+    which must be ours, sees those of a slot side by side [R, W], keys being read once for each.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-LAYOUTS = ("flat", "padded", "packed")
-
 
 @dataclass(frozen=True, eq=False)
 class SlotCall:
@@ -28,8 +24,8 @@ class SlotCall:
     reads: slots whose keys are read, one for each row of queries [R]; None: the first R slots.
     queries: columns of the queries [R, W]; (R, W) is (B, T), but where calls are packed.
     width: how many columns are read.
-    gather: for each of the R * W places the token that stands there, where not all differ.
-    pick: for each token its place.
+    gather: packed, for each of the R * W places the token that stands there: of shorter rows the
+    last once more. pick: for each token its place.
     """
 
     shape: tuple[int, int]
@@ -100,13 +96,19 @@ def one_each(
     return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
 
 
-def lay_out(
-    layout: str, slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
+def flat(
+    slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
     """A call on tokens that stand slot by slot, several of a slot in ascending columns."""
     rows, at = torch.tensor([slots, columns], device=device)
-    if layout == "flat":
-        return SlotCall((len(slots), 1), rows, at, rows, at[:, None], width)
+    return SlotCall((len(slots), 1), rows, at, rows, at[:, None], width)
+
+
+def packed(
+    slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
+) -> SlotCall:
+    """The same."""
+    rows, at = torch.tensor([slots, columns], device=device)
     starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     ends = [*starts[1:], len(slots)]
     longest = max(end - start for start, end in zip(starts, ends, strict=True))
@@ -128,8 +130,5 @@ def lay_out(
     reads = [slots[start] for start in starts]
     front = reads == list(range(len(reads)))
     read = None if front else torch.tensor(reads, device=device)
-    queries, flat = at[gather], gather.flatten()
-    if layout == "packed":
-        return SlotCall((1, len(slots)), rows, at, read, queries, width, flat, pick)
-    shape = (len(starts), longest)
-    return SlotCall(shape, rows[flat], at[flat], read, queries, width, flat, pick)
+    shape = (1, len(slots))
+    return SlotCall(shape, rows, at, read, at[gather], width, gather.flatten(), pick)
