@@ -30,14 +30,20 @@ ALONE = ("full", "early exit", "guesses", "lossless")
 
 
 def verified(
-    name: str, backbone: Any, exits: Any, dtype: torch.dtype = torch.float32, **more: Any
+    name: str,
+    backbone: Any,
+    exits: Any,
+    dtype: torch.dtype = torch.float32,
+    guesses: bool = True,
+    **more: Any,
 ) -> list[PathResult]:
     """What comes out for a family's tiny model; about half of the tokens exit."""
     adapter = Adapter(backbone(name, dtype), exits(name, dtype))
     encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor(name))
     some = examples(3)
     policy = with_thresholds(adapter.policy, adapter, encoder, some)
-    policy = replace(policy, guesses=dict.fromkeys(adapter.exits.depths, 0.0))
+    if guesses:
+        policy = replace(policy, guesses=dict.fromkeys(adapter.exits.depths, 0.0))
     settings = more.pop("settings", SIZES)
     one = Verification(adapter, encoder, some, policy=policy, settings=settings, **more)
     told: list[int] = []
@@ -63,6 +69,11 @@ def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     assert len(near) == 3 and max(near) < 1e-4
     exiting = next(path for path in paths if path.path == "early exit")
     assert exiting.scores_apart is not None and exiting.scores_apart < 1e-4
+
+
+def test_a_policy_without_guesses_has_no_such_path(backbone: Any, exits: Any) -> None:
+    paths = verified("blip2-opt", backbone, exits, guesses=False)
+    assert len(paths) == 9 and all(path.exact and "guesses" not in path.path for path in paths)
 
 
 def test_a_model_that_runs_through_its_own_stack_is_held_to_the_same(
@@ -147,17 +158,20 @@ def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -
 
 
 class Elsewhere:
-    """A runtime in numbers of its own: the tokens of another seed; lossless as damaged."""
+    """A runtime in numbers of its own: the tokens of another seed; lossless as damaged. Rows of a
+    batch as swapped."""
 
-    name, rows = "elsewhere q4", 1
+    name = "elsewhere q4"
 
-    def __init__(self, adapter: Adapter, damaged: bool) -> None:
-        self.adapter, self.damaged = adapter, damaged
+    def __init__(self, adapter: Adapter, damaged: bool, rows: int = 1, swaps: bool = False) -> None:
+        self.adapter, self.damaged, self.rows, self.swaps = adapter, damaged, rows, swaps
 
     def generate(self, inputs: Any, *, policy: Any = None, **options: Any) -> Any:
         made = self.adapter.generate(inputs, policy=policy, **options)
         wrong = made.sequences.clone()
-        wrong[:, -1] += 1 + (self.damaged and policy.lossless)
+        wrong[:, -made.depths.shape[1]] += 1 + (self.damaged and policy.lossless)
+        if self.swaps:
+            return replace(made, sequences=wrong.flip(0), depths=made.depths.flip(0))
         return replace(made, sequences=wrong)
 
 
@@ -171,6 +185,22 @@ def test_a_runtime_in_other_numbers_is_held_to_its_own_full_depth(
     assert [path.promised for path in paths] == [False, False, True, True]
     assert paths[0].tokens_differ == paths[0].answers_differ == 3
     assert broken(paths) == ({"lossless"} if damaged else set())
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_rows_of_a_runtime_are_held_to_what_it_writes_alone(
+    swaps: bool, backbone: Any, exits: Any
+) -> None:
+    """As many as it takes at once."""
+    adapter = Adapter(backbone("blip2-opt"), exits("blip2-opt"))
+    runtime = Elsewhere(adapter, damaged=False, rows=3, swaps=swaps)
+    paths = verified(
+        "blip2-opt", backbone, exits, runtime=runtime, settings=replace(SIZES, rows=(2, 3, 4))
+    )
+    modes = ("full", "early exit", "lossless")
+    names = {f"{mode}, {rows} rows" for mode in modes for rows in (2, 3)}
+    assert {path.path for path in paths} == {*ALONE, *names}
+    assert names & broken(paths) == (names if swaps else set())
 
 
 def test_bad_sizes_are_refused() -> None:

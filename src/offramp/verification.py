@@ -8,6 +8,7 @@ same answers alone. A runtime in other numbers than the model's is held to its o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.exit_check import ExitOutput
-from offramp.engine.generate import generate
 from offramp.engine.kv_cache import add_exit_entries
 from offramp.engine.policy import (
     FULL,
@@ -51,6 +51,7 @@ from offramp.models.quantized.weights import scheme
 from offramp.provenance import provenance
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
+from offramp.serving.host import is_runtime
 from offramp.storage import digest_rows
 
 ROWS = (2, 4, 8, 16, 32)
@@ -156,11 +157,21 @@ class Verification:
     @property
     def answers(self) -> int:
         """How many answers are written in all."""
-        modes, n = len(self._policies), len(self.examples)
-        if self.runtime is not None:
-            return n * (1 + modes + ("early exit" in self._policies))
-        batches = sum(-(-n // rows) * rows for rows in self.settings.rows)
-        return n * (1 + 2 * modes + len(self._shared)) + batches * len(self._shared)
+        modes, n, shared = self._policies, len(self.examples), len(self._shared)
+        each = 1 + len(modes) + ("early exit" in modes)  # the model's own, and every layer's
+        each += 0 if self.runtime is not None else len(modes) - ("guesses" in modes)
+        each += shared * self._keeps_company
+        return n * each + shared * sum(-(-n // rows) * rows for rows in self._rows)
+
+    @property
+    def _rows(self) -> list[int]:
+        """Of the batches that are written."""
+        most = math.inf if self.runtime is None else self.runtime.rows
+        return [rows for rows in self.settings.rows if rows <= most]
+
+    @property
+    def _keeps_company(self) -> bool:
+        return self.runtime is None or is_runtime(self.runtime)
 
     @property
     def _shared(self) -> dict[str, ExitPolicy]:
@@ -176,28 +187,31 @@ class Verification:
         self._inputs = [self.encoder.prompts([example]) for example in self.examples]
         noted = self._notes()
         own = self._each(partial(self._own, noted))
-        if self.runtime is not None:
-            return self._of_runtime(self.runtime, own)
         alone = {m: self._each(partial(self._write, p)) for m, p in self._policies.items()}
-        results = [
-            self._single(mode, policy, alone, own, noted) for mode, policy in self._policies.items()
-        ]
+        if self.runtime is not None:
+            results = self._of_runtime(self.runtime, alone, own)
+        else:
+            results = [self._single(m, p, alone, own, noted) for m, p in self._policies.items()]
+        # A runtime's sequences have cells of their own, and what they share changes no bit.
+        promised = self._exact or self.runtime is not None
         beside = {
             m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
             for m, p in self._shared.items()
         }
-        for rows in self.settings.rows:
+        for rows in self._rows:
             for mode, policy in self._shared.items():
                 made = _tried(partial(self._batched, rows, policy))
                 theirs = beside[mode]
                 if isinstance(made, list) and isinstance(theirs, list):
                     theirs = [theirs[i % len(theirs)] for i in range(len(made))]
-                results.append(_compared(f"{mode}, {rows} rows", ALONE, self._exact, made, theirs))
+                results.append(_compared(f"{mode}, {rows} rows", ALONE, promised, made, theirs))
+        if not self._keeps_company:
+            return results
         together = _tried(self._in_company)
         for mode, theirs in beside.items():
             made = together if isinstance(together, _Refused) else together[mode]
-            name = f"{mode}, among {self.settings.slots}"
-            results.append(_compared(name, ALONE, self._exact, made, theirs))
+            name = f"{mode}, among {self._slots}"
+            results.append(_compared(name, ALONE, promised, made, theirs))
         return results
 
     def _single(
@@ -223,20 +237,17 @@ class Verification:
         apart = self._each(partial(self._off, policy, noted))
         return _compared(mode, against, promised, alone[mode], theirs, apart)
 
-    def _of_runtime(self, runtime: Runtime, own: Any) -> list[PathResult]:
-        """The paths of what decodes in PyTorch's place: lossless and guesses to its own answers,
+    def _of_runtime(
+        self, runtime: Runtime, made: Mapping[str, Any], own: Any
+    ) -> list[PathResult]:
+        """Single answers of what decodes in PyTorch's place: lossless and guesses to its own,
         which are the model's as far as its numbers are."""
-
-        def answer(policy: ExitPolicy, place: int) -> _Row:
-            return _row(runtime.generate(self._inputs[place], policy=policy, **self._options))
-
-        made = {m: self._each(partial(answer, p)) for m, p in self._policies.items()}
         same = self._exact and "graphs" in runtime.name
         results = []
         for mode, policy in self._policies.items():
             against, theirs, promised = OWN, own, same
             if mode == "early exit":
-                against, theirs = IN_TORCH, self._each(partial(self._write, policy))
+                against, theirs = IN_TORCH, self._each(partial(self._in_torch, policy))
             elif mode != "full":
                 mine = "full" if mode == "lossless" else "early exit"
                 against, theirs, promised = f"its own {mine}", made[mine], True
@@ -311,9 +322,12 @@ class Verification:
     def _generate(
         self, inputs: Mapping[str, Any], policy: ExitPolicy, **more: Any
     ) -> GenerationOutput:
-        return generate(
-            self.backbone, inputs, exits=self.adapter.exits, policy=policy, **self._options, **more
-        )
+        model: Any = self.adapter if self.runtime is None else self.runtime
+        made: GenerationOutput = model.generate(inputs, policy=policy, **self._options, **more)
+        return made
+
+    def _in_torch(self, policy: ExitPolicy, place: int) -> _Row:
+        return _row(self.adapter.generate(self._inputs[place], policy=policy, **self._options))
 
     def _batched(self, rows: int, policy: ExitPolicy) -> list[_Row]:
         """The answers again, so many rows at a time; the first prompts again where some lack."""
@@ -327,15 +341,21 @@ class Verification:
 
     def _in_company(self) -> dict[str, list[_Row]]:
         """The answers again, of all modes at once, by requests to one engine."""
-        slots, longest = self.settings.slots, self.settings.longest
+        slots, longest = self._slots, self.settings.longest
         ids = [one["input_ids"].shape[1] for one in self._inputs if "input_ids" in one]
         limit = max([1024, *(n + longest + 1 for n in ids)])
+        if self.runtime is not None and is_runtime(self.runtime):
+            limit = self.runtime.context
         config = EngineConfig(slots, limit, schedule=Schedule.of(slots))
         shared = self._shared
         policy = shared.get("early exit", FULL)
         adapter = replace(self.adapter, policy=policy, calibration=None)
         names = {"full": "full", "early exit": "early_exit", "lossless": "lossless"}
-        with BatchEngine(adapter, config=config) as engine:
+        model: Any = adapter
+        if self.runtime is not None:
+            model = copy.copy(self.runtime)
+            model.adapter = adapter
+        with BatchEngine(model, config=config) as engine:
             asked = [
                 (mode, engine.submit(given, mode=names[mode], wait=True, **self._options))
                 for given in self._inputs
@@ -346,6 +366,11 @@ class Verification:
                 made[mode].append(_row(handle.result().output))
                 self._told(1)
         return made
+
+    @property
+    def _slots(self) -> int:
+        """Requests in company: as many as a runtime has sequences, where one runs."""
+        return self.settings.slots if self.runtime is None else self.runtime.rows
 
     @torch.inference_mode()
     def _forced(
@@ -437,10 +462,8 @@ def with_thresholds(
     looked = replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, 1.0))
     seen = _NAN
     for example in examples[:4]:  # the last one's counts
-        made = generate(
-            adapter.backbone, encoder.prompts([example]), exits=adapter.exits, policy=looked,
-            max_new_tokens=10, **GREEDY,
-        )  # fmt: skip
+        inputs = encoder.prompts([example])
+        made = adapter.generate(inputs, policy=looked, max_new_tokens=10, **GREEDY)
         scores = made.scores[made.scores.isfinite()]
         seen = float(scores.median()) if len(scores) else seen
     middle = 1.0 if seen != seen else seen

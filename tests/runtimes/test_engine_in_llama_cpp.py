@@ -9,14 +9,17 @@ from typing import Any
 
 import families
 import pytest
+from fakes import Blip2FakeProcessor, examples
 from gguf_cases import adapter_of, drafting, refused
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import GenerationOutput
 from offramp.errors import InputError
+from offramp.models.input_processor import InputProcessor
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
+from offramp.verification import Settings, Verification
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -93,3 +96,21 @@ def test_a_runtime_that_is_lent_answers_nobody_else(made: Any) -> None:
             assert isinstance(long.exception(60), InputError)
             short = engine.submit(inputs, max_new_tokens=4, do_sample=False)
             assert len(told(short.result(60).output)) == 4
+
+
+def test_the_runtime_is_verified_alone_in_batches_and_in_company(made: Any) -> None:
+    adapter, folder = made("llava")
+    encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor("llava"))
+    sizes = Settings(rows=(2, 4), slots=SLOTS, longest=6)
+    with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
+        one = Verification(adapter, encoder, examples(4), runtime=runtime, settings=sizes)
+        told: list[int] = []
+        paths = one.run(told.append)
+    names = [path.path for path in paths]
+    assert names[-6:] == [
+        f"{mode}, {where}"
+        for where in ("2 rows", f"among {SLOTS}")
+        for mode in ("full", "early exit", "lossless")
+    ]
+    assert all(path.promised and path.exact and path.tokens > 8 for path in paths[-6:])
+    assert sum(told) == one.answers and runtime.adapter is adapter

@@ -72,7 +72,8 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--slots", type=whole(1), default=SLOTS, metavar="N",
-        help=f"requests in company, in the batch engine (default: {SLOTS})",
+        help="requests in company, in the batch engine; in llama.cpp sequences, and rows of its "
+        f"largest batch (default: {SLOTS})",
     )  # fmt: skip
     length_option(group)
     group.add_argument(
@@ -105,7 +106,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     else:
         examples = [item.example for item in items]
     policy = with_thresholds(policy_of(arguments, adapter), adapter, encoder, examples)
-    runtime = load_runtime(arguments, adapter)
+    runtime = load_runtime(arguments, adapter, sequences=arguments.slots)
     one = Verification(
         adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
     )
