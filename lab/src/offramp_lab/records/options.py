@@ -20,7 +20,7 @@ from offramp_lab.records.record import Record, asked
 RECORD = Record("options")
 SHARED = {"--help", "--config", "--json", "--quiet", "--version"}
 SETTINGS = ("Config", "Limits", "Options", "Policy", "Guarantee", "Settings")
-"""Endings of the names of settings."""
+"""Endings of the names of settings; classes that share a name are counted together."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def commands() -> dict[str, Any]:
 
 
 def fields() -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for module in pkgutil.walk_packages(offramp.__path__, "offramp."):
         if ".integrations" in module.name or module.name.endswith(("__main__", "ray_deployment")):
             continue  # which import what may not be there
@@ -61,7 +61,7 @@ def fields() -> dict[str, int]:
             if not (isinstance(thing, type) and dataclasses.is_dataclass(thing)):
                 continue
             if thing.__module__ == module.name and name.endswith(SETTINGS):
-                found[name] = len(dataclasses.fields(thing))
+                found[name] = found.get(name, 0) + len(dataclasses.fields(thing))
     return found
 
 
