@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
+import shlex
 import subprocess
 import sys
 import threading
@@ -231,6 +233,19 @@ def test_commands_do_not_load_torch(folder: Path) -> None:
     answer, last = done.stdout.splitlines()
     assert last == "0 []", done.stderr
     assert len(json.loads(answer)["steps"]) == 4
+
+
+def test_the_command_that_slicing_names_answers(
+    folder: Path, tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub, exits = folder.parent / "hub.gguf", folder.parent / "adapter"
+    with caplog.at_level(logging.INFO):
+        code, _, err = run("slice", hub, "--adapter", exits, "--out", tmp_path / "cut")
+    assert code == 0, err
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("next: ")]
+    program, *words = shlex.split(said.removeprefix("next: "))
+    code, out, err = run(*words, "--max-new-tokens", "3")
+    assert (program, code) == ("offramp", 0) and out.strip(), err
 
 
 @pytest.fixture

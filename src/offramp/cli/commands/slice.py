@@ -64,4 +64,4 @@ def _slice(arguments: argparse.Namespace) -> None:
         "offramp calibrate --engine llama.cpp --gguf %s.",
         arguments.out,
     )
-    say_next(f"offramp generate --adapter {arguments.out} --prompt 'A dog'")
+    say_next(f"offramp generate {arguments.out} --prompt 'A dog'")
