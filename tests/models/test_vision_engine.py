@@ -263,6 +263,7 @@ def _network() -> Any:
     return EfficientNetLite0().eval().requires_grad_(False)
 
 
+@pytest.mark.llama_cpp
 def test_llama_cpps_prompts_are_of_it(ort: str) -> None:
     """What enters llama.cpp is what the engine saw, as far as PyTorch's tower goes to rounding."""
     from offramp.runtimes.llama_cpp.entry import PromptEntry

@@ -1,8 +1,10 @@
 """The photo model's tower in PyTorch and in inference engines; rewrites vision.json in lab/records.
 
 One thread, float32. The tower alone on photographs, by each engine in turn; how far its tokens are
-from PyTorch's own; and captions with the shipped exits, as many as are the same.
-`python -m offramp_lab.records.vision` takes three minutes; engines that are not installed are left
+from PyTorch's own; and captions with the shipped exits, as many as are the same. Then from a
+photograph's file to the tower's inputs, decoded whole and shrunk on load; and from these to what
+enters llama.cpp, of a prompt text that is new and of one that is kept.
+`python -m offramp_lab.records.vision` takes five minutes; engines that are not installed are left
 out.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from examples.photo_vlm.rows import read_photographs
 from PIL import Image
@@ -30,7 +33,11 @@ from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
 from offramp.models.shrink_on_load import with_shrink_on_load
+from offramp.models.vision_cache import VisionCache
 from offramp.models.vision_engine import ENGINES, check_vision_engine
+from offramp.runtimes.llama_cpp.entry import PromptEntry
+from offramp.runtimes.llama_cpp.graphs import Architecture
+from offramp.runtimes.llama_cpp.segment import EngineOptions
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.records.record import Record, asked
 
@@ -144,6 +151,44 @@ def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@torch.inference_mode()
+def prompts(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    """Milliseconds from a processor's output to what enters llama.cpp, the tower left out: as
+    Hugging Face prepares it, and of a prompt text that is kept."""
+    backbone, processor = load_named("photo")
+    encoder = InputProcessor(backbone, processor)
+    examples = read_photographs(data)["captions_val"][:pictures]
+    inputs = [encoder.prompts([example]) for example in examples]
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+
+    def entry() -> PromptEntry:  # the cache takes the tower's part
+        return PromptEntry(backbone, Architecture("llama", {}), EngineOptions(context=512), cache)
+
+    def whole(one: dict[str, Any]) -> Any:
+        fresh = entry()  # as for every answer, before texts were kept
+        return fresh.prompts(fresh.prepare(one, options))[0]
+
+    def lean(one: dict[str, Any]) -> Any:
+        return kept.read(one, options)[1][0]
+
+    cache = VisionCache()
+    kept = entry()
+    same = [np.array_equal(whole(one).states, lean(one).states) for one in inputs]
+
+    def milliseconds(one: dict[str, Any], way: Callable[[dict[str, Any]], Any]) -> float:
+        start = time.process_time()
+        way(one)
+        return 1e3 * (time.process_time() - start)
+
+    methods = {"whole": partial(milliseconds, way=whole), "kept": partial(milliseconds, way=lean)}
+    taken = Experiment(methods, inputs, rounds).run()
+    ways = {name: median(t for row in rows for t in row) for name, rows in taken.items()}
+    return {
+        "pictures": len(inputs), "rounds": rounds, "cpu_milliseconds": ways,
+        "same_states": sum(same), "from_what_was_kept": kept.kept.hits,
+    }  # fmt: skip
+
+
 def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     before = os.getloadavg()[0]
     found = measure(pictures, rounds, data)
@@ -152,7 +197,7 @@ def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"towers": engines, "decoding": decode}
+    parts = {"towers": engines, "decoding": decode, "prompts": prompts}
     arguments = asked(
         __doc__, photo=True, rounds=3, pictures=50,
         more=lambda parser: parser.add_argument("--parts", nargs="+", default=[*parts]),

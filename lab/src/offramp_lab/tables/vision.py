@@ -22,13 +22,15 @@ def engines() -> Table:
     return Table(("tower in", "ms", "", "distance of tokens", "same captions"), rows)
 
 
-def _decoding(what: str) -> str:
-    found = record("vision")["decoding"]["cpu_milliseconds"]
-    return f"{found[what]:.0f}"
+def _took(part: str, way: str, places: int) -> str:
+    found = record("vision")[part]["cpu_milliseconds"]
+    return f"{found[way]:.{places}f}"
 
 
 FIGURES: dict[str, Make] = {
-    "decode-whole": lambda: _decoding("whole"),
-    "decode-shrunk": lambda: _decoding("shrunk"),
+    "decode-whole": lambda: _took("decoding", "whole", 0),
+    "decode-shrunk": lambda: _took("decoding", "shrunk", 0),
+    "prompt-whole": lambda: _took("prompts", "whole", 1),
+    "prompt-kept": lambda: _took("prompts", "kept", 1),
 }
 TABLES: dict[str, MakeTable] = {"vision-engines": engines}

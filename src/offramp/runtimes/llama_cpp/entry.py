@@ -18,6 +18,7 @@ from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import layer_kinds
 from offramp.runtimes.llama_cpp.graphs import Architecture
+from offramp.runtimes.llama_cpp.kept_prompts import KeptPrompts
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
 from offramp.runtimes.llama_cpp.segment import EngineOptions
@@ -180,6 +181,19 @@ class PromptEntry:
         self._intercepted = InterceptedModel(backbone, self._entry)
         if vision_cache is not None:
             self._intercepted.remember_images(backbone, vision_cache)
+        self.vision_cache = vision_cache
+        self.kept = KeptPrompts(self._intercepted, Embeddings(backbone).of)
+
+    def read(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Prepared, list[Prompt]]:
+        """`prepare` and `prompts`; of a text that is kept the image alone is looked at."""
+
+        def whole() -> tuple[Prepared, list[Prompt]]:
+            prepared = self.prepare(inputs, options)
+            return prepared, self.prompts(prepared)
+
+        return self.kept.read(inputs, options, whole)
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """As `PromptReader.prepare`."""

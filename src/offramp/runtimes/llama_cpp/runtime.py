@@ -70,6 +70,7 @@ class LlamaCppRuntime:
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.RLock()
         self._closed = self._lent = self._busy = False
+        self._entry: PromptEntry | None = None  # with what is kept of prompts
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
         try:
@@ -183,10 +184,11 @@ class LlamaCppRuntime:
     ) -> GenerationOutput:
         policy = policy.effective
         self._check_policy(policy)
-        entry = self.entry(vision_cache)
         with self._held(), torch.inference_mode():
-            prepared = entry.prepare(inputs, options)
-            return self._write(entry.prompts(prepared), prepared, policy, streamer, seed)
+            if self._entry is None or self._entry.vision_cache is not vision_cache:
+                self._entry = self.entry(vision_cache)
+            prepared, prompts = self._entry.read(inputs, options)
+            return self._write(prompts, prepared, policy, streamer, seed)
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:
