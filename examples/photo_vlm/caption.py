@@ -33,17 +33,16 @@ def load(
     from offramp.models.input_processor import InputProcessor
     from offramp.models.shipped import is_photo, load_named
 
-    more: dict[str, Any] = {} if vision == "torch" else {"vision": vision}
     if is_photo(str(folder)):
         name = {"auto": "bfloat16"}.get(dtype, str(dtype).removeprefix("torch."))
-        backbone, processor = load_named("photo", dtype=name, quantize=quantize, **more)
+        backbone, processor = load_named("photo", dtype=name, quantize=quantize, vision=vision)
         return backbone, InputProcessor(backbone, processor)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no built model.",
             f"Build it: python -m examples.photo_vlm.build --out {folder}",
         )
-    backbone = Backbone.from_pretrained(folder, dtype=dtype, quantize=quantize, **more)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, quantize=quantize, vision=vision)
     processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
     return backbone, InputProcessor(backbone, processor)
 
