@@ -3,7 +3,7 @@
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.tables.drafts import way
-from offramp_lab.tables.markdown import Make, MakeTable, bold, by, record, tiny
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, record, tiny
 
 COLUMNS = (
     "model",
@@ -29,7 +29,7 @@ def overview() -> Table:
             _in_llama_cpp(),
             _sliced(),
             _drafting(),
-            _at_once("float32"),
+            _at_once(),
         ],
     )
 
@@ -107,14 +107,6 @@ def _in_llama_cpp() -> tuple[str, ...]:
     )
 
 
-def _loose(threshold: float) -> str:
-    """How far the photo model's captions are from the full model's at a threshold."""
-    photo = record("photo")
-    points = photo["regimes"][photo["first"]]["points"]
-    row = next(p for p in points if list(p["thresholds"].values()) == [threshold])
-    return f"{row['inconsistency_test']:.0%}"
-
-
 def _sliced() -> tuple[str, ...]:
     """The photo model without PyTorch, of the hub's own file: exits' part and the kernels'."""
     found = record("runtimes-photo-edge")
@@ -133,20 +125,27 @@ def _sliced() -> tuple[str, ...]:
     )
 
 
-def _at_once(dtype: str) -> tuple[str, ...]:
-    """The photo model in the batch engine, against single requests at full depth."""
-    run = record("loads")["photographs"]["figures"][dtype]
-    ways = by(run["ways"], "way")
-    full, early = (ways[f"{run['slots']} slots, {mode}"] for mode in ("full", "early_exit"))
+def _at_once() -> tuple[str, ...]:
+    """Captions in the batch engine, against single requests at full depth."""
+    found = record("end_to_end")
+    slots = by(found["together"], "mode", "tower")["early exit", "onnxruntime"]
+    alone = by(found["captioned"], "engine", "mode", "tower")
+    full = alone["PyTorch", "full", "torch"]["whole_milliseconds"]
+    score = alone["PyTorch", "early exit", "onnxruntime"]["ROUGE_L"]
+    low, high = score["difference"]
     return (
-        f"earlier photo model, {run['slots']} captions at once in the batch engine",
-        bold(times(early["over_full_alone_decode"] / full["over_full_alone_decode"])),
-        f"{times(early['over_full_alone_decode'])} of single requests",
-        times(early["over_full_alone"]),
-        f"{run['photographs']} photographs",
-        f"none: at threshold 0.1 captions are {_loose(0.1)} apart, as 1 - ROUGE-L",
-        f"CIDEr: {full['cider']:.3f} / {early['cider']:.3f} on {run['photographs']} photographs",
+        f"the same, {found['slots']} captions at once in the batch engine, float32",
+        "not measured apart",
+        f"{times(full / slots['milliseconds'])} of single requests, end to end",
+        _with_ends(slots["over_full"]),
+        f"{found['photographs']} photographs",
+        "the same thresholds, calibrated in bfloat16",
+        f"ROUGE-L of single requests: difference [{low:+.3f}, {high:+.3f}]",
     )
+
+
+def _with_ends(ratio: Value) -> str:
+    return f"{times(ratio['times'])} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _edge(way: str) -> float:
