@@ -19,7 +19,7 @@ PAGES = (
     "docs/defaults-results.md",
     "docs/adversary-results.md",
     "docs/photographs.md",
-    "docs/photographs-earlier.md",
+    "docs/earlier-photographs.md",
     "docs/batch-engine.md",
     "docs/llama-cpp-kernels.md",
     "docs/llama-cpp-models.md",
