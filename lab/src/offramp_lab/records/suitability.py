@@ -89,7 +89,7 @@ def photo(data: Path) -> Case:
         halves[half_of(example)].append(example)
     return Case(
         Adapter.load(folder, backbone), InputProcessor(backbone, processor), halves[0][:PROMPTS],
-        halves[1][:PROMPTS], halves[1][:50], planned=1500, longest=30,
+        halves[1][:PROMPTS], halves[1][:50], planned=6000, longest=30,
     )  # fmt: skip
 
 
