@@ -35,6 +35,7 @@ def verified(
     exits: Any,
     dtype: torch.dtype = torch.float32,
     guesses: bool = True,
+    first: float | None = None,
     **more: Any,
 ) -> list[PathResult]:
     """What comes out for a family's tiny model; about half of the tokens exit."""
@@ -44,6 +45,8 @@ def verified(
     policy = with_thresholds(adapter.policy, adapter, encoder, some)
     if guesses:
         policy = replace(policy, guesses=dict.fromkeys(adapter.exits.depths, 0.0))
+    if first is not None:
+        policy = replace(policy, first=dict.fromkeys(adapter.exits.depths, first))
     settings = more.pop("settings", SIZES)
     one = Verification(adapter, encoder, some, policy=policy, settings=settings, **more)
     told: list[int] = []
@@ -54,6 +57,15 @@ def verified(
 
 def broken(paths: list[PathResult]) -> set[str]:
     return {path.path for path in paths if path.broken}
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava"])
+def test_first_tokens_are_held_to_their_own_thresholds(
+    name: str, first: float, backbone: Any, exits: Any
+) -> None:
+    paths = verified(name, backbone, exits, first=first)
+    assert all(path.promised and path.exact for path in paths)
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "qwen2-vl"])

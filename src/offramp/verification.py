@@ -35,7 +35,7 @@ from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
     Thresholds,
-    first_token_may_exit,
+    first_thresholds,
     policy_to_json,
 )
 from offramp.engine.prefill import Prefill, prepare
@@ -392,7 +392,8 @@ class Verification:
         prefill = Prefill(intercepted, prepared)
         sampler = Sampler(prepared, 0, observer=noted[place])
         reader = ExitReader(backbone, exits, policy, depths)
-        rule = replace(ExitRule.of(policy), guesses=None)
+        later = replace(ExitRule.of(policy), guesses=None)
+        opening = later.opening(first_thresholds(backbone, policy))
         words: list[tuple[int, int, float]] = []
         for at in range(len(ids)):
             if at:
@@ -400,10 +401,10 @@ class Verification:
                 intercepted.stack(input_ids=fed, **prefill.extend(1))
             entries, states, final = recorder.take()
             scorer = reader.scorer() if reader.follows else None
+            rule = later if at else opening
             question = Question(sampler, rule, list(ids[:at]), scorer)
             said, score = None, _NAN
-            looked = depths if at or first_token_may_exit(backbone, policy) else ()
-            for depth in looked:
+            for depth in (depth for depth in depths if depth in rule.thresholds):
                 output = ExitOutput(
                     *(part[0, -1:] for part in (entries[depth], states[depth], entries[depth - 1]))
                 )

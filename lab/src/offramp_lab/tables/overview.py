@@ -164,7 +164,7 @@ def _edge(way: str) -> float:
 
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
-    f"edge-{part}": lambda part=part: f"{_edge(part):.2f}"  # type: ignore[misc]
+    f"edge-{part}": lambda part=part: f"{_edge(part):.2f}"
     for part in ("early_exit", "exits", "kernels")
 } | {
     "photo-promise": lambda: f"{_promise()['speedup_decode']:.2f}",
