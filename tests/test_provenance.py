@@ -53,3 +53,5 @@ def test_provenance_names_the_commit_that_ran() -> None:
 def test_a_command_names_no_folder_of_this_machine() -> None:
     command = ["/usr/bin/offramp", "verify", "/home/ann/exits", "--out=/home/ann/c.json", "a/b=c"]
     assert provenance(None, command, None)["command"] == "offramp verify exits --out=c.json a/b=c"
+    command[0] = "/home/ann/site-packages/offramp/cli/__main__.py"
+    assert provenance(None, command, None)["command"] == "offramp verify exits --out=c.json a/b=c"

@@ -376,6 +376,7 @@ def test_own_examples_are_as_many_as_asked_and_all_another(opt: Any, exits: Any)
 def test_certificates_that_ship_are_whole_and_name_no_machine() -> None:
     root = Path(__file__).parents[1]
     files = [*root.glob(f"src/**/{CERTIFICATE}"), *root.glob(f"photo-model/**/{CERTIFICATE}")]
+    assert files
     for file in files:
         for run in Certificate.read(file).runs:
             assert "/" not in run.provenance["command"]

@@ -54,7 +54,8 @@ def _shown(command: Sequence[str]) -> str:
         return ""
     parts = [word.rpartition("=") for word in command[1:]]
     named = ["".join((*lead, os.path.basename(p) if os.path.isabs(p) else p)) for *lead, p in parts]
-    return shlex.join([os.path.basename(command[0]), *named])
+    is_ours = command[0].endswith(os.path.join("offramp", "cli", "__main__.py"))
+    return shlex.join(["offramp" if is_ours else os.path.basename(command[0]), *named])
 
 
 def _version(package: str) -> str | None:

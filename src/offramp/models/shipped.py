@@ -151,7 +151,7 @@ def example_picture(name: str) -> Path:
         return Path(__file__).parent / "shipped_models" / "scene.png"
     from offramp.models.photo.packages import data_folder
 
-    return data_folder() / "cat.jpg"
+    return data_folder() / "photographer.jpg"
 
 
 def tiny_exits(kind: str) -> Path:

@@ -265,7 +265,7 @@ def test_the_page_tries_a_photograph_where_the_model_has_one(
     address: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert httpx.get(f"{address}/example").headers["content-type"] == "image/png"
-    (tmp_path / "cat.jpg").write_bytes(b"a photograph")
+    (tmp_path / "photographer.jpg").write_bytes(b"a photograph")
     monkeypatch.setattr(packages, "data_folder", lambda: tmp_path)
     monkeypatch.setattr(service.backbone, "name", PHOTO)
     found = httpx.get(f"{address}/example")
