@@ -148,6 +148,8 @@ class TableDrafter(ChainDrafter):
 class TableRuntime(LlamaCppRuntime):
     """Inside llama.cpp, lossless by a table."""
 
+    _drafts = True
+
     def __init__(self, adapter: Adapter, folder: Path, table: DraftTable, **how: Any) -> None:
         super().__init__(adapter, folder, **how)
         self._drafter = TableDrafter(table, adapter.backbone.depth)

@@ -111,6 +111,11 @@ class LlamaCppRuntime:
         return self.adapter.policy
 
     @property
+    def _drafts(self) -> bool:
+        """Whether drafts are verified from the first layer on, several in a call."""
+        return self.files.drafter is not None
+
+    @property
     def call_sizes(self) -> CallSizes:
         """How many tokens share a call above the first exit, and come out as they would alone."""
         return self._chain.sizes
@@ -325,7 +330,7 @@ class LlamaCppRuntime:
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
             expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
-        sizes = call_sizes(self._segments, probe, drafts=self.files.drafter is not None)
+        sizes = call_sizes(self._segments, probe, drafts=self._drafts)
         # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None
