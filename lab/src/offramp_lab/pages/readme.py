@@ -20,6 +20,7 @@ PAGES = (
     "docs/adversary-results.md",
     "docs/photographs.md",
     "docs/earlier-photographs.md",
+    "docs/end-to-end.md",
     "docs/batch-engine.md",
     "docs/llama-cpp-kernels.md",
     "docs/llama-cpp-models.md",
