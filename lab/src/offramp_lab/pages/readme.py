@@ -21,6 +21,7 @@ PAGES = (
     "docs/photographs.md",
     "docs/earlier-photographs.md",
     "docs/end-to-end.md",
+    "docs/end-to-end-results.md",
     "docs/batch-engine.md",
     "docs/llama-cpp-kernels.md",
     "docs/llama-cpp-models.md",

@@ -141,7 +141,7 @@ def _at_once() -> tuple[str, ...]:
     score = alone["PyTorch", "early exit", "onnxruntime"]["ROUGE_L"]
     low, high = score["difference"]
     return (
-        f"the photo model that ships, {found['slots']} captions at once in the batch engine, float32",
+        f"the photo model that ships, {found['slots']} captions at once (batch engine, float32)",
         "not measured apart",
         f"{times(full / slots['milliseconds'])} of single requests, end to end",
         _with_ends(slots["over_full"]),
