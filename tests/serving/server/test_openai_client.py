@@ -407,10 +407,11 @@ def test_a_request_that_takes_too_long_ends_with_an_error_object(
         assert '"code":"timeout"' in streamed or '"code": "timeout"' in streamed
 
 
-def test_a_second_question_about_an_image_reads_only_what_is_new() -> None:
-    """Answers are those of a server that keeps nothing."""
+def test_a_third_question_about_an_image_reads_only_what_is_new() -> None:
+    """Answers are those of a server that keeps nothing. The first prompt waits at its exit, and is
+    not kept; the second one shows that the image comes again."""
     example = scene_examples()[0]
-    asked = [messages(example), messages(replace(example, prompt="Caption:"))]
+    asked = [messages(example), messages(replace(example, prompt="Caption:")), messages(example)]
     said = []
     for prefixes in (None, PrefixCache()):
         service = service_of(more={"prefix_cache": prefixes})
@@ -421,7 +422,7 @@ def test_a_second_question_about_an_image_reads_only_what_is_new() -> None:
                 said.append(answer.json()["choices"][0]["message"]["content"])
             text = client.get("/metrics").text
         service.close()
-    assert said[:2] == said[2:]
+    assert said[:3] == said[3:]
     assert prefixes is not None and prefixes.reused > 0
     rate = prefixes.reused / (prefixes.reused + prefixes.run)
     assert f'prefix_cache_hit_rate{{model_name="{NAME}"}} {rate}' in text
