@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from smolvlm import save_smolvlm
 
 from offramp.cli.commands import generate
 from offramp.models.backbone import Backbone
+from offramp.models.shipped import example_picture, tiny_exits
+from offramp.storage import read_json
 
 NAMES = ("--temperature", 3.0)
 
@@ -78,3 +81,20 @@ def test_no_color_is_heeded(
         monkeypatch.setenv("NO_COLOR", variable)
     monkeypatch.setattr("sys.stdout", type("Terminal", (), {"isatty": lambda _: True})())
     assert generate._in_color() is painted
+
+
+def test_the_longest_answer_is_what_was_calibrated(
+    run: RunCommand, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_exits("opt")
+    known = read_json(folder / "adapter.json")["calibration"]["conditions"]["longest"]
+
+    def said(*more: object) -> str:
+        caplog.clear()
+        picture = example_picture("offramp/tiny-opt")
+        with caplog.at_level(logging.INFO):
+            assert run("generate", "--adapter", folder, "--image", picture, *more)[0] == 0
+        return caplog.text
+
+    assert "guaranteed with" in (told := said()) and "not guaranteed" not in told
+    assert f"up to {known + 1} tokens where up to {known}" in said("--max-new-tokens", known + 1)

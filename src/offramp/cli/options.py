@@ -414,7 +414,11 @@ def own_first_option(group: Any, *, auto: bool = False) -> None:
     )
 
 
-def length_option(group: Any, default: int | None = 40, shown: str | None = None) -> None:
+LONGEST = 40
+"""Tokens of an answer, where nothing says how many."""
+
+
+def length_option(group: Any, default: int | None = LONGEST, shown: str | None = None) -> None:
     group.add_argument(
         "--max-new-tokens", type=whole(1), default=default, metavar="N",
         help=f"longest answer (default: {shown or default})",

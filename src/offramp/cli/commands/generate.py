@@ -14,6 +14,7 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import load_adapter, policy_of
 from offramp.cli.options import (
     ENGINES,
+    LONGEST,
     add_command,
     length_option,
     model_options,
@@ -59,7 +60,7 @@ def _options(parser: Parser) -> None:
         help="ask for prompts, line by line, each about the same image; an empty line ends it",
     )
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
-    length_option(group)
+    length_option(group, default=None, shown=f"{LONGEST}, or as calibrated")
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temperature", type=number(0, 100), metavar="X", help="sample, at this temperature"
@@ -95,6 +96,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     _check_images(arguments)
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
+    if options["max_new_tokens"] is None:
+        calibrated = (adapter.calibration or {}).get("conditions") or {}
+        options["max_new_tokens"] = calibrated.get("longest") or LONGEST
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     is_trained = adapter.exits.modules.kind != "lens"
     drafts = policy.lossless and adapter.exits.draft_on
