@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, times_with_range
 
 WAYS = {
     "exit, as stored": "exit, by its threshold",
@@ -17,10 +17,7 @@ def drafts() -> Table:
     """Multiples of full depth by the same products, with their intervals; of each engine."""
     rows = []
     for part, found in _parts():
-        times = [
-            f"{one['times']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-            for one in (found[way] for way in WAYS)
-        ]
+        times = [times_with_range(one) for one in (found[way] for way in WAYS)]
         photographs = found["full"]["photographs"]
         same = min(found[way]["identical"] for way in WAYS)
         rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))

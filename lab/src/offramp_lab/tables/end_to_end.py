@@ -3,7 +3,15 @@
 from collections.abc import Callable, Iterable
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
+from offramp_lab.tables.markdown import (
+    Make,
+    MakeTable,
+    Value,
+    by,
+    record,
+    times_with_range,
+    with_range,
+)
 
 STOCK, ALONE = "generate", "llama.cpp alone"
 RUN_WHOLE, EARLY = "early exit, prompt run whole", "early exit"
@@ -16,10 +24,6 @@ def _entries(part: str) -> list[Value]:
     found = record("end_to_end")
     shipped = {f"early exit at {t:g}" for t in found["thresholds"].values()}
     return [entry for entry in found[part] if entry["mode"] not in shipped]
-
-
-def _ratio(ratio: Value) -> str:
-    return with_range(f"{ratio['times']:.2f}", (ratio["low"], ratio["high"]), ".2f")
 
 
 def _way(entry: Value) -> str:
@@ -54,7 +58,7 @@ def _table(entries: Iterable[Value], ratios: dict[str, str]) -> Table:
         return lambda entry: f"{entry['milliseconds'][name]:.0f}"
 
     def ratio(name: str) -> Callable[[Value], str]:
-        return lambda entry: _ratio(entry[name]) if name in entry else ""
+        return lambda entry: times_with_range(entry[name]) if name in entry else ""
 
     return Table.of(
         entries,
@@ -82,7 +86,7 @@ def questions() -> Table:
             "": _way,
             "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),
             "as full depth": lambda entry: f"{entry['as_full']} of {count}",
-            "of full depth, end to end": lambda entry: _ratio(entry["over_full"]),
+            "of full depth, end to end": lambda entry: times_with_range(entry["over_full"]),
         },
     )
 
@@ -95,8 +99,8 @@ def together() -> Table:
         {
             "": lambda e: e["mode"] + (f", {e['tower']} tower" if e["tower"] != TORCH else ""),
             "ms a caption": lambda entry: f"{entry['milliseconds']:.0f}",
-            "of full depth": lambda entry: _ratio(entry["over_full"]),
-            "of early exit as it was": lambda entry: _ratio(entry["over_before"]),
+            "of full depth": lambda entry: times_with_range(entry["over_full"]),
+            "of early exit as it was": lambda entry: times_with_range(entry["over_before"]),
             "as early exit as it was": lambda entry: f"{entry['as_before']} of {count}",
         },
     )
@@ -105,7 +109,7 @@ def together() -> Table:
 def _whole(engine: str, mode: str, over: str) -> Make:
     def figure() -> str:
         entry = by(_entries("captioned"), "engine", "mode", "tower")[engine, mode, ENGINE]
-        return _ratio(entry[over])
+        return times_with_range(entry[over])
 
     return figure
 

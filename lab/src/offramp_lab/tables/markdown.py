@@ -94,6 +94,11 @@ def level(drop: str | float) -> str:
     return f"{100 * float(drop):g}%"
 
 
+def times_with_range(ratio: Value) -> str:
+    """Of a record's times, low and high: "2.25 [2.12, 2.37]"."""
+    return with_range(f"{ratio['times']:.2f}", (ratio["low"], ratio["high"]), ".2f")
+
+
 def with_range(value: str, ends: Sequence[float], form: str) -> str:
     """ "+2.3% [-4.8%, +9.2%]"."""
     low, high = ends

@@ -95,8 +95,7 @@ def _in_llama_cpp() -> tuple[str, ...]:
     found = record("end_to_end")
     entries = by(found["captioned"], "engine", "mode", "tower")
     row = entries[found["format"], "early exit", "onnxruntime"]
-    ratios = {name: row[name] for name in ("decoding_over_full", "over_alone")}
-    decoding, whole = ratios.values()
+    decoding, whole = row["decoding_over_full"], row["over_alone"]
     score, full = (
         entries[found["format"], mode, "onnxruntime"]["ROUGE_L"]["value"]
         for mode in ("early exit", "full")

@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
+from offramp_lab.tables.markdown import (
+    Make,
+    MakeTable,
+    Value,
+    by,
+    record,
+    times_with_range,
+    with_range,
+)
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 OURS, ITS_KERNELS = "offramp, llama.cpp", "offramp, llama.cpp, its own kernels"
@@ -308,7 +316,7 @@ def together(name: str) -> Table:
             f"{one['format']}, {one['mode'].replace('_', ' ')}",
             f"{one['one_by_one']:.0f}",
             f"{one['at_once']:.0f}",
-            f"{one['times']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+            times_with_range(one),
             f"{one['same']} of {found['photographs']}",
         )
         for one in found["entries"]

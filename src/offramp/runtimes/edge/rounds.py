@@ -43,7 +43,7 @@ class Job:
     _told: SimpleQueue[str | None] = field(default_factory=SimpleQueue)
 
     def tell(self, text: str) -> None:
-        """Hand on to who waits what stands in the answer."""
+        """Hand a part of the answer to whoever waits for it."""
         if text:
             self._told.put(text)
 
@@ -92,7 +92,7 @@ class Rounds:
         return job.tokens
 
     def close(self) -> None:
-        """Finish what is being written; who waits for a slot gets `InputError`."""
+        """Finish what is being written; requests that wait for a slot get `InputError`."""
         with self._lock:
             self._closed = True
         self._thread.shutdown()
