@@ -85,9 +85,7 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     return taken[0]
 
 
-def prepare_checked(
-    model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]
-) -> Prepared:
+def prepare_checked(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
     """The same of what a caller asks for. inputs: what the processor returned.
 
     Raises:
@@ -342,6 +340,12 @@ IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", 
 """How the names of a processor's outputs begin that stand for an image."""
 
 
+def image_tokens(config: Any) -> list[int]:
+    """Ids that stand for an image's features in a prompt, as a model's configuration has them."""
+    named = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return [mark for mark in named if mark is not None]
+
+
 def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
     """Raise `InputError` where the prompt, or the model, wants an image and none came.
 
@@ -351,12 +355,10 @@ def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
         return
     required = inspect.signature(model.generate).parameters.get("pixel_values")
     ids = inputs.get("input_ids")
-    names = ("image_token_id", "image_token_index")
-    marks = {getattr(model.config, name, None) for name in names} - {None}
     if (
         ids is None
         or (required is not None and required.default is inspect.Parameter.empty)
-        or any(bool((ids == mark).any()) for mark in marks)
+        or any(bool((ids == mark).any()) for mark in image_tokens(model.config))
     ):
         raise InputError(
             "The prompt came without its image (no pixel_values in the inputs).",

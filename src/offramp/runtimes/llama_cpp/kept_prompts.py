@@ -17,7 +17,7 @@ import torch
 from cachetools import LRUCache
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from offramp.engine.prefill import Prepared
+from offramp.engine.prefill import Prepared, image_tokens
 from offramp.models.intercept import InterceptedModel
 from offramp.models.kept_texts import MOST, PIXELS, TEXT
 from offramp.runtimes.llama_cpp.native.tap import States
@@ -89,9 +89,7 @@ class KeptPrompts:
     def _rows(self, inputs: Mapping[str, Any]) -> States | None:
         """The embeddings of the text with the image's features in their places."""
         ids = inputs["input_ids"][0]
-        names = ("image_token_id", "image_token_index")
-        marks = [getattr(self._model.config, name, None) for name in names]
-        mark = next((mark for mark in marks if mark is not None), None)
+        mark = next(iter(image_tokens(self._model.config)), None)
         found = self._model.base_model.get_image_features(
             pixel_values=inputs[PIXELS], return_dict=True
         )
