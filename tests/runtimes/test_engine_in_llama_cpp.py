@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
+import torch
 from fakes import Blip2FakeProcessor, examples
 from gguf_cases import adapter_of, drafting, refused
 
@@ -16,6 +18,7 @@ from offramp.adapter import Adapter
 from offramp.engine.policy import GenerationOutput
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
@@ -96,6 +99,27 @@ def test_a_runtime_that_is_lent_answers_nobody_else(made: Any) -> None:
             assert isinstance(long.exception(60), InputError)
             short = engine.submit(inputs, max_new_tokens=4, do_sample=False)
             assert len(told(short.result(60).output)) == 4
+
+
+def test_a_text_about_ever_new_images_is_prepared_once(made: Any) -> None:
+    """And what enters llama.cpp is the same, bit for bit."""
+    adapter, folder = made("llava")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
+        whole, cache = runtime.entry(), VisionCache()
+        host = runtime.host(adapter.policy, cache)
+        for image in range(5):
+            inputs = families.kind_of("llava").inputs(1)
+            draw = torch.Generator().manual_seed(image)
+            inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=draw)
+            with torch.inference_mode():
+                want = whole.prepare(inputs, options)
+                [rows] = whole.prompts(want)
+            prepared, _, prompt = host.prepare(inputs, options)
+            assert torch.equal(prepared.ids, want.ids)
+            assert np.array_equal(prompt.states, rows.states)
+        assert host.entry.kept.hits == 3
+        assert cache.misses == 5
 
 
 def test_the_runtime_is_verified_alone_in_batches_and_in_company(made: Any) -> None:

@@ -257,13 +257,14 @@ class EngineCore(Jobs):
         self._reading = job
         try:
             with salted(request.salt):
-                prepared = self._host.prepare(request.inputs, request.options)
+                prepared, reads, given = self._host.prepare(request.inputs, request.options)
                 if self._host.prove(request.inputs):
                     self.decoder.executor = self._host.executor()
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 prompt, [first] = self.decoder.read(
-                    *self._host.reads(prepared),
+                    reads,
+                    given,
                     [sampler],
                     rule,
                     first=first_thresholds(self.backbone, policy),

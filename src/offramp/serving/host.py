@@ -50,12 +50,10 @@ class Host(Protocol):
         executor that was made."""
         ...
 
-    def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """As `PromptReader.prepare`."""
-        ...
-
-    def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:
-        """What reads the prompt, and what that is given."""
+    def prepare(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Prepared, ReadsPrompts, Any]:
+        """As `PromptReader.prepare`; what reads the prompt, and what that is given."""
         ...
 
     def columns(self, prompt: Any) -> int:
@@ -133,7 +131,6 @@ class TorchHost:
             chunk=config.budget,
             between=between,
         )
-        self.prepare = self._prompts.prepare
 
     def executor(self) -> Executor:
         slots, limit = self._config.slots, self._config.limit
@@ -148,8 +145,11 @@ class TorchHost:
         prove(self.backbone, inputs, self.depths)
         return True
 
-    def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:
-        return self._prompts, prepared
+    def prepare(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Prepared, ReadsPrompts, Any]:
+        prepared = self._prompts.prepare(inputs, options)
+        return prepared, self._prompts, prepared
 
     def columns(self, prompt: Any) -> int:
         return columns_of(prompt)

@@ -32,7 +32,7 @@ class LlamaCppHost:
     ) -> None:
         self.backbone, self.depths = adapter.backbone, executor.depths
         self.reader = TensorReader(adapter, policy, self.depths)
-        self._executor, self._entry, drafter = executor, entry, executor.drafter
+        self._executor, self.entry, drafter = executor, entry, executor.drafter
         self.drafting = None if drafter is None else drafter.rule(policy)
 
     def executor(self) -> Executor:
@@ -41,13 +41,12 @@ class LlamaCppHost:
     def prove(self, inputs: Mapping[str, Any]) -> bool:
         return False  # the runtime did when it was loaded
 
-    def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        return self._entry.prepare(inputs, options)
-
-    def reads(self, prepared: Prepared) -> tuple[ReadsPrompts, Any]:
+    def prepare(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Prepared, ReadsPrompts, Any]:
         with torch.inference_mode():
-            [prompt] = self._entry.prompts(prepared)
-        return self._executor, prompt
+            prepared, [prompt] = self.entry.read(inputs, options)
+        return prepared, self._executor, prompt
 
     def columns(self, prompt: ChainPrompt) -> int:
         return prompt.columns
