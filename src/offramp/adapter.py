@@ -106,6 +106,12 @@ class Adapter:
             f"thresholds: {ends}; {bound or 'guarantee: none'}{verified})"
         )
 
+    @property
+    def of_format(self) -> str | None:
+        """The GGUF format whose answers the exits learnt from; None: the backbone's own."""
+        said = self.provenance.get("of_format")
+        return said if isinstance(said, str) else None
+
     def standing(self, *, engine: str | None = None, **known: Any) -> Standing:
         """What is guaranteed of its answers on this backbone, or why nothing is.
 

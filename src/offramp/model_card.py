@@ -43,6 +43,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         exits=adapter.exits,
         policy=adapter.policy,
         agreement=adapter.metrics.get("agreement", {}),
+        of_format=adapter.provenance.get("of_format"),
         drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
         said={**_UNSAID, **(adapter.calibration or {})},

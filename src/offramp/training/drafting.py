@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from offramp.engine.kv_cache import cache_parameter, exits_only, self_attention
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import InputError, TrainingError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import DraftInput, Exits
+from offramp.models.exits import DraftInput, Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall
 from offramp.progress import progress_bar
@@ -250,47 +251,38 @@ class Acceptance:
         return kept
 
 
-class DraftingStage:
-    """Teaches the exits of an adapter to draft on.
+class DraftTraining(ABC):
+    """Training of what drafts on from its own states, unrolled over recorded answers.
 
-    adapter: with exits that are copied layers. config: of its training run; steps, batches, rate.
-
-    Raises:
-        InputError: exits of another kind.
+    learning: what learns. depths: of what drafts.
     """
 
-    def __init__(self, adapter: Adapter, config: TrainConfig, accelerator: Any) -> None:
-        kind = adapter.exits.modules.kind
-        if kind not in ("layer", "drafting"):
-            raise InputError(
-                f"Exits of kind {kind!r} cannot learn to draft on.",
-                "Train exits of kind 'drafting': offramp train --drafting.",
-            )
-        self.adapter, self.accelerator = adapter, accelerator
-        self.config = replace(config, exit_kind="drafting", adversarial=0.0, feature_matching=0.0)
-        self.backbone = adapter.backbone
-        self.objective = AdversarialObjective(self.backbone, adapter.exits.depths, self.config)
-        self.exits = self.objective.exits
-        state = adapter.exits.modules.state_dict()
-        self.exits.load_state_dict({n: t.float() for n, t in state.items()}, strict=False)
-        self.exits.requires_grad_(False)
-        self.inputs = nn.ModuleDict({str(d): self._input(d) for d in self.exits.depths})
-        self.inputs.requires_grad_(True)
-        if (ids := adapter.exits.shortlist) is not None:
-            self.objective.narrow(ids)
+    learning: nn.Module
+    depths: tuple[int, ...]
 
-    def _input(self, depth: int) -> DraftInput:
-        made = self.exits.draft_input(depth)
-        assert made is not None
-        return made
+    def __init__(self, backbone: Backbone, config: TrainConfig, accelerator: Any) -> None:
+        self.backbone, self.config, self.accelerator = backbone, config, accelerator
 
-    def run(self, stores: Stores) -> Adapter:
-        """Train on recorded states, the best by validation; the adapter with those exits."""
+    @abstractmethod
+    def rollouts(self, batch: Batch, steps: int) -> Mapping[int, Rollout]:
+        """Drafts from every place of a batch's answers, by depth; none where no answer has two
+        tokens."""
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., S] of a rollout's states [..., D]."""
+
+    @abstractmethod
+    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The full model's logits [B, A, S], and which of the S it says [B, A]: -1 for another."""
+
+    def follow(self, stores: Stores) -> dict[int, Acceptance]:
+        """Train on recorded states, and keep the best by validation; how often it is right."""
         config, (train, validation) = self.config, stores
-        self.fit(train)
         optimizer = torch.optim.AdamW(
-            self.inputs.parameters(), lr=config.learning_rate, weight_decay=0.01
-        )
+            [p for p in self.learning.parameters() if p.requires_grad],
+            lr=config.learning_rate, weight_decay=0.01,
+        )  # fmt: skip
         best, found, stale = self._copy(), self.measure(validation), 0
         quiet = not self.accelerator.is_main_process
         with progress_bar("drafting", total=config.steps, tell=not quiet) as bar:
@@ -308,8 +300,139 @@ class DraftingStage:
                     best, found, stale = self._copy(), now, 0
                 if config.patience is not None and stale >= config.patience:
                     break
-        self.inputs.load_state_dict(best)
-        return self._adapter(found)
+        self.learning.load_state_dict(best)
+        return found
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over the drafts k of DECAY^(k-1) (KL(full || draft) + -log p(full's token)), each a
+        mean over tokens; of tokens that the shortlist lacks the first alone."""
+        rollouts = self.rollouts(batch, UNROLLED)
+        total = torch.zeros((), device=self.backbone.device)
+        with torch.no_grad():
+            teacher, said = self.truth(batch)
+        for rollout in rollouts.values():
+            for step, states in enumerate(rollout.drafts):
+                keep = batch.mask[:, step + 1 :]
+                if not bool(keep.any()):
+                    continue
+                logits = self.logits(states[:, step:][keep])
+                truth, places = teacher[:, step + 1 :][keep], said[:, step + 1 :][keep]
+                own = F.cross_entropy(logits, places.clamp(min=0), reduction="none")
+                total = total + DECAY**step * (kl(truth, logits) + own * (places >= 0)).mean()
+        return total
+
+    @torch.no_grad()
+    def measure(self, store: Any) -> dict[int, Acceptance]:
+        """Acceptance by place, of drafts from every place of the answers, by depth."""
+        counts = {d: torch.zeros(2 * MEASURED + 2) for d in self.depths}
+        for index in range(len(store)):
+            batch = store[index]
+            with self._autocast():
+                rollouts = self.rollouts(batch, MEASURED)
+                said = self.truth(batch)[1]
+                for depth, rollout in rollouts.items():
+                    self._count(rollout, said, batch.mask, counts[depth])
+        found = {}
+        for depth, row in counts.items():
+            numbers = [int(n) for n in self.accelerator.reduce(row.to(self.backbone.device), "sum")]
+            tried, right = numbers[:MEASURED], numbers[MEASURED : 2 * MEASURED]
+            found[depth] = Acceptance(tried, right, *numbers[2 * MEASURED :])
+        return found
+
+    def _count(self, rollout: Rollout, said: Tensor, mask: Tensor, counts: Tensor) -> None:
+        so_far = torch.ones_like(mask[:, 1:])
+        for step, states in enumerate(rollout.drafts):
+            keep = mask[:, step + 1 :] & so_far[:, : mask.shape[1] - 1 - step]
+            if not bool(keep.any()):
+                return
+            right = torch.zeros_like(keep)
+            own = self.logits(states[:, step:][keep]).argmax(-1)
+            right[keep] = own == said[:, step + 1 :][keep]
+            counts[step] += keep.sum().cpu()
+            counts[MEASURED + step] += right.sum().cpu()
+            if step == 0:
+                counts[-2] += keep[:, 0].sum().cpu()
+                counts[-1] += right[:, 0].sum().cpu()
+            so_far = right  # by the place that the drafts began at
+
+    def _autocast(self) -> Any:
+        half = self.backbone.dtype != torch.float32
+        return torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half)
+
+    def _step(self, batch: Batch, optimizer: Any, step: int) -> None:
+        set_learning_rate(optimizer, self.config, step)
+        with self._autocast():
+            loss = self.loss(batch)
+        if not bool(torch.isfinite(self.accelerator.reduce(loss.detach().clone(), "mean"))):
+            raise TrainingError(
+                f"The loss of drafts is not finite at step {step}.",
+                "Lower the learning rate; what was trained before the drafts is saved.",
+            )
+        if not loss.requires_grad:
+            return  # no answer of the batch has two tokens
+        optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        average_gradients(self.accelerator, self.learning)
+        nn.utils.clip_grad_norm_(self.learning.parameters(), 1.0)
+        optimizer.step()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {n: t.detach().clone() for n, t in self.learning.state_dict().items()}
+
+
+def check_kind(exits: ExitSet) -> None:
+    """Raise `InputError` where exits are no copied layers, and cannot learn to draft on."""
+    if (kind := exits.modules.kind) not in ("layer", "drafting"):
+        raise InputError(
+            f"Exits of kind {kind!r} cannot learn to draft on.",
+            "Train exits of kind 'drafting': offramp train --drafting.",
+        )
+
+
+class DraftingStage(DraftTraining):
+    """Teaches the exits of an adapter to draft on.
+
+    adapter: with exits that are copied layers. config: of its training run; steps, batches, rate.
+
+    Raises:
+        InputError: exits of another kind.
+    """
+
+    def __init__(self, adapter: Adapter, config: TrainConfig, accelerator: Any) -> None:
+        check_kind(adapter.exits)
+        config = replace(config, exit_kind="drafting", adversarial=0.0, feature_matching=0.0)
+        super().__init__(adapter.backbone, config, accelerator)
+        self.adapter, self.depths = adapter, adapter.exits.depths
+        self.objective = AdversarialObjective(self.backbone, self.depths, self.config)
+        self.exits = self.objective.exits
+        state = adapter.exits.modules.state_dict()
+        self.exits.load_state_dict({n: t.float() for n, t in state.items()}, strict=False)
+        self.exits.requires_grad_(False)
+        self.learning = nn.ModuleDict({str(d): self._input(d) for d in self.depths})
+        self.learning.requires_grad_(True)
+        if (ids := adapter.exits.shortlist) is not None:
+            self.objective.narrow(ids)
+
+    def _input(self, depth: int) -> DraftInput:
+        made = self.exits.draft_input(depth)
+        assert made is not None
+        return made
+
+    def run(self, stores: Stores) -> Adapter:
+        """Train on recorded states, the best by validation; the adapter with those exits."""
+        self.fit(stores[0])
+        return self._adapter(self.follow(stores))
+
+    def rollouts(self, batch: Batch, steps: int) -> Mapping[int, Rollout]:
+        return roll_out(self.backbone, self.exits, batch, steps)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.objective.logits(self.backbone.final_norm(states)).float()
+
+    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        teacher = self.objective.logits(batch.teacher).float()
+        words, places = self.backbone.logits(batch.teacher).argmax(-1), self.objective._places
+        return teacher, words if places is None else places[words]
 
     def fit(self, store: Any) -> None:
         """First matrices: by least squares, those with which the layer's input comes closest to the
@@ -344,92 +467,6 @@ class DraftingStage:
             with torch.no_grad():
                 made.embedding.weight.copy_(found[:, :width])
                 made.state.weight.copy_(found[:, width:])
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Sum over the drafts k of DECAY^(k-1) (KL(full || draft) + -log p(full's token)), each a
-        mean over tokens; of tokens that the shortlist lacks the first alone."""
-        rollouts = roll_out(self.backbone, self.exits, batch, UNROLLED)
-        total = torch.zeros((), device=self.backbone.device)
-        with torch.no_grad():
-            teacher = self.objective.logits(batch.teacher).float()
-            said = self._said(batch)
-        for rollout in rollouts.values():
-            for step, states in enumerate(rollout.drafts):
-                keep = batch.mask[:, step + 1 :]
-                if not bool(keep.any()):
-                    continue
-                logits = self._logits(states[:, step:][keep])
-                truth, places = teacher[:, step + 1 :][keep], said[:, step + 1 :][keep]
-                own = F.cross_entropy(logits, places.clamp(min=0), reduction="none")
-                total = total + DECAY**step * (kl(truth, logits) + own * (places >= 0)).mean()
-        return total
-
-    @torch.no_grad()
-    def measure(self, store: Any) -> dict[int, Acceptance]:
-        """Acceptance by place, of drafts from every place of the answers, by depth."""
-        counts = {d: torch.zeros(2 * MEASURED + 2) for d in self.exits.depths}
-        for index in range(len(store)):
-            batch = store[index]
-            with self._autocast():
-                rollouts = roll_out(self.backbone, self.exits, batch, MEASURED)
-                said = self._said(batch)
-                for depth, rollout in rollouts.items():
-                    self._count(rollout, said, batch.mask, counts[depth])
-        found = {}
-        for depth, row in counts.items():
-            numbers = [int(n) for n in self.accelerator.reduce(row.to(self.backbone.device), "sum")]
-            tried, right = numbers[:MEASURED], numbers[MEASURED : 2 * MEASURED]
-            found[depth] = Acceptance(tried, right, *numbers[2 * MEASURED :])
-        return found
-
-    def _count(self, rollout: Rollout, said: Tensor, mask: Tensor, counts: Tensor) -> None:
-        so_far = torch.ones_like(mask[:, 1:])
-        for step, states in enumerate(rollout.drafts):
-            keep = mask[:, step + 1 :] & so_far[:, : mask.shape[1] - 1 - step]
-            if not bool(keep.any()):
-                return
-            right = torch.zeros_like(keep)
-            own = self._logits(states[:, step:][keep]).argmax(-1)
-            right[keep] = own == said[:, step + 1 :][keep]
-            counts[step] += keep.sum().cpu()
-            counts[MEASURED + step] += right.sum().cpu()
-            if step == 0:
-                counts[-2] += keep[:, 0].sum().cpu()
-                counts[-1] += right[:, 0].sum().cpu()
-            so_far = right  # by the place that the drafts began at
-
-    def _said(self, batch: Batch) -> Tensor:
-        """What the full model says at each place [B, A], in the shortlist's numbers: -1 outside."""
-        words = self.backbone.logits(batch.teacher).argmax(-1)
-        places = self.objective._places
-        return words if places is None else places[words]
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return self.objective.logits(self.backbone.final_norm(states)).float()
-
-    def _autocast(self) -> Any:
-        half = self.backbone.dtype != torch.float32
-        return torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half)
-
-    def _step(self, batch: Batch, optimizer: Any, step: int) -> None:
-        set_learning_rate(optimizer, self.config, step)
-        with self._autocast():
-            loss = self.loss(batch)
-        if not bool(torch.isfinite(self.accelerator.reduce(loss.detach().clone(), "mean"))):
-            raise TrainingError(
-                f"The loss of drafts is not finite at step {step}.",
-                "Lower the learning rate; the exits themselves are trained and saved.",
-            )
-        if not loss.requires_grad:
-            return  # no answer of the batch has two tokens
-        optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        average_gradients(self.accelerator, self.inputs)
-        nn.utils.clip_grad_norm_(self.inputs.parameters(), 1.0)
-        optimizer.step()
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {n: t.detach().clone() for n, t in self.inputs.state_dict().items()}
 
     def _adapter(self, found: Mapping[int, Acceptance]) -> Adapter:
         exits = Exits(self.backbone, self.exits.depths, kind="drafting")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -29,9 +30,22 @@ FOLDER = "training/features"
 Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
 
 
+class Teacher(Protocol):
+    """What exits learn from in the backbone's place, while it is entered: the same backbone with
+    the weights of a number format, which `name` names."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainingStates:
-    """Of examples, by a configuration, for exits at `depths`. out: the run's folder."""
+    """Of examples, by a configuration, for exits at `depths`. out: the run's folder. teacher: is
+    entered while answers are written and states are recorded."""
 
     encoder: InputProcessor
     examples: Sequence[Example]
@@ -39,6 +53,7 @@ class TrainingStates:
     depths: tuple[int, ...]
     accelerator: Accelerator
     out: Path
+    teacher: AbstractContextManager[Any]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -93,6 +108,7 @@ class TrainingStates:
             self.depths,
             batch_size=self.config.batch_size,
             cache=self.config.cache,
+            teacher=self.teacher,
             folder=self.out / FOLDER / f"{name}-{self.accelerator.process_index}",
         )
         if self.accelerator.is_main_process:
@@ -109,13 +125,14 @@ class TrainingStates:
                 f"{len(examples)} examples are fewer than the {world} processes.",
                 "Give more examples, a larger --validation-fraction, or fewer processes.",
             )
-        rows = answers_of(
-            self.encoder,
-            examples,
-            config,
-            share=slice(rank, None, world),
-            progress=progress_bar(self.accelerator, "writing answers"),
-        )
+        with self.teacher:
+            rows = answers_of(
+                self.encoder,
+                examples,
+                config,
+                share=slice(rank, None, world),
+                progress=progress_bar(self.accelerator, "writing answers"),
+            )
         count = torch.tensor([len(rows)], device=self.encoder.backbone.device)
         fewest = int(self.accelerator.gather(count).min())
         if not fewest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,24 @@ class FeatureStore:
         cache: str = "auto",
         folder: Path | None = None,
         memory_bytes: int = 4 << 30,
+        teacher: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """Record the first batch, from which `nbytes` is estimated; `fill` records the others."""
+        """Record the first batch, from which `nbytes` is estimated; `fill` records the others.
+
+        teacher: is entered while the backbone runs; None: it runs as it is.
+        """
         if cache not in CACHES:
             raise InputError(
                 f"Feature cache {cache!r} is not known.", f"Use one of {', '.join(CACHES)}."
             )
         self._encoder, self._depths, self._folder = encoder, tuple(depths), folder
+        self._teacher = nullcontext() if teacher is None else teacher
         self._groups = group(rows, batch_size)
         self._batches: list[Batch] = []
         self._place: Path | None = None
-        probe = self._groups[len(self._groups) // 2]
-        self.nbytes = int(record(encoder, probe, depths).nbytes / len(probe) * len(rows))
+        probe = len(self._groups) // 2
+        share = len(self._groups[probe]) / len(rows)
+        self.nbytes = int(self._record(probe).nbytes / share)
         self.kind = self._choose(cache, memory_bytes)
         if self.kind == "disk":
             assert folder is not None
@@ -84,17 +91,20 @@ class FeatureStore:
         """Record all batches, unless they are streamed. `progress` wraps the iterable."""
         for index in progress(range(len(self))) if self.kind != "stream" else ():
             if self.kind == "memory":
-                self._batches.append(record(self._encoder, self._groups[index], self._depths))
+                self._batches.append(self._record(index))
             elif not self._file(index).exists():
-                batch = record(self._encoder, self._groups[index], self._depths)
-                _save(batch, self._file(index))
+                _save(self._record(index), self._file(index))
 
     def __getitem__(self, index: int) -> Batch:
         if self.kind == "memory":
             return self._batches[index]
         if self.kind == "disk":
             return _load(self._file(index), self._encoder.backbone.device)
-        return record(self._encoder, self._groups[index], self._depths)
+        return self._record(index)
+
+    def _record(self, index: int) -> Batch:
+        with self._teacher:
+            return record(self._encoder, self._groups[index], self._depths)
 
     def clear(self) -> None:
         """Drop all batches, on disk too."""
@@ -110,8 +120,10 @@ class FeatureStore:
         """What the states depend on: files of another run in the same folder are not taken up."""
         backbone = self._encoder.backbone
         rows = [row for group in self._groups for row in group]
+        with self._teacher:
+            ran = dump_fingerprint(fingerprint(backbone))
         made_of = [
-            dump_fingerprint(fingerprint(backbone)),
+            ran,
             str(backbone.dtype),
             self._depths,
             examples_digest(row.example for row in rows),

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,8 +50,8 @@ from offramp.training.checkpoint import (
     undisturbed,
 )
 from offramp.training.config import TrainConfig
-from offramp.training.drafting import DraftingStage
-from offramp.training.feature_dataset import Stores, TrainingStates, progress_bar
+from offramp.training.drafting import DraftingStage, check_kind
+from offramp.training.feature_dataset import Stores, Teacher, TrainingStates, progress_bar
 from offramp.training.feature_store import FeatureStore
 from offramp.training.initialization import start_closest
 from offramp.training.losses import LossInputs
@@ -73,11 +73,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    teacher: Teacher | None = None,
 ) -> Adapter:
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
     Ctrl-C leaves a checkpoint; `resume` continues from the last one, to the same result as if the
     run had not been interrupted. `overwrite` replaces an adapter or checkpoint that is there.
+
+    teacher: what the exits are to agree with, where it is not the backbone as it is, such as
+    `offramp.runtimes.llama_cpp.Dequantised`; the adapter says its name.
 
     Raises:
         InputError: `out` holds an adapter or a checkpoint, and neither was asked for.
@@ -94,7 +98,7 @@ def train(
     check_untested(backbone, processor, examples[:1], config.depths or ())
     drafts = config.exit_kind == "drafting"
     first = replace(config, exit_kind="layer") if drafts else config
-    trainer = Trainer(backbone, processor, examples, first, out, command)
+    trainer = Trainer(backbone, processor, examples, first, out, command, teacher)
     if not trainer.accelerator.is_main_process:  # the main one holds the folder for all
         return trainer.run_stages(resume, drafts=drafts)
     with locked_folder(out / FOLDER):
@@ -111,23 +115,35 @@ def train_drafting(
     out: str | Path,
     *,
     overwrite: bool = False,
+    teacher: Teacher | None = None,
 ) -> Adapter:
     """Teach the exits of an adapter, which stay as they are, to draft on; it is saved in `out`.
 
     config: of this stage: steps, batches, learning rate, and whose answers it learns from.
+    teacher: as of `train`. Exits that learnt from another first learn on from this one, by as many
+    steps, and their guarantee does not stay.
 
     Raises:
         InputError: `out` holds an adapter, and `overwrite` was not asked for; exits that are no
-            copied layers.
+            copied layers, or that learnt from a number format where there is no teacher.
         DataError, StorageError, TrainingError, UnsupportedBackboneError: as of `train`.
     """
     out = Path(out)
     check_out(out, resume=False, overwrite=overwrite)
+    check_kind(adapter.exits)
+    if teacher is None and (kind := adapter.of_format) is not None:
+        raise InputError(
+            f"These exits learnt from the backbone in {kind}, and their drafts would not.",
+            f"Give --of-format {kind}.",
+        )
     config = replace(config, exit_kind="layer", depths=adapter.exits.depths)
     check_untested(adapter.backbone, processor, examples[:1], adapter.exits.depths)
-    trainer = Trainer(adapter.backbone, processor, examples, config, out)
+    trainer = Trainer(adapter.backbone, processor, examples, config, out, teacher=teacher)
     with locked_folder(out / FOLDER):
-        return trainer.teach_drafts(adapter, trainer.states.record())
+        stores = trainer.states.record()
+        if teacher is not None and teacher.name != adapter.of_format:
+            adapter = trainer.learn_on(adapter, stores)
+        return trainer.teach_drafts(adapter, stores)
 
 
 class Trainer:
@@ -141,6 +157,7 @@ class Trainer:
         config: TrainConfig,
         out: Path,
         command: Sequence[str] = (),
+        teacher: Teacher | None = None,
     ) -> None:
         backbone = Backbone.of(backbone)
         self.examples = list(examples)
@@ -166,6 +183,7 @@ class Trainer:
             self.exits.depths,
             self.accelerator,
             out,
+            nullcontext() if teacher is None else teacher,
         )
         self.generator_steps, self.discriminator_steps = build_optimizers(
             self.exits, self.discriminators, config
@@ -173,8 +191,12 @@ class Trainer:
         digest = examples_digest(self.examples)
         self.seen = {"train": sorted(picture_digests(self.examples))}
         self.provenance = provenance(config.seed, list(command) or sys.argv, digest)
+        of_format = None if teacher is None else teacher.name
+        if of_format is not None:
+            self.provenance["of_format"] = of_format
         self.made_of = {
             **asdict(config),
+            "of_format": of_format,
             "examples": digest,
             "backbone": dump_fingerprint(fingerprint(backbone)),
             "number of processes": self.accelerator.num_processes,
@@ -222,6 +244,24 @@ class Trainer:
         recorded: dict[Any, Stores] = {}
         adapter = self.run(resume, recorded)
         return self.teach_drafts(adapter, recorded.get(self.states.key) or self.states.record())
+
+    def learn_on(self, adapter: Adapter, stores: Stores) -> Adapter:
+        """The adapter with its exits trained further, on recorded states; saved, without its
+        guarantee."""
+        exits = adapter.exits
+        drafting = self.exits.load_state_dict(exits.modules.state_dict(), strict=False)
+        assert not drafting.missing_keys, "an exit that drafts on is a layer with more"
+        if (ids := exits.shortlist) is not None:
+            self.shortlist, self.measured = ids, dict(exits.measured)
+            self.objective.narrow(ids)
+        made = self.run(recorded={self.states.key: stores})
+        seen = {*adapter.seen.get("train", ()), *self.seen["train"]}
+        return replace(
+            made,
+            exits=replace(exits, modules=made.exits.modules, discriminators=None),
+            policy=adapter.policy,
+            seen={**adapter.seen, "train": sorted(seen)},
+        )
 
     def teach_drafts(self, adapter: Adapter, stores: Stores) -> Adapter:
         """The adapter with exits that draft on, saved."""

@@ -33,6 +33,7 @@ from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
+from offramp.evaluation.drafts import Drafted, Rounds
 from offramp.evaluation.timing import FirstToken
 from offramp.models.exits import Exits, ExitSet
 from offramp.progress import progress
@@ -150,18 +151,14 @@ def _rates(answers: Sequence[Mapping[str, Any]]) -> Rates:
     return np.array([tokens, [answer["seconds"] for answer in answers]], float)
 
 
-def _rounds(rounds: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+def _rounds(rounds: Sequence[Rounds]) -> dict[str, Any]:
     """Acceptance by place of all rounds, that of first rounds' first drafts, tokens a round."""
-    every = [one for answer in rounds for one in answer]
-    if not every:
+    if (found := Drafted.of(rounds)) is None:
         return {}
-    most = max(drafted for drafted, _ in every)
-    places = [[kept > k for drafted, kept in every if drafted > k <= kept] for k in range(most)]
-    firsts = [answer[0][1] > 0 for answer in rounds if answer and answer[0][0]]
     return {
-        "acceptance": [float(np.mean(place)) for place in places if place],
-        "first_draft": float(np.mean(firsts)) if firsts else None,
-        "tokens_a_round": 1 + float(np.mean([kept for _, kept in every])),
+        "acceptance": [*found.acceptance],
+        "first_draft": found.first,
+        "tokens_a_round": found.tokens,
     }
 
 

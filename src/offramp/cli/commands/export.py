@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.runtime import check_not_quantized
-from offramp.cli.loading import load_adapter
-from offramp.cli.options import add_command, depths_option, model_options, name_option
+from offramp.cli.loading import load_adapter, read_data
+from offramp.cli.options import (
+    add_command,
+    data_options,
+    depths_option,
+    length_option,
+    model_options,
+    name_option,
+)
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser
@@ -51,6 +58,11 @@ def _options(parser: Parser) -> None:
     )
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
+    data = data_options(
+        parser, "a few images like those to come, to time lossless decoding in these files on",
+        limit=8, required=False,
+    )  # fmt: skip
+    length_option(data)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -60,17 +72,55 @@ def _export(arguments: argparse.Namespace) -> None:
     check_not_quantized(arguments)
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
     check_writable(arguments.out, folder=True)
-    adapter, _ = load_adapter(arguments)
+    items = read_data(arguments, require_answers=False) if arguments.data else []
+    adapter, processor = load_adapter(arguments)
     _check_out(adapter, arguments)
+    if adapter.of_format not in (None, formats.layers):
+        log.warning(
+            "These exits learnt from the backbone in %s, and agree less with it in %s.",
+            adapter.of_format, formats.layers,
+        )  # fmt: skip
     files = export_gguf(adapter, arguments.out, formats, depths=arguments.depths)
     sizes = {str(file): file.stat().st_size for file in files}
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
+    if items:
+        _measure(adapter, processor, items, arguments)
     say_next(
         f"offramp generate --adapter {arguments.adapter} --engine llama.cpp "
         f"--gguf {arguments.out} --image dog.jpg"
     )
+
+
+def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Namespace) -> None:
+    """Time lossless decoding in the files, and warn where full depth is faster."""
+    from offramp.evaluation.drafts import lossless_worth
+    from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
+    from offramp.runtimes.llama_cpp import LlamaCppRuntime
+
+    encoder = InputProcessor(adapter.backbone, processor)
+    inputs = [encoder.prompts([item.example]) for item in items]
+    with LlamaCppRuntime(adapter, arguments.out) as runtime:
+        worth = lossless_worth(
+            runtime, adapter.policy, inputs, rounds=3, do_sample=False,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=lambda rounds: progress(rounds, "timing lossless decoding"),
+        )  # fmt: skip
+    rate = "" if (made := worth.drafted) is None else f", {made.tokens:.1f} tokens a round"
+    log.info(
+        "Lossless decoding in these files is %.2fx as fast as full depth%s (%d answers).",
+        worth.speedup, rate, len(items),
+    )  # fmt: skip
+    if worth.speedup < 1.0:
+        kind, name = arguments.gguf, arguments.adapter
+        log.warning(
+            "Lossless decoding does not pay in %s: drafts are right too seldom. %s", kind,
+            "Use full depth or early exit."
+            if adapter.of_format == kind
+            else f"Train for it: offramp train --drafting {name} --of-format {kind}.",
+        )  # fmt: skip
 
 
 def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:

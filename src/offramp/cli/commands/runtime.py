@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from offramp.cli.parser import Parser, threads, whole
 from offramp.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
@@ -59,6 +62,11 @@ def load_runtime(
     threads and context, where the command has other options for them; sequences, at a time.
     """
     check_runtime(arguments)
+    if arguments.runtime != "llama.cpp" and (kind := getattr(adapter, "of_format", None)):
+        log.warning(
+            "These exits learnt from the backbone in %s, and agree less with it as it is here: "
+            "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,
+        )  # fmt: skip
     if arguments.runtime == "torch":
         return None
     context, threads = (

@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     from offramp.models.exits import EXIT_KINDS
+    from offramp.runtimes.llama_cpp import FORMATS
     from offramp.training.config import TrainConfig
 
     load_plugins()  # they may bring kinds of exits
@@ -81,7 +82,12 @@ def _options(parser: Parser) -> None:
     group.add_argument(
         "--drafting", nargs="?", const=True, metavar="ADAPTER",
         help="the exits also learn to draft on, for lossless decoding; with an adapter's folder, "
-        "its exits do, and nothing else of them changes",
+        "its exits do, and nothing else of them changes without --of-format",
+    )  # fmt: skip
+    name_option(
+        group, "--of-format", FORMATS,
+        "the exits are for files of this GGUF format: they learn from the backbone with weights as "
+        "`offramp export --gguf` writes them", shown="from the backbone as it is",
     )  # fmt: skip
     group.add_argument(
         "--gates",
@@ -169,17 +175,23 @@ def _train(arguments: argparse.Namespace) -> None:
     backbone, processor = load_model(arguments)
     if backbone.tested:  # those `train` checks itself
         check_exits(backbone, processor, examples[0])
+    teacher = None
+    if arguments.of_format is not None:
+        from offramp.runtimes.llama_cpp import Dequantised
+
+        teacher = Dequantised(backbone, arguments.of_format)
     if isinstance(arguments.drafting, str):
         adapter = train_drafting(
             Adapter.from_pretrained(
                 backbone, shipped_exits(arguments.drafting) or arguments.drafting
             ),
-            processor, examples, config, arguments.out, overwrite=arguments.overwrite,
+            processor, examples, config, arguments.out,
+            overwrite=arguments.overwrite, teacher=teacher,
         )  # fmt: skip
     else:
         adapter = train(
             backbone, processor, examples, config, arguments.out,
-            resume=arguments.resume, overwrite=arguments.overwrite,
+            resume=arguments.resume, overwrite=arguments.overwrite, teacher=teacher,
         )  # fmt: skip
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits

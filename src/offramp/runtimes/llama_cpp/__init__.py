@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.runtimes.llama_cpp.dequantised import Dequantised
     from offramp.runtimes.llama_cpp.gguf_export import ExportFormats, export_gguf
     from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
     from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "Dequantised",
     "EngineOptions",
     "ExportFormats",
     "LlamaCppRuntime",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "FORMATS": "gguf_writing",
+    "Dequantised": "dequantised",
     "EngineOptions": "segment",
     "ExportFormats": "gguf_export",
     "LlamaCppRuntime": "runtime",

@@ -37,6 +37,18 @@ def add_value(out: Any, key: str, value: Any) -> None:
 
 def add_array(out: Any, name: str, array: Array, kind: str) -> None:
     """One tensor [..., N] in the format `kind`, or the nearest that its width allows."""
+    data, number = _quantised(array, kind)
+    out.add_tensor(name, data, raw_dtype=number)
+
+
+def rounded(array: Array, kind: str) -> Array:
+    """What a tensor [..., N] is behind `add_array`, as floats."""
+    data, number = _quantised(array, kind)
+    return np.asarray(import_gguf().quants.dequantize(data, number), np.float32)
+
+
+def _quantised(array: Array, kind: str) -> tuple[npt.NDArray[Any], Any]:
+    """A tensor in the format `kind`, or the nearest that its width allows, and which that is."""
     gguf = import_gguf()
     if array.ndim == 1:
         kind = "f32"
@@ -45,8 +57,7 @@ def add_array(out: Any, name: str, array: Array, kind: str) -> None:
     if kind.startswith(("q", "iq")) and array.shape[-1] % _BLOCK:
         kind = "f16"
     number = gguf.GGMLQuantizationType[kind.upper()]
-    data = (_fitted if kind in _FITTED else gguf.quants.quantize)(array, number)
-    out.add_tensor(name, data, raw_dtype=number)
+    return (_fitted if kind in _FITTED else gguf.quants.quantize)(array, number), number
 
 
 def _fitted(array: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,82 @@
+"""A backbone with the weights of a GGUF format: what its exits are to agree with inside llama.cpp.
+
+Formats of four bits change a model's answers, and an exit that learnt from the model as it was
+drafts worse for them. Exits learn from the rounded one instead: it writes the answers, and the
+states that they learn from are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.quantized.weights import scheme
+from offramp.runtimes.llama_cpp.architectures import architecture_of
+from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
+from offramp.runtimes.llama_cpp.gguf_writing import rounded
+
+
+class Dequantised(AbstractContextManager["Dequantised"]):
+    """While it is entered, a backbone computes with the weights that `export_gguf` writes of it.
+
+    Those of the layers, and the head's, where it reads states: embeddings, which stay in PyTorch,
+    norms, biases and routers are as they are. Where a file's weights are the model's times some
+    factor, as of OPT and Gemma, values can differ by the rounding of a block's scale.
+
+    It can be entered again and again; both sets of weights are in memory.
+
+    name: the layers' format.
+    """
+
+    def __init__(self, backbone: Backbone, formats: ExportFormats | str) -> None:
+        """Round the weights; the backbone stays as it is.
+
+        Raises:
+            InputError: an unknown format, weights that are quantised already, or no package gguf.
+            UnsupportedBackboneError: llama.cpp does not run this decoder.
+        """
+        formats = ExportFormats(formats) if isinstance(formats, str) else formats
+        if (held := scheme(backbone.model)) is not None:
+            raise InputError(
+                f"Weights in {held} are not rounded once more, to {formats.layers}.",
+                "Load the model without quantisation.",
+            )
+        self.name, self._head = formats.layers, backbone.head
+        self._layers = {
+            weight: _rounded(weight, formats.layers) for weight in _matrices(backbone)
+        }
+        weight = _rounded(backbone.head.weight, formats.head)
+        # Of its own: embeddings that are tied to the head stay as they are.
+        self._other = nn.Parameter(weight, requires_grad=False)
+
+    def __enter__(self) -> Dequantised:
+        self._swap()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        for weight, other in self._layers.items():
+            weight.data, self._layers[weight] = other, weight.data
+        self._head.weight, self._other = self._other, self._head.weight
+
+
+def _matrices(backbone: Backbone) -> Iterator[nn.Parameter]:
+    """The layers' weights that a file holds in the layers' format."""
+    names = architecture_of(backbone).layer
+    for layer in backbone.layers:
+        for name, weight in layer.named_parameters():
+            if weight.dim() > 1 and names[name.rpartition(".")[0]] != "ffn_gate_inp":
+                yield weight
+
+
+def _rounded(weight: Tensor, kind: str) -> Tensor:
+    array = weight.detach().float().cpu().contiguous().numpy()
+    return torch.from_numpy(rounded(array, kind)).to(weight)
