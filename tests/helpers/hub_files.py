@@ -1,4 +1,4 @@
-"""Files as a hub has them, of tiny random models: with a tokenizer, a template and a projector."""
+"""Files as a hub has them, of tiny random models: with a tokenizer and a template."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import families
-import numpy as np
 import torch
 from gguf_cases import SHORT
 from transformers import LlamaForCausalLM
@@ -133,55 +131,3 @@ def image_adapter() -> Adapter:
     exits.requires_grad_(False)
     policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True, exit_in_prefill=False)
     return Adapter(backbone, ExitSet(exits, SHORT), policy)
-
-
-def projector(path: Path) -> Path:
-    """Its vision tower and projector, as llama.cpp's converter writes them."""
-    import gguf
-
-    model = image_adapter().backbone.model.model
-    tower, config = model.vision_tower, model.vision_tower.config
-    tower = getattr(tower, "vision_model", tower)
-    out = gguf.GGUFWriter(path, "clip")
-    out.add_bool("clip.has_vision_encoder", True)
-    out.add_bool("clip.use_gelu", True)
-    out.add_string("clip.projector_type", "mlp")
-    for key, value in {
-        "image_size": config.image_size, "patch_size": config.patch_size,
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
-        "projection_dim": families.WIDTH, "block_count": config.num_hidden_layers,
-        "attention.head_count": config.num_attention_heads,
-    }.items():  # fmt: skip
-        out.add_uint32(f"clip.vision.{key}", value)
-    out.add_float32("clip.vision.attention.layer_norm_epsilon", config.layer_norm_eps)
-    out.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
-    out.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
-    for name, tensor in _projector_tensors(tower, model.multi_modal_projector):
-        out.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    return path
-
-
-def _projector_tensors(tower: Any, joined: Any) -> Any:
-    embeddings = tower.embeddings
-    yield "v.patch_embd.weight", embeddings.patch_embedding.weight
-    yield "v.patch_embd.bias", embeddings.patch_embedding.bias
-    yield "v.position_embd.weight", embeddings.position_embedding.weight
-    parts: dict[str, Any] = {}  # less the last norm: LLaVA reads the layer before the last
-    for n, layer in enumerate(tower.encoder.layers):
-        attention, blk = layer.self_attn, f"blk.{n}"
-        parts |= {
-            f"{blk}.attn_q": attention.q_proj, f"{blk}.attn_k": attention.k_proj,
-            f"{blk}.attn_v": attention.v_proj, f"{blk}.attn_out": attention.out_proj,
-            f"{blk}.ln1": layer.layer_norm1, f"{blk}.ln2": layer.layer_norm2,
-            f"{blk}.ffn_up": layer.mlp.fc1, f"{blk}.ffn_down": layer.mlp.fc2,
-        }  # fmt: skip
-    for name, part in parts.items():
-        yield f"v.{name}.weight", part.weight
-        yield f"v.{name}.bias", part.bias
-    for n, part in ((0, joined.linear_1), (2, joined.linear_2)):
-        yield f"mm.{n}.weight", part.weight
-        yield f"mm.{n}.bias", part.bias

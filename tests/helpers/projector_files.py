@@ -1,9 +1,9 @@
-"""Projectors (mmproj) of tiny random families, as llama.cpp's converter writes them, and what a
-family's processor makes of the same pictures."""
+"""Projectors (mmproj) of tiny random families, and what a family's processor makes of the same
+pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from hub_files import WORDS
 from torch import Tensor
+
+from offramp.models.backbone import Backbone
+from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
 
 FRAMES = {
     "qwen": {4: "<|vision_start|>", 5: "<|vision_end|>"},
@@ -22,7 +25,8 @@ FRAMES = {
 SIZES = {"qwen": ((144, 32), (32, 64)), "gemma3": ((28, 28),) * 2, "smolvlm": ((32, 32),) * 2}
 """Width and height of two pictures that need no resizing: Qwen takes from 8 tokens on, and the
 first is wider than a window of its tower."""
-Tensors = Iterator[tuple[str, Tensor]]
+
+LOOKS = Looks((0.5,) * 3, (0.5,) * 3)
 
 
 def kind_of(name: str) -> str:
@@ -84,96 +88,7 @@ def _patches(pixels: Tensor) -> Tensor:
     return split.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(-1, 3 * 2 * 8 * 8)
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
-def write_projector(name: str, path: Path) -> Path:
-    """Of the family's tiny model."""
-    import gguf
-
-    model = families.build(name)
-    config = model.config.vision_config
-    out = gguf.GGUFWriter(path, "clip")
-    out.add_bool("clip.has_vision_encoder", True)
-    for key, value in _settings(name, config).items():
-        if isinstance(value, bool):
-            out.add_bool(f"clip.{key}", value)
-        elif isinstance(value, str):
-            out.add_string(f"clip.{key}", value)
-        elif isinstance(value, float):
-            out.add_float32(f"clip.vision.{key}", value)
-        elif isinstance(value, list):
-            out.add_array(f"clip.vision.{key}", value)
-        else:
-            out.add_uint32(f"clip.vision.{key}", value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 8)
-    for theirs, tensor in _tensors(name, model.state_dict()):
-        ours = names.get_name(theirs, (".weight", ".bias")) or theirs
-        out.add_tensor(ours, np.ascontiguousarray(tensor.float().numpy()))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+def write_projector(backbone: Backbone, path: Path, formats: str = "f32") -> Path:
+    """What `offramp export --vision` writes."""
+    export_vision(backbone, path, formats, LOOKS)
     return path
-
-
-def _settings(name: str, config: Any) -> dict[str, Any]:
-    kind = kind_of(name)
-    heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    layers = getattr(config, "num_hidden_layers", None) or config.depth
-    width = getattr(config, "embed_dim", config.hidden_size)
-    inner = getattr(config, "intermediate_size", 2 * width)
-    told: dict[str, Any] = {
-        "image_size": getattr(config, "image_size", 32), "patch_size": config.patch_size,
-        "embedding_length": width, "feed_forward_length": inner, "block_count": layers,
-        "projection_dim": families.WIDTH, "attention.head_count": heads,
-        "attention.layer_norm_epsilon": float(getattr(config, "layer_norm_eps", 1e-6)),
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    if kind == "gemma3":
-        return told | {"projector_type": "gemma3", "use_gelu": True, "projector.scale_factor": 2}
-    if kind == "smolvlm":
-        return told | {"projector_type": "idefics3", "use_gelu": True,
-                       "projector.scale_factor": 2, "preproc_image_size": 32}  # fmt: skip
-    if name == "qwen2-vl":
-        return told | {"projector_type": "qwen2vl_merger"}
-    if name == "qwen2.5-vl":
-        return told | {"projector_type": "qwen2.5vl_merger", "use_silu": True,
-                       "n_wa_pattern": 2}  # fmt: skip
-    return told | {"projector_type": "qwen3vl_merger", "use_gelu": True, "spatial_merge_size": 2,
-                   "is_deepstack_layers": [True] * layers}  # fmt: skip
-
-
-def _tensors(name: str, state: dict[str, Tensor]) -> Tensors:
-    """The names that checkpoints on the hub have."""
-    for path, tensor in state.items():
-        key = path.removeprefix("model.")
-        if key.startswith("visual."):
-            yield from _qwen(name, key, tensor)
-        elif key.startswith("vision_tower."):
-            inner = key.removeprefix("vision_tower.").removeprefix("vision_model.")
-            yield f"vision_tower.vision_model.{inner}", tensor
-        elif key.startswith(("vision_model.", "connector.")):
-            yield f"model.{key}", tensor
-        elif key.startswith("multi_modal_projector."):
-            added = 1 if "soft_emb_norm" in key else 0
-            yield key.replace("_weight", ".weight"), tensor + added
-
-
-def _qwen(name: str, key: str, tensor: Tensor) -> Tensors:
-    if "patch_embed.proj.weight" in key:
-        yield "v.patch_embd.weight", tensor[:, :, 0]
-        yield "v.patch_embd.weight.1", tensor[:, :, 1]
-    elif ".qkv." in key and not name.startswith("qwen3"):
-        for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-            yield key.replace("qkv", part), rows
-    elif "deepstack_merger_list" in key:
-        _, _, place, part, kind = key.split(".")
-        short = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}[part]
-        yield f"v.deepstack.{place}.{short}.{kind}", tensor
-    elif name.startswith("qwen3") and key.startswith("visual.merger."):
-        _, _, part, kind = key.split(".")
-        short = {"linear_fc1": "mm.0", "linear_fc2": "mm.2", "norm": "v.post_ln"}[part]
-        yield f"{short}.{kind}", tensor
-    else:
-        yield key, tensor

@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import refused
-from hub_files import WORDS, image_adapter, projector, sliced, text_adapter
+from hub_files import WORDS, image_adapter, sliced, text_adapter
 from PIL import Image
+from projector_files import write_projector
 
 from offramp.engine.policy import FULL
 from offramp.errors import AdapterError, DataError, InputError
@@ -157,7 +158,8 @@ def test_streams_give_whole_letters() -> None:
 def test_images_go_the_way_they_go_in_pytorch(tmp_path: Path) -> None:
     """Vision tower and projector by libmtmd; of an image that needs no resizing."""
     adapter = image_adapter()
-    where, mmproj = sliced(adapter, tmp_path), projector(tmp_path / "mmproj.gguf")
+    where = sliced(adapter, tmp_path)
+    mmproj = write_projector(adapter.backbone, tmp_path / "mmproj.gguf")
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "dog.png")
     values = torch.from_numpy(pixels.transpose(2, 0, 1)[None] / 127.5 - 1).float()

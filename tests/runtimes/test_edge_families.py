@@ -38,7 +38,8 @@ def tiny_adapter(name: str) -> Adapter:
     if name != "qwen2.5-vl":
         return adapter_of(name)
     adapter = adapter_of.__wrapped__(name)
-    adapter.backbone.model.model.visual.window_size = 112
+    model = adapter.backbone.model
+    model.model.visual.window_size = model.config.vision_config.window_size = 112
     return adapter
 
 
@@ -56,7 +57,7 @@ def case(
     name, folder = request.param, tmp_path_factory.mktemp("families")
     adapter = tiny_adapter(name)
     where = sliced(adapter, folder, words=words_of(name))
-    mmproj, files = write_projector(name, folder / "mmproj.gguf"), []
+    mmproj, files = write_projector(adapter.backbone, folder / "mmproj.gguf"), []
     for place, picture in enumerate(pictures(name)):
         files.append(folder / f"{place}.png")
         Image.fromarray(picture).save(files[-1])
@@ -93,7 +94,8 @@ def test_a_prompt_is_the_models_own(case: Case, count: int) -> None:
 def test_a_projector_of_another_model_is_refused(case: Case, tmp_path: Path) -> None:
     """And does no harm to the one that is loaded."""
     other = "gemma3" if case.name == "qwen3-vl" else "qwen3-vl"  # whose rows are of other widths
-    mmproj, folder = write_projector(other, tmp_path / "other"), case.model.files.files[0].parent
+    mmproj = write_projector(tiny_adapter(other).backbone, tmp_path / "other")
+    folder = case.model.files.files[0].parent
     refused(lambda: EdgeModel(folder, mmproj=mmproj, engine=ENGINE), AdapterError, "projector")
     assert case.model.answer(PROMPTS[1], case.files[:1], max_new_tokens=2).steps
 

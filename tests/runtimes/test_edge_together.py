@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_cases import drafting, refused
-from hub_files import image_adapter, projector, sliced, text_adapter
+from hub_files import image_adapter, sliced, text_adapter
 from PIL import Image
+from projector_files import write_projector
 
 from offramp.errors import InputError
 from offramp.runtimes.edge.model import Answer, EdgeModel
@@ -100,7 +101,9 @@ def test_answers_in_any_company_are_those_written_alone(
 
 
 def test_images_keep_company_with_text(tmp_path: Path) -> None:
-    where, mmproj = sliced(image_adapter(), tmp_path), projector(tmp_path / "mmproj.gguf")
+    adapter = image_adapter()
+    where = sliced(adapter, tmp_path)
+    mmproj = write_projector(adapter.backbone, tmp_path / "mmproj.gguf")
     draw, files = np.random.default_rng(0), [tmp_path / f"{n}.png" for n in range(3)]
     for file in files:
         Image.fromarray(draw.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(file)

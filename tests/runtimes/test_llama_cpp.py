@@ -577,7 +577,7 @@ def test_a_missing_package_is_named(exported: Any, monkeypatch: pytest.MonkeyPat
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(packages.importlib, "import_module", missing)
-    segment._library.cache_clear()
+    segment.library.cache_clear()
     refused(
         lambda: export_gguf(adapter_of("llava"), exported("llava")),
         InputError,

@@ -19,7 +19,7 @@ from gguf_cases import GREEDY, adapter_of, inputs_of
 from offramp.engine.policy import FULL
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, kernels, segment
 from offramp.runtimes.llama_cpp.native import compiling, products
-from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, _library
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, library
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float32]
 
 @pytest.fixture
 def run_here() -> None:
-    if products.reason_against(_library()._lib):
+    if products.reason_against(library()._lib):
         pytest.skip("the kernels do not run here")
 
 
@@ -140,13 +140,13 @@ def product(formats: str, x: Array, rows: int = 40, seed: int = 1) -> tuple[Arra
     weights = draw.normal(size=(rows, x.shape[1])).astype(np.float32) * 0.03
     block, size = gguf.GGML_QUANT_SIZES[number]
     data = np.empty((rows, x.shape[1] // block * size), dtype=np.uint8)
-    library = _library()._lib
-    quantize, pointer, whole = library.ggml_quantize_chunk, ctypes.c_void_p, ctypes.c_int64
+    lib = library()._lib
+    quantize, pointer, whole = lib.ggml_quantize_chunk, ctypes.c_void_p, ctypes.c_int64
     quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
     quantize(number, weights.ctypes.data, data.ctypes.data, 0, *weights.shape, None)
     held = gguf.quants.dequantize(data, number)
     out = np.empty((len(x), rows), dtype=np.float32)
-    made = products.Products(library)
+    made = products.Products(lib)
     size_t = ctypes.c_size_t
     multiply = made._native.offramp_product
     multiply.restype = ctypes.c_bool

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.options import MTMD, TORCH, VISION
 from offramp.cli.outputs import check_out_adapter
 from offramp.errors import DataError, InputError
 
@@ -55,7 +56,7 @@ def load_model(
         ),
         quantize=arguments.quantize,
         compile=getattr(arguments, "compile", False),
-        vision=getattr(arguments, "vision", "torch"),
+        vision=own_vision(arguments),
     )
     if getattr(arguments, "shrink_on_load", False):
         processor = with_shrink_on_load(processor)
@@ -127,7 +128,7 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
                 "Correct --adapter, or name the --backbone of an adapter on the hub.",
             )
         backbone, processor = load_model(arguments)
-        adapter = Adapter.from_pretrained(backbone, arguments.adapter)
+        adapter = seeing(arguments, Adapter.from_pretrained(backbone, arguments.adapter))
         return laid_out(arguments, adapter), processor
     config = read_config(folder)
     named = arguments.backbone
@@ -135,7 +136,33 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     backbone, processor = load_model(
         arguments, config.backbone if own else named, config.revision if own else None
     )
-    return laid_out(arguments, Adapter.load(config, backbone)), processor
+    adapter = seeing(arguments, Adapter.load(config, backbone))
+    return laid_out(arguments, adapter), processor
+
+
+def own_vision(arguments: argparse.Namespace) -> str:
+    """What runs the vision tower of the model as it is loaded.
+
+    Raises:
+        InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.
+    """
+    name: str = getattr(arguments, "vision", TORCH)
+    if name == MTMD and arguments.runtime != "llama.cpp":
+        raise InputError(
+            f"--vision {MTMD} sees for --engine llama.cpp alone.",
+            "Give --engine llama.cpp and --gguf FOLDER, or another of "
+            f"{', '.join(name for name in VISION if name != MTMD)}.",
+        )
+    return TORCH if name == MTMD else name
+
+
+def seeing(arguments: argparse.Namespace, adapter: Any) -> Any:
+    """The adapter, for which llama.cpp sees images where --vision asks for it."""
+    if getattr(arguments, "vision", TORCH) != MTMD:
+        return adapter
+    from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
+
+    return with_mtmd(adapter, arguments.gguf, threads=arguments.threads or 1)
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:

@@ -282,14 +282,17 @@ class _Engine(argparse.Action):
         vars(namespace).update(_PLAIN | ENGINES[name][1] | {"engine": name, "chosen": chosen})
 
 
-VISION = ("torch", "onnxruntime", "openvino")
+TORCH, MTMD = "torch", "mtmd"
+"""PyTorch; and what runs a vision tower that `offramp export --vision` wrote."""
+VISION = (TORCH, "onnxruntime", "openvino", MTMD)
 
 
 def vision_options(group: Any) -> None:
     """How images are seen."""
     name_option(
-        group, "--vision", VISION, "what runs the vision tower, on a CPU and in float32",
-        default="torch",
+        group, "--vision", VISION, "what runs the vision tower on a CPU: in float32, or, with "
+        f"--engine llama.cpp, {MTMD}, which needs a folder of `offramp export --vision`",
+        default=TORCH,
     )  # fmt: skip
     group.add_argument(
         "--shrink-on-load", action="store_true",

@@ -19,7 +19,7 @@ from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
 from offramp.models.registry import is_tested
-from offramp.models.vision_engine import TORCH, check_vision_engine, vision_engine
+from offramp.models.vision_engine import TORCH, StandIn, check_vision_engine, vision_engine
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,12 @@ class Backbone(OpenedModel):
         made.tower = vision_engine(name, self.model, str(self.family.vision), example)
         return made
 
+    def with_tower(self, tower: StandIn) -> Backbone:
+        """The same model with something else in its vision tower's place."""
+        made = copy.copy(self)
+        made.tower = tower
+        return made
+
     def _proven(self) -> str | None:
         """The executor that tests have shown to be exact for this class; None: for no such class,
         or on several devices."""
@@ -267,7 +273,8 @@ class Backbone(OpenedModel):
 
     @property
     def vision_engine(self) -> str:
-        """What runs the vision tower: "torch", "onnxruntime" or "openvino"."""
+        """What runs the vision tower: "torch", "onnxruntime" or "openvino"; for llama.cpp, "mtmd"
+        with a number format."""
         return TORCH if self.tower is None else self.tower.name
 
     @property

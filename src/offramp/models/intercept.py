@@ -84,6 +84,8 @@ class InterceptedModel:
         graft(root, family.head, _HeadStandIn(backbone.reader))
         if backbone.tower is not None:
             graft(root, str(family.vision), backbone.tower)
+            for path, part in backbone.tower.beside.items():
+                graft(root, path, part)
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)

@@ -22,7 +22,7 @@ from offramp.models.quantized.weights import (
 from offramp.models.registry import Family, is_tested, registered_family
 from offramp.models.rope import LengthDependentRope
 from offramp.models.sharding import check_hooks, device_of, loaded
-from offramp.models.vision_engine import VisionEngine
+from offramp.models.vision_engine import StandIn
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ class OpenedModel:
     head reads; None: all of them.
     """
 
-    tower: VisionEngine | None = None
-    """What stands in the vision tower's place; see `Backbone.with_vision`."""
+    tower: StandIn | None = None
+    """What stands in the vision tower's place; see `Backbone.with_vision` and `with_tower`."""
 
     def __init__(self, model: nn.Module, example: Mapping[str, Any] | None = None) -> None:
         """Find the decoder, by the registry or by watching it run; see `Backbone`."""

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -50,24 +50,42 @@ Run = Callable[[Sequence[Array]], Sequence[Array]]
 """Outputs of one picture's inputs."""
 
 
-class VisionEngine(nn.Module):
-    """Stands where a vision tower stood, and has an engine run it. Thread-safe.
+class StandIn(nn.Module):
+    """Stands where a vision tower stood. Thread-safe.
 
-    The tower itself answers where it was written into since, or is called in another way than it
-    was exported for; a warning then says so, once.
+    name: of what runs the tower. tower: the model's own. beside: what stands in the places of other
+    modules then, by their paths from the model.
     """
 
-    def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
+    name: str
+    tower: nn.Module
+    beside: Mapping[str, nn.Module]
+
+    def __init__(
+        self, name: str, tower: nn.Module, beside: Mapping[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.name, self.tower = name, tower
-        self._call, self._outputs, self._run = call, outputs, run
-        self._exported, self._said = weights_version(tower), set[str]()
+        self.__dict__["beside"] = beside or {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("tower"), name)
+
+
+class VisionEngine(StandIn):
+    """A tower that an engine runs.
+
+    The tower itself answers where it was written into since, or is called in another way than it
+    was exported for; a warning then says so, once.
+    """
+
+    def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
+        super().__init__(name, tower)
+        self._call, self._outputs, self._run = call, outputs, run
+        self._exported, self._said = weights_version(tower), set[str]()
 
     def forward(self, *args: Any, **kw: Any) -> Any:
         call = _Call.of(args, kw)

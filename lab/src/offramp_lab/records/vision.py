@@ -1,20 +1,25 @@
-"""The photo model's tower in PyTorch and in inference engines; rewrites vision.json in lab/records.
+"""Vision towers in PyTorch and in inference engines; rewrites vision.json in lab/records.
 
-One thread, float32. The tower alone on photographs, by each engine in turn; how far its tokens are
-from PyTorch's own; and captions with the shipped exits, as many as are the same. Then from a
+One thread, float32. The photo model's tower alone on photographs, by each engine in turn; how far
+its tokens are from PyTorch's own; and captions with the shipped exits, as many as are the same. The
+same tower in PyTorch with norms folded, channels last and linears in oneDNN's layout. A
+tower of SigLIP-base's shape with a projector, random weights, also by llama.cpp in q8_0, with its
+products and with ours. Then from a
 photograph's file to the tower's inputs, decoded whole and shrunk on load; and from these to what
 enters llama.cpp, of a prompt text that is new and of one that is kept.
-`python -m offramp_lab.records.vision` takes five minutes; engines that are not installed are left
+`python -m offramp_lab.records.vision` takes ten minutes; engines that are not installed are left
 out.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -24,20 +29,26 @@ import numpy as np
 import torch
 from examples.photo_vlm.rows import read_photographs
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
 from offramp.data.example import Example
 from offramp.errors import InputError
+from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.models.intercept import InterceptedModel
+from offramp.models.quantized.prepacked import prepacked
 from offramp.models.shipped import load_named, shipped_exits
 from offramp.models.shrink_on_load import with_shrink_on_load
 from offramp.models.vision_cache import VisionCache
-from offramp.models.vision_engine import ENGINES, check_vision_engine
-from offramp.runtimes.llama_cpp.entry import PromptEntry
+from offramp.models.vision_engine import ENGINES, StandIn, check_vision_engine
+from offramp.runtimes.llama_cpp.entry import DecoderEntry, PromptEntry
 from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
+from offramp.runtimes.llama_cpp.vision_tower import mtmd_tower
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.records.record import Record, asked
 
@@ -82,9 +93,12 @@ def calls_of(model: Adapter, encoder: InputProcessor, examples: Sequence[Example
     return calls
 
 
+Models = Mapping[str, tuple[Adapter, InputProcessor]]
+
+
 @torch.inference_mode()
-def measure(pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
-    models = {name: loaded(name) for name in names()}
+def measure(models: Models, pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
+    """An entry for each model's tower; that of "torch" is what the others are compared with."""
     examples = read_photographs(data)["captions_val"][:pictures]
     calls = calls_of(*models["torch"], examples)
 
@@ -114,6 +128,140 @@ def measure(pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
         entry["distance"] = max(float((made - own).norm() / own.norm()) for made, own in pairs)
         entry["same_captions"] = same(answers[name], answers["torch"])
     return entries
+
+
+class Rewritten(StandIn):
+    """The same tower in PyTorch, written otherwise."""
+
+    def __init__(self, name: str, own: nn.Module, instead: nn.Module) -> None:
+        super().__init__(name, own)
+        self._instead = instead
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        return self._instead(*args, **kw)
+
+
+def rewritten() -> Models:
+    """The photo model's tower in PyTorch, step by step as compilers write it."""
+    adapter, encoder = loaded("torch")
+    own = adapter.backbone.vision
+    folded = with_norms_folded(copy.deepcopy(own))
+    channels_last = copy.deepcopy(folded)
+    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out = copy.deepcopy(channels_last)
+    for parent in laid_out.modules():
+        for name, part in parent.named_children():
+            if type(part) is nn.Linear:
+                setattr(parent, name, prepacked(part))
+        if isinstance(parent, nn.TransformerEncoderLayer):  # else it reads plain weights
+            parent.register_forward_pre_hook(lambda *_: None)
+    towers = {"folded": folded, "channels last": channels_last, "oneDNN linears": laid_out}
+    models = {"torch": (adapter, encoder)}
+    for name, tower in towers.items():
+        seeing = adapter.backbone.with_tower(Rewritten(name, own, tower))
+        models[name] = (replace(adapter, backbone=seeing), encoder)
+    return models
+
+
+def with_norms_folded(root: nn.Module) -> nn.Module:
+    """Convolutions that do what the batch norms behind them did; in place."""
+    for parent in root.modules():
+        parts = [*parent.named_children()]
+        for (_, conv), (name, norm) in pairwise(parts):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None and norm.running_var is not None
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                    norm.weight, norm.bias,
+                )  # fmt: skip
+                setattr(parent, name, nn.Identity())
+    return root
+
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+"""Of google/siglip-base-patch16-224."""
+LOOKS = Looks((0.5,) * 3, (0.5,) * 3)
+
+
+def vit_model() -> tuple[Backbone, dict[str, Any]]:
+    """A LLaVA whose tower has that shape and whose decoder is as wide as SmolLM2-135M, with two
+    layers; and what its processor would make of a prompt with an image."""
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(0)
+    words = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=128,
+    )  # fmt: skip
+    tower = SiglipVisionConfig(**SHAPE, vision_use_head=False)
+    config = LlavaConfig(
+        vision_config=tower, text_config=words, image_token_index=1,
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+    )  # fmt: skip
+    model: Any = LlavaForConditionalGeneration(config)
+    ids = torch.tensor([[1] * (SHAPE["image_size"] // SHAPE["patch_size"]) ** 2 + [2, 3]])
+    pixels = torch.zeros(1, 3, SHAPE["image_size"], SHAPE["image_size"])
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return Backbone(model, name="siglip-base shape"), example
+
+
+@torch.inference_mode()
+def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[dict[str, Any]]:
+    own, example = vit_model()
+    ways = {name: own.with_vision(name, example) for name in names()}
+    for number_format in ("q8_0", "f16"):
+        file = folder / number_format
+        export_vision(own, file, number_format, LOOKS)
+        for kernels in (False, True):
+            tower = mtmd_tower(own, file, EngineOptions(kernels=kernels))
+            name = f"mtmd {number_format}{', our products' if kernels else ''}"
+            ways[name] = own.with_tower(tower)
+    models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
+    side = SHAPE["image_size"]
+    seen = []
+    for each in read_photographs(data)["captions_val"][:pictures]:
+        small = each.open_image().resize((side, side), Image.Resampling.BICUBIC)
+        seen.append(LOOKS.seen(np.asarray(small.convert("RGB")))[None])
+
+    def tokens(pixels: Tensor, name: str) -> Tensor:
+        found = models[name].base_model.get_image_features(pixel_values=pixels, return_dict=True)
+        return torch.cat([*found.pooler_output])
+
+    def milliseconds(pixels: Tensor, name: str) -> float:
+        start = time.process_time()
+        tokens(pixels, name)
+        return 1e3 * (time.process_time() - start)
+
+    def figures(found: Rounds) -> dict[str, float]:
+        times = [taken for taken_in_round in found for taken in taken_in_round]
+        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
+
+    methods = {name: partial(milliseconds, name=name) for name in models}
+    entries = Experiment(methods, seen, rounds, warm=2).entries(("engine",), figures)
+    wanted = [tokens(one, "torch") for one in seen]
+    for entry in entries:
+        made = [tokens(one, entry["engine"]) for one in seen]
+        far = [(got - want).norm() / want.norm() for got, want in zip(made, wanted, strict=True)]
+        entry["distance"] = float(max(far))
+        entry["tokens"] = len(made[0])
+        entry["packed_bytes"] = getattr(ways[entry["engine"]].tower, "packed_bytes", 0)
+    return entries
+
+
+def vit(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    before = os.getloadavg()[0]
+    with TemporaryDirectory() as folder:
+        found = measure_vit(pictures, rounds, data, Path(folder))
+    load = [round(before, 1), round(os.getloadavg()[0], 1)]
+    return {"pictures": pictures, "rounds": rounds, "shape": SHAPE, "engines": found, "load": load}
 
 
 def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
@@ -189,15 +337,23 @@ def prompts(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+def towers(models: Callable[[], Models], pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     before = os.getloadavg()[0]
-    found = measure(pictures, rounds, data)
+    found = measure(models(), pictures, rounds, data)
     load = [round(before, 1), round(os.getloadavg()[0], 1)]
     return {"pictures": pictures, "rounds": rounds, "engines": found, "load": load}
 
 
+def own(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    return towers(rewritten, pictures, rounds, data)
+
+
+def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+    return towers(lambda: {name: loaded(name) for name in names()}, pictures, rounds, data)
+
+
 def main() -> None:
-    parts = {"towers": engines, "decoding": decode, "prompts": prompts}
+    parts = {"towers": engines, "own": own, "vit": vit, "decoding": decode, "prompts": prompts}
     arguments = asked(
         __doc__, photo=True, rounds=3, pictures=50,
         more=lambda parser: parser.add_argument("--parts", nargs="+", default=[*parts]),

@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_not_quantized
 from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
+    MTMD,
     add_command,
     data_options,
     depths_option,
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
+    from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, VISION_FORMATS
 
     model_options(parser, required=False, adapter=True, engines=())
     group = parser.add_argument_group("files")
@@ -51,6 +52,11 @@ def _options(parser: Parser) -> None:
     name_option(
         group, "--head-format", FORMATS, "number format of the head", default="", shown="the exits'"
     )
+    name_option(
+        group, "--vision", VISION_FORMATS, "number format of the vision tower, which is "
+        "written too, for --vision mtmd and llama.cpp's own programs", dest="vision_format",
+        shown="it stays in PyTorch",
+    )  # fmt: skip
     depths_option(
         group,
         "--depths",
@@ -80,16 +86,20 @@ def _export(arguments: argparse.Namespace) -> None:
             "These exits learnt from the backbone in %s, and agree less with it in %s.",
             adapter.of_format, formats.layers,
         )  # fmt: skip
-    files = export_gguf(adapter, arguments.out, formats, depths=arguments.depths)
+    files = export_gguf(
+        adapter, arguments.out, formats,
+        depths=arguments.depths, vision=arguments.vision_format, processor=processor,
+    )  # fmt: skip
     sizes = {str(file): file.stat().st_size for file in files}
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
     if items:
         _measure(adapter, processor, items, arguments)
+    seen = "" if arguments.vision_format is None else f" --vision {MTMD}"
     say_next(
         f"offramp generate --adapter {arguments.adapter} --engine llama.cpp "
-        f"--gguf {arguments.out} --image dog.jpg"
+        f"--gguf {arguments.out}{seen} --image dog.jpg"
     )
 
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.loading import own_vision
 from offramp.cli.parser import Parser, threads, whole
 from offramp.errors import InputError
 
@@ -40,6 +41,7 @@ def check_runtime(arguments: argparse.Namespace) -> None:
             "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
         )
+    own_vision(arguments)
     if arguments.gguf is not None:
         check_not_quantized(arguments)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import choose_device, laid_out
+from offramp.cli.loading import choose_device, laid_out, own_vision, seeing
 from offramp.cli.options import (
     add_command,
     engine_option,
@@ -339,6 +339,7 @@ def _state_file(model: Any) -> Path:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """An adapter and its processor; of a tiny model without exits, the backbone."""
+    from offramp.adapter import Adapter
     from offramp.models.shipped import tiny_kind
     from offramp.serving.loading import load_served
 
@@ -352,8 +353,10 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         device=device,
         quantize=arguments.quantize,
         compile=arguments.compile,
-        vision=arguments.vision,
+        vision=own_vision(arguments),
         shrink_on_load=arguments.shrink_on_load,
         chat_template=arguments.chat_template,
     )
+    if isinstance(model, Adapter):
+        model = seeing(arguments, model)
     return laid_out(arguments, model), processor

@@ -35,7 +35,8 @@ _STAGES = (
 
 
 class _Conv(nn.Conv2d):
-    """No bias, and padded as TensorFlow's SAME does: the odd pixel goes right and below."""
+    """No bias, unless a norm is folded into it; padded as TensorFlow's SAME does: the odd pixel
+    goes right and below."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
@@ -46,7 +47,7 @@ class _Conv(nn.Conv2d):
         low, high = total // 2, total - total // 2
         if low != high:
             x, low = F.pad(x, (low, high, low, high)), 0
-        return F.conv2d(x, self.weight, None, self.stride, low, 1, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, low, 1, self.groups)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

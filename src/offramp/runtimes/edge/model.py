@@ -17,7 +17,7 @@ from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy, policy_from_json
 from offramp.errors import AdapterError, InputError
-from offramp.runtimes.edge.images import MARKER, ImageReader
+from offramp.runtimes.edge.images import ImageReader
 from offramp.runtimes.edge.rounds import Job, OnText, Rounds
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
@@ -29,6 +29,7 @@ from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.projector import MARKER
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
@@ -108,7 +109,7 @@ class EdgeModel:
             if mmproj is not None:
                 features = sum(segment.features for segment in self._segments)
                 self._images = ImageReader(
-                    mmproj, last, self.files.files[-1], features, self.engine.threads
+                    mmproj, last, self.files.files[-1], features, self.engine
                 )
             probe = self._embeddings.of(_probe(self.vocabulary.size))
             drafts = self.files.drafter is not None

@@ -20,9 +20,9 @@ from typing import Any
 
 from offramp.engine.policy import Thresholds
 from offramp.errors import InputError, OfframpError
-from offramp.runtimes.edge.images import MARKER
 from offramp.runtimes.edge.model import Answer, EdgeModel
 from offramp.runtimes.edge.sampling import Sampling
+from offramp.runtimes.llama_cpp.projector import MARKER
 
 log = logging.getLogger(__name__)
 

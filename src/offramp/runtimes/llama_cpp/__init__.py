@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offramp.runtimes.llama_cpp.runtime import LlamaCppRuntime
     from offramp.runtimes.llama_cpp.segment import EngineOptions, kernels
     from offramp.runtimes.llama_cpp.slicing import slice_gguf
+    from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
 
 __all__ = [
     "FORMATS",
@@ -24,6 +25,7 @@ __all__ = [
     "export_gguf",
     "kernels",
     "slice_gguf",
+    "with_mtmd",
 ]
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "export_gguf": "gguf_export",
     "kernels": "segment",
     "slice_gguf": "slicing",
+    "with_mtmd": "vision_tower",
 }
 
 

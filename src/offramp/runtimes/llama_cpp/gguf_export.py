@@ -5,6 +5,7 @@ segment-0.gguf    layers below the first exit, the exit's own layer, norm, the h
 segment-N.gguf    the layers above the last exit, norm, the whole head
 drafter.gguf      where the last exit drafts on: its layer once more, norm, the head's rows
 drafter.npz       what enters it there, of `DraftInput`
+mmproj.gguf       where it is asked for, vision tower and projector (`vision_export`)
 digests.json      SHA-256 of each file
 
 Weights are the model's own. Embeddings and everything before the decoder stay in PyTorch: a segment
@@ -42,11 +43,18 @@ from offramp.runtimes.llama_cpp.architectures import (
 )
 from offramp.runtimes.llama_cpp.drafter import write_draft_input
 from offramp.runtimes.llama_cpp.exits_digest import exits_digest
-from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
+from offramp.runtimes.llama_cpp.gguf_files import (
+    DIGESTS,
+    DRAFT_INPUT,
+    DRAFTER,
+    FORMAT,
+    PROJECTOR,
+)
 from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
+from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision, features_of
 from offramp.storage import atomic_folder, digest_file, write_json
 
 
@@ -93,15 +101,19 @@ def export_gguf(
     formats: ExportFormats | str = "q8_0",
     *,
     depths: Sequence[int] | None = None,
+    vision: str | None = None,
+    processor: Any = None,
 ) -> list[Path]:
     """Write the segments of an adapter on its backbone, and return their paths.
 
     Each file appears whole or not at all. formats: of all, or of layers, exits and head. depths: of
-    the exits to write; left out, those where the policy lets tokens exit or draft.
+    the exits to write; left out, those where the policy lets tokens exit or draft. vision:
+    number format of the vision tower; None: it is left out. processor: the model's, which says how
+    the tower's images are made.
 
     Raises:
         InputError: no exit to write, an unknown format, or the package `gguf` is missing.
-        UnsupportedBackboneError: llama.cpp does not run this decoder.
+        UnsupportedBackboneError: llama.cpp does not run this decoder, or this vision tower.
         StorageError: the files could not be written.
     """
     import_gguf()
@@ -121,6 +133,9 @@ def export_gguf(
             state = {name: _array(tensor) for name, tensor in drafts.state_dict().items()}
             write_draft_input(staging / DRAFT_INPUT, state)
             files.append(DRAFT_INPUT)
+        if vision is not None:
+            export_vision(adapter.backbone, staging / PROJECTOR, vision, Looks.of(processor))
+            files.append(PROJECTOR)
         write_json(staging / DIGESTS, {file: digest_file(staging / file) for file in files})
     return [Path(folder) / file for file in files]
 
@@ -270,9 +285,3 @@ class _Writer:
 
 def _array(tensor: Tensor) -> Array:
     return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
-
-
-def features_of(backbone: Backbone) -> int:
-    """Behind how many of its first layers a decoder adds visual features."""
-    vision = getattr(backbone.model.config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", None) or ())

@@ -20,6 +20,8 @@ FORMAT = 2
 DIGESTS = "digests.json"
 DRAFTER, DRAFT_INPUT = "drafter.gguf", "drafter.npz"
 """The layer of the exit that drafts on, and what enters it there."""
+PROJECTOR = "mmproj.gguf"
+"""The vision tower and projector."""
 _AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER."
 
 
@@ -97,7 +99,8 @@ def _whole_files(
     try:
         digests: dict[str, str] = dict(read_json(folder / DIGESTS))
         drafts = {DRAFTER, DRAFT_INPUT} <= set(digests)
-        names = [f"segment-{place}.gguf" for place in range(len(digests) - 2 * drafts)]
+        others = {DRAFTER, DRAFT_INPUT, PROJECTOR} & set(digests)
+        names = [f"segment-{place}.gguf" for place in range(len(digests) - len(others))]
         damaged = [
             name
             for name in (*names, *([DRAFTER, DRAFT_INPUT] if drafts else []))
@@ -110,6 +113,27 @@ def _whole_files(
         raise AdapterError(f"{folder / (damaged or [DIGESTS])[0]} is damaged or missing.", _AGAIN)
     loaded = [*names, *([DRAFTER] if drafts else [])]
     return tuple(folder / name for name in names), tuple(str(digests[n]) for n in loaded), drafts
+
+
+def whole_projector(folder: Path) -> Path:
+    """The vision tower that was exported into `folder`.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    file = folder / PROJECTOR
+    try:
+        digest = read_json(folder / DIGESTS).get(PROJECTOR)
+    except (OfframpError, AttributeError) as error:
+        raise AdapterError(f"{folder / DIGESTS} is missing or damaged.", _AGAIN) from error
+    if digest is None:
+        raise AdapterError(
+            f"{folder} holds no vision tower ({PROJECTOR}).",
+            "Export it beside the decoder: offramp export --gguf q8_0 --vision q8_0.",
+        )
+    if not file.is_file() or digest_file(file) != digest:
+        raise AdapterError(f"{file} is damaged or missing.", _AGAIN)
+    return file
 
 
 def _metadata(file: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ FORMATS = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl",
 )  # fmt: skip
 """Number formats of the weights, by llama.cpp's names."""
+VISION_FORMATS = ("f32", "f16", "q8_0", "q4_0")
+"""Those of vision towers."""
 
 _BLOCK, _SUPER_BLOCK = 32, 256
 """Weights of a row that share a scale, and in K-quants scales of scales; rows of another width stay

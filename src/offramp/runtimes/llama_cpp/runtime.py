@@ -42,8 +42,8 @@ class LlamaCppRuntime:
     """An adapter whose decoder runs in llama.cpp, from files that `export_gguf` wrote.
 
     `generate` takes and returns what `Adapter.generate` does, for as many rows as the engine has
-    sequences. Vision tower, projector and embeddings run in PyTorch. Calls from several threads
-    take turns.
+    sequences. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
+    has it (`with_mtmd`). Calls from several threads take turns.
     """
 
     def __init__(

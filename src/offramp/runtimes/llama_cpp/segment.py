@@ -119,10 +119,10 @@ class Segment:
             AdapterError: llama.cpp does not load the file.
             InputError: the context does not fit into memory, or the package is missing.
         """
-        self._lib = lib = _library()
+        self._lib = lib = library()
         self._model: Any = None
         self._context: Any = None
-        self.products = _products(lib._lib, options)
+        self.products = products_of(lib._lib, options)
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = self.products is None  # rearranged for llama.cpp's own
@@ -408,11 +408,12 @@ def kernels() -> str:
     Raises:
         InputError: the extra `llama-cpp` is not installed.
     """
-    reason = reason_against(_library()._lib)
+    reason = reason_against(library()._lib)
     return f"its own kernels: {reason}" if reason else f"kernels of offramp for {instructions()}"
 
 
-def _products(library: Any, options: EngineOptions) -> Products | None:
+def products_of(library: Any, options: EngineOptions) -> Products | None:
+    """Our own kernels, where they run here and are asked for. library: with ggml's functions."""
     if not (options.kernels and options.compiled_tap):
         return None
     reason = reason_against(library)
@@ -433,7 +434,7 @@ def _warn_of_slower_kernels(reason: str) -> None:
 
 
 @functools.cache
-def _library() -> Any:
+def library() -> Any:
     """llama.cpp's functions; what it has to say goes to the logger of its bindings."""
     lib: Any = import_llama_cpp().llama_cpp
     log = logging.getLogger("llama-cpp-python")

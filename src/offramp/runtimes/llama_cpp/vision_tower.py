@@ -1,0 +1,94 @@
+"""An mmproj file in the place of a model's vision tower and projector, for what stays in PyTorch.
+
+The model's own processor goes on resizing images: the file's tower is given what that made, as
+bytes again, and libmtmd has nothing left to resize.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from offramp.adapter import Adapter
+from offramp.errors import AdapterError, UnsupportedBackboneError
+from offramp.models.backbone import Backbone
+from offramp.models.vision_engine import StandIn
+from offramp.runtimes.llama_cpp.gguf_files import whole_projector
+from offramp.runtimes.llama_cpp.projector import Tower
+from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.runtimes.llama_cpp.vision_export import Kind, Looks, check_tower, kind_of
+
+MTMD = "mtmd"
+
+
+class MtmdTower(StandIn):
+    """Tower and projector in libmtmd: tokens stand where the tower's states did, and the model's
+    projector hands them on."""
+
+    def __init__(self, tower: Tower, own: nn.Module, kind: Kind, config: Any, looks: Looks) -> None:
+        super().__init__(
+            f"{MTMD} {tower.said['offramp.format']}", own, {str(kind.projector): nn.Identity()}
+        )
+        self._tower, self._kind, self._config, self._looks = tower, kind, config, looks
+        weakref.finalize(self, tower.close)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights that our own kernels multiply."""
+        return self._tower.packed_bytes
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        seen = kw["pixel_values"] if "pixel_values" in kw else args[0]
+        tokens = [self._tower.rows(picture)[:, 0] for picture in self._looks.pixels(seen)]
+        made = torch.from_numpy(np.stack(tokens)).to(seen)
+        assert self._kind.standing is not None
+        return self._kind.standing(self._config, made)
+
+
+def with_mtmd(adapter: Adapter, folder: str | Path, *, threads: int = 1) -> Adapter:
+    """The same exits on a backbone that sees by the mmproj file which was exported beside them.
+
+    Raises:
+        AdapterError: there is no such file, or it is damaged.
+        UnsupportedBackboneError: as of `mtmd_tower`.
+    """
+    backbone, options = adapter.backbone, EngineOptions(threads=threads)
+    tower = mtmd_tower(backbone, whole_projector(Path(folder)), options)
+    return replace(adapter, backbone=backbone.with_tower(tower))
+
+
+def mtmd_tower(backbone: Backbone, file: Path, options: EngineOptions) -> MtmdTower:
+    """What stands in the place of a backbone's tower and projector.
+
+    Raises:
+        AdapterError: the file is missing, or `export_vision` did not write it.
+        UnsupportedBackboneError: the tower takes images of any size, or the file does not see what
+            the model sees.
+    """
+    kind = kind_of(backbone)
+    if kind.standing is None:
+        raise UnsupportedBackboneError(
+            f"The vision tower of {backbone.name} takes images of any size, which are cut into "
+            "patches before they could come to llama.cpp's.",
+            "Leave out --vision mtmd, or answer without PyTorch: offramp slice, and --mmproj.",
+        )
+    tower = Tower(file, options, width=backbone.width)
+    try:
+        parts = ("clip.vision.image_mean", "clip.vision.image_std")
+        if missing := [key for key in (*parts, "offramp.format") if key not in tower.said]:
+            raise AdapterError(
+                f"{file} does not say its {missing[0]}.", "Export it again, with --vision q8_0."
+            )
+        mean, std = (tuple(tower.said[key]) for key in parts)
+        looks = Looks(mean, std)
+        check_tower(backbone, tower, looks)
+    except BaseException:
+        tower.close()
+        raise
+    return MtmdTower(tower, backbone.vision, kind, backbone.model.config, looks)
