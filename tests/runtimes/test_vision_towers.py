@@ -42,8 +42,8 @@ pytestmark = pytest.mark.llama_cpp
 NEAR = dict(zip(VISION_FORMATS, (0.002, 0.003, 0.03, 0.3), strict=True))
 """How far tokens of these small towers are from the model's own, as a share of their length."""
 ENGINE = EngineOptions(context=192, cache="f32", flash_attention=False)
-FIXED = ("siglip", "gemma3", "smolvlm")
-"""Whose towers take pictures of one size."""
+NAMES = ("siglip", "gemma3", "smolvlm", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+"""The last three take pictures of any size."""
 
 
 def adapter_with(name: str) -> Adapter:
@@ -57,7 +57,7 @@ def adapter_with(name: str) -> Adapter:
     return adapter
 
 
-@pytest.mark.parametrize("name", [*FIXED, "qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_the_models_own_as_far_as_the_format_goes(name: str, tmp_path: Path) -> None:
     backbone = adapter_with(name).backbone
     far = {
@@ -138,10 +138,15 @@ class Processor:
 def seen(name: str, image: int) -> dict[str, Any]:
     """A prompt about a picture of bytes."""
     inputs = dict(inputs_of(name)) if name != "siglip" else siglip_inputs()
-    shape = inputs["pixel_values"].shape
-    draw = np.random.default_rng(image)
-    inputs["pixel_values"] = torch.from_numpy(draw.integers(0, 256, shape) / 127.5 - 1).float()
-    return inputs
+    shape, draw = inputs["pixel_values"].shape, np.random.default_rng(image)
+    if "image_grid_thw" in inputs:
+        [[_, high, wide]] = inputs["image_grid_thw"].tolist()
+        shape = (3, 8 * high, 8 * wide)
+    pixels = torch.from_numpy(draw.integers(0, 256, shape) / 127.5 - 1).float()
+    if "image_grid_thw" in inputs:
+        config = adapter_with(name).backbone.model.config
+        pixels = writing.KINDS[config.model_type].inputs(config, pixels)["pixel_values"]
+    return inputs | {"pixel_values": pixels}
 
 
 def siglip_inputs() -> dict[str, Any]:
@@ -156,7 +161,7 @@ def exported(name: str, folder: Path, vision: str = "f32") -> tuple[Adapter, Pat
     return adapter, folder
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_enters_the_decoder_is_near_and_the_models_own_tower_rests(
     name: str, tmp_path: Path
 ) -> None:
@@ -212,14 +217,14 @@ def test_pixels_are_the_bytes_that_they_were() -> None:
 # -- mistakes --------------------------------------------------------------------------------------
 
 
-def test_towers_that_libmtmd_does_not_know_are_refused(tmp_path: Path) -> None:
+def test_towers_that_are_not_written_are_refused(tmp_path: Path) -> None:
     for name in ("blip2-llama", "paligemma", "internvl"):
         adapter = adapter_of(name)
         asked = {"vision": "q8_0", "processor": Processor()}
         refused(
             lambda adapter=adapter, asked=asked: export_gguf(adapter, tmp_path, "f32", **asked),
             UnsupportedBackboneError,
-            "does not know the vision tower",
+            "none that is written",
         )
     assert not [*tmp_path.iterdir()]
     refused(
@@ -262,9 +267,11 @@ def test_a_folder_without_a_whole_tower_is_refused(tmp_path: Path) -> None:
     refused(lambda: with_mtmd(adapter, tmp_path / "without"), AdapterError, "--vision")
 
 
-def test_a_tower_of_any_size_answers_without_pytorch_alone(tmp_path: Path) -> None:
+def test_a_video_is_refused(tmp_path: Path) -> None:
     adapter, folder = exported("qwen2-vl", tmp_path)
-    refused(lambda: with_mtmd(adapter, folder), UnsupportedBackboneError, "any size")
+    tower = with_mtmd(adapter, folder).backbone.vision
+    patches, grid = torch.randn(16, 3 * 2 * 8 * 8), torch.tensor([[1, 4, 4]])
+    refused(lambda: tower(patches, grid_thw=grid), InputError, "video")
 
 
 def test_commands_write_it_and_see_by_it(run: Any, tmp_path: Path) -> None:
@@ -291,4 +298,4 @@ def test_commands_write_it_and_see_by_it(run: Any, tmp_path: Path) -> None:
     code, _, said = run("generate", "--adapter", "tiny-opt", "--vision", "mtmd", "--image", "x")
     assert code == 1 and "--engine llama.cpp" in said
     code, _, said = run("export", "--adapter", "tiny-opt", *out, "--vision", "q8_0", "--overwrite")
-    assert code == 1 and "does not know" in said
+    assert code == 1 and "none that is written" in said

@@ -25,6 +25,7 @@ from offramp.runtimes.llama_cpp.segment import EngineOptions, library, products_
 Pixels = npt.NDArray[np.uint8]
 MARKER = "<__media__>"
 """Stands in a prompt where an image does."""
+_MOST_TOKENS = 1 << 18
 IMAGE = 1
 """Kind of a chunk of a prompt that is an image's."""
 
@@ -36,10 +37,18 @@ class Projector:
     """
 
     def __init__(
-        self, file: str | Path, model: Any, options: EngineOptions, *, width: int, features: int = 0
+        self,
+        file: str | Path,
+        model: Any,
+        options: EngineOptions,
+        *,
+        width: int,
+        features: int = 0,
+        as_it_is: bool = False,
     ) -> None:
         """model: llama.cpp's pointer to the text model, which has the words around images. width,
-        features: D of its states, and how many of its layers add visual features to them.
+        features: D of its states, and how many of its layers add visual features to them. as_it_is:
+        whether a picture of any size, where towers take such, stays as large as it is.
 
         Raises:
             AdapterError: the file is missing, or no projector for this model.
@@ -58,6 +67,8 @@ class Projector:
         parameters.n_threads = options.threads
         self._marker = MARKER.encode()
         parameters.media_marker = self._marker
+        if as_it_is and str(self.said.get("clip.projector_type")).startswith("qwen"):
+            parameters.image_min_tokens, parameters.image_max_tokens = 1, _MOST_TOKENS
         if self.products is not None:
             self._tap = Tap(ggml, None, width, 0, compiled=True, products=self.products)
             parameters.cb_eval = ctypes.cast(self._tap.callback, type(parameters.cb_eval))
@@ -165,7 +176,9 @@ class Tower:
         self._lock = threading.Lock()
         self._words = _no_words()
         try:
-            self._projector = Projector(file, self._words, options, width=width, features=features)
+            self._projector = Projector(
+                file, self._words, options, width=width, features=features, as_it_is=True
+            )
         except BaseException:
             self._free_words()
             raise

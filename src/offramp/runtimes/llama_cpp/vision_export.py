@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from offramp.errors import DataError, InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
@@ -42,20 +43,21 @@ Named = Iterator[tuple[str, Tensor]]
 class Kind:
     """Of towers that libmtmd knows.
 
-    name: its own. config: what its file says besides what all say, of the model's configuration and
-    the image processor's longest side, or why it cannot be such a file. tensors: of the model's
-    state, by the names that llama.cpp's converter reads or writes. inputs: what the model is given
-    of pixels [3, H, W]. projector: the module behind the tower; None: it is part of it. standing:
-    what the tower returns in whose place tokens [N, T, D] are known, so that the model hands them
-    on through an empty projector; None: it is not known.
+    config: what its file says besides what all say, of the model's configuration and the image
+    processor's longest side, or why it cannot be such a file. tensors: of the model's state, by the
+    names that llama.cpp's converter reads or writes. inputs: what the model is given of a picture
+    [3, H, W], and pictures: of which pictures a call of its tower is. standing: what the tower
+    returns in whose place their rows [T, 1 + features, D] are known, so that the model hands them
+    on, through an empty projector where there is one. projector: the module behind the tower; None:
+    it is part of it.
     """
 
-    name: str
     config: Callable[[Any, int | None], Mapping[str, Any] | str]
     tensors: Callable[[Any, str, Tensor], Named]
     inputs: Callable[[Any, Tensor], dict[str, Tensor]]
+    pictures: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]]
+    standing: Callable[[Any, Sequence[Tensor]], Any]
     projector: str | None = None
-    standing: Callable[[Any, Tensor], Any] | None = None
 
 
 def _of_vision(key: str, tensor: Tensor) -> Named:
@@ -95,11 +97,12 @@ def _llava_tensors(config: Any, key: str, tensor: Tensor) -> Named:
         yield f"mm.{dict(linear_1=0, linear_2=2)[linear]}.{kind}", tensor
 
 
-def _llava_standing(config: Any, tokens: Tensor) -> Any:
+def _llava_standing(config: Any, rows: Sequence[Tensor]) -> Any:
+    tokens = torch.stack([each[:, 0] for each in rows])
     if config.vision_feature_select_strategy == "default":  # the first row is dropped
         tokens = torch.cat([tokens[:, :1], tokens], 1)
     states = (tokens,) * (config.vision_config.num_hidden_layers + 1)
-    return _pooled(tokens, states)
+    return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=states)
 
 
 def _gemma3_config(config: Any, _: int | None) -> Mapping[str, Any]:
@@ -131,14 +134,13 @@ def _idefics3_tensors(config: Any, key: str, tensor: Tensor) -> Named:
         yield f"model.{key}", tensor
 
 
-def _last_state(config: Any, tokens: Tensor) -> Any:
-    return _pooled(tokens)
+def _last_state(config: Any, rows: Sequence[Tensor]) -> Any:
+    tokens = torch.stack([each[:, 0] for each in rows])
+    return BaseModelOutputWithPooling(last_hidden_state=tokens)
 
 
-def _pooled(tokens: Tensor, states: Any = None) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=states)
+def _of_one_size(config: Any, call: Mapping[str, Any]) -> Sequence[Tensor]:
+    return list(call["pixel_values"])
 
 
 def _one(config: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -201,14 +203,42 @@ def _qwen_patches(config: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, high, wide]])}
 
 
+def _qwen_pictures(config: Any, call: Mapping[str, Any]) -> Sequence[Tensor]:
+    vision, grids = config.vision_config, call["grid_thw"].tolist()
+    size, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    pictures = []
+    patches = call["pixel_values"].split([math.prod(grid) for grid in grids])
+    for (clips, high, wide), rows in zip(grids, patches, strict=True):
+        split = rows.reshape(high // merge, wide // merge, merge, merge, 3, frames, size, size)
+        seen = split.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(frames, 3, high * size, wide * size)
+        if clips != 1 or not all(torch.equal(seen[0], other) for other in seen):
+            raise InputError(
+                "A video came, and libmtmd is given single images here.",
+                "Give images, or leave out --vision mtmd.",
+            )
+        pictures.append(seen[0])
+    return pictures
+
+
+def _qwen_standing(config: Any, rows: Sequence[Tensor]) -> Any:
+    tokens = torch.cat([*rows])
+    made = BaseModelOutputWithPooling(last_hidden_state=tokens[:, 0], pooler_output=tokens[:, 0])
+    if deep := tokens.shape[1] - 1:
+        from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+        made = modeling_qwen3_vl.BaseModelOutputWithDeepstackFeatures(**made)
+        made.deepstack_features = [tokens[:, 1 + place] for place in range(deep)]
+    return made
+
+
 _IDEFICS3 = Kind(
-    "idefics3", _idefics3_config, _idefics3_tensors, _one_tile, "model.connector", _last_state
+    _idefics3_config, _idefics3_tensors, _one_tile, _of_one_size, _last_state, "model.connector"
 )
-_QWEN = Kind("Qwen-VL", _qwen_config, _qwen_tensors, _qwen_patches)
+_QWEN = Kind(_qwen_config, _qwen_tensors, _qwen_patches, _qwen_pictures, _qwen_standing)
 _BEHIND = "model.multi_modal_projector"
 KINDS: dict[str, Kind] = {
-    "llava": Kind("mlp", _llava_config, _llava_tensors, _one, _BEHIND, _llava_standing),
-    "gemma3": Kind("gemma3", _gemma3_config, _gemma3_tensors, _one, _BEHIND, _last_state),
+    "llava": Kind(_llava_config, _llava_tensors, _one, _of_one_size, _llava_standing, _BEHIND),
+    "gemma3": Kind(_gemma3_config, _gemma3_tensors, _one, _of_one_size, _last_state, _BEHIND),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
     "qwen2_vl": _QWEN,
@@ -219,7 +249,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(backbone: Backbone) -> Kind:
-    """Raise `UnsupportedBackboneError` where libmtmd does not know the backbone's tower."""
+    """Raise `UnsupportedBackboneError` where the backbone's tower is none that is written."""
     kind = KINDS.get(getattr(backbone.model.config, "model_type", ""))
     if kind is None or backbone.family.vision is None:
         raise _unknown(backbone, f"it is a {type(backbone.model).__name__}")
@@ -228,8 +258,8 @@ def kind_of(backbone: Backbone) -> Kind:
 
 def _unknown(backbone: Backbone, why: str) -> UnsupportedBackboneError:
     return UnsupportedBackboneError(
-        f"llama.cpp does not know the vision tower of {backbone.name}: {why}.",
-        f"Known are {', '.join(sorted(KINDS))}; for another leave out --vision.",
+        f"The vision tower of {backbone.name} is none that is written for llama.cpp: {why}.",
+        f"Leave out --vision; those of {', '.join(sorted(KINDS))} are written.",
     )
 
 
@@ -285,7 +315,7 @@ def export_vision(backbone: Backbone, file: Path, number_format: str, looks: Loo
 
     Raises:
         InputError: the format is not one of `VISION_FORMATS`.
-        UnsupportedBackboneError: libmtmd does not know the tower, or computes something else.
+        UnsupportedBackboneError: it is none that is written, or libmtmd computes something else.
     """
     if number_format not in VISION_FORMATS:
         raise InputError(

@@ -6,23 +6,29 @@ bytes again, and libmtmd has nothing left to resize.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from offramp.adapter import Adapter
-from offramp.errors import AdapterError, UnsupportedBackboneError
+from offramp.errors import AdapterError
 from offramp.models.backbone import Backbone
 from offramp.models.vision_engine import StandIn
 from offramp.runtimes.llama_cpp.gguf_files import whole_projector
 from offramp.runtimes.llama_cpp.projector import Tower
 from offramp.runtimes.llama_cpp.segment import EngineOptions
-from offramp.runtimes.llama_cpp.vision_export import Kind, Looks, check_tower, kind_of
+from offramp.runtimes.llama_cpp.vision_export import (
+    Kind,
+    Looks,
+    check_tower,
+    features_of,
+    kind_of,
+)
 
 MTMD = "mtmd"
 
@@ -32,10 +38,10 @@ class MtmdTower(StandIn):
     projector hands them on."""
 
     def __init__(self, tower: Tower, own: nn.Module, kind: Kind, config: Any, looks: Looks) -> None:
-        super().__init__(
-            f"{MTMD} {tower.said['offramp.format']}", own, {str(kind.projector): nn.Identity()}
-        )
+        empty = {} if kind.projector is None else {kind.projector: nn.Identity()}
+        super().__init__(f"{MTMD} {tower.said['offramp.format']}", own, empty)
         self._tower, self._kind, self._config, self._looks = tower, kind, config, looks
+        self._names = [*inspect.signature(type(own).forward).parameters][1:]
         weakref.finalize(self, tower.close)
 
     @property
@@ -44,10 +50,12 @@ class MtmdTower(StandIn):
         return self._tower.packed_bytes
 
     def forward(self, *args: Any, **kw: Any) -> Any:
-        seen = kw["pixel_values"] if "pixel_values" in kw else args[0]
-        tokens = [self._tower.rows(picture)[:, 0] for picture in self._looks.pixels(seen)]
-        made = torch.from_numpy(np.stack(tokens)).to(seen)
-        assert self._kind.standing is not None
+        """Raise `InputError` where a video came."""
+        call = {**dict(zip(self._names, args, strict=False)), **kw}
+        call.setdefault("pixel_values", call.get("hidden_states"))  # as Qwen's towers call them
+        seen = self._kind.pictures(self._config, call)
+        rows = [self._tower.rows(self._looks.pixels(picture)) for picture in seen]
+        made = [torch.from_numpy(each).to(call["pixel_values"]) for each in rows]
         return self._kind.standing(self._config, made)
 
 
@@ -68,17 +76,10 @@ def mtmd_tower(backbone: Backbone, file: Path, options: EngineOptions) -> MtmdTo
 
     Raises:
         AdapterError: the file is missing, or `export_vision` did not write it.
-        UnsupportedBackboneError: the tower takes images of any size, or the file does not see what
-            the model sees.
+        UnsupportedBackboneError: the file does not see what the model sees.
     """
     kind = kind_of(backbone)
-    if kind.standing is None:
-        raise UnsupportedBackboneError(
-            f"The vision tower of {backbone.name} takes images of any size, which are cut into "
-            "patches before they could come to llama.cpp's.",
-            "Leave out --vision mtmd, or answer without PyTorch: offramp slice, and --mmproj.",
-        )
-    tower = Tower(file, options, width=backbone.width)
+    tower = Tower(file, options, width=backbone.width, features=features_of(backbone))
     try:
         parts = ("clip.vision.image_mean", "clip.vision.image_std")
         if missing := [key for key in (*parts, "offramp.format") if key not in tower.said]:
