@@ -13,7 +13,7 @@ import torch
 from offramp import Adapter, ExitPolicy, Exits, TrainConfig, generate
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, register_score
 from offramp.errors import AdapterError, InputError
-from offramp.models.exits import EXIT_KINDS, register_exit
+from offramp.models.exit_kinds import EXIT_KINDS, register_exit
 from offramp.models.input_processor import InputProcessor
 from offramp.training.losses import LOSSES, register_loss
 from offramp.training.trainer import train

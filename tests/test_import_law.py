@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,31 @@ def test_data_and_help_do_not_wait_for_torch() -> None:
     loaded = loaded_by(*modules, then="offramp.cli.command_line.build_parser()")
     assert {"offramp.data.datasets", "offramp.cli"} <= loaded
     assert loaded & {"torch", "transformers", "matplotlib"} == set()
+
+
+HELP = """
+main = __import__("importlib").import_module(sys.argv[1]).main
+for name in sys.argv[2:]:
+    try:
+        main([name, "--help"])
+    except SystemExit:
+        pass
+    if "torch" in sys.modules:
+        sys.exit(name)
+"""
+
+
+@pytest.mark.parametrize("commands", ["offramp.cli.command_line", "offramp_lab.cli"])
+def test_no_command_loads_torch_for_its_help(commands: str) -> None:
+    """Plug-ins that are installed, which name scores there, among them."""
+    names = import_module(commands).COMMANDS
+    main = f"{commands.partition('.')[0]}.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys{HELP}", main, *names],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("usage: ") == len(names)
 
 
 def test_the_decoder_needs_no_torch() -> None:

@@ -16,14 +16,14 @@ from fakes import Blip2FakeProcessor, examples
 
 from offramp import verification
 from offramp.adapter import Adapter
-from offramp.certificate import CERTIFICATE, Certificate, PathResult, Run
+from offramp.certificate import CERTIFICATE, Certificate, PathResult, Run, Settings
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card, with_verified
 from offramp.models.input_processor import InputProcessor
 from offramp.save_and_load import CARD, read_config
-from offramp.verification import Settings, Verification, with_thresholds
+from offramp.verification import Verification, with_thresholds
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)
 ALONE = ("full", "early exit", "guesses", "lossless")

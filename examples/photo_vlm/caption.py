@@ -11,6 +11,7 @@ from typing import Any
 from examples.photo_vlm.command import command, parser_of
 from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT
 from offramp.data.example import Example
+from offramp.engine.policy import MODES
 from offramp.errors import InputError
 
 ADAPTER = Path(__file__).parent / "adapter"
@@ -89,7 +90,6 @@ def said(
     }
 
 
-MODES = ("full", "early_exit", "lossless")
 DTYPES = ("float32", "bfloat16")
 
 

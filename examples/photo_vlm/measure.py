@@ -52,7 +52,8 @@ from offramp.evaluation.timing import (
 from offramp.models.exits import Exits
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
-from offramp_lab.experiments.analysis.analyse import RESULT, AnalysisConfig, analyse
+from offramp_lab.experiments.analysis.analyse import RESULT, analyse
+from offramp_lab.experiments.analysis.config import AnalysisConfig
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from offramp.engine.generate import generate
     from offramp.engine.policy import ExitPolicy, GenerationOutput
     from offramp.models.backbone import Backbone
-    from offramp.models.exits import Exits, register_exit
+    from offramp.models.exit_kinds import register_exit
+    from offramp.models.exits import Exits
     from offramp.models.registry import Family, register_backbone
     from offramp.serving.batch_engine import BatchEngine
     from offramp.serving.engine_config import EngineConfig
@@ -66,7 +67,7 @@ _HOMES = {
     "calibrate": "calibration.calibrate",
     "generate": "engine.generate",
     "register_backbone": "models.registry",
-    "register_exit": "models.exits",
+    "register_exit": "models.exit_kinds",
     "register_loss": "training.losses",
     "register_score": "engine.confidence",
     "train": "training.trainer",

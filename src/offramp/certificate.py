@@ -14,13 +14,38 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import DataError, printable
+from offramp.errors import DataError, InputError, printable
 from offramp.storage import digest_rows, read_json, write_json
 
 CERTIFICATE = "certificate.json"
+ROWS = (2, 4, 8, 16, 32)
+SLOTS = 8
 _LARGEST = 2**24
 """Bytes of the largest file that is read."""
 _AGAIN = "Delete it, and run `offramp verify` again."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a verification.
+
+    rows: of static batches. slots: requests in company. longest: tokens of the longest answer.
+
+    Raises:
+        InputError: a batch of fewer than 2 rows, or another number below 1.
+    """
+
+    rows: Sequence[int] = ROWS
+    slots: int = SLOTS
+    longest: int = 40
+
+    def __post_init__(self) -> None:
+        wrong = [r for r in self.rows if r < 2] + [n for n in (self.slots, self.longest) if n < 1]
+        if wrong:
+            raise InputError(
+                f"Nothing can be verified with {wrong[0]} rows, slots or tokens.",
+                "Give batches of 2 rows and more, and slots and lengths from 1.",
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.answers import GREEDY, Runtime
-from offramp.certificate import PathResult, Run, finite
+from offramp.certificate import PathResult, Run, Settings, finite
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes import language, world
 from offramp.engine.decoding.exit_reader import ExitReader
@@ -54,36 +54,11 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import is_runtime
 from offramp.storage import digest_rows
 
-ROWS = (2, 4, 8, 16, 32)
-SLOTS = 8
 _LARGEST = 32
 """Logits of a token that are compared: its largest ones."""
 OWN, EVERY_LAYER = "the model's own generate", "every layer, every exit"
 ALONE, IN_TORCH = "alone", "early exit in PyTorch"
 _NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of a verification.
-
-    rows: of static batches. slots: requests in company. longest: tokens of the longest answer.
-
-    Raises:
-        InputError: a batch of fewer than 2 rows, or another number below 1.
-    """
-
-    rows: Sequence[int] = ROWS
-    slots: int = SLOTS
-    longest: int = 40
-
-    def __post_init__(self) -> None:
-        wrong = [r for r in self.rows if r < 2] + [n for n in (self.slots, self.longest) if n < 1]
-        if wrong:
-            raise InputError(
-                f"Nothing can be verified with {wrong[0]} rows, slots or tokens.",
-                "Give batches of 2 rows and more, and slots and lengths from 1.",
-            )
 
 
 class _Row(NamedTuple):

@@ -24,8 +24,8 @@ from risks import (
 )
 
 from offramp.betting import betting_p_values
+from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, by_image, error_share
-from offramp.calibration.calibrate import Guarantee
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,

@@ -23,7 +23,8 @@ from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
-from offramp.models.exits import EXIT_KINDS, ExitKind, Exits, ExitSet, copy_layer, first
+from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
+from offramp.models.exits import Exits, ExitSet, copy_layer, first
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)

@@ -10,9 +10,9 @@ from offramp.engine.generate import generate
 from offramp.engine.kv_cache import add_exit_entries
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prefill, prepare
-from offramp.models import exits as kinds
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, copied_index, dense_exit, register_exit
+from offramp.models.exit_kinds import EXIT_KINDS, register_exit
+from offramp.models.exits import Exits, copied_index, dense_exit
 from offramp.models.intercept import InterceptedModel
 from offramp.models.mixture import DenseBlock, expert_blocks
 from offramp_lab.inputs import zoo
@@ -64,7 +64,7 @@ def test_experts_give_way_to_one_mlp_that_learns(name, tmp_path):
 
 
 def test_its_width_may_be_stated(monkeypatch):
-    monkeypatch.setattr(kinds, "EXIT_KINDS", dict(kinds.EXIT_KINDS))
+    monkeypatch.setitem(EXIT_KINDS, "narrow", EXIT_KINDS["dense"])
     register_exit("narrow", dense_exit(width=5))
     exits = Exits(Backbone(zoo.build("qwen3_vl_moe")), (DEPTH,), kind="narrow")
     (block,) = (part for part in exits.modules() if isinstance(part, DenseBlock))

@@ -15,6 +15,7 @@ from fakes import Blip2FakeProcessor, examples
 from gguf_cases import adapter_of, drafting, refused
 
 from offramp.adapter import Adapter
+from offramp.certificate import Settings
 from offramp.engine.policy import GenerationOutput
 from offramp.errors import InputError
 from offramp.models.input_processor import InputProcessor
@@ -22,7 +23,7 @@ from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp.verification import Settings, Verification
+from offramp.verification import Verification
 
 pytestmark = pytest.mark.llama_cpp
 

@@ -28,23 +28,23 @@ from offramp.models.shortlist import Gate
 from offramp.report import plots
 from offramp_lab import cli
 from offramp_lab.experiments.analysis import analyse as module
-from offramp_lab.experiments.analysis.analyse import (
-    AnalysisConfig,
-    analyse,
-    summary,
-    word_class,
-)
+from offramp_lab.experiments.analysis.analyse import analyse
+from offramp_lab.experiments.analysis.config import AnalysisConfig
 from offramp_lab.experiments.analysis.depth_curves import (
     Bootstrap,
     by_policy,
     curve,
     dip,
-    first_agreement,
     overthinking,
     overthought,
+)
+from offramp_lab.experiments.analysis.needed_depth import (
+    first_agreement,
     positions,
     settled,
+    word_class,
 )
+from offramp_lab.experiments.analysis.summary import summary
 
 Build = Callable[..., Any]
 QUICK = {"resamples": 50, "max_new_tokens": 6}

@@ -12,14 +12,17 @@ from command_line import parser_of
 
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.engine.decoding.scheduler import Schedule
+from offramp.engine.executors.slots import memory
 from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS
+from offramp.models.backbone import Backbone
 from offramp.models.quantized import prepacked
 from offramp_lab.commands.bench import _subject
-from offramp_lab.experiments.benchmark.bench import Case, batch_costs, bench, spread, table
+from offramp_lab.experiments.benchmark.bench import batch_costs, bench, spread, table
+from offramp_lab.experiments.benchmark.cases import Case
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
-from offramp_lab.inputs import shapes
+from offramp_lab.inputs import drawn_weights
 from offramp_lab.inputs.shapes import SHAPES, shape
 
 MINIS = ("mini-opt", "mini-t5", "mini-llava")
@@ -45,7 +48,7 @@ COSTS = Costs(
 def test_a_shape_is_as_large_as_its_name_says(
     name: str, layers: int, width: int, vocabulary: int, gigabytes: float
 ) -> None:
-    backbone = shapes.Backbone(shape(name).empty())
+    backbone = Backbone(shape(name).empty())
     assert (backbone.depth, backbone.width, backbone.vocabulary) == (layers, width, vocabulary)
     assert shape(name).bytes(torch.bfloat16) == pytest.approx(gigabytes * 1e9, rel=0.03)
 
@@ -78,8 +81,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shapes, "free_bytes", lambda: 2_000_000_000)
-    monkeypatch.setattr(shapes, "_fill", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr(drawn_weights, "fill", lambda *_: pytest.fail("it was built"))
     with pytest.raises(InputError, match=r"5\.5 GB in bfloat16, and 2\.0 GB") as caught:
         shape("opt-2.7b").build(torch.bfloat16)
     assert "smaller shape" in caught.value.remedy

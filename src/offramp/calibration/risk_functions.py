@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 
+if TYPE_CHECKING:
+    from offramp.answers import Answer  # which loads PyTorch; the names of risks need none
+
 Array = npt.NDArray[Any]
 
-Losses = Callable[[Sequence[Answer], Sequence[Answer], Sequence[Example]], Array]
+Losses = Callable[[Sequence["Answer"], Sequence["Answer"], Sequence[Example]], Array]
 """What each early answer loses [n] against the full model's answer to the same example."""
 
-Quality = Callable[[Sequence[Answer], Sequence[Example]], Array]
+Quality = Callable[[Sequence["Answer"], Sequence[Example]], Array]
 """How good each answer is [n], at least 0."""
 
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 KV_POLICIES: dict[str, Any] = {"recompute": None}
 """What fills the keys and values of layers that tokens skip, by name: the class of
 `offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
-Mode = Literal["early_exit", "lossless", "full"]
+Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-"""Exits end a token; only draft it, and the full model verifies; or are off."""
+"""Exits are off; end a token; or only draft it, and the full model verifies."""
 DRAFT = 0.5
 """Score from which trained exits draft until `offramp draft` finds what is fastest: a token that is
 likelier right than wrong."""

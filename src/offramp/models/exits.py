@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone
+from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
@@ -66,21 +67,6 @@ class LogitLens(nn.Module):
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         """`hidden` [B, T, D] itself."""
         return hidden
-
-
-@dataclass(frozen=True)
-class ExitKind:
-    """How exits of a kind are built.
-
-    build: from the backbone, the depth and the indices of the exit's own cache entries, a module
-        that is called as a decoder layer is: `module(hidden, *args, **kw)`, hidden [B, T, D], with
-        that layer's mask, positions and cache; it returns the estimate [B, T, D] of the final
-        state, alone or first in a tuple.
-    entries: cache entries of its own, one for each layer in it that attends.
-    """
-
-    build: Callable[[Backbone, int, Sequence[int]], nn.Module]
-    entries: int = 1
 
 
 def copy_layer(
@@ -158,33 +144,12 @@ def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[in
     return build
 
 
-EXIT_KINDS: dict[str, ExitKind] = {
-    "layer": ExitKind(_copied),
-    "dense": ExitKind(dense_exit()),
-    "drafting": ExitKind(_drafting),
-    "lens": ExitKind(lambda *_: LogitLens()),
-}
-"""Kinds of exit by name."""
-
-_BUILT_IN = frozenset(EXIT_KINDS)
-
-
-def register_exit(
-    name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
-) -> None:
-    """Give another kind of exit a name that training, adapters and the command line know.
-
-    build, entries: see `ExitKind`.
-
-    Raises:
-        InputError: the name is a built-in kind's, or there are no entries.
-    """
-    if name in _BUILT_IN or entries < 1:
-        raise InputError(
-            f"Exits of kind {name!r} with {entries} cache entries cannot be registered.",
-            f"Use another name than {', '.join(sorted(_BUILT_IN))}, and at least one entry.",
-        )
-    EXIT_KINDS[name] = ExitKind(build, entries)
+EXIT_KINDS.update(
+    layer=ExitKind(_copied),
+    dense=ExitKind(dense_exit()),
+    drafting=ExitKind(_drafting),
+    lens=ExitKind(lambda *_: LogitLens()),
+)
 
 
 class Exits(nn.ModuleDict):
@@ -198,9 +163,9 @@ class Exits(nn.ModuleDict):
     ) -> None:
         """Build an exit at each depth.
 
-        kind: of `EXIT_KINDS`: "layer", a copy of the backbone's next layer; "drafting", the same
-            with a `DraftInput`; "dense", with one MLP in place of its experts; "lens", the logit
-            lens; or one of `register_exit`.
+        kind: "layer", a copy of the backbone's next layer; "drafting", the same with a
+            `DraftInput`; "dense", with one MLP in place of its experts; "lens", the logit lens; or
+            one of `register_exit`.
 
         Raises:
             InputError: depths that do not fit the backbone, or an unknown kind.

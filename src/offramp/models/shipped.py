@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from offramp.errors import InputError, did_you_mean
-from offramp.models.backbone import Backbone
-from offramp.models.hub import load_processor
+
+if TYPE_CHECKING:
+    import torch
+
+    from offramp.models.backbone import Backbone  # names of models need no PyTorch
 
 TINY = ("opt", "t5")
 PHOTO = "offramp/photo"
@@ -54,7 +55,7 @@ def tiny_folder(kind: str) -> Path:
 
 def load_tiny(
     kind: str,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str = "float32",
     device: str | None = None,
     **how: Any,
 ) -> tuple[Backbone, Any]:
@@ -62,6 +63,9 @@ def load_tiny(
 
     how: quantize, compile and vision, as of `Backbone.from_pretrained`.
     """
+    from offramp.models.backbone import Backbone
+    from offramp.models.hub import load_processor
+
     kind, folder = short_name(kind), tiny_folder(kind)
     backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device, **how)
     backbone.name = f"offramp/tiny-{kind}"
@@ -92,6 +96,11 @@ def load_named(
         raise InputError(
             "The backbone's name is empty.", "Give a hub name or a folder, or tiny-opt or tiny-t5."
         )
+    import torch
+
+    from offramp.models.backbone import Backbone
+    from offramp.models.hub import load_processor
+
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind = tiny_kind(name)
     how: dict[str, Any] = {"quantize": quantize, "compile": compile, "vision": vision}
@@ -115,6 +124,8 @@ def load_named(
 def _load_photo(**how: Any) -> tuple[Backbone, Any]:
     """The photo model, built where it is not, and its processor."""
     import offramp.models.photo.tower  # noqa: F401  registers the tower
+    from offramp.models.backbone import Backbone
+    from offramp.models.hub import load_processor
     from offramp.models.photo.build import built_folder
 
     folder = built_folder()

@@ -31,7 +31,8 @@ from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, OfframpError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import EXIT_KINDS, Exits, ExitSet, check_depths, copied_index
+from offramp.models.exit_kinds import EXIT_KINDS
+from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.quantized.weights import scheme
 from offramp.models.shortlist import Gate

@@ -57,7 +57,7 @@ class AdapterConfig:
     """adapter.json, read and checked.
 
     fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
-    `offramp.models.exits.EXIT_KINDS`; "layer" in adapters written before there were others.
+    `offramp.models.exit_kinds.EXIT_KINDS`; "layer" in adapters written before there were others.
     discriminators: how they are built; None: there are none. checks: what was measured of shortlist
     and gates; None: there are none. files: SHA-256 of the other files by name; None in adapters
     written before there were.

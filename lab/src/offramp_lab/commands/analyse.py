@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp_lab.experiments.analysis.analyse import AnalysisConfig
+    from offramp_lab.experiments.analysis.config import AnalysisConfig
 
     what = "held-out data; without answers it gives agreement only"
     measured_options(parser, what, adapter=False, allow_seen=True)
@@ -44,7 +44,9 @@ def _analyse(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
     from offramp.storage import check_writable
-    from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse, summary
+    from offramp_lab.experiments.analysis.analyse import analyse
+    from offramp_lab.experiments.analysis.config import AnalysisConfig
+    from offramp_lab.experiments.analysis.summary import summary
 
     config = AnalysisConfig(**filled(arguments, AnalysisConfig))
     if arguments.adapter is None and arguments.backbone is None:

@@ -76,7 +76,7 @@ def _options(parser: Parser) -> None:
 
 
 def _case_options(parser: Parser) -> None:
-    from offramp_lab.experiments.benchmark.bench import POLICIES, RATES
+    from offramp_lab.experiments.benchmark.cases import POLICIES, RATES
 
     group = parser.add_argument_group("scripted exits")
     depths_option(
@@ -166,7 +166,8 @@ def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from offramp.calibration.profiler import measure_costs
     from offramp.models.exits import Exits, ExitSet, check_depths
-    from offramp_lab.experiments.benchmark.bench import RATES, Case, any_shortlist, bench, table
+    from offramp_lab.experiments.benchmark.bench import any_shortlist, bench, table
+    from offramp_lab.experiments.benchmark.cases import RATES, Case
 
     backbone, inputs, exits = _subject(arguments)
     if exits is None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from offramp.engine.executors.slots.memory import free_bytes
 from offramp.errors import InputError, did_you_mean
-from offramp.models.backbone import Backbone
-from offramp_lab.inputs.tiny_families import models
-from offramp_lab.inputs.tiny_families.text import IMAGE, config
+
+if TYPE_CHECKING:
+    import torch  # names and sizes need no PyTorch
+    from torch import Tensor, nn
+
+    from offramp.models.backbone import Backbone
 
 FIRST_WORD = 8
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -28,18 +27,21 @@ _SIDE, _PATCHES = 28, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone to build: `config` is the text model's, and `wrap` puts a VLM around it."""
+    """A backbone to build: `config` is the text model's, and `wrap`, of
+    `offramp_lab.inputs.tiny_families.models`, puts a VLM around it."""
 
     name: str
     config: Callable[[], Any]
-    wrap: Callable[..., nn.Module]
+    wrap: str
 
     def empty(self) -> nn.Module:
         """The model with real buffers and parameters that take no memory."""
         from accelerate import init_empty_weights
 
+        from offramp_lab.inputs.tiny_families import models
+
         with init_empty_weights(include_buffers=False):
-            model: Any = self.wrap(self.config(), layers=1)
+            model: Any = getattr(models, self.wrap)(self.config(), layers=1)
         encoder = getattr(getattr(model, "language_model", None), "encoder", None)
         if encoder is not None:  # only now: its config also sizes the decoder's cache
             encoder.block = encoder.block[:1]
@@ -48,17 +50,26 @@ class Shape:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Size of the parameters, and of one exit's beside them."""
+        from offramp.models.backbone import Backbone
+
         backbone = Backbone(self.empty())
         parameters = [*backbone.model.parameters(), *backbone.layers[0].parameters()]
         numbers: int = sum(p.numel() for p in parameters)
         return numbers * dtype.itemsize
 
-    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backbone:
-        """The backbone, its weights drawn from `seed`, directly in `dtype`.
+    def build(self, dtype: torch.dtype | None = None, seed: int = 0) -> Backbone:
+        """The backbone, its weights drawn from `seed`, directly in `dtype` (None: float32).
 
         Raises:
             InputError: it does not fit into the memory that is free.
         """
+        import torch
+
+        from offramp.engine.executors.slots.memory import free_bytes
+        from offramp.models.backbone import Backbone
+        from offramp_lab.inputs.drawn_weights import fill
+
+        dtype = dtype or torch.float32
         size, free = self.bytes(dtype), free_bytes()
         if free is not None and size > free:
             raise InputError(
@@ -67,13 +78,17 @@ class Shape:
                 "Use a smaller shape or bfloat16, or free some memory.",
             )
         model = self.empty()
-        _fill(model, dtype, seed)
+        fill(model, dtype, seed)
         return Backbone(model, name=self.name)
 
     def inputs(
         self, backbone: Backbone, batch: int = 1, words: int = 32, seed: int = 0
     ) -> dict[str, Tensor]:
         """What a processor would return for `batch` prompts of an image and `words` words."""
+        import torch
+
+        from offramp_lab.inputs.tiny_families.text import IMAGE
+
         draw = torch.Generator().manual_seed(seed)
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
         ids = torch.cat([torch.full((batch, _PATCHES), IMAGE), text], 1)
@@ -92,45 +107,17 @@ def shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def _fill(model: nn.Module, dtype: torch.dtype, seed: int) -> None:
-    """Give every parameter memory and a value, tied ones together.
-
-    Matrices take turns reading from one pool of normal numbers: drawing billions would take
-    minutes. Its length is odd, so that rows do not repeat.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    pool = torch.randn(4_194_301, generator=draw).mul_(0.02).to(dtype)
-    filled: dict[int, nn.Parameter] = {}
-    offset = 0
-    for module in model.modules():
-        for name, empty in module._parameters.items():
-            if empty is None:
-                continue
-            if id(empty) not in filled:
-                value = torch.empty(empty.shape, dtype=dtype)
-                if empty.dim() > 1:
-                    _copy_round(pool, offset, value.view(-1))
-                    offset = (offset + value.numel()) % len(pool)
-                else:
-                    value.fill_(0.0 if name == "bias" else 1.0)
-                filled[id(empty)] = nn.Parameter(value, requires_grad=False)
-            module._parameters[name] = filled[id(empty)]
-
-
-def _copy_round(pool: Tensor, offset: int, flat: Tensor) -> None:
-    """Fill `flat` from the pool, from `offset` on and round and round."""
-    done = 0
-    while done < len(flat):
-        chunk = pool[offset : offset + len(flat) - done]
-        flat[done : done + len(chunk)] = chunk
-        done, offset = done + len(chunk), 0
-
-
 # -- text models ------------------------------------------------------------------------------
 
 
+def _config(name: str, **settings: Any) -> Any:
+    from offramp_lab.inputs.tiny_families.text import config
+
+    return config(name, **settings)
+
+
 def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
-    return config(
+    return _config(
         "OPT",
         num_hidden_layers=layers,
         hidden_size=width,
@@ -144,7 +131,7 @@ def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
 
 
 def _t5(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Any:
-    return config(
+    return _config(
         "T5",
         num_layers=layers,
         num_decoder_layers=layers,
@@ -164,7 +151,7 @@ def _t5(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Any
 def _llama(
     layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> Any:
-    return config(
+    return _config(
         "Llama",
         num_hidden_layers=layers,
         hidden_size=width,
@@ -181,13 +168,13 @@ def _llama(
 SHAPES: dict[str, Shape] = {
     s.name: s
     for s in (
-        Shape("opt-2.7b", lambda: _opt(32, 2560, 32, 50304), models.blip2),
-        Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), models.blip2),
-        Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), models.llava),
-        Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), models.llava),
-        Shape("mini-opt", lambda: _opt(8, 32, 2, 512), models.blip2),
-        Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), models.blip2),
-        Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), models.llava),
+        Shape("opt-2.7b", lambda: _opt(32, 2560, 32, 50304), "blip2"),
+        Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), "blip2"),
+        Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), "llava"),
+        Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), "llava"),
+        Shape("mini-opt", lambda: _opt(8, 32, 2, 512), "blip2"),
+        Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), "blip2"),
+        Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), "llava"),
     )
 }
 """By name; the minis are for trying things out."""

@@ -27,7 +27,7 @@ from offramp.engine.decoding.sequence import Sequence as Row
 from offramp.engine.executors.stack import StackExecutor
 from offramp.engine.generate import Generation
 from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
-from offramp.engine.policy import KV_POLICIES, first_token_may_exit
+from offramp.engine.policy import first_token_may_exit
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import Script, generate_forced
@@ -177,6 +177,3 @@ def measure_store(
     timing = time_interleaved({"propagate": run}, [inputs], rounds=rounds)["propagate"]
     known = costs.token + depth * costs.layer[0] + costs.exit + costs.check
     return max(0.0, (median(timing.decode) / tokens - known) / (costs.layers - depth))
-
-
-KV_POLICIES["propagate"] = Propagated

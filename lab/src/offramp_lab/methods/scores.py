@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from offramp.engine.confidence import Streak, register_score
-from offramp.engine.exit_check import ExitCheck
+from offramp.engine.confidence import Streak
 from offramp.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offramp.engine.exit_check import ExitCheck
 
 
 class Patience:
@@ -29,6 +31,8 @@ class Patience:
 
     def __call__(self, depth: int, logits: Tensor) -> Tensor:
         """The score [B] of logits [B, V] at `depth`; call with one token's exits in order."""
+        import torch
+
         ones = torch.ones(len(logits), device=logits.device)
         return (self._streak.add(depth, logits, ones) - 1.0) / self._most
 
@@ -38,7 +42,9 @@ def saturation(entry: Tensor, previous: Tensor) -> Tensor:
 
     (1 + cos) / 2 [B], of the angle between a state [B, D] and that one decoder layer earlier.
     """
-    cosine = torch.cosine_similarity(entry.float(), previous.float(), dim=-1)
+    from torch import cosine_similarity
+
+    cosine = cosine_similarity(entry.float(), previous.float(), dim=-1)
     return (0.5 + 0.5 * cosine).clamp(0.0, 1.0)
 
 
@@ -58,11 +64,8 @@ def discriminator(check: ExitCheck) -> Tensor:
     return verdict.sigmoid()
 
 
-def _saturation(check: ExitCheck) -> Tensor:
+def saturated(check: ExitCheck) -> Tensor:
+    """`saturation` [B] of a check."""
     assert check.previous is not None
     return saturation(check.entry, check.previous)
 
-
-register_score("patience", Patience, reads="exits")
-register_score("saturation", _saturation, reads="check")
-register_score("discriminator", discriminator, reads="check")

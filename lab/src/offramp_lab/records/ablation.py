@@ -44,7 +44,7 @@ from offramp.training.feature_store import FeatureStore
 from offramp.training.trainer import Trainer
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Kept, Record, Some, asked
 
 RECORD = Record("ablation")
 DEPTH, BATCH, LONGEST, SEVERITY, KEPT = 2, 32, 48, 3, 0.99
@@ -300,16 +300,9 @@ def _difference(
 
 def main() -> None:
     arguments = asked(
-        __doc__.split("\n\n")[0],
-        seeds=3,
-        out=RUNS / "ablation",
-        more=lambda parser: (
-            parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS]),
-            parser.add_argument("--shard", default="0/1", help="this process's part, e.g. 0/2"),
-            parser.add_argument("--estimate", action="store_true", help="only print what is left"),
-            parser.add_argument("--quick", action="store_true"),
-        ),
-    )
+        __doc__, out=RUNS / "ablation", seeds=3, settings=Some(SETTINGS), shard="0/1",
+        estimate=False, quick=False,
+    )  # fmt: skip
     logging.getLogger("offramp").setLevel(logging.WARNING)
     sizes = QUICK if arguments.quick else Sizes()
     out = arguments.out / "quick" if arguments.quick else arguments.out

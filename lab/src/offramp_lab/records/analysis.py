@@ -23,8 +23,9 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
-from offramp_lab.experiments.analysis.analyse import AnalysisConfig, analyse
-from offramp_lab.records.record import Record, asked
+from offramp_lab.experiments.analysis.analyse import analyse
+from offramp_lab.experiments.analysis.config import AnalysisConfig
+from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("analysis")
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
@@ -75,13 +76,7 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__,
-        out=RECORD.path,
-        more=lambda parser: parser.add_argument(
-            "--backbone", choices=TINY, nargs="+", default=TINY, help="only these"
-        ),
-    )
+    arguments = asked(__doc__, out=RECORD.path, backbone=Some(TINY))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     analyses = RECORD.read(arguments.out)
     for kind in arguments.backbone:

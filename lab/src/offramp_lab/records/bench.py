@@ -34,7 +34,8 @@ from offramp.models.shipped import TINY, load_tiny
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
-from offramp_lab.experiments.benchmark.bench import RATES, Case, any_shortlist, bench, table
+from offramp_lab.experiments.benchmark.bench import any_shortlist, bench, table
+from offramp_lab.experiments.benchmark.cases import RATES, Case
 from offramp_lab.experiments.benchmark.peers import table as peers_table
 from offramp_lab.experiments.benchmark.peers import time_peers
 from offramp_lab.experiments.experiment import bar

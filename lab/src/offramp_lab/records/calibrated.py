@@ -10,7 +10,8 @@ records/violations.json: how often a guarantee fails over random splits of a poo
     without replacement, so this is below what independent draws would give;
     `offramp_lab.records.simulated` has those.
 
-All settings that are tried on the same images share the errors (`candidates`).
+All settings that are tried on the same images share the errors (`candidates`). --boundary: that
+alone. --small: a try-out.
 """
 
 import json
@@ -26,8 +27,9 @@ import numpy as np
 from offramp import demo
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
+from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
-from offramp.calibration.calibrate import GRID, Calibration, Guarantee, calibrate
+from offramp.calibration.calibrate import GRID, Calibration, calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
@@ -49,7 +51,7 @@ from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
-from offramp_lab.records.record import Record, asked, named
+from offramp_lab.records.record import Record, Some, asked, named
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
@@ -94,14 +96,7 @@ SMALL = Sizes(
 
 def main() -> None:
     arguments = asked(
-        __doc__,
-        out=RECORDS,
-        clock=True,
-        more=lambda parser: (
-            parser.add_argument("--models", nargs="+", default=list(TINY), choices=TINY),
-            parser.add_argument("--boundary", action="store_true", help="the boundary alone"),
-            parser.add_argument("--small", action="store_true", help="a try-out"),
-        ),
+        __doc__, out=RECORDS, clock=True, models=Some(TINY), boundary=False, small=False
     )
     sizes = SMALL if arguments.small else Sizes()
     files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]

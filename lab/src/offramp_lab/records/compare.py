@@ -38,7 +38,7 @@ from offramp_lab.experiments.comparison.grid import exits_folder
 from offramp_lab.experiments.comparison.methods import FEW, Plan
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("compare")
 DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
@@ -91,17 +91,10 @@ QUICK = Sizes(
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__,
-        out=RUNS / "compare",
-        more=lambda parser: (
-            parser.add_argument("--backbone", choices=TINY, help="only this one"),
-            parser.add_argument("--quick", action="store_true"),
-        ),
-    )
+    arguments = asked(__doc__, out=RUNS / "compare", backbone=Some(TINY), quick=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     out = arguments.out / "quick" if arguments.quick else arguments.out
-    for kind in TINY if arguments.backbone is None else (arguments.backbone,):
+    for kind in arguments.backbone:
         _run(kind, out / kind, QUICK if arguments.quick else Sizes())
     files = {kind: out / kind / "record.json" for kind in TINY}
     if all(path.exists() for path in files.values()):

@@ -178,12 +178,8 @@ def own_answers(adapter: Adapter, encoder: Any, examples: Sequence[Any], file: P
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, dtype="float32", photographs=100, learn=1600,
-        more=lambda parser: (
-            parser.add_argument("--packed", action="store_true", help="lay weights out first"),
-            parser.add_argument("--gguf", metavar="FORMAT", help="inside llama.cpp"),
-            parser.add_argument("--out", type=Path, help="default: the record itself"),
-        ),
+        __doc__, photo=True, dtype="float32", out=RECORD.path, photographs=100, learn=1600,
+        packed=False, gguf="",
     )  # fmt: skip
     dtype = getattr(torch, arguments.dtype)
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)

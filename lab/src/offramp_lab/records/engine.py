@@ -8,7 +8,8 @@ and 10 minutes on an idle core.
 
 --dtype: float32 or bfloat16; the latter where the processor has instructions for it (AMX, AVX-512
 BF16), else it is many times slower. --slots: rows at once. --cpu-time: seconds of the thread, not
-of the clock, for a machine that others use too; load averages are in the record.
+of the clock, for a machine that others use too; load averages are in the record. --prepack: the
+engine's weights; a static batch's both ways.
 """
 
 import argparse
@@ -46,7 +47,10 @@ WITHIN = 0.1
 
 
 def main() -> None:
-    arguments = asked(__doc__, dtype="float32", clock=True, rounds=3, words=WORDS, more=_more)
+    arguments = asked(
+        __doc__, dtype="float32", clock=True, rounds=3, words=WORDS, slots=(8,), prepack=False,
+        more=_more,
+    )  # fmt: skip
     for name in arguments.shapes:
         for slots in arguments.slots:
             figures = measure(name, slots, arguments)
@@ -58,13 +62,9 @@ def main() -> None:
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shapes", nargs="*", default=["opt-2.7b", "flan-t5-xl", "smollm2-135m"])
-    parser.add_argument("--slots", type=int, nargs="+", default=[8])
     parser.add_argument("--lengths", type=int, nargs=2, default=(30, 60))
     parser.add_argument(
         "--cases", nargs="*", default=KINDS, choices=KINDS, help="of rows that; none: full alone"
-    )
-    parser.add_argument(
-        "--prepack", action="store_true", help="the engine's weights; a static batch's both ways"
     )
 
 

@@ -10,6 +10,7 @@ quality).
 Beside tokens a second, the share of the memory's bandwidth that reading the weights takes: the
 bytes of the layers and heads that the tokens ran, against what copying a large tensor reaches.
 --shapes, --device: smaller ones, to try it out (--device cpu runs the programs unrecorded).
+--no-compile: no compiled `generate`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,8 @@ COPIED = 1 << 28
 
 def main() -> None:
     arguments = asked(
-        __doc__, tokens=128, rounds=5, out=RECORD.path,
-        more=lambda parser: (
-            parser.add_argument("--shapes", nargs="+", default=["llava-7b", "opt-2.7b"]),
-            parser.add_argument("--device", default="cuda"),
-            parser.add_argument("--no-compile", action="store_true", help="no compiled `generate`"),
-        ),
+        __doc__, out=RECORD.path, tokens=128, rounds=5, shapes=("llava-7b", "opt-2.7b"),
+        device="cuda", no_compile=False,
     )  # fmt: skip
     device = torch.device(arguments.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

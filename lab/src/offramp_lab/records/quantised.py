@@ -32,7 +32,7 @@ from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.photo import load_photo
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
 from offramp_lab.records.runtimes.kept import KeptRuntime
@@ -254,9 +254,8 @@ def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> floa
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, photographs=100, calibrated=200, timed=3, rounds=3,
-        more=lambda parser: parser.add_argument("--parts", nargs="+", default=PARTS),
-    )  # fmt: skip
+        __doc__, photo=True, photographs=100, calibrated=200, timed=3, rounds=3, parts=Some(PARTS)
+    )
     choosing, measuring = halves(arguments.data)
 
     def bench(count: int, formats: Iterable[str]) -> Bench:

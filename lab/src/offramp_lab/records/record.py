@@ -56,6 +56,10 @@ class Record:
         self.write({n: read_json(f) for n, f in files.items() if f.is_file()}, **more)
 
 
+class Some(tuple[Any, ...]):
+    """Of these some can be asked for; all, if none is named."""
+
+
 def asked(
     doc: str | None,
     *,
@@ -64,14 +68,15 @@ def asked(
     out: Path | None = None,
     clock: bool = False,
     more: Callable[[argparse.ArgumentParser], object] = lambda _: None,
-    **numbers: float,
+    **options: Any,
 ) -> argparse.Namespace:
     """The arguments of a command; torch then runs in one thread.
 
     photo: whether it is of the photo model, and its exits; False: that may be named. dtype: its
     default. out: the file that is written if no other is named. clock: whether seconds may be those
-    of the thread; the arguments then have `clock`. numbers: options that are numbers, by name, with
-    their defaults. more: adds others.
+    of the thread; the arguments then have `clock`. options: others, by name, with their defaults: a
+    number or text, several of them, `Some`, or False for what is on once it is named. more: adds
+    what else there is.
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
@@ -81,9 +86,8 @@ def asked(
         parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
     if dtype is not None:
         parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
-    for name, default in numbers.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    for name, default in options.items():
+        _add(parser, f"--{name.replace('_', '-')}", default)
     if out is not None:
         parser.add_argument("--out", type=Path, default=out)
     if clock:
@@ -95,6 +99,19 @@ def asked(
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     return arguments
+
+
+def _add(parser: argparse.ArgumentParser, flag: str, default: Any) -> None:
+    """An option by its default."""
+    if default is False:
+        parser.add_argument(flag, action="store_true")
+        return
+    how: dict[str, Any] = {"type": type(default)}
+    if isinstance(default, tuple):
+        how = {"type": type(default[0]), "nargs": "+"}
+    if isinstance(default, Some):
+        how["choices"] = default
+    parser.add_argument(flag, default=default, help="default: %(default)s", **how)
 
 
 def named(clock: Callable[[], float]) -> str:

@@ -34,16 +34,15 @@ from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
+from offramp.engine.policy import MODES
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("serving")
-MODES = ("full", "early_exit", "lossless")
-"""In the order of the record."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
 SLOTS, LIMIT = 8, 256
@@ -82,11 +81,8 @@ class Served:
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=False, requests=96, rounds=3, out=RECORD.path,
-        more=lambda parser: (
-            parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS)),
-            parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES),
-        ),
+        __doc__, photo=False, requests=96, rounds=3, out=RECORD.path, clients=CLIENTS,
+        modes=Some(MODES),
     )  # fmt: skip
     served = photo(arguments) if arguments.photo else tiny()
     measured = measure(served, arguments)

@@ -50,7 +50,7 @@ from offramp.runtimes.llama_cpp.segment import EngineOptions
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
 from offramp.runtimes.llama_cpp.vision_tower import mtmd_tower
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("vision")
 TOKENS = 30
@@ -354,10 +354,7 @@ def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
 
 def main() -> None:
     parts = {"towers": engines, "own": own, "vit": vit, "decoding": decode, "prompts": prompts}
-    arguments = asked(
-        __doc__, photo=True, rounds=3, pictures=50,
-        more=lambda parser: parser.add_argument("--parts", nargs="+", default=[*parts]),
-    )  # fmt: skip
+    arguments = asked(__doc__, photo=True, rounds=3, pictures=50, parts=Some(parts))
     how = (arguments.pictures, arguments.rounds, arguments.data)
     made = {name: partial(part, *how) for name, part in parts.items()}
     RECORD.parts(made, arguments.parts)

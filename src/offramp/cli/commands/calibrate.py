@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
+    from offramp.calibration.asked import Guarantee
     from offramp.calibration.attempts import UNITS
-    from offramp.calibration.calibrate import Guarantee
     from offramp.calibration.risk_control import METHODS
     from offramp.calibration.risk_functions import RISKS
 
@@ -90,7 +90,8 @@ def _options(parser: Parser) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from offramp.calibration.calibrate import Guarantee, calibrate
+    from offramp.calibration.asked import Guarantee
+    from offramp.calibration.calibrate import calibrate
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS

@@ -45,7 +45,7 @@ def _options(parser: Parser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.calibrate import Guarantee
+    from offramp.calibration.asked import Guarantee
     from offramp.demo import demo, table
     from offramp.models.shipped import short_name
     from offramp.storage import check_writable

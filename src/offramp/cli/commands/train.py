@@ -52,12 +52,12 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.models.exits import EXIT_KINDS
+    from offramp.models.exit_kinds import kinds_of_exit
     from offramp.runtimes.llama_cpp import FORMATS
     from offramp.training.config import TrainConfig
 
     load_plugins()  # they may bring kinds of exits
-    kinds = [kind for kind in EXIT_KINDS if kind != "lens"]  # which has nothing to train
+    kinds = [kind for kind in kinds_of_exit() if kind != "lens"]  # which has nothing to train
     model_options(parser, required=True)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
     for title, names in GROUPS.items():

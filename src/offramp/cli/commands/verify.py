@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.verification import ROWS, SLOTS
+    from offramp.certificate import ROWS, SLOTS
 
     parser.add_argument(
         "adapter",
@@ -85,10 +85,11 @@ def _options(parser: Parser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from offramp.certificate import Settings
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress_bar
     from offramp.storage import check_writable
-    from offramp.verification import Settings, Verification, own_examples, with_thresholds
+    from offramp.verification import Verification, own_examples, with_thresholds
 
     settings = Settings(arguments.rows, arguments.slots, arguments.max_new_tokens)
     check_runtime(arguments)

@@ -15,8 +15,6 @@ import numpy as np
 from offramp.calibration.replay import Array, Replay
 from offramp.evaluation.statistics import Bootstrap
 
-POSITIONS = ("first", "middle", "end")
-
 
 def share(hits: Array, mask: Array) -> Array:
     """Sums [N, 2] of a share of tokens: hits among `mask`, and `mask`, both [N, A]."""
@@ -149,47 +147,3 @@ def by_policy(replay: Replay, depths: Array, draws: Bootstrap, subset: Array) ->
         "on_overthought": draws.estimate(share(right, subset)),
         "final_on_overthought": draws.estimate(share(final, subset)),
     }
-
-
-# -- how deep tokens need to go --------------------------------------------------------------------
-
-
-def settled(replay: Replay) -> Array:
-    """The depth [N, A] from which on every depth says the final layer's token; 0 for no token."""
-    depths = np.array([*replay.said, replay.layers])
-    same = np.stack([said == replay.final for said in replay.said.values()])
-    run = np.logical_and.accumulate(same[::-1]).sum(0)
-    return np.where(replay.mask, depths[len(same) - run], 0)
-
-
-def first_agreement(replay: Replay) -> Array:
-    """The first depth [N, A] that says the final layer's token; 0 for no token."""
-    depths = np.array([*replay.said, replay.layers])
-    same = np.stack([*(said == replay.final for said in replay.said.values()), replay.mask])
-    return np.where(replay.mask, depths[same.argmax(0)], 0)
-
-
-def positions(targets: Array, end: int) -> Array:
-    """The position [N, A] of each token: one of `POSITIONS`, "" behind an answer."""
-    names = np.where(targets >= 0, "middle", "")
-    names[:, 0] = np.where(targets[:, 0] >= 0, "first", "")
-    return np.where(targets == end, "end", names)
-
-
-def by_kind(needed: Array, kinds: Array, order: Sequence[str]) -> dict[str, Any]:
-    """For each kind of `order` that occurs: its tokens `n`, their mean depth, and shares by depth.
-
-    needed: depths [N, A]; 0 is no token. kinds: [N, A].
-    """
-    rows: dict[str, Any] = {}
-    for kind in order:
-        depths = needed[(kinds == kind) & (needed > 0)]
-        if depths.size:
-            seen, times = np.unique(depths, return_counts=True)
-            pairs = zip(seen, times, strict=True)
-            rows[kind] = {
-                "n": int(depths.size),
-                "mean_depth": float(depths.mean()),
-                "depth_shares": {str(d): float(n / depths.size) for d, n in pairs},
-            }
-    return rows

@@ -7,7 +7,7 @@ rounds; figures are ratios of medians. What was predicted is the cost of the ver
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,55 +24,19 @@ from offramp.calibration.cost_model import (
 )
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.evaluation.timing import exit_generate_fn, speedup, stock_generate_fn, time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.report.html import times
 from offramp.report.table import Table
+from offramp_lab.experiments.benchmark.cases import POLICIES, Case
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts
 from offramp_lab.experiments.experiment import machine
 from offramp_lab.methods.propagate import measure_store
 from offramp_lab.methods.propagate import token_seconds as propagated_seconds
-
-POLICIES: dict[str, dict[str, Any]] = {
-    "recompute": {"kv": "recompute"},
-    "propagate": {"kv": "propagate"},
-    "lossless": {"lossless": True},
-}
-"""What can be forced, and what it is to `ExitPolicy`."""
-
-RATES = (0.5, 0.75, 0.9)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Tokens that exit at `depth`.
-
-    rate: share of tokens that exit; lossless, where all are drafted: share of drafts that are
-        right. max_draft: lossless only; None: what the cost model finds fastest.
-    """
-
-    depth: int
-    rate: float
-    policy: str = "recompute"
-    max_draft: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise InputError(
-                f"Policy {self.policy!r} is not known.", did_you_mean(self.policy, POLICIES)
-            )
-        if not 0.0 <= self.rate <= 1.0:
-            raise InputError(
-                f"A rate of {self.rate} is not a share of tokens.", "Give numbers from 0 to 1."
-            )
-        if self.max_draft is not None and self.max_draft < 1:
-            raise InputError(
-                f"A draft of at most {self.max_draft} tokens is no draft.", "Give at least 1."
-            )
 
 
 def bench(

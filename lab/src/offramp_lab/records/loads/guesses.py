@@ -5,7 +5,8 @@
 
 The full model's own greedy answers are read once more, and at each of their tokens the first exit
 is asked what it would have said and how sure it is. Rewrites these models in
-"guesses" of lab/records/loads.json; a minute, and a few more for 240 photographs.
+"guesses" of lab/records/loads.json; a minute, and a few more for 240 photographs. --t5: exits that
+`offramp demo --backbone t5` trained.
 """
 
 import argparse
@@ -23,12 +24,7 @@ THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__, photo=False, dtype="float32", images=240,
-        more=lambda parser: parser.add_argument(
-            "--t5", type=Path, help="exits that `offramp demo --backbone t5` trained"
-        ),
-    )  # fmt: skip
+    arguments = asked(__doc__, photo=False, dtype="float32", images=240, t5="")
     figures: dict[str, Any] = {}
     examples: list[Example] = []
     for subject in subjects(arguments):
@@ -40,8 +36,8 @@ def main() -> None:
 
 def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:
     yield tiny("opt", arguments.images)
-    if arguments.t5 is not None:
-        yield tiny("t5", arguments.images, arguments.t5)
+    if arguments.t5:
+        yield tiny("t5", arguments.images, Path(arguments.t5))
     if arguments.photo is not None:
         yield photo(arguments)
 

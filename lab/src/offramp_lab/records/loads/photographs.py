@@ -9,7 +9,8 @@ Counted too is how many captions are the very tokens that a single request gets;
 tokens may tie, and the company in the batch then decides. Rewrites "photographs" in
 lab/records/loads.json, of its number format alone; five minutes each, a quiet machine.
 
---cpu-time: seconds of the thread, not of the clock, for a machine that others use too.
+--cpu-time: seconds of the thread, not of the clock, for a machine that others use too. --modes:
+full among them.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,19 +24,17 @@ from examples.photo_vlm.held_out import cider
 from transformers import StoppingCriteriaList
 
 from offramp.answers import Answer
-from offramp.engine.policy import FULL
+from offramp.engine.policy import FULL, MODES
 from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.records.loads.subjects import Subject, keep, photo
-from offramp_lab.records.record import asked, named
+from offramp_lab.records.record import Some, asked, named
 
 Clock = Callable[[], float]
 Ids = tuple[int, ...]
-MODES = ("full", "early_exit", "lossless")
-"""In the order of the record."""
 
 
 @dataclass
@@ -50,10 +49,7 @@ class Run:
 def main() -> None:
     arguments = asked(
         __doc__, photo=True, dtype="bfloat16", clock=True, images=64, slots=8, rounds=1,
-        more=lambda parser: parser.add_argument(
-            "--modes", nargs="+", default=("generate", *MODES), choices=("generate", *MODES),
-            help="full among them",
-        ),
+        modes=Some(("generate", *MODES)),
     )  # fmt: skip
     clock, slots = arguments.clock, arguments.slots
     subject = photo(arguments)

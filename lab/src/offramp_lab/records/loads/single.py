@@ -37,11 +37,8 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, dtype="bfloat16", clock=True, images=50, rounds=2,
-        more=lambda parser: parser.add_argument(
-            "--above", type=float, nargs="+", default=(0.0, 0.1)
-        ),
-    )  # fmt: skip
+        __doc__, photo=True, dtype="bfloat16", clock=True, images=50, rounds=2, above=(0.0, 0.1)
+    )
     subject = photo(arguments)
     inputs = [subject.encoder.prompts([example]) for example in subject.examples]
     others = {name: photo(arguments) for name in ("prepacked", "compiled")}

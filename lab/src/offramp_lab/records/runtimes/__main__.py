@@ -4,12 +4,12 @@ One thread. `python -m offramp_lab.records.runtimes` needs the photographs, and 
 llama-cpp-python and openvino-genai; without the latter its rows are left out. Parts, each kept in
 runs/runtimes for the others: answers (200 photographs, a quarter of an hour), calibrated (as long
 again; both go on where they were cut off), timings (of 50, half an hour, on a quiet machine) and
-callback. `--parts timings` measures only these.
+callback. `--parts timings` measures only these; --compiled times compiled code too, `generate`'s
+and ours, which takes minutes to compile.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -28,7 +28,13 @@ PARTS = ("answers", "calibrated", "timings", "callback")
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=200, timed=50, rounds=2, more=_more)
+    arguments = asked(
+        __doc__, photo=True, photographs=200, timed=50, rounds=2, compiled=False,
+        more=lambda parser: parser.add_argument(
+            "--parts", nargs="*", choices=PARTS, default=list(PARTS),
+            help="to measure; none: put the record together from those that are kept",
+        ),
+    )  # fmt: skip
 
     @cache
     def loaded() -> tuple[Bench, Bench, Sequence[Example]]:
@@ -54,17 +60,6 @@ def main() -> None:
         "callback": lambda: timings.callback(loaded()[1]),
     }
     RECORD.parts(made, arguments.parts, flags=_processor_flags())
-
-
-def _more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--parts", nargs="*", choices=PARTS, default=list(PARTS),
-        help="to measure; none: put the record together from those that are kept",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compiled", action="store_true",
-        help="time compiled code too, `generate`'s and ours, which takes minutes to compile",
-    )  # fmt: skip
 
 
 def _processor_flags() -> list[str]:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from offramp.answers import Answer
 from offramp.data.example import Example
+from offramp.engine.policy import MODES
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import Measure, interval
 from offramp_lab.experiments.experiment import same
@@ -24,8 +25,6 @@ from offramp_lab.records.runtimes.methods import (
     Name,
 )
 
-COMPARED = ("full", "early_exit", "lossless")
-"""Modes whose answers are compared."""
 LONGEST: dict[str, Any] = {"max_new_tokens": OPTIONS["max_new_tokens"]}
 AT_ONCE = 20
 """Photographs that PyTorch answers in a batch, where a row gets what it gets alone."""
@@ -54,7 +53,7 @@ def answers(bench: Bench) -> dict[str, Any]:
     sources = {(IN_TORCH, "float32"): in_torch(bench, kept)}
     sources |= {(IN_LLAMA, layers): in_llama(bench, layers, kept) for layers in FORMATS}
     given: dict[Name, list[Answer]] = {
-        (*source, mode): [] for source in sources for mode in COMPARED
+        (*source, mode): [] for source in sources for mode in MODES
     }
     del given[IN_TORCH, "float32", "lossless"]
     photographs = bench.photographs
@@ -72,7 +71,7 @@ def compare(bench: Bench, given: Mapping[Name, Sequence[Answer]]) -> dict[str, A
     full, early = (ids[IN_TORCH, "float32", mode] for mode in ("full", "early_exit"))
 
     def in_format(layers: str) -> dict[str, int]:
-        own = {mode: ids[IN_LLAMA, layers, mode] for mode in COMPARED}
+        own = {mode: ids[IN_LLAMA, layers, mode] for mode in MODES}
         return {
             "lossless_as_full": same(own["lossless"], own["full"]),
             "early_as_full": same(own["early_exit"], own["full"]),

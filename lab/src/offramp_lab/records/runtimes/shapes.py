@@ -30,7 +30,8 @@ from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
 from offramp_lab.experiments.experiment import Experiment
-from offramp_lab.inputs.shapes import _fill, shape
+from offramp_lab.inputs.drawn_weights import fill
+from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import ENGINE, IN_LLAMA, STOCK, WITH_ITS_KERNELS
 
@@ -44,12 +45,8 @@ RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits
 
 def main() -> None:
     arguments = asked(
-        __doc__, tokens=40, rounds=3, out=RECORD.path,
-        more=lambda parser: (
-            parser.add_argument("--shape", default="llava-7b"),
-            parser.add_argument("--formats", nargs="+", default=["q4_1", "q4_0"]),
-        ),
-    )  # fmt: skip
+        __doc__, out=RECORD.path, tokens=40, rounds=3, shape="llava-7b", formats=("q4_1", "q4_0")
+    )
     adapter = repeated(arguments.shape)
     entries = [
         entry
@@ -65,7 +62,7 @@ def repeated(name: str) -> Adapter:
     model: Any = shape(name).empty()
     stack = model.model.language_model
     stack.layers = nn.ModuleList([stack.layers[0]] * len(stack.layers))
-    _fill(model, torch.float32, 0)
+    fill(model, torch.float32, 0)
     backbone = Backbone(model, name=name)
     depth = backbone.depth // 4
     exits = Exits(backbone, (depth,)).requires_grad_(False)

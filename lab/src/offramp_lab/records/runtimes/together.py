@@ -38,11 +38,8 @@ Answers = Callable[[Sequence[Any]], Rows]
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, dtype="float32", photographs=52, sequences=4,
-        more=lambda parser: (
-            parser.add_argument("--formats", nargs="+", default=["q8_0", "q4_1"]),
-        ),
-    )  # fmt: skip
+        __doc__, photo=True, dtype="float32", photographs=52, sequences=4, formats=("q8_0", "q4_1")
+    )
     dtype = getattr(torch, arguments.dtype)
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
     held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
