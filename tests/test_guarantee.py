@@ -67,6 +67,8 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"thresholds": {"2": 0.1}}, "thresholds 2: 0.1 where 2: 0.9"),
         ({"first": {"2": 0.5}}, "first tokens 2: 0.5 where none"),
         ({"gates": {"2": 0.5}}, "gates 2: 0.5 where none"),
+        ({"visual_keep": 0.5}, "50% of the visual tokens where 100% were calibrated"),
+        ({"visual_ranking": "random"}, "visual tokens by random where by attention"),
         ({"weights": {"2": 0.5}}, "weights of exits 2: 0.5 where none"),
     ],
 )
@@ -93,6 +95,13 @@ def test_a_calibration_from_before_jpegs_were_shrunk_was_of_whole_ones(here: Con
     del found["conditions"]["shrink_on_load"]
     assert standing(found, here).promise is not None
     assert standing(found, replace(here, shrink_on_load=True)).promise is None
+
+
+def test_a_calibration_from_before_visual_tokens_stayed_behind_stands(here: Conditions) -> None:
+    found = calibration(here)
+    del found["conditions"]["visual_keep"]
+    assert standing(found, here).promise is not None
+    assert standing(found, replace(here, visual_keep=0.5)).promise is None
 
 
 def test_a_runtimes_tower_is_part_of_what_was_calibrated(here: Conditions) -> None:

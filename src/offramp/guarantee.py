@@ -25,6 +25,8 @@ FRAMES = 8
 """Kinds of prompts that are told apart by their first word; of more, all are one kind."""
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
+_VISUAL: Mapping[str, Any] = {"visual_keep": 1.0, "visual_ranking": "attention"}
+"""As it was before there was a choice."""
 SAME_IN_FLOAT32 = ("kernels", "vision")
 """What changes no answer of PyTorch in float32; docs/guarantees.md lists it, and tests try it."""
 
@@ -102,6 +104,8 @@ class Conditions:
     score: str | None = None
     kv: str | None = None
     exit_in_prefill: bool | None = None
+    visual_keep: float | None = None
+    visual_ranking: str | None = None
     shortlist: bool | None = None
     thresholds: Mapping[str, float] | None = None
     first: Mapping[str, float] | None = None
@@ -119,8 +123,9 @@ class Conditions:
         policies: dict[str, Any] = {
             name: Thresholds(getattr(policy, name)).to_json() for name in by_depth
         }
-        plain = ("score", "kv", "shortlist", "exit_in_prefill")
+        plain = ("score", "kv", "shortlist", "exit_in_prefill", "visual_keep")
         policies |= {name: getattr(policy, name) for name in plain}
+        policies["visual_ranking"] = policy.visual_ranking if policy.visual_keep < 1 else None
         return cls(
             dtype=str(backbone.dtype).removeprefix("torch."),
             quantized=scheme(backbone.layers) or "",
@@ -176,6 +181,8 @@ _WORDS: Mapping[str, str] = {
     "score": "score {here} where {then} was calibrated",
     "kv": "keys and values by {here} where {then} was calibrated",
     "exit_in_prefill": "first tokens {here} where they {then} when calibrated",
+    "visual_keep": "{here} of the visual tokens where {then} were calibrated",
+    "visual_ranking": "visual tokens by {here} where by {then} were calibrated",
     "shortlist": "{here} where calibrated {then}",
     "thresholds": "thresholds {here} where {then} were calibrated",
     "first": "thresholds of first tokens {here} where {then} were calibrated",
@@ -209,6 +216,8 @@ def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions,
         return bool((before or {}) == now)
     if name == "shrink_on_load":
         return bool(bool(before) == now)
+    if name in _VISUAL:
+        return bool((before or _VISUAL[name]) == now)
     if name == "vision":  # the same, before there was a choice
         before = before or TORCH
     in_torch = here.engine == TORCH  # a runtime that rounds states to 8 bits lets a last bit grow
@@ -224,6 +233,9 @@ def _shown(name: str, value: Any) -> str:
         return "may exit" if value else "ran whole"
     if name == "shrink_on_load":
         return "smaller" if value else "whole"
+    if name in _VISUAL:
+        value = value or _VISUAL[name]
+        return f"{value:.0%}" if isinstance(value, float) else str(value)
     if name == "shortlist":
         return "with a shortlist" if value else "without a shortlist"
     if name == "prompts":

@@ -35,6 +35,7 @@ from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
     Thresholds,
+    check_all_go_on,
     first_thresholds,
     policy_to_json,
 )
@@ -112,11 +113,12 @@ class Verification:
         runtime: Runtime | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """Raise `InputError` where there are no examples."""
+        """Raise `InputError` where there are no examples, or visual tokens stay behind."""
         if not examples:
             raise InputError("There are no prompts to verify by.", "Give examples.")
         self.settings = settings or Settings()
         self.policy = adapter.policy if policy is None else policy
+        check_all_go_on(self.policy, "What answers are verified by")
         self.adapter, self.encoder, self.runtime = adapter, encoder, runtime
         self.backbone: Backbone = adapter.backbone
         self.examples = list(examples)

@@ -176,6 +176,22 @@ def test_calibrate_stores_a_threshold_of_first_tokens(
     assert code == 2 and "soon" in err
 
 
+def test_calibrate_stores_the_share_of_visual_tokens_that_goes_on(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
+    lax = ("--target", 0.9, "--confidence", 0.5)
+    code, out, _ = run(*asked, *lax, "--visual-keep", "0.5")
+    told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
+    assert code == 0 and told["policy"]["visual_keep"] == told["conditions"]["visual_keep"] == 0.5
+    assert stored["policy"] == told["policy"]
+    code, out, _ = run(*asked, *lax, "--visual-keep", "1,0.5")
+    assert code == 0 and json.loads(out)["conditions"]["visual_keep"] in (1.0, 0.5)
+    for wrong in ("0", "some", "0.5,2"):
+        code, _, err = run(*asked, "--visual-keep", wrong)
+        assert code == 2 and "--visual-keep" in err
+
+
 def test_a_copy_is_no_first_attempt_on_the_same_images(
     run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
 ) -> None:

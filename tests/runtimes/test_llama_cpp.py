@@ -134,6 +134,17 @@ def test_early_exits_are_those_of_pytorch(
     assert torch.equal(found[0].scores.isnan(), found[1].scores.isnan())
 
 
+def test_visual_tokens_that_are_to_stay_behind_are_refused(loaded: Any) -> None:
+    policy = replace(adapter_of("llava").policy, visual_keep=0.5)
+    with pytest.raises(InputError, match=r"llama\.cpp runs all visual tokens"):
+        loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
+    lossless = loaded("llava").generate(
+        inputs_of("llava"), policy=replace(policy, lossless=True), **GREEDY
+    )
+    full = loaded("llava").generate(inputs_of("llava"), policy=FULL, **GREEDY)
+    assert torch.equal(lossless.sequences, full.sequences)
+
+
 def test_scores_are_those_of_pytorch(loaded: Any) -> None:
     for score in ("max_probability", "margin", "entropy", "agreement"):
         policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.3), score=score, shortlist=True)

@@ -3,10 +3,10 @@
 One pass of the full model over the examples gives its answers, a replay of these what the exits
 would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
-the path is found on a part of the images that is not tested on (`threshold_search`), and so is a
-threshold of first tokens. What is drawn is images, and all attempts on the same images share one
-error budget (`attempts`). What the answers were made by is noted beside the guarantee
-(`offramp.guarantee`).
+the path is found on a part of the images that is not tested on (`threshold_search`), and so are a
+threshold of first tokens and a share of visual tokens. What is drawn is images, and all attempts
+on the same images share one error budget (`attempts`). What the answers were made by is noted
+beside the guarantee (`offramp.guarantee`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from offramp.calibration.threshold_evaluator import (
     first_threshold,
     path_of,
     split_images,
+    visual_share,
 )
 from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
@@ -52,10 +53,13 @@ from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import (
     ExitPolicy,
     Thresholds,
+    check_all_go_on,
+    check_visual_keep,
     first_token_may_exit,
     policy_to_json,
     resolved,
 )
+from offramp.engine.pruning import Pruner
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
 from offramp.guarantee import Conditions, of_processor, prompt_frames
@@ -170,6 +174,7 @@ def calibrate(
     candidates: int = 1,
     thresholds: Sequence[float] = GRID,
     first: float | str | None = None,
+    visual_keep: Sequence[float] | None = None,
     batch_size: int = 64,
     costs: Costs | None = None,
     runtime: Runtime | None = None,
@@ -188,6 +193,9 @@ def calibrate(
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
             searched, on images that are then not tested on. None: the policy's own.
+        visual_keep: share of a prompt's visual tokens that goes on behind the first exit: one, as
+            chosen before any of these images was looked at; or several, down to the smallest of
+            which is searched, on images that are then not tested on. None: the policy's own.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, declared,
             candidates: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
@@ -204,6 +212,9 @@ def calibrate(
     """
     asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
     policy = _policy_of(policy, first, adapter, encoder)
+    shares = _shares_of(visual_keep, adapter, runtime)
+    if visual_keep is not None:
+        policy = replace(policy, visual_keep=1.0 if shares else float(visual_keep[0]))
     if policy.lossless:
         raise InputError(
             "Lossless answers are the full model's, so there is no risk to calibrate.",
@@ -221,10 +232,15 @@ def calibrate(
     settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
     if first == AUTO:
         settings["first"] = AUTO
+    if shares:
+        settings["visual_keep"] = list(shares)
     if unit == "answer":  # by which bets are scaled
         settings["largest"] = max(len(image.rows) for image in images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
-    trial = _trial(whole, images, thresholds, attempts, digest, asked, search_first=first == AUTO)
+    trial = _trial(
+        whole, images, thresholds, attempts, digest, asked,
+        search_first=first == AUTO, shares=shares,
+    )  # fmt: skip
     draws, points = _walk(trial, progress(trial.turn.path or ()), asked)
     calibration = _decide(trial, draws, points, asked, examples_digest(examples))
     if points:  # else nothing was tested, and no errors were risked
@@ -264,11 +280,30 @@ def _policy_of(
     return policy
 
 
+def _shares_of(
+    visual_keep: Sequence[float] | None, adapter: Adapter, runtime: Runtime | None
+) -> tuple[float, ...]:
+    """The shares of visual tokens that are searched; none where one is given, or none is. Raise
+    `InputError` before anything runs where none can stay behind."""
+    shares = tuple(visual_keep or ())
+    if visual_keep is not None and not shares:
+        raise InputError("No share of the visual tokens was given.", "Give some, such as (1, 0.5).")
+    for share in shares:
+        check_visual_keep(share)
+    asked = ExitPolicy(Thresholds.shared(adapter.exits.depths, 1.0), visual_keep=min(shares or [1]))
+    if asked.pruning is not None:
+        Pruner(adapter.backbone, adapter.exits, asked.pruning)
+        if runtime is not None:
+            check_all_go_on(asked, runtime.name)
+    return shares if len(shares) > 1 else ()
+
+
 def _attempt(
     trial: _Trial, calibration: Calibration, asked: str, settings: dict[str, Any]
 ) -> Attempt:
     """What is kept of an attempt."""
     searched = settings.get("first") == AUTO
+    share = {"visual_keep": trial.tested.policy.visual_keep} if "visual_keep" in settings else {}
     outcome: dict[str, Any] = {
         n: getattr(calibration, n) for n in ("n", "measured", "bound", "reason")
     }
@@ -281,6 +316,7 @@ def _attempt(
         path=trial.turn.path or (),
         outcome={
             **outcome,
+            **share,
             "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
             **({"first": Thresholds(trial.tested.policy.first).to_json()} if searched else {}),
         },
@@ -352,12 +388,17 @@ def _trial(
     asked: Guarantee,
     *,
     search_first: bool,
+    shares: Sequence[float],
 ) -> _Trial:
-    search, tested = split_images(whole, images, first=search_first)
+    search, tested = split_images(whole, images, also=search_first or bool(shares))
     any_time = TESTS[first_test(asked.test)].any_time
     if asked.declared is not None:
         tested = _declared(tested, asked.declared)
     turn = turn_of(attempts, digest, tested, any_time=any_time)
+    if shares and turn.continues is not None:
+        whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
+    elif shares:
+        whole = whole.with_visual_keep(visual_share(whole, search, shares, asked.target))
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
@@ -446,7 +487,7 @@ def _decide(
 def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
     """The policy at a point of the path; None: without thresholds."""
     if point is None:
-        return replace(policy, thresholds={}, first={})
+        return replace(policy, thresholds={}, first={}, visual_keep=1.0)
     first = {d: t for d, t in policy.first.items() if d in point.thresholds}
     return replace(policy, thresholds=point.thresholds, first=first)
 

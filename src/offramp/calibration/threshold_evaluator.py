@@ -29,6 +29,9 @@ SEARCH = 0.3
 """Share of the images on which several exits' path, and a threshold of first tokens, are found."""
 FIRST_SHARE = 0.25
 """Share of a risk's target that changed first tokens may be of the answers searched on."""
+KEEP_SHARE = 0.5
+"""Share of a risk's target that may be lost, on the answers searched on, to visual tokens that stay
+behind where no token exits."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ class ThresholdEvaluator:
         replayed = None if self.replay is None else replace(self.replay, policy=policy)
         return replace(self, policy=policy, replay=replayed)
 
+    def with_visual_keep(self, share: float) -> ThresholdEvaluator:
+        """Such a share of the visual tokens goes on; below 1 a replay shows nothing."""
+        policy = replace(self.policy, visual_keep=share)
+        if share == 1:
+            return replace(self, policy=policy)
+        doubtful = np.ones(len(self.examples), dtype=bool)
+        return replace(self, policy=policy, replay=None, doubtful=doubtful)
+
     def changed_first(self, threshold: float) -> Array:
         """Answers [n] whose first token is not the full model's, where it exits at `threshold`."""
         shared = Thresholds.shared(self.depths, threshold)
@@ -160,23 +171,24 @@ class ThresholdEvaluator:
 
 
 def split_images(
-    whole: ThresholdEvaluator, images: Sequence[ImageRows], *, first: bool = False
+    whole: ThresholdEvaluator, images: Sequence[ImageRows], *, also: bool = False
 ) -> tuple[list[ImageRows], list[ImageRows]]:
     """Images on which a path is searched, and those on which it is tested: by rank, so that more
-    images move none from one to the other. first: whether a threshold of first tokens is
-    searched too.
+    images move none from one to the other. also: whether a threshold of first tokens, or a
+    share of visual tokens, is searched too.
 
     Raises:
         DataError: too few images for both.
     """
-    if not (first or searches(whole)):
+    if not (also or searches(whole)):
         return [], list(images)
     search = [image for image in images if image.rank < SEARCH]
     tested = [image for image in images if image.rank >= SEARCH]
     if not search or not tested:
         raise DataError(
             f"{len(images)} images are too few to search thresholds on some and test on others.",
-            "Give more images, or calibrate one exit, with no threshold searched for first tokens.",
+            "Give more images, or calibrate one exit, with no threshold searched for first tokens "
+            "and no share of visual tokens.",
         )
     return search, tested
 
@@ -200,6 +212,24 @@ def first_threshold(
         if part.changed_first(threshold).mean() > FIRST_SHARE * target:
             break
         found = float(threshold)
+    return found
+
+
+def visual_share(
+    whole: ThresholdEvaluator,
+    search: Sequence[ImageRows],
+    shares: Sequence[float],
+    target: float,
+) -> float:
+    """The smallest of the shares of visual tokens down to which answers none of whose tokens exits
+    lose at most `KEEP_SHARE` of the target, of those searched on; 1 where there is none."""
+    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
+    never = Thresholds.shared(part.depths, 1.0)
+    found = 1.0
+    for share in sorted(set(shares) - {1}, reverse=True):
+        if part.with_visual_keep(share).losses(never).mean() > KEEP_SHARE * target:
+            break
+        found = float(share)
     return found
 
 

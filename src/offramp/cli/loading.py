@@ -210,7 +210,7 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
 
 
 def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter's policy, with what --threshold, --first-threshold, --score and
+    """The adapter's policy, with what --threshold, --first-threshold, --visual-keep, --score and
     --exit-in-prefill change."""
     from dataclasses import replace
 
@@ -221,6 +221,6 @@ def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
     if arguments.first_threshold is not None:
         first = dict.fromkeys(adapter.exits.depths, arguments.first_threshold)
         policy = replace(policy, first=first, exit_in_prefill=True)
-    names = ("score", "exit_in_prefill")
+    names = ("score", "exit_in_prefill", "visual_keep")
     changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return replace(policy, **changes)

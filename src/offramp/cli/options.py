@@ -12,7 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.parser import Flattened, Parser, one_of, or_none, seed, share, whole, whole_numbers
+from offramp.cli.parser import (
+    Flattened,
+    Parser,
+    one_of,
+    or_none,
+    seed,
+    share,
+    some,
+    whole,
+    whole_numbers,
+)
 from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
@@ -393,6 +403,7 @@ def policy_options(parser: Parser, *, threshold: bool) -> Any:
     scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     own_first_option(group, auto=not threshold)
+    visual_keep_option(group, several=not threshold)
     group.add_argument(
         "--exit-in-prefill",
         action=argparse.BooleanOptionalAction,
@@ -414,6 +425,22 @@ def own_first_option(group: Any, *, auto: bool = False) -> None:
         metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         f"exit{searched} (default: the adapter's)",
+    )
+
+
+def visual_keep_option(group: Any, *, several: bool = False) -> None:
+    """The option of a share of visual tokens. several: whether some can be given to be searched."""
+
+    def shares(text: str) -> Any:
+        return tuple(some(part) for part in text.split(",")) if several else some(text)
+
+    searched = "; several, as 1,0.5,0.25: searched, on 30%% of the images" if several else ""
+    group.add_argument(
+        "--visual-keep",
+        type=shares,
+        metavar="X",
+        help="share of a prompt's visual tokens that goes on behind the first exit, for models "
+        f"with hundreds of them{searched} (default: the adapter's)",
     )
 
 

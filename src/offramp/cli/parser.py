@@ -153,6 +153,14 @@ def share(text: str) -> float:
     return number
 
 
+def some(text: str) -> float:
+    """A type of options: numbers above 0 and up to 1."""
+    number = share(text)
+    if not number:
+        raise argparse.ArgumentTypeError("0 is not in (0, 1]")
+    return number
+
+
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
     """A type of options: whole numbers from `least`, with commas between."""
     number = whole(least)

@@ -252,7 +252,7 @@ def write_answers(
         prompt, firsts = decoder.read(one, prepared, group, rule, first=first)
         with torch.inference_mode():
             sequences += [
-                decoder.join(prompt, row, sampler, rule, said, owner=sampler.row)
+                decoder.join(prompt, row, sampler, rule, said, owner=sampler.row, opening=first)
                 for row, (sampler, said) in enumerate(zip(group, firsts, strict=True))
             ]
         del prompt

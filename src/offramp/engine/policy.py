@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from offramp.engine.confidence import check_score, check_weights
 from offramp.errors import InputError, check_known
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 KV_POLICIES: dict[str, Any] = {"recompute": None}
 """What fills the keys and values of layers that tokens skip, by name: the class of
 `offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
+RANKINGS = ("attention", "random")
+"""What says which visual tokens go on behind an exit: how much the prompt's last token attends to
+each in the exit; or chance, the control that others are held to."""
 Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Exits are off; end a token; or only draft it, and the full model verifies."""
@@ -53,6 +56,15 @@ class Thresholds(dict[int, float]):
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
+class Pruning(NamedTuple):
+    """Visual tokens stay behind at `depth`: of each prompt's, the share `keep` goes on to the
+    layers above, the first by a ranking of `RANKINGS`."""
+
+    depth: int
+    keep: float
+    ranking: str
+
+
 _BY_DEPTH = ("thresholds", "first", "drafts", "guesses", "weights", "gates")
 
 
@@ -85,6 +97,11 @@ class ExitPolicy:
         are over these (`offramp.models.shortlist`).
     gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
         that. A depth that is missing has no gate.
+    visual_keep: share of a prompt's visual tokens, above 0 and up to 1, that go on to the layers
+        above the first exit (`offramp.engine.pruning`). Below 1 it changes answers, at full depth
+        too, so thresholds are calibrated with it. Lossless answers are the full model's: there all
+        go on.
+    visual_ranking: of `RANKINGS`: which of them.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
@@ -99,9 +116,18 @@ class ExitPolicy:
     shortlist: bool = False
     gates: Mapping[int, float] = field(default_factory=dict)
     first: Mapping[int, float] = field(default_factory=dict)
+    visual_keep: float = 1.0
+    visual_ranking: str = "attention"
 
     def __post_init__(self) -> None:
         check_score(self.score)
+        check_known("Ranking of visual tokens", [self.visual_ranking], RANKINGS)
+        check_visual_keep(self.visual_keep)
+        if self.visual_keep < 1 and self.kv != "recompute":
+            raise InputError(
+                f"Visual tokens stay behind with exact keys and values, not KV policy {self.kv!r}.",
+                "Use kv='recompute', or visual_keep=1.",
+            )
         check_registered("KV policy", self.kv, lambda: KV_POLICIES)
         if self.lossless and self.kv != "recompute":
             raise InputError(
@@ -128,6 +154,13 @@ class ExitPolicy:
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds=self.drafts, drafts={}, guesses={}, gates={})
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """What stays behind at the first exit; None: nothing."""
+        if self.lossless or self.visual_keep == 1 or not self.thresholds:
+            return None
+        return Pruning(min(self.thresholds), self.visual_keep, self.visual_ranking)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -168,6 +201,25 @@ class ExitPolicy:
             return self
         check_known("Mode", [mode], MODES)
         return FULL if mode == "full" else replace(self, lossless=mode == "lossless")
+
+
+def check_visual_keep(share: Any) -> None:
+    """Raise `InputError` for what is no share of the visual tokens."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise InputError(
+            f"A share of {share!r} of the visual tokens cannot go on.",
+            "Give a number above 0 and up to 1, where all do.",
+        )
+
+
+def check_all_go_on(policy: ExitPolicy, who: str) -> None:
+    """Raise `InputError` where visual tokens are to stay behind, and `who` runs all of them."""
+    if policy.pruning is not None:
+        raise InputError(
+            f"{who} runs all visual tokens through all layers, and the policy lets "
+            f"{policy.visual_keep:g} of them go on behind depth {policy.pruning.depth}.",
+            "Use a policy with visual_keep=1; others need PyTorch, where layers run in slots.",
+        )
 
 
 FULL = ExitPolicy()
@@ -269,10 +321,12 @@ class GenerationOutput:
 
 
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
-    """A policy as JSON, whose keys are text. Without thresholds of first tokens it is what it was
-    before there were any, by which attempts are known."""
+    """A policy as JSON, whose keys are text. Without thresholds of first tokens, and where all
+    visual tokens go on, it is what it was before there were such, by which attempts are known."""
     told = {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
-    return told if policy.first else {n: value for n, value in told.items() if n != "first"}
+    later = {"first": bool(policy.first)}
+    later |= dict.fromkeys(("visual_keep", "visual_ranking"), policy.visual_keep < 1)
+    return {name: value for name, value in told.items() if later.get(name, True)}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:

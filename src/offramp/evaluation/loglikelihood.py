@@ -14,7 +14,7 @@ from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import ExitScorer, gates_of_policy
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
-from offramp.engine.policy import FULL, ExitPolicy, first_thresholds
+from offramp.engine.policy import FULL, ExitPolicy, check_all_go_on, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.models.backbone import Backbone
@@ -29,10 +29,11 @@ def follows_policy(policy: ExitPolicy) -> bool:
 
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
     exited, so one pass over a candidate gives every token's exit and its probability there. With
-    propagated ones they do; candidates are then ranked by the full model. So they are in lossless
-    mode, where what comes out is the full model's.
+    propagated ones they do, and where visual tokens stay behind one pass does not show it;
+    candidates are then ranked by the full model. So they are in lossless mode, where what comes out
+    is the full model's.
     """
-    return policy.kv == "recompute" and not policy.lossless
+    return policy.kv == "recompute" and not policy.lossless and policy.pruning is None
 
 
 @torch.inference_mode()
@@ -54,7 +55,9 @@ def candidate_scores(
 
     Raises:
         DataError: a candidate is longer than the backbone's positions.
+        InputError: a policy by which visual tokens stay behind.
     """
+    check_all_go_on(policy, "A pass over candidates")
     backbone = encoder.backbone
     ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
     prompts = encoder.prompts([example])

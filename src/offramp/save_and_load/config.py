@@ -46,6 +46,8 @@ _CONDITIONS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
     **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
     **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
+    "visual_keep": _NUMBER,
+    "visual_ranking": (str,),
     "longest": (int,),
     "prompts": (list,),
 }

@@ -262,19 +262,16 @@ class EngineCore(Jobs):
                     self.decoder.executor = self._host.executor()
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
+                opening = first_thresholds(self.backbone, policy)
                 prompt, [first] = self.decoder.read(
-                    reads,
-                    given,
-                    [sampler],
-                    rule,
-                    first=first_thresholds(self.backbone, policy),
+                    reads, given, [sampler], rule, first=opening
                 )
         finally:
             self._reading = None
         length = self._host.columns(prompt)
         self._check_room(length, sampler.most or 0)
         with torch.inference_mode():
-            self.decoder.join(prompt, 0, sampler, rule, first, job)
+            self.decoder.join(prompt, 0, sampler, rule, first, job, opening=opening)
         return min(max(tokens, length), self.config.budget)
 
     def _policy(self, request: Request) -> tuple[ExitPolicy, bool | None]:

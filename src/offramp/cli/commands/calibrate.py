@@ -141,6 +141,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         costs=costs,
         runtime=runtime,
         first=first,
+        visual_keep=arguments.visual_keep,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda path: progress(path, "calibrate"),
@@ -175,7 +176,7 @@ def _say_how_long(
         batch_size=rows, max_new_tokens=arguments.max_new_tokens,
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
-    replayed = arguments.runtime == "torch" and can_replay(policy)
+    replayed = arguments.runtime == "torch" and can_replay(policy) and not arguments.visual_keep
     passes = 2 if replayed else 1 + len(GRID)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 
@@ -231,6 +232,8 @@ def _table(calibration: Any) -> str:
         speed = calibration.speedup
         own = calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
+        if calibration.policy.pruning is not None:
+            first += f". Visual tokens that go on: {calibration.policy.visual_keep:.0%}"
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "

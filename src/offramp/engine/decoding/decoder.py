@@ -21,7 +21,8 @@ from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, t
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
-from offramp.engine.decoding.sequence import NAN, Sequence, Token
+from offramp.engine.decoding.sequence import NAN, Sequence, Token, Unsaid
+from offramp.engine.policy import Pruning
 from offramp.errors import InputError
 
 
@@ -67,12 +68,19 @@ class Decoder:
         rule: ExitRule,
         *,
         first: Mapping[int, float] | None = None,
-    ) -> tuple[Any, list[Token]]:
-        """Read a prompt of one or more rows, and choose each row's first token.
+    ) -> tuple[Any, list[Token | Unsaid]]:
+        """Read a prompt of one or more rows, and choose each row's first token. Where visual tokens
+        stay behind at an exit and it does not say it, layers above do once the row has joined.
 
         first: thresholds at which the exits may say it, by depth; None: the rule's.
+
+        Raises:
+            InputError: visual tokens are to stay behind, and the executor cannot.
         """
         opening = rule.opening(rule.thresholds if first is None else first)
+        more: dict[str, Any] = {}
+        if rule.pruning is not None:
+            more["pruning"] = self._checked(rule.pruning)
         firsts: list[Token | None] = [None] * len(samplers)
         scores = [NAN] * len(samplers)
         questions = [Question(sampler, opening, ()) for sampler in samplers]
@@ -104,16 +112,29 @@ class Decoder:
             decide=decide if opening.exiting else None,
             looks=self.reader.looks(questions),
             keep=rule.ahead,
+            **more,
         )
         open_ = [row for row, said in enumerate(firsts) if said is None]
-        if open_:
+        if open_ and prompt.logits is not None:
             logits = prompt.logits if len(open_) == len(firsts) else prompt.logits[open_]
             words = self.reader.of_logits(logits, [questions[row] for row in open_])
             for row, word in zip(open_, words, strict=True):
                 if isinstance(word, Exception):
                     raise word
                 firsts[row] = Token(word, self.layers, scores[row])
-        return prompt, [said for said in firsts if said is not None]
+        return prompt, [
+            Unsaid(score, question.scorer) if said is None else said
+            for said, score, question in zip(firsts, scores, questions, strict=True)
+        ]
+
+    def _checked(self, pruning: Pruning) -> Pruning:
+        if not getattr(self.executor, "prunes", False):
+            raise InputError(
+                f"The policy lets {pruning.keep:g} of the visual tokens go on behind depth "
+                f"{pruning.depth}, and what runs the layers here cannot leave any behind.",
+                "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
+            )
+        return pruning
 
     def join(
         self,
@@ -121,10 +142,14 @@ class Decoder:
         row: int,
         sampler: TokenSampler,
         rule: ExitRule,
-        first: Token,
+        first: Token | Unsaid,
         owner: Any = None,
+        *,
+        opening: Mapping[int, float] | None = None,
     ) -> Sequence:
-        """Take a row of a prompt over; its first token is given out at once.
+        """Take a row of a prompt over; its first token, if it is said, is given out at once.
+
+        opening: thresholds of one that is not, as `first` of `read`.
 
         Raises:
             InputError: lossless, of a model whose states hold the whole text.
@@ -139,9 +164,13 @@ class Decoder:
                     "Use a policy with lossless=False.",
                 )
             rule = replace(rule, guesses=None)
-        sequence = Sequence(sampler, rule, *loaded, first=first, layers=self.layers, owner=owner)
+        sequence = Sequence(
+            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner,
+            opening=rule.opening(rule.thresholds if opening is None else opening),
+        )  # fmt: skip
         if self.reader.follows:
-            sequence.scorer = self.reader.scorer()
+            unsaid = first if isinstance(first, Unsaid) else None
+            sequence.scorer = self.reader.scorer() if unsaid is None else unsaid.scorer
         self.sequences.append(sequence)
         self._settle(sequence)
         return sequence
@@ -336,7 +365,7 @@ class Decoder:
                     questions.append((row, place))
             spans.append(span)
             count += span.end - span.first
-        puts = [self._question(row, row.ids[:place]) for row, place in questions]
+        puts = [self._question(row, row.ids[:place], place) for row, place in questions]
         output = self.executor.run(segment, spans, asked, self.reader.looks(puts))
         for row, span in zip(rows, spans, strict=True):
             row.ran[segment] = span.end
@@ -347,7 +376,7 @@ class Decoder:
         return count
 
     def _is_asked(self, row: Sequence, place: int, depth: int) -> bool:
-        return depth in row.rule.thresholds and not row.asked[place].drafted
+        return depth in row.rule_at(place).thresholds and not row.asked[place].drafted
 
     def _ask(
         self,
@@ -366,10 +395,11 @@ class Decoder:
             if isinstance(verdict, Exception):
                 row.error, right = verdict, False
             elif verdict is not None and verdict.open:
-                score = row.rule.shown(depth, verdict)
-                if row.rule.exits(depth, verdict):
+                rule = row.rule_at(place)
+                score = rule.shown(depth, verdict)
+                if rule.exits(depth, verdict):
                     token = Token(verdict.token, depth, score)
-                    if row.rule.lossless:
+                    if rule.lossless:
                         right = row.draft(place, token)
                     else:
                         right = self._give(row, place, token)
@@ -494,8 +524,8 @@ class Decoder:
             room -= 1
         return max(0, room)
 
-    def _question(self, row: Sequence, before: list[int]) -> Question:
-        return Question(row.sampler, row.rule, before, row.scorer)
+    def _question(self, row: Sequence, before: list[int], place: int = 1) -> Question:
+        return Question(row.sampler, row.rule_at(place), before, row.scorer)
 
     def _settle(self, row: Sequence) -> None:
         """Give out what can no longer change, until the answer is over."""

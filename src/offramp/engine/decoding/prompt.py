@@ -3,7 +3,8 @@
 `generate` of the model itself checks the options and makes the logits processors, the stopping
 criteria and the cache. The prompt then runs through the model's own stack, the exits storing their
 keys along. Where every row's first token exits, it *waits* there: the layers above run over it when
-a later token needs them. A long prompt runs in chunks, the cache growing, so that others need not
+a later token needs them. Where visual tokens stay behind at an exit, it waits there too, whoever
+says the first token. A long prompt runs in chunks, the cache growing, so that others need not
 wait for all of it.
 """
 
@@ -24,8 +25,10 @@ from offramp.engine.kv_cache import (
     self_attention,
     store_exit_keys,
 )
+from offramp.engine.policy import Pruning
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
+from offramp.engine.pruning import Pruner
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -40,10 +43,12 @@ class Prompt:
     prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
     of the layers, and of the exits behind them. prefill: what later calls of the stack repeat.
     real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
-    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth.
+    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
+    None where visual tokens stay behind, and it waits whether all first tokens exited or not.
     waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
     last columns that have yet to run the layers above; None where all ran. kept: what the drafting
-    exit made of each row's newest token [B, D], where it was asked to be kept.
+    exit made of each row's newest token [B, D], where it was asked to be kept. goes_on: which of
+    its columns [B, T] go on from where it waits; None: all.
     """
 
     prepared: Prepared
@@ -51,9 +56,10 @@ class Prompt:
     prefill: Prefill
     real: Tensor | None
     encoder: tuple[Tensor, Tensor | None] | None
-    logits: Tensor
+    logits: Tensor | None
     waits: tuple[int, Tensor] | None
     kept: Tensor | None = None
+    goes_on: Tensor | None = None
 
     @property
     def positions(self) -> Tensor | None:
@@ -105,6 +111,8 @@ class PromptReader:
         self._waits: tuple[int, Tensor] | None = None
         self._keep: int | None = None
         self._kept: Tensor | None = None
+        self._pruner: Pruner | None = None
+        self._shares: Tensor | None = None  # what the newest tokens attend to where it prunes
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """What the model's own `generate` would begin with; as `prepare_checked`."""
@@ -118,16 +126,22 @@ class PromptReader:
         decide: Decide | None = None,
         looks: Looks = anyone,
         keep: int | None = None,
+        pruning: Pruning | None = None,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
         every exit; None: it runs to full depth. looks: whether anyone looks at an exit. keep: depth
-        of the exit that drafts on from what it makes of the newest token.
+        of the exit that drafts on from what it makes of the newest token. pruning: where visual
+        tokens stay behind; such a prompt runs in one piece, and its keys are not kept for others.
 
         Raises:
-            InputError: longer than the backbone's positions; a cache that exits cannot share.
+            InputError: longer than the backbone's positions; a cache that exits cannot share; a
+                prompt of which visual tokens cannot stay behind.
         """
+        if pruning is not None:
+            assert self.exits is not None
+            self._pruner = Pruner(self.backbone, self.exits, pruning)
         self.exits_on = self._depths if use_exits else ()
         self._decide, self._looks, self._waits, self._last = decide, looks, None, True
         self.cache, self._keep = prepared.cache, keep
@@ -136,12 +150,12 @@ class PromptReader:
                 return self._read(prepared)
         finally:
             self.cache = self._decide = self._before = self._waits = None
-            self._keep = self._kept = self._served = None
+            self._keep = self._kept = self._served = self._pruner = self._shares = None
 
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(self.cache, entries, self.backbone.depth)
-        kept = self._prefix_cache
+        kept = self._prefix_cache if self._pruner is None else None
         with nullcontext() if kept is None else kept.serving(self) as self._served:
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
@@ -152,8 +166,14 @@ class PromptReader:
         if self.backbone.is_encoder_decoder:  # the other is the encoder's
             mask = prefill.prefill.get("attention_mask")
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
-        logits = prefill.logits
-        return Prompt(prepared, self.cache, prefill, real, encoder, logits, self._waits, self._kept)
+        logits: Tensor | None = prefill.logits
+        goes_on = None
+        if self._pruner is not None:
+            assert self._shares is not None
+            logits, goes_on = None, self._pruner.goes_on(prepared.ids, self._shares, real)
+        return Prompt(
+            prepared, self.cache, prefill, real, encoder, logits, self._waits, self._kept, goes_on
+        )
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
         """The stack's forward pass; what it returns is of the last chunk."""
@@ -163,6 +183,7 @@ class PromptReader:
             args
             or embeds is None
             or embeds.shape[1] <= self._chunk
+            or self._pruner is not None
             or not can_shorten(kw, self.cache, self.backbone)
         ):
             return self._run_stack(*args, **kw)
@@ -185,6 +206,8 @@ class PromptReader:
         if self._waits is not None:
             return self.backbone.skipped_layer_output(call)
         here, newest = self.backbone.here, call.hidden[:, -1]
+        if self._pruner is not None and call.index == self._pruner.pruning.depth:
+            return self._prune(self._pruner, call)
         if call.index == self._keep:
             assert self.exits is not None
             self._kept = here(self.exits.run(call.index, call)[:, -1])
@@ -205,6 +228,16 @@ class PromptReader:
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)
         return call.run(call.layer)
+
+    def _prune(self, pruner: Pruner, call: LayerCall) -> Any:
+        """The exit at which visual tokens stay behind: it says which, and the prompt waits."""
+        here, newest = self.backbone.here, call.hidden[:, -1]
+        states, self._shares = pruner.run(call)
+        if self._decide is not None and self._looks(call.index, here(newest)):
+            output = ExitOutput(here(newest), here(states[:, -1]), self._before)
+            self._decide(call.index, output)
+        self._waits = call.index, call.hidden
+        return self.backbone.skipped_layer_output(call)
 
 
 def columns_of(prompt: Prompt) -> int:

@@ -92,7 +92,9 @@ class Reader(Protocol):
 
 class ReadsPrompts(Protocol):
     """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
-    not every row's first token exited; the rest of it is the executor's affair."""
+    not every row's first token exited, or None, where the prompt waits at an exit all the same and
+    layers above are to say it; the rest of it is the executor's affair. Where visual tokens are to
+    stay behind, `read` is given `pruning` too, of `offramp.engine.policy.Pruning`."""
 
     def read(
         self,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, Pruning
 
 OPEN_GUESSES = 5
 """Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
@@ -40,6 +40,7 @@ class ExitRule:
     the threshold goes on all the same, until deeper layers have spoken. most: drafts or guesses
     that may be open at a time; None: any number. ahead: lossless, depth of the exit that drafts on
     from its own state (`offramp.engine.drafter`); None: drafts are what exits say of fed tokens.
+    pruning: where visual tokens of the prompt stay behind; None: nowhere.
     """
 
     thresholds: Mapping[int, float]
@@ -47,6 +48,7 @@ class ExitRule:
     guesses: Mapping[int, float] | None = None
     most: int | None = None
     ahead: int | None = None
+    pruning: Pruning | None = None
 
     @classmethod
     def of(cls, policy: ExitPolicy, guess_above: float | None = None) -> ExitRule:
@@ -61,7 +63,8 @@ class ExitRule:
         most: int | None = policy.max_draft if policy.lossless else OPEN_GUESSES
         if guess_above is not None and not policy.guesses:
             most = None  # its caller's schedule says when the layers above are asked
-        return cls({d: _single(t) for d, t in at.items()}, policy.lossless, guesses or None, most)
+        thresholds = {d: _single(t) for d, t in at.items()}
+        return cls(thresholds, policy.lossless, guesses or None, most, pruning=policy.pruning)
 
     @classmethod
     def drafting(cls, policy: ExitPolicy, depth: int) -> ExitRule:

@@ -42,10 +42,19 @@ class Asked(NamedTuple):
     score: float = NAN
 
 
-class Sequence:
-    """One answer, from behind its first token on.
+class Unsaid(NamedTuple):
+    """Of a first token that no exit said, and that layers above which the prompt waits are to say:
+    the score of the last exit that looked, and what follows it from exit to exit."""
 
-    sampler, rule: of its request. handle: the executor's name of it. owner: its caller's.
+    score: float
+    scorer: Any = None
+
+
+class Sequence:
+    """One answer, from behind its first token on, or from the prompt where that is yet unsaid.
+
+    sampler, rule: of its request; opening: the rule of its first token. handle: the executor's
+    name of it. owner: its caller's.
     start: columns of its prompt. ran: columns that each segment ran. tokens: the answer so far,
     with what is in question. asked: by place, what deeper layers are to fill, ascending.
     settled: how many tokens can no longer change. waited: calls of the first segment since the
@@ -60,16 +69,23 @@ class Sequence:
         handle: int,
         start: int,
         ran: Many[int],
-        first: Token,
+        first: Token | Unsaid,
         layers: int,
         owner: Any = None,
+        opening: ExitRule | None = None,
     ) -> None:
-        """layers: depth L of the full model. first: the token that the prompt was followed by."""
+        """layers: depth L of the full model. first: the token that the prompt was followed by.
+        opening: None: as `rule`."""
+        self.opening = opening or rule
         self.sampler, self.rule, self.handle, self.owner = sampler, rule, handle, owner
         self.start, self.ran, self.layers = start, list(ran), layers
-        self.tokens: list[Token] = [first]
-        self.ids: list[int] = [first.token]
+        self.tokens: list[Token] = []
+        self.ids: list[int] = []
         self.asked: dict[int, Asked] = {}
+        if isinstance(first, Token):
+            self.tokens, self.ids = [first], [first.token]
+        else:
+            self.asked[0] = Asked(None, score=first.score)
         self.settled = self.waited = 0
         self.held = self.over = False
         self.error: Exception | None = None
@@ -101,7 +117,7 @@ class Sequence:
     @property
     def feed(self) -> int:
         """The next token to feed; some token, where it is not ready."""
-        return self.ids[min(self.fed, len(self.ids) - 1)]
+        return self.ids[min(self.fed, len(self.ids) - 1)] if self.ids else 0
 
     # -- what the calls bring ------------------------------------------------------------------
 
@@ -139,6 +155,10 @@ class Sequence:
             if self.ends_with(draft[: place + 1]):
                 return [*draft[: place + 1]]
         return [*draft]
+
+    def rule_at(self, place: int) -> ExitRule:
+        """How the exits are used for the token at a place."""
+        return self.rule if place else self.opening
 
     def places(self, first: int, end: int) -> list[int]:
         """Places in question behind the columns from `first` up to, and without, `end`."""

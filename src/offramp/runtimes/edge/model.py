@@ -15,7 +15,7 @@ from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import ExitPolicy, policy_from_json
+from offramp.engine.policy import ExitPolicy, check_all_go_on, policy_from_json
 from offramp.errors import AdapterError, InputError
 from offramp.runtimes.edge.images import ImageReader
 from offramp.runtimes.edge.rounds import Job, OnText, Rounds
@@ -218,6 +218,7 @@ class EdgeModel:
                 f"Without PyTorch the KV policy {policy.kv!r} is not known.",
                 "Slice the file with a policy of kv='recompute'.",
             )
+        check_all_go_on(policy, "llama.cpp")
         return policy
 
     def _job(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> Job:

@@ -14,7 +14,12 @@ from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.executors.slots.cache import check_memory, slot_bytes
 from offramp.engine.executors.slots.memory import free_bytes
 from offramp.engine.generate import exit_rule, write_answers
-from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
+from offramp.engine.policy import (
+    ExitPolicy,
+    GenerationOutput,
+    check_all_go_on,
+    first_thresholds,
+)
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
@@ -126,6 +131,7 @@ class GraphRuntime:
             raise InputError(
                 f"CUDA graphs do not know the KV policy {policy.kv!r}.", "Use kv='recompute'."
             )
+        check_all_go_on(policy, "A CUDA graph")
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the programs read the exits otherwise than `policy` does."""

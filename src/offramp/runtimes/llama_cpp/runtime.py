@@ -18,7 +18,12 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
-from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
+from offramp.engine.policy import (
+    ExitPolicy,
+    GenerationOutput,
+    check_all_go_on,
+    first_thresholds,
+)
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
@@ -365,6 +370,7 @@ class LlamaCppRuntime:
                 f"The llama.cpp runtime does not know the KV policy {policy.kv!r}.",
                 "Use kv='recompute'.",
             )
+        check_all_go_on(policy, "llama.cpp")
         missing = sorted(set(policy.thresholds) - set(self.files.depths))
         if missing:
             raise InputError(

@@ -56,15 +56,29 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 
 def with_packed_attention(layer: nn.Module, current: CurrentCall) -> Any:
     """A twin of a decoder layer or an exit whose attention is `packed_attention`."""
+    return with_attention(layer, PACKED, _current=current)
+
+
+def attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Attention modules in a decoder layer or an exit, by path."""
+    return [
+        (path, module)
+        for path, module in layer.named_modules()
+        if path and hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    ]
+
+
+def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
+    """A twin of a decoder layer or an exit whose attention is what Hugging Face's table has under
+    `name`. known: what that finds among its module's attributes."""
     ours: Any = twin(layer)
     ours._compiled_call_impl = None  # would run the layer that it was compiled from
-    for path, module in layer.named_modules():
-        if path and hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
-            attention: Any = twin(module)
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation_internal = PACKED
-            attention.__dict__["_current"] = current
-            graft(ours, path, attention)
+    for path, module in attentions(layer):
+        attention: Any = twin(module)
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation_internal = name
+        attention.__dict__.update(known)
+        graft(ours, path, attention)
     return ours
 
 

@@ -65,6 +65,8 @@ class SlotExecutor:
     """
 
     rows: int | None = None
+    prunes = True
+    """Whether visual tokens of a prompt may stay behind at an exit."""
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class SlotExecutor:
         self._offset_of: list[int | None] = [0] * slots
         self._first_of = [0] * slots  # of the first of several axes
         self._places: dict[int, Tensor] = {}  # positions of a prompt that waits [..., T], by slot
+        self._behind: dict[int, tuple[int, int]] = {}  # depth at which columns stay, how many do
         self._encoder: dict[int, Tensor] = {}  # states of an encoder [1, S, D], by slot
         self._unread: dict[int, set[int]] = {}  # layers which these have not gone through
         self._verified: dict[int, tuple[int, Tensor]] = {}  # a column, the drafter's states from it
@@ -147,7 +150,11 @@ class SlotExecutor:
             depth, waiting = prompt.waits
             segment = self.depths.index(depth) + 1
             mine = waiting[row]
-            if real is not None and not bool(real.all()):
+            if prompt.goes_on is not None:
+                mine = mine[prompt.goes_on[row]]
+                if len(mine) < columns:
+                    self._behind[slot] = depth, columns - len(mine)
+            elif real is not None and not bool(real.all()):
                 mine = mine[real[-len(mine) :]]
             self._keep(segment, slot, columns - len(mine), mine)
             ran[segment:] = [columns - len(mine)] * (len(ran) - segment)
@@ -172,7 +179,7 @@ class SlotExecutor:
         positions = prompt.positions
         if positions is None:
             return
-        own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
+        every = own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
         if prompt.real is not None and own.shape[-1] == prompt.real.shape[1]:
             own = own[..., prompt.real[row]]
         offset = own[..., -1] + 1 - columns
@@ -184,7 +191,9 @@ class SlotExecutor:
         self._refused = self._refused or len({*axes}) > 1
         self._offset_of[slot], self._first_of[slot] = axes[-1], int(offset.flatten()[0])
         self._ahead = max(self._ahead, axes[-1])
-        if prompt.waits is not None:
+        if prompt.goes_on is not None:
+            self._places[slot] = every[..., prompt.goes_on[row]]
+        elif prompt.waits is not None:
             plain = torch.arange(columns, device=own.device) + offset[..., None]
             before = columns - own.shape[-1]  # of an earlier prompt; they wait nowhere
             if not torch.equal(plain[..., before:].expand_as(own), own):
@@ -208,7 +217,7 @@ class SlotExecutor:
             for base in self._base.values():
                 base[slot] = base[source]
         held: tuple[dict[int, Any], ...] = (
-            self._places, self._encoder, self._unread, self._verified,
+            self._places, self._encoder, self._unread, self._verified, self._behind,
         )  # fmt: skip
         for table in held:
             table.pop(slot, None)
@@ -227,8 +236,7 @@ class SlotExecutor:
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor | None:
         slots = [self._slot_of[handle] for handle in handles]
-        call = self._one_each(slots, columns)  # what it writes is written again
-        return self._call(range(self.backbone.depth), call, self._ids(ids))
+        return self._pass(slots, columns, self._ids(ids))  # what it writes is written again
 
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""
@@ -255,16 +263,39 @@ class SlotExecutor:
         exits: bool,
     ) -> Tensor:
         slots = [self._slot_of[handle] for handle in handles]
-        call = self._one_each(slots, columns)
         self._keys_only = exits and bool(self.depths)
         try:
-            final = self._call(range(self.backbone.depth), call, self._ids(ids))
+            final = self._pass(slots, columns, self._ids(ids))
         finally:
             self._keys_only = False
         for base in self._base.values():
             for slot, column in zip(slots, columns, strict=True):
                 base[slot] = column + 1
         return final
+
+    def _pass(self, slots: Sequence[int], columns: Sequence[int], ids: Tensor) -> Tensor:
+        """One token of each slot through all layers; final-normed states [n, D]."""
+        if not any(slot in self._behind for slot in slots):
+            return self._call(range(self.backbone.depth), self._one_each(slots, columns), ids)
+        states: Any = ids
+        for segment, start in enumerate(self._bounds[:-1]):  # each has columns of its own
+            call = self._one_each(slots, self._stood(slots, columns, start))
+            output = self._run_segment(segment, call, states, lambda *_: False)
+            if isinstance(output, ExitOutput):
+                states = output.entry.view(*call.shape, -1)
+        assert isinstance(output, Tensor)
+        return output
+
+    def _stood(self, slots: Sequence[int], columns: Sequence[int], depth: int) -> list[int]:
+        """Where columns of sequences stand in the layers from `depth` on: nearer to the front by
+        those that stayed behind before."""
+        return [
+            column - self._gap(slot, depth) for slot, column in zip(slots, columns, strict=True)
+        ]
+
+    def _gap(self, slot: int, depth: int) -> int:
+        at, count = self._behind.get(slot, (0, 0))
+        return count if depth >= at else 0
 
     def draft(
         self,
@@ -343,16 +374,20 @@ class SlotExecutor:
             for slot, span in zip(slots, spans, strict=True)
         ]
         alone = [slot in self._places or slot in self._encoder for slot in slots]
+        stand = [
+            Span(span.handle, *self._stood([slot, slot], span[1:], self._bounds[segment]))
+            for slot, span in zip(slots, spans, strict=True)
+        ]
         if len(spans) == 1 or any(alone):
             made = [
                 self._run_segment(segment, self._beside(slot, span), state[None], looks)
-                for slot, span, state in zip(slots, spans, states, strict=True)
+                for slot, span, state in zip(slots, stand, states, strict=True)
             ]
             output = joined(made)
         else:
             output = self._several(
                 slots,
-                spans,
+                stand,
                 states,
                 lambda call, laid: self._run_segment(segment, call, laid, looks),
             )
@@ -513,13 +548,23 @@ class SlotExecutor:
         offset: int | None = 0
         if call.beside is not None:
             slot, start = call.beside
-            offset = self._offset_of[slot] if self._offsets is not None else 0
+            gap = self._gap(slot, self._running.start)
+            offset = (self._offset_of[slot] or 0) + gap if self._offsets is not None else 0
             places = self._places.get(slot)
             if places is not None and start < places.shape[-1]:
                 offset = None  # a prompt's positions are its own
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
-        first = 0 if call.beside is None else self._first_of[call.beside[0]]
-        return Given(call, inputs, self._offsets, offset, encoder, first)
+        first = 0 if call.beside is None else self._first_of[call.beside[0]] + gap
+        return Given(call, inputs, self._offsets_here, offset, encoder, first)
+
+    @property
+    def _offsets_here(self) -> Tensor | None:
+        """Positions of column 0 [..., slots] in the layers of the current call."""
+        offsets, start = self._offsets, self._running.start
+        if offsets is None or not any(start >= depth for depth, _ in self._behind.values()):
+            return offsets
+        gaps = [self._gap(slot, start) for slot in range(self.cache.slots)]
+        return offsets + torch.tensor(gaps, device=offsets.device)
 
     def _stack_arguments(self, given: Given) -> dict[str, Any]:
         """What the stack is called with."""

@@ -1,0 +1,309 @@
+"""Visual tokens that stay behind at an exit: answers are those of a model in which they are hidden
+from the layers above, whatever exits, waits or shares a batch with them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from adapters import trained
+from decoding import CALM, EXACT, NEW, greedy, never, tokens_by_layer
+from families import FIRST_WORD, IMAGE, WORDLESS, one_row
+from reference import Dice, Noted, Probe, _continued, of_steps
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.engine.generate import generate
+from offramp.engine.policy import (
+    ExitPolicy,
+    Pruning,
+    check_all_go_on,
+    policy_from_json,
+    policy_to_json,
+)
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.pruning import Pruner
+from offramp.errors import InputError
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.intercept import InterceptedModel
+from offramp.models.opened import LayerCall
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+
+FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "internvl", "blip2-opt", "instructblip-llama"]
+
+
+class Hidden(Probe):
+    """Runs every layer over whole sequences; those from `depth` on, and exits behind it, do not see
+    the columns `behind` [B, T]."""
+
+    def __init__(self, *more: Any, depth: int, behind: Tensor, real: Tensor) -> None:
+        super().__init__(*more)
+        length = behind.shape[1]
+        seen = torch.ones(length, length).tril().bool()[None] & (real & ~behind)[:, None]
+        self._mask, self._depth = (seen | torch.eye(length).bool())[:, None], depth
+
+    def layer(self, call: LayerCall) -> Any:
+        if call.index == self._depth and self.exits is not None:  # it has read all of them
+            self.estimates[call.index] = state = self.exits.run(call.index, call)
+            exits, self.exits = self.exits, None
+            try:
+                out = super().layer(self._less(call))
+            finally:
+                self.exits = exits
+            self.logits[call.index] = self.backbone.logits(self.backbone.final_norm(state))
+            return out
+        return super().layer(self._less(call) if call.index >= self._depth else call)
+
+    def _less(self, call: LayerCall) -> LayerCall:
+        return replace(call, kw={**call.kw, "attention_mask": self._mask})
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Which columns [B, T] went on, of each prompt that was read."""
+    found: list[Tensor] = []
+    plain = Pruner.goes_on
+
+    def note(self: Pruner, *more: Any) -> Tensor:
+        found.append(plain(self, *more))
+        return found[-1]
+
+    monkeypatch.setattr(Pruner, "goes_on", note)
+    return found
+
+
+def hidden_logits(
+    whole: Backbone, exits: Exits, inputs: dict[str, Tensor], sequences: Tensor, on: Tensor
+) -> dict[int, Tensor]:
+    given = _continued(whole, dict(inputs), sequences)
+    new = sequences.shape[1] - on.shape[1]
+    behind = torch.cat([~on, torch.zeros(len(on), new, dtype=torch.bool)], 1)
+    real = given["attention_mask"].bool()
+    seen = Hidden(whole, exits, depth=exits.depths[0], behind=behind & real, real=real)
+    model = InterceptedModel(whole, seen).model
+    if "image_grid_thw" not in given:
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        seen.logits[whole.depth] = model(**given, use_cache=False).logits
+    return seen.logits
+
+
+def written(whole: Backbone, exits: Exits, inputs: Any, policy: ExitPolicy) -> Any:
+    """A generation, and the logits that each token was chosen from."""
+    noted = Noted()
+    made = generate(
+        whole, inputs, exits=exits, policy=policy, observer=noted,
+        max_new_tokens=NEW, do_sample=False, suppress_tokens=WORDLESS,
+    )  # fmt: skip
+    return made, noted.of(len(made.sequences), NEW)
+
+
+POLICIES = {
+    "no token exits": ({}, False),
+    "tokens exit here and there": ({2: 0.4, 4: 0.5}, False),
+    "first tokens too": ({2: 0.4, 4: 0.5}, True),
+    "all exit": ({2: 0.0}, True),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", POLICIES)
+@pytest.mark.parametrize("ranking", ["attention", "random"])
+def test_what_stays_behind_is_hidden_from_the_layers_above(
+    name, case, ranking, backbone, exits, batch, scored, kept
+):
+    whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
+    thresholds, opens = POLICIES[case]
+    for rows in (1, 4):
+        if thresholds:
+            scored(Dice(5))
+        policy = ExitPolicy(
+            thresholds or never(name).thresholds, exit_in_prefill=opens,
+            visual_keep=0.5, visual_ranking=ranking,
+        )  # fmt: skip
+        inputs = batch(name, rows)
+        made, logits = written(whole, parts, inputs, policy)
+        on = kept.pop()
+        images = (inputs["input_ids"] == IMAGE).sum(1)
+        left = (inputs["attention_mask"].bool() & ~on).sum(1)
+        assert torch.equal(left, images - (images / 2).round().long())
+        true = hidden_logits(whole, parts, inputs, made.sequences, on)
+        for depth in set(made.depths.flatten().tolist()):
+            theirs = of_steps(true[depth], NEW)
+            off = (logits - theirs)[..., FIRST_WORD:][made.depths == depth]
+            assert (off.abs().max() / theirs.abs().max()).item() <= EXACT, (rows, depth)
+
+
+def test_the_layers_above_run_over_what_goes_on_and_no_more(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    prompt = inputs["input_ids"].shape[1]
+    for keep, left in ((1.0, 0), (0.5, 2), (0.25, 3), (0.01, 3)):
+        policy = ExitPolicy({2: 1.0}, visual_keep=keep)
+        _, counts = tokens_by_layer(
+            whole,
+            lambda policy=policy: generate(
+                whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW
+            ),
+        )
+        assert counts[:2] == [prompt + NEW - 1] * 2
+        assert counts[2:] == [prompt + NEW - 1 - left] * (whole.depth - 2)
+    _, counts = tokens_by_layer(
+        whole,
+        lambda: generate(
+            whole, inputs, exits=parts, policy=ExitPolicy({2: 0.0}, visual_keep=0.5),
+            max_new_tokens=NEW,
+        ),
+    )  # fmt: skip
+    assert not any(counts[2:])  # it waits, as every prompt whose tokens exit
+
+
+def test_those_go_on_that_the_last_token_attends_to_most(backbone, exits, batch, kept):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 4)
+    seen = Probe(whole)
+    with torch.inference_mode():
+        InterceptedModel(whole, seen).model(
+            **inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        )
+    generate(whole, inputs, exits=parts, policy=ExitPolicy({2: 0.5}, visual_keep=0.5))
+    [on] = kept
+    module = parts.at(2)
+    attention = module.self_attn
+    with torch.inference_mode():
+        states = module.input_layernorm(seen.outputs[2])
+        q, k = (
+            proj(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for proj in (attention.q_proj, attention.k_proj)
+        )
+        places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        angles = places[..., None] / 10000 ** (
+            torch.arange(0, attention.head_dim, 2) / attention.head_dim
+        )
+        angles = torch.cat([angles, angles], -1)[:, None]
+
+        def turned(x: Tensor) -> Tensor:
+            one, other = x.chunk(2, -1)
+            return x * angles.cos() + torch.cat([-other, one], -1) * angles.sin()
+
+        q, k = turned(q), turned(k).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q[:, :, -1:] @ k.transpose(2, 3) * attention.scaling)[:, :, 0]
+        scores = scores.masked_fill(inputs["attention_mask"][:, None] == 0, float("-inf"))
+        shares = scores.softmax(-1).mean(1)
+    for row, ids in enumerate(inputs["input_ids"]):
+        visual = (ids == IMAGE).nonzero().flatten()
+        best = visual[shares[row, visual].topk(len(visual) // 2).indices]
+        assert sorted(best.tolist()) == visual[on[row, visual]].tolist()
+
+
+def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 4)
+    policy = ExitPolicy({2: 0.02}, lossless=True, visual_keep=0.25)
+    made = generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
+    assert torch.equal(made.sequences, greedy(whole.model, inputs))
+    assert policy.in_mode("lossless").pruning is policy.in_mode("full").pruning is None
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("config", [{}, {"budget": 3}, {"guess_above": 0.01}], ids=str)
+def test_a_row_beside_others_keeps_and_says_what_it_does_alone(
+    name, config, backbone, exits, batch
+):
+    """Of which some leave visual tokens behind, some do not, and places change hands."""
+    whole, parts, rows = backbone(name), exits(name), batch(name, 4)
+    policy = ExitPolicy({2: 0.02, 4: 0.03}, first={2: 0.05, 4: 0.04}, visual_keep=0.5)
+    core = EngineCore(whole, parts, policy, EngineConfig(slots=3, limit=64, **config))
+    wanted = []
+    for turn in range(9):
+        inputs, mode = one_row(name, rows, turn % 4), ("early_exit", "early_exit", "full")[turn % 3]
+        options = {"max_new_tokens": 4 + turn, "do_sample": False}
+        alone = generate(whole, inputs, exits=parts, policy=policy.in_mode(mode), **options)
+        wanted.append((core.add(Request(inputs, mode, options=options)), alone))
+    core.run()
+    for handle, alone in wanted:
+        got = handle.result().output
+        assert torch.equal(got.sequences, alone.sequences)
+        assert torch.equal(got.depths, alone.depths)
+
+
+def test_a_prompt_that_leaves_tokens_behind_takes_no_keys_and_gives_none(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    cache = PrefixCache()
+    pruned, plain = ExitPolicy({2: 0.02}, visual_keep=0.25), ExitPolicy({2: 0.02})
+    for policy in (plain, pruned, plain, pruned):
+        ours, alone = (
+            generate(whole, inputs, exits=parts, policy=policy, prefix_cache=kept, max_new_tokens=9)
+            for kept in (cache, None)
+        )
+        assert torch.equal(ours.sequences, alone.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("paligemma", "read as a whole"), ("blip2-t5", "read as a whole"), ("gemma3", "as a whole")],
+)
+def test_where_it_would_not_be_exact_it_is_refused(name, why, backbone, exits, batch):
+    policy = replace(never(name), visual_keep=0.5)
+    with pytest.raises(InputError, match=why):
+        generate(backbone(name), batch(name, 1), exits=exits(name), policy=policy)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": None, "sliding_window": 64},
+        {"alibi": True},
+    ],
+    ids=str,
+)
+def test_layers_that_attend_by_distance_leave_nothing_behind(what, backbone, exits):
+    whole = copy.copy(backbone("llava"))
+    whole.text_config = copy.copy(whole.text_config)
+    for name, value in what.items():
+        setattr(whole.text_config, name, value)
+    with pytest.raises(InputError, match="by distance"):
+        Pruner(whole, ExitSet.of(exits("llava")), Pruning(2, 0.5, "attention"))
+
+
+def test_an_exit_that_attends_to_nothing_cannot_say_what_stays(backbone, batch):
+    whole = backbone("llava")
+    lens = Exits(whole, (2,), kind="lens")
+    with pytest.raises(InputError, match="attends to nothing"):
+        generate(whole, batch("llava", 1), exits=lens, policy=ExitPolicy({2: 0.1}, visual_keep=0.5))
+
+
+def test_what_cannot_leave_tokens_behind_refuses_to(backbone, exits, batch):
+    whole, parts = backbone("llava"), exits("llava")
+    policy = ExitPolicy({2: 0.1}, visual_keep=0.5)
+    stack = copy.copy(whole)
+    stack.engine = "stack"
+    with pytest.raises(InputError, match="cannot leave any behind"):
+        generate(stack, batch("llava", 1), exits=parts, policy=policy)
+    with pytest.raises(InputError, match=r"llama\.cpp runs all visual tokens"):
+        check_all_go_on(policy, "llama.cpp")
+    check_all_go_on(replace(policy, lossless=True), "llama.cpp")
+
+
+@pytest.mark.parametrize("share", [0, 0.0, -1, 1.5, "half", True])
+def test_a_share_is_above_0_and_up_to_1(share):
+    with pytest.raises(InputError, match="share of"):
+        ExitPolicy(visual_keep=share)
+
+
+def test_approximate_keys_leave_nothing_behind():
+    with pytest.raises(InputError, match="Visual tokens stay behind"):
+        ExitPolicy(kv="propagate", visual_keep=0.5)
+
+
+def test_a_policy_says_what_stays_behind_where_something_does(opt, tmp_path):
+    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking="random")
+    assert policy_from_json(policy_to_json(policy)) == policy
+    told = policy_to_json(replace(policy, visual_keep=1))
+    assert not {"visual_keep", "visual_ranking"} & told.keys()
+    trained(opt, policy=policy).save(tmp_path / "adapter")
+    assert Adapter.load(tmp_path / "adapter", opt).policy == policy
