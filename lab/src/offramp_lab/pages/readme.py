@@ -36,6 +36,7 @@ PAGES = (
     "docs/suitability.md",
     "docs/torch-engines.md",
     "docs/vision-towers.md",
+    "docs/vision-towers-results.md",
     "docs/watch.md",
     "docs/without-pytorch-results.md",
     "lab/src/offramp_lab/recipes/tiny_vlm/README.md",

@@ -92,4 +92,5 @@ def mtmd_tower(backbone: Backbone, file: Path, options: EngineOptions) -> MtmdTo
     except BaseException:
         tower.close()
         raise
-    return MtmdTower(tower, backbone.vision, kind, backbone.model.config, looks)
+    own = backbone.model.get_submodule(str(backbone.family.vision))
+    return MtmdTower(tower, own, kind, backbone.model.config, looks)
