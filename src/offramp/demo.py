@@ -23,7 +23,7 @@ from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import Task, captions, questions
+from offramp.data.scenes.tasks import Task, captions, captions_and_questions, questions
 from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.evaluation.run_log import Done
 from offramp.evaluation.timing import (
@@ -84,14 +84,14 @@ def demo(
     config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed, **FREE)
     began = time.perf_counter()
     adapter = train(
-        backbone, processor, _examples("train", sizes.train), config, out / kind,
+        backbone, processor, captions_and_questions("train", sizes.train), config, out / kind,
         overwrite=True, command=["offramp", "demo", "--backbone", kind],
     )  # fmt: skip
     training_seconds = time.perf_counter() - began
     memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}
     log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
 
-    held_out = _examples("calibration", sizes.calibration)
+    held_out = captions_and_questions("calibration", sizes.calibration)
     costs = measure_costs(backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibration = calibrate(
         adapter, encoder, held_out, ExitPolicy(), target=target, costs=costs,
@@ -100,7 +100,7 @@ def demo(
     adapter = calibrated(adapter, calibration, held_out)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 
-    drafted = [encoder.prompts([e]) for e in _examples("calibration", sizes.drafts)]
+    drafted = [encoder.prompts([e]) for e in captions_and_questions("calibration", sizes.drafts)]
     drafting = draft_speeds(
         adapter, drafted, rounds=min(3, sizes.rounds), progress=_bar("draft threshold"), **OPTIONS
     )
@@ -128,11 +128,7 @@ def demo(
 def demo_page(report: Mapping[str, Any], shown: Done) -> str:
     """The page of a demo's report and some of its answers."""
     source = Source("demo", f"{report['backbone']}, demo", report, shown)
-    return page([source], _examples("test", SHOWN))
-
-
-def _examples(split: str, pictures: int) -> list[Example]:
-    return captions(split, pictures).examples + questions(split, pictures).examples
+    return page([source], captions_and_questions("test", SHOWN))
 
 
 def _measure(
@@ -152,7 +148,7 @@ def _measure(
         "early_exit": generate_fn(adapter, adapter.policy),
         "lossless": generate_fn(adapter, lossless),
     }
-    timed = _examples("test", sizes.timed)
+    timed = captions_and_questions("test", sizes.timed)
     timings = time_interleaved(
         methods, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
     )

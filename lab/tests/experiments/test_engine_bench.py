@@ -109,8 +109,7 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
     shown, written = capsys.readouterr().out, read_json(out)
     assert [entry["mode"] for entry in written["entries"]] == ["full", "early_exit"]
     assert all(entry["name"] in shown for entry in written["entries"])
-    costs = CallCosts.from_json(written["costs"])
-    assert costs.slots == 2
+    assert written["costs"]["slots"] == 2
 
 
 def test_a_case_out_of_range_is_refused():

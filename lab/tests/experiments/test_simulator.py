@@ -72,16 +72,6 @@ def test_costs_are_linear_between_what_was_measured_and_beyond():
     assert [seconds(table, n) for n in (1, 2.5, 8, 12)] == pytest.approx([1.0, 1.5, 4.0, 6.0])
 
 
-def test_costs_come_back_from_json():
-    found = costs()
-    written = found.to_json()
-    assert CallCosts.from_json(written) == found
-    written["shallow"] = written.pop("feed")  # as older records call it
-    assert CallCosts.from_json(written) == found
-    with pytest.raises(InputError, match="no call costs"):
-        CallCosts.from_json({"slots": 4})
-
-
 @pytest.mark.parametrize(
     ("name", "engine"), [("blip2-opt", "slots"), ("blip2-t5", "slots"), ("llava", "stack")]
 )

@@ -228,7 +228,7 @@ def _bench_of_engine(
 def _time_peers(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The adapter and its peers, and their table."""
     from offramp.data.formats import read_items
-    from offramp.data.scenes.tasks import captions, questions
+    from offramp.data.scenes.tasks import captions_and_questions
     from offramp.models.input_processor import InputProcessor
     from offramp_lab.experiments.benchmark.peers import table, time_peers
 
@@ -239,7 +239,7 @@ def _time_peers(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         examples = [item.example for item in read_items(arguments.data, limit=arguments.limit)]
     elif adapter.backbone.name.startswith("offramp/tiny-"):
         scenes = max(1, arguments.limit // 3)
-        examples = captions("test", scenes).examples + questions("test", scenes).examples
+        examples = captions_and_questions("test", scenes)
     else:
         raise InputError("There are no prompts to time.", "Give --data.")
     encoder = InputProcessor(adapter.backbone, processor)

@@ -6,10 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import load_model
-from offramp.cli.options import add_command, field_options, filled, model_options, name_option
+from offramp.cli.loading import load_model, read_data
+from offramp.cli.options import (
+    add_command,
+    data_options,
+    field_options,
+    filled,
+    model_options,
+    name_option,
+)
 from offramp.cli.output import show_result
-from offramp.cli.parser import Parser, one_of, whole
+from offramp.cli.parser import Parser, one_of
 
 TRAINING = (
     "regime", "initial_layer", "steps", "batch_size", "learning_rate", "labelled_fraction",
@@ -39,7 +46,10 @@ def _options(parser: Parser) -> None:
     from offramp_lab.experiments.comparison.methods import Plan
 
     model_options(parser, required=True)
-    _data_options(parser)
+    data_options(parser, "split by image").add_argument(
+        "--test-fraction", type=float, default=0.3, metavar="X",
+        help="share of the images to test on; the others train (default: 0.3)",
+    )  # fmt: skip
     _method_options(parser)
     field_options(parser.add_argument_group("training"), TrainConfig, TRAINING)
     group = parser.add_argument_group("measuring and output")
@@ -57,28 +67,6 @@ def _options(parser: Parser) -> None:
         required=True,
         help="folder for compare.json, compare.svg and what an interrupted run continues from",
     )
-
-
-def _data_options(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        required=True,
-        metavar="SOURCE",
-        help="JSONL file, folder of images, or datasets name or folder; split by image",
-    )
-    group.add_argument("--split", help="only rows of this split")
-    group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    group.add_argument(
-        "--limit",
-        type=whole(1),
-        metavar="N",
-        help="read so many examples, and what else is asked about their images",
-    )
-    group.add_argument(
-        "--test-fraction", type=float, default=0.3, metavar="X",
-        help="share of the images to test on; the others train (default: 0.3)",
-    )  # fmt: skip
 
 
 def _method_options(parser: Parser) -> None:
@@ -110,7 +98,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from offramp.calibration.risk_functions import QUALITIES
-    from offramp.data.datasets import read_examples
     from offramp.data.example import split_examples
     from offramp.storage import check_writable
     from offramp.training.config import FREE, TrainConfig
@@ -123,22 +110,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, **FREE, patience=None)
     plan = Plan(training=training, **chosen)  # a mistake should not wait for the data
     check_writable(arguments.out, folder=True)
-    examples = read_examples(
-        arguments.data,
-        split=arguments.split,
-        prompt_template=arguments.prompt,
-        limit=arguments.limit,
-        require_answers=arguments.quality != "agreement",
-    )
+    items = read_data(arguments, require_answers=arguments.quality != "agreement")
+    examples = [item.example for item in items]
     share = arguments.test_fraction
     parts = split_examples(examples, {"train": 1 - share, "test": share}, arguments.seed)
     comparison = compare(
-        *load_model(arguments),
-        parts["train"],
-        parts["test"],
-        arguments.out,
-        plan,
+        *load_model(arguments), parts["train"], parts["test"], arguments.out, plan,
         quality=QUALITIES.get(arguments.quality),
-    )
+    )  # fmt: skip
     result = {"quality_full": comparison["quality_full"], **comparison["equal_quality"]}
     show_result(result, as_json=arguments.json)

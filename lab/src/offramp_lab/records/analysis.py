@@ -17,7 +17,7 @@ from offramp.answers import Answer
 from offramp.calibration.risk_functions import Array, Quality
 from offramp.data.example import Example
 from offramp.data.scenes import world
-from offramp.data.scenes.tasks import Task, captions, questions
+from offramp.data.scenes.tasks import Task, captions, captions_and_questions, questions
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
@@ -61,7 +61,7 @@ def judge(tasks: Sequence[Task]) -> Quality:
 def analysed(kind: str, folder: str) -> dict[str, Any]:
     backbone, processor = load_tiny(kind)
     config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None, **FREE)
-    examples = captions("train", TRAIN).examples + questions("train", TRAIN).examples
+    examples = captions_and_questions("train", TRAIN)
     adapter = train(backbone, processor, examples, config, folder)
     policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))
     tasks = [captions("test", TEST), questions("test", TEST)]

@@ -23,7 +23,7 @@ from offramp.adapter import Adapter
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.data.scenes import language, world
-from offramp.data.scenes.tasks import captions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
@@ -131,7 +131,7 @@ def _peers() -> dict[str, Any]:
 
 def _peers_of(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
-    examples = captions("test", PICTURES).examples + questions("test", PICTURES).examples
+    examples = captions_and_questions("test", PICTURES)
     inputs = [encoder.prompts([example]) for example in examples]
     peers = time_peers(adapter, inputs, rounds=ROUNDS, progress=bar(f"peers {kind}"))
     print(peers_table(peers), file=sys.stderr)

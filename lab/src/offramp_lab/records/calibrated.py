@@ -11,14 +11,14 @@ records/violations.json: how often a guarantee fails over random splits of a poo
     `offramp_lab.records.simulated` has those.
 
 All settings that are tried on the same images share the errors (`candidates`). --boundary: that
-alone. --small: a try-out.
+alone.
 """
 
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -35,7 +35,7 @@ from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import captions, questions
+from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -64,53 +64,29 @@ TASKS = {"captions": captions, "questions": questions}
 POLICY = ExitPolicy()
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Images used by each part; each gives one caption and two questions, of the pool `asked`."""
-
-    train: int = 1200
-    steps: int = 1000
-    calibration: int = 2000
-    test: int = 1000
-    pool: int = 2400
-    asked: int = 4
-    splits: int = 50
-    boundary: int = 1200
-    halves: int = 400
-    timed: int = 40
-    rounds: int = 7
-
-
-SMALL = Sizes(
-    train=600,
-    steps=400,
-    calibration=400,
-    test=300,
-    pool=400,
-    boundary=200,
-    halves=40,
-    timed=15,
-    rounds=3,
-)
+TRAIN, CALIBRATION, TEST = 1200, 2000, 1000
+"""Images, each with a caption and two questions."""
+POOL, SPLITS = 2400, 50
+BOUNDARY, HALVES = 1200, 400
+ASKED = 4
+"""Questions about an image of these two pools."""
+TIMED, ROUNDS = 40, 7
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__, out=RECORDS, clock=True, models=Some(TINY), boundary=False, small=False
-    )
-    sizes = SMALL if arguments.small else Sizes()
+    arguments = asked(__doc__, out=RECORDS, clock=True, models=Some(TINY), boundary=False)
     files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]
     calibrated, violations = map(RECORD.read, files)  # of other models too
     violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
-    violations["shipped"] = _shipped_boundary(sizes)
+    violations["shipped"] = _shipped_boundary()
     print(json.dumps(violations["shipped"]), file=sys.stderr)
     for kind in [] if arguments.boundary else arguments.models:
-        adapter, encoder = _trained(kind, sizes)
-        calibrated[kind] = _calibrated(adapter, encoder, sizes, arguments.clock)
+        adapter, encoder = _trained(kind)
+        calibrated[kind] = _calibrated(adapter, encoder, arguments.clock)
         print(json.dumps(calibrated[kind]), file=sys.stderr)
-        violations[kind] = _violations(adapter, encoder, sizes)
+        violations[kind] = _violations(adapter, encoder)
         print(json.dumps(violations[kind]), file=sys.stderr)
-    origin = RECORD.origin(examples=_examples("test", sizes.test))
+    origin = RECORD.origin(examples=_examples("test", TEST))
     if arguments.boundary:  # the rest is as it was made before
         violations["shipped"]["provenance"] = origin
         write_json(files[1], violations)
@@ -122,17 +98,14 @@ def main() -> None:
 @cache
 def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[Example, ...]:
     """A caption and up to so many questions of each image."""
-    return (
-        *captions(split, images, start).examples,
-        *questions(split, images, start, asked).examples,
-    )
+    return tuple(captions_and_questions(split, images, start, asked))
 
 
-def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
+def _trained(kind: str) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=sizes.steps, batch_size=32, **FREE)
+    config = TrainConfig(depths=DEPTHS, steps=1000, batch_size=32, **FREE)
     with tempfile.TemporaryDirectory() as folder:
-        examples = _examples("train", sizes.train)
+        examples = _examples("train", TRAIN)
         return train(backbone, processor, examples, config, folder), InputProcessor(
             backbone, processor
         )
@@ -142,9 +115,9 @@ def _trained(kind: str, sizes: Sizes) -> tuple[Adapter, InputProcessor]:
 
 
 def _calibrated(
-    adapter: Adapter, encoder: InputProcessor, sizes: Sizes, clock: Callable[[], float]
+    adapter: Adapter, encoder: InputProcessor, clock: Callable[[], float]
 ) -> list[dict[str, Any]]:
-    held_out = _examples("calibration", sizes.calibration)
+    held_out = _examples("calibration", CALIBRATION)
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibrations = [
         calibrate(
@@ -163,14 +136,14 @@ def _calibrated(
         str(i): demo.generate_fn(adapter, calibration.policy)
         for i, calibration in enumerate(calibrations)
     }
-    timed = [encoder.prompts([e]) for e in _examples("test", sizes.timed)]
+    timed = [encoder.prompts([e]) for e in _examples("test", TIMED)]
     timings = time_interleaved(
-        methods, timed, rounds=sizes.rounds, progress=bar("timing"), clock=clock
+        methods, timed, rounds=ROUNDS, progress=bar("timing"), clock=clock
     )
-    full = _answers(adapter, encoder, sizes.test, FULL)
+    full = _answers(adapter, encoder, TEST, FULL)
     return [
         {"clock": named(clock)}
-        | _row(c, timings, str(i), full, _answers(adapter, encoder, sizes.test, c.policy))
+        | _row(c, timings, str(i), full, _answers(adapter, encoder, TEST, c.policy))
         for i, c in enumerate(calibrations)
     ]
 
@@ -231,15 +204,15 @@ def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
 # -- violations.json ------------------------------------------------------------------------------
 
 
-def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list[dict[str, Any]]:
-    half = sizes.pool // 2
-    pool = _examples("calibration", half, 100_000, sizes.asked)
-    pool += _examples("test", sizes.pool - half, 100_000, sizes.asked)
+def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any]]:
+    half = POOL // 2
+    pool = _examples("calibration", half, 100_000, ASKED)
+    pool += _examples("test", POOL - half, 100_000, ASKED)
     costs = measure_costs(adapter.backbone, encoder.prompts(pool[:1]), adapter.exits)
     whole = ThresholdEvaluator.of(
         adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], costs=costs, **demo.OPTIONS
     )
-    halves = [_halves(pool, seed) for seed in range(sizes.splits)]
+    halves = [_halves(pool, seed) for seed in range(SPLITS)]
     rows = []
     for risk in MEASURED:
         evaluator = replace(whole, risk=RISKS[risk])
@@ -255,7 +228,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
             {
                 "risk": risk,
                 **setting,
-                "n_pool": sizes.pool,
+                "n_pool": POOL,
                 "answers": len(pool),
                 **_shares([o[i] for o in outcomes], setting["risk_target"]),
             }
@@ -267,15 +240,15 @@ def _violations(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> list
 # -- the boundary ----------------------------------------------------------------------------------
 
 
-def _shipped_boundary(sizes: Sizes) -> dict[str, Any]:
+def _shipped_boundary() -> dict[str, Any]:
     """Of the exits that ship, on images of their own, with up to four questions about each."""
     backbone, processor = load_tiny("opt")
     adapter = Adapter.load(tiny_exits("opt"), backbone)
     encoder = InputProcessor(backbone, processor)
-    pool = _examples("test", sizes.boundary, 200_000, sizes.asked)
+    pool = _examples("test", BOUNDARY, 200_000, ASKED)
     risk = RISKS["disagreement"]
     whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)
-    halves = [_halves(pool, seed) for seed in range(sizes.halves // 2)]
+    halves = [_halves(pool, seed) for seed in range(HALVES // 2)]
 
     @cache
     def lost(thresholds: tuple[tuple[int, float], ...]) -> Any:
@@ -287,7 +260,7 @@ def _shipped_boundary(sizes: Sizes) -> dict[str, Any]:
         for target, units in found.items()
         for unit, row in units.items()
     ]
-    return {"images": sizes.boundary, "answers": len(pool), "entries": rows}
+    return {"images": BOUNDARY, "answers": len(pool), "entries": rows}
 
 
 def _boundary(

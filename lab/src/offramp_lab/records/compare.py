@@ -2,16 +2,15 @@
 lab/records/compare.json.
 
 Takes some three hours of one core on OPT and five on T5. `--backbone` runs one model, and what it
-found is kept in --out for the other; an interrupted run resumes where it stopped. `--quick` tries
-it all out in some minutes, elsewhere.
+found is kept in --out for the other; an interrupted run resumes where it stopped.
 """
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.data.scenes import language, world
-from offramp.data.scenes.tasks import captions, questions
+from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import speedup, time_interleaved
 from offramp.models.input_processor import InputProcessor
@@ -58,51 +57,24 @@ SEEDS = {"opt": 6, "t5": 12}
 THRESHOLD = 0.9
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Images to train and test on (a caption and two questions each), by what `STEPS` are
-    divided, the interleaved timing, and the captions that recompute and propagate are timed on.
-
-    finer_test, finer_seeds: images and seeds for FREE beside distillation alone.
-    """
-
-    train: int = 400
-    test: int = 400
-    shorter: int = 1
-    seeds: int = 3
-    finer_test: int = 1200
-    finer_seeds: Mapping[str, int] = field(default_factory=lambda: SEEDS)
-    timed: int = 36
-    captions: int = 30
-    rounds: int = 5
-
-
-QUICK = Sizes(
-    train=24,
-    test=8,
-    shorter=50,
-    seeds=1,
-    finer_test=8,
-    finer_seeds=dict.fromkeys(TINY, 2),
-    timed=2,
-    captions=2,
-    rounds=1,
-)
+TRAIN, TEST, FINER_TEST = 400, 400, 1200
+"""Images to train and test on, a caption and two questions each; the last ones for FREE beside
+distillation alone, as `SEEDS` are."""
+TIMED, ROUNDS, CAPTIONS = 36, 5, 30
+"""Of the interleaved timing; and captions that recompute and propagate are timed on."""
 
 
 def main() -> None:
-    arguments = asked(__doc__, out=RUNS / "compare", backbone=Some(TINY), quick=False)
+    arguments = asked(__doc__, out=RUNS / "compare", backbone=Some(TINY))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    out = arguments.out / "quick" if arguments.quick else arguments.out
     for kind in arguments.backbone:
-        _run(kind, out / kind, QUICK if arguments.quick else Sizes())
-    files = {kind: out / kind / "record.json" for kind in TINY}
+        _run(kind, arguments.out / kind)
+    files = {kind: arguments.out / kind / "record.json" for kind in TINY}
     if all(path.exists() for path in files.values()):
-        record = {kind: read_json(path) for kind, path in files.items()}
-        RECORD.write(record, out / "compare.json" if arguments.quick else None)
+        RECORD.write({kind: read_json(path) for kind, path in files.items()})
 
 
-def _run(kind: str, out: Path, sizes: Sizes) -> None:
+def _run(kind: str, out: Path) -> None:
     began = time.perf_counter()
     backbone, processor = load_tiny(kind)
     depths, several = DEPTHS[kind]
@@ -112,31 +84,24 @@ def _run(kind: str, out: Path, sizes: Sizes) -> None:
         pairs=PUBLISHED,
         quantiles=QUANTILES,
         training=TrainConfig(
-            steps=STEPS[kind] // sizes.shorter,
-            batch_size=32,
-            patience=None,
-            initial_layer="closest",
-            **TERMS,
+            steps=STEPS[kind], batch_size=32, patience=None, initial_layer="closest", **TERMS
         ),
-        seeds=sizes.seeds,
-        timed=sizes.timed,
-        rounds=sizes.rounds,
+        seeds=3,
+        timed=TIMED,
+        rounds=ROUNDS,
     )
-    against = partial(compare, backbone, processor, _examples("train", sizes.train), quality=right)
-    comparison = against(_examples("test", sizes.test), out, plan)
-    comparison["distillation"] = _finer(
-        against, out / "distillation", plan, sizes.finer_test, sizes.finer_seeds[kind]
-    )
+    train = captions_and_questions("train", TRAIN)
+    against = partial(compare, backbone, processor, train, quality=right)
+    comparison = against(captions_and_questions("test", TEST), out, plan)
+    comparison["distillation"] = _finer(against, out / "distillation", plan, SEEDS[kind])
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
-    comparison["kv"] = _kv(free, InputProcessor(backbone, processor), sizes)
+    comparison["kv"] = _kv(free, InputProcessor(backbone, processor))
     comparison["seconds"] = time.perf_counter() - began
     write_json(out / "record.json", comparison)
     print(json.dumps({kind: comparison["equal_quality"], "kv": comparison["kv"]}), file=sys.stderr)
 
 
-def _finer(
-    against: Callable[..., Any], out: Path, plan: Plan, test: int, seeds: int
-) -> dict[str, Any]:
+def _finer(against: Callable[..., Any], out: Path, plan: Plan, seeds: int) -> dict[str, Any]:
     """The curve of distillation alone, which differs from FREE by the adversary and little else: it
     takes more answers and more seeds to see a difference."""
     alone = replace(
@@ -148,14 +113,10 @@ def _finer(
         quantiles=DENSE,
         seeds=seeds,
     )
-    comparison = against(_examples("test", test), out, alone)
+    comparison = against(captions_and_questions("test", FINER_TEST), out, alone)
     curves = comparison["equal_quality"]["curves"]
     curve = next(c for c in curves if c["objective"] == "distillation")
     return {**curve, "n_test": comparison["n_test"]}
-
-
-def _examples(split: str, pictures: int) -> list[Example]:
-    return captions(split, pictures).examples + questions(split, pictures).examples
 
 
 def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.float64]:
@@ -170,14 +131,14 @@ def _is_right(text: str, example: Example) -> bool:
     return language.caption_correct(text, world.scene(split, int(index)))
 
 
-def _kv(adapter: Adapter, encoder: InputProcessor, sizes: Sizes) -> dict[str, Any]:
+def _kv(adapter: Adapter, encoder: InputProcessor) -> dict[str, Any]:
     """What fills the cache behind tokens that exited: speed, and answers that stay the same."""
     thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
     policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
-    timed = [encoder.prompts([e]) for e in captions("test", sizes.captions).examples]
+    timed = [encoder.prompts([e]) for e in captions("test", CAPTIONS).examples]
     methods = {name: demo.generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()}
-    timings = time_interleaved(methods, timed, rounds=sizes.rounds)
-    tasks = [captions("test", sizes.test), questions("test", sizes.test)]
+    timings = time_interleaved(methods, timed, rounds=ROUNDS)
+    tasks = [captions("test", TEST), questions("test", TEST)]
     full = demo.answers(adapter, encoder, tasks, FULL)
     figures: dict[str, Any] = {"threshold": THRESHOLD}
     for name, policy in policies.items():

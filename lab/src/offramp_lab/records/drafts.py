@@ -16,11 +16,11 @@ llama.cpp; each makes a part of its own.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from offramp.evaluation.timing import FirstToken
 from offramp.models.exits import Exits, ExitSet
 from offramp.progress import progress
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
-from offramp_lab.experiments.experiment import Rates, times
+from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
 from offramp_lab.records.photo import exits_of, load_photo
@@ -124,22 +124,24 @@ def answered(way: Way, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"ids": made.new_tokens[0].tolist(), "seconds": seconds, "rounds": [*made.rounds]}
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """An entry for each way, of what all of them answered, photograph by photograph.
+def summary(told: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """An entry for each way, of what it answered to each photograph.
 
     speed: tokens a CPU second; times, low, high: of full depth, with a 95% interval of a bootstrap
     that draws photographs and keeps their pairs. acceptance: by place in a round, of those drafts
     before which all were right; tokens: written in a round.
     """
-    rates = {name: _rates([row[name] for row in rows]) for name in rows[0]}
+    rates = {name: _rates(answers) for name, answers in told.items()}
+    ids = {name: [answer["ids"] for answer in answers] for name, answers in told.items()}
     entries = []
     for name, own in rates.items():
         entries.append(
             {
-                "way": name, "photographs": len(rows), "speed": float(own[0].sum() / own[1].sum()),
+                "way": name, "photographs": len(ids[name]),
+                "speed": float(own[0].sum() / own[1].sum()),
                 **times(own, rates["full"]),
-                "identical": sum(row[name]["ids"] == row["full"]["ids"] for row in rows),
-                **_rounds([row[name]["rounds"] for row in rows]),
+                "identical": same(ids[name], ids["full"]),
+                **_rounds([answer["rounds"] for answer in told[name]]),
             }
         )  # fmt: skip
     return entries
@@ -203,26 +205,13 @@ def main() -> None:
             ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)
         else:
             ways = ways_of(adapter, table)
-        rows = _rows(ways, encoder, held, folder / f"{part}.jsonl", part)
+        told = Kept(folder / f"{part}.jsonl").answers(
+            {name: partial(answered, way) for name, way in ways.items()},
+            held, lambda example: encoder.prompts([example]), part,
+        )  # fmt: skip
     before = RECORD.read(arguments.out)
     before.pop("provenance", None)
-    RECORD.write({**before, part: summary(rows)}, arguments.out)
-
-
-def _rows(
-    ways: Mapping[str, Way], encoder: Any, held: Sequence[Any], file: Path, part: str
-) -> list[dict[str, Any]]:
-    """What each way answered to each photograph, in an order of its own, kept in a file."""
-    kept = Kept(file)
-    for way in ways.values():
-        answered(way, encoder.prompts(held[:1]))  # code and tables are made once
-    for example in progress(held, part):
-        if example.key not in kept:
-            inputs = encoder.prompts([example])
-            order = random.Random(example.key).sample([*ways], len(ways))
-            taken = {name: answered(ways[name], inputs) for name in order}
-            kept.keep(example.key, {name: taken[name] for name in ways})
-    return [kept.found[example.key] for example in held]
+    RECORD.write({**before, part: summary(told)}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ so that a run that was cut off goes on there.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,13 +30,12 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.statistics import interval, mean_of
-from offramp.progress import progress
 from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.experiment import Rates, times
+from offramp_lab.experiments.experiment import Experiment, Rates, same, times
 from offramp_lab.places import RUNS
 from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Kept, Record, asked
@@ -157,7 +155,7 @@ def captioned(
                 "whole_milliseconds": float(parts.sum()),
                 **{f"over_{base}": times(rates[name], rates[of]) for base, of in bases.items()},
                 "decoding_over_full": times(decoding[name], decoding[full]),
-                "as_full": sum(a[0] == b[0] for a, b in zip(answers, told[full], strict=True)),
+                "as_full": _same(answers, told[full]),
                 **{
                     metric: {
                         "value": scores[name][metric].value,
@@ -191,7 +189,7 @@ def questioned(
                 **_named(name),
                 "right": right[name].value,
                 "difference": interval(right[name], groups, minus=right[full]),
-                "as_full": sum(a[0] == b[0] for a, b in zip(answers, told[full], strict=True)),
+                "as_full": _same(answers, told[full]),
                 "over_full": times(_rates(answers), _rates(told[full])),
             }
         )
@@ -210,12 +208,10 @@ def together(
         if mode != f"early exit at {LOW:g}"
     }
     groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
-    for run in found.values():
-        run(groups[0])
-    taken: dict[tuple[str, str], list[tuple[list[Any], float]]] = {name: [] for name in found}
-    for place, group in enumerate(progress(groups, "together")):
-        for name in random.Random(place).sample([*found], len(found)):
-            taken[name].append(found[name](group))
+    taken = {
+        name: rows
+        for name, [rows] in Experiment(found, groups, warm=1, title="together").run().items()
+    }
     sizes = [len(group) for group in groups]
     rates = {n: np.array([sizes, [s for _, s in rows]], float) for n, rows in taken.items()}
     before = ("early exit, prompt run whole", TOWERS[0])
@@ -227,7 +223,7 @@ def together(
             "milliseconds": 1e3 * float(own[1].sum() / own[0].sum()),
             "over_before": times(own, rates[before]),
             "over_full": times(own, rates["full", TOWERS[0]]),
-            "as_before": sum(a == b for a, b in zip(said[mode, tower], said[before], strict=True)),
+            "as_before": same(said[mode, tower], said[before]),
         }
         for (mode, tower), own in rates.items()
     ]
@@ -253,16 +249,13 @@ def _engine(
 def _answers(
     found: Mapping[Name, Way], examples: Sequence[Example], most: int, kept: Kept
 ) -> dict[Name, list[Answered]]:
-    """What every way made of every example, each in an order of its own; kept."""
-    for way in found.values():
-        way(examples[0], most)  # code and tables are made once
-    for example in progress(examples, f"{len(examples)} examples"):
-        if example.key not in kept:
-            order = random.Random(example.key).sample([*found], len(found))
-            taken = {name: found[name](example, most) for name in order}
-            kept.keep(example.key, [taken[name] for name in found])
-    rows = [kept.found[example.key] for example in examples]
-    return {name: [row[place] for row in rows] for place, name in enumerate(found)}
+    ways = {name: lambda example, way=way: way(example, most) for name, way in found.items()}
+    return kept.answers(ways, examples, lambda example: example, f"{len(examples)} examples")
+
+
+def _same(one: Sequence[Answered], other: Sequence[Answered]) -> int:
+    """How many have the same ids."""
+    return same([ids for ids, *_ in one], [ids for ids, *_ in other])
 
 
 def _rates(answers: Sequence[Answered], since: int = 0) -> Rates:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from examples.photo_vlm import caption
+from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
+from offramp.data.example import Example
 from offramp.models.shipped import is_photo, shipped_exits
 
 PHOTO = Path("photo")
@@ -46,3 +48,10 @@ def load_photo(
     """The model with exits, and its encoder. vision: what runs the tower."""
     backbone, encoder = caption.load(model, dtype, quantize, vision)
     return Adapter.load(exits_of(model, adapter), backbone), encoder
+
+
+def halves(data: Path) -> tuple[list[Example], list[Example]]:
+    """Held-out photographs: to choose thresholds on, and to measure on."""
+    held = read_photographs(data)["captions_val"]
+    choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
+    return choosing, measuring

@@ -31,7 +31,7 @@ from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, Rounds, same
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import load_photo
+from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
@@ -42,7 +42,6 @@ from offramp_lab.records.runtimes.methods import (
     Name,
     Taken,
     generating,
-    halves,
     medians,
     policies,
     stock,

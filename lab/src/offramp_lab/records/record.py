@@ -4,6 +4,7 @@ origin beside it; and what such commands are asked for."""
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from offramp.data.example import Example, examples_digest
 from offramp.provenance import provenance
 from offramp.storage import JsonlLog, read_json, write_json
+from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
 
 
@@ -135,3 +137,22 @@ class Kept:
         if key not in self.found:
             self.found[key] = found
             self._log.append({"key": key, "found": found})
+
+    def answers(
+        self,
+        ways: Mapping[Any, Callable[[Any], Any]],
+        examples: Sequence[Example],
+        given: Callable[[Example], Any],
+        title: str,
+    ) -> dict[Any, list[Any]]:
+        """What every way makes of every example, of each in an order of its own; what is kept is
+        not made again. given: what ways take of an example."""
+        for way in ways.values():
+            way(given(examples[0]))  # code and tables are made once
+        for example in bar(title)(examples):
+            if example.key not in self:
+                one, order = given(example), random.Random(example.key).sample([*ways], len(ways))
+                taken = {name: ways[name](one) for name in order}
+                self.keep(example.key, [taken[name] for name in ways])
+        rows = [self.found[example.key] for example in examples]
+        return {name: [row[place] for row in rows] for place, name in enumerate(ways)}

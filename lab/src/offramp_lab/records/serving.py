@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -50,21 +50,6 @@ TINY = ["offramp.cli", "serve", "tiny-opt"]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Of one mode and number of clients; medians over rounds. engine: tokens a second without HTTP.
-    share: of it that is left over HTTP. first, gap: seconds, at p50 and p95."""
-
-    mode: str
-    clients: int
-    requests: int
-    tokens_per_second: float
-    engine_tokens_per_second: float
-    share: float
-    first: dict[str, float]
-    gap: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -114,6 +99,11 @@ def photo(arguments: argparse.Namespace) -> Served:
 
 
 def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
+    """An entry of each mode and number of clients; medians over rounds.
+
+    engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first, gap:
+    seconds, at p50 and p95.
+    """
     bodies, asked = requests_of(served.examples), arguments.requests
     points = list(itertools.product(arguments.modes, arguments.clients))
     config = EngineConfig(SLOTS, LIMIT)
@@ -139,13 +129,15 @@ def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
     for mode, clients in points:
         seen, own = ([one for [one] in runs[way, mode, clients]] for way in (http, alone))
         speed = median(one["tokens"] / one["seconds"] for one in seen)
-        entry = Entry(
-            mode, clients, asked, speed, median(own), speed / median(own),
-            spread([x for one in seen for x in one["first"]]),
-            spread([x for one in seen for x in one["gaps"]]),
+        entries.append(
+            {
+                "mode": mode, "clients": clients, "requests": asked, "tokens_per_second": speed,
+                "engine_tokens_per_second": median(own), "share": speed / median(own),
+                "first": spread([x for one in seen for x in one["first"]]),
+                "gap": spread([x for one in seen for x in one["gaps"]]),
+            }
         )  # fmt: skip
-        entries.append(asdict(entry))
-        print(entry, flush=True)
+        print(entries[-1], flush=True)
     return {
         "slots": SLOTS, "tokens": TOKENS, "rounds": arguments.rounds,
         "start_seconds": server.started, "first_token_seconds": first,

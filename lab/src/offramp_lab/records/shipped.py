@@ -8,7 +8,7 @@ from offramp.adapter import Adapter
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
-from offramp.data.scenes.tasks import captions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
@@ -24,7 +24,7 @@ def main() -> None:
         InputProcessor(backbone, processor),
     )
     n = arguments.images
-    examples = [*captions("calibration", n).examples, *questions("calibration", n).examples]
+    examples = captions_and_questions("calibration", n)
     costs = measure_costs(backbone, encoder.prompts(examples[:1]), adapter.exits)
     found = calibrate(
         adapter, encoder, examples, ExitPolicy(), target=demo.TARGET, costs=costs,

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from examples.photo_vlm.rows import half_of, read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -29,7 +28,7 @@ from offramp.answers import full_model_answers
 from offramp.calibration.replay import replay
 from offramp.calibration.suitability import LEVELS, settled, suitability
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import captions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.demo import OPTIONS, DemoSizes
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
@@ -39,6 +38,7 @@ from offramp.models.shipped import load_named, load_tiny, shipped_exits, tiny_ex
 from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
+from offramp_lab.records.photo import halves
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("suitability")
@@ -65,17 +65,13 @@ class Case:
         return self.adapter.exits.shortlist is not None
 
 
-def scenes(split: str, pictures: int, start: int = 0) -> list[Example]:
-    return captions(split, pictures, start).examples + questions(split, pictures, start).examples
-
-
 def tiny(kind: str) -> Case:
     backbone, processor = load_tiny(kind)
     folder = tiny_exits(kind) if kind == "opt" else RUNS / "demo" / kind
-    held_out = scenes("test", 67)[:PROMPTS]
+    held_out = captions_and_questions("test", 67)[:PROMPTS]
     return Case(
         Adapter.load(folder, backbone), InputProcessor(backbone, processor),
-        scenes("calibration", 67, 5000)[:PROMPTS], held_out, held_out[:50],
+        captions_and_questions("calibration", 67, 5000)[:PROMPTS], held_out, held_out[:50],
         planned=3 * DemoSizes().train, longest=OPTIONS["max_new_tokens"],
     )  # fmt: skip
 
@@ -84,12 +80,10 @@ def photo(data: Path) -> Case:
     backbone, processor = load_named("photo", dtype="bfloat16")
     folder = shipped_exits("photo")
     assert folder is not None
-    halves: tuple[list[Example], list[Example]] = ([], [])
-    for example in read_photographs(data)["captions_val"][:1000]:
-        halves[half_of(example)].append(example)
+    asked, held_out = (half[:PROMPTS] for half in halves(data))
     return Case(
-        Adapter.load(folder, backbone), InputProcessor(backbone, processor), halves[0][:PROMPTS],
-        halves[1][:PROMPTS], halves[1][:50], planned=6000, longest=30,
+        Adapter.load(folder, backbone), InputProcessor(backbone, processor),
+        asked, held_out, held_out[:50], planned=6000, longest=30,
     )  # fmt: skip
 
 

@@ -66,13 +66,11 @@ def seeds() -> Table:
     """FREE against distillation alone, in more seeds and on more answers."""
     ratios = {k: record("compare")[k]["distillation"]["free_over_by_seed"] for k in KINDS}
 
-    return Table(
-        ("", "seeds", *map(level, ratios[KINDS[0]])),
-        [
-            (tiny(kind), str(len(next(iter(of.values())))), *map(_over_seeds, of.values()))
-            for kind, of in ratios.items()
-        ],
-    )
+    rows = [
+        (tiny(kind), str(len(next(iter(of.values())))), *map(_over_seeds, of.values()))
+        for kind, of in ratios.items()
+    ]
+    return Table(("", "seeds", *map(level, ratios[KINDS[0]])), rows)
 
 
 def _over_seeds(by_seed: list[float]) -> str:

@@ -29,15 +29,9 @@ def right() -> Table:
     rows = []
     for part, found in _parts():
         four = found["drafting, 4"]
-        rows.append(
-            (
-                part,
-                *(f"{share:.2f}" for share in four["acceptance"]),
-                f"{four['first_draft']:.2f}",
-                f"{four['tokens_a_round']:.2f}",
-                f"{four['times'] / found['table']['times']:.2f}x",
-            )
-        )
+        told = (*four["acceptance"], four["first_draft"], four["tokens_a_round"])
+        gained = f"{four['times'] / found['table']['times']:.2f}x"
+        rows.append((part, *(f"{figure:.2f}" for figure in told), gained))
     places = ("first draft", "second", "third", "fourth")
     return Table(("", *places, "first of an answer", "tokens a round", "of the table"), rows)
 

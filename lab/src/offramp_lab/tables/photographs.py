@@ -29,17 +29,19 @@ def full_model() -> Table:
     return Table(("metric", "full model"), rows)
 
 
-def bridge() -> Table:
-    """The bridge's quality on the way."""
-    return Table.of(
-        record("bridge")["curve"],
-        {
-            "step": lambda row: f"{row['step']:,}",
-            "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
-            "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
-            "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
-        },
-    )
+def trained(name: str) -> Table:
+    """Quality on the way, on photographs of the choosing half; the minutes where they are kept."""
+    rows = record(name)["curve"]
+    told: dict[str, Callable[[Value], str]] = {
+        "step": lambda row: f"{row['step']:,}",
+        "CPU minutes": lambda row: _minutes(row["cpu_seconds"]),
+        "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
+        "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
+        "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
+    }
+    if "cpu_seconds" not in rows[0]:
+        del told["CPU minutes"]
+    return Table.of(rows, told)
 
 
 def photo_model() -> Table:
@@ -65,21 +67,6 @@ def _ranged(figure: Value, form: str) -> str:
     """With its interval, where the metric has one."""
     value = format(figure["value"], form)
     return with_range(value, figure["interval"], form) if figure["interval"] else value
-
-
-def photo_curve() -> Table:
-    """The photo model on the way, on photographs of the choosing half."""
-    rows = [
-        (
-            f"{row['step']:,}",
-            f"{row['cpu_seconds'] / 60:.0f}",
-            f"{row['CIDEr']:.3f}",
-            f"{row['Bleu_4']:.3f}",
-            f"{row['accuracy']:.1%}",
-        )
-        for row in record("photo-card")["curve"]
-    ]
-    return Table(("step", "CPU minutes", "CIDEr", "BLEU-4", "DAQUAR accuracy"), rows)
 
 
 def thresholds(name: str, regime: str) -> Table:
@@ -295,8 +282,8 @@ def _minutes(seconds: float) -> str:
 TABLES: dict[str, MakeTable] = {
     "photo-full": full_model,
     "photo-model": photo_model,
-    "photo-curve": photo_curve,
-    "photo-bridge": bridge,
+    "photo-curve": partial(trained, "photo-card"),
+    "photo-bridge": partial(trained, "bridge"),
     "photo-unsupervised": partial(thresholds, "photo", "unsupervised"),
     "photo-pseudo-labels": partial(thresholds, "photo", "pseudo-labels"),
     "photo-exits": partial(thresholds, "photo-exits", "unsupervised"),

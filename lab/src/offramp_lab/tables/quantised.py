@@ -109,11 +109,6 @@ def kernels() -> Table:
     return Table.of(record("quantised")["kernels"], told)
 
 
-def multiple(mode: str) -> str:
-    """How many times as fast as `generate` in float32 ours is with int4."""
-    return f"{_entries('timings')[OURS, 'int4', mode]['over_generate']:.1f}"
-
-
 # -- schemes --------------------------------------------------------------------------------------
 
 ROUNDING = 2e-3
@@ -172,10 +167,4 @@ TABLES: dict[str, MakeTable] = {
     "quantised-tiny": partial(schemes, "tiny"),
     "quantised-photo": partial(schemes, "photo"),
 }
-FIGURES: dict[str, Make] = {
-    "quantised-versions": versions,
-    **{
-        f"quantised-{mode}": partial(multiple, mode)
-        for mode in ("full", "threshold_0.1", "lossless")
-    },
-}
+FIGURES: dict[str, Make] = {"quantised-versions": versions}

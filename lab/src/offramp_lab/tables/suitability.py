@@ -4,7 +4,7 @@ from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, record, tiny
+from offramp_lab.tables.markdown import Make, MakeTable, record, tiny, with_range
 
 MODELS = {"opt": tiny("opt"), "t5": tiny("t5"), "photo": "photo model"}
 LEVEL = "0.95"
@@ -23,8 +23,7 @@ def beside() -> Table:
     for kind, model in MODELS.items():
         told, trained, speed = _found(kind)
         both = (told, trained)
-        low, high = speed["interval"]
-        faster = f"{times(speed['value'])} [{low:.2f}, {high:.2f}]"
+        faster = with_range(times(speed["value"]), speed["interval"], ".2f")
         rows.append(
             (
                 f"{model}, depth {told['depth']}",

@@ -47,3 +47,11 @@ def questions(split: str, n: int, start: int = 0, per_picture: int = 2) -> Task:
         examples,
         lambda text, example: language.answer_correct(text, example.answers[0]),
     )
+
+
+def captions_and_questions(
+    split: str, n: int, start: int = 0, per_picture: int = 2
+) -> list[Example]:
+    """The examples of both tasks about the same `n` images."""
+    asked = questions(split, n, start, per_picture)
+    return captions(split, n, start).examples + asked.examples

@@ -64,23 +64,6 @@ class CallCosts:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CallCosts:
-        """The costs that `to_json` wrote. Raise `InputError` where it did not."""
-        try:
-            first = "shallow" if "shallow" in value else "feed"  # as older records call it
-            feed, deep, head, full = (
-                tuple((int(n), float(s)) for n, s in value[name])
-                for name in (first, "deep", "head", "full")
-            )
-            slots, context, read = value["slots"], value["context"], value["read"]
-            return cls(int(slots), int(context), feed, deep, head, full, float(read))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"These are no call costs ({type(error).__name__}: {error}).",
-                "Give what CallCosts.to_json wrote.",
-            ) from error
-
 
 def seconds(table: Table, tokens: float) -> float:
     """What a call over so many tokens takes: linear between those measured, and beyond."""

@@ -31,7 +31,7 @@ def main() -> None:
         figures[subject.name] = measure(subject)
         examples += subject.examples
         print(subject.name, *figures[subject.name]["thresholds"], sep="\n  ", flush=True)
-    keep("guesses", figures, "guesses", examples)
+    keep("guesses", figures, examples)
 
 
 def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:

@@ -43,7 +43,7 @@ def main() -> None:
     print(looks[0], looks[len(looks) // 3], looks[-1], seen, sep="\n")
     ends = {ending: seen[ending] for ending in ENDINGS}
     figures = {"slots": arguments.slots, "every": arguments.every, **ends, "looks": looks}
-    keep("memory", figures, "memory")
+    keep("memory", figures)
 
 
 def engine_of(adapter: Adapter, slots: int) -> EngineCore:

@@ -67,7 +67,7 @@ def main() -> None:
         "ways": compared(subject, {name: [run for [run] in found] for name, found in runs.items()}),
     }  # fmt: skip
     print(*figures["ways"], sep="\n")
-    keep("photographs", {arguments.dtype: figures}, "photographs", subject.examples)
+    keep("photographs", {arguments.dtype: figures}, subject.examples)
 
 
 Way = Callable[[Subject], Run]

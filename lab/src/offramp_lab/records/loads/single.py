@@ -69,7 +69,7 @@ def main() -> None:
         "photographs": len(inputs), "rounds": arguments.rounds, "ways": rows,
         "clock": named(arguments.clock),
     }  # fmt: skip
-    keep("single", {arguments.dtype: figures}, "single", subject.examples)
+    keep("single", {arguments.dtype: figures}, subject.examples)
 
 
 def policies(subject: Subject, above: list[float]) -> Mapping[str, ExitPolicy]:

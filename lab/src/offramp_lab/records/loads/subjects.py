@@ -52,8 +52,7 @@ def photo(arguments: argparse.Namespace) -> Subject:
     figures are measured."""
     from examples.photo_vlm.evaluate import LONGEST
 
-    from offramp_lab.records.photo import load_photo
-    from offramp_lab.records.runtimes.methods import halves
+    from offramp_lab.records.photo import halves, load_photo
 
     dtype = getattr(torch, arguments.dtype)
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
@@ -61,11 +60,10 @@ def photo(arguments: argparse.Namespace) -> Subject:
     return Subject("photo model", adapter, encoder, examples, LONGEST["captions"])
 
 
-def keep(
-    part: str, figures: Mapping[str, Any], command: str, examples: Sequence[Example] = ()
-) -> None:
-    """Put figures into a part of the record, beside the others there, with where they come from."""
-    record = Record("loads", f"loads.{command}")
+def keep(part: str, figures: Mapping[str, Any], examples: Sequence[Example] = ()) -> None:
+    """Put figures into a part of the record, which is called as its command, beside the others
+    there, with where they come from."""
+    record = Record("loads", f"loads.{part}")
     parts = record.read()
     known = parts.get(part, {}).get("figures", {})
     origin = {**record.origin(examples=examples), "load": os.getloadavg()[0]}

@@ -7,19 +7,15 @@ an answer of some tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from offramp.provenance import provenance
-from offramp.storage import write_json
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "runtimes-edge.json"
+RECORD = Record("runtimes-edge", "runtimes.edge")
 TOKENS = 64
 _HEAD = """
 import json, resource, sys, time
@@ -49,22 +45,23 @@ print(json.dumps([marks, "torch" in sys.modules]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sliced", type=Path, required=True, help="what `offramp slice` wrote")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = asked(
+        __doc__, rounds=5,
+        more=lambda parser: parser.add_argument(
+            "--sliced", required=True, help="what `offramp slice` wrote"
+        ),
+    )  # fmt: skip
     runs: dict[tuple[str, str], list[Any]] = {}
     for _ in range(arguments.rounds):
         for way, code in WAYS.items():
             for mode in ("full", "early_exit") if way == "without PyTorch" else ("",):
-                command = [sys.executable, "-c", code, str(arguments.sliced), mode, str(TOKENS)]
+                command = [sys.executable, "-c", code, arguments.sliced, mode, str(TOKENS)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 marks, torch = json.loads(done.stdout)
                 assert torch == (way != "without PyTorch")
                 runs.setdefault((way, mode), []).append(marks)
     entries = [_entry(way, mode, found) for (way, mode), found in runs.items()]
-    about = provenance(0, ["offramp_lab.records.runtimes.edge"], None)
-    write_json(RECORD, {"tokens": TOKENS, "entries": entries, "provenance": about})
+    RECORD.write({"tokens": TOKENS, "entries": entries})
 
 
 def _entry(way: str, mode: str, found: list[Any]) -> dict[str, Any]:

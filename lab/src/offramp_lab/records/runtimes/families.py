@@ -21,17 +21,15 @@ from offramp.engine.confidence import register_score
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.provenance import provenance
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import write_json
 from offramp_lab.inputs import tiny_families as families
 from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
-from offramp_lab.places import RECORDS
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "llama-families.json"
+RECORD = Record("llama-families", "runtimes.families")
 EXACT = EngineOptions(context=128, cache="f32", flash_attention=False, kernels=False)
 USUAL = EngineOptions(context=128)
 PROMPTS, NEW = 4, 16
@@ -46,10 +44,9 @@ NAMES = {
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    asked(__doc__)
     rows = [family(name, title) for name, title in NAMES.items()]
-    about = provenance(0, ["offramp_lab.records.runtimes.families"], None)
-    write_json(RECORD, {"prompts": PROMPTS, "tokens": NEW, "families": rows, "provenance": about})
+    RECORD.write({"prompts": PROMPTS, "tokens": NEW, "families": rows})
 
 
 def family(name: str, title: str) -> dict[str, Any]:
@@ -131,14 +128,14 @@ def _same(adapter: Adapter, runtime: LlamaCppRuntime, *, full: bool) -> int:
     policy = FULL if full else replace(adapter.policy, score="drawn")
     count = 0
     for seed, inputs in enumerate(_prompts(adapter.backbone.name)):
-        found = []
-        for each in (runtime, adapter):
-            _draw_scores(seed)
-            found.append(each.generate(inputs, policy=policy, **OPTIONS))
+        _draw_scores(seed)
+        ours = runtime.generate(inputs, policy=policy, **OPTIONS)
+        _draw_scores(seed)
+        theirs = adapter.generate(inputs, policy=policy, **OPTIONS)
         stock = adapter.backbone.model.generate(**inputs, **OPTIONS)
-        same = torch.equal(found[0].sequences, found[1].sequences)
-        same &= torch.equal(found[0].depths, found[1].depths)
-        count += same and (not full or torch.equal(found[0].sequences, stock))
+        same = torch.equal(ours.sequences, theirs.sequences)
+        same &= torch.equal(ours.depths, theirs.depths)
+        count += same and (not full or torch.equal(ours.sequences, stock))
     return count
 
 

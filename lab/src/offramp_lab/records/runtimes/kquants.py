@@ -7,11 +7,10 @@ minutes; one thread.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +20,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.models.backbone import Backbone
-from offramp.provenance import provenance
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import write_json
-from offramp_lab.places import RECORDS
+from offramp_lab.experiments.experiment import Experiment
+from offramp_lab.records.record import Record, asked
 
-RECORD = RECORDS / "runtimes-kquants.json"
+RECORD = Record("runtimes-kquants", "runtimes.kquants")
 FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q4_1")
 ROWS = (1, 2, 4, 8)
 OURS = EngineOptions(context=128)
@@ -36,14 +34,10 @@ WAYS = {"ours": OURS, "llama.cpp": replace(OURS, kernels=False)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
+    rounds = asked(__doc__, rounds=15).rounds
     backbone = _backbone()
     entries = [entry for layers in FORMATS for entry in _timed(backbone, layers, rounds)]
-    about = provenance(0, ["offramp_lab.records.runtimes.kquants"], None)
-    write_json(RECORD, {"rounds": rounds, "entries": entries, "provenance": about})
+    RECORD.write({"rounds": rounds, "entries": entries})
 
 
 def _backbone() -> Backbone:
@@ -62,35 +56,36 @@ def _timed(backbone: Backbone, layers: str, rounds: int) -> list[dict[str, Any]]
         file = Path(folder) / "whole.gguf"
         export_whole(backbone, file, ExportFormats(layers, layers, layers))
         opened = {way: Segment(file, options, tap_layer=None) for way, options in WAYS.items()}
-        found: dict[tuple[str, int], list[float]] = {}
-        logits = {}
-        for way, segment in opened.items():
-            logits[way] = _call(segment, states)().copy()
-        for _ in range(rounds):
-            for rows in ROWS:
-                for way, segment in opened.items():
-                    begin = time.process_time()
-                    _call(segment, states[:rows])()
-                    found.setdefault((way, rows), []).append(time.process_time() - begin)
+        logits = {way: _logits(segment, states).copy() for way, segment in opened.items()}
+        calls = {
+            (way, rows): partial(_milliseconds, segment, states[:rows])
+            for rows in ROWS
+            for way, segment in opened.items()
+        }
+        found = Experiment(calls, rounds=rounds).run()
         for segment in opened.values():
             segment.close()
         size = file.stat().st_size
     alike = float(np.corrcoef(logits["ours"].ravel(), logits["llama.cpp"].ravel())[0, 1])
     entry = {"format": layers, "bytes": size, "alike": alike}
     return [
-        {**entry, "kernels": way, "rows": rows, "milliseconds": 1000 * median(times)}
-        for (way, rows), times in found.items()
+        {**entry, "kernels": way, "rows": rows, "milliseconds": median(t for [t] in taken)}
+        for (way, rows), taken in found.items()
     ]
 
 
-def _call(segment: Segment, states: Any) -> Callable[[], Any]:
-    def run() -> Any:
-        segment.feed(states, 1)
-        logits = segment.logits(1)
-        segment.crop(len(states))
-        return logits
+def _logits(segment: Segment, states: Any) -> Any:
+    """Of states that are taken back."""
+    segment.feed(states, 1)
+    logits = segment.logits(1)
+    segment.crop(len(states))
+    return logits
 
-    return run
+
+def _milliseconds(segment: Segment, states: Any, _: None) -> float:
+    begin = time.process_time()
+    _logits(segment, states)
+    return 1e3 * (time.process_time() - begin)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
-from examples.photo_vlm.rows import half_of, read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -84,13 +83,6 @@ class OneFile:
                 break
             states = self.embeddings[tokens[-1]][None]
         return tuple(tokens)
-
-
-def halves(data: Path) -> tuple[list[Example], list[Example]]:
-    """Held-out photographs: to choose thresholds on, and to measure on."""
-    held = read_photographs(data)["captions_val"]
-    choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
-    return choosing, measuring
 
 
 @dataclass(frozen=True)

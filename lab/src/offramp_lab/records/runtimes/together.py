@@ -8,23 +8,21 @@ with them, the vision tower's output being kept from before. One thread decodes.
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.engine.policy import MODES
-from offramp.progress import progress
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Handle
-from offramp_lab.experiments.experiment import times
-from offramp_lab.records.photo import load_photo
+from offramp_lab.experiments.experiment import Experiment, same, times
+from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("runtimes-together")
@@ -42,8 +40,7 @@ def main() -> None:
     )
     dtype = getattr(torch, arguments.dtype)
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
-    held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
-    held = held[: arguments.photographs]
+    held = halves(arguments.data)[1][: arguments.photographs]
     size = arguments.sequences
     prompts = [encoder.prompts([example]) for example in held]
     groups = [prompts[start : start + size] for start in range(0, len(held), size)]
@@ -84,24 +81,25 @@ def timed(
 ) -> dict[str, Any]:
     """Tokens a CPU second of both `WAYS` to answer groups of prompts, in an order of its own each;
     and how many times as many at once, with its paired interval, and on the clock."""
-    seconds, wall = np.zeros((len(WAYS), len(groups))), np.zeros((len(WAYS), len(groups)))
-    tokens, same = np.zeros(len(groups)), 0
-    for place, group in enumerate(progress(groups, name)):
-        told = [ways[way](group) for way in WAYS]  # what the tower makes is kept
-        same += sum(a == b for a, b in zip(*told, strict=True))
-        tokens[place] = sum(map(len, told[0]))
-        for way in random.Random(place).sample(WAYS, len(WAYS)):
-            begin, start = time.process_time(), time.perf_counter()
-            ways[way](group)
-            seconds[WAYS.index(way), place] = time.process_time() - begin
-            wall[WAYS.index(way), place] = time.perf_counter() - start
-    at_once_, one_by_one_ = (np.stack([tokens, spent]) for spent in seconds)
-    rates = {way: float(tokens.sum() / seconds[i].sum()) for i, way in enumerate(WAYS)}
+
+    def taken(group: Sequence[Any], way: Answers) -> tuple[Rows, float, float]:
+        begin, start = time.process_time(), time.perf_counter()
+        rows = way(group)
+        return rows, time.process_time() - begin, time.perf_counter() - start
+
+    methods = {way: partial(taken, way=ways[way]) for way in WAYS}
+    # All groups warm up: what the tower makes is kept.
+    runs = Experiment(methods, groups, warm=len(groups), title=name).run()
+    found = {way: by_group for way, [by_group] in runs.items()}
+    tokens = [sum(map(len, rows)) for rows, *_ in found["at_once"]]
+    rates = {w: np.array([tokens, [cpu for _, cpu, _ in found[w]]], float) for w in WAYS}
+    wall = {way: sum(spent for *_, spent in found[way]) for way in WAYS}
+    said = ([row for rows, *_ in found[way] for row in rows] for way in WAYS)
     return {
-        **rates,
-        **times(at_once_, one_by_one_),
-        "wall_times": float(wall[1].sum() / wall[0].sum()),
-        "same": int(same),
+        **{way: float(of[0].sum() / of[1].sum()) for way, of in rates.items()},
+        **times(rates["at_once"], rates["one_by_one"]),
+        "wall_times": wall["one_by_one"] / wall["at_once"],
+        "same": same(*said),
     }
 
 
