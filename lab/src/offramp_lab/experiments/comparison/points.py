@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, answers_to
 from offramp.calibration.risk_functions import Quality
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
-from offramp.evaluation.timing import GenerateFn, Timing, speedup, time_interleaved
+from offramp.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.evaluation.timing import (
+    GenerateFn,
+    Timing,
+    exit_generate_fn,
+    speedup,
+    time_interleaved,
+)
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp_lab.experiments.comparison.methods import Plan
@@ -59,6 +62,7 @@ class PointMeasurer:
     ) -> None:
         self.backbone, self.plan = backbone, plan
         self.test, self.quality = list(test), quality
+        self._options: dict[str, Any] = {"max_new_tokens": plan.max_new_tokens, "do_sample": False}
         self.encoder = InputProcessor(backbone, processor)
         self._batches = _Inputs(self.encoder, self.test, plan.batch_size)
         self.full = self.answers(None, FULL, self._batches)
@@ -99,15 +103,6 @@ class PointMeasurer:
         """About `n` test examples, spread over all, since kinds of examples may come one by one."""
         return self.test[:: max(1, len(self.test) // n)][:n]
 
-    def _generate(
-        self, adapter: Adapter | None, rule: ExitPolicy, inputs: Mapping[str, Any], **more: Any
-    ) -> GenerationOutput:
-        """By an adapter's exits, or without any."""
-        options = {"max_new_tokens": self.plan.max_new_tokens, "do_sample": False, **more}
-        if adapter is None:
-            return generate(self.backbone, inputs, **options)
-        return adapter.generate(inputs, policy=rule, **options)
-
     def time(self, entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
         """Speeds against the full model and each round's seconds of decoding, by key.
 
@@ -117,11 +112,16 @@ class PointMeasurer:
         ran = {key: Timing() for key in ("full", *entries)}
         for example in bar("timing")(self.sample(self.plan.timed)):
             inputs = self.encoder.prompts([example])
-            methods: dict[str, GenerateFn] = {"full": partial(self._new_tokens, None, FULL)}
+            methods: dict[str, GenerateFn] = {
+                "full": exit_generate_fn(self.backbone, **self._options)
+            }
             works = {"full": "full"}
             for key, entry in entries.items():
                 works[key] = self._work(entry, inputs)
-                methods.setdefault(works[key], partial(self._new_tokens, entry.adapter, entry.rule))
+                own = entry.adapter.exits, entry.rule
+                methods.setdefault(
+                    works[key], exit_generate_fn(self.backbone, *own, **self._options)
+                )
             timings = time_interleaved(methods, [inputs], rounds=self.plan.rounds)
             for key, work in works.items():
                 ran[key] = ran[key] + timings[work]
@@ -140,18 +140,9 @@ class PointMeasurer:
         each token goes. Weights and thresholds differ within it, but for 0, where nothing looks."""
         exits, rule = entry.adapter.exits, entry.rule
         unseen = {depth: threshold == 0 for depth, threshold in rule.thresholds.items()}
-        depths = self._generate(entry.adapter, rule, inputs).depths.tolist()
+        made = generate(self.backbone, inputs, exits=exits, policy=rule, **self._options)
         kind = type(exits.at(exits.depths[0])).__name__
-        return str((kind, exits.depths, rule.score, rule.shortlist, unseen, depths))
-
-    def _new_tokens(
-        self,
-        adapter: Adapter | None,
-        rule: ExitPolicy,
-        inputs: Mapping[str, Any],
-        stop: StoppingCriteriaList,
-    ) -> Tensor:
-        return self._generate(adapter, rule, inputs, stopping_criteria=stop).new_tokens[0]
+        return str((kind, exits.depths, rule.score, rule.shortlist, unseen, made.depths.tolist()))
 
 
 class _Inputs:
