@@ -30,11 +30,34 @@ def optimiser(module: nn.Module, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8)
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint that is complete or not there."""
-    fresh = path.with_suffix(".new")
-    torch.save(state, fresh)
-    os.replace(fresh, path)
+class Checkpoint:
+    """What a training goes on from: a module, its optimiser, the next step, and seconds so far.
+
+    step: the next one. Those of the last checkpoint, where there is one, are loaded.
+    """
+
+    def __init__(self, module: nn.Module, optim: torch.optim.Optimizer, path: Path) -> None:
+        self._module, self._optim, self._path = module, optim, path
+        state = load(path) or {"step": 0, "seconds": 0.0}
+        if state["step"]:
+            module.load_state_dict(state["model"])
+            optim.load_state_dict(state["optim"])
+        self.step: int = state["step"]
+        self._started = time.monotonic() - state["seconds"]
+        self._saved = time.monotonic()
+
+    def save(self, step: int, last: bool, every: float) -> bool:
+        """Write the state behind a step where it is the last one or so many seconds have passed,
+        complete or not at all; whether it was written."""
+        if not last and time.monotonic() - self._saved <= every:
+            return False
+        fresh = self._path.with_suffix(".new")
+        state = {"model": self._module.state_dict(), "optim": self._optim.state_dict()}
+        seconds = time.monotonic() - self._started
+        torch.save({**state, "step": step + 1, "seconds": seconds}, fresh)
+        os.replace(fresh, self._path)
+        self._saved = time.monotonic()
+        return True
 
 
 def load(path: Path) -> dict[str, Any] | None:

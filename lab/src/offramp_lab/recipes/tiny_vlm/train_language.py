@@ -6,7 +6,6 @@ several questions; the last token of an answer is taught to predict </s> althoug
 with the next question, so one pass teaches all rounds and `generate` still stops after each answer.
 """
 
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from offramp_lab.recipes.tiny_vlm.build import (
     build_model,
     build_tokenizer,
 )
-from offramp_lab.recipes.tiny_vlm.checkpointing import Log, load, optimiser, rate, save
+from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
 from offramp_lab.recipes.tiny_vlm.evaluate import quick
 from offramp_lab.recipes.tiny_vlm.train_vision import Eyes, pixels
 
@@ -200,7 +199,7 @@ def train(
     restart: step at which the learning rate starts its schedule again (Loshchilov and Hutter 2017).
     """
     torch.manual_seed(seed + 1)
-    log, path = Log(work / f"speak-{backbone}.jsonl"), work / f"speak-{backbone}.pt"
+    log = Log(work / f"speak-{backbone}.jsonl")
     model = fresh_model(backbone, eyes)
     if backbone == "t5":
         name_cells(model.language_projection, states)
@@ -209,12 +208,8 @@ def train(
     model.language_model.set_attn_implementation("eager")
     peak = PEAKS[backbone]
     optim = optimiser(model, peak)
-    first, spent, state = 0, 0.0, load(path)
-    if state:
-        model.load_state_dict(state["model"])
-        optim.load_state_dict(state["optim"])
-        first, spent = state["step"], state["seconds"]
-    saved = started = time.monotonic()
+    checkpoint = Checkpoint(model, optim, work / f"speak-{backbone}.pt")
+    first = checkpoint.step
     for step, parts in enumerate(
         batches(backbone, states, first, steps, SIZES[backbone], seed), start=first
     ):
@@ -231,17 +226,6 @@ def train(
         optim.step()
         if step % 50 == 0:
             log(stage=backbone, step=step, caption_loss=values[0], answer_loss=values[1])
-        last = step == steps - 1
-        if last or time.monotonic() - saved > 180:
-            save(
-                {
-                    "model": model.state_dict(),
-                    "optim": optim.state_dict(),
-                    "step": step + 1,
-                    "seconds": spent + time.monotonic() - started,
-                },
-                path,
-            )
+        if checkpoint.save(step, step == steps - 1, every=180):
             log(stage=backbone, step=step + 1, **quick(model, backbone))
-            saved = time.monotonic()
     return model

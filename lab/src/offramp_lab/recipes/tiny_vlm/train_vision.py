@@ -5,7 +5,6 @@ of steps. So query i first learns to report grid cell i (shape, colour, size, or
 query the background. The heads are thrown away; the features stay.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel
 
 from offramp.data.scenes import world
 from offramp_lab.recipes.tiny_vlm.build import QUERIES, WIDTH, qformer_config, vision_config
-from offramp_lab.recipes.tiny_vlm.checkpointing import Log, load, optimiser, rate, save
+from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
 
 CELLS = world.GRID**2
 CLASSES = {
@@ -130,16 +129,11 @@ def accuracy(eyes: Eyes, damage: float = 0.0, n: int = 512) -> dict[str, float]:
 def train(work: Path, steps: int, batch_size: int = 64, peak: float = 1e-3, seed: int = 0) -> Eyes:
     """Train the eyes, or go on from the last checkpoint; returns them when all steps are done."""
     torch.manual_seed(seed)
-    log, path = Log(work / "see.jsonl"), work / "see.pt"
+    log = Log(work / "see.jsonl")
     eyes = Eyes()
     optim = optimiser(eyes, peak)
-    first, spent, state = 0, 0.0, load(path)
-    if state:
-        eyes.load_state_dict(state["eyes"])
-        optim.load_state_dict(state["optim"])
-        first, spent = state["step"], state["seconds"]
-    saved = started = time.monotonic()
-    for step in range(first, steps):
+    checkpoint = Checkpoint(eyes, optim, work / "see.pt")
+    for step in range(checkpoint.step, steps):
         for group in optim.param_groups:
             group["lr"] = peak * rate(step, steps)
         value = loss(eyes, make_batch("train", step * batch_size, batch_size, damage=0.25))
@@ -151,15 +145,5 @@ def train(work: Path, steps: int, batch_size: int = 64, peak: float = 1e-3, seed
             log(stage="see", step=step, loss=value.item())
         if step % 250 == 249 or step == steps - 1:
             log(stage="see", step=step + 1, **accuracy(eyes))
-        if time.monotonic() - saved > 120 or step == steps - 1:
-            save(
-                {
-                    "eyes": eyes.state_dict(),
-                    "optim": optim.state_dict(),
-                    "step": step + 1,
-                    "seconds": spent + time.monotonic() - started,
-                },
-                path,
-            )
-            saved = time.monotonic()
+        checkpoint.save(step, step == steps - 1, every=120)
     return eyes
