@@ -4,6 +4,7 @@ products too; and answers with them."""
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,9 @@ def test_a_video_is_refused(tmp_path: Path) -> None:
     refused(lambda: tower(patches, grid_thw=grid), InputError, "video")
 
 
-def test_commands_write_it_and_see_by_it(run: Any, tmp_path: Path) -> None:
+def test_commands_write_it_and_see_by_it(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_smolvlm(tmp_path / "model")
     backbone = Backbone.from_pretrained(tmp_path / "model")
     exits = Exits(backbone, (2, 4))
@@ -283,8 +286,10 @@ def test_commands_write_it_and_see_by_it(run: Any, tmp_path: Path) -> None:
     Image.fromarray(draw.integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     known = ("--adapter", tmp_path / "exits", "--dtype", "float32")
     out = ("--gguf", "f32", "--out", tmp_path / "gguf")
-    code, made, _ = run("export", *known, *out, "--vision", "q8_0", "--json")
+    with caplog.at_level(logging.INFO):
+        code, made, _ = run("export", *known, *out, "--vision", "q8_0", "--json")
     assert code == 0 and str(tmp_path / "gguf" / PROJECTOR) in json.loads(made)
+    assert "of their length from the model's own" in caplog.text and "Endian" not in caplog.text
     asked = ("generate", *known, "--engine", "llama.cpp", "--gguf", tmp_path / "gguf",
              "--image", tmp_path / "a.png", "--max-new-tokens", 4, "--json")  # fmt: skip
     answers = [run(*asked, "--vision", name) for name in ("torch", "mtmd")]

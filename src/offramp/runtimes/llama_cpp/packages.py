@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 from offramp.errors import InputError
@@ -11,6 +12,9 @@ from offramp.missing import how_to_install
 
 def import_gguf() -> Any:
     """The package that reads and writes GGUF files. Raise `InputError` where it is missing."""
+    log = logging.getLogger("gguf")
+    if log.level == logging.NOTSET:  # it would name every file that is staged
+        log.setLevel(logging.WARNING)
     return _import("gguf")
 
 
