@@ -3,6 +3,7 @@ becomes an entry of a record."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
 from offramp.evaluation.timing import in_turn
 from offramp.provenance import provenance
@@ -45,19 +47,26 @@ class Experiment:
         self, keys: Sequence[str], figures: Callable[[Rounds], Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
         """An entry of a record for each method: its name's parts under `keys`, and its figures."""
-        return entries(self.run(), keys, figures)
+        return [
+            {**dict(zip(keys, name if len(keys) > 1 else (name,), strict=True)), **figures(rounds)}
+            for name, rounds in self.run().items()
+        ]
 
 
-def entries(
-    runs: Mapping[Any, Rounds],
-    keys: Sequence[str],
-    figures: Callable[[Rounds], Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """The same of runs that are there."""
-    return [
-        {**dict(zip(keys, name if len(keys) > 1 else (name,), strict=True)), **figures(rounds)}
-        for name, rounds in runs.items()
-    ]
+class Ticks(BaseStreamer):
+    """A streamer that notes when each token came, the prompt first: in CPU seconds of the thread,
+    and on the wall."""
+
+    def __init__(self) -> None:
+        self.cpu: list[float] = []
+        self.wall: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.cpu.append(time.thread_time())
+        self.wall.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 TIMES = ("times", "low", "high")

@@ -7,7 +7,6 @@ record is drawn, as docs/early-exit.svg.
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -16,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
@@ -29,26 +27,13 @@ from offramp.provenance import provenance
 from offramp.report.gallery import picture as embedded
 from offramp.report.gallery import words
 from offramp.storage import write_atomic, write_json
-from offramp_lab.experiments.experiment import Experiment
+from offramp_lab.experiments.experiment import Experiment, Ticks
 from offramp_lab.places import DOCS, RECORDS
 from offramp_lab.tables.markdown import record
 
 SCENE, REPEATS, SLOWER, HOLD = 17, 25, 60, 2.5  # HOLD: seconds at the end of a loop
 WIDTH, MARGIN, LETTER, LINE = 560, 16, 7.9, 27
 TITLES = {"early_exit": "Early exit", "full": "Full model"}
-
-
-class _Clock(BaseStreamer):
-    """Notes when each token is written."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.process_time())
-
-    def end(self) -> None:
-        pass
 
 
 def measure() -> dict[str, Any]:
@@ -61,11 +46,11 @@ def measure() -> dict[str, Any]:
     policies = {"early_exit": adapter.policy, "full": ExitPolicy()}
 
     def captioned(_: None, policy: ExitPolicy) -> tuple[Any, list[float]]:
-        clock = _Clock()
+        clock = Ticks()
         made = adapter.generate(
             inputs, policy=policy, streamer=clock, max_new_tokens=48, do_sample=False
         )
-        gaps = [after - before for before, after in pairwise(clock.times)]
+        gaps = [after - before for before, after in pairwise(clock.cpu)]
         return made, gaps[1 - made.depths.shape[1] :]
 
     methods = {name: partial(captioned, policy=policy) for name, policy in policies.items()}

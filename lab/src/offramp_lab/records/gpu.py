@@ -33,7 +33,6 @@ from offramp.evaluation.timing import (
 )
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.report.table import Table
 from offramp.runtimes.graphs import GraphRuntime
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.inputs.shapes import shape
@@ -55,7 +54,7 @@ def main() -> None:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     bandwidth = bytes_per_second(device)
     entries = [e for name in arguments.shapes for e in measure(name, device, bandwidth, arguments)]
-    print(card, table(entries).plain(), sep="\n")
+    print(card, *entries, sep="\n")
     found = {"card": card, "copied_bytes_per_second": bandwidth, "entries": entries}
     RECORD.write(found, arguments.out)
 
@@ -150,17 +149,6 @@ def bytes_per_second(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - begin)
     return 2 * source.nbytes / min(took)
-
-
-def table(entries: list[dict[str, Any]]) -> Table:
-    return Table.of(
-        entries,
-        {
-            "shape, runtime, mode": lambda e: f"{e['shape']}, {e['runtime']}, {e['mode']}",
-            "tokens/s": lambda e: f"{e['tokens_per_second']:.1f}",
-            "bandwidth": lambda e: f"{e['bandwidth_share']:.0%}",
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.experiment import Experiment, Rounds
+from offramp_lab.experiments.experiment import Experiment, Rounds, Ticks
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
@@ -45,29 +45,15 @@ TOKENS = 32
 SLOTS = 8
 
 
-class Clock:
-    """A streamer that notes when each token came, in CPU and wall seconds."""
-
-    def __init__(self) -> None:
-        self.cpu: list[float] = []
-        self.wall: list[float] = []
-
-    def put(self, _: Tensor) -> None:
-        self.cpu.append(time.thread_time())
-        self.wall.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def per_token(self) -> tuple[float, float, float]:
-        """CPU and wall milliseconds of a token, the first two left out; and those, of the CPU, of
-        the second token, with which the stack is rehearsed."""
-        of, second = len(self.cpu) - 3, self.cpu[2] - self.cpu[1]
-        per = [(clock[-1] - clock[2]) / of for clock in (self.cpu, self.wall)]
-        return 1e3 * per[0], 1e3 * per[1], 1e3 * second
+def per_token(clock: Ticks) -> tuple[float, float, float]:
+    """CPU and wall milliseconds of a token, the first two left out; and those, of the CPU, of the
+    second token, with which the stack is rehearsed."""
+    of, second = len(clock.cpu) - 3, clock.cpu[2] - clock.cpu[1]
+    per = [(noted[-1] - noted[2]) / of for noted in (clock.cpu, clock.wall)]
+    return 1e3 * per[0], 1e3 * per[1], 1e3 * second
 
 
-Run = Callable[[Mapping[str, Any], Clock], Any]
+Run = Callable[[Mapping[str, Any], Ticks], Any]
 """Answers a prompt and tells the clock of each token."""
 
 
@@ -86,7 +72,7 @@ class Case:
         model = self.backbone.model
         options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
 
-        def stock(inputs: Mapping[str, Any], clock: Clock) -> Any:
+        def stock(inputs: Mapping[str, Any], clock: Ticks) -> Any:
             return model.generate(**inputs, **options, streamer=clock)
 
         def ours(path: str, policy: ExitPolicy) -> Run:
@@ -94,7 +80,7 @@ class Case:
                 lean=path != "stack", compiled=path == "compiled"
             )
 
-            def run(inputs: Mapping[str, Any], clock: Clock) -> Any:
+            def run(inputs: Mapping[str, Any], clock: Ticks) -> Any:
                 return generate(
                     backbone,
                     inputs,
@@ -141,10 +127,10 @@ def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any
     second; CPU seconds of the first round, in which code is made."""
 
     def timed(prompt: Mapping[str, Any], run: Run) -> tuple[float, ...]:
-        clock, start = Clock(), sum(os.times()[:4])
+        clock, start = Ticks(), sum(os.times()[:4])
         with torch.inference_mode():
             run(prompt, clock)
-        return (*clock.per_token(), sum(os.times()[:4]) - start)
+        return (*per_token(clock), sum(os.times()[:4]) - start)
 
     def figures(found: Rounds) -> dict[str, float]:
         first, *counted = found  # the first warms up

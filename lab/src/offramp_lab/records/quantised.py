@@ -29,7 +29,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
-from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Kept, Record, Some, asked
@@ -42,8 +42,8 @@ from offramp_lab.records.runtimes.methods import (
     Name,
     Taken,
     generating,
-    medians,
     policies,
+    speeds,
     stock,
     timed,
 )
@@ -177,21 +177,10 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     def taking(name: Name, method: Method) -> Callable[[Mapping[str, Any]], Taken]:
         return lambda inputs: timed(method, inputs[name[1]])
 
-    def figures(found: Rounds) -> dict[str, float]:
-        took = medians(found)
-        return {
-            "tokens_per_second": took["tokens"] / took["wall"],
-            "cpu_tokens_per_second": took["tokens"] / took["cpu"],
-            "wall_seconds": took["wall"],
-            "cpu_seconds": took["cpu"],
-            "tokens": took["tokens"],
-            "end_to_end_seconds": took["whole"] / len(bench.photographs),
-        }
-
     methods = {name: taking(name, method) for name, method in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
     load_before = os.getloadavg()[0]
-    entries = Experiment(methods, inputs, rounds, warm=1, title="timings").entries(WAY, figures)
+    entries = Experiment(methods, inputs, rounds, warm=1, title="timings").entries(WAY, speeds)
     stock_speed = entries[0]["cpu_tokens_per_second"]
     return {
         "photographs": len(inputs),

@@ -65,11 +65,9 @@ class Kind:
             )
             rows.append([*before, *[IMAGE] * self.images, *after, *words.tolist()])
         text = models.pad(rows, self.padding)
-        torch_state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(2000 + seed)
-        extra = self.extra(text["input_ids"], text["attention_mask"])
-        torch.random.set_rng_state(torch_state)
-        return {**text, **extra}
+        with torch.random.fork_rng():
+            torch.manual_seed(2000 + seed)
+            return {**text, **self.extra(text["input_ids"], text["attention_mask"])}
 
 
 def kind_of(name: str) -> Kind:
@@ -82,10 +80,9 @@ def build(
     """The tiny model of a family, with weights drawn from `seed`; `wide` overrides its scale."""
     kind = kind_of(name)
     wide = kind.wide if wide is None else wide
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    model = kind.build()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = kind.build()
         for path, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, wide)
@@ -93,7 +90,6 @@ def build(
                 parameter.normal_(0.0, 0.05)
         # Faint, or a tied head would only repeat the last token.
         model.get_input_embeddings().weight.normal_(0.0, kind.loud)
-    torch.random.set_rng_state(state)
     model.tie_weights()
     # Random weights hit the end token early; laws on stopping set it themselves.
     for part in (model, getattr(model, "language_model", None)):

@@ -106,13 +106,18 @@ def answers_of(rounds: Rounds) -> list[Answer]:
     return [taken.answer for by_round in rounds for taken in by_round]
 
 
-def medians(rounds: Rounds) -> dict[str, float]:
-    """Of the rounds of a method: decoded tokens in one of them, and their seconds on the wall and
-    of the CPU; seconds of the whole of it, and of the CPU."""
+def speeds(rounds: Rounds) -> dict[str, float]:
+    """Medians of the rounds of a method: tokens a second of decoding, those seconds and tokens, and
+    seconds of an answer, on the wall and of the CPU."""
     tokens = sum(len(answer) - 1 for answer in answers_of(rounds)) / len(rounds)
     totals = [[sum(column) for column in zip(*(t.seconds for t in r), strict=True)] for r in rounds]
     whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
-    return {"tokens": tokens, "wall": wall, "cpu": cpu, "whole": whole, "whole_cpu": whole_cpu}
+    return {
+        "tokens_per_second": tokens / wall, "cpu_tokens_per_second": tokens / cpu,
+        "wall_seconds": wall, "cpu_seconds": cpu, "tokens": tokens,
+        "end_to_end_seconds": whole / len(rounds[0]),
+        "end_to_end_cpu_seconds": whole_cpu / len(rounds[0]),
+    }  # fmt: skip
 
 
 def rates_of(rounds: Rounds) -> Rates:

@@ -26,8 +26,8 @@ from offramp_lab.records.runtimes.methods import (
     Method,
     Name,
     answers_of,
-    medians,
     rates_of,
+    speeds,
     timed,
 )
 
@@ -49,17 +49,13 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
     entries, rates = [], {}
     for name, found in runs.items():
         runtime, layers, _ = name
-        alone, took = said.get(("llama.cpp", layers, "full")), medians(found)
+        alone = said.get(("llama.cpp", layers, "full"))
         rates[name] = rates_of(found)
         entries.append(
             {
                 **dict(zip(WAY, name, strict=True)),
-                "tokens_per_second": took["tokens"] / took["wall"],
-                "cpu_tokens_per_second": took["tokens"] / took["cpu"],
-                "end_to_end_seconds": took["whole"] / len(inputs),
-                "end_to_end_cpu_seconds": took["whole_cpu"] / len(inputs),
+                **speeds(found),
                 "first_call_seconds": first[name],
-                "tokens": took["tokens"],
                 "answers": len(said[name]),
                 "answers_as_one_file": (alone is not None and same(said[name], alone))
                 if runtime in (IN_LLAMA, WITH_ITS_KERNELS)
