@@ -587,11 +587,8 @@ def test_a_missing_package_is_named(exported: Any, monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
+    adapter, folder = adapter_of("llava"), exported("llava")  # which import late
     monkeypatch.setattr(packages.importlib, "import_module", missing)
     segment.library.cache_clear()
-    refused(
-        lambda: export_gguf(adapter_of("llava"), exported("llava")),
-        InputError,
-        "[llama-cpp]",
-    )
+    refused(lambda: export_gguf(adapter, folder), InputError, "[llama-cpp]")
     refused(packages.import_llama_cpp, InputError, "llama_cpp")
