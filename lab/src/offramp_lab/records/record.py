@@ -146,13 +146,17 @@ class Kept:
         title: str,
     ) -> dict[Any, list[Any]]:
         """What every way makes of every example, of each in an order of its own; what is kept is
-        not made again. given: what ways take of an example."""
+        not made again.
+
+        ways: by name, or by a tuple of what sets them apart. given: what they take of an example.
+        """
+        names = {name: name if isinstance(name, str) else ", ".join(name) for name in ways}
         for way in ways.values():
             way(given(examples[0]))  # code and tables are made once
         for example in bar(title)(examples):
             if example.key not in self:
                 one, order = given(example), random.Random(example.key).sample([*ways], len(ways))
                 taken = {name: ways[name](one) for name in order}
-                self.keep(example.key, [taken[name] for name in ways])
+                self.keep(example.key, {names[name]: taken[name] for name in ways})
         rows = [self.found[example.key] for example in examples]
-        return {name: [row[place] for row in rows] for place, name in enumerate(ways)}
+        return {name: [row[key] for row in rows] for name, key in names.items()}

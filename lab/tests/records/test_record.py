@@ -1,0 +1,56 @@
+"""Laws of what records share: how their commands are asked, and how answers are kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from offramp.data.example import Example
+from offramp_lab.records.record import Kept, Some, asked
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any) -> Any:
+    monkeypatch.setattr(sys, "argv", ["record", *words])
+    return asked("What is measured.", **options)
+
+
+def test_an_option_takes_what_its_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {
+        "rounds": 3, "load": 1.5, "shape": "opt", "sizes": (1, 2), "parts": Some("ab"),
+        "no_compile": False,
+    }  # fmt: skip
+    assert vars(given(monkeypatch, **options)) == options
+    words = ["--rounds", "5", "--load", "2", "--shape", "t5", "--sizes", "4", "--parts", "b"]
+    told = vars(given(monkeypatch, *words, "--no-compile", **options))
+    assert told == {
+        "rounds": 5, "load": 2.0, "shape": "t5", "sizes": [4], "parts": ["b"], "no_compile": True
+    }  # fmt: skip
+
+
+def test_only_what_there_is_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        given(monkeypatch, "--parts", "c", parts=Some("ab"))
+    assert "invalid choice: 'c'" in capsys.readouterr().err
+
+
+def test_what_every_way_made_of_an_example_is_not_made_again(tmp_path: Path) -> None:
+    examples = [Example(Image.new("RGB", (1, 1)), "", (), key) for key in "abc"]
+    asked_for: list[tuple[str, str]] = []
+
+    def way(name: str) -> Any:
+        return lambda key: (asked_for.append((name, key)), name + key)[1]
+
+    ways = {("one", "full"): way("1"), ("two", "full"): way("2")}
+    first = Kept(tmp_path / "kept.jsonl").answers(ways, examples[:2], lambda e: e.key, "")
+    assert first == {("one", "full"): ["1a", "1b"], ("two", "full"): ["2a", "2b"]}
+    asked_for.clear()
+    again = dict(reversed(ways.items()))  # by name, in whatever order they come
+    told = Kept(tmp_path / "kept.jsonl").answers(again, examples, lambda e: e.key, "")
+    assert told == {("two", "full"): ["2a", "2b", "2c"], ("one", "full"): ["1a", "1b", "1c"]}
+    assert sorted(asked_for) == [("1", "a"), ("1", "c"), ("2", "a"), ("2", "c")]
