@@ -68,6 +68,16 @@ def test_tokens_are_the_models_own_as_far_as_the_format_goes(name: str, tmp_path
     assert far["f32"] < far["q8_0"] < far["q4_0"]
 
 
+def test_a_clip_tower_is_seen_with_or_refused(tmp_path: Path) -> None:
+    """As llama.cpp has it: 0.3.36 of its bindings takes the class token for a patch."""
+    try:
+        far = export_vision(adapter_of("llava").backbone, tmp_path / "x", "f32", LOOKS)
+    except UnsupportedBackboneError as error:
+        assert "away, and rounding at most 0.02" in str(error)
+    else:
+        assert far < NEAR["f32"]
+
+
 def test_of_half_precision_too(tmp_path: Path) -> None:
     backbone = Backbone(families.build("gemma3", torch.bfloat16))
     assert export_vision(backbone, tmp_path / "f16", "f16", LOOKS) < NEAR["f16"]

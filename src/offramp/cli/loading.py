@@ -160,9 +160,12 @@ def seeing(arguments: argparse.Namespace, adapter: Any) -> Any:
     """The adapter, for which llama.cpp sees images where --vision asks for it."""
     if getattr(arguments, "vision", TORCH) != MTMD:
         return adapter
+    import torch
+
     from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
 
-    return with_mtmd(adapter, arguments.gguf, threads=arguments.threads or 1)
+    threads = arguments.threads or torch.get_num_threads()  # as the decoder has them
+    return with_mtmd(adapter, arguments.gguf, threads=threads)
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
