@@ -33,9 +33,9 @@ from offramp.report.plots import save_analysis
 from offramp.storage import write_json
 from offramp_lab.experiments.analysis.config import DEFAULT, AnalysisConfig, metric_for
 from offramp_lab.experiments.analysis.depth_curves import (
+    by_depth,
     by_policy,
     curve,
-    dip,
     overthinking,
     overthought,
 )
@@ -146,13 +146,9 @@ class Measure:
     draws: Bootstrap
 
     def by_depth(self, forced: Mapping[int, Sequence[Answer]]) -> dict[str, Any]:
-        """Where every token exits at one depth, by that; and its dip."""
-        values = np.stack([self.of(answers) for answers in forced.values()], 1)
-        return {
-            "depths": list(forced),
-            "values": [self.draws.mean(column) for column in values.T],
-            "dip": dip(list(forced), values, np.ones(len(values)), self.draws),
-        }
+        """Where every token exits at one depth, by that."""
+        values = {depth: self.of(answers) for depth, answers in forced.items()}
+        return by_depth(values, np.ones(len(self.draws.groups)), self.draws)
 
 
 def _measures(

@@ -7,7 +7,7 @@ bootstrap interval over images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,22 @@ def right_by_depth(replay: Replay, wanted: Array) -> dict[int, Array]:
 
 
 def curve(replay: Replay, wanted: Array, draws: Bootstrap) -> dict[str, Any]:
-    """Token accuracy against `wanted` [N, A] at each depth, and its dip."""
-    right = right_by_depth(replay, wanted)
-    sums = {d: share(hits, replay.mask) for d, hits in right.items()}
-    hits = np.stack([s[:, 0] for s in sums.values()], 1)
+    """Token accuracy against `wanted` [N, A] at each depth; see `by_depth`."""
+    right = right_by_depth(replay, wanted).items()
+    hits = {depth: (hits & replay.mask).sum(1) for depth, hits in right}
+    return by_depth(hits, replay.mask.sum(1), draws)
+
+
+def by_depth(hits: Mapping[int, Array], counts: Array, draws: Bootstrap) -> dict[str, Any]:
+    """A share at each depth: `depths`, `values` and its `dip`.
+
+    hits: what each example adds [N], by depth, ascending. counts: and of how many [N].
+    """
+    columns = list(hits.values())
     return {
-        "depths": list(sums),
-        "values": [draws.estimate(s) for s in sums.values()],
-        "dip": dip(list(sums), hits, replay.mask.sum(1), draws),
+        "depths": list(hits),
+        "values": [draws.estimate(np.stack([column, counts], 1)) for column in columns],
+        "dip": dip(list(hits), np.stack(columns, 1), counts, draws),
     }
 
 
