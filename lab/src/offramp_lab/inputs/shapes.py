@@ -7,8 +7,8 @@ decoding are the model's own; what it writes is noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import InputError, did_you_mean
@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 
 FIRST_WORD = 8
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_SIDE, _PATCHES = 28, 4
-"""Pixels of an image's side, and its tokens in a prompt."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """A backbone to build: `config` is the text model's, and `wrap`, of
-    `offramp_lab.inputs.tiny_families.models`, puts a VLM around it."""
+    `offramp_lab.inputs.tiny_families.models`, puts a VLM around it.
+
+    images: tokens that an image takes in the prompt. image: what makes the inputs of one, of the
+    same module, and its side in what that counts in. sees: what else `wrap` is told of images.
+    """
 
     name: str
     config: Callable[[], Any]
     wrap: str
+    images: int = 4
+    image: tuple[str, int] = ("sized", 28)
+    sees: Mapping[str, int] = field(default_factory=dict)
 
     def empty(self) -> nn.Module:
         """The model with real buffers and parameters that take no memory."""
@@ -41,7 +46,7 @@ class Shape:
         from offramp_lab.inputs.tiny_families import models
 
         with init_empty_weights(include_buffers=False):
-            model: Any = getattr(models, self.wrap)(self.config(), layers=1)
+            model: Any = getattr(models, self.wrap)(self.config(), layers=1, **self.sees)
         encoder = getattr(getattr(model, "language_model", None), "encoder", None)
         if encoder is not None:  # only now: its config also sizes the decoder's cache
             encoder.block = encoder.block[:1]
@@ -87,17 +92,18 @@ class Shape:
         """What a processor would return for `batch` prompts of an image and `words` words."""
         import torch
 
+        from offramp_lab.inputs.tiny_families import models
         from offramp_lab.inputs.tiny_families.text import IMAGE
 
         draw = torch.Generator().manual_seed(seed)
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
-        ids = torch.cat([torch.full((batch, _PATCHES), IMAGE), text], 1)
-        pixels = torch.randn(batch, 3, _SIDE, _SIDE, generator=draw)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": pixels.to(backbone.dtype),
-        }
+        ids = torch.cat([torch.full((batch, self.images), IMAGE), text], 1)
+        mask, (make, side) = torch.ones_like(ids), self.image
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            extra = getattr(models, make)(ids, mask, side)
+        extra["pixel_values"] = extra["pixel_values"].to(backbone.dtype)
+        return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
 def shape(name: str) -> Shape:
@@ -165,6 +171,25 @@ def _llama(
     )
 
 
+def _qwen(layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Any:
+    """What Qwen2.5-VL's text model differs in from the tiny one."""
+    head = width // heads
+    axes = [head // 8, head // 16 * 3, head // 16 * 3]  # of time, height and width
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": axes},
+        "tie_word_embeddings": True,
+    }
+
+
+_FINELY: Any = {"images": 576, "image": ("sized", 336), "sees": {"side": 336}}
+
 SHAPES: dict[str, Shape] = {
     s.name: s
     for s in (
@@ -172,6 +197,15 @@ SHAPES: dict[str, Shape] = {
         Shape("flan-t5-xl", lambda: _t5(24, 2048, 32, 5120, 32128), "blip2"),
         Shape("llava-7b", lambda: _llama(32, 4096, 32, 32, 11008, 32064, False), "llava"),
         Shape("smollm2-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), "llava"),
+        Shape("llava-135m", lambda: _llama(30, 576, 9, 3, 1536, 49152, True), "llava", **_FINELY),
+        Shape("llava-1b", lambda: _llama(16, 2048, 32, 8, 8192, 32064, True), "llava", **_FINELY),
+        Shape(
+            "qwen2.5-vl-3b-10",
+            lambda: _qwen(10, 2048, 16, 2, 11008, 32064),
+            "qwen25",
+            images=576,
+            image=("patches", 48),
+        ),
         Shape("mini-opt", lambda: _opt(8, 32, 2, 512), "blip2"),
         Shape("mini-t5", lambda: _t5(8, 32, 2, 64, 512), "blip2"),
         Shape("mini-llava", lambda: _llama(8, 32, 4, 2, 64, 512, True), "llava"),

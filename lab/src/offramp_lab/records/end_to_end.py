@@ -14,9 +14,10 @@ so that a run that was cut off goes on there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -268,9 +269,10 @@ def _named(name: Name) -> dict[str, str]:
     return dict(zip(("engine", "mode", "tower"), name, strict=True))
 
 
-def _held_out(data: Path, split: str, count: int) -> Iterator[Example]:
+def held_out(data: Path, split: str, count: int) -> list[Example]:
+    """The first examples that calibration does not see."""
     held = (e for e in read_photographs(data)[split] if half_of(e) == 1)
-    return (example for example, _ in zip(held, range(count), strict=False))
+    return [*islice(held, count)]
 
 
 def main() -> None:
@@ -281,8 +283,8 @@ def main() -> None:
         for tower in TOWERS
     }
     encoder = adapters[TOWERS[0]][1]
-    captions = [*_held_out(arguments.data, "captions_val", arguments.photographs)]
-    questions = [*_held_out(arguments.data, "questions_val", arguments.questions)]
+    captions = held_out(arguments.data, "captions_val", arguments.photographs)
+    questions = held_out(arguments.data, "questions_val", arguments.questions)
 
     def texts(ids: list[int]) -> str:
         return str(encoder.texts(torch.tensor([ids]))[0])

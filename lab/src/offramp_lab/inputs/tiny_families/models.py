@@ -3,7 +3,8 @@ and mask, from both [B, T]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,14 +80,15 @@ def instructblip(text: Any) -> Any:
     )
 
 
-def llava(text: Any = None, layers: int = 2) -> Any:
-    """layers: of the vision tower."""
+def llava(text: Any = None, layers: int = 2, side: int = 28) -> Any:
+    """layers: of the vision tower. side: of an image, in pixels."""
     text = text or llama()
+    tower = {**_SQUARE, "num_hidden_layers": layers, "image_size": side}
     return _model(
         "Llava",
-        vision_config=config("CLIPVision", **{**_SQUARE, "num_hidden_layers": layers}),
+        vision_config=config("CLIPVision", **tower),
         text_config=text,
-        image_seq_length=4,
+        image_seq_length=(side // 14) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,
         **_AT,
     )
@@ -157,12 +159,14 @@ _PATCHED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def qwen25() -> Any:
-    windows = {"depth": 2, "window_size": 32, "fullatt_block_indexes": [1]}
+def qwen25(text: Mapping[str, Any] | None = None, layers: int = 2) -> Any:
+    """text: what its text model differs in. layers: of the vision tower."""
+    text = {**SIZES, "rope_parameters": _ROPE, **(text or {})}
+    windows = {"depth": layers, "window_size": 32, "fullatt_block_indexes": [layers - 1]}
     return _model(
         "Qwen2_5_VL",
-        vision_config={**_PATCHED, **windows},
-        text_config={**SIZES, "rope_parameters": _ROPE},
+        vision_config={**_PATCHED, **windows, "out_hidden_size": text["hidden_size"]},
+        text_config=text,
         **_VISION_IDS,
     )
 
@@ -239,8 +243,12 @@ def florence2() -> Any:
 # -- what their processors return ------------------------------------------------------------------
 
 
-def square(size: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    return lambda ids, mask: {"pixel_values": torch.randn(len(ids), 3, size, size)}
+def sized(ids: Tensor, mask: Tensor, side: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(len(ids), 3, side, side)}
+
+
+def square(side: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    return partial(sized, side=side)
 
 
 def with_question(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -261,11 +269,12 @@ def crops(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(len(ids), 2, 3, 28, 28), "image_sizes": sizes}
 
 
-def patches(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Qwen's processor flattens the patches of all images and tells their grids apart."""
+def patches(ids: Tensor, mask: Tensor, side: int = 4) -> dict[str, Tensor]:
+    """Qwen's processor flattens the patches of all images and tells their grids apart. side: of an
+    image, in patches; four of them are a token."""
     return {
-        "pixel_values": torch.randn(len(ids) * 16, 3 * 2 * 8 * 8),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * len(ids)),
+        "pixel_values": torch.randn(len(ids) * side**2, 3 * 2 * 8 * 8),
+        "image_grid_thw": torch.tensor([[1, side, side]] * len(ids)),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
 
