@@ -16,6 +16,7 @@ from reference import Dice, Noted, Probe, _continued, of_steps
 from torch import Tensor
 
 from offramp.adapter import Adapter
+from offramp.calibration.replay import can_replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import (
     ExitPolicy,
@@ -27,6 +28,7 @@ from offramp.engine.policy import (
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.pruning import Pruner
 from offramp.errors import InputError
+from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -34,6 +36,7 @@ from offramp.models.opened import LayerCall
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp.verification import Verification
 
 FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "internvl", "blip2-opt", "instructblip-llama"]
 
@@ -287,6 +290,16 @@ def test_what_cannot_leave_tokens_behind_refuses_to(backbone, exits, batch):
     with pytest.raises(InputError, match=r"llama\.cpp runs all visual tokens"):
         check_all_go_on(policy, "llama.cpp")
     check_all_go_on(replace(policy, lossless=True), "llama.cpp")
+
+
+def test_what_follows_answers_in_one_pass_refuses_what_a_pass_does_not_show():
+    policy: Any = ExitPolicy({2: 0.1}, visual_keep=0.5)
+    assert not follows_policy(policy) and not can_replay(policy)
+    nothing: Any = None
+    with pytest.raises(InputError, match="runs all visual tokens"):
+        candidate_scores(nothing, nothing, [], policy=policy)
+    with pytest.raises(InputError, match="runs all visual tokens"):
+        Verification(nothing, nothing, [nothing], policy=policy)
 
 
 @pytest.mark.parametrize("share", [0, 0.0, -1, 1.5, "half", True])
