@@ -11,7 +11,8 @@ the first token on; it is kept in runs/drafts, so that a run that was cut off go
 table's counts are of the model's own answers to `--learn` photographs of the training split. Ways:
 full depth; today's exit, by the adapter's drafts and by 5 at .2; the table; 3, 4, 5 drafts of the
 exit from its own state. `--packed` lays the weights out first, `--gguf q8_0` decodes inside
-llama.cpp; each makes a part of its own.
+llama.cpp; each makes a part of its own. Of exits that learnt from a number format (`offramp train
+--of-format`) that part has full depth and their drafts alone.
 """
 
 from __future__ import annotations
@@ -69,6 +70,22 @@ def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[int
     return by_exit, {most: replace(lossless, max_draft=most) for most in (3, 4, 5)}
 
 
+def drafts_in_llama_cpp(adapter: Adapter, runtime: LlamaCppRuntime) -> dict[str, Way]:
+    """Full depth, and the drafts of exits that draft on."""
+    _, drafting = lossless_policies(adapter)
+    return {
+        "full": _by(runtime, FULL),
+        **{f"drafting, {most}": _by(runtime, policy) for most, policy in drafting.items()},
+    }
+
+
+def _by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
+    return lambda inputs, stop: runtime.generate(
+        inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True,
+        max_new_tokens=NEW, do_sample=False,
+    )  # fmt: skip
+
+
 def ways_in_llama_cpp(
     adapter: Adapter, table: DraftTable, formats: str, folder: Path, stack: ExitStack
 ) -> dict[str, Way]:
@@ -81,18 +98,11 @@ def ways_in_llama_cpp(
     exits = stack.enter_context(LlamaCppRuntime(plain, folder / "plain"))
     words = stack.enter_context(TableRuntime(plain, folder / "plain", table))
     by_exit, drafting = lossless_policies(adapter)
-
-    def by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
-        return lambda inputs, stop: runtime.generate(
-            inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True,
-            max_new_tokens=NEW, do_sample=False,
-        )  # fmt: skip
-
     return {
-        "full": by(exits, FULL),
-        **{name: by(exits, policy) for name, policy in by_exit.items()},
-        "table": by(words, drafting[4]),
-        **{f"drafting, {most}": by(drafts, policy) for most, policy in drafting.items()},
+        **{name: _by(exits, policy) for name, policy in by_exit.items()},
+        "table": _by(words, drafting[4]),
+        **drafts_in_llama_cpp(adapter, drafts),
+        "full": _by(exits, FULL),
     }
 
 
@@ -198,10 +208,18 @@ def main() -> None:
     if arguments.gguf:
         part = f"llama.cpp {arguments.gguf}"
     folder = RUNS / RECORD.name
-    learnt = photographs["captions"][: arguments.learn]
+    own = arguments.gguf is not None and adapter.of_format == arguments.gguf
+    if own:
+        part = f"{part}, exits for it"
+    learnt = photographs["captions"][: 0 if own else arguments.learn]
     table = own_answers(adapter, encoder, learnt, folder / "answers.jsonl")
     with ExitStack() as stack:
-        if arguments.gguf:
+        if own:
+            if not (folder / part).is_dir():
+                export_gguf(adapter, folder / part, arguments.gguf)
+            runtime = stack.enter_context(LlamaCppRuntime(adapter, folder / part))
+            ways = drafts_in_llama_cpp(adapter, runtime)
+        elif arguments.gguf:
             ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)
         else:
             ways = ways_of(adapter, table)

@@ -17,9 +17,9 @@ def drafts() -> Table:
     """Multiples of full depth by the same products, with their intervals; of each engine."""
     rows = []
     for part, found in _parts():
-        times = [times_with_range(one) for one in (found[way] for way in WAYS)]
+        times = [times_with_range(found[way]) if way in found else "" for way in WAYS]
         photographs = found["full"]["photographs"]
-        same = min(found[way]["identical"] for way in WAYS)
+        same = min(one["identical"] for one in found.values())
         rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))
     return Table(("", "full depth, tokens/CPU s", *WAYS.values(), "identical"), rows)
 
@@ -30,7 +30,8 @@ def right() -> Table:
     for part, found in _parts():
         four = found["drafting, 4"]
         told = (*four["acceptance"], four["first_draft"], four["tokens_a_round"])
-        gained = f"{four['times'] / found['table']['times']:.2f}x"
+        table = found.get("table") or way(part.partition(", exits")[0], "table")
+        gained = f"{four['times'] / table['times']:.2f}x"
         rows.append((part, *(f"{figure:.2f}" for figure in told), gained))
     places = ("first draft", "second", "third", "fourth")
     return Table(("", *places, "first of an answer", "tokens a round", "of the table"), rows)
