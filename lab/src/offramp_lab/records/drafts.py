@@ -99,10 +99,10 @@ def ways_in_llama_cpp(
     words = stack.enter_context(TableRuntime(plain, folder / "plain", table))
     by_exit, drafting = lossless_policies(adapter)
     return {
+        "full": _by(exits, FULL),
         **{name: _by(exits, policy) for name, policy in by_exit.items()},
         "table": _by(words, drafting[4]),
-        **drafts_in_llama_cpp(adapter, drafts),
-        "full": _by(exits, FULL),
+        **{f"drafting, {most}": _by(drafts, policy) for most, policy in drafting.items()},
     }
 
 
