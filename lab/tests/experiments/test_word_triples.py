@@ -44,7 +44,8 @@ def test_a_summary_counts_places_behind_right_ones_and_pairs_photographs() -> No
             "drafting, 3": {"ids": ids, "seconds": scale, "rounds": [[3, 2], [1, 0]]},
         }
 
-    full, ours = summary([row(1.0), row(5.0), row(0.1)])
+    rows = [row(1.0), row(5.0), row(0.1)]
+    full, ours = summary({way: [each[way] for each in rows] for way in rows[0]})
     assert full["times"] == 1.0 and "acceptance" not in full
     assert ours["identical"] == 3
     assert abs(ours["times"] - 2) < 1e-9 and abs(ours["low"] - 2) < 1e-9  # pairs stay together
@@ -68,7 +69,7 @@ def test_all_ways_of_the_record_write_the_full_models_answer(adapter, batch) -> 
     }
     assert set(taken) > {"full", "table", "exit, as stored", "drafting, 4"}
     assert all(one["ids"] == taken["full"]["ids"] for one in taken.values())
-    assert all(entry["identical"] == 1 for entry in summary([taken]))
+    assert all(entry["identical"] == 1 for entry in summary({n: [one] for n, one in taken.items()}))
 
 
 @pytest.mark.llama_cpp
