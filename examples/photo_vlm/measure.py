@@ -46,8 +46,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.errors import InputError
 from offramp.evaluation.timing import (
-    speedup,
-    speedup_interval,
+    speedups,
 )
 from offramp.models.exits import Exits
 from offramp.provenance import provenance
@@ -74,10 +73,7 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
         accepted += sum(n for _, n in made.rounds)
     return {
         "dtype": str(photos.backbone.dtype).removeprefix("torch."),
-        "speedup_decode": speedup(timings["full"].decode, timings["lossless"].decode),
-        "speedup_decode_interval": speedup_interval(timings["full"], timings["lossless"]),
-        "speedup_end_to_end": speedup(timings["full"].seconds, timings["lossless"].seconds),
-        "speedup_vs_generate": speedup(timings["generate"].decode, timings["lossless"].decode),
+        **speedups(timings, "lossless"),
         "tokens_per_second": {name: timing.tokens_per_second for name, timing in timings.items()},
         "identical": same == len(examples),
         "identical_captions": same,

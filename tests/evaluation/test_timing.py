@@ -6,7 +6,13 @@ from collections import Counter
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.evaluation.timing import Timing, speedup, speedup_interval, time_interleaved
+from offramp.evaluation.timing import (
+    Timing,
+    speedup,
+    speedup_interval,
+    speedups,
+    time_interleaved,
+)
 
 
 class Clock:
@@ -87,3 +93,21 @@ def test_the_interval_of_a_speedup_is_over_examples_in_pairs() -> None:
     assert low == 1.0 and 1.0 < high <= 2.0
     assert speedup_interval(Timing(by_example=[[2.0]]), Timing(by_example=[[1.0]])) is None
     assert (slow + twice).by_example == [[2.0, 4.0, 8.0, 1.0, 2.0, 4.0]] * 2
+
+
+def test_speedups_are_of_the_same_seconds_that_an_answer_is_said_to_take() -> None:
+    clock = Clock()
+    ways = {
+        "generate": way(clock, [], "generate", 6.0, 3.0, 4),
+        "full": way(clock, [], "full", 5.0, 2.0, 4),
+        "ours": way(clock, [], "ours", 5.0, 1.0, 4),
+    }
+    timings = time_interleaved(ways, [{}, {}], rounds=3, clock=clock)
+    found = speedups(timings, "ours")
+    assert found["seconds_an_answer"] == 8.0
+    assert found["seconds_an_answer_full"] == 11.0
+    assert found["speedup_end_to_end"] == 11.0 / 8.0
+    assert (found["speedup_decode"], found["speedup_decode_interval"]) == (2.0, (2.0, 2.0))
+    assert (found["speedup_vs_generate"], found["speedup_vs_generate_end_to_end"]) == (3.0, 15 / 8)
+    del timings["generate"]
+    assert "speedup_vs_generate" not in speedups(timings, "ours")

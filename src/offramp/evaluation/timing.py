@@ -87,6 +87,11 @@ class Timing:
         """Decoded tokens (all but the first of each answer) per second of decoding."""
         return (self.tokens - len(self.answers)) / median(self.decode)
 
+    @property
+    def seconds_an_answer(self) -> float:
+        """From processor output to the last token, in the mean over examples."""
+        return median(self.seconds) / len(self.answers)
+
 
 def time_interleaved(
     methods: Mapping[Name, GenerateFn],
@@ -151,6 +156,26 @@ def in_turn(
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Ratio of medians."""
     return median(slow) / median(fast)
+
+
+def speedups(timings: Mapping[str, Timing], name: str) -> dict[str, Any]:
+    """What method `name` gains over "full" and, where it was timed, over stock "generate".
+
+    Returns `speedup_decode` and its interval, `speedup_end_to_end`, `speedup_vs_generate` and
+    `speedup_vs_generate_end_to_end`; and seconds of a whole answer, of both.
+    """
+    full, ours = timings["full"], timings[name]
+    found: dict[str, Any] = {
+        "speedup_decode": speedup(full.decode, ours.decode),
+        "speedup_decode_interval": speedup_interval(full, ours),
+        "speedup_end_to_end": speedup(full.seconds, ours.seconds),
+        "seconds_an_answer": ours.seconds_an_answer,
+        "seconds_an_answer_full": full.seconds_an_answer,
+    }
+    if stock := timings.get("generate"):
+        found["speedup_vs_generate"] = speedup(stock.decode, ours.decode)
+        found["speedup_vs_generate_end_to_end"] = speedup(stock.seconds, ours.seconds)
+    return found
 
 
 def speedup_interval(slow: Timing, fast: Timing) -> tuple[float, float] | None:

@@ -40,7 +40,7 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (
     GenerateFn,
     Timing,
-    speedup,
+    speedups,
     stock_generate_fn,
     time_interleaved,
 )
@@ -162,7 +162,6 @@ def _row(
 ) -> dict[str, Any]:
     pictures = len(full) // 3
     asked = _examples("test", pictures)
-    stock, baseline, ours = timings["generate"], timings["full"], timings[name]
     right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
     every = np.concatenate([np.subtract(*pair) for pair in right.values()])
     losses = RISKS[calibration.risk].losses(early, full, asked)
@@ -184,9 +183,7 @@ def _row(
         "images_test": pictures,
         "n_test": len(asked),
         "speedup_predicted": calibration.speedup,
-        "speedup_decode": speedup(baseline.decode, ours.decode),
-        "speedup_end_to_end": speedup(baseline.seconds, ours.seconds),
-        "speedup_vs_generate": speedup(stock.decode, ours.decode),
+        **speedups(timings, name),
         "quality_drop": float(every.mean()),
         "quality_full": {n: float(a.mean()) for n, (a, _) in right.items()},
         "quality_early": {n: float(b.mean()) for n, (_, b) in right.items()},

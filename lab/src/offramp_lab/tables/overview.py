@@ -114,20 +114,20 @@ def _in_llama_cpp() -> tuple[str, ...]:
 
 
 def _sliced() -> tuple[str, ...]:
-    """The photo model without PyTorch, of the hub's own file: exits' part and the kernels'."""
+    """The photo model without PyTorch, of a file as a hub would have it."""
     found = record("runtimes-photo-edge")
-    over = found["over_llama_cpp"]
-    same = found["same_fed_with_its_embeddings"]["early_exit"]
+    entries = by(found["entries"], "format", "mode")
+    early, lossless = (entries["q4_1", mode] for mode in ("early_exit", "lossless"))
+    of = found["photographs"]
     return (
-        "the earlier photo model of the hub's file q4_1, sliced, without PyTorch",
-        bold(times(over["early_exit"] / over["full"])),
-        f"{times(over['early_exit'])} of llama.cpp alone",
+        "the photo model that ships, of a file in q4_1, sliced, without PyTorch",
+        bold(times(early["exits"]["times"])),
+        f"{_with_ends(early['all'])} of llama.cpp alone, prompts with it",
         "not measured",
-        f"{found['photographs']} photographs",
-        f"none; lossless ({times(over['lossless'] / over['full'])}, all in all "
-        f"{times(over['lossless'])}) is full depth's in {found['lossless_as_full']} of "
-        f"{found['photographs']}",
-        f"{same} of {found['photographs']} captions as PyTorch's early exits write them",
+        f"{of} photographs, [{early['exits']['low']:.2f}, {early['exits']['high']:.2f}]",
+        f"none; lossless ({times(lossless['exits']['times'])}, all in all "
+        f"{times(lossless['all']['times'])}) is full depth's in {lossless['as_full']} of {of}",
+        f"{early['as_with_its_embeddings']} of {of} captions as PyTorch's early exits write them",
     )
 
 

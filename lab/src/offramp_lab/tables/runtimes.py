@@ -257,27 +257,39 @@ def edge() -> Table:
     return Table(("CPU and peak memory", "import", "load", f"{tokens} tokens"), rows)
 
 
+def beside_alone(one: Value) -> tuple[str, ...]:
+    """Of an entry of `offramp_lab.records.runtimes.ways`: its speed, and that in two parts."""
+    name = "the engine alone" if one["mode"] == "alone" else one["mode"].replace("_", " ")
+    rate = f"{one['tokens_per_cpu_second']:.0f}"
+    if one["mode"] == "alone":
+        return name, rate, "1", "", ""
+    return name, rate, *(times_with_range(one[part]) for part in ("all", "rest", "exits"))
+
+
+AS_IN_PYTORCH = ("as_in_pytorch", "as_with_its_embeddings")
+BESIDE_ALONE = ("tokens a CPU second", "of the engine alone", "by our kernels", "by exits")
+
+
 def photo_edge() -> Table:
     """The sliced photo model: speeds without PyTorch, and which answers are the same."""
     found = record("runtimes-photo-edge")
-    of = found["photographs"]
 
-    def row(way: str) -> tuple[str, ...]:
-        rate, over = found["tokens_per_cpu_second"][way], found["over_llama_cpp"][way]
-        counts = [
-            f"{found[name][way]} of {of}" if way in found[name] else ""
-            for name in ("same_as_in_pytorch", "same_fed_with_its_embeddings")
-        ]
-        return way.replace("_", " "), f"{rate:.0f} ({over:.2f}x)", *counts
+    def same(one: Value, key: str) -> str:
+        return f"{one[key]} of {found['photographs']}" if key in one else ""
 
-    columns = ("", "tokens a CPU second", "as in PyTorch", "... with its embeddings")
-    return Table(columns, [row(way) for way in found["tokens_per_cpu_second"]])
+    rows = [
+        (f"{one['format']}, {way}", *cells, *(same(one, key) for key in AS_IN_PYTORCH))
+        for one in found["entries"]
+        for way, *cells in [beside_alone(one)]
+    ]
+    return Table(("", *BESIDE_ALONE, "as in PyTorch", "... with its embeddings"), rows)
 
 
 def photo_edge_lossless() -> str:
-    """Of how many photographs the lossless answer is the full model's."""
+    """Of how many photographs the lossless answer is the full model's, least of all formats."""
     found = record("runtimes-photo-edge")
-    return f"{found['lossless_as_full']} of {found['photographs']}"
+    least = min(one["as_full"] for one in found["entries"] if one["mode"] == "lossless")
+    return f"{least} of {found['photographs']}"
 
 
 def families() -> Table:

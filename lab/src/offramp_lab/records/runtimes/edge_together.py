@@ -19,18 +19,14 @@ from typing import Any
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.engine.policy import MODES
-from offramp.models.backbone import Backbone
-from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, slice_gguf
-from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.packages import import_gguf
+from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp.storage import cache_folder
 from offramp_lab.records.photo import exits_of, load_photo
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes.photo_edge import prompt_of, written
+from offramp_lab.records.runtimes.photo_edge import hub_file, prompt_of
 from offramp_lab.records.runtimes.together import Answers, Rows, timed
+from offramp_lab.records.runtimes.ways import written
 
 RECORD = Record("runtimes-edge-together", "runtimes.edge_together")
 CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
@@ -59,27 +55,6 @@ def main() -> None:
                     entries.append({"format": formats, "mode": mode, **told})
                     print(entries[-1])
     RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
-
-
-def hub_file(backbone: Backbone, out: Path, formats: str) -> Path:
-    """The decoder with the tokenizer and the settings of SmolLM2's own file, whose shape it has."""
-    gguf = import_gguf()
-    plain = out.with_suffix(".plain")
-    export_whole(backbone, plain, ExportFormats(formats))
-    like = gguf.GGUFReader(weights_file(LANGUAGE, cache_folder("photo")))
-    writer = gguf.GGUFWriter(out, str(like.fields["general.architecture"].contents()))
-    for key, field in like.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
-    for tensor in gguf.GGUFReader(plain).tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    plain.unlink()
-    return out
 
 
 def _ways(model: EdgeModel, mode: str, size: int) -> dict[str, Answers]:

@@ -1,104 +1,110 @@
-"""The photo model, sliced from the hub's file: without PyTorch against with it, and against
+"""The photo model from files as a hub would have them: without PyTorch against with it, and against
 llama.cpp alone; rewrites runtimes-photo-edge.json.
 
-`python -m offramp_lab.records.runtimes.photo_edge --file SmolLM2-135M-Instruct.Q4_1.gguf` needs the
-model that `python -m examples.photo_vlm.build` makes and the photographs it names; ten minutes, one
-thread. Images go through PyTorch in both, as the model's vision tower has no place in libmtmd.
-Embeddings are the file's, quantised, or those of the model in PyTorch, which are rounded to
-bfloat16. CPU seconds are of decoding alone, all ways in turns on the same photographs.
+`python -m offramp_lab.records.runtimes.photo_edge` captions photographs of the reporting half, in
+q8_0 and q4_1, on one thread. Images go through PyTorch in all, as the model's vision tower has no
+place in libmtmd. Embeddings are the file's, quantised, or those of the model in PyTorch. CPU
+seconds are of whole answers behind the tower, prompts with them, all ways in turns; ten minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from examples.photo_vlm.caption import ADAPTER, load
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
-from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import MODES
-from offramp.provenance import provenance
+from offramp.models.backbone import Backbone
+from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.edge.sampling import Sampler, Sampling
-from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
+from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, slice_gguf
+from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import write_json
-from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+from offramp.storage import cache_folder
+from offramp_lab.records.photo import exits_of, load_photo
+from offramp_lab.records.record import Record, asked
+from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
 
-RECORD = RECORDS / "runtimes-photo-edge.json"
-NEW = 30
+RECORD = Record("runtimes-photo-edge", "runtimes.photo_edge")
+FORMATS = "q8_0", "q4_1"
 ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--file", type=Path, required=True, help="SmolLM2's GGUF file")
-    parser.add_argument("--model", type=Path, default=RUNS / "photo_vlm" / "model")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS)
-    parser.add_argument("--photographs", type=int, default=50)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    backbone, encoder = load(arguments.model, torch.float32)
-    adapter = Adapter.load(ADAPTER, backbone)
+    arguments = asked(__doc__, photo=True, photographs=50)
+    exits = exits_of(arguments.photo, arguments.adapter)
+    adapter, encoder = load_photo(arguments.photo, exits)
     held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
+    inputs = [encoder.prompts([example]) for example in held[: arguments.photographs]]
+    entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        slice_gguf(arguments.file, ADAPTER, folder)
-        result = _compared(adapter, encoder, held[: arguments.photographs], folder, arguments.file)
-    write_json(RECORD, {**result, "provenance": provenance(0, [__name__], None)})
+        for formats in FORMATS:
+            file = hub_file(adapter.backbone, Path(folder) / f"{formats}.gguf", formats)
+            slice_gguf(file, exits, Path(folder) / formats)
+            told = _compared(adapter, inputs, Path(folder) / formats, file)
+            entries += [{"format": formats, **entry} for entry in told]
+            print(*told, sep="\n")
+    RECORD.write({"photographs": len(inputs), "entries": entries})
 
 
 def _compared(
-    adapter: Adapter, encoder: Any, photographs: list[Any], folder: str, file: Path
-) -> dict[str, Any]:
+    adapter: Adapter, inputs: Sequence[Any], folder: Path, file: Path
+) -> list[dict[str, Any]]:
+    """Of each way, besides: which answers are those in PyTorch, by mode, and fed with its
+    embeddings."""
     model = EdgeModel(folder, engine=ENGINE)
     runtime = LlamaCppRuntime(adapter, folder, engine=ENGINE)
     whole = Segment(file, THEIRS, tap_layer=None)
-    own, theirs_too = model._embeddings, runtime._embeddings
-    same, same_fed = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0)
-    lossless = 0
-    ways: dict[str, Callable[[Prompt], list[int]]] = {
-        "llama.cpp alone, one file": lambda prompt: alone(whole, model, prompt),
+    prompts = [prompt_of(runtime, one) for one in inputs]
+    ways: dict[str, Way] = {
+        ALONE: functools.partial(alone, whole, model),
         **{mode: functools.partial(_edge, model, mode) for mode in MODES},
     }
-    seconds, tokens = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
-    for example in photographs:
-        inputs = encoder.prompts([example])
-        prompt = prompt_of(runtime, inputs)
-        answers = {}
-        for way, write in ways.items():
-            begin = time.process_time()
-            answers[way] = write(prompt)
-            seconds[way] += time.process_time() - begin
-            tokens[way] += len(answers[way])
-        for mode in MODES:
-            theirs = runtime.generate(inputs, mode=mode, max_new_tokens=NEW, do_sample=False)
-            same[mode] += answers[mode] == theirs.new_tokens[0].tolist()
-            model._embeddings = theirs_too  # type: ignore[assignment]
-            same_fed[mode] += _edge(model, mode, prompt) == theirs.new_tokens[0].tolist()
+    told = beside_alone(ways, prompts, str(folder.name))
+    own, its = model._embeddings, runtime._embeddings
+    for entry in told["entries"][1:]:
+        mode, same, fed = entry["mode"], 0, 0
+        for n, prompt in enumerate(prompts):
+            there = runtime.generate(inputs[n], mode=mode, max_new_tokens=NEW, do_sample=False)
+            tokens = there.new_tokens[0].tolist()
+            same += told["answers"][mode][n] == tokens
+            model._embeddings = its  # type: ignore[assignment]
+            fed += _edge(model, mode, prompt) == tokens
             model._embeddings = own
-        lossless += answers["lossless"] == answers["full"]
+        entry |= {"as_in_pytorch": same, "as_with_its_embeddings": fed}
     for each in (model, runtime, whole):
         each.close()
-    rates = {way: tokens[way] / seconds[way] for way in ways}
-    base = rates["llama.cpp alone, one file"]
-    return {
-        "photographs": len(photographs),
-        "same_as_in_pytorch": same,
-        "same_fed_with_its_embeddings": same_fed,
-        "lossless_as_full": lossless,
-        "tokens_per_cpu_second": rates,
-        "over_llama_cpp": {way: rate / base for way, rate in rates.items()},
-    }
+    entries: list[dict[str, Any]] = told["entries"]
+    return entries
+
+
+def hub_file(backbone: Backbone, out: Path, formats: str) -> Path:
+    """The decoder with the tokenizer and the settings of SmolLM2's own file, whose shape it has."""
+    gguf = import_gguf()
+    plain = out.with_suffix(".plain")
+    export_whole(backbone, plain, ExportFormats(formats))
+    like = gguf.GGUFReader(weights_file(LANGUAGE, cache_folder("photo")))
+    writer = gguf.GGUFWriter(out, str(like.fields["general.architecture"].contents()))
+    for key, field in like.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for tensor in gguf.GGUFReader(plain).tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain.unlink()
+    return out
 
 
 def prompt_of(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
@@ -111,28 +117,6 @@ def prompt_of(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
 
 def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
     return [step.token for step in written(model, mode, prompt)]
-
-
-def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:
-    """The greedy answer to a prompt whose states are known."""
-    vocabulary = model.vocabulary
-    sampler = Sampler(Sampling(), vocabulary.size, most=new, ends=vocabulary.ends)
-    return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
-
-
-def alone(segment: Segment, model: EdgeModel, prompt: Prompt, new: int = NEW) -> list[int]:
-    """Greedy, by llama.cpp's kernels, from the whole file."""
-    segment.begin()
-    tokens: list[int] = []
-    states = prompt.states
-    while len(tokens) < new:
-        segment.feed(states, 1)
-        token = int(np.argmax(segment.logits(1)[0]))
-        tokens.append(token)
-        if model.vocabulary.ends(token):
-            break
-        states = model._embeddings.of([token])
-    return tokens
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Ways to write the same answers, beside an engine alone: each speedup in two parts."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from offramp.engine.decoding.sequence import Token
+from offramp.engine.policy import MODES
+from offramp.runtimes.edge.model import EdgeModel
+from offramp.runtimes.edge.sampling import Sampler, Sampling
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.segment import Segment
+from offramp_lab.experiments.experiment import Experiment, times
+
+NEW = 30
+"""Tokens of a caption, at most."""
+ALONE = "alone"
+"""The way of who has the engine without offramp."""
+Way = Callable[[Any], list[int]]
+"""The tokens of a prompt's answer."""
+
+
+def beside_alone(ways: Mapping[str, Way], prompts: Sequence[Any], title: str) -> dict[str, Any]:
+    """What came of all ways, in turns on the same prompts: `answers`, by way, and `entries`.
+
+    ways: `ALONE` and the modes. Entries: tokens a CPU second; how many times those of the engine
+    alone ("all"), in its parts: full depth by ours ("rest"), and exits; paired 95% intervals over
+    prompts. And how many answers are full depth's, and which share of its tokens.
+    """
+
+    def spent(write: Way) -> Callable[[Any], tuple[list[int], float]]:
+        def run(prompt: Any) -> tuple[list[int], float]:
+            begin = time.process_time()
+            answer = write(prompt)
+            return answer, time.process_time() - begin
+
+        return run
+
+    methods = {name: spent(write) for name, write in ways.items()}
+    runs = {name: told[0] for name, told in Experiment(methods, prompts, 1, 1, title).run().items()}
+    answers = {name: [answer for answer, _ in told] for name, told in runs.items()}
+    cost = {
+        name: np.array([[len(answer), seconds] for answer, seconds in told]).T
+        for name, told in runs.items()
+    }
+    full = answers["full"]
+    entries = [
+        {
+            "mode": name,
+            "tokens_per_cpu_second": float(cost[name][0].sum() / cost[name][1].sum()),
+            "all": times(cost[name], cost[ALONE]),
+            "exits": times(cost[name], cost["full"]),
+            "rest": times(cost["full"], cost[ALONE]),
+            "as_full": sum(a == b for a, b in zip(answers[name], full, strict=True)),
+            "tokens_as_full": _agreement(answers[name], full),
+        }
+        for name in (ALONE, *MODES)
+    ]
+    return {"answers": answers, "entries": entries}
+
+
+def _agreement(ours: Sequence[list[int]], full: Sequence[list[int]]) -> float:
+    """Share of full depth's tokens at whose place the same one stands."""
+    pairs = [
+        pair
+        for mine, its in zip(ours, full, strict=True)
+        for pair in itertools.zip_longest(mine[: len(its)], its)
+    ]
+    return float(np.mean([a == b for a, b in pairs]))
+
+
+def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:
+    """The greedy answer to a prompt whose states are known."""
+    vocabulary = model.vocabulary
+    sampler = Sampler(Sampling(), vocabulary.size, most=new, ends=vocabulary.ends)
+    return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
+
+
+def alone(segment: Segment, model: EdgeModel, prompt: Prompt, new: int = NEW) -> list[int]:
+    """Greedy, by llama.cpp's kernels, from the whole file."""
+    segment.begin()
+    tokens: list[int] = []
+    states = prompt.states
+    while len(tokens) < new:
+        segment.feed(states, 1)
+        token = int(np.argmax(segment.logits(1)[0]))
+        tokens.append(token)
+        if model.vocabulary.ends(token):
+            break
+        states = model._embeddings.of([token])
+    return tokens

