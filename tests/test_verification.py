@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import RunCommand, assert_two_lines
 from fakes import Blip2FakeProcessor, examples
+from families import build
 
 from offramp import verification
 from offramp.adapter import Adapter
@@ -21,7 +22,10 @@ from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card, with_verified
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.prepack import prepack
 from offramp.save_and_load import CARD, read_config
 from offramp.verification import Verification, with_thresholds
 
@@ -167,6 +171,18 @@ def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -
     differ = sum(path.tokens_differ for path in paths)
     tokens = sum(path.tokens for path in paths)
     assert f"{differ} of {tokens} tokens differ where rounding may" in said
+
+
+def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
+    whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=True)
+    some = Exits(whole, (2, 4)).requires_grad_(False)
+    prepack(whole, ExitSet.of(some), every=True)
+    paths = verified("blip2-opt", lambda *_: whole, lambda *_: some, torch.bfloat16, guesses=False)
+    promised = {path.path for path in paths if path.promised}
+    assert promised == {f"{mode}, among 3" for mode in ("full", "early exit", "lossless")}
+    assert broken(paths) == set()
+    rows = [str(path.refused) for path in paths if path.path.endswith("2 rows")]
+    assert rows and all("one at a time" in why for why in rows)
 
 
 class Elsewhere:

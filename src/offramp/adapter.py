@@ -130,6 +130,18 @@ class Adapter:
         """
         prepack(self.backbone, self.exits)
 
+    def with_exact_batches(self) -> Adapter:
+        """This adapter, whose tokens are the same to the last bit whatever is decoded beside them:
+        alone, or in a `BatchEngine` with any requests. Lays out weights as `prepack` does, all of
+        them; prompts are read one at a time.
+
+        Raises:
+            InputError: as of `prepack`. UnsupportedBackboneError: once it decodes, where the model
+                cannot be computed so.
+        """
+        prepack(self.backbone, self.exits, every=True)
+        return replace(self, backbone=self.backbone.with_decoding(exact_batches=True))
+
     # -- generating -----------------------------------------------------------------------------
 
     @overload

@@ -81,8 +81,9 @@ class Conditions:
     """What may change an answer; None: not known, and not compared.
 
     dtype: of the backbone. quantized: how its layers are held; "" as `dtype`. engine: "torch", or
-    a runtime's name with its number format. kernels: "plain", "prepacked" or "compiled". vision:
-    what runs the vision tower, in runtimes too; None, of before there was a choice: "torch".
+    a runtime's name with its number format. kernels: "plain", "prepacked", "exact-batch" or
+    "compiled". vision: what runs the vision tower, in runtimes too; None, of before there was a
+    choice: "torch".
     shrink_on_load: whether JPEGs are decoded no larger than needed; before there was a choice, not.
     device: its kind. sampling: "greedy", or how else tokens are chosen. longest: tokens of the
     longest answer. prompts: see `prompt_frames`; of a request, its one prompt. template: digest of
@@ -162,6 +163,8 @@ def template_digest(processor: Any) -> str:
 def _kernels(backbone: Backbone) -> str:
     if backbone.decoding.compiled:
         return "compiled"
+    if backbone.decoding.exact_batches:
+        return "exact-batch"
     packed = any(isinstance(part, PrepackedLinear) for part in backbone.layers.modules())
     return "prepacked" if packed else "plain"
 

@@ -170,7 +170,8 @@ class Verification:
         else:
             results = [self._single(m, p, alone, own, noted) for m, p in self._policies.items()]
         # A runtime's sequences have cells of their own, and what they share changes no bit.
-        promised = self._exact or self.runtime is not None
+        exact = self._exact or self.backbone.decoding.exact_batches
+        promised = exact or self.runtime is not None
         beside = {
             m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
             for m, p in self._shared.items()

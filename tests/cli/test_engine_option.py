@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
+from command_line import RunCommand, assert_two_lines
+from PIL import Image
 
 from offramp import cli
 from offramp.cli.command_line import build_parser
@@ -18,6 +22,12 @@ BEFORE = [
     (["--runtime", "cuda-graphs"], "cuda-graphs"),
     (["--runtime", "torch"], "torch"),
 ]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
 
 
 def read(*more: str, command: str = "generate") -> tuple[str, tuple[str, bool, bool]]:
@@ -73,3 +83,17 @@ def test_help_shows_one_option(capsys: pytest.CaptureFixture[str]) -> None:
         shown = capsys.readouterr().out
         assert "--engine NAME" in shown
         assert not {"--compile", "--prepack", "--runtime", "--serial"} & set(shown.split())
+
+
+def test_exact_batches_are_of_weights_in_pytorch(image: Path, run: RunCommand) -> None:
+    words = ("generate", "--adapter", "tiny-opt", "--exact-batches", "--engine", "compiled")
+    assert_two_lines(run(*words, "--image", image), "--exact-batches is of PyTorch's packed")
+
+
+def test_exact_batches_write_what_packed_weights_write(image: Path, run: RunCommand) -> None:
+    words = ("generate", "--adapter", "tiny-opt", "--image", image, "--json")
+    packed, exact = (
+        json.loads(run(*words, *more)[1])["answer"]
+        for more in (("--engine", "packed"), ("--exact-batches",))
+    )
+    assert packed == exact

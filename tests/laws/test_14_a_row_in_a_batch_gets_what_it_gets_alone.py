@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import NAMES, one_row
+from families import NAMES, build, depths, one_row
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
@@ -23,12 +23,19 @@ from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
+from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.exits import Exits, ExitSet, copy_layer, first
+from offramp.models.prepack import prepack
+from offramp.models.quantized.linears import quantize_layers
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)
 EXACT = 1e-4
+OTHERWISE = ("blip2-t5", "instructblip-t5", "florence2", "paligemma2")
+"""Those with an encoder, or attention with capped logits."""
+BY_TOKEN = [name for name in NAMES if name not in OTHERWISE]
 
 
 class LogitsWarper:
@@ -294,3 +301,58 @@ def test_a_draft_is_counted_alike_however_many_may_be_open(backbone, exits, batc
         assert torch.equal(other.sequences, made[0].sequences)
         assert torch.equal(other.depths, made[0].depths)
         torch.testing.assert_close(other.scores, made[0].scores, equal_nan=True, atol=EXACT, rtol=0)
+
+
+def laid_out(name: str, dtype: torch.dtype, word: str = "") -> tuple[Any, Any]:
+    """A backbone of its own whose weights are laid out, exact in any company, and its exits. word:
+    of how its layers are quantised."""
+    model = build(name, dtype)
+    if word:
+        quantize_layers(Backbone(model).layers, word)
+    whole = Backbone(model)
+    some = Exits(whole, depths(name)).requires_grad_(False)
+    draw = torch.Generator().manual_seed(7)
+    for parameter in some.parameters():
+        parameter.add_((0.03 * torch.randn(parameter.shape, generator=draw)).to(dtype))
+    prepack(whole, ExitSet.of(some), every=True)
+    return whole.with_decoding(exact_batches=True), some
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "word"),
+    [
+        *((name, torch.bfloat16, "") for name in BY_TOKEN),
+        *((name, torch.float32, "") for name in ("llava", "qwen2.5-vl", "gemma3", "blip2-opt")),
+        ("llava", torch.bfloat16, "int8"),
+        ("llava", torch.bfloat16, "int4"),
+    ],
+)
+def test_to_the_last_bit_where_batches_are_to_be_exact(name, dtype, word, batch):
+    """In half precision too, whatever the order: scores and logits, and so all that follows."""
+    whole, some = laid_out(name, dtype, word)
+    asked = requests(name, whole, some, batch(name, 4, dtype))
+    for seed in range(2):
+        done, notes = serve(whole, some, asked, slots=3, seed=seed, noted=seed % 2)
+        check(asked, done, scores=False)
+        for number, request in enumerate(asked):
+            ours, alone = (made.scores.nan_to_num(9) for made in (done[number], request.alone))
+            assert torch.equal(ours, alone)
+        for number, seen in notes.items():
+            for length, logits in asked[number].logits.by_length.items():
+                assert torch.equal(seen.by_length[length], logits)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_where_that_is_not_known_it_is_refused(name, batch):
+    whole, some = laid_out(name, torch.float32)
+    with pytest.raises(UnsupportedBackboneError, match="Exact batches are not known"):
+        generate(whole, one_row(name, batch(name, 4), 0), exits=some, max_new_tokens=2)
+
+
+def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(batch):
+    whole = Backbone(build("llava")).with_decoding(exact_batches=True)
+    with pytest.raises(UnsupportedBackboneError, match="the LM head has others"):
+        generate(whole, one_row("llava", batch("llava", 4), 0), max_new_tokens=2)
+    prepack(whole, every=True)
+    with pytest.raises(InputError, match="one at a time, and 4 rows came"):
+        generate(whole, batch("llava", 4), max_new_tokens=2)

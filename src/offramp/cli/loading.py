@@ -47,6 +47,12 @@ def load_model(
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
+    if getattr(arguments, "exact_batches", False) and arguments.engine not in ("torch", "packed"):
+        raise InputError(
+            f"--exact-batches is of PyTorch's packed weights, and --engine {arguments.engine} has "
+            "others.",
+            "Leave one of them out; inside llama.cpp batches are exact as they are.",
+        )
     backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
@@ -169,12 +175,17 @@ def seeing(arguments: argparse.Namespace, adapter: Any) -> Any:
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
-    """A backbone or an adapter, prepacked where --prepack says so."""
+    """A backbone or an adapter, prepacked where --engine or --exact-batches says so."""
     from offramp.models.prepack import prepack
 
+    exits = getattr(model, "exits", None)
+    if getattr(arguments, "exact_batches", False):
+        if exits is not None:
+            return model.with_exact_batches()
+        prepack(model, every=True)
+        return model.with_decoding(exact_batches=True)
     if getattr(arguments, "prepack", False):
-        backbone = getattr(model, "backbone", model)
-        prepack(backbone, getattr(model, "exits", None))
+        prepack(getattr(model, "backbone", model), exits)
     return model
 
 

@@ -262,6 +262,12 @@ def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None
         "--engine", metavar="NAME", default="torch", choices=engines, action=_Engine,
         help=f"what runs the decoder: {known} (default: torch)",
     )  # fmt: skip
+    if "packed" in engines:
+        group.add_argument(
+            "--exact-batches", action="store_true",
+            help="packed, and a token is the same to the last bit whatever is decoded beside it, "
+            "in half precision too; prompts are read one at a time",
+        )  # fmt: skip
     for flag, name in _BEFORE.items():
         if (name or "llama.cpp") in engines:
             values: dict[str, Any] = {"nargs": 0} if name else {"choices": engines}

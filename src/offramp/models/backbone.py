@@ -28,10 +28,14 @@ class DecodeOptions:
 
     lean: whether the stack's own code around them is left out, where that is exact. compiled:
     whether layers, exits and head are code that is compiled for single answers on a CPU.
+    exact_batches: whether a token's numbers are the same to the last bit whatever tokens are
+    computed beside it; prompts are read one at a time and whole, and every matrix product must be
+    of weights that `prepack(..., every=True)` laid out.
     """
 
     lean: bool = True
     compiled: bool = False
+    exact_batches: bool = False
 
 
 class Backbone(OpenedModel):

@@ -9,11 +9,14 @@ from offramp.models.exits import ExitSet
 from offramp.models.quantized.prepacked import is_worth_it, prepacked
 
 
-def prepack(backbone: Backbone, exits: ExitSet | None = None) -> None:
+def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = False) -> None:
     """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
 
     In place, one after the other, so that no more than one weight is held twice; but the model's
     own head and its embeddings, which often share their weight, keep theirs. For inference alone.
+
+    every: also where a plain product is faster, as these products of a token do not depend on the
+    tokens beside it (`DecodeOptions.exact_batches`).
 
     Raises:
         InputError: the model is not on a processor, or in a precision that this one has no products
@@ -24,7 +27,7 @@ def prepack(backbone: Backbone, exits: ExitSet | None = None) -> None:
     for module in (backbone.layers, *([] if exits is None else [exits.modules])):
         for parent in module.modules():
             for name, part in parent.named_children():
-                if type(part) is nn.Linear and is_worth_it(part.weight):
+                if type(part) is nn.Linear and (every or is_worth_it(part.weight)):
                     setattr(parent, name, prepacked(part))
     if exits is not None:
         exits.forget_head()

@@ -137,8 +137,8 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
             *length, "--out", str(exits), "--json",
         ],
         "calibrate": [
-            *with_exits, "--data", str(work / "choose.txt"), "--target", "0.2", *length,
-            "--write", "--json",
+            *with_exits, "--data", str(work / "choose.txt"), "--risk", "consistency",
+            "--target", "0.1", *length, "--write", "--json",
         ],
         "draft": [*with_exits, "--data", str(work / "choose.txt"), *length, "--json"],
         "slice q4_1": [str(file), *with_exits, "--out", str(work / "q4_1"), "--json"],

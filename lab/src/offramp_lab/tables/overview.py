@@ -3,13 +3,13 @@
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.tables.drafts import way
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, record, tiny
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, milliseconds, record, tiny
 
 COLUMNS = (
     "model",
     "decoding, of full depth by the same products",
     "all in all",
-    "end to end",
+    "end to end (CPU ms an answer)",
     "timed on",
     "guaranteed",
     "quality, full / early exit",
@@ -44,7 +44,7 @@ def _tiny(kind: str) -> tuple[str, ...]:
         f"{tiny(kind)}, 12 layers",
         bold(times(row["speedup_decode"])),
         NOTHING_ELSE,
-        times(row["speedup_end_to_end"]),
+        _end_to_end(row),
         "scenes",
         f"by image, at most {row['risk_target']:.0%} of answers change "
         f"(here {row['risk_test']:.2%})",
@@ -81,7 +81,7 @@ def _photo() -> tuple[str, ...]:
         "the photo model that ships, 30 layers, bfloat16",
         bold(times(row["speedup_decode"])),
         NOTHING_ELSE,
-        times(row["speedup_end_to_end"]),
+        _end_to_end(row),
         f"{photo['sizes']['timed']} photographs, [{low:.2f}, {high:.2f}]",
         f"captions and answers lose at most {row['risk_target']:g} of ROUGE-L against people's, "
         f"{row['confidence']:.0%} on {row['n_calibration']} photographs; captions are "
@@ -101,11 +101,12 @@ def _in_llama_cpp() -> tuple[str, ...]:
         for mode in ("early exit", "full")
     )
     low, high = row["ROUGE_L"]["difference"]
+    full_ms = entries[found["format"], "full", "torch"]["whole_milliseconds"]
     return (
         f"the same inside llama.cpp, {found['format']}, vision tower by ONNX Runtime",
         bold(times(decoding["times"])),
         f"{times(whole['times'])} of llama.cpp alone, end to end",
-        times(row["over_full"]["times"]),
+        f"{times(row['over_full']['times'])} ({full_ms:.0f} / {row['whole_milliseconds']:.0f})",
         f"{found['photographs']} photographs, decoding [{decoding['low']:.2f}, "
         f"{decoding['high']:.2f}], end to end [{whole['low']:.2f}, {whole['high']:.2f}]",
         "the same thresholds, calibrated in PyTorch",
@@ -143,11 +144,16 @@ def _at_once() -> tuple[str, ...]:
         f"the photo model that ships, {found['slots']} captions at once (batch engine, float32)",
         "not measured apart",
         f"{times(full / slots['milliseconds'])} of single requests, end to end",
-        _with_ends(slots["over_full"]),
+        f"{_with_ends(slots['over_full'])} ({slots['milliseconds']:.0f} early)",
         f"{found['photographs']} photographs",
         "the same thresholds, calibrated in bfloat16",
         f"ROUGE-L of single requests: difference [{low:+.3f}, {high:+.3f}]",
     )
+
+
+def _end_to_end(row: Value) -> str:
+    seconds = milliseconds(row)
+    return times(row["speedup_end_to_end"]) + (f" ({seconds})" if seconds else "")
 
 
 def _with_ends(ratio: Value) -> str:

@@ -29,6 +29,7 @@ from offramp.engine.policy import Pruning
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
 from offramp.engine.pruning import Pruner
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -93,6 +94,8 @@ class PromptReader:
     ) -> None:
         self.backbone, self.exits = backbone, exits
         self.intercepted = InterceptedModel(backbone, self)
+        if backbone.decoding.exact_batches:  # parts of a prompt are other sums than the whole
+            chunk = prefix_cache = None
         self._chunk, self._between = chunk, between
         if chunk is not None and backbone.family.causal_prompt and not backbone.is_encoder_decoder:
             self._run_stack = self.intercepted.stack.forward
@@ -137,8 +140,14 @@ class PromptReader:
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share; a
-                prompt of which visual tokens cannot stay behind.
+                prompt of which visual tokens cannot stay behind; several rows, where batches are
+                to be exact.
         """
+        if self.backbone.decoding.exact_batches and len(prepared.ids) > 1:
+            raise InputError(
+                f"Exact batches read prompts one at a time, and {len(prepared.ids)} rows came.",
+                "Generate for each by itself, or submit each to a BatchEngine (offramp serve).",
+            )
         if pruning is not None:
             assert self.exits is not None
             self._pruner = Pruner(self.backbone, self.exits, pruning)

@@ -53,9 +53,15 @@ def make_executor(
     before an exit's entry. drafter: of the exit that drafts on, one of `depths`.
 
     Raises:
-        UnsupportedBackboneError: slots, of a model that they cannot hold.
+        UnsupportedBackboneError: slots, of a model that they cannot hold; exact batches, of one
+            that slots do not run.
     """
     if engine == "stack":
+        if backbone.decoding.exact_batches:
+            raise UnsupportedBackboneError(
+                f"Exact batches are of slots, and {backbone.name} is run by its own stack.",
+                "Leave exact batches out: answers then differ by rounding alone.",
+            )
         return StackExecutor(backbone, exits, depths, watches=watches, drafter=drafter)
     if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
         raise UnsupportedBackboneError(

@@ -23,8 +23,9 @@ from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
-from offramp.engine.executors.slots.attention import can_pack, with_packed_attention
+from offramp.engine.executors.slots.attention import EACH, PACKED, can_pack, with_attention
 from offramp.engine.executors.slots.cache import SlotCache
+from offramp.engine.executors.slots.exact_batches import check_exact_batches
 from offramp.engine.executors.slots.layout import (
     Call,
     CurrentCall,
@@ -92,7 +93,10 @@ class SlotExecutor:
         with_slot_masks(self.intercepted.stack)
         self._current = CurrentCall()
         self._instead = called_in_place(backbone)
-        self._packed: dict[nn.Module, nn.Module] = {}  # twins of the deep layers and exits
+        self._exact = backbone.decoding.exact_batches
+        if self._exact:
+            check_exact_batches(backbone, exits, self.packs)
+        self._twins: dict[nn.Module, nn.Module] = {}  # of layers and exits, with attention of ours
         stack = self.intercepted.stack
         embed = getattr(stack, "embed_positions", None)
         if embed is not None and encoded:
@@ -535,7 +539,7 @@ class SlotExecutor:
         self._output = self._previous = None
         given = self._given(call, inputs)
         try:
-            tables = self._exact_tables(given)
+            tables = self._tables_for(given)
             if tables is None and given.offset is not None:
                 cannot_compile(self.backbone, "this model or request needs its own stack")
             out = self._by_stack(given) if tables is None else self._by_layers(given, tables)
@@ -625,7 +629,7 @@ class SlotExecutor:
         if self._relative is not None:
             own |= zip(BIASES, self._biases(), strict=True)
         arguments, kind_of = tables.arguments(given, own), tables.kind_of
-        layers, instead, packs = self._layers, self._instead, self._packs
+        layers, instead, ours = self._layers, self._instead, self._ours
         hidden = given.inputs if running.start else tables.enter(given)
         end, before = running.stop, running.stop - 1 if self._watches else -1
         for index in running:
@@ -635,7 +639,7 @@ class SlotExecutor:
                 self._pass_exit(LayerCall(index, module, hidden, args, kw, instead))
             if index == before:
                 self._previous = hidden.flatten(0, -2)
-            out = instead[self._running_module(module) if packs else module](hidden, *args, **kw)
+            out = instead[self._running_module(module) if ours else module](hidden, *args, **kw)
             hidden = out[0] if isinstance(out, tuple) else out
         if end == self.backbone.depth:
             return self.backbone.final_norm(hidden)
@@ -645,7 +649,7 @@ class SlotExecutor:
 
     # -- without the stack -------------------------------------------------------------------
 
-    def _exact_tables(self, given: Given) -> Tables | None:
+    def _tables_for(self, given: Given) -> Tables | None:
         """The tables for a call; None where the stack must run itself. Of the first call of a kind
         it is found out whether its layers get what the stack would hand them."""
         if self._refused or given.offset is None:
@@ -743,12 +747,13 @@ class SlotExecutor:
         return call.run(self._running_module(call.layer))
 
     def _running_module(self, module: nn.Module) -> nn.Module:
-        """A layer or exit, or its twin in a packed call."""
-        if not self._packs:
+        """A layer or exit, or its twin where attention is ours."""
+        if not self._ours:
             return module
-        if module not in self._packed:
-            self._packed[module] = with_packed_attention(module, self._current)
-        return self._packed[module]
+        if module not in self._twins:
+            kind = EACH if self._exact else PACKED
+            self._twins[module] = with_attention(module, kind, _current=self._current)
+        return self._twins[module]
 
     def _pass_exit(self, call: LayerCall) -> None:
         """Of a call through all layers: run the drafting exit, and store the others' keys."""
@@ -770,7 +775,7 @@ class SlotExecutor:
             self._store_exit_keys(call)
             self._output = ExitOutput(entry, None, self._previous)
             return
-        if self._packs:
+        if self._ours:
             state = first(call.run(self._running_module(self.exits.at(call.index))))
         else:
             state = self.exits.run(call.index, call)
@@ -780,6 +785,11 @@ class SlotExecutor:
         assert self.exits is not None
         named = {**dict(zip(_names(call.layer), call.args, strict=False)), **call.kw}
         store_exit_keys(named[self._cache_name], self.exits, call)
+
+    @property
+    def _ours(self) -> bool:
+        """Whether the attention of this call is ours."""
+        return self._exact or self._packs
 
     @property
     def _packs(self) -> bool:
