@@ -4,7 +4,7 @@ exact_batches.json.
 `python -m offramp_lab.records.exact_batches` writes answers of 30 tokens about photographs of the
 reporting half with the photo model, in every mode: alone, and all modes at once in the batch
 engine; with packed weights, and with exact batches. What is counted: tokens, depths and scores that
-are not the same. CPU seconds of one thread for whole answers, vision features being kept. Twenty
+are not the same. CPU seconds of one thread for whole answers, vision features being kept. Ten
 minutes.
 """
 
@@ -34,7 +34,7 @@ WAYS = ("packed", "exact")
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=112, slots=8)
+    arguments = asked(__doc__, photo=True, photographs=56, slots=8)
     held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
     entries = []
     for dtype in (torch.bfloat16, torch.float32):
