@@ -54,6 +54,7 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"engine": "llama.cpp q4_1"}, "llama.cpp q4_1 where those of torch"),
         ({"dtype": "bfloat16", "kernels": "compiled"}, "compiled kernels where plain"),
         ({"dtype": "bfloat16", "vision": "openvino"}, "tower in openvino where one in torch"),
+        ({"vision": "openvino-bf16"}, "tower in openvino-bf16 where one in torch"),
         ({"shrink_on_load": True}, "JPEGs decoded smaller where whole when calibrated"),
         ({"device": "cuda"}, "on cuda where cpu"),
         ({"sampling": "sampled"}, "sampled where greedy decoding"),

@@ -18,6 +18,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
 from offramp.models.shrink_on_load import smallest_side
+from offramp.models.vision_engine import IN_BF16
 
 TORCH = "torch"
 """The engine of an adapter that answers by itself, one by one or in slots."""
@@ -224,7 +225,8 @@ def _alike(name: str, before: Any, now: Any, then: Conditions, here: Conditions,
     if name == "vision":  # the same, before there was a choice
         before = before or TORCH
     in_torch = here.engine == TORCH  # a runtime that rounds states to 8 bits lets a last bit grow
-    if name in SAME_IN_FLOAT32 and in_torch and {then.dtype, here.dtype} == {"float32"}:
+    same = name in SAME_IN_FLOAT32 and IN_BF16 not in (before, now)
+    if same and in_torch and {then.dtype, here.dtype} == {"float32"}:
         return not (then.quantized or here.quantized) or before == now
     return bool(before == now)
 

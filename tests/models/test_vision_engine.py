@@ -15,7 +15,7 @@ from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.models import vision_engine
 from offramp.models.vision_cache import VisionCache
-from offramp.models.vision_engine import TOLERANCE
+from offramp.models.vision_engine import IN_BF16, TOLERANCE
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 NAMES = ("onnxruntime", "openvino")
@@ -77,6 +77,25 @@ def test_answers_are_the_models_own_and_its_tower_rests(engine: str, name: str =
         made = generate(backbone, inputs, **OPTIONS)
         assert made.sequences.tolist() == generate(own, inputs, **OPTIONS).sequences.tolist()
     assert not calls
+
+
+def test_a_tower_in_bfloat16_is_near_but_another_one() -> None:
+    for package in ("openvino", "onnxscript"):
+        pytest.importorskip(package)
+    backbone, calls = exported("llava", IN_BF16)
+    assert backbone.vision_engine == IN_BF16
+    made = generate(backbone, inputs_of("llava"), **OPTIONS)
+    assert made.new_tokens.shape[1] == 4 and not calls
+
+
+def test_a_tower_that_is_farther_off_than_rounding_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for package in ("openvino", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(vision_engine, "TOLERANCE_BF16", 1e-9)
+    backbone, _ = exported("llava", IN_BF16)
+    assert backbone.vision_engine == "torch" and "away from the tower's own" in caplog.text
 
 
 def test_a_picture_is_seen_as_it_is_alone(engine: str) -> None:

@@ -300,7 +300,7 @@ class _Engine(argparse.Action):
 
 TORCH, MTMD = "torch", "mtmd"
 """PyTorch; and what runs a vision tower that `offramp export --vision` wrote."""
-VISION = (TORCH, "onnxruntime", "openvino", MTMD)
+VISION = (TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
 
 
 def vision_options(group: Any) -> None:

@@ -45,9 +45,8 @@ from offramp_lab.records.runtimes.methods import ENGINE, Clock, OneFile
 RECORD = Record("end_to_end")
 FORMAT = "q8_0"
 OURS = ("PyTorch", FORMAT)
-TOWERS = ("torch", "onnxruntime")
-LOW = 0.1
-"""A threshold below the one that ships."""
+TOWERS = ("torch", "onnxruntime", "openvino-bf16")
+"""The last one rounds: inside llama.cpp alone."""
 SLOTS = 8
 Name = tuple[str, str, str]
 """What decodes, mode, what runs the vision tower."""
@@ -59,12 +58,10 @@ Way = Callable[[Example, int], Answered]
 
 def modes(adapter: Adapter) -> dict[str, ExitPolicy]:
     shipped = adapter.policy
-    low = dict.fromkeys(shipped.thresholds, LOW)
     return {
         "full": FULL,
         "early exit, prompt run whole": replace(shipped, exit_in_prefill=False, first={}),
         "early exit": shipped,
-        f"early exit at {LOW:g}": replace(shipped, thresholds=low),
         "lossless": replace(shipped, lossless=True),
     }
 
@@ -80,12 +77,16 @@ def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, 
             export_whole(adapter.backbone, whole, ExportFormats(FORMAT))
         runtime = LlamaCppRuntime(adapter, chain, engine=ENGINE)
         alone = OneFile(adapter, whole, encoder.eos)
-        found["generate", "full", tower] = partial(
-            _answer, encoder, partial(_stock, adapter.backbone.model)
-        )
+        rounds = tower == TOWERS[-1]
+        if not rounds:
+            found["generate", "full", tower] = partial(
+                _answer, encoder, partial(_stock, adapter.backbone.model)
+            )
         found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(_alone, alone))
         for mode, policy in modes(adapter).items():
             for engine, generate in zip(OURS, (adapter.generate, runtime.generate), strict=True):
+                if rounds and engine == OURS[0]:
+                    continue
                 found[engine, mode, tower] = partial(
                     _answer, encoder, partial(_by, generate, policy=policy)
                 )
@@ -206,7 +207,7 @@ def together(
         (mode, tower): partial(_engine, adapter, encoder, policy)
         for tower, (adapter, encoder) in adapters.items()
         for mode, policy in modes(adapter).items()
-        if mode != f"early exit at {LOW:g}"
+        if tower != TOWERS[-1]
     }
     groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
     taken = {

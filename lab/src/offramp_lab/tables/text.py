@@ -35,7 +35,8 @@ def speeds() -> Table:
 
 def _said(command: str) -> Value:
     steps = {step["command"].split()[1]: step["said"] for step in record("text")["walk"]}
-    return steps[command]
+    found: Value = steps[command]
+    return found
 
 
 def _agreement() -> str:
