@@ -124,7 +124,7 @@ class Backbone(OpenedModel):
         quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
         compile: whether single answers are decoded by compiled code (docs/torch-engines.md).
-        vision: what runs the vision tower: "torch", "onnxruntime" or "openvino"
+        vision: what runs the vision tower: "torch", "onnxruntime", "openvino" or "openvino-bf16"
             (docs/vision-towers.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
@@ -176,8 +176,9 @@ class Backbone(OpenedModel):
     def with_vision(self, name: str, example: Mapping[str, Any] | None = None) -> Backbone:
         """The same model with a vision tower that an inference engine runs, on a CPU in float32.
 
-        name: "onnxruntime", "openvino" or, for the model's own tower, "torch". example: what the
-            model's processor made of a prompt with an image; by it the tower is exported.
+        name: "onnxruntime", "openvino", "openvino-bf16", which computes in that, or, for the
+            model's own tower, "torch". example: what the model's processor made of a prompt with an
+            image; by it the tower is exported.
 
         Where that cannot be, or the engine does not see what the tower sees, PyTorch goes on, and a
         warning says why.
@@ -277,7 +278,7 @@ class Backbone(OpenedModel):
 
     @property
     def vision_engine(self) -> str:
-        """What runs the vision tower: "torch", "onnxruntime" or "openvino"; for llama.cpp, "mtmd"
+        """What runs the vision tower: "torch" or an engine's name; for llama.cpp, "mtmd"
         with a number format."""
         return TORCH if self.tower is None else self.tower.name
 
