@@ -6,7 +6,12 @@ from typing import Any
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, by, record
 
-NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "openvino-bf16": "OpenVINO, bfloat16"}
+NAMES = {
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino-bf16": "OpenVINO, bfloat16",
+}
 
 
 STEPS = {"torch": "as it is", "folded": "norms folded", "channels last": "channels last",
