@@ -320,6 +320,7 @@ def test_bad_requests_are_refused(served: str) -> None:
     assert asked(f"{served}/health", host="evil.example")[0] == 403
     assert asked(f"{served}/")[1] == b"<p>page</p>"
     assert asked(f"{served}/health") == (200, b'{"status": "ok"}')
+    assert asked(f"{served}/ready") == (200, b'{"status": "ready"}')
 
 
 def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:

@@ -95,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         routes: dict[str, Callable[[], None]] = {
             "/": lambda: self._send(200, self.server.page, "text/html; charset=utf-8"),
             "/health": lambda: self._json(200, {"status": "ok"}),
+            "/ready": lambda: self._json(200, {"status": "ready"}),  # it listens once it has loaded
             "/v1/models": lambda: self._json(200, {"object": "list", "data": [self._card()]}),
         }
         route = routes.get(self.path.partition("?")[0])
