@@ -8,17 +8,7 @@ from offramp.calibration.risk_control import images_needed
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, equal_quality
-from offramp_lab.tables.markdown import (
-    KINDS,
-    Make,
-    MakeTable,
-    Value,
-    bold,
-    level,
-    milliseconds,
-    record,
-    tiny,
-)
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, bold, level, record, tiny
 
 
 def _told(told: Mapping[str, Callable[[Any], str]], columns: Mapping[str, Value]) -> Table:
@@ -54,9 +44,6 @@ def demo() -> Table:
             "lossless: end to end": early("speedup_end_to_end", "lossless"),
             "lossless: identical to the full model": lambda r: (
                 "yes" if r["modes"]["lossless"]["identical"] else "NO"
-            ),
-            "CPU ms an answer, full / early exit": lambda r: milliseconds(
-                r["modes"]["early_exit"]
             ),
             "training the exits": lambda r: f"{r['training_seconds']:.0f} s",
         },
