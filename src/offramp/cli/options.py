@@ -233,7 +233,7 @@ def model_options(
     )
     precision_options(group)
     if adapter is not None and engines:
-        engine_option(group, engines)
+        engine_option(parser.add_argument_group("decoder"), engines)
         vision_options(parser.add_argument_group("images"))
     return group
 

@@ -121,7 +121,7 @@ def _engine_options(parser: Parser) -> None:
         help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
         "(default: 4)",
     )  # fmt: skip
-    engine_option(engine)
+    engine_option(parser.add_argument_group("decoder"))
     runtime_options(parser, sized=False).add_argument(
         "--serial", action="store_true", help=argparse.SUPPRESS
     )

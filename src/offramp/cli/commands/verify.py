@@ -57,7 +57,7 @@ def _options(parser: Parser) -> None:
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
     precision_options(group)
-    engine_option(group, ENGINES)
+    engine_option(parser.add_argument_group("decoder"), ENGINES)
     vision_options(parser.add_argument_group("images"))
     data_options(
         parser,
