@@ -34,6 +34,7 @@ PAGES = (
     "docs/runtimes-results.md",
     "docs/serving-results.md",
     "docs/suitability.md",
+    "docs/text-models.md",
     "docs/torch-engines.md",
     "docs/vision-towers.md",
     "docs/vision-towers-results.md",
