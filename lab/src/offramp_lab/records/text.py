@@ -197,7 +197,7 @@ def _kept(
             process.returncode = os.waitstatus_to_exitcode(status)
         typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
         told = {
-            "command": shlex.join(word.replace(f"{work}/", "") for word in typed),
+            "command": shlex.join(_without(word, work, cache_folder("photo")) for word in typed),
             "code": process.returncode,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "seconds": time.perf_counter() - start,
@@ -209,6 +209,13 @@ def _kept(
         write_json(kept, told)
     found: dict[str, Any] = read_json(kept)
     return found
+
+
+def _without(word: str, *folders: Path) -> str:
+    """A word of a command, as it is typed in these folders."""
+    for folder in folders:
+        word = word.replace(f"{folder}/", "")
+    return word
 
 
 def _asked_once(process: subprocess.Popen[str]) -> str:
