@@ -41,8 +41,10 @@ from offramp.storage import atomic_folder, cache_folder
 log = logging.getLogger(__name__)
 
 TORCH = "torch"
-TOLERANCE, TOLERANCE_BF16 = 1e-4, 6e-2
-"""How far an engine's output may be from the tower's own in float32, as a share of its length."""
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 0.4
+"""How far an engine's output may be from the tower's own in float32, as a share of its length. What
+computes in bfloat16 is held to the first in float32; noise, which it is tried on, is rounded worst.
+"""
 IN_BF16 = "openvino-bf16"
 """The engine that rounds to bfloat16: answers are other ones, and a guarantee is of it alone."""
 FILE = "tower.onnx"
@@ -300,20 +302,26 @@ def _checked(name: str, tower: nn.Module, call: _Call, outputs: _Outputs) -> Run
     with torch.inference_mode():
         expected = [t.numpy() for t in outputs.chosen(call.run(own, inputs))]
     folder = cache_folder("vision") / _digest_of(tower, call)
-    allowed = TOLERANCE_BF16 if name == IN_BF16 else TOLERANCE
+
+    def loaded(file: Path) -> Run:
+        if name != IN_BF16:
+            return _near(ENGINES[name](file), call, expected, TOLERANCE)
+        _near(ENGINES["openvino"](file), call, expected, TOLERANCE)  # the export is the tower
+        return _near(ENGINES[name](file), call, expected, TOLERANCE_BF16)
+
     with suppress(Exception):  # nothing is kept, or it is damaged
-        return _near(ENGINES[name](folder / FILE), call, expected, allowed)
+        return loaded(folder / FILE)
     log.info("exporting the vision tower to %s; this is done once", folder)
     try:
         with atomic_folder(folder, owns=(FILE, f"{FILE}.data")) as staging:
             _export(own, call, outputs, inputs, staging / FILE)
-        return _near(ENGINES[name](folder / FILE), call, expected, allowed)
+        return loaded(folder / FILE)
     except StorageError as error:
         log.info("The exported tower is not kept (%s): it is exported again.", error.problem)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as staging_name:
             file = Path(staging_name) / FILE
             _export(own, call, outputs, inputs, file)
-            return _near(ENGINES[name](file), call, expected, allowed)
+            return loaded(file)
 
 
 def _near(run: Run, call: _Call, expected: Sequence[Array], allowed: float) -> Run:

@@ -283,6 +283,7 @@ def main() -> None:
         tower: load_photo(arguments.photo, arguments.adapter, torch.float32, vision=tower)
         for tower in TOWERS
     }
+    assert all(adapter.backbone.vision_engine == t for t, (adapter, _) in adapters.items())
     encoder = adapters[TOWERS[0]][1]
     captions = held_out(arguments.data, "captions_val", arguments.photographs)
     questions = held_out(arguments.data, "questions_val", arguments.questions)
