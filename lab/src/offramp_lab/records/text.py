@@ -192,7 +192,7 @@ def _kept(
     if not kept.exists():
         start = time.perf_counter()
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            said = meanwhile(process)
+            said = _without(meanwhile(process), work, cache_folder("photo"))
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
