@@ -67,11 +67,14 @@ _speed = _of("over_llama_cpp", "cpu_tokens_per_second")
 
 
 def _by_format(rows: Mapping[str, tuple[str, str]], cell: Callable[[Any], str] = _speed) -> Table:
-    """Runtimes and modes by title, and what is said of their entry in each format."""
+    """Runtimes and modes by title, those that were measured, and what is said of their entry in
+    each format."""
     entries = timed_entries()
     formats = {layers: layers for layers in FORMATS}
+    there = {(name, mode) for name, _, mode in entries}
+    found = {title: way for title, way in rows.items() if way in there}
     return Table.grid(
-        rows, formats, lambda way, layers: cell(entries.get((way[0], layers, way[1])))
+        found, formats, lambda way, layers: cell(entries.get((way[0], layers, way[1])))
     )
 
 
