@@ -29,6 +29,7 @@ from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.exits import Exits, ExitSet, copy_layer, first
 from offramp.models.prepack import prepack
 from offramp.models.quantized.linears import quantize_layers
+from offramp.models.shortlist import Gate
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)
@@ -356,3 +357,19 @@ def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(bat
     prepack(whole, every=True)
     with pytest.raises(InputError, match="one at a time, and 4 rows came"):
         generate(whole, batch("llava", 4), max_new_tokens=2)
+
+
+def test_a_gate_is_asked_of_each_token_by_itself_where_batches_are_exact() -> None:
+    whole = Backbone(build("llava"))
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(7, whole.width, generator=draw)
+    gate = Gate(torch.randn(whole.width, generator=draw), torch.tensor(0.0))
+    alone = torch.cat([gate(state) for state in states.split(1)])
+    attached = replace(ExitSet.of(Exits(whole, (2,))), gates={2: gate})
+    reader = ExitReader(
+        whole.with_decoding(exact_batches=True),
+        attached,
+        ExitPolicy({2: 0.5}, gates={2: 0.5}),
+        (2,),
+    )
+    assert torch.equal(reader._asked(gate, states), alone)

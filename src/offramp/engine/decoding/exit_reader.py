@@ -18,6 +18,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+from offramp.models.shortlist import Gate
 
 
 def check_company(policy: ExitPolicy) -> None:
@@ -74,9 +75,15 @@ class ExitReader:
             if depth not in self._gates:
                 return True
             gate, level = self._gates[depth]
-            return bool((gate(self._backbone.here(entry)) >= level).any())
+            return bool((self._asked(gate, self._backbone.here(entry)) >= level).any())
 
         return any_at
+
+    def _asked(self, gate: Gate, entry: Tensor) -> Tensor:
+        """What a gate says of states [n, D]; of each by itself, where batches are to be exact."""
+        if self._backbone.decoding.exact_batches:
+            return torch.cat([gate(row[None]) for row in entry])
+        return gate(entry)
 
     def verdicts(
         self, depth: int, output: ExitOutput, asked: Sequence[Question | None]
@@ -108,7 +115,7 @@ class ExitReader:
         opened = [True] * len(asked)
         if depth in self._gates:
             gate, level = self._gates[depth]
-            opened = (gate(entry) >= level).tolist()
+            opened = (self._asked(gate, entry) >= level).tolist()
             if not any(opened):
                 return [None if question is None else CLOSED for question in asked]
         chain = _Constraints(asked)
