@@ -74,7 +74,7 @@ def test_an_empty_name_is_said_to_be_empty(
         "train": ("--backbone", "", *data),
         "eval": ("--backbone", "", "--task", "captions", *data),
         "inspect": ("",),
-        "serve": (EXITS, "--backbone", ""),
+        "serve": (EXITS, "--backbone", "", "--port", 0),  # any that is free
         "calibrate": ("--adapter", EXITS, "--backbone", "", *data),
     }
     assert_two_lines(run(command, *asked[command]), "empty")
