@@ -15,7 +15,7 @@ from offramp_lab.tables.markdown import (
 
 STOCK, ALONE = "generate", "llama.cpp alone"
 RUN_WHOLE, EARLY = "early exit, prompt run whole", "early exit"
-TORCH, ENGINE = "torch", "onnxruntime"
+TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
 
@@ -109,8 +109,8 @@ def _captioned(*way: str) -> Value:
     return by(_entries("captioned"), "engine", "mode", "tower")[way]
 
 
-def _whole(engine: str, mode: str, over: str) -> Make:
-    return lambda: times_with_range(_captioned(engine, mode, ENGINE)[over])
+def _whole(engine: str, mode: str, over: str, tower: str = ENGINE) -> Make:
+    return lambda: times_with_range(_captioned(engine, mode, tower)[over])
 
 
 def _own_tower() -> str:
@@ -128,4 +128,6 @@ FIGURES: dict[str, Make] = {
     "end-to-end-torch": _whole("PyTorch", EARLY, "over_full"),
     "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
+    "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),
+    "end-to-end-bf16-tower": _whole("q8_0", EARLY, "over_alone_same_tower", ROUNDED),
 }
