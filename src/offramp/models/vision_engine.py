@@ -5,7 +5,7 @@ anew at every call; engines lay the weights out once, with the norms folded into
 is exported once, by ONNX, and kept by what it is made of. It runs in float32, one picture at a time
 (a batch of several is no faster there), and is held to the model's own on two pictures when it is
 loaded: where they differ by more than rounding, PyTorch goes on. OpenVINO also computes in
-bfloat16, twice as fast where the processor multiplies it; that is another tower.
+bfloat16, faster where the processor multiplies it; that is another tower.
 """
 
 from __future__ import annotations
