@@ -17,7 +17,6 @@ from offramp.runtimes.llama_cpp.projector import (
     MARKER,
     Pixels,
     Projector,
-    mtmd,
     tokenizer_of,
     unfit,
 )
@@ -40,29 +39,20 @@ class ImageReader:
             AdapterError: the file is missing, or no projector for this model.
         """
         self._width, self._features = segment.width, features
-        self._words, model = None, segment.model
+        model = segment.model
         if features:
             # Of a decoder libmtmd asks that it takes all features, which files share; of a
             # tokenizer alone it asks nothing.
             _check_features(Path(file), segment.width, features)
-            model = self._words = tokenizer_of(words)
-        try:
-            self._projector = Projector(
-                file, model, options, width=segment.width, features=features
-            )
-        except BaseException:
-            self._free_words()
-            raise
+            model = tokenizer_of(words)
+        self._projector = Projector(
+            file, model, options,
+            width=segment.width, features=features, owns_model=features > 0,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the memory back."""
         self._projector.close()
-        self._free_words()
-
-    def _free_words(self) -> None:
-        if self._words:
-            mtmd().llama_cpp.llama_model_free(self._words)
-        self._words = None
 
     @property
     def packed_bytes(self) -> int:

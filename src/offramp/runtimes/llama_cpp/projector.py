@@ -45,21 +45,32 @@ class Projector:
         width: int,
         features: int = 0,
         as_it_is: bool = False,
+        owns_model: bool = False,
     ) -> None:
         """model: llama.cpp's pointer to the text model, which has the words around images. width,
         features: D of its states, and how many of its layers add visual features to them. as_it_is:
-        whether a picture of any size, where towers take such, stays as large as it is.
+        whether a picture of any size, where towers take such, stays as large as it is. owns_model:
+        whether the text model goes when this does.
 
         Raises:
             AdapterError: the file is missing, or no projector for this model.
         """
-        self.said = _said(Path(file))
+        self._width, self._features = width, features
+        self._owned = model if owns_model else None
+        self._context: Any = None
+        self.products: Products | None = None
+        try:
+            self._open(Path(file), model, options, as_it_is)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, file: Path, model: Any, options: EngineOptions, as_it_is: bool) -> None:
+        self.said = _said(file)
         """The file's metadata by key."""
         self._lib = mtmd()
-        self._width, self._features = width, features
-        self._context: Any = None
         ggml = library()._lib
-        self.products: Products | None = products_of(ggml, options)
+        self.products = products_of(ggml, options)
         parameters = self._lib.mtmd_context_params_default()
         parameters.use_gpu = False
         parameters.print_timings = False
@@ -70,15 +81,13 @@ class Projector:
         if as_it_is and str(self.said.get("clip.projector_type")).startswith("qwen"):
             parameters.image_min_tokens, parameters.image_max_tokens = 1, _MOST_TOKENS
         if self.products is not None:
-            self._tap = Tap(ggml, None, width, 0, compiled=True, products=self.products)
+            self._tap = Tap(ggml, None, self._width, 0, compiled=True, products=self.products)
             parameters.cb_eval = ctypes.cast(self._tap.callback, type(parameters.cb_eval))
             parameters.cb_eval_user_data = self._tap.user_data
         self._context = self._lib.mtmd_init_from_file(str(file).encode(), model, parameters)
         if not self._context:
-            self.close()
             raise unfit(file)
         if not self._lib.mtmd_support_vision(self._context):
-            self.close()
             raise AdapterError(f"{file} reads no images.", "Name a projector for images.")
 
     @property
@@ -92,7 +101,9 @@ class Projector:
             self._lib.mtmd_free(self._context)
         if self.products is not None:
             self.products.close()
-        self._context = None
+        if self._owned:
+            library().llama_model_free(self._owned)
+        self._context = self._owned = None
 
     @contextmanager
     def chunks(self, text: str, images: Sequence[Pixels]) -> Iterator[list[Any]]:
@@ -174,14 +185,10 @@ class Tower:
     ) -> None:
         """As of `Projector`, and it raises what that does."""
         self._lock = threading.Lock()
-        self._words = _no_words()
-        try:
-            self._projector = Projector(
-                file, self._words, options, width=width, features=features, as_it_is=True
-            )
-        except BaseException:
-            self._free_words()
-            raise
+        self._projector = Projector(
+            file, _no_words(), options,
+            width=width, features=features, as_it_is=True, owns_model=True,
+        )  # fmt: skip
         self.said = self._projector.said
         # libmtmd resizes what it cuts into tiles, but a row of tiles as long as it wants it. What
         # comes first is the row in small.
@@ -213,12 +220,6 @@ class Tower:
         """Give the memory back, once no picture is being looked at."""
         with self._lock:
             self._projector.close()
-            self._free_words()
-
-    def _free_words(self) -> None:
-        if self._words:
-            mtmd().llama_cpp.llama_model_free(self._words)
-        self._words = None
 
 
 def unfit(file: str | Path) -> AdapterError:
