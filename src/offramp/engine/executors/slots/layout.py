@@ -80,7 +80,7 @@ class OneSlot:
     def queries(self) -> Tensor:
         return self.columns[None]
 
-    @property
+    @cached_property
     def places(self) -> list[tuple[int, int, int]]:
         first = self.beside[1]
         return [(0, place, first + place) for place in range(self.shape[1])]
