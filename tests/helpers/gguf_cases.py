@@ -49,6 +49,17 @@ def adapter_of(name: str) -> Adapter:
     return Adapter(backbone, together, ExitPolicy(dict.fromkeys(depths, 0.5), shortlist=True))
 
 
+def seen_by_mtmd(name: str) -> Adapter:
+    """Windows of Qwen2.5-VL's tower are as wide as in all its checkpoints: libmtmd takes no
+    others."""
+    if name != "qwen2.5-vl":
+        return adapter_of(name)
+    adapter = adapter_of.__wrapped__(name)
+    model = adapter.backbone.model
+    model.model.visual.window_size = model.config.vision_config.window_size = 112
+    return adapter
+
+
 def drafting(adapter: Adapter) -> Adapter:
     """The same exits, which draft on, the deepest by what it learnt."""
     backbone, plain = adapter.backbone, adapter.exits

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from gguf_cases import adapter_of, refused
+from gguf_cases import refused, seen_by_mtmd
 from hub_files import sliced
 from PIL import Image
 from projector_files import inputs_of, pictures, words_of, write_projector
@@ -32,17 +32,6 @@ PROMPTS = {1: f"see {MARKER} it", 2: f"{MARKER} and then {MARKER} ran"}
 """By the number of pictures; text stands before, between and behind them."""
 
 
-def tiny_adapter(name: str) -> Adapter:
-    """Windows of Qwen2.5-VL's tower are as wide as in all its checkpoints: libmtmd takes no
-    others."""
-    if name != "qwen2.5-vl":
-        return adapter_of(name)
-    adapter = adapter_of.__wrapped__(name)
-    model = adapter.backbone.model
-    model.model.visual.window_size = model.config.vision_config.window_size = 112
-    return adapter
-
-
 class Case(NamedTuple):
     name: str
     adapter: Adapter
@@ -55,7 +44,7 @@ def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     name, folder = request.param, tmp_path_factory.mktemp("families")
-    adapter = tiny_adapter(name)
+    adapter = seen_by_mtmd(name)
     where = sliced(adapter, folder, words=words_of(name))
     mmproj, files = write_projector(adapter.backbone, folder / "mmproj.gguf"), []
     for place, picture in enumerate(pictures(name)):
@@ -94,7 +83,7 @@ def test_a_prompt_is_the_models_own(case: Case, count: int) -> None:
 def test_a_projector_of_another_model_is_refused(case: Case, tmp_path: Path) -> None:
     """And does no harm to the one that is loaded."""
     other = "gemma3" if case.name == "qwen3-vl" else "qwen3-vl"  # whose rows are of other widths
-    mmproj = write_projector(tiny_adapter(other).backbone, tmp_path / "other")
+    mmproj = write_projector(seen_by_mtmd(other).backbone, tmp_path / "other")
     folder = case.model.files.files[0].parent
     refused(lambda: EdgeModel(folder, mmproj=mmproj, engine=ENGINE), AdapterError, "projector")
     assert case.model.answer(PROMPTS[1], case.files[:1], max_new_tokens=2).steps

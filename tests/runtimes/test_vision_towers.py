@@ -13,7 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from gguf_cases import adapter_of, inputs_of, refused
+from gguf_cases import adapter_of, inputs_of, refused, seen_by_mtmd
 from hub_files import image_adapter, sliced
 from PIL import Image
 from projector_files import LOOKS
@@ -48,14 +48,7 @@ NAMES = ("siglip", "gemma3", "smolvlm", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 
 
 def adapter_with(name: str) -> Adapter:
-    if name == "siglip":
-        return image_adapter()
-    if name != "qwen2.5-vl":
-        return adapter_of(name)
-    adapter = adapter_of.__wrapped__(name)
-    model = adapter.backbone.model
-    model.model.visual.window_size = model.config.vision_config.window_size = 112
-    return adapter
+    return image_adapter() if name == "siglip" else seen_by_mtmd(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

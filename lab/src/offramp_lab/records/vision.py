@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -107,26 +107,40 @@ def measure(models: Models, pictures: int, rounds: int, data: Path) -> list[dict
         found: Tensor = models[name][0].backbone.vision(*args, **kw).last_hidden_state
         return found
 
-    def milliseconds(call: Call, name: str) -> float:
+    entries = compared(models, calls, rounds, tokens)
+    answers = {
+        name: generate_answers(*model, examples, batch_size=1, max_new_tokens=TOKENS)
+        for name, model in models.items()
+    }
+    for entry in entries:
+        entry["same_captions"] = same(answers[entry["engine"]], answers["torch"])
+    return entries
+
+
+def compared(
+    names: Iterable[str], seen: Sequence[Any], rounds: int, tokens: Callable[[Any, str], Tensor]
+) -> list[dict[str, Any]]:
+    """An entry for each way to see: its CPU milliseconds, and its largest distance from "torch".
+
+    tokens: what a way makes of something to be seen.
+    """
+
+    def milliseconds(one: Any, name: str) -> float:
         start = time.process_time()
-        tokens(call, name)
+        tokens(one, name)
         return 1e3 * (time.process_time() - start)
 
     def figures(found: Rounds) -> dict[str, float]:
         times = [taken for taken_in_round in found for taken in taken_in_round]
         return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
 
-    methods = {name: partial(milliseconds, name=name) for name in models}
-    entries = Experiment(methods, calls, rounds, warm=2).entries(("engine",), figures)
-    answers = {
-        name: generate_answers(*model, examples, batch_size=1, max_new_tokens=TOKENS)
-        for name, model in models.items()
-    }
+    methods = {name: partial(milliseconds, name=name) for name in names}
+    entries = Experiment(methods, seen, rounds, warm=2).entries(("engine",), figures)
+    wanted = [tokens(one, "torch") for one in seen]
     for entry in entries:
-        name = entry["engine"]
-        pairs = [(tokens(call, name), tokens(call, "torch")) for call in calls]
-        entry["distance"] = max(float((made - own).norm() / own.norm()) for made, own in pairs)
-        entry["same_captions"] = same(answers[name], answers["torch"])
+        made = [tokens(one, entry["engine"]) for one in seen]
+        far = [(got - want).norm() / want.norm() for got, want in zip(made, wanted, strict=True)]
+        entry["distance"] = float(max(far))
     return entries
 
 
@@ -235,23 +249,9 @@ def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[di
         found = models[name].base_model.get_image_features(pixel_values=pixels, return_dict=True)
         return torch.cat([*found.pooler_output])
 
-    def milliseconds(pixels: Tensor, name: str) -> float:
-        start = time.process_time()
-        tokens(pixels, name)
-        return 1e3 * (time.process_time() - start)
-
-    def figures(found: Rounds) -> dict[str, float]:
-        times = [taken for taken_in_round in found for taken in taken_in_round]
-        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
-
-    methods = {name: partial(milliseconds, name=name) for name in models}
-    entries = Experiment(methods, seen, rounds, warm=2).entries(("engine",), figures)
-    wanted = [tokens(one, "torch") for one in seen]
+    entries = compared(models, seen, rounds, tokens)
     for entry in entries:
-        made = [tokens(one, entry["engine"]) for one in seen]
-        far = [(got - want).norm() / want.norm() for got, want in zip(made, wanted, strict=True)]
-        entry["distance"] = float(max(far))
-        entry["tokens"] = len(made[0])
+        entry["tokens"] = len(tokens(seen[0], entry["engine"]))
         entry["packed_bytes"] = getattr(ways[entry["engine"]].tower, "packed_bytes", 0)
     return entries
 
