@@ -95,8 +95,8 @@ def test_a_list_does_not_take_what_stands_behind_it(tmp_path: Path) -> None:
         tmp_path, "image_domains: [a.org]", "serve", "tiny-opt", "--image-domains", "c.org"
     )
     assert found.image_domains == ["c.org"]
-    found = read(tmp_path, "allowed_hosts: ['*']\nserial: true\nquiet: true", "serve")
-    assert (found.allowed_hosts, found.serial, found.quiet) == (["*"], True, True)
+    found = read(tmp_path, "allowed_hosts: ['*']\nshare_kept: true\nquiet: true", "serve")
+    assert (found.allowed_hosts, found.share_kept, found.quiet) == (["*"], True, True)
 
 
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from offramp import cli
 from offramp.adapter import Adapter
 from offramp.cli.command_line import build_parser
-from offramp.cli.commands.serve import _check_serial
+from offramp.cli.commands.serve import _slots
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -210,19 +210,20 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
     assert other.standing(engine=Runtime.name).promise is not None
 
 
-@pytest.mark.parametrize("more, slots", [([], 4), (["--slots", "2"], 2), (["--serial"], 1)])
-def test_llama_cpp_has_a_slot_for_each_sequence(more: list[str], slots: int) -> None:
-    engine = ["--engine", "llama.cpp", "--gguf", "x"]
-    arguments = build_parser().parse_args(["serve", "tiny-opt", *engine, *more])
-    _check_serial(arguments)
-    assert arguments.slots == slots
-
-
-@pytest.mark.parametrize("more, serial", [([], False), (["--slots", "1"], True)])
-def test_one_slot_is_written_serially(more: list[str], serial: bool) -> None:
-    arguments = build_parser().parse_args(["serve", "tiny-opt", *more])
-    _check_serial(arguments)
-    assert arguments.serial == serial
+@pytest.mark.parametrize(
+    "more, slots",
+    [
+        ([], 8),
+        (["--slots", "1"], 1),
+        (["--engine", "exact-batches"], 8),
+        (["--engine", "compiled"], 1),
+        (["--engine", "llama.cpp"], 4),
+        (["--engine", "llama.cpp", "--slots", "2"], 2),
+        (["--engine", "llama.cpp", "--slots", "1"], 1),
+    ],
+)
+def test_an_engine_has_slots_of_its_own_number(more: list[str], slots: int) -> None:
+    assert _slots(build_parser().parse_args(["serve", "tiny-opt", *more])) == slots
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,6 @@ def load_model(
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
-    if getattr(arguments, "exact_batches", False) and arguments.engine not in ("torch", "packed"):
-        raise InputError(
-            f"--exact-batches is of PyTorch's packed weights, and --engine {arguments.engine} has "
-            "others.",
-            "Leave one of them out; inside llama.cpp batches are exact as they are.",
-        )
     backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
@@ -61,7 +55,7 @@ def load_model(
             arguments.device, is_tiny=tiny_kind(name) is not None, quantize=arguments.quantize
         ),
         quantize=arguments.quantize,
-        compile=getattr(arguments, "compile", False),
+        compile=_engine(arguments) == "compiled",
         vision=own_vision(arguments),
     )
     if getattr(arguments, "shrink_on_load", False):
@@ -153,7 +147,7 @@ def own_vision(arguments: argparse.Namespace) -> str:
         InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.
     """
     name: str = getattr(arguments, "vision", TORCH)
-    if name == MTMD and arguments.runtime != "llama.cpp":
+    if name == MTMD and arguments.engine != "llama.cpp":
         raise InputError(
             f"--vision {MTMD} sees for --engine llama.cpp alone.",
             "Give --engine llama.cpp and --gguf FOLDER, or another of "
@@ -175,18 +169,24 @@ def seeing(arguments: argparse.Namespace, adapter: Any) -> Any:
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
-    """A backbone or an adapter, prepacked where --engine or --exact-batches says so."""
+    """A backbone or an adapter, its weights laid out where --engine says so."""
     from offramp.models.prepack import prepack
 
     exits = getattr(model, "exits", None)
-    if getattr(arguments, "exact_batches", False):
+    engine = _engine(arguments)
+    if engine == "exact-batches":
         if exits is not None:
             return model.with_exact_batches()
         prepack(model, every=True)
         return model.with_decoding(exact_batches=True)
-    if getattr(arguments, "prepack", False):
+    if engine == "packed":
         prepack(getattr(model, "backbone", model), exits)
     return model
+
+
+def _engine(arguments: argparse.Namespace) -> str:
+    """PyTorch, where a command has no --engine."""
+    return getattr(arguments, "engine", TORCH)
 
 
 def adapter_folder(arguments: argparse.Namespace) -> Path:

@@ -4,7 +4,6 @@ that they fill."""
 from __future__ import annotations
 
 import argparse
-import logging
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -25,12 +24,24 @@ from offramp.cli.parser import (
 )
 from offramp.plugins import load_plugins
 
-log = logging.getLogger(__name__)
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4")
 Options = Callable[[Parser], None]
 _SAME: Any = object()
+ENGINES = {
+    "torch": "",
+    "compiled": "for single answers on a CPU: slow first, then faster",
+    "packed": "weights laid out for a CPU's products, for batches",
+    "exact-batches": "packed, and a token is the same to the last bit whatever is decoded beside "
+    "it, in half precision too; prompts are read one at a time",
+    "llama.cpp": "needs --gguf",
+    "cuda-graphs": "needs a GPU",
+}
+"""What can run a decoder, and what there is to know of it."""
+PLAIN = ("torch", "packed", "exact-batches")
+"""Those that run an adapter's decoder in PyTorch, many answers at once."""
+RUNTIMES = ("llama.cpp", "cuda-graphs")
+"""Those that run it in an adapter's place."""
 
 
 def add_command(
@@ -210,7 +221,7 @@ def model_options(
     *,
     required: bool,
     adapter: bool | None = None,
-    engines: Collection[str] = ("torch", "packed"),
+    engines: Collection[str] = PLAIN,
 ) -> Any:
     """Options of the backbone; adapter: whether --adapter is required, None: there is none.
 
@@ -238,64 +249,13 @@ def model_options(
     return group
 
 
-ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "torch": ("PyTorch", {}),
-    "compiled": ("for single answers on a CPU: slow first, then faster", {"compile": True}),
-    "packed": ("weights laid out for a CPU's products, for batches", {"prepack": True}),
-    "llama.cpp": ("needs --gguf", {"runtime": "llama.cpp"}),
-    "cuda-graphs": ("needs a GPU", {"runtime": "cuda-graphs"}),
-}
-"""What can run a decoder: what there is to know of it, and what commands read of it besides
-`engine`, where that is not `_PLAIN`."""
-_PLAIN = {"runtime": "torch", "compile": False, "prepack": False}
-_BEFORE = {"--compile": "compiled", "--prepack": "packed", "--runtime": None}
-"""What chose an engine before --engine did; they go with the next release."""
-
-
 def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
-    """What runs the decoder, of these; and the older flags for it, which help does not show."""
-    known = ", ".join(
-        f"{name} ({ENGINES[name][0]})" if name != "torch" else name for name in engines
-    )
-    group.set_defaults(**_PLAIN)
+    """What runs the decoder, of these."""
+    known = ", ".join(f"{n} ({said})" if (said := ENGINES[n]) else n for n in engines)
     group.add_argument(
-        "--engine", metavar="NAME", default="torch", choices=engines, action=_Engine,
+        "--engine", metavar="NAME", default="torch", choices=engines,
         help=f"what runs the decoder: {known} (default: torch)",
     )  # fmt: skip
-    if "packed" in engines:
-        group.add_argument(
-            "--exact-batches", action="store_true",
-            help="packed, and a token is the same to the last bit whatever is decoded beside it, "
-            "in half precision too; prompts are read one at a time",
-        )  # fmt: skip
-    for flag, name in _BEFORE.items():
-        if (name or "llama.cpp") in engines:
-            values: dict[str, Any] = {"nargs": 0} if name else {"choices": engines}
-            group.add_argument(
-                flag, dest="engine", action=_Engine, const=name, help=argparse.SUPPRESS,
-                default=argparse.SUPPRESS, **values,
-            )  # fmt: skip
-
-
-class _Engine(argparse.Action):
-    """Stores an engine and what follows from it. One flag may be given again, where a file has it
-    too; two that do not agree may not."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        name, flag = self.const or values, str(option_string)
-        if flag in _BEFORE:
-            log.warning("%s is --engine %s now, and goes with the next release.", flag, name)
-        chosen: dict[str, str] = {**getattr(namespace, "chosen", {}), flag: name}
-        if len(set(chosen.values())) > 1:
-            asked = " and ".join(f if f in _BEFORE else f"{f} {n}" for f, n in chosen.items())
-            parser.error(f"{asked} ask for two engines")
-        vars(namespace).update(_PLAIN | ENGINES[name][1] | {"engine": name, "chosen": chosen})
 
 
 TORCH, MTMD = "torch", "mtmd"
@@ -369,7 +329,7 @@ def measured_options(
     adapter: bool,
     allow_seen: bool,
     leave_out: str | None = None,
-    engines: Collection[str] = ("torch", "packed"),
+    engines: Collection[str] = PLAIN,
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.
 

@@ -11,6 +11,7 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
     ENGINES,
+    RUNTIMES,
     add_command,
     batch_option,
     field_option,
@@ -176,7 +177,7 @@ def _say_how_long(
         batch_size=rows, max_new_tokens=arguments.max_new_tokens,
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
-    replayed = arguments.runtime == "torch" and can_replay(policy) and not arguments.visual_keep
+    replayed = arguments.engine not in RUNTIMES and can_replay(policy) and not arguments.visual_keep
     passes = 2 if replayed else 1 + len(GRID)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 

@@ -11,6 +11,7 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
     ENGINES,
+    RUNTIMES,
     add_command,
     batch_option,
     field_option,
@@ -101,7 +102,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_runtime(arguments)
-    if alone and arguments.runtime != "torch":
+    if alone and arguments.engine in RUNTIMES:
         raise InputError(f"--engine {arguments.engine} runs an adapter.", "Give --adapter.")
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")

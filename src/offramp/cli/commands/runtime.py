@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import own_vision
+from offramp.cli.options import RUNTIMES
 from offramp.cli.parser import Parser, threads, whole
 from offramp.errors import InputError
 
@@ -36,7 +37,7 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
 
 def check_runtime(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for a mistake that should not wait for the model."""
-    if (arguments.runtime == "llama.cpp") != (arguments.gguf is not None):
+    if (arguments.engine == "llama.cpp") != (arguments.gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
@@ -64,17 +65,17 @@ def load_runtime(
     threads and context, where the command has other options for them; sequences, at a time.
     """
     check_runtime(arguments)
-    if arguments.runtime != "llama.cpp" and (kind := getattr(adapter, "of_format", None)):
+    if arguments.engine != "llama.cpp" and (kind := getattr(adapter, "of_format", None)):
         log.warning(
             "These exits learnt from the backbone in %s, and agree less with it as it is here: "
             "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,
         )  # fmt: skip
-    if arguments.runtime == "torch":
+    if arguments.engine not in RUNTIMES:
         return None
     context, threads = (
         sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")
     )
-    if arguments.runtime == "cuda-graphs":
+    if arguments.engine == "cuda-graphs":
         return _graphs(adapter, context)
     from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
 

@@ -13,6 +13,8 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device, laid_out, own_vision, seeing
 from offramp.cli.options import (
+    PLAIN,
+    RUNTIMES,
     add_command,
     engine_option,
     field_options,
@@ -122,9 +124,7 @@ def _engine_options(parser: Parser) -> None:
         "(default: 4)",
     )  # fmt: skip
     engine_option(parser.add_argument_group("decoder"))
-    runtime_options(parser, sized=False).add_argument(
-        "--serial", action="store_true", help=argparse.SUPPRESS
-    )
+    runtime_options(parser, sized=False)
 
 
 def _number(group: Any, flag: str, default: int, help: str) -> None:
@@ -159,7 +159,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     if arguments.port > 65535:
         raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
     check_runtime(arguments)
-    _check_serial(arguments)
+    arguments.slots = _slots(arguments)
     if not arguments.metrics_prefix.isidentifier():
         raise InputError(
             f"Metrics cannot be named {arguments.metrics_prefix!r}.",
@@ -217,22 +217,21 @@ def _hosts(arguments: argparse.Namespace, *, keyed: bool) -> tuple[str, ...]:
     return (*LOCAL, *arguments.allowed_hosts)
 
 
-def _check_serial(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for what an engine that writes one answer at a time does not have."""
-    if arguments.serial:
-        log.warning("--serial is --slots 1 now, and goes with the next release.")
-    way = "--serial"
-    if arguments.engine == "llama.cpp":
-        arguments.slots = 1 if arguments.serial else arguments.slots or LLAMA_CPP_SLOTS
-        return
-    if arguments.engine not in ("torch", "packed"):
-        way = f"--engine {arguments.engine}"
-    arguments.serial |= way != "--serial" or arguments.slots == 1
-    if arguments.serial and (arguments.slots or 1) > 1:
+def _slots(arguments: argparse.Namespace) -> int:
+    """How many answers are written at once.
+
+    Raises:
+        InputError: more are asked for than the engine writes.
+    """
+    usual = {"llama.cpp": LLAMA_CPP_SLOTS, **dict.fromkeys(PLAIN, SLOTS)}.get(arguments.engine, 1)
+    asked: int = arguments.slots or usual
+    if usual == 1 and asked > 1:
         raise InputError(
-            f"{way} writes one answer at a time, and --slots {arguments.slots} asks for more.",
+            f"--engine {arguments.engine} writes one answer at a time, and --slots {asked} asks "
+            "for more.",
             "Leave --slots out; others wait in the queue (--queue).",
         )
+    return asked
 
 
 def _keys(file: Path | None) -> list[str]:
@@ -270,7 +269,7 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model, processor = _model(arguments)
-    sizes = EngineConfig(slots=arguments.slots or SLOTS, limit=arguments.limit)
+    sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
     serial = _serial(arguments, model)
     watch, loss = _watched(arguments, model, runtime_name(serial))
     kept: dict[str, Any] = {
@@ -286,15 +285,15 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
 
     from offramp.adapter import Adapter
 
-    if arguments.runtime == "torch":
-        return model if arguments.serial else None
+    if arguments.engine not in RUNTIMES:
+        return model if arguments.slots == 1 else None
     if not isinstance(model, Adapter):
         raise InputError(
-            f"{arguments.name} has no exits, and files for {arguments.runtime} are made of some.",
+            f"{arguments.name} has no exits, and files for {arguments.engine} are made of some.",
             "Name an adapter, or leave --engine out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
-    if arguments.runtime == "llama.cpp":
+    if arguments.engine == "llama.cpp":
         sizes["sequences"] = arguments.slots
     return load_runtime(arguments, model, alone=True, **sizes)
 
@@ -352,7 +351,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         dtype=arguments.dtype,
         device=device,
         quantize=arguments.quantize,
-        compile=arguments.compile,
+        compile=arguments.engine == "compiled",
         vision=own_vision(arguments),
         shrink_on_load=arguments.shrink_on_load,
         chat_template=arguments.chat_template,

@@ -36,8 +36,8 @@ def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -
         raise UnsupportedBackboneError(
             f"Exact batches need products whose rows do not depend on each other, and {found} has "
             "others.",
-            "Lay the weights out first: adapter.with_exact_batches(), or --exact-batches. Experts "
-            "and weights quantised by a library have no such products.",
+            "Lay the weights out first: adapter.with_exact_batches(), or --engine exact-batches. "
+            "Experts and weights quantised by a library have no such products.",
         )
 
 
