@@ -240,7 +240,8 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     A decoder-only model reads it off the prompt, which may stay pending at an exit only where the
     policy says so and the prompt is causal; an encoder-decoder reads it off its first step.
     """
-    return backbone.is_encoder_decoder or resolved(policy, backbone).exit_in_prefill
+    in_prompt = policy.exit_in_prefill and backbone.family.causal_prompt
+    return backbone.is_encoder_decoder or in_prompt
 
 
 def first_thresholds(backbone: Backbone, policy: ExitPolicy) -> Thresholds:
