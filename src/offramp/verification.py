@@ -378,9 +378,8 @@ class Verification:
                 fed = torch.tensor([[ids[at - 1]]], device=prepared.ids.device)
                 intercepted.stack(input_ids=fed, **prefill.extend(1))
             entries, states, final = recorder.take()
-            scorer = reader.scorer() if reader.follows else None
             rule = later if at else opening
-            question = Question(sampler, rule, list(ids[:at]), scorer)
+            question = Question(sampler, rule, list(ids[:at]))
             said, score = None, _NAN
             for depth in (depth for depth in depths if depth in rule.thresholds):
                 output = ExitOutput(

@@ -21,7 +21,7 @@ from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, t
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
-from offramp.engine.decoding.sequence import NAN, Sequence, Token, Unsaid
+from offramp.engine.decoding.sequence import NAN, Asked, Sequence, Token
 from offramp.engine.policy import Pruning
 from offramp.errors import InputError
 
@@ -68,7 +68,7 @@ class Decoder:
         rule: ExitRule,
         *,
         first: Mapping[int, float] | None = None,
-    ) -> tuple[Any, list[Token | Unsaid]]:
+    ) -> tuple[Any, list[Token | Asked]]:
         """Read a prompt of one or more rows, and choose each row's first token. Where visual tokens
         stay behind at an exit and it does not say it, layers above do once the row has joined.
 
@@ -84,9 +84,6 @@ class Decoder:
         firsts: list[Token | None] = [None] * len(samplers)
         scores = [NAN] * len(samplers)
         questions = [Question(sampler, opening, ()) for sampler in samplers]
-        if self.reader.follows:
-            for question in questions:
-                question.scorer = self.reader.scorer()
 
         def decide(depth: int, output: Any) -> bool:
             if depth not in opening.thresholds or all(said is not None for said in firsts):
@@ -123,8 +120,8 @@ class Decoder:
                     raise word
                 firsts[row] = Token(word, self.layers, scores[row])
         return prompt, [
-            Unsaid(score, question.scorer) if said is None else said
-            for said, score, question in zip(firsts, scores, questions, strict=True)
+            Asked(None, score=score) if said is None else said
+            for said, score in zip(firsts, scores, strict=True)
         ]
 
     def _checked(self, pruning: Pruning) -> Pruning:
@@ -142,7 +139,7 @@ class Decoder:
         row: int,
         sampler: TokenSampler,
         rule: ExitRule,
-        first: Token | Unsaid,
+        first: Token | Asked,
         owner: Any = None,
         *,
         opening: Mapping[int, float] | None = None,
@@ -168,9 +165,6 @@ class Decoder:
             sampler, rule, *loaded, first=first, layers=self.layers, owner=owner,
             opening=rule.opening(rule.thresholds if opening is None else opening),
         )  # fmt: skip
-        if self.reader.follows:
-            unsaid = first if isinstance(first, Unsaid) else None
-            sequence.scorer = self.reader.scorer() if unsaid is None else unsaid.scorer
         self.sequences.append(sequence)
         self._settle(sequence)
         return sequence
@@ -525,7 +519,7 @@ class Decoder:
         return max(0, room)
 
     def _question(self, row: Sequence, before: list[int], place: int = 1) -> Question:
-        return Question(row.sampler, row.rule_at(place), before, row.scorer)
+        return Question(row.sampler, row.rule_at(place), before)
 
     def _settle(self, row: Sequence) -> None:
         """Give out what can no longer change, until the answer is over."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -49,10 +51,11 @@ class ExitReader:
         self._depths, self._code = tuple(depths), head_code(backbone)
         self.logits = partial(backbone.logits, code=self._code)
         """The full model's [n, V], of final-normed states [n, D]."""
-        self._scorer = self.scorer() if depths else None
+        self._scorer = self._new_scorer() if depths else None
         self._gates = gates_of_policy(policy, exits) if exits is not None else {}
         self.follows = policy.score in STREAKS and len(self._depths) > 1
-        """Whether a score follows a token from exit to exit: each sequence needs a scorer."""
+        """Whether a score follows a token from exit to exit."""
+        self._following: WeakKeyDictionary[Any, ExitScorer] = WeakKeyDictionary()  # by sampler
         self.watches = policy.score in FEATURE_SCORES
         """Whether the score reads more than logits."""
         self._scripted = exits is not None and exits.score is not None
@@ -61,7 +64,7 @@ class ExitReader:
         """Without gradients."""
         return torch.inference_mode()
 
-    def scorer(self) -> ExitScorer:
+    def _new_scorer(self) -> ExitScorer:
         return ExitScorer(self._backbone, self._policy, self._depths, self._exits, self._code)
 
     def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Tensor], bool]:
@@ -92,15 +95,18 @@ class ExitReader:
         row's own rules raised one."""
         if output.state is None and output.logits is None:
             return [None if question is None else CLOSED for question in asked]
-        if self.follows:
-            one = torch.arange(len(asked), device=output.entry.device)
-            return [
-                None
-                if question is None
-                else self._of_all(depth, output.picked(i[None]), [question], question.scorer)[0]
-                for i, question in zip(one, asked, strict=True)
-            ]
-        return self._of_all(depth, output, asked, self._scorer)
+        if not self.follows:
+            return self._of_all(depth, output, asked, self._scorer)
+        made: list[Verdict | Exception | None] = []
+        for i, question in enumerate(asked):
+            if question is None:
+                made.append(None)
+                continue
+            if question.sampler not in self._following:
+                self._following[question.sampler] = self._new_scorer()
+            own = output.picked(slice(i, i + 1))
+            made += self._of_all(depth, own, [question], self._following[question.sampler])
+        return made
 
     def _of_all(
         self,

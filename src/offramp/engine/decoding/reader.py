@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from offramp.engine.decoding.rule import ExitRule, Verdict
 
@@ -36,33 +36,25 @@ class TokenSampler(Protocol):
         ...
 
 
-class Question:
-    """Who asks what comes behind the tokens `before` of an answer. scorer: of a score that follows
-    a token from exit to exit, which each sequence has for itself."""
+class Question(NamedTuple):
+    """Who asks what comes behind the tokens `before` of an answer. sampler: a `TokenSampler` of the
+    reader's own kind, one for each sequence."""
 
-    __slots__ = ("before", "rule", "sampler", "scorer")
-
-    def __init__(
-        self, sampler: Any, rule: ExitRule, before: Sequence[int], scorer: Any = None
-    ) -> None:
-        """sampler: a `TokenSampler` of the reader's own kind."""
-        self.sampler, self.rule, self.before, self.scorer = sampler, rule, before, scorer
+    sampler: Any
+    rule: ExitRule
+    before: Sequence[int]
 
 
 class Reader(Protocol):
     """Asks exits and the LM head, in the arrays of its executor.
 
-    follows: whether a score follows a token from exit to exit: each sequence needs a scorer.
+    follows: whether a score follows a token from exit to exit, so that none may be ahead of it.
     """
 
     follows: bool
 
     def computing(self) -> AbstractContextManager[Any]:
         """Inside of what the decoder's calls are made."""
-        ...
-
-    def scorer(self) -> Any:
-        """Of one sequence, where scores follow tokens."""
         ...
 
     def looks(self, asked: Sequence[Question | None]) -> Looks:

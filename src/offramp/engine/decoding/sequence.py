@@ -42,14 +42,6 @@ class Asked(NamedTuple):
     score: float = NAN
 
 
-class Unsaid(NamedTuple):
-    """Of a first token that no exit said, and that layers above which the prompt waits are to say:
-    the score of the last exit that looked, and what follows it from exit to exit."""
-
-    score: float
-    scorer: Any = None
-
-
 class Sequence:
     """One answer, from behind its first token on, or from the prompt where that is yet unsaid.
 
@@ -69,13 +61,14 @@ class Sequence:
         handle: int,
         start: int,
         ran: Many[int],
-        first: Token | Unsaid,
+        first: Token | Asked,
         layers: int,
         owner: Any = None,
         opening: ExitRule | None = None,
     ) -> None:
-        """layers: depth L of the full model. first: the token that the prompt was followed by.
-        opening: None: as `rule`."""
+        """layers: depth L of the full model. first: the token that the prompt was followed by,
+        or, where no exit said it, what layers above which the prompt waits are to fill. opening:
+        None: as `rule`."""
         self.opening = opening or rule
         self.sampler, self.rule, self.handle, self.owner = sampler, rule, handle, owner
         self.start, self.ran, self.layers = start, list(ran), layers
@@ -85,12 +78,11 @@ class Sequence:
         if isinstance(first, Token):
             self.tokens, self.ids = [first], [first.token]
         else:
-            self.asked[0] = Asked(None, score=first.score)
+            self.asked[0] = first
         self.settled = self.waited = 0
         self.held = self.over = False
         self.error: Exception | None = None
         self.rounds: list[tuple[int, int]] = []
-        self.scorer: Any = None  # of scores that follow a token from exit to exit
         self.alone: Any = None  # the question put to the first exit, kept where it is the only one
 
     @property

@@ -81,9 +81,6 @@ class ArrayReader:
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def scorer(self) -> None:
-        raise NotImplementedError("no score here follows a token")
-
     def looks(self, asked: Sequence[Question | None]) -> Looks:
         return anyone  # segments run their exits in any case
 

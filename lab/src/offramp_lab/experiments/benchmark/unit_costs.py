@@ -247,7 +247,6 @@ class _Timer:
             sequence = DecodedSequence(
                 kept.sampler, rule, kept.handle, self.context, ran, first, kept.layers
             )
-            sequence.scorer = kept.scorer
             sequence.settle()  # the first token was given out
             sitting.append(sequence)
         self._decoder.sequences[:] = sitting
