@@ -357,7 +357,7 @@ def test_the_command_fails_where_a_promise_is_broken(
     run: RunCommand, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong_states(monkeypatch)
-    code, out, err = run("verify", adapter, *SMALL, "--threshold", 0)
+    code, out, err = run("verify", adapter, *SMALL)
     lines = err[err.index("error: ") :].strip().splitlines()
     assert code == 1 and "NO" in out
     assert len(lines) == 2 and "early exit" in lines[0]

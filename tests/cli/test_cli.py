@@ -215,12 +215,8 @@ def test_calibrate_takes_a_declared_number_a_choice_and_a_unit(
     assert (found["unit"], found["candidates"], found["n"]) == ("answer", 4, 2)
     assert found["method"] == "binomial"
     assert found["level"] == pytest.approx(1 - 0.05 * 0.8 / 4)
-    for more, words in (
-        (("--declared", 5000), "5000 images were declared"),
-        (("--method", "binomial"), "--declared N"),
-    ):
-        code, _, err = run(*asked, *more)
-        assert code == 1 and words in err
+    code, _, err = run(*asked, "--declared", 5000)
+    assert code == 1 and "5000 images were declared" in err
 
 
 def test_generate_says_whether_its_answer_is_guaranteed(

@@ -183,14 +183,6 @@ def test_how_many_candidates_go_at_once_changes_nothing() -> None:
     assert one == pytest.approx(all_, abs=1e-4)
 
 
-def test_the_mean_is_the_sum_over_tokens() -> None:
-    encoder, example = input_processor_of(OPT), fakes.examples(1)[0]
-    summed = candidate_scores(encoder, example, CANDIDATES)
-    mean = candidate_scores(encoder, example, CANDIDATES, ranking="mean")
-    lengths = [len(encoder.answer_ids(example.prompt, text)) for text in CANDIDATES]
-    assert mean == pytest.approx([s / n for s, n in zip(summed, lengths, strict=True)], abs=1e-5)
-
-
 def dialogue_items() -> list[Item]:
     return [
         replace(item, candidates=CANDIDATES, gold=i % 3, relevance=(1.0, 0.5, 0, 0, 0) * (i > 0))
@@ -479,7 +471,6 @@ def test_a_missing_package_is_noticed_before_anything_is_generated(
         ({"task": "caption"}, "'captions'"),
         ({"task": "gqa", "mode": "early"}, "'early_exit'"),
         ({"task": "gqa", "metrics": ("CIDEr",)}, "'CIDEr' is not known"),
-        ({"task": "dialogue", "ranking": "max"}, "'max'"),
         ({"task": "gqa", "batch_size": 0}, "batch_size is 0"),
         ({"task": "gqa", "max_new_tokens": 0}, "longest is 0"),
         ({"task": "gqa", "confidence": 1.0}, "confidence is 1.0"),

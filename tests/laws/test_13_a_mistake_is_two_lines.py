@@ -74,8 +74,8 @@ def test_a_mistake_in_what_to_evaluate_is_two_lines(
 
 
 def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: Path) -> None:
-    arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--rounds", 0)
-    assert_two_lines(run(*arguments), "--rounds", "from 1")
+    arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--limit", 0)
+    assert_two_lines(run(*arguments), "--limit", "from 1")
 
 
 @pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])
@@ -150,7 +150,6 @@ def generate_with(run: RunCommand, adapter: Path, photos: Path, *more: Any) -> t
     ("option", "value", "words"),
     [
         ("--risk", "disagrees", "disagreement"),
-        ("--method", "upper", "upper_bound"),
         ("--target", 1.5, "between 0 and 1"),
         ("--confidence", "nan", "between 0 and 1"),
         ("--score", "max_prob", "max_probability"),
@@ -203,13 +202,6 @@ def test_a_threshold_out_of_range_is_refused(
 ) -> None:
     found = generate_with(run, trained, photos, f"--threshold={threshold}")
     assert_two_lines(found, "0", "1")
-
-
-def test_an_unknown_score_lists_the_known_ones(
-    run: RunCommand, trained: Path, photos: Path
-) -> None:
-    found = generate_with(run, trained, photos, "--score", "max_prob")
-    assert_two_lines(found, "max_probability")
 
 
 def test_an_unknown_backbone_is_refused(run: RunCommand, tmp_path: Path) -> None:

@@ -47,14 +47,15 @@ def load_model(
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
+    quantize = getattr(arguments, "quantize", None)
     backbone, processor = load_named(
         name,
         revision=arguments.revision or revision,
         dtype=arguments.dtype,
         device=choose_device(
-            arguments.device, is_tiny=tiny_kind(name) is not None, quantize=arguments.quantize
+            arguments.device, is_tiny=tiny_kind(name) is not None, quantize=quantize
         ),
-        quantize=arguments.quantize,
+        quantize=quantize,
         compile=_engine(arguments) == "compiled",
         vision=own_vision(arguments),
     )
@@ -224,17 +225,10 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
 
 
 def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter's policy, with what --threshold, --first-threshold, --visual-keep, --score and
-    --exit-in-prefill change."""
+    """The adapter's policy, at the threshold that --threshold names."""
     from dataclasses import replace
 
-    policy = adapter.policy
-    if arguments.threshold is not None:
-        thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
-        policy = replace(policy.at(thresholds), drafts={})
-    if arguments.first_threshold is not None:
-        first = dict.fromkeys(adapter.exits.depths, arguments.first_threshold)
-        policy = replace(policy, first=first, exit_in_prefill=True)
-    names = ("score", "exit_in_prefill", "visual_keep")
-    changes = {n: v for n in names if (v := getattr(arguments, n)) is not None}
-    return replace(policy, **changes)
+    if arguments.threshold is None:
+        return adapter.policy
+    thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
+    return replace(adapter.policy.at(thresholds), drafts={})

@@ -18,7 +18,6 @@ from offramp.cli.parser import (
     or_none,
     seed,
     share,
-    some,
     whole,
     whole_numbers,
 )
@@ -242,10 +241,9 @@ def model_options(
         help="hub name or folder of the VLM; or photo, or tiny-opt or tiny-t5, which ship"
         + ("" if adapter is None else " (default: the adapter's)"),
     )
-    precision_options(group)
+    precision_options(group, quantize=adapter is None or bool(engines))
     if adapter is not None and engines:
         engine_option(parser.add_argument_group("decoder"), engines)
-        vision_options(parser.add_argument_group("images"))
     return group
 
 
@@ -277,16 +275,18 @@ def vision_options(group: Any) -> None:
     )  # fmt: skip
 
 
-def precision_options(group: Any) -> None:
-    """Which revision of the backbone, in which precision and where."""
+def precision_options(group: Any, *, quantize: bool = True) -> None:
+    """Which revision of the backbone, in which precision and where. quantize: whether its weights
+    may be rounded."""
     group.add_argument("--revision", help="hub revision of the backbone")
     name_option(
         group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
     )
-    name_option(
-        group, "--quantize", QUANTIZE, "round the decoder layers' weights, for speed on a CPU",
-        shown="as saved",
-    )  # fmt: skip
+    if quantize:
+        name_option(
+            group, "--quantize", QUANTIZE, "round the decoder layers' weights, for speed on a CPU",
+            shown="as saved",
+        )  # fmt: skip
     group.add_argument(
         "--device",
         default="auto",
@@ -338,6 +338,7 @@ def measured_options(
     `model_options`.
     """
     model_options(parser, required=False, adapter=adapter, engines=engines)
+    vision_options(parser.add_argument_group("images"))
     data = data_options(parser, what)
     if allow_seen:
         data.add_argument(
@@ -353,61 +354,16 @@ def measured_options(
         )
 
 
-def policy_options(parser: Parser, *, threshold: bool) -> Any:
-    """Options that change the adapter's policy; threshold: also where tokens exit."""
-    from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
-
-    load_plugins()  # they may bring scores
+def threshold_option(parser: Parser) -> Any:
+    """The option of one threshold for all exits; returns the group."""
     group = parser.add_argument_group("early exit")
-    if threshold:
-        group.add_argument(
-            "--threshold",
-            type=share,
-            metavar="X",
-            help="one threshold for all exits (default: the adapter's)",
-        )
-    scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
-    name_option(group, "--score", scores, "confidence score", shown="the adapter's")
-    own_first_option(group, auto=not threshold)
-    visual_keep_option(group, several=not threshold)
     group.add_argument(
-        "--exit-in-prefill",
-        action=argparse.BooleanOptionalAction,
-        help="let first tokens exit early too, where the prompt is causal (default: the adapter's)",
+        "--threshold",
+        type=share,
+        metavar="X",
+        help="one threshold for all exits (default: the adapter's)",
     )
     return group
-
-
-def own_first_option(group: Any, *, auto: bool = False) -> None:
-    """The option of a threshold for first tokens. auto: whether it can be searched."""
-
-    def threshold(text: str) -> Any:
-        return text if auto and text == "auto" else share(text)
-
-    searched = "; auto: searched, on 30%% of the images" if auto else ""
-    group.add_argument(
-        "--first-threshold",
-        type=threshold,
-        metavar="X",
-        help="threshold of its own for an answer's first token, whose prompt then waits at its "
-        f"exit{searched} (default: the adapter's)",
-    )
-
-
-def visual_keep_option(group: Any, *, several: bool = False) -> None:
-    """The option of a share of visual tokens. several: whether some can be given to be searched."""
-
-    def shares(text: str) -> Any:
-        return tuple(some(part) for part in text.split(",")) if several else some(text)
-
-    searched = "; several, as 1,0.5,0.25: searched, on 30%% of the images" if several else ""
-    group.add_argument(
-        "--visual-keep",
-        type=shares,
-        metavar="X",
-        help="share of a prompt's visual tokens that goes on behind the first exit, for models "
-        f"with hundreds of them{searched} (default: the adapter's)",
-    )
 
 
 LONGEST = 40

@@ -193,7 +193,6 @@ class _Answerer:
             "device": self.backbone.device.type,
             "batch_size": self.plan.batch_size,
             "max_new_tokens": self.plan.longest,
-            "ranking": self.plan.ranking if self.plan.task == "dialogue" else None,
             **({} if self.runtime is None else {"runtime": self.runtime.name}),
             **({"shrink_on_load": True} if self.encoder.smallest_side else {}),
             **({} if self.backbone.tower is None else {"vision": self.backbone.vision_engine}),
@@ -246,7 +245,6 @@ class _Answerer:
             item.candidates,
             exits=self.exits,
             policy=policy,
-            ranking=self.plan.ranking,
             at_once=self.plan.candidates_at_once,
         )
         return {"candidate_scores": scores, "ranked_by": "policy" if policy.thresholds else "full"}

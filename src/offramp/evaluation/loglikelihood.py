@@ -44,7 +44,6 @@ def candidate_scores(
     *,
     exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
-    ranking: str = "sum",
     at_once: int = 25,
 ) -> list[float]:
     """Log-likelihood of each candidate after the example's prompt, its end token included.
@@ -86,7 +85,7 @@ def candidate_scores(
             intercepted.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
             states = states.followed_by(_States(*handler.take()))
         log_p = torch.where(mask, pick(states, rows), 0.0).double().sum(1)
-        likelihoods += (log_p / mask.sum(1) if ranking == "mean" else log_p).tolist()
+        likelihoods += log_p.tolist()
     return likelihoods
 
 

@@ -13,7 +13,6 @@ from offramp.evaluation.caption_metrics import CAPTION_METRICS, TOKENIZERS, need
 from offramp.evaluation.metrics import vqa_accuracy
 
 WHICH = ("full", "early_exit", "both")
-RANKINGS = ("sum", "mean")
 _VQA = ("vqa_accuracy",)
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "captions": CAPTION_METRICS,
@@ -34,8 +33,6 @@ class Settings:
     mode: "full", "early_exit", or "both", which takes turns at every example.
     batch_size: 1 measures latency; more measures quality only.
     max_new_tokens: longest answer; None: by task (captions 40, questions 10, dialogue 20).
-    ranking: a candidate's score is the "sum" of its tokens' log-probabilities, its end included
-        (the likelihood itself), or their "mean" (length-normalised).
     candidates_at_once: candidates scored in one pass; changes memory and speed, not the scores.
     metrics: those of `TASK_METRICS` to compute; None: all of the task's.
     tokenizer: of captions; see `offramp.evaluation.caption_metrics.caption_scores`.
@@ -46,7 +43,6 @@ class Settings:
     mode: str = "both"
     batch_size: int = 1
     max_new_tokens: int | None = None
-    ranking: str = "sum"
     candidates_at_once: int = 25
     metrics: tuple[str, ...] | None = None
     tokenizer: str = "auto"
@@ -57,7 +53,6 @@ class Settings:
     def __post_init__(self) -> None:
         check_known("Task", [self.task], TASKS)
         check_known("Mode", [self.mode], WHICH)
-        check_known("Ranking", [self.ranking], RANKINGS)
         check_known("Tokenizer", [self.tokenizer], TOKENIZERS)
         check_known("Metric", self.wanted, TASK_METRICS[self.task])
         counts = ("batch_size", "candidates_at_once", "resamples", "longest")

@@ -17,11 +17,12 @@ from offramp.cli.options import (
     field_option,
     length_option,
     measured_options,
-    policy_options,
+    name_option,
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
-from offramp.cli.parser import Parser, whole
+from offramp.cli.parser import Parser, share, some, whole
+from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.calibration.asked import Guarantee
     from offramp.calibration.attempts import UNITS
-    from offramp.calibration.risk_control import METHODS
     from offramp.calibration.risk_functions import RISKS
 
     what = "images that training has not seen, like those to come"
@@ -63,7 +63,6 @@ def _options(parser: Parser) -> None:
         "what the risk is a mean over; with answers, images that are asked about often count more",
         choices=UNITS,
     )
-    field_option(group, Guarantee, "method", "test of the thresholds", choices=METHODS)
     field_option(
         group, Guarantee, "declared", "test this many images, declared before any was looked at: "
         "fewer are needed, and more cannot be added later",
@@ -73,7 +72,7 @@ def _options(parser: Parser) -> None:
         help="the best of this many adapters, training seeds or sets of images will be taken, each "
         "calibrated with this option (default: 1)",
     )  # fmt: skip
-    policy_options(parser, threshold=False)
+    _policy_options(parser.add_argument_group("early exit"))
     group = parser.add_argument_group("answers and output")
     length_option(group)
     batch_option(group, 64)
@@ -88,6 +87,27 @@ def _options(parser: Parser) -> None:
     runtime_options(parser)
 
 
+def _policy_options(group: Any) -> None:
+    """What of the policy is asked for, where thresholds are found."""
+    from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+
+    load_plugins()  # they may bring scores
+    scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
+    name_option(group, "--score", scores, "confidence score", shown="the adapter's")
+    group.add_argument(
+        "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",
+        help="threshold of its own for an answer's first token, whose prompt then waits at its "
+        "exit; auto: searched, on 30%% of the images (default: the adapter's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--visual-keep", type=lambda text: tuple(some(part) for part in text.split(",")),
+        metavar="X",
+        help="share of a prompt's visual tokens that goes on behind the first exit, for models "
+        "with hundreds of them; several, as 1,0.5,0.25: searched, on 30%% of the images (default: "
+        "the adapter's)",
+    )  # fmt: skip
+
+
 def _calibrate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
@@ -99,7 +119,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
-    names = ("target", "confidence", "risk", "method", "unit", "declared")
+    names = ("target", "confidence", "risk", "unit", "declared")
     asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
     guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
     log.info(
@@ -120,9 +140,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
-    changed = ("score", "exit_in_prefill")
-    changes = {n: v for n in changed if (v := getattr(arguments, n)) is not None}
-    policy = replace(adapter.policy, thresholds={}, lossless=False, **changes)
+    score = arguments.score or adapter.policy.score
+    policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)
     if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
@@ -130,9 +149,6 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
             score=policy.score, shortlist=policy.shortlist,
         )  # fmt: skip
-    first = arguments.first_threshold
-    if first is None and arguments.exit_in_prefill is not None:
-        policy = replace(policy, first={})  # asked for by name: as every token, or not at all
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     calibration = calibrate(
         adapter,
@@ -141,7 +157,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         policy,
         costs=costs,
         runtime=runtime,
-        first=first,
+        first=arguments.first_threshold,
         visual_keep=arguments.visual_keep,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,

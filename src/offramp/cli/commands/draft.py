@@ -14,6 +14,8 @@ from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
+ROUNDS = 3
+"""Of timing."""
 
 
 def add(commands: Any) -> None:
@@ -32,9 +34,6 @@ def _options(parser: Parser) -> None:
     model_options(parser, required=False, adapter=True)
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
-    group.add_argument(
-        "--rounds", type=whole(1), default=3, metavar="N", help="rounds of timing (default: 3)"
-    )
     group.add_argument(
         "--max-new-tokens", type=whole(2), default=40, metavar="N",
         help="longest answer (default: 40)",
@@ -61,7 +60,7 @@ def _draft(arguments: argparse.Namespace) -> None:
     inputs = [encoder.prompts([item.example]) for item in items]
     _say_how_long(adapter, inputs, arguments)
     options: dict[str, Any] = {
-        "rounds": arguments.rounds,
+        "rounds": ROUNDS,
         "progress": lambda rounds: progress(rounds, "timing"),
         "max_new_tokens": arguments.max_new_tokens,
         "do_sample": False,
@@ -102,11 +101,11 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
     adapter.generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
     )
-    answers = ways * (min(3, len(inputs)) + arguments.rounds * len(inputs))
+    answers = ways * (min(3, len(inputs)) + ROUNDS * len(inputs))
     took = (time.perf_counter() - begin) * answers
     log.info(
         "Timing %d ways to decode on %d prompts, in %d rounds, takes about %s.",
-        ways, len(inputs), arguments.rounds, duration(took),
+        ways, len(inputs), ROUNDS, duration(took),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from offramp.cli.options import (
     length_option,
     measured_options,
     name_option,
-    policy_options,
+    threshold_option,
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser, one_of
@@ -46,7 +46,7 @@ def _options(parser: Parser) -> None:
         parser, "what is evaluated",
         adapter=False, allow_seen=True, leave_out="trained or calibrated", engines=ENGINES,
     )  # fmt: skip
-    policy_options(parser, threshold=True)
+    threshold_option(parser)
     _evaluation_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -65,7 +65,7 @@ def _options(parser: Parser) -> None:
 
 
 def _evaluation_options(parser: Parser) -> None:
-    from offramp.evaluation.tasks import RANKINGS, TASK_METRICS, WHICH, Settings
+    from offramp.evaluation.tasks import TASK_METRICS, WHICH, Settings
 
     group = parser.add_argument_group("evaluation")
     name_option(group, "--task", TASK_METRICS, "task", required=True)
@@ -80,11 +80,6 @@ def _evaluation_options(parser: Parser) -> None:
     )  # fmt: skip
     batch_option(group, 1, "examples at once; more than 1 measures quality only")
     length_option(group, None, "40 for captions, 20 for dialogue, 10 for questions")
-    field_option(
-        group, Settings, "ranking", "how a candidate's tokens make its log-likelihood",
-        choices=RANKINGS,
-    )  # fmt: skip
-    field_option(group, Settings, "seed", "seed of the intervals")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -95,8 +90,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from offramp.progress import progress
     from offramp.storage import check_writable
 
-    names = ("batch_size", "max_new_tokens", "ranking", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore
     settings["mode"] = arguments.mode or ("full" if alone else "both")
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)

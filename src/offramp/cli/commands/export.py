@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_not_quantized
 from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
     MTMD,
@@ -46,12 +45,9 @@ def _options(parser: Parser) -> None:
     group = parser.add_argument_group("files")
     name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
     name_option(
-        group, "--exit-format", FORMATS, "number format of the exits' layers", default="",
-        shown="the layers', or q8_0 where that has fewer bits",
+        group, "--exit-format", FORMATS, "number format of the exits' layers and of the head",
+        default="", shown="the layers', or q8_0 where that has fewer bits",
     )  # fmt: skip
-    name_option(
-        group, "--head-format", FORMATS, "number format of the head", default="", shown="the exits'"
-    )
     name_option(
         group, "--vision", VISION_FORMATS, "number format of the vision tower, which is "
         "written too, for --vision mtmd and llama.cpp's own programs", dest="vision_format",
@@ -75,8 +71,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
     from offramp.storage import check_writable
 
-    check_not_quantized(arguments)
-    formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.head_format)
+    formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False) if arguments.data else []
     adapter, processor = load_adapter(arguments)

@@ -19,7 +19,8 @@ from offramp.cli.options import (
     length_option,
     model_options,
     name_option,
-    policy_options,
+    threshold_option,
+    vision_options,
 )
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
@@ -48,6 +49,7 @@ def _options(parser: Parser) -> None:
     from offramp.engine.policy import MODES
 
     model_options(parser, required=False, adapter=True, engines=ENGINES)
+    vision_options(parser.add_argument_group("images"))
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE",
@@ -77,9 +79,8 @@ def _options(parser: Parser) -> None:
     group.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="seed of sampling (default: 0)"
     )
-    exits = policy_options(parser, threshold=True)
     name_option(
-        exits,
+        threshold_option(parser),
         "--mode",
         MODES,
         "what exits do: write tokens, draft tokens that the full model verifies, or nothing",

@@ -43,13 +43,7 @@ def check_runtime(arguments: argparse.Namespace) -> None:
             "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
         )
     own_vision(arguments)
-    if arguments.gguf is not None:
-        check_not_quantized(arguments)
-
-
-def check_not_quantized(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for --quantize: GGUF files say how weights are held."""
-    if arguments.quantize is not None:
+    if arguments.gguf is not None and arguments.quantize is not None:
         raise InputError(
             f"--quantize {arguments.quantize} is for PyTorch; llama.cpp's files hold the weights.",
             "Leave it out, and choose their format: offramp export --gguf q4_1.",

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import load_adapter, policy_of, read_data
+from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
     ENGINES,
     add_command,
     data_options,
     engine_option,
     length_option,
-    policy_options,
     precision_options,
     vision_options,
 )
@@ -80,7 +79,6 @@ def _options(parser: Parser) -> None:
         "--out", type=Path, metavar="FILE", help="write the certificate to this file as well"
     )
     overwrite_option(group)
-    policy_options(parser, threshold=True)
     runtime_options(parser)
 
 
@@ -106,7 +104,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         examples = own_examples(adapter, arguments.limit)
     else:
         examples = [item.example for item in items]
-    policy = with_thresholds(policy_of(arguments, adapter), adapter, encoder, examples)
+    policy = with_thresholds(adapter.policy, adapter, encoder, examples)
     runtime = load_runtime(arguments, adapter, sequences=arguments.slots)
     one = Verification(
         adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
