@@ -132,6 +132,36 @@ def test_an_end_token_inside_a_draft_ends_the_answer(rows, backbone, batch, know
     assert torch.equal(made.sequences, full.sequences)
 
 
+@pytest.mark.parametrize("engine", ["slots", "stack"])
+def test_nothing_is_drafted_behind_an_end_token(engine, backbone, batch, knows, monkeypatch):
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    end = int(generate(whole, inputs, **GREEDY).new_tokens[0, 1])
+    options = {**GREEDY, "eos_token_id": end}
+    full = generate(whole, inputs, **options)
+    knows(full)
+    drafts, plain, made = [], Drafter.inputs, choice.make_executor
+    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made(engine, *a, **kw))
+    monkeypatch.setattr(Drafter, "inputs", lambda *a: drafts.append(a) or plain(*a))
+    made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **options)
+    assert torch.equal(made.sequences, full.sequences) and full.depths.numel() == 2
+    assert made.rounds == ((1, 1),) and len(drafts) == 1
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-opt"])
+def test_an_answer_of_one_token_runs_no_exit(name, backbone, batch):
+    """What waits to be drafted from is what enters the exit; of the prompt it has the keys."""
+    whole, inputs = backbone(name), batch(name, 2)
+    exits, ran = drafting(whole), []
+    for module in exits.at(2).modules():
+        if not [*module.children()]:
+            module.register_forward_hook(lambda *a: ran.append(a[0]))
+    mlp = [m for n, m in exits.at(2).named_modules() if n.split(".")[-1] in ("down_proj", "fc2")]
+    generate(whole, inputs, exits=exits, policy=LOSSLESS, max_new_tokens=1, do_sample=False)
+    assert mlp and not [module for module in mlp if module in ran]
+    generate(whole, inputs, exits=exits, policy=LOSSLESS, max_new_tokens=3, do_sample=False)
+    assert [module for module in mlp if module in ran]
+
+
 def test_no_more_is_drafted_than_the_answer_has_room_for(backbone, batch, knows):
     whole, inputs = backbone("llava"), batch("llava", 1)
     exits = drafting(whole)

@@ -15,6 +15,7 @@ import torch
 from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, inputs_of, refused
 from hub_files import sliced, text_adapter
 
+from offramp.engine.decoding.executor import Ends
 from offramp.engine.drafter import Drafter
 from offramp.errors import AdapterError
 from offramp.runtimes.edge.model import EdgeModel
@@ -54,11 +55,12 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     def tell(answer: Sequence[int]) -> None:
         following, draft = dict(pairwise(answer)), ChainDrafter.draft
 
-        def told(self: ChainDrafter, slot: int, token: int, most: int) -> list[int]:
-            made = []
-            for _ in draft(self, slot, token, most):
-                token = following.get(token, 0)
-                made.append(token)
+        def told(self: ChainDrafter, slot: int, token: int, most: int, ends: Ends) -> list[int]:
+            made = list[int]()
+            for _ in draft(self, slot, token, most, lambda _: False):
+                made.append(following.get([token, *made][-1], 0))
+                if ends(made[-1]):
+                    break
             return made
 
         monkeypatch.setattr(ChainDrafter, "draft", told)
@@ -90,8 +92,8 @@ def test_drafts_are_pytorchs(
     here, there = list[int](), list[int]()
     draft, tokens = ChainDrafter.draft, Drafter.tokens
 
-    def drafted(self: ChainDrafter, slot: int, token: int, most: int) -> list[int]:
-        made = draft(self, slot, token, most)
+    def drafted(self: ChainDrafter, slot: int, token: int, most: int, ends: Ends) -> list[int]:
+        made = draft(self, slot, token, most, ends)
         here.extend(made)
         return made
 

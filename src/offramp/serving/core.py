@@ -17,6 +17,7 @@ import torch
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import check_company
+from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally
@@ -29,7 +30,6 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host, TorchHost
 from offramp.serving.job import Job, Jobs
-from offramp.serving.pace import Pace
 from offramp.serving.request import Request
 
 CALLS = ("read", "feed", "deep", "flush", "full", "trial")

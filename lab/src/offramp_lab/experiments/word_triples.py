@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Ends
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
@@ -59,7 +60,8 @@ class DraftTable:
         )
 
     def draft(self, answer: Sequence[int], most: int, sure: float = SURE) -> list[int]:
-        """Up to `most` tokens behind an answer, while the product of their shares is `sure`."""
+        """Up to `most` tokens behind an answer, while the product of their shares is `sure`;
+        nothing was seen behind an end token."""
         written, product = [*answer], 1.0
         while len(written) < len(answer) + most:
             lengths = range(min(LONGEST, len(written)), 0, -1)
@@ -85,6 +87,7 @@ class TableExecutor(SlotExecutor):
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
+        ends: Sequence[Ends],
     ) -> list[list[int]]:
         if self._first < 0:
             self._first = columns[0]
@@ -132,7 +135,7 @@ class TableDrafter(ChainDrafter):
         self._answer, self._fed = [], []
         self._columns = 0 if prompt is None else len(prompt.states)
 
-    def draft(self, slot: int, token: int, most: int) -> list[int]:
+    def draft(self, slot: int, token: int, most: int, ends: Ends) -> list[int]:
         drafts = self._table.draft([*self._answer, token], most)
         self._fed = [token, *drafts]
         return drafts

@@ -482,11 +482,11 @@ class Decoder:
         handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
         newest = [row.ids[-1] for row in rows]
         executor = cast(DraftingExecutor, self.executor)
-        drafts = executor.draft(handles, newest, columns, [*map(self._room, rows)])
-        drafts = [row.until_end(draft) for row, draft in zip(rows, drafts, strict=True)]
+        room, ends = [*map(self._room, rows)], [row.ends_with for row in rows]
+        drafts = executor.draft(handles, newest, columns, room, ends)
         # Behind an end token nothing is asked.
         fed = [
-            [token, *(draft[:-1] if row.ends_with(draft) else draft)]
+            [token, *(draft[:-1] if draft and row.ends_with(draft[-1]) else draft)]
             for row, token, draft in zip(rows, newest, drafts, strict=True)
         ]
         word = self.reader.words(executor.verify(handles, fed, columns))

@@ -7,11 +7,14 @@ an exit an `ExitOutput`, of the full model final-normed states [n, D], where tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from offramp.engine.decoding.reader import Looks
 from offramp.errors import InputError
+
+Ends = Callable[[int], bool]
+"""Whether an answer is over with a token."""
 
 
 class Span(NamedTuple):
@@ -113,9 +116,11 @@ class DraftingExecutor(Executor, Protocol):
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
+        ends: Sequence[Ends],
     ) -> list[list[int]]:
         """What the drafting exit writes behind the next token of each sequence, from the state that
-        it made of the column before: up to `most` ids each; none where that state is not known.
+        it made of the column before: up to `most` ids each, or to one that `ends` its answer; none
+        where that state is not known.
 
         Nothing that was verified changes.
         """

@@ -47,8 +47,9 @@ class Prompt:
     [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
     None where visual tokens stay behind, and it waits whether all first tokens exited or not.
     waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
-    last columns that have yet to run the layers above; None where all ran. kept: what the drafting
-    exit made of each row's newest token [B, D], where it was asked to be kept. goes_on: which of
+    last columns that have yet to run the layers above; None where all ran. kept: the states
+    [B, D] with which each row's newest token enters the drafting exit, where they were asked to be
+    kept. goes_on: which of
     its columns [B, T] go on from where it waits; None: all.
     """
 
@@ -135,7 +136,7 @@ class PromptReader:
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
         every exit; None: it runs to full depth. looks: whether anyone looks at an exit. keep: depth
-        of the exit that drafts on from what it makes of the newest token. pruning: where visual
+        of the exit that will draft on from the newest token. pruning: where visual
         tokens stay behind; such a prompt runs in one piece, and its keys are not kept for others.
 
         Raises:
@@ -218,9 +219,8 @@ class PromptReader:
         if self._pruner is not None and call.index == self._pruner.pruning.depth:
             return self._prune(self._pruner, call)
         if call.index == self._keep:
-            assert self.exits is not None
-            self._kept = here(self.exits.run(call.index, call)[:, -1])
-        elif call.index in self.exits_on:
+            self._kept = here(newest)
+        if call.index in self.exits_on:
             assert self.exits is not None
             asks = self._decide is not None and self._last
             if self._decide is None or not asks or not self._looks(call.index, here(newest)):

@@ -18,6 +18,11 @@ def anyone(depth: int, entry: Any) -> bool:
     return True
 
 
+def no_one(depth: int, entry: Any) -> bool:
+    """Looks at none."""
+    return False
+
+
 Decide = Callable[[int, Any], bool]
 """Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
 it; True once every row has exited."""
@@ -101,7 +106,7 @@ class ReadsPrompts(Protocol):
 
         prepared: as this reader takes it. use_exits: whether the exits store their keys. decide:
         asked about each row's first token at every exit; None: it runs to full depth. looks:
-        whether anyone looks at an exit. keep: depth of the exit that drafts on from what it makes
-        of each row's newest token.
+        whether anyone looks at an exit. keep: depth of the exit that will draft on from each
+        row's newest token.
         """
         ...

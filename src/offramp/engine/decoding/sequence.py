@@ -137,16 +137,9 @@ class Sequence:
         self.tokens.append(token)
         self.ids.append(token.token)
 
-    def ends_with(self, draft: Many[int]) -> bool:
-        """Whether the answer is over with the last token of a draft, by its end token."""
-        return bool(draft) and self.sampler.would_end(0, draft[-1])
-
-    def until_end(self, draft: Many[int]) -> list[int]:
-        """A draft as far as its first end token, which stands last."""
-        for place in range(len(draft)):
-            if self.ends_with(draft[: place + 1]):
-                return [*draft[: place + 1]]
-        return [*draft]
+    def ends_with(self, token: int) -> bool:
+        """Whether the answer is over with a token, as its end token."""
+        return self.sampler.would_end(0, token)
 
     def rule_at(self, place: int) -> ExitRule:
         """How the exits are used for the token at a place."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, anyone
+from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import cannot_compile
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
@@ -59,6 +59,7 @@ class _Row:
     ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
     verified: tuple[int, Tensor] | None = None  # a column, and the drafting exit's [n, D] from it
+    entered: tuple[int, Tensor] | None = None  # a column of which it has keys, and its entry [1, D]
 
 
 class StackExecutor:
@@ -114,7 +115,7 @@ class StackExecutor:
             held.begin[segment] = tokens - mine.shape[1]
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:
-            held.verified = tokens - 1, prompt.kept[row : row + 1]
+            held.entered = tokens - 1, prompt.kept[row : row + 1]
         self._count += 1
         held.ran = [*ran]
         self._held[self._count] = held
@@ -204,6 +205,8 @@ class StackExecutor:
                 kw = self._arguments(row, [token])
                 made.append(self._call(row, range(self.backbone.depth), kw))
                 row.ran = [ran + 1 for ran in row.ran]
+                output, self._output = self._output, None
+                row.entered = None if output is None else (row.tokens - 1, output.entry)
         finally:
             self._keys_only = False
         return torch.cat(made)
@@ -214,36 +217,65 @@ class StackExecutor:
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
+        ends: Sequence[Ends],
     ) -> list[list[int]]:
-        asked = zip(handles, ids, columns, most, strict=True)
-        return [self._draft(self._held[handle], *more) for handle, *more in asked]
+        rows = [self._held[handle] for handle in handles]
+        return [*map(self._draft, rows, ids, columns, most, ends)]
 
-    def _draft(self, row: _Row, token: int, column: int, most: int) -> list[int]:
+    def _draft(self, row: _Row, token: int, column: int, most: int, ends: Ends) -> list[int]:
         drafter = self._drafter
+        if drafter is None or not most:
+            return []
+        if row.entered is not None and row.entered[0] == column - 1:
+            self._enter(row, row.entered[1])
         first, states = row.verified or (column, torch.empty(0))
-        if drafter is None or not 0 <= column - 1 - first < len(states):
+        if not 0 <= column - 1 - first < len(states):
             return []
         state, ids = states[column - 1 - first, None], [token]
-        steps = 0
+        begin = row.tokens
         try:
-            while len(ids) <= most:
+            while len(ids) <= most and not (len(ids) > 1 and ends(ids[-1])):
                 given = torch.tensor(ids[-1:], device=self.backbone.device)
-                kw = row.prefill.extend(1)
-                row.tokens, steps = row.tokens + 1, steps + 1
-                self._chunk, self._looks = drafter.inputs(given, state)[None], anyone
-                enters = given[None] if self.backbone.reads_ids else self._chunk.clone()
-                kw["input_ids" if self.backbone.reads_ids else "inputs_embeds"] = enters
-                self._call(row, range(drafter.depth, drafter.depth), kw)
-                output, self._output = self._output, None
-                assert output is not None and output.state is not None
-                state = output.state
+                state = self._drafted(row, drafter.inputs(given, state)[None], given[None])
                 ids.append(int(drafter.tokens(state)))
         finally:
-            self._chunk = None
-            row.tokens -= steps
-            row.prefill.rollback(steps)
-            crop(row.cache, dict.fromkeys(self._entries(drafter.depth, drafter.depth), steps))
+            self._undo(row, row.tokens - begin)
         return ids[1:]
+
+    def _enter(self, row: _Row, entry: Tensor) -> None:
+        """Let the drafting exit run the newest column, of which it has only stored the keys; where
+        they can be taken back."""
+        assert self._drafter is not None
+        depth, row.entered = self._drafter.depth, None
+        own = self_attention(row.cache).layers
+        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(depth, depth)]
+        if not any(slides) and not self.backbone.reads_ids:
+            self._undo(row, 1)
+            row.verified = row.tokens, self._drafted(row, entry[None])
+
+    def _drafted(self, row: _Row, states: Tensor, ids: Tensor | None = None) -> Tensor:
+        """What the drafting exit makes [1, D] of states [1, 1, D] at the next column."""
+        assert self._drafter is not None
+        depth, kw = self._drafter.depth, row.prefill.extend(1)
+        row.tokens += 1
+        self._chunk, self._looks = states, anyone
+        enters = ids if self.backbone.reads_ids else states.clone()
+        kw["input_ids" if self.backbone.reads_ids else "inputs_embeds"] = enters
+        try:
+            self._call(row, range(depth, depth), kw)
+        finally:
+            self._chunk = None
+        output, self._output = self._output, None
+        assert output is not None and output.state is not None
+        return output.state
+
+    def _undo(self, row: _Row, columns: int) -> None:
+        """Take the newest columns of the drafting exit back."""
+        assert self._drafter is not None
+        depth = self._drafter.depth
+        row.tokens -= columns
+        row.prefill.rollback(columns)
+        crop(row.cache, dict.fromkeys(self._entries(depth, depth), columns))
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -258,7 +290,7 @@ class StackExecutor:
                 made.append(self._call(row, range(self.backbone.depth), kw))
                 output, self._output = self._output, None
                 assert output is not None and output.state is not None
-                row.verified = column, output.state
+                row.verified, row.entered = (column, output.state), None
                 row.ran = [ran + len(tokens) for ran in row.ran]
         finally:
             self._verifies = False
@@ -347,7 +379,9 @@ class StackExecutor:
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
-        if self._verifies and self._drafter is not None and index == self._drafter.depth:
+        drafts = self._drafter is not None and index == self._drafter.depth
+        if drafts and (self._verifies or self._keys_only):
+            self._looks = anyone if self._verifies else no_one
             self._at_exit(call)
         elif self._keys_only and index in self.depths and self.exits is not None:
             store_exit_keys(self._seen, self.exits, call)
@@ -361,7 +395,7 @@ class StackExecutor:
         here, self._entry = self.backbone.here, call.hidden
         entry = here(call.hidden.flatten(0, 1))
         looks = self._looks or anyone
-        if not self._verifies and not looks(call.index, entry):
+        if not looks(call.index, entry):
             store_exit_keys(self._seen, self.exits, call)
             self._output = ExitOutput(entry, None, self._previous)
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from offramp.engine.decoding.executor import Ends
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
@@ -96,8 +97,9 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 
-    def draft(self, slot: int, token: int, most: int) -> list[int]:
-        """Up to `most` ids behind a token, from the state of the one before it."""
+    def draft(self, slot: int, token: int, most: int, ends: Ends) -> list[int]:
+        """Up to `most` ids behind a token, or to one that ends the answer, from the state of the
+        one before it."""
         chain, segment = self._chain, self._segment
         if chain.waits(slot):
             chain.finish(1, slot)
@@ -110,6 +112,8 @@ class ChainDrafter:
             said = int(segment.logits(1)[0].argmax())
             token = said if self._ids is None else self._ids[said]
             drafts.append(token)
+            if ends(token):
+                break
             state = segment.tapped()
         segment.crop(len(drafts), slot)
         return drafts

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
@@ -171,7 +171,7 @@ class ChainExecutor:
         exits: bool,
     ) -> Array:
         new = self._entering(handles, ids)
-        if len(handles) == 1:
+        if len(handles) == 1 and self.drafter is None:
             slot = handles[0]
             self._chain.run(new[slot], None, slot)
             return self._chain.finish(1, slot)
@@ -196,9 +196,10 @@ class ChainExecutor:
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
+        ends: Sequence[Ends],
     ) -> list[list[int]]:
         assert self.drafter is not None
-        return [*map(self.drafter.draft, handles, ids, most)]
+        return [*map(self.drafter.draft, handles, ids, most, ends)]
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]

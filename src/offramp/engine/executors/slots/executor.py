@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, anyone
+from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
 from offramp.engine.executors.slots.attention import EACH, PACKED, can_pack, with_attention
@@ -114,7 +114,8 @@ class SlotExecutor:
         self._behind: dict[int, tuple[int, int]] = {}  # depth at which columns stay, how many do
         self._encoder: dict[int, Tensor] = {}  # states of an encoder [1, S, D], by slot
         self._unread: dict[int, set[int]] = {}  # layers which these have not gone through
-        self._verified: dict[int, tuple[int, Tensor]] = {}  # a column, the drafter's states from it
+        self._verified: dict[int, tuple[int, Tensor]] = {}  # a column, the drafter's from it
+        self._entered: dict[int, tuple[int, Tensor]] = {}  # a column whose keys it has, what enters
         self._entries: dict[int, Tensor] = {}  # by segment, states before it [slots, room, D]
         self._base: dict[int, list[int]] = {k: [0] * slots for k in range(1, len(self._bounds) - 1)}
         # of tables
@@ -172,7 +173,7 @@ class SlotExecutor:
             if ran[segment] == columns:
                 self._base[segment][slot] = columns
         if prompt.kept is not None:
-            self._verified[slot] = columns - 1, prompt.kept[row : row + 1]
+            self._entered[slot] = columns - 1, prompt.kept[row : row + 1]
         self._count += 1
         self._handles.append(self._count)
         self._slot_of[self._count] = slot
@@ -221,7 +222,7 @@ class SlotExecutor:
             for base in self._base.values():
                 base[slot] = base[source]
         held: tuple[dict[int, Any], ...] = (
-            self._places, self._encoder, self._unread, self._verified, self._behind,
+            self._places, self._encoder, self._unread, self._verified, self._entered, self._behind,
         )  # fmt: skip
         for table in held:
             table.pop(slot, None)
@@ -245,7 +246,8 @@ class SlotExecutor:
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""
         self.cache.drop()
-        self._entries, self._tables, self._looks, self._verified = {}, None, None, {}
+        self._entries, self._tables, self._looks = {}, None, None
+        self._verified, self._entered = {}, {}
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -272,9 +274,12 @@ class SlotExecutor:
             final = self._pass(slots, columns, self._ids(ids))
         finally:
             self._keys_only = False
-        for base in self._base.values():
-            for slot, column in zip(slots, columns, strict=True):
+        entry, self._output = self._output, None
+        for i, (slot, column) in enumerate(zip(slots, columns, strict=True)):
+            for base in self._base.values():
                 base[slot] = column + 1
+            if entry is not None:
+                self._entered[slot] = column, entry.entry[i : i + 1]
         return final
 
     def _pass(self, slots: Sequence[int], columns: Sequence[int], ids: Tensor) -> Tensor:
@@ -284,7 +289,7 @@ class SlotExecutor:
         states: Any = ids
         for segment, start in enumerate(self._bounds[:-1]):  # each has columns of its own
             call = self._one_each(slots, self._stood(slots, columns, start))
-            output = self._run_segment(segment, call, states, lambda *_: False)
+            output = self._run_segment(segment, call, states, no_one)
             if isinstance(output, ExitOutput):
                 states = output.entry.view(*call.shape, -1)
         assert isinstance(output, Tensor)
@@ -307,31 +312,55 @@ class SlotExecutor:
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
+        ends: Sequence[Ends],
     ) -> list[list[int]]:
         written: list[list[int]] = [[] for _ in handles]
-        drafter, rows, begin = self._drafter, [], []
-        for row, (handle, column) in enumerate(zip(handles, columns, strict=True)):
-            first, made = self._verified.get(self._slot_of[handle], (column, ()))
+        if self._drafter is None:
+            return written
+        slots = [self._slot_of[handle] for handle in handles]
+        self._enter([slot for slot, count in zip(slots, most, strict=True) if count])
+        rows, begin = [], []
+        for row, (slot, column) in enumerate(zip(slots, columns, strict=True)):
+            first, made = self._verified.get(slot, (column, ()))
             if most[row] and 0 <= column - 1 - first < len(made):
                 rows.append(row)
                 begin.append(made[column - 1 - first])
-        if drafter is None or not rows:
+        if not rows:
             return written
         # All go as far as the one that goes farthest: what is too much is not looked at.
-        slots = [self._slot_of[handles[row]] for row in rows]
+        going, step = set(rows), 0
         tokens, states = self._ids([ids[row] for row in rows]), torch.stack(begin)
-        said = []
-        for step in range(max(most[row] for row in rows)):
-            call = self._one_each(slots, [columns[row] + step for row in rows])
-            given = drafter.inputs(tokens, states).view(*call.shape, -1)
-            output = self.run_layers(range(drafter.depth, drafter.depth), call, given, anyone)
-            assert isinstance(output, ExitOutput) and output.state is not None
-            states = output.state
-            tokens = drafter.tokens(states)
-            said.append(tokens)
-        for row, drafts in zip(rows, torch.stack(said, 1).tolist(), strict=True):
-            written[row] = drafts[: most[row]]
+        while going:
+            ahead = [columns[row] + step for row in rows]
+            states = self._drafted(
+                [slots[row] for row in rows], ahead, self._drafter.inputs(tokens, states)
+            )
+            tokens, step = self._drafter.tokens(states), step + 1
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row in going:
+                    written[row].append(token)
+                    if step == most[row] or ends[row](token):
+                        going.remove(row)
         return written
+
+    def _enter(self, slots: Sequence[int]) -> None:
+        """Let the drafting exit run the columns of which it has only stored the keys."""
+        late = [(slot, *self._entered.pop(slot)) for slot in slots if slot in self._entered]
+        if late:
+            named, columns, entries = zip(*late, strict=True)
+            states = self._drafted(named, columns, torch.cat(entries))
+            for i, (slot, column) in enumerate(zip(named, columns, strict=True)):
+                self._verified[slot] = column, states[i : i + 1]
+
+    def _drafted(
+        self, slots: Sequence[int], columns: Sequence[int], inputs: Tensor
+    ) -> Tensor:
+        """What the drafting exit makes [n, D] of a column of each slot."""
+        assert self._drafter is not None
+        depth, call = self._drafter.depth, self._one_each(slots, columns)
+        output = self.run_layers(range(depth, depth), call, inputs.view(*call.shape, -1), anyone)
+        assert isinstance(output, ExitOutput) and output.state is not None
+        return output.state
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -355,6 +384,7 @@ class SlotExecutor:
         states = torch.split(made.state, [len(tokens) for tokens in ids])
         for slot, span, own in zip(slots, spans, states, strict=True):
             self._verified[slot] = span.first, own
+            self._entered.pop(slot, None)
             for base in self._base.values():
                 base[slot] = span.end
         return made.entry  # type: ignore[no-any-return]
@@ -756,9 +786,10 @@ class SlotExecutor:
         return self._twins[module]
 
     def _pass_exit(self, call: LayerCall) -> None:
-        """Of a call through all layers: run the drafting exit, and store the others' keys."""
-        if self._verifies and self._drafter is not None and call.index == self._drafter.depth:
-            self._looks = anyone
+        """Of a call through all layers: run the drafting exit where it verifies, and store the
+        others' keys."""
+        if self._drafter is not None and call.index == self._drafter.depth:
+            self._looks = anyone if self._verifies else no_one
             self._at_exit(call)
         elif self._packs:
             assert self.exits is not None

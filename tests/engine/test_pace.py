@@ -6,13 +6,13 @@ import pytest
 import torch
 from families import one_row
 
+from offramp.engine.decoding import pace as pace_module
+from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.serving import pace as pace_module
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.pace import Pace
 from offramp.serving.request import Request
 
 NAME = "blip2-opt"
