@@ -61,7 +61,7 @@ def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
 ) -> None:
     for number in range(16):
         world.render(world.scene("train", number)).save(tmp_path / f"{number}.png")
-    asked = ("inspect", "--suitability", "tiny-opt", "--data", tmp_path, "--max-new-tokens", 8)
+    asked = ("inspect", "tiny-opt", "--data", tmp_path, "--max-new-tokens", 8)
     with caplog.at_level(logging.INFO):
         code, out, _ = run(*asked)
     assert code == 0 and len(out.rstrip("\n").splitlines()) <= 10
@@ -73,18 +73,11 @@ def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
     assert found["best"] == 3 and found["depths"][0]["settled"].keys() == {"0.9", "0.95", "0.98"}
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (("--suitability",), "none were named"),
-        (("--data", "photos"), "inspect reads no data"),
-        (("--suitability", "--data", "photos", "--level", 0.7), "level of 0.7"),
-    ],
-)
-def test_what_does_not_go_with_suitability_is_said_in_two_lines(
-    run: RunCommand, words: tuple[Any, ...], problem: str
+def test_what_does_not_go_with_the_question_is_said_in_two_lines(
+    run: RunCommand, adapter: Path
 ) -> None:
-    assert_two_lines(run("inspect", "tiny-opt", *words), problem)
+    assert_two_lines(run("inspect", "tiny-opt", "--data", "photos", "--level", 0.7), "level of 0.7")
+    assert_two_lines(run("inspect", adapter, "--data", "photos"), "an adapter", "--data")
 
 
 def test_eval_is_ten_lines_and_the_rest_is_json(

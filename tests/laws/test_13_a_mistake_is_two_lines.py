@@ -60,7 +60,6 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(
         (["--task", "gqa"], "--adapter, or --backbone"),
         (["--task", "gqq", "--backbone", "tiny-opt"], "'gqa'"),
         (["--task", "vqa", "--backbone", "tiny-opt"], "ten people"),
-        (["--task", "gqa", "--backbone", "tiny-opt", "--format", "coc"], "'coco'"),
         (["--task", "gqa", "--backbone", "tiny-opt", "--metrics", "bleu"], "'bleu'"),
         (["--task", "gqa", "--adapter", "nowhere"], "nowhere"),
         (["--task", "gqa", "--rescore"], "rows.jsonl"),

@@ -23,9 +23,8 @@ def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) ->
 
     try:
         return read_items(
-            arguments.data, arguments.images, arguments.format,
-            split=arguments.split, prompt=arguments.prompt, limit=arguments.limit,
-            require_answers=require_answers,
+            arguments.data, arguments.images, split=arguments.split, prompt=arguments.prompt,
+            limit=arguments.limit, require_answers=require_answers,
         )  # fmt: skip
     except NoAnswerError as error:
         without = [

@@ -299,15 +299,12 @@ def data_options(
     parser: Parser, what: str, *, limit: int | None = None, required: bool = True
 ) -> Any:
     """Options that say which examples; what: of the examples, what the command needs."""
-    from offramp.data.formats import FORMATS
-
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", required=required, nargs="+", metavar="FILE",
         help=f"{what}: JSONL file, folder of images, datasets name or folder, or a data set's "
         "official file (VQA: the questions; annotations beside them are found)",
     )  # fmt: skip
-    name_option(group, "--format", FORMATS, "layout of the files", default="auto")
     group.add_argument(
         "--images", metavar="FOLDER", help="folder of the images (default: that of the data)"
     )

@@ -110,7 +110,7 @@ def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_pat
         watched(engine, [*tasks.captions("test", 4).examples, question], watcher)
     finally:
         watcher.close()
-    items = read_items([str(tmp_path / "kept" / "rows.jsonl")], None, "auto")
+    items = read_items([str(tmp_path / "kept" / "rows.jsonl")])
     assert len(items) == 5
     assert items[-1].example.prompt == question.prompt
     adapter, _ = shipped()

@@ -38,8 +38,8 @@ class Data:
 
 
 _VQA = "--data v2_OpenEnded_mscoco_{0}2014_questions.json --images {0}2014"
-_OKVQA = "--format okvqa --data OpenEnded_mscoco_{0}2014_questions.json --images {0}2014"
-_COCO = "--format karpathy --data dataset_coco.json --images . --split {0}"
+_OKVQA = "--data OpenEnded_mscoco_{0}2014_questions.json --images {0}2014"
+_COCO = "--data dataset_coco.json --images . --split {0}"
 _VISDIAL = "--data visdial_1.0_{0}.json --images {1}"
 
 DATA = {
@@ -47,7 +47,7 @@ DATA = {
     "nocaps": Data(
         "captions",
         _COCO.format("val"),
-        "--format nocaps --data nocaps_val_4500_captions.json --images nocaps",
+        "--data nocaps_val_4500_captions.json --images nocaps",
     ),
     "vqav2": Data("vqa", _VQA.format("val"), _VQA.format("val"), _VQA.format("train")),
     "okvqa": Data("okvqa", _OKVQA.format("val"), _OKVQA.format("val"), _OKVQA.format("train"),

@@ -1,4 +1,4 @@
-"""What `offramp inspect --suitability` foretells of exits, beside exits that were trained; rewrites
+"""What `offramp inspect --data` foretells of exits, beside exits that were trained; rewrites
 suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the

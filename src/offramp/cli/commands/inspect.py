@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         commands,
         "inspect",
         "Describe an adapter, what exits a backbone could carry, or whether they would pay.",
-        "offramp inspect tiny-opt\n  offramp inspect --suitability tiny-opt --data photos",
+        "offramp inspect tiny-opt\n  offramp inspect tiny-opt --data photos",
         _inspect,
         _options,
     )
@@ -39,13 +39,13 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     parser.add_argument("name", help="adapter folder, or hub name or folder of a model")
     precision_options(parser.add_argument_group("model"))
+    data_options(
+        parser,
+        "prompts, without answers, from which to tell, before any training, how many tokens exits "
+        "would settle, at which depth, and the speed to expect on this machine",
+        limit=200, required=False,
+    )  # fmt: skip
     group = parser.add_argument_group("would exits pay?")
-    group.add_argument(
-        "--suitability",
-        action="store_true",
-        help="tell from prompts, before any training, how many tokens exits would settle, at which "
-        "depth, and the speed to expect on this machine",
-    )
     group.add_argument(
         "--level", type=float, default=LEVEL, metavar="X",
         help="share of all tokens that is to stay the full model's: 0.9, 0.95 or 0.98 "
@@ -58,22 +58,20 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     length_option(group)
     batch_option(group, 16, "prompts at once")
-    data_options(parser, "prompts, which need no answers", limit=200, required=False)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load import CONFIG
 
-    _check_asked(arguments)
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
-    options = ("revision", "dtype", "device", "quantize", "suitability")
-    named = [n for n in options if getattr(arguments, n) not in (None, "auto", False)]
+    options = ("revision", "dtype", "device", "quantize", "data")
+    named = [n for n in options if getattr(arguments, n) not in (None, "auto")]
     if is_adapter and named:
         raise InputError(
             f"{arguments.name} is an adapter, to which --{named[0]} says nothing.",
             f"Leave --{named[0]} out, or name a backbone.",
         )
-    if arguments.suitability and not is_adapter:
+    if arguments.data and not is_adapter:
         _suitability(arguments)
         return
     description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
@@ -155,21 +153,6 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # -- would exits pay? --------------------------------------------------------------------------
-
-
-def _check_asked(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` where options do not go together, before anything is loaded."""
-    if arguments.suitability and not arguments.data:
-        raise InputError(
-            "Whether exits would pay is told from prompts, and none were named.",
-            "Give --data, such as --data photos; prompts and images are enough.",
-        )
-    if arguments.data and not arguments.suitability:
-        raise InputError(
-            f"inspect reads no data, such as {arguments.data[0]}, unless it is asked whether exits "
-            "would pay.",
-            "Add --suitability.",
-        )
 
 
 def _suitability(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, name_option
+from offramp.cli.options import add_command
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser
@@ -28,8 +28,6 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.data.formats import FORMATS
-
     parser.add_argument(
         "--run",
         dest="sources",
@@ -41,7 +39,6 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
     )
-    name_option(parser, "--format", FORMATS, "layout of --data", default="auto")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --data")
     parser.add_argument("--split", help="only this split of --data")
     parser.add_argument("--title", default="", help="default: made of the backbones' names")
@@ -57,7 +54,7 @@ def _report(arguments: argparse.Namespace) -> None:
     check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
     sources = read_sources(arguments.sources)
     items = (
-        read_items(arguments.data, arguments.images, arguments.format, split=arguments.split)
+        read_items(arguments.data, arguments.images, split=arguments.split)
         if arguments.data
         else []
     )
