@@ -13,6 +13,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp.certificate import Certificate
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
@@ -89,6 +90,7 @@ class Adapter:
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
+    _pace: DraftPace = field(default_factory=DraftPace, init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
@@ -191,7 +193,10 @@ class Adapter:
         """
         chosen = self.chosen_policy(mode, policy, exit_policy)
         read = CallArguments.of(self.backbone.model, inputs, options)
-        made = generate(self.backbone, read.inputs, exits=self.exits, policy=chosen, **read.options)
+        made = generate(
+            self.backbone, read.inputs, exits=self.exits, policy=chosen,
+            **{"pace": self._pace, **read.options},
+        )  # fmt: skip
         return made if read.returns_dict else made.sequences.clone()
 
     def __call__(
@@ -223,6 +228,7 @@ class Adapter:
             exits=self.exits,
             policy=self.chosen_policy(mode, policy, exit_policy),
             prefix_cache=prefix_cache,
+            pace=self._pace,
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()

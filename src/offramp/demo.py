@@ -239,11 +239,12 @@ def _speed(timing: Timing) -> dict[str, Any]:
 def _draft_rounds(
     adapter: Adapter, encoder: InputProcessor, policy: ExitPolicy, examples: Sequence[Example]
 ) -> list[tuple[int, int]]:
-    """(drafted, accepted) of every lossless round over `examples`."""
+    """(drafted, accepted) of every lossless round over `examples`, whether drafts pay or not."""
+    options = {**OPTIONS, "policy": policy, "pace": None}
     return [
         counts
         for example in examples
-        for counts in adapter.generate(encoder.prompts([example]), policy=policy, **OPTIONS).rounds
+        for counts in adapter.generate(encoder.prompts([example]), **options).rounds
     ]
 
 

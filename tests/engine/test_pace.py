@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from families import one_row
 
 from offramp.engine.decoding import pace as pace_module
-from offramp.engine.decoding.pace import Pace
+from offramp.engine.decoding.pace import DraftPace, Pace
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.models.exits import Exits
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 
 NAME = "blip2-opt"
 SLOTS = 8
+
+
+@pytest.fixture(autouse=True)
+def drafts_pay():
+    """As far as they do."""
 
 
 class Engine:
@@ -139,3 +147,100 @@ def test_a_request_of_no_mode_gets_the_full_models_tokens_where_exits_do_not_pay
 def test_a_schedule_that_never_runs_is_refused():
     with pytest.raises(Exception, match="never runs"):
         Schedule(-1, 1)
+
+
+class Answers:
+    """Lossless answers of `length` tokens under a pace. A turn at full depth takes a second; one of
+    drafts takes `round` seconds and settles `kept` tokens more, as far as the answer goes."""
+
+    def __init__(self, round, kept):
+        self.round, self.kept, self.now = round, kept, 0.0
+        self.pace = DraftPace(lambda: self.now)
+
+    def run(self, answers, length):
+        """Of full depth's speed, that of so many answers, their first tokens left out."""
+        began = self.now
+        for _ in range(answers):
+            left = length - 1
+            while left > 0:
+                first, begin = left == length - 1, self.now
+                drafted = self.pace.drafts(first=first)
+                written = min(left, 1 + self.kept * drafted)
+                self.now += self.round if drafted else 1.0
+                left -= written
+                self.pace.note(written, self.now - begin, first=first, drafted=drafted)
+        return answers * (length - 1) / (self.now - began)
+
+
+@pytest.mark.parametrize("round", [1.1, 1.8])
+def test_answers_of_one_word_are_soon_written_at_full_depth(round):
+    answers = Answers(round, kept=4)
+    answers.run(17, length=2)  # of which one was a trial
+    assert answers.run(100, length=2) == pytest.approx(1.0)
+    assert answers.run(4000, length=2) > 0.98
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_drafts_that_are_right_too_seldom_are_left_out_anywhere(kept):
+    answers = Answers(1.8, kept)
+    answers.run(8, length=12)
+    assert answers.run(500, length=12) > 0.97
+
+
+def test_drafts_that_pay_are_made_and_trials_take_a_hundredth():
+    assert Answers(1.8, kept=3).run(200, length=13) > 0.97 * 4 / 1.8
+
+
+def test_behind_one_words_an_answer_that_goes_on_is_drafted():
+    answers = Answers(1.8, kept=3)
+    answers.run(100, length=2)
+    assert answers.run(1, length=14) == pytest.approx(13 / (1 + 3 * 1.8))
+    answers.run(400, length=14)  # and in the end behind first tokens too
+    assert answers.run(20, length=13) > 0.97 * 4 / 1.8
+
+
+@pytest.mark.parametrize("kind", ["layer", "drafting"])
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5"])
+def test_where_drafts_do_not_pay_the_decoder_runs_full_depth_and_says_so(
+    kind, name, backbone, batch, caplog
+):
+    """By a clock that counts layers: drafts of exits as they were made are never all right."""
+    whole, policy = backbone(name), ExitPolicy(lossless=True, drafts={2: 0.0}, max_draft=3)
+    parts, now = Exits(whole, (2,), kind=kind), [0]
+    layers = [*whole.layers, parts.at(2)]
+    handles = [
+        layer.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1)) for layer in layers
+    ]
+    pace = DraftPace(lambda: now[0])
+    options = {"max_new_tokens": 9, "do_sample": False}
+    try:
+        for turn in range(18):
+            row = one_row(name, batch(name, 4), turn % 4)
+            full = generate(whole, row, **options)
+            made = generate(whole, row, exits=parts, policy=policy, pace=pace, **options)
+            assert torch.equal(made.sequences, full.sequences)
+        now[0] = 0
+        generate(whole, row, **options)
+        took, now[0] = now[0], 0
+        made = generate(whole, row, exits=parts, policy=policy, pace=pace, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    told = sum("do not pay" in message for message in caplog.messages)
+    assert made.rounds == () and made.undrafted == 8 and told == 2
+    assert now[0] - took <= 1 + 8  # of the exit, whose keys are stored, if not by a call
+
+
+@pytest.mark.parametrize("kind", ["layer", "drafting"])
+def test_answers_are_the_same_while_drafts_come_and_go(kind, backbone, batch):
+    whole, policy = backbone(NAME), ExitPolicy(lossless=True, drafts={2: 0.0}, max_draft=3)
+    parts, options = Exits(whole, (2,), kind=kind), {"max_new_tokens": 9, "do_sample": False}
+    pace, drawn = DraftPace(), Random(0)
+    pace.drafts = lambda *, first: drawn.random() < 0.5
+    undrafted = 0
+    for rows in (1, 1, 1, 3, 3):
+        full = generate(whole, batch(NAME, rows), **options)
+        made = generate(whole, batch(NAME, rows), exits=parts, policy=policy, pace=pace, **options)
+        assert torch.equal(made.sequences, full.sequences) and made.rounds
+        undrafted += made.undrafted
+    assert undrafted > 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import families
@@ -16,6 +17,7 @@ from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, 
 from hub_files import sliced, text_adapter
 
 from offramp.engine.decoding.executor import Ends
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.drafter import Drafter
 from offramp.errors import AdapterError
 from offramp.runtimes.edge.model import EdgeModel
@@ -85,10 +87,15 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
+@pytest.mark.parametrize("paced", [False, True])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
 def test_drafts_are_pytorchs(
-    name: str, loaded: Callable[..., LlamaCppRuntime], monkeypatch: pytest.MonkeyPatch
+    paced: bool,
+    name: str,
+    loaded: Callable[..., LlamaCppRuntime],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """paced: between tokens at full depth, of which the exit has keys."""
     here, there = list[int](), list[int]()
     draft, tokens = ChainDrafter.draft, Drafter.tokens
 
@@ -104,11 +111,18 @@ def test_drafts_are_pytorchs(
 
     monkeypatch.setattr(ChainDrafter, "draft", drafted)
     monkeypatch.setattr(Drafter, "tokens", said)
-    runtime = loaded(name)
+    runtime, paces = loaded(name), [DraftPace(), DraftPace()] if paced else [None, None]
+    for pace in filter(None, paces):
+        turns = Random(3)
+        monkeypatch.setattr(pace, "drafts", lambda *, first, turns=turns: turns.random() < 0.5)
+    monkeypatch.setattr(runtime, "pace", paces[0])
     for seed in range(3):
         inputs = inputs_of(name, seed)
-        runtime.generate(inputs, **GREEDY)
-        runtime.adapter.generate(inputs, **GREEDY)
+        ours = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
+        theirs = runtime.adapter.generate(inputs, pace=paces[1], **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert ours.undrafted == theirs.undrafted and ours.rounds == theirs.rounds
+        assert bool(ours.undrafted) == paced
         assert here == there and len(set(here)) > 1
 
 

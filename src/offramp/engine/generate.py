@@ -19,6 +19,7 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.noise import Noise
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
@@ -54,6 +55,7 @@ def generate(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
+    pace: DraftPace | None = None,
     **options: Any,
 ) -> GenerationOutput:
     """Generate with early exits; without `exits` or thresholds, with the full model.
@@ -66,6 +68,8 @@ def generate(
     as with HF.
     observer: is told the row, the place in the answer and the processed logits [1, V] that each
     token is chosen from.
+    pace: of lossless answers: where drafts do not pay, as it found in answers before this one, full
+    depth runs; None: drafts are made in any case. An adapter has one of its own.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
     stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
@@ -73,6 +77,7 @@ def generate(
     """
     backbone = Backbone.of(backbone)
     one = _generation(backbone, exits, policy, vision_cache, prefix_cache)
+    one.pace = pace
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
@@ -85,6 +90,7 @@ def generate_prepared(
     exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
     prefix_cache: PrefixCache | None = None,
+    pace: DraftPace | None = None,
 ) -> GenerationOutput:
     """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
 
@@ -102,6 +108,7 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     one = _generation(backbone, exits, policy, None, prefix_cache)
+    one.pace = pace
     prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
@@ -115,6 +122,7 @@ class Generation:
 
     reads: type[PromptReader] = PromptReader
     decodes: type[Decoder] = Decoder
+    pace: DraftPace | None = None
 
     def __init__(
         self,
@@ -178,7 +186,10 @@ class Generation:
         self.longest = max(prompt_lengths(prepared))
         executor = self.executor(rows)
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
-        decoder = self.decodes(self.backbone.depth, executor, self.asker, schedule=schedule)
+        decoder = self.decodes(
+            self.backbone.depth, executor, self.asker, schedule=schedule,
+            pace=self.pace if self.rule.lossless else None,
+        )  # fmt: skip
         first = first_thresholds(self.backbone, self.policy)
         try:
             return write_answers(
@@ -270,6 +281,7 @@ def write_answers(
         decoder.layers,
         [s.rounds for s in sequences],
         pad,
+        sum(s.undrafted for s in sequences),
     )
 
 

@@ -260,6 +260,8 @@ class GenerationOutput:
     layers: depth L of the full model.
     rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. A kept draft
         counts at the depth of the exit that wrote it, though the full model confirmed it later.
+    undrafted: lossless only: tokens that were not drafted, as full depth was measured to be faster
+        (`offramp.engine.decoding.pace`).
     """
 
     sequences: Tensor
@@ -267,6 +269,7 @@ class GenerationOutput:
     scores: Tensor
     layers: int
     rounds: tuple[tuple[int, int], ...] = ()
+    undrafted: int = 0
 
     @classmethod
     def of_rows(
@@ -276,6 +279,7 @@ class GenerationOutput:
         layers: int,
         rounds: Sequence[Sequence[tuple[int, int]]] = (),
         pad: int = 0,
+        undrafted: int = 0,
     ) -> GenerationOutput:
         """Of answers as tokens with their depths and scores, one list a row.
 
@@ -298,6 +302,7 @@ class GenerationOutput:
             tensor("score", float("nan"), dtype=torch.float32),
             layers,
             tuple(each for row in rounds for each in row),
+            undrafted,
         )
 
     @property

@@ -156,3 +156,4 @@ class TableRuntime(LlamaCppRuntime):
     def __init__(self, adapter: Adapter, folder: Path, table: DraftTable, **how: Any) -> None:
         super().__init__(adapter, folder, **how)
         self._drafter = TableDrafter(table, adapter.backbone.depth)
+        self.pace = None  # what was not drafted would be missing in its answer

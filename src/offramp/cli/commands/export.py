@@ -108,6 +108,7 @@ def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Names
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
     with LlamaCppRuntime(adapter, arguments.out) as runtime:
+        runtime.pace = None  # drafts are what is asked about
         worth = lossless_worth(
             runtime, adapter.policy, inputs, rounds=3, do_sample=False,
             max_new_tokens=arguments.max_new_tokens,

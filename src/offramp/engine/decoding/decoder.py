@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple, cast
 
 from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, too_long
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
@@ -38,7 +40,8 @@ class Decoder:
 
     layers: depth L of the full model. executor: runs the layers. reader: asks exits and the LM
     head. schedule: when the deep layers run. longest: columns of a sequence that may wait before
-    them; None: any number.
+    them; None: any number. pace: whether the drafts of lossless answers pay; None: they are made
+    in any case.
     """
 
     def __init__(
@@ -49,14 +52,17 @@ class Decoder:
         *,
         schedule: Schedule = AT_ONCE,
         longest: int | None = None,
+        pace: DraftPace | None = None,
     ) -> None:
-        self.executor, self.reader = executor, reader
+        self.executor, self.reader, self.pace = executor, reader, pace
         self.schedule, self.longest = schedule, longest
         self.depths, self.layers = executor.depths, layers
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
         self._written: list[Written] = []
         self._heard = True  # whether anyone takes these
+        self._settled = 0  # tokens
+        self._turn: tuple[float, int, bool, bool] | None = None  # when it began, tokens by then
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -175,6 +181,8 @@ class Decoder:
         last = self.sequences.pop()
         if last is not sequence:
             self.sequences[place] = last
+        if not self.sequences:
+            self._end_turn()
         with self.reader.computing():
             self.executor.release(sequence.handle)
 
@@ -216,11 +224,34 @@ class Decoder:
     def next_call(self) -> Call:
         """What the schedule asks for."""
         rows = self.sequences
-        if not any([row.rule.thresholds for row in rows]):
+        if self.pace is not None:
+            self._take_turn(self.pace)
+        if not any([row.rule.thresholds and row.drafts for row in rows]):
             return "flush" if any([row.ran[0] != row.ran[-1] for row in rows]) else "full"
         if len(rows) == 1 and self.schedule.patience == 0 and self.longest is None:
             return "feed" if rows[0].ready(None) else "deep"  # nobody waits for it to stop drafting
         return self.schedule.next_call(Load.of(rows, self.longest))
+
+    def _take_turn(self, pace: DraftPace) -> None:
+        """Where lossless answers have nothing in question: whether they are drafted on."""
+        rows = self.sequences
+        for row in rows:
+            if row.asked or row.ran[0] != row.ran[-1] or not row.rule.lossless:
+                return
+        self._end_turn()
+        first = not any(row.fed for row in rows)
+        drafts = pace.drafts(first=first)
+        for row in rows:
+            row.drafts = drafts
+            row.undrafted += not drafts
+        self._turn = pace.clock(), self._settled, first, drafts
+
+    def _end_turn(self) -> None:
+        """Note what a turn took."""
+        if self._turn is not None and self.pace is not None:
+            (began, before, first, drafted), self._turn = self._turn, None
+            took = self.pace.clock() - began
+            self.pace.note(self._settled - before, took, first=first, drafted=drafted)
 
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
@@ -459,7 +490,7 @@ class Decoder:
         if not rows:
             return count
         fed = [(row.handle, row.ids[-1], row.ran[0]) for row in rows]
-        exits = any([row.rule.thresholds for row in rows])
+        exits = any([row.rule.uses_exits for row in rows])
         final = self.executor.full(*map(list, zip(*fed, strict=True)), exits=exits)
         words = self.reader.full(final, [self._question(row, row.ids) for row in rows])
         for row, word in zip(rows, words, strict=True):
@@ -472,10 +503,11 @@ class Decoder:
 
     def _ahead(self, rows: list[Sequence]) -> tuple[int, list[Sequence]]:
         """Make a round of those whose exit drafts on; over how many tokens, and the others."""
-        drafting = [row for row in rows if row.rule.ahead is not None]
-        if not drafting:
+        drafting = [row.rule.ahead is not None and row.drafts for row in rows]
+        if not any(drafting):
             return 0, rows
-        return self._rounds(drafting), [row for row in rows if row.rule.ahead is None]
+        others = [row for row, drafts in zip(rows, drafting, strict=True) if not drafts]
+        return self._rounds([*compress(rows, drafting)]), others
 
     def _rounds(self, rows: list[Sequence]) -> int:
         """Draft on from the last verified token of each sequence, and verify all in one call."""
@@ -526,6 +558,7 @@ class Decoder:
         try:
             for place in row.settle():
                 token = row.tokens[place]
+                self._settled += 1
                 if self._heard:
                     self._written.append(Written(row, place))
                 if row.sampler.emit(row.ids, place, token.depth, token.score):

@@ -1,16 +1,23 @@
-"""Whether exits pay: found out from what an engine's own calls take.
+"""Whether exits pay: found out from what calls take.
 
 While exits are used, the tokens that calls settle a second are counted. Now and then, with nothing
-waiting, a call at full depth is made beside them and timed; what it says is not used, so no answer
-changes. Where full depth is faster, requests that name no mode, and lossless ones, are answered by
-the full model from their first token on; after some answers the exits are tried again.
+waiting, a call at full depth is timed beside them. Where full depth is faster, exits are left out,
+and after some time tried again. No answer changes.
+
+In a batch engine (`Pace`) a trial's token is not used, and whole requests are answered by the full
+model: those that name no mode, and lossless ones. In single lossless answers (`DraftPace`) a trial
+writes a token, and drafts are left out behind a first token, later on, or both: an answer of one
+word is over before they pay.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.01
 """Of the time that trial calls may take; the first is made at once."""
@@ -18,6 +25,8 @@ WARM = 8
 """Calls over about as many sequences before full depth is tried with them."""
 ENOUGH = 48
 """Tokens that exits must have settled before they are judged."""
+FEW = 16
+"""The same of drafts in single answers."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
@@ -26,21 +35,46 @@ MEMORY = 1000
 
 @dataclass
 class Rate:
-    """Tokens settled, and the seconds that it took."""
+    """Tokens settled, and the seconds that it took. memory: as `MEMORY`."""
 
+    memory: float = MEMORY
     tokens: float = 0.0
     seconds: float = 0.0
 
     def add(self, tokens: float, seconds: float) -> None:
         self.tokens += tokens
         self.seconds += seconds
-        if self.tokens > MEMORY:
+        if self.tokens > self.memory:
             self.tokens, self.seconds = self.tokens / 2, self.seconds / 2
 
     @property
     def speed(self) -> float:
         """Tokens a second; 0 before any were seen."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class Judged:
+    """Exits, as one kind of answer uses them. pays: whether they are faster than full depth, as far
+    as is known. enough: tokens after which they are judged. seen: what they settled."""
+
+    enough: float
+    seen: Rate
+    pays: bool = True
+    _instead: int = 0
+    _patience: int = field(default_factory=lambda: RETRY)
+
+    def judge(self, full: Rate) -> None:
+        """Against full depth, once enough was seen of both."""
+        if full.tokens and self.seen.tokens >= self.enough:
+            self.pays = self.seen.speed >= full.speed
+
+    def left_out(self) -> None:
+        """They were left out once; try them again where that was often enough."""
+        self._instead += 1
+        if self._instead >= self._patience:
+            self._instead, self._patience = 0, min(8 * RETRY, 2 * self._patience)
+            self.pays, self.seen = True, Rate(self.seen.memory)
 
 
 class Pace:
@@ -51,33 +85,27 @@ class Pace:
 
     def __init__(self, fixed: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self._fixed, self._clock = fixed, clock
-        self._pays = {True: True, False: True}  # by whether tokens may exit
-        self._exits = {True: Rate(), False: Rate()}
+        self._exits = {may: Judged(ENOUGH, Rate()) for may in (True, False)}  # whether tokens exit
         self._full = Rate()
         self._rows = 0.0
         self._alike = 0  # calls over about as many sequences
         self._total = self._tried = 0.0  # seconds
-        self._answers = {True: 0, False: 0}  # at full depth instead
-        self._patience = {True: RETRY, False: RETRY}
 
     def exits_pay(self, *, exiting: bool) -> bool:
         """Whether exits are faster than full depth: where tokens may exit, or lossless."""
-        return self._pays[exiting]
+        return self._exits[exiting].pays
 
     @property
     def speeds(self) -> dict[str, float]:
         """Tokens a second as last seen: of early exit, lossless, and full depth; 0: not yet."""
-        early, lossless = self._exits[True].speed, self._exits[False].speed
+        early, lossless = (self._exits[exiting].seen.speed for exiting in (True, False))
         return {"early_exit": early, "lossless": lossless, "full": self._full.speed}
 
     def wants_trial(self) -> bool:
         """Whether full depth should be timed beside the exits, once nothing waits."""
         if self._fixed or self._alike < WARM:
             return False
-        if not self._full.tokens:
-            return True
-        price = self._rows * self._full.seconds / self._full.tokens
-        return self._tried + price <= SHARE * self._total
+        return _due(self._full, self._rows, self._tried, self._total)
 
     def note(self, rows: int, settled: int, took: float, *, exiting: bool, exits: bool) -> None:
         """A call over `rows` sequences settled so many tokens in `took` seconds.
@@ -91,9 +119,10 @@ class Pace:
             return
         if rows > 1.5 * self._rows or 1.5 * rows < self._rows:  # other speeds hold
             self._rows, self._alike, self._full = rows, 0, Rate()
-            self._exits = {True: Rate(), False: Rate()}
+            for each in self._exits.values():
+                each.seen = Rate()
         self._alike += 1
-        self._exits[exiting].add(settled, took)
+        self._exits[exiting].seen.add(settled, took)
         self._judge(exiting)
 
     def tried(self, rows: int, took: float) -> None:
@@ -106,13 +135,60 @@ class Pace:
 
     def answered(self, *, exiting: bool) -> None:
         """A request that might have used exits was answered at full depth instead."""
-        self._answers[exiting] += 1
-        if self._answers[exiting] >= self._patience[exiting]:
-            self._answers[exiting] = 0
-            self._patience[exiting] = min(8 * RETRY, 2 * self._patience[exiting])
-            self._pays[exiting], self._exits[exiting] = True, Rate()
+        self._exits[exiting].left_out()
 
     def _judge(self, exiting: bool) -> None:
-        seen = self._exits[exiting]
-        if not self._fixed and self._full.tokens and seen.tokens >= ENOUGH:
-            self._pays[exiting] = seen.speed >= self._full.speed
+        if not self._fixed:
+            self._exits[exiting].judge(self._full)
+
+
+class DraftPace:
+    """Judges the drafts of single lossless answers, for their first turn and for later ones.
+
+    A turn is from where nothing is in question to where nothing is again: a round of drafts and the
+    call that verifies them, or a token at full depth. clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._drafts = {first: Judged(FEW, Rate(3 * FEW)) for first in (True, False)}
+        self._full = Rate(3 * FEW)
+        self._turns = 0  # drafted ones
+        self._total = self._tried = 0.0  # seconds
+        self._warned: set[bool] = set()
+
+    def drafts(self, *, first: bool) -> bool:
+        """Whether a turn should be drafted. first: of its answer."""
+        trial = self._turns >= WARM and _due(self._full, 1, self._tried, self._total)
+        return self._drafts[first].pays and not trial
+
+    def note(self, tokens: int, took: float, *, first: bool, drafted: bool) -> None:
+        """A turn settled so many tokens in `took` seconds."""
+        own = self._drafts[first]
+        self._total += took
+        if drafted:
+            self._turns += 1
+            own.seen.add(tokens, took)
+        else:
+            self._full.add(tokens, took)
+            if own.pays:
+                self._tried += took
+            else:
+                own.left_out()
+                return
+        own.judge(self._full)
+        if not own.pays and first not in self._warned:
+            self._warned.add(first)
+            log.warning(
+                "Lossless drafts do not pay %s here: %.1f tokens a second, and %.1f at full depth, "
+                "which runs there instead. They are tried again now and then.",
+                "behind the first token of an answer" if first else "within answers",
+                own.seen.speed, self._full.speed,
+            )  # fmt: skip
+
+
+def _due(full: Rate, rows: float, tried: float, total: float) -> bool:
+    """Whether another trial at full depth keeps to its share of all seconds."""
+    if not full.tokens:
+        return True
+    return tried + rows * full.seconds / full.tokens <= SHARE * total

@@ -51,6 +51,8 @@ class Sequence:
     with what is in question. asked: by place, what deeper layers are to fill, ascending.
     settled: how many tokens can no longer change. waited: calls of the first segment since the
     oldest question. rounds: lossless, (drafted, accepted) of each time the full model was asked.
+    drafts: whether exits draft now, where it is lossless; undrafted: tokens for which they did not,
+    as full depth is faster.
     over, error: whether the answer has ended, and why it failed.
     """
 
@@ -83,6 +85,7 @@ class Sequence:
         self.held = self.over = False
         self.error: Exception | None = None
         self.rounds: list[tuple[int, int]] = []
+        self.drafts, self.undrafted = True, 0
         self.alone: Any = None  # the question put to the first exit, kept where it is the only one
 
     @property

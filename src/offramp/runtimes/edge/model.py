@@ -13,6 +13,7 @@ import numpy as np
 
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy, check_all_go_on, policy_from_json
@@ -61,6 +62,8 @@ class EdgeModel:
 
     Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
     share, each as it is written alone; others wait.
+
+    pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class EdgeModel:
         self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
+        self.pace: DraftPace | None = DraftPace()
         self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
             check_survives(*self.files.tried, self.files.digests, self.engine)
@@ -247,7 +251,7 @@ class EdgeModel:
             drafter=drafter,
         )
         reader = ArrayReader(policy, self._gates, self._shortlist)
-        return Decoder(self.layers, executor, reader)
+        return Decoder(self.layers, executor, reader, pace=self.pace)
 
     def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
         markers = MARKER * len(images)

@@ -137,7 +137,7 @@ class SegmentChain:
         last, waiting = len(self.segments) - 1, self._waiting[slot]
         for place in range(last):
             waiting[place].append(states)
-            states, logits = self._through(place, 1, slot)
+            states, logits = self._through(place, int(decide is not None), slot)
             if decide is not None and decide(place, states[-1], logits[-1]):
                 waiting[place + 1].append(states)
                 return place

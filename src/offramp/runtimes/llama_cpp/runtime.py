@@ -15,6 +15,7 @@ from torch import Tensor
 from offramp.adapter import Adapter, CallArguments
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
@@ -49,6 +50,8 @@ class LlamaCppRuntime:
     `generate` takes and returns what `Adapter.generate` does, for as many rows as the engine has
     sequences. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
     has it (`with_mtmd`). Calls from several threads take turns.
+
+    pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class LlamaCppRuntime:
         self._entry: PromptEntry | None = None  # with what is kept of prompts
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
+        self.pace: DraftPace | None = DraftPace()
         try:
             check_survives(*self.files.tried, self.files.digests, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
@@ -297,8 +301,9 @@ class LlamaCppRuntime:
         rule = exit_rule(self.backbone, policy, asker)
         if drafter is not None:
             rule = drafter.rule(policy)
+        pace = self.pace if rule.lossless else None
         return write_answers(
-            Decoder(self.backbone.depth, executor, asker, schedule=schedule),
+            Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
             [_Reads(executor, prompt) for prompt in prompts],
             prepared,
             rule,
