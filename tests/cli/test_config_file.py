@@ -99,11 +99,26 @@ def test_a_list_does_not_take_what_stands_behind_it(tmp_path: Path) -> None:
     assert (found.allowed_hosts, found.share_kept, found.quiet) == (["*"], True, True)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("watch: {share: 0.05, action: warn}\nimage_limits: {count: 2}", ()),
+        ("watch: 0.5", ("--watch", "0.05,action=warn", "--image-limits=count=2")),
+    ],
+)
+def test_settings_of_one_thing_are_one_option(
+    tmp_path: Path, text: str, words: tuple[str, ...]
+) -> None:
+    found = read(tmp_path, text, "serve", "tiny-opt", *words)
+    assert found.watch == {"share": 0.05, "action": "warn"} and found.image_limits == {"count": 2}
+
+
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
-    text = "gates: true\nconditional: true\ndepths: [2]\nprompt: x\npatience: 3"
-    words = (*NEEDED, "--no-conditional", "--depths", "5", "--prompt", "y", "--patience", "none")
+    text = "gates: true\nadversary: {judged: token}\ndepths: [2]\nprompt: x\npatience: 3"
+    words = (*NEEDED, "--adversary", "judged=sequence", "--depths", "5", "--prompt", "y",
+             "--patience", "none")  # fmt: skip
     found = read(tmp_path, text, "train", *words)
-    assert (found.gates, found.conditional, found.depths) == (True, False, (5,))
+    assert (found.gates, found.adversary, found.depths) == (True, {"judged": "sequence"}, (5,))
     assert (found.prompt, found.patience) == ("y", None)
 
 

@@ -19,7 +19,7 @@ from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
 from offramp.missing import install_command
-from offramp.training.config import ADVERSARY, TrainConfig
+from offramp.training.config import ADVERSARY, OBJECTIVES, TrainConfig
 
 
 @cache
@@ -42,7 +42,7 @@ def test_the_server_tells_its_options_without_loading_pytorch() -> None:
          "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help'])"],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
-    assert "--watch-level" in done.stdout and done.stdout.splitlines()[-1] == "False"
+    assert "--watch" in done.stdout and done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("command", EVERY)
@@ -59,7 +59,8 @@ def test_no_list_of_options_is_long(command: str) -> None:
 
 
 def test_every_field_of_a_training_run_is_in_one_group() -> None:
-    grouped = [name for names in (*GROUPS.values(), ADVERSARY, NOT_SAID) for name in names]
+    groups = (*GROUPS.values(), OBJECTIVES, ADVERSARY, NOT_SAID)
+    grouped = [name for names in groups for name in names]
     assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 from offramp.cli.parser import (
     Flattened,
     Parser,
+    named,
     one_of,
     or_none,
     seed,
     share,
+    truth,
     whole,
     whole_numbers,
 )
@@ -129,18 +131,14 @@ def field_option(
     hint = _hints(cls)[name]
     flag = field.metadata.get("flag") or f"--{name.replace('_', '-')}"
     if default is _SAME:
-        default = None if field.default is MISSING else field.default
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
+        default = _default_of(field)
     text = help or field.metadata["help"]
-    shown = shown or field.metadata.get("shown")
     known = choices if choices is not None else field.metadata.get("choices")
     if known is not None:
+        shown = shown or field.metadata.get("shown")
         name_option(group, flag, known, text, default=default, shown=shown)
         return
-    number = f"{default:g}" if isinstance(default, float) else default
-    default_text = shown or ("none" if default in (None, {}, ()) else number)
-    text = f"{text} (default: {default_text})"
+    text = f"{text} (default: {shown or _shown(field, default)})"
     if bool in (hint, *typing.get_args(hint)):
         yes_no = argparse.BooleanOptionalAction
         group.add_argument(flag, action=yes_no, default=default, help=text)
@@ -153,10 +151,57 @@ def field_option(
         flag,
         **several,
         metavar=field.metadata.get("metavar") or _metavar(hint),
-        type=field.metadata.get("parse") or _parser_of(hint, name, field.metadata),
+        type=_parser_of(cls, field),
         default=default,
         help=text,
     )
+
+
+def settings_option(
+    group: Any, flag: str, cls: type, names: Collection[str], help: str, *, first: str = ""
+) -> None:
+    """One option of several fields of a dataclass, as NAME=VALUE,NAME=VALUE; it holds those that
+    were given, by name. first: the field that a value without a name is of."""
+    known = {field.name: field for field in fields(cls) if field.name in names}
+
+    def parse(text: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part in text.split(","):
+            name, named, value = part.partition("=")
+            if not named and first:
+                name, named, value = first, "=", part
+            if not named or name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"{part[:60]!r} is not of the form NAME=VALUE, with a name of {one_of(known)}"
+                )
+            try:
+                found[name] = _parser_of(cls, known[name])(value)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+        return found
+
+    told = []
+    for name, field in known.items():
+        choices = field.metadata.get("choices")
+        names = "" if choices is None else f": {one_of(choices)}"
+        told.append(f"{name}={_shown(field, _default_of(field))}: {field.metadata['help']}{names}")
+    group.add_argument(
+        flag, metavar="NAME=VALUE,...", type=parse, default={}, help=f"{help}; {'; '.join(told)}"
+    )
+
+
+def _default_of(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def _shown(field: Field[Any], default: Any) -> str:
+    """A default in words."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    number = f"{default:g}" if isinstance(default, float) else default
+    return str(field.metadata.get("shown") or ("none" if default in (None, {}, ()) else number))
 
 
 def depths_option(group: Any, flag: str, help: str, *, default: Any = None) -> None:
@@ -192,17 +237,20 @@ def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {n: getattr(arguments, word) for n, word in words.items() if hasattr(arguments, word)}
 
 
-def _parser_of(hint: Any, name: str, said: Mapping[str, Any]) -> Callable[[str], Any]:
-    """said: of its metadata, whether it is a share."""
-    if said.get("share"):
-        return share
+def _parser_of(cls: type, field: Field[Any]) -> Callable[[str], Any]:
+    """What reads a field's value from text."""
+    said, hint = field.metadata, _hints(cls)[field.name]
+    if (choices := said.get("choices")) is not None:
+        return named(choices)
+    if (parse := said.get("parse")) is not None or said.get("share"):
+        return parse or share
     kinds = set(typing.get_args(hint)) - {type(None)}
     if Path in kinds:
         return Path
     optional = type(None) in typing.get_args(hint)
     kind = kinds.pop() if kinds else hint
-    number = seed if name == "seed" else whole(1)
-    known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str}
+    number = seed if field.name == "seed" else whole(1)
+    known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str, bool: truth}
     parse = known[kind]
     return or_none(parse) if optional and parse is number else parse
 

@@ -153,6 +153,22 @@ def share(text: str) -> float:
     return number
 
 
+def truth(text: str) -> bool:
+    """A type of options: true or false."""
+    return named(("true", "false"))(text) == "true"
+
+
+def named(names: Iterable[str]) -> Callable[[str], str]:
+    """A type of options: one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in (known := list(names)):
+            raise argparse.ArgumentTypeError(f"{_short(text)!r} is not {one_of(known)}")
+        return text
+
+    return parse
+
+
 def some(text: str) -> float:
     """A type of options: numbers above 0 and up to 1."""
     number = share(text)

@@ -19,10 +19,10 @@ FREE: dict[str, Any] = {"adversarial": 0.003}
 """What FREE (Bajpai and Hanawal 2025) adds to the default, which is distillation alone: where both
 were measured, the adversary gains nothing (docs/defaults.md)."""
 ADVERSARY = (
-    *GAMES, "adversary", "adversarial_start", "conditional", "judged", "spectral_norm",
-    "gradient_penalty", "discriminator_learning_rate",
+    "adversary", "adversarial_start", "conditional", "judged", "spectral_norm", "gradient_penalty",
+    "discriminator_learning_rate",
 )  # fmt: skip
-"""Fields of `TrainConfig` that say something only where there is a discriminator."""
+"""Fields of `TrainConfig` that say something only where one of `GAMES` has a weight."""
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
 ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
 INITIAL = ("next", "closest")
@@ -84,8 +84,12 @@ class TrainConfig:
     losses: Mapping[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "weights of losses that plug-ins registered, e.g. l1=0.5,other=0.1",
+            "help": "weights of losses, as cross_entropy=0.5,other=0.1: distillation, "
+            "cross_entropy (of labelled answers), adversarial and feature_matching (FREE's), l2, "
+            "cosine, and what plug-ins registered",
             "parse": parse_weights,
+            "metavar": "NAME=X,...",
+            "shown": "distillation=1,cross_entropy=1; with FREE adversarial=0.003 too",
         },
     )
     temperature: float = option(1.0, "distillation temperature")

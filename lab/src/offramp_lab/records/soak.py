@@ -40,7 +40,8 @@ CHAT = "/v1/chat/completions"
 
 def main() -> None:
     arguments = asked(__doc__, seconds=600.0, clients=32, out=RECORD.path)
-    with Server("--image-pixels", str(LIMIT), "--queue", str(4 * arguments.clients)) as server:
+    more = ("--image-limits", f"pixels={LIMIT}", "--queue", str(4 * arguments.clients))
+    with Server(*more) as server:
         figures = asyncio.run(soak(server, arguments.clients, arguments.seconds))
     print(figures)
     RECORD.write({**figures, "load": os.getloadavg()}, arguments.out)

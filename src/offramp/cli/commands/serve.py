@@ -20,6 +20,7 @@ from offramp.cli.options import (
     field_options,
     filled,
     precision_options,
+    settings_option,
     vision_options,
 )
 from offramp.cli.output import print_json, tell
@@ -96,11 +97,19 @@ def _options(parser: Parser) -> None:
         help="let prompts and images kept for one key answer other keys faster, whose times then "
         "tell what was asked (default: each key has its own)",
     )
-    field_options(parser.add_argument_group("watched guarantee"), WatchConfig)
-    limits = ("count", "bytes", "pixels", "domains", "folder")
+    settings_option(
+        parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
+        ("share", "level", "slack", "action", "keep", "deadline", "state"),
+        "how the guarantee is watched, as 0.05,action=warn, where a number alone is the share",
+        first="share",
+    )  # fmt: skip
     images = parser.add_argument_group("images")
     vision_options(images)
-    field_options(images, ImageLimits, limits)
+    field_options(images, ImageLimits, ("domains", "folder"))
+    settings_option(
+        images, "--image-limits", ImageLimits, ("count", "bytes", "pixels"),
+        "what a request may bring, as count=2",
+    )  # fmt: skip
 
 
 def _engine_options(parser: Parser) -> None:
@@ -173,7 +182,7 @@ def _config(arguments: argparse.Namespace) -> Any:
             "leave --host out.",
             arguments.host,
         )
-    images = ImageLimits(**filled(arguments, ImageLimits))
+    images = ImageLimits(**filled(arguments, ImageLimits), **arguments.image_limits)
     body = max(32 * 2**20, 2 * images.bytes * images.count)
     return ServerConfig(
         **filled(arguments, ServerConfig)
@@ -309,11 +318,10 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     promise = None if standing is None else standing.promise
     if standing is not None and standing.why:
         log.warning("%s. See `offramp calibrate`.", standing.sentence.capitalize())
-    asked = filled(arguments, WatchConfig)
-    own = _state_file(model) if promise is not None else None
-    watch = WatchConfig(**asked | {"share": asked["share"] or 1.0, "state": asked["state"] or own})
-    if arguments.watch == 0:
+    if arguments.watch.get("share") == 0:
         return None, differs
+    own = {} if promise is None else {"state": _state_file(model)}
+    watch = WatchConfig(**own | arguments.watch)
     if promise is None:
         return watch, differs
     risk = RISKS.get(promise.risk)

@@ -11,10 +11,10 @@ from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
     add_command,
     data_options,
-    field_option,
     field_options,
     model_options,
     name_option,
+    settings_option,
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
@@ -29,13 +29,13 @@ GROUPS = {
     "labels and answers": (
         "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
     ),
-    "objective": ("distillation", "cross_entropy", "losses"),
+    "objective": ("losses",),
     "schedule": (
         "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
     ),
 }  # fmt: skip
-"""Fields of `TrainConfig` as the help groups them; those of the adversary go with FREE alone."""
-NOT_SAID = ("l2", "cosine", "temperature")
+"""Fields of `TrainConfig` as the help groups them; --losses and --adversary hold the others."""
+NOT_SAID = ("temperature",)
 """Fields that are no options, for no measurement speaks for them."""
 OBJECTIVES = ("distillation", "free")
 
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.models.exit_kinds import kinds_of_exit
     from offramp.runtimes.llama_cpp import FORMATS
-    from offramp.training.config import TrainConfig
+    from offramp.training.config import ADVERSARY, TrainConfig
 
     load_plugins()  # they may bring kinds of exits
     kinds = [kind for kind in kinds_of_exit() if kind != "lens"]  # which has nothing to train
@@ -66,11 +66,13 @@ def _options(parser: Parser) -> None:
             name_option(
                 group, "--objective", OBJECTIVES,
                 "what exits learn by: distillation from the final layer, or FREE, which adds an "
-                "adversary; `--objective free --help` shows its options",
-                default=OBJECTIVES[0], action=_Objective,
+                "adversary", default=OBJECTIVES[0],
+            )  # fmt: skip
+            settings_option(
+                group, "--adversary", TrainConfig, ADVERSARY,
+                "what FREE's is, as hinge,judged=sequence", first="adversary",
             )  # fmt: skip
         field_options(group, TrainConfig, names, exit_kind=kinds)
-    _adversary_options(parser.add_argument_group(ADVERSARIAL))
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     group.add_argument(
@@ -97,55 +99,29 @@ def _options(parser: Parser) -> None:
     )
 
 
-ADVERSARIAL = "FREE's adversary"
-
-
-def _adversary_options(group: Any) -> None:
-    """Those of `ADVERSARY`: help does not show them, and they are None where they are not given."""
-    from offramp.training.config import ADVERSARY, FREE, TrainConfig
-
-    for name in ADVERSARY:
-        default = FREE.get(name, getattr(TrainConfig, name))
-        field_option(group, TrainConfig, name, default=None, shown=str(default))
-    for action in group._group_actions:
-        action.shown, action.help = action.help, argparse.SUPPRESS
-
-
-class _Objective(argparse.Action):
-    """Stores the objective; from FREE on, help shows what goes with it."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        namespace.objective = values
-        for action in parser._actions:
-            if hasattr(action, "shown"):
-                action.help = action.shown if values == "free" else argparse.SUPPRESS
-
-
 def _config(arguments: argparse.Namespace) -> Any:
     """What is asked for.
 
     Raises:
         InputError: an option of the adversary without it, or values that do not fit.
     """
-    from offramp.training.config import ADVERSARY, FREE, TrainConfig
+    from offramp.training.config import FREE, TrainConfig
+    from offramp.training.config import OBJECTIVES as TERMS
 
     asked = {n: getattr(arguments, n) for names in GROUPS.values() for n in names}
     if arguments.drafting is True:
         asked["exit_kind"] = "drafting"
-    own = {n: v for n in ADVERSARY if (v := getattr(arguments, n)) is not None}
-    if arguments.objective != "free" and own:
-        flag = f"--{next(iter(own)).replace('_', '-')}"
+    losses = asked["losses"]
+    weights = {name: losses[name] for name in TERMS if name in losses}
+    asked["losses"] = {name: losses[name] for name in losses if name not in weights}
+    free = FREE if arguments.objective == "free" else {}
+    config = TrainConfig(**asked | free | weights | arguments.adversary)
+    if arguments.adversary and not config.has_discriminator:
         raise InputError(
-            f"{flag} is of FREE's adversary, and these exits learn by distillation alone.",
-            f"Add --objective free, or leave {flag} out.",
+            "--adversary is of FREE's, and these exits learn by distillation alone.",
+            "Add --objective free, or leave --adversary out.",
         )
-    return TrainConfig(**asked, **(FREE | own if arguments.objective == "free" else {}))
+    return config
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -34,44 +34,38 @@ class WatchConfig:
     """
 
     share: float = option(
-        0.01, "share of requests that the full model answers too, in slots that nobody needs or "
-        "after --watch-deadline; 0: none", flag="--watch", share=True,
-    )  # fmt: skip
-    level: float = option(
         0.01,
-        "how often, at most, a guarantee that holds is ever called broken",
-        flag="--watch-level",
+        "share of requests that the full model answers too, in slots that nobody needs or after "
+        "the deadline; 0: none",
         share=True,
+    )
+    level: float = option(
+        0.01, "how often, at most, a guarantee that holds is ever called broken", share=True
     )
     slack: float = option(
         1.0,
-        "raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes "
-        "in bursts",
-        flag="--watch-slack",
+        "raise the alarm at this many times the guaranteed risk; 2 or 3 where the risk comes in "
+        "bursts",
     )
     action: str = option(
-        "lossless",
-        "what answers are once the guarantee is broken",
-        flag="--when-broken",
-        choices=ACTIONS,
+        "lossless", "what answers are once the guarantee is broken", choices=ACTIONS
     )
     keep: Path | None = option(
-        None, "write images and prompts of watched requests there, for `offramp calibrate`; only "
-        "with the consent of those who ask", flag="--keep-watched", metavar="FOLDER",
-        shown="nothing is written",
-    )  # fmt: skip
+        None,
+        "folder for images and prompts of watched requests, for `offramp calibrate`; only with the "
+        "consent of those who ask",
+    )
     backlog: int = 32
     deadline: float = option(
-        30.0,
-        "longest wait for a free slot in seconds; then the full model's answer takes one",
-        flag="--watch-deadline",
+        30.0, "longest wait for a free slot in seconds; then the full model's answer takes one"
     )
     coverage: float = 0.5
     a_client: float = 0.5
     state: Path | None = option(
-        None, "what was learnt is kept there over a restart", flag="--watch-state", metavar="FILE",
-        shown="a file of this adapter in ~/.local/state/offramp",
-    )  # fmt: skip
+        None,
+        "file that keeps what was learnt over a restart",
+        shown="one of this adapter in ~/.local/state/offramp",
+    )
     watchers: int = 1
     remembered: int = 1_000_000
 

@@ -25,9 +25,9 @@ class ImageLimits:
         InputError: a number below 1, a folder that is none.
     """
 
-    count: int = option(8, "images of one request", flag="--images")
-    bytes: int = option(10 * MIB, "bytes of an encoded image", flag="--image-bytes")
-    pixels: int = option(20_000_000, "pixels of an image", flag="--image-pixels")
+    count: int = option(8, "images of one request")
+    bytes: int = option(10 * MIB, "bytes of an encoded image")
+    pixels: int = option(20_000_000, "pixels of an image")
     domains: Sequence[str] = option(
         (),
         "hosts that images are fetched from; .example.org: all below it too",
