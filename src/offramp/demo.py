@@ -69,7 +69,7 @@ class DemoSizes:
 
 
 def demo(
-    kind: str, out: Path, sizes: DemoSizes = DemoSizes(), *, target: float = TARGET, seed: int = 0
+    kind: str, out: Path, sizes: DemoSizes = DemoSizes(), *, target: float = TARGET
 ) -> dict[str, Any]:
     """Run everything for the tiny model `kind`; write `out`/report.json and
     report.html, and return the former."""
@@ -82,7 +82,7 @@ def demo(
     adapter = Adapter(backbone, ExitSet(Exits(backbone, DEPTHS[kind])))
     answers(adapter, encoder, [captions("train", 32)], FULL)
     inference_bytes = _peak_bytes()
-    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, seed=seed, **FREE)
+    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, **FREE)
     began = time.perf_counter()
     adapter = train(
         backbone, processor, captions_and_questions("train", sizes.train), config, out / kind,
@@ -118,7 +118,7 @@ def demo(
         "calibration": calibration.to_json(),
         "policy": policy_to_json(adapter.policy),
         "sizes": asdict(sizes),
-        "provenance": provenance(seed, sys.argv, adapter.provenance["data_digest"]),
+        "provenance": provenance(config.seed, sys.argv, adapter.provenance["data_digest"]),
     }
     write_json(out / "report.json", report)
     write_json(out / f"report-{kind}.json", report)

@@ -204,7 +204,7 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
     outs = (*OUTS, "folder" if command in ("bench", "report", "verify") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []
-    if command in ("calibrate", "demo"):
+    if command == "calibrate":
         tables |= {n: list(v) for n, v in FLOATS.items()}
     if command in ("train", "compare"):
         tables |= {n: list(v) for n, v in TRAINING.items()}

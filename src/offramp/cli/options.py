@@ -427,9 +427,3 @@ def batch_option(group: Any, default: int, help: str = "examples at once") -> No
         "--batch-size", type=whole(1), default=default, metavar="N",
         help=f"{help} (default: {default})",
     )  # fmt: skip
-
-
-def seed_option(group: Any, what: str) -> None:
-    group.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help=f"seed of {what} (default: 0)"
-    )

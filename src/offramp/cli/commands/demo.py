@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, name_option, seed_option
+from offramp.cli.options import add_command, name_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_demo, overwrite_option
 from offramp.cli.parser import Parser
@@ -36,25 +36,18 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
     )
-    parser.add_argument(
-        "--target", type=float, default=0.0075, metavar="X",
-        help="share of answers that may differ from the full model's (default: 0.0075)",
-    )  # fmt: skip
     overwrite_option(parser)
-    seed_option(parser, "training")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.asked import Guarantee
     from offramp.demo import demo, table
     from offramp.models.shipped import short_name
     from offramp.storage import check_writable
 
-    Guarantee(target=arguments.target)  # a mistake should not wait for training
     check_writable(arguments.out, folder=True)
     kind = short_name(arguments.backbone)
     check_out_demo(arguments.out, kind, arguments)
-    report = demo(kind, arguments.out, target=arguments.target, seed=arguments.seed)
+    report = demo(kind, arguments.out)
     show_result(report, table(report), as_json=arguments.json)
     log.info("figures: %s", arguments.out / "report.json")
     log.info("open %s", arguments.out / "report.html")
