@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from offramp.models.backbone import Backbone
 
 FIRST_WORD = 8
-_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclass(frozen=True)
@@ -116,76 +115,50 @@ def shape(name: str) -> Shape:
 # -- text models ------------------------------------------------------------------------------
 
 
-def _config(name: str, **settings: Any) -> Any:
-    from offramp_lab.inputs.tiny_families.text import config
+def _text(family: str, layers: int, width: int, heads: int, vocabulary: int, **more: Any) -> Any:
+    """A text model of `offramp_lab.inputs.tiny_families.text`, in these sizes."""
+    from offramp_lab.inputs.tiny_families import text
 
-    return config(name, **settings)
+    return getattr(text, family)(**_sizes(layers, width, heads, vocabulary, **more))
+
+
+def _sizes(layers: int, width: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    """By the names that most configurations have."""
+    named = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return {**named, "vocab_size": vocabulary, **more}
 
 
 def _opt(layers: int, width: int, heads: int, vocabulary: int) -> Any:
-    return _config(
-        "OPT",
-        num_hidden_layers=layers,
-        hidden_size=width,
-        word_embed_proj_dim=width,
-        ffn_dim=4 * width,
-        num_attention_heads=heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        **_IDS,
-    )
+    own = {"word_embed_proj_dim": width, "ffn_dim": 4 * width, "max_position_embeddings": 2048}
+    return _text("opt_config", layers, width, heads, vocabulary, **own)
 
 
 def _t5(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Any:
-    return _config(
-        "T5",
-        num_layers=layers,
-        num_decoder_layers=layers,
-        d_model=width,
-        d_kv=64,
-        d_ff=inner,
-        num_heads=heads,
-        vocab_size=vocabulary,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
+    from offramp_lab.inputs.tiny_families import text
+
+    return text.t5(
+        num_layers=layers, num_decoder_layers=layers, d_model=width, d_kv=64, d_ff=inner,
+        num_heads=heads, vocab_size=vocabulary, relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+    )  # fmt: skip
 
 
 def _llama(
     layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> Any:
-    return _config(
-        "Llama",
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=tied,
-        **_IDS,
-    )
+    own = {"num_key_value_heads": kv_heads, "intermediate_size": inner, "tie_word_embeddings": tied}
+    return _text("llama", layers, width, heads, vocabulary, max_position_embeddings=4096, **own)
 
 
 def _qwen(layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Any:
     """What Qwen2.5-VL's text model differs in from the tiny one."""
     head = width // heads
     axes = [head // 8, head // 16 * 3, head // 16 * 3]  # of time, height and width
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": axes},
-        "tie_word_embeddings": True,
-    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": axes}
+    return _sizes(
+        layers, width, heads, vocabulary, num_key_value_heads=kv_heads, intermediate_size=inner,
+        max_position_embeddings=4096, rope_parameters=rope, tie_word_embeddings=True,
+    )  # fmt: skip
 
 
 _FINELY: Any = {"images": 576, "image": ("sized", 336), "sees": {"side": 336}}

@@ -33,7 +33,7 @@ def config(name: str, **settings: Any) -> Any:
 
 
 def llama(**more: Any) -> Any:
-    return config("Llama", **APART, **more)
+    return config("Llama", **{**APART, **more})
 
 
 def opt_config(**more: Any) -> Any:
@@ -60,24 +60,24 @@ def qwen3_experts() -> Any:
     return config("Qwen3Moe", **APART, **experts, moe_intermediate_size=32, head_dim=16)
 
 
-def t5(tied: bool = False) -> Any:
-    return config(
-        "T5",
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=64,
-        num_layers=LAYERS,  # transformers 5.24 sizes the decoder's cache by the encoder's layers
-        num_decoder_layers=LAYERS,
-        num_heads=4,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=16,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=tied,  # tied, the head reads scaled states
-        decoder_start_token_id=PAD,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
+def t5(tied: bool = False, **more: Any) -> Any:
+    own = {
+        "vocab_size": VOCABULARY,
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": LAYERS,  # transformers 5.24 sizes the decoder's cache by the encoder's layers
+        "num_decoder_layers": LAYERS,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": tied,  # then, the head reads scaled states
+        "decoder_start_token_id": PAD,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    return config("T5", **{**own, **more})
 
 
 def qwen(third: bool = False) -> Any:

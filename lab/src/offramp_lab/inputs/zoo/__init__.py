@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from offramp_lab.inputs import tiny_families as families
-from offramp_lab.inputs.zoo.config import BOS, FIRST_WORD, PAD, VOCABULARY, shrink
+from offramp_lab.inputs.tiny_families.text import BOS, PAD, VOCABULARY
+from offramp_lab.inputs.zoo.config import FIRST_WORD, shrink
 from offramp_lab.inputs.zoo.inputs import IMAGES, by_signature
 
 PROMPTS = (6, 3, 5)

@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-VOCABULARY = 96
-PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
+from offramp_lab.inputs.tiny_families.text import BOS, EOS, IMAGE, LAYERS, PAD, VOCABULARY, WIDTH
+
 FIRST_WORD = 40
 """Ids below are special: pads, ends and whatever marks images, video or sound."""
-LAYERS = 6
-WIDTH = 32
 
 _SEES = re.compile(
     r"vision|visual|vit|image|audio|qformer|vq|perceiver|sam|backbone|sound|speech|high_res|"

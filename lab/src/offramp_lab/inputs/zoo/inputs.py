@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp_lab.inputs.tiny_families.models import pad
-from offramp_lab.inputs.zoo.config import BOS, IMAGE
+from offramp_lab.inputs.tiny_families.text import BOS, IMAGE
 
 Words = Sequence[Sequence[int]]
 Make = Callable[[Any, Words], dict[str, Any]]
