@@ -9,7 +9,14 @@ import pytest
 
 from offramp.evaluation.timing import in_turn
 from offramp.storage import read_json
-from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.experiments.experiment import (
+    Experiment,
+    Rounds,
+    in_cpu_milliseconds,
+    milliseconds,
+    same,
+    spent,
+)
 from offramp_lab.records import record as module
 from offramp_lab.records.record import Kept, Record
 
@@ -46,6 +53,16 @@ def test_an_entry_is_the_methods_name_and_what_its_rounds_say() -> None:
         {"runtime": "torch", "mode": "early", "rounds": 3, "sum": 18},
     ]
     assert Experiment({"one": lambda _: 1}).entries(("way",), figures)[0]["way"] == "one"
+
+
+def test_what_a_method_takes_is_of_the_cpu() -> None:
+    found, seconds = spent(lambda n: sum(range(n)))(100_000)
+    assert found == sum(range(100_000)) and 0 < seconds < 10
+    methods = {name: milliseconds(lambda n: sum(range(n))) for name in ("a", "b")}
+    entries = Experiment(methods, [10_000, 20_000], 3).entries(("way",), in_cpu_milliseconds)
+    assert [entry.pop("way") for entry in entries] == ["a", "b"]
+    for entry in entries:
+        assert 0 < entry["cpu_milliseconds_least"] <= entry["cpu_milliseconds"]
 
 
 def test_answers_are_the_same_by_their_tokens() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.rows import half_of, read_photographs
+from examples.photo_vlm.rows import read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -42,7 +42,7 @@ from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
 from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import exits_of, load_photo
+from offramp_lab.records.photo import exits_of, halves, load_photo
 from offramp_lab.records.record import Kept, Record, asked
 
 RECORD = Record("drafts")
@@ -202,8 +202,7 @@ def main() -> None:
         )
     if arguments.packed:
         adapter.prepack()
-    photographs = read_photographs(arguments.data)
-    held = [e for e in photographs["captions_val"] if half_of(e) == 1][: arguments.photographs]
+    held = halves(arguments.data)[1][: arguments.photographs]
     part = f"pytorch {arguments.dtype}{', packed' if arguments.packed else ''}"
     if arguments.gguf:
         part = f"llama.cpp {arguments.gguf}"
@@ -211,7 +210,7 @@ def main() -> None:
     own = arguments.gguf is not None and adapter.of_format == arguments.gguf
     if own:
         part = f"{part}, exits for it"
-    learnt = photographs["captions"][: 0 if own else arguments.learn]
+    learnt = read_photographs(arguments.data)["captions"][: 0 if own else arguments.learn]
     table = own_answers(adapter, encoder, learnt, folder / "answers.jsonl")
     with ExitStack() as stack:
         if own:

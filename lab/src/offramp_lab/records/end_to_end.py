@@ -17,15 +17,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST, accuracy, caption_measures
-from examples.photo_vlm.rows import half_of, read_photographs
-from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
@@ -38,9 +35,16 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rates, same, times
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import load_photo
+from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.runtimes.methods import ENGINE, Clock, OneFile
+from offramp_lab.records.runtimes.methods import (
+    ENGINE,
+    Clock,
+    Method,
+    OneFile,
+    generating,
+    stock,
+)
 
 RECORD = Record("end_to_end")
 FORMAT = "q8_0"
@@ -79,48 +83,26 @@ def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, 
         alone = OneFile(adapter, whole, encoder.eos)
         rounds = tower == TOWERS[-1]
         if not rounds:
-            found["generate", "full", tower] = partial(
-                _answer, encoder, partial(_stock, adapter.backbone.model)
-            )
-        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(_alone, alone))
+            found["generate", "full", tower] = partial(_answer, encoder, stock(adapter))
+        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, alone)
         for mode, policy in modes(adapter).items():
-            for engine, generate in zip(OURS, (adapter.generate, runtime.generate), strict=True):
+            by: Any
+            for engine, by in zip(OURS, (adapter, runtime), strict=True):
                 if rounds and engine == OURS[0]:
                     continue
-                found[engine, mode, tower] = partial(
-                    _answer, encoder, partial(_by, generate, policy=policy)
-                )
+                by_policy = generating(by.generate, policy=policy)
+                found[engine, mode, tower] = partial(_answer, encoder, by_policy)
     return found
 
 
-def _answer(encoder: Any, write: Callable[..., list[int]], example: Example, most: int) -> Answered:
+def _answer(encoder: Any, write: Method, example: Example, most: int) -> Answered:
     clock, begin = Clock(), time.process_time()
     inputs = encoder.prompts([example])
     opened = time.process_time()
-    ids = write(inputs, clock, most)
+    ids = [*write(inputs, clock, max_new_tokens=most)]
     end = time.process_time()
     assert clock.cpu is not None
     return ids, opened - begin, clock.cpu - opened, end - clock.cpu
-
-
-def _by(generate: Any, inputs: Any, clock: Clock, most: int, **options: Any) -> list[int]:
-    """By what takes a policy."""
-    options |= {"stopping_criteria": StoppingCriteriaList([clock]), "max_new_tokens": most}
-    made = generate(inputs, do_sample=False, **options)
-    ids: list[int] = made.new_tokens[0].tolist()
-    return ids
-
-
-def _stock(model: Any, inputs: Any, clock: Clock, most: int) -> list[int]:
-    """By Hugging Face's `generate`."""
-    stop = StoppingCriteriaList([clock])
-    made = model.generate(**inputs, stopping_criteria=stop, max_new_tokens=most, do_sample=False)
-    ids: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
-    return ids
-
-
-def _alone(alone: OneFile, inputs: Any, clock: Clock, most: int) -> list[int]:
-    return [*alone(inputs, clock)][:most]
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -270,12 +252,6 @@ def _named(name: Name) -> dict[str, str]:
     return dict(zip(("engine", "mode", "tower"), name, strict=True))
 
 
-def held_out(data: Path, split: str, count: int) -> list[Example]:
-    """The first examples that calibration does not see."""
-    held = (e for e in read_photographs(data)[split] if half_of(e) == 1)
-    return [*islice(held, count)]
-
-
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=100, questions=100)
     work = RUNS / RECORD.name
@@ -285,8 +261,8 @@ def main() -> None:
     }
     assert all(adapter.backbone.vision_engine == t for t, (adapter, _) in adapters.items())
     encoder = adapters[TOWERS[0]][1]
-    captions = held_out(arguments.data, "captions_val", arguments.photographs)
-    questions = held_out(arguments.data, "questions_val", arguments.questions)
+    captions = halves(arguments.data)[1][: arguments.photographs]
+    questions = halves(arguments.data, "questions_val")[1][: arguments.questions]
 
     def texts(ids: list[int]) -> str:
         return str(encoder.texts(torch.tensor([ids]))[0])

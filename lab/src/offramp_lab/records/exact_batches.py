@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.scheduler import Schedule
@@ -24,7 +23,7 @@ from offramp.models.vision_cache import VisionCache
 from offramp.progress import progress
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp_lab.records.photo import load_photo
+from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("exact_batches")
@@ -35,7 +34,7 @@ WAYS = ("packed", "exact")
 
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=56, slots=8)
-    held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
+    held = halves(arguments.data)[1][: arguments.photographs]
     entries = []
     for dtype in (torch.bfloat16, torch.float32):
         for way in WAYS:
@@ -44,7 +43,7 @@ def main() -> None:
                 adapter = adapter.with_exact_batches()
             else:
                 adapter.prepack()
-            prompts = [encoder.prompts([e]) for e in held[: arguments.photographs]]
+            prompts = [encoder.prompts([e]) for e in held]
             told = _measured(adapter, prompts, arguments.slots)
             entries.append({"precision": str(dtype).removeprefix("torch."), "way": way, **told})
             print(entries[-1])

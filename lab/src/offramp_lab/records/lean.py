@@ -34,7 +34,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.experiment import Experiment, Rounds, Ticks
+from offramp_lab.experiments.experiment import Experiment, Rounds, Ticks, each, in_cpu_milliseconds
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
@@ -134,7 +134,7 @@ def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any
 
     def figures(found: Rounds) -> dict[str, float]:
         first, *counted = found  # the first warms up
-        times = [taken for taken_in_round in counted for taken in taken_in_round]
+        times = each(counted)
         return {
             "cpu_milliseconds": median(t[0] for t in times),
             "cpu_milliseconds_least": min(t[0] for t in times),
@@ -167,16 +167,12 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
         core.run()
         return 1e3 * (sum(core.seconds.values()) - core.seconds["read"]) / core.tokens
 
-    def figures(found: Rounds) -> dict[str, float]:
-        times = [taken for [taken] in found]
-        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
-
     methods = {
         (f"{case.name}, {SLOTS} slots", path, mode): partial(milliseconds, path=path, mode=mode)
         for mode in modes
         for path in ("stack", "lean")
     }
-    return Experiment(methods, rounds=rounds, warm=1).entries(WAY, figures)
+    return Experiment(methods, rounds=rounds, warm=1).entries(WAY, in_cpu_milliseconds)
 
 
 def photo_model(model: Path, exits: Path | None, data: Path, prompts: int) -> Case:

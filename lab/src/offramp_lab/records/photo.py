@@ -50,8 +50,8 @@ def load_photo(
     return Adapter.load(exits_of(model, adapter), backbone), encoder
 
 
-def halves(data: Path) -> tuple[list[Example], list[Example]]:
+def halves(data: Path, split: str = "captions_val") -> tuple[list[Example], list[Example]]:
     """Held-out photographs: to choose thresholds on, and to measure on."""
-    held = read_photographs(data)["captions_val"]
+    held = read_photographs(data)[split]
     choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
     return choosing, measuring

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,7 +48,13 @@ from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
 from offramp.runtimes.llama_cpp.vision_tower import mtmd_tower
-from offramp_lab.experiments.experiment import Experiment, Rounds, same
+from offramp_lab.experiments.experiment import (
+    Experiment,
+    each,
+    in_cpu_milliseconds,
+    milliseconds,
+    same,
+)
 from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("vision")
@@ -118,24 +123,16 @@ def measure(models: Models, pictures: int, rounds: int, data: Path) -> list[dict
 
 
 def compared(
-    names: Iterable[str], seen: Sequence[Any], rounds: int, tokens: Callable[[Any, str], Tensor]
+    names: Iterable[str], seen: Sequence[Any], rounds: int, tokens: Callable[..., Tensor]
 ) -> list[dict[str, Any]]:
     """An entry for each way to see: its CPU milliseconds, and its largest distance from "torch".
 
-    tokens: what a way makes of something to be seen.
+    tokens: what something to be seen is to the way of a name.
     """
 
-    def milliseconds(one: Any, name: str) -> float:
-        start = time.process_time()
-        tokens(one, name)
-        return 1e3 * (time.process_time() - start)
-
-    def figures(found: Rounds) -> dict[str, float]:
-        times = [taken for taken_in_round in found for taken in taken_in_round]
-        return {"cpu_milliseconds": median(times), "cpu_milliseconds_least": min(times)}
-
-    methods = {name: partial(milliseconds, name=name) for name in names}
-    entries = Experiment(methods, seen, rounds, warm=2).entries(("engine",), figures)
+    methods = {name: milliseconds(partial(tokens, name=name)) for name in names}
+    experiment = Experiment(methods, seen, rounds, warm=2)
+    entries = experiment.entries(("engine",), in_cpu_milliseconds)
     wanted = [tokens(one, "torch") for one in seen]
     for entry in entries:
         made = [tokens(one, entry["engine"]) for one in seen]
@@ -241,8 +238,8 @@ def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[di
     models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
     side = SHAPE["image_size"]
     seen = []
-    for each in read_photographs(data)["captions_val"][:pictures]:
-        small = each.open_image().resize((side, side), Image.Resampling.BICUBIC)
+    for photograph in read_photographs(data)["captions_val"][:pictures]:
+        small = photograph.open_image().resize((side, side), Image.Resampling.BICUBIC)
         seen.append(LOOKS.seen(np.asarray(small.convert("RGB")))[None])
 
     def tokens(pixels: Tensor, name: str) -> Tensor:
@@ -279,19 +276,17 @@ def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
             example.open_image().resize(LARGE, Image.Resampling.BICUBIC).save(file, quality=90)
             examples.append(replace(example, image=file))
 
-        def milliseconds(example: Example, name: str) -> float:
-            start = time.process_time()
-            encoders[name].prompts([example])
-            return 1e3 * (time.process_time() - start)
+        def opened(example: Example, name: str) -> Any:
+            return encoders[name].prompts([example])
 
-        methods = {name: partial(milliseconds, name=name) for name in encoders}
+        methods = {name: milliseconds(partial(opened, name=name)) for name in encoders}
         taken = Experiment(methods, examples, rounds, warm=2).run()
         far = []
         for example in examples:
             whole, shrunk = (e.prompts([example])["pixel_values"] for e in encoders.values())
             far.append((whole - shrunk).abs() * STANDARD)
         size = median(example.image.stat().st_size for example in examples)  # type: ignore[union-attr]
-    ways = {name: median(t for row in rows for t in row) for name, rows in taken.items()}
+    ways = {name: median(each(rows)) for name, rows in taken.items()}
     return {
         "pictures": len(examples), "rounds": rounds, "size": LARGE, "bytes": size,
         "cpu_milliseconds": ways, "mean": float(torch.stack(far).mean()),
@@ -323,14 +318,9 @@ def prompts(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     kept = entry()
     same = [np.array_equal(whole(one).states, lean(one).states) for one in inputs]
 
-    def milliseconds(one: dict[str, Any], way: Callable[[dict[str, Any]], Any]) -> float:
-        start = time.process_time()
-        way(one)
-        return 1e3 * (time.process_time() - start)
-
-    methods = {"whole": partial(milliseconds, way=whole), "kept": partial(milliseconds, way=lean)}
+    methods = {"whole": milliseconds(whole), "kept": milliseconds(lean)}
     taken = Experiment(methods, inputs, rounds).run()
-    ways = {name: median(t for row in rows for t in row) for name, rows in taken.items()}
+    ways = {name: median(each(rows)) for name, rows in taken.items()}
     return {
         "pictures": len(inputs), "rounds": rounds, "cpu_milliseconds": ways,
         "same_states": sum(same), "from_what_was_kept": kept.kept.hits,

@@ -40,8 +40,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
 from offramp.progress import progress
 from offramp_lab.inputs.shapes import shape
-from offramp_lab.records.end_to_end import held_out
-from offramp_lab.records.photo import load_photo
+from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import Clock
 
@@ -274,7 +273,7 @@ def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
     """How alike captions are to the full model's, and to people's, where visual tokens stay behind
     at the exit; of thresholds that ship, and where no token exits."""
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, torch.float32)
-    examples = held_out(arguments.data, "captions_val", arguments.photographs)
+    examples = halves(arguments.data)[1][: arguments.photographs]
     options: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
     shipped = adapter.policy
     never = Thresholds.shared([*shipped.thresholds], 1.0)

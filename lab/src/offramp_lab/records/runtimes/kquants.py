@@ -8,7 +8,6 @@ minutes; one thread.
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Experiment
+from offramp_lab.experiments.experiment import Experiment, milliseconds
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("runtimes-kquants", "runtimes.kquants")
@@ -58,7 +57,7 @@ def _timed(backbone: Backbone, layers: str, rounds: int) -> list[dict[str, Any]]
         opened = {way: Segment(file, options, tap_layer=None) for way, options in WAYS.items()}
         logits = {way: _logits(segment, states).copy() for way, segment in opened.items()}
         calls = {
-            (way, rows): partial(_milliseconds, segment, states[:rows])
+            (way, rows): milliseconds(partial(_logits, segment, states[:rows]))
             for rows in ROWS
             for way, segment in opened.items()
         }
@@ -74,18 +73,12 @@ def _timed(backbone: Backbone, layers: str, rounds: int) -> list[dict[str, Any]]
     ]
 
 
-def _logits(segment: Segment, states: Any) -> Any:
+def _logits(segment: Segment, states: Any, _: None = None) -> Any:
     """Of states that are taken back."""
     segment.feed(states, 1)
     logits = segment.logits(1)
     segment.crop(len(states))
     return logits
-
-
-def _milliseconds(segment: Segment, states: Any, _: None) -> float:
-    begin = time.process_time()
-    _logits(segment, states)
-    return 1e3 * (time.process_time() - begin)
 
 
 if __name__ == "__main__":

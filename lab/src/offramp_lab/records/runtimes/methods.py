@@ -24,7 +24,7 @@ from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRun
 from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Rates, Rounds
+from offramp_lab.experiments.experiment import Rates, Rounds, each
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -54,8 +54,8 @@ class Clock(FirstToken):
         return super().__call__(*positional, **named)
 
 
-Method = Callable[[Mapping[str, Any], Clock], Answer]
-"""Answers one prompt, and calls the clock when the first token is there."""
+Method = Callable[..., Answer]
+"""Answers one prompt, and calls the clock, its second argument, when the first token is there."""
 
 
 class OneFile:
@@ -67,14 +67,16 @@ class OneFile:
         self.segment = Segment(file, STOCK, tap_layer=None)
         self.embeddings = self.backbone.stack.get_input_embeddings().weight.detach().numpy()
 
-    def __call__(self, inputs: Mapping[str, Any], clock: Clock) -> Answer:
+    def __call__(
+        self, inputs: Mapping[str, Any], clock: Clock, max_new_tokens: int = LONGEST["captions"]
+    ) -> Answer:
         entry = DecoderEntry()
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
             states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
         self.segment.crop(self.segment.length)
         tokens: list[int] = []
-        while len(tokens) < OPTIONS["max_new_tokens"]:
+        while len(tokens) < max_new_tokens:
             self.segment.feed(states, 1)
             tokens.append(int(np.argmax(self.segment.logits(1))))
             if len(tokens) == 1:
@@ -103,7 +105,7 @@ def timed(method: Method, inputs: Mapping[str, Any]) -> Taken:
 
 
 def answers_of(rounds: Rounds) -> list[Answer]:
-    return [taken.answer for by_round in rounds for taken in by_round]
+    return [taken.answer for taken in each(rounds)]
 
 
 def speeds(rounds: Rounds) -> dict[str, float]:
@@ -145,9 +147,9 @@ def policies(shipped: ExitPolicy, **thresholds: float) -> dict[str, ExitPolicy]:
 def generating(generate: Callable[..., Any], **options: Any) -> Method:
     """A method by anything that takes what `Adapter.generate` takes."""
 
-    def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
+    def run(inputs: Mapping[str, Any], clock: Clock, **more: Any) -> Answer:
         stop = StoppingCriteriaList([clock])
-        output = generate(inputs, stopping_criteria=stop, **OPTIONS, **options)
+        output = generate(inputs, stopping_criteria=stop, **{**OPTIONS, **options, **more})
         return tuple(output.new_tokens[0].tolist())
 
     return run
@@ -156,10 +158,10 @@ def generating(generate: Callable[..., Any], **options: Any) -> Method:
 def stock(adapter: Adapter, **options: Any) -> Method:
     """Hugging Face's own `generate`."""
 
-    def run(inputs: Mapping[str, Any], clock: Clock) -> Answer:
-        model = adapter.backbone.model
+    def run(inputs: Mapping[str, Any], clock: Clock, **more: Any) -> Answer:
         stop = StoppingCriteriaList([clock])
-        ids = model.generate(**inputs, stopping_criteria=stop, **OPTIONS, **options)
+        asked = {**OPTIONS, **options, **more}
+        ids = adapter.backbone.model.generate(**inputs, stopping_criteria=stop, **asked)
         return tuple(ids[0, inputs["input_ids"].shape[1] :].tolist())
 
     return run

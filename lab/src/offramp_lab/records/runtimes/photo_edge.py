@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import MODES
@@ -29,7 +28,7 @@ from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import cache_folder
-from offramp_lab.records.photo import exits_of, load_photo
+from offramp_lab.records.photo import exits_of, halves, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
 
@@ -42,8 +41,8 @@ def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=50)
     exits = exits_of(arguments.photo, arguments.adapter)
     adapter, encoder = load_photo(arguments.photo, exits)
-    held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
-    inputs = [encoder.prompts([example]) for example in held[: arguments.photographs]]
+    held = halves(arguments.data)[1][: arguments.photographs]
+    inputs = [encoder.prompts([example]) for example in held]
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for formats in FORMATS:

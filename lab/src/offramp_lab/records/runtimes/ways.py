@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Experiment, times
+from offramp_lab.experiments.experiment import Experiment, same, spent, times
 
 NEW = 30
 """Tokens of a caption, at most."""
@@ -33,14 +32,6 @@ def beside_alone(ways: Mapping[str, Way], prompts: Sequence[Any], title: str) ->
     prompts. And how many answers are full depth's, and which share of its tokens.
     """
 
-    def spent(write: Way) -> Callable[[Any], tuple[list[int], float]]:
-        def run(prompt: Any) -> tuple[list[int], float]:
-            begin = time.process_time()
-            answer = write(prompt)
-            return answer, time.process_time() - begin
-
-        return run
-
     methods = {name: spent(write) for name, write in ways.items()}
     runs = {name: told[0] for name, told in Experiment(methods, prompts, 1, 1, title).run().items()}
     answers = {name: [answer for answer, _ in told] for name, told in runs.items()}
@@ -56,7 +47,7 @@ def beside_alone(ways: Mapping[str, Way], prompts: Sequence[Any], title: str) ->
             "all": times(cost[name], cost[ALONE]),
             "exits": times(cost[name], cost["full"]),
             "rest": times(cost["full"], cost[ALONE]),
-            "as_full": sum(a == b for a, b in zip(answers[name], full, strict=True)),
+            "as_full": same(answers[name], full),
             "tokens_as_full": _agreement(answers[name], full),
         }
         for name in (ALONE, *MODES)
