@@ -16,19 +16,17 @@ from typing import Any
 
 import torch
 
-from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.data.scenes import world
 from offramp.depth_color import depth_color, ink_on
 from offramp.engine.policy import ExitPolicy
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.provenance import provenance
 from offramp.report.gallery import picture as embedded
 from offramp.report.gallery import words
 from offramp.storage import write_atomic, write_json
 from offramp_lab.experiments.experiment import Experiment, Ticks
 from offramp_lab.places import DOCS, RECORDS
+from offramp_lab.records.subjects import tiny_with
 from offramp_lab.tables.markdown import record
 
 SCENE, REPEATS, SLOWER, HOLD = 17, 25, 60, 2.5  # HOLD: seconds at the end of a loop
@@ -39,9 +37,7 @@ TITLES = {"early_exit": "Early exit", "full": "Full model"}
 def measure() -> dict[str, Any]:
     """The caption by both, and for each token the median of the CPU seconds it took."""
     torch.set_num_threads(1)
-    backbone, processor = load_tiny("opt")
-    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
-    encoder = InputProcessor(backbone, processor)
+    adapter, encoder = tiny_with("opt")
     inputs = encoder.prompts([_example()])
     policies = {"early_exit": adapter.policy, "full": ExitPolicy()}
 
@@ -56,7 +52,7 @@ def measure() -> dict[str, Any]:
     methods = {name: partial(captioned, policy=policy) for name, policy in policies.items()}
     runs = Experiment(methods, rounds=REPEATS).run()
     return {
-        "layers": backbone.depth,
+        "layers": adapter.backbone.depth,
         "slower": SLOWER,
         "modes": {
             name: {

@@ -30,7 +30,7 @@ from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, tim
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
+from offramp.models.shipped import TINY
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
@@ -43,6 +43,7 @@ from offramp_lab.inputs import tiny_families
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.places import RECORDS, RUNS
 from offramp_lab.records.record import asked
+from offramp_lab.records.subjects import tiny_with
 
 OUT = RUNS / "bench"
 ACCEPTANCE = 0.8
@@ -188,9 +189,7 @@ def _dialogues_of(kind: str) -> dict[str, Any]:
 
 def _trained(kind: str) -> tuple[Adapter, InputProcessor]:
     """The shipped model with the exits that `offramp demo` left in runs/demo."""
-    backbone, processor = load_tiny(kind)
-    adapter = Adapter.load(RUNS / "demo" / kind, backbone)
-    return adapter, InputProcessor(backbone, processor)
+    return tiny_with(kind, RUNS / "demo" / kind)
 
 
 PARTS: dict[str, Callable[[], Any]] = {

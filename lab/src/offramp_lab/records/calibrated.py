@@ -45,13 +45,14 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny, tiny_exits
+from offramp.models.shipped import TINY, load_tiny
 from offramp.storage import write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
 from offramp_lab.records.record import Record, Some, asked, named
+from offramp_lab.records.subjects import tiny_with
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
@@ -239,9 +240,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
 
 def _shipped_boundary() -> dict[str, Any]:
     """Of the exits that ship, on images of their own, with up to four questions about each."""
-    backbone, processor = load_tiny("opt")
-    adapter = Adapter.load(tiny_exits("opt"), backbone)
-    encoder = InputProcessor(backbone, processor)
+    adapter, encoder = tiny_with("opt")
     pool = _examples("test", BOUNDARY, 200_000, ASKED)
     risk = RISKS["disagreement"]
     whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)

@@ -42,8 +42,8 @@ from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf
 from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import exits_of, halves, load_photo
 from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.subjects import exits_of, halves, load_photo
 
 RECORD = Record("drafts")
 NEW, AT_ONCE = 30, 16

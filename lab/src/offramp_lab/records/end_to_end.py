@@ -35,7 +35,6 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rates, same, times
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.methods import (
     ENGINE,
@@ -45,6 +44,7 @@ from offramp_lab.records.runtimes.methods import (
     generating,
     stock,
 )
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("end_to_end")
 FORMAT = "q8_0"

@@ -23,8 +23,8 @@ from offramp.models.vision_cache import VisionCache
 from offramp.progress import progress
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("exact_batches")
 NEW = 30

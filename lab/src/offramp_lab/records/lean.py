@@ -36,8 +36,8 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rounds, Ticks, each, in_cpu_milliseconds
 from offramp_lab.inputs import tiny_families
-from offramp_lab.records.photo import load_photo
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("lean")
 WAY = ("model", "path", "mode")

@@ -31,7 +31,6 @@ from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
@@ -47,6 +46,7 @@ from offramp_lab.records.runtimes.methods import (
     stock,
     timed,
 )
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("quantised")
 HOW: dict[str, tuple[Any, str | None]] = {

@@ -82,7 +82,7 @@ def asked(
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
-        from offramp_lab.records.photo import PHOTO, add_photo
+        from offramp_lab.records.subjects import PHOTO, add_photo
 
         add_photo(parser, PHOTO if photo else None)
         parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")

@@ -36,11 +36,11 @@ from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.engine.policy import MODES
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.subjects import exits_of, load_photo, tiny_with
 
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -77,15 +77,10 @@ def main() -> None:
 
 
 def tiny() -> Served:
-    backbone, processor = load_tiny("opt")
-    adapter = Adapter.from_pretrained(backbone, tiny_exits("opt"))
-    encoder = InputProcessor(backbone, processor)
-    return Served("tiny-opt", TINY, adapter, encoder, captions("test", 32).examples)
+    return Served("tiny-opt", TINY, *tiny_with("opt"), captions("test", 32).examples)
 
 
 def photo(arguments: argparse.Namespace) -> Served:
-    from offramp_lab.records.photo import exits_of, load_photo
-
     model, data = arguments.photo, arguments.data
     exits = exits_of(model, arguments.adapter)
     adapter, encoder = load_photo(model, exits, torch.bfloat16)

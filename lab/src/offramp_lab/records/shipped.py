@@ -4,28 +4,22 @@ The exits stay as they were trained. Target, risk and images are the demo's.
 """
 
 from offramp import demo
-from offramp.adapter import Adapter
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import ExitPolicy
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, tiny_exits
+from offramp.models.shipped import tiny_exits
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import asked
+from offramp_lab.records.subjects import tiny_with
 
 
 def main() -> None:
     arguments = asked(__doc__, images=demo.DemoSizes().calibration, out=tiny_exits("opt"))
-    backbone, processor = load_tiny("opt")
-    adapter, encoder = (
-        Adapter.load(tiny_exits("opt"), backbone),
-        InputProcessor(backbone, processor),
-    )
-    n = arguments.images
-    examples = captions_and_questions("calibration", n)
-    costs = measure_costs(backbone, encoder.prompts(examples[:1]), adapter.exits)
+    adapter, encoder = tiny_with("opt")
+    examples = captions_and_questions("calibration", arguments.images)
+    costs = measure_costs(adapter.backbone, encoder.prompts(examples[:1]), adapter.exits)
     found = calibrate(
         adapter, encoder, examples, ExitPolicy(), target=demo.TARGET, costs=costs,
         progress=bar("calibrate"), **demo.OPTIONS,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -34,12 +35,11 @@ from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import FirstToken, exit_generate_fn
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, load_tiny, shipped_exits, tiny_exits
 from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import halves
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import PHOTO, halves, load_photo, tiny_with
 
 RECORD = Record("suitability")
 PROMPTS = 200
@@ -66,25 +66,18 @@ class Case:
 
 
 def tiny(kind: str) -> Case:
-    backbone, processor = load_tiny(kind)
-    folder = tiny_exits(kind) if kind == "opt" else RUNS / "demo" / kind
     held_out = captions_and_questions("test", 67)[:PROMPTS]
     return Case(
-        Adapter.load(folder, backbone), InputProcessor(backbone, processor),
+        *tiny_with(kind, None if kind == "opt" else RUNS / "demo" / kind),
         captions_and_questions("calibration", 67, 5000)[:PROMPTS], held_out, held_out[:50],
         planned=3 * DemoSizes().train, longest=OPTIONS["max_new_tokens"],
     )  # fmt: skip
 
 
 def photo(data: Path) -> Case:
-    backbone, processor = load_named("photo", dtype="bfloat16")
-    folder = shipped_exits("photo")
-    assert folder is not None
     asked, held_out = (half[:PROMPTS] for half in halves(data))
-    return Case(
-        Adapter.load(folder, backbone), InputProcessor(backbone, processor),
-        asked, held_out, held_out[:50], planned=6000, longest=30,
-    )  # fmt: skip
+    model = load_photo(PHOTO, dtype=torch.bfloat16)
+    return Case(*model, asked, held_out, held_out[:50], planned=6000, longest=30)
 
 
 def foretold(case: Case) -> dict[str, Any]:

@@ -40,9 +40,9 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
 from offramp.progress import progress
 from offramp_lab.inputs.shapes import shape
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import Clock
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("visual_tokens")
 NAMES = ("llava-135m", "llava-1b", "qwen2.5-vl-3b-10")

@@ -17,8 +17,9 @@ from typing import Any
 from offramp.answers import full_model_answers
 from offramp.calibration.replay import Array, PolicyReplay
 from offramp.data.example import Example
-from offramp_lab.records.loads.subjects import Subject, keep, photo, tiny
+from offramp_lab.records.loads import keep
 from offramp_lab.records.record import asked
+from offramp_lab.records.subjects import Subject, photo, tiny
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 

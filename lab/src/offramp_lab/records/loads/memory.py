@@ -21,9 +21,10 @@ from offramp.engine.policy import MODES
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.records.loads.subjects import keep, tiny
+from offramp_lab.records.loads import keep
 from offramp_lab.records.record import asked
 from offramp_lab.records.soak import resident
+from offramp_lab.records.subjects import tiny
 
 ENDINGS = ("answered", "cancelled", "failed")
 

@@ -30,8 +30,9 @@ from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, same
-from offramp_lab.records.loads.subjects import Subject, keep, photo
+from offramp_lab.records.loads import keep
 from offramp_lab.records.record import Some, asked, named
+from offramp_lab.records.subjects import Subject, photo
 
 Clock = Callable[[], float]
 Ids = tuple[int, ...]

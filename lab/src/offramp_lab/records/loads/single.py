@@ -29,8 +29,9 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp_lab.experiments.experiment import bar, same
-from offramp_lab.records.loads.subjects import Subject, keep, photo
+from offramp_lab.records.loads import keep
 from offramp_lab.records.record import asked, named
+from offramp_lab.records.subjects import Subject, photo
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.6)
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from offramp.data.example import Example
 from offramp_lab.places import RUNS
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes import answers, calibrated, openvino, timings
 from offramp_lab.records.runtimes.methods import Bench
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("runtimes")
 PARTS = ("answers", "calibrated", "timings", "callback")

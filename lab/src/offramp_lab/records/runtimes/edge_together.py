@@ -22,11 +22,11 @@ from offramp.engine.policy import MODES
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp_lab.records.photo import exits_of, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.photo_edge import hub_file, prompt_of
 from offramp_lab.records.runtimes.together import Answers, Rows, timed
 from offramp_lab.records.runtimes.ways import written
+from offramp_lab.records.subjects import exits_of, load_photo
 
 RECORD = Record("runtimes-edge-together", "runtimes.edge_together")
 CONTEXT, FORMATS = 256, ("q8_0", "q4_1")

@@ -28,9 +28,9 @@ from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import cache_folder
-from offramp_lab.records.photo import exits_of, halves, load_photo
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
+from offramp_lab.records.subjects import exits_of, halves, load_photo
 
 RECORD = Record("runtimes-photo-edge", "runtimes.photo_edge")
 FORMATS = "q8_0", "q4_1"

@@ -22,8 +22,8 @@ from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gg
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Handle
 from offramp_lab.experiments.experiment import Experiment, same, times
-from offramp_lab.records.photo import halves, load_photo
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("runtimes-together")
 NEW = 30

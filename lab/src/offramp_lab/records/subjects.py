@@ -1,0 +1,101 @@
+"""The models with exits that records are of: those that ship, or a model of photographs that
+`python -m examples.photo_vlm.build` made; and images that no one trained or chose thresholds on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from examples.photo_vlm import caption
+from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.rows import half_of, read_photographs
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.data.scenes.tasks import captions, questions
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import is_photo, load_tiny, shipped_exits, tiny_exits
+
+PHOTO = Path("photo")
+
+
+def add_photo(parser: argparse.ArgumentParser, default: Path | None = PHOTO) -> None:
+    """Options `--photo` and `--adapter`."""
+    parser.add_argument(
+        "--photo", "--model", type=Path, default=default, metavar="MODEL",
+        help="photo, or the folder of a built model (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="exits (default: those of the model)"
+    )
+
+
+def exits_of(model: Path, adapter: Path | None = None) -> Path:
+    """The folder of its exits: those asked for, or those that are kept with it."""
+    if adapter is not None:
+        return adapter
+    shipped = shipped_exits("photo") if is_photo(str(model)) else caption.ADAPTER
+    assert shipped is not None, "the photo model is there"
+    return shipped
+
+
+def load_photo(
+    model: Path,
+    adapter: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+    vision: str = "torch",
+) -> tuple[Adapter, Any]:
+    """The model with exits, and its encoder. vision: what runs the tower."""
+    backbone, encoder = caption.load(model, dtype, quantize, vision)
+    return Adapter.load(exits_of(model, adapter), backbone), encoder
+
+
+def tiny_with(kind: str, exits: Path | None = None) -> tuple[Adapter, InputProcessor]:
+    """A tiny model with the exits that ship, or those in a folder, and its encoder."""
+    backbone, processor = load_tiny(kind)
+    adapter = Adapter.from_pretrained(backbone, exits or tiny_exits(kind))
+    return adapter, InputProcessor(backbone, processor)
+
+
+def halves(data: Path, split: str = "captions_val") -> tuple[list[Example], list[Example]]:
+    """Held-out photographs: to choose thresholds on, and to measure on."""
+    held = read_photographs(data)[split]
+    choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
+    return choosing, measuring
+
+
+@dataclass(frozen=True)
+class Subject:
+    """longest: tokens of an answer."""
+
+    name: str
+    adapter: Adapter
+    encoder: InputProcessor
+    examples: Sequence[Example]
+    longest: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of generation: greedy."""
+        return {"max_new_tokens": self.longest, "do_sample": False}
+
+
+def tiny(kind: str, images: int, exits: Path | None = None) -> Subject:
+    """A tiny model, on captions and questions of the test split. exits: as of `tiny_with`."""
+    half = images // 2
+    examples = captions("test", half).examples + questions("test", half, half, 1).examples
+    return Subject(f"tiny-{kind}", *tiny_with(kind, exits), examples, 48)
+
+
+def photo(arguments: argparse.Namespace) -> Subject:
+    """The photo model, by what a command was `asked`, on held-out photographs of the half on which
+    figures are measured."""
+    dtype = getattr(torch, arguments.dtype)
+    examples = halves(arguments.data)[1][: arguments.images]
+    model = load_photo(arguments.photo, arguments.adapter, dtype)
+    return Subject("photo model", *model, examples, LONGEST["captions"])
