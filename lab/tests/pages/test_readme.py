@@ -69,6 +69,9 @@ def test_a_table_is_filled_and_what_is_around_it_stays() -> None:
 def test_a_figure_may_name_a_place_in_a_record() -> None:
     found = fill("is <!-- figure: recipe/opt/scenes:, -->?<!-- /figure -->", {}, {})
     assert found == "is <!-- figure: recipe/opt/scenes:, -->500<!-- /figure -->"
+    place = "suitability/opt/foretold/depths/depth=2/depth"
+    at = f"at <!-- figure: {place} -->2<!-- /figure -->"
+    assert fill(at, {}, {}) == at
 
 
 def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:

@@ -48,7 +48,8 @@ def fill(page: str, tables: Mapping[str, MakeTable], figures: Mapping[str, Make]
     """The page with its tables and figures as the records have them.
 
     A figure is one of `figures`, or a place in a record and a format, as
-    `calibrated/opt/0/n_test:,`. Raise `ValueError` where a mark is not read as one.
+    `calibrated/opt/0/n_test:,`, where `engine=torch` is the entry of a list that has it. Raise
+    `ValueError` where a mark is not read as one.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -74,7 +75,11 @@ def _at(place: str) -> str:
     name, *keys = path.split("/")
     value = record(name)
     for key in keys:
-        value = value[int(key)] if isinstance(value, list) else value[key]
+        of, named, wanted = key.partition("=")
+        if named:
+            value = {str(entry[of]): entry for entry in value}[wanted]
+        else:
+            value = value[int(key)] if isinstance(value, list) else value[key]
     return format(value, form)
 
 

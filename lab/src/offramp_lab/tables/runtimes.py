@@ -162,16 +162,6 @@ def calibrated() -> Table:
     return Table(("", *formats), rows)
 
 
-def guaranteed(figure: str) -> Make:
-    """A figure of early exit in q8_0 by the guaranteed threshold."""
-
-    def make() -> str:
-        promise = record("runtimes")["calibrated"]["formats"]["q8_0"]["guaranteed"]
-        return f"{entry_at('q8_0', promise['thresholds'])[figure]:.2f}"
-
-    return make
-
-
 def rows_in_a_call() -> Table:
     """Milliseconds of the layers above the exit by tokens in a call."""
     costs = record("runtimes")["timings"]["row_milliseconds"]
@@ -198,13 +188,6 @@ def shapes() -> Table:
         ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
     cell = _of("over_llama_cpp", digits=2)
     return Table.grid(ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]]))
-
-
-def of_7b() -> str:
-    """How many times as fast as llama.cpp alone where 75% exit, in the format it is fastest in."""
-    entries = by(record("runtimes-shapes")["entries"], *WAY)
-    alone = {f: e["tokens_per_second"] for (r, f, _), e in entries.items() if r == "llama.cpp"}
-    return f"{entries[OURS, max(alone, key=alone.__getitem__), '75% exit']['over_llama_cpp']:.1f}"
 
 
 def kquants() -> Table:
@@ -358,9 +341,6 @@ TABLES: dict[str, MakeTable] = {
     },
 }
 FIGURES: dict[str, Make] = {
-    "runtimes-guaranteed": guaranteed("over_llama_cpp"),
-    "runtimes-guaranteed-exits": guaranteed("over_full"),
-    "runtimes-7b": of_7b,
     "runtimes-q4_k": kquant_gain,
     "runtimes-photo-lossless": photo_edge_lossless,
 }

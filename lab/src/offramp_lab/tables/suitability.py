@@ -4,7 +4,7 @@ from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, record, tiny, with_range
+from offramp_lab.tables.markdown import MakeTable, record, tiny, with_range
 
 MODELS = {"opt": tiny("opt"), "t5": tiny("t5"), "photo": "photo model"}
 LEVEL = "0.95"
@@ -36,12 +36,4 @@ def beside() -> Table:
     return Table(("foretold / trained", "agrees", *levels, "speed at 95%"), rows)
 
 
-def _cpu(kind: str) -> str:
-    return f"{record('suitability')[kind]['seconds']['cpu']:.0f}"
-
-
 TABLES: dict[str, MakeTable] = {"suitability": beside}
-FIGURES: dict[str, Make] = {
-    f"suitability-cpu-{kind}": lambda kind=kind: _cpu(kind)  # type: ignore[misc]
-    for kind in MODELS
-}

@@ -131,12 +131,6 @@ def broken() -> Table:
     return Table(("population", "true risk", "before", "now"), [*alike, *more, *at])
 
 
-def _power() -> Value:
-    """Of a target of 1%."""
-    row: Value = record("simulated")["needed"][0]
-    return row
-
-
 def alike() -> Table:
     """As how many images those that look alike count."""
     return Table.of(
@@ -258,9 +252,6 @@ TABLES: dict[str, MakeTable] = {
     "recipe": recipe,
 }
 FIGURES: dict[str, Make] = {
-    "power-measured-half": lambda: f"{_power()['passes_at_measured_half']:.0%}",
-    "power-four-of-five": lambda: f"{_power()['four_of_five']:,}",
-    "power-declared": lambda: f"{_power()['declared']:,}",
     "guarantee-violations": lambda: str(_worst()["violations"]),
     "guarantee-settings": lambda: str(len(_splits())),
     "guarantee-expected": _expected,

@@ -50,33 +50,16 @@ def _of(part: str, engine: str) -> Mapping[str, Any]:
     return by(record("vision")[part]["engines"], "engine")[engine]
 
 
-def _milliseconds(part: str, engine: str, places: int = 0) -> str:
-    return f"{_of(part, engine)['cpu_milliseconds']:.{places}f}"
-
-
 def _saved() -> str:
     own, last = (_of("own", name)["cpu_milliseconds"] for name in ("torch", "oneDNN linears"))
     return f"{own - last:.0f}"
 
 
-def _took(part: str, way: str, places: int) -> str:
-    found = record("vision")[part]["cpu_milliseconds"]
-    return f"{found[way]:.{places}f}"
-
-
 FIGURES: dict[str, Make] = {
-    "decode-whole": lambda: _took("decoding", "whole", 0),
-    "decode-shrunk": lambda: _took("decoding", "shrunk", 0),
-    "tower-torch": lambda: _milliseconds("towers", "torch", 1),
-    "tower-onnxruntime": lambda: _milliseconds("towers", "onnxruntime", 1),
-    "vit-torch": lambda: _milliseconds("vit", "torch"),
-    "vit-alone": lambda: _milliseconds("vit", "mtmd q8_0"),
-    "vit-ours": lambda: _milliseconds("vit", "mtmd q8_0, our products"),
+    "vit-alone": lambda: f"{_of('vit', 'mtmd q8_0')['cpu_milliseconds']:.0f}",
+    "vit-ours": lambda: f"{_of('vit', 'mtmd q8_0, our products')['cpu_milliseconds']:.0f}",
     "vit-packed": lambda: f"{_of('vit', 'mtmd q8_0, our products')['packed_bytes'] / 1e6:.0f}",
-    "vit-tokens": lambda: str(_of("vit", "torch")["tokens"]),
     "own-saved": _saved,
-    "prompt-whole": lambda: _took("prompts", "whole", 1),
-    "prompt-kept": lambda: _took("prompts", "kept", 1),
 }
 TABLES: dict[str, MakeTable] = {
     "vision-engines": engines,

@@ -104,5 +104,4 @@ TABLES: dict[str, MakeTable] = {
 FIGURES: dict[str, Make] = {
     "visual-tokens-within": _within,
     "visual-tokens-waits": partial(_times, "llava-1b", "whole", depth=2, deep="none"),
-    "visual-tokens-kept": partial(_times, "llava-1b", "whole", depth=2, deep="first", keep=0.25),
 }
