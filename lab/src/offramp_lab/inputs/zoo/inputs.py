@@ -37,17 +37,17 @@ def _square(model: Any, size: int | None = None) -> Callable[..., Tensor]:
     return lambda *lead: torch.randn(*lead, 3, size, size)
 
 
-def _patches(model: Any, rows: int, times: int | None = None) -> dict[str, Tensor]:
+def _pixels(rows: int, *shape: int, **each: Sequence[int]) -> dict[str, Tensor]:
+    """Pixels of a shape, and what is said of each image by name, of all alike."""
+    told = {name: torch.tensor([values] * rows) for name, values in each.items()}
+    return {"pixel_values": torch.randn(*shape), **told}
+
+
+def _patches(model: Any, rows: int) -> dict[str, Tensor]:
     """A grid of 4 by 4 patches an image, flattened."""
-    config, patch = _sight(model), _patch(model)
-    if times is None:
-        times = getattr(config, "temporal_patch_size", None) or getattr(
-            config, "patch_temporal", None
-        )
-    return {
-        "pixel_values": torch.randn(rows * 16, (times or 1) * 3 * patch * patch),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
-    }
+    config = _sight(model)
+    times = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", None)
+    return _pixels(rows, rows * 16, (times or 1) * 3 * _patch(model) ** 2, image_grid_thw=(1, 4, 4))
 
 
 def _features(model: Any) -> Callable[..., Any]:
@@ -140,8 +140,7 @@ def _crops(model: Any, rows: int) -> dict[str, Tensor]:
 
 def _tiles(model: Any, rows: int) -> dict[str, Tensor]:
     pixels = _square(model)(rows, 1)
-    mask = torch.ones(rows, 1, *pixels.shape[-2:], dtype=torch.bool)
-    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0]).bool()}
 
 
 def _docling(model: Any, rows: int) -> dict[str, Tensor]:
@@ -151,21 +150,13 @@ def _docling(model: Any, rows: int) -> dict[str, Tensor]:
 
 def _cpm(model: Any, rows: int) -> dict[str, Tensor]:
     """MiniCPM lays the patches of all images in one long strip."""
-    patch, sizes = _patch(model), torch.tensor([[4, 4]] * rows)
-    return {"pixel_values": torch.randn(1, 3, patch, 16 * patch * rows), "target_sizes": sizes}
-
-
-def _nemotron(model: Any, rows: int) -> dict[str, Tensor]:
-    pixels = torch.randn(16 * rows, 3 * _patch(model) ** 2)
-    return {"pixel_values": pixels, "image_grid_hw": torch.tensor([[4, 4]] * rows)}
+    patch = _patch(model)
+    return _pixels(rows, 1, 3, patch, 16 * patch * rows, target_sizes=(4, 4))
 
 
 def _siglip2(model: Any, rows: int) -> dict[str, Tensor]:
-    return {
-        "pixel_values": torch.randn(rows, 16, 3 * _patch(model) ** 2),
-        "spatial_shapes": torch.tensor([[4, 4]] * rows),
-        "pixel_attention_mask": torch.ones(rows, 16, dtype=torch.long),
-    }
+    told = {"spatial_shapes": (4, 4), "pixel_attention_mask": (1,) * 16}
+    return _pixels(rows, rows, 16, 3 * _patch(model) ** 2, **told)
 
 
 def _video_llama(model: Any, rows: int) -> dict[str, Tensor]:
@@ -173,31 +164,27 @@ def _video_llama(model: Any, rows: int) -> dict[str, Tensor]:
 
 
 def _paddle(model: Any, rows: int) -> dict[str, Tensor]:
-    patch, grids = _patch(model), torch.tensor([[1, 4, 4]] * rows)
-    return {"pixel_values": torch.randn(16 * rows, 3, patch, patch), "image_grid_thw": grids}
+    patch = _patch(model)
+    return _pixels(rows, 16 * rows, 3, patch, patch, image_grid_thw=(1, 4, 4))
 
 
 def _inkling(model: Any, rows: int) -> dict[str, Tensor]:
     config = _sight(model)
     size = config.patch_size
-    return {"pixel_values": torch.randn(rows, config.temporal_patch_size, size, size, 3)}
+    return _pixels(rows, rows, config.temporal_patch_size, size, size, 3)
 
 
 def _inkling2(model: Any, rows: int) -> dict[str, Tensor]:
     side = model.config.vision_config.spatial_merge_size * _patch(model)
-    grids = torch.tensor([[1, 2, 2]] * rows)
-    return {"pixel_values": torch.randn(4 * rows, side, side, 3), "image_grid_thw": grids}
+    return _pixels(rows, 4 * rows, side, side, 3, image_grid_thw=(1, 2, 2))
 
 
 def _molmo(model: Any, rows: int) -> dict[str, Tensor]:
     places = model.config.vision_config.num_position_embeddings
     pooling = (torch.arange(4) + places * torch.arange(rows)[:, None]).reshape(-1, 1)
-    return {
-        "pixel_values": torch.randn(rows, places, 3 * _patch(model) ** 2),
-        "image_token_pooling": pooling,
-        "image_grids": torch.tensor([[2, 2, 0, 0]] * rows),
-        "image_num_crops": torch.tensor([1] * rows),
-    }
+    pixels = _pixels(rows, rows, places, 3 * _patch(model) ** 2, image_grids=(2, 2, 0, 0))
+    crops = torch.tensor([1] * rows)
+    return {**pixels, "image_token_pooling": pooling, "image_num_crops": crops}
 
 
 def _gemma4(model: Any, rows: int) -> dict[str, Tensor]:
@@ -210,18 +197,6 @@ def _gemma4(model: Any, rows: int) -> dict[str, Tensor]:
 
 def _local(model: Any, rows: int) -> dict[str, Tensor]:
     return {"pixel_values": _square(model)(rows)}
-
-
-def _perception(model: Any, rows: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 1, 3, 28, 28)}
-
-
-def _fuyu(model: Any, rows: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 4, 3 * model.config.patch_size**2)}
-
-
-def _gemma3n(model: Any, rows: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 3, 64, 64)}
 
 
 def _hybrid(model: Any, rows: int) -> dict[str, Tensor]:
@@ -338,10 +313,10 @@ IMAGES: dict[str, Make] = {
     "deepseek_vl_hybrid": _shown(_hybrid),
     "diffusion_gemma": _text_alone,
     "emu3": _shown(_sized),
-    "fuyu": _shown(_fuyu, taken=4),
+    "fuyu": _shown(lambda model, n: _pixels(n, n, 4, 3 * model.config.patch_size**2), taken=4),
     "gemma4": _shown(_gemma4),
     "gemma4_unified": _shown(_gemma4),
-    "gemma3n": _shown(_gemma3n, taken=4),
+    "gemma3n": _shown(lambda _, n: _pixels(n, n, 3, 64, 64), taken=4),
     "git": _blank,
     "granite4_vision": _shown(_crops),
     "granite_docling": _shown(_docling),
@@ -370,9 +345,11 @@ IMAGES: dict[str, Make] = {
     "mistral4": _text_alone,
     "mllama": _mllama,
     "molmo2": _shown(_molmo, taken=4),
-    "nemotron_h_omni": _shown(_nemotron),
+    "nemotron_h_omni": _shown(
+        lambda model, n: _pixels(n, 16 * n, 3 * _patch(model) ** 2, image_grid_hw=(4, 4))
+    ),
     "paddleocr_vl": _shown(_paddle),
-    "perception_lm": _shown(_perception),
+    "perception_lm": _shown(lambda _, n: _pixels(n, n, 1, 3, 28, 28)),
     "pix2struct": _flattened,
     "pp_formulanet": _pixels_alone,
     "kimi_k25": _shown(_paddle),
