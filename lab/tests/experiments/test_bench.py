@@ -234,7 +234,7 @@ def test_the_command_prints_a_table_and_writes_a_record(
 
 def test_a_shapes_weights_are_laid_out_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "LEAST", 0)
-    for asked in ((), ("--prepack",)):
+    for asked in ((), ("--engine", "packed")):
         words = ["bench", "--shape", "mini-opt", "--dtype", "float32", *asked]
         backbone, _, _ = _subject(parser_of("bench").parse_args(words))
         kinds = {type(part) for part in backbone.layers.modules()}

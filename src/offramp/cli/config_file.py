@@ -192,8 +192,11 @@ def _as_words(flag: str, value: Any, action: argparse.Action, path: str) -> tupl
             return flag.replace("--", "--no-", 1), []
         return (flag, []) if truth else ("", [])
     if isinstance(value, dict):
-        pairs = (f"{n}={_word(v, name, action, path)}" for n, v in value.items())
-        return flag, [",".join(pairs)]
+        told = {
+            n: str(v).lower() if v.truth is not None else _word(v, name, action, path)
+            for n, v in value.items()
+        }
+        return flag, [",".join(f"{n}={word}" for n, word in told.items())]
     if isinstance(value, list):
         words = [_word(item, name, action, path) for item in value]
         return flag, words if action.nargs is not None else [",".join(words)]

@@ -167,10 +167,11 @@ def settings_option(
     def parse(text: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for part in text.split(","):
-            name, named, value = part.partition("=")
-            if not named and first:
-                name, named, value = first, "=", part
-            if not named or name not in known:
+            name, given, value = part.partition("=")
+            if not given and first:
+                name, given, value = first, "=", part
+            name = name.replace("-", "_")
+            if not given or name not in known:
                 raise argparse.ArgumentTypeError(
                     f"{part[:60]!r} is not of the form NAME=VALUE, with a name of {one_of(known)}"
                 )

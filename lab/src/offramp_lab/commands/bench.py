@@ -266,7 +266,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         backbone = known.build(dtype)
         if quantize is not None:
             quantize_layers(backbone.layers, quantize)
-        backbone = backbone.with_decoding(compiled=arguments.compile)
+        backbone = backbone.with_decoding(compiled=arguments.engine == "compiled")
         backbone.model.to(device)
         rows = known.inputs(backbone, arguments.batch)
         return laid_out(arguments, backbone), {n: v.to(device) for n, v in rows.items()}, None

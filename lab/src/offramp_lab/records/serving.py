@@ -14,6 +14,8 @@ its place. --requests: for each number of clients and mode. --rounds: of all.
 
 import argparse
 import asyncio
+import base64
+import io
 import itertools
 import json
 import os
@@ -29,6 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from PIL import Image
 
 from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
@@ -170,20 +173,19 @@ class Server:
         self.process.wait()
 
 
+def image_part(image: Image.Image, kind: str = "PNG") -> dict[str, Any]:
+    """Of a message: the image itself, written as `kind`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """As streamed chats with their images."""
-    from base64 import b64encode
-    from io import BytesIO
-
     bodies = []
     for example in examples:
-        buffer = BytesIO()
-        example.open_image().save(buffer, "PNG")
-        url = "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": example.prompt},
-        ]
+        content = [image_part(example.open_image()), {"type": "text", "text": example.prompt}]
         bodies.append(
             {
                 "messages": [{"role": "user", "content": content}], "temperature": 0,

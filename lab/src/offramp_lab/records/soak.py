@@ -11,8 +11,6 @@ are those of the same requests asked one by one afterwards. `make soak` takes a 
 """
 
 import asyncio
-import base64
-import io
 import os
 import random
 import time
@@ -26,7 +24,7 @@ from PIL import Image
 from offramp.data.scenes.tasks import captions
 from offramp.engine.policy import MODES
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.serving import Server
+from offramp_lab.records.serving import Server, image_part
 
 RECORD = Record("soak")
 SIDES = (1, 2, 17, 72, 300, 1000, 2000)
@@ -54,13 +52,8 @@ def bodies() -> list[dict[str, Any]]:
     for number, example in enumerate(captions("test", 28).examples):
         side = SIDES[number % len(SIDES)]
         image = example.open_image().resize((side, side), Image.Resampling.BILINEAR)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG" if number % 2 else "PNG")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content = [
-            {"type": "text", "text": "Caption:"},
-            {"type": "image_url", "image_url": {"url": url}},
-        ]
+        kind = "JPEG" if number % 2 else "PNG"
+        content = [{"type": "text", "text": "Caption:"}, image_part(image, kind)]
         mode = draw.choice(MODES)
         rows.append(
             {

@@ -156,14 +156,15 @@ def _decoding(core: EngineCore) -> float:
 
 def static_batch(
     backbone: Backbone, inputs: Inputs, slots: int, tokens: int, clock: Clock = time.perf_counter
-) -> float:
-    """Decoded tokens a second of Hugging Face's `generate` on `slots` equal prompts."""
+) -> tuple[float, float]:
+    """Seconds of Hugging Face's `generate` on `slots` equal prompts: of these, and of a token of
+    each."""
     rows = {name: torch.cat([value] * slots) for name, value in inputs.items()}
-    watch = FirstToken(clock)
+    begin, watch = clock(), FirstToken(clock)
     options = {**OPTIONS, "max_new_tokens": tokens}
     backbone.model.generate(**rows, stopping_criteria=StoppingCriteriaList([watch]), **options)
     assert watch.seconds is not None
-    return slots * (tokens - 1) / (clock() - watch.seconds)
+    return watch.seconds - begin, (clock() - watch.seconds) / (tokens - 1)
 
 
 def costs_of(
@@ -172,17 +173,19 @@ def costs_of(
     inputs: Inputs,
     config: EngineConfig,
     *,
-    answer: int,
+    answer: int = 0,
     shortlist: bool = False,
+    repeats: int = REPEATS,
+    most: int | None = None,
     clock: Clock = time.perf_counter,
 ) -> CallCosts:
-    """Measured call costs of an engine of that kind, behind `answer` tokens of an answer."""
+    """Measured call costs of an engine of that kind; the arguments are `measure_calls`'s."""
     core = EngineCore(backbone, exits, _policy(exits, shortlist), config)
     reader = PromptReader(backbone, exits, core.depths)
-    most = max(8, min(64, 8 * config.slots))
+    most = most or max(8, min(64, 8 * config.slots))
     return measure_calls(
         core.decoder, reader, inputs, config.slots,
-        repeats=REPEATS, most=most, answer=answer, clock=clock,
+        repeats=repeats, most=most, answer=answer, clock=clock,
     )  # fmt: skip
 
 
@@ -254,7 +257,7 @@ def bench_engine(
         )  # fmt: skip
 
     def batch(_: int, model: Backbone) -> float:
-        return static_batch(model, inputs, config.slots, lengths[1], clock)
+        return config.slots / static_batch(model, inputs, config.slots, lengths[1], clock)[1]
 
     methods: dict[Any, Callable[[int], Any]] = {
         name: partial(batch, model=model) for name, model in batches.items()

@@ -24,19 +24,17 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check import prove
 from offramp.evaluation.scripted_exits import OPTIONS
-from offramp.evaluation.timing import FirstToken
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp_lab.experiments.benchmark.engine_bench import costs_of, static_batch
 from offramp_lab.experiments.benchmark.simulator import quantiles
-from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, seconds
 from offramp_lab.experiments.experiment import Experiment, machine
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.engine import add_to_record
@@ -211,8 +209,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     work, backbone = arguments.clock, known.build(getattr(torch, arguments.dtype))
     inputs = known.inputs(backbone)
     config = EngineConfig(slots=slots, limit=inputs["input_ids"].shape[1] + lengths[1] + 1)
-    costs = _engine_costs(backbone, inputs, config, work)
-    prompts, step = _static_costs(backbone, inputs, slots, work)
+    prove(backbone, inputs)  # else the first prompt would find the executor
+    exits = ExitSet(Exits(backbone, (1,), kind="lens"))  # of which there must be some
+    costs = costs_of(backbone, exits, inputs, config, repeats=3, most=1, clock=work)
+    for _ in range(2):  # the first one warms up
+        prompts, step = static_batch(backbone, inputs, slots, 20, work)
     rate = (
         arguments.load * slots / (mean(lengths) * seconds(costs.full, slots) + slots * costs.read)
     )
@@ -244,31 +245,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: _summary(outcomes) for name, outcomes in runs.items()},
         **machine(),
     }  # fmt: skip
-
-
-def _engine_costs(
-    backbone: Backbone, inputs: Inputs, config: EngineConfig, work: Callable[[], float]
-) -> CallCosts:
-    """Of a prompt and of full steps; exits there must be to measure any."""
-    prove(backbone, inputs)  # else the first prompt would find the executor
-    exits = ExitSet(Exits(backbone, (1,), kind="lens"))
-    core = EngineCore(backbone, exits, ExitPolicy({1: 0.5}), config)
-    reader = PromptReader(backbone, exits, core.depths)
-    return measure_calls(core.decoder, reader, inputs, config.slots, repeats=3, most=1, clock=work)
-
-
-def _static_costs(
-    backbone: Backbone, inputs: Inputs, slots: int, work: Callable[[], float], tokens: int = 20
-) -> tuple[float, float]:
-    """Seconds of a batch of prompts, and of a step of it."""
-    rows = {name: torch.cat([value] * slots) for name, value in inputs.items()}
-    for _ in range(2):  # the first one warms up
-        begin, watch = work(), FirstToken(work)
-        options = {**OPTIONS, "max_new_tokens": tokens}
-        backbone.model.generate(**rows, stopping_criteria=StoppingCriteriaList([watch]), **options)
-        assert watch.seconds is not None
-        prompts, steps = watch.seconds - begin, work() - watch.seconds
-    return prompts, steps / (tokens - 1)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
