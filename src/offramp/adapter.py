@@ -13,7 +13,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp.certificate import Certificate
-from offramp.engine.decoding.pace import DraftPace
+from offramp.engine.decoding.pace import DraftPace, clock_on
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
@@ -90,11 +90,12 @@ class Adapter:
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
-    _pace: DraftPace = field(default_factory=DraftPace, init=False, compare=False)
+    _pace: DraftPace = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
+        self._pace = DraftPace(clock_on(self.backbone.device.type))
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))

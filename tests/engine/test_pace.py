@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from families import one_row
 
 from offramp.engine.decoding import pace as pace_module
-from offramp.engine.decoding.pace import DraftPace, Pace
+from offramp.engine.decoding.pace import DraftPace, Pace, clock_on
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
@@ -175,7 +176,7 @@ class Answers:
 @pytest.mark.parametrize("round", [1.1, 1.8])
 def test_answers_of_one_word_are_soon_written_at_full_depth(round):
     answers = Answers(round, kept=4)
-    answers.run(17, length=2)  # of which one was a trial
+    answers.run(19, length=2)  # of which three were trials
     assert answers.run(100, length=2) == pytest.approx(1.0)
     assert answers.run(4000, length=2) > 0.98
 
@@ -244,3 +245,9 @@ def test_answers_are_the_same_while_drafts_come_and_go(kind, backbone, batch):
         assert torch.equal(made.sequences, full.sequences) and made.rounds
         undrafted += made.undrafted
     assert undrafted > 0
+
+
+def test_single_answers_are_timed_by_the_thread_where_the_processor_computes():
+    """Whatever else a machine does: on a busy one drafts that paid were left out."""
+    assert clock_on("cpu") is time.thread_time and clock_on("cuda") is time.perf_counter
+    assert DraftPace().clock is time.thread_time

@@ -27,6 +27,8 @@ ENOUGH = 48
 """Tokens that exits must have settled before they are judged."""
 FEW = 16
 """The same of drafts in single answers."""
+TRIES = 3
+"""Turns at full depth that drafts of single answers are judged by, at least."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
@@ -146,11 +148,12 @@ class DraftPace:
     """Judges the drafts of single lossless answers, for their first turn and for later ones.
 
     A turn is from where nothing is in question to where nothing is again: a round of drafts and the
-    call that verifies them, or a token at full depth. clock: returns seconds.
+    call that verifies them, or a token at full depth. clock: returns seconds; where the processor
+    computes, better the thread's own, which a busy machine leaves as they are (`clock_on`).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock or clock_on("cpu")
         self._drafts = {first: Judged(FEW, Rate(3 * FEW)) for first in (True, False)}
         self._full = Rate(3 * FEW)
         self._turns = 0  # drafted ones
@@ -159,8 +162,11 @@ class DraftPace:
 
     def drafts(self, *, first: bool) -> bool:
         """Whether a turn should be drafted. first: of its answer."""
-        trial = self._turns >= WARM and _due(self._full, 1, self._tried, self._total)
-        return self._drafts[first].pays and not trial
+        if not self._drafts[first].pays:
+            return False
+        if self._full.tokens < TRIES:
+            return self._turns < WARM
+        return not _due(self._full, 1, self._tried, self._total)
 
     def note(self, tokens: int, took: float, *, first: bool, drafted: bool) -> None:
         """A turn settled so many tokens in `took` seconds."""
@@ -176,7 +182,8 @@ class DraftPace:
             else:
                 own.left_out()
                 return
-        own.judge(self._full)
+        if self._full.tokens >= TRIES:
+            own.judge(self._full)
         if not own.pays and first not in self._warned:
             self._warned.add(first)
             log.warning(
@@ -185,6 +192,12 @@ class DraftPace:
                 "behind the first token of an answer" if first else "within answers",
                 own.seen.speed, self._full.speed,
             )  # fmt: skip
+
+
+def clock_on(device: str) -> Callable[[], float]:
+    """Seconds of what a kind of device computes for the thread that asks."""
+    fine = time.get_clock_info("thread_time").resolution < 1e-4
+    return time.thread_time if device == "cpu" and fine else time.perf_counter
 
 
 def _due(full: Rate, rows: float, tried: float, total: float) -> bool:
