@@ -79,6 +79,7 @@ class Adapter:
     seen: see `offramp.data.decontamination`; empty where it is not known.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
     certificate: what `offramp verify` found of its exits; None: nothing yet.
+    pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     backbone: Backbone
@@ -90,12 +91,12 @@ class Adapter:
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
-    _pace: DraftPace = field(init=False, compare=False)
+    pace: DraftPace | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
-        self._pace = DraftPace(clock_on(self.backbone.device.type))
+        self.pace = DraftPace(clock_on(self.backbone.device.type))
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
@@ -195,8 +196,8 @@ class Adapter:
         chosen = self.chosen_policy(mode, policy, exit_policy)
         read = CallArguments.of(self.backbone.model, inputs, options)
         made = generate(
-            self.backbone, read.inputs, exits=self.exits, policy=chosen,
-            **{"pace": self._pace, **read.options},
+            self.backbone, read.inputs, exits=self.exits, policy=chosen, pace=self.pace,
+            **read.options,
         )  # fmt: skip
         return made if read.returns_dict else made.sequences.clone()
 
@@ -229,7 +230,7 @@ class Adapter:
             exits=self.exits,
             policy=self.chosen_policy(mode, policy, exit_policy),
             prefix_cache=prefix_cache,
-            pace=self._pace,
+            pace=self.pace,
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()

@@ -24,6 +24,7 @@ from offramp.certificate import PathResult, Run, Settings, finite
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes import language, world
 from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.pace import drafting
 from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
@@ -160,6 +161,10 @@ class Verification:
 
     def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
         """What each path came to. told: is called with how many answers more there are."""
+        with drafting(*(model for model in (self.adapter, self.runtime) if model is not None)):
+            return self._run(told)
+
+    def _run(self, told: Callable[[int], object]) -> list[PathResult]:
         self._told = told
         self._inputs = [self.encoder.prompts([example]) for example in self.examples]
         noted = self._notes()

@@ -1,5 +1,5 @@
-"""Visual tokens that stay behind at an exit: answers are those of a model in which they are hidden
-from the layers above, whatever exits, waits or shares a batch with them."""
+"""Visual tokens that stay behind, at an exit or before the decoder: answers are those of a model in
+which they are hidden from the layers above, whatever exits, waits or shares a batch with them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from offramp.adapter import Adapter
 from offramp.calibration.replay import can_replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import (
+    RANKINGS,
     ExitPolicy,
     Pruning,
     check_all_go_on,
@@ -26,7 +27,7 @@ from offramp.engine.policy import (
     policy_to_json,
 )
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.pruning import Pruner
+from offramp.engine.pruning import CHOOSERS, Pruner
 from offramp.errors import InputError
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.models.backbone import Backbone
@@ -38,7 +39,10 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp.verification import Verification
 
-FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "internvl", "blip2-opt", "instructblip-llama"]
+FAMILIES = [
+    "llava", "llava-next", "idefics3", "smolvlm", "qwen2-vl", "qwen2.5-vl", "internvl", "blip2-opt",
+    "instructblip-llama",
+]  # fmt: skip
 
 
 class Hidden(Probe):
@@ -52,7 +56,8 @@ class Hidden(Probe):
         self._mask, self._depth = (seen | torch.eye(length).bool())[:, None], depth
 
     def layer(self, call: LayerCall) -> Any:
-        if call.index == self._depth and self.exits is not None:  # it has read all of them
+        at_exit = self.exits is not None and call.index in self.exits.depths
+        if call.index == self._depth and at_exit:  # it has read all of them
             self.estimates[call.index] = state = self.exits.run(call.index, call)
             exits, self.exits = self.exits, None
             try:
@@ -82,13 +87,18 @@ def kept(monkeypatch):
 
 
 def hidden_logits(
-    whole: Backbone, exits: Exits, inputs: dict[str, Tensor], sequences: Tensor, on: Tensor
+    whole: Backbone,
+    exits: Exits,
+    inputs: dict[str, Tensor],
+    sequences: Tensor,
+    on: Tensor,
+    depth: int,
 ) -> dict[int, Tensor]:
     given = _continued(whole, dict(inputs), sequences)
     new = sequences.shape[1] - on.shape[1]
     behind = torch.cat([~on, torch.zeros(len(on), new, dtype=torch.bool)], 1)
     real = given["attention_mask"].bool()
-    seen = Hidden(whole, exits, depth=exits.depths[0], behind=behind & real, real=real)
+    seen = Hidden(whole, exits, depth=depth, behind=behind & real, real=real)
     model = InterceptedModel(whole, seen).model
     if "image_grid_thw" not in given:
         given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -117,7 +127,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("case", POLICIES)
-@pytest.mark.parametrize("ranking", ["attention", "random"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 def test_what_stays_behind_is_hidden_from_the_layers_above(
     name, case, ranking, backbone, exits, batch, scored, kept
 ):
@@ -136,11 +146,44 @@ def test_what_stays_behind_is_hidden_from_the_layers_above(
         images = (inputs["input_ids"] == IMAGE).sum(1)
         left = (inputs["attention_mask"].bool() & ~on).sum(1)
         assert torch.equal(left, images - (images / 2).round().long())
-        true = hidden_logits(whole, parts, inputs, made.sequences, on)
+        true = hidden_logits(whole, parts, inputs, made.sequences, on, policy.pruning.depth)
         for depth in set(made.depths.flatten().tolist()):
             theirs = of_steps(true[depth], NEW)
             off = (logits - theirs)[..., FIRST_WORD:][made.depths == depth]
             assert (off.abs().max() / theirs.abs().max()).item() <= EXACT, (rows, depth)
+
+
+def test_before_the_decoder_no_layer_runs_over_what_stays(backbone, exits, batch):
+    whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
+    prompt = inputs["input_ids"].shape[1]
+    for threshold, deep in ((1.0, prompt + NEW - 1), (0.0, 2)):
+        policy = ExitPolicy({2: threshold}, visual_keep=0.5, visual_ranking="divprune")
+        _, counts = tokens_by_layer(
+            whole,
+            lambda policy=policy: generate(
+                whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW
+            ),
+        )
+        assert counts[:2] == [prompt + NEW - 1 - 2] * 2
+        assert counts[2:] == [deep - 2] * (whole.depth - 2)
+
+
+def test_those_go_on_that_are_least_alike():
+    """Against a slow loop: always the one whose nearest of those taken is farthest."""
+    states = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+    unit = (states / states.norm(dim=-1, keepdim=True)).tolist()
+
+    def far(a: int, b: int) -> float:
+        return 1 - sum(x * y for x, y in zip(unit[a], unit[b], strict=True))
+
+    taken = [max(range(24), key=lambda a: min(far(a, b) for b in range(24) if b != a))]
+    while len(taken) < 24:
+        left = [a for a in range(24) if a not in taken]
+        taken.append(max(left, key=lambda a: min(far(a, b) for b in taken)))
+    for count in (1, 2, 12, 24):
+        assert CHOOSERS["divprune"](states, count).tolist() == taken[:count]
+    twins = torch.cat([states[:3], states[:3]])
+    assert {i % 3 for i in CHOOSERS["divprune"](twins, 3).tolist()} == {0, 1, 2}
 
 
 def test_the_layers_above_run_over_what_goes_on_and_no_more(backbone, exits, batch):
@@ -205,7 +248,9 @@ def test_those_go_on_that_the_last_token_attends_to_most(backbone, exits, batch,
 
 def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, exits, batch):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 4)
-    policy = ExitPolicy({2: 0.02}, lossless=True, visual_keep=0.25)
+    policy = ExitPolicy(
+        {2: 0.02}, lossless=True, visual_keep=0.25, visual_ranking="divprune"
+    )
     made = generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
     assert torch.equal(made.sequences, greedy(whole.model, inputs))
     assert policy.in_mode("lossless").pruning is policy.in_mode("full").pruning is None
@@ -213,12 +258,15 @@ def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, ex
 
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 @pytest.mark.parametrize("config", [{}, {"budget": 3}, {"guess_above": 0.01}], ids=str)
+@pytest.mark.parametrize("ranking", ["attention", "divprune"])
 def test_a_row_beside_others_keeps_and_says_what_it_does_alone(
-    name, config, backbone, exits, batch
+    ranking, name, config, backbone, exits, batch
 ):
     """Of which some leave visual tokens behind, some do not, and places change hands."""
     whole, parts, rows = backbone(name), exits(name), batch(name, 4)
-    policy = ExitPolicy({2: 0.02, 4: 0.03}, first={2: 0.05, 4: 0.04}, visual_keep=0.5)
+    policy = ExitPolicy(
+        {2: 0.02, 4: 0.03}, first={2: 0.05, 4: 0.04}, visual_keep=0.5, visual_ranking=ranking
+    )
     core = EngineCore(whole, parts, policy, EngineConfig(slots=3, limit=64, **config))
     wanted = []
     for turn in range(9):
@@ -233,10 +281,14 @@ def test_a_row_beside_others_keeps_and_says_what_it_does_alone(
         assert torch.equal(got.depths, alone.depths)
 
 
-def test_a_prompt_that_leaves_tokens_behind_takes_no_keys_and_gives_none(backbone, exits, batch):
+@pytest.mark.parametrize("ranking", ["attention", "divprune"])
+def test_a_prompt_that_leaves_tokens_behind_takes_no_keys_and_gives_none(
+    ranking, backbone, exits, batch
+):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
     cache = PrefixCache()
-    pruned, plain = ExitPolicy({2: 0.02}, visual_keep=0.25), ExitPolicy({2: 0.02})
+    plain = ExitPolicy({2: 0.02})
+    pruned = replace(plain, visual_keep=0.25, visual_ranking=ranking)
     for policy in (plain, pruned, plain, pruned):
         ours, alone = (
             generate(whole, inputs, exits=parts, policy=policy, prefix_cache=kept, max_new_tokens=9)
@@ -273,16 +325,28 @@ def test_layers_that_attend_by_distance_leave_nothing_behind(what, backbone, exi
         Pruner(whole, ExitSet.of(exits("llava")), Pruning(2, 0.5, "attention"))
 
 
+def test_a_decoder_that_is_given_more_than_states_leaves_nothing_behind(backbone, exits):
+    whole = backbone("llava")
+    ids, embeds = torch.tensor([[IMAGE, 3]]), torch.randn(1, 2, whole.width)
+    pruner = Pruner(whole, ExitSet.of(exits("llava")), Pruning(0, 0.5, "divprune"))
+    for more in ({"attention_mask": torch.zeros(1, 1, 2, 2)}, {"deep_features": embeds}):
+        with pytest.raises(InputError, match="given more than their states"):
+            pruner.shorter(ids, {"inputs_embeds": embeds, **more})
+
+
 def test_an_exit_that_attends_to_nothing_cannot_say_what_stays(backbone, batch):
     whole = backbone("llava")
     lens = Exits(whole, (2,), kind="lens")
     with pytest.raises(InputError, match="attends to nothing"):
         generate(whole, batch("llava", 1), exits=lens, policy=ExitPolicy({2: 0.1}, visual_keep=0.5))
+    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking="divprune")
+    generate(whole, batch("llava", 1), exits=lens, policy=policy, max_new_tokens=3)
 
 
-def test_what_cannot_leave_tokens_behind_refuses_to(backbone, exits, batch):
+@pytest.mark.parametrize("ranking", ["attention", "divprune"])
+def test_what_cannot_leave_tokens_behind_refuses_to(ranking, backbone, exits, batch):
     whole, parts = backbone("llava"), exits("llava")
-    policy = ExitPolicy({2: 0.1}, visual_keep=0.5)
+    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking=ranking)
     stack = copy.copy(whole)
     stack.engine = "stack"
     with pytest.raises(InputError, match="cannot leave any behind"):

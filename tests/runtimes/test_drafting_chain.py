@@ -116,10 +116,11 @@ def test_drafts_are_pytorchs(
         turns = Random(3)
         monkeypatch.setattr(pace, "drafts", lambda *, first, turns=turns: turns.random() < 0.5)
     monkeypatch.setattr(runtime, "pace", paces[0])
+    monkeypatch.setattr(runtime.adapter, "pace", paces[1])
     for seed in range(3):
         inputs = inputs_of(name, seed)
         ours = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
-        theirs = runtime.adapter.generate(inputs, pace=paces[1], **GREEDY)
+        theirs = runtime.adapter.generate(inputs, **GREEDY)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert ours.undrafted == theirs.undrafted and ours.rounds == theirs.rounds
         assert bool(ours.undrafted) == paced

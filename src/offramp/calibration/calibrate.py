@@ -193,7 +193,7 @@ def calibrate(
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
             searched, on images that are then not tested on. None: the policy's own.
-        visual_keep: share of a prompt's visual tokens that goes on behind the first exit: one, as
+        visual_keep: share of a prompt's visual tokens that goes on by the policy's ranking: one, as
             chosen before any of these images was looked at; or several, down to the smallest of
             which is searched, on images that are then not tested on. None: the policy's own.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, declared,
@@ -212,7 +212,7 @@ def calibrate(
     """
     asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
     policy = _policy_of(policy, first, adapter, encoder)
-    shares = _shares_of(visual_keep, adapter, runtime)
+    shares = _shares_of(visual_keep, policy.visual_ranking, adapter, runtime)
     if visual_keep is not None:
         policy = replace(policy, visual_keep=1.0 if shares else float(visual_keep[0]))
     if policy.lossless:
@@ -234,6 +234,8 @@ def calibrate(
         settings["first"] = AUTO
     if shares:
         settings["visual_keep"] = list(shares)
+        if policy.visual_ranking != ExitPolicy.visual_ranking:
+            settings["visual_ranking"] = policy.visual_ranking
     if unit == "answer":  # by which bets are scaled
         settings["largest"] = max(len(image.rows) for image in images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
@@ -281,7 +283,7 @@ def _policy_of(
 
 
 def _shares_of(
-    visual_keep: Sequence[float] | None, adapter: Adapter, runtime: Runtime | None
+    visual_keep: Sequence[float] | None, ranking: str, adapter: Adapter, runtime: Runtime | None
 ) -> tuple[float, ...]:
     """The shares of visual tokens that are searched; none where one is given, or none is. Raise
     `InputError` before anything runs where none can stay behind."""
@@ -290,7 +292,8 @@ def _shares_of(
         raise InputError("No share of the visual tokens was given.", "Give some, such as (1, 0.5).")
     for share in shares:
         check_visual_keep(share)
-    asked = ExitPolicy(Thresholds.shared(adapter.exits.depths, 1.0), visual_keep=min(shares or [1]))
+    every = Thresholds.shared(adapter.exits.depths, 1.0)
+    asked = ExitPolicy(every, visual_keep=min(shares or [1]), visual_ranking=ranking)
     if asked.pruning is not None:
         Pruner(adapter.backbone, adapter.exits, asked.pruning)
         if runtime is not None:

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 KV_POLICIES: dict[str, Any] = {"recompute": None}
 """What fills the keys and values of layers that tokens skip, by name: the class of
 `offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
-RANKINGS = ("attention", "random")
-"""What says which visual tokens go on behind an exit: how much the prompt's last token attends to
-each in the exit; or chance, the control that others are held to."""
+RANKINGS = {"attention": False, "random": False, "divprune": True, "random-before": True}
+"""What says which visual tokens go on, and whether it does before the decoder: else behind the
+first exit. How much the prompt's last token attends to each in the exit; how unlike each other they
+are; or chance, there and here the control that others are held to
+(`offramp.engine.pruning.CHOOSERS`)."""
 Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Exits are off; end a token; or only draft it, and the full model verifies."""
@@ -58,11 +60,16 @@ class Thresholds(dict[int, float]):
 
 class Pruning(NamedTuple):
     """Visual tokens stay behind at `depth`: of each prompt's, the share `keep` goes on to the
-    layers above, the first by a ranking of `RANKINGS`."""
+    layers above, the first by a ranking of `RANKINGS`. At depth 0 no layer reads the others."""
 
     depth: int
     keep: float
     ranking: str
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return f"behind depth {self.depth}" if self.depth else "to the decoder"
 
 
 _BY_DEPTH = ("thresholds", "first", "drafts", "guesses", "weights", "gates")
@@ -97,11 +104,11 @@ class ExitPolicy:
         are over these (`offramp.models.shortlist`).
     gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
         that. A depth that is missing has no gate.
-    visual_keep: share of a prompt's visual tokens, above 0 and up to 1, that go on to the layers
-        above the first exit (`offramp.engine.pruning`). Below 1 it changes answers, at full depth
-        too, so thresholds are calibrated with it. Lossless answers are the full model's: there all
-        go on.
-    visual_ranking: of `RANKINGS`: which of them.
+    visual_keep: share of a prompt's visual tokens, above 0 and up to 1, that go on: to the layers
+        above the first exit, or to the decoder at all (`offramp.engine.pruning`). Below 1 it
+        changes answers, at full depth too, so thresholds are calibrated with it. Lossless answers
+        are the full model's: there all go on.
+    visual_ranking: of `RANKINGS`: which of them, and where the others stay.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
@@ -121,7 +128,7 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        check_known("Ranking of visual tokens", [self.visual_ranking], RANKINGS)
+        check_known("Ranking of visual tokens", [self.visual_ranking], [*RANKINGS])
         check_visual_keep(self.visual_keep)
         if self.visual_keep < 1 and self.kv != "recompute":
             raise InputError(
@@ -157,10 +164,11 @@ class ExitPolicy:
 
     @property
     def pruning(self) -> Pruning | None:
-        """What stays behind at the first exit; None: nothing."""
+        """Which visual tokens stay behind, and where; None: none does."""
         if self.lossless or self.visual_keep == 1 or not self.thresholds:
             return None
-        return Pruning(min(self.thresholds), self.visual_keep, self.visual_ranking)
+        depth = 0 if RANKINGS[self.visual_ranking] else min(self.thresholds)
+        return Pruning(depth, self.visual_keep, self.visual_ranking)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -217,7 +225,7 @@ def check_all_go_on(policy: ExitPolicy, who: str) -> None:
     if policy.pruning is not None:
         raise InputError(
             f"{who} runs all visual tokens through all layers, and the policy lets "
-            f"{policy.visual_keep:g} of them go on behind depth {policy.pruning.depth}.",
+            f"{policy.visual_keep:g} of them go on {policy.pruning.where}.",
             "Use a policy with visual_keep=1; others need PyTorch, where layers run in slots.",
         )
 

@@ -1,17 +1,22 @@
-"""Visual tokens that stay behind at an exit: the layers above it run over a part of a prompt alone.
+"""Visual tokens that stay behind: at an exit, or before the decoder.
 
-A prompt of many visual tokens waits at the first exit. The exit has read all of it; what goes on to
-the layers above, once a token needs them, is the text and those visual tokens that the prompt's
-last one attends to most in the exit. They keep their positions, and the layers above have keys and
-values of them alone. So answers are those of a model in which the others are hidden from these
-layers: not the full model's, and thresholds are calibrated with it.
+Behind an exit: a prompt of many visual tokens waits at the first exit, which has read all of it;
+what goes on to the layers above, once a token needs them, is the text and those visual tokens that
+the prompt's last one attends to most in the exit. FastV (Chen et al. 2024) ranks by attention after
+a layer; that an exit's own says what to keep, and that most answers never ask the layers above, is
+what is added here.
 
-FastV (Chen et al. 2024) ranks by attention after a layer; that an exit's own says what to keep, and
-that most answers never ask the layers above, is what is added here.
+Before the decoder: the prompt that it reads is the text and those visual tokens that are least like
+each other (DivPrune, Alvar et al. 2025), whatever is asked about the image.
+
+Those that go on keep their positions, and layers have keys and values of them alone. So answers are
+those of a model in which the others are hidden from these layers: not the full model's, and
+thresholds are calibrated with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +74,46 @@ def looking_attention(
 ALL_ATTENTION_FUNCTIONS.register(LOOKING, looking_attention)
 
 
+# -- which go on ---------------------------------------------------------------------------------
+
+
+def by_attention(shares: Tensor, count: int) -> Tensor:
+    """Those that are attended to most. shares: what each gets [n]."""
+    return shares.argsort(descending=True, stable=True)[:count]
+
+
+def by_diversity(states: Tensor, count: int) -> Tensor:
+    """Those that are least like each other: begin with the one farthest from its nearest, then take
+    the one that is farthest from all taken, by cosine. states: [n, D], as they enter the decoder.
+    """
+    unit = nn.functional.normalize(states.float(), dim=-1)
+    far = 1 - unit @ unit.T
+    nearest = far.clone().fill_diagonal_(float("inf")).amin(0)
+    chosen = [int(nearest.argmax())]
+    nearest = far[chosen[0]]
+    for _ in range(count - 1):
+        nearest[chosen[-1]] = -1.0  # nearer than any
+        chosen.append(int(nearest.argmax()))
+        nearest = nearest.minimum(far[chosen[-1]])
+    return torch.tensor(chosen, device=states.device)
+
+
+def by_chance(seen: Tensor, count: int) -> Tensor:
+    """Any, of a row by itself: the same in any batch."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randperm(len(seen), generator=draw)[:count].to(seen.device)
+
+
+CHOOSERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "attention": by_attention,
+    "random": by_chance,
+    "divprune": by_diversity,
+    "random-before": by_chance,
+}
+"""By ranking: the places of those of a row's visual tokens that go on, so many, out of what is seen
+of each: its share of attention in the exit, or its state before the decoder."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pruner:
     """What stays behind of the prompts of a backbone."""
@@ -79,12 +124,17 @@ class Pruner:
 
     def __post_init__(self) -> None:
         """Raise `InputError` where it cannot be exact, or nobody knows which tokens are visual."""
-        why = _why_not(self.backbone, self.exits.at(self.pruning.depth))
+        why = _why_not(self.backbone, None if self.before else self.exits.at(self.pruning.depth))
         if why is not None:
             raise InputError(
-                f"Visual tokens of {self.backbone.name} cannot stay behind at an exit: {why}.",
+                f"Visual tokens of {self.backbone.name} cannot stay behind: {why}.",
                 "Use a policy with visual_keep=1.",
             )
+
+    @property
+    def before(self) -> bool:
+        """Whether they stay before the decoder."""
+        return self.pruning.depth == 0
 
     def run(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The exit's states [B, T, D], and what the newest token of each row attends to [B, T]."""
@@ -92,37 +142,74 @@ class Pruner:
         looking = with_attention(self.exits.at(self.pruning.depth), LOOKING, _look=look)
         return first(call.run(looking)), look.shares
 
-    def goes_on(self, ids: Tensor, shares: Tensor, real: Tensor | None) -> Tensor:
-        """Which columns [B, T] of prompts of token ids [B, T] go on. real: no padding [B, T]."""
+    def goes_on(self, ids: Tensor, seen: Tensor, real: Tensor | None) -> Tensor:
+        """Which columns [B, T] of prompts of token ids [B, T] go on. seen: of each column, as
+        `CHOOSERS` take it, [B, T] or [B, T, D]. real: no padding [B, T]."""
         marks = torch.tensor(image_tokens(self.backbone.model.config), device=ids.device)
         visual = torch.isin(ids, marks)
         on = ~visual if real is None else ~visual & real
+        choose = CHOOSERS[self.pruning.ranking]
         for row, here in enumerate(visual):
             columns = here.nonzero().flatten()
             if len(columns):
-                ranked = self._ranked(shares[row, columns])
-                on[row, columns[ranked[: max(1, round(self.pruning.keep * len(columns)))]]] = True
+                count = max(1, round(self.pruning.keep * len(columns)))
+                on[row, columns[choose(seen[row, columns], count)]] = True
         return on
 
-    def _ranked(self, shares: Tensor) -> Tensor:
-        """Places of visual tokens, the first to be kept first."""
-        if self.pruning.ranking == "random":
-            draw = torch.Generator().manual_seed(0)  # of a row by itself: the same in any batch
-            return torch.randperm(len(shares), generator=draw).to(shares.device)
-        return shares.argsort(descending=True, stable=True)
+    def shorter(self, ids: Tensor, kw: Mapping[str, Any]) -> dict[str, Any]:
+        """The stack's arguments for what goes on of prompts of token ids [B, T], each column at its
+        position; rows with fewer are padded in front.
+
+        Raises:
+            InputError: its layers get more than states, positions and a mask of them.
+        """
+        embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
+        more = [n for n, v in kw.items() if isinstance(v, Tensor | dict) and n not in _SHORTENED]
+        if embeds is None or embeds.shape[:2] != ids.shape or more or _is_made(mask):
+            raise InputError(
+                f"Visual tokens of {self.backbone.name} cannot stay behind before its decoder, "
+                f"which is given more than their states ({', '.join(more) or 'a mask'}).",
+                "Use a policy with visual_keep=1, or visual_ranking='attention'.",
+            )
+        real = None if mask is None else mask.bool()
+        on = self.goes_on(ids, embeds, real)
+        length = int(on.sum(1).max())
+        order = on.int().argsort(dim=1, stable=True)
+        columns = order[:, -length:]  # those that go on stand last
+        positions = kw.get("position_ids")
+        if positions is None:
+            whole = on.new_ones(on.shape) if real is None else real
+            positions = (whole.cumsum(1) - 1).clamp(min=0)
+        positions = positions.expand(*positions.shape[:-2], *on.shape)
+        placed = columns.expand(*positions.shape[:-1], length)
+        return {
+            **{name: value for name, value in kw.items() if name != "cache_position"},
+            "inputs_embeds": embeds.take_along_dim(columns[..., None], 1),
+            "attention_mask": on.take_along_dim(columns, 1).to(torch.long),
+            "position_ids": positions.take_along_dim(placed, -1),
+        }
 
 
-def _why_not(backbone: Backbone, module: nn.Module) -> str | None:
+_SHORTENED = {"inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+
+
+def _is_made(mask: Any) -> bool:
+    """Whether a mask is more than which tokens are padding."""
+    return mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
+def _why_not(backbone: Backbone, module: nn.Module | None) -> str | None:
+    """module: of the exit that says which go on; None: none does."""
     config = backbone.text_config
     if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
         return "its prompts are read as a whole"
     if not image_tokens(backbone.model.config):
         return "which tokens stand for an image is not known"
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if module is not None and getattr(config, "_attn_implementation", None) != "sdpa":
         return "its attention is not PyTorch's own (attn_implementation='sdpa')"
     if _by_distance(backbone):
         return "its layers attend by distance, which such a gap would change"
-    if not attentions(module):
+    if module is not None and not attentions(module):
         return "an exit that attends to nothing says nothing of them"
     return None
 

@@ -1,4 +1,4 @@
-"""Prompts of many visual tokens: what waiting at an exit and leaving tokens behind there is worth.
+"""Prompts of many visual tokens: what waiting at an exit is worth, and leaving tokens behind.
 
 `python -m offramp_lab.records.visual_tokens` rewrites visual_tokens.json: ten minutes of one core
 and 3 GB. Shapes of known models with random weights, in bfloat16, prepacked; exits are forced. The
@@ -8,7 +8,7 @@ the costs of a layer by its tokens and keys predict, which are measured at full 
 prompts of as many tokens as are kept.
 
 What it costs in answers is measured on photographs, which `--parts photographs` needs: captions of
-the photo model, whose prompts have a few visual tokens, by the exit's attention and by chance.
+the photo model, whose prompts have a few visual tokens, by all rankings, chance among them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ PHOTOGRAPHS = "photographs"
 WORDS = 12
 TOKENS = 30
 WITHIN = 0.1
+ALL = ExitPolicy.visual_ranking
+"""What says which go on where all do."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class Way:
     """How a prompt is answered. depth: of the exit; None: the full model.
 
     deep: which tokens go to the layers above the exit: "none", the "first" alone, or "all".
-    keep: share of the visual tokens that go on with them.
+    keep: share of the visual tokens that go on with them; by ranking: of `RANKINGS`.
     """
 
     depth: int | None = None
     deep: str = "all"
     keep: float = 1.0
+    ranking: str = ALL
 
     @property
     def policy(self) -> ExitPolicy:
@@ -74,6 +77,7 @@ class Way:
             {self.depth: 1.0 if self.deep == "all" else 0.0},
             exit_in_prefill=self.deep == "none",
             visual_keep=self.keep,
+            visual_ranking=self.ranking,
         )
 
 
@@ -82,7 +86,9 @@ def ways() -> list[Way]:
     for depth in DEPTHS:
         found.append(Way(depth, "none"))
         found += [Way(depth, "first", keep) for keep in KEPT]
-    return [*found, *(Way(DEPTHS[0], "all", keep) for keep in KEPT)]
+    found += [Way(DEPTHS[0], "all", keep) for keep in KEPT]
+    before = product(("none", "first", "all"), KEPT[1:])
+    return [*found, *(Way(DEPTHS[0], deep, keep, "divprune") for deep, keep in before)]
 
 
 @dataclass(frozen=True)
@@ -179,12 +185,14 @@ def predicted(way: Way, layers: int, whole: Parts, kept: Parts, share: float) ->
     """whole, kept: of prompts as long as this one, and as what of it goes on behind the exit.
     share: of a layer, until its keys are there."""
     depth, above = way.depth or layers, layers - (way.depth or layers)
-    first = whole.before + depth * whole.prompt + whole.head
-    token = whole.beside + depth * whole.token + whole.head
+    early = RANKINGS[way.ranking]
+    below = kept if early else whole
+    first = whole.before + depth * below.prompt + whole.head
+    token = whole.beside + depth * below.token + whole.head
     if way.depth is not None:
-        asks = way.deep == "none" or way.keep < 1  # or it only keeps the prompt's keys
-        first += whole.prompt * (1.0 if asks else share)
-        token += whole.token
+        asks = way.deep == "none" or (way.keep < 1 and not early)  # or it only keeps the keys
+        first += below.prompt * (1.0 if asks else share)
+        token += below.token
     if way.deep != "none":
         first += above * kept.prompt
     if way.depth is not None and way.deep == "all":
@@ -244,6 +252,7 @@ def _entry(way: Way, took: Sequence[Seconds], full: Seconds, foretold: Seconds) 
         "depth": way.depth,
         "deep": way.deep,
         "keep": way.keep,
+        "ranking": way.ranking,
         **{
             part: {
                 "milliseconds": 1e3 * getattr(mine, part),
@@ -271,7 +280,7 @@ def _medians(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
     """How alike captions are to the full model's, and to people's, where visual tokens stay behind
-    at the exit; of thresholds that ship, and where no token exits."""
+    by each ranking; of thresholds that ship, and where no token exits."""
     adapter, encoder = load_photo(arguments.photo, arguments.adapter, torch.float32)
     examples = halves(arguments.data)[1][: arguments.photographs]
     options: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
@@ -286,7 +295,7 @@ def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
     people = mean_of(RISKS["rouge_l_drop"].losses(full, full, examples))
     for thresholds, policy in policies.items():
         found: dict[tuple[float, str], tuple[Measure, Measure]] = {}
-        for keep, ranking in ((1.0, RANKINGS[0]), *product(KEPT[1:3], RANKINGS)):
+        for keep, ranking in ((1.0, ALL), *product(KEPT[1:3], RANKINGS)):
             own = answers(replace(policy, visual_keep=keep, visual_ranking=ranking))
             alike = 1 - RISKS["consistency"].losses(own, full, examples)
             drop = RISKS["rouge_l_drop"].losses(own, full, examples)
@@ -298,12 +307,13 @@ def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
                 "ranking": ranking,
                 "as_full": {
                     "value": alike.value,
-                    "over_all": interval(alike, minus=found[1.0, RANKINGS[0]][0]),
-                    "over_chance": interval(alike, minus=found.get((keep, "random"), [alike])[0]),
+                    "over_all": interval(alike, minus=found[1.0, ALL][0]),
+                    "over_chance": interval(alike, minus=found.get((keep, chance), [alike])[0]),
                 },
                 "people": {"value": of_people.value, "interval": interval(of_people, minus=people)},
             }
             for (keep, ranking), (alike, of_people) in found.items()
+            for chance in ("random-before" if RANKINGS[ranking] else "random",)
         ]
     prompt = encoder.prompts(examples[:1])["input_ids"][0].tolist()
     marks = {*image_tokens(adapter.backbone.model.config)}

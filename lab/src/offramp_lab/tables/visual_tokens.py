@@ -56,7 +56,8 @@ def captions() -> Table:
     def ranged(name: str, plain: str) -> Callable[[Value], str]:
         def cell(entry: Value) -> str:
             of = entry["as_full"]
-            same = entry["keep"] == 1 or (name == "over_chance" and entry["ranking"] == "random")
+            chance = _BY[entry["ranking"]].startswith("chance")
+            same = entry["keep"] == 1 or (name == "over_chance" and chance)
             return plain if same else with_range("", of[name], "+.3f").strip()
 
         return cell
@@ -78,7 +79,12 @@ def captions() -> Table:
     )
 
 
-_BY = {"attention": "attention", "random": "chance"}
+_BY = {
+    "attention": "attention",
+    "random": "chance",
+    "divprune": "DivPrune",
+    "random-before": "chance before the decoder",
+}
 _EXITS = {"full depth": "no token exits", "shipped": "thresholds that ship"}
 
 

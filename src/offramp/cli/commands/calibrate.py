@@ -21,7 +21,8 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
-from offramp.cli.parser import Parser, share, some, whole
+from offramp.cli.parser import Parser, named, one_of, share, some, whole
+from offramp.engine.policy import RANKINGS
 from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
@@ -100,12 +101,17 @@ def _policy_options(group: Any) -> None:
         "exit; auto: searched, on 30%% of the images (default: the adapter's)",
     )  # fmt: skip
     group.add_argument(
-        "--visual-keep", type=lambda text: tuple(some(part) for part in text.split(",")),
-        metavar="X",
-        help="share of a prompt's visual tokens that goes on behind the first exit, for models "
-        "with hundreds of them; several, as 1,0.5,0.25: searched, on 30%% of the images (default: "
-        "the adapter's)",
+        "--visual-keep", type=_keep, metavar="[RANKING:]X",
+        help="share of a prompt's visual tokens that goes on behind the first exit, or, as in "
+        "divprune:0.5, to the decoder, for models with hundreds of them; several, as 1,0.5,0.25: "
+        f"searched, on 30%% of the images. RANKING is {one_of(RANKINGS)} (default: the adapter's)",
     )  # fmt: skip
+
+
+def _keep(text: str) -> tuple[str, tuple[float, ...]]:
+    """A ranking of visual tokens, "" for the adapter's, and shares of them."""
+    ranking, told, shares = text.rpartition(":")
+    return named(RANKINGS)(ranking) if told else "", tuple(map(some, shares.split(",")))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -142,6 +148,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     examples = [item.example for item in items]
     score = arguments.score or adapter.policy.score
     policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
+    ranking, shares = arguments.visual_keep or (None, None)
+    if ranking:
+        policy = replace(policy, visual_ranking=ranking)
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)
     if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
@@ -158,7 +167,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         costs=costs,
         runtime=runtime,
         first=arguments.first_threshold,
-        visual_keep=arguments.visual_keep,
+        visual_keep=shares,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda path: progress(path, "calibrate"),

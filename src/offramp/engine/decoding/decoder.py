@@ -133,8 +133,8 @@ class Decoder:
     def _checked(self, pruning: Pruning) -> Pruning:
         if not getattr(self.executor, "prunes", False):
             raise InputError(
-                f"The policy lets {pruning.keep:g} of the visual tokens go on behind depth "
-                f"{pruning.depth}, and what runs the layers here cannot leave any behind.",
+                f"The policy lets {pruning.keep:g} of the visual tokens go on {pruning.where}, and "
+                "what runs the layers here cannot leave any behind.",
                 "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
             )
         return pruning

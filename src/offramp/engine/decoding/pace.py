@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +194,19 @@ class DraftPace:
                 "behind the first token of an answer" if first else "within answers",
                 own.seen.speed, self._full.speed,
             )  # fmt: skip
+
+
+@contextmanager
+def drafting(*models: Any) -> Iterator[None]:
+    """While adapters or runtimes draft lossless answers in any case."""
+    before = [getattr(model, "pace", None) for model in models]
+    try:
+        for model in models:
+            model.pace = None
+        yield
+    finally:
+        for model, pace in zip(models, before, strict=True):
+            model.pace = pace
 
 
 def clock_on(device: str) -> Callable[[], float]:

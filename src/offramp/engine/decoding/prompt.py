@@ -10,9 +10,9 @@ wait for all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -156,8 +156,8 @@ class PromptReader:
         self._decide, self._looks, self._waits, self._last = decide, looks, None, True
         self.cache, self._keep = prepared.cache, keep
         try:
-            with torch.inference_mode():
-                return self._read(prepared)
+            with torch.inference_mode(), self._shortening(prepared) as given:
+                return self._read(given)
         finally:
             self.cache = self._decide = self._before = self._waits = None
             self._keep = self._kept = self._served = self._pruner = self._shares = None
@@ -178,12 +178,33 @@ class PromptReader:
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
         logits: Tensor | None = prefill.logits
         goes_on = None
-        if self._pruner is not None:
+        if self._pruner is not None and not self._pruner.before:
             assert self._shares is not None
             logits, goes_on = None, self._pruner.goes_on(prepared.ids, self._shares, real)
         return Prompt(
             prepared, self.cache, prefill, real, encoder, logits, self._waits, self._kept, goes_on
         )
+
+    @contextmanager
+    def _shortening(self, prepared: Prepared) -> Iterator[Prepared]:
+        """While the stack is called on what goes on to the decoder; the request, whose mask is then
+        of that."""
+        pruner = self._pruner
+        if pruner is None or not pruner.before:
+            yield prepared
+            return
+        given = replace(prepared, arguments=dict(prepared.arguments))
+
+        def shorten(_: Any, args: Any, kw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            kw = pruner.shorter(prepared.ids, kw)
+            given.arguments["attention_mask"] = kw["attention_mask"]
+            return args, kw
+
+        handle = self.intercepted.stack.register_forward_pre_hook(shorten, with_kwargs=True)
+        try:
+            yield given
+        finally:
+            handle.remove()
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
         """The stack's forward pass; what it returns is of the last chunk."""
@@ -216,8 +237,9 @@ class PromptReader:
         if self._waits is not None:
             return self.backbone.skipped_layer_output(call)
         here, newest = self.backbone.here, call.hidden[:, -1]
-        if self._pruner is not None and call.index == self._pruner.pruning.depth:
-            return self._prune(self._pruner, call)
+        pruner = self._pruner
+        if pruner is not None and not pruner.before and call.index == pruner.pruning.depth:
+            return self._prune(pruner, call)
         if call.index == self._keep:
             self._kept = here(newest)
         if call.index in self.exits_on:
