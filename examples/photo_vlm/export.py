@@ -39,26 +39,32 @@ def weights_of(learnt: dict[str, Any], detector: dict[str, Tensor]) -> dict[str,
     }
 
 
+def learning_of(state: dict[str, Any], log: Path) -> dict[str, Any]:
+    """How long and by which settings a state was learnt, and how it did meanwhile."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return {
+        "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
+        "settings": state["settings"],
+        "curve": [{name: row[name] for name in _CURVE} for row in rows if "CIDEr" in row],
+    }
+
+
 def card_of(
     state: dict[str, Any], step: int, words: list[str], data: Path, log: Path
 ) -> dict[str, Any]:
-    """Where the weights of a step come from, and how they did while they were learnt; digests are
-    SHA-256."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    """Where the weights of a step come from; digests are SHA-256."""
     tower = PhotoTowerConfig(
         hidden_size=state["bridge"]["words.table"].shape[1], vocabulary=len(words)
     )
     return {
         "tower": {name: getattr(tower, name) for name in _TOWER},
         "steps": step,
-        "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
-        "settings": state["settings"],
+        **learning_of(state, log),
         "base": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
         "data": {name: digest_file(data / name) for name in (CAPTIONS, QUESTIONS)},
         "terms": "Flickr8k and DAQUAR: research and education only.",
         "gguf": metadata.version("gguf"),
         "provenance": provenance(state["settings"]["seed"], sys.argv, None),
-        "curve": [{name: row[name] for name in _CURVE} for row in rows if "CIDEr" in row],
         "words": words,
     }
 
@@ -70,15 +76,22 @@ def main() -> None:
     parser.add_argument(
         "--last", action="store_true", help="the last weights, not those of the highest CIDEr"
     )
+    parser.add_argument(
+        "--reinforced", action="store_true", help="what `reinforce` learnt after `train`"
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work
     state = load_state(work / "state.pt")
+    reinforced = load_state(work / "reinforced.pt") if arguments.reinforced else None
     detectors = torch.load(work / "detectors.pt", weights_only=True)
     whole = "whole."
     detector = {n.removeprefix(whole): t for n, t in detectors.items() if n.startswith(whole)}
-    learnt = state if arguments.last else state["best"]
+    final = reinforced or state
+    learnt = final if arguments.last else final["best"]
     words = read_json(work / "words.json")
-    card = card_of(state, learnt["step"], words, arguments.data, work / "log.jsonl")
+    card = card_of(state, learnt["step"], words, arguments.data, work / "state.jsonl")
+    if reinforced:
+        card["reinforced"] = learning_of(reinforced, work / "reinforced.jsonl")
     from safetensors.torch import save_file
 
     with atomic_folder(arguments.out) as staging:

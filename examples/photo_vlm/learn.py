@@ -19,7 +19,8 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class FrozenHead(torch.autograd.Function):
-    """Weighted mean cross-entropy of `hidden @ head.T`, its gradient computed along the way.
+    """Weighted mean cross-entropy of `hidden @ head.T`, its gradient computed along the way; the
+    weights may be negative, and their absolute values are what the mean divides by.
 
     In chunks that stay in cache, since logits of a whole batch over a large vocabulary cost more
     to move than to compute. The head gets no gradient.
@@ -28,7 +29,7 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """hidden [N, D], head [V, D], targets [N], weights [N] to a scalar."""
-        share = weights / weights.sum()
+        share = weights / weights.abs().sum().clamp(min=1e-9)  # none: no gradient
         gradient = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), 64):

@@ -90,10 +90,13 @@ def consensual(examples: Sequence[Example], count: int) -> list[Example]:
 
 @dataclass(frozen=True)
 class Text:
-    """One text about a photograph: token ids, and which of them are answers to be learnt."""
+    """One text about a photograph: token ids, and which of them are answers to be learnt.
+
+    weight: of those in the loss; below 0 where the text is to be said less often."""
 
     ids: tuple[int, ...]
     learnt: tuple[bool, ...]
+    weight: float = 1.0
 
     @classmethod
     def of(cls, rounds: Sequence[tuple[str, str]], ids: Ids, end: int) -> Text:
@@ -110,12 +113,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """image: index of the photograph; weight: of its answers' tokens in the loss; pass_: how often
-    the photograph was seen before; sided: a text tells left from right."""
+    """image: index of the photograph; pass_: how often the photograph was seen before; sided: a
+    text tells left from right."""
 
     image: int
     texts: tuple[Text, ...]
-    weight: float = 1.0
     pass_: int = 0
     sided: bool = False
 
@@ -168,7 +170,7 @@ def pack(rows: Sequence[Row], visual: int, length: int, dtype: torch.dtype) -> B
                 if text.learnt[len(shared) + i]:
                     sources.append(b * length + (place + i - 1 if i else start - 1))
                     targets.append(text.ids[len(shared) + i])
-                    weights.append(row.weight)
+                    weights.append(text.weight)
             place += len(body)
     seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
     seen &= torch.ones(length, length, dtype=torch.bool).tril()

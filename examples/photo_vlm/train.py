@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ from offramp.models.photo.build import (
 from offramp.models.photo.packages import LANGUAGE, VISION, weights_file
 from offramp.models.photo.tower import Bridge, PhotoTowerConfig, WordDetector
 from offramp.storage import JsonlLog, read_json, write_json
+
+T = TypeVar("T", bound="Trainer")
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, (s.rate, s.bridge_rate), strict=True):
             group["lr"] = share * rate
         self.optimizer.zero_grad()
-        rows = self.rows.captions(self.step, s.seed, s.captioned)
-        row = {"loss": self._learn(rows, s.length, 1.0)}
+        row = self._learn_captions()
         if self.step % s.ask_every == 0:
             rows = self.rows.questions(self.step // s.ask_every, s.seed, s.asked)
             row["question_loss"] = self._learn(rows, s.asked_length, s.question_weight)
@@ -197,17 +198,29 @@ class Trainer:
         self.optimizer.step()
         return {**row, "gradient": norm.item(), "rate": share}
 
+    def _learn_captions(self) -> dict[str, float]:
+        s = self.settings
+        rows = self.rows.captions(self.step, s.seed, s.captioned)
+        return {"loss": self._learn(rows, s.length, 1.0)}
+
     def _learn(self, rows: list[Row], length: int, weight: float) -> float:
         """Add the gradient of the loss on some rows; the loss."""
+        return self._learn_behind(self._seen(rows, f"{length}"), rows, length, weight)
+
+    def _seen(self, rows: list[Row], name: str) -> Tensor:
+        """Visual tokens of the rows' photographs, with a gradient; name: of what is drawn."""
         s = self.settings
-        name = f"{s.seed}:{self.step}:{length}"
+        name = f"{s.seed}:{self.step}:{name}"
         features = self.views(rows, s.vary, random.Random(name))
         logits = self.detectors(features, [row.image for row in rows])
         chance = torch.Generator().manual_seed(random.Random(name).getrandbits(40))
         words = self.bridge.words.count
         keep = torch.rand(len(rows), words, generator=chance) >= s.drop
         with torch.autocast("cpu", torch.bfloat16, enabled=self.lm.dtype == torch.bfloat16):
-            visual = self.bridge(features, logits, keep)
+            visual: Tensor = self.bridge(features, logits, keep)
+        return visual
+
+    def _learn_behind(self, visual: Tensor, rows: list[Row], length: int, weight: float) -> float:
         batch = pack(rows, visual.shape[1], length, self.lm.dtype)
         loss = text_loss(self.lm, visual, batch)
         (weight * loss).backward()  # type: ignore[no-untyped-call]
@@ -236,7 +249,7 @@ class Validation:
         for split, examples in self.examples.items():
             batches = (
                 (self._visual(bridge, detector, batch), [e.prompt for e in batch])
-                for batch in (examples[i : i + 200] for i in range(0, len(examples), 200))
+                for batch in (examples[i : i + 50] for i in range(0, len(examples), 50))
             )
             answers = answers_from_features(self.lm, self.tokenizer, batches, LONGEST[split])
             if split == "captions":
@@ -328,23 +341,21 @@ def learnt_words(
     return config, detectors, table
 
 
-@command
-def main() -> None:
-    parser = parser_of("train", "--steps 4000", str(__doc__), "data", "work")
-    parser.add_argument("--steps", type=int, default=4000, help="through the language model")
-    parser.add_argument(
-        "--start", type=Path, default=BRIDGE, metavar="DIR",
-        help="what to start from: an earlier bridge, or what `export` wrote, as "
-        "photo-model/offramp_photo (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--anew", action="store_true", help="start from a bridge that knows nothing"
-    )
+def options_of(name: str, example: str, description: str, steps: int) -> Any:
+    """What `train` and `reinforce` are told."""
+    parser = parser_of(name, example, description, "data", "work")
+    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     parser.add_argument("--validate", type=int, default=100, help="steps between validations")
     parser.add_argument("--photographs", type=int, default=500, help="to validate on")
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler")
-    arguments = parser.parse_args()
+    return parser
+
+
+def prepared(
+    kind: type[T], settings: Settings, before: Mapping[str, Mapping[str, Tensor]], arguments: Any
+) -> tuple[T, Validation, dict[str, list[Example]]]:
+    """A trainer that starts from bridge and updates of `before`, its validation, and the data."""
     work: Path = arguments.work
     splits = read_photographs(arguments.data)
     examples = {e.group: e for some in splits.values() for e in some}
@@ -354,15 +365,9 @@ def main() -> None:
     lm, tokenizer = load_language(weights_file(LANGUAGE, weights), attn_implementation="eager")
     ids = ids_of(tokenizer)
     embeddings = lm.get_input_embeddings().weight
-    if not arguments.anew and not (work / "words.json").is_file():
-        known = arguments.start / CARD  # its words stand in its own order
-        if known.is_file():
-            write_json(work / "words.json", read_json(known)["words"])
     config, detectors, table = learnt_words(splits, features, embeddings, ids, work)
-    before = {} if arguments.anew else learnt_before(arguments.start)
     torch.manual_seed(0)
     bridge = start_bridge(config, before.get("bridge"), table)
-    settings = Settings(arguments.steps)
     rows = PackedRows(
         {**splits, "captions": consensual(splits["captions"], settings.captions)},
         features.places, ids, tokenizer.eos_token_id,
@@ -370,21 +375,22 @@ def main() -> None:
     views = Views(features, list(examples.values()), net)
     plain, _ = load_language(weights_file(LANGUAGE, weights))
     validation = Validation(plain, tokenizer, splits, features, arguments.photographs)
-    trainer = Trainer(bridge, detectors, lm, rows, views, settings)
+    trainer = kind(bridge, detectors, lm, rows, views, settings)
     if "lora" in before:
         set_low_rank(trainer.lora, before["lora"])
-    if (work / "state.pt").exists():
-        trainer.load(work / "state.pt")
-        _say(f"going on from step {trainer.step}")
     if not arguments.no_compile:
         for layer in lm.model.layers:
             layer.compile(dynamic=False)
-    _go(trainer, validation, arguments)
+    return trainer, validation, splits
 
 
-def _go(trainer: Trainer, validation: Validation, arguments: Any) -> None:
-    work: Path = arguments.work
-    log = JsonlLog(work / "log.jsonl")
+def go(trainer: Trainer, validation: Validation, name: str, arguments: Any) -> None:
+    """Train to the last step, or until interrupted; state and log are NAME.pt and NAME.jsonl."""
+    state: Path = arguments.work / f"{name}.pt"
+    if state.exists():
+        trainer.load(state)
+        _say(f"going on from step {trainer.step}")
+    log = JsonlLog(state.with_suffix(".jsonl"))
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
@@ -403,16 +409,38 @@ def _go(trainer: Trainer, validation: Validation, arguments: Any) -> None:
                 best = {"CIDEr": figures["CIDEr"], "step": trainer.step}
                 trainer.best = {**best, **trainer.weights()}
         if stop or trainer.step == total or time.monotonic() - saved > arguments.every:
-            trainer.save(work / "state.pt")
+            trainer.save(state)
             saved = time.monotonic()
         return not stop
 
     trainer.run(total, each)
-    _say(f"step {trainer.step} of {total}; state in {work / 'state.pt'}")
+    _say(f"step {trainer.step} of {total}; state in {state}")
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@command
+def main() -> None:
+    parser = options_of("train", "--steps 4000", str(__doc__), 4000)
+    parser.add_argument(
+        "--start", type=Path, default=BRIDGE, metavar="DIR",
+        help="what to start from: an earlier bridge, or what `export` wrote, as "
+        "photo-model/offramp_photo (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--anew", action="store_true", help="start from a bridge that knows nothing"
+    )
+    arguments = parser.parse_args()
+    named = arguments.work / "words.json"
+    if not arguments.anew and not named.is_file():
+        known = arguments.start / CARD  # its words stand in its own order
+        if known.is_file():
+            write_json(named, read_json(known)["words"])
+    before = {} if arguments.anew else learnt_before(arguments.start)
+    trainer, validation, _ = prepared(Trainer, Settings(arguments.steps), before, arguments)
+    go(trainer, validation, "state", arguments)
 
 
 if __name__ == "__main__":
