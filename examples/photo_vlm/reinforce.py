@@ -31,8 +31,8 @@ END = "<end>"
 
 @dataclass(frozen=True)
 class ReinforceSettings(Settings):
-    """sampled: captions a photograph; longest: tokens of one; human: weight of people's captions
-    beside them."""
+    """sampled: captions a photograph, at a temperature, because at 1 few are worth anything;
+    longest: tokens of one; human: weight of people's captions beside them."""
 
     rate: float = 1e-4
     bridge_rate: float = 5e-5
@@ -40,6 +40,7 @@ class ReinforceSettings(Settings):
     drop: float = 0.0
     captions: int = 1
     sampled: int = 4
+    temperature: float = 0.7
     longest: int = 22
     human: float = 0.1
 
@@ -107,23 +108,24 @@ def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 @torch.inference_mode()
 def sampled(
-    lm: Any, visual: Tensor, prompt: Sequence[int], count: int, longest: int, end: int,
+    lm: Any, visual: Tensor, prompt: Sequence[int], settings: ReinforceSettings, end: int,
     chance: torch.Generator,
 ) -> list[list[tuple[int, ...]]]:  # fmt: skip
-    """Answers to one prompt about each photograph, `count` of each, drawn from the whole
-    distribution; with the end's token where one was ended.
+    """Answers to one prompt about each photograph, drawn from all tokens; with the end's token
+    where one was ended.
 
     visual: [B, N, D].
     """
     words = lm.get_input_embeddings()(torch.tensor(prompt)).expand(len(visual), -1, -1)
     made = lm(inputs_embeds=torch.cat((visual.to(words.dtype), words), 1), logits_to_keep=1)
     cache = made.past_key_values
-    cache.batch_repeat_interleave(count)
-    logits = made.logits[:, -1].repeat_interleave(count, 0)
+    cache.batch_repeat_interleave(settings.sampled)
+    logits = made.logits[:, -1].repeat_interleave(settings.sampled, 0)
     answers: list[list[int]] = [[] for _ in logits]
     going = list(range(len(answers)))
-    for _ in range(longest):
-        drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=chance)
+    for _ in range(settings.longest):
+        likely = (logits.float() / settings.temperature).softmax(-1)
+        drawn = torch.multinomial(likely, 1, generator=chance)
         for row, (token,) in zip(going, drawn.tolist(), strict=True):
             answers[row].append(token)
         kept = (drawn[:, 0] != end).nonzero().flatten()
@@ -134,7 +136,8 @@ def sampled(
             going = [going[i] for i in kept.tolist()]
         logits = lm(input_ids=drawn[kept], cache=cache).logits[:, -1]
     whole = [tuple(answer) for answer in answers]
-    return [whole[i : i + count] for i in range(0, len(whole), count)]
+    each = settings.sampled
+    return [whole[i : i + each] for i in range(0, len(whole), each)]
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
@@ -166,9 +169,7 @@ class Reinforcer(Trainer):
         chance = torch.Generator().manual_seed(
             random.Random(f"{s.seed}:{self.step}:sample").getrandbits(40)
         )
-        answers = sampled(
-            self.sampler, visual.detach(), prompt, s.sampled, s.longest, self.rows.end, chance
-        )
+        answers = sampled(self.sampler, visual.detach(), prompt, s, self.rows.end, chance)
         rewards = [
             [self._rewarded(row, answer) for answer in said]
             for row, said in zip(rows, answers, strict=True)

@@ -76,7 +76,8 @@ def test_a_caption_that_stops_in_the_middle_is_worth_less() -> None:
 def test_samples_are_those_of_whole_passes() -> None:
     """Rows that have ended leave the batch; the others go on as if they had been alone in it."""
     lm, visual, prompt = language(), torch.randn(2, 3, 32), [5, 6]
-    made = reinforce.sampled(lm, visual, prompt, 3, 40, 9, torch.Generator().manual_seed(1))
+    how = dataclasses.replace(SETTINGS, longest=40, temperature=0.5)
+    made = reinforce.sampled(lm, visual, prompt, how, 9, torch.Generator().manual_seed(1))
     assert any(answer[-1] == 9 and len(answer) < 40 for some in made for answer in some)
     chance = torch.Generator().manual_seed(1)
     texts: list[list[int]] = [[] for _ in range(6)]
@@ -89,7 +90,7 @@ def test_samples_are_those_of_whole_passes() -> None:
             ids = torch.tensor([*prompt, *texts[n]])
             inputs = torch.cat((visual[n // 3], lm.get_input_embeddings()(ids)))
             logits.append(lm(inputs_embeds=inputs[None]).logits[0, -1])
-        drawn = torch.multinomial(torch.stack(logits).softmax(-1), 1, generator=chance)
+        drawn = torch.multinomial((torch.stack(logits) / 0.5).softmax(-1), 1, generator=chance)
         for n, (token,) in zip(going, drawn.tolist(), strict=True):
             texts[n].append(token)
     assert [list(answer) for some in made for answer in some] == texts
@@ -97,7 +98,15 @@ def test_samples_are_those_of_whole_passes() -> None:
 
 def test_what_is_rewarded_is_said_more_often() -> None:
     settings = dataclasses.replace(
-        SETTINGS, steps=200, rate=2e-2, bridge_rate=1e-3, ask_every=99, sampled=8, human=0.0, rank=8
+        SETTINGS,
+        steps=200,
+        rate=2e-2,
+        bridge_rate=1e-3,
+        ask_every=99,
+        sampled=8,
+        human=0.0,
+        rank=8,
+        temperature=1.0,
     )
     one = reinforcer(settings)
 
