@@ -26,6 +26,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.prepack import prepack
+from offramp.models.shipped import load_tiny
 from offramp.save_and_load import CARD, read_config
 from offramp.verification import Verification, with_thresholds
 
@@ -356,6 +357,8 @@ def test_given_prompts_and_json(
 def test_the_command_fails_where_a_promise_is_broken(
     run: RunCommand, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = Adapter.load(adapter, load_tiny("opt")[0])
+    whole.with_policy(ExitPolicy(dict.fromkeys(whole.exits.depths, 0.0))).save(adapter)
     wrong_states(monkeypatch)
     code, out, err = run("verify", adapter, *SMALL)
     lines = err[err.index("error: ") :].strip().splitlines()

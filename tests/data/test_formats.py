@@ -323,7 +323,7 @@ WRONG = {
         (put(5, "annotations", 0, "caption"), "5 as 'caption'"),
         (put([], "images"), "holds no examples"),
     ],
-    "nocaps": [(put({}, "images"), "{} as 'images'")],
+    "nocaps": [(put({}, "images"), "nothing as 'images'")],
     "karpathy": [
         (drop("images", 1, "sentences"), "'sentences' in image a.jpg"),
         (put([], "images", 1, "sentences"), "no caption for image a.jpg"),
