@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from command_line import EVERY, TRAIN, RunCommand, assert_two_lines
+from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, lab
 from command_line import parser_of as program_parser
 
+import offramp
+from offramp.cli.command_line import EDGE, OFFRAMP, build_parser
 from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
@@ -168,6 +171,22 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
     monkeypatch.setattr("importlib.metadata.requires", lambda _: needs)
     expected = {"nowhere-to-be-found": f"not installed: {install_command('eval')}"}
     assert optional_packages() == expected
+
+
+OTHERS = {"--force-reinstall", "--no-deps", "--dest", "--porcelain", "--error-unmatch", "--no",
+          "--untracked-files", "--model", "--gen", "--merge"}  # fmt: skip
+"""Options of pip, git, evaluation harnesses and llama.cpp; and how a flag that is off begins."""
+
+
+def test_every_option_that_the_source_names_is_one() -> None:
+    programs = (OFFRAMP, EDGE, lab.program())
+    known = {o for one in programs for a in build_parser(one).loaded() for o in a.option_strings}
+    named = {
+        word
+        for file in Path(offramp.__file__).parent.rglob("*.py")
+        for word in re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", file.read_text("utf-8"))
+    }
+    assert sorted(named - known - OTHERS) == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

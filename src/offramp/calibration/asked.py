@@ -46,12 +46,12 @@ class Guarantee:
         if self.declared is not None and self.method not in ("auto", "binomial"):
             raise InputError(
                 f"A declared number of images is for the binomial test, not for {self.method!r}.",
-                "Leave --method out, or leave --declared out.",
+                "Leave method out, or leave declared out.",
             )
         if self.declared is None and self.method == "binomial":
             raise InputError(
                 "The binomial test needs the number of images that was declared before.",
-                "Declare it (--declared N), or leave --method out.",
+                "Declare it, or leave method out.",
             )
 
     @property

@@ -153,7 +153,7 @@ def _ahead(
         raise InputError(
             f"{longest} tokens of the prompt see each other, more than the {window} of this "
             "decoder's sliding window, where llama.cpp cuts them off.",
-            "Shorten the prompt, or use --runtime torch.",
+            "Shorten the prompt, or use --engine torch.",
         )
     return tuple(spans)
 
@@ -162,7 +162,7 @@ def _strange(backbone: Backbone, what: str) -> InputError:
     return InputError(
         f"A token of this prompt {what}, which the llama.cpp runtime does not know of the decoder "
         f"of {backbone.name}.",
-        "Use --runtime torch for it.",
+        "Use --engine torch for it.",
     )
 
 

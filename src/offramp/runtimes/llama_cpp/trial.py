@@ -62,7 +62,7 @@ def check_survives(
         raise UnsupportedBackboneError(
             f"llama.cpp ends its process (signal {-done.returncode}) when it runs {files[0].parent}"
             f"{': ' + said[0].strip()[:200] if said else ''}.",
-            "Export again with the installed version of llama-cpp-python, or use --runtime torch.",
+            "Export again with the installed version of llama-cpp-python, or use --engine torch.",
         )
     if done.returncode == 0 and known is not None:
         try:
