@@ -83,7 +83,7 @@ class TableExecutor(SlotExecutor):
 
     def draft(
         self,
-        handles: Sequence[int],
+        handles: Sequence[Any],
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
@@ -95,7 +95,7 @@ class TableExecutor(SlotExecutor):
         return [self._table.draft(answer, most[0])]
 
     def verify(
-        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+        self, handles: Sequence[Any], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Tensor:
         self._answer[columns[0] - self._first :] = ids[0]
         return super().verify(handles, ids, columns)

@@ -63,9 +63,9 @@ class PropagatingExecutor(StackExecutor):
 
     _skips = False
 
-    def skip(self, handle: int, segment: int) -> None:
+    def skip(self, row: Any, segment: int) -> None:
         """Fill what the newest token of a sequence skips from a segment on."""
-        row, depth = self._held[handle], self._bounds[segment]
+        depth = self._bounds[segment]
         part = row.waits.pop(segment)[-1]
         kw = dict(row.last)
         self._chunk, self._skips = part.states, True

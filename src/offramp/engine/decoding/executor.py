@@ -16,11 +16,14 @@ from offramp.errors import InputError
 Ends = Callable[[int], bool]
 """Whether an answer is over with a token."""
 
+Handle = Any
+"""What an executor knows a sequence by: its own affair."""
+
 
 class Span(NamedTuple):
     """Columns of one sequence from `first` up to, and without, `end`."""
 
-    handle: int
+    handle: Handle
     first: int
     end: int
 
@@ -29,7 +32,7 @@ class Loaded(NamedTuple):
     """A row that an executor took over: its handle, the columns of its prompt, and how many of them
     each segment ran."""
 
-    handle: int
+    handle: Handle
     columns: int
     ran: Sequence[int]
 
@@ -50,7 +53,7 @@ class Executor(Protocol):
         ...
 
     def feed(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> Any:
         """Segment 0 and the first exit, one token of each sequence; outputs in that order."""
         ...
@@ -65,7 +68,7 @@ class Executor(Protocol):
 
     def full(
         self,
-        handles: Sequence[int],
+        handles: Sequence[Handle],
         ids: Sequence[int],
         columns: Sequence[int],
         *,
@@ -77,20 +80,20 @@ class Executor(Protocol):
         """
         ...
 
-    def trial(self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]) -> Any:
+    def trial(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
         """A `full` call to be timed, nothing waiting, after which nothing has changed; None where
         it would leave traces."""
         ...
 
-    def allow_crops(self, handle: int) -> bool:
+    def allow_crops(self, handle: Handle) -> bool:
         """Keep what taking tokens back may need; False where they cannot be taken back."""
         ...
 
-    def crop(self, handle: int, column: int) -> None:
+    def crop(self, handle: Handle, column: int) -> None:
         """Forget what a sequence has from `column` on."""
         ...
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: Handle) -> None:
         """Forget a sequence."""
         ...
 
@@ -112,7 +115,7 @@ class DraftingExecutor(Executor, Protocol):
 
     def draft(
         self,
-        handles: Sequence[int],
+        handles: Sequence[Handle],
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
@@ -127,7 +130,7 @@ class DraftingExecutor(Executor, Protocol):
         ...
 
     def verify(
-        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+        self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Any:
         """Tokens side by side of each sequence, from its column on, through all layers and the
         drafting exit; of all tokens what `full` returns of one, a sequence's behind the other's."""

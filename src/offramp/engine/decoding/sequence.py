@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
+from offramp.engine.decoding.executor import Handle
 from offramp.engine.decoding.reader import TokenSampler
 from offramp.engine.decoding.rule import ExitRule
 
@@ -60,7 +61,7 @@ class Sequence:
         self,
         sampler: TokenSampler,
         rule: ExitRule,
-        handle: int,
+        handle: Handle,
         start: int,
         ran: Many[int],
         first: Token | Asked,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,24 +17,21 @@ from torch import Tensor
 
 from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, anyone, no_one
+from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.compiled import cannot_compile
+from offramp.engine.executors.segments import Passing, SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import (
     cache_name,
     crop,
     croppable,
-    entries_between,
     self_attention,
     stand_in,
-    store_exit_keys,
 )
 from offramp.engine.prefill import Prefill
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-from offramp.models.intercept import InterceptedModel
-from offramp.models.opened import LayerCall
 
 
 @dataclass(eq=False)
@@ -62,8 +59,8 @@ class _Row:
     entered: tuple[int, Tensor] | None = None  # a column of which it has keys, and its entry [1, D]
 
 
-class StackExecutor:
-    """Runs a backbone with exits through its own stack. The layer handler of its twin."""
+class StackExecutor(SegmentRunner):
+    """Runs a backbone with exits through its own stack; all as of `SegmentRunner`."""
 
     rows: int | None = 1
     positions: int | None = None  # counted where its arguments are made
@@ -77,24 +74,9 @@ class StackExecutor:
         watches: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
-        self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
-        self._bounds = (0, *self.depths, backbone.depth)
-        self._watches = watches
-        self._drafter, self._verifies = drafter, False
-        self.intercepted = InterceptedModel(backbone, self)
+        super().__init__(backbone, exits, depths, watches=watches, drafter=drafter)
         cannot_compile(backbone, "this model or request needs its own stack")
-        self._held: dict[int, _Row] = {}
-        self._count = 0
-        # of the current call
-        self._row: _Row | None = None
-        self._seen: Any = None  # the cache as its layers see it
-        self._running = range(0)
-        self._keys_only = False
-        self._looks: Looks | None = None
-        self._chunk: Tensor | None = None
-        self._output: ExitOutput | None = None
-        self._entry: Tensor | None = None
-        self._previous: Tensor | None = None
+        self._held: list[_Row] = []
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -116,31 +98,29 @@ class StackExecutor:
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:
             held.entered = tokens - 1, prompt.kept[row : row + 1]
-        self._count += 1
         held.ran = [*ran]
-        self._held[self._count] = held
-        return Loaded(self._count, tokens, ran)
+        self._held.append(held)
+        return Loaded(held, tokens, ran)
 
-    def release(self, handle: int) -> None:
-        del self._held[handle]
+    def release(self, handle: _Row) -> None:
+        self._held.remove(handle)
 
     def close(self) -> None:
-        for row in self._held.values():
+        for row in self._held:
             row.cache, row.waits, row.last = None, {}, {}
-        self._held, self._row, self._looks = {}, None, None
+        self._held, self._looks = [], anyone
 
-    def allow_crops(self, handle: int) -> bool:
+    def allow_crops(self, handle: _Row) -> bool:
         """A recurrent state holds the whole text in one tensor: what a token did to it stays."""
-        cache = self._held[handle].cache
+        cache = handle.cache
         if not croppable(cache):
             return False
         cache.activate_past_recording()  # sliding windows keep what a crop may need
         crop(cache, dict.fromkeys(range(len(self_attention(cache).layers)), 0))
         return True
 
-    def crop(self, handle: int, column: int) -> None:
-        row = self._held[handle]
-        undone = row.tokens - column
+    def crop(self, handle: _Row, column: int) -> None:
+        row, undone = handle, handle.tokens - column
         if undone > 0:
             row.tokens = column
             for segment in [*row.waits]:
@@ -157,26 +137,19 @@ class StackExecutor:
             surplus |= dict.fromkeys(entries, max(0, ran - column))
         return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
 
-    def _entries(self, start: int, end: int) -> list[int]:
-        return entries_between(self.backbone, self.exits, start, end)
-
     # -- calls -------------------------------------------------------------------------------
 
     def feed(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ExitOutput:
-        made = [
-            self._feed(handle, token, looks) for handle, token in zip(handles, ids, strict=True)
-        ]
-        return ExitOutput.joined(made)
-
-    def _feed(self, handle: int, token: int, looks: Looks) -> ExitOutput:
-        row = self._held[handle]
-        kw = self._arguments(row, [token])
         self._looks = looks
+        return ExitOutput.joined([*map(self._feed, handles, ids)])
+
+    def _feed(self, row: _Row, token: int) -> ExitOutput:
+        kw = self._arguments(row, [token])
         self._call(row, range(0, self._bounds[1]), kw)
-        output, self._output = self._output, None
-        assert output is not None and self._entry is not None
+        output = self._taken()
+        assert self._entry is not None
         part = _Part(self._entry, kw.get("position_ids"), kw["input_ids"])
         self._wait(row, 1, part, row.tokens - 1)
         row.ran[0] += 1
@@ -191,36 +164,34 @@ class StackExecutor:
 
     def full(
         self,
-        handles: Sequence[int],
+        handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
         *,
         exits: bool,
     ) -> Tensor:
-        self._keys_only = exits and bool(self.depths)
         made = []
-        try:
-            for handle, token in zip(handles, ids, strict=True):
-                row = self._held[handle]
-                kw = self._arguments(row, [token])
-                made.append(self._call(row, range(self.backbone.depth), kw))
-                row.ran = [ran + 1 for ran in row.ran]
-                output, self._output = self._output, None
-                row.entered = None if output is None else (row.tokens - 1, output.entry)
-        finally:
-            self._keys_only = False
+        for row, token in zip(handles, ids, strict=True):
+            made.append(self._full(row, [token], "keys" if exits else ""))
+            output, self._output = self._output, None
+            row.entered = None if output is None else (row.tokens - 1, output.entry)
         return torch.cat(made)
+
+    def _full(self, row: _Row, tokens: Sequence[int], passing: Passing) -> Tensor:
+        """Tokens of a row through all layers."""
+        made = self._call(row, range(self.backbone.depth), self._arguments(row, tokens), passing)
+        row.ran = [ran + len(tokens) for ran in row.ran]
+        return made
 
     def draft(
         self,
-        handles: Sequence[int],
+        handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
         most: Sequence[int],
         ends: Sequence[Ends],
     ) -> list[list[int]]:
-        rows = [self._held[handle] for handle in handles]
-        return [*map(self._draft, rows, ids, columns, most, ends)]
+        return [*map(self._draft, handles, ids, columns, most, ends)]
 
     def _draft(self, row: _Row, token: int, column: int, most: int, ends: Ends) -> list[int]:
         drafter = self._drafter
@@ -265,9 +236,9 @@ class StackExecutor:
             self._call(row, range(depth, depth), kw)
         finally:
             self._chunk = None
-        output, self._output = self._output, None
-        assert output is not None and output.state is not None
-        return output.state
+        state = self._taken().state
+        assert state is not None
+        return state
 
     def _undo(self, row: _Row, columns: int) -> None:
         """Take the newest columns of the drafting exit back."""
@@ -278,26 +249,18 @@ class StackExecutor:
         crop(row.cache, dict.fromkeys(self._entries(depth, depth), columns))
 
     def verify(
-        self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]
+        self, handles: Sequence[_Row], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Tensor:
-        assert self._drafter is not None
         made = []
-        self._verifies = True
-        try:
-            for handle, tokens, column in zip(handles, ids, columns, strict=True):
-                row = self._held[handle]
-                kw = self._arguments(row, tokens)
-                made.append(self._call(row, range(self.backbone.depth), kw))
-                output, self._output = self._output, None
-                assert output is not None and output.state is not None
-                row.verified, row.entered = (column, output.state), None
-                row.ran = [ran + len(tokens) for ran in row.ran]
-        finally:
-            self._verifies = False
+        for row, tokens, column in zip(handles, ids, columns, strict=True):
+            made.append(self._full(row, tokens, "drafts"))
+            state = self._taken().state
+            assert state is not None
+            row.verified, row.entered = (column, state), None
         return torch.cat(made)
 
     def trial(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor | None:
         return None  # a recurrent state would have moved on
 
@@ -309,8 +272,8 @@ class StackExecutor:
         return picked(made, torch.tensor(asked, dtype=torch.long, device=self.backbone.device))
 
     def _run(self, segment: int, span: Span) -> Output:
-        row, start = self._held[span.handle], self._bounds[segment]
-        parts = row.waits.pop(segment)
+        row, start = span.handle, self._bounds[segment]
+        parts: list[_Part] = row.waits.pop(segment)
         states = torch.cat([part.states for part in parts], 1)
         assert states.shape[1] == span.end - span.first
         positions, ids = _along(p.positions for p in parts), _along(p.ids for p in parts)
@@ -331,8 +294,8 @@ class StackExecutor:
         row.ran[segment] = span.end
         if segment == len(self.depths):
             return final
-        output, self._output = self._output, None
-        assert output is not None and self._entry is not None
+        output = self._taken()
+        assert self._entry is not None
         self._wait(row, segment + 1, _Part(self._entry, positions, ids), span.first)
         return output
 
@@ -341,17 +304,19 @@ class StackExecutor:
             row.waits[segment], row.begin[segment] = [], column
         row.waits[segment].append(part)
 
-    def _call(self, row: _Row, running: range, kw: dict[str, Any]) -> Tensor:
+    def _call(
+        self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = ""
+    ) -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
         run."""
-        self._row, self._running = row, running
+        self._running, self._passing = running, passing
         self._output = self._entry = self._previous = None
         given = dict(kw)
         given[cache_name(given)] = self._seen = self._cache(row)
         try:
             out = self.intercepted.stack(**given).last_hidden_state
         finally:
-            self._row = self._seen = None
+            self._seen = None
         return self.backbone.here(out).flatten(0, 1)
 
     def _cache(self, row: _Row) -> Any:
@@ -365,42 +330,6 @@ class StackExecutor:
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
         also = self._entries(running.stop, running.stop)
         return stand_in(row.cache, end, running, also, **seen)
-
-    # -- one layer ---------------------------------------------------------------------------
-
-    def layer(self, call: LayerCall) -> Any:
-        """What the stack gets for a layer: its output, or the state handed through."""
-        index, running, here = call.index, self._running, self.backbone.here
-        if index < running.start or index > running.stop:
-            return self.backbone.skipped_layer_output(call)
-        if index == running.start and self._chunk is not None:
-            call = replace(call, hidden=self._chunk)
-        assert self._row is not None
-        if index == running.stop:
-            self._at_exit(call)
-            return self.backbone.skipped_layer_output(call)
-        drafts = self._drafter is not None and index == self._drafter.depth
-        if drafts and (self._verifies or self._keys_only):
-            self._looks = anyone if self._verifies else no_one
-            self._at_exit(call)
-        elif self._keys_only and index in self.depths and self.exits is not None:
-            store_exit_keys(self._seen, self.exits, call)
-        if self._watches and index + 1 == running.stop:
-            self._previous = here(call.hidden.flatten(0, 1))
-        return call.run(call.layer)
-
-    def _at_exit(self, call: LayerCall) -> None:
-        """Run the exit before this layer, or only store its keys where nobody looks."""
-        assert self.exits is not None and self._row is not None
-        here, self._entry = self.backbone.here, call.hidden
-        entry = here(call.hidden.flatten(0, 1))
-        looks = self._looks or anyone
-        if not looks(call.index, entry):
-            store_exit_keys(self._seen, self.exits, call)
-            self._output = ExitOutput(entry, None, self._previous)
-            return
-        state = here(self.exits.run(call.index, call).flatten(0, 1))
-        self._output = ExitOutput(entry, state, self._previous)
 
 
 def _columns(prompt: Prompt) -> int:

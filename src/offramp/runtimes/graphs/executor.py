@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.executor import Handle, Loaded, Span
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, Question
@@ -51,7 +51,7 @@ class GraphExecutor:
     def __init__(self, programs: RowPrograms) -> None:
         self.depths = programs.depths
         self._programs = programs
-        self._handle: int | None = None
+        self._handle: Handle = None
         self._prompt = 0  # columns
         self._aim: tuple[int, int] | None = None  # what is fed next, if nothing else is said
         self._ahead: Ahead | None = None
@@ -78,7 +78,7 @@ class GraphExecutor:
             )
         return loaded
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: Handle) -> None:
         self.close()
 
     def close(self) -> None:
@@ -87,28 +87,28 @@ class GraphExecutor:
             self._programs.slots.release(self._handle)
         self._handle = self._ahead = None
 
-    def allow_crops(self, handle: int) -> bool:
+    def allow_crops(self, handle: Handle) -> bool:
         return True
 
-    def crop(self, handle: int, column: int) -> None:
+    def crop(self, handle: Handle, column: int) -> None:
         self._ahead = self._aim = None
         self._programs.slots.crop(handle, column)
 
     def trial(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
+        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]
     ) -> GraphOutput | None:
         return None
 
     # -- calls -----------------------------------------------------------------------------------
 
     def feed(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> GraphOutput:
         return self._step(0, ids[0], columns[0])
 
     def full(
         self,
-        handles: Sequence[int],
+        handles: Sequence[Handle],
         ids: Sequence[int],
         columns: Sequence[int],
         *,
