@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoding import NEW
 
-from offramp.engine.decoding.noise import Noise
+from offramp.engine.decoding.sampler import Noise
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 

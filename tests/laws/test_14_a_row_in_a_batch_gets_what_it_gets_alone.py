@@ -16,10 +16,9 @@ from families import NAMES, build, depths, one_row
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import Sampler
+from offramp.engine.decoding.sampler import Noise, Sampler
 from offramp.engine.executors.choice import EXECUTORS, make_executor
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds

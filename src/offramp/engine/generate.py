@@ -18,12 +18,11 @@ from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.noise import Noise
 from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import Observer, OnToken, Sampler, Together
+from offramp.engine.decoding.sampler import Noise, Observer, OnToken, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.drafter import Drafter

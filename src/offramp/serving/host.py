@@ -15,8 +15,7 @@ from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.drafter import Drafter
 from offramp.engine.executors.choice import executor_for
-from offramp.engine.executors.slots.cache import check_memory, slot_bytes
-from offramp.engine.executors.slots.memory import free_bytes
+from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared
 from offramp.engine.prefix_cache import PrefixCache
@@ -105,11 +104,7 @@ class TorchHost:
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
         attached = None if exits is None else ExitSet.of(exits)
-        entries = backbone.depth + (len(attached.entries) if attached is not None else 0)
-        size = config.slots * slot_bytes(
-            backbone.text_config, entries, config.limit, backbone.dtype
-        )
-        check_memory(size, free_bytes(backbone.device), config.slots, config.limit)
+        check_room(backbone, attached, config.slots, config.limit)
         self.backbone, self._attached, self._config = backbone, attached, config
         self.depths: tuple[int, ...] = ()
         if attached is not None:

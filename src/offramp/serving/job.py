@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from offramp.engine.decoding.noise import Noise
+from offramp.engine.decoding.sampler import Noise
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import GenerationOutput
 from offramp.engine.prefill import Prepared

@@ -26,7 +26,7 @@ from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
 
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.executors.modules import compiled
+from offramp.engine.executors.modules import in_place
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
@@ -114,12 +114,12 @@ def no_products() -> Iterator[None]:
         return zeros[key]
 
     functional.linear = answer
-    compiled._CODES.clear()
+    in_place._CODES.clear()
     try:
         yield
     finally:
         functional.linear = linear
-        compiled._CODES.clear()
+        in_place._CODES.clear()
 
 
 def measure(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from offramp.engine.confidence import FEATURE_SCORES, STREAKS
 from offramp.engine.constraint import NothingAllowed
 from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
-from offramp.engine.executors.modules.compiled import head_code
+from offramp.engine.executors.modules.in_place import head_code
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError

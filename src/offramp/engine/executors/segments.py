@@ -17,7 +17,7 @@ from offramp.engine.drafter import Drafter
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import entries_between, store_exit_keys
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet, first
+from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall
 
@@ -114,7 +114,7 @@ class SegmentRunner:
     def _run_exit(self, call: LayerCall) -> Tensor:
         """The states [B, T, D] that the exit before a layer makes."""
         assert self.exits is not None
-        return first(call.run(self._called(self.exits.at(call.index))))
+        return self.exits.run(call.index, call)
 
     def _store_keys(self, call: LayerCall) -> None:
         assert self.exits is not None

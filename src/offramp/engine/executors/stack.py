@@ -19,7 +19,7 @@ from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
-from offramp.engine.executors.modules.compiled import cannot_compile
+from offramp.engine.executors.modules.in_place import cannot_compile
 from offramp.engine.executors.segments import Passing, SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import (

@@ -11,8 +11,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.executors.slots.cache import check_memory, slot_bytes
-from offramp.engine.executors.slots.memory import free_bytes
+from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import (
     ExitPolicy,
@@ -62,9 +61,7 @@ class GraphRuntime:
                 "Use --engine torch.",
             )
         self._check_look(self.policy)
-        entries = backbone.depth + len(adapter.exits.entries)
-        size = slot_bytes(backbone.text_config, entries, context, backbone.dtype)
-        check_memory(size, free_bytes(backbone.device), 1, context)
+        check_room(backbone, adapter.exits, 1, context)
         programs = RowPrograms(backbone, adapter.exits, self.policy, context)
         self._executor = GraphExecutor(programs)
         self._programs = programs

@@ -1,5 +1,10 @@
-"""Attention of our own, which stands in twins of the attention modules, selected in a copy of their
-config.
+"""Masks and attention of calls in which every query stands at a column of its own.
+
+Causal, sliding and chunked masks are Hugging Face's own functions of (row, head, query, key); here
+they are given each query's column in place of one offset for all. Mask and attention functions are
+added to Hugging Face's tables under names of ours, and selected in copies of a twin's config: no
+config of the user's model is touched. Where it takes attention of our own, that stands in twins of
+the attention modules.
 
 Packed: linear layers see all tokens in one row, attention sees them by slot. A deep call has many
 tokens of few slots. As a row each [N, 1], every token would need its slot's keys gathered for it;
@@ -14,16 +19,116 @@ beside it, to the last bit.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from offramp.engine.executors.slots.layout import Call, SlotCall
+from offramp.errors import UnsupportedBackboneError
+from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
+from offramp.models.exits import ExitSet
+from offramp.models.quantized.linears import QuantizedLinear
+from offramp.models.quantized.prepacked import PrepackedLinear
 
-PACKED, EACH = "offramp_packed", "offramp_each"
+MASKED, PACKED, EACH = "offramp_slots", "offramp_packed", "offramp_each"
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What a mask was made by. allowed: Hugging Face's function of (row, head, query, key), or None
+    in cross-attention, where an encoder's tokens alone are hidden."""
+
+    allowed: Callable[..., Any] | None
+    dtype: torch.dtype
+
+    @property
+    def causal(self) -> bool:
+        """Whether nothing but later tokens is hidden."""
+        return self.allowed is causal_mask_function
+
+    def mask(self, queries: Tensor, width: int, encoder: Tensor | None = None) -> Tensor:
+        """An additive mask [R, 1, W, K] of `width` columns for queries at columns [R, W].
+
+        encoder: which of the encoder's tokens [R, K] are there.
+        """
+        device = queries.device
+        if self.allowed is None:
+            assert encoder is not None
+            allowed = encoder[:, None, None].bool()
+        else:
+            rows = torch.arange(len(queries), device=device)[:, None, None, None]
+            keys = torch.arange(width, device=device)[None, None, None]
+            heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+            allowed = self.allowed(rows, heads, queries[:, None, :, None], keys)
+        made = torch.zeros(allowed.shape, dtype=self.dtype, device=device)
+        return made.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+
+
+def rule_of(mask: Any) -> MaskRule | None:
+    """What `slot_mask` made a mask by; None of another one."""
+    return getattr(mask, "rule", None)
+
+
+def slot_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor:
+    """An additive mask [R, 1, W, K].
+
+    q_offset: columns of the queries [R, W]; a number in cross-attention, whose mask is
+    `attention_mask` [R, K], the encoder's.
+    """
+    if isinstance(q_offset, Tensor):
+        rule = MaskRule(mask_function, dtype)
+        made = rule.mask(q_offset, kv_length)
+    else:
+        assert attention_mask is not None
+        rule = MaskRule(None, dtype)
+        made = rule.mask(attention_mask, kv_length, attention_mask)
+    made.rule = rule  # type: ignore[attr-defined]
+    return made
+
+
+AttentionMaskInterface.register(MASKED, slot_mask)
+
+PLAIN = ("sdpa", "eager")
+"""Attention that takes a dense mask."""
+
+
+def with_slot_masks(stack: Any) -> None:
+    """Let the twin `stack` ask `slot_mask` for its masks.
+
+    Raises:
+        UnsupportedBackboneError: its attention takes no dense mask (flash, flex).
+    """
+    used = stack.config._attn_implementation
+    if used not in PLAIN:
+        raise UnsupportedBackboneError(
+            f"Attention {used!r} cannot run rows of different lengths from one cache.",
+            "Load the model with attn_implementation='sdpa'.",
+        )
+    stack.config = copy.copy(stack.config)
+    stack.config._attn_implementation_internal = MASKED  # the setter would reach into sub-configs
+
+
+# -- attention ------------------------------------------------------------------------------------
 
 
 def packed_attention(
@@ -130,3 +235,48 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
 def can_pack(stack: Any) -> bool:
     """Whether the attention of a stack is the one that is computed here."""
     return bool(stack.config._attn_implementation == "sdpa")
+
+
+# -- exact batches --------------------------------------------------------------------------------
+
+ROW_BY_ROW = (PrepackedLinear, QuantizedLinear, nn.Embedding)
+"""Modules that make of a row what they make of it alone."""
+
+
+def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -> None:
+    """Raise `UnsupportedBackboneError` where a token would depend on the tokens beside it.
+
+    ours: whether attention is one that `attention_of_each` computes.
+    """
+    remedy = "Leave exact batches out: answers then differ by rounding alone."
+    if not ours or backbone.is_encoder_decoder:
+        kind = "an encoder" if backbone.is_encoder_decoder else "attention other than sdpa"
+        raise UnsupportedBackboneError(
+            f"Exact batches are not known of models with {kind}, as {backbone.name} is.", remedy
+        )
+    if backbone.decoding.compiled:
+        raise UnsupportedBackboneError(
+            "Compiled code of one token is other code than that of several.", remedy
+        )
+    found = next(_others(backbone, exits), None)
+    if found is not None:
+        raise UnsupportedBackboneError(
+            f"Exact batches need products whose rows do not depend on each other, and {found} has "
+            "others.",
+            "Lay the weights out first: adapter.with_exact_batches(), or --engine exact-batches. "
+            "Experts and weights quantised by a library have no such products.",
+        )
+
+
+def _others(backbone: Backbone, exits: ExitSet | None) -> Iterator[str]:
+    """Modules with a weight that is multiplied otherwise."""
+    if not isinstance(backbone.reader, PrepackedLinear):
+        yield "the LM head"
+    parts: dict[str, nn.Module] = {"layers": backbone.layers}
+    if exits is not None:
+        parts["exits"] = exits.modules
+    for name, part in parts.items():
+        for path, module in part.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if not isinstance(module, ROW_BY_ROW) and any(weight.dim() > 1 for weight in own):
+                yield f"{name}.{path}"

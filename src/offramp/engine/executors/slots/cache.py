@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -25,7 +24,7 @@ from transformers.cache_utils import (
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 from offramp.engine.executors.slots.layout import Call
-from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.errors import UnsupportedBackboneError
 
 BUCKET = 64
 """Columns are added by multiples of this."""
@@ -165,7 +164,7 @@ class SlotCache:
 
     def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
         self.slots, self.limit = slots, limit
-        columns = BUCKET if limit is None else min(BUCKET, _rounded(limit + 1))
+        columns = BUCKET if limit is None else min(BUCKET, rounded(limit + 1))
         self.own = [SlotLayer(slots, columns) for _ in range(entries)]
         self.cross = [_CrossLayer(slots, 0) for _ in range(entries)] if encoder else []
         self.columns = columns
@@ -210,7 +209,7 @@ class SlotCache:
         made = [entry for entry in source.layers if entry.is_initialized]
         length = made[0].keys.shape[2] if real is None else int(real.sum())
         if length > self.encoder_columns:
-            self.encoder_columns = _rounded(length)
+            self.encoder_columns = rounded(length)
             for mine in self.cross:
                 mine.grow(self.encoder_columns)
         for mine, entry in zip(self.cross, source.layers, strict=False):
@@ -225,9 +224,9 @@ class SlotCache:
         """Make room for `columns` columns in every slot."""
         if columns <= self.columns:
             return
-        self.columns = max(_rounded(columns), self.columns * 3 // 2 // BUCKET * BUCKET)
+        self.columns = max(rounded(columns), self.columns * 3 // 2 // BUCKET * BUCKET)
         if self.limit is not None:
-            self.columns = min(_rounded(self.limit + 1), self.columns)
+            self.columns = min(rounded(self.limit + 1), self.columns)
         for mine in self.own:
             mine.grow(self.columns)
 
@@ -275,25 +274,6 @@ class SlotCache:
         return sum(held.nbytes for mine in (*self.own, *self.cross) for held in mine.held)
 
 
-def slot_bytes(config: Any, entries: int, columns: int, dtype: torch.dtype) -> int:
-    """Memory of one slot of `columns` columns, from a text config, before anything is allocated."""
-    heads = int(config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    width = int(width or config.hidden_size // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * entries * kv_heads * _rounded(columns + 1) * width * dtype.itemsize
-
-
-def check_memory(needed: int, free: int | None, slots: int, limit: int) -> None:
-    """Raise `InputError` where the slots would not fit into the memory that is free."""
-    if free is not None and needed > free:
-        raise InputError(
-            f"{slots} slots of {limit} tokens need {needed / 1e9:.2f} GB for keys and values, and "
-            f"{free / 1e9:.2f} GB are free.",
-            f"Ask for at most {max(0, int(slots * free / needed))} slots, or for shorter ones.",
-        )
-
-
 def _check_entries(entries: Sequence[Any]) -> None:
     wrong = {type(e).__name__ for e in entries if type(e) not in (DynamicLayer, SlidingLayer)}
     if wrong:
@@ -304,5 +284,5 @@ def _check_entries(entries: Sequence[Any]) -> None:
         )
 
 
-def _rounded(columns: int) -> int:
+def rounded(columns: int) -> int:
     return -(-columns // BUCKET) * BUCKET

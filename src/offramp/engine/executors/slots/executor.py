@@ -21,11 +21,17 @@ from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
-from offramp.engine.executors.modules.compiled import called_in_place, cannot_compile
+from offramp.engine.executors.modules.in_place import called_in_place, cannot_compile
 from offramp.engine.executors.segments import Passing, SegmentRunner
-from offramp.engine.executors.slots.attention import EACH, PACKED, can_pack, with_attention
+from offramp.engine.executors.slots.attention import (
+    EACH,
+    PACKED,
+    can_pack,
+    check_exact_batches,
+    with_attention,
+    with_slot_masks,
+)
 from offramp.engine.executors.slots.cache import SlotCache
-from offramp.engine.executors.slots.exact_batches import check_exact_batches
 from offramp.engine.executors.slots.layout import (
     Call,
     CurrentCall,
@@ -34,14 +40,18 @@ from offramp.engine.executors.slots.layout import (
     one_each,
     packed,
 )
-from offramp.engine.executors.slots.masks import with_slot_masks
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
-from offramp.engine.executors.slots.rehearsal import CannotRehearseError, Stage
-from offramp.engine.executors.slots.tables import BIASES, Given, Tables
+from offramp.engine.executors.slots.tables import (
+    BIASES,
+    CannotRehearseError,
+    Given,
+    Stage,
+    Tables,
+)
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import cache_parameter
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.models.exits import ExitSet, first
 from offramp.models.opened import LayerCall
 
 log = logging.getLogger(__name__)
@@ -344,8 +354,8 @@ class SlotExecutor(SegmentRunner):
         if self._drafter is None:  # whoever drafts reads no states of an exit
             return made  # type: ignore[no-any-return]
         states = torch.split(made.state, [len(tokens) for tokens in ids])
-        for (row, first, end), own in zip(spans, states, strict=True):
-            row.verified, row.entered = (first, own), None
+        for (row, start, end), own in zip(spans, states, strict=True):
+            row.verified, row.entered = (start, own), None
             row.base = dict.fromkeys(row.base, end)
         return made.entry  # type: ignore[no-any-return]
 
@@ -358,10 +368,10 @@ class SlotExecutor(SegmentRunner):
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> Output:
         states, stand = list[Tensor](), list[Span]()
-        for row, first, end in spans:
+        for row, start, end in spans:
             base, gap = row.base[segment], row.gap(self._bounds[segment])
-            states.append(self._pending[segment][row.slot, first - base : end - base])
-            stand.append(Span(row, first - gap, end - gap))
+            states.append(self._pending[segment][row.slot, start - base : end - base])
+            stand.append(Span(row, start - gap, end - gap))
         alone = [row.places is not None or row.encoder is not None for row, _, _ in spans]
         if len(spans) == 1 or any(alone):
             made = [
@@ -374,12 +384,12 @@ class SlotExecutor(SegmentRunner):
                 stand, states, lambda call, laid: self._run_segment(segment, call, laid, looks)
             )
         at = 0
-        for row, first, end in spans:
+        for row, start, end in spans:
             row.base[segment] = end
             self._read(row, segment)
             if isinstance(output, ExitOutput):
-                self._keep(segment + 1, row, first, output.entry[at : at + end - first])
-                at += end - first
+                self._keep(segment + 1, row, start, output.entry[at : at + end - start])
+                at += end - start
         total = sum(span.end - span.first for span in spans)
         if len(asked) == total:
             return output
@@ -712,6 +722,11 @@ class SlotExecutor(SegmentRunner):
     @property
     def _runs_anyway(self) -> bool:
         return self._packs or bool(self._unread_in(self._current.call))
+
+    def _run_exit(self, call: LayerCall) -> Tensor:
+        if self.exits is None or not self._ours:
+            return super()._run_exit(call)
+        return first(call.run(self._called(self.exits.at(call.index))))
 
     @property
     def _ours(self) -> bool:
