@@ -151,20 +151,7 @@ class SegmentChain:
         for place in range(1, last):
             if waiting[place]:
                 self.advance(place, 0, slot=slot)
-        return self._through_last(outputs, slot)
-
-    def _through_last(self, outputs: int, slot: int) -> Array:
-        logits, last = [], len(self.segments) - 1
-        calls = list(self._calls(last, slot))
-        if len(calls) == 1:
-            [(rows, ahead)] = calls
-            return self._feed(last, rows, min(outputs, len(rows)), ahead, slot)
-        left = sum(len(rows) for rows, _ in calls)
-        for rows, ahead in calls:
-            left -= len(rows)
-            wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(last, rows, wanted, ahead, slot).copy())
-        return np.concatenate(logits)
+        return self._through(last, outputs, slot)[1]
 
     def advance(
         self, place: int, outputs: int, new: States | None = None, slot: int = 0
@@ -195,14 +182,11 @@ class SegmentChain:
         for group in self._groups(place, sorted(outputs)):
             if len(group) > 1:
                 made |= self._share(place, group, outputs)
-            elif place < len(self.segments) - 1:
-                states, logits = self._through(place, outputs[group[0]], group[0])
-                # The next group's call overwrites them.
-                made[group[0]] = states, logits if len(outputs) == 1 else logits.copy()
             else:
-                slot = group[0]
-                logits = self._through_last(outputs[slot], slot)
-                made[slot] = _NOTHING, logits if len(outputs) == 1 else logits.copy()
+                [slot] = group
+                states, logits = self._through(place, outputs[slot], slot)
+                # The next group's call overwrites them.
+                made[slot] = states, logits if len(outputs) == 1 else logits.copy()
         if place < len(self.segments) - 1:
             for slot, (states, _) in made.items():
                 self._waiting[slot][place + 1].append(states)
@@ -256,8 +240,7 @@ class SegmentChain:
                 if part.slot in logits:
                     logits[part.slot].append(own)
                     if tapped is not None:
-                        rows = tapped[at * count : (at + 1) * count - part.idle]
-                        states[part.slot].append(rows.copy())
+                        states[part.slot].append(tapped[at * count : (at + 1) * count - part.idle])
         return {
             slot: (
                 np.concatenate(states[slot]) if states[slot] else _NOTHING,
@@ -284,23 +267,18 @@ class SegmentChain:
                 pending -= len(last)
 
     def _through(self, place: int, outputs: int, slot: int) -> tuple[States, Array]:
-        """Run segment `place` over what is pending before it: states, and logits of the last."""
-        segment = self.segments[place]
-        assert segment.tap is not None
-        calls = list(self._calls(place, slot))
-        if len(calls) == 1:
-            rows, ahead = calls[0]
-            made = self._feed(place, rows, outputs, ahead, slot)
-            return segment.tapped()[: len(rows)].copy(), made
+        """Run segment `place` over what is pending before it: states, of the last segment none, and
+        logits of the last rows, a view where one call was enough."""
+        segment, calls = self.segments[place], list(self._calls(place, slot))
         states, logits = [], []
         left = sum(len(rows) for rows, _ in calls)
         for rows, ahead in calls:
             left -= len(rows)
-            wanted = min(len(rows), max(0, outputs - left))
-            logits.append(self._feed(place, rows, wanted, ahead, slot))
-            states.append(segment.tapped()[: len(rows)].copy())
-            if left and wanted:  # the next call overwrites them
-                logits[-1] = logits[-1].copy()
+            made = self._feed(place, rows, min(len(rows), max(0, outputs - left)), ahead, slot)
+            logits.append(made.copy() if left else made)  # the next call overwrites them
+            states.append(_NOTHING if segment.tap is None else segment.tapped()[: len(rows)])
+        if len(calls) == 1:
+            return states[0], logits[0]
         return np.concatenate(states), np.concatenate(logits)
 
     def _feed(self, place: int, rows: States, outputs: int, ahead: bool, slot: int) -> Array:

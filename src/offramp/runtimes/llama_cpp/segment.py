@@ -202,52 +202,39 @@ class Segment:
         forgotten again. outputs: of how many of those before them there will be logits. ahead: the
         rows see each other, and not only what stands before them. slot: the sequence's.
         """
-        row = self._rows[slot]
-        if self.tap is not None:
-            self.tap.clear()
-        if ahead != self._ahead:
-            self._lib.llama_set_causal_attn(self._context, not ahead)
-            self._ahead = ahead
-        if self._input_scale != 1.0:
-            states = states * self._input_scale
-        rows = slice(row.length, row.length + len(states))
-        features = None if row.features is None else row.features[rows]
-        positions = row.positions[:, rows]
-        self._decode(self._batch.fill(states, features, positions, outputs, idle, slot), row)
-        row.length += len(states)
-        self.crop(idle, slot)
+        self.feed_together((Part(slot, states, outputs, idle),), ahead=ahead)
 
-    def feed_together(self, parts: Sequence[Part]) -> None:
-        """Run the layers over rows of text of several sequences in one call, as many of each.
+    def feed_together(self, parts: Sequence[Part], *, ahead: bool = False) -> None:
+        """The same over rows of several sequences in one call, as many of each, and all of text.
 
         parts: of slots one behind the other, ascending: llama.cpp takes no others at once. Taps and
         logits come in that order, taps of idle rows too.
         """
         if self.tap is not None:
             self.tap.clear()
-        if self._ahead:
-            self._lib.llama_set_causal_attn(self._context, True)
-            self._ahead = False
-        states = np.concatenate([part.states for part in parts])
+        if ahead != self._ahead:
+            self._lib.llama_set_causal_attn(self._context, not ahead)
+            self._ahead = ahead
+        count, rows = len(parts[0].states), [self._rows[part.slot] for part in parts]
+        places = [row.positions[:, row.length : row.length + count] for row in rows]
+        states, positions, features = parts[0].states, places[0], rows[0].features
+        if len(parts) > 1:  # of text alone
+            states, features = np.concatenate([part.states for part in parts]), None
+            positions = np.concatenate(places, 1)
+        elif features is not None:
+            features = features[rows[0].length : rows[0].length + count]
         if self._input_scale != 1.0:
             states = states * self._input_scale
-        count = len(parts[0].states)
-        positions = []
-        for part in parts:
-            row = self._rows[part.slot]
-            positions.append(row.positions[:, row.length : row.length + count])
-        batch = self._batch.fill_parts(states, np.concatenate(positions, 1), parts)
-        self._decode(batch, self._rows[parts[0].slot])
-        for part in parts:
-            self._rows[part.slot].length += count
-            self.crop(part.idle, part.slot)
-
-    def _decode(self, batch: Any, row: _Row) -> None:
+        batch = self._batch.fill(states, features, positions, parts)
         if (code := self._lib.llama_decode(self._context, batch)) != 0:
             raise InputError(
-                f"llama.cpp refused {batch.n_tokens} rows at position {row.length} (code {code}).",
+                f"llama.cpp refused {batch.n_tokens} rows at position {rows[0].length} (code "
+                f"{code}).",
                 "Give a longer context, e.g. context=4096.",
             )
+        for part, row in zip(parts, rows, strict=True):
+            row.length += count
+            self.crop(part.idle, part.slot)
 
     def tapped(self) -> States:
         """The states [n, D] that the last call took at the tap; a copy."""
@@ -348,7 +335,7 @@ class _Batch:
         self._sequences = (int_pointer * rows)(
             *[ctypes.cast(place, int_pointer) for place in places]
         )
-        self._kind = (0, 0, 0, 0)
+        self._kind: tuple[Any, ...] = ()
         self._batch = lib.llama_batch()
         self._batch.pos = self._positions.ctypes.data_as(int_pointer)
         self._batch.n_seq_id = self._ones.ctypes.data_as(int_pointer)
@@ -361,38 +348,24 @@ class _Batch:
         states: States,
         features: States | None,
         positions: Positions,
-        outputs: int,
-        idle: int,
-        slot: int,
+        parts: Sequence[Part],
     ) -> Any:
-        """features: of the first rows [m, ...], m <= n; None: of none. positions: [axes, n]."""
-        rows = len(states)
+        """states, positions: [n, D] and [axes, n], of the parts' rows, of each as many. features:
+        of the first rows [m, ...], m <= n; None: of none."""
+        rows, each = len(states), len(parts[0].states)
         self._states[:rows, : self._width] = states
         self._positions[: positions.size] = positions.ravel()  # axis after axis
         if self._featured or features is not None:
             self._fill_features(features)
-        if self._kind != (rows, outputs, idle, slot):
-            self._kind = rows, outputs, idle, slot
-            self._slots[:rows] = slot
+        kind = (each, *[(part.slot, part.outputs, part.idle) for part in parts])
+        if self._kind != kind:
+            self._kind = kind
             self._batch.n_tokens = rows
             self._outputs[:rows] = 0
-            self._outputs[rows - idle - outputs : rows - idle] = 1
-        return self._batch
-
-    def fill_parts(self, states: States, positions: Positions, parts: Sequence[Part]) -> Any:
-        """positions: [axes, n], of all parts' rows."""
-        rows, each = len(states), len(parts[0].states)
-        self._states[:rows, : self._width] = states
-        self._positions[: positions.size] = positions.ravel()
-        if self._featured:
-            self._fill_features(None)
-        self._kind = (0, 0, 0, 0)
-        self._batch.n_tokens = rows
-        self._outputs[:rows] = 0
-        for place, part in enumerate(parts):
-            end = (place + 1) * each - part.idle
-            self._slots[place * each : (place + 1) * each] = part.slot
-            self._outputs[end - part.outputs : end] = 1
+            for place, part in enumerate(parts):
+                end = (place + 1) * each - part.idle
+                self._slots[place * each : (place + 1) * each] = part.slot
+                self._outputs[end - part.outputs : end] = 1
         return self._batch
 
     def _fill_features(self, features: States | None) -> None:
