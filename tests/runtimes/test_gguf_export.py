@@ -30,7 +30,7 @@ def test_files_say_what_they_are_made_from(exported: Any) -> None:
     said = {key: field.contents() for key, field in first.fields.items()}
     assert said["offramp.shortlist"] == SHORT.tolist()
     assert json.loads(said["offramp.policy"])["thresholds"] == {"2": 0.5, "4": 0.5}
-    assert said["offramp.exits_digest"] == gguf_export.exits_digest(adapter)
+    assert said["offramp.exits_digest"] == gguf_export.digest_of(adapter)
     kinds = {t.name: t.tensor_type.name for t in first.tensors}
     assert kinds["blk.0.ffn_up.weight"] == "Q4_1" and kinds["blk.2.ffn_up.weight"] == "Q8_0"
     heads = [next(t for t in f.tensors if t.name == "token_embd.weight") for f in (first, last)]

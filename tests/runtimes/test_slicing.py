@@ -21,8 +21,7 @@ from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import ExportFormats, export_gguf, slice_gguf
-from offramp.runtimes.llama_cpp.exit_files import read_exits
-from offramp.runtimes.llama_cpp.exits_digest import exits_digest
+from offramp.runtimes.llama_cpp.exit_files import digest_of, read_exits
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 
 gguf = pytest.importorskip("gguf")
@@ -77,7 +76,7 @@ def test_exits_are_read_without_torch_as_with_it(tmp_path: Path) -> None:
         adapter = adapter_of(name)
         saved(adapter, tmp_path / name)
         found = read_exits(tmp_path / name)
-        assert found.digest == exits_digest(adapter)
+        assert found.digest == digest_of(adapter)
         assert found.shortlist is not None and found.shortlist.tolist() == SHORT.tolist()
         for depth in adapter.exits.depths:
             for key, tensor in adapter.exits.at(depth).state_dict().items():
@@ -93,7 +92,7 @@ def test_half_precision_has_the_same_digest(tmp_path: Path) -> None:
     exits.load_state_dict(adapter.exits.modules.state_dict())
     half = replace(adapter, exits=ExitSet(exits.to(torch.bfloat16), SHORT))
     saved(half, tmp_path / "half")
-    assert read_exits(tmp_path / "half").digest == exits_digest(half)
+    assert read_exits(tmp_path / "half").digest == digest_of(half)
 
 
 @pytest.mark.llama_cpp

@@ -33,7 +33,7 @@ class ExitFiles:
     """What `Adapter.save` wrote.
 
     config: of adapter.json. states: each exit's tensors, by depth. shortlist: token ids [S]; None:
-    there is none. gates: weights [D] and biases by depth. digest: as `exits_digest` has it.
+    there is none. gates: weights [D] and biases by depth. digest: as `digest_of` has it.
     """
 
     config: Mapping[str, Any]
@@ -107,8 +107,15 @@ def _gate(checks: Mapping[str, tuple[str, Any]], depth: int) -> tuple[Array, flo
     return _numbers(*weight).astype(np.float32), float(_numbers(*bias))
 
 
+def digest_of(adapter: Any) -> str:
+    """Which exits an `Adapter` has: SHA-256 over their tensors and the shortlist, the same in
+    float32 and bfloat16."""
+    state, shortlist = adapter.exits.modules.state_dict(), adapter.exits.shortlist
+    raw = {name: ("F32", tensor.detach().float().cpu().numpy()) for name, tensor in state.items()}
+    return _digest(raw, None if shortlist is None else shortlist.cpu().numpy())
+
+
 def _digest(raw: Mapping[str, tuple[str, Any]], shortlist: Any) -> str:
-    """SHA-256 over the exits' tensors in bfloat16 and the shortlist: `gguf_export.exits_digest`."""
     digest = hashlib.sha256()
     for name, (kind, data) in sorted(raw.items()):
         digest.update(name.encode())

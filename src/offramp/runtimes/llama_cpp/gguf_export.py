@@ -42,7 +42,7 @@ from offramp.runtimes.llama_cpp.architectures import (
     settings,
 )
 from offramp.runtimes.llama_cpp.drafter import write_draft_input
-from offramp.runtimes.llama_cpp.exits_digest import exits_digest
+from offramp.runtimes.llama_cpp.exit_files import digest_of
 from offramp.runtimes.llama_cpp.gguf_files import (
     DIGESTS,
     DRAFT_INPUT,
@@ -50,7 +50,13 @@ from offramp.runtimes.llama_cpp.gguf_files import (
     FORMAT,
     PROJECTOR,
 )
-from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.gguf_writing import (
+    FORMATS,
+    add_array,
+    add_value,
+    depths_to_write,
+    new_file,
+)
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
@@ -119,7 +125,10 @@ def export_gguf(
     import_gguf()
     formats = ExportFormats(formats) if isinstance(formats, str) else formats
     architecture = architecture_of(adapter.backbone)
-    chosen = _chosen_depths(adapter, depths)
+    named = adapter.policy.depths if depths is None else depths
+    remedy = "Export exits of kind 'layer' or 'drafting'."
+    chosen = depths_to_write(named, adapter.exits.depths, adapter.exits.modules.kind, remedy)
+    check_depths(chosen, adapter.backbone.depth)
     shortlist = shortlist_of_policy(adapter.policy, adapter.exits)
     about = _about(adapter, chosen, formats)
     plans = plan_segments(adapter, chosen)
@@ -160,24 +169,6 @@ def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
     return plans
 
 
-def _chosen_depths(adapter: Adapter, depths: Sequence[int] | None) -> tuple[int, ...]:
-    policy = adapter.policy
-    named = set(policy.depths if depths is None else depths)
-    wrong = sorted(named - set(adapter.exits.depths))
-    if not named or wrong:
-        raise InputError(
-            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
-            f"Name depths to write among {list(adapter.exits.depths)}, e.g. with --depths.",
-        )
-    if adapter.exits.modules.kind not in ("layer", "drafting"):
-        raise InputError(
-            f"Exits of kind {adapter.exits.modules.kind!r} are no decoder layers, which is what "
-            "llama.cpp runs.",
-            "Export exits of kind 'layer' or 'drafting'.",
-        )
-    return check_depths(sorted(named), adapter.backbone.depth)
-
-
 def _about(adapter: Adapter, depths: Sequence[int], formats: ExportFormats) -> dict[str, Any]:
     """Metadata that all segments share, by key."""
     versions = {"offramp": __version__}
@@ -186,7 +177,7 @@ def _about(adapter: Adapter, depths: Sequence[int], formats: ExportFormats) -> d
         "offramp.format": FORMAT,
         "offramp.depths": list(depths),
         "offramp.layers": adapter.backbone.depth,
-        "offramp.exits_digest": exits_digest(adapter),
+        "offramp.exits_digest": digest_of(adapter),
         "offramp.backbone": adapter.backbone.name,
         "offramp.fingerprint": dump_fingerprint(fingerprint(adapter.backbone)),
         "offramp.policy": json.dumps(policy_to_json(adapter.policy), sort_keys=True),
@@ -209,12 +200,10 @@ class _Writer:
         self.architecture = architecture
         self.formats = formats
         self.plan = plan
-        self.gguf = import_gguf()
 
     def write(self, file: Path, rows: Tensor | None, about: dict[str, Any]) -> None:
         """rows: token ids [S] of the head's rows; None: all. about: metadata by key."""
-        out = self.gguf.GGUFWriter(file, self.architecture.name)
-        try:
+        with new_file(file, self.architecture.name) as out:
             self._describe(out, self.backbone.vocabulary if rows is None else len(rows))
             if rows is not None:
                 out.add_array("offramp.shortlist", rows.tolist())
@@ -222,11 +211,6 @@ class _Writer:
                 add_value(out, key, value)
             for name, array, kind in self._tensors(rows):
                 add_array(out, name, array, kind)
-            out.write_header_to_file()
-            out.write_kv_data_to_file()
-            out.write_tensors_to_file()
-        finally:
-            out.close()
 
     @property
     def _layers(self) -> list[int]:

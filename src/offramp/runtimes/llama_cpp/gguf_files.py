@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import AdapterError, OfframpError
+from offramp.runtimes.llama_cpp.exit_files import digest_of
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.storage import digest_file, read_json
 
@@ -206,7 +207,6 @@ def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> Non
     A slice of a file from the hub has quantised weights: of the backbone its sizes are compared.
     """
     from offramp.models.fingerprint import fingerprint, same_backbone
-    from offramp.runtimes.llama_cpp.exits_digest import exits_digest
 
     said = first.get("offramp.fingerprint")
     if said is None:
@@ -223,5 +223,5 @@ def _check_kinship(folder: Path, first: dict[str, Any], adapter: Adapter) -> Non
             f"{difference}.",
             "Use the backbone it was exported from, or export this one.",
         )
-    if first["offramp.exits_digest"] != exits_digest(adapter):
+    if first["offramp.exits_digest"] != digest_of(adapter):
         raise AdapterError(f"{folder} was exported from exits other than this adapter's.", _AGAIN)

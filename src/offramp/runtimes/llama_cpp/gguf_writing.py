@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from offramp.errors import InputError
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
 
 Array = npt.NDArray[np.float32]
@@ -26,6 +30,38 @@ _NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What K-quants are where a row is no multiple of 256 wide, as llama.cpp has it."""
 _FITTED = ("iq4_nl", "q4_k", "q5_k", "q6_k")
 """Formats that llama.cpp writes, and the package gguf does not."""
+
+
+def depths_to_write(
+    named: Collection[int], stand: Collection[int], kind: str, remedy: str
+) -> tuple[int, ...]:
+    """The depths of the exits of a file. named: those asked for. stand: where there are exits, and
+    of which kind. Raise `InputError` where none or another is named, or llama.cpp does not run the
+    kind; remedy: then."""
+    wrong = sorted({*named} - {*stand})
+    if not named or wrong:
+        raise InputError(
+            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
+            f"Name depths to write among {sorted(stand)}, e.g. with --depths.",
+        )
+    if kind not in ("layer", "drafting"):
+        raise InputError(
+            f"Exits of kind {kind!r} are no decoder layers, which is what llama.cpp runs.", remedy
+        )
+    return tuple(sorted({*named}))
+
+
+@contextmanager
+def new_file(file: Path, architecture: str) -> Iterator[Any]:
+    """What takes the metadata and tensors of a file, which is written at the end."""
+    out = import_gguf().GGUFWriter(file, architecture)
+    try:
+        yield out
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+    finally:
+        out.close()
 
 
 def add_value(out: Any, key: str, value: Any) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from offramp.errors import AdapterError, DataError, InputError
 from offramp.runtimes.llama_cpp.gguf_header import read_header
+from offramp.runtimes.llama_cpp.gguf_writing import new_file
 from offramp.runtimes.llama_cpp.native.products import Products
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_gguf
@@ -249,20 +250,16 @@ def tokenizer_of(file: str | Path) -> Any:
 def _no_words() -> Any:
     """llama.cpp's pointer to a tokenizer of bytes: libmtmd wants one for the words that it puts
     around images."""
-    gguf = import_gguf()
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    kinds = gguf.TokenType
+    kinds = import_gguf().TokenType
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "words.gguf"
-        out = gguf.GGUFWriter(file, "llama")
-        out.add_tokenizer_model("llama")
-        out.add_token_list(words)
-        out.add_token_scores([0.0] * len(words))
-        out.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
-        out.add_add_bos_token(False)
-        out.write_header_to_file()
-        out.write_kv_data_to_file()
-        out.close()
+        with new_file(file, "llama") as out:
+            out.add_tokenizer_model("llama")
+            out.add_token_list(words)
+            out.add_token_scores([0.0] * len(words))
+            out.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
+            out.add_add_bos_token(False)
         return tokenizer_of(file)
 
 

@@ -23,7 +23,13 @@ from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp.drafter import write_draft_input
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
 from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
-from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.gguf_writing import (
+    FORMATS,
+    add_array,
+    add_value,
+    depths_to_write,
+    new_file,
+)
 from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, EMBEDDING_SCALE, FIRST_LAYER, INPUT_SCALE
@@ -80,7 +86,10 @@ def slice_gguf(
             f"GGUF format {exits!r} is not known.", f"Use one of {', '.join(FORMATS)}."
         )
     source, made = _read(Path(file)), read_exits(adapter)
-    chosen = _chosen(made, depths)
+    named = [int(d) for part in ("thresholds", "drafts") for d in made.policy.get(part, {})]
+    kind = str(made.config.get("exit_kind", "layer"))
+    remedy = "Train exits of kind 'layer' or 'drafting'."
+    chosen = depths_to_write(named if depths is None else depths, [*made.states], kind, remedy)
     _check_kinship(source, made, Path(adapter))
     about = _about(source, made, chosen, exits)
     edges = [0, *chosen, source.layers]
@@ -136,25 +145,6 @@ def _read(path: Path) -> _Source:
             "Export it from PyTorch: offramp export, which folds the scale into the weights.",
         )
     return _Source(path, said, kinds, tensors, architecture)
-
-
-def _chosen(made: ExitFiles, depths: Sequence[int] | None) -> tuple[int, ...]:
-    policy = made.policy
-    named = {int(d) for d in (*policy.get("thresholds", {}), *policy.get("drafts", {}))}
-    chosen = tuple(sorted(named if depths is None else set(depths)))
-    wrong = [depth for depth in chosen if depth not in made.states]
-    if not chosen or wrong:
-        raise InputError(
-            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
-            f"Name depths to write among {sorted(made.states)}, e.g. with --depths.",
-        )
-    if made.config.get("exit_kind", "layer") not in ("layer", "drafting"):
-        raise InputError(
-            f"Exits of kind {made.config['exit_kind']!r} are no decoder layers, which is what "
-            "llama.cpp runs.",
-            "Train exits of kind 'layer' or 'drafting'.",
-        )
-    return chosen
 
 
 def _check_kinship(source: _Source, made: ExitFiles, folder: Path) -> None:
@@ -221,8 +211,7 @@ class _Cut:
 
     def write(self, file: Path, made: ExitFiles, about: dict[str, Any], exits: str) -> None:
         name = str(self.source.said["general.architecture"])
-        out = import_gguf().GGUFWriter(file, name)
-        try:
+        with new_file(file, name) as out:
             shortlist = made.shortlist if made.policy.get("shortlist") else None
             for key, value in self._settings(name):
                 add_value(out, f"{name}.{key}", value)
@@ -238,11 +227,6 @@ class _Cut:
             self._add_tensors(out, shortlist)
             if self.depth is not None:
                 self._add_exit(out, made.states[self.depth], exits)
-            out.write_header_to_file()
-            out.write_kv_data_to_file()
-            out.write_tensors_to_file()
-        finally:
-            out.close()
 
     def _feeding(self) -> dict[str, Any]:
         graph = self.source.architecture

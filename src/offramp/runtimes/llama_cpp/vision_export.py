@@ -23,7 +23,12 @@ from offramp.errors import DataError, InputError, UnsupportedBackboneError, did_
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.quantized.weights import float_copy, float_dtype, scheme
-from offramp.runtimes.llama_cpp.gguf_writing import VISION_FORMATS, add_array, add_value
+from offramp.runtimes.llama_cpp.gguf_writing import (
+    VISION_FORMATS,
+    add_array,
+    add_value,
+    new_file,
+)
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.projector import Pixels, Tower
 from offramp.runtimes.llama_cpp.segment import EngineOptions
@@ -330,8 +335,7 @@ def export_vision(backbone: Backbone, file: Path, number_format: str, looks: Loo
     common = _common(backbone, looks)
     said = common | {**own} | {"offramp.format": number_format}
     gguf = import_gguf()
-    out = gguf.GGUFWriter(file, "clip")
-    try:
+    with new_file(file, "clip") as out:
         out.add_type("mmproj")
         for key, value in said.items():
             add_value(out, _key(key, value), value)
@@ -342,11 +346,6 @@ def export_vision(backbone: Backbone, file: Path, number_format: str, looks: Loo
             if not _is_left_out(ours, said["block_count"]):
                 array = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
                 add_array(out, ours, array, _format_of(ours, array, number_format))
-        out.write_header_to_file()
-        out.write_kv_data_to_file()
-        out.write_tensors_to_file()
-    finally:
-        out.close()
     with_products = EngineOptions(threads=torch.get_num_threads())
     tower = Tower(file, with_products, width=backbone.width, features=features_of(backbone))
     try:
