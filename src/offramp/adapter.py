@@ -66,8 +66,77 @@ def attach(
     return exits
 
 
+class CalledAsModel:
+    """What is called as a Hugging Face model's `generate` is, and exits early by a policy: an
+    adapter, or a runtime in PyTorch's place."""
+
+    backbone: Backbone
+
+    @overload
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate with early exits, called as a Hugging Face model's `generate`.
+
+        `generate(**inputs, max_new_tokens=40)` returns the sequences [B, T], a LongTensor; with
+        `return_dict_in_generate=True` a `GenerationOutput`, which has depths and scores besides.
+        `generate(inputs, ...)`, with what the processor returned as one argument, always does.
+
+        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name.
+        mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
+        policy, exit_policy: two names of one thing; None: the adapter's policy.
+        options: see `offramp.generate`.
+
+        Raises:
+            InputError: an option that is not supported, a prompt without its image, or what cannot
+                be done by whatever writes the answer.
+        """
+        chosen = self._exits_of.chosen_policy(mode, policy, exit_policy)
+        read = CallArguments.of(self.backbone.model, inputs, options)
+        made = self._write(read.inputs, chosen, **read.options)
+        return made if read.returns_dict else made.sequences.clone()
+
+    @property
+    def _exits_of(self) -> Adapter:
+        """The adapter whose exits are used."""
+        raise NotImplementedError
+
+    def _write(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
+    ) -> GenerationOutput:
+        """The answers to what a processor returned."""
+        raise NotImplementedError
+
+
 @dataclass(repr=False)
-class Adapter:
+class Adapter(CalledAsModel):
     """Exits attached to a backbone, and the policy they exit early by.
 
     As `custom_generate` of the model's own `generate` it decodes in its place:
@@ -148,58 +217,16 @@ class Adapter:
 
     # -- generating -----------------------------------------------------------------------------
 
-    @overload
-    def generate(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        **options: Any,
-    ) -> GenerationOutput: ...
+    def _write(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
+    ) -> GenerationOutput:
+        return generate(
+            self.backbone, inputs, exits=self.exits, policy=policy, pace=self.pace, **options
+        )
 
-    @overload
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        **options: Any,
-    ) -> Any: ...
-
-    def generate(
-        self,
-        inputs: Any = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        **options: Any,
-    ) -> Any:
-        """Generate with early exits, called as a Hugging Face model's `generate`.
-
-        `generate(**inputs, max_new_tokens=40)` returns the sequences [B, T], a LongTensor; with
-        `return_dict_in_generate=True` a `GenerationOutput`, which has depths and scores besides.
-        `generate(inputs, ...)`, with what the processor returned as one argument, always does.
-
-        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name.
-        mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
-        policy, exit_policy: two names of one thing; None: the adapter's policy.
-        options: see `offramp.generate`.
-
-        Raises:
-            InputError: an option that is not supported, or a prompt without its image.
-        """
-        chosen = self.chosen_policy(mode, policy, exit_policy)
-        read = CallArguments.of(self.backbone.model, inputs, options)
-        made = generate(
-            self.backbone, read.inputs, exits=self.exits, policy=chosen, pace=self.pace,
-            **read.options,
-        )  # fmt: skip
-        return made if read.returns_dict else made.sequences.clone()
+    @property
+    def _exits_of(self) -> Adapter:
+        return self
 
     def __call__(
         self,

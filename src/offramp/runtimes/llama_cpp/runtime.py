@@ -6,13 +6,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from offramp.adapter import Adapter, CallArguments
+from offramp.adapter import Adapter, CalledAsModel
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.pace import DraftPace
@@ -27,7 +26,6 @@ from offramp.engine.policy import (
 )
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
-from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
@@ -44,11 +42,11 @@ from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
 from offramp.runtimes.llama_cpp.trial import check_survives
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(CalledAsModel):
     """An adapter whose decoder runs in llama.cpp, from files that `export_gguf` wrote.
 
-    `generate` takes and returns what `Adapter.generate` does, for as many rows as the engine has
-    sequences. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
+    `generate` takes as many rows as the engine has sequences, and a policy that the files can
+    follow. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
     has it (`with_mtmd`). Calls from several threads take turns.
 
     pace: whether lossless drafts pay; None: they are made in any case.
@@ -72,7 +70,7 @@ class LlamaCppRuntime:
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
         self._architecture = architecture_of(adapter.backbone)
-        self.adapter = adapter
+        self.adapter, self.backbone = adapter, adapter.backbone
         self.engine = engine or EngineOptions()
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
@@ -112,10 +110,6 @@ class LlamaCppRuntime:
         return f"llama.cpp {formats['layers']}, exits {formats['exits']}, head {formats['head']}"
 
     @property
-    def backbone(self) -> Backbone:
-        return self.adapter.backbone
-
-    @property
     def policy(self) -> ExitPolicy:
         return self.adapter.policy
 
@@ -134,67 +128,19 @@ class LlamaCppRuntime:
         """Of the weights that our own kernels multiply; 0 where llama.cpp's do."""
         return sum(s.products.bytes for s in self._segments if s.products is not None)
 
-    @overload
-    def generate(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        vision_cache: VisionCache | None = None,
-        streamer: Any = None,
-        seed: int | None = None,
-        **options: Any,
-    ) -> GenerationOutput: ...
+    @property
+    def _exits_of(self) -> Adapter:
+        return self.adapter
 
-    @overload
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        vision_cache: VisionCache | None = None,
-        streamer: Any = None,
-        seed: int | None = None,
-        **options: Any,
-    ) -> Any: ...
-
-    def generate(
-        self,
-        inputs: Any = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        vision_cache: VisionCache | None = None,
-        streamer: Any = None,
-        seed: int | None = None,
-        **options: Any,
-    ) -> Any:
-        """Generate by the adapter's policy, or by another, as `Adapter.generate` does.
-
-        inputs: of at most `rows` rows.
-
-        Raises:
-            InputError: more rows, a prompt with its answer longer than the context, a
-                policy that the files or the runtime cannot follow, or the runtime is closed.
-        """
-        chosen = self.adapter.chosen_policy(mode, policy, exit_policy)
-        read = CallArguments.of(self.backbone.model, inputs, options)
-        made = self._generate(read.inputs, chosen, vision_cache, streamer, seed, read.options)
-        return made if read.returns_dict else made.sequences.clone()
-
-    def _generate(
+    def _write(
         self,
         inputs: Mapping[str, Any],
         policy: ExitPolicy,
-        vision_cache: VisionCache | None,
-        streamer: Any,
-        seed: int | None,
-        options: dict[str, Any],
+        *,
+        vision_cache: VisionCache | None = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        **options: Any,
     ) -> GenerationOutput:
         policy = policy.effective
         self._check_policy(policy)
@@ -202,7 +148,7 @@ class LlamaCppRuntime:
             if self._entry is None or self._entry.vision_cache is not vision_cache:
                 self._entry = self.entry(vision_cache)
             prepared, prompts = self._entry.read(inputs, options)
-            return self._write(prompts, prepared, policy, streamer, seed)
+            return self._decode(prompts, prepared, policy, streamer, seed)
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:
@@ -281,7 +227,7 @@ class LlamaCppRuntime:
 
     # -- one generation -----------------------------------------------------------------------
 
-    def _write(
+    def _decode(
         self,
         prompts: Sequence[Prompt],
         prepared: Prepared,
