@@ -251,3 +251,16 @@ def test_single_answers_are_timed_by_the_thread_where_the_processor_computes():
     """Whatever else a machine does: on a busy one drafts that paid were left out."""
     assert clock_on("cpu") is time.thread_time and clock_on("cuda") is time.perf_counter
     assert DraftPace().clock is time.thread_time
+
+
+def test_where_full_depth_cannot_be_tried_what_waits_goes_on_waiting(
+    backbone, exits, batch, monkeypatch
+):
+    whole = backbone("blip2-opt")
+    monkeypatch.setattr(whole, "engine", "stack")  # whose states would have moved on
+    core = EngineCore(whole, exits("blip2-opt"), ExitPolicy({2: 0.0}), EngineConfig(2, 64))
+    options = {"max_new_tokens": 30, "do_sample": False}
+    handle = core.add(Request(batch("blip2-opt", 1), "early_exit", options=options))
+    core.run()
+    assert handle.result().output.depths.max() == 2
+    assert core.calls["feed"] == 29 and core.calls["flush"] == core.calls["trial"] == 0

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import TriedExecutor
 from offramp.engine.decoding.exit_reader import check_company
 from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.rule import ExitRule
@@ -75,7 +76,7 @@ class EngineCore(Jobs):
             schedule=self._schedule,
             longest=self.config.longest,
         )
-        self.pace = Pace(self.config.schedule is not None or not self._host.tries, clock)
+        self.pace = Pace(self.config.schedule is not None or not self._can_try, clock)
         self._reading: Job | None = None
         self._thread: int | None = None
         self.calls = dict.fromkeys(CALLS, 0)
@@ -129,7 +130,7 @@ class EngineCore(Jobs):
         pays = not exiting or self.pace.exits_pay(exiting=True)
         self.decoder.schedule = self._schedule if pays else AT_ONCE
         call = self.decoder.next_call()
-        trial = exits and call in ("feed", "full") and self.pace.wants_trial()
+        trial = exits and call in ("feed", "full") and self._can_try and self.pace.wants_trial()
         if trial and Load.of(sequences, self.config.longest).pending:
             call, trial = "flush", False
         if trial:
@@ -147,21 +148,24 @@ class EngineCore(Jobs):
     def _settled(self) -> int:
         return sum(sequence.settled for sequence in self.decoder.sequences)
 
+    @property
+    def _can_try(self) -> bool:
+        """Whether full depth can be tried beside the exits without leaving traces."""
+        return hasattr(self.decoder.executor, "trial")
+
     def _try_full_depth(self) -> None:
         """Time a call at full depth. What it writes is written again by the calls that follow."""
-        sequences = self.decoder.sequences
+        sequences, executor = self.decoder.sequences, cast(TriedExecutor, self.decoder.executor)
         with self._timed("trial"):
             begin = self.clock()
             with torch.inference_mode():
-                final = self.decoder.executor.trial(
+                final = executor.trial(
                     [s.handle for s in sequences],
                     [s.feed for s in sequences],
                     [s.ran[0] for s in sequences],
                 )
-                if final is not None:
-                    self._host.reader.logits(final).argmax(-1).tolist()
-            if final is not None:
-                self.pace.tried(len(sequences), self.clock() - begin)
+                self._host.reader.logits(final).argmax(-1).tolist()
+            self.pace.tried(len(sequences), self.clock() - begin)
 
     def run(self) -> None:
         """Make rounds until nothing is left to do."""

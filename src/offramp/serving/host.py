@@ -10,7 +10,7 @@ from offramp.adapter import Adapter
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader, columns_of
+from offramp.engine.decoding.prompt import Prompt, PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.drafter import Drafter
@@ -30,15 +30,13 @@ class Host(Protocol):
     """PyTorch's layers, or a runtime's, for one engine.
 
     depths: of the exits in use, ascending. reader: asks them. drafting: the rule of lossless
-    answers whose drafts an exit writes from its own state; None: none does. tries: whether a call
-    at full depth can be timed beside others, to find out whether exits pay.
+    answers whose drafts an exit writes from its own state; None: none does.
     """
 
     backbone: Backbone
     depths: tuple[int, ...]
     reader: ExitReader
     drafting: ExitRule | None
-    tries: bool
 
     def executor(self) -> Executor:
         """What runs the layers, no prompt being there."""
@@ -87,8 +85,6 @@ def is_runtime(model: Any) -> TypeGuard[Runtime]:
 
 class TorchHost:
     """A backbone in PyTorch, and its exits. between: called between two chunks of a prompt."""
-
-    tries = True
 
     def __init__(
         self,
@@ -146,5 +142,5 @@ class TorchHost:
         prepared = self._prompts.prepare(inputs, options)
         return prepared, self._prompts, prepared
 
-    def columns(self, prompt: Any) -> int:
-        return columns_of(prompt)
+    def columns(self, prompt: Prompt) -> int:
+        return prompt.columns

@@ -80,11 +80,6 @@ class Executor(Protocol):
         """
         ...
 
-    def trial(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
-        """A `full` call to be timed, nothing waiting, after which nothing has changed; None where
-        it would leave traces."""
-        ...
-
     def allow_crops(self, handle: Handle) -> bool:
         """Keep what taking tokens back may need; False where they cannot be taken back."""
         ...
@@ -108,6 +103,14 @@ def too_long(positions: int) -> InputError:
         f"Prompt and answer are longer than the backbone's {positions} positions.",
         "Shorten the prompt, or lower max_new_tokens.",
     )
+
+
+class TriedExecutor(Executor, Protocol):
+    """One by which full depth can be tried beside the exits, to find out whether these pay."""
+
+    def trial(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
+        """A `full` call to be timed, nothing waiting, after which nothing has changed."""
+        ...
 
 
 class DraftingExecutor(Executor, Protocol):

@@ -72,6 +72,13 @@ class Prompt:
     def rows(self) -> int:
         return len(self.prepared.ids)
 
+    @property
+    def columns(self) -> int:
+        """[T], padding included."""
+        given = (self.prefill.prefill.get(name) for name in ("inputs_embeds", "input_ids"))
+        entered = next((int(each.shape[1]) for each in given if each is not None), 0)
+        return int(self_attention(self.cache).get_seq_length()) or entered
+
 
 class PromptReader:
     """The layer handler of prompts; not for two threads at once.
@@ -269,8 +276,3 @@ class PromptReader:
             self._decide(call.index, output)
         self._waits = call.index, call.hidden
         return self.backbone.skipped_layer_output(call)
-
-
-def columns_of(prompt: Prompt) -> int:
-    """Columns [T] of the prompt in its cache, padding included."""
-    return int(self_attention(prompt.cache).get_seq_length())

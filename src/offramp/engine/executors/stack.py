@@ -84,7 +84,7 @@ class StackExecutor(SegmentRunner):
         cache, prefill = prompt.cache, prompt.prefill
         if prompt.rows > 1:
             cache, prefill = _row_of(cache, row), prefill.of_row(row)
-        tokens = _columns(prompt)
+        tokens = prompt.columns
         held = _Row(cache, prefill, tokens)
         ran = [tokens] * (len(self._bounds) - 1)
         if prompt.waits is not None:
@@ -259,11 +259,6 @@ class StackExecutor(SegmentRunner):
             row.verified, row.entered = (column, state), None
         return torch.cat(made)
 
-    def trial(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor | None:
-        return None  # a recurrent state would have moved on
-
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> Output:
@@ -330,15 +325,6 @@ class StackExecutor(SegmentRunner):
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
         also = self._entries(running.stop, running.stop)
         return stand_in(row.cache, end, running, also, **seen)
-
-
-def _columns(prompt: Prompt) -> int:
-    """Columns of a prompt, padding included."""
-    embeds = prompt.prefill.prefill.get("inputs_embeds")
-    ids = prompt.prefill.prefill.get("input_ids")
-    read = int(self_attention(prompt.cache).get_seq_length())
-    first = embeds if embeds is not None else ids
-    return read or (0 if first is None else int(first.shape[1]))
 
 
 def _row_of(cache: Any, row: int) -> Any:

@@ -94,11 +94,6 @@ class GraphExecutor:
         self._ahead = self._aim = None
         self._programs.slots.crop(handle, column)
 
-    def trial(
-        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]
-    ) -> GraphOutput | None:
-        return None
-
     # -- calls -----------------------------------------------------------------------------------
 
     def feed(

@@ -210,11 +210,6 @@ class ChainExecutor:
         }
         return self._whole(new, {slot: len(states) for slot, states in new.items()})
 
-    def trial(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
-    ) -> Array | None:
-        return None
-
     def allow_crops(self, handle: int) -> bool:
         return True
 

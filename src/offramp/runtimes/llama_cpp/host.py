@@ -25,7 +25,6 @@ class LlamaCppHost:
     depths: tuple[int, ...]
     drafting: ExitRule | None
     reader: ExitReader
-    tries = False
 
     def __init__(
         self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry

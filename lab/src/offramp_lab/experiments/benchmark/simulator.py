@@ -94,11 +94,6 @@ class _Costed:
     ) -> Tensor:
         raise NotImplementedError("every simulated request uses exits")
 
-    def trial(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor | None:
-        return None
-
     def allow_crops(self, handle: int) -> bool:
         return True
 

@@ -238,7 +238,7 @@ class SlotExecutor(SegmentRunner):
 
     def trial(
         self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor | None:
+    ) -> Tensor:
         return self._pass(handles, columns, self._ids(ids))  # what it writes is written again
 
     def close(self) -> None:
