@@ -200,13 +200,13 @@ def test_guesses_change_nothing_but_the_calls(
     theirs = adapter.generate(inputs, policy=policy, **longer)
     assert len(theirs.depths.unique()) == len(depths) + 1
     each, calls = loaded("internvl"), []
-    finish = each._chain._through_last
+    through, last = each._chain._through, len(each._chain.segments) - 1
 
-    def counted(outputs: int, slot: int) -> Any:
-        calls.append(outputs)
-        return finish(outputs, slot)
+    def counted(place: int, outputs: int, slot: int) -> Any:
+        calls.extend([outputs] if place == last else [])
+        return through(place, outputs, slot)
 
-    monkeypatch.setattr(each._chain, "_through_last", counted)
+    monkeypatch.setattr(each._chain, "_through", counted)
     guessing = replace(policy, guesses=guesses)
     ours = each.generate(inputs, policy=guessing, **longer)
     assert same(ours, theirs)

@@ -202,14 +202,17 @@ class Segment:
         forgotten again. outputs: of how many of those before them there will be logits. ahead: the
         rows see each other, and not only what stands before them. slot: the sequence's.
         """
-        self.feed_together((Part(slot, states, outputs, idle),), ahead=ahead)
+        self._run((Part(slot, states, outputs, idle),), ahead)
 
-    def feed_together(self, parts: Sequence[Part], *, ahead: bool = False) -> None:
-        """The same over rows of several sequences in one call, as many of each, and all of text.
+    def feed_together(self, parts: Sequence[Part]) -> None:
+        """The same over rows of text of several sequences in one call, as many of each.
 
         parts: of slots one behind the other, ascending: llama.cpp takes no others at once. Taps and
         logits come in that order, taps of idle rows too.
         """
+        self._run(parts, False)
+
+    def _run(self, parts: Sequence[Part], ahead: bool) -> None:
         if self.tap is not None:
             self.tap.clear()
         if ahead != self._ahead:
@@ -218,23 +221,24 @@ class Segment:
         count, rows = len(parts[0].states), [self._rows[part.slot] for part in parts]
         places = [row.positions[:, row.length : row.length + count] for row in rows]
         states, positions, features = parts[0].states, places[0], rows[0].features
-        if len(parts) > 1:  # of text alone
+        if len(parts) > 1:
             states, features = np.concatenate([part.states for part in parts]), None
             positions = np.concatenate(places, 1)
         elif features is not None:
             features = features[rows[0].length : rows[0].length + count]
         if self._input_scale != 1.0:
             states = states * self._input_scale
-        batch = self._batch.fill(states, features, positions, parts)
-        if (code := self._lib.llama_decode(self._context, batch)) != 0:
-            raise InputError(
-                f"llama.cpp refused {batch.n_tokens} rows at position {rows[0].length} (code "
-                f"{code}).",
-                "Give a longer context, e.g. context=4096.",
-            )
+        self._decode(self._batch.fill(states, features, positions, parts), rows[0])
         for part, row in zip(parts, rows, strict=True):
             row.length += count
             self.crop(part.idle, part.slot)
+
+    def _decode(self, batch: Any, row: _Row) -> None:
+        if (code := self._lib.llama_decode(self._context, batch)) != 0:
+            raise InputError(
+                f"llama.cpp refused {batch.n_tokens} rows at position {row.length} (code {code}).",
+                "Give a longer context, e.g. context=4096.",
+            )
 
     def tapped(self) -> States:
         """The states [n, D] that the last call took at the tap; a copy."""
