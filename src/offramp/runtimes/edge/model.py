@@ -234,22 +234,18 @@ class EdgeModel:
 
     def _decoder(self, policy: ExitPolicy) -> Decoder:
         """For an answer under a policy; where there are several slots, for any that may join."""
-        depths, drafter = self.files.depths, self._drafter
-        several = self.engine.sequences > 1
-        if several:
+        chain, depths = self._chain, self.files.depths
+
+        def embed(token: int, position: int) -> States:
+            return self._embeddings.of([token])
+
+        if chain.slots > 1:
             policy = self.policy
+            executor = ChainExecutor(
+                chain, depths, embed, depths, exact=True, drafter=self._drafter
+            )
         else:
-            drafter = drafter if policy.lossless else None
-            depths = policy.depths if drafter is None else ()
-        executor = ChainExecutor(
-            self._chain,
-            self.files.depths,
-            depths,
-            lambda token, position: self._embeddings.of([token]),
-            # Guesses fall with whom they wait, and so does company: that must change speed alone.
-            exact=several or policy.lossless or bool(policy.guesses) or not depths,
-            drafter=drafter,
-        )
+            executor = ChainExecutor.of(policy, self._drafter, chain, depths, embed)
         reader = ArrayReader(policy, self._gates, self._shortlist)
         return Decoder(self.layers, executor, reader, pace=self.pace)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
+from offramp.engine.policy import ExitPolicy
 from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.native.tap import States
@@ -51,8 +52,8 @@ class ChainExecutor:
         self,
         chain: SegmentChain,
         stand: Sequence[int],
-        depths: Sequence[int],
         embed: Callable[[int, int], States],
+        depths: Sequence[int],
         *,
         exact: bool,
         drafter: ChainDrafter | None = None,
@@ -63,6 +64,22 @@ class ChainExecutor:
         self._places = [self._stand.index(depth) for depth in depths]
         self._unused = [place for place in range(self._last) if place not in self._places]
         self._free = set(range(chain.slots))
+
+    @classmethod
+    def of(
+        cls,
+        policy: ExitPolicy,
+        drafter: ChainDrafter | None,
+        chain: SegmentChain,
+        stand: Sequence[int],
+        embed: Callable[[int, int], States],
+    ) -> ChainExecutor:
+        """For answers under a policy, as it takes effect. drafter: None: no exit drafts on."""
+        drafter = drafter if policy.lossless else None
+        depths = policy.depths if drafter is None else ()
+        # Guesses fall with whom they wait, and so does company: that must change speed alone.
+        exact = chain.slots > 1 or policy.lossless or bool(policy.guesses) or not depths
+        return cls(chain, stand, embed, depths, exact=exact, drafter=drafter)
 
     def read(
         self,

@@ -14,7 +14,11 @@ import torch
 from offramp.adapter import Adapter, CalledAsModel
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import Executor
+from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.pace import DraftPace
+from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
@@ -34,7 +38,6 @@ from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
 from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
-from offramp.runtimes.llama_cpp.host import LlamaCppHost
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
@@ -197,7 +200,9 @@ class LlamaCppRuntime(CalledAsModel):
             self._check_policy(policy.in_mode(mode).effective)
         with self._held():
             self._lent = True
-        executor = self._executor(policy.depths, self._drafter, exact=True)
+        executor = ChainExecutor(
+            *self._settings, policy.depths, exact=True, drafter=self._drafter
+        )
         return LlamaCppHost(self.adapter, policy, executor, self.entry(vision_cache))
 
     def entry(self, vision_cache: VisionCache | None = None) -> PromptEntry:
@@ -235,18 +240,13 @@ class LlamaCppRuntime(CalledAsModel):
         streamer: Any,
         seed: int | None,
     ) -> GenerationOutput:
-        drafter = self._drafter if policy.lossless else None
-        depths = policy.depths if drafter is None else ()
-        # Guesses, and others in the call, fall with whom they wait: what they change must be speed
-        # alone.
-        exact = policy.lossless or bool(policy.guesses) or not depths or self.rows > 1
-        executor = self._executor(depths, drafter, exact=exact)
-        asker = TensorReader(self.adapter, policy, depths)
+        executor = ChainExecutor.of(policy, self._drafter, *self._settings)
+        asker = TensorReader(self.adapter, policy, executor.depths)
         rows = len(prompts)
         schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
         rule = exit_rule(self.backbone, policy, asker)
-        if drafter is not None:
-            rule = drafter.rule(policy)
+        if executor.drafter is not None:
+            rule = executor.drafter.rule(policy)
         pace = self.pace if rule.lossless else None
         return write_answers(
             Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
@@ -258,13 +258,10 @@ class LlamaCppRuntime(CalledAsModel):
             first=first_thresholds(self.backbone, policy),
         )
 
-    def _executor(
-        self, depths: Sequence[int], drafter: ChainDrafter | None, *, exact: bool
-    ) -> ChainExecutor:
-        return ChainExecutor(
-            self._chain, self.files.depths, depths, self._embeddings.of_token, exact=exact,
-            drafter=drafter,
-        )  # fmt: skip
+    @property
+    def _settings(self) -> tuple[SegmentChain, tuple[int, ...], Any]:
+        """Of every executor: the chain, where its exits stand, and what a token enters it as."""
+        return self._chain, self.files.depths, self._embeddings.of_token
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -344,3 +341,36 @@ class _Reads:
 
     def read(self, prepared: Any, **how: Any) -> ChainPrompt:
         return self._executor.read(self._prompt, **how)
+
+
+class LlamaCppHost:
+    """What one batch engine writes with: a sequence of llama.cpp's for each slot; meanwhile the
+    runtime itself answers nothing."""
+
+    depths: tuple[int, ...]
+    drafting: ExitRule | None
+    reader: ExitReader
+
+    def __init__(
+        self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry
+    ) -> None:
+        self.backbone, self.depths = adapter.backbone, executor.depths
+        self.reader = TensorReader(adapter, policy, self.depths)
+        self._executor, self.entry, drafter = executor, entry, executor.drafter
+        self.drafting = None if drafter is None else drafter.rule(policy)
+
+    def executor(self) -> Executor:
+        return self._executor
+
+    def prove(self, inputs: Mapping[str, Any]) -> bool:
+        return False  # the runtime did when it was loaded
+
+    def prepare(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Prepared, ReadsPrompts, Any]:
+        with torch.inference_mode():
+            prepared, [prompt] = self.entry.read(inputs, options)
+        return prepared, self._executor, prompt
+
+    def columns(self, prompt: ChainPrompt) -> int:
+        return prompt.columns

@@ -15,14 +15,13 @@ from typing import Any, TypeVar
 from offramp.engine.constraint import Constraint
 from offramp.engine.decoding.sequence import Token
 from offramp.guarantee import Standing
-from offramp.serving.monitor.standing import OTHER
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation, generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.service import Place, Service, Use
+from offramp.serving.server.service import OTHER, Place, Service, Use
 from offramp.serving.server.tracing import Trace, now
 
 T = TypeVar("T")

@@ -19,7 +19,6 @@ from starlette.middleware.cors import CORSMiddleware
 from offramp import __version__
 from offramp.depth_color import STOPS
 from offramp.models.shipped import example_picture
-from offramp.serving.monitor.standing import OTHER
 from offramp.serving.monitor.watcher import Sample
 from offramp.serving.request import Completion
 from offramp.serving.server.answering import Answering, Inputs, OnAnswer, unless_gone
@@ -38,7 +37,7 @@ from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
-from offramp.serving.server.service import Service
+from offramp.serving.server.service import OTHER, Service
 from offramp.serving.server.tracing import KEY, Traced, now
 
 T = TypeVar("T")

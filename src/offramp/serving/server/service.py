@@ -21,14 +21,13 @@ from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import OfframpError
-from offramp.guarantee import Standing
+from offramp.guarantee import Conditions, Standing, of_processor, standing
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import is_runtime
-from offramp.serving.monitor.standing import standing_of
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Loss, Watcher, differs
 from offramp.serving.request import Handle
@@ -75,6 +74,8 @@ class Place:
 
 
 T = TypeVar("T")
+OTHER = "\0"
+"""Stands for a prompt that is no single question about one image."""
 
 
 class Service:
@@ -272,11 +273,34 @@ class Service:
             return Use(None, None, "full" if own == "lossless" and not drafts else own)
         return Use(mode, None, mode)
 
-    def stands(self, **known: Any) -> Standing:
-        """What is guaranteed of early answers; known: of one request, as of `standing_of`."""
+    def stands(
+        self,
+        *,
+        asked: str | None = None,
+        longest: int | None = None,
+        plain: bool | None = None,
+        thresholds: Mapping[int, float] | None = None,
+    ) -> Standing:
+        """What is guaranteed of early answers; what is not given is not compared.
+
+        asked: the text of a request with one image and one turn, `OTHER` of one with more. longest:
+        tokens its answer may have. plain: whether it is decoded greedily, with no rule of its own.
+        thresholds: instead of the adapter's.
+        """
         if self.adapter is None:
             return Standing()
-        return standing_of(self.adapter, self.prompter.processor, self._runtime, **known)
+        own = self.adapter.policy
+        policy = own if thresholds is None else own.at(thresholds)
+        here = Conditions.of(
+            self.backbone,
+            policy,
+            engine=self._runtime,
+            sampling={None: None, True: "greedy", False: "sampled or ruled by the request"}[plain],
+            longest=longest,
+            prompts=None if asked is None else [[asked]],
+            **of_processor(self.prompter.processor.processor),
+        )
+        return standing(self.adapter.calibration, here)
 
     def _own(self, mode: str | None) -> bool:
         """Whether a request that names `mode` gets the thresholds that were calibrated."""
