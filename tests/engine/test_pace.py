@@ -176,7 +176,7 @@ class Answers:
 @pytest.mark.parametrize("round", [1.1, 1.8])
 def test_answers_of_one_word_are_soon_written_at_full_depth(round):
     answers = Answers(round, kept=4)
-    answers.run(19, length=2)  # of which three were trials
+    answers.run(21, length=2)  # of which four were trials
     assert answers.run(100, length=2) == pytest.approx(1.0)
     assert answers.run(4000, length=2) > 0.98
 
@@ -186,6 +186,13 @@ def test_drafts_that_are_right_too_seldom_are_left_out_anywhere(kept):
     answers = Answers(1.8, kept)
     answers.run(8, length=12)
     assert answers.run(500, length=12) > 0.97
+
+
+def test_what_takes_long_the_first_time_is_not_held_against_drafts():
+    answers = Answers(30.0, kept=3)
+    answers.run(1, length=5)
+    answers.round = 1.8
+    assert answers.run(200, length=13) > 0.97 * 4 / 1.8
 
 
 def test_drafts_that_pay_are_made_and_trials_take_a_hundredth():

@@ -13,6 +13,7 @@ word is over before they pay.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,11 @@ WARM = 8
 """Calls over about as many sequences before full depth is tried with them."""
 ENOUGH = 48
 """Tokens that exits must have settled before they are judged."""
-FEW = 16
-"""The same of drafts in single answers."""
-TRIES = 3
-"""Turns at full depth that drafts of single answers are judged by, at least."""
+FEW, FEWER, CLEAR = 16, 8, 0.8
+"""The same of drafts in single answers; and where they have less than this share of its speed."""
+TRIES = 4
+"""Turns of drafts in single answers before full depth is tried, and of full depth before they are
+judged. The first of each is not counted: what is made once is made in it."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
@@ -60,18 +62,22 @@ class Rate:
 @dataclass
 class Judged:
     """Exits, as one kind of answer uses them. pays: whether they are faster than full depth, as far
-    as is known. enough: tokens after which they are judged. seen: what they settled."""
+    as is known. enough: tokens after which they are judged; soon: after which those are that are
+    clearly slower. seen: what they settled."""
 
     enough: float
     seen: Rate
+    soon: float = math.inf
     pays: bool = True
     _instead: int = 0
     _patience: int = field(default_factory=lambda: RETRY)
 
     def judge(self, full: Rate) -> None:
         """Against full depth, once enough was seen of both."""
-        if full.tokens and self.seen.tokens >= self.enough:
-            self.pays = self.seen.speed >= full.speed
+        tokens, speed = self.seen.tokens, self.seen.speed
+        clear = tokens >= self.soon and speed < CLEAR * full.speed
+        if full.tokens and (clear or tokens >= self.enough):
+            self.pays = speed >= full.speed
 
     def left_out(self) -> None:
         """They were left out once; try them again where that was often enough."""
@@ -156,9 +162,9 @@ class DraftPace:
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock = clock or clock_on("cpu")
-        self._drafts = {first: Judged(FEW, Rate(3 * FEW)) for first in (True, False)}
+        self._drafts = {first: Judged(FEW, Rate(3 * FEW), FEWER) for first in (True, False)}
         self._full = Rate(3 * FEW)
-        self._turns = 0  # drafted ones
+        self._turns = {True: 0, False: 0}  # by whether drafted
         self._total = self._tried = 0.0  # seconds
         self._warned: set[bool] = set()
 
@@ -166,25 +172,22 @@ class DraftPace:
         """Whether a turn should be drafted. first: of its answer."""
         if not self._drafts[first].pays:
             return False
-        if self._full.tokens < TRIES:
-            return self._turns < WARM
+        if self._turns[False] < TRIES:
+            return self._turns[True] < TRIES
         return not _due(self._full, 1, self._tried, self._total)
 
     def note(self, tokens: int, took: float, *, first: bool, drafted: bool) -> None:
         """A turn settled so many tokens in `took` seconds."""
         own = self._drafts[first]
         self._total += took
-        if drafted:
-            self._turns += 1
-            own.seen.add(tokens, took)
-        else:
-            self._full.add(tokens, took)
-            if own.pays:
-                self._tried += took
-            else:
-                own.left_out()
-                return
-        if self._full.tokens >= TRIES:
+        self._turns[drafted] += 1
+        if self._turns[drafted] > 1:
+            (own.seen if drafted else self._full).add(tokens, took)
+        if not drafted and not own.pays:
+            own.left_out()
+            return
+        self._tried += took * (not drafted)
+        if self._turns[False] >= TRIES:
             own.judge(self._full)
         if not own.pays and first not in self._warned:
             self._warned.add(first)
